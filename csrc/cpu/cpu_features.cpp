@@ -1,0 +1,65 @@
+// Finds the instruction sets once, by CPUID and, for AMX, by asking Linux.
+#include "kvkernels/cpu_features.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace kvkernels {
+namespace {
+
+#if defined(__x86_64__)
+
+bool has_avx512() {
+  // GCC's builtin also checks that the operating system saves the wide registers.
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+         __builtin_cpu_supports("bmi2");
+}
+
+bool has_amx_bf16() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  const bool has_tile = (edx >> 24) & 1, has_bf16 = (edx >> 22) & 1;
+  if (!has_tile || !has_bf16) return false;
+  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return false;
+  const bool has_avx512_bf16 = (eax >> 5) & 1;
+  if (!has_avx512_bf16) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+Isa find_best_isa() {
+  if (!has_avx512()) return Isa::kPortable;
+  return has_amx_bf16() ? Isa::kAmx : Isa::kAvx512;
+}
+
+#else
+
+Isa find_best_isa() { return Isa::kPortable; }
+
+#endif
+
+}  // namespace
+
+Isa best_isa() {
+  static const Isa isa = find_best_isa();
+  return isa;
+}
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kAmx:
+      return "amx";
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kPortable:
+      break;
+  }
+  return "portable";
+}
+
+}  // namespace kvkernels

@@ -1,0 +1,15 @@
+// Which instruction sets this processor, and this process, may use.
+#pragma once
+
+namespace kvkernels {
+
+// In rising order: each set can do all that the ones before it can.
+enum class Isa : int { kPortable = 0, kAvx512 = 1, kAmx = 2 };
+
+// The best set that the processor has and the operating system allows; found once. For kAmx this
+// asks Linux for permission to use the tile registers, for all threads started from then on.
+Isa best_isa();
+
+const char* isa_name(Isa isa);
+
+}  // namespace kvkernels

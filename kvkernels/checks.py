@@ -1,0 +1,63 @@
+"""Argument checks shared by every op: each names the argument, what was expected and what came."""
+
+from collections.abc import Sequence
+
+import torch
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _shape_text(shape: Sequence[int | None]) -> str:
+    return "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+
+
+def check_shape(name: str, tensor: torch.Tensor, expected: Sequence[int | None]) -> None:
+    """Raise ValueError unless `tensor` has the expected shape; None accepts any size."""
+    shape = tensor.shape
+    if len(shape) != len(expected) or any(
+        want is not None and got != want for got, want in zip(shape, expected, strict=False)
+    ):
+        raise ValueError(
+            f"{name}: expected shape {_shape_text(expected)}, got {_shape_text(tuple(shape))}"
+        )
+
+
+def check_dtype(name: str, tensor: torch.Tensor, *expected: torch.dtype) -> None:
+    """Raise ValueError unless the dtype of `tensor` is one of those expected."""
+    if tensor.dtype not in expected:
+        wanted = " or ".join(str(dtype) for dtype in expected)
+        raise ValueError(f"{name}: expected dtype {wanted}, got {tensor.dtype}")
+
+
+def check_device(name: str, tensor: torch.Tensor, expected: torch.device) -> None:
+    """Raise ValueError unless `tensor` lies on the expected device."""
+    if tensor.device != expected:
+        raise ValueError(f"{name}: expected device {expected}, got {tensor.device}")
+
+
+def check_last_stride(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError unless neighbours along the last dimension are neighbours in memory."""
+    if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name}: expected stride 1 in the last dimension, got {tensor.stride()}")
+
+
+def check_inference(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError where autograd would want a gradient these ops do not compute."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: expected a tensor that needs no gradient (inference only),"
+            " got requires_grad=True; call under torch.no_grad()"
+        )
+
+
+def check_caches(key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
+    """Check one layer's two caches, `[num_blocks, num_kv_heads, block_size, head_dim]`."""
+    check_shape("key_cache", key_cache, (None, None, None, None))
+    check_dtype("key_cache", key_cache, *FLOAT_DTYPES)
+    check_last_stride("key_cache", key_cache)
+    check_shape("value_cache", value_cache, tuple(key_cache.shape))
+    check_dtype("value_cache", value_cache, key_cache.dtype)
+    check_device("value_cache", value_cache, key_cache.device)
+    check_last_stride("value_cache", value_cache)
+    if key_cache.shape[2] == 0:
+        raise ValueError("key_cache: expected at least one slot in a block, got block_size 0")

@@ -1,0 +1,70 @@
+"""The block pool: one tensor that holds every cached key and value of a layer group."""
+
+import torch
+
+from kvkernels.layout import KVLayout
+
+
+class KVPool:
+    """Blocks of KV on one device, block-major, so that a block is one contiguous span.
+
+    ::
+
+        data [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
+              block 0 | layer 0 | K | head 0 | slot 0 .. block_size - 1
+                                    | head 1 | ...
+                                | V | ...
+                      | layer 1 | ...
+              block 1 | ...
+
+    One span per block means one descriptor per transfer; heads before tokens means a head's tile
+    is contiguous for the kernels.
+
+    Args:
+        layout: Shape and dtype of a block.
+        num_blocks: Blocks to hold.
+        device: Where; default the CPU.
+
+    Raises:
+        ValueError: If `num_blocks` is not positive.
+    """
+
+    def __init__(
+        self, layout: KVLayout, num_blocks: int, device: torch.device | str = "cpu"
+    ) -> None:
+        if not isinstance(num_blocks, int) or num_blocks < 1:
+            raise ValueError(f"num_blocks: expected a positive integer, got {num_blocks!r}")
+        self.layout = layout
+        self.num_blocks = num_blocks
+        # Uninitialised on purpose: a page of memory is only touched once a block is used, so a
+        # pool may be sized for the worst case and cost nothing until then.
+        self.data = torch.empty(
+            (num_blocks, *layout.block_shape), dtype=layout.dtype, device=device
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self.num_blocks * self.layout.block_bytes
+
+    def key_cache(self, layer: int) -> torch.Tensor:
+        """View of one layer's keys, `[num_blocks, num_kv_heads, block_size, head_dim]`."""
+        return self.data[:, self._checked(layer), 0]
+
+    def value_cache(self, layer: int) -> torch.Tensor:
+        """View of one layer's values, like `key_cache`."""
+        return self.data[:, self._checked(layer), 1]
+
+    def block_data(self, block_id: int) -> torch.Tensor:
+        """View of one block's bytes, `[block_bytes]`, uint8."""
+        if not 0 <= block_id < self.num_blocks:
+            raise ValueError(f"block_id: expected 0 to {self.num_blocks - 1}, got {block_id}")
+        return self.data[block_id].reshape(-1).view(torch.uint8)
+
+    def _checked(self, layer: int) -> int:
+        if not 0 <= layer < self.layout.num_layers:
+            raise ValueError(f"layer: expected 0 to {self.layout.num_layers - 1}, got {layer}")
+        return layer

@@ -1,0 +1,29 @@
+"""Errors of prefixstore; the message names the argument or tier, what was expected and what came."""
+
+
+class StoreError(Exception):
+    """Base of every error prefixstore raises."""
+
+
+class ConfigError(StoreError):
+    """A configuration value is unknown, of the wrong type or out of range."""
+
+
+class TierError(StoreError):
+    """A tier could not do what was asked; the store answers with a miss."""
+
+
+class TierUnavailable(TierError):
+    """The tier cannot be reached or opened."""
+
+
+class TierTimeout(TierError):
+    """The tier did not answer before the deadline."""
+
+
+class TierFull(TierError):
+    """The tier has no room for a record, even after evicting what it may."""
+
+
+class BlockCorrupted(TierError):
+    """A record failed verification; it is a miss and is never used."""
