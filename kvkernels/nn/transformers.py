@@ -1,0 +1,235 @@
+"""Hugging Face models on kvkernels: the attention function, installing it, and the cache.
+
+Importing this module imports transformers and changes nothing in it; `register` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from kvkernels import ops
+from kvkernels.errors import UnsupportedError
+from kvkernels.nn.transformers_cache import PagedCache, PagedKV, merge_tokens
+from kvkernels.nn.transformers_compat import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    check_mask_span,
+    mask_window,
+)
+
+__all__ = [
+    "IMPLEMENTATION",
+    "PagedCache",
+    "PagedKV",
+    "attend",
+    "install",
+    "paged_attention",
+    "register",
+    "uninstall",
+]
+
+IMPLEMENTATION = "kvkernels"
+
+# Arguments a model may hand to its attention function, and the feature each asks for.
+_UNSERVED_ARGUMENTS = {
+    "softcap": "a soft cap on attention scores",
+    "s_aux": "attention sinks",
+    "head_mask": "a head mask",
+    "position_bias": "a position bias",
+    "output_attentions": "attention weights as an output",
+    "cache": "the continuous batching of transformers",
+}
+
+_previous: WeakKeyDictionary[torch.nn.Module, str | dict[str, str]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class SlidingMask:
+    """Stands in for the mask tensor of layers whose tokens see only the last `window` tokens."""
+
+    window: int
+
+
+def register() -> None:
+    """Make `attn_implementation="kvkernels"` known to transformers. Idempotent."""
+    AttentionInterface.register(IMPLEMENTATION, attend)
+    AttentionMaskInterface.register(IMPLEMENTATION, _make_mask)
+
+
+def install(model: Any) -> None:
+    """Let a model's text attention layers run on kvkernels, until `uninstall`.
+
+    Args:
+        model: A `transformers.PreTrainedModel`. Installing twice changes nothing.
+
+    Raises:
+        UnsupportedError: If its attention cannot be replaced.
+    """
+    if model in _previous:
+        return
+    register()
+    previous = _implementations(model.config)
+    text_config = model.config.get_text_config(decoder=True)
+    wanted: str | dict[str, str] = IMPLEMENTATION
+    if isinstance(previous, dict):
+        wanted = {
+            key: IMPLEMENTATION if key == "" or getattr(model.config, key) is text_config else name
+            for key, name in previous.items()
+        }
+    model.set_attn_implementation(wanted)
+    if text_config._attn_implementation != IMPLEMENTATION:
+        raise UnsupportedError(
+            "model: expected one whose attention is looked up in transformers'"
+            f" AttentionInterface, got {type(model).__name__}"
+        )
+    _previous[model] = previous
+
+
+def uninstall(model: Any) -> None:
+    """Give a model back the attention it had before `install`; without one, nothing changes."""
+    previous = _previous.pop(model, None)
+    if previous is not None:
+        model.set_attn_implementation(previous)
+
+
+@contextmanager
+def paged_attention(model: Any) -> Iterator[Any]:
+    """Run a model on kvkernels inside a `with` block; yields the model."""
+    was_installed = model in _previous
+    install(model)
+    try:
+        yield model
+    finally:
+        if not was_installed:
+            uninstall(model)
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor | PagedKV,
+    value: torch.Tensor | PagedKV,
+    attention_mask: SlidingMask | torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer, as transformers calls it.
+
+    Args:
+        module: The layer.
+        query: ``[batch, num_heads, num_new, head_dim]``.
+        key: A `PagedKV`, or ``[batch, num_kv_heads, num_keys, head_dim]`` from any cache that
+            grows or from none.
+        value: Like ``key``.
+        attention_mask: What `_make_mask` gave: None (causal) or a `SlidingMask`.
+        scaling: Multiplies scores before softmax.
+        dropout: Must be zero.
+        sliding_window: A token sees itself and so many tokens before it, less one.
+
+    Returns:
+        ``[batch, num_new, num_heads, head_dim]``, and None for the weights.
+
+    Raises:
+        UnsupportedError: If the layer asks for what no kernel serves; the feature is named.
+    """
+    _refuse_unserved(module, dropout, kwargs)
+    if isinstance(attention_mask, SlidingMask):
+        sliding_window = attention_mask.window
+    elif attention_mask is not None:
+        raise UnsupportedError("attention_mask: expected none or a causal one, got a custom mask")
+    batch_size, num_heads, num_new, head_dim = query.shape
+    if isinstance(key, PagedKV):
+        if key.window is not None and (sliding_window is None or sliding_window > key.window):
+            raise ValueError(
+                f"sliding_window: expected at most {key.window} (the layer group's), got"
+                f" {sliding_window}"
+            )
+        key_cache, value_cache, batch = key.key_cache, key.value_cache, key.batch
+        block_table, seq_lens, cu_seqlens_q = batch.block_table, batch.seq_lens, batch.cu_seqlens_q
+    else:
+        if isinstance(value, PagedKV) or key.shape != value.shape:
+            raise UnsupportedError("value: expected the shape of key, got another")
+        # A pool with one block for each sequence.
+        key_cache, value_cache = key, value
+        int32 = {"dtype": torch.int32, "device": query.device}
+        block_table = torch.arange(batch_size, **int32)[:, None]
+        seq_lens = torch.full((batch_size,), key.shape[2], **int32)
+        stop = (batch_size + 1) * num_new
+        cu_seqlens_q = None if num_new == 1 else torch.arange(0, stop, max(num_new, 1), **int32)
+    out = ops.paged_attention(
+        merge_tokens(query),
+        key_cache,
+        value_cache,
+        block_table,
+        seq_lens,
+        cu_seqlens_q,
+        sm_scale=scaling,
+        window=sliding_window,
+    )
+    return out.view(batch_size, num_new, num_heads, head_dim), None
+
+
+def _make_mask(
+    *,
+    kv_length: int,
+    kv_offset: int = 0,
+    mask_function: Any,
+    attention_mask: torch.Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    config: Any = None,
+    q_offset: int | torch.Tensor | None = None,
+    q_length: int | None = None,
+    **_: Any,
+) -> SlidingMask | None:
+    """In place of a mask tensor: None for causal attention, a `SlidingMask` for a window.
+
+    transformers clears `allow_is_causal_skip` for every deviation from those two.
+
+    Raises:
+        UnsupportedError: For padding, a static cache and every other mask.
+    """
+    check_mask_span(attention_mask, kv_length, kv_offset, q_offset, q_length)
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise UnsupportedError(
+            "attention_mask: expected sequences of one length, got padding; run them one by one"
+        )
+    if not allow_is_causal_skip:
+        raise UnsupportedError(
+            "attention_mask: expected a causal or sliding-window mask, got packed sequences,"
+            " bidirectional attention, a static cache or another overlay"
+        )
+    window = mask_window(mask_function, config)
+    return None if window is None else SlidingMask(window)
+
+
+def _refuse_unserved(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    for name, feature in _UNSERVED_ARGUMENTS.items():
+        given = kwargs.get(name)
+        if given is not None and given is not False:
+            raise UnsupportedError(f"{name}: expected attention without {feature}, got it")
+    if dropout:
+        raise UnsupportedError(f"dropout: expected 0 (inference only), got {dropout}")
+    is_causal = kwargs.get("is_causal")
+    if (getattr(module, "is_causal", True) if is_causal is None else is_causal) is False:
+        raise UnsupportedError(
+            "is_causal: expected causal self-attention, got bidirectional or cross-attention"
+        )
+
+
+def _implementations(config: Any) -> str | dict[str, str]:
+    """A configuration's attention implementations, as `set_attn_implementation` takes them."""
+    own = config._attn_implementation
+    parts = {
+        key: part._attn_implementation
+        for key in getattr(config, "sub_configs", {})
+        if (part := getattr(config, key, None)) is not None
+    }
+    return {"": own, **parts} if parts else own

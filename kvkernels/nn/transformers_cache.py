@@ -1,0 +1,337 @@
+"""A `transformers.Cache` whose keys and values lie in block pools."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from kvkernels.errors import UnsupportedError
+from kvkernels.nn.block_tables import BlockTables
+from kvkernels.nn.groups import PagedGroup
+from kvkernels.nn.module import PagedBatch
+from kvkernels.nn.transformers_compat import Cache, num_queries
+from kvkernels.ops import store_kv
+
+
+@dataclass
+class PagedKV:
+    """What the attention function gets in place of key and value tensors: one layer of a pool."""
+
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    batch: PagedBatch
+    window: int | None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        # Another attention function has got hold of it and looks for a tensor.
+        raise UnsupportedError(
+            "attn_implementation: expected 'kvkernels' with a PagedCache, got one that reads"
+            f" key.{name}; call kvkernels.nn.transformers.install(model)"
+        )
+
+
+class PagedCache(Cache):
+    """The cache of one `generate` call or one chat, over pools shared by many.
+
+    All sequences of the batch are equally long. The first `num_cached_tokens` tokens may be there
+    already: `generate` then runs the model on the rest of the prompt only, of which at least one
+    token must remain.
+
+    ::
+
+        forward pass      layer 0 reserves blocks in every group -> each layer stores its new keys
+                          and values, and attends -> the last layer's store counts the new tokens
+                          and calls on_step
+
+    A forward pass that fails midway counts nothing; the next one starts over at the same place.
+
+    Args:
+        groups: All layers of the model, each in one group.
+        batch_size: Sequences.
+        num_cached_tokens: Tokens whose keys and values the blocks hold already.
+        block_tables: For each group, for each sequence, the blocks of those tokens; -1 where the
+            group's window never reaches again. Their references pass to the cache once the
+            constructor returns. A partly used last block that has other owners is copied.
+        reserve: Called with a group's number and how many blocks it needs; returns their ids, one
+            reference each. Default the allocator's `allocate`.
+        on_step: Called with the cache after each forward pass has stored its tokens.
+
+    Raises:
+        ValueError: If the groups do not make up a model's layers or the tables do not fit.
+        PoolFullError: If a shared last block cannot be copied.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[PagedGroup],
+        *,
+        batch_size: int = 1,
+        num_cached_tokens: int = 0,
+        block_tables: Sequence[Sequence[Sequence[int]]] | None = None,
+        reserve: Callable[[int, int], list[int]] | None = None,
+        on_step: Callable[[PagedCache], None] | None = None,
+    ) -> None:
+        # The base class keeps its state in `layers`; here it is in the groups' block tables.
+        super().__init__(layers=[])
+        self.groups = tuple(groups)
+        self._places = _layer_places(self.groups)
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected a positive integer, got {batch_size}")
+        self._batch_size = batch_size
+        self._on_step = on_step
+        self._num_tokens = num_cached_tokens
+        self._is_released = False
+        self._next_layer = 0
+        self._batches: list[PagedBatch] = []
+        if block_tables is None:
+            block_tables = [[[] for _ in range(batch_size)] for _ in self.groups]
+        _check_tables(self.groups, block_tables, batch_size, num_cached_tokens)
+        self._tables = [
+            BlockTables(group, ids, _reserver(index, group, reserve))
+            for index, (group, ids) in enumerate(zip(self.groups, block_tables, strict=True))
+        ]
+        for tables in self._tables:
+            tables.check_reach(num_cached_tokens)
+        for tables in self._tables:
+            tables.own_last_block(num_cached_tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of each sequence whose keys and values are stored in all layers."""
+        return self._num_tokens
+
+    def block_ids(self, group: int, sequence: int) -> list[int]:
+        """The blocks that hold the stored tokens, in order; the last may be partly filled."""
+        tables = self._tables[group]
+        return tables.ids[sequence][: -(-self._num_tokens // tables.block_size)]
+
+    def release(self) -> None:
+        """Give back all references to blocks; the cache is of no more use. Idempotent."""
+        self._is_released = True
+        for tables in self._tables:
+            tables.release()
+        self._num_tokens = 0
+
+    def __enter__(self) -> PagedCache:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    # ---- what models and `generate` call --------------------------------------------------------
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[PagedKV, PagedKV]:
+        """Store a layer's new keys and values, `[batch, num_kv_heads, num_new, head_dim]` each.
+
+        Returns:
+            A handle, twice, that the "kvkernels" attention function takes for key and value.
+
+        Raises:
+            UnsupportedError: If the model does not visit its layers once each and in order.
+            ValueError: If shapes or dtypes do not fit the pool, or a tensor requires grad.
+            PoolFullError: If no blocks are left.
+        """
+        if layer_idx == 0:
+            self._begin_step(key_states)
+        elif layer_idx != self._next_layer:
+            raise UnsupportedError(
+                f"layer_idx: expected {self._next_layer} (every layer once, in order), got"
+                f" {layer_idx}"
+            )
+        group_index, layer = self._places[layer_idx]
+        group, batch = self.groups[group_index], self._batches[group_index]
+        key_cache, value_cache = group.key_caches[layer], group.value_caches[layer]
+        store_kv(
+            merge_tokens(key_states),
+            merge_tokens(value_states),
+            key_cache,
+            value_cache,
+            batch.slot_mapping,
+        )
+        self._next_layer = layer_idx + 1
+        if self._next_layer == len(self._places):
+            self._num_tokens += key_states.shape[2]
+            if self._on_step is not None:
+                self._on_step(self)
+        handle = PagedKV(key_cache, value_cache, batch, group.window)
+        return handle, handle
+
+    def get_seq_length(self, layer_idx: int = 0, *args: Any) -> int:
+        return self._num_tokens
+
+    def get_mask_sizes(self, query: int | torch.Tensor, layer_idx: int) -> tuple[int, int]:
+        """Keys that attention will see, and the position of the first."""
+        return self._num_tokens + num_queries(query), 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens: `-n` forgets n, a positive n keeps n, as in transformers 4.57.
+
+        Raises:
+            ValueError: If more tokens are to go or stay than there are, or a sliding group no
+                longer holds what the remaining tokens will see.
+        """
+        keep = tokens_to_remove if tokens_to_remove > 0 else self._num_tokens + tokens_to_remove
+        if not 0 <= keep <= self._num_tokens:
+            raise ValueError(
+                f"tokens_to_remove: expected at most {self._num_tokens} (stored), got"
+                f" {tokens_to_remove}"
+            )
+        for tables in self._tables:
+            tables.check_reach(keep)
+        for tables in self._tables:
+            tables.shrink(keep)
+        self._num_tokens = keep
+
+    def reset(self) -> None:
+        """Forget all tokens; the cache can be used again."""
+        self.crop(-self._num_tokens)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        raise UnsupportedError("num_beams: expected 1 with a PagedCache, got beam search")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise UnsupportedError("PagedCache: expected a fixed batch, got a request to repeat it")
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        raise UnsupportedError("PagedCache: expected a fixed batch, got a request to select from it")
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __repr__(self) -> str:
+        return f"PagedCache(num_tokens={self._num_tokens}, batch_size={self._batch_size})"
+
+    @property
+    def batch_size(self) -> int:
+        return self._batch_size
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    @property
+    def is_initialized(self) -> bool:
+        return True
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [self.groups[group].window is not None for group, _ in self._places]
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * len(self._places)
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return [False] * len(self._places)
+
+    def _begin_step(self, key_states: torch.Tensor) -> None:
+        """Reserve room for the new tokens and lay out the step's index tensors, once a group."""
+        if self._is_released:
+            raise ValueError("past_key_values: expected a PagedCache in use, got a released one")
+        batch_size, _, num_new, _ = key_states.shape
+        if batch_size != self._batch_size:
+            raise ValueError(
+                f"key_states: expected a batch of {self._batch_size} (the cache's), got {batch_size}"
+            )
+        num_tokens = self._num_tokens + num_new
+        for tables in self._tables:
+            tables.grow(num_tokens)
+        device = key_states.device
+        seq_lens = torch.full((batch_size,), num_tokens, dtype=torch.int32, device=device)
+        cu_seqlens_q = None
+        if num_new != 1:
+            stop = (batch_size + 1) * num_new
+            cu_seqlens_q = torch.arange(0, stop, max(num_new, 1), dtype=torch.int32, device=device)
+        self._batches = [
+            PagedBatch(
+                tables.table,
+                seq_lens,
+                cu_seqlens_q,
+                tables.slot_mapping(self._num_tokens, num_new),
+            )
+            for tables in self._tables
+        ]
+
+
+def merge_tokens(states: torch.Tensor) -> torch.Tensor:
+    """`[batch, heads, num_new, head_dim]` as `[batch * num_new, heads, head_dim]`.
+
+    Projections lay tokens before heads, so this is a view in the models seen so far.
+    """
+    batch_size, heads, num_new, head_dim = states.shape
+    return states.transpose(1, 2).reshape(batch_size * num_new, heads, head_dim)
+
+
+def _layer_places(groups: Sequence[PagedGroup]) -> list[tuple[int, int]]:
+    """For each layer of the model, its group's number and its number within that."""
+    places = {
+        layer: (index, position)
+        for index, group in enumerate(groups)
+        for position, layer in enumerate(group.layers)
+    }
+    num_layers = sum(len(group.layers) for group in groups)
+    if not groups or sorted(places) != list(range(num_layers)):
+        raise ValueError(
+            "groups: expected every layer from 0 once, got"
+            f" {sorted(layer for group in groups for layer in group.layers)}"
+        )
+    return [places[layer] for layer in range(num_layers)]
+
+
+def _check_tables(
+    groups: Sequence[PagedGroup],
+    block_tables: Sequence[Sequence[Sequence[int]]],
+    batch_size: int,
+    num_cached_tokens: int,
+) -> None:
+    if num_cached_tokens < 0:
+        raise ValueError(f"num_cached_tokens: expected 0 or more, got {num_cached_tokens}")
+    if len(block_tables) != len(groups):
+        raise ValueError(f"block_tables: expected {len(groups)} groups, got {len(block_tables)}")
+    for group, tables in zip(groups, block_tables, strict=True):
+        if len(tables) != batch_size:
+            raise ValueError(f"block_tables: expected {batch_size} sequences, got {len(tables)}")
+        num_blocks = -(-num_cached_tokens // group.pool.layout.block_size)
+        for ids in tables:
+            if len(ids) != num_blocks:
+                raise ValueError(
+                    f"block_tables: expected {num_blocks} blocks for {num_cached_tokens} tokens,"
+                    f" got {len(ids)}"
+                )
+
+
+def _reserver(
+    index: int, group: PagedGroup, reserve: Callable[[int, int], list[int]] | None
+) -> Callable[[int], list[int]]:
+    if reserve is None:
+        return group.allocator.allocate
+    return lambda num_blocks: reserve(index, num_blocks)

@@ -1,0 +1,67 @@
+"""What differs between the supported versions of transformers (4.57 and 5.x), in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache
+from transformers.masking_utils import causal_mask_function
+
+from kvkernels.errors import UnsupportedError
+
+__all__ = ["AttentionInterface", "AttentionMaskInterface", "Cache", "check_mask_span", "num_queries"]
+
+
+def num_queries(query: int | torch.Tensor) -> int:
+    """New tokens of a forward pass: 5.x passes their number, 4.57 their positions."""
+    return query if isinstance(query, int) else query.shape[0]
+
+
+def check_mask_span(
+    attention_mask: torch.Tensor | None,
+    kv_length: int,
+    kv_offset: int,
+    q_offset: int | torch.Tensor | None,
+    q_length: int | None,
+) -> None:
+    """Raise UnsupportedError where more keys come than tokens were seen, as from a static cache.
+
+    4.57 gives no `q_offset` and `q_length`; there a static cache is known by the mask it forbids
+    to skip. In 5.x its `q_offset` is a tensor.
+    """
+    num_keys = kv_length + kv_offset
+    if attention_mask is not None and attention_mask.shape[-1] != num_keys:
+        raise UnsupportedError(
+            f"attention_mask: expected {num_keys} tokens (cached and new; no static cache), got"
+            f" {attention_mask.shape[-1]}"
+        )
+    if q_offset is None or q_length is None:
+        return
+    if isinstance(q_offset, torch.Tensor) or q_offset + q_length != num_keys:
+        raise UnsupportedError("past_key_values: expected a cache that grows, got a static cache")
+
+
+def mask_window(mask_function: Callable[..., Any], config: Any) -> int | None:
+    """The sliding window that a mask function describes; None for a plain causal one.
+
+    transformers builds a sliding mask as an anonymous closure, so it is tried at the places where
+    it differs from every other mask that transformers builds.
+
+    Raises:
+        UnsupportedError: If it is neither.
+    """
+    if mask_function is causal_mask_function:
+        return None
+    window = getattr(config, "sliding_window", None)
+    if window is not None:
+        query = torch.tensor([[window], [2 * window - 1], [3 * window + 1]])
+        key = query + torch.tensor([-window, 1 - window, 0, 1])
+        zero = torch.zeros((), dtype=torch.int64)
+        is_seen = mask_function(zero, zero, query, key)
+        # before the window | its first token | the query itself | after it
+        if torch.equal(is_seen, torch.tensor([[False, True, True, False]]).expand(3, 4)):
+            return window
+    raise UnsupportedError("attention_mask: expected a causal or sliding-window mask, got another")
