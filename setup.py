@@ -30,7 +30,9 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
         definitions = [f"-D{name}={value}" for name, value in options.items()]
-        subprocess.run([CMAKE, "-S", ROOT, "-B", build_dir, "-G", "Ninja", *definitions], check=True)
+        subprocess.run(
+            [CMAKE, "-S", ROOT, "-B", build_dir, "-G", "Ninja", *definitions], check=True
+        )
         subprocess.run([CMAKE, "--build", build_dir], check=True)
 
 
