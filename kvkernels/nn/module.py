@@ -53,7 +53,9 @@ class PagedBatch:
         num_seqs = len(block_tables)
         for name, lengths in (("seq_lens", seq_lens), ("query_lens", query_lens)):
             if len(lengths) != num_seqs:
-                raise ValueError(f"{name}: expected {num_seqs} (one a sequence), got {len(lengths)}")
+                raise ValueError(
+                    f"{name}: expected {num_seqs} (one a sequence), got {len(lengths)}"
+                )
         slots: list[int] = []
         bounds = [0]
         width = max((len(table) for table in block_tables), default=0)

@@ -217,7 +217,9 @@ class PagedCache(Cache):
         raise UnsupportedError("PagedCache: expected a fixed batch, got a request to repeat it")
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        raise UnsupportedError("PagedCache: expected a fixed batch, got a request to select from it")
+        raise UnsupportedError(
+            "PagedCache: expected a fixed batch, got a request to select from it"
+        )
 
     def __len__(self) -> int:
         return len(self._places)

@@ -12,7 +12,13 @@ from transformers.masking_utils import causal_mask_function
 
 from kvkernels.errors import UnsupportedError
 
-__all__ = ["AttentionInterface", "AttentionMaskInterface", "Cache", "check_mask_span", "num_queries"]
+__all__ = [
+    "AttentionInterface",
+    "AttentionMaskInterface",
+    "Cache",
+    "check_mask_span",
+    "num_queries",
+]
 
 
 def num_queries(query: int | torch.Tensor) -> int:

@@ -1,0 +1,168 @@
+"""The identity of a model's KV: a digest of everything that must be equal for blocks to be valid."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
+from typing import Any
+
+import torch
+
+from kvkernels import KVLayout
+from prefixstore.errors import ConfigError
+
+IDENTITY_BYTES = 16
+
+# Goes up when the meaning of stored bytes changes (the record format, the fields below), so that
+# old records become misses.
+_SCHEME = b"kvkernels identity 1, record 1"
+
+# Large enough that hashlib's own cost vanishes, small enough to share a big tensor among threads.
+_CHUNK_BYTES = 16 << 20
+
+# hashlib lets go of the interpreter lock; two threads nearly halve the time on two cores and more
+# would only crowd out the model's own.
+_NUM_THREADS = 2
+
+# What a configuration holds besides the arithmetic: names, token ids, output options. Everything
+# else counts, so that a field this list does not know makes a miss and never a wrong hit.
+_IRRELEVANT_KEYS = frozenset(
+    {
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "_experts_implementation",
+        "_experts_implementation_internal",
+        "_model_name_or_path",
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "eos_token_id",
+        "id2label",
+        "label2id",
+        "model_name",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "sep_token_id",
+        "transformers_version",
+        "unk_token_id",
+        "use_cache",
+    }
+)
+
+
+def model_identity(
+    model: torch.nn.Module,
+    layouts: KVLayout | Sequence[KVLayout],
+    salt: str | bytes = b"",
+) -> bytes:
+    """Digest of weights, attention configuration, dtypes, layouts and salt, 16 bytes.
+
+    Two models that share a name differ, two names of one model agree. Adapters count where their
+    weights are parameters of the model, as PEFT makes them. The digest holds for one version of
+    this library, and of the model library as far as that adds fields to the configuration.
+
+    Args:
+        model: A `transformers.PreTrainedModel`, or any module with its weights loaded; `config`
+            is read if it is there.
+        layouts: Of every layer group, in order.
+        salt: A tenant's namespace.
+
+    Raises:
+        ConfigError: If a weight is no tensor or has no values yet (the "meta" device).
+    """
+    if isinstance(layouts, KVLayout):
+        layouts = [layouts]
+    digest = blake2b(digest_size=IDENTITY_BYTES)
+    _add(digest, "scheme", _SCHEME)
+    _add(digest, "model", type(model).__name__.encode())
+    _add(digest, "config", _config_text(getattr(model, "config", None)).encode())
+    for layout in layouts:
+        _add(digest, "layout", _layout_text(layout).encode())
+    _add(digest, "salt", salt.encode() if isinstance(salt, str) else salt)
+    for name, weight_digest in _weight_digests(model):
+        _add(digest, f"weight {name}", weight_digest)
+    return digest.digest()
+
+
+def _add(digest: Any, label: str, value: bytes) -> None:
+    """Feed one labelled field; with its length, so that neighbours cannot run together."""
+    name = label.encode()
+    digest.update(len(name).to_bytes(4, "little") + name)
+    digest.update(len(value).to_bytes(8, "little") + value)
+
+
+def _layout_text(layout: KVLayout) -> str:
+    return (
+        f"{layout.num_layers} layers, {layout.num_kv_heads} heads of {layout.head_dim},"
+        f" blocks of {layout.block_size} {layout.dtype}"
+    )
+
+
+def _config_text(config: Any) -> str:
+    if config is None:
+        return ""
+    fields = config.to_dict() if hasattr(config, "to_dict") else dict(vars(config))
+    return json.dumps(_relevant(fields), sort_keys=True, default=str)
+
+
+def _relevant(fields: Any) -> Any:
+    if isinstance(fields, Mapping):
+        return {
+            str(key): _relevant(value)
+            for key, value in fields.items()
+            if key not in _IRRELEVANT_KEYS
+        }
+    if isinstance(fields, list | tuple):
+        return [_relevant(value) for value in fields]
+    return fields
+
+
+def _weight_digests(model: torch.nn.Module) -> Iterator[tuple[str, bytes]]:
+    """Name and digest of every parameter and persistent buffer, in the order of their names."""
+    weights = dict(sorted(model.state_dict(keep_vars=True).items()))
+    for name, weight in weights.items():
+        if not isinstance(weight, torch.Tensor) or weight.is_meta:
+            what = "a tensor without values" if isinstance(weight, torch.Tensor) else type(weight)
+            raise ConfigError(f"model: expected loaded weights, got {what} for {name}")
+    # Tied weights are one object under two names: hashed once.
+    distinct = {id(weight): weight for weight in weights.values()}
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        digests = {
+            key: (weight, pool.map(_chunk_digest, _chunks(weight)))
+            for key, weight in distinct.items()
+        }
+        finished = {
+            key: _weight_digest(weight, b"".join(chunks))
+            for key, (weight, chunks) in digests.items()
+        }
+    for name, weight in weights.items():
+        yield name, finished[id(weight)]
+
+
+def _weight_digest(weight: torch.Tensor, chunk_digests: bytes) -> bytes:
+    digest = blake2b(digest_size=IDENTITY_BYTES)
+    _add(digest, "shape", f"{weight.dtype} {tuple(weight.shape)}".encode())
+    _add(digest, "values", chunk_digests)
+    return digest.digest()
+
+
+def _chunks(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Slices of at most a chunk's bytes, in row-major order."""
+    flat = weight.detach().reshape(-1)
+    step = _CHUNK_BYTES // flat.element_size()
+    for start in range(0, flat.numel(), step):
+        yield flat[start : start + step]
+
+
+def _chunk_digest(chunk: torch.Tensor) -> bytes:
+    data = chunk.cpu().contiguous().view(torch.uint8).numpy()
+    return blake2b(data, digest_size=IDENTITY_BYTES).digest()

@@ -1,0 +1,242 @@
+"""Hugging Face models on kvkernels' attention, beside their own."""
+
+import pytest
+import torch
+from tiny_models import BLOCK_SIZE, MODELS, WINDOW, gemma3, generate, llama, make_groups
+from transformers import LlamaConfig
+
+from kvkernels import KVLayout, UnsupportedError
+from kvkernels.nn import layer_groups
+from kvkernels.nn.transformers import (
+    IMPLEMENTATION,
+    PagedCache,
+    attend,
+    install,
+    paged_attention,
+    uninstall,
+)
+
+LENGTHS = {"one token": 1, "within a block": 9, "crossing the window": 70}
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return MODELS[request.param]()
+
+
+@pytest.mark.parametrize("length", LENGTHS.values(), ids=LENGTHS)
+def test_logits_equal_sdpa(model, length):
+    ids = torch.randint(1, 128, (2, length))
+    with torch.no_grad():
+        want = model(ids).logits
+        with paged_attention(model):
+            without_cache = model(ids, use_cache=False).logits
+            with_dynamic_cache = model(ids).logits
+            with PagedCache(make_groups(model), batch_size=2) as cache:
+                paged = model(ids, past_key_values=cache).logits
+    for got in (without_cache, with_dynamic_cache, paged):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_greedy_tokens_equal_sdpa(model, batch_size):
+    ids = torch.randint(1, 128, (batch_size, 21))
+    want = generate(model, ids)
+    with paged_attention(model):
+        assert torch.equal(generate(model, ids), want)
+        groups = make_groups(model)
+        with PagedCache(groups, batch_size=batch_size) as cache:
+            assert torch.equal(generate(model, ids, past_key_values=cache), want)
+        with PagedCache(groups, batch_size=batch_size) as cache:
+            chunked = generate(model, ids, past_key_values=cache, prefill_chunk_size=8)
+            assert torch.equal(chunked, want)
+    assert all(group.allocator.num_free == 32 for group in groups)
+
+
+def test_works_in_inference_mode_and_out_of_it():
+    model = llama()
+    ids = torch.randint(1, 128, (1, 40))
+    with torch.no_grad():
+        want = model(ids).logits
+    with paged_attention(model), PagedCache(make_groups(model)) as cache:
+        with torch.inference_mode():
+            first = model(ids[:, :15], past_key_values=cache).logits
+        with torch.no_grad():
+            rest = model(ids[:, 15:], past_key_values=cache).logits
+    torch.testing.assert_close(torch.cat([first, rest], 1), want, rtol=1e-4, atol=1e-4)
+
+
+def test_assisted_generation_rolls_the_cache_back():
+    model, assistant = llama(), llama()
+    ids = torch.randint(1, 128, (1, 21))
+    want = generate(model, ids)
+    groups = make_groups(model)
+    with paged_attention(model), PagedCache(groups) as cache:
+        got = generate(model, ids, past_key_values=cache, assistant_model=assistant)
+    assert torch.equal(got, want)
+
+
+# ---- installing ---------------------------------------------------------------------------------
+
+
+def test_install_is_undone():
+    model = llama()
+    before = model.config._attn_implementation
+    install(model)
+    install(model)
+    assert model.config._attn_implementation == IMPLEMENTATION
+    with paged_attention(model):
+        pass
+    assert model.config._attn_implementation == IMPLEMENTATION  # as the block found it
+    uninstall(model)
+    uninstall(model)
+    assert model.config._attn_implementation == before
+
+
+def test_install_leaves_the_vision_part_alone():
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {**gemma3().config.to_dict()}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    model = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    )
+    config = model.config
+    before = config.vision_config._attn_implementation
+    install(model)
+    assert config.text_config._attn_implementation == IMPLEMENTATION
+    assert config.vision_config._attn_implementation == before
+    uninstall(model)
+    assert config.text_config._attn_implementation == before
+
+
+# ---- what no kernel serves ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}, "padding"),
+        ({"attention_mask": torch.zeros(2, 1, 3, 3)}, "custom mask"),
+        ({"output_attentions": True}, "attention weights"),
+        ({"position_ids": torch.tensor([[0, 1, 0]] * 2)}, "packed sequences"),
+    ],
+)
+def test_forward_refuses(options, message):
+    model = llama()
+    with torch.no_grad(), paged_attention(model), pytest.raises(UnsupportedError, match=message):
+        model(torch.ones(2, 3, dtype=torch.int64), use_cache=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 2}, "beam"),
+        ({"cache_implementation": "static"}, "static cache"),
+    ],
+)
+def test_generate_refuses(options, message):
+    model = llama()
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    if "num_beams" in options:
+        options = {**options, "past_key_values": PagedCache(make_groups(model), batch_size=2)}
+    with paged_attention(model), pytest.raises(UnsupportedError, match=message):
+        generate(model, ids, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"softcap": 30.0}, "soft cap"),
+        ({"s_aux": torch.zeros(4)}, "sinks"),
+        ({"head_mask": torch.ones(4)}, "head mask"),
+        ({"position_bias": torch.zeros(1)}, "position bias"),
+        ({"dropout": 0.1}, "dropout: expected 0"),
+        ({"is_causal": False}, "cross-attention"),
+    ],
+)
+def test_attention_refuses(arguments, message):
+    states = torch.zeros(1, 2, 3, 16)
+    with pytest.raises(UnsupportedError, match=message):
+        attend(torch.nn.Module(), states, states, states, None, **arguments)
+
+
+def test_attention_refuses_values_of_another_width():
+    states = torch.zeros(1, 2, 3, 16)
+    with pytest.raises(UnsupportedError, match="value: expected the shape of key"):
+        attend(torch.nn.Module(), states, states, torch.zeros(1, 2, 3, 8), None)
+
+
+def test_refuses_gradients():
+    model = llama()
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    with paged_attention(model), pytest.raises(ValueError, match="inference only"):
+        model(ids, use_cache=False)
+
+
+def test_paged_cache_under_another_attention_says_what_to_do():
+    model = llama()
+    cache = PagedCache(make_groups(model))
+    with torch.no_grad(), pytest.raises(UnsupportedError, match="install"):
+        model(torch.ones(1, 3, dtype=torch.int64), past_key_values=cache)
+
+
+def test_bidirectional_window_is_refused():
+    model = gemma3(use_bidirectional_attention=True)
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    with torch.no_grad(), paged_attention(model), pytest.raises(UnsupportedError):
+        model(ids, use_cache=False)
+
+
+# ---- layer groups -------------------------------------------------------------------------------
+
+
+def test_one_group_for_full_attention():
+    (group,) = layer_groups(llama().config, 32, torch.bfloat16)
+    assert group.layout == KVLayout(3, 2, 16, 32, torch.bfloat16)
+    assert (group.layers, group.window) == ((0, 1, 2), None)
+
+
+def test_two_groups_for_gemma_the_full_one_first():
+    full, sliding = layer_groups(gemma3().config, BLOCK_SIZE, torch.float32)
+    assert (full.layers, full.window) == ((1, 3), None)
+    assert (sliding.layers, sliding.window) == ((0, 2), WINDOW)
+    assert sliding.layout == KVLayout(2, 1, 16, BLOCK_SIZE, torch.float32)
+
+
+def test_window_of_a_configuration_without_layer_types():
+    from transformers import MistralConfig
+
+    config = MistralConfig(
+        num_hidden_layers=2, hidden_size=64, num_attention_heads=4, sliding_window=100
+    )
+    assert [group.window for group in layer_groups(config, 16)] == [100]
+
+
+@pytest.mark.parametrize(
+    ("changes", "feature"),
+    [
+        ({"attn_logit_softcapping": 50.0}, "soft cap"),
+        ({"num_kv_shared_layers": 1}, "share another layer's KV"),
+        ({"attention_chunk_size": 8}, "chunked attention"),
+        ({"kv_lora_rank": 8}, "latent attention"),
+        ({"v_head_dim": 8}, "values narrower"),
+        ({"is_encoder_decoder": True}, "encoder-decoder"),
+        ({"is_causal": False}, "bidirectional"),
+        ({"alibi": True}, "ALiBi"),
+        ({"layer_types": ["linear_attention"] * 2}, "linear_attention"),
+    ],
+)
+def test_layer_groups_names_what_is_not_served(changes, feature):
+    config = LlamaConfig(num_hidden_layers=2)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.raises(UnsupportedError, match=feature):
+        layer_groups(config, 16)

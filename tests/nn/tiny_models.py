@@ -1,0 +1,83 @@
+"""Random-weight models small enough for a test, and pools for them."""
+
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from kvkernels import BlockAllocator, KVPool
+from kvkernels.nn import PagedGroup, layer_groups
+
+BLOCK_SIZE = 16
+WINDOW = 24  # not a multiple of the block size
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+def llama(**changes):
+    return _initialised(LlamaForCausalLM, LlamaConfig(**SIZES, num_hidden_layers=3, **changes))
+
+
+def gemma3(**changes):
+    sizes = {
+        **SIZES,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "num_hidden_layers": 4,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        **changes,
+    }
+    return _initialised(Gemma3ForCausalLM, Gemma3TextConfig(**sizes))
+
+
+def qwen2():
+    """Biases on keys, and a window on the later layers only."""
+    config = Qwen2Config(
+        **SIZES,
+        num_hidden_layers=3,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        max_window_layers=1,
+    )
+    return _initialised(Qwen2ForCausalLM, config)
+
+
+MODELS = {"llama": llama, "gemma3": gemma3, "qwen2": qwen2}
+
+
+def _initialised(model_class, config):
+    model = model_class(config).eval()
+    # transformers' own 0.02 leaves attention almost uniform, and wrong masks unnoticed.
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.15)
+    return model
+
+
+def make_groups(model, num_blocks=32):
+    return [
+        PagedGroup(
+            KVPool(spec.layout, num_blocks), BlockAllocator(num_blocks), spec.layers, spec.window
+        )
+        for spec in layer_groups(model.config, BLOCK_SIZE, torch.float32)
+    ]
+
+
+def generate(model, ids, num_new=24, **options):
+    return model.generate(ids, max_new_tokens=num_new, do_sample=False, **options)
