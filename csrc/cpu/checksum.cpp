@@ -5,12 +5,11 @@
 #include <bit>
 #include <cstring>
 
+#include "cpu/checksum_kernels.h"
 #include "kvkernels/cpu_features.h"
-#if defined(__x86_64__)
-#include "cpu/checksum_avx512.h"
-#endif
 
 namespace kvkernels {
+namespace portable {
 namespace {
 
 static_assert(std::endian::native == std::endian::little, "records are little endian");
@@ -34,23 +33,10 @@ constexpr auto kCrcTables = [] {
   return tables;
 }();
 
-std::uint32_t portable_crc32c(const Byte* data, std::size_t size, std::uint32_t crc) {
-  crc = ~crc;
-  for (; size >= 8; data += 8, size -= 8) {
-    std::uint64_t word;
-    std::memcpy(&word, data, 8);
-    word ^= crc;
-    crc = 0;
-    for (int k = 0; k < 8; ++k) crc ^= kCrcTables[7 - k][(word >> (8 * k)) & 0xFF];
-  }
-  for (; size > 0; ++data, --size) crc = (crc >> 8) ^ kCrcTables[0][(crc ^ *data) & 0xFF];
-  return ~crc;
-}
-
 // Lane j adds up words j, j + kLanes, ...: `first` is the plain sum A, `second` the sum of A after
 // every step. With T steps, sum of t * w_t = T * A - second, so no multiply stands in the loop.
 template <bool kCopy>
-WordSums portable_sums(const Byte* source, Byte* target, std::size_t size) {
+WordSums lane_sums(const Byte* source, Byte* target, std::size_t size) {
   constexpr std::size_t kLanes = 8;
   std::uint64_t first[kLanes] = {}, second[kLanes] = {};
   const std::size_t num_words = size / 4, steps = num_words / kLanes;
@@ -78,6 +64,36 @@ WordSums portable_sums(const Byte* source, Byte* target, std::size_t size) {
   return sums;
 }
 
+}  // namespace
+
+std::uint32_t crc32c(const void* data, std::size_t size, std::uint32_t crc) {
+  const Byte* bytes = static_cast<const Byte*>(data);
+  crc = ~crc;
+  for (; size >= 8; bytes += 8, size -= 8) {
+    std::uint64_t word;
+    std::memcpy(&word, bytes, 8);
+    word ^= crc;
+    crc = 0;
+    for (int k = 0; k < 8; ++k) crc ^= kCrcTables[7 - k][(word >> (8 * k)) & 0xFF];
+  }
+  for (; size > 0; ++bytes, --size) crc = (crc >> 8) ^ kCrcTables[0][(crc ^ *bytes) & 0xFF];
+  return ~crc;
+}
+
+WordSums checksum_words(const void* data, std::size_t size) {
+  return lane_sums<false>(static_cast<const Byte*>(data), nullptr, size);
+}
+
+WordSums copy_with_checksum(const void* source, void* target, std::size_t size) {
+  return lane_sums<true>(static_cast<const Byte*>(source), static_cast<Byte*>(target), size);
+}
+
+}  // namespace portable
+
+namespace {
+
+using Byte = unsigned char;
+
 #if defined(__x86_64__)
 bool use_avx512() { return best_isa() >= Isa::kAvx512; }
 #endif
@@ -88,21 +104,21 @@ std::uint32_t crc32c(const void* data, std::size_t size, std::uint32_t crc) {
 #if defined(__x86_64__)
   if (use_avx512()) return avx512::crc32c(data, size, crc);
 #endif
-  return portable_crc32c(static_cast<const Byte*>(data), size, crc);
+  return portable::crc32c(data, size, crc);
 }
 
 WordSums checksum_words(const void* data, std::size_t size) {
 #if defined(__x86_64__)
   if (use_avx512()) return avx512::checksum_words(data, size);
 #endif
-  return portable_sums<false>(static_cast<const Byte*>(data), nullptr, size);
+  return portable::checksum_words(data, size);
 }
 
 WordSums copy_with_checksum(const void* source, void* target, std::size_t size) {
 #if defined(__x86_64__)
   if (use_avx512()) return avx512::copy_with_checksum(source, target, size);
 #endif
-  return portable_sums<true>(static_cast<const Byte*>(source), static_cast<Byte*>(target), size);
+  return portable::copy_with_checksum(source, target, size);
 }
 
 void copy_parts_with_checksums(const void* source, void* target, std::size_t part_bytes,

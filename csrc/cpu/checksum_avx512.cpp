@@ -1,5 +1,5 @@
 // Checksums with 512-bit vectors and the CRC-32C instruction (SSE4.2, part of every AVX-512 CPU).
-#include "cpu/checksum_avx512.h"
+#include "cpu/checksum_kernels.h"
 
 #include <immintrin.h>
 

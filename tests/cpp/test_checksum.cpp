@@ -1,6 +1,8 @@
 // Checksums against the definitions, at every length and alignment that takes another path.
 #include "kvkernels/checksum.h"
 
+#include "../../csrc/cpu/checksum_kernels.h"
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -54,11 +56,19 @@ void check_one(std::size_t size, std::size_t shift, std::mt19937_64& random) {
   const std::uint32_t head = kvkernels::crc32c(from, cut);
   require(kvkernels::crc32c(from + cut, size - cut, head) == slow_crc32c(from, size),
           "crc32c in two steps", size, shift);
+  require(kvkernels::portable::crc32c(from, size, 0) == slow_crc32c(from, size), "portable crc32c",
+          size, shift);
   if (size % 4 != 0) return;
   const WordSums expected = slow_sums(from, size);
   require(equal(kvkernels::checksum_words(from, size), expected), "words", size, shift);
   require(equal(kvkernels::copy_with_checksum(from, to, size), expected), "copy", size, shift);
   require(size == 0 || std::memcmp(from, to, size) == 0, "copied bytes", size, shift);
+  std::memset(to, 0, size);
+  require(equal(kvkernels::portable::checksum_words(from, size), expected), "portable words", size,
+          shift);
+  require(equal(kvkernels::portable::copy_with_checksum(from, to, size), expected), "portable copy",
+          size, shift);
+  require(size == 0 || std::memcmp(from, to, size) == 0, "portable copied bytes", size, shift);
 }
 
 // Sums of the largest words wrap modulo 2^64 many times over in `weighted`.
