@@ -28,11 +28,13 @@ def paged_attention(
     lse = query.new_full((num_tokens, num_heads), -torch.inf, dtype=torch.float32)
     for seq, seq_len in enumerate(seq_lens.tolist()):
         first, last = cu_seqlens_q[seq].item(), cu_seqlens_q[seq + 1].item()
+        if first == last:
+            continue
         positions = torch.arange(first, last, device=query.device) - last + seq_len
         keys_at = torch.arange(seq_len, device=query.device)
         # A block that no query can see is never read: its table entry may be anything.
         start = 0
-        if window and last > first:
+        if window:
             start = max(0, int(positions[0]) - window + 1) // block_size * block_size
         keys_at = keys_at[start:]
         visible = torch.ones(len(positions), len(keys_at), dtype=torch.bool, device=query.device)

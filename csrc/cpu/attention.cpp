@@ -1,0 +1,214 @@
+// Paged attention: checks the indices, plans the work, shares it among threads, merges the parts.
+#include "kvkernels/attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "cpu/attention_kernel.h"
+#include "cpu/attention_plan.h"
+#include "kvkernels/cpu_features.h"
+#include "kvkernels/parallel.h"
+
+namespace kvkernels {
+namespace {
+
+constexpr float kLn2 = 0.69314718055994530942f;
+
+const AttentionKernel& find_kernel(AttentionPath path, DType dtype, int64_t head_dim) {
+  const AttentionKernel* kernel = nullptr;
+  if (path == AttentionPath::kAmxEmulated) kernel = amx_emulated_kernel(dtype, head_dim);
+#if defined(__x86_64__)
+  const bool may_use_amx = path == AttentionPath::kAmx && best_isa() >= Isa::kAmx;
+  if (may_use_amx) kernel = amx_kernel(dtype, head_dim);
+  const bool may_use_avx512 = path != AttentionPath::kPortable && best_isa() >= Isa::kAvx512;
+  if (kernel == nullptr && may_use_avx512) kernel = avx512_kernel(dtype, head_dim);
+#endif
+  return kernel != nullptr ? *kernel : *portable_kernel(dtype);
+}
+
+// One call's work: claims items until none is left. Each item is one tile of rows against one chunk
+// of keys; the thread that finishes a tile's last chunk merges them, always in the same order, so
+// the result does not depend on which thread came when.
+class Run {
+ public:
+  Run(const PagedAttentionArgs& args, const AttentionKernel& kernel)
+      : args_(args), kernel_(kernel), plan_(make_plan(args, kernel.max_rows)) {
+    if (plan_.num_split_tiles == 0) return;
+    partials_ = thread_scratch(3, plan_.num_partials * partial_size());
+    num_done_ = std::make_unique<std::atomic<int32_t>[]>(plan_.num_split_tiles);
+  }
+
+  int64_t num_items() const { return plan_.num_items; }
+
+  void work() {
+    size_t cursor = 0;
+    for (int64_t item = next_++; item < plan_.num_items; item = next_++) {
+      while (item >= plan_.sequences[cursor].end_item()) ++cursor;
+      do_item(plan_.sequences[cursor], item - plan_.sequences[cursor].first_item);
+    }
+  }
+
+ private:
+  // out, then max and sum, of one partial result
+  int64_t partial_size() const { return plan_.rows_per_partial * (args_.head_dim + 2); }
+
+  TileResult result_in(float* memory) const {
+    float* max = memory + plan_.rows_per_partial * args_.head_dim;
+    return {memory, max, max + plan_.rows_per_partial};
+  }
+
+  void do_item(const SequencePlan& seq, int64_t index) {
+    const int64_t chunk = index % seq.num_chunks;
+    const int64_t tile_index = index / seq.num_chunks;  // of this sequence, all heads
+    AttentionTile tile = seq.tile(args_, tile_index);
+    if (seq.num_chunks == 1) {
+      const TileResult result = result_in(thread_scratch(0, partial_size()));
+      if (seq.clip_to_chunk(tile, 0)) {
+        kernel_.attend(tile, result);
+        finish(tile, &result, 1);
+      } else {
+        finish(tile, nullptr, 0);
+      }
+      return;
+    }
+    float* memory = partials_ + (seq.first_partial + tile_index * seq.num_chunks) * partial_size();
+    AttentionTile part = tile;
+    if (seq.clip_to_chunk(part, chunk)) {
+      kernel_.attend(part, result_in(memory + chunk * partial_size()));
+    }
+    std::atomic<int32_t>& num_done = num_done_[seq.first_split_tile + tile_index];
+    if (num_done.fetch_add(1, std::memory_order_acq_rel) + 1 < seq.num_chunks) return;
+    TileResult results[kMaxChunks];
+    int num_results = 0;
+    for (int64_t other = 0; other < seq.num_chunks; ++other) {
+      part = tile;
+      if (!seq.clip_to_chunk(part, other)) continue;
+      results[num_results++] = result_in(memory + other * partial_size());
+    }
+    finish(tile, results, num_results);
+  }
+
+  // Merges the results of a tile's chunks, scales and writes the rows.
+  void finish(const AttentionTile& tile, const TileResult* results, int num_results) const {
+    const int64_t head_dim = args_.head_dim, group = args_.num_heads / args_.num_kv_heads;
+    const int64_t item_size = args_.dtype == DType::kFloat32 ? 4 : 2;
+    float* merged = thread_scratch(2, head_dim);
+    for (int64_t row = 0; row < tile.row_end - tile.row_begin; ++row) {
+      float max = -std::numeric_limits<float>::infinity(), sum = 0;
+      for (int i = 0; i < num_results; ++i) max = std::max(max, results[i].max[row]);
+      const float* out = merged;
+      if (num_results == 1) {
+        out = results[0].out + row * head_dim;
+        sum = results[0].sum[row];
+      } else {
+        std::fill_n(merged, head_dim, 0.0f);
+        for (int i = 0; i < num_results; ++i) {
+          // A part that saw no key: its maximum, minus infinity, less itself would be NaN.
+          if (results[i].sum[row] == 0) continue;
+          const float weight = std::exp2(results[i].max[row] - max);
+          sum += weight * results[i].sum[row];
+          const float* part = results[i].out + row * head_dim;
+          for (int64_t i_dim = 0; i_dim < head_dim; ++i_dim) merged[i_dim] += weight * part[i_dim];
+        }
+      }
+      const int64_t r = tile.row_begin + row;
+      const int64_t index =
+          (tile.first_token + r / group) * args_.num_heads + tile.kv_head * group + r % group;
+      kernel_.narrow(out, sum == 0 ? 0.0f : 1.0f / sum,
+                     static_cast<char*>(args_.out) + index * head_dim * item_size, head_dim);
+      if (args_.lse != nullptr) args_.lse[index] = (max + std::log2(sum)) * kLn2;
+    }
+  }
+
+  const PagedAttentionArgs& args_;
+  const AttentionKernel& kernel_;
+  const Plan plan_;
+  float* partials_ = nullptr;  // scratch of the calling thread, written by all
+  std::unique_ptr<std::atomic<int32_t>[]> num_done_;  // chunks, of each tile that has several
+  std::atomic<int64_t> next_{0};
+};
+
+struct AlignedBuffer {
+  ~AlignedBuffer() { std::free(data); }
+  float* data = nullptr;
+  int64_t size = 0;
+};
+
+}  // namespace
+
+float* thread_scratch(int slot, int64_t num_floats) {
+  thread_local AlignedBuffer buffers[4];
+  AlignedBuffer& buffer = buffers[slot];
+  if (buffer.size < num_floats) {
+    std::free(buffer.data);
+    buffer.size = 0;
+    const int64_t num_bytes = (num_floats * static_cast<int64_t>(sizeof(float)) + 63) / 64 * 64;
+    buffer.data = static_cast<float*>(std::aligned_alloc(64, num_bytes));
+    if (buffer.data == nullptr) throw std::bad_alloc();
+    buffer.size = num_floats;
+  }
+  return buffer.data;
+}
+
+bool has_attention_path(AttentionPath path) {
+  switch (path) {
+    case AttentionPath::kPortable:
+    case AttentionPath::kAmxEmulated:
+      return true;
+    case AttentionPath::kAvx512:
+      return best_isa() >= Isa::kAvx512;
+    case AttentionPath::kAmx:
+      return best_isa() >= Isa::kAmx;
+  }
+  return false;
+}
+
+void paged_attention(const PagedAttentionArgs& args, AttentionPath path, int num_threads) {
+  check_indices(args);
+  Run run(args, find_kernel(path, args.dtype, args.head_dim));
+  const int64_t num_useful = std::min<int64_t>(num_threads, run.num_items());
+  if (num_useful > 0) run_parallel(static_cast<int>(num_useful), [&run] { run.work(); });
+}
+
+void merge_attention(const MergeAttentionArgs& args, AttentionPath path, int num_threads) {
+  const AttentionKernel& kernel = find_kernel(path, args.dtype, args.head_dim);
+  const int64_t head_dim = args.head_dim;
+  const int64_t row_bytes = head_dim * (args.dtype == DType::kFloat32 ? 4 : 2);
+  constexpr int64_t kGrainElements = 64 << 10;
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, head_dim));
+  parallel_ranges(args.num_rows, grain, num_threads, [&](int64_t begin, int64_t end) {
+    float* a = thread_scratch(0, 2 * head_dim);
+    float* b = a + head_dim;
+    for (int64_t row = begin; row < end; ++row) {
+      const float lse_a = args.lse_a[row], lse_b = args.lse_b[row];
+      const float max = std::max(lse_a, lse_b);
+      const bool is_empty = max == -std::numeric_limits<float>::infinity();
+      const float exp_a = is_empty ? 0.0f : std::exp(lse_a - max);
+      const float exp_b = is_empty ? 0.0f : std::exp(lse_b - max);
+      const float sum = exp_a + exp_b;
+      const float weight_a = is_empty ? 0.0f : exp_a / sum,
+                  weight_b = is_empty ? 0.0f : exp_b / sum;
+      // Nothing is read where the weight is zero: zero times what lies there might be NaN.
+      if (weight_a != 0) {
+        kernel.widen(static_cast<const char*>(args.out_a) + row * row_bytes, a, head_dim);
+      } else {
+        std::fill_n(a, head_dim, 0.0f);
+      }
+      if (weight_b != 0) {
+        kernel.widen(static_cast<const char*>(args.out_b) + row * row_bytes, b, head_dim);
+      } else {
+        std::fill_n(b, head_dim, 0.0f);
+      }
+      for (int64_t i = 0; i < head_dim; ++i) a[i] = weight_a * a[i] + weight_b * b[i];
+      kernel.narrow(a, 1.0f, static_cast<char*>(args.out) + row * row_bytes, head_dim);
+      args.lse[row] = is_empty ? max : max + std::log(sum);
+    }
+  });
+}
+
+}  // namespace kvkernels

@@ -1,0 +1,64 @@
+// The matrix-tile attention on the AMX instructions of Intel processors since Sapphire Rapids.
+#include <immintrin.h>
+
+#include "cpu/attention_amx_kernel.h"
+
+namespace kvkernels {
+namespace {
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Linux gives the permission for tiles to a process, once (best_isa() asks), but their shape is a
+// register of each thread: it is set for each piece of work and released after it, because threads
+// with tiles in use have more state to save at every switch.
+class AmxTiles {
+ public:
+  AmxTiles() {
+    const TileConfig config;
+    _tile_loadconfig(&config);
+  }
+  ~AmxTiles() { _tile_release(); }
+  AmxTiles(const AmxTiles&) = delete;
+  AmxTiles& operator=(const AmxTiles&) = delete;
+
+  // GCC's own intrinsics paste the text of their argument into the instruction, so they take no
+  // template argument; these are the same instructions.
+  template <int kTile>
+  void zero() {
+    asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
+  }
+  template <int kTile>
+  void load(const void* source, int64_t stride) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2"
+                 :
+                 : "r"(source), "r"(stride), "i"(kTile)
+                 : "memory");
+  }
+  template <int kTile>
+  void store(void* target, int64_t stride) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)"
+                 :
+                 : "r"(target), "r"(stride), "i"(kTile)
+                 : "memory");
+  }
+  template <int kC, int kA, int kB>
+  void dot() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
+  }
+};
+
+}  // namespace
+
+const AttentionKernel* amx_kernel(DType dtype, int64_t head_dim) {
+  if (dtype != DType::kBFloat16 || head_dim == 0 || head_dim % kStep != 0) return nullptr;
+  static const AttentionKernel* const rows = avx512_kernel(dtype, head_dim);
+  static const AttentionKernel kernel = {kTileRows, attend<AmxTiles>, rows->narrow, rows->widen};
+  return &kernel;
+}
+
+}  // namespace kvkernels

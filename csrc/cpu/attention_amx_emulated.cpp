@@ -1,0 +1,57 @@
+// The matrix-tile attention with its instructions emulated in plain C++: shows on any machine that
+// what attention_amx.cpp does with them is right. Slow.
+#include "cpu/attention_amx_kernel.h"
+
+namespace kvkernels {
+namespace {
+
+class EmulatedTiles {
+ public:
+  template <int kTile>
+  void zero() {
+    std::memset(tiles_[kTile], 0, sizeof(tiles_[kTile]));
+  }
+  template <int kTile>
+  void load(const void* source, int64_t stride) {
+    for (int64_t row = 0; row < 16; ++row) {
+      std::memcpy(tiles_[kTile][row], static_cast<const char*>(source) + row * stride, 64);
+    }
+  }
+  template <int kTile>
+  void store(void* target, int64_t stride) {
+    for (int64_t row = 0; row < 16; ++row) {
+      std::memcpy(static_cast<char*>(target) + row * stride, tiles_[kTile][row], 64);
+    }
+  }
+  template <int kC, int kA, int kB>
+  void dot() {
+    for (int m = 0; m < 16; ++m) {
+      float sums[16];
+      std::memcpy(sums, tiles_[kC][m], sizeof(sums));
+      for (int pair = 0; pair < 16; ++pair) {
+        const uint32_t a = tiles_[kA][m][pair];
+        const float low = float_from_bits(a << 16), high = float_from_bits(a & 0xffff0000);
+        for (int n = 0; n < 16; ++n) {
+          const uint32_t b = tiles_[kB][pair][n];
+          sums[n] += low * float_from_bits(b << 16) + high * float_from_bits(b & 0xffff0000);
+        }
+      }
+      std::memcpy(tiles_[kC][m], sums, sizeof(sums));
+    }
+  }
+
+ private:
+  uint32_t tiles_[8][16][16];
+};
+
+}  // namespace
+
+const AttentionKernel* amx_emulated_kernel(DType dtype, int64_t head_dim) {
+  if (dtype != DType::kBFloat16 || head_dim == 0 || head_dim % kStep != 0) return nullptr;
+  static const AttentionKernel* const rows = portable_kernel(dtype);
+  static const AttentionKernel kernel = {kTileRows, attend<EmulatedTiles>, rows->narrow,
+                                         rows->widen};
+  return &kernel;
+}
+
+}  // namespace kvkernels

@@ -1,0 +1,112 @@
+// What the scheduler asks of an instruction set: attention of a tile of query rows to a range of
+// keys. Included by files compiled for different instruction sets, so every function here is
+// static: of an inline one the linker would keep a single copy, perhaps one that this processor
+// cannot run.
+#pragma once
+
+#include <cstdint>
+
+#include "kvkernels/attention.h"
+
+namespace kvkernels {
+
+// Rows of one key-value head of one sequence: row r is query r / group of the sequence, and the
+// head r % group among the `group` query heads that share the key-value head. Later rows stand at
+// the same or later positions, so what they see begins and ends later too.
+struct AttentionTile {
+  const PagedAttentionArgs* args;
+  const int32_t* blocks;  // the sequence's row of the block table
+  int64_t seq_len;
+  int64_t first_token;     // index of the sequence's first query among all tokens
+  int64_t first_position;  // where that query stands in the sequence; may be negative
+  int64_t kv_head;
+  int64_t row_begin, row_end;
+  int64_t key_begin, key_end;  // not empty, and no wider than what the rows see together
+};
+
+// Softmax statistics of each row over the tile's keys; scores are in units of log2.
+struct TileResult {
+  float* out;  // [rows, head_dim]: sum of values, each weighted by 2^(score - max)
+  float* max;  // [rows]; minus infinity where a row sees no key
+  float* sum;  // [rows]: sum of the weights
+};
+
+struct AttentionKernel {
+  int64_t max_rows;  // of a tile
+  void (*attend)(const AttentionTile& tile, const TileResult& result);
+  // out[i] = in[i] * scale, rounded to the dtype.
+  void (*narrow)(const float* in, float scale, void* out, int64_t size);
+  // out[i] = in[i]
+  void (*widen)(const void* in, float* out, int64_t size);
+};
+
+constexpr int64_t kMaxRows = 96;  // no kernel's max_rows is larger
+
+// Each returns null where it does not serve the case.
+const AttentionKernel* portable_kernel(DType dtype);
+const AttentionKernel* avx512_kernel(DType dtype, int64_t head_dim);
+const AttentionKernel* amx_kernel(DType dtype, int64_t head_dim);
+const AttentionKernel* amx_emulated_kernel(DType dtype, int64_t head_dim);
+
+// Memory of the calling thread, 64-byte aligned, uninitialised, valid until the next call with the
+// same slot. Slot 1 is the kernels', the others are the scheduler's.
+float* thread_scratch(int slot, int64_t num_floats);
+
+constexpr float kLog2E = 1.44269504088896340736f;
+
+// The keys that a row sees of the tile's, as [begin, end); empty where end <= begin.
+struct KeyRange {
+  int64_t begin, end;
+};
+
+static inline KeyRange visible_keys(const AttentionTile& tile, int64_t row) {
+  const PagedAttentionArgs& args = *tile.args;
+  const int64_t group = args.num_heads / args.num_kv_heads;
+  const int64_t position = tile.first_position + row / group;
+  KeyRange range = {tile.key_begin, tile.key_end};
+  if (args.window > 0 && position - args.window + 1 > range.begin) {
+    range.begin = position - args.window + 1;
+  }
+  if (args.causal && position + 1 < range.end) range.end = position + 1;
+  return range;
+}
+
+// Where row `row` of the query, or of the output, starts, in elements.
+static inline int64_t query_offset(const AttentionTile& tile, int64_t row) {
+  const PagedAttentionArgs& args = *tile.args;
+  const int64_t group = args.num_heads / args.num_kv_heads;
+  return (tile.first_token + row / group) * args.query_token_stride +
+         (tile.kv_head * group + row % group) * args.query_head_stride;
+}
+
+// Writes where the keys and values of [begin, end) start, in elements. 64-bit: a block id times its
+// stride passes 2^31 in a cache of a few gigabytes.
+static inline void find_rows(const AttentionTile& tile, int64_t begin, int64_t end,
+                             int64_t* key_offsets, int64_t* value_offsets) {
+  const PagedAttentionArgs& args = *tile.args;
+  int64_t index = begin / args.block_size, slot = begin % args.block_size;
+  for (int64_t token = begin; token < end; ++index, slot = 0) {
+    const int64_t block = tile.blocks[index];
+    int64_t key = block * args.key_block_stride + tile.kv_head * args.key_head_stride +
+                  slot * args.key_slot_stride;
+    int64_t value = block * args.value_block_stride + tile.kv_head * args.value_head_stride +
+                    slot * args.value_slot_stride;
+    for (; token < end && slot < args.block_size; ++token, ++slot) {
+      *key_offsets++ = key;
+      *value_offsets++ = value;
+      key += args.key_slot_stride;
+      value += args.value_slot_stride;
+    }
+  }
+}
+
+// Coefficients of 2^f for f in [-0.5, 0.5]: relative error 2e-9, minimax of degree 6.
+static constexpr float kExp2Poly[] = {1.0f,
+                                      6.9314720574e-01f,
+                                      2.4022646890e-01f,
+                                      5.5503287772e-02f,
+                                      9.6184889937e-03f,
+                                      1.3399931140e-03f,
+                                      1.5345802159e-04f};
+
+}  // namespace kvkernels

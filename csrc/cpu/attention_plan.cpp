@@ -1,0 +1,161 @@
+// Cuts the work of a paged attention call into items, after checking what lies in its indices.
+#include "cpu/attention_plan.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+namespace kvkernels {
+namespace {
+
+// Chunks end at multiples of this, and kernels' key tiles divide it.
+constexpr int64_t kChunkUnit = 64;
+// Fewer keys are not worth a second result that must be written and merged. A chunk is also this
+// many times as long as its tile has rows, so that results take little memory beside the keys.
+constexpr int64_t kMinChunk = 256, kMinChunkPerRow = 32;
+// A sequence is cut into about this many items: enough to fill the threads of a large machine, and
+// to balance them, when it comes alone. More would cost bandwidth for results that must be merged.
+constexpr int64_t kItemsPerSequence = 128;
+
+int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+struct QueryRange {
+  int64_t begin, end;
+};
+
+QueryRange queries_of(const PagedAttentionArgs& args, int64_t seq) {
+  if (args.cu_seqlens_q == nullptr) return {seq, seq + 1};
+  return {args.cu_seqlens_q[seq], args.cu_seqlens_q[seq + 1]};
+}
+
+// The first key that any of the sequence's queries sees.
+int64_t first_visible_key(const PagedAttentionArgs& args, int64_t seq_len, int64_t num_queries) {
+  if (args.window == 0) return 0;
+  return std::clamp<int64_t>(seq_len - num_queries - args.window + 1, 0, seq_len);
+}
+
+std::string number(int64_t value) { return std::to_string(value); }
+
+void check_running_sum(const PagedAttentionArgs& args) {
+  const int32_t* sums = args.cu_seqlens_q;
+  if (sums == nullptr) return;
+  if (sums[0] != 0 || sums[args.num_seqs] != args.num_tokens) {
+    throw std::invalid_argument("cu_seqlens_q: expected to run from 0 to " +
+                                number(args.num_tokens) + ", got " + number(sums[0]) + " to " +
+                                number(sums[args.num_seqs]));
+  }
+  for (int64_t seq = 0; seq < args.num_seqs; ++seq) {
+    if (sums[seq + 1] >= sums[seq]) continue;
+    throw std::invalid_argument("cu_seqlens_q: expected no decrease, got one at sequence " +
+                                number(seq));
+  }
+}
+
+void check_sequence(const PagedAttentionArgs& args, int64_t seq) {
+  const int64_t max_tokens = args.max_blocks_per_seq * args.block_size;
+  const int64_t seq_len = args.seq_lens[seq];
+  if (seq_len < 0 || seq_len > max_tokens) {
+    throw std::invalid_argument("seq_lens: expected 0 to " + number(max_tokens) +
+                                " (the table's width), got " + number(seq_len) + " for sequence " +
+                                number(seq));
+  }
+  const QueryRange queries = queries_of(args, seq);
+  if (queries.begin == queries.end || seq_len == 0) return;
+  const int32_t* blocks = args.block_table + seq * args.table_stride;
+  const int64_t begin =
+      first_visible_key(args, seq_len, queries.end - queries.begin) / args.block_size;
+  const int64_t end = (seq_len + args.block_size - 1) / args.block_size;
+  const auto [smallest, largest] = std::minmax_element(blocks + begin, blocks + end);
+  if (begin < end && (*smallest < 0 || *largest >= args.num_blocks)) {
+    throw std::invalid_argument("block_table: expected block ids 0 to " +
+                                number(args.num_blocks - 1) + ", got " + number(*smallest) +
+                                " to " + number(*largest) + " for sequence " + number(seq));
+  }
+}
+
+SequencePlan plan_sequence(const PagedAttentionArgs& args, int64_t seq, int64_t max_rows) {
+  const QueryRange queries = queries_of(args, seq);
+  const int64_t num_queries = queries.end - queries.begin;
+  SequencePlan plan = {};
+  plan.blocks = args.block_table + seq * args.table_stride;
+  plan.seq_len = args.seq_lens[seq];
+  plan.first_token = queries.begin;
+  plan.first_position = plan.seq_len - num_queries;
+  plan.num_rows = num_queries * (args.num_heads / args.num_kv_heads);
+  plan.rows_per_tile = std::min(plan.num_rows, max_rows);
+  plan.num_tiles = (plan.num_rows + plan.rows_per_tile - 1) / plan.rows_per_tile;
+  plan.num_kv_heads = args.num_kv_heads;
+  plan.first_key = first_visible_key(args, plan.seq_len, num_queries) / kChunkUnit * kChunkUnit;
+  const int64_t num_keys = plan.seq_len - plan.first_key;
+  const int64_t num_wanted =
+      std::clamp<int64_t>(kItemsPerSequence / (plan.num_tiles * plan.num_kv_heads), 1, kMaxChunks);
+  plan.chunk_size = std::max(
+      {kMinChunk, kMinChunkPerRow * plan.rows_per_tile, (num_keys + num_wanted - 1) / num_wanted});
+  plan.chunk_size = round_up(plan.chunk_size, kChunkUnit);
+  plan.num_chunks =
+      std::clamp<int64_t>((num_keys + plan.chunk_size - 1) / plan.chunk_size, 1, num_wanted);
+  if (num_wanted == 1) plan.chunk_size = std::max<int64_t>(num_keys, 1);
+  return plan;
+}
+
+}  // namespace
+
+AttentionTile SequencePlan::tile(const PagedAttentionArgs& args, int64_t index) const {
+  const int64_t row_begin = (num_tiles - 1 - index / num_kv_heads) * rows_per_tile;
+  AttentionTile tile = {&args,
+                        blocks,
+                        seq_len,
+                        first_token,
+                        first_position,
+                        index % num_kv_heads,
+                        row_begin,
+                        std::min(num_rows, row_begin + rows_per_tile),
+                        0,
+                        seq_len};
+  const int64_t begin = visible_keys(tile, tile.row_begin).begin;
+  const int64_t end = visible_keys(tile, tile.row_end - 1).end;
+  tile.key_begin = begin;
+  tile.key_end = end;
+  return tile;
+}
+
+bool SequencePlan::clip_to_chunk(AttentionTile& tile, int64_t chunk) const {
+  const int64_t begin = first_key + chunk * chunk_size;
+  tile.key_begin = std::max(tile.key_begin, begin);
+  tile.key_end = std::min(tile.key_end, begin + chunk_size);
+  return tile.key_begin < tile.key_end;
+}
+
+void check_indices(const PagedAttentionArgs& args) {
+  check_running_sum(args);
+  for (int64_t seq = 0; seq < args.num_seqs; ++seq) check_sequence(args, seq);
+}
+
+Plan make_plan(const PagedAttentionArgs& args, int64_t max_rows) {
+  Plan plan;
+  plan.sequences.reserve(args.num_seqs);
+  for (int64_t seq = 0; seq < args.num_seqs; ++seq) {
+    const QueryRange queries = queries_of(args, seq);
+    if (queries.begin < queries.end) {
+      plan.sequences.push_back(plan_sequence(args, seq, max_rows));
+    }
+  }
+  // The longest items first: the threads then end at about the same time.
+  const auto cost = [](const SequencePlan& seq) { return seq.rows_per_tile * seq.chunk_size; };
+  std::stable_sort(plan.sequences.begin(), plan.sequences.end(),
+                   [&](const SequencePlan& a, const SequencePlan& b) { return cost(a) > cost(b); });
+  for (SequencePlan& seq : plan.sequences) {
+    const int64_t num_tiles = seq.num_tiles * seq.num_kv_heads;
+    seq.first_item = plan.num_items;
+    plan.num_items += num_tiles * seq.num_chunks;
+    plan.rows_per_partial = std::max(plan.rows_per_partial, seq.rows_per_tile);
+    if (seq.num_chunks == 1) continue;
+    seq.first_partial = plan.num_partials;
+    seq.first_split_tile = plan.num_split_tiles;
+    plan.num_partials += num_tiles * seq.num_chunks;
+    plan.num_split_tiles += num_tiles;
+  }
+  return plan;
+}
+
+}  // namespace kvkernels

@@ -1,0 +1,53 @@
+// How a call's work is cut into items, from the shapes alone.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/attention_kernel.h"
+
+namespace kvkernels {
+
+constexpr int64_t kMaxChunks = 32;
+
+// One sequence's items. Its query rows (queries times heads of a group) are cut into tiles, for
+// each key-value head, and the keys into chunks:
+//
+//   items   tile T-1 head 0 chunk 0, chunk 1, ...; head 1 ...; tile T-2 ...; tile 0 ...
+//
+// Last tiles first: under a causal mask they see the most keys, and long items are better begun
+// early. Nothing depends on the number of threads or on other sequences, so neither does the
+// rounding of the result.
+struct SequencePlan {
+  const int32_t* blocks;
+  int64_t seq_len, first_token, first_position;
+  int64_t num_rows, rows_per_tile, num_tiles;  // num_tiles: of one key-value head
+  int64_t num_kv_heads;
+  int64_t first_key, chunk_size, num_chunks;  // chunk c starts at first_key + c * chunk_size
+  int64_t first_item;
+  int64_t first_partial;     // where there are several chunks: its first result among all
+  int64_t first_split_tile;  // and its first counter
+
+  int64_t end_item() const { return first_item + num_tiles * num_kv_heads * num_chunks; }
+
+  // The rows of tile `index` of num_tiles * num_kv_heads, and all the keys they see.
+  AttentionTile tile(const PagedAttentionArgs& args, int64_t index) const;
+
+  // Narrows the keys to those of one chunk; false if none is left.
+  bool clip_to_chunk(AttentionTile& tile, int64_t chunk) const;
+};
+
+struct Plan {
+  std::vector<SequencePlan> sequences;  // those with queries, costly items first
+  int64_t num_items = 0;
+  int64_t num_partials = 0, num_split_tiles = 0;
+  int64_t rows_per_partial = 0;
+};
+
+// Throws std::invalid_argument if a length, a running sum or a block id in use is out of range.
+void check_indices(const PagedAttentionArgs& args);
+
+// Expects checked indices.
+Plan make_plan(const PagedAttentionArgs& args, int64_t max_rows);
+
+}  // namespace kvkernels

@@ -1,0 +1,44 @@
+// Scalar conversions that a compiler can turn into vectors of any width. All static, because files
+// compiled for different instruction sets include this.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/attention_kernel.h"
+
+namespace kvkernels {
+
+static inline float float_from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+static inline uint32_t bits_from_float(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+static inline uint16_t bfloat16_from_float(float value) {
+  const uint32_t bits = bits_from_float(value);
+  const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+  const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
+  return static_cast<uint16_t>((is_nan ? bits | 0x400000 : rounded) >> 16);
+}
+
+// 2^x for x <= 0, minus infinity included; NaN stays NaN. Results below 2^-126 are 0.
+static inline float exp2_scalar(float x) {
+  const float clamped = x > -126.0f ? x : -126.0f;
+  // Adding 1.5 * 2^23 leaves the nearest whole number in the low bits.
+  const float shifted = clamped + 12582912.0f;
+  const float rest = clamped - (shifted - 12582912.0f);
+  float poly = kExp2Poly[6];
+  for (int i = 5; i >= 0; --i) poly = poly * rest + kExp2Poly[i];
+  const uint32_t exponent = bits_from_float(shifted) - bits_from_float(12582912.0f) + 127;
+  const float value = x < -126.0f ? 0.0f : poly * float_from_bits(exponent << 23);
+  return x != x ? x : value;
+}
+
+}  // namespace kvkernels

@@ -1,0 +1,149 @@
+// Vectors of 16 floats: loads of every dtype, exp2, reductions. Only for *_avx512.cpp files.
+#pragma once
+
+// GCC 12 takes the undefined lanes of its own intrinsics for a mistake (GCC bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include "cpu/attention_kernel.h"
+
+namespace kvkernels {
+namespace {
+
+// Element types: `load` gives 16 neighbours in order. `load_pair` gives 32 in the cheapest order,
+// the same one at every call: for bfloat16 even ones, then odd ones, which costs a shift and a mask
+// instead of two shuffles. `restore` puts such a pair in order.
+struct Float32 {
+  using Item = float;
+  static __m512 load(const Item* p) { return _mm512_loadu_ps(p); }
+  static void load_pair(const Item* p, __m512& a, __m512& b) {
+    a = load(p);
+    b = load(p + 16);
+  }
+  static void restore(__m512&, __m512&) {}
+  static void store(Item* p, __m512 v, __mmask16 mask) { _mm512_mask_storeu_ps(p, mask, v); }
+  static __m512 masked_load(const Item* p, __mmask16 mask) {
+    return _mm512_maskz_loadu_ps(mask, p);
+  }
+};
+
+struct Float16 {
+  using Item = uint16_t;
+  static __m512 load(const Item* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static void load_pair(const Item* p, __m512& a, __m512& b) {
+    a = load(p);
+    b = load(p + 16);
+  }
+  static void restore(__m512&, __m512&) {}
+  static void store(Item* p, __m512 v, __mmask16 mask) {
+    _mm256_mask_storeu_epi16(p, mask,
+                             _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  static __m512 masked_load(const Item* p, __mmask16 mask) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p));
+  }
+};
+
+struct BFloat16 {
+  using Item = uint16_t;
+  static __m512 widen(__m256i bits) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static __m512 load(const Item* p) {
+    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static void load_pair(const Item* p, __m512& a, __m512& b) {
+    const __m512i bits = _mm512_loadu_si512(p);
+    a = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+    b = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(-65536)));
+  }
+  static void restore(__m512& a, __m512& b) {
+    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    const __m512 even = a;
+    a = _mm512_permutex2var_ps(even, low, b);
+    b = _mm512_permutex2var_ps(even, high, b);
+  }
+  static void store(Item* p, __m512 v, __mmask16 mask) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i tie = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(tie, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+    _mm256_mask_storeu_epi16(p, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  }
+  static __m512 masked_load(const Item* p, __mmask16 mask) {
+    return widen(_mm256_maskz_loadu_epi16(mask, p));
+  }
+};
+
+inline __mmask16 first_lanes(int64_t count) {
+  if (count >= 16) return 0xffff;
+  return count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
+}
+
+// 2^x for x <= 0, minus infinity included; NaN stays NaN.
+inline __m512 exp2_lanes(__m512 x) {
+  // maxps gives its second operand where either is NaN.
+  x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 rest = _mm512_sub_ps(x, whole);
+  __m512 poly = _mm512_set1_ps(kExp2Poly[6]);
+  for (int i = 5; i >= 0; --i) poly = _mm512_fmadd_ps(poly, rest, _mm512_set1_ps(kExp2Poly[i]));
+  return _mm512_scalef_ps(poly, whole);
+}
+
+// Lane i of the result is the sum over the lanes of v[i].
+inline __m512 sum_lanes_of_16(const __m512* v) {
+  __m512 w[4];
+  for (int i = 0; i < 4; ++i) {
+    // quarters of 128 bits: [a02 a13 b02 b13], then one quarter for each of a, b, c, d
+    const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(v[i], v[i + 4], 0x44),
+                                    _mm512_shuffle_f32x4(v[i], v[i + 4], 0xee));
+    const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0x44),
+                                    _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0xee));
+    w[i] = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  }
+  const __m512d low = _mm512_castps_pd(
+      _mm512_add_ps(_mm512_unpacklo_ps(w[0], w[1]), _mm512_unpackhi_ps(w[0], w[1])));
+  const __m512d high = _mm512_castps_pd(
+      _mm512_add_ps(_mm512_unpacklo_ps(w[2], w[3]), _mm512_unpackhi_ps(w[2], w[3])));
+  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
+                       _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+}
+
+// Transposes 16 x 16 floats in registers.
+inline void transpose_16x16(__m512* v) {
+  __m512 t[16];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      const __m512d low = _mm512_castps_pd(t[4 * i + j]), high = _mm512_castps_pd(t[4 * i + j + 2]);
+      v[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      v[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+  // v[4 i + c] holds column 4 q + c of rows 4 i .. 4 i + 3 in its quarter q.
+  for (int c = 0; c < 4; ++c) {
+    const __m512 a = _mm512_shuffle_f32x4(v[c], v[4 + c], 0x88);
+    const __m512 b = _mm512_shuffle_f32x4(v[c], v[4 + c], 0xdd);
+    const __m512 d = _mm512_shuffle_f32x4(v[8 + c], v[12 + c], 0x88);
+    const __m512 e = _mm512_shuffle_f32x4(v[8 + c], v[12 + c], 0xdd);
+    t[c] = _mm512_shuffle_f32x4(a, d, 0x88);
+    t[8 + c] = _mm512_shuffle_f32x4(a, d, 0xdd);
+    t[4 + c] = _mm512_shuffle_f32x4(b, e, 0x88);
+    t[12 + c] = _mm512_shuffle_f32x4(b, e, 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) v[i] = t[i];
+}
+
+}  // namespace
+}  // namespace kvkernels

@@ -1,0 +1,57 @@
+// Attention over the block-table cache, and the union of two attentions.
+#pragma once
+
+#include <cstdint>
+
+namespace kvkernels {
+
+enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// Which code runs. kAmxEmulated computes what kAmx does without its instructions, to test it.
+enum class AttentionPath : int { kPortable = 0, kAvx512 = 1, kAmx = 2, kAmxEmulated = 3 };
+
+// Whether this processor has a path. One that does not serve a dtype or head_dim leaves the call to
+// the next: AMX to AVX-512, that to portable.
+bool has_attention_path(AttentionPath path);
+
+// Strides are in elements; the last dimension of every tensor is dense.
+struct PagedAttentionArgs {
+  const void* query;            // [num_tokens, num_heads, head_dim]
+  const void* key_cache;        // [num_blocks, num_kv_heads, block_size, head_dim]
+  const void* value_cache;      // like key_cache
+  const int32_t* block_table;   // [num_seqs, max_blocks_per_seq]
+  const int32_t* seq_lens;      // [num_seqs]
+  const int32_t* cu_seqlens_q;  // [num_seqs + 1], or null for one query a sequence
+  void* out;                    // [num_tokens, num_heads, head_dim], contiguous
+  float* lse;                   // [num_tokens, num_heads], contiguous, or null
+  int64_t num_tokens, num_heads, num_kv_heads, head_dim;
+  int64_t num_seqs, max_blocks_per_seq, num_blocks, block_size;
+  int64_t query_token_stride, query_head_stride;
+  int64_t key_block_stride, key_head_stride, key_slot_stride;
+  int64_t value_block_stride, value_head_stride, value_slot_stride;
+  int64_t table_stride;
+  float sm_scale;
+  bool causal;
+  int64_t window;  // 0: none
+  DType dtype;
+};
+
+// Fills out, and lse unless it is null. The result depends neither on num_threads nor on the other
+// sequences of the call. Throws std::invalid_argument, before any work, if a value inside an index
+// tensor is out of range.
+void paged_attention(const PagedAttentionArgs& args, AttentionPath path, int num_threads);
+
+struct MergeAttentionArgs {
+  const void *out_a, *out_b;   // [num_rows, head_dim], contiguous
+  const float *lse_a, *lse_b;  // [num_rows]
+  void* out;                   // [num_rows, head_dim], contiguous
+  float* lse;                  // [num_rows]
+  int64_t num_rows, head_dim;
+  DType dtype;
+};
+
+// Merges the attention over two disjoint sets of keys. A row whose lse is minus infinity is not
+// read as numbers.
+void merge_attention(const MergeAttentionArgs& args, AttentionPath path, int num_threads);
+
+}  // namespace kvkernels

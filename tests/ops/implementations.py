@@ -1,0 +1,72 @@
+"""Every implementation of the ops behind one signature, that of the reference functions."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+import kvkernels
+from kvkernels import native
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run the three ops.
+
+    Attributes:
+        name: For the test's id.
+        is_slow: Whether only shapes marked small are worth the time (Triton's interpreter).
+        checks_values: Whether values inside index tensors are checked.
+    """
+
+    name: str
+    store_kv: Callable[..., Any]
+    paged_attention: Callable[..., Any]
+    merge_attention: Callable[..., Any]
+    is_slow: bool = False
+    checks_values: bool = True
+
+
+def _on_isa(isa: str, op: Callable[..., Any], *args: Any) -> Any:
+    with native.use_isa(isa):
+        return op(*args)
+
+
+def _public_paged_attention(*args: Any) -> Any:
+    *tensors, sm_scale, causal, window, return_lse = args
+    result = kvkernels.paged_attention(
+        *tensors, sm_scale=sm_scale, causal=causal, window=window or None, return_lse=return_lse
+    )
+    return result if return_lse else (result, torch.empty(0, tensors[0].shape[1]))
+
+
+def _find_implementations() -> list[Implementation]:
+    public = (kvkernels.store_kv, _public_paged_attention, kvkernels.merge_attention)
+    # Without the extension the op is the reference itself.
+    found = [] if native.is_available else [Implementation("reference", *public)]
+    for isa in native.available_isas():
+        found.append(Implementation(isa, *(partial(_on_isa, isa, op) for op in public)))
+    try:
+        cache = importlib.import_module("kvkernels.triton_kernels.kv_cache")
+        attention = importlib.import_module("kvkernels.triton_kernels.attention")
+    except ModuleNotFoundError:  # Triton is only on Linux
+        return found
+    launchers = (cache.store_kv, attention.paged_attention, attention.merge_attention)
+    found.append(
+        Implementation(
+            "triton", *launchers, is_slow=not torch.cuda.is_available(), checks_values=False
+        )
+    )
+    return found
+
+
+IMPLEMENTATIONS = _find_implementations()
+
+
+def every_implementation(argument: str = "implementation") -> Any:
+    """Parametrise a test over all implementations."""
+    return pytest.mark.parametrize(argument, IMPLEMENTATIONS, ids=lambda found: found.name)
