@@ -42,36 +42,37 @@ def _width(head_dim: int) -> int:
 
 
 # (arch, bytes of an element, width of a head): tile_n, num_warps, num_stages, programs at once.
-# Steps of 16 to 32 KB of keys and values, and two programs' worth of them in flight.
+# A step is 16 to 32 KB of keys and values, and two steps of each program are in flight.
 _DECODE = {
     (8, 2, 64): (64, 4, 4, 2),
-    (8, 2, 128): (64, 4, 3, 1),
-    (8, 2, 256): (32, 4, 3, 1),
-    (8, 4, 64): (32, 4, 3, 2),
-    (8, 4, 128): (32, 4, 2, 2),
-    (8, 4, 256): (16, 4, 2, 2),
+    (8, 2, 128): (64, 4, 3, 2),
+    (8, 2, 256): (32, 4, 3, 2),
+    (8, 4, 64): (32, 8, 3, 2),
+    (8, 4, 128): (32, 8, 3, 2),
+    (8, 4, 256): (16, 8, 3, 2),
     (9, 2, 64): (64, 4, 4, 3),
-    (9, 2, 128): (64, 4, 3, 2),
+    (9, 2, 128): (64, 4, 3, 3),
     (9, 2, 256): (32, 4, 3, 2),
-    (9, 4, 64): (32, 4, 3, 3),
-    (9, 4, 128): (32, 4, 2, 2),
-    (9, 4, 256): (16, 4, 2, 2),
+    (9, 4, 64): (32, 8, 3, 3),
+    (9, 4, 128): (32, 8, 3, 2),
+    (9, 4, 256): (16, 8, 3, 2),
 }
 
 # (arch, bytes of an element, width of a head): for each tile_m its tile_n, num_warps, num_stages.
+# float32 products run on the ordinary units, which hold operands in registers: small tiles.
 _PREFILL = {
     (8, 2, 64): {16: (64, 4, 3), 64: (64, 4, 3), 128: (64, 8, 3)},
-    (8, 2, 128): {16: (64, 4, 3), 64: (64, 4, 2), 128: (64, 8, 3)},
-    (8, 2, 256): {16: (32, 4, 2), 64: (32, 8, 2), 128: (32, 8, 2)},
-    (8, 4, 64): {16: (32, 4, 2), 64: (32, 8, 2)},
-    (8, 4, 128): {16: (32, 4, 2), 64: (32, 8, 2)},
-    (8, 4, 256): {16: (16, 4, 2), 64: (16, 8, 2)},
+    (8, 2, 128): {16: (64, 4, 3), 64: (64, 8, 2), 128: (32, 8, 3)},
+    (8, 2, 256): {16: (32, 4, 2), 64: (16, 8, 3)},
+    (8, 4, 64): {16: (32, 8, 3), 32: (32, 8, 3)},
+    (8, 4, 128): {16: (32, 8, 3), 32: (16, 8, 3)},
+    (8, 4, 256): {16: (16, 8, 2), 32: (16, 8, 2)},
     (9, 2, 64): {16: (64, 4, 3), 64: (64, 4, 3), 128: (128, 8, 3)},
     (9, 2, 128): {16: (64, 4, 3), 64: (64, 4, 3), 128: (64, 8, 3)},
-    (9, 2, 256): {16: (32, 4, 2), 64: (32, 4, 2), 128: (64, 8, 2)},
-    (9, 4, 64): {16: (32, 4, 2), 64: (32, 8, 2)},
-    (9, 4, 128): {16: (32, 4, 2), 64: (32, 8, 2)},
-    (9, 4, 256): {16: (16, 4, 2), 64: (16, 8, 2)},
+    (9, 2, 256): {16: (32, 4, 2), 64: (32, 8, 2), 128: (32, 8, 3)},
+    (9, 4, 64): {16: (32, 8, 3), 32: (32, 8, 3)},
+    (9, 4, 128): {16: (16, 8, 3), 32: (16, 8, 3)},
+    (9, 4, 256): {16: (16, 8, 2), 32: (16, 8, 2)},
 }
 
 
@@ -84,7 +85,8 @@ def _row(arch: int, dtype: torch.dtype, head_dim: int) -> tuple[int, int, int]:
 
 def decode_config(arch: int, dtype: torch.dtype, head_dim: int, group: int) -> TileConfig:
     """Configuration of the decode kernel for `group` query heads to a key-value head."""
-    tile_m = 16 if group <= 16 else 32
+    # Twice the rows spare a second read of the cache; float32 has no registers for them.
+    tile_m = 16 if group <= 16 or dtype.itemsize == 4 else 32
     return TileConfig(tile_m, *_DECODE[_row(arch, dtype, head_dim)])
 
 

@@ -252,11 +252,13 @@ def _combine_kernel(
     row = seq * tl.num_programs(1) + tl.program_id(1)
     first = row * max_splits
 
-    splits = tl.arange(0, MAX_SPLITS)
-    lses = tl.load(partial_lse_ptr + first + splits, mask=splits < num_splits, other=-float("inf"))
+    all_splits = tl.arange(0, MAX_SPLITS)
+    all_lses = tl.load(
+        partial_lse_ptr + first + all_splits, mask=all_splits < num_splits, other=-float("inf")
+    )
     # Finite: a split in use holds at least one visible token.
-    largest = tl.max(lses, 0)
-    total = tl.sum(tl.exp(lses - largest), 0)
+    largest = tl.max(all_lses, 0)
+    total = tl.sum(tl.exp(all_lses - largest), 0)
 
     channels = tl.arange(0, WIDTH)
     acc = tl.zeros([WIDTH], tl.float32)

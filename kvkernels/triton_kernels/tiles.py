@@ -60,31 +60,24 @@ def store_rows(
 
 
 @triton.jit
-def locate(
-    table_ptr,
-    start,  # first token, a multiple of TILE_N
-    keep,  # [TILE_N]; only looked at where MASKED
+def load_block_ids(
+    table_ptr,  # of this sequence, [max_blocks_per_seq]
+    start,  # first token of the tile, a multiple of TILE_N
+    lo,  # table entries of tokens outside lo .. hi - 1 are not read
+    hi,
     BLOCK_SIZE: tl.constexpr,
     TILE_N: tl.constexpr,
-    MASKED: tl.constexpr,
 ):
-    """Block ids (one, or `[TILE_N]`) and slots `[TILE_N]` of a tile of tokens, int64.
-
-    Table entries of tokens that are not kept are not read.
-    """
+    """Block ids of a tile of tokens, int64: one if the tile lies in one block, else `[TILE_N]`."""
     if BLOCK_SIZE % TILE_N == 0:
-        # The tile lies in one block, and a tile is only visited if some token of it is kept.
-        block = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
-        slots = start % BLOCK_SIZE + tl.arange(0, TILE_N)
+        # Tiles are visited from the one that holds lo on, so only the end needs a look.
+        block = tl.load(table_ptr + start // BLOCK_SIZE, mask=start < hi, other=0)
     else:
-        # For powers of two these are a shift and a mask, and tokens of one block share a load.
+        # For powers of two the division is a shift, and tokens of one block share a load.
         tokens = start + tl.arange(0, TILE_N)
-        if MASKED:
-            block = tl.load(table_ptr + tokens // BLOCK_SIZE, mask=keep, other=0).to(tl.int64)
-        else:
-            block = tl.load(table_ptr + tokens // BLOCK_SIZE).to(tl.int64)
-        slots = tokens % BLOCK_SIZE
-    return block, slots.to(tl.int64)
+        keep = (tokens >= lo) & (tokens < hi)
+        block = tl.load(table_ptr + tokens // BLOCK_SIZE, mask=keep, other=0)
+    return block.to(tl.int64)
 
 
 @triton.jit
@@ -119,11 +112,16 @@ def attend(
 ):
     """Softmax attention over a run of tiles; returns acc, acc_tail, row_max and row_sum."""
     scale = sm_scale * _LOG2E
+    next_block = load_block_ids(table_ptr, first_tile * TILE_N, lo, hi, BLOCK_SIZE, TILE_N)
     for tile in range(first_tile, last_tile):
         start = tile * TILE_N
         tokens = start + tl.arange(0, TILE_N)
         keep = (tokens >= lo) & (tokens < hi)
-        block, slots = locate(table_ptr, start, keep, BLOCK_SIZE, TILE_N, MASKED)
+        # Ids are loaded one tile ahead by hand: left in the chain, the pipeliner would count them
+        # as a stage of their own and keep half as many keys and values in flight.
+        block = next_block
+        next_block = load_block_ids(table_ptr, start + TILE_N, lo, hi, BLOCK_SIZE, TILE_N)
+        slots = (tokens % BLOCK_SIZE).to(tl.int64)
         key_rows = block * stride_key_block + slots * stride_key_slot
         value_rows = block * stride_value_block + slots * stride_value_slot
 
