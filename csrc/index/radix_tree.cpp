@@ -32,9 +32,10 @@ std::uint64_t random_seed() {
 
 }  // namespace
 
-RadixTree::RadixTree(std::uint32_t block_size, std::uint32_t num_groups)
+RadixTree::RadixTree(std::uint32_t block_size, std::uint32_t num_groups, std::uint32_t hash_mask)
     : block_size_(check_range("block_size", block_size, kMaxBlockSize)),
       num_groups_(check_range("num_groups", num_groups, kMaxGroups)),
+      hash_mask_(hash_mask),
       // Prompts come from strangers: with a known seed they could choose blocks that collide.
       hash_seed_(random_seed()) {}
 
@@ -50,7 +51,7 @@ std::uint32_t RadixTree::hash_of(NodeId parent, const std::uint32_t* block) cons
     hash = mix(pair[0] ^ kA ^ hash_seed_, pair[1] ^ kB ^ hash);
   }
   for (; i < block_size_; ++i) hash = mix(block[i] ^ kA ^ hash_seed_, hash ^ kB);
-  return static_cast<std::uint32_t>(hash ^ (hash >> 32));
+  return static_cast<std::uint32_t>(hash ^ (hash >> 32)) & hash_mask_;
 }
 
 RadixTree::NodeId RadixTree::find_child(NodeId parent, const std::uint32_t* block) const {
