@@ -8,6 +8,7 @@ take turns, so that a busy machine slows all of them.
 
 import argparse
 import array
+import ctypes
 import gc
 import hashlib
 import json
@@ -238,6 +239,7 @@ def measure_memory_and_eviction(name: str, workload: Workload) -> None:
     """Bytes a block beyond its token ids, then what it takes to give all blocks up."""
     prompts = workload.prompts()
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else the index would move into what the last case left
     before = resident_bytes()
     index = RadixIndex(workload.block_size)
     fill(index, workload, prompts)

@@ -320,7 +320,7 @@ void RadixTree::remove_leaf(NodeId id) {
 }
 
 void RadixTree::reserve_queue() {
-  if (queue_.size() == queue_.capacity()) queue_.reserve(16 + queue_.size() + queue_.size() / 2);
+  if (queue_.size() == queue_.capacity()) queue_.reserve(16 + queue_.size() + queue_.size() / 4);
 }
 
 // Queues an evictable leaf, once; there is room for one more entry.
