@@ -7,7 +7,7 @@ namespace kvkernels {
 
 void ChildTable::reserve_one() {
   if ((size_ + 1) * 4 <= slots_.size() * 3) return;
-  std::vector<Slot> old(slots_.empty() ? 16 : slots_.size() * 2);
+  std::vector<Slot> old(16 + slots_.size() + slots_.size() / 4);
   std::swap(old, slots_);
   size_ = 0;
   for (const Slot& slot : old) {
@@ -16,15 +16,15 @@ void ChildTable::reserve_one() {
 }
 
 void ChildTable::insert(std::uint32_t hash, std::uint32_t node) noexcept {
-  std::size_t i = hash & mask();
-  while (slots_[i].node != kNoNode) i = (i + 1) & mask();
+  std::size_t i = home(hash);
+  while (slots_[i].node != kNoNode) i = after(i);
   slots_[i] = {hash, node};
   ++size_;
 }
 
 std::size_t ChildTable::slot_of(std::uint32_t hash, std::uint32_t node) const noexcept {
-  std::size_t i = hash & mask();
-  while (slots_[i].node != node) i = (i + 1) & mask();
+  std::size_t i = home(hash);
+  while (slots_[i].node != node) i = after(i);
   return i;
 }
 
@@ -35,11 +35,9 @@ void ChildTable::rename(std::uint32_t hash, std::uint32_t old_node,
 
 void ChildTable::erase(std::uint32_t hash, std::uint32_t node) noexcept {
   std::size_t hole = slot_of(hash, node);
-  for (std::size_t i = (hole + 1) & mask(); slots_[i].node != kNoNode; i = (i + 1) & mask()) {
+  for (std::size_t i = after(hole); slots_[i].node != kNoNode; i = after(i)) {
     // An entry may move back to the hole unless its home lies after the hole.
-    const std::size_t from_home = (i - slots_[i].hash) & mask();
-    const std::size_t from_hole = (i - hole) & mask();
-    if (from_home < from_hole) continue;
+    if (steps(home(slots_[i].hash), i) < steps(hole, i)) continue;
     slots_[hole] = slots_[i];
     hole = i;
   }

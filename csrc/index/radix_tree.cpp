@@ -1,10 +1,9 @@
-// Match, insert, pin and evict. Each operation first allocates all that it needs and then changes
-// the tree, so that running out of memory leaves it as it was.
+// Match, insert, and the nodes they make. Each operation first allocates all that it needs and then
+// changes the tree, so that running out of memory leaves it whole.
 #include "kvkernels/radix_tree.h"
 
 #include <algorithm>
 #include <cstring>
-#include <new>
 #include <random>
 #include <stdexcept>
 
@@ -32,9 +31,10 @@ std::uint64_t random_seed() {
 
 }  // namespace
 
-RadixTree::RadixTree(std::uint32_t block_size, std::uint32_t num_groups)
+RadixTree::RadixTree(std::uint32_t block_size, std::uint32_t num_groups, std::uint32_t hash_mask)
     : block_size_(check_range("block_size", block_size, kMaxBlockSize)),
       num_groups_(check_range("num_groups", num_groups, kMaxGroups)),
+      hash_mask_(hash_mask),
       // Prompts come from strangers: with a known seed they could choose blocks that collide.
       hash_seed_(random_seed()) {}
 
@@ -50,7 +50,7 @@ std::uint32_t RadixTree::hash_of(NodeId parent, const std::uint32_t* block) cons
     hash = mix(pair[0] ^ kA ^ hash_seed_, pair[1] ^ kB ^ hash);
   }
   for (; i < block_size_; ++i) hash = mix(block[i] ^ kA ^ hash_seed_, hash ^ kB);
-  return static_cast<std::uint32_t>(hash ^ (hash >> 32));
+  return static_cast<std::uint32_t>(hash ^ (hash >> 32)) & hash_mask_;
 }
 
 RadixTree::NodeId RadixTree::find_child(NodeId parent, const std::uint32_t* block) const {
@@ -225,112 +225,6 @@ void RadixTree::take_holes(NodeId end, std::span<std::int32_t> offered) {
   }
 }
 
-// ---- pins and eviction ----------------------------------------------------------------------
-
-const RadixTree::Node& RadixTree::resolve(Handle handle) const {
-  if (handle.node < nodes_.size()) {
-    const Node& node = nodes_[handle.node];
-    if (node.is_live && node.num_blocks > 0 && node.generation == handle.generation) return node;
-  }
-  throw std::invalid_argument(
-      "match: expected a run that is still cached, got one evicted since it was matched");
-}
-
-void RadixTree::pin(Handle handle) {
-  if (handle.node == kNoNode) return;
-  Node& node = resolve(handle);
-  if (node.num_pins++ == 0) ++num_pinned_;
-}
-
-void RadixTree::unpin(Handle handle) {
-  if (handle.node == kNoNode) return;
-  Node& node = resolve(handle);
-  if (node.num_pins == 0) {
-    throw std::invalid_argument("match: expected a pinned run, got one that is not pinned");
-  }
-  if (node.num_pins == 1) {
-    reserve_queue();
-    --num_pinned_;
-  }
-  --node.num_pins;
-  if (is_evictable(node)) enqueue(handle.node);
-}
-
-std::vector<std::int32_t> RadixTree::evict(std::size_t num_blocks) {
-  std::vector<std::int32_t> victims;
-  std::size_t wanted = std::min(num_blocks, num_blocks_);
-  victims.reserve(wanted * num_groups_);
-  while (wanted > 0 && !queue_.empty()) {
-    const Queued front = queue_.front();
-    std::pop_heap(queue_.begin(), queue_.end());
-    queue_.pop_back();
-    Node& node = nodes_[front.node];
-    node.is_queued = false;
-    if (!is_evictable(node)) continue;  // queued again when its last child or pin goes
-    if (front.tick != node.tick) {      // touched since it was queued
-      enqueue(front.node);
-      continue;
-    }
-    // All blocks of the node have its tick, which is the least: so its whole tail is next in line.
-    const std::size_t count = std::min<std::size_t>(wanted, node.num_blocks);
-    cut_tail(front.node, count, victims);
-    wanted -= count;
-    if (node.num_blocks > 0) {
-      enqueue(front.node);
-    } else {
-      remove_leaf(front.node);
-    }
-  }
-  return victims;
-}
-
-void RadixTree::cut_tail(NodeId id, std::size_t num_blocks, std::vector<std::int32_t>& victims) {
-  Node& node = nodes_[id];
-  if (num_blocks == node.num_blocks) {  // unlinked while its tokens are there to be hashed
-    children_.erase(hash_of(node.parent, tokens_of(node)), id);
-  }
-  for (std::size_t i = 0; i < num_blocks; ++i) {
-    const std::int32_t* ids = ids_of(node) + std::size_t{--node.num_blocks} * num_groups_;
-    victims.insert(victims.end(), ids, ids + num_groups_);
-  }
-  ++node.generation;
-  node.is_handed_out = false;
-  num_blocks_ -= num_blocks;
-  evicted_blocks_ += num_blocks;
-  if (node.num_blocks == 0 || node.num_blocks > node.capacity / 2) return;
-  try {
-    set_words(node, copy_words(node, 0, node.num_blocks, node.num_blocks), node.num_blocks);
-  } catch (const std::bad_alloc&) {
-    // The array stays larger than it need be; the victims must not be lost for that.
-  }
-}
-
-// Unlinks a leaf that has lost its last block; its parent may become the next leaf.
-void RadixTree::remove_leaf(NodeId id) {
-  const NodeId parent_id = nodes_[id].parent;
-  free_node(id);
-  Node& parent = nodes_[parent_id];
-  --parent.num_children;
-  if (is_evictable(parent)) {
-    enqueue(parent_id);
-  } else if (parent.num_blocks == 0 && parent.num_children == 0) {
-    remove_root(parent_id);
-  }
-}
-
-void RadixTree::reserve_queue() {
-  if (queue_.size() == queue_.capacity()) queue_.reserve(16 + queue_.size() + queue_.size() / 2);
-}
-
-// Queues an evictable leaf, once; there is room for one more entry.
-void RadixTree::enqueue(NodeId id) {
-  Node& node = nodes_[id];
-  if (node.is_queued) return;
-  queue_.push_back({node.tick, id});
-  std::push_heap(queue_.begin(), queue_.end());
-  node.is_queued = true;
-}
-
 // ---- roots, nodes and their memory ----------------------------------------------------------
 
 RadixTree::NodeId RadixTree::root_of(std::string_view salt) const {
@@ -349,13 +243,6 @@ RadixTree::NodeId RadixTree::add_root(std::string_view salt) {
     throw;
   }
   return entry->second;
-}
-
-void RadixTree::remove_root(NodeId id) {
-  const auto salt = salts_.find(id);
-  roots_.erase(roots_.find(salt->second));
-  salts_.erase(salt);
-  free_node(id);
 }
 
 RadixTree::NodeId RadixTree::new_node() {

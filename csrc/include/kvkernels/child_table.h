@@ -4,9 +4,11 @@
 //   slot      0           1           2           3
 //          [h=..4, n=7] [h=..4, n=9] [   free   ] [h=..3, n=2]
 //
-// An entry lies at `hash mod size` or, where that is taken, in the next free slot after it; no free
-// slot lies between the two. Removal moves later entries back, so there are no tombstones and the
-// table does not wear out. The table knows hashes and node numbers only: the caller compares.
+// An entry lies at its home, `hash * size / 2^32`, or, where that is taken, in the next free slot
+// after it; no free slot lies between the two. Removal moves later entries back, so there are no
+// tombstones and the table does not wear out. With this home any size will do, so the table grows
+// by a quarter and not to the double, and growing reads and writes in order of memory.
+// The table knows hashes and node numbers only: the caller compares.
 #pragma once
 
 #include <cstddef>
@@ -23,7 +25,7 @@ class ChildTable {
   template <class Predicate>
   std::uint32_t find(std::uint32_t hash, Predicate is_wanted) const {
     if (slots_.empty()) return kNoNode;
-    for (std::size_t i = hash & mask();; i = (i + 1) & mask()) {
+    for (std::size_t i = home(hash);; i = after(i)) {
       const Slot& slot = slots_[i];
       if (slot.node == kNoNode) return kNoNode;
       if (slot.hash == hash && is_wanted(slot.node)) return slot.node;
@@ -51,7 +53,13 @@ class ChildTable {
     std::uint32_t node = kNoNode;  // kNoNode: free
   };
 
-  std::size_t mask() const { return slots_.size() - 1; }  // the size is a power of two
+  std::size_t home(std::uint32_t hash) const {
+    return static_cast<std::size_t>((std::uint64_t{hash} * slots_.size()) >> 32);
+  }
+  std::size_t after(std::size_t i) const { return i + 1 == slots_.size() ? 0 : i + 1; }
+  std::size_t steps(std::size_t from, std::size_t to) const {
+    return to >= from ? to - from : to + slots_.size() - from;
+  }
   std::size_t slot_of(std::uint32_t hash, std::uint32_t node) const noexcept;
 
   std::vector<Slot> slots_;

@@ -83,8 +83,10 @@ class RadixTree {
     std::size_t token_bytes = 0, overhead_bytes = 0;  // token ids; all else
   };
 
-  // Throws std::invalid_argument unless both are in 1..65535.
-  RadixTree(std::uint32_t block_size, std::uint32_t num_groups);
+  // Throws std::invalid_argument unless the first two are in 1..65535. `hash_mask` is for tests:
+  // with few bits nearly all hashes collide, which costs time and nothing else.
+  RadixTree(std::uint32_t block_size, std::uint32_t num_groups,
+            std::uint32_t hash_mask = 0xffffffffu);
 
   // Finds the longest cached run of whole blocks at the front of `tokens`, and touches it.
   Match match(Tokens tokens, std::string_view salt);
@@ -190,6 +192,7 @@ class RadixTree {
 
   std::uint32_t block_size_;
   std::uint32_t num_groups_;
+  std::uint32_t hash_mask_;
   std::uint64_t hash_seed_;
   std::uint64_t clock_ = 0;
   std::deque<Node> nodes_;  // by NodeId; never moves a node, never shrinks

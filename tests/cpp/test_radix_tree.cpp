@@ -1,0 +1,214 @@
+// The radix tree by itself, so that the sanitizers see it; Python tests hold it to its promises.
+#undef NDEBUG
+#include "kvkernels/radix_tree.h"
+
+#include <algorithm>
+#include <cassert>
+#include <cstdio>
+#include <map>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+using kvkernels::ChildTable;
+using kvkernels::kNoNode;
+using kvkernels::RadixTree;
+
+namespace {
+
+using Ids = std::vector<std::int32_t>;
+using TokenIds = std::vector<std::uint32_t>;
+
+template <class Call>
+bool refuses(Call call) {
+  try {
+    call();
+  } catch (const std::invalid_argument&) {
+    return true;
+  }
+  return false;
+}
+
+// Entries that share a few home slots, added and removed at random, are found as a map has them.
+void test_child_table_survives_collisions() {
+  std::mt19937 rng(1);
+  for (const std::uint32_t num_homes : {1u, 3u, 20u, 1u << 30}) {
+    ChildTable table;
+    std::map<std::uint32_t, std::uint32_t> hash_of;  // by node
+    for (std::uint32_t step = 0; step < 4000; ++step) {
+      if (hash_of.empty() || rng() % 16 < 9) {
+        // Homes at both ends of the table, so that runs of entries wrap around.
+        const std::uint32_t hash = (rng() % num_homes) - 2;
+        table.reserve_one();
+        table.insert(hash, step);
+        hash_of[step] = hash;
+      } else {
+        const auto victim = std::next(hash_of.begin(), rng() % hash_of.size());
+        table.erase(victim->second, victim->first);
+        hash_of.erase(victim);
+      }
+      if (step % 50 != 0) continue;
+      assert(table.size() == hash_of.size());
+      for (const auto& [node, hash] : hash_of) {
+        assert(table.find(hash, [node = node](auto found) { return found == node; }) == node);
+      }
+      assert(table.find(7, [](auto) { return false; }) == kNoNode);
+    }
+  }
+}
+
+void test_split_keeps_the_lower_handle() {
+  RadixTree tree(2, 1);
+  const TokenIds prompt{1, 2, 3, 4, 5, 6};
+  tree.insert(prompt, Ids{4, 5, 6}, "");
+  const auto whole = tree.match(prompt, "");
+  tree.pin(whole.handle);
+  const auto front = tree.match(TokenIds{1, 2, 3, 4, 9, 9}, "");
+  assert(front.num_blocks == 2 && front.block_ids == (Ids{4, 5}));
+  assert(front.handle.node != whole.handle.node);
+  tree.insert(TokenIds{1, 2, 3, 4, 9, 9}, Ids{-1, -1, 9}, "");
+  assert(tree.evict(9) == Ids{9});
+  tree.unpin(whole.handle);
+  assert(tree.evict(1) == Ids{6});
+  assert(refuses([&] { tree.pin(whole.handle); }));
+  assert(tree.evict(9) == (Ids{5, 4}));
+  assert(tree.check().empty() && tree.num_blocks() == 0);
+}
+
+void test_refuses_what_it_cannot_do() {
+  assert(refuses([] { RadixTree(0, 1); }));
+  assert(refuses([] { RadixTree(1, 65536); }));
+  RadixTree tree(4, 1);
+  assert(refuses([&] { tree.insert(TokenIds{1, 2, 3}, Ids{1}, ""); }));
+  assert(refuses([&] { tree.pin({0, 0}); }));
+  assert(refuses([&] { tree.pin({12345, 0}); }));
+  tree.insert(TokenIds{1, 2, 3, 4}, Ids{1}, "");
+  for (std::uint32_t node = 0; node < 4; ++node) {
+    for (std::uint32_t generation = 1; generation < 4; ++generation) {
+      assert(refuses([&] { tree.pin({node, generation}); }));
+    }
+  }
+  assert(refuses([&] { tree.pin({0, 0}); }));  // the root
+  assert(tree.check().empty());
+}
+
+// A long run cut from its end gives its memory back.
+void test_memory_follows_the_blocks() {
+  RadixTree tree(1, 1);
+  const std::size_t num_blocks = 10000;
+  tree.insert(TokenIds(num_blocks, 7), Ids(num_blocks, 7), "");
+  const std::size_t before = tree.stats().overhead_bytes;
+  tree.evict(num_blocks - 10);
+  assert(tree.stats().overhead_bytes < before / 2);
+  assert(tree.check().empty());
+}
+
+// Random operations against a map of every cached prefix, with hashes of 32 bits, and of 1 bit so
+// that nearly every look-up meets a collision.
+void test_agrees_with_a_map(std::uint32_t hash_mask, std::uint32_t seed) {
+  struct Block {
+    std::int32_t id;
+    std::uint64_t tick;
+    int num_pins;
+  };
+  constexpr std::uint32_t kBlockSize = 3;
+  RadixTree tree(kBlockSize, 1, hash_mask);
+  std::map<TokenIds, Block> blocks;
+  std::mt19937 rng(seed);
+  std::uint64_t tick = 0;
+  std::vector<std::pair<TokenIds, RadixTree::Handle>> pinned;
+
+  const auto evict_one = [&] {
+    auto victim = blocks.end();
+    for (auto it = blocks.begin(); it != blocks.end(); ++it) {
+      const TokenIds& path = it->first;
+      // Paths are in lexical order, so what continues this one comes right after it.
+      const auto next = std::next(it);
+      const bool has_next = next != blocks.end() && next->first.size() > path.size() &&
+                            std::equal(path.begin(), path.end(), next->first.begin());
+      if (has_next || it->second.num_pins > 0) continue;
+      if (victim == blocks.end() || it->second.tick < victim->second.tick) victim = it;
+    }
+    if (victim == blocks.end()) return Ids{};
+    const Ids id{victim->second.id};
+    blocks.erase(victim);
+    return id;
+  };
+
+  for (int step = 0; step < 3000; ++step) {
+    TokenIds prompt(rng() % (8 * kBlockSize));
+    for (auto& token : prompt) token = rng() % 8 == 0;
+    const std::size_t num_blocks = prompt.size() / kBlockSize;
+    ++tick;
+    switch (rng() % 5) {
+      case 0:
+      case 1: {
+        Ids ids(num_blocks), expected(num_blocks, -1);
+        for (std::size_t i = 0; i < num_blocks; ++i) {
+          ids[i] = static_cast<std::int32_t>(rng() >> 1);
+          const TokenIds path(prompt.begin(), prompt.begin() + (i + 1) * kBlockSize);
+          const auto [it, is_new] = blocks.try_emplace(path, Block{ids[i], tick, 0});
+          if (!is_new) expected[i] = ids[i];
+          it->second.tick = tick;
+        }
+        assert(tree.insert(prompt, ids, "") == expected);
+        break;
+      }
+      case 2: {
+        const auto match = tree.match(prompt, "");
+        Ids expected;
+        TokenIds end;
+        for (std::size_t i = 0; i < num_blocks; ++i) {
+          const TokenIds path(prompt.begin(), prompt.begin() + (i + 1) * kBlockSize);
+          const auto it = blocks.find(path);
+          if (it == blocks.end()) break;
+          it->second.tick = tick;
+          expected.push_back(it->second.id);
+          end = path;
+        }
+        assert(match.block_ids == expected && match.num_blocks == expected.size());
+        if (!end.empty() && rng() % 2 == 0) {
+          tree.pin(match.handle);
+          ++blocks.at(end).num_pins;
+          pinned.emplace_back(end, match.handle);
+        }
+        break;
+      }
+      case 3:
+        if (!pinned.empty()) {
+          std::swap(pinned[rng() % pinned.size()], pinned.back());
+          tree.unpin(pinned.back().second);
+          --blocks.at(pinned.back().first).num_pins;
+          pinned.pop_back();
+        }
+        break;
+      case 4: {
+        const std::size_t wanted = rng() % 6;
+        Ids expected;
+        for (std::size_t i = 0; i < wanted; ++i) {
+          for (const std::int32_t id : evict_one()) expected.push_back(id);
+        }
+        assert(tree.evict(wanted) == expected);
+        break;
+      }
+    }
+    assert(tree.num_blocks() == blocks.size());
+    for (const std::string& problem : tree.check()) {
+      std::printf("step %d: %s\n", step, problem.c_str());
+      std::abort();
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_child_table_survives_collisions();
+  test_split_keeps_the_lower_handle();
+  test_refuses_what_it_cannot_do();
+  test_memory_follows_the_blocks();
+  for (const std::uint32_t hash_mask : {0xffffffffu, 1u}) {
+    for (std::uint32_t seed = 1; seed <= 3; ++seed) test_agrees_with_a_map(hash_mask, seed);
+  }
+  std::puts("radix tree: ok");
+}
