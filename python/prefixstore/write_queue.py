@@ -63,7 +63,7 @@ class WriteQueue:
     def take(self) -> WriteJob | None:
         """The next job, waiting for one; None once the queue is closed and empty."""
         with self._changed:
-            self._changed.wait_for(lambda: self._jobs or self._is_closed)
+            self._changed.wait_for(lambda: bool(self._jobs) or self._is_closed)
             if not self._jobs:
                 return None
             self._running = self._jobs.popleft()
@@ -79,7 +79,7 @@ class WriteQueue:
     def wait_empty(self, timeout_s: float) -> bool:
         """Wait until nothing is queued or running; False if that takes longer."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._num_entries() == 0, timeout_s)
+            return bool(self._changed.wait_for(lambda: self._num_entries() == 0, timeout_s))
 
     def close(self) -> None:
         """Take no more jobs; what is queued can still be taken."""
@@ -102,8 +102,8 @@ class WriteQueue:
 
     def check(self) -> list[str]:
         with self._changed:
-            jobs = [*self._jobs, self._running] if self._running else list(self._jobs)
-            num_bytes = sum(job.data.nbytes for job in jobs if job)
+            jobs = list(self._jobs) + ([self._running] if self._running else [])
+            num_bytes = sum(job.data.nbytes for job in jobs)
             if num_bytes != self._num_bytes:
                 return [f"write queue: expected {num_bytes} bytes, got {self._num_bytes}"]
             return []
