@@ -1,0 +1,105 @@
+"""A breaker per tier: one that keeps failing is left alone, for longer each time."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from prefixstore.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BreakerConfig:
+    """When a tier is left alone.
+
+    Attributes:
+        failures: This many ...
+        window_s: ... within this time, and the tier is down.
+        pause_s: How long it is first left alone; each failed trial doubles it.
+        max_pause_s: The longest pause.
+    """
+
+    failures: int = 5
+    window_s: float = 10.0
+    pause_s: float = 1.0
+    max_pause_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.failures < 1:
+            raise ConfigError(f"failures: expected at least 1, got {self.failures}")
+        for name in ("window_s", "pause_s", "max_pause_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}: expected more than 0, got {getattr(self, name)}")
+
+
+class Breaker:
+    """Up: every call is allowed. Down: none until the pause is over, then one trial at a time; it
+    brings the tier back or begins the next pause. Thread-safe; logs changes of state only.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: BreakerConfig,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name = name
+        self._config = config
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._failures: deque[float] = deque(maxlen=config.failures)
+        self._pause_s = config.pause_s
+        self._down_until: float | None = None
+
+    @property
+    def is_down(self) -> bool:
+        return self._down_until is not None
+
+    def allows(self) -> bool:
+        """Whether to call the tier now; where this is the trial, others wait for its outcome."""
+        if self._down_until is None:
+            return True
+        with self._lock:
+            now = self._clock()
+            if self._down_until is None:
+                return True
+            if now < self._down_until:
+                return False
+            self._down_until = now + self._pause_s  # a trial that never ends is not the last one
+            return True
+
+    def succeeded(self) -> None:
+        if self._down_until is None:
+            return
+        with self._lock:
+            self._down_until = None
+            self._failures.clear()
+            self._pause_s = self._config.pause_s
+        logger.warning("tier %s: back", self._name)
+
+    def failed(self, error: BaseException) -> None:
+        with self._lock:
+            now = self._clock()
+            if self._down_until is not None:
+                self._pause_s = min(self._pause_s * 2, self._config.max_pause_s)
+                self._down_until = now + self._pause_s
+                return
+            self._failures.append(now)
+            is_full = len(self._failures) == self._config.failures
+            if not is_full or now - self._failures[0] > self._config.window_s:
+                return
+        self.trip(error)
+
+    def trip(self, error: BaseException) -> None:
+        """Take the tier down at once."""
+        with self._lock:
+            was_down = self._down_until is not None
+            self._down_until = self._clock() + self._pause_s
+        if not was_down:
+            logger.warning("tier %s: down for %s s: %s", self._name, self._pause_s, error)

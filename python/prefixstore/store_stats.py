@@ -1,0 +1,81 @@
+"""What a store counts."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TierUse:
+    """What a store has done with one tier.
+
+    Attributes:
+        name: The tier's name.
+        num_hits: Verified records.
+        num_misses: Look-ups that found nothing usable here, the corrupted and failed ones too.
+        num_corrupted: Records that failed verification; deleted from the tier.
+        num_errors: Calls that raised, but for a full tier.
+        num_full: Records that found no room.
+        num_skipped: Calls not made because the tier was down.
+        num_written: Records put, saved or promoted.
+        read_bytes: Bytes of the records that were hits.
+        written_bytes: Bytes of the records that were put.
+        is_down: Left alone just now.
+    """
+
+    name: str
+    num_hits: int = 0
+    num_misses: int = 0
+    num_corrupted: int = 0
+    num_errors: int = 0
+    num_full: int = 0
+    num_skipped: int = 0
+    num_written: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+    is_down: bool = False
+
+
+@dataclass(frozen=True)
+class StoreStats:
+    """What a store has done.
+
+    Attributes:
+        tiers: One entry each, in order of speed.
+        num_loads: Blocks asked for.
+        num_misses: Blocks that no tier had.
+        num_saved: Blocks taken for writing.
+        num_present: Blocks taken that every tier had already.
+        num_dropped: Blocks not written because the queue was full or closed.
+        num_promotions_dropped: Records not moved up for the same reason.
+        queue_entries: Blocks that wait for the writer now.
+        queue_bytes: Their bytes.
+    """
+
+    tiers: tuple[TierUse, ...]
+    num_loads: int = 0
+    num_misses: int = 0
+    num_saved: int = 0
+    num_present: int = 0
+    num_dropped: int = 0
+    num_promotions_dropped: int = 0
+    queue_entries: int = 0
+    queue_bytes: int = 0
+
+
+class Counts:
+    """Integers by name; thread-safe."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def add(self, **increments: int) -> None:
+        with self._lock:
+            self._counts.update(increments)
+
+    def as_dict(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self._counts)

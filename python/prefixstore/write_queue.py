@@ -1,0 +1,112 @@
+"""The bounded queue between those who save blocks and the thread that writes them."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from prefixstore.guarded_tier import GuardedTier
+from prefixstore.record import BlockKey
+
+
+def noop() -> None:
+    """Does nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class WriteJob:
+    """One block on its way to the tiers.
+
+    Attributes:
+        key: The block.
+        data: Its payload, or its whole record where `is_record`.
+        is_record: A record that came from a slower tier and goes to faster ones.
+        tiers: Where it is to go.
+        done: Called once `data` is no longer read.
+    """
+
+    key: BlockKey
+    data: memoryview
+    is_record: bool
+    tiers: tuple[GuardedTier, ...]
+    done: Callable[[], None] = noop
+
+
+class WriteQueue:
+    """First in, first out, bounded in bytes and entries; a job being written still counts."""
+
+    def __init__(self, max_bytes: int, max_entries: int) -> None:
+        self._max_bytes = max_bytes
+        self._max_entries = max_entries
+        self._jobs: deque[WriteJob] = deque()
+        self._running: WriteJob | None = None
+        self._num_bytes = 0
+        self._is_closed = False
+        self._changed = threading.Condition()
+
+    def offer(self, job: WriteJob) -> bool:
+        """Queue a job; False if it does not fit or the queue is closed."""
+        with self._changed:
+            has_room = (
+                self._num_bytes + job.data.nbytes <= self._max_bytes
+                and self._num_entries() < self._max_entries
+            )
+            if self._is_closed or not has_room:
+                return False
+            self._jobs.append(job)
+            self._num_bytes += job.data.nbytes
+            self._changed.notify_all()
+            return True
+
+    def take(self) -> WriteJob | None:
+        """The next job, waiting for one; None once the queue is closed and empty."""
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._jobs) or self._is_closed)
+            if not self._jobs:
+                return None
+            self._running = self._jobs.popleft()
+            return self._running
+
+    def finish(self, job: WriteJob) -> None:
+        """The job that was taken is done with."""
+        with self._changed:
+            self._running = None
+            self._num_bytes -= job.data.nbytes
+            self._changed.notify_all()
+
+    def wait_empty(self, timeout_s: float) -> bool:
+        """Wait until nothing is queued or running; False if that takes longer."""
+        with self._changed:
+            return bool(self._changed.wait_for(lambda: self._num_entries() == 0, timeout_s))
+
+    def close(self) -> None:
+        """Take no more jobs; what is queued can still be taken."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def clear(self) -> list[WriteJob]:
+        """Remove and return what is queued but not running."""
+        with self._changed:
+            jobs, self._jobs = list(self._jobs), deque()
+            self._num_bytes -= sum(job.data.nbytes for job in jobs)
+            self._changed.notify_all()
+            return jobs
+
+    def sizes(self) -> tuple[int, int]:
+        """Entries and bytes, queued or running."""
+        with self._changed:
+            return self._num_entries(), self._num_bytes
+
+    def check(self) -> list[str]:
+        with self._changed:
+            jobs = list(self._jobs) + ([self._running] if self._running else [])
+            num_bytes = sum(job.data.nbytes for job in jobs)
+            if num_bytes != self._num_bytes:
+                return [f"write queue: expected {num_bytes} bytes, got {self._num_bytes}"]
+            return []
+
+    def _num_entries(self) -> int:
+        return len(self._jobs) + (self._running is not None)

@@ -1,0 +1,269 @@
+"""The contract of every tier, and random operations beside a plain dict."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prefixstore.errors import BlockCorrupted, ConfigError, TierFull, TierUnavailable
+from prefixstore.record import BlockKey
+from prefixstore.tiers.base import Tier
+from prefixstore.tiers.disk import DiskTier, DiskTierConfig
+from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
+from sample_blocks import LARGE_LAYOUT, LAYOUT, make_keys, make_record
+
+PAGE = 4096
+SLOT = 4096  # of a LAYOUT record, 3,328 bytes
+LARGE_SLOT = 86016  # of a LARGE_LAYOUT record, 82,240 bytes
+
+MakeTier = Callable[..., Tier]
+
+
+@pytest.fixture(params=["memory", "disk"])
+def make_tier(request, tmp_path) -> Iterator[MakeTier]:
+    """Makes a tier; each is checked after the test, unless the test closed it, and closed."""
+    tiers: list[Tier] = []
+
+    def make(capacity_bytes: int, slab_bytes: int | None = None) -> Tier:
+        if request.param == "memory":
+            tiers.append(MemoryTier(MemoryTierConfig(capacity_bytes, slab_bytes)))
+        else:
+            path = tmp_path / str(len(tiers))
+            tiers.append(DiskTier(DiskTierConfig(path, capacity_bytes, slab_bytes)))
+        return tiers[-1]
+
+    yield make
+    for tier in tiers:
+        if "closes" not in request.keywords:
+            assert tier.check() == []
+        tier.close()
+
+
+def get(tier: Tier, key: BlockKey) -> bytes | None:
+    out = bytearray(b"\xee" * key.layout.record_bytes)
+    num_read = tier.get(key.block_hash, memoryview(out))
+    return None if num_read is None else bytes(out[:num_read])
+
+
+def put(tier: Tier, key: BlockKey) -> None:
+    tier.put(key.block_hash, memoryview(make_record(key)))
+
+
+def test_keeps_what_is_put(make_tier):
+    tier = make_tier(64 * SLOT)
+    first, second = make_keys(2)
+    assert get(tier, first) is None
+    put(tier, first)
+    assert get(tier, first) == make_record(first)
+    assert get(tier, second) is None
+    assert tier.contains(first.block_hash) and not tier.contains(second.block_hash)
+    stats = tier.stats()
+    assert (stats.num_records, stats.used_bytes) == (1, LAYOUT.record_bytes)
+    assert (stats.num_hits, stats.num_misses, stats.num_puts) == (1, 2, 1)
+    assert stats.read_bytes == stats.written_bytes == LAYOUT.record_bytes
+
+
+def test_keeps_the_first_of_two_records_of_one_hash(make_tier):
+    tier = make_tier(64 * SLOT)
+    (key,) = make_keys(1)
+    put(tier, key)
+    tier.put(key.block_hash, memoryview(bytes(LAYOUT.record_bytes)))
+    assert get(tier, key) == make_record(key)
+    assert tier.stats().num_puts == 1
+
+
+def test_forgets_what_is_deleted(make_tier):
+    tier = make_tier(64 * SLOT)
+    (key,) = make_keys(1)
+    assert not tier.delete(key.block_hash)
+    put(tier, key)
+    assert tier.delete(key.block_hash)
+    assert get(tier, key) is None
+    assert tier.stats().used_bytes == 0
+    put(tier, key)
+    assert get(tier, key) == make_record(key)
+
+
+def test_does_many_at_once(make_tier):
+    tier = make_tier(256 * SLOT)
+    keys = make_keys(20)
+    hashes = [key.block_hash for key in keys]
+    tier.put_many(hashes[:15], [memoryview(make_record(key)) for key in keys[:15]])
+    assert tier.contains_many(hashes) == [True] * 15 + [False] * 5
+    assert tier.contains_many([]) == []
+    outs = [bytearray(LAYOUT.record_bytes) for _ in keys]
+    sizes = tier.get_many(hashes, [memoryview(out) for out in outs])
+    assert sizes == [LAYOUT.record_bytes] * 15 + [None] * 5
+    assert outs[:15] == [make_record(key) for key in keys[:15]]
+    assert tier.delete_many(hashes[10:]) == 5
+    assert tier.contains_many(hashes) == [True] * 10 + [False] * 10
+
+
+def test_evicts_the_least_recently_used(make_tier):
+    tier = make_tier(4 * SLOT)
+    keys = make_keys(6)
+    for key in keys[:4]:
+        put(tier, key)
+    assert get(tier, keys[0]) is not None
+    put(tier, keys[4])
+    put(tier, keys[5])
+    assert tier.contains_many([key.block_hash for key in keys]) == [True, False, False] + [True] * 3
+    assert tier.stats().num_evictions == 2
+
+
+def test_stays_within_its_bytes(make_tier):
+    capacity = 10 * SLOT
+    tier = make_tier(capacity)
+    for key in make_keys(50):
+        put(tier, key)
+        assert tier.stats().used_bytes <= capacity
+    assert tier.stats().num_records == 10
+
+
+def test_records_of_another_size_get_their_share(make_tier):
+    tier = make_tier(16 * LARGE_SLOT)
+    small, large = make_keys(400), make_keys(40, LARGE_LAYOUT)
+    for key in small:
+        put(tier, key)
+    for key in large:
+        put(tier, key)
+    assert get(tier, large[-1]) == make_record(large[-1])
+    assert tier.stats().num_records > 14
+    for key in small:
+        put(tier, key)
+    assert get(tier, small[-1]) == make_record(small[-1])
+
+
+def test_refuses_a_record_larger_than_itself_and_loses_nothing(make_tier):
+    tier = make_tier(8 * SLOT)
+    (small,), (large,) = make_keys(1), make_keys(1, LARGE_LAYOUT)
+    put(tier, small)
+    with pytest.raises(TierFull, match="expected"):
+        put(tier, large)
+    assert get(tier, small) == make_record(small)
+
+
+def test_refuses_a_buffer_that_is_too_short(make_tier):
+    tier = make_tier(8 * SLOT)
+    (key,) = make_keys(1)
+    put(tier, key)
+    with pytest.raises(BlockCorrupted, match="at most 100 bytes, got 3328"):
+        tier.get(key.block_hash, memoryview(bytearray(100)))
+
+
+def test_says_when_it_is_closed(make_tier, request):
+    request.keywords["closes"] = True
+    tier = make_tier(8 * SLOT)
+    (key,) = make_keys(1)
+    put(tier, key)
+    tier.close()
+    for call in (
+        lambda: get(tier, key),
+        lambda: put(tier, key),
+        lambda: tier.contains(key.block_hash),
+        lambda: tier.contains_many([key.block_hash]),
+        lambda: tier.delete(key.block_hash),
+        tier.check,
+    ):
+        with pytest.raises(TierUnavailable, match="open"):
+            call()
+    tier.close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_operations_beside_a_dict(make_tier, seed):
+    """With room for all, a tier is a dict; short of room it may only forget."""
+    random = np.random.default_rng(seed)
+    keys = make_keys(40) + make_keys(10, LARGE_LAYOUT)
+    records = {key.block_hash: bytes(make_record(key)) for key in keys}
+    for capacity, is_roomy in ((16 * 32 * LARGE_SLOT, True), (20 * LARGE_SLOT, False)):
+        tier = make_tier(capacity, None if is_roomy else LARGE_SLOT)
+        model: dict[bytes, bytes] = {}
+        for step in range(300):
+            key = keys[random.integers(len(keys))]
+            match random.integers(4):
+                case 0 | 1:
+                    put(tier, key)
+                    model[key.block_hash] = records[key.block_hash]
+                    assert tier.contains(key.block_hash)
+                case 2:
+                    was_there = tier.delete(key.block_hash)
+                    expected = model.pop(key.block_hash, None)
+                    assert was_there == (expected is not None) or not is_roomy
+                case 3:
+                    got = get(tier, key)
+                    assert got == model.get(key.block_hash) or (got is None and not is_roomy)
+            if step % 50 == 0:
+                assert tier.check() == []
+        stats = tier.stats()
+        assert stats.used_bytes <= capacity
+        if is_roomy:
+            assert stats.num_records == len(model)
+            assert stats.used_bytes == sum(map(len, model.values()))
+
+
+def test_threads_only_ever_see_whole_records(make_tier):
+    tier = make_tier(6 * SLOT)  # far fewer slots than keys: evictions under every reader
+    keys = make_keys(16)
+    records = {key.block_hash: bytes(make_record(key)) for key in keys}
+    problems: list[str] = []
+    num_hits = [0] * 4
+
+    def work(thread: int) -> None:
+        random = np.random.default_rng(thread)
+        try:
+            for _ in range(150):
+                key = keys[random.integers(len(keys))]
+                if random.integers(3) == 0:
+                    put(tier, key)
+                elif (got := get(tier, key)) is not None:
+                    num_hits[thread] += 1
+                    if got != records[key.block_hash]:
+                        problems.append(f"thread {thread}: wrong bytes")
+                if random.integers(10) == 0:
+                    tier.delete(key.block_hash)
+        except TierFull:
+            problems.append(f"thread {thread}: full")
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    assert all(num_hits)
+
+
+def test_refuses_settings_out_of_range():
+    with pytest.raises(ConfigError, match="capacity_bytes: expected at least 4096, got 100"):
+        MemoryTierConfig(100)
+    with pytest.raises(ConfigError, match="slab_bytes: expected"):
+        MemoryTierConfig(8192, slab_bytes=16384)
+    with pytest.raises(ConfigError, match="capacity_bytes: expected"):
+        DiskTierConfig(Path("x"), 0)
+    with pytest.raises(ConfigError, match="slab_bytes: expected"):
+        DiskTierConfig(Path("x"), 8192, slab_bytes=1)
+    with pytest.raises(ConfigError, match="timeout_s: expected more than 0, got 0"):
+        DiskTierConfig(Path("x"), 8192, timeout_s=0)
+
+
+def test_memory_arena_never_grows():
+    tier = MemoryTier(MemoryTierConfig(64 * PAGE))
+    arena = tier._arena
+    for key in make_keys(200):
+        put(tier, key)
+    assert tier._arena is arena and arena.nbytes == 64 * PAGE
+    assert tier.check() == []
+
+
+def test_memory_check_sees_lost_and_doubled_slots():
+    tier = MemoryTier(MemoryTierConfig(16 * PAGE))
+    for key in make_keys(4):
+        put(tier, key)
+    tier._used_bytes += 1
+    assert any("used bytes" in problem for problem in tier.check())
+    tier._used_bytes -= 1
+    slab = next(slab for slab in tier._slabs if slab.records)
+    slab.free_offsets.append(slab.offset)
+    assert any("each of" in problem for problem in tier.check())
