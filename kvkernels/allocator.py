@@ -1,5 +1,7 @@
 """Who uses which block: a free list and reference counts."""
 
+import threading
+from collections import Counter
 from collections.abc import Iterable
 
 
@@ -8,7 +10,7 @@ class PoolFullError(RuntimeError):
 
 
 class BlockAllocator:
-    """Hands out block ids of a pool and counts who uses them.
+    """Hands out block ids of a pool and counts who uses them. Safe to call from any thread.
 
     ::
 
@@ -25,6 +27,8 @@ class BlockAllocator:
             raise ValueError(f"num_blocks: expected a positive integer, got {num_blocks!r}")
         self._ref_counts = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
+        # A background writer gives blocks back while requests take them.
+        self._lock = threading.Lock()
 
     @property
     def num_blocks(self) -> int:
@@ -47,16 +51,14 @@ class BlockAllocator:
         """
         if num_blocks < 0:
             raise ValueError(f"num_blocks: expected 0 or more, got {num_blocks}")
-        if num_blocks > len(self._free):
-            raise PoolFullError(
-                f"num_blocks: expected at most {len(self._free)} (free now), got {num_blocks}"
-            )
-        if num_blocks == 0:
-            return []
-        taken = self._free[-num_blocks:][::-1]
-        del self._free[-num_blocks:]
-        for block_id in taken:
-            self._ref_counts[block_id] = 1
+        with self._lock:
+            if num_blocks > len(self._free):
+                raise PoolFullError(
+                    f"num_blocks: expected at most {len(self._free)} (free now), got {num_blocks}"
+                )
+            taken = [self._free.pop() for _ in range(num_blocks)]
+            for block_id in taken:
+                self._ref_counts[block_id] = 1
         return taken
 
     def share(self, block_ids: Iterable[int]) -> None:
@@ -66,10 +68,11 @@ class BlockAllocator:
             ValueError: If an id is out of range or free; nothing changes then.
         """
         block_ids = list(block_ids)
-        for block_id in block_ids:
-            self._check_used(block_id)
-        for block_id in block_ids:
-            self._ref_counts[block_id] += 1
+        with self._lock:
+            for block_id in block_ids:
+                self._check_used(block_id, 1)
+            for block_id in block_ids:
+                self._ref_counts[block_id] += 1
 
     def release(self, block_ids: Iterable[int]) -> None:
         """Drop one reference of each block; those at zero go back to the free list.
@@ -78,41 +81,37 @@ class BlockAllocator:
             ValueError: If an id is out of range or has fewer references than are dropped;
                 nothing changes then.
         """
-        block_ids = list(block_ids)
-        for index, block_id in enumerate(block_ids):
-            try:
-                self._check_used(block_id)
-            except ValueError:
-                self._undo_release(block_ids[:index])
-                raise
-            self._ref_counts[block_id] -= 1
-        self._free.extend(
-            block_id
-            for block_id in dict.fromkeys(reversed(block_ids))
-            if self._ref_counts[block_id] == 0
-        )
+        drops = Counter(block_ids)
+        with self._lock:
+            for block_id, num_drops in drops.items():
+                self._check_used(block_id, num_drops)
+            for block_id, num_drops in drops.items():
+                self._ref_counts[block_id] -= num_drops
+                if self._ref_counts[block_id] == 0:
+                    self._free.append(block_id)
 
     def check(self) -> list[str]:
         """Recount; returns one line for each thing that is wrong."""
+        with self._lock:
+            counts, free_list = list(self._ref_counts), list(self._free)
+        free = set(free_list)
         problems = []
-        free = set(self._free)
-        if len(free) != len(self._free):
+        if len(free) != len(free_list):
             problems.append("a block is on the free list twice")
-        for block_id, count in enumerate(self._ref_counts):
+        for block_id, count in enumerate(counts):
             if count < 0 or (count == 0) != (block_id in free):
                 where = "is" if block_id in free else "is not"
                 problems.append(f"block {block_id} has {count} references and {where} free")
         return problems
 
-    def _undo_release(self, block_ids: list[int]) -> None:
-        for block_id in block_ids:
-            self._ref_counts[block_id] += 1
-
     def _check_id(self, block_id: int) -> None:
         if not 0 <= block_id < len(self._ref_counts):
             raise ValueError(f"block_id: expected 0 to {len(self._ref_counts) - 1}, got {block_id}")
 
-    def _check_used(self, block_id: int) -> None:
+    def _check_used(self, block_id: int, num_references: int) -> None:
         self._check_id(block_id)
-        if self._ref_counts[block_id] < 1:
-            raise ValueError(f"block_id: expected a block in use, got {block_id}, which is free")
+        if self._ref_counts[block_id] < num_references:
+            raise ValueError(
+                f"block_id: expected a block with {num_references} references or more,"
+                f" got {block_id} with {self._ref_counts[block_id]}"
+            )

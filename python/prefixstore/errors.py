@@ -1,4 +1,4 @@
-"""Errors of prefixstore; the message names the argument or tier, what was expected and what came."""
+"""Errors of prefixstore: each names the argument or tier, what was expected and what came."""
 
 
 class StoreError(Exception):

@@ -1,0 +1,30 @@
+// Checksums of stored blocks: CRC-32C for headers, two order-free word sums for payloads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace kvkernels {
+
+// Over the little-endian u32 words w_0, w_1, ... of a buffer, both modulo 2^64. Order-free, so any
+// parallel schedule gives the same pair. Every change within one word and every two-bit error
+// changes `sum` or `weighted`; swapped words change `weighted`.
+struct WordSums {
+  std::uint64_t sum;       // of w_i
+  std::uint64_t weighted;  // of (i + 1) * w_i
+};
+
+// CRC-32C (Castagnoli) of `size` bytes. `crc` continues an earlier call; 0 starts.
+std::uint32_t crc32c(const void* data, std::size_t size, std::uint32_t crc = 0);
+
+// `size` is a multiple of 4; no alignment is needed.
+WordSums checksum_words(const void* data, std::size_t size);
+
+// Copies `size` bytes, a multiple of 4, and sums them on the way. The ranges must not overlap.
+WordSums copy_with_checksum(const void* source, void* target, std::size_t size);
+
+// Copies `num_parts` adjoining parts of `part_bytes` each; `sums[i]` are those of part i alone.
+void copy_parts_with_checksums(const void* source, void* target, std::size_t part_bytes,
+                               std::size_t num_parts, WordSums* sums);
+
+}  // namespace kvkernels

@@ -1,0 +1,206 @@
+// The prefix index: a radix tree over token ids whose edges are runs of whole blocks.
+//
+// Block size 2. One prompt of three blocks was inserted at tick 1:
+//
+//   root -- [a b|c d|e f]         node 7: block ids 4 5 6, tick 1, pinned once
+//
+// match(a b c d x y) at tick 2 hits two blocks of the three, so the run is split there. The lower
+// part stays node 7 and keeps its handle, its pins and its children:
+//
+//   root -- [a b|c d] -- [e f]    node 8: block ids 4 5, tick 2; node 7: block id 6, tick 1, pinned
+//
+// insert(a b c d x y) at tick 3 then adds a second child, and evict(1) takes block 9, not block 6:
+//
+//   root -- [a b|c d] -+- [e f]   node 7: block id 6, tick 1, pinned
+//                      +- [x y]   node 9: block id 9, tick 3
+//
+// Invariants, all recounted by check():
+//  1. A node other than a root holds one block or more; a root (one per salt) holds none. The first
+//     blocks of siblings differ, so each sequence of blocks has one place.
+//  2. All blocks of a node were last touched at the same tick: a match or insert touches its whole
+//     path at one tick and splits where the path ends inside a node. Hence recency is exact for
+//     each block, and ticks never rise from a parent to its child.
+//  3. Two leaves never have the same tick, since one tick touches one path. So "the least recently
+//     touched block with no cached block after it" is one block: ties cannot arise.
+//  4. Pins stand on the last node of the pinned run. All before it is kept by invariant 5.
+//  5. Only the tail of an unpinned leaf is ever evicted.
+//  6. Every unpinned leaf has one entry in the eviction heap, keyed by a tick no later than its
+//  own.
+//     Touching a node leaves the entry alone; evict() puts stale entries right when they surface,
+//     so a match costs no heap work and an eviction O(log n), amortised.
+//  7. A handle names a node and its generation; the generation changes when the last block of the
+//     node is evicted. A node whose handle was given out never grows at its end. So a handle stands
+//     for the same blocks as long as it is valid.
+//
+// No operation walks the tree, but check() and runs(). One caller at a time: the binding locks.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "kvkernels/child_table.h"
+
+namespace kvkernels {
+
+class RadixTree {
+ public:
+  using NodeId = std::uint32_t;
+  using Tokens = std::span<const std::uint32_t>;
+
+  struct Handle {
+    NodeId node = kNoNode;  // kNoNode: the empty run, which may be pinned to no effect
+    std::uint32_t generation = 0;
+  };
+
+  struct Match {
+    std::size_t num_blocks = 0;
+    Handle handle;
+    std::vector<std::int32_t> block_ids;  // [num_blocks, num_groups], -1: not resident
+  };
+
+  struct Run {  // one node, for walks
+    std::string salt;
+    std::size_t first_block = 0;  // blocks before it on its path
+    std::vector<std::uint32_t> tokens;
+    std::vector<std::int32_t> block_ids;
+    std::uint64_t tick = 0;
+    std::uint32_t num_pins = 0;
+  };
+
+  struct Stats {
+    std::size_t num_blocks = 0, num_runs = 0, num_salts = 0, num_pinned_runs = 0;
+    std::uint64_t num_matches = 0, lookup_blocks = 0, hit_blocks = 0;
+    std::uint64_t inserted_blocks = 0, evicted_blocks = 0;
+    std::size_t token_bytes = 0, overhead_bytes = 0;  // token ids; all else
+  };
+
+  // Throws std::invalid_argument unless both are in 1..65535.
+  RadixTree(std::uint32_t block_size, std::uint32_t num_groups);
+
+  // Finds the longest cached run of whole blocks at the front of `tokens`, and touches it.
+  Match match(Tokens tokens, std::string_view salt);
+
+  // Caches the first blocks of `tokens`, one for each row of `block_ids` [num_blocks, num_groups].
+  // Returns, in the same shape, the ids that were not taken because an id was there already; -1
+  // elsewhere. Throws std::invalid_argument if there are fewer tokens than the rows need.
+  std::vector<std::int32_t> insert(Tokens tokens, std::span<const std::int32_t> block_ids,
+                                   std::string_view salt);
+
+  // A pinned run, and all before it, is not evicted until it was unpinned as often. Both throw
+  // std::invalid_argument for a stale handle, unpin also for a run that is not pinned.
+  void pin(Handle handle);
+  void unpin(Handle handle);
+
+  // Removes up to `num_blocks` blocks; returns their ids [n, num_groups] in order of eviction.
+  std::vector<std::int32_t> evict(std::size_t num_blocks);
+
+  std::vector<Handle> runs() const;                  // all nodes, parents before their children
+  std::optional<Run> describe(Handle handle) const;  // empty when it is stale
+
+  std::uint32_t block_size() const { return block_size_; }
+  std::uint32_t num_groups() const { return num_groups_; }
+  std::size_t num_blocks() const { return num_blocks_; }
+  Stats stats() const;
+  std::vector<std::string> check() const;  // one line for each thing that is wrong
+
+ private:
+  // The tokens of `capacity` blocks, then their block ids.
+  using Words = std::unique_ptr<std::uint32_t[]>;
+
+  struct Node {
+    Words words;
+    std::uint64_t tick = 0;
+    NodeId parent = kNoNode;  // in a free node: the next free one
+    std::uint32_t first_block = 0;
+    std::uint32_t num_blocks = 0;
+    std::uint32_t capacity = 0;
+    std::uint32_t num_children = 0;
+    std::uint32_t num_pins = 0;
+    std::uint32_t generation = 0;
+    bool is_live = false;
+    bool is_queued = false;      // has an entry in queue_
+    bool is_handed_out = false;  // a handle of this generation exists
+  };
+
+  struct Queued {
+    std::uint64_t tick;
+    NodeId node;
+    friend bool operator<(const Queued& a, const Queued& b) { return a.tick > b.tick; }  // min-heap
+  };
+
+  struct End {
+    NodeId node;
+    std::size_t num_blocks;
+  };
+
+  std::uint32_t* tokens_of(const Node& node) const { return node.words.get(); }
+  std::int32_t* ids_of(const Node& node) const {
+    return reinterpret_cast<std::int32_t*>(node.words.get() + words_before_ids(node.capacity));
+  }
+  std::size_t words_before_ids(std::size_t capacity) const { return capacity * block_size_; }
+  std::size_t words_per_block() const { return std::size_t{block_size_} + num_groups_; }
+  bool is_evictable(const Node& node) const {
+    return node.num_children == 0 && node.num_pins == 0 && node.num_blocks > 0;
+  }
+
+  std::uint32_t hash_of(NodeId parent, const std::uint32_t* block) const;
+  NodeId find_child(NodeId parent, const std::uint32_t* block) const;
+  std::size_t count_equal_blocks(const Node& node, const std::uint32_t* tokens,
+                                 std::size_t num_blocks) const;
+  End follow(NodeId root, const std::uint32_t* tokens, std::size_t num_blocks);
+  NodeId split(NodeId id, std::uint32_t num_upper);
+
+  NodeId root_of(std::string_view salt) const;
+  NodeId add_root(std::string_view salt);
+  NodeId new_node();
+  void free_node(NodeId id) noexcept;
+  void add_child(NodeId parent, const std::uint32_t* tokens, const std::int32_t* ids,
+                 std::size_t num_blocks);
+  void extend(Node& node, const std::uint32_t* tokens, const std::int32_t* ids,
+              std::size_t num_blocks);
+  void take_holes(NodeId end, std::span<std::int32_t> offered);
+  Words copy_words(const Node& node, std::size_t first, std::size_t num_blocks,
+                   std::size_t capacity) const;
+  void set_words(Node& node, Words words, std::size_t capacity);
+
+  void reserve_queue();
+  void enqueue(NodeId id);
+  void cut_tail(NodeId id, std::size_t num_blocks, std::vector<std::int32_t>& victims);
+  void remove_leaf(NodeId id);
+  void remove_root(NodeId id);
+
+  const Node& resolve(Handle handle) const;
+  Node& resolve(Handle handle) { return const_cast<Node&>(std::as_const(*this).resolve(handle)); }
+
+  struct SaltHash {
+    using is_transparent = void;
+    std::size_t operator()(std::string_view salt) const {
+      return std::hash<std::string_view>{}(salt);
+    }
+  };
+
+  std::uint32_t block_size_;
+  std::uint32_t num_groups_;
+  std::uint64_t hash_seed_;
+  std::uint64_t clock_ = 0;
+  std::deque<Node> nodes_;  // by NodeId; never moves a node, never shrinks
+  NodeId first_free_ = kNoNode;
+  std::unordered_map<std::string, NodeId, SaltHash, std::equal_to<>> roots_;
+  std::unordered_map<NodeId, std::string_view> salts_;  // of the roots; views the keys of roots_
+  ChildTable children_;
+  std::vector<Queued> queue_;  // a heap: the least recent leaf in front, see invariant 6
+  std::size_t num_blocks_ = 0, num_nodes_ = 0, num_pinned_ = 0, capacity_blocks_ = 0;
+  std::uint64_t num_matches_ = 0, lookup_blocks_ = 0, hit_blocks_ = 0;
+  std::uint64_t inserted_blocks_ = 0, evicted_blocks_ = 0;
+};
+
+}  // namespace kvkernels

@@ -1,0 +1,403 @@
+// Match, insert, pin and evict. Each operation first allocates all that it needs and then changes
+// the tree, so that running out of memory leaves it as it was.
+#include "kvkernels/radix_tree.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <random>
+#include <stdexcept>
+
+namespace kvkernels {
+namespace {
+
+constexpr std::uint32_t kMaxBlockSize = 65535;  // a record stores it in 16 bits
+constexpr std::uint32_t kMaxGroups = 65535;
+
+std::uint64_t mix(std::uint64_t a, std::uint64_t b) {
+  const auto product = static_cast<unsigned __int128>(a) * b;
+  return static_cast<std::uint64_t>(product) ^ static_cast<std::uint64_t>(product >> 64);
+}
+
+std::uint32_t check_range(const char* name, std::uint32_t value, std::uint32_t highest) {
+  if (value >= 1 && value <= highest) return value;
+  throw std::invalid_argument(std::string(name) + ": expected 1 to " + std::to_string(highest) +
+                              ", got " + std::to_string(value));
+}
+
+std::uint64_t random_seed() {
+  std::random_device device;
+  return (std::uint64_t{device()} << 32) | device();
+}
+
+}  // namespace
+
+RadixTree::RadixTree(std::uint32_t block_size, std::uint32_t num_groups)
+    : block_size_(check_range("block_size", block_size, kMaxBlockSize)),
+      num_groups_(check_range("num_groups", num_groups, kMaxGroups)),
+      // Prompts come from strangers: with a known seed they could choose blocks that collide.
+      hash_seed_(random_seed()) {}
+
+// ---- following a path -----------------------------------------------------------------------
+
+std::uint32_t RadixTree::hash_of(NodeId parent, const std::uint32_t* block) const {
+  constexpr std::uint64_t kA = 0xa0761d6478bd642full, kB = 0xe7037ed1a0b428dbull;
+  std::uint64_t hash = mix(hash_seed_ ^ kA, parent ^ kB);
+  std::size_t i = 0;
+  for (; i + 4 <= block_size_; i += 4) {
+    std::uint64_t pair[2];
+    std::memcpy(pair, block + i, sizeof pair);
+    hash = mix(pair[0] ^ kA ^ hash_seed_, pair[1] ^ kB ^ hash);
+  }
+  for (; i < block_size_; ++i) hash = mix(block[i] ^ kA ^ hash_seed_, hash ^ kB);
+  return static_cast<std::uint32_t>(hash ^ (hash >> 32));
+}
+
+RadixTree::NodeId RadixTree::find_child(NodeId parent, const std::uint32_t* block) const {
+  return children_.find(hash_of(parent, block), [&](NodeId id) {
+    const Node& node = nodes_[id];
+    return node.parent == parent &&
+           std::memcmp(tokens_of(node), block, block_size_ * sizeof *block) == 0;
+  });
+}
+
+// How many of the first `num_blocks` blocks of the node have these tokens.
+std::size_t RadixTree::count_equal_blocks(const Node& node, const std::uint32_t* tokens,
+                                          std::size_t num_blocks) const {
+  // Stretches of 4 KB, where memcmp is fast; then block by block in the one that differs.
+  const std::size_t stretch = std::max<std::size_t>(1, 1024 / block_size_);
+  const std::uint32_t* stored = tokens_of(node);
+  const auto is_equal = [&](std::size_t first, std::size_t count) {
+    const std::size_t offset = first * block_size_;
+    return std::memcmp(stored + offset, tokens + offset, count * block_size_ * sizeof *tokens) == 0;
+  };
+  std::size_t equal = 0;
+  while (equal < num_blocks) {
+    const std::size_t count = std::min(stretch, num_blocks - equal);
+    if (!is_equal(equal, count)) break;
+    equal += count;
+  }
+  while (equal < num_blocks && is_equal(equal, 1)) ++equal;
+  return equal;
+}
+
+// Goes down as far as the tokens agree, splits where that is inside a node, and touches the path.
+RadixTree::End RadixTree::follow(NodeId root, const std::uint32_t* tokens, std::size_t num_blocks) {
+  ++clock_;
+  End end{root, 0};
+  while (end.num_blocks < num_blocks) {
+    const std::uint32_t* rest = tokens + end.num_blocks * block_size_;
+    NodeId child = find_child(end.node, rest);
+    if (child == kNoNode) break;
+    const std::size_t length = nodes_[child].num_blocks;
+    const std::size_t comparable = std::min(length, num_blocks - end.num_blocks);
+    const std::size_t equal = count_equal_blocks(nodes_[child], rest, comparable);
+    if (equal < length) child = split(child, static_cast<std::uint32_t>(equal));
+    nodes_[child].tick = clock_;
+    end = {child, end.num_blocks + equal};
+    if (equal < length) break;
+  }
+  return end;
+}
+
+// Cuts a node after `num_upper` blocks; returns the new upper part. The lower part keeps its
+// number.
+RadixTree::NodeId RadixTree::split(NodeId id, std::uint32_t num_upper) {
+  Node& lower = nodes_[id];
+  const std::uint32_t num_lower = lower.num_blocks - num_upper;
+  Words upper_words = copy_words(lower, 0, num_upper, num_upper);
+  Words lower_words = copy_words(lower, num_upper, num_lower, num_lower);
+  children_.reserve_one();
+  const NodeId upper_id = new_node();
+
+  Node& upper = nodes_[upper_id];
+  children_.rename(hash_of(lower.parent, tokens_of(lower)), id, upper_id);
+  upper.tick = lower.tick;
+  upper.parent = lower.parent;
+  upper.first_block = lower.first_block;
+  upper.num_blocks = num_upper;
+  upper.num_children = 1;
+  set_words(upper, std::move(upper_words), num_upper);
+  lower.parent = upper_id;
+  lower.first_block += num_upper;
+  lower.num_blocks = num_lower;
+  set_words(lower, std::move(lower_words), num_lower);
+  children_.insert(hash_of(upper_id, tokens_of(lower)), id);
+  return upper_id;
+}
+
+// ---- match and insert -----------------------------------------------------------------------
+
+RadixTree::Match RadixTree::match(Tokens tokens, std::string_view salt) {
+  const std::size_t num_blocks = tokens.size() / block_size_;
+  ++num_matches_;
+  lookup_blocks_ += num_blocks;
+  const NodeId root = root_of(salt);
+  if (root == kNoNode) return {};
+  const End end = follow(root, tokens.data(), num_blocks);
+  if (end.node == root) return {};
+
+  Match match{end.num_blocks, {end.node, nodes_[end.node].generation}, {}};
+  match.block_ids.resize(end.num_blocks * num_groups_);
+  for (NodeId id = end.node; id != root; id = nodes_[id].parent) {
+    const Node& node = nodes_[id];
+    std::copy_n(ids_of(node), std::size_t{node.num_blocks} * num_groups_,
+                match.block_ids.data() + std::size_t{node.first_block} * num_groups_);
+  }
+  nodes_[end.node].is_handed_out = true;
+  hit_blocks_ += end.num_blocks;
+  return match;
+}
+
+std::vector<std::int32_t> RadixTree::insert(Tokens tokens, std::span<const std::int32_t> block_ids,
+                                            std::string_view salt) {
+  const std::size_t num_blocks = block_ids.size() / num_groups_;
+  if (num_blocks * block_size_ > tokens.size()) {
+    throw std::invalid_argument(
+        "block_ids: expected at most " + std::to_string(tokens.size() / block_size_) +
+        " rows (whole blocks of tokens), got " + std::to_string(num_blocks));
+  }
+  std::vector<std::int32_t> offered(block_ids.begin(), block_ids.end());
+  if (num_blocks == 0) return offered;
+
+  NodeId root = root_of(salt);
+  if (root == kNoNode) root = add_root(salt);
+  const End end = follow(root, tokens.data(), num_blocks);
+  if (end.num_blocks < num_blocks) {
+    const std::uint32_t* rest = tokens.data() + end.num_blocks * block_size_;
+    const std::int32_t* rest_ids = offered.data() + end.num_blocks * num_groups_;
+    Node& node = nodes_[end.node];
+    // Decoding appends block after block: growing the leaf keeps one node where a chain would form.
+    if (is_evictable(node) && !node.is_handed_out) {
+      extend(node, rest, rest_ids, num_blocks - end.num_blocks);
+    } else {
+      add_child(end.node, rest, rest_ids, num_blocks - end.num_blocks);
+    }
+    std::fill(offered.begin() + end.num_blocks * num_groups_, offered.end(), -1);
+  }
+  take_holes(end.node, offered);
+  return offered;
+}
+
+void RadixTree::extend(Node& node, const std::uint32_t* tokens, const std::int32_t* ids,
+                       std::size_t num_blocks) {
+  const std::size_t needed = node.num_blocks + num_blocks;
+  if (needed > node.capacity) {
+    const std::size_t capacity = std::max(needed, node.capacity + std::size_t{node.capacity} / 4);
+    set_words(node, copy_words(node, 0, node.num_blocks, capacity), capacity);
+  }
+  std::copy_n(tokens, num_blocks * block_size_,
+              tokens_of(node) + std::size_t{node.num_blocks} * block_size_);
+  std::copy_n(ids, num_blocks * num_groups_,
+              ids_of(node) + std::size_t{node.num_blocks} * num_groups_);
+  node.num_blocks += static_cast<std::uint32_t>(num_blocks);
+  num_blocks_ += num_blocks;
+  inserted_blocks_ += num_blocks;
+}
+
+void RadixTree::add_child(NodeId parent, const std::uint32_t* tokens, const std::int32_t* ids,
+                          std::size_t num_blocks) {
+  Words words = std::make_unique_for_overwrite<std::uint32_t[]>(num_blocks * words_per_block());
+  children_.reserve_one();
+  reserve_queue();
+  const NodeId id = new_node();
+
+  Node& node = nodes_[id];
+  node.tick = clock_;
+  node.parent = parent;
+  node.first_block = nodes_[parent].first_block + nodes_[parent].num_blocks;
+  set_words(node, std::move(words), num_blocks);
+  extend(node, tokens, ids, num_blocks);
+  children_.insert(hash_of(parent, tokens), id);
+  ++nodes_[parent].num_children;
+  enqueue(id);
+}
+
+// Fills the -1 of the path that ends in `end` with ids on offer; what is taken becomes -1 there.
+void RadixTree::take_holes(NodeId end, std::span<std::int32_t> offered) {
+  for (NodeId id = end; nodes_[id].num_blocks > 0; id = nodes_[id].parent) {
+    const Node& node = nodes_[id];
+    std::int32_t* held = ids_of(node);
+    std::int32_t* rows = offered.data() + std::size_t{node.first_block} * num_groups_;
+    for (std::size_t i = 0; i < std::size_t{node.num_blocks} * num_groups_; ++i) {
+      if (held[i] < 0) std::swap(held[i], rows[i]);
+    }
+  }
+}
+
+// ---- pins and eviction ----------------------------------------------------------------------
+
+const RadixTree::Node& RadixTree::resolve(Handle handle) const {
+  if (handle.node < nodes_.size()) {
+    const Node& node = nodes_[handle.node];
+    if (node.is_live && node.num_blocks > 0 && node.generation == handle.generation) return node;
+  }
+  throw std::invalid_argument(
+      "match: expected a run that is still cached, got one evicted since it was matched");
+}
+
+void RadixTree::pin(Handle handle) {
+  if (handle.node == kNoNode) return;
+  Node& node = resolve(handle);
+  if (node.num_pins++ == 0) ++num_pinned_;
+}
+
+void RadixTree::unpin(Handle handle) {
+  if (handle.node == kNoNode) return;
+  Node& node = resolve(handle);
+  if (node.num_pins == 0) {
+    throw std::invalid_argument("match: expected a pinned run, got one that is not pinned");
+  }
+  if (node.num_pins == 1) {
+    reserve_queue();
+    --num_pinned_;
+  }
+  --node.num_pins;
+  if (is_evictable(node)) enqueue(handle.node);
+}
+
+std::vector<std::int32_t> RadixTree::evict(std::size_t num_blocks) {
+  std::vector<std::int32_t> victims;
+  std::size_t wanted = std::min(num_blocks, num_blocks_);
+  victims.reserve(wanted * num_groups_);
+  while (wanted > 0 && !queue_.empty()) {
+    const Queued front = queue_.front();
+    std::pop_heap(queue_.begin(), queue_.end());
+    queue_.pop_back();
+    Node& node = nodes_[front.node];
+    node.is_queued = false;
+    if (!is_evictable(node)) continue;  // queued again when its last child or pin goes
+    if (front.tick != node.tick) {      // touched since it was queued
+      enqueue(front.node);
+      continue;
+    }
+    // All blocks of the node have its tick, which is the least: so its whole tail is next in line.
+    const std::size_t count = std::min<std::size_t>(wanted, node.num_blocks);
+    cut_tail(front.node, count, victims);
+    wanted -= count;
+    if (node.num_blocks > 0) {
+      enqueue(front.node);
+    } else {
+      remove_leaf(front.node);
+    }
+  }
+  return victims;
+}
+
+void RadixTree::cut_tail(NodeId id, std::size_t num_blocks, std::vector<std::int32_t>& victims) {
+  Node& node = nodes_[id];
+  if (num_blocks == node.num_blocks) {  // unlinked while its tokens are there to be hashed
+    children_.erase(hash_of(node.parent, tokens_of(node)), id);
+  }
+  for (std::size_t i = 0; i < num_blocks; ++i) {
+    const std::int32_t* ids = ids_of(node) + std::size_t{--node.num_blocks} * num_groups_;
+    victims.insert(victims.end(), ids, ids + num_groups_);
+  }
+  ++node.generation;
+  node.is_handed_out = false;
+  num_blocks_ -= num_blocks;
+  evicted_blocks_ += num_blocks;
+  if (node.num_blocks == 0 || node.num_blocks > node.capacity / 2) return;
+  try {
+    set_words(node, copy_words(node, 0, node.num_blocks, node.num_blocks), node.num_blocks);
+  } catch (const std::bad_alloc&) {
+    // The array stays larger than it need be; the victims must not be lost for that.
+  }
+}
+
+// Unlinks a leaf that has lost its last block; its parent may become the next leaf.
+void RadixTree::remove_leaf(NodeId id) {
+  const NodeId parent_id = nodes_[id].parent;
+  free_node(id);
+  Node& parent = nodes_[parent_id];
+  --parent.num_children;
+  if (is_evictable(parent)) {
+    enqueue(parent_id);
+  } else if (parent.num_blocks == 0 && parent.num_children == 0) {
+    remove_root(parent_id);
+  }
+}
+
+void RadixTree::reserve_queue() {
+  if (queue_.size() == queue_.capacity()) queue_.reserve(16 + queue_.size() + queue_.size() / 2);
+}
+
+// Queues an evictable leaf, once; there is room for one more entry.
+void RadixTree::enqueue(NodeId id) {
+  Node& node = nodes_[id];
+  if (node.is_queued) return;
+  queue_.push_back({node.tick, id});
+  std::push_heap(queue_.begin(), queue_.end());
+  node.is_queued = true;
+}
+
+// ---- roots, nodes and their memory ----------------------------------------------------------
+
+RadixTree::NodeId RadixTree::root_of(std::string_view salt) const {
+  const auto found = roots_.find(salt);
+  return found == roots_.end() ? kNoNode : found->second;
+}
+
+RadixTree::NodeId RadixTree::add_root(std::string_view salt) {
+  const auto entry = roots_.emplace(salt, kNoNode).first;
+  try {
+    entry->second = new_node();
+    salts_.emplace(entry->second, entry->first);
+  } catch (...) {
+    if (entry->second != kNoNode) free_node(entry->second);
+    roots_.erase(entry);
+    throw;
+  }
+  return entry->second;
+}
+
+void RadixTree::remove_root(NodeId id) {
+  const auto salt = salts_.find(id);
+  roots_.erase(roots_.find(salt->second));
+  salts_.erase(salt);
+  free_node(id);
+}
+
+RadixTree::NodeId RadixTree::new_node() {
+  NodeId id = first_free_;
+  if (id == kNoNode) {
+    if (nodes_.size() >= kNoNode) throw std::length_error("RadixTree: too many nodes");
+    id = static_cast<NodeId>(nodes_.size());
+    nodes_.emplace_back();
+  } else {
+    first_free_ = nodes_[id].parent;
+  }
+  nodes_[id].is_live = true;
+  nodes_[id].parent = kNoNode;
+  ++num_nodes_;
+  return id;
+}
+
+void RadixTree::free_node(NodeId id) noexcept {
+  Node& node = nodes_[id];
+  set_words(node, nullptr, 0);
+  const std::uint32_t next_generation = node.generation + 1;
+  node = Node{};
+  node.generation = next_generation;
+  node.parent = first_free_;
+  first_free_ = id;
+  --num_nodes_;
+}
+
+// A new array for `capacity` blocks that begins with those from `first` on.
+RadixTree::Words RadixTree::copy_words(const Node& node, std::size_t first, std::size_t num_blocks,
+                                       std::size_t capacity) const {
+  Words words = std::make_unique_for_overwrite<std::uint32_t[]>(capacity * words_per_block());
+  std::copy_n(tokens_of(node) + first * block_size_, num_blocks * block_size_, words.get());
+  std::copy_n(ids_of(node) + first * num_groups_, num_blocks * num_groups_,
+              reinterpret_cast<std::int32_t*>(words.get() + words_before_ids(capacity)));
+  return words;
+}
+
+void RadixTree::set_words(Node& node, Words words, std::size_t capacity) {
+  capacity_blocks_ += capacity - node.capacity;
+  node.words = std::move(words);
+  node.capacity = static_cast<std::uint32_t>(capacity);
+}
+
+}  // namespace kvkernels

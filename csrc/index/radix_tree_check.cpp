@@ -1,0 +1,150 @@
+// What looks at a whole tree: counts, the list of its runs, and the recount of every invariant.
+#include <algorithm>
+#include <unordered_set>
+
+#include "kvkernels/radix_tree.h"
+
+namespace kvkernels {
+
+RadixTree::Stats RadixTree::stats() const {
+  constexpr std::size_t kMallocBytes = 16;  // what glibc adds to an array, rounding included
+  Stats stats;
+  stats.num_blocks = num_blocks_;
+  stats.num_runs = num_nodes_ - roots_.size();
+  stats.num_salts = roots_.size();
+  stats.num_pinned_runs = num_pinned_;
+  stats.num_matches = num_matches_;
+  stats.lookup_blocks = lookup_blocks_;
+  stats.hit_blocks = hit_blocks_;
+  stats.inserted_blocks = inserted_blocks_;
+  stats.evicted_blocks = evicted_blocks_;
+  stats.token_bytes = num_blocks_ * block_size_ * sizeof(std::uint32_t);
+  stats.overhead_bytes = capacity_blocks_ * words_per_block() * sizeof(std::uint32_t) -
+                         stats.token_bytes + stats.num_runs * kMallocBytes +
+                         nodes_.size() * sizeof(Node) + children_.size_bytes() +
+                         queue_.capacity() * sizeof(Queued);
+  return stats;
+}
+
+std::vector<RadixTree::Handle> RadixTree::runs() const {
+  std::vector<Handle> handles;
+  handles.reserve(num_nodes_);
+  for (NodeId id = 0; id < nodes_.size(); ++id) {
+    const Node& node = nodes_[id];
+    if (node.is_live && node.num_blocks > 0) handles.push_back({id, node.generation});
+  }
+  std::stable_sort(handles.begin(), handles.end(), [this](Handle a, Handle b) {
+    return nodes_[a.node].first_block < nodes_[b.node].first_block;
+  });
+  return handles;
+}
+
+std::optional<RadixTree::Run> RadixTree::describe(Handle handle) const {
+  if (handle.node >= nodes_.size()) return std::nullopt;
+  const Node& node = nodes_[handle.node];
+  if (!node.is_live || node.num_blocks == 0 || node.generation != handle.generation) {
+    return std::nullopt;
+  }
+  NodeId root = handle.node;
+  while (nodes_[root].parent != kNoNode) root = nodes_[root].parent;
+  const std::uint32_t* tokens = tokens_of(node);
+  const std::int32_t* ids = ids_of(node);
+  return Run{std::string(salts_.at(root)),
+             node.first_block,
+             {tokens, tokens + std::size_t{node.num_blocks} * block_size_},
+             {ids, ids + std::size_t{node.num_blocks} * num_groups_},
+             node.tick,
+             node.num_pins};
+}
+
+std::vector<std::string> RadixTree::check() const {
+  std::vector<std::string> problems;
+  const auto report = [&](const std::string& what) { problems.push_back(what); };
+  const auto expect = [&](const char* what, std::size_t counted, std::size_t kept) {
+    if (counted == kept) return;
+    report(std::string(what) + ": counted " + std::to_string(counted) + ", kept " +
+           std::to_string(kept));
+  };
+
+  std::vector<std::uint32_t> children(nodes_.size(), 0);
+  for (const Node& node : nodes_) {
+    if (node.is_live && node.parent < nodes_.size()) ++children[node.parent];
+  }
+  std::vector<std::uint64_t> queued_tick(nodes_.size(), 0);
+  for (const Queued& entry : queue_) {
+    const bool is_valid = entry.node < nodes_.size() && nodes_[entry.node].is_queued;
+    if (!is_valid) report("queue: node " + std::to_string(entry.node) + " is not marked queued");
+    if (is_valid && queued_tick[entry.node] != 0) report("queue: a node is queued twice");
+    if (is_valid) queued_tick[entry.node] = entry.tick;
+  }
+  if (!std::is_heap(queue_.begin(), queue_.end())) report("queue: not a heap");
+
+  std::size_t num_live = 0, num_roots = 0, num_blocks = 0, num_pinned = 0, num_queued = 0;
+  std::size_t capacity = 0;
+  std::unordered_set<std::uint64_t> leaf_ticks;
+  for (NodeId id = 0; id < nodes_.size(); ++id) {
+    const Node& node = nodes_[id];
+    const std::string name = "node " + std::to_string(id) + ": ";
+    num_queued += node.is_queued;
+    if (!node.is_live) {
+      if (node.is_queued || node.capacity != 0) report(name + "is free but not empty");
+      continue;
+    }
+    ++num_live;
+    num_blocks += node.num_blocks;
+    num_pinned += node.num_pins > 0;
+    capacity += node.capacity;
+    if (children[id] != node.num_children) report(name + "wrong number of children");
+    if (node.parent == kNoNode) {
+      ++num_roots;
+      const auto salt = salts_.find(id);
+      if (salt == salts_.end() || root_of(salt->second) != id) report(name + "root of no salt");
+      if (node.num_blocks != 0 || node.first_block != 0) report(name + "a root with blocks");
+      continue;
+    }
+    if (node.num_blocks == 0 || node.num_blocks > node.capacity) report(name + "wrong size");
+    if (node.num_pins > 0 && !node.is_handed_out) report(name + "pinned without a handle");
+    if (node.tick == 0 || node.tick > clock_) report(name + "touched in the future");
+    const Node* parent = node.parent < nodes_.size() ? &nodes_[node.parent] : nullptr;
+    if (parent == nullptr || !parent->is_live) {
+      report(name + "has no live parent");
+      continue;
+    }
+    if (node.first_block != parent->first_block + parent->num_blocks) report(name + "wrong depth");
+    if (parent->num_blocks > 0 && parent->tick < node.tick) report(name + "newer than its parent");
+    // A second sibling with the same first block would be found in place of this one or of itself.
+    std::size_t num_same = 0;
+    const NodeId found = children_.find(hash_of(node.parent, tokens_of(node)), [&](NodeId other) {
+      const std::uint32_t* tokens = tokens_of(node);
+      num_same += nodes_[other].parent == node.parent &&
+                  std::equal(tokens, tokens + block_size_, tokens_of(nodes_[other]));
+      return other == id;
+    });
+    if (found != id || num_same != 1) report(name + "not found, or twice, below its parent");
+    if (node.num_children == 0 && !leaf_ticks.insert(node.tick).second) {
+      report(name + "another leaf has the same tick");
+    }
+    if (is_evictable(node) && (!node.is_queued || queued_tick[id] > node.tick)) {
+      report(name + "an unpinned leaf is not queued, or with too late a tick");
+    }
+  }
+
+  std::size_t num_free = 0;
+  for (NodeId id = first_free_; id != kNoNode && num_free <= nodes_.size(); ++num_free) {
+    if (nodes_[id].is_live) report("node " + std::to_string(id) + ": is live but on the free list");
+    id = nodes_[id].parent;
+  }
+  expect("nodes", num_live, num_nodes_);
+  expect("free nodes", num_free, nodes_.size() - num_live);
+  expect("salts", num_roots, roots_.size());
+  expect("salts of roots", num_roots, salts_.size());
+  expect("blocks", num_blocks, num_blocks_);
+  expect("blocks inserted less evicted", num_blocks, inserted_blocks_ - evicted_blocks_);
+  expect("pinned runs", num_pinned, num_pinned_);
+  expect("queued nodes", num_queued, queue_.size());
+  expect("entries of the child table", num_live - num_roots, children_.size());
+  expect("capacity", capacity, capacity_blocks_);
+  return problems;
+}
+
+}  // namespace kvkernels

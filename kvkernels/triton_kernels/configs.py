@@ -1,0 +1,95 @@
+"""Launch configurations: a table, never a search at run time.
+
+`aot.py` compiles every entry and refuses one that spills registers or does not fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvkernels.errors import UnsupportedError
+
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How one attention kernel is cut.
+
+    Attributes:
+        tile_m: Query rows of a program: tokens times grouped heads.
+        tile_n: Cached tokens a program looks at in one step.
+        num_warps: Warps of a program.
+        num_stages: Steps in flight.
+        programs_per_multiprocessor: How many fit at once, by shared memory.
+    """
+
+    tile_m: int
+    tile_n: int
+    num_warps: int
+    num_stages: int
+    programs_per_multiprocessor: int = 1
+
+
+def _width(head_dim: int) -> int:
+    """The table's row for a head dim: the next of 64, 128 and 256."""
+    for width in (64, 128, 256):
+        if head_dim <= width:
+            return width
+    raise UnsupportedError(f"head_dim: the kernels serve up to {MAX_HEAD_DIM}, got {head_dim}")
+
+
+# (arch, bytes of an element, width of a head): tile_n, num_warps, num_stages, programs at once.
+# Steps of 16 to 32 KB of keys and values, and two programs' worth of them in flight.
+_DECODE = {
+    (8, 2, 64): (64, 4, 4, 2),
+    (8, 2, 128): (64, 4, 3, 1),
+    (8, 2, 256): (32, 4, 3, 1),
+    (8, 4, 64): (32, 4, 3, 2),
+    (8, 4, 128): (32, 4, 2, 2),
+    (8, 4, 256): (16, 4, 2, 2),
+    (9, 2, 64): (64, 4, 4, 3),
+    (9, 2, 128): (64, 4, 3, 2),
+    (9, 2, 256): (32, 4, 3, 2),
+    (9, 4, 64): (32, 4, 3, 3),
+    (9, 4, 128): (32, 4, 2, 2),
+    (9, 4, 256): (16, 4, 2, 2),
+}
+
+# (arch, bytes of an element, width of a head): for each tile_m its tile_n, num_warps, num_stages.
+_PREFILL = {
+    (8, 2, 64): {16: (64, 4, 3), 64: (64, 4, 3), 128: (64, 8, 3)},
+    (8, 2, 128): {16: (64, 4, 3), 64: (64, 4, 2), 128: (64, 8, 3)},
+    (8, 2, 256): {16: (32, 4, 2), 64: (32, 8, 2), 128: (32, 8, 2)},
+    (8, 4, 64): {16: (32, 4, 2), 64: (32, 8, 2)},
+    (8, 4, 128): {16: (32, 4, 2), 64: (32, 8, 2)},
+    (8, 4, 256): {16: (16, 4, 2), 64: (16, 8, 2)},
+    (9, 2, 64): {16: (64, 4, 3), 64: (64, 4, 3), 128: (128, 8, 3)},
+    (9, 2, 128): {16: (64, 4, 3), 64: (64, 4, 3), 128: (64, 8, 3)},
+    (9, 2, 256): {16: (32, 4, 2), 64: (32, 4, 2), 128: (64, 8, 2)},
+    (9, 4, 64): {16: (32, 4, 2), 64: (32, 8, 2)},
+    (9, 4, 128): {16: (32, 4, 2), 64: (32, 8, 2)},
+    (9, 4, 256): {16: (16, 4, 2), 64: (16, 8, 2)},
+}
+
+
+def _row(arch: int, dtype: torch.dtype, head_dim: int) -> tuple[int, int, int]:
+    # Blackwell runs Hopper's entries, older chips than Ampere have no bf16 and no async copies.
+    if arch < 8:
+        raise UnsupportedError(f"device: the kernels need compute capability 8.0, got {arch}.x")
+    return (min(arch, 9), dtype.itemsize, _width(head_dim))
+
+
+def decode_config(arch: int, dtype: torch.dtype, head_dim: int, group: int) -> TileConfig:
+    """Configuration of the decode kernel for `group` query heads to a key-value head."""
+    tile_m = 16 if group <= 16 else 32
+    return TileConfig(tile_m, *_DECODE[_row(arch, dtype, head_dim)])
+
+
+def prefill_config(arch: int, dtype: torch.dtype, head_dim: int, num_rows: int) -> TileConfig:
+    """Configuration of the prefill kernel for about `num_rows` query rows a sequence."""
+    entries = _PREFILL[_row(arch, dtype, head_dim)]
+    tile_m = next((size for size in sorted(entries) if num_rows <= size), max(entries))
+    return TileConfig(tile_m, *entries[tile_m])

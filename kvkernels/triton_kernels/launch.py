@@ -1,0 +1,90 @@
+"""A kernel launch as a value: what to run, on which grid, with which arguments and options.
+
+Planning a launch needs only shapes, so `aot.py` plans on tensors without storage and compiles
+exactly what a GPU would be given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+# Registers, shared memory and units of the machine that the interpreter pretends to be.
+_INTERPRETED = (9, 4)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What launch configurations depend on.
+
+    Attributes:
+        arch: Major compute capability: 8 Ampere, 9 Hopper, 10 Blackwell.
+        num_multiprocessors: Programs are spread over these.
+    """
+
+    arch: int
+    num_multiprocessors: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel on one grid.
+
+    Attributes:
+        kernel: A function decorated with `triton.jit`.
+        grid: Number of programs along each axis.
+        arguments: By name, compile-time constants included.
+        num_warps: Warps of 32 threads in a program.
+        num_stages: Tiles in flight in a pipelined loop.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int = 1
+
+
+@functools.cache
+def _device_of_index(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    return Device(properties.major, properties.multi_processor_count)
+
+
+def device_of(tensor: torch.Tensor) -> Device:
+    """The device that holds `tensor`; for a CPU tensor a small Hopper, which is interpreted."""
+    if tensor.is_cuda:
+        return _device_of_index(tensor.get_device())
+    return Device(*_INTERPRETED)
+
+
+def run(launches: Sequence[Launch], tensor: torch.Tensor) -> None:
+    """Queue the launches, in order, on the current stream of the device that holds `tensor`."""
+    guard = torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    with guard:
+        for launch in launches:
+            launch.kernel[launch.grid](
+                **launch.arguments, num_warps=launch.num_warps, num_stages=launch.num_stages
+            )
+
+
+def largest_power_of_2(value: int) -> int:
+    """The largest power of two that is at most `value`, which is positive."""
+    return 1 << (value.bit_length() - 1)
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """`head_dim` as two powers of two, at least 16 and together at least it; the second may be 0.
+
+    Tiles must be powers of two: 80 = 64 + 16, 96 = 64 + 32 and 192 = 128 + 64 waste nothing, where
+    one tile would be 128 or 256 wide.
+    """
+    main = max(16, largest_power_of_2(head_dim))
+    rest = head_dim - main
+    return main, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0

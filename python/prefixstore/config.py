@@ -1,0 +1,54 @@
+"""What a prefix cache is built from; each part's own options lie beside that part."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefixstore.errors import ConfigError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Sizes and places of a `PrefixCache`.
+
+    Attributes:
+        block_size: Tokens in a block; one of 16, 32, 64, 128, 256.
+        pool_tokens: Tokens the device pool holds, cached and in use together; None for four
+            times the model's context, at most a quarter of the memory.
+        memory_bytes: Size of the host memory tier; 0 for none.
+        disk_path: Directory of the disk tier; None for none.
+        disk_bytes: Bound of the disk tier.
+        salt: Namespace; sessions of different salts never share blocks.
+    """
+
+    block_size: int = 64
+    pool_tokens: int | None = None
+    memory_bytes: int = GIB
+    disk_path: Path | None = None
+    disk_bytes: int = 4 * GIB
+    salt: str = ""
+
+    def __post_init__(self) -> None:
+        if self.block_size not in (16, 32, 64, 128, 256):
+            raise ConfigError(
+                f"block_size: expected one of 16, 32, 64, 128, 256, got {self.block_size!r}"
+            )
+        if self.pool_tokens is not None and self.pool_tokens < self.block_size:
+            raise ConfigError(
+                f"pool_tokens: expected at least one block of {self.block_size},"
+                f" got {self.pool_tokens!r}"
+            )
+        if self.memory_bytes < 0:
+            raise ConfigError(f"memory_bytes: expected 0 or more, got {self.memory_bytes!r}")
+        if self.disk_path is not None:
+            object.__setattr__(self, "disk_path", Path(self.disk_path))
+            if self.disk_bytes <= 0:
+                raise ConfigError(f"disk_bytes: expected more than 0, got {self.disk_bytes!r}")
+
+
+def physical_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

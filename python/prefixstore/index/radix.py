@@ -1,0 +1,198 @@
+"""The radix tree over token ids: which blocks hold the front of a prompt, and which to give up."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+try:
+    from _kvkernels import RadixTree
+except ImportError as error:
+    raise ImportError(
+        "prefixstore.index needs the compiled extension _kvkernels with RadixTree: install a wheel,"
+        " or build it in place with `make native`"
+    ) from error
+
+
+class Match:
+    """A cached run of whole blocks at the front of a prompt.
+
+    Attributes:
+        num_tokens: Tokens in the run, a multiple of the block size.
+        node: Opaque handle of the run, for `RadixIndex.pin`. It is good until the last block of
+            the run is evicted.
+    """
+
+    __slots__ = ("_ids", "_index", "node", "num_tokens")
+
+    def __init__(self, index: "RadixIndex", num_blocks: int, node: int, ids: bytearray) -> None:
+        self._index = index
+        self._ids = ids
+        self.node = node
+        self.num_tokens = num_blocks * index.block_size
+
+    @property
+    def block_ids(self) -> np.ndarray:
+        """Ids as they were when matched, `[num_blocks, num_groups]`, int32; -1: not resident."""
+        return np.frombuffer(self._ids, np.int32).reshape(-1, self._index.num_groups)
+
+    def __repr__(self) -> str:
+        return f"Match(num_tokens={self.num_tokens}, node={self.node:#x})"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One node of the tree: blocks that share a path and were last touched together."""
+
+    salt: bytes
+    first_token: int  # tokens before it on its path
+    tokens: np.ndarray  # [num_tokens], uint32
+    block_ids: np.ndarray  # [num_blocks, num_groups], int32
+    tick: int  # of the match or insert that touched it last; a higher one is later
+    num_pins: int
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What the index holds, and what it was asked since it was made."""
+
+    num_blocks: int
+    num_runs: int  # nodes of the tree
+    num_salts: int
+    num_pinned_runs: int
+    num_matches: int
+    lookup_blocks: int  # whole blocks of all prompts given to match
+    hit_blocks: int  # those of them that were cached
+    inserted_blocks: int
+    evicted_blocks: int
+    token_bytes: int  # token ids of the cached blocks
+    overhead_bytes: int  # all other memory of the tree
+
+
+class RadixIndex:
+    """Knows which blocks are cached, by the tokens they stand for.
+
+    The tree is in C++ (`csrc/include/kvkernels/radix_tree.h` shows it). All methods may be called
+    from several threads; each is one atomic step.
+
+    Wherever `tokens` is asked for, it is one-dimensional with values from 0 to 2**32 - 1: a numpy
+    array or buffer of any integer type (int32 and uint32 are read without a copy), a list or
+    tuple, or what `numpy.asarray` takes, such as a torch tensor on the CPU.
+
+    Args:
+        block_size: Tokens in a block, 1 to 65535.
+        num_groups: Layer groups; each block has one block id for each of them.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(self, block_size: int, num_groups: int = 1) -> None:
+        self._block_size = _check_int("block_size", block_size, 1, 65535)
+        self._num_groups = _check_int("num_groups", num_groups, 1, 65535)
+        self._tree = RadixTree(self._block_size, self._num_groups)
+
+    @property
+    def block_size(self) -> int:
+        return self._block_size
+
+    @property
+    def num_groups(self) -> int:
+        return self._num_groups
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks cached now."""
+        return self._tree.num_blocks()
+
+    def match(self, tokens: Any, salt: bytes = b"") -> Match:
+        """Find the longest cached run of whole blocks at the front of `tokens`, and touch it.
+
+        Raises:
+            ValueError: If `tokens` is not a one-dimensional run of token ids, or `salt` not bytes.
+        """
+        return Match(self, *self._tree.match(tokens, salt))
+
+    def insert(self, tokens: Any, block_ids: Any, salt: bytes = b"") -> np.ndarray:
+        """Cache the first `num_blocks` whole blocks of `tokens`, and touch them.
+
+        Args:
+            tokens: At least `num_blocks * block_size` of them; the rest is ignored.
+            block_ids: `[num_blocks, num_groups]`, int32; -1 where a group's block is not resident.
+            salt: The tenant's namespace; blocks of different salts never meet.
+
+        Returns:
+            The ids that were not taken because the index has one there already, for the caller to
+            release: `[num_blocks, num_groups]`, int32, -1 where the id was taken. An id given for
+            a place that held -1 is taken.
+
+        Raises:
+            ValueError: If an argument has a wrong type, shape or value; nothing changes then.
+        """
+        return self._tree.insert(tokens, block_ids, salt)
+
+    def pin(self, match: Match) -> None:
+        """Keep the matched run, and so all before it, from eviction. Pins are counted.
+
+        Raises:
+            ValueError: If a block of the run was evicted since, or another index made the match.
+        """
+        self._tree.pin(self._handle_of(match))
+
+    def unpin(self, match: Match) -> None:
+        """Take one pin back.
+
+        Raises:
+            ValueError: If the run is not pinned, or as for `pin`.
+        """
+        self._tree.unpin(self._handle_of(match))
+
+    def evict(self, num_blocks: int) -> np.ndarray:
+        """Remove up to `num_blocks` blocks, least recently touched first, and return their ids.
+
+        Only a block that has no cached block after it and is not pinned can go; of these it is
+        always the one least recently touched by a match or insert. There is never a tie.
+
+        Returns:
+            `[n, num_groups]`, int32, `n <= num_blocks`, in order of eviction; -1 where a group's
+            block was not resident.
+
+        Raises:
+            ValueError: If `num_blocks` is not an integer of 0 or more.
+        """
+        return self._tree.evict(_check_int("num_blocks", num_blocks, 0, 2**63 - 1))
+
+    def walk(self) -> Iterator[Run]:
+        """Yield every run, each after those before it on its path.
+
+        Runs evicted, cut or added while the walk is under way may be missing from it.
+        """
+        for handle in self._tree.runs():
+            fields = self._tree.describe(handle)
+            if fields is not None:
+                salt, first_block, tokens, block_ids, tick, num_pins = fields
+                first_token = first_block * self._block_size
+                yield Run(salt, first_token, tokens, block_ids, tick, num_pins)
+
+    def stats(self) -> Stats:
+        return Stats(**self._tree.stats())
+
+    def check(self) -> list[str]:
+        """Recount everything; returns one line for each thing that is wrong."""
+        return self._tree.check()
+
+    def _handle_of(self, match: Match) -> int:
+        if not isinstance(match, Match):
+            raise ValueError(f"match: expected a Match, got {type(match).__name__}")
+        if match._index is not self:
+            raise ValueError("match: expected one made by this index, got one of another index")
+        return match.node
+
+
+def _check_int(name: str, value: int, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ValueError(f"{name}: expected an integer, got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected {low} to {high}, got {value}")
+    return int(value)

@@ -1,0 +1,29 @@
+"""Token ids as the index and the records take them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+def as_tokens(name: str, token_ids: torch.Tensor | Sequence[int]) -> np.ndarray:
+    """`token_ids` as `[num_tokens]` uint32, from a tensor, an array or a list."""
+    if isinstance(token_ids, torch.Tensor):
+        token_ids = token_ids.detach().cpu().numpy()
+    tokens = np.asarray(token_ids)
+    if tokens.size == 0:
+        return np.zeros(0, dtype=np.uint32)
+    if tokens.ndim == 2 and tokens.shape[0] == 1:
+        tokens = tokens[0]
+    if tokens.ndim != 1:
+        raise ValueError(
+            f"{name}: expected one sequence, [num_tokens] or [1, num_tokens],"
+            f" got shape {list(tokens.shape)}"
+        )
+    if tokens.dtype.kind not in "iu":
+        raise ValueError(f"{name}: expected integers, got {tokens.dtype}")
+    if tokens.min() < 0 or tokens.max() >= 1 << 32:
+        raise ValueError(
+            f"{name}: expected token ids 0 to 2**32 - 1, got {tokens.min()} to {tokens.max()}"
+        )
+    return np.ascontiguousarray(tokens, dtype=np.uint32)

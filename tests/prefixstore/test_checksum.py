@@ -1,0 +1,136 @@
+"""Checksums: native and fallback give what the definitions say, and refuse what they cannot."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from prefixstore import checksum
+
+SIZES = (0, 4, 60, 64, 252, 256, 260, 4096, 16380, 16384, 300004)
+
+
+@pytest.fixture(params=["native", "fallback"])
+def checksums(request, monkeypatch):
+    if request.param == "fallback":
+        monkeypatch.setattr(checksum, "_kvkernels", None)
+    elif checksum._kvkernels is None:
+        pytest.skip("the extension is not built")
+    return checksum
+
+
+def random_bytes(num_bytes: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, num_bytes, dtype=np.uint8)
+
+
+def exact_sums(data: np.ndarray) -> tuple[int, int]:
+    words = data.view("<u4").tolist()
+    weighted = sum((i + 1) * word for i, word in enumerate(words))
+    return sum(words) % 2**64, weighted % 2**64
+
+
+def test_crc32c_has_the_published_check_values(checksums):
+    assert checksums.crc32c(b"") == 0
+    assert checksums.crc32c(b"123456789") == 0xE3069283
+    assert checksums.crc32c(bytes(32)) == 0x8A9136AA  # RFC 3720, B.4
+    assert checksums.crc32c(b"\xff" * 32) == 0x62A8AB43
+    assert checksums.crc32c(bytes(range(32))) == 0x46DD794E
+
+
+def test_crc32c_continues_where_it_stopped(checksums):
+    data = random_bytes(1000)
+    for cut in (0, 1, 7, 8, 500, 1000):
+        assert checksums.crc32c(data[cut:], checksums.crc32c(data[:cut])) == checksums.crc32c(data)
+
+
+@pytest.mark.parametrize("num_bytes", SIZES)
+def test_sums_are_the_definition(checksums, num_bytes):
+    data = random_bytes(num_bytes)
+    assert checksums.checksum_words(data) == exact_sums(data)
+    target = np.full(num_bytes, 7, np.uint8)
+    assert checksums.copy_with_checksum(data, target) == exact_sums(data)
+    assert np.array_equal(target, data)
+
+
+def test_sums_wrap_modulo_two_to_the_64(checksums):
+    data = np.full(1 << 20, 0xFF, np.uint8)
+    expected = exact_sums(data)
+    assert checksums.checksum_words(data) == expected
+    words = data.size // 4
+    assert (2**32 - 1) * words * (words + 1) // 2 > 2**64  # so the case does wrap
+
+
+def test_parts_have_their_own_sums(checksums):
+    data, target = random_bytes(5 * 1024), np.zeros(5 * 1024, np.uint8)
+    sums = np.zeros((5, 2), np.uint64)
+    checksums.copy_parts_with_checksums(data, target, 5, sums)
+    assert np.array_equal(target, data)
+    assert [tuple(row) for row in sums.tolist()] == [exact_sums(p) for p in data.reshape(5, -1)]
+
+
+def test_every_flipped_bit_and_swapped_word_changes_the_pair(checksums):
+    data = random_bytes(256)
+    right = checksums.checksum_words(data)
+    for bit in range(data.size * 8):
+        flipped = data.copy()
+        flipped[bit // 8] ^= 1 << bit % 8
+        assert checksums.checksum_words(flipped) != right
+    swapped = data.view("<u4").copy()
+    swapped[[3, 40]] = swapped[[40, 3]]
+    assert checksums.checksum_words(swapped) != right
+
+
+def test_takes_any_contiguous_buffer(checksums):
+    data = random_bytes(64)
+    buffers = (data.tobytes(), bytearray(data), memoryview(data)[:], data.view(np.float32))
+    assert {checksums.checksum_words(buffer) for buffer in buffers} == {exact_sums(data)}
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "message"),
+    [
+        (bytes(7), bytearray(7), "source: expected a .*multiple of 4"),
+        (bytes(8), bytearray(4), "target: expected 8"),
+        (bytes(8), bytes(8), "target: expected .*writable"),
+        (np.zeros(16, np.uint8)[::2], bytearray(8), "source: expected a contiguous"),
+    ],
+    ids=["half a word", "sizes differ", "read-only target", "strided"],
+)
+def test_copy_refuses(checksums, source, target, message):
+    with pytest.raises(ValueError, match=message):
+        checksums.copy_with_checksum(source, target)
+
+
+def test_refuses_overlap_and_wrong_parts(checksums):
+    data = bytearray(64)
+    view = memoryview(data)
+    with pytest.raises(ValueError, match="overlap"):
+        checksums.copy_with_checksum(view[:32], view[16:48])
+    with pytest.raises(ValueError, match="3 parts"):
+        checksums.copy_parts_with_checksums(bytes(64), data, 3, np.zeros((3, 2), np.uint64))
+    with pytest.raises(ValueError, match="sums: expected"):
+        checksums.copy_parts_with_checksums(bytes(64), data, 2, np.zeros((3, 2), np.uint64))
+    with pytest.raises(ValueError, match="multiple of 4"):
+        checksums.checksum_words(bytes(6))
+
+
+def test_lets_other_threads_run_meanwhile(checksums):
+    if checksum._kvkernels is None:
+        pytest.skip("the fallback holds the lock")
+    data = np.zeros(256 << 20, np.uint8)  # 20 ms and more: a lock held would stop the ticking
+    ticks: list[float] = []
+    stop = threading.Event()
+
+    def tick() -> None:
+        while not stop.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    started = time.perf_counter()
+    checksums.checksum_words(data)
+    ended = time.perf_counter()
+    stop.set()
+    thread.join()
+    assert sum(started < moment < ended for moment in ticks) >= 2
