@@ -16,7 +16,6 @@ from kvkernels.nn.module import PagedBatch
 from kvkernels.nn.transformers_compat import Cache, num_queries
 from kvkernels.ops import store_kv
 
-
 _NOT_A_TENSOR = (
     "attn_implementation: expected 'kvkernels' with a PagedCache, got another; call"
     " kvkernels.nn.transformers.install(model)"

@@ -167,5 +167,5 @@ def _chunks(weight: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _chunk_digest(chunk: torch.Tensor) -> bytes:
-    data = chunk.cpu().contiguous().view(torch.uint8).numpy()
-    return blake2b(memoryview(data), digest_size=IDENTITY_BYTES).digest()
+    data = chunk.cpu().contiguous().view(torch.uint8).numpy().data
+    return blake2b(data, digest_size=IDENTITY_BYTES).digest()
