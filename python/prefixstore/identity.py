@@ -1,4 +1,4 @@
-"""The identity of a model's KV: a digest of all that must be equal for its blocks to be valid."""
+"""The identity of a model's KV: a digest of all that must be equal for blocks to be valid."""
 
 from __future__ import annotations
 
@@ -169,3 +169,10 @@ def _chunks(weight: torch.Tensor) -> Iterator[torch.Tensor]:
 def _chunk_digest(chunk: torch.Tensor) -> bytes:
     data = chunk.cpu().contiguous().view(torch.uint8).numpy().data
     return blake2b(data, digest_size=IDENTITY_BYTES).digest()
+
+
+def salted_identity(identity: bytes, salt: str) -> bytes:
+    """The identity of a model's KV in a tenant's namespace: blocks of two salts never meet."""
+    digest = blake2b(identity, digest_size=IDENTITY_BYTES)
+    _add(digest, "salt", salt.encode())
+    return digest.digest()
