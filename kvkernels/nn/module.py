@@ -151,7 +151,7 @@ class PagedAttention(torch.nn.Module):
             ValueError: If shapes, dtypes, devices or strides disagree, or a tensor requires grad.
         """
         store_kv(key, value, key_cache, value_cache, batch.slot_mapping)
-        return paged_attention(
+        out = paged_attention(
             query,
             key_cache,
             value_cache,
@@ -161,6 +161,8 @@ class PagedAttention(torch.nn.Module):
             sm_scale=self.sm_scale,
             window=self.window,
         )
+        assert isinstance(out, torch.Tensor)  # a pair only where the log-sum-exp was asked for
+        return out
 
     def extra_repr(self) -> str:
         return (

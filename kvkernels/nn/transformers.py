@@ -15,12 +15,13 @@ import torch
 
 from kvkernels import ops
 from kvkernels.errors import UnsupportedError
-from kvkernels.nn.transformers_cache import PagedCache, PagedKV, merge_tokens
+from kvkernels.nn.transformers_cache import PagedCache, PagedKV, equal_bounds, merge_tokens
 from kvkernels.nn.transformers_compat import (
     AttentionInterface,
     AttentionMaskInterface,
     check_mask_span,
     mask_window,
+    without_idle_packing,
 )
 
 __all__ = [
@@ -159,11 +160,9 @@ def attend(
             raise UnsupportedError("value: expected the shape of key, got another")
         # A pool with one block for each sequence.
         key_cache, value_cache = key, value
-        int32 = {"dtype": torch.int32, "device": query.device}
-        block_table = torch.arange(batch_size, **int32)[:, None]
-        seq_lens = torch.full((batch_size,), key.shape[2], **int32)
-        stop = (batch_size + 1) * num_new
-        cu_seqlens_q = None if num_new == 1 else torch.arange(0, stop, max(num_new, 1), **int32)
+        block_table = torch.arange(batch_size, dtype=torch.int32, device=query.device)[:, None]
+        seq_lens = torch.full_like(block_table[:, 0], key.shape[2])
+        cu_seqlens_q = equal_bounds(batch_size, num_new, query.device)
     out = ops.paged_attention(
         merge_tokens(query),
         key_cache,
@@ -174,6 +173,7 @@ def attend(
         sm_scale=scaling,
         window=sliding_window,
     )
+    assert isinstance(out, torch.Tensor)  # a pair only where the log-sum-exp was asked for
     return out.view(batch_size, num_new, num_heads, head_dim), None
 
 
@@ -202,10 +202,12 @@ def _make_mask(
             "attention_mask: expected sequences of one length, got padding; run them one by one"
         )
     if not allow_is_causal_skip:
-        raise UnsupportedError(
-            "attention_mask: expected a causal or sliding-window mask, got packed sequences,"
-            " bidirectional attention, a static cache or another overlay"
-        )
+        mask_function = without_idle_packing(mask_function)
+        if mask_function is None:
+            raise UnsupportedError(
+                "attention_mask: expected a causal or sliding-window mask, got packed sequences,"
+                " bidirectional attention, a static cache or another overlay"
+            )
     window = mask_window(mask_function, config)
     return None if window is None else SlidingMask(window)
 

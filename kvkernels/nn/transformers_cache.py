@@ -16,6 +16,11 @@ from kvkernels.nn.module import PagedBatch
 from kvkernels.nn.transformers_compat import Cache, num_queries
 from kvkernels.ops import store_kv
 
+_NOT_A_TENSOR = (
+    "attn_implementation: expected 'kvkernels' with a PagedCache, got another; call"
+    " kvkernels.nn.transformers.install(model)"
+)
+
 
 @dataclass
 class PagedKV:
@@ -26,14 +31,16 @@ class PagedKV:
     batch: PagedBatch
     window: int | None
 
+    # Both below: another attention function has got hold of it and takes it for a tensor.
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        # Another attention function has got hold of it and looks for a tensor.
-        raise UnsupportedError(
-            "attn_implementation: expected 'kvkernels' with a PagedCache, got one that reads"
-            f" key.{name}; call kvkernels.nn.transformers.install(model)"
-        )
+        raise UnsupportedError(_NOT_A_TENSOR)
+
+    @classmethod
+    def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedError(_NOT_A_TENSOR)
 
 
 class PagedCache(Cache):
@@ -131,7 +138,7 @@ class PagedCache(Cache):
 
     # ---- what models and `generate` call --------------------------------------------------------
 
-    def update(
+    def update(  # type: ignore[override]  # a handle in place of tensors, untouched by models
         self,
         key_states: torch.Tensor,
         value_states: torch.Tensor,
@@ -262,17 +269,15 @@ class PagedCache(Cache):
         batch_size, _, num_new, _ = key_states.shape
         if batch_size != self._batch_size:
             raise ValueError(
-                f"key_states: expected a batch of {self._batch_size} (the cache's), got {batch_size}"
+                f"key_states: expected a batch of {self._batch_size} (the cache's), got"
+                f" {batch_size}"
             )
         num_tokens = self._num_tokens + num_new
         for tables in self._tables:
             tables.grow(num_tokens)
         device = key_states.device
         seq_lens = torch.full((batch_size,), num_tokens, dtype=torch.int32, device=device)
-        cu_seqlens_q = None
-        if num_new != 1:
-            stop = (batch_size + 1) * num_new
-            cu_seqlens_q = torch.arange(0, stop, max(num_new, 1), dtype=torch.int32, device=device)
+        cu_seqlens_q = equal_bounds(batch_size, num_new, device)
         self._batches = [
             PagedBatch(
                 tables.table,
@@ -291,6 +296,13 @@ def merge_tokens(states: torch.Tensor) -> torch.Tensor:
     """
     batch_size, heads, num_new, head_dim = states.shape
     return states.transpose(1, 2).reshape(batch_size * num_new, heads, head_dim)
+
+
+def equal_bounds(batch_size: int, num_new: int, device: torch.device) -> torch.Tensor | None:
+    """`cu_seqlens_q` of sequences with `num_new` queries each."""
+    if num_new == 1:
+        return None
+    return torch.arange(batch_size + 1, dtype=torch.int32, device=device) * num_new
 
 
 def _layer_places(groups: Sequence[PagedGroup]) -> list[tuple[int, int]]:

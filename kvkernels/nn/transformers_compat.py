@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,9 @@ __all__ = [
     "AttentionMaskInterface",
     "Cache",
     "check_mask_span",
+    "mask_window",
     "num_queries",
+    "without_idle_packing",
 ]
 
 
@@ -71,3 +74,21 @@ def mask_window(mask_function: Callable[..., Any], config: Any) -> int | None:
         if torch.equal(is_seen, torch.tensor([[False, True, True, False]]).expand(3, 4)):
             return window
     raise UnsupportedError("attention_mask: expected a causal or sliding-window mask, got another")
+
+
+def without_idle_packing(mask_function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The mask function without the packed-sequence part that 4.57 always adds to it.
+
+    4.57 adds that part to every forward pass without a cache, 5.x only where several sequences
+    really share a row. Its tensor numbers them, from zero.
+
+    Returns:
+        None if sequences are packed or other parts make up the mask.
+    """
+    parts = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
+    if len(parts) != 2:
+        return None
+    packed = inspect.getclosurevars(parts[1]).nonlocals.get("packed_sequence_mask")
+    if not isinstance(packed, torch.Tensor) or bool(packed.any()):
+        return None
+    return parts[0]

@@ -26,8 +26,9 @@ _CHUNK_BYTES = 16 << 20
 # would only crowd out the model's own.
 _NUM_THREADS = 2
 
-# What a configuration holds besides the arithmetic: names, token ids, output options. Everything
-# else counts, so that a field this list does not know makes a miss and never a wrong hit.
+# What a configuration holds besides the arithmetic: names, token ids, output options, and the dtype
+# (a wish; the weights carry the real one). Everything else counts, so that a field this list does
+# not know makes a miss and never a wrong hit.
 _IRRELEVANT_KEYS = frozenset(
     {
         "_attn_implementation",
@@ -40,6 +41,7 @@ _IRRELEVANT_KEYS = frozenset(
         "attn_implementation",
         "bos_token_id",
         "chunk_size_feed_forward",
+        "dtype",
         "eos_token_id",
         "id2label",
         "label2id",
@@ -52,6 +54,7 @@ _IRRELEVANT_KEYS = frozenset(
         "problem_type",
         "return_dict",
         "sep_token_id",
+        "torch_dtype",
         "transformers_version",
         "unk_token_id",
         "use_cache",
@@ -164,7 +167,7 @@ def _chunks(weight: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _chunk_digest(chunk: torch.Tensor) -> bytes:
-    data = chunk.cpu().contiguous().view(torch.uint8).numpy()
+    data = chunk.cpu().contiguous().view(torch.uint8).numpy().data
     return blake2b(data, digest_size=IDENTITY_BYTES).digest()
 
 

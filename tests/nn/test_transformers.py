@@ -125,7 +125,6 @@ def test_install_leaves_the_vision_part_alone():
     [
         ({"attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}, "padding"),
         ({"attention_mask": torch.zeros(2, 1, 3, 3)}, "custom mask"),
-        ({"output_attentions": True}, "attention weights"),
         ({"position_ids": torch.tensor([[0, 1, 0]] * 2)}, "packed sequences"),
     ],
 )
@@ -155,6 +154,7 @@ def test_generate_refuses(options, message):
     ("arguments", "message"),
     [
         ({"softcap": 30.0}, "soft cap"),
+        ({"output_attentions": True}, "attention weights"),
         ({"s_aux": torch.zeros(4)}, "sinks"),
         ({"head_mask": torch.ones(4)}, "head mask"),
         ({"position_bias": torch.zeros(1)}, "position bias"),
