@@ -6,14 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import prefixstore.cli
 import pytest
 from click.testing import CliRunner, Result
+
+import prefixstore.cli
+from kvkernels import UnsupportedError, __version__
 from prefixstore.commands import kvkernels
 from prefixstore.demo import command
 from prefixstore.errors import ConfigError
-
-from kvkernels import UnsupportedError, __version__
 
 
 def run(*arguments: str) -> Result:

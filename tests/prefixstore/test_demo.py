@@ -13,6 +13,7 @@ from rich.console import Console
 pytest.importorskip("transformers")
 
 from demo_stand_ins import StandInCache, byte_tokenizer, tiny_model
+
 from prefixstore.demo.machine import choose_dtype, describe_machine, describe_versions
 from prefixstore.demo.measure import Measured
 from prefixstore.demo.plot import plot_requests
