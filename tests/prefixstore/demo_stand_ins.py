@@ -52,7 +52,9 @@ class StandInCache:
     """A prefix cache with the interface the demo uses; a "disk" is a directory's file."""
 
     def __init__(self, model: Any, *, disk_path: Path) -> None:
-        self.config = SimpleNamespace(block_size=BLOCK_SIZE)
+        self.config = SimpleNamespace(
+            block_size=BLOCK_SIZE, memory_bytes=1 << 20, disk_path=disk_path
+        )
         self._model = model
         self._held: list[tuple[list[int], Any]] = []
         self._file = disk_path / "kv.pt"
@@ -91,9 +93,9 @@ class StandInCache:
         return True
 
     def stats(self) -> Any:
-        tier = SimpleNamespace(used_bytes=self._file.stat().st_size)
+        tiers = (SimpleNamespace(name="memory", written_bytes=5000),)
         return SimpleNamespace(
-            pool_blocks=10, pool_free_blocks=4, store=SimpleNamespace(tiers={"disk": tier})
+            pool_blocks=10, pool_free_blocks=4, store=SimpleNamespace(tiers=tiers)
         )
 
     def check(self) -> list[str]:

@@ -158,6 +158,8 @@ def test_phases_fill_reuse_and_restore_the_cache(tokenizer: Any, tmp_path: Path)
     assert outcome.is_flushed and outcome.problems == ()
     # 6 blocks of 2 layers, K and V, 1 head, 64 tokens, 16 wide, float32
     assert outcome.tier_bytes["device"] == 6 * 2 * 2 * 64 * 16 * 4
+    assert outcome.tier_bytes["memory"] == 5000
+    assert outcome.tier_bytes["disk"] >= (tmp_path / "blocks" / "kv.pt").stat().st_size // 2
     assert list(tmp_path.iterdir()) == [tmp_path / "blocks"]
 
 

@@ -17,6 +17,7 @@ from prefixstore.errors import ConfigError
 
 RESTARTS = 3  # each measures one request, so that the table can give a median
 FLUSH_TIMEOUT_S = 120.0
+STAT_BLOCK_BYTES = 512  # the unit of st_blocks, whatever the filesystem's
 WARM_UP_TOKENS = 24  # less than a block: warms the kernels and leaves nothing in a cache
 
 OpenCache = Callable[..., Any]  # PrefixCache.open, or a test's stand-in
@@ -160,11 +161,17 @@ def _run_cached(model: Any, cache: Any, request: Request, plan: Plan, phase: str
 
 
 def _tier_bytes(model: Any, cache: Any) -> dict[str, int]:
-    """What each tier holds, in bytes; blocks in the pool count as the device's."""
-    stats = cache.stats()
+    """What each tier holds, in bytes; the disk's are those its files take up."""
+    stats, config = cache.stats(), cache.config
     layout = KVLayout.from_config(
-        model.config.get_text_config(), block_size=cache.config.block_size, dtype=model.dtype
+        model.config.get_text_config(), block_size=config.block_size, dtype=model.dtype
     )
     used_blocks = stats.pool_blocks - stats.pool_free_blocks
-    held = {"device": used_blocks * layout.block_bytes}
-    return held | {name: tier.used_bytes for name, tier in stats.store.tiers.items()}
+    put_in_memory = sum(use.written_bytes for use in stats.store.tiers if use.name == "memory")
+    files = [path for path in config.disk_path.rglob("*") if path.is_file()]
+    return {
+        "device": used_blocks * layout.block_bytes,
+        # It began empty with this cache and evicts only when it is full.
+        "memory": min(put_in_memory, config.memory_bytes),
+        "disk": sum(path.stat().st_blocks for path in files) * STAT_BLOCK_BYTES,
+    }
