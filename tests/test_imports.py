@@ -26,8 +26,8 @@ OUTERMOST = ("prefixstore.cli", "prefixstore.commands", "prefixstore.demo")
 # Modules of a part, and what they may import beyond the standard library and each other. A name
 # stands for itself and all below it; the longest name that fits a module decides its part.
 RULES: dict[tuple[str, ...], tuple[str, ...]] = {
-    # kvkernels never imports prefixstore.
-    ("kvkernels",): ("torch", "_kvkernels"),
+    # kvkernels never imports prefixstore; its top level offers the ops.
+    ("kvkernels",): ("torch", "_kvkernels", "kvkernels.ops"),
     ("kvkernels.reference",): ("torch",),
     ("kvkernels.triton_kernels",): ("torch", "triton", "kvkernels.errors"),
     ("kvkernels.ops",): ("torch", "kvkernels"),

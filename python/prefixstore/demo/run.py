@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvkernels import KVLayout
+from kvkernels.nn.transformers import uninstall
 from prefixstore.demo.measure import Measured, measure_cached, measure_uncached
 from prefixstore.demo.prompts import AgentLoop, Request
 from prefixstore.errors import ConfigError
@@ -94,6 +95,8 @@ def run_phases(
         open_cache: `PrefixCache.open`.
         advance: Told about each request before it runs.
     """
+    uninstall(model)
+    model.set_attn_implementation("sdpa")  # what `uninstall` gives back from here on
     num_cold = min(plan.num_cold, len(loop.requests))
     measured = _run_cold(model, loop.requests[:num_cold], plan, open_cache, advance)
     started = time.perf_counter()
@@ -129,14 +132,14 @@ def _run_cold(
     open_cache: OpenCache,
     advance: Advance,
 ) -> list[Measured]:
-    """Each request with transformers alone, then through a cache that holds nothing.
+    """Each request with transformers' own cache and sdpa, then through a cache that holds nothing.
 
     The two alternate, so that whatever else the machine does falls on both.
     """
     measured = []
     for at, request in enumerate(requests):
         advance("cache off")
-        model.set_attn_implementation("sdpa")
+        uninstall(model)
         if at == 0:
             measure_uncached(model, request.token_ids[:WARM_UP_TOKENS], "", 2)
         measured.append(
