@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+
 from prefixstore import checksum
 
 SIZES = (0, 4, 60, 64, 252, 256, 260, 4096, 16380, 16384, 300004)

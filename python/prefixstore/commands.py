@@ -1,0 +1,39 @@
+"""The group of commands behind `kvkernels`, and how their errors are shown."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import click
+
+from kvkernels import UnsupportedError, __version__
+from prefixstore.demo.command import demo
+from prefixstore.errors import StoreError
+
+
+class _Group(click.Group):
+    """A group whose commands show the project's own errors as one line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (StoreError, UnsupportedError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Group)
+@click.version_option(__version__, prog_name="kvkernels")
+@click.option("-v", "--verbose", is_flag=True, help="Log what the parts do.")
+def kvkernels(verbose: bool) -> None:
+    """A verified KV cache for PyTorch language models."""
+    if verbose:
+        logging.getLogger().setLevel(logging.INFO)
+
+
+kvkernels.add_command(demo)
+
+
+def run() -> None:
+    """Run the command line of this process."""
+    kvkernels(prog_name="kvkernels")

@@ -1,0 +1,89 @@
+"""The table and the lines that the demo ends with, made from the summary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from prefixstore.demo.summary import ROWS, TIERS
+
+MIB = 1 << 20
+
+
+def print_report(console: Console, summary: dict[str, Any]) -> None:
+    """Print the table, one real answer, and what was compared."""
+    console.print(ttft_table(summary))
+    for line in report_lines(summary):
+        console.print(Text(line), soft_wrap=True)
+
+
+def ttft_table(summary: dict[str, Any]) -> Table:
+    """Time to first token and tokens reused, a row for each way of running."""
+    prompt = summary["prompt"]
+    table = Table(
+        title=f"{prompt['num_shared_tokens']:,} shared prompt tokens, {summary['model']['name']}",
+        caption="Time to first token from token ids; tokens are per request.",
+    )
+    table.add_column("")
+    for name in ("requests", "TTFT median", "p90", "min", "x faster", *TIERS, "computed"):
+        table.add_column(name, justify="right")
+    for key, name in ROWS.items():
+        row = summary["rows"].get(key)
+        if row is None:
+            continue
+        ttft = row["ttft_s"]
+        table.add_row(
+            name,
+            str(row["num_requests"]),
+            *(format_seconds(ttft[figure]) for figure in ("median", "p90", "min")),
+            f"{row['speedup']:.1f}",
+            *(f"{row['tokens_by_tier'][tier]:,}" for tier in TIERS),
+            f"{row['num_recomputed']:,}",
+        )
+    return table
+
+
+def report_lines(summary: dict[str, Any]) -> list[str]:
+    """What the table does not say, a sentence a line."""
+    loop, answers, example = summary["loop"], summary["answers"], summary["example"]
+    how = (
+        "measured"
+        if loop["num_off_measured"] == loop["num_requests"]
+        else f"reckoned from {loop['num_off_measured']} measured"
+    )
+    held = ", ".join(
+        f"{tier} {num_bytes / MIB:,.0f} MiB" for tier, num_bytes in summary["tier_bytes"].items()
+    )
+    lines = [
+        f"Whole loop of {loop['num_requests']} requests: {format_seconds(loop['on_s'])} with the"
+        f" cache, {format_seconds(loop['off_s'])} without ({how}): {loop['speedup']:.1f} x.",
+        f"An empty cache costs {summary['empty_over_off']:.2f} x the time of no cache.",
+        f"Held at the end: {held}.",
+        f"Greedy answers equal to those without the cache: {answers['num_equal']} of"
+        f" {answers['num_compared']}.",
+    ]
+    lines += [
+        f"  differs after {one['num_equal_tokens']} equal tokens ({one['phase']}):"
+        f" {one['question']}"
+        for one in answers["differences"]
+    ]
+    if answers["differences"]:
+        lines.append(
+            "  Rounding differs between the two ways; where two tokens are almost equally likely"
+            f" the other one may win. Model dtype: {summary['model']['dtype']}."
+        )
+    if not summary["is_flushed"]:
+        lines.append("The background writer did not finish in time: the disk holds less.")
+    lines += [f"check: {problem}" for problem in summary["problems"]]
+    lines += [f"Question: {example['question']}", f"Answer:   {example['answer'].strip()} ..."]
+    return lines
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds with three significant digits, in ms below one second."""
+    if seconds < 1:
+        return f"{seconds * 1000:.3g} ms"
+    return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:.0f} s"

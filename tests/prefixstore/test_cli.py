@@ -1,0 +1,122 @@
+"""The command line: its errors, and what it leaves behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import prefixstore.cli
+from kvkernels import UnsupportedError, __version__
+from prefixstore.commands import kvkernels
+from prefixstore.demo import command
+from prefixstore.errors import ConfigError
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(kvkernels, list(arguments))
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> list[command.Arguments]:
+    """Stands between the command line and the model; collects the arguments."""
+    seen: list[command.Arguments] = []
+    monkeypatch.setattr(command, "run_demo", lambda arguments, *_: seen.append(arguments))
+    return seen
+
+
+def test_prints_its_version() -> None:
+    assert run("--version").output == f"kvkernels, version {__version__}\n"
+
+
+def test_lists_its_commands() -> None:
+    assert "demo" in run("--help").output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--requests", "0"], "'--requests': 0 is not in the range"),
+        (["--requests", "101"], "'--requests': 101 is not in the range"),
+        (["--requests", "many"], "'--requests': 'many' is not a valid integer"),
+        (["--prefix-tokens", "-1"], "'--prefix-tokens': -1 is not in the range"),
+        (["--max-new-tokens", "0"], "'--max-new-tokens': 0 is not in the range"),
+        (["--cold-requests", "0"], "'--cold-requests': 0 is not in the range"),
+        (["--dtype", "float8"], "'--dtype': 'float8' is not one of"),
+        (["--request", "1"], "No such option"),
+    ],
+)
+def test_refuses_wrong_options(
+    no_model: list[command.Arguments], arguments: list[str], message: str
+) -> None:
+    result = run("demo", *arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert no_model == []
+
+
+@pytest.mark.parametrize("option", ["--out", "--cache-dir"])
+def test_refuses_a_directory_it_cannot_write(
+    no_model: list[command.Arguments], option: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    target = tmp_path / "file" / "inside"
+    others = {"--out": tmp_path / "out", "--cache-dir": tmp_path / "cache"} | {option: target}
+    result = run("demo", *(str(part) for pair in others.items() for part in pair))
+    assert result.exit_code == 2
+    assert f"{option}: expected a writable directory" in result.output
+    assert "Not a directory" in result.output
+    assert no_model == []
+
+
+def test_passes_its_options_on(no_model: list[command.Arguments], tmp_path: Path) -> None:
+    out, cache_dir = tmp_path / "out", tmp_path / "cache"
+    result = run(
+        *("demo", "--requests", "2", "--seed", "3", "--fresh"),
+        *("--out", str(out), "--cache-dir", str(cache_dir)),
+    )
+    assert result.exit_code == 0, result.output
+    (arguments,) = no_model
+    assert (arguments.requests, arguments.seed, arguments.fresh) == (2, 3, True)
+    assert (arguments.prefix_tokens, arguments.dtype) == (7000, "auto")
+    assert out.is_dir() and list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [ConfigError("model: not there"), UnsupportedError("a feature")])
+def test_shows_errors_of_its_own_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(command, "run_demo", fail)
+    result = run("demo", "--out", str(tmp_path), "--cache-dir", str(tmp_path))
+    assert result.exit_code == 1
+    assert result.output == f"Error: {error}\n"
+
+
+def test_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_spec(name: str) -> object:
+        return None if name in ("rich", "matplotlib") else object()
+
+    monkeypatch.setattr(prefixstore.cli, "find_spec", find_spec)
+    with pytest.raises(SystemExit) as caught:
+        prefixstore.cli.main()
+    assert str(caught.value) == (
+        "kvkernels: expected rich, matplotlib to be installed; run: pip install 'kvkernels[demo]'"
+    )
+
+
+def test_a_process_without_click_ends_with_one_line() -> None:
+    program = (
+        "import sys; sys.modules['click'] = None; sys.argv = ['kvkernels', 'demo'];"
+        " import prefixstore.cli; prefixstore.cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "pip install 'kvkernels[demo]'" in done.stderr

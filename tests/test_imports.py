@@ -1,0 +1,186 @@
+"""Who may import whom: the table of the style guide as data, checked against every file."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = {"kvkernels": ROOT / "kvkernels", "prefixstore": ROOT / "python" / "prefixstore"}
+
+RECORD = ("prefixstore.errors", "prefixstore.checksum", "prefixstore.block_key")
+RECORD += ("prefixstore.record", "prefixstore.index")
+STORE = ("prefixstore.store", "prefixstore.store_stats", "prefixstore.breaker")
+STORE += ("prefixstore.guarded_tier", "prefixstore.write_queue")
+PLANNER = ("prefixstore.residency",)
+CACHE = ("prefixstore.cache", "prefixstore.config", "prefixstore.device", "prefixstore.restore")
+CACHE += ("prefixstore.session", "prefixstore.block_io", "prefixstore.tokens")
+OUTERMOST = ("prefixstore.cli", "prefixstore.commands", "prefixstore.demo")
+
+# Modules of a part, and what they may import beyond the standard library and each other. A name
+# stands for itself and all below it; the longest name that fits a module decides its part.
+RULES: dict[tuple[str, ...], tuple[str, ...]] = {
+    # kvkernels never imports prefixstore; its top level offers the ops.
+    ("kvkernels",): ("torch", "_kvkernels", "kvkernels.ops"),
+    ("kvkernels.reference",): ("torch",),
+    ("kvkernels.triton_kernels",): ("torch", "triton", "kvkernels.errors"),
+    ("kvkernels.ops",): ("torch", "kvkernels"),
+    ("kvkernels.nn",): ("torch", "kvkernels"),
+    # Only what is for Hugging Face models needs their library.
+    (
+        "kvkernels.nn.transformers",
+        "kvkernels.nn.transformers_cache",
+        "kvkernels.nn.transformers_compat",
+    ): ("torch", "transformers", "kvkernels"),
+    ("prefixstore",): (),
+    RECORD: ("numpy", "_kvkernels"),
+    # A tier sees bytes: no tensors, and never the store.
+    ("prefixstore.tiers",): ("numpy", *RECORD),
+    STORE: ("numpy", "prefixstore.tiers.base", *RECORD),
+    PLANNER: ("numpy",),
+    # Beside the cache: what a model's KV depends on, and models to try it with.
+    ("prefixstore.identity",): ("torch", "numpy", "kvkernels", "prefixstore.errors"),
+    ("prefixstore.models",): ("torch", "transformers", "prefixstore.errors"),
+    CACHE: (
+        *("torch", "numpy", "kvkernels", "prefixstore.identity", "prefixstore.tiers"),
+        *RECORD,
+        *STORE,
+        *PLANNER,
+    ),
+    # The outermost layer imports anything; only it imports itself.
+    OUTERMOST: (
+        *("torch", "numpy", "transformers", "click", "rich", "matplotlib"),
+        *("kvkernels", "prefixstore"),
+    ),
+}
+
+
+def find_modules() -> dict[str, Path]:
+    """Every module of both packages and its file."""
+    modules = {}
+    for package, folder in PACKAGES.items():
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            name = ".".join((package, *parts)).removesuffix(".__init__")
+            modules[name] = path
+    return modules
+
+
+MODULES = find_modules()
+
+
+def is_within(module: str, names: tuple[str, ...]) -> bool:
+    return any(module == name or module.startswith(name + ".") for name in names)
+
+
+def part_of(module: str) -> tuple[str, ...]:
+    """The part of RULES that a module belongs to."""
+    fitting = [(len(n), part) for part in RULES for n in part if is_within(module, (n,))]
+    return max(fitting)[1]
+
+
+def imported_modules(source: str) -> Iterator[str]:
+    """Absolute names of all modules a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                yield "." * node.level + (node.module or "")
+                continue
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield submodule if submodule in MODULES else str(node.module)
+
+
+def violations(module: str, source: str) -> list[str]:
+    """Imports in `source` that the part of `module` may not have."""
+    part = part_of(module)
+    allowed = RULES[part]
+    found = []
+    for name in imported_modules(source):
+        if name.split(".")[0] in sys.stdlib_module_names:
+            continue
+        is_ours = name.split(".")[0] in PACKAGES
+        if is_ours and part_of(name) == part:
+            continue
+        if is_within(name, allowed) and not (
+            is_ours and part_of(name) == OUTERMOST and part != OUTERMOST
+        ):
+            continue
+        found.append(f"{module} imports {name}")
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_only_inward(module: str) -> None:
+    assert violations(module, MODULES[module].read_text()) == []
+
+
+@pytest.mark.parametrize("part", RULES, ids=lambda part: part[0])
+def test_every_rule_is_about_a_module_that_exists(part: tuple[str, ...]) -> None:
+    assert [name for name in part if name not in MODULES] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("kvkernels.pool", "import prefixstore.errors"),
+        ("kvkernels.pool", "import triton"),
+        ("kvkernels.nn.module", "def f():\n    from transformers import Cache"),
+        ("kvkernels.reference.attention", "from kvkernels.ops import store_kv"),
+        ("prefixstore.tiers.disk", "from prefixstore.store import Store"),
+        ("prefixstore.tiers.disk", "import torch"),
+        ("prefixstore.store", "from prefixstore.tiers.disk import DiskTier"),
+        ("prefixstore.store", "import prefixstore.cache"),
+        ("prefixstore.record", "import torch"),
+        ("prefixstore.cache", "from prefixstore.demo import run"),
+        ("prefixstore.cache", "import click"),
+        ("prefixstore.cache", "from . import session"),
+    ],
+)
+def test_finds_an_import_that_is_not_allowed(module: str, source: str) -> None:
+    assert len(violations(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("program", "absent"),
+    [
+        ("import kvkernels", ("triton", "transformers", "prefixstore")),
+        ("import kvkernels.nn", ("triton", "transformers", "prefixstore")),
+        ("import prefixstore", ("torch", "kvkernels")),
+        ("import prefixstore.store, prefixstore.index", ("torch", "kvkernels")),
+        ("import prefixstore.tiers.disk, prefixstore.tiers.memory", ("torch", "kvkernels")),
+        ("import prefixstore.cli", ("click", "rich", "torch", "transformers")),
+    ],
+)
+def test_importing_stays_light(program: str, absent: tuple[str, ...]) -> None:
+    program += f"; import sys; print([name for name in {absent} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def cpp_files() -> list[Path]:
+    folders = (ROOT / "csrc", ROOT / "tests" / "cpp")
+    return [
+        path
+        for folder in folders
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in (".cpp", ".h", ".cu", ".cuh")
+    ]
+
+
+@pytest.mark.parametrize("path", cpp_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_cpp_includes_neither_pytorch_nor_pybind11(path: Path) -> None:
+    included = re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', path.read_text(), re.MULTILINE)
+    forbidden = ["torch/", "ATen/", "c10/"]
+    if path != ROOT / "csrc" / "bindings.cpp":
+        forbidden.append("pybind11/")
+    assert [name for name in included if name.startswith(tuple(forbidden))] == []
