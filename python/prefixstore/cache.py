@@ -1,0 +1,276 @@
+"""The prefix cache of one model: the class most users meet."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvkernels import BlockAllocator, KVPool
+from kvkernels.nn import PagedGroup, layer_groups
+from kvkernels.nn.transformers import install
+from prefixstore.block_io import block_buffer
+from prefixstore.config import CacheConfig, physical_memory_bytes
+from prefixstore.device import DeviceBlocks
+from prefixstore.errors import ConfigError, StoreError
+from prefixstore.identity import model_identity, salted_identity
+from prefixstore.index import Stats as IndexStats
+from prefixstore.record import BlockKey, RecordLayout, chain_keys
+from prefixstore.restore import RestoredPrefix, restore_prefix
+from prefixstore.session import ReuseReport, Session
+from prefixstore.store import Store, StoreStats
+from prefixstore.tiers.base import Tier
+from prefixstore.tiers.disk import DiskTier, DiskTierConfig
+from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
+from prefixstore.tokens import as_tokens
+
+WRITER_WAIT_S = 10.0  # how long a full pool waits for the background writer to let blocks go
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """Counters of a cache and its parts since it was opened."""
+
+    num_sessions: int
+    prompt_tokens: int
+    hit_tokens: dict[str, int]
+    evicted_blocks: int
+    pool_blocks: int
+    pool_free_blocks: int
+    index: IndexStats
+    store: StoreStats | None
+
+
+class PrefixCache:
+    """Reuses the KV of prompt prefixes across calls, sessions, processes and restarts.
+
+    Open it with `PrefixCache.open(model)`. It may be used from several threads; one session
+    belongs to one thread at a time.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[PagedGroup],
+        identity: bytes,
+        config: CacheConfig,
+        store: Store | None = None,
+    ) -> None:
+        """Put a cache together from parts; `open` is the way for a model."""
+        self.config = config
+        self._identity = identity
+        self._store = store
+        self._device = DeviceBlocks(groups, config.block_size, partial(self.flush, WRITER_WAIT_S))
+        self._record_layouts = [
+            record_layout(group.pool, number) for number, group in enumerate(groups)
+        ]
+        self._lock = threading.Lock()  # over the counters below
+        self._num_sessions = 0
+        self._prompt_tokens = 0
+        self._hit_tokens: dict[str, int] = {}
+
+    @classmethod
+    def open(
+        cls,
+        model: Any,
+        *,
+        block_size: int = 64,
+        pool_tokens: int | None = None,
+        memory_bytes: int = 1 << 30,
+        disk_path: str | Path | None = None,
+        disk_bytes: int = 4 << 30,
+        salt: str = "",
+    ) -> PrefixCache:
+        """A cache for `model`, whose attention is set to read it.
+
+        Args:
+            model: A Hugging Face causal language model, in evaluation mode.
+            block_size: Tokens in a block; one of 16, 32, 64, 128, 256.
+            pool_tokens: Tokens the device pool holds; default see `CacheConfig`.
+            memory_bytes: Size of the host memory tier; 0 for none.
+            disk_path: Directory of the disk tier, shared by processes; None for none.
+            disk_bytes: Bound of the disk tier.
+            salt: Namespace of sessions that name none themselves.
+
+        Raises:
+            ConfigError: If a value is out of range.
+            UnsupportedError: If the model has a feature without a kernel; the message names it.
+            TierUnavailable: If the disk tier cannot be opened.
+        """
+        config = CacheConfig(
+            block_size=block_size,
+            pool_tokens=pool_tokens,
+            memory_bytes=memory_bytes,
+            disk_path=Path(disk_path) if disk_path is not None else None,
+            disk_bytes=disk_bytes,
+            salt=salt,
+        )
+        specs = layer_groups(model.config, block_size, model.dtype)
+        layouts = [spec.layout for spec in specs]
+        num_blocks = _pool_blocks(config, model.config, sum(x.block_bytes for x in layouts))
+        groups = [
+            PagedGroup(
+                pool=KVPool(spec.layout, num_blocks, model.device),
+                allocator=BlockAllocator(num_blocks),
+                layers=spec.layers,
+                window=spec.window,
+            )
+            for spec in specs
+        ]
+        cache = cls(groups, model_identity(model, layouts), config, _open_store(config))
+        install(model)
+        return cache
+
+    def session(
+        self, token_ids: torch.Tensor | Sequence[int], *, salt: str | None = None
+    ) -> Session:
+        """The KV of one sequence, beginning with the longest prefix that is cached anywhere.
+
+        At least the last token is left to compute: the model needs it to give logits.
+
+        Args:
+            token_ids: The prompt, `[num_tokens]` or `[1, num_tokens]`.
+            salt: Namespace; default that of the cache.
+
+        Raises:
+            ValueError: If `token_ids` is empty, of another shape, or not integers in range.
+        """
+        tokens = as_tokens("token_ids", token_ids)
+        if len(tokens) == 0:
+            raise ValueError("token_ids: expected at least one token, got none")
+        salt = self.config.salt if salt is None else salt
+        started = time.perf_counter()
+        whole = tokens[: (len(tokens) - 1) // self.config.block_size * self.config.block_size]
+        restored = restore_prefix(self._device, self._store, whole, salt, self._keys(whole, salt))
+        report = self._report(tokens, restored, time.perf_counter() - started)
+        return Session(self._device, tokens, restored, report, partial(self._publish, salt))
+
+    def flush(self, timeout_s: float = 60.0) -> bool:
+        """Wait until the tiers hold everything committed; False if time ran out first."""
+        return self._store.flush(timeout_s) if self._store else True
+
+    def stats(self) -> CacheStats:
+        allocators = [group.allocator for group in self._device.groups]
+        with self._lock:
+            return CacheStats(
+                num_sessions=self._num_sessions,
+                prompt_tokens=self._prompt_tokens,
+                hit_tokens=dict(self._hit_tokens),
+                evicted_blocks=self._device.evicted_blocks,
+                pool_blocks=allocators[0].num_blocks,
+                pool_free_blocks=min(allocator.num_free for allocator in allocators),
+                index=self._device.index_stats(),
+                store=self._store.stats() if self._store else None,
+            )
+
+    def check(self) -> list[str]:
+        """Recount every part; returns one line for each thing that is wrong."""
+        return self._device.check() + (self._store.check() if self._store else [])
+
+    def close(self) -> None:
+        """Write out what is queued and close the tiers."""
+        if self._store:
+            self._store.close()
+
+    def __enter__(self) -> PrefixCache:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _publish(
+        self, salt: str, tokens: np.ndarray, block_ids: np.ndarray, first_new: int
+    ) -> None:
+        """Index the blocks of `tokens` and send those from `first_new` on to the tiers."""
+        self._device.insert(tokens, salt, block_ids)
+        if self._store is None:
+            return
+        for group, keys, ids in zip(
+            self._device.groups, self._keys(tokens, salt), block_ids.T, strict=True
+        ):
+            for key, block_id in zip(keys[first_new:], ids[first_new:].tolist(), strict=True):
+                if block_id < 0:
+                    continue
+                group.allocator.share([block_id])  # until the writer has read it
+                self._store.save(
+                    key,
+                    block_buffer(group.pool, block_id, read=True),
+                    done=partial(group.allocator.release, [block_id]),
+                )
+
+    def _keys(self, tokens: np.ndarray, salt: str) -> list[list[BlockKey]]:
+        identity = salted_identity(self._identity, salt)
+        return [chain_keys(layout, identity, tokens) for layout in self._record_layouts]
+
+    def _report(
+        self, tokens: np.ndarray, restored: RestoredPrefix, restore_s: float
+    ) -> ReuseReport:
+        by_tier: dict[str, int] = {}
+        for tier in restored.tiers:
+            by_tier[tier] = by_tier.get(tier, 0) + self.config.block_size
+        with self._lock:
+            self._num_sessions += 1
+            self._prompt_tokens += len(tokens)
+            for tier, num_tokens in by_tier.items():
+                self._hit_tokens[tier] = self._hit_tokens.get(tier, 0) + num_tokens
+        return ReuseReport(
+            num_prompt_tokens=len(tokens),
+            tokens_by_tier=by_tier,
+            num_recomputed=len(tokens) - sum(by_tier.values()),
+            restore_s=restore_s,
+        )
+
+
+def record_layout(pool: KVPool, layer_group: int) -> RecordLayout:
+    """The layout of this pool's blocks as a record names it."""
+    layout = pool.layout
+    return RecordLayout(
+        num_layers=layout.num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        block_size=layout.block_size,
+        dtype=str(layout.dtype).removeprefix("torch."),
+        layer_group=layer_group,
+    )
+
+
+def _pool_blocks(config: CacheConfig, model_config: Any, bytes_per_block: int) -> int:
+    if config.pool_tokens is not None:
+        return -(-config.pool_tokens // config.block_size)
+    text_config = model_config.get_text_config()
+    wanted = 4 * text_config.max_position_embeddings // config.block_size
+    affordable = physical_memory_bytes() // 4 // bytes_per_block
+    if affordable == 0:
+        raise ConfigError(
+            f"pool_tokens: expected room for one block of {bytes_per_block} bytes in a quarter"
+            f" of the memory, got {physical_memory_bytes()} bytes of memory"
+        )
+    return max(1, min(wanted, affordable))
+
+
+def _open_store(config: CacheConfig) -> Store | None:
+    tiers: list[Tier] = []
+    try:
+        if config.memory_bytes:
+            tiers.append(MemoryTier(MemoryTierConfig(capacity_bytes=config.memory_bytes)))
+        if config.disk_path is not None:
+            tiers.append(
+                DiskTier(DiskTierConfig(path=config.disk_path, capacity_bytes=config.disk_bytes))
+            )
+    except StoreError:
+        for tier in tiers:
+            tier.close()
+        raise
+    return Store(tiers) if tiers else None

@@ -1,0 +1,119 @@
+"""The blocks on the device: who holds them, which prefixes they are, and how room is made.
+
+Every block in use has one reference from the index if it is indexed there, one from each session
+that reads it, and one from each write to a tier that has not finished::
+
+    pool block     17   references  index 1 + sessions 2 + writers 0 = 3
+    pool block     18   references  session 1 (the tail of a sequence, not a whole block yet)
+    pool block     19   references  0: on the free list
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from kvkernels import PoolFullError
+from kvkernels.nn import PagedGroup
+from prefixstore.index import Match, RadixIndex, Stats
+
+
+class DeviceBlocks:
+    """The pools of all layer groups and the index of the prefixes in them.
+
+    Args:
+        groups: Pool, allocator and window of each layer group.
+        block_size: Tokens in a block.
+        drain: Waits until pending writes have let go of their blocks; called once, when the pool
+            is full and nothing can be evicted.
+    """
+
+    def __init__(
+        self, groups: Sequence[PagedGroup], block_size: int, drain: Callable[[], object]
+    ) -> None:
+        self.groups = list(groups)
+        self.block_size = block_size
+        self._drain = drain
+        self._index = RadixIndex(block_size, len(self.groups))
+        self._lock = threading.Lock()
+        self._evicted_blocks = 0
+
+    @property
+    def windows(self) -> list[int | None]:
+        return [group.window for group in self.groups]
+
+    def find(self, tokens: np.ndarray, salt: str) -> tuple[Match, np.ndarray]:
+        """The longest cached prefix, pinned, and its block ids with a reference to each.
+
+        Returns:
+            The match and `[num_blocks, num_groups]` int32, -1 where a group's block is gone.
+        """
+        with self._lock:
+            match = self._index.match(tokens, salt.encode())
+            self._index.pin(match)
+            # Referenced under the same lock: what was found must not be evicted in between.
+            self.share(match.block_ids)
+            return match, match.block_ids
+
+    def unpin(self, match: Match) -> None:
+        with self._lock:
+            self._index.unpin(match)
+
+    def insert(self, tokens: np.ndarray, salt: str, block_ids: np.ndarray) -> None:
+        """Index the whole blocks of `tokens`; the index takes a reference of those new to it."""
+        with self._lock:
+            refused = self._index.insert(tokens, block_ids, salt.encode())
+            self.share(np.where(refused >= 0, -1, block_ids))
+
+    def reserve(self, group: int, num_blocks: int) -> list[int]:
+        """Take blocks of one group, evicting the least recently used prefixes where needed.
+
+        Raises:
+            PoolFullError: If sessions hold too many; nothing is taken then.
+        """
+        allocator = self.groups[group].allocator
+        has_drained = False
+        while True:
+            try:
+                return allocator.allocate(num_blocks)
+            except PoolFullError:
+                if self._evict(num_blocks - allocator.num_free):
+                    continue
+                if has_drained:
+                    raise
+            self._drain()
+            has_drained = True
+
+    def share(self, block_ids: np.ndarray) -> None:
+        """Add a reference to each block of `[num_blocks, num_groups]`; -1 is skipped."""
+        for group, ids in zip(self.groups, block_ids.T, strict=True):
+            group.allocator.share(ids[ids >= 0].tolist())
+
+    def release(self, block_ids: np.ndarray) -> None:
+        """Drop a reference of each block of `[num_blocks, num_groups]`; -1 is skipped."""
+        for group, ids in zip(self.groups, block_ids.T, strict=True):
+            group.allocator.release(ids[ids >= 0].tolist())
+
+    @property
+    def evicted_blocks(self) -> int:
+        return self._evicted_blocks
+
+    def index_stats(self) -> Stats:
+        with self._lock:
+            return self._index.stats()
+
+    def check(self) -> list[str]:
+        with self._lock:
+            problems = [f"index: {line}" for line in self._index.check()]
+            for number, group in enumerate(self.groups):
+                problems += [f"pool {number}: {line}" for line in group.allocator.check()]
+        return problems
+
+    def _evict(self, num_blocks: int) -> bool:
+        with self._lock:
+            victims = self._index.evict(max(1, num_blocks))
+            self._evicted_blocks += len(victims)
+            self.release(victims)
+        return len(victims) > 0

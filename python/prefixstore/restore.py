@@ -1,0 +1,136 @@
+"""Bring the longest prefix of a prompt back: what is in the pool, then what the tiers hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvkernels import PoolFullError
+from prefixstore.block_io import block_buffer, fill_block
+from prefixstore.device import DeviceBlocks
+from prefixstore.index import Match
+from prefixstore.record import BlockKey
+from prefixstore.residency import first_block_needed, longest_prefix
+from prefixstore.store import Store
+
+DEVICE = "device"  # the name of the pool among the tiers, in reports
+
+
+@dataclass
+class RestoredPrefix:
+    """A prefix whose blocks are in the pool; the holder owns its pin and a reference of each.
+
+    Attributes:
+        match: The pinned run of the index.
+        block_ids: `[num_blocks, num_groups]` int32; -1 where no later token can see the block.
+        tiers: `[num_blocks]`, where each block lay.
+    """
+
+    match: Match
+    block_ids: np.ndarray
+    tiers: list[str]
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.tiers)
+
+
+def restore_prefix(
+    device: DeviceBlocks,
+    store: Store | None,
+    tokens: np.ndarray,
+    salt: str,
+    keys: Sequence[Sequence[BlockKey]],
+) -> RestoredPrefix:
+    """Find, load and verify the longest cached prefix of `tokens`, and index what was loaded.
+
+    Args:
+        device: The blocks on the device.
+        store: The tiers, if there are any.
+        tokens: Whole blocks only, `[num_blocks * block_size]` uint32.
+        salt: The namespace.
+        keys: Per group, the keys of the blocks.
+    """
+    num_blocks = len(tokens) // device.block_size
+    match, found = device.find(tokens, salt)
+    block_ids = np.full((num_blocks, len(device.groups)), -1, dtype=np.int32)
+    block_ids[: len(found)] = found
+    tiers = [DEVICE] * num_blocks
+    try:
+        usable = _load_missing(device, store, keys, block_ids, tiers)
+    except BaseException:
+        device.release(block_ids)
+        device.unpin(match)
+        raise
+    device.release(block_ids[usable:])
+    block_ids, tiers = block_ids[:usable], tiers[:usable]
+    if any(tier != DEVICE for tier in tiers):
+        prefix = tokens[: usable * device.block_size]
+        device.insert(prefix, salt, block_ids)
+        device.unpin(match)
+        match, again = device.find(prefix, salt)
+        device.release(again)
+    return RestoredPrefix(match, block_ids, tiers)
+
+
+def _load_missing(
+    device: DeviceBlocks,
+    store: Store | None,
+    keys: Sequence[Sequence[BlockKey]],
+    block_ids: np.ndarray,
+    tiers: list[str],
+) -> int:
+    """Fill holes in `block_ids` from the tiers; returns the blocks of the longest whole prefix."""
+    available = [ids >= 0 for ids in block_ids.T.copy()]
+    if store is not None:
+        for held, group_keys in zip(available, keys, strict=True):
+            missing = np.flatnonzero(~held)
+            answers = store.contains_many([group_keys[number] for number in missing])
+            held[missing] = [answer is not None for answer in answers]
+    while True:
+        num_blocks = longest_prefix(available, device.block_size, device.windows)
+        is_complete = True
+        for group, window in enumerate(device.windows):
+            first = first_block_needed(num_blocks, device.block_size, window)
+            numbers = first + np.flatnonzero(block_ids[first:num_blocks, group] < 0)
+            if len(numbers) == 0:
+                continue
+            assert store is not None
+            failed = _load(device, store, group, keys[group], numbers, block_ids, tiers)
+            # A counted miss: settle for the longest prefix without these blocks.
+            available[group][failed] = False
+            is_complete = is_complete and not failed
+        if is_complete:
+            return num_blocks
+
+
+def _load(
+    device: DeviceBlocks,
+    store: Store,
+    group: int,
+    keys: Sequence[BlockKey],
+    numbers: np.ndarray,
+    block_ids: np.ndarray,
+    tiers: list[str],
+) -> list[int]:
+    """Load these blocks of one group into the pool; returns the numbers of those that failed."""
+    pool, allocator = device.groups[group].pool, device.groups[group].allocator
+    try:
+        taken = device.reserve(group, len(numbers))
+    except PoolFullError:
+        # Try again with the first half; what the pool cannot hold cannot be restored.
+        return numbers[len(numbers) // 2 :].tolist()
+    buffers = [block_buffer(pool, block_id) for block_id in taken]
+    answers = store.load_many([keys[number] for number in numbers], buffers)
+    failed = []
+    for number, block_id, buffer, answer in zip(numbers, taken, buffers, answers, strict=True):
+        if answer is None:
+            allocator.release([block_id])
+            failed.append(int(number))
+            continue
+        fill_block(pool, block_id, buffer)
+        block_ids[number, group] = block_id
+        tiers[number] = answer
+    return failed
