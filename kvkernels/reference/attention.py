@@ -20,7 +20,7 @@ def paged_attention(
     `window` 0 means none. Works in the dtype of `query`, float64 included, so that one function
     gives both the exact meaning and what plain PyTorch makes of it in low precision.
     """
-    num_tokens, num_heads, head_dim = query.shape
+    num_tokens, num_heads, _ = query.shape
     num_kv_heads, block_size = key_cache.shape[1:3]
     if cu_seqlens_q is None:
         cu_seqlens_q = torch.arange(num_tokens + 1, dtype=torch.int32)
