@@ -57,8 +57,8 @@ inline float softmax_vectors(float* scores, int64_t first, int64_t last, float s
 }
 
 // The same for the number of vectors that hold `num_keys` columns.
-inline float softmax_step(float* scores, int64_t num_keys, int64_t first, int64_t last,
-                          float scale, float* max, float* sum) {
+inline float softmax_step(float* scores, int64_t num_keys, int64_t first, int64_t last, float scale,
+                          float* max, float* sum) {
   if (num_keys == kTileKeys && first <= 0 && last >= kTileKeys) {
     return softmax_vectors<4, false>(scores, first, last, scale, max, sum);
   }

@@ -123,6 +123,15 @@ def test_checks_values_before_any_work(
         kvkernels.paged_attention(**good_inputs() | {name: bad})
 
 
+def test_refuses_heads_without_width() -> None:
+    empty = torch.zeros(3, 2, 16, 0)
+    with pytest.raises(ValueError, match="key_cache: expected a head_dim of 1 or more, got 0"):
+        kvkernels.paged_attention(
+            **good_inputs()
+            | {"query": torch.zeros(5, 4, 0), "key_cache": empty, "value_cache": empty}
+        )
+
+
 @pytest.mark.parametrize("window", [0, -3])
 def test_refuses_an_empty_window(window: int) -> None:
     with pytest.raises(ValueError, match="window: expected 1 or more, or None for no window, got"):
@@ -225,7 +234,12 @@ def test_compiles_into_one_graph() -> None:
 
 @pytest.mark.skipif(not native.is_available, reason="the reference has no threads of its own")
 def test_works_in_a_forked_child() -> None:
-    inputs = good_inputs()
+    inputs = good_inputs() | {
+        "key_cache": torch.randn(130, 2, 16, 32),
+        "value_cache": torch.randn(130, 2, 16, 32),
+        "block_table": torch.arange(130, dtype=torch.int32).view(2, 65),
+        "seq_lens": ints(1000, 1040),  # enough for a second thread
+    }
     num_threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
