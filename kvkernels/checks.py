@@ -61,3 +61,5 @@ def check_caches(key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
     check_last_stride("value_cache", value_cache)
     if key_cache.shape[2] == 0:
         raise ValueError("key_cache: expected at least one slot in a block, got block_size 0")
+    if key_cache.shape[3] == 0:
+        raise ValueError("key_cache: expected a head_dim of 1 or more, got 0")

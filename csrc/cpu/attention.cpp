@@ -45,6 +45,12 @@ class Run {
 
   int64_t num_items() const { return plan_.num_items; }
 
+  // Threads that get enough to do to be worth waking.
+  int64_t num_useful_threads() const {
+    constexpr int64_t kWorkPerThread = 256 << 10;  // some 20 microseconds
+    return 1 + plan_.num_scores * args_.head_dim / kWorkPerThread;
+  }
+
   void work() {
     size_t cursor = 0;
     for (int64_t item = next_++; item < plan_.num_items; item = next_++) {
@@ -171,7 +177,8 @@ bool has_attention_path(AttentionPath path) {
 void paged_attention(const PagedAttentionArgs& args, AttentionPath path, int num_threads) {
   check_indices(args);
   Run run(args, find_kernel(path, args.dtype, args.head_dim));
-  const int64_t num_useful = std::min<int64_t>(num_threads, run.num_items());
+  const int64_t num_useful =
+      std::min({static_cast<int64_t>(num_threads), run.num_items(), run.num_useful_threads()});
   if (num_useful > 0) run_parallel(static_cast<int>(num_useful), [&run] { run.work(); });
 }
 

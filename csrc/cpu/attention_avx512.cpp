@@ -11,31 +11,40 @@ namespace {
 
 constexpr int kBlockRows = 6, kBlockVectors = 4;
 
+// Sums over head_dim are begun anew after this many products and added up at the end: rounding
+// errors grow with the length of a sum.
+constexpr int64_t kSumLength = 64;
+
 // scores[m][n] = query row m * key n
 template <int kRows, int kVectors>
 void score_block(const float* query, int64_t head_dim, const float* keys, float* scores) {
-  __m512 sums[kRows][kVectors];
-#pragma GCC unroll 6
-  for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
-    for (int n = 0; n < kVectors; ++n) sums[m][n] = _mm512_setzero_ps();
-  }
-  for (int64_t i = 0; i < head_dim; ++i) {
-    __m512 key[kVectors];
-#pragma GCC unroll 4
-    for (int n = 0; n < kVectors; ++n) key[n] = _mm512_load_ps(keys + i * kTileKeys + 16 * n);
+  for (int64_t begin = 0; begin < head_dim; begin += kSumLength) {
+    const int64_t end = begin + kSumLength < head_dim ? begin + kSumLength : head_dim;
+    __m512 sums[kRows][kVectors];
 #pragma GCC unroll 6
     for (int m = 0; m < kRows; ++m) {
-      const __m512 q = _mm512_set1_ps(query[m * head_dim + i]);
 #pragma GCC unroll 4
-      for (int n = 0; n < kVectors; ++n) sums[m][n] = _mm512_fmadd_ps(q, key[n], sums[m][n]);
+      for (int n = 0; n < kVectors; ++n) sums[m][n] = _mm512_setzero_ps();
     }
-  }
-#pragma GCC unroll 6
-  for (int m = 0; m < kRows; ++m) {
+    for (int64_t i = begin; i < end; ++i) {
+      __m512 key[kVectors];
 #pragma GCC unroll 4
-    for (int n = 0; n < kVectors; ++n) {
-      _mm512_store_ps(scores + m * kTileKeys + 16 * n, sums[m][n]);
+      for (int n = 0; n < kVectors; ++n) key[n] = _mm512_load_ps(keys + i * kTileKeys + 16 * n);
+#pragma GCC unroll 6
+      for (int m = 0; m < kRows; ++m) {
+        const __m512 q = _mm512_set1_ps(query[m * head_dim + i]);
+#pragma GCC unroll 4
+        for (int n = 0; n < kVectors; ++n) sums[m][n] = _mm512_fmadd_ps(q, key[n], sums[m][n]);
+      }
+    }
+#pragma GCC unroll 6
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kVectors; ++n) {
+        float* target = scores + m * kTileKeys + 16 * n;
+        if (begin > 0) sums[m][n] = _mm512_add_ps(sums[m][n], _mm512_load_ps(target));
+        _mm512_store_ps(target, sums[m][n]);
+      }
     }
   }
 }
@@ -132,14 +141,14 @@ void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, const Work
   const auto* key_cache = static_cast<const typename E::Item*>(tile.args->key_cache);
   const auto* value_cache = static_cast<const typename E::Item*>(tile.args->value_cache);
   const int64_t num_keys = end - begin;
+  // The last 16 keys may be fewer: the rest of their columns repeat the last key, and no row sees
+  // them.
+  for (int64_t t = num_keys; t % 16 != 0; ++t) key_offsets[t] = key_offsets[num_keys - 1];
   for (int64_t first = 0; first < num_keys; first += 16) {
     for (int64_t i = 0; i < work.head_dim; i += 16) {
       __m512 rows[16];
 #pragma GCC unroll 16
-      for (int t = 0; t < 16; ++t) {
-        rows[t] = first + t < num_keys ? E::load(key_cache + key_offsets[first + t] + i)
-                                       : _mm512_setzero_ps();
-      }
+      for (int t = 0; t < 16; ++t) rows[t] = E::load(key_cache + key_offsets[first + t] + i);
       transpose_16x16(rows);
 #pragma GCC unroll 16
       for (int j = 0; j < 16; ++j) {

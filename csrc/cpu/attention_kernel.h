@@ -40,7 +40,7 @@ struct AttentionKernel {
   void (*widen)(const void* in, float* out, int64_t size);
 };
 
-constexpr int64_t kMaxRows = 96;  // no kernel's max_rows is larger
+constexpr int64_t kMaxRows = 192;  // no kernel's max_rows is larger
 
 // Each returns null where it does not serve the case.
 const AttentionKernel* portable_kernel(DType dtype);

@@ -149,6 +149,8 @@ Plan make_plan(const PagedAttentionArgs& args, int64_t max_rows) {
     seq.first_item = plan.num_items;
     plan.num_items += num_tiles * seq.num_chunks;
     plan.rows_per_partial = std::max(plan.rows_per_partial, seq.rows_per_tile);
+    // Few rows take as long as four: that time goes into reading the keys.
+    plan.num_scores += std::max<int64_t>(seq.num_rows, 4) * seq.num_kv_heads * seq.seq_len;
     if (seq.num_chunks == 1) continue;
     seq.first_partial = plan.num_partials;
     seq.first_split_tile = plan.num_split_tiles;

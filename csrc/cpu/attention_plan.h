@@ -42,6 +42,7 @@ struct Plan {
   int64_t num_items = 0;
   int64_t num_partials = 0, num_split_tiles = 0;
   int64_t rows_per_partial = 0;
+  int64_t num_scores = 0;  // about, as a measure of the work
 };
 
 // Throws std::invalid_argument if a length, a running sum or a block id in use is out of range.

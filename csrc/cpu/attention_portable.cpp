@@ -10,6 +10,9 @@ namespace kvkernels {
 namespace {
 
 constexpr int64_t kTileRows = 32, kTileKeys = 32;
+// Sums over head_dim are begun anew after this many products and added up at the end: rounding
+// errors grow with the length of a sum.
+constexpr int64_t kSumLength = 16;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct BFloat16 {
@@ -92,9 +95,14 @@ void load_keys(const AttentionTile& tile, int64_t begin, int64_t end, const Tile
 void attend_row(const float* query, const Tiles& tiles, int64_t head_dim, float scale,
                 int64_t first, int64_t last, float* out, float& max, float& sum) {
   float scores[kTileKeys] = {};
-  for (int64_t i = 0; i < head_dim; ++i) {
-    const float* key = tiles.key + i * kTileKeys;
-    for (int64_t t = 0; t < kTileKeys; ++t) scores[t] += query[i] * key[t];
+  for (int64_t begin = 0; begin < head_dim; begin += kSumLength) {
+    float sums[kTileKeys] = {};
+    const int64_t end = begin + kSumLength < head_dim ? begin + kSumLength : head_dim;
+    for (int64_t i = begin; i < end; ++i) {
+      const float* key = tiles.key + i * kTileKeys;
+      for (int64_t t = 0; t < kTileKeys; ++t) sums[t] += query[i] * key[t];
+    }
+    for (int64_t t = 0; t < kTileKeys; ++t) scores[t] += sums[t];
   }
   float new_max = max;
   for (int64_t t = first; t < last; ++t) {

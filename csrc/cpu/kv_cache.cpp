@@ -12,7 +12,7 @@ namespace kvkernels {
 namespace {
 
 // Bytes a thread should copy at least: waking it costs about as much time as copying this many.
-constexpr int64_t kGrainBytes = 128 << 10;
+constexpr int64_t kGrainBytes = 512 << 10;
 
 void check_slots(const StoreKVArgs& args) {
   const int64_t num_slots = args.num_blocks * args.block_size;

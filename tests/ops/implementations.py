@@ -48,8 +48,10 @@ def _find_implementations() -> list[Implementation]:
     public = (kvkernels.store_kv, _public_paged_attention, kvkernels.merge_attention)
     # Without the extension the op is the reference itself.
     found = [] if native.is_available else [Implementation("reference", *public)]
-    for isa in native.available_isas():
-        found.append(Implementation(isa, *(partial(_on_isa, isa, op) for op in public)))
+    found += [
+        Implementation(isa, *(partial(_on_isa, isa, op) for op in public))
+        for isa in native.available_isas()
+    ]
     try:
         cache = importlib.import_module("kvkernels.triton_kernels.kv_cache")
         attention = importlib.import_module("kvkernels.triton_kernels.attention")

@@ -255,7 +255,9 @@ def test_merge_matches_reference(
         lse_a[0], lse_b[1] = -torch.inf, -torch.inf
         lse_a[2], lse_b[2] = -torch.inf, -torch.inf
         out_a[0], out_b[1], out_a[2], out_b[2] = torch.nan, torch.inf, torch.nan, torch.nan
-    exact = reference.merge_attention(out_a.double(), lse_a.double(), out_b.double(), lse_b.double())
+    exact = reference.merge_attention(
+        out_a.double(), lse_a.double(), out_b.double(), lse_b.double()
+    )
     rounded = reference.merge_attention(out_a, lse_a, out_b, lse_b)
     out, lse = implementation.merge_attention(out_a, lse_a, out_b, lse_b)
     assert_as_accurate(out, rounded[0], exact[0], "out")
@@ -278,3 +280,82 @@ def test_merged_halves_are_the_whole(implementation: Implementation, device: tor
     merged = implementation.merge_attention(*first, *rest)
     for got, want in zip(merged, whole, strict=True):
         torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6)
+
+
+@every_implementation()
+@pytest.mark.parametrize("name", ["mixed", "many_chunks", "many_rows_group_3"])
+def test_repeats_bit_for_bit(
+    implementation: Implementation, name: str, device: torch.device
+) -> None:
+    case = next(case for case in CASES if case.name == name)
+    if implementation.is_slow and not case.is_small:
+        pytest.skip("too long for the interpreter")
+    inputs = make_inputs(case, torch.bfloat16, device)
+    options = (case.head_dim**-0.5, case.causal, case.window, True)
+    first = implementation.paged_attention(*inputs.tensors(), *options)
+    for _ in range(5):
+        again = implementation.paged_attention(*inputs.tensors(), *options)
+        assert all(map(torch.equal, first, again))
+
+
+@every_implementation()
+@pytest.mark.parametrize("name", ["mixed", "many_chunks", "many_chunks_extend"])
+def test_any_number_of_threads_gives_the_same_bits(
+    implementation: Implementation, name: str
+) -> None:
+    if implementation.name == "triton":
+        pytest.skip("has no threads of its own")
+    case = next(case for case in CASES if case.name == name)
+    inputs = make_inputs(case, torch.bfloat16, torch.device("cpu"))
+    options = (case.head_dim**-0.5, case.causal, case.window, True)
+    num_threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            results.append(implementation.paged_attention(*inputs.tensors(), *options))
+    finally:
+        torch.set_num_threads(num_threads)
+    for result in results[1:]:
+        assert all(map(torch.equal, results[0], result))
+
+
+@every_implementation()
+def test_other_sequences_do_not_change_the_bits(implementation: Implementation) -> None:
+    if implementation.name == "triton":
+        pytest.skip("may cut its work by the size of the batch")
+    case = Case("batch", ((1, 700), (1, 40), (1, 2000)))
+    inputs = make_inputs(case, torch.float32, torch.device("cpu"))
+    query, keys, values, table, lens, _ = inputs.tensors()
+    together, _ = implementation.paged_attention(
+        query, keys, values, table, lens, None, 0.1, True, 0, False
+    )
+    for seq in range(3):
+        one = slice(seq, seq + 1)
+        alone, _ = implementation.paged_attention(
+            query[one], keys, values, table[one], lens[one], None, 0.1, True, 0, False
+        )
+        assert torch.equal(together[one], alone)
+
+
+@every_implementation()
+def test_reads_past_two_to_the_31_elements(implementation: Implementation) -> None:
+    if implementation.is_slow:
+        pytest.skip("the interpreter copies the whole cache")
+    # 4.5 GiB of address space each; only the touched pages get memory.
+    num_blocks, block_size, head_dim = 17 << 10, 1024, 128
+    key_cache = torch.empty(num_blocks, 1, block_size, head_dim, dtype=torch.bfloat16)
+    value_cache = torch.empty_like(key_cache)
+    last = num_blocks - 1
+    assert last * block_size * head_dim > 2**31
+    for cache in (key_cache, value_cache):
+        cache[last, 0, :20] = torch.randn(20, head_dim).bfloat16()
+    query = torch.randn(9, 2, head_dim).bfloat16()
+    lens, sums = torch.tensor([20], dtype=torch.int32), torch.tensor([0, 9], dtype=torch.int32)
+    options = (head_dim**-0.5, True, 0, True)
+    far = torch.tensor([[last]], dtype=torch.int32)
+    got = implementation.paged_attention(query, key_cache, value_cache, far, lens, sums, *options)
+    near = implementation.paged_attention(
+        query, key_cache[-1:], value_cache[-1:], far - last, lens, sums, *options
+    )
+    assert all(map(torch.equal, got, near))

@@ -1,0 +1,1 @@
+"""Timings of the ops beside their PyTorch baselines: `python -m bench attention`."""

@@ -1,0 +1,260 @@
+"""What the attention ops refuse, and how they behave inside PyTorch."""
+
+import os
+import re
+import signal
+
+import pytest
+import torch
+
+import kvkernels
+from kvkernels import native
+
+
+def good_inputs() -> dict:
+    return {
+        "query": torch.randn(5, 4, 32),
+        "key_cache": torch.randn(3, 2, 16, 32),
+        "value_cache": torch.randn(3, 2, 16, 32),
+        "block_table": torch.tensor([[2, 0], [1, -1]], dtype=torch.int32),
+        "seq_lens": torch.tensor([20, 3], dtype=torch.int32),
+        "cu_seqlens_q": torch.tensor([0, 4, 5], dtype=torch.int32),
+    }
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+META = torch.device("meta")
+BAD_SHAPES = [
+    ("query", torch.zeros(5, 4, 31), "query: expected shape [any, any, 32], got [5, 4, 31]"),
+    ("query", torch.zeros(5, 32), "query: expected shape [any, any, 32], got [5, 32]"),
+    ("query", torch.zeros(5, 3, 32), "query: expected num_heads to be a multiple of num_kv_heads"),
+    ("query", torch.zeros(5, 0, 32), "query: expected num_heads to be a multiple of num_kv_heads"),
+    ("key_cache", torch.zeros(3, 16, 32), "key_cache: expected shape [any, any, any, any], got"),
+    ("value_cache", torch.zeros(3, 2, 32, 32), "value_cache: expected shape [3, 2, 16, 32], got"),
+    ("block_table", ints(0, 0), "block_table: expected shape [2, any], got [2]"),
+    ("block_table", ints(0, 0)[None], "block_table: expected shape [2, any], got [1, 2]"),
+    ("seq_lens", ints(20, 3)[None], "seq_lens: expected shape [any], got [1, 2]"),
+    ("cu_seqlens_q", ints(0, 5), "cu_seqlens_q: expected shape [3], got [2]"),
+    (
+        "cu_seqlens_q",
+        None,
+        "query: expected one token for each of 2 sequences without cu_seqlens_q",
+    ),
+]
+BAD_KINDS = [
+    (
+        "query",
+        torch.zeros(5, 4, 32).half(),
+        "query: expected dtype torch.float32, got torch.float16",
+    ),
+    ("query", torch.zeros(5, 4, 64)[..., ::2], "query: expected stride 1 in the last dimension"),
+    ("query", torch.zeros(5, 4, 32, device=META), "cu_seqlens_q: expected device meta, got cpu"),
+    ("query", torch.zeros(5, 4, 32, requires_grad=True), "query: expected a tensor that needs no"),
+    ("key_cache", torch.zeros(3, 2, 16, 32).double(), "key_cache: expected dtype torch.float32 or"),
+    ("key_cache", torch.zeros(3, 2, 32, 16).mT, "key_cache: expected stride 1 in the last dim"),
+    ("value_cache", torch.zeros(3, 2, 16, 32).half(), "value_cache: expected dtype torch.float32"),
+    ("value_cache", torch.zeros(3, 2, 32, 16).mT, "value_cache: expected stride 1 in the last dim"),
+    ("value_cache", torch.zeros(3, 2, 16, 32, device=META), "value_cache: expected device cpu"),
+    ("block_table", torch.zeros(2, 2).long(), "block_table: expected dtype torch.int32, got"),
+    ("block_table", torch.zeros(2, 4).int()[:, ::2], "block_table: expected stride 1 in the last"),
+    ("block_table", torch.zeros(2, 2, device=META).int(), "block_table: expected device cpu"),
+    ("seq_lens", torch.zeros(2).long(), "seq_lens: expected dtype torch.int32, got torch.int64"),
+    ("seq_lens", torch.zeros(4).int()[::2], "seq_lens: expected stride 1 in the last dimension"),
+    ("seq_lens", torch.zeros(2, device=META).int(), "seq_lens: expected device cpu, got meta"),
+    ("cu_seqlens_q", torch.zeros(3).long(), "cu_seqlens_q: expected dtype torch.int32, got"),
+    ("cu_seqlens_q", torch.zeros(3, device=META).int(), "cu_seqlens_q: expected device cpu"),
+]
+BAD_VALUES = [
+    (
+        "seq_lens",
+        ints(33, 3),
+        "seq_lens: expected 0 to 32 (the table's width), got 33 for sequence 0",
+    ),
+    (
+        "seq_lens",
+        ints(20, -1),
+        "seq_lens: expected 0 to 32 (the table's width), got -1 for sequence",
+    ),
+    (
+        "seq_lens",
+        ints(20, 17),
+        "block_table: expected block ids 0 to 2, got -1 to 1 for sequence 1",
+    ),
+    (
+        "block_table",
+        ints(3, 0, 1, 0).view(2, 2),
+        "block_table: expected block ids 0 to 2, got 0 to 3",
+    ),
+    (
+        "block_table",
+        ints(2, 2**31 - 1, 1, 0).view(2, 2),
+        "block_table: expected block ids 0 to 2, got",
+    ),
+    (
+        "block_table",
+        ints(2, -(2**31), 1, 0).view(2, 2),
+        "block_table: expected block ids 0 to 2, got",
+    ),
+    ("block_table", ints().view(2, 0), "seq_lens: expected 0 to 0 (the table's width), got 20"),
+    ("cu_seqlens_q", ints(1, 4, 5), "cu_seqlens_q: expected to run from 0 to 5, got 1 to 5"),
+    ("cu_seqlens_q", ints(0, 4, 6), "cu_seqlens_q: expected to run from 0 to 5, got 0 to 6"),
+    ("cu_seqlens_q", ints(0, 6, 5), "cu_seqlens_q: expected no decrease, got one at sequence 1"),
+    ("cu_seqlens_q", ints(0, -1, 5), "cu_seqlens_q: expected no decrease, got one at sequence 0"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "message"), BAD_SHAPES + BAD_KINDS + BAD_VALUES, ids=lambda x: str(x)[:30]
+)
+def test_refuses_bad_input(name: str, bad: torch.Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        kvkernels.paged_attention(**good_inputs() | {name: bad})
+
+
+@pytest.mark.parametrize("isa", native.available_isas())
+@pytest.mark.parametrize(("name", "bad", "message"), BAD_VALUES, ids=lambda x: str(x)[:30])
+def test_checks_values_before_any_work(
+    isa: str, name: str, bad: torch.Tensor, message: str
+) -> None:
+    with native.use_isa(isa), pytest.raises(ValueError, match="^" + re.escape(message)):
+        kvkernels.paged_attention(**good_inputs() | {name: bad})
+
+
+def test_refuses_heads_without_width() -> None:
+    empty = torch.zeros(3, 2, 16, 0)
+    with pytest.raises(ValueError, match="key_cache: expected a head_dim of 1 or more, got 0"):
+        kvkernels.paged_attention(
+            **good_inputs()
+            | {"query": torch.zeros(5, 4, 0), "key_cache": empty, "value_cache": empty}
+        )
+
+
+@pytest.mark.parametrize("window", [0, -3])
+def test_refuses_an_empty_window(window: int) -> None:
+    with pytest.raises(ValueError, match="window: expected 1 or more, or None for no window, got"):
+        kvkernels.paged_attention(**good_inputs(), window=window)
+
+
+def test_accepts_queries_that_need_gradients_where_none_are_recorded() -> None:
+    query = torch.randn(5, 4, 32, requires_grad=True)
+    with torch.no_grad():
+        out = kvkernels.paged_attention(**good_inputs() | {"query": query})
+    assert not out.requires_grad
+
+
+def test_ids_before_the_window_may_be_anything() -> None:
+    inputs = good_inputs()
+    expected = kvkernels.paged_attention(**inputs, window=1)
+    inputs["block_table"] = torch.tensor([[-1, 0], [1, -1]], dtype=torch.int32)
+    assert torch.equal(
+        kvkernels.paged_attention(**inputs | {"cu_seqlens_q": ints(0, 4, 5)}, window=1), expected
+    )
+    with pytest.raises(ValueError, match="block_table: expected block ids"):
+        kvkernels.paged_attention(**inputs, window=2)
+
+
+def merge_inputs() -> dict[str, torch.Tensor]:
+    return {
+        "out_a": torch.randn(5, 4, 32),
+        "lse_a": torch.randn(5, 4),
+        "out_b": torch.randn(5, 4, 32),
+        "lse_b": torch.randn(5, 4),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "message"),
+    [
+        ("out_a", torch.zeros(5, 4), "out_a: expected shape [any, any, any], got [5, 4]"),
+        ("out_a", torch.zeros(5, 4, 32).double(), "out_a: expected dtype torch.float32 or"),
+        ("out_b", torch.zeros(5, 4, 31), "out_b: expected shape [5, 4, 32], got [5, 4, 31]"),
+        ("out_b", torch.zeros(5, 4, 32).half(), "out_b: expected dtype torch.float32, got"),
+        ("out_b", torch.zeros(5, 4, 32, device=META), "out_b: expected device cpu, got meta"),
+        ("out_b", torch.zeros(4, 5, 32).transpose(0, 1), "out_b: expected a contiguous tensor"),
+        ("out_b", torch.zeros(5, 4, 32, requires_grad=True), "out_b: expected a tensor that needs"),
+        ("lse_a", torch.zeros(4, 5), "lse_a: expected shape [5, 4], got [4, 5]"),
+        ("lse_a", torch.zeros(5, 4).half(), "lse_a: expected dtype torch.float32, got"),
+        ("lse_b", torch.zeros(4, 5).mT, "lse_b: expected a contiguous tensor, got (1, 5)"),
+        ("lse_b", torch.zeros(5, 4).double(), "lse_b: expected dtype torch.float32, got"),
+    ],
+    ids=lambda x: str(x)[:30],
+)
+def test_merge_refuses_bad_input(name: str, bad: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        kvkernels.merge_attention(**merge_inputs() | {name: bad})
+
+
+@pytest.mark.parametrize("isa", ["avx1024", "", "AVX512"])
+def test_refuses_an_unknown_isa(isa: str) -> None:
+    before = native._isa
+    with pytest.raises(ValueError, match="name: expected one of"), native.use_isa(isa):
+        pytest.fail("the body must not run")
+    assert native._isa == before
+
+
+def test_leaves_the_isa_as_it_was() -> None:
+    before = native._isa
+    with pytest.raises(KeyError), native.use_isa("portable"):
+        assert native._isa == 0
+        raise KeyError
+    assert native._isa == before
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("window", [0, 7])
+def test_opcheck(return_lse: bool, window: int) -> None:
+    args = (*good_inputs().values(), 0.2, True, window, return_lse)
+    torch.library.opcheck(torch.ops.kvkernels.paged_attention.default, args)
+
+
+def test_opcheck_merge() -> None:
+    args = tuple(merge_inputs().values())
+    torch.library.opcheck(torch.ops.kvkernels.merge_attention.default, args)
+
+
+def test_compiles_into_one_graph() -> None:
+    def step(key: torch.Tensor, slots: torch.Tensor, inputs: dict) -> tuple:
+        kvkernels.store_kv(key, key + 1, inputs["key_cache"], inputs["value_cache"], slots)
+        whole = kvkernels.paged_attention(**inputs, return_lse=True)
+        recent = kvkernels.paged_attention(**inputs, window=3, return_lse=True)
+        return kvkernels.merge_attention(*whole, *recent)
+
+    key, slots = torch.randn(2, 2, 32), torch.tensor([3, 40])
+    inputs = good_inputs()
+    copies = {name: tensor.clone() for name, tensor in inputs.items()}
+    expected = step(key, slots, copies)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(key, slots, inputs)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert torch.equal(inputs["key_cache"], copies["key_cache"])
+
+
+@pytest.mark.skipif(not native.is_available, reason="the reference has no threads of its own")
+def test_works_in_a_forked_child() -> None:
+    inputs = good_inputs() | {
+        "key_cache": torch.randn(130, 2, 16, 32),
+        "value_cache": torch.randn(130, 2, 16, 32),
+        "block_table": torch.arange(130, dtype=torch.int32).view(2, 65),
+        "seq_lens": ints(1000, 1040),  # enough for a second thread
+    }
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = kvkernels.paged_attention(**inputs)  # now the parent has used its threads
+        read_end, write_end = os.pipe()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # a thread that did not survive the fork would never answer
+            same = torch.equal(kvkernels.paged_attention(**inputs), expected)
+            os.write(write_end, b"same" if same else b"other")
+            os._exit(0)
+        os.close(write_end)
+        _, status = os.waitpid(child, 0)
+        answer = os.read(read_end, 16)
+        os.close(read_end)
+    finally:
+        torch.set_num_threads(num_threads)
+    assert (status, answer) == (0, b"same")
