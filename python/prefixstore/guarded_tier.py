@@ -49,7 +49,9 @@ class GuardedTier:
             payload_out: Written in place; garbage where this is a miss.
         """
         try:
-            num_read = self._attempt(lambda: self._tier.get(key.block_hash, record.data))
+            num_read = self._attempt(
+                lambda: self._tier.get(key.block_hash, record.data), lets_through=BlockCorrupted
+            )
             if num_read is None:
                 self._counts.add(num_misses=1)
                 return False
@@ -90,14 +92,16 @@ class GuardedTier:
         self._counts.add(num_errors=1)
         self._breaker.trip(error)
 
-    def _attempt(self, call: Callable[[], T]) -> T | None:
-        """The call's answer; None if the tier is down or failed. Lets `BlockCorrupted` through."""
+    def _attempt(
+        self, call: Callable[[], T], lets_through: type[TierError] | tuple[()] = ()
+    ) -> T | None:
+        """The call's answer; None if the tier is down or failed."""
         if not self._breaker.allows():
             self._counts.add(num_skipped=1)
             return None
         try:
             answer = call()
-        except BlockCorrupted:
+        except lets_through:
             self._breaker.succeeded()  # it answered, if wrongly
             raise
         except TierFull as error:

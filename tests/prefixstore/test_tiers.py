@@ -20,24 +20,29 @@ LARGE_SLOT = 86016  # of a LARGE_LAYOUT record, 82,240 bytes
 MakeTier = Callable[..., Tier]
 
 
-@pytest.fixture(params=["memory", "disk"])
-def make_tier(request, tmp_path) -> Iterator[MakeTier]:
-    """Makes a tier; each is checked after the test, unless the test closed it, and closed."""
+@pytest.fixture
+def open_tiers() -> Iterator[list[Tier]]:
+    """Each tier in it is checked and closed after the test."""
     tiers: list[Tier] = []
+    yield tiers
+    for tier in tiers:
+        assert tier.check() == []
+        tier.close()
+
+
+@pytest.fixture(params=["memory", "disk"])
+def make_tier(request, tmp_path, open_tiers) -> MakeTier:
+    """Makes a tier of one kind."""
 
     def make(capacity_bytes: int, slab_bytes: int | None = None) -> Tier:
         if request.param == "memory":
-            tiers.append(MemoryTier(MemoryTierConfig(capacity_bytes, slab_bytes)))
+            open_tiers.append(MemoryTier(MemoryTierConfig(capacity_bytes, slab_bytes)))
         else:
-            path = tmp_path / str(len(tiers))
-            tiers.append(DiskTier(DiskTierConfig(path, capacity_bytes, slab_bytes)))
-        return tiers[-1]
+            path = tmp_path / str(len(open_tiers))
+            open_tiers.append(DiskTier(DiskTierConfig(path, capacity_bytes, slab_bytes)))
+        return open_tiers[-1]
 
-    yield make
-    for tier in tiers:
-        if "closes" not in request.keywords:
-            assert tier.check() == []
-        tier.close()
+    return make
 
 
 def get(tier: Tier, key: BlockKey) -> bytes | None:
@@ -152,8 +157,7 @@ def test_refuses_a_buffer_that_is_too_short(make_tier):
         tier.get(key.block_hash, memoryview(bytearray(100)))
 
 
-def test_says_when_it_is_closed(make_tier, request):
-    request.keywords["closes"] = True
+def test_says_when_it_is_closed(make_tier, open_tiers):
     tier = make_tier(8 * SLOT)
     (key,) = make_keys(1)
     put(tier, key)
@@ -168,6 +172,7 @@ def test_says_when_it_is_closed(make_tier, request):
     ):
         with pytest.raises(TierUnavailable, match="open"):
             call()
+    open_tiers.clear()
     tier.close()
 
 

@@ -13,6 +13,7 @@ and go along with the next transaction.
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
 import time
@@ -20,13 +21,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from prefixstore.errors import TierError
 from prefixstore.record import BlockHash
 from prefixstore.tiers import disk_slabs
 from prefixstore.tiers.disk_files import Slab
 from prefixstore.tiers.disk_slabs import Evicted, Limits
 from prefixstore.tiers.disk_sql import Connection
 
-FREE, WRITING, READY = 0, 1, 2
+logger = logging.getLogger(__name__)
+
+READY = 2
 _MAX_SQL_VALUES = 500
 
 
@@ -174,11 +178,13 @@ class SlotIndex:
             yield sql
 
     def close(self) -> None:
-        """Write the last marks of use and disconnect."""
+        """Write the last marks of use, if that can be done, and disconnect."""
         try:
             if self._touched or self._abandoned:
                 with self._writing():
                     pass
+        except TierError as error:
+            logger.warning("the order of use since the last write is lost: %s", error)
         finally:
             self._connection.close()
 

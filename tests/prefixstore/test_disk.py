@@ -1,0 +1,423 @@
+"""The disk tier where things go wrong: killed writers, damaged files, full and read-only disks."""
+
+import errno
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from disk_process import KEYS
+from prefixstore.errors import BlockCorrupted, TierFull, TierTimeout, TierUnavailable
+from prefixstore.record import BlockKey, decode
+from prefixstore.tiers.disk import DiskTier, DiskTierConfig
+from sample_blocks import LAYOUT, make_keys, make_payload, make_record
+
+HERE = Path(__file__).resolve().parent
+CAPACITY = 2 << 20
+
+
+def open_tier(path: Path, **settings) -> DiskTier:
+    return DiskTier(DiskTierConfig(path, **{"capacity_bytes": CAPACITY, **settings}))
+
+
+def put(tier: DiskTier, keys: list[BlockKey]) -> None:
+    for key in keys:
+        tier.put(key.block_hash, memoryview(make_record(key)))
+
+
+def count_right(tier: DiskTier, keys: list[BlockKey]) -> int:
+    """How many come back and verify; one that comes back right but is not fails the test."""
+    num_right = 0
+    for key in keys:
+        record, payload = bytearray(key.layout.record_bytes), bytearray(key.layout.payload_bytes)
+        num_read = tier.get(key.block_hash, memoryview(record))
+        if num_read is not None:
+            try:
+                decode(record[:num_read], key, payload)
+            except BlockCorrupted:
+                continue
+            assert payload == make_payload(key).tobytes()
+            num_right += 1
+    return num_right
+
+
+def start_process(path: Path, seed: int, seconds: float) -> subprocess.Popen:
+    python_path = os.pathsep.join([str(HERE), *filter(None, sys.path)])
+    process = subprocess.Popen(
+        [sys.executable, HERE / "disk_process.py", path, str(CAPACITY), str(seed), str(seconds)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_records_survive_reopening(tmp_path):
+    keys = make_keys(10)
+    tier = open_tier(tmp_path)
+    put(tier, keys)
+    tier.close()
+    tier = open_tier(tmp_path)
+    assert count_right(tier, keys) == 10
+    assert tier.check() == []
+    tier.close()
+
+
+def test_order_of_use_survives_reopening(tmp_path):
+    keys = make_keys(5)
+    tier = open_tier(tmp_path, capacity_bytes=4 * 4096)
+    put(tier, keys[:4])
+    assert count_right(tier, keys[:1]) == 1
+    tier.close()
+    tier = open_tier(tmp_path, capacity_bytes=4 * 4096)
+    put(tier, keys[4:])
+    assert [tier.contains(key.block_hash) for key in keys] == [True, False, True, True, True]
+    tier.close()
+
+
+def test_kill_minus_nine_in_the_middle_of_writes(tmp_path):
+    """50 writers killed at random moments: what is left opens clean and serves only right bytes."""
+    random = np.random.default_rng(0)
+    num_right = 0
+    for round_number in range(50):
+        process = start_process(tmp_path, seed=round_number, seconds=60)
+        time.sleep(random.uniform(0, 0.06))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        tier = open_tier(tmp_path)
+        assert tier.check() == []
+        assert tier.stats().used_bytes <= CAPACITY
+        with tier._index.frozen() as sql:
+            assert sql.execute("SELECT count(*) FROM slots WHERE state = 1").fetchone() == (0,)
+        found = [key for key in KEYS if tier.contains(key.block_hash)]
+        assert count_right(tier, KEYS) == len(found)  # all that is served is right
+        num_right += len(found)
+        tier.close()
+    assert num_right > 100
+
+
+def test_processes_share_a_directory(tmp_path):
+    processes = [start_process(tmp_path, seed, seconds=3) for seed in range(3)]
+    counts = []
+    for process in processes:
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0
+        counts.append(json.loads(out))
+    assert all(count["wrong"] == count["corrupted"] == 0 for count in counts), counts
+    assert all(count["puts"] > 20 and count["hits"] > 20 for count in counts), counts
+    tier = open_tier(tmp_path)
+    assert tier.check() == []
+    tier.close()
+
+
+def test_a_reader_overtaken_by_an_eviction_reports_a_miss(tmp_path, monkeypatch):
+    first, second = make_keys(2)
+    reader = open_tier(tmp_path, capacity_bytes=4096)
+    writer = open_tier(tmp_path, capacity_bytes=4096)
+    put(writer, [first])
+    read = reader._files.read
+
+    def slow_read(slab, slot, out):
+        put(writer, [second])  # takes the only slot between look-up and read
+        return read(slab, slot, out)
+
+    monkeypatch.setattr(reader._files, "read", slow_read)
+    assert reader.get(first.block_hash, memoryview(bytearray(LAYOUT.record_bytes))) is None
+    monkeypatch.undo()
+    assert count_right(reader, [second]) == 1
+    reader.close()
+    writer.close()
+
+
+def test_a_writer_past_its_lease_publishes_nothing(tmp_path, monkeypatch):
+    first, second = make_keys(2)
+    settings = {"capacity_bytes": 4096, "write_lease_s": 0.05}
+    slow, fast = open_tier(tmp_path, **settings), open_tier(tmp_path, **settings)
+    write = slow._files.write
+
+    def slow_write(slab, slot, record):
+        write(slab, slot, record)
+        time.sleep(0.1)
+        put(fast, [second])
+
+    monkeypatch.setattr(slow._files, "write", slow_write)
+    with pytest.raises(TierTimeout, match=r"within 0.05 s"):
+        put(slow, [first])
+    assert not fast.contains(first.block_hash)
+    assert count_right(fast, [second]) == 1
+    assert fast.check() == []
+    slow.close()
+    fast.close()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["missing", "garbage", "empty", "damaged page", "other tables"],
+)
+def test_a_lost_index_is_rebuilt_from_the_slabs(tmp_path, damage):
+    keys = make_keys(40)
+    tier = open_tier(tmp_path)
+    put(tier, keys)
+    tier.delete(keys[0].block_hash)
+    tier.close()
+    index = tmp_path / "index.sqlite"
+    size = index.stat().st_size
+    match damage:
+        case "missing":
+            index.unlink()
+        case "garbage":
+            index.write_bytes(np.random.default_rng(0).bytes(size))
+        case "empty":
+            index.write_bytes(b"")
+        case "damaged page":
+            with index.open("r+b") as file:
+                file.seek(4096)
+                file.write(np.random.default_rng(0).bytes(size - 4096))
+        case "other tables":
+            index.unlink()
+            with sqlite3.connect(index) as sql:
+                sql.execute("CREATE TABLE strangers (name TEXT)")
+            sql.close()
+    tier = open_tier(tmp_path)
+    assert tier.check() == []
+    assert count_right(tier, keys) == 39  # what was deleted stays deleted
+    assert not tier.contains(keys[0].block_hash)
+    put(tier, keys)
+    assert count_right(tier, keys) == 40
+    tier.close()
+    if damage in ("garbage", "damaged page", "other tables"):
+        assert (tmp_path / "damaged-index.sqlite").exists()  # set aside, not destroyed
+
+
+def test_a_damaged_index_that_others_use_is_left_alone(tmp_path):
+    other = open_tier(tmp_path)
+    put(other, make_keys(3))
+    with (tmp_path / "index.sqlite").open("r+b") as file:
+        file.write(bytes(100))
+    (tmp_path / "index.sqlite-wal").write_bytes(b"")
+    with pytest.raises(TierUnavailable):
+        open_tier(tmp_path)
+    assert not (tmp_path / "damaged-index.sqlite").exists()
+    other._index._connection.close()
+    other._files.close()
+
+
+def test_a_truncated_slab_costs_only_its_own_records(tmp_path):
+    keys = make_keys(40)
+    tier = open_tier(tmp_path, slab_bytes=1 << 20)
+    put(tier, keys)
+    (slab,) = tmp_path.glob("slab-*")
+    os.truncate(slab, 10 * 4096 + 100)
+    assert count_right(tier, keys) == 10
+    assert tier.get(keys[10].block_hash, memoryview(bytearray(LAYOUT.record_bytes))) == 100
+    assert tier.get(keys[11].block_hash, memoryview(bytearray(LAYOUT.record_bytes))) == 0
+    assert len(tier.check()) == 30  # it names each of them
+    tier.delete_many([key.block_hash for key in keys[10:]])
+    assert tier.check() == []
+    tier.close()
+
+
+def test_a_missing_slab_costs_only_its_own_records(tmp_path):
+    keys = make_keys(40)
+    tier = open_tier(tmp_path, slab_bytes=20 * 4096)
+    put(tier, keys)
+    tier.close()
+    sorted(tmp_path.glob("slab-*"))[0].unlink()
+    tier = open_tier(tmp_path, slab_bytes=20 * 4096)
+    assert tier.check() == []
+    assert count_right(tier, keys) == 20
+    tier.close()
+
+
+def test_files_of_a_newer_version_are_refused_and_kept(tmp_path):
+    newer = tmp_path / "slab-v2-whatever-comes"
+    newer.write_bytes(b"precious")
+    with pytest.raises(TierUnavailable, match="expected format version 1, got 2"):
+        open_tier(tmp_path)
+    assert newer.read_bytes() == b"precious"
+    assert not (tmp_path / "index.sqlite").exists()
+
+
+def test_an_index_of_a_newer_version_is_refused_and_kept(tmp_path):
+    tier = open_tier(tmp_path)
+    put(tier, make_keys(3))
+    tier.close()
+    with sqlite3.connect(tmp_path / "index.sqlite") as sql:
+        sql.execute("PRAGMA user_version = 2")
+    sql.close()
+    before = sorted((path.name, path.stat().st_size) for path in tmp_path.iterdir())
+    with pytest.raises(TierUnavailable, match="expected format version 1, got 2"):
+        open_tier(tmp_path)
+    assert sorted((path.name, path.stat().st_size) for path in tmp_path.iterdir()) == before
+
+
+def test_strange_files_are_none_of_its_business(tmp_path):
+    for name in ("notes.txt", "slab-of-marble", "slab-v1-hello.kvb", "slab-v1-000001-0x0.kvb"):
+        (tmp_path / name).write_text("mine")
+    tier = open_tier(tmp_path)
+    put(tier, make_keys(3))
+    assert tier.check() == []
+    tier.close()
+    assert (tmp_path / "slab-v1-hello.kvb").read_text() == "mine"
+
+
+def test_shrinks_to_a_smaller_bound(tmp_path):
+    keys = make_keys(40)
+    tier = open_tier(tmp_path, slab_bytes=8 * 4096)
+    put(tier, keys)
+    tier.close()
+    tier = open_tier(tmp_path, capacity_bytes=16 * 4096, slab_bytes=8 * 4096)
+    assert tier.check() == []
+    assert [tier.contains(key.block_hash) for key in keys] == [False] * 24 + [True] * 16
+    assert sum(path.stat().st_size for path in tmp_path.glob("slab-*")) <= 16 * 4096
+    tier.close()
+
+
+def test_gives_up_on_a_locked_index_in_time(tmp_path):
+    (key,) = make_keys(1)
+    tier = open_tier(tmp_path, timeout_s=0.2)
+    blocker = sqlite3.connect(tmp_path / "index.sqlite", isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")
+    started = time.monotonic()
+    with pytest.raises(TierTimeout, match=r"locked for 0.2 s"):
+        put(tier, [key])
+    assert time.monotonic() - started < 2
+    assert not tier.contains(key.block_hash)  # reading goes on meanwhile
+    blocker.execute("ROLLBACK")
+    blocker.close()
+    put(tier, [key])
+    assert count_right(tier, [key]) == 1
+    tier.close()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_no_room_in_the_file_system_loses_nothing(tmp_path, monkeypatch, code):
+    keys = make_keys(6)
+    tier = open_tier(tmp_path)
+    put(tier, keys[:5])
+
+    def full(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "pwritev", full)
+    with pytest.raises(TierFull, match=os.strerror(code)):
+        put(tier, keys[5:])
+    assert count_right(tier, keys) == 5
+    monkeypatch.undo()
+    assert tier.check() == []
+    put(tier, keys[5:])
+    assert count_right(tier, keys) == 6
+    tier.close()
+
+
+def test_an_input_output_error_is_unavailable(tmp_path, monkeypatch):
+    (key,) = make_keys(1)
+    tier = open_tier(tmp_path)
+    put(tier, [key])
+
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(TierUnavailable, match=r"slab-v1-.*Input/output error"):
+        count_right(tier, [key])
+    monkeypatch.undo()
+    assert count_right(tier, [key]) == 1
+    tier.close()
+
+
+def test_refuses_to_work_across_a_fork(tmp_path):
+    tier = open_tier(tmp_path)
+    put(tier, make_keys(1))
+    pid = os.fork()
+    if pid == 0:  # in the child: exit at once, whatever happens
+        try:
+            tier.contains(make_keys(1)[0].block_hash)
+        except TierUnavailable as error:
+            os._exit(0 if "forked" in str(error) else 1)
+        os._exit(2)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert count_right(tier, make_keys(1)) == 1
+    tier.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    path = tmp_path / "small"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", path]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if result.returncode:
+        pytest.skip(f"mounting a small file system is not permitted: {result.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", "--lazy", path], check=True)
+
+
+def test_a_full_disk_refuses_writes_and_keeps_what_it_has(small_disk):
+    keys = make_keys(400)
+    tier = open_tier(small_disk, slab_bytes=32 * 4096)
+    num_put = 0
+    with pytest.raises(TierFull):
+        for key in keys:
+            put(tier, [key])
+            num_put += 1
+    assert num_put > 20
+    assert count_right(tier, keys[:num_put]) == num_put
+    with pytest.raises(TierFull):
+        put(tier, [keys[-1]])
+    assert count_right(tier, keys[:num_put]) == num_put
+    tier.close()
+
+
+def test_reopens_on_a_full_disk(small_disk):
+    keys = make_keys(20)
+    tier = open_tier(small_disk)
+    put(tier, keys)
+    tier.close()
+    filler = small_disk / "filler"
+    with pytest.raises(OSError, match="No space left"), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    with pytest.raises((TierFull, TierUnavailable)):
+        open_tier(small_disk)
+    filler.unlink()
+    tier = open_tier(small_disk)
+    assert count_right(tier, keys) == 20
+    assert tier.check() == []
+    tier.close()
+
+
+def test_a_read_only_disk_is_unavailable_and_unchanged(small_disk):
+    keys = make_keys(5)
+    tier = open_tier(small_disk)
+    put(tier, keys)
+    tier.close()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(TierUnavailable, match="Read-only file system"):
+        open_tier(small_disk)
+    with pytest.raises(TierUnavailable, match="Read-only file system"):
+        open_tier(small_disk / "new")
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    tier = open_tier(small_disk)
+    assert count_right(tier, keys) == 5
+    tier.close()
+
+
+def test_a_path_that_is_a_file_is_unavailable(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("mine")
+    with pytest.raises(TierUnavailable, match="File exists"):
+        open_tier(path)
