@@ -71,11 +71,9 @@ class BlockTables:
         """Give back the blocks that lie wholly beyond `num_tokens`.
 
         Raises:
-            PoolFullError: From `own_last_block`; nothing changes then.
             ValueError: If a block that the window reaches from there is no longer held.
         """
         self.check_reach(num_tokens)
-        self.own_last_block(num_tokens)
         keep = -(-num_tokens // self.block_size)
         for ids in self.ids:
             self.group.allocator.release(block_id for block_id in ids[keep:] if block_id >= 0)
@@ -85,7 +83,7 @@ class BlockTables:
     def own_last_block(self, num_tokens: int) -> None:
         """Replace a partly used last block that has other owners too by a copy.
 
-        It is about to be written, and what the others see must not change.
+        To be called before it is written: what the others see must not change.
 
         Raises:
             PoolFullError: If the pool has no block left for the copy; nothing changes then.

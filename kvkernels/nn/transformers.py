@@ -15,7 +15,9 @@ import torch
 
 from kvkernels import ops
 from kvkernels.errors import UnsupportedError
-from kvkernels.nn.transformers_cache import PagedCache, PagedKV, equal_bounds, merge_tokens
+from kvkernels.nn.dense import sequences_as_blocks, tokens_as_blocks
+from kvkernels.nn.paged_kv import PagedKV, equal_bounds, merge_tokens
+from kvkernels.nn.transformers_cache import PagedCache
 from kvkernels.nn.transformers_compat import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -158,9 +160,8 @@ def attend(
     else:
         if isinstance(value, PagedKV) or key.shape != value.shape:
             raise UnsupportedError("value: expected the shape of key, got another")
-        # A pool with one block for each sequence.
-        key_cache, value_cache = key, value
-        block_table = torch.arange(batch_size, dtype=torch.int32, device=query.device)[:, None]
+        as_pool = tokens_as_blocks if key.is_cuda else sequences_as_blocks
+        key_cache, value_cache, block_table = as_pool(key, value)
         seq_lens = torch.full_like(block_table[:, 0], key.shape[2])
         cu_seqlens_q = equal_bounds(batch_size, num_new, query.device)
     out = ops.paged_attention(

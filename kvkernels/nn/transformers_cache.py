@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -13,34 +12,9 @@ from kvkernels.errors import UnsupportedError
 from kvkernels.nn.block_tables import BlockTables
 from kvkernels.nn.groups import PagedGroup
 from kvkernels.nn.module import PagedBatch
+from kvkernels.nn.paged_kv import PagedKV, equal_bounds, merge_tokens
 from kvkernels.nn.transformers_compat import Cache, num_queries
 from kvkernels.ops import store_kv
-
-_NOT_A_TENSOR = (
-    "attn_implementation: expected 'kvkernels' with a PagedCache, got another; call"
-    " kvkernels.nn.transformers.install(model)"
-)
-
-
-@dataclass
-class PagedKV:
-    """What the attention function gets in place of key and value tensors: one layer of a pool."""
-
-    key_cache: torch.Tensor
-    value_cache: torch.Tensor
-    batch: PagedBatch
-    window: int | None
-
-    # Both below: another attention function has got hold of it and takes it for a tensor.
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise UnsupportedError(_NOT_A_TENSOR)
-
-    @classmethod
-    def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise UnsupportedError(_NOT_A_TENSOR)
 
 
 class PagedCache(Cache):
@@ -64,14 +38,14 @@ class PagedCache(Cache):
         num_cached_tokens: Tokens whose keys and values the blocks hold already.
         block_tables: For each group, for each sequence, the blocks of those tokens; -1 where the
             group's window never reaches again. Their references pass to the cache once the
-            constructor returns. A partly used last block that has other owners is copied.
+            constructor returns. A partly used last block that has other owners is copied before
+            it is written.
         reserve: Called with a group's number and how many blocks it needs; returns their ids, one
             reference each. Default the allocator's `allocate`.
         on_step: Called with the cache after each forward pass has stored its tokens.
 
     Raises:
         ValueError: If the groups do not make up a model's layers or the tables do not fit.
-        PoolFullError: If a shared last block cannot be copied.
     """
 
     def __init__(
@@ -105,8 +79,6 @@ class PagedCache(Cache):
         ]
         for tables in self._tables:
             tables.check_reach(num_cached_tokens)
-        for tables in self._tables:
-            tables.own_last_block(num_cached_tokens)
 
     @property
     def num_tokens(self) -> int:
@@ -274,6 +246,7 @@ class PagedCache(Cache):
             )
         num_tokens = self._num_tokens + num_new
         for tables in self._tables:
+            tables.own_last_block(self._num_tokens)
             tables.grow(num_tokens)
         device = key_states.device
         seq_lens = torch.full((batch_size,), num_tokens, dtype=torch.int32, device=device)
@@ -287,22 +260,6 @@ class PagedCache(Cache):
             )
             for tables in self._tables
         ]
-
-
-def merge_tokens(states: torch.Tensor) -> torch.Tensor:
-    """`[batch, heads, num_new, head_dim]` as `[batch * num_new, heads, head_dim]`.
-
-    Projections lay tokens before heads, so this is a view in the models seen so far.
-    """
-    batch_size, heads, num_new, head_dim = states.shape
-    return states.transpose(1, 2).reshape(batch_size * num_new, heads, head_dim)
-
-
-def equal_bounds(batch_size: int, num_new: int, device: torch.device) -> torch.Tensor | None:
-    """`cu_seqlens_q` of sequences with `num_new` queries each."""
-    if num_new == 1:
-        return None
-    return torch.arange(batch_size + 1, dtype=torch.int32, device=device) * num_new
 
 
 def _layer_places(groups: Sequence[PagedGroup]) -> list[tuple[int, int]]:

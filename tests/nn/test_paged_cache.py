@@ -195,6 +195,26 @@ def test_crop_into_a_shared_block_leaves_it_as_it_was():
         assert [allocator.ref_count(block) for block in shared] == [1, 1]
 
 
+def test_full_pool_while_copying_a_shared_block_changes_nothing():
+    model = llama()
+    groups = make_groups(model, num_blocks=3)
+    allocator = groups[0].allocator
+    ids = torch.randint(1, 128, (1, 40))
+    with paged_attention(model), torch.no_grad(), PagedCache(groups) as cache:
+        want = model(ids, past_key_values=cache).logits[:, -1]
+        shared = cache.block_ids(0, 0)
+        allocator.share(shared)
+        with pytest.raises(PoolFullError):
+            model(ids[:, :1], past_key_values=cache)
+        assert cache.num_tokens == 40
+        assert cache.block_ids(0, 0) == shared
+        allocator.release(shared)
+        cache.crop(-1)
+        got = model(ids[:, -1:], past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert allocator.num_free == 3
+
+
 def test_crop_keeps_a_positive_number_and_refuses_more_than_there_is():
     model = llama()
     with paged_attention(model), torch.no_grad(), PagedCache(make_groups(model)) as cache:

@@ -1,0 +1,45 @@
+"""Dense keys and values seen as a block pool, for models that run without a `PagedCache`."""
+
+from __future__ import annotations
+
+import torch
+
+# key_cache, value_cache, block_table
+DensePool = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def sequences_as_blocks(key: torch.Tensor, value: torch.Tensor) -> DensePool:
+    """A pool in which each sequence is one block; nothing is copied.
+
+    Args:
+        key: ``[batch, num_kv_heads, num_keys, head_dim]``, last stride 1.
+        value: Like ``key``.
+    """
+    batch_size = key.shape[0]
+    block_table = torch.arange(batch_size, dtype=torch.int32, device=key.device)[:, None]
+    return key, value, block_table
+
+
+def tokens_as_blocks(key: torch.Tensor, value: torch.Tensor) -> DensePool:
+    """A pool in which each token is one block; copies only what is not contiguous.
+
+    For the Triton kernels: they are compiled for a block size, so that must not follow the
+    sequence, which grows with every token.
+
+    Args:
+        key: ``[batch, num_kv_heads, num_keys, head_dim]``.
+        value: Like ``key``.
+    """
+    batch_size, num_kv_heads, num_keys, head_dim = key.shape
+    # Block id: distance of the token's first head from the start, in rows of head_dim. Ids between
+    # two sequences' tokens fall on other heads' rows and stand in no table.
+    per_sequence = num_kv_heads * num_keys
+    shape = ((batch_size - 1) * per_sequence + num_keys, num_kv_heads, 1, head_dim)
+    strides = (head_dim, num_keys * head_dim, head_dim, 1)
+    starts = torch.arange(batch_size, dtype=torch.int32, device=key.device) * per_sequence
+    tokens = torch.arange(num_keys, dtype=torch.int32, device=key.device)
+    return (
+        key.contiguous().as_strided(shape, strides),
+        value.contiguous().as_strided(shape, strides),
+        starts[:, None] + tokens,
+    )
