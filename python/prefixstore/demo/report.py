@@ -29,7 +29,7 @@ def ttft_table(summary: dict[str, Any]) -> Table:
         caption="Time to first token, from token ids. Off: transformers' own cache and sdpa."
         " n: requests; tokens are per request.",
         box=SIMPLE_HEAD,
-        pad_edge=False,  # so that it fits 80 columns
+        padding=(0, 1, 0, 0),  # so that it fits 80 columns
     )
     table.add_column("", no_wrap=True)
     for name in ("n", "median", "p90", "min", "faster", "reused", "computed"):
