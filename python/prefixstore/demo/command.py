@@ -91,8 +91,9 @@ def run_demo(arguments: Arguments, out: Path, cache_dir: Path, console: Console)
     with console.status("Preparing SmolLM2-135M-Instruct (the first time takes a minute)"):
         path = prepare_smollm2(cache_dir)
         model = load_model(path, choose_dtype(arguments.dtype))
+        tokenizer = load_tokenizer(path)
         loop = build_agent_loop(
-            load_tokenizer(path),
+            tokenizer,
             num_requests=arguments.requests,
             prefix_tokens=arguments.prefix_tokens,
             seed=arguments.seed,
@@ -109,7 +110,7 @@ def run_demo(arguments: Arguments, out: Path, cache_dir: Path, console: Console)
             "dtype": str(model.dtype).removeprefix("torch."),
         },
     }
-    summary = summarise(loop, outcome, settings, load_tokenizer(path).decode)
+    summary = summarise(loop, outcome, settings, tokenizer.decode)
     write_summary(summary, out / "summary.json")
     plot_requests(summary, out / "demo.png")
     print_report(console, summary)

@@ -44,10 +44,11 @@ def _in_groups(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _draw_ttft(axes: Any, requests: list[dict[str, Any]]) -> None:
     for phase, (label, colour, marker) in PHASE_STYLES.items():
-        at = [x for x, request in enumerate(requests) if request["phase"] == phase]
-        ttft = [requests[x]["ttft_s"] for x in at]
+        at = [x for x, request in enumerate(requests, 1) if request["phase"] == phase]
+        ttft = [request["ttft_s"] for request in requests if request["phase"] == phase]
         axes.plot(at, ttft, marker, color=colour, label=label, markersize=6)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_ylabel("time to first token, s")
     axes.grid(axis="y", which="major", alpha=0.4)
     axes.grid(axis="y", which="minor", alpha=0.15)
@@ -63,10 +64,12 @@ def _draw_tokens(axes: Any, requests: list[dict[str, Any]]) -> None:
     below = [0] * len(requests)
     for name, counts in parts.items():
         label = f"reused from {name}" if name in TIERS else "computed by the model"
-        axes.bar(range(len(requests)), counts, bottom=below, color=colours[name], label=label)
+        axes.bar(
+            range(1, len(requests) + 1), counts, bottom=below, color=colours[name], label=label
+        )
         below = [a + b for a, b in zip(below, counts, strict=True)]
     axes.set_ylabel("prompt tokens")
-    axes.set_xlabel("request")
-    axes.set_xticks(range(len(requests)), [str(1 + x) for x in range(len(requests))], fontsize=7)
+    axes.set_xlabel("request, in groups as above")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))

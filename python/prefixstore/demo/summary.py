@@ -18,11 +18,11 @@ TIERS = ("device", "memory", "disk")
 PHASES = ("off", "empty", "on", "restart")
 # Rows of the table: key and what it is called.
 ROWS = {
-    "off": "cache off (transformers, sdpa)",
-    "empty": "cache on, holding nothing",
-    "first": "cache on, first request",
-    "warm": "cache on, later requests",
-    "restart": "first request after a restart",
+    "off": "cache off",
+    "empty": "cache on, empty",
+    "first": "cache on, first",
+    "warm": "cache on, later",
+    "restart": "after a restart",
 }
 
 
