@@ -9,7 +9,6 @@
 #include <cstddef>
 #include <cstdint>
 
-
 #include <cstring>
 #include <memory>
 #include <mutex>

@@ -56,7 +56,7 @@ class PagedCache(Cache):
         num_cached_tokens: int = 0,
         block_tables: Sequence[Sequence[Sequence[int]]] | None = None,
         reserve: Callable[[int, int], list[int]] | None = None,
-        on_step: Callable[[PagedCache], None] | None = None,
+        on_step: Callable[[Any], None] | None = None,
     ) -> None:
         # The base class keeps its state in `layers`; here it is in the groups' block tables.
         super().__init__(layers=[])

@@ -31,7 +31,9 @@ def paged_attention(
         UnsupportedError: If head_dim is above 256 or the device is older than Ampere.
     """
     out = query.new_empty(query.shape)
-    lse = query.new_empty((query.shape[0] if return_lse else 0, query.shape[1]), dtype=torch.float32)
+    lse = query.new_empty(
+        (query.shape[0] if return_lse else 0, query.shape[1]), dtype=torch.float32
+    )
     if query.numel() == 0:
         return out, lse
     arguments = (query, key_cache, value_cache, block_table, seq_lens)

@@ -76,22 +76,31 @@ _PREFILL = {
 }
 
 
+# Entries in which Blackwell's tensor memory asks for another cut than Hopper.
+_PREFILL_BLACKWELL = {
+    (10, 2, 64): {16: (64, 4, 3), 64: (64, 8, 3), 128: (64, 8, 3)},
+}
+
+
 def _row(arch: int, dtype: torch.dtype, head_dim: int) -> tuple[int, int, int]:
-    # Blackwell runs Hopper's entries, older chips than Ampere have no bf16 and no async copies.
     if arch < 8:
         raise UnsupportedError(f"device: the kernels need compute capability 8.0, got {arch}.x")
-    return (min(arch, 9), dtype.itemsize, _width(head_dim))
+    # From 12 on chips have as little shared memory as the smaller ones of 8 (99 KB).
+    table = 8 if arch >= 12 else min(arch, 10)
+    return (table, dtype.itemsize, _width(head_dim))
 
 
 def decode_config(arch: int, dtype: torch.dtype, head_dim: int, group: int) -> TileConfig:
     """Configuration of the decode kernel for `group` query heads to a key-value head."""
     # Twice the rows spare a second read of the cache; float32 has no registers for them.
     tile_m = 16 if group <= 16 or dtype.itemsize == 4 else 32
-    return TileConfig(tile_m, *_DECODE[_row(arch, dtype, head_dim)])
+    table, itemsize, width = _row(arch, dtype, head_dim)
+    return TileConfig(tile_m, *_DECODE[min(table, 9), itemsize, width])
 
 
 def prefill_config(arch: int, dtype: torch.dtype, head_dim: int, num_rows: int) -> TileConfig:
     """Configuration of the prefill kernel for about `num_rows` query rows a sequence."""
-    entries = _PREFILL[_row(arch, dtype, head_dim)]
+    table, itemsize, width = row = _row(arch, dtype, head_dim)
+    entries = _PREFILL_BLACKWELL.get(row) or _PREFILL[min(table, 9), itemsize, width]
     tile_m = next((size for size in sorted(entries) if num_rows <= size), max(entries))
     return TileConfig(tile_m, *entries[tile_m])

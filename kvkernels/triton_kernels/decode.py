@@ -56,13 +56,14 @@ def _tiles_per_split(
 
     The 10 % keep a slightly unequal batch from spilling into a second round.
     """
-    total = 0
+    total = tl.full((), 0, tl.int64)
     for first in range(0, num_seqs, 128):
         seqs = first + tl.arange(0, 128)
         lens = tl.load(seq_lens_ptr + seqs, mask=seqs < num_seqs, other=0)
         _, tiles = _count_tiles(lens, window, TILE_N, HAS_WINDOW)
         total += tl.sum(tiles)
-    share = (total.to(tl.int64) * num_groups * 11 // (num_programs_at_once * 10)).to(tl.int32) + 1
+    tenths = num_programs_at_once * 10
+    share = tl.cast((total * num_groups * 11 + tenths - 1) // tenths, tl.int32)
     fit = (num_tiles + max_splits - 1) // max_splits
     return tl.maximum(tl.maximum(share, fit), MIN_SPLIT_TILES)
 
@@ -77,9 +78,7 @@ _SHAPES_THAT_CHANGE = [
 _INDEX_TENSORS = ["seq_lens_ptr", "block_table_ptr"]
 
 
-@triton.jit(
-    do_not_specialize=_SHAPES_THAT_CHANGE, do_not_specialize_on_alignment=_INDEX_TENSORS
-)
+@triton.jit(do_not_specialize=_SHAPES_THAT_CHANGE, do_not_specialize_on_alignment=_INDEX_TENSORS)
 def _decode_kernel(
     query_ptr,  # [num_seqs, num_heads, HEAD_DIM]
     key_cache_ptr,  # [num_blocks, num_kv_heads, block_size, HEAD_DIM]

@@ -136,11 +136,8 @@ def attend(
             scores = tl.where(seen, scores, -float("inf"))
 
         new_max = tl.maximum(row_max, tl.max(scores, 1))
-        if MASKED:
-            # A row that has seen nothing yet: -inf - -inf would be NaN.
-            pivot = tl.where(new_max == -float("inf"), 0.0, new_max)
-        else:
-            pivot = new_max
+        # A row that has seen nothing yet: -inf - -inf would be NaN.
+        pivot = tl.where(new_max == -float("inf"), 0.0, new_max) if MASKED else new_max
         p = tl.exp2(scores - pivot[:, None])
         rescale = tl.exp2(row_max - pivot)
         row_sum = row_sum * rescale + tl.sum(p, 1)

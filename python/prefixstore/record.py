@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -115,9 +116,8 @@ def encode(key: BlockKey, payload: Buffer, out: Buffer) -> None:
     header_bytes, tokens_end = layout.header_bytes, FIXED_BYTES + 4 * layout.block_size
     sums = np.empty((layout.num_layers, 2), np.uint64)
     copy_parts_with_checksums(source, record[header_bytes:], layout.num_layers, sums)
-    table = np.empty(layout.num_layers, _TABLE_ENTRY)
-    table["offset"], table["bytes"] = _layer_offsets(layout), layout.layer_bytes
-    table["sum"], table["weighted"] = sums[:, 0], sums[:, 1]
+    table = np.empty((layout.num_layers, 3), "<u8")
+    table[:, 0], table[:, 1:] = _layer_places(layout), sums
     _FIXED.pack_into(record, 0, *_fixed_fields(key))
     record[FIXED_BYTES:tokens_end] = key.tokens.astype("<u4", copy=False).tobytes()
     record[tokens_end:header_bytes] = table.tobytes().ljust(header_bytes - tokens_end, b"\0")
@@ -144,14 +144,14 @@ def decode(record: Buffer, key: BlockKey, payload_out: Buffer) -> None:
     for name in ("layout", "identity", "parent_hash", "block_hash"):
         if getattr(found, name) != getattr(key, name):
             raise _corrupted(name, getattr(key, name), getattr(found, name))
-    if not np.array_equal(found.tokens, key.tokens):
+    if found.tokens.tobytes() != key.tokens.tobytes():
         raise BlockCorrupted("tokens: expected those of the key, got others")
     if data.nbytes != layout.record_bytes:
         raise _corrupted("record", f"{layout.record_bytes} bytes", data.nbytes)
     sums = np.empty((layout.num_layers, 2), np.uint64)
     copy_parts_with_checksums(data[layout.header_bytes :], target, layout.num_layers, sums)
-    wrong = (header.table["sum"] != sums[:, 0]) | (header.table["weighted"] != sums[:, 1])
-    if wrong.any():
+    if sums.tobytes() != header.table.view("<u8").reshape(-1, 3)[:, 1:].tobytes():
+        wrong = (header.table["sum"] != sums[:, 0]) | (header.table["weighted"] != sums[:, 1])
         layers = np.flatnonzero(wrong).tolist()
         raise BlockCorrupted(f"payload: expected the table's checksums, got others in {layers}")
 
@@ -221,10 +221,11 @@ def _read_table(data: memoryview, layout: RecordLayout) -> np.ndarray:
     start = FIXED_BYTES + 4 * layout.block_size
     table = np.frombuffer(data, _TABLE_ENTRY, layout.num_layers, start)
     end = start + table.nbytes
-    if not np.array_equal(table["offset"], _layer_offsets(layout)):
-        raise BlockCorrupted("layer table: expected adjoining layers, got other offsets")
-    if not (table["bytes"] == layout.layer_bytes).all():
-        raise BlockCorrupted(f"layer table: expected {layout.layer_bytes} bytes in every layer")
+    places = table.view("<u8").reshape(-1, 3)[:, 0]
+    if places.tobytes() != _layer_places(layout).tobytes():
+        raise BlockCorrupted(
+            f"layer table: expected adjoining layers of {layout.layer_bytes} bytes, got others"
+        )
     if any(data[end : layout.header_bytes]):
         raise BlockCorrupted("padding: expected zeros, got other bytes")
     return table
@@ -254,8 +255,11 @@ def _fixed_fields(key: BlockKey) -> _Fixed:
     )
 
 
-def _layer_offsets(layout: RecordLayout) -> np.ndarray:
-    return layout.header_bytes + np.arange(layout.num_layers) * layout.layer_bytes
+@lru_cache(maxsize=64)
+def _layer_places(layout: RecordLayout) -> np.ndarray:
+    """The first 8 bytes of every table entry, offset and bytes, as one u64 each."""
+    offsets = layout.header_bytes + np.arange(layout.num_layers) * layout.layer_bytes
+    return (offsets | layout.layer_bytes << 32).astype("<u8")
 
 
 def _check_bytes(name: str, view: memoryview, expected: int) -> None:

@@ -87,7 +87,7 @@ def _load_missing(
     if store is not None:
         for held, group_keys in zip(available, keys, strict=True):
             missing = np.flatnonzero(~held)
-            answers = store.contains_many([group_keys[number] for number in missing])
+            answers = store.contains_many([group_keys[number] for number in missing.tolist()])
             held[missing] = [answer is not None for answer in answers]
     while True:
         num_blocks = longest_prefix(available, device.block_size, device.windows)
@@ -99,7 +99,7 @@ def _load_missing(
                 continue
             assert store is not None
             failed = _load(device, store, group, keys[group], numbers, block_ids, tiers)
-            # A counted miss: settle for the longest prefix without these blocks.
+            # Counted misses: settle for the longest prefix without these blocks.
             available[group][failed] = False
             is_complete = is_complete and not failed
         if is_complete:
@@ -123,12 +123,14 @@ def _load(
         # Try again with the first half; what the pool cannot hold cannot be restored.
         return numbers[len(numbers) // 2 :].tolist()
     buffers = [block_buffer(pool, block_id) for block_id in taken]
-    answers = store.load_many([keys[number] for number in numbers], buffers)
+    answers = store.load_many([keys[number] for number in numbers.tolist()], buffers)
     failed = []
-    for number, block_id, buffer, answer in zip(numbers, taken, buffers, answers, strict=True):
+    for number, block_id, buffer, answer in zip(
+        numbers.tolist(), taken, buffers, answers, strict=True
+    ):
         if answer is None:
             allocator.release([block_id])
-            failed.append(int(number))
+            failed.append(number)
             continue
         fill_block(pool, block_id, buffer)
         block_ids[number, group] = block_id

@@ -9,8 +9,9 @@ import torch
 def as_tokens(name: str, token_ids: torch.Tensor | Sequence[int]) -> np.ndarray:
     """`token_ids` as `[num_tokens]` uint32, from a tensor, an array or a list."""
     if isinstance(token_ids, torch.Tensor):
-        token_ids = token_ids.detach().cpu().numpy()
-    tokens = np.asarray(token_ids)
+        tokens = token_ids.detach().cpu().numpy()
+    else:
+        tokens = np.asarray(token_ids)
     if tokens.size == 0:
         return np.zeros(0, dtype=np.uint32)
     if tokens.ndim == 2 and tokens.shape[0] == 1:

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
 from implementations import Implementation, every_implementation
 
+from accuracy import assert_as_accurate
 from kvkernels.reference import attention as reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

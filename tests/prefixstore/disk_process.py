@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+from sample_blocks import LARGE_LAYOUT, make_keys, make_payload, make_record
+
 from prefixstore.errors import BlockCorrupted
 from prefixstore.record import decode
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
-from sample_blocks import LARGE_LAYOUT, make_keys, make_payload, make_record
 
 KEYS = make_keys(60) + make_keys(30, LARGE_LAYOUT)
 

@@ -3,6 +3,7 @@
 import zlib
 
 import numpy as np
+
 from prefixstore.record import BlockKey, RecordLayout, chain_keys, encode
 
 IDENTITY = bytes(range(16))

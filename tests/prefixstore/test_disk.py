@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from disk_process import KEYS
+from sample_blocks import LAYOUT, make_keys, make_payload, make_record
+
 from prefixstore.errors import BlockCorrupted, TierFull, TierTimeout, TierUnavailable
 from prefixstore.record import BlockKey, decode
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
-from sample_blocks import LAYOUT, make_keys, make_payload, make_record
 
 HERE = Path(__file__).resolve().parent
 CAPACITY = 2 << 20

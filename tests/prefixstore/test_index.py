@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+
 from prefixstore.index import RadixIndex, Stats
 
 BLOCK_SIZE = 4

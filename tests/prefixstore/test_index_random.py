@@ -4,8 +4,8 @@ import random
 
 import numpy as np
 import pytest
-from prefixstore.index import Match, RadixIndex
 
+from prefixstore.index import Match, RadixIndex
 from tests.prefixstore.index_model import Block, IndexModel
 
 SALTS = (b"", b"a", b"a\0b")

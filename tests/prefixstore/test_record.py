@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sample_blocks import IDENTITY, LARGE_LAYOUT, LAYOUT, make_keys, make_payload, make_record
+
 from prefixstore import checksum
 from prefixstore.checksum import crc32c
 from prefixstore.errors import BlockCorrupted
@@ -26,7 +28,6 @@ from prefixstore.record import (
     hash_block,
     read_header,
 )
-from sample_blocks import IDENTITY, LARGE_LAYOUT, LAYOUT, make_keys, make_payload, make_record
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "record-format.md"
 LAYOUTS = {

@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from sample_blocks import LARGE_LAYOUT, LAYOUT, make_keys, make_payload, make_record
+
 from prefixstore.breaker import Breaker, BreakerConfig
 from prefixstore.errors import (
     BlockCorrupted,
@@ -23,7 +25,6 @@ from prefixstore.store import Store, StoreConfig, TierPolicy
 from prefixstore.tiers.base import TierCounters, TierStats
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
-from sample_blocks import LARGE_LAYOUT, LAYOUT, make_keys, make_payload, make_record
 
 CAPACITY = 4 << 20
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sample_blocks import LARGE_LAYOUT, LAYOUT, make_keys, make_record
+
 from prefixstore.errors import BlockCorrupted, ConfigError, TierFull, TierUnavailable
 from prefixstore.record import BlockKey
 from prefixstore.tiers.base import Tier
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
-from sample_blocks import LARGE_LAYOUT, LAYOUT, make_keys, make_record
 
 PAGE = 4096
 SLOT = 4096  # of a LAYOUT record, 3,328 bytes
