@@ -1,92 +1,116 @@
-"""Encoding and decoding records against a plain copy of the payload, in the same run.
+"""Writing and reading records beside a plain copy of the payload."""
 
-python bench/bench_record.py [--seconds S]: one JSON line per case and provider, GB/s of payload.
-"""
-
-from __future__ import annotations
-
-import argparse
-import json
-import statistics
-import sys
-import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import torch
 
-from prefixstore.checksum import checksum_words
+from bench.harness import check_agreement, make_cold, run_case
 from prefixstore.record import BlockKey, RecordLayout, chain_keys, decode, encode
 from prefixstore.tiers.base import page_aligned
 
-CASES = {
-    "gemma3-270m sliding, 64 tokens": RecordLayout(15, 1, 256, 64, "bfloat16"),
-    "smollm2-135m, 64 tokens": RecordLayout(30, 3, 64, 64, "bfloat16"),
-    "llama-3-8b, 64 tokens": RecordLayout(32, 8, 128, 64, "bfloat16"),
-    "llama-3-8b, 256 tokens": RecordLayout(32, 8, 128, 256, "bfloat16"),
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    layout: RecordLayout
+
+    @property
+    def num_bytes(self) -> int:
+        """The payload, read and written."""
+        return 2 * self.layout.payload_bytes
+
+
+CASES = [
+    Case("gemma3_270m_sliding", RecordLayout(15, 1, 256, 64, "bfloat16")),
+    Case("smollm2_135m", RecordLayout(30, 3, 64, 64, "bfloat16")),
+    Case("llama3_8b", RecordLayout(32, 8, 128, 64, "bfloat16")),
+    Case("llama3_8b_256_tokens", RecordLayout(32, 8, 128, 256, "bfloat16")),
+]
+
+
+@dataclass
+class Block:
+    key: BlockKey
+    payload: np.ndarray  # as it lies in the pool
+    record: np.ndarray
+
+    @property
+    def record_payload(self) -> np.ndarray:
+        return self.record[self.key.layout.header_bytes :]
+
+
+def copy_out(block: Block) -> None:
+    np.copyto(block.record_payload, block.payload)
+
+
+def copy_out_and_crc32(block: Block) -> None:
+    """What one does without a fused pass: copy, then a checksum of the standard library."""
+    copy_out(block)
+    zlib.crc32(block.record_payload)
+
+
+def copy_in(block: Block) -> None:
+    np.copyto(block.payload, block.record_payload)
+
+
+def copy_in_and_crc32(block: Block) -> None:
+    zlib.crc32(block.record_payload)
+    copy_in(block)
+
+
+PROVIDERS: dict[str, dict[str, Callable[[Block], None]]] = {
+    "encode": {
+        "copy": copy_out,
+        "copy_and_crc32": copy_out_and_crc32,
+        "kvkernels": lambda block: encode(block.key, block.payload, block.record),
+    },
+    "decode": {
+        "copy": copy_in,
+        "copy_and_crc32": copy_in_and_crc32,
+        "kvkernels": lambda block: decode(block.record, block.key, block.payload),
+    },
 }
-WORKING_SET_BYTES = 256 << 20  # the pool side is far larger than the caches, as it is in use
+
+Blocks = dict[str, Block]  # one for each provider: none finds what another left in the caches
 
 
-class Blocks:
-    """Pool blocks that are visited in turn, and one warm record buffer."""
-
-    def __init__(self, layout: RecordLayout) -> None:
-        num_blocks = max(WORKING_SET_BYTES // layout.payload_bytes, 2)
-        self.key: BlockKey = chain_keys(layout, bytes(16), range(layout.block_size))[0]
-        pool = page_aligned(num_blocks * layout.payload_bytes)
-        pool[:] = np.resize(np.arange(251, dtype=np.uint8), pool.size)
-        self.pool = pool.reshape(num_blocks, -1)
-        self.record = page_aligned(layout.record_bytes)
-        self.payload = self.record[layout.header_bytes :]
-        encode(self.key, self.pool[0], self.record)
+def make_block(layout: RecordLayout) -> Block:
+    key = chain_keys(layout, bytes(16), range(layout.block_size))[0]
+    block = Block(key, page_aligned(layout.payload_bytes), page_aligned(layout.record_bytes))
+    block.payload[:] = np.resize(np.arange(251, dtype=np.uint8), layout.payload_bytes)
+    encode(key, block.payload, block.record)
+    return block
 
 
-PROVIDERS: dict[str, Callable[[Blocks, int], object]] = {
-    "numpy copy out of the pool": lambda b, i: np.copyto(b.payload, b.pool[i]),
-    "encode": lambda b, i: encode(b.key, b.pool[i], b.record),
-    "numpy copy into the pool": lambda b, i: np.copyto(b.pool[i], b.payload),
-    "decode": lambda b, i: decode(b.record, b.key, b.pool[i]),
-    "checksum_words alone": lambda b, i: checksum_words(b.pool[i]),
-}
+def make_blocks(layout: RecordLayout, names: Iterable[str]) -> Blocks:
+    return {name: make_block(layout) for name in names}
 
 
-def check(blocks: Blocks) -> None:
-    """Decoding what was encoded gives the payload back."""
-    encode(blocks.key, blocks.pool[0], blocks.record)
-    decode(blocks.record, blocks.key, blocks.pool[1])
-    assert np.array_equal(blocks.pool[0], blocks.pool[1])
+def run_on_own_block(name: str, run: Callable[[Block], None], blocks: Blocks) -> None:
+    run(blocks[name])
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=1.0, help="per case and provider")
-    seconds = parser.parse_args(argv).seconds
-    for case, layout in CASES.items():
-        blocks = Blocks(layout)
-        check(blocks)
-        rates: dict[str, list[float]] = {name: [] for name in PROVIDERS}
-        end = time.perf_counter() + seconds * len(PROVIDERS)
-        num_blocks = len(blocks.pool)
-        while time.perf_counter() < end or not all(rates.values()):
-            for name, provider in PROVIDERS.items():  # in turn: noise meets all alike
-                blocks.record[:] = 0
-                encode(blocks.key, blocks.pool[0], blocks.record)
-                started = time.perf_counter()
-                for i in range(num_blocks):
-                    provider(blocks, i)
-                elapsed = time.perf_counter() - started
-                rates[name].append(num_blocks * layout.payload_bytes / elapsed / 1e9)
-        for name, values in rates.items():
-            line = {
-                "case": case,
-                "provider": name,
-                "record_bytes": layout.record_bytes,
-                "gb_per_s_median": round(statistics.median(values), 2),
-                "gb_per_s_best": round(max(values), 2),
-                "num_runs": len(values),
-            }
-            print(json.dumps(line), flush=True)
+def result_of(what: str, run: Callable[[Block], None], block: Block) -> torch.Tensor:
+    """The payload where the provider left it."""
+    target = block.record_payload if what == "encode" else block.payload
+    target[:] = 0xEE
+    run(block)
+    return torch.from_numpy(target.copy())
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def main(case_filter: str = "", num_rounds: int = 15) -> None:
+    for what, runs in PROVIDERS.items():
+        for case in CASES:
+            name = f"{what}_{case.name}"
+            if case_filter not in name:
+                continue
+            blocks = make_blocks(case.layout, runs)
+            results = {own: [result_of(what, run, blocks[own])] for own, run in runs.items()}
+            check_agreement(results, "copy", 0.0)
+            inputs = make_cold(partial(make_blocks, case.layout, runs), case.num_bytes)
+            providers = {own: partial(run_on_own_block, own, run) for own, run in runs.items()}
+            run_case(name, providers, inputs, num_rounds, case.num_bytes, 0)
