@@ -1,159 +1,240 @@
-"""Putting into and getting out of tiers, against plain copies and plain files in the same run.
+"""Tiers beside what they stand on: copies in memory, one plain file on disk (in TMPDIR).
 
-python bench/bench_tiers.py [--dir DIR] [--rounds N]: one JSON line per case and provider, GB/s of
-records. Files are read back from the page cache: this measures the tier, not the disk.
+A run moves a batch of records. All places are full before anything is timed, so each put evicts a
+record, and the plain providers write over one. Nobody flushes to the platters. `get` finds the
+files in the page cache, `get_cold` does not. `restore` is a hit: a record, then its payload in the
+pool; `unverified` is the tier without the store's checks.
 """
 
-from __future__ import annotations
-
-import argparse
-import json
 import os
-import statistics
-import sys
 import tempfile
-import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 
-from prefixstore.record import BlockHash, RecordLayout, chain_keys, encode
-from prefixstore.tiers.base import Tier, page_aligned
+from bench.harness import check_agreement, run_case
+from prefixstore.record import BlockKey, RecordLayout, chain_keys, encode
+from prefixstore.store import Store
+from prefixstore.tiers.base import PAGE_BYTES, Tier, page_aligned, round_up
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
 
-CASES = {
-    "smollm2-135m, 1.5 MB": RecordLayout(30, 3, 64, 64, "bfloat16"),
-    "llama-3-8b, 8.4 MB": RecordLayout(32, 8, 128, 64, "bfloat16"),
-    "small, 100 KB": RecordLayout(6, 1, 64, 64, "bfloat16"),
+BATCH_BYTES = 16 << 20
+
+LAYOUTS = {
+    "small": RecordLayout(6, 1, 64, 64, "bfloat16"),
+    "smollm2_135m": RecordLayout(30, 3, 64, 64, "bfloat16"),
+    "llama3_8b": RecordLayout(32, 8, 128, 64, "bfloat16"),
 }
-TOTAL_BYTES = 128 << 20
 
 
-class Provider(Protocol):
-    def put(self, index: int, record: np.ndarray) -> None: ...
-    def get(self, index: int, out: np.ndarray) -> None: ...
+@dataclass(frozen=True)
+class Case:
+    medium: str
+    what: str
+    model: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.medium}_{self.what}_{self.model}"
+
+    @property
+    def layout(self) -> RecordLayout:
+        return LAYOUTS[self.model]
+
+    @property
+    def batch_size(self) -> int:
+        return BATCH_BYTES // self.layout.record_bytes
+
+
+CASES = [
+    Case(medium, what, model)
+    for medium, whats in (
+        ("memory", ("put", "get", "restore")),
+        ("disk", ("put", "get", "get_cold", "restore")),
+    )
+    for what in whats
+    for model in LAYOUTS
+]
+
+
+class Holder(Protocol):
+    """Holds a number of records; puts a record by its number, over the oldest where it is full."""
+
+    def put(self, number: int, record: np.ndarray) -> None: ...
+    def get(self, number: int, out: np.ndarray) -> None: ...
     def close(self) -> None: ...
 
 
 class Copies:
-    """The memory limit: numpy copies into an array."""
+    """The limit of memory: copies into an array and out of it."""
 
-    def __init__(self, hashes: list[BlockHash], record_bytes: int, path: Path) -> None:
-        self._arena = page_aligned(len(hashes) * record_bytes).reshape(len(hashes), -1)
+    def __init__(self, num_records: int, record_bytes: int) -> None:
+        self._arena = page_aligned(num_records * record_bytes).reshape(num_records, -1)
 
-    def put(self, index: int, record: np.ndarray) -> None:
-        np.copyto(self._arena[index], record)
+    def put(self, number: int, record: np.ndarray) -> None:
+        np.copyto(self._arena[number % len(self._arena)], record)
 
-    def get(self, index: int, out: np.ndarray) -> None:
-        np.copyto(out, self._arena[index])
+    def get(self, number: int, out: np.ndarray) -> None:
+        np.copyto(out, self._arena[number % len(self._arena)])
 
     def close(self) -> None:
-        self._arena = page_aligned(0)
+        pass
 
 
 class PlainFile:
-    """The disk limit: one file, pwrite and preadv at fixed offsets."""
+    """The limit of the disk: one system call each, at fixed places of one file."""
 
-    def __init__(self, hashes: list[BlockHash], record_bytes: int, path: Path) -> None:
-        self._record_bytes = record_bytes
-        self._path = path / "plain"
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT)
+    def __init__(self, path: Path, num_records: int, record_bytes: int) -> None:
+        self._num_records = num_records
+        self._slot_bytes = round_up(record_bytes, PAGE_BYTES)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT)
 
-    def put(self, index: int, record: np.ndarray) -> None:
-        os.pwrite(self._fd, record.data, index * self._record_bytes)
+    def put(self, number: int, record: np.ndarray) -> None:
+        os.pwrite(self._fd, record.data, number % self._num_records * self._slot_bytes)
 
-    def get(self, index: int, out: np.ndarray) -> None:
-        os.preadv(self._fd, [out.data], index * self._record_bytes)
+    def get(self, number: int, out: np.ndarray) -> None:
+        os.preadv(self._fd, [out.data], number % self._num_records * self._slot_bytes)
 
     def close(self) -> None:
         os.close(self._fd)
-        self._path.unlink()
 
 
-class OneTier:
-    """A tier under the bench's indices."""
+class TierHolder:
+    """A tier that has room for so many records and no more."""
 
-    def __init__(self, tier: Tier, hashes: list[BlockHash]) -> None:
-        self._tier = tier
-        self._hashes = hashes
+    def __init__(self, tier: Tier, keys: list[BlockKey]) -> None:
+        self.tier = tier
+        self._keys = keys
 
-    def put(self, index: int, record: np.ndarray) -> None:
-        self._tier.put(self._hashes[index], record.data)
+    def put(self, number: int, record: np.ndarray) -> None:
+        self.tier.put(self._keys[number].block_hash, record.data)
 
-    def get(self, index: int, out: np.ndarray) -> None:
-        assert self._tier.get(self._hashes[index], out.data) == out.nbytes
+    def get(self, number: int, out: np.ndarray) -> None:
+        num_read = self.tier.get(self._keys[number].block_hash, out.data)
+        assert num_read == out.nbytes, f"expected {out.nbytes} bytes, got {num_read}"
 
     def close(self) -> None:
-        self._tier.close()
+        self.tier.close()
 
 
-def make_memory(hashes: list[BlockHash], record_bytes: int, path: Path) -> OneTier:
-    return OneTier(MemoryTier(MemoryTierConfig(2 * TOTAL_BYTES)), hashes)
+def make_holders(case: Case, keys: list[BlockKey], directory: Path) -> dict[str, Holder]:
+    """One for each provider, the baseline first: nobody finds what another left in the caches."""
+    num_records, record_bytes = len(keys) // 2, case.layout.record_bytes
+    slab_bytes = case.batch_size * round_up(record_bytes, PAGE_BYTES)
+    capacity_bytes = num_records // case.batch_size * slab_bytes
+    holders: dict[str, Holder] = {}
+    if case.medium == "memory":
+        holders["copy"] = Copies(num_records, record_bytes)
+    else:
+        holders["plain_file"] = PlainFile(directory / "plain", num_records, record_bytes)
+    for name in ("unverified", "kvkernels") if case.what == "restore" else ("kvkernels",):
+        tier: Tier
+        if case.medium == "memory":
+            tier = MemoryTier(MemoryTierConfig(capacity_bytes, slab_bytes))
+        else:
+            tier = DiskTier(DiskTierConfig(directory / name, capacity_bytes, slab_bytes))
+        holders[name] = TierHolder(tier, keys)
+    return holders
 
 
-def make_disk(hashes: list[BlockHash], record_bytes: int, path: Path) -> OneTier:
-    return OneTier(DiskTier(DiskTierConfig(path / "tier", 2 * TOTAL_BYTES)), hashes)
+def put_all(holder: Holder, records: np.ndarray, numbers: range) -> None:
+    for number in numbers:
+        holder.put(number, records[number % len(records)])
 
 
-PROVIDERS = {
-    "numpy copy": Copies,
-    "memory tier": make_memory,
-    "plain file": PlainFile,
-    "disk tier": make_disk,
-}
+def get_all(holder: Holder, out: np.ndarray, numbers: range) -> None:
+    for number in numbers:
+        holder.get(number, out)
 
 
-def run(provider: Provider, records: np.ndarray, order: np.ndarray) -> tuple[float, float]:
-    """GB/s of first writes and of reads in random order, checked."""
-    out = page_aligned(records.shape[1])
-    started = time.perf_counter()
-    for index in range(len(records)):
-        provider.put(index, records[index])
-    written = time.perf_counter()
-    for index in order:
-        provider.get(index, out)
-    read = time.perf_counter()
-    assert np.array_equal(out, records[order[-1]])
-    size = records.nbytes / 1e9
-    return size / (written - started), size / (read - written)
+def restore_all(holder: Holder, record: np.ndarray, pool: np.ndarray, numbers: range) -> None:
+    payload = record[record.size - pool.shape[1] :]
+    for number in numbers:
+        holder.get(number, record)
+        np.copyto(pool[number], payload)
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dir", type=Path, default=None, help="where the files go")
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args(argv)
-    for case, layout in CASES.items():
-        num_records = TOTAL_BYTES // layout.record_bytes
-        tokens = np.arange(num_records * layout.block_size)
-        keys = chain_keys(layout, bytes(16), tokens)
-        records = page_aligned(num_records * layout.record_bytes).reshape(num_records, -1)
-        payload = np.resize(np.arange(251, dtype=np.uint8), layout.payload_bytes)
-        for key, record in zip(keys, records, strict=True):
-            encode(key, payload, record)
-        hashes = [key.block_hash for key in keys]
-        order = np.random.default_rng(0).permutation(num_records)
-        rates: dict[str, list[tuple[float, float]]] = {name: [] for name in PROVIDERS}
-        for _ in range(options.rounds):
-            for name, make in PROVIDERS.items():  # in turn: noise meets all alike
-                with tempfile.TemporaryDirectory(dir=options.dir) as path:
-                    provider = make(hashes, layout.record_bytes, Path(path))
-                    rates[name].append(run(provider, records, order))
-                    provider.close()
-        for name, values in rates.items():
-            puts, gets = zip(*values, strict=True)
-            line = {
-                "case": case,
-                "provider": name,
-                "record_bytes": layout.record_bytes,
-                "put_gb_per_s": round(statistics.median(puts), 2),
-                "get_gb_per_s": round(statistics.median(gets), 2),
-                "num_rounds": options.rounds,
-            }
-            print(json.dumps(line), flush=True)
+def load_all(store: Store, keys: list[BlockKey], pool: np.ndarray, numbers: range) -> None:
+    for number in numbers:
+        assert store.load(keys[number], pool[number]) is not None
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def drop_from_page_cache(directory: Path) -> None:
+    for path in [directory / "plain", *directory.glob("*/slab-*")]:
+        with path.open("r+b") as file:
+            os.fdatasync(file.fileno())  # only clean pages can be dropped
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def make_providers(
+    case: Case, holders: dict[str, Holder], keys: list[BlockKey], records: np.ndarray
+) -> dict[str, Callable[[range], None]]:
+    if case.what == "put":
+        return {name: partial(put_all, holder, records) for name, holder in holders.items()}
+    out = page_aligned(case.layout.record_bytes)
+    if case.what != "restore":
+        return {name: partial(get_all, holder, out) for name, holder in holders.items()}
+    providers: dict[str, Callable[[range], None]] = {}
+    for name, holder in holders.items():
+        pool = np.zeros((len(records), case.layout.payload_bytes), np.uint8)
+        pool[:] = 1  # so that no page is touched for the first time in a timed run
+        if isinstance(holder, TierHolder) and name == "kvkernels":
+            providers[name] = partial(load_all, Store([holder.tier]), keys, pool)
+        else:
+            providers[name] = partial(restore_all, holder, out, pool)
+    return providers
+
+
+def make_keys_and_records(layout: RecordLayout, num_records: int) -> tuple[list, np.ndarray]:
+    """Twice as many keys as records: a holder full of the first half is put the second."""
+    tokens = np.arange(2 * num_records * layout.block_size)
+    keys = chain_keys(layout, bytes(16), tokens)
+    payload = np.resize(np.arange(251, dtype=np.uint8), layout.payload_bytes)
+    records = page_aligned(num_records * layout.record_bytes).reshape(num_records, -1)
+    for key, record in zip(keys, records, strict=False):
+        encode(key, payload, record)
+    return keys, records
+
+
+def check_contents(
+    holders: dict[str, Holder], baseline: str, numbers: range, num_bytes: int
+) -> None:
+    results = {}
+    for name, holder in holders.items():
+        outs = [np.empty(num_bytes, np.uint8) for _ in numbers]
+        for number, out in zip(numbers, outs, strict=True):
+            holder.get(number, out)
+        results[name] = [torch.from_numpy(out) for out in outs]
+    check_agreement(results, baseline, 0.0)
+
+
+def main(case_filter: str = "", num_rounds: int = 15) -> None:
+    for case in CASES:
+        if case_filter not in case.name:
+            continue
+        # a batch for each round and the one that warms up: no round reads what another left
+        num_records = case.batch_size * (num_rounds + 1)
+        keys, records = make_keys_and_records(case.layout, num_records)
+        first = num_records if case.what == "put" else 0
+        batches = [
+            range(start, start + case.batch_size)
+            for start in range(first, first + num_records, case.batch_size)
+        ]
+        with tempfile.TemporaryDirectory() as path, ExitStack() as stack:
+            holders = make_holders(case, keys, Path(path))
+            for holder in holders.values():
+                stack.callback(holder.close)
+                put_all(holder, records, range(num_records))
+            check_contents(holders, next(iter(holders)), range(2), case.layout.record_bytes)
+            if case.what == "get_cold":
+                drop_from_page_cache(Path(path))
+            providers = make_providers(case, holders, keys, records)
+            num_bytes = case.batch_size * case.layout.record_bytes
+            run_case(case.name, providers, batches, num_rounds, num_bytes, 0)
