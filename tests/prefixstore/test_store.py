@@ -207,30 +207,95 @@ def test_works_without_tiers(make_store):
 # ---- wrong bytes -------------------------------------------------------------------------------
 
 
-def test_a_thousand_flipped_bits_give_a_thousand_misses(make_store, tmp_path):
-    """Bits of the disk tier's files, spread over header, tokens, table, padding and payload."""
+REGIONS = {
+    "header": (0, 96),
+    "token ids": (96, 160),
+    "layer table": (160, 232),
+    "padding": (232, LAYOUT.header_bytes),
+    "payload": (LAYOUT.header_bytes, LAYOUT.record_bytes),
+}
+
+
+def flip_stored_bit(tier: MemoryTier | DiskTier, key: BlockKey, position: int, bit: int) -> None:
+    """Behind the tier's back: in its arena, or in its file."""
+    if isinstance(tier, MemoryTier):
+        tier._records[key.block_hash].data[position] ^= 1 << bit
+        return
+    ref = tier._index.find(key.block_hash)
+    with (tier._config.path / ref.slab.file_name).open("r+b", buffering=0) as file:
+        file.seek(ref.slot * ref.slab.slot_bytes + position)
+        (byte,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1 << bit]))
+
+
+@pytest.fixture(params=["memory", "disk"])
+def tier(request, tmp_path) -> MemoryTier | DiskTier:
+    """Each real tier; the store that gets it closes it."""
+    if request.param == "memory":
+        return MemoryTier(MemoryTierConfig(CAPACITY))
+    return DiskTier(DiskTierConfig(tmp_path, CAPACITY))
+
+
+def test_a_thousand_flipped_bits_give_a_thousand_misses(make_store, tier):
+    """One bit of one of many records at a time, 200 in each region, at random within it."""
     random = np.random.default_rng(0)
-    tier = DiskTier(DiskTierConfig(tmp_path, CAPACITY))
     store = make_store(tier)
-    (key,) = make_keys(1)
-    record = make_record(key)
-    regions = [(0, 96), (96, 160), (160, 232), (232, 256), (256, LAYOUT.record_bytes)]
-    for i in range(1000):
-        tier.put(key.block_hash, memoryview(record))
-        ref = tier._index.find(key.block_hash)
-        start, end = regions[i % len(regions)]
-        position, bit = int(random.integers(start, end)), int(random.integers(8))
-        fd = os.open(tmp_path / ref.slab.file_name, os.O_RDWR)
-        offset = ref.slot * ref.slab.slot_bytes + position
-        os.pwrite(fd, bytes([record[position] ^ 1 << bit]), offset)
-        os.close(fd)
-        assert load(store, key) is None, f"bit {bit} of byte {position}"
-        assert not tier.contains(key.block_hash)  # it is not met twice
-    use = use_of(store, "disk")
+    keys = make_keys(20)
+    save(store, keys)
+    for start, end in REGIONS.values():
+        for _ in range(200):
+            key = keys[random.integers(len(keys))]
+            position, bit = int(random.integers(start, end)), int(random.integers(8))
+            flip_stored_bit(tier, key, position, bit)
+            assert load(store, key) is None, f"bit {bit} of byte {position}"
+            assert not tier.contains(key.block_hash)  # it is not met twice
+            save(store, [key])
+    use = use_of(store, tier.name)
     assert (use.num_corrupted, use.num_misses, use.num_hits) == (1000, 1000, 0)
-    assert (store.stats().num_misses, use.is_down) == (1000, False)
-    tier.put(key.block_hash, memoryview(record))
-    assert load(store, key) == "disk"
+    assert (store.stats().num_misses, use.num_errors, use.is_down) == (1000, 0, False)
+    assert [load(store, key) for key in keys] == [tier.name] * 20
+    assert store.check() == []
+
+
+def other_records(key: BlockKey) -> dict[str, bytes]:
+    """What may lie under a key's hash and must not be used."""
+    right = bytes(make_record(key))
+    tokens = key.tokens.copy()
+    tokens[3] ^= 1
+    layout = key.layout
+    keys = {
+        "another model": replace(key, identity=bytes(16)),
+        "another prefix": replace(key, parent_hash=key.block_hash),
+        "other tokens of the same hash": replace(key, tokens=tokens),
+        "another dtype": replace(key, layout=replace(layout, dtype="float16")),
+        "another layer group": replace(key, layout=replace(layout, layer_group=1)),
+        "fewer layers": replace(key, layout=replace(layout, num_layers=2)),
+        "more layers": replace(key, layout=replace(layout, num_layers=4)),
+    }
+    return {
+        **{what: bytes(make_record(other)) for what, other in keys.items()},
+        "another block": bytes(make_record(make_keys(1, seed=1)[0])),
+        "half a header": right[:48],
+        "a header only": right[: layout.header_bytes],
+        "all but one byte": right[:-1],
+        "one byte more": right + b"\0",
+        "zeros": bytes(len(right)),
+    }
+
+
+@pytest.mark.parametrize("what", other_records(make_keys(1)[0]))
+def test_any_other_record_under_the_hash_is_a_counted_miss(make_store, tier, what):
+    store = make_store(tier)
+    key, neighbour = make_keys(2)
+    save(store, [neighbour])
+    tier.put(key.block_hash, memoryview(other_records(key)[what]))
+    assert load(store, key) is None
+    use = use_of(store, tier.name)
+    assert (use.num_corrupted, use.num_misses, use.num_hits) == (1, 1, 0)
+    assert store.contains_many([key, neighbour]) == [None, tier.name]
+    save(store, [key])
+    assert [load(store, key), load(store, neighbour)] == [tier.name] * 2
     assert store.check() == []
 
 
@@ -269,16 +334,6 @@ def test_a_tier_that_lies_about_lengths_is_a_miss(make_store, claim):
     tier.get = lambda block_hash, out: get(block_hash, out) and claim
     name = load(store, key)  # fails where the payload is wrong
     assert name is None or claim > LAYOUT.record_bytes
-
-
-def test_a_record_of_another_model_is_a_miss(make_store):
-    tier = DictTier("dict")
-    store = make_store(tier)
-    (key,) = make_keys(1)
-    other = replace(key, identity=bytes(16))
-    tier.records[key.block_hash] = bytes(make_record(other))
-    assert load(store, key) is None
-    assert use_of(store, "dict").num_corrupted == 1
 
 
 # ---- failing tiers -----------------------------------------------------------------------------
