@@ -29,15 +29,19 @@ RECORDS = [make_record(key) for key in KEYS]
 
 
 class CountingTier(DiskTier):
-    """Counts the writes that it finds cut off."""
+    """Counts the writes that it finds cut off, and makes sure that it mends them."""
 
     num_cut_off = 0
 
     def _reconcile(self, index: SlotIndex) -> None:
-        with index.frozen() as sql:
-            query = "SELECT count(*) FROM slots WHERE state = 1"
-            (self.num_cut_off,) = sql.execute(query).fetchone()
+        self.num_cut_off = count_writing(index)
         super()._reconcile(index)
+        assert count_writing(index) == 0
+
+
+def count_writing(index: SlotIndex) -> int:
+    with index.frozen() as sql:
+        return sql.execute("SELECT count(*) FROM slots WHERE state = 1").fetchone()[0]
 
 
 def serves(tier: DiskTier, key: BlockKey, payload: np.ndarray) -> bool:

@@ -3,22 +3,27 @@
 import errno
 import json
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from disk_process import KEYS, count_found, count_served
-from sample_blocks import LAYOUT, make_keys, make_payload, make_record
+from disk_process import KEYS, count_found, count_served, count_writing
+from sample_blocks import LARGE_LAYOUT, LAYOUT, make_keys, make_payload, make_record
 
 from prefixstore.errors import BlockCorrupted, TierFull, TierTimeout, TierUnavailable
 from prefixstore.record import BlockKey, decode
+from prefixstore.store import Store
+from prefixstore.tiers.base import PAGE_BYTES, round_up
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
+from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
 
 HERE = Path(__file__).resolve().parent
 CAPACITY = 2 << 20
@@ -175,8 +180,7 @@ def test_a_writer_killed_beside_others_leaves_them_unharmed(tmp_path, make_proce
     for key in (KEYS[0], KEYS[60], KEYS[90]):  # one of each size
         survivor.delete(key.block_hash)
         put(survivor, [key])
-    with survivor._index.frozen() as sql:
-        assert sql.execute("SELECT count(*) FROM slots WHERE state = 1").fetchone() == (0,)
+    assert count_writing(survivor._index) == 0
     survivor.close()
 
 
@@ -393,19 +397,50 @@ def test_no_room_in_the_file_system_loses_nothing(tmp_path, monkeypatch, code):
     tier.close()
 
 
-def test_an_input_output_error_is_unavailable(tmp_path, monkeypatch):
-    (key,) = make_keys(1)
+@pytest.mark.parametrize("code", [errno.EIO, errno.EROFS])
+@pytest.mark.parametrize("call", ["preadv", "pwritev"])
+def test_a_disk_that_fails_while_open_is_unavailable(tmp_path, monkeypatch, call, code):
+    first, second = make_keys(2)
     tier = open_tier(tmp_path)
-    put(tier, [key])
+    put(tier, [first])
 
     def broken(*_):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+        raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(os, "preadv", broken)
-    with pytest.raises(TierUnavailable, match=r"slab-v1-.*Input/output error"):
-        count_right(tier, [key])
+    monkeypatch.setattr(os, call, broken)
+    with pytest.raises(TierUnavailable, match=rf"slab-v1-.*{os.strerror(code)}"):
+        if call == "preadv":
+            count_right(tier, [first])
+        else:
+            put(tier, [second])
     monkeypatch.undo()
-    assert count_right(tier, [key]) == 1
+    assert tier.check() == []
+    assert count_right(tier, [first, second]) == 1
+    put(tier, [second])
+    assert count_right(tier, [first, second]) == 2
+    tier.close()
+
+
+def test_a_file_size_limit_refuses_writes_and_loses_nothing(tmp_path):
+    """The kernel cuts the write that crosses the limit short, then refuses the rest."""
+    keys = make_keys(20, LARGE_LAYOUT)
+    slot_bytes = round_up(LARGE_LAYOUT.record_bytes, PAGE_BYTES)
+    tier = open_tier(tmp_path, slab_bytes=20 * slot_bytes)
+    put(tier, keys[:12])
+    old_limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (13 * slot_bytes + 5000, old_limits[1]))
+    try:
+        put(tier, keys[12:13])
+        with pytest.raises(TierFull, match="File too large"):
+            put(tier, keys[13:14])
+        assert next(tmp_path.glob("slab-*")).stat().st_size == 13 * slot_bytes + 5000
+        assert count_right(tier, keys) == 13
+        assert tier.check() == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old_limits)
+    put(tier, keys)
+    assert count_right(tier, keys) == 20
+    assert tier.check() == []
     tier.close()
 
 
@@ -456,6 +491,22 @@ def test_a_full_disk_refuses_writes_and_keeps_what_it_has(small_disk):
     tier.close()
 
 
+def test_a_store_on_a_full_disk_counts_and_serves(small_disk):
+    keys = make_keys(400)
+    memory = MemoryTier(MemoryTierConfig(400 * PAGE_BYTES))
+    with Store([memory, open_tier(small_disk, slab_bytes=32 * PAGE_BYTES)]) as store:
+        for key in keys:
+            assert store.save(key, make_payload(key))
+        assert store.flush(60)
+        out = np.empty(LAYOUT.payload_bytes, np.uint8)
+        for key in keys:
+            assert store.load(key, out) == "memory"
+            assert np.array_equal(out, make_payload(key))
+        disk = store.stats().tiers[1]
+        assert disk.num_full > 0 and disk.num_written > 20
+        assert disk.num_full + disk.num_written + disk.num_errors + disk.num_skipped >= 400
+
+
 def test_reopens_on_a_full_disk(small_disk):
     keys = make_keys(20)
     tier = open_tier(small_disk)
@@ -488,6 +539,37 @@ def test_a_read_only_disk_is_unavailable_and_unchanged(small_disk):
     tier = open_tier(small_disk)
     assert count_right(tier, keys) == 5
     tier.close()
+
+
+@pytest.fixture
+def closed_directory() -> Iterator[Path]:
+    """A directory with five records that this process may read but not write, root or not."""
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as name:  # pytest's own are closed to other users
+        path = Path(name) / "tier"
+        tier = open_tier(path)
+        put(tier, make_keys(5))
+        tier.close()
+        path.parent.chmod(0o755)
+        path.chmod(0o555)
+        for file in path.iterdir():
+            file.chmod(0o444)
+        if user == 0:
+            os.seteuid(65534)  # modes mean nothing to root
+        try:
+            yield path
+        finally:
+            os.seteuid(user)
+            path.chmod(0o755)
+
+
+def test_a_directory_without_permission_is_unavailable_and_unchanged(closed_directory):
+    before = {file.name: file.read_bytes() for file in closed_directory.iterdir()}
+    with pytest.raises(TierUnavailable, match="Permission denied"):
+        open_tier(closed_directory)
+    with pytest.raises(TierUnavailable, match="Permission denied"):
+        open_tier(closed_directory / "new")
+    assert {file.name: file.read_bytes() for file in closed_directory.iterdir()} == before
 
 
 def test_a_path_that_is_a_file_is_unavailable(tmp_path):
