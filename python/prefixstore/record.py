@@ -105,14 +105,14 @@ def encode(key: BlockKey, payload: Buffer, out: Buffer) -> None:
         out: `key.layout.record_bytes`, written in place, every byte.
 
     Raises:
-        ValueError: If a buffer has another size, is not contiguous, or `out` is read-only.
+        ValueError: If a buffer has another size or is not contiguous, or `out` is read-only or
+            overlaps the payload.
     """
     layout = key.layout
     source, record = as_bytes("payload", payload), as_bytes("out", out)
     _check_bytes("payload", source, layout.payload_bytes)
     _check_bytes("out", record, layout.record_bytes)
-    if record.readonly:
-        raise ValueError("out: expected a writable buffer, got a read-only one")
+    _check_writable("out", record)
     header_bytes, tokens_end = layout.header_bytes, FIXED_BYTES + 4 * layout.block_size
     sums = np.empty((layout.num_layers, 2), np.uint64)
     copy_parts_with_checksums(source, record[header_bytes:], layout.num_layers, sums)
@@ -134,11 +134,13 @@ def decode(record: Buffer, key: BlockKey, payload_out: Buffer) -> None:
 
     Raises:
         BlockCorrupted: If any byte of the record is not what `encode` wrote for this key.
-        ValueError: If a buffer is not contiguous or `payload_out` has another size.
+        ValueError: If a buffer is not contiguous, or `payload_out` has another size, is read-only
+            or overlaps the record.
     """
     layout = key.layout
     data, target = as_bytes("record", record), as_bytes("payload_out", payload_out)
     _check_bytes("payload_out", target, layout.payload_bytes)
+    _check_writable("payload_out", target)
     header = read_header(data)
     found = header.key
     for name in ("layout", "identity", "parent_hash", "block_hash"):
@@ -168,7 +170,7 @@ def read_header(record: Buffer) -> RecordHeader:
     if dtype is None:
         raise _corrupted("dtype", f"one of {list(_DTYPE_NAMES)}", fixed.dtype)
     try:
-        layout = RecordLayout(
+        layout = _find_layout(
             fixed.num_layers,
             fixed.num_kv_heads,
             fixed.head_dim,
@@ -255,6 +257,9 @@ def _fixed_fields(key: BlockKey) -> _Fixed:
     )
 
 
+_find_layout = lru_cache(maxsize=64)(RecordLayout)  # its checks took a fifth of read_header
+
+
 @lru_cache(maxsize=64)
 def _layer_places(layout: RecordLayout) -> np.ndarray:
     """The first 8 bytes of every table entry, offset and bytes, as one u64 each."""
@@ -265,6 +270,11 @@ def _layer_places(layout: RecordLayout) -> np.ndarray:
 def _check_bytes(name: str, view: memoryview, expected: int) -> None:
     if view.nbytes != expected:
         raise ValueError(f"{name}: expected {expected} bytes, got {view.nbytes}")
+
+
+def _check_writable(name: str, view: memoryview) -> None:
+    if view.readonly:
+        raise ValueError(f"{name}: expected a writable buffer, got a read-only one")
 
 
 def _corrupted(what: str, expected: object, found: object) -> BlockCorrupted:

@@ -96,7 +96,7 @@ class Store:
         self._counts = Counts()
         self._scratch = threading.local()
         self._queue = WriteQueue(self._config.queue_bytes, self._config.queue_entries)
-        self._written_tier: GuardedTier | None = None
+        self._written_tier: GuardedTier | None = None  # the one to blame if the writer fails now
         self._is_closed = False
         self._writer = threading.Thread(
             target=self._write_jobs, name="prefixstore-writer", daemon=True
@@ -108,7 +108,9 @@ class Store:
         names: list[str | None] = [None] * len(keys)
         for tier in self._tiers:
             missing = [i for i, name in enumerate(names) if name is None]
-            answers = missing and tier.contains_many([keys[i].block_hash for i in missing])
+            if not missing:
+                break
+            answers = tier.contains_many([keys[i].block_hash for i in missing])
             for i, is_there in zip(missing, answers or (), strict=False):
                 if is_there:
                     names[i] = tier.name
@@ -206,12 +208,13 @@ class Store:
         self.close()
 
     def _promote(self, found_index: int, key: BlockKey, record: np.ndarray) -> None:
-        """Hand the record on to faster tiers; the queue owns it from here on: no copy."""
+        """Hand the record on to faster tiers without a copy: the queue owns it if it takes it."""
         tiers = tuple(self._tiers[i] for i in range(found_index) if self._policies[i].promote)
         if not tiers:
             return
-        self._scratch.record = None
-        if not self._queue.offer(WriteJob(key, record.data, True, tiers)):
+        if self._queue.offer(WriteJob(key, record.data, True, tiers)):
+            self._scratch.record = None
+        else:
             self._counts.add(num_promotions_dropped=1)
 
     def _scratch_record(self, key: BlockKey) -> np.ndarray:
@@ -240,7 +243,7 @@ class Store:
             lacking, num_holding = [], 0
             for tier in job.tiers:
                 self._written_tier = tier
-                answer = tier.contains_many([job.key.block_hash])
+                answer = tier.contains_many([job.key.block_hash])  # None: not now, and no put
                 if answer == [False]:
                     lacking.append(tier)
                 num_holding += answer == [True]

@@ -203,6 +203,8 @@ def test_refuses_buffers_of_other_sizes():
         decode(make_record(KEY), KEY, bytearray())
     with pytest.raises(ValueError, match="payload: expected a contiguous"):
         encode(KEY, np.zeros((3072, 2), np.uint8)[:, 0], bytearray(LAYOUT.record_bytes))
+    with pytest.raises(ValueError, match="payload_out: expected a writable"):
+        decode(make_record(KEY), KEY, bytes(3072))
 
 
 @pytest.mark.parametrize(
