@@ -299,7 +299,8 @@ def test_a_truncated_slab_costs_only_its_own_records(tmp_path):
     assert tier.get(keys[10].block_hash, memoryview(bytearray(LAYOUT.record_bytes))) == 100
     assert tier.get(keys[11].block_hash, memoryview(bytearray(LAYOUT.record_bytes))) == 0
     assert len(tier.check()) == 30  # it names each of them
-    tier.delete_many([key.block_hash for key in keys[10:]])
+    for key in keys[10:]:
+        tier.delete(key.block_hash)
     assert tier.check() == []
     tier.close()
 
@@ -504,7 +505,7 @@ def test_a_store_on_a_full_disk_counts_and_serves(small_disk):
             assert np.array_equal(out, make_payload(key))
         disk = store.stats().tiers[1]
         assert disk.num_full > 0 and disk.num_written > 20
-        assert disk.num_full + disk.num_written + disk.num_errors + disk.num_skipped >= 400
+        assert disk.num_full + disk.num_written == 400
 
 
 def test_reopens_on_a_full_disk(small_disk):

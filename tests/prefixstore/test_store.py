@@ -61,19 +61,9 @@ class DictTier:
         self._enter("delete")
         return self.records.pop(block_hash, None) is not None
 
-    def get_many(self, block_hashes, outs):
-        return [self.get(*pair) for pair in zip(block_hashes, outs, strict=True)]
-
-    def put_many(self, block_hashes, records):
-        for pair in zip(block_hashes, records, strict=True):
-            self.put(*pair)
-
     def contains_many(self, block_hashes):
         self._enter("contains")
         return [block_hash in self.records for block_hash in block_hashes]
-
-    def delete_many(self, block_hashes):
-        return sum(self.delete(block_hash) for block_hash in block_hashes)
 
     def stats(self) -> TierStats:
         used_bytes = sum(map(len, self.records.values()))

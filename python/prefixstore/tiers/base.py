@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from prefixstore.errors import ConfigError
 from prefixstore.record import BlockHash
 
 PAGE_BYTES = 4096
@@ -92,22 +93,8 @@ class Tier(Protocol):
         """Forget a record; False where there was none."""
         ...
 
-    def get_many(
-        self, block_hashes: Sequence[BlockHash], outs: Sequence[memoryview]
-    ) -> list[int | None]:
-        """`get` for each, in order."""
-        ...
-
-    def put_many(self, block_hashes: Sequence[BlockHash], records: Sequence[memoryview]) -> None:
-        """`put` for each, in order; records before one that raises stay."""
-        ...
-
     def contains_many(self, block_hashes: Sequence[BlockHash]) -> list[bool]:
         """`contains` for each."""
-        ...
-
-    def delete_many(self, block_hashes: Sequence[BlockHash]) -> int:
-        """`delete` for each; returns how many there were."""
         ...
 
     def stats(self) -> TierStats: ...
@@ -119,6 +106,12 @@ class Tier(Protocol):
     def close(self) -> None:
         """Give back what the tier holds open; any later call raises `TierUnavailable`."""
         ...
+
+
+def check_bytes(name: str, value: int, least: int) -> None:
+    """Raise `ConfigError` unless a setting is a whole number of bytes that is large enough."""
+    if not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}: expected an integer of at least {least}, got {value!r}")
 
 
 def page_aligned(num_bytes: int) -> np.ndarray:

@@ -26,7 +26,7 @@ from pathlib import Path
 from prefixstore.errors import BlockCorrupted, ConfigError, TierTimeout, TierUnavailable
 from prefixstore.record import BlockHash
 from prefixstore.tiers import disk_slabs
-from prefixstore.tiers.base import PAGE_BYTES, TierCounters, TierStats, round_up
+from prefixstore.tiers.base import PAGE_BYTES, TierCounters, TierStats, check_bytes, round_up
 from prefixstore.tiers.disk_files import Slab, SlabFiles
 from prefixstore.tiers.disk_index import READY, SlotIndex
 from prefixstore.tiers.disk_slabs import Limits
@@ -35,6 +35,11 @@ from prefixstore.tiers.disk_sql import Connection, IndexDamaged
 logger = logging.getLogger(__name__)
 
 _MAX_SLAB_BYTES = 256 << 20
+_QUICK_CHECK = "SELECT quick_check FROM pragma_quick_check WHERE quick_check != 'ok'"
+_SELECT_SLOTS = (
+    "SELECT slot, slot_bytes, state, block_hash, record_bytes FROM slots"
+    " WHERE slab_id = ? ORDER BY slot"
+)
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,9 @@ class DiskTierConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
-        if self.capacity_bytes < PAGE_BYTES:
-            raise ConfigError(
-                f"capacity_bytes: expected at least {PAGE_BYTES}, got {self.capacity_bytes}"
-            )
-        if self.slab_bytes is not None and self.slab_bytes < PAGE_BYTES:
-            raise ConfigError(f"slab_bytes: expected at least {PAGE_BYTES}, got {self.slab_bytes}")
+        check_bytes("capacity_bytes", self.capacity_bytes, PAGE_BYTES)
+        if self.slab_bytes is not None:
+            check_bytes("slab_bytes", self.slab_bytes, PAGE_BYTES)
         for name in ("timeout_s", "write_lease_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}: expected more than 0, got {getattr(self, name)}")
@@ -163,21 +165,9 @@ class DiskTier:
         self._count(num_deletes=1)
         return True
 
-    def get_many(
-        self, block_hashes: Sequence[BlockHash], outs: Sequence[memoryview]
-    ) -> list[int | None]:
-        return [self.get(*pair) for pair in zip(block_hashes, outs, strict=True)]
-
-    def put_many(self, block_hashes: Sequence[BlockHash], records: Sequence[memoryview]) -> None:
-        for block_hash, record in zip(block_hashes, records, strict=True):
-            self.put(block_hash, record)
-
     def contains_many(self, block_hashes: Sequence[BlockHash]) -> list[bool]:
         found = self._index.find_many(block_hashes)
         return [block_hash in found for block_hash in block_hashes]
-
-    def delete_many(self, block_hashes: Sequence[BlockHash]) -> int:
-        return sum(self.delete(block_hash) for block_hash in block_hashes)
 
     def stats(self) -> TierStats:
         num_records, used_bytes = self._index.totals()
@@ -308,10 +298,3 @@ class DiskTier:
         with self._counters_lock:
             for name, increment in increments.items():
                 setattr(self._counters, name, getattr(self._counters, name) + increment)
-
-
-_QUICK_CHECK = "SELECT quick_check FROM pragma_quick_check WHERE quick_check != 'ok'"
-_SELECT_SLOTS = (
-    "SELECT slot, slot_bytes, state, block_hash, record_bytes FROM slots"
-    " WHERE slab_id = ? ORDER BY slot"
-)

@@ -20,7 +20,14 @@ import numpy as np
 
 from prefixstore.errors import BlockCorrupted, ConfigError, TierFull, TierUnavailable
 from prefixstore.record import BlockHash
-from prefixstore.tiers.base import PAGE_BYTES, TierCounters, TierStats, page_aligned, round_up
+from prefixstore.tiers.base import (
+    PAGE_BYTES,
+    TierCounters,
+    TierStats,
+    check_bytes,
+    page_aligned,
+    round_up,
+)
 
 _MAX_SLAB_BYTES = 256 << 20
 
@@ -41,14 +48,14 @@ class MemoryTierConfig:
     name: str = "memory"
 
     def __post_init__(self) -> None:
-        if self.capacity_bytes < PAGE_BYTES:
+        check_bytes("capacity_bytes", self.capacity_bytes, PAGE_BYTES)
+        if self.slab_bytes is None:
+            return
+        check_bytes("slab_bytes", self.slab_bytes, PAGE_BYTES)
+        if self.slab_bytes > self.capacity_bytes:
             raise ConfigError(
-                f"capacity_bytes: expected at least {PAGE_BYTES}, got {self.capacity_bytes}"
-            )
-        slab_bytes = self.slab_bytes
-        if slab_bytes is not None and not PAGE_BYTES <= slab_bytes <= self.capacity_bytes:
-            raise ConfigError(
-                f"slab_bytes: expected {PAGE_BYTES} to {self.capacity_bytes}, got {slab_bytes}"
+                f"slab_bytes: expected at most {self.capacity_bytes} (capacity_bytes),"
+                f" got {self.slab_bytes}"
             )
 
     @property
@@ -88,8 +95,8 @@ class MemoryTier:
         num_slabs = config.capacity_bytes // self._slab_bytes
         self._arena = page_aligned(num_slabs * self._slab_bytes)
         self._slabs = [_Slab(i * self._slab_bytes) for i in range(num_slabs)]
-        # per slot size, least recently used first
         self._records: dict[BlockHash, _Record] = {}
+        # by slot size; least recently used first
         self._lru: dict[int, OrderedDict[BlockHash, _Record]] = {}
         self._used_bytes = 0
         self._clock = 0
@@ -145,21 +152,9 @@ class MemoryTier:
             self._counters.num_deletes += 1
             return True
 
-    def get_many(
-        self, block_hashes: Sequence[BlockHash], outs: Sequence[memoryview]
-    ) -> list[int | None]:
-        return [self.get(*pair) for pair in zip(block_hashes, outs, strict=True)]
-
-    def put_many(self, block_hashes: Sequence[BlockHash], records: Sequence[memoryview]) -> None:
-        for block_hash, record in zip(block_hashes, records, strict=True):
-            self.put(block_hash, record)
-
     def contains_many(self, block_hashes: Sequence[BlockHash]) -> list[bool]:
         with self._locked():
             return [block_hash in self._records for block_hash in block_hashes]
-
-    def delete_many(self, block_hashes: Sequence[BlockHash]) -> int:
-        return sum(self.delete(block_hash) for block_hash in block_hashes)
 
     def stats(self) -> TierStats:
         with self._lock:
