@@ -7,6 +7,7 @@ pool; `unverified` is the tier without the store's checks.
 """
 
 import os
+import random
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -227,6 +228,7 @@ def main(case_filter: str = "", num_rounds: int = 15) -> None:
             range(start, start + case.batch_size)
             for start in range(first, first + num_records, case.batch_size)
         ]
+        random.Random(0).shuffle(batches)  # so that reading ahead from one does not serve the next
         with tempfile.TemporaryDirectory() as path, ExitStack() as stack:
             holders = make_holders(case, keys, Path(path))
             for holder in holders.values():
