@@ -175,10 +175,15 @@ def drop_from_page_cache(directory: Path) -> None:
 
 
 def make_providers(
-    case: Case, holders: dict[str, Holder], keys: list[BlockKey], records: np.ndarray
+    case: Case,
+    holders: dict[str, Holder],
+    keys: list[BlockKey],
+    records: np.ndarray,
+    stack: ExitStack,
 ) -> dict[str, Callable[[range], None]]:
     if case.what == "put":
-        return {name: partial(put_all, holder, records) for name, holder in holders.items()}
+        record = records[:1]  # always the same, and warm, as the writer's buffer is
+        return {name: partial(put_all, holder, record) for name, holder in holders.items()}
     out = page_aligned(case.layout.record_bytes)
     if case.what != "restore":
         return {name: partial(get_all, holder, out) for name, holder in holders.items()}
@@ -187,13 +192,16 @@ def make_providers(
         pool = np.zeros((len(records), case.layout.payload_bytes), np.uint8)
         pool[:] = 1  # so that no page is touched for the first time in a timed run
         if isinstance(holder, TierHolder) and name == "kvkernels":
-            providers[name] = partial(load_all, Store([holder.tier]), keys, pool)
+            store = stack.enter_context(Store([holder.tier]))
+            providers[name] = partial(load_all, store, keys, pool)
         else:
             providers[name] = partial(restore_all, holder, out, pool)
     return providers
 
 
-def make_keys_and_records(layout: RecordLayout, num_records: int) -> tuple[list, np.ndarray]:
+def make_keys_and_records(
+    layout: RecordLayout, num_records: int
+) -> tuple[list[BlockKey], np.ndarray]:
     """Twice as many keys as records: a holder full of the first half is put the second."""
     tokens = np.arange(2 * num_records * layout.block_size)
     keys = chain_keys(layout, bytes(16), tokens)
@@ -237,6 +245,6 @@ def main(case_filter: str = "", num_rounds: int = 15) -> None:
             check_contents(holders, next(iter(holders)), range(2), case.layout.record_bytes)
             if case.what == "get_cold":
                 drop_from_page_cache(Path(path))
-            providers = make_providers(case, holders, keys, records)
+            providers = make_providers(case, holders, keys, records, stack)
             num_bytes = case.batch_size * case.layout.record_bytes
             run_case(case.name, providers, batches, num_rounds, num_bytes, 0)
