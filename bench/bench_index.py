@@ -1,21 +1,15 @@
-"""The prefix index against a dict of chained block hashes, in one run; prints one JSON line a case.
-
-    python bench/bench_index.py [--case NAME] [--scale 0.1]
+"""The prefix index against a dict of chained block hashes.
 
 Before anything is timed, all providers answer a sample of prompts and must agree. They take turns,
 so that a busy machine slows all of them.
 """
 
-import argparse
 import array
 import ctypes
 import gc
 import hashlib
-import json
 import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.harness import print_line
 from prefixstore.index import RadixIndex
 
 
@@ -118,17 +113,14 @@ class Workload:
         return np.arange(first, first + per_prompt, dtype=np.int32).reshape(-1, 1)
 
 
-# "long": 32k tokens among a million blocks. "agents": the load other engines' indexes were
-# measured with, 10,000 prompts of 2048 tokens.
+# "one block a run": the worst for memory; first, while the heap is empty. "long": 32k tokens among
+# a million blocks. "agents": the load other engines' indexes were measured with.
 CASES = {
+    "one block a run": Workload(1_000_000, 64, 0, 1, 64),
     "long": Workload(1985, 32768, 512, 10, 64),
     "agents, block 16": Workload(10_000, 2048, 1024, 100, 16),
     "agents, block 64": Workload(10_000, 2048, 1024, 100, 64),
 }
-
-
-def report(**fields: Any) -> None:
-    print(json.dumps(fields), flush=True)
 
 
 def summary(samples: Sequence[float], per: int = 1) -> dict[str, float]:
@@ -166,7 +158,7 @@ def check_agreement(indexes: dict[str, Any], prompts: list[np.ndarray]) -> None:
                 raise SystemExit(f"providers disagree on a prompt of {len(asked)} tokens")
 
 
-def time_match(name: str, workload: Workload) -> None:
+def time_match(name: str, workload: Workload, num_rounds: int) -> None:
     """Match whole cached prompts, in an order that leaves none in a near cache."""
     prompts = workload.prompts()
     indexes = {provider: make(workload.block_size) for provider, make in PROVIDERS.items()}
@@ -178,7 +170,7 @@ def time_match(name: str, workload: Workload) -> None:
     rng = np.random.default_rng(2)
     times: dict[str, list[float]] = {provider: [] for provider in indexes}
     order = rng.permutation(len(prompts))
-    for start in range(0, min(len(order), 2000), 20):
+    for start in range(0, min(len(order), 100 * num_rounds), 20):
         for provider, index in indexes.items():
             for i in order[start : start + 20]:
                 tokens = prompts[i]
@@ -186,21 +178,34 @@ def time_match(name: str, workload: Workload) -> None:
     ours = statistics.median(times["radix tree"])
     for provider, samples in times.items():
         median = statistics.median(samples)
-        report(case=f"match, {name}", provider=provider, num_blocks=num_blocks,
-               num_tokens=workload.num_tokens, **summary(samples), per_s=round(1 / median),
-               times_radix_tree=round(median / ours, 2))  # fmt: skip
+        print_line(
+            case=f"match, {name}",
+            provider=provider,
+            num_blocks=num_blocks,
+            num_tokens=workload.num_tokens,
+            **summary(samples),
+            per_s=round(1 / median),
+            times_as_long_as_radix_tree=median / ours,
+        )
 
     tree = indexes["radix tree"]
     for form, convert in FORMS.items():
         count = min(len(prompts), 1000)
         asked = [convert(tokens) for tokens in prompts[:count]]
-        samples = [seconds_of(lambda a=asked: [tree.match(t) for t in a]) for _ in range(5)]
+        samples = [
+            seconds_of(lambda a=asked: [tree.match(t) for t in a]) for _ in range(num_rounds)
+        ]
         figures = summary(samples, count)
-        report(case=f"match in a loop, {name}", provider="radix tree", tokens=form, **figures,
-               per_s=round(1e6 / figures["median_us"]))  # fmt: skip
+        print_line(
+            case=f"match in a loop, {name}",
+            provider="radix tree",
+            tokens=form,
+            **figures,
+            per_s=round(1e6 / figures["median_us"]),
+        )
 
 
-def time_insert(name: str, workload: Workload) -> None:
+def time_insert(name: str, workload: Workload, num_rounds: int) -> None:
     """Fill an empty index; then fill one as a server does, with a match before each insert."""
     prompts = workload.prompts()
     ids = [workload.block_ids(i) for i in range(len(prompts))]
@@ -216,7 +221,7 @@ def time_insert(name: str, workload: Workload) -> None:
 
     for what, run in (("insert", insert_all), ("match and insert", match_and_insert_all)):
         samples: dict[str, list[float]] = {provider: [] for provider in PROVIDERS}
-        for _ in range(3):
+        for _ in range(min(num_rounds, 3)):  # the dicts take seconds
             for provider, make in PROVIDERS.items():
                 index = make(workload.block_size)
                 samples[provider].append(seconds_of(lambda r=run, i=index: r(i)))
@@ -225,9 +230,13 @@ def time_insert(name: str, workload: Workload) -> None:
         ours = statistics.median(samples["radix tree"])
         for provider, times in samples.items():
             median = statistics.median(times)
-            report(case=f"{what}, {name}", provider=provider, **summary(times, len(prompts)),
-                   per_s=round(len(prompts) / median),
-                   times_radix_tree=round(median / ours, 2))  # fmt: skip
+            print_line(
+                case=f"{what}, {name}",
+                provider=provider,
+                **summary(times, len(prompts)),
+                per_s=round(len(prompts) / median),
+                times_as_long_as_radix_tree=median / ours,
+            )
 
 
 def resident_bytes() -> int:
@@ -245,42 +254,36 @@ def measure_memory_and_eviction(name: str, workload: Workload) -> None:
     fill(index, workload, prompts)
     grown = resident_bytes() - before
     stats = index.stats()
-    report(case=f"memory, {name}", provider="radix tree", num_blocks=stats.num_blocks,
-           num_runs=stats.num_runs, token_bytes_per_block=4 * workload.block_size,
-           overhead_bytes_per_block=round(stats.overhead_bytes / stats.num_blocks, 1),
-           resident_overhead_bytes_per_block=round(
-               (grown - stats.token_bytes) / stats.num_blocks, 1))  # fmt: skip
+    print_line(
+        case=f"memory, {name}",
+        provider="radix tree",
+        num_blocks=stats.num_blocks,
+        num_runs=stats.num_runs,
+        token_bytes_per_block=4 * workload.block_size,
+        overhead_bytes_per_block=round(stats.overhead_bytes / stats.num_blocks, 1),
+        resident_overhead_bytes_per_block=round((grown - stats.token_bytes) / stats.num_blocks, 1),
+    )
     for batch in (1, 100):
-        times = [seconds_of(lambda b=batch: index.evict(b)) for _ in range(2000)]
-        report(case=f"evict {batch}, {name}", provider="radix tree", **summary(times))
+        count = max(1, min(2000, index.num_blocks // (4 * batch)))
+        times = [seconds_of(lambda b=batch: index.evict(b)) for _ in range(count)]
+        print_line(case=f"evict {batch}, {name}", provider="radix tree", **summary(times))
     left = index.num_blocks
     seconds = seconds_of(lambda: index.evict(left))
-    report(case=f"evict all, {name}", provider="radix tree", num_blocks=left,
-           blocks_per_s=round(left / seconds))  # fmt: skip
+    print_line(
+        case=f"evict all, {name}",
+        provider="radix tree",
+        num_blocks=left,
+        blocks_per_s=round(left / seconds),
+    )
 
 
-def scaled(workload: Workload, scale: float) -> Workload:
-    num_prompts = max(workload.num_groups, round(workload.num_prompts * scale))
-    return Workload(num_prompts, *list(vars(workload).values())[1:])
-
-
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--case", choices=CASES, action="append", help="default: all")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the prompts")
-    options = parser.parse_args(argv)
-    report(machine=platform.processor() or platform.machine(), cpus=os.cpu_count(),
-           python=platform.python_version(), numpy=np.__version__)  # fmt: skip
-    # The worst for memory: every run one block long. First, while the heap is empty.
-    short = Workload(1_000_000, 64, 0, 1, 64)
-    measure_memory_and_eviction("runs of one block", scaled(short, options.scale))
-    for name in options.case or CASES:
-        workload = scaled(CASES[name], options.scale)
+def main(case_filter: str, num_rounds: int) -> None:
+    """Print one JSON line for each case and provider."""
+    for name, workload in CASES.items():
+        if case_filter not in name:
+            continue
         measure_memory_and_eviction(name, workload)
-        time_match(name, workload)
-        if name != "long":
-            time_insert(name, workload)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+        if workload.num_shared == 0:
+            continue  # nothing to find
+        time_match(name, workload, num_rounds)
+        time_insert(name, workload, num_rounds)

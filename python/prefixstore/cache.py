@@ -26,7 +26,7 @@ from prefixstore.index import Stats as IndexStats
 from prefixstore.record import BlockKey, RecordLayout, chain_keys
 from prefixstore.restore import RestoredPrefix, restore_prefix
 from prefixstore.session import ReuseReport, Session
-from prefixstore.store import Store, StoreStats
+from prefixstore.store import Store, StoreConfig, StoreStats
 from prefixstore.tiers.base import Tier
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
@@ -124,7 +124,7 @@ class PrefixCache:
             )
             for spec in specs
         ]
-        cache = cls(groups, model_identity(model, layouts), config, _open_store(config))
+        cache = cls(groups, model_identity(model, layouts), config, _open_store(config, groups))
         install(model)
         return cache
 
@@ -260,7 +260,7 @@ def _pool_blocks(config: CacheConfig, model_config: Any, bytes_per_block: int) -
     return max(1, min(wanted, affordable))
 
 
-def _open_store(config: CacheConfig) -> Store | None:
+def _open_store(config: CacheConfig, groups: Sequence[PagedGroup]) -> Store | None:
     tiers: list[Tier] = []
     try:
         if config.memory_bytes:
@@ -273,4 +273,18 @@ def _open_store(config: CacheConfig) -> Store | None:
         for tier in tiers:
             tier.close()
         raise
-    return Store(tiers) if tiers else None
+    return Store(tiers, _store_config(groups)) if tiers else None
+
+
+def _store_config(groups: Sequence[PagedGroup]) -> StoreConfig:
+    if any(group.pool.device.type != "cpu" for group in groups):
+        return StoreConfig()
+    # The writer reads blocks where they lie: waiting costs no memory, so a whole pool may wait
+    # and no block of a long prompt is dropped. A pool short of blocks waits for the writer.
+    default = StoreConfig()
+    pool_bytes = sum(group.pool.capacity_bytes for group in groups)
+    num_blocks = sum(group.pool.num_blocks for group in groups)
+    return StoreConfig(
+        queue_bytes=max(default.queue_bytes, pool_bytes),
+        queue_entries=max(default.queue_entries, num_blocks),
+    )

@@ -11,6 +11,8 @@ import transformers
 from kvkernels import PoolFullError
 from prefixstore.cache import PrefixCache
 from prefixstore.errors import ConfigError
+from prefixstore.store import StoreConfig
+from prefixstore.tiers.memory import MemoryTier
 
 BLOCK_SIZE = 16
 VOCABULARY = 97
@@ -277,6 +279,24 @@ def test_open_sessions_keep_their_blocks_under_pressure(model, open_cache):
         for seed in range(2, 6):
             run(cache, model, random_tokens(200, seed=seed))
         assert generate(model, held_tokens, held, num_new=20) == plain
+
+
+def test_no_block_is_dropped_while_the_writer_is_slow(model, open_cache, monkeypatch):
+    may_write = threading.Event()
+    put = MemoryTier.put
+
+    def slow_put(*arguments):
+        may_write.wait(60)
+        return put(*arguments)
+
+    monkeypatch.setattr(MemoryTier, "put", slow_put)
+    cache = open_cache(pool_tokens=20_000, memory_bytes=1 << 28)
+    for seed in range(9):  # more blocks than a store queues by default
+        run(cache, model, random_tokens(2000, seed=seed), num_new=1)
+    assert cache.stats().store.queue_entries > StoreConfig().queue_entries
+    may_write.set()
+    assert cache.flush(60)
+    assert cache.stats().store.num_dropped == 0
 
 
 def test_sessions_in_several_threads(model, open_cache, tmp_path):
