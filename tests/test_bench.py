@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import bench_index
+from bench import bench_index, bench_record, bench_tiers
 
 
 def lines(captured):
@@ -36,3 +36,21 @@ def test_index_bench_refuses_providers_that_disagree():
     indexes["dict of sha256"].ids.popitem()
     with pytest.raises(SystemExit, match="providers disagree on a prompt of 128 tokens"):
         bench_index.check_agreement(indexes, prompts)
+
+
+@pytest.mark.parametrize(
+    ("bench", "case", "baselines"),
+    [
+        (bench_record, "gemma3_270m", {"copy"}),
+        (bench_tiers, "_small", {"copy", "plain_file"}),
+    ],
+    ids=["record", "tiers"],
+)
+def test_benches_of_the_store(bench, case, baselines, capsys):
+    bench.main(case, num_rounds=1)
+    told = lines(capsys.readouterr())
+    providers = {line["provider"] for line in told}
+    assert all(case in line["case"] for line in told)
+    assert baselines | {"kvkernels"} <= providers
+    bench.main("no such case", num_rounds=1)
+    assert lines(capsys.readouterr()) == []
