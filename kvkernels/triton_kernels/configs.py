@@ -75,10 +75,13 @@ _PREFILL = {
     (9, 4, 256): {16: (16, 8, 2), 32: (16, 8, 2)},
 }
 
-
-# Entries in which Blackwell's tensor memory asks for another cut than Hopper.
+# Rows in which Blackwell needs another cut than Hopper: its tensor memory changes what is held in
+# registers, and Hopper's cut would spill.
 _PREFILL_BLACKWELL = {
     (10, 2, 64): {16: (64, 4, 3), 64: (64, 8, 3), 128: (64, 8, 3)},
+    (10, 2, 256): {16: (32, 4, 2), 64: (32, 8, 3), 128: (32, 8, 2)},
+    (10, 4, 128): {16: (16, 8, 2), 32: (16, 8, 3)},
+    (10, 4, 256): {16: (16, 8, 3), 32: (16, 8, 2)},
 }
 
 
