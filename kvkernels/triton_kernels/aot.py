@@ -2,18 +2,20 @@
 
 ``python -m kvkernels.triton_kernels.aot --arch 80 90 100`` prints one row a kernel and ends with
 status 1 if a kernel keeps registers in local memory or needs more shared memory than a program may
-have. What is compiled is what the launchers plan, on tensors without storage.
+have. What is compiled is what the launchers plan, on tensors without storage. All of it takes
+minutes; ``--every 7`` is a spread over every kind of kernel.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,7 +205,24 @@ def compile_case(case: Case) -> list[Usage]:
     return usages
 
 
-def main(arguments: list[str] | None = None) -> int:
+def report(results: Iterable[list[Usage]]) -> int:
+    """Print the table, a row as soon as it is known; return the exit status."""
+    print("arch  kernel           tile     warps  registers  local  shared  case")
+    num_kernels = num_refused = 0
+    for usage in itertools.chain.from_iterable(results):
+        num_kernels += 1
+        num_refused += usage.is_refused
+        print(
+            f"{usage.case.arch:<5} {usage.kernel:<16} {usage.tile:<8} {usage.num_warps:>5}"
+            f" {usage.num_registers:>10} {usage.local_bytes:>6} {usage.shared_bytes:>7}"
+            f"  {usage.case}{'  REFUSED' if usage.is_refused else ''}",
+            flush=True,
+        )
+    print(f"{num_kernels} kernels compiled, {num_refused} refused")
+    return 0 if num_kernels and not num_refused else 1
+
+
+def main() -> int:
     """Compile, print the table, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -211,26 +230,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--only", default="", help="only cases whose text contains this")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--every", type=int, default=1, help="only one of so many cases")
+    options = parser.parse_args()
     wanted = [case for arch in options.arch for case in cases(arch) if options.only in str(case)]
-
-    print("arch  kernel           tile     warps  registers  local  shared  case")
-    num_kernels = num_refused = 0
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-        for usages in pool.map(compile_case, wanted):
-            for usage in usages:
-                num_kernels += 1
-                num_refused += usage.is_refused
-                print(
-                    f"{usage.case.arch:<5} {usage.kernel:<16} {usage.tile:<8}"
-                    f" {usage.num_warps:>5} {usage.num_registers:>10} {usage.local_bytes:>6}"
-                    f" {usage.shared_bytes:>7}  {usage.case}"
-                    f"{'  REFUSED' if usage.is_refused else ''}",
-                    flush=True,
-                )
-    print(f"{num_kernels} kernels compiled, {num_refused} refused")
-    return 1 if num_refused else 0
+        return report(pool.map(compile_case, wanted[:: options.every]))
 
 
 if __name__ == "__main__":

@@ -75,32 +75,36 @@ _PREFILL = {
     (9, 4, 256): {16: (16, 8, 2), 32: (16, 8, 2)},
 }
 
-
-# Entries in which Blackwell's tensor memory asks for another cut than Hopper.
+# Rows in which Blackwell needs another cut than Hopper: its tensor memory changes what is held in
+# registers, and Hopper's cut would spill.
 _PREFILL_BLACKWELL = {
     (10, 2, 64): {16: (64, 4, 3), 64: (64, 8, 3), 128: (64, 8, 3)},
+    (10, 2, 256): {16: (32, 4, 2), 64: (32, 8, 3), 128: (32, 8, 2)},
+    (10, 4, 128): {16: (16, 8, 2), 32: (16, 8, 3)},
+    (10, 4, 256): {16: (16, 8, 3), 32: (16, 8, 2)},
 }
 
 
 def _row(arch: int, dtype: torch.dtype, head_dim: int) -> tuple[int, int, int]:
+    """The key of a row; Blackwell's 10 falls back to 9 where it has no row of its own."""
     if arch < 8:
         raise UnsupportedError(f"device: the kernels need compute capability 8.0, got {arch}.x")
     # From 12 on chips have as little shared memory as the smaller ones of 8 (99 KB).
-    table = 8 if arch >= 12 else min(arch, 10)
-    return (table, dtype.itemsize, _width(head_dim))
+    served_as = 8 if arch >= 12 else min(arch, 10)
+    return (served_as, dtype.itemsize, _width(head_dim))
 
 
 def decode_config(arch: int, dtype: torch.dtype, head_dim: int, group: int) -> TileConfig:
     """Configuration of the decode kernel for `group` query heads to a key-value head."""
     # Twice the rows spare a second read of the cache; float32 has no registers for them.
     tile_m = 16 if group <= 16 or dtype.itemsize == 4 else 32
-    table, itemsize, width = _row(arch, dtype, head_dim)
-    return TileConfig(tile_m, *_DECODE[min(table, 9), itemsize, width])
+    served_as, itemsize, width = _row(arch, dtype, head_dim)
+    return TileConfig(tile_m, *_DECODE[min(served_as, 9), itemsize, width])
 
 
 def prefill_config(arch: int, dtype: torch.dtype, head_dim: int, num_rows: int) -> TileConfig:
     """Configuration of the prefill kernel for about `num_rows` query rows a sequence."""
-    table, itemsize, width = row = _row(arch, dtype, head_dim)
-    entries = _PREFILL_BLACKWELL.get(row) or _PREFILL[min(table, 9), itemsize, width]
+    served_as, itemsize, width = row = _row(arch, dtype, head_dim)
+    entries = _PREFILL_BLACKWELL.get(row) or _PREFILL[min(served_as, 9), itemsize, width]
     tile_m = next((size for size in sorted(entries) if num_rows <= size), max(entries))
     return TileConfig(tile_m, *entries[tile_m])

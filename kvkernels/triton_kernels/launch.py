@@ -15,9 +15,6 @@ from typing import Any
 import torch
 import triton
 
-# Registers, shared memory and units of the machine that the interpreter pretends to be.
-_INTERPRETED = (9, 4)
-
 
 @dataclass(frozen=True)
 class Device:
@@ -30,6 +27,11 @@ class Device:
 
     arch: int
     num_multiprocessors: int
+
+
+# Where kernels are interpreted, they are cut as for this: Hopper's tiles, but few units, since
+# programs run one after another.
+_INTERPRETED_DEVICE = Device(arch=9, num_multiprocessors=4)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def device_of(tensor: torch.Tensor) -> Device:
     """The device that holds `tensor`; for a CPU tensor a small Hopper, which is interpreted."""
     if tensor.is_cuda:
         return _device_of_index(tensor.get_device())
-    return Device(*_INTERPRETED)
+    return _INTERPRETED_DEVICE
 
 
 def run(launches: Sequence[Launch], tensor: torch.Tensor) -> None:

@@ -34,11 +34,11 @@ def _merge_kernel(
     weight_a = tl.exp(lse_a - pivot)
     weight_b = tl.exp(lse_b - pivot)
     total = weight_a + weight_b
+    total = tl.where(total == 0.0, 1.0, total)
     tl.store(lse_ptr + rows, largest + tl.log(total), mask=keep)
 
-    norm = 1.0 / tl.where(total == 0.0, 1.0, total)
-    weight_a *= norm
-    weight_b *= norm
+    weight_a /= total
+    weight_b /= total
     channels = tl.arange(0, WIDTH)
     offsets = rows[:, None] * HEAD_DIM + channels[None, :]
     inside = keep[:, None] & (channels[None, :] < HEAD_DIM)

@@ -158,5 +158,7 @@ def attend(
 @triton.jit
 def finish(row_max, row_sum):
     """Factor that normalises a row of `acc`, and the row's natural log-sum-exp."""
-    # A row that saw nothing has a sum of zero and an accumulator of zero: output 0, lse -inf.
-    return 1.0 / tl.where(row_sum == 0.0, 1.0, row_sum), (row_max + tl.log2(row_sum)) * _LN2
+    # A row that saw nothing has a maximum of -inf and an accumulator of zero: any other sum than
+    # zero gives output 0 and lse -inf.
+    total = tl.where(row_sum == 0.0, 1.0, row_sum)
+    return 1.0 / total, (row_max + tl.log2(total)) * _LN2

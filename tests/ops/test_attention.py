@@ -59,6 +59,14 @@ CASES = [
     Case("head_dim_128", MIXED, head_dim=128),
     Case("head_dim_192", MIXED, head_dim=192),
     Case("head_dim_256", MIXED, head_dim=256),
+    # One query a sequence has kernels of its own; the query heads of a group fill several tiles.
+    Case("decode_group_40", DECODE, heads=(40, 1)),
+    Case("decode_d80", DECODE, head_dim=80),
+    Case("decode_d96", DECODE, head_dim=96, block_size=32),
+    Case("decode_d128", DECODE, head_dim=128, block_size=64),
+    Case("decode_d192", DECODE, head_dim=192, block_size=128),
+    Case("decode_d256", DECODE, head_dim=256, block_size=256),
+    Case("group_40", ((1, 9), (3, 7)), heads=(40, 1)),
     Case("block_32", MIXED, block_size=32),
     Case("block_64", MIXED, block_size=64),
     Case("block_128", ((1, 200), (5, 129)), block_size=128),
@@ -339,21 +347,24 @@ def test_other_sequences_do_not_change_the_bits(implementation: Implementation) 
 
 
 @every_implementation()
-def test_reads_past_two_to_the_31_elements(implementation: Implementation) -> None:
+def test_reads_past_two_to_the_31_elements(
+    implementation: Implementation, device: torch.device
+) -> None:
     if implementation.is_slow:
         pytest.skip("the interpreter copies the whole cache")
-    # 4.5 GiB of address space each; only the touched pages get memory.
+    # 4.25 GiB each; on a CPU only address space, of which the touched pages get memory.
     num_blocks, block_size, head_dim = 17 << 10, 1024, 128
-    key_cache = torch.empty(num_blocks, 1, block_size, head_dim, dtype=torch.bfloat16)
+    shape = (num_blocks, 1, block_size, head_dim)
+    key_cache = torch.empty(shape, dtype=torch.bfloat16, device=device)
     value_cache = torch.empty_like(key_cache)
     last = num_blocks - 1
     assert last * block_size * head_dim > 2**31
     for cache in (key_cache, value_cache):
-        cache[last, 0, :20] = torch.randn(20, head_dim).bfloat16()
-    query = torch.randn(9, 2, head_dim).bfloat16()
-    lens, sums = torch.tensor([20], dtype=torch.int32), torch.tensor([0, 9], dtype=torch.int32)
+        cache[last, 0, :20] = torch.randn(20, head_dim, device=device).bfloat16()
+    query = torch.randn(9, 2, head_dim, device=device).bfloat16()
+    ints = {"dtype": torch.int32, "device": device}
+    lens, sums, far = (torch.tensor(values, **ints) for values in ([20], [0, 9], [[last]]))
     options = (head_dim**-0.5, True, 0, True)
-    far = torch.tensor([[last]], dtype=torch.int32)
     got = implementation.paged_attention(query, key_cache, value_cache, far, lens, sums, *options)
     near = implementation.paged_attention(
         query, key_cache[-1:], value_cache[-1:], far - last, lens, sums, *options

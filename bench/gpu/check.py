@@ -1,0 +1,143 @@
+"""What must hold on a device before a timing means anything; needs no pytest."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+import kvkernels
+from accuracy import assert_as_accurate
+from kvkernels.reference import attention as reference
+from kvkernels.reference import kv_cache as reference_kv_cache
+
+DEVICE = torch.device("cuda")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+# Sequences as (number of queries, length).
+DECODE = ((1, 9000), (1, 1), (1, 0), (1, 700), (1, 64))
+MIXED = ((512, 512), (1, 3000), (100, 1500), (0, 50), (3, 3))
+
+
+def make_inputs(
+    sequences: tuple[tuple[int, int], ...],
+    heads: tuple[int, int],
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, ...]:
+    """Query, caches, table, lengths and running sums; slots that nobody uses are NaN."""
+    counts = torch.tensor([count for count, _ in sequences])
+    lens = torch.tensor([length for _, length in sequences])
+    width = -(-int(lens.max()) // block_size)
+    # Blocks of a sequence lie scattered, and two are nobody's.
+    table = torch.randperm(len(sequences) * width + 2)[:-2].view(len(sequences), width)
+    shape = (len(sequences) * width + 2, heads[1], block_size, head_dim)
+    caches = [torch.randn(shape, device=DEVICE).to(dtype) for _ in range(2)]
+    positions = torch.arange(width * block_size).view(width, block_size)
+    is_used = torch.zeros(shape[0], block_size, dtype=torch.bool)
+    for seq, length in enumerate(lens.tolist()):
+        is_used[table[seq]] = positions < length
+    unused = ~is_used.to(DEVICE)[:, None, :, None]
+    for cache in caches:
+        cache.masked_fill_(unused, torch.nan)
+    sums = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    query = torch.randn(int(counts.sum()), heads[0], head_dim, device=DEVICE).to(dtype)
+    return (query, *caches, *(ints.int().to(DEVICE) for ints in (table, lens, sums)))
+
+
+def check_attention(
+    sequences: tuple[tuple[int, int], ...],
+    heads: tuple[int, int],
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    window: int = 0,
+) -> None:
+    """As accurate as the reference, and the same bits again."""
+    query, keys, values, table, lens, sums = make_inputs(
+        sequences, heads, head_dim, block_size, dtype
+    )
+    is_decode = all(count == 1 for count, _ in sequences)
+    arguments = (table, lens, None if is_decode else sums)
+
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
+        return kvkernels.paged_attention(
+            query, keys, values, *arguments, window=window or None, return_lse=True
+        )
+
+    options = (head_dim**-0.5, True, window, True)
+    wide = (query.double(), keys.double(), values.double())
+    exact = reference.paged_attention(*wide, *arguments, *options)
+    rounded = reference.paged_attention(query, keys, values, *arguments, *options)
+    out, lse = call()
+    assert_as_accurate(out, rounded[0], exact[0], "out")
+    assert_as_accurate(lse, rounded[1], exact[1], "lse")
+    for _ in range(3):
+        assert all(map(torch.equal, (out, lse), call())), "other bits at a second call"
+
+
+def check_graph() -> None:
+    """A captured decode stays right when lengths, tables, queries and caches change."""
+    shape = ((32, 8), 128, 64, BF16)
+    captured = make_inputs(((1, 5000),) * 4, *shape)[:5]
+    kvkernels.paged_attention(*captured)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = kvkernels.paged_attention(*captured)
+    for sequences in (((1, 5000), (1, 1), (1, 0), (1, 64)), ((1, 70),) * 3 + ((1, 4999),)):
+        fresh = make_inputs(sequences, *shape)[:5]
+        for old, new in zip(captured, fresh, strict=True):
+            # What the shorter sequences do not need stays as it was.
+            old[tuple(slice(size) for size in new.shape)].copy_(new)
+        graph.replay()
+        assert torch.equal(out, kvkernels.paged_attention(*captured)), "a replay differs"
+
+
+def check_merge() -> None:
+    """Merged halves are as accurate as the reference's merge."""
+    for dtype in (BF16, FP32):
+        outs = [torch.randn(300, 32, 128, device=DEVICE).to(dtype) for _ in range(2)]
+        lses = [5 * torch.randn(300, 32, device=DEVICE) for _ in range(2)]
+        lses[0][:10] = -torch.inf
+        lses[1][5:20] = -torch.inf
+        arguments = (outs[0], lses[0], outs[1], lses[1])
+        exact = reference.merge_attention(*(tensor.double() for tensor in arguments))
+        rounded = reference.merge_attention(*arguments)
+        for got, plain, want in zip(
+            kvkernels.merge_attention(*arguments), rounded, exact, strict=True
+        ):
+            assert_as_accurate(got, plain, want, "merge")
+
+
+def check_store() -> None:
+    """Exactly the named slots are written."""
+    for dtype in (BF16, FP32):
+        key, value = (torch.randn(500, 8, 128, device=DEVICE).to(dtype) for _ in range(2))
+        slots = torch.randperm(64 * 20, device=DEVICE)[:500]
+        slots[3] = -1
+        caches = [torch.full((20, 8, 64, 128), 7, dtype=dtype, device=DEVICE) for _ in range(2)]
+        expected = [cache.clone() for cache in caches]
+        kvkernels.store_kv(key, value, *caches, slots)
+        reference_kv_cache.store_kv(key, value, *expected, slots)
+        assert all(map(torch.equal, caches, expected)), f"store_kv: other bytes in {dtype}"
+
+
+CHECKS: dict[str, Callable[[], Any]] = {
+    "store": check_store,
+    "merge": check_merge,
+    "decode_bf16": partial(check_attention, DECODE, (32, 8), 128, 64, BF16),
+    "decode_fp16_d64": partial(check_attention, DECODE, (9, 3), 64, 64, FP16),
+    "decode_fp32_d256": partial(check_attention, DECODE, (8, 1), 256, 16, FP32),
+    "decode_bf16_d80": partial(check_attention, DECODE, (40, 1), 80, 16, BF16),
+    "decode_bf16_d192": partial(check_attention, DECODE, (4, 4), 192, 128, BF16),
+    "decode_window": partial(check_attention, DECODE, (32, 8), 128, 64, BF16, window=1000),
+    "decode_200": partial(check_attention, ((1, 40),) * 199 + ((1, 6000),), (8, 2), 128, 64, BF16),
+    "mixed_bf16": partial(check_attention, MIXED, (32, 8), 128, 64, BF16),
+    "mixed_fp16_d64": partial(check_attention, MIXED, (9, 3), 64, 64, FP16),
+    "mixed_fp32": partial(check_attention, MIXED, (8, 2), 128, 64, FP32),
+    "mixed_bf16_d96": partial(check_attention, MIXED, (8, 2), 96, 32, BF16),
+    "mixed_bf16_d256": partial(check_attention, MIXED, (8, 2), 256, 256, BF16),
+    "mixed_window": partial(check_attention, MIXED, (32, 8), 128, 16, BF16, window=300),
+    "graph": check_graph,
+}

@@ -1,0 +1,102 @@
+"""Times the kernels with device events, beside PyTorch's attention on contiguous tensors."""
+
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from bench import bench_attention, bench_kv_cache
+from bench.harness import check_agreement
+
+NUM_ROUNDS = 15
+# Inputs used in turn, so that none is in the cache when its turn comes.
+MAX_INPUTS = 24
+
+CASES = [
+    *bench_attention.CASES,
+    bench_attention.Case("decode_1x1k", 1, 1024, 1, 32, 8, 128),
+    bench_attention.Case("decode_1x8k", 1, 8192, 1, 32, 8, 128),
+    bench_attention.Case("decode_8x4k", 8, 4096, 1, 32, 8, 128),
+    bench_attention.Case("decode_8x32k", 8, 32768, 1, 32, 8, 128),
+    bench_attention.Case("decode_128x1k", 128, 1024, 1, 32, 8, 128),
+    bench_attention.Case("decode_8x4k_mha", 8, 4096, 1, 32, 32, 128),
+    bench_attention.Case("prefill_8k", 1, 8192, 8192, 32, 8, 128),
+]
+
+
+def time_calls(calls: list[Callable[[], Any]]) -> float:
+    """Microseconds of one of the calls, which have run before: median over rounds of all."""
+    begins, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(NUM_ROUNDS)] for _ in "ab")
+    for begin, end in zip(begins, ends, strict=True):
+        begin.record()
+        for call in calls:
+            call()
+        end.record()
+    torch.cuda.synchronize()
+    times_ms = (begin.elapsed_time(end) for begin, end in zip(begins, ends, strict=True))
+    return 1e3 * statistics.median(times_ms) / len(calls)
+
+
+def time_provider(provider: Callable[[Any], Any], inputs: list[Any]) -> dict[str, float]:
+    """Microseconds of a call: as called from Python, and replayed from a graph without it."""
+    calls = [partial(provider, one) for one in inputs]
+    for call in calls:
+        call()
+    eager_us = time_calls(calls)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    return {"eager_us": eager_us, "graph_us": time_calls([graph.replay]) / len(calls)}
+
+
+def make_cold(make: Callable[[], Any], num_bytes: int) -> list[Any]:
+    """As many inputs as together are four times the device's cache."""
+    torch.cuda.empty_cache()  # what the case before took
+    cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    count = min(MAX_INPUTS, -(-4 * cache_bytes // num_bytes))
+    with torch.device("cuda"):
+        return [make() for _ in range(count)]
+
+
+def copy_rate() -> dict[str, float]:
+    """Gigabytes a second of a copy within device memory, read and written."""
+    source = torch.ones(1 << 30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    copy = partial(target.copy_, source)
+    copy()
+    return {"gbytes_per_s": 2 * source.numel() / time_calls([copy]) / 1e3}
+
+
+@torch.inference_mode()
+def time_attention(case: bench_attention.Case) -> dict[str, Any]:
+    inputs = make_cold(partial(bench_attention.make_inputs, case), case.num_kv_bytes)
+    results = {name: [run(inputs[0])] for name, run in bench_attention.PROVIDERS.items()}
+    # Only to notice that another thing is timed; what is right is for check.py to say.
+    check_agreement(results, "sdpa_contiguous", 0.1)
+    row: dict[str, Any] = {"num_kv_bytes": case.num_kv_bytes, "num_flops": case.num_flops}
+    for name, provider in bench_attention.PROVIDERS.items():
+        row[name] = times = time_provider(provider, inputs)
+        times["kv_gbytes_per_s"] = case.num_kv_bytes / times["graph_us"] / 1e3
+        times["tflops"] = case.num_flops / times["graph_us"] / 1e6
+    return row
+
+
+@torch.inference_mode()
+def time_store(case: bench_kv_cache.Case) -> dict[str, Any]:
+    inputs = make_cold(partial(bench_kv_cache.make_inputs, case), case.num_bytes)
+    # Boolean indexing, as the reference does, waits for the device: it has no place in a graph.
+    provider = bench_kv_cache.PROVIDERS["kvkernels"]
+    times = time_provider(provider, inputs)
+    return {"gbytes_per_s": case.num_bytes / times["graph_us"] / 1e3, **times}
+
+
+def time_cases() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Names and what to run, one at a time."""
+    for store_case in bench_kv_cache.CASES:
+        yield f"store_{store_case.name}", partial(time_store, store_case)
+    for case in CASES:
+        yield case.name, partial(time_attention, case)
