@@ -11,6 +11,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
+# Worker processes share the processors; as many threads as processors in each would be slower.
+NUM_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if NUM_WORKERS > 1:
+    torch.set_num_threads(max(1, torch.get_num_threads() // NUM_WORKERS))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest tests, those with a time limit of their own, while others remain to run
+    beside them."""
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

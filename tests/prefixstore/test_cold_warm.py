@@ -72,7 +72,7 @@ def assert_same(model, expected, actual, what):
 @pytest.mark.parametrize(
     ("prepare", "count", "chat"),
     [
-        pytest.param(prepare_smollm2, 20, True, id="smollm2-135m"),
+        pytest.param(prepare_smollm2, 20, True, id="smollm2-135m", marks=pytest.mark.timeout(1800)),
         pytest.param(prepare_gemma3, 5, False, id="gemma3-270m"),
     ],
 )
