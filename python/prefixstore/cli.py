@@ -6,7 +6,7 @@ import logging
 import sys
 from importlib.util import find_spec
 
-EXTRA_PACKAGES = {"demo": ("click", "rich", "transformers", "gguf", "matplotlib")}
+EXTRA_PACKAGES = {"demo": ("click", "rich", "transformers", "accelerate", "gguf", "matplotlib")}
 
 
 def main() -> None:
