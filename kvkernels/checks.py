@@ -59,6 +59,8 @@ def check_caches(key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
     check_dtype("value_cache", value_cache, key_cache.dtype)
     check_device("value_cache", value_cache, key_cache.device)
     check_last_stride("value_cache", value_cache)
+    check_inference("key_cache", key_cache)
+    check_inference("value_cache", value_cache)
     if key_cache.shape[2] == 0:
         raise ValueError("key_cache: expected at least one slot in a block, got block_size 0")
     if key_cache.shape[3] == 0:

@@ -23,6 +23,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
 
 
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Print what a test recorded as `in_summary`, from worker processes too."""
+    for report in terminalreporter.getreports("passed"):
+        for name, text in report.user_properties:
+            if name == "in_summary":
+                terminalreporter.section(report.nodeid.rpartition("::")[2])
+                terminalreporter.write_line(text.rstrip())
+
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

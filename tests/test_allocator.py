@@ -51,7 +51,9 @@ def test_wrong_releases_change_nothing():
 
 
 def test_refuses_negative_counts():
-    with pytest.raises(ValueError, match="num_blocks: expected 0 or more, got -1"):
+    with pytest.raises(ValueError, match=r"num_blocks: expected an integer of 0 or more, got 1\.5"):
+        BlockAllocator(4).allocate(1.5)
+    with pytest.raises(ValueError, match="num_blocks: expected an integer of 0 or more, got -1"):
         BlockAllocator(1).allocate(-1)
     with pytest.raises(ValueError, match="num_blocks: expected a positive integer, got 0"):
         BlockAllocator(0)

@@ -20,7 +20,8 @@ STORE = ("prefixstore.store", "prefixstore.store_stats", "prefixstore.breaker")
 STORE += ("prefixstore.guarded_tier", "prefixstore.write_queue")
 PLANNER = ("prefixstore.residency",)
 CACHE = ("prefixstore.cache", "prefixstore.config", "prefixstore.device", "prefixstore.restore")
-CACHE += ("prefixstore.session", "prefixstore.block_io", "prefixstore.tokens")
+CACHE += ("prefixstore.session", "prefixstore.served_model", "prefixstore.block_io")
+CACHE += ("prefixstore.tokens",)
 OUTERMOST = ("prefixstore.cli", "prefixstore.commands", "prefixstore.demo")
 
 # Modules of a part, and what they may import beyond the standard library and each other. A name

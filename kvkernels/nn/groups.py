@@ -140,4 +140,19 @@ def _unserved_feature(config: Any) -> str | None:
         ),
         "ALiBi": getattr(config, "alibi", False),
     }
+    features |= {
+        f"position embeddings that change with the prompt's length (rope type {rope_type})": True
+        for rope_type in _rope_types(config) & {"dynamic", "longrope"}
+    }
     return next((name for name, is_used in features.items() if is_used), None)
+
+
+def _rope_types(config: Any) -> set[str]:
+    """The types of rotary position embedding a model uses, of every kind of layer."""
+    found = set()
+    for name in ("rope_parameters", "rope_scaling"):  # transformers 5, 4.57
+        parameters = getattr(config, name, None) or {}
+        by_layer_type = [part for part in parameters.values() if isinstance(part, dict)]
+        for part in (parameters, *by_layer_type):
+            found |= {part[key] for key in ("rope_type", "type") if key in part}
+    return found

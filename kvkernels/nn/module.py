@@ -47,9 +47,12 @@ class PagedBatch:
             device: Where the tensors are to lie.
 
         Raises:
-            ValueError: If the numbers of sequences differ, a sequence has more new tokens than
-                tokens, or a block table is too short.
+            ValueError: If `block_size` is not positive, the numbers of sequences differ, a sequence
+                has more new tokens than tokens, or a block table is too short or names no block
+                for a new token.
         """
+        if block_size < 1:
+            raise ValueError(f"block_size: expected a positive integer, got {block_size}")
         num_seqs = len(block_tables)
         for name, lengths in (("seq_lens", seq_lens), ("query_lens", query_lens)):
             if len(lengths) != num_seqs:
@@ -67,6 +70,12 @@ class PagedBatch:
                     f"block_tables: expected {-(-seq_len // block_size)} blocks for {seq_len}"
                     f" tokens, got {len(table)}"
                 )
+            new_blocks = table[(seq_len - query_len) // block_size : -(-seq_len // block_size)]
+            if query_len and min(new_blocks) < 0:
+                raise ValueError(
+                    f"block_tables: expected block ids of 0 or more for new tokens, got"
+                    f" {min(new_blocks)}"
+                )
             slots.extend(
                 table[position // block_size] * block_size + position % block_size
                 for position in range(seq_len - query_len, seq_len)
@@ -75,7 +84,9 @@ class PagedBatch:
         padded = [[*table, *[-1] * (width - len(table))] for table in block_tables]
         is_decode = all(query_len == 1 for query_len in query_lens)
         return cls(
-            block_table=torch.tensor(padded, dtype=torch.int32, device=device).view(num_seqs, -1),
+            block_table=torch.tensor(padded, dtype=torch.int32, device=device).view(
+                num_seqs, width
+            ),
             seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
             cu_seqlens_q=(
                 None if is_decode else torch.tensor(bounds, dtype=torch.int32, device=device)

@@ -49,7 +49,14 @@ _UNSERVED_ARGUMENTS = {
     "cache": "the continuous batching of transformers",
 }
 
-_previous: WeakKeyDictionary[torch.nn.Module, str | dict[str, str]] = WeakKeyDictionary()
+
+@dataclass
+class _Installed:
+    previous: str | dict[str, str]
+    num_users: int = 1
+
+
+_installed: WeakKeyDictionary[torch.nn.Module, _Installed] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -68,13 +75,16 @@ def register() -> None:
 def install(model: Any) -> None:
     """Let a model's text attention layers run on kvkernels, until `uninstall`.
 
+    Installed twice, a model stays so until it is uninstalled twice.
+
     Args:
-        model: A `transformers.PreTrainedModel`. Installing twice changes nothing.
+        model: A `transformers.PreTrainedModel`.
 
     Raises:
-        UnsupportedError: If its attention cannot be replaced.
+        UnsupportedError: If its attention cannot be replaced; it is left as it was.
     """
-    if model in _previous:
+    if model in _installed:
+        _installed[model].num_users += 1
         return
     register()
     previous = _implementations(model.config)
@@ -87,30 +97,33 @@ def install(model: Any) -> None:
         }
     model.set_attn_implementation(wanted)
     if text_config._attn_implementation != IMPLEMENTATION:
+        model.set_attn_implementation(previous)
         raise UnsupportedError(
             "model: expected one whose attention is looked up in transformers'"
             f" AttentionInterface, got {type(model).__name__}"
         )
-    _previous[model] = previous
+    _installed[model] = _Installed(previous)
 
 
 def uninstall(model: Any) -> None:
     """Give a model back the attention it had before `install`; without one, nothing changes."""
-    previous = _previous.pop(model, None)
-    if previous is not None:
-        model.set_attn_implementation(previous)
+    installed = _installed.get(model)
+    if installed is None:
+        return
+    installed.num_users -= 1
+    if installed.num_users == 0:
+        del _installed[model]
+        model.set_attn_implementation(installed.previous)
 
 
 @contextmanager
 def paged_attention(model: Any) -> Iterator[Any]:
     """Run a model on kvkernels inside a `with` block; yields the model."""
-    was_installed = model in _previous
     install(model)
     try:
         yield model
     finally:
-        if not was_installed:
-            uninstall(model)
+        uninstall(model)
 
 
 def attend(

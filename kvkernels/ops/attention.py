@@ -100,8 +100,12 @@ def paged_attention(
     ):
         check_device(name, tensor, query.device)
     check_inference("query", query)
-    if window is not None and window < 1:
-        raise ValueError(f"window: expected 1 or more, or None for no window, got {window}")
+    if window is not None and (not isinstance(window, int) or not 1 <= window < 1 << 63):
+        raise ValueError(
+            f"window: expected an integer of 1 or more, or None for no window, got {window!r}"
+        )
+    if sm_scale is not None and not isinstance(sm_scale, (int, float)):
+        raise ValueError(f"sm_scale: expected a number or None, got {sm_scale!r}")
     out, lse = torch.ops.kvkernels.paged_attention.default(
         query,
         key_cache,

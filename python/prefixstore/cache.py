@@ -16,7 +16,6 @@ import torch
 
 from kvkernels import BlockAllocator, KVPool
 from kvkernels.nn import PagedGroup, layer_groups
-from kvkernels.nn.transformers import install
 from prefixstore.block_io import block_buffer
 from prefixstore.config import CacheConfig, physical_memory_bytes
 from prefixstore.device import DeviceBlocks
@@ -25,6 +24,7 @@ from prefixstore.identity import model_identity, salted_identity
 from prefixstore.index import Stats as IndexStats
 from prefixstore.record import BlockKey, RecordLayout, chain_keys
 from prefixstore.restore import RestoredPrefix, restore_prefix
+from prefixstore.served_model import ServedModel
 from prefixstore.session import ReuseReport, Session
 from prefixstore.store import Store, StoreConfig, StoreStats
 from prefixstore.tiers.base import Tier
@@ -62,11 +62,17 @@ class PrefixCache:
         identity: bytes,
         config: CacheConfig,
         store: Store | None = None,
+        served_model: ServedModel | None = None,
     ) -> None:
-        """Put a cache together from parts; `open` is the way for a model."""
+        """Put a cache together from parts; `open` is the way for a model.
+
+        Without `served_model` nothing watches that a session is fed its own tokens.
+        """
         self.config = config
         self._identity = identity
         self._store = store
+        self._served_model = served_model
+        self._is_closed = False
         self._device = DeviceBlocks(groups, config.block_size, partial(self.flush, WRITER_WAIT_S))
         self._record_layouts = [
             record_layout(group.pool, number) for number, group in enumerate(groups)
@@ -88,10 +94,11 @@ class PrefixCache:
         disk_bytes: int = 4 << 30,
         salt: str = "",
     ) -> PrefixCache:
-        """A cache for `model`, whose attention is set to read it.
+        """A cache for `model`, whose attention is set to read it until `close`.
 
         Args:
-            model: A Hugging Face causal language model, in evaluation mode.
+            model: A Hugging Face causal language model, in evaluation mode. Its weights count as
+                they are now; an adapter loaded or switched later needs a cache opened after it.
             block_size: Tokens in a block; one of 16, 32, 64, 128, 256.
             pool_tokens: Tokens the device pool holds; default see `CacheConfig`.
             memory_bytes: Size of the host memory tier; 0 for none.
@@ -115,18 +122,22 @@ class PrefixCache:
         specs = layer_groups(model.config, block_size, model.dtype)
         layouts = [spec.layout for spec in specs]
         num_blocks = _pool_blocks(config, model.config, sum(x.block_bytes for x in layouts))
-        groups = [
-            PagedGroup(
-                pool=KVPool(spec.layout, num_blocks, model.device),
-                allocator=BlockAllocator(num_blocks),
-                layers=spec.layers,
-                window=spec.window,
-            )
-            for spec in specs
-        ]
-        cache = cls(groups, model_identity(model, layouts), config, _open_store(config, groups))
-        install(model)
-        return cache
+        served_model = ServedModel(model)
+        try:
+            groups = [
+                PagedGroup(
+                    pool=KVPool(spec.layout, num_blocks, model.device),
+                    allocator=BlockAllocator(num_blocks),
+                    layers=spec.layers,
+                    window=spec.window,
+                )
+                for spec in specs
+            ]
+            identity = model_identity(model, layouts)
+            return cls(groups, identity, config, _open_store(config, groups), served_model)
+        except BaseException:
+            served_model.close()
+            raise
 
     def session(
         self, token_ids: torch.Tensor | Sequence[int], *, salt: str | None = None
@@ -140,8 +151,13 @@ class PrefixCache:
             salt: Namespace; default that of the cache.
 
         Raises:
-            ValueError: If `token_ids` is empty, of another shape, or not integers in range.
+            ValueError: If `token_ids` is empty, of another shape, or not integers in range; if
+                the cache is closed, or the model's weights changed since it was opened.
         """
+        if self._is_closed:
+            raise ValueError("session: expected an open cache, got a closed one")
+        if self._served_model is not None:
+            self._served_model.check_weights()
         tokens = as_tokens("token_ids", token_ids)
         if len(tokens) == 0:
             raise ValueError("token_ids: expected at least one token, got none")
@@ -150,7 +166,14 @@ class PrefixCache:
         whole = tokens[: (len(tokens) - 1) // self.config.block_size * self.config.block_size]
         restored = restore_prefix(self._device, self._store, whole, salt, self._keys(whole, salt))
         report = self._report(tokens, restored, time.perf_counter() - started)
-        return Session(self._device, tokens, restored, report, partial(self._publish, salt))
+        return Session(
+            self._device,
+            tokens,
+            restored,
+            report,
+            partial(self._publish, salt),
+            self._served_model,
+        )
 
     def flush(self, timeout_s: float = 60.0) -> bool:
         """Wait until the tiers hold everything committed; False if time ran out first."""
@@ -175,9 +198,17 @@ class PrefixCache:
         return self._device.check() + (self._store.check() if self._store else [])
 
     def close(self) -> None:
-        """Write out what is queued and close the tiers."""
-        if self._store:
-            self._store.close()
+        """Write out what is queued, close the tiers and give the model its attention back.
+
+        Sessions still open are of no more use than to be released. May be called again.
+        """
+        self._is_closed = True
+        try:
+            if self._store:
+                self._store.close()
+        finally:
+            if self._served_model is not None:
+                self._served_model.close()
 
     def __enter__(self) -> PrefixCache:
         return self
@@ -250,7 +281,13 @@ def _pool_blocks(config: CacheConfig, model_config: Any, bytes_per_block: int) -
     if config.pool_tokens is not None:
         return -(-config.pool_tokens // config.block_size)
     text_config = model_config.get_text_config()
-    wanted = 4 * text_config.max_position_embeddings // config.block_size
+    context = getattr(text_config, "max_position_embeddings", None)
+    if context is None:
+        raise ConfigError(
+            "pool_tokens: expected a number, for the model's configuration names no"
+            " max_position_embeddings to choose one by; got None"
+        )
+    wanted = 4 * context // config.block_size
     affordable = physical_memory_bytes() // 4 // bytes_per_block
     if affordable == 0:
         raise ConfigError(

@@ -37,6 +37,12 @@ class CacheConfig:
             raise ConfigError(
                 f"block_size: expected one of 16, 32, 64, 128, 256, got {self.block_size!r}"
             )
+        for name in ("pool_tokens", "memory_bytes", "disk_bytes"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and not (value is None and name == "pool_tokens"):
+                raise ConfigError(f"{name}: expected an integer, got {value!r}")
+        if not isinstance(self.salt, str):
+            raise ConfigError(f"salt: expected a string, got {self.salt!r}")
         if self.pool_tokens is not None and self.pool_tokens < self.block_size:
             raise ConfigError(
                 f"pool_tokens: expected at least one block of {self.block_size},"

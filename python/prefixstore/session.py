@@ -11,6 +11,7 @@ import torch
 from kvkernels.nn.transformers import PagedCache
 from prefixstore.device import DeviceBlocks
 from prefixstore.restore import RestoredPrefix
+from prefixstore.served_model import ServedModel
 from prefixstore.tokens import as_tokens
 
 
@@ -38,12 +39,14 @@ class ReuseReport:
 class Session(PagedCache):
     """The KV of one sequence: a `transformers.Cache` that begins with the reused prefix.
 
-    Made by `PrefixCache.session`. Pass it to `model.generate(ids, past_key_values=session)`. The
-    prompt's blocks are offered to other sessions as soon as the model has computed them. Use it
-    as a context manager, or call `release`: until then its blocks cannot be evicted.
+    Made by `PrefixCache.session`. Pass it to `model.generate(ids, past_key_values=session)`; the
+    model refuses tokens or positions other than the session's. The prompt's blocks are offered to
+    other sessions as soon as the model has computed them. Use it as a context manager, or call
+    `release`: until then its blocks cannot be evicted.
 
     Attributes:
         report: What was reused, from where, and what has to be computed.
+        served_model: The model whose forward passes are checked; None if none is watched.
     """
 
     def __init__(
@@ -53,12 +56,18 @@ class Session(PagedCache):
         restored: RestoredPrefix,
         report: ReuseReport,
         publish: Callable[[np.ndarray, np.ndarray, int], None],
+        served_model: ServedModel | None = None,
     ) -> None:
         self.report = report
+        self.served_model = served_model
         self._device = device
         self._tokens = tokens
         self._restored: RestoredPrefix | None = restored
         self._num_committed = restored.num_blocks
+        # Steps beyond the known tokens, by the position they start at: compared when `commit`
+        # names those tokens, for reading them at every step would stop a GPU's stream.
+        self._steps: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._num_checked = restored.num_blocks * device.block_size
         self._publish = publish
         super().__init__(
             device.groups,
@@ -79,8 +88,8 @@ class Session(PagedCache):
             How many tokens of it are cached now.
 
         Raises:
-            ValueError: If `token_ids` does not begin with the session's tokens, or the session
-                was released.
+            ValueError: If `token_ids` does not begin with the session's tokens or differs from
+                what the model was run on, or the session was released.
         """
         tokens = as_tokens("token_ids", token_ids)
         known = min(len(tokens), len(self._tokens))
@@ -92,14 +101,52 @@ class Session(PagedCache):
                 f" {self._tokens[at]} at {at}, got {tokens[at]}"
             )
         if len(tokens) > len(self._tokens):
+            for start, (step_ids, position_ids) in self._steps.items():
+                # A step that failed midway has left no KV: its tokens count no more.
+                _compare(tokens[: self.num_tokens], start, step_ids, position_ids)
             self._tokens = tokens
         self._commit_stored()
         return self._num_committed * self._device.block_size
+
+    def check_step(self, token_ids: torch.Tensor, position_ids: torch.Tensor | None) -> None:
+        """Compare a step the model is about to run with the session's tokens.
+
+        Args:
+            token_ids: `[num_new]` or `[1, num_new]`: the tokens from `num_tokens` on.
+            position_ids: `[..., num_new]`; None where the model counts on from `num_tokens`.
+
+        Raises:
+            ValueError: If the session's tokens or positions are others.
+        """
+        start = self.num_tokens
+        token_ids = token_ids.detach()
+        if token_ids.dim() not in (1, 2) or token_ids.numel() != token_ids.shape[-1]:
+            raise ValueError(
+                f"input_ids: expected one sequence with a session, got shape"
+                f" {list(token_ids.shape)}"
+            )
+        if token_ids.numel() == 0:
+            raise ValueError(
+                f"input_ids: expected more tokens than the {start} stored in the session, got none"
+            )
+        self._steps = {at: step for at, step in self._steps.items() if at < start}
+        if start < len(self._tokens):
+            _compare(self._tokens, start, token_ids, position_ids)
+        if start + token_ids.numel() > len(self._tokens):
+            positions = None if position_ids is None else position_ids.detach().clone()
+            self._steps[start] = (token_ids.clone(), positions)
+        self._num_checked = start + token_ids.numel()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens, as `PagedCache.crop`; what follows may be other tokens."""
         super().crop(tokens_to_remove)
         self._tokens = self._tokens[: self.num_tokens]
+        self._steps = {
+            at: (step_ids[..., : self.num_tokens - at], position_ids)
+            for at, (step_ids, position_ids) in self._steps.items()
+            if at < self.num_tokens
+        }
+        self._num_checked = min(self._num_checked, self.num_tokens)
         self._num_committed = min(self._num_committed, self.num_tokens // self._device.block_size)
 
     def release(self) -> None:
@@ -117,6 +164,11 @@ class Session(PagedCache):
     def _commit_stored(self) -> None:
         if self._restored is None:
             raise ValueError("session: expected an open session, got a released one")
+        if self.served_model is not None and self._num_checked < self.num_tokens:
+            raise ValueError(
+                "past_key_values: expected a forward pass of the model the cache was opened for,"
+                " got one of another or of a part of it"
+            )
         block_size = self._device.block_size
         num_blocks = min(self.num_tokens, len(self._tokens)) // block_size
         if num_blocks <= self._num_committed:
@@ -125,3 +177,30 @@ class Session(PagedCache):
         block_ids = np.array([table[:num_blocks] for table in tables], dtype=np.int32).T
         self._publish(self._tokens[: num_blocks * block_size], block_ids, self._num_committed)
         self._num_committed = num_blocks
+
+
+def _compare(
+    tokens: np.ndarray, start: int, step_ids: torch.Tensor, position_ids: torch.Tensor | None
+) -> None:
+    """Raise ValueError unless a step from `start` on ran on `tokens`, as far as both reach."""
+    num_new = min(step_ids.shape[-1], len(tokens) - start)
+    if num_new <= 0:
+        return
+    given = step_ids.reshape(-1)[:num_new].cpu().numpy()
+    expected = tokens[start : start + num_new]
+    differs = np.flatnonzero(given != expected)
+    if len(differs):
+        at = differs[0]
+        raise ValueError(
+            f"input_ids: expected the session's token {expected[at]} at {start + at}, got"
+            f" {given[at]}"
+        )
+    if position_ids is None:
+        return
+    positions = position_ids[..., :num_new].cpu().numpy()
+    wanted = np.arange(start, start + num_new)
+    if positions.shape[-1] != num_new or (positions != wanted).any():
+        raise ValueError(
+            f"position_ids: expected {start} to {start + num_new - 1} with a session, got"
+            f" {positions.min()} to {positions.max()}"
+        )

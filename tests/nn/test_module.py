@@ -75,11 +75,28 @@ def test_batch_of_unequal_lengths():
         ([[0]], [2], [3], "query_lens: expected 0 to seq_len 2, got 3"),
         ([[0]], [2], [-1], "query_lens: expected 0 to seq_len 2, got -1"),
         ([[0]], [17], [1], "block_tables: expected 2 blocks for 17 tokens, got 1"),
+        ([[0, -3]], [17], [1], "block_tables: expected block ids of 0 or more for new tokens"),
     ],
 )
 def test_batch_refuses(tables, seq_lens, query_lens, message):
     with pytest.raises(ValueError, match=message):
         PagedBatch.build(tables, seq_lens, query_lens, BLOCK_SIZE)
+
+
+def test_batch_of_no_sequences():
+    batch = PagedBatch.build([], [], [], BLOCK_SIZE)
+    assert batch.block_table.shape == (0, 0)
+    pool = KVPool(KVLayout(1, KV_HEADS, HEAD_DIM, BLOCK_SIZE, torch.float32), 1)
+    key = torch.zeros(0, KV_HEADS, HEAD_DIM)
+    out = PagedAttention(HEADS, KV_HEADS, HEAD_DIM)(
+        torch.zeros(0, HEADS, HEAD_DIM), key, key, pool.key_cache(0), pool.value_cache(0), batch
+    )
+    assert out.shape == (0, HEADS, HEAD_DIM)
+
+
+def test_batch_refuses_a_block_without_slots():
+    with pytest.raises(ValueError, match="block_size: expected a positive integer, got 0"):
+        PagedBatch.build([[0]], [1], [1], 0)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,9 @@ def test_install_is_undone():
         pass
     assert model.config._attn_implementation == IMPLEMENTATION  # as the block found it
     uninstall(model)
+    assert model.config._attn_implementation == IMPLEMENTATION  # installed twice
+    uninstall(model)
+    assert model.config._attn_implementation == before
     uninstall(model)
     assert model.config._attn_implementation == before
 
@@ -231,6 +234,9 @@ def test_window_of_a_configuration_without_layer_types():
         ({"is_encoder_decoder": True}, "encoder-decoder"),
         ({"is_causal": False}, "bidirectional"),
         ({"alibi": True}, "ALiBi"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope type dynamic"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope type longrope"),
+        ({"rope_parameters": {"full": {"rope_type": "dynamic"}}}, "rope type dynamic"),
         ({"layer_types": ["linear_attention"] * 2}, "linear_attention"),
     ],
 )

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,16 @@ aot = pytest.importorskip("kvkernels.triton_kernels.aot", reason="Triton is only
 FITTING = aot.Usage(aot.Case(90, "decode", "bf16", 128), "decode_kernel", "16x64", 4, 255, 0, 71680)
 
 
-def test_a_spread_of_the_table_compiles_and_fits(tmp_path: Path) -> None:
+def test_a_spread_of_the_table_compiles_and_fits(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     # A process of its own: in this one the kernels may be interpreted. A cache of its own: what
     # was compiled before would not show that it still compiles.
     command = [sys.executable, "-m", "kvkernels.triton_kernels.aot", "--every", "7"]
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    record_property("in_summary", done.stdout)
     rows = [line.split() for line in done.stdout.splitlines()[1:-1]]
     assert {row[0] for row in rows} == {str(arch) for arch in aot.SHARED_LIMITS}
     kernels = ("store_kv", "merge", "decode", "combine", "prefill")

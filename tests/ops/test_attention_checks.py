@@ -53,6 +53,19 @@ BAD_KINDS = [
     ("query", torch.zeros(5, 4, 64)[..., ::2], "query: expected stride 1 in the last dimension"),
     ("query", torch.zeros(5, 4, 32, device=META), "cu_seqlens_q: expected device meta, got cpu"),
     ("query", torch.zeros(5, 4, 32, requires_grad=True), "query: expected a tensor that needs no"),
+    (
+        "key_cache",
+        torch.zeros(3, 2, 16, 32, requires_grad=True),
+        "key_cache: expected a tensor that needs no gradient",
+    ),
+    (
+        "value_cache",
+        torch.zeros(3, 2, 16, 32, requires_grad=True),
+        "value_cache: expected a tensor that needs no gradient",
+    ),
+    ("window", 1.5, "window: expected an integer of 1 or more, or None for no window, got 1.5"),
+    ("window", 1 << 63, "window: expected an integer of 1 or more, or None for no window"),
+    ("sm_scale", "0.1", "sm_scale: expected a number or None, got '0.1'"),
     ("key_cache", torch.zeros(3, 2, 16, 32).double(), "key_cache: expected dtype torch.float32 or"),
     ("key_cache", torch.zeros(3, 2, 32, 16).mT, "key_cache: expected stride 1 in the last dim"),
     ("value_cache", torch.zeros(3, 2, 16, 32).half(), "value_cache: expected dtype torch.float32"),
@@ -134,7 +147,9 @@ def test_refuses_heads_without_width() -> None:
 
 @pytest.mark.parametrize("window", [0, -3])
 def test_refuses_an_empty_window(window: int) -> None:
-    with pytest.raises(ValueError, match="window: expected 1 or more, or None for no window, got"):
+    with pytest.raises(
+        ValueError, match="window: expected an integer of 1 or more, or None for no window, got"
+    ):
         kvkernels.paged_attention(**good_inputs(), window=window)
 
 

@@ -149,6 +149,11 @@ BAD_INPUTS = [
     ("value", torch.zeros(5, 2, 32), r"value: expected shape \[6, 2, 32\], got \[5, 2, 32\]"),
     ("value", torch.zeros(6, 2, 32).double(), "value: expected dtype torch.float32, got"),
     ("value", torch.zeros(6, 2, 32, requires_grad=True), "value: expected a tensor that needs no"),
+    (
+        "key_cache",
+        torch.zeros(3, 2, 16, 32, requires_grad=True),
+        "key_cache: expected a tensor that needs no",
+    ),
     ("key_cache", torch.zeros(3, 2, 16), r"key_cache: expected shape \[any, any, any, any\]"),
     ("key_cache", torch.zeros(3, 2, 16, 32, dtype=torch.int8), "key_cache: expected dtype torch.f"),
     ("key_cache", torch.zeros(3, 2, 32, 16).transpose(2, 3), "key_cache: expected stride 1"),

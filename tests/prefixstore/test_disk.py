@@ -305,6 +305,20 @@ def test_a_truncated_slab_costs_only_its_own_records(tmp_path):
     tier.close()
 
 
+def test_a_slab_of_another_shape_than_the_index_says_is_read_anew(tmp_path):
+    keys = make_keys(4)
+    tier = open_tier(tmp_path, slab_bytes=20 * 4096)
+    put(tier, keys)
+    tier.close()
+    (slab,) = tmp_path.glob("slab-*")
+    other = slab.rename(slab.with_name(slab.name.replace("4096x20", "8192x10")))
+    tier = open_tier(tmp_path, slab_bytes=20 * 4096)
+    assert tier.check() == []
+    assert count_right(tier, keys) == 2  # those that start where the larger slots do
+    assert list(tmp_path.glob("slab-*")) == [other]
+    tier.close()
+
+
 def test_a_missing_slab_costs_only_its_own_records(tmp_path):
     keys = make_keys(40)
     tier = open_tier(tmp_path, slab_bytes=20 * 4096)

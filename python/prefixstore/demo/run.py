@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from kvkernels import KVLayout
-from kvkernels.nn.transformers import uninstall
 from prefixstore.demo.measure import Measured, measure_cached, measure_uncached
 from prefixstore.demo.prompts import AgentLoop, Request
 from prefixstore.errors import ConfigError
@@ -86,8 +85,6 @@ def run_phases(
 ) -> Outcome:
     """Run the loop with the cache off, with an empty one, with it on, and after restarts.
 
-    The model is left on the cache's attention.
-
     Args:
         model: A Hugging Face causal language model in evaluation mode.
         loop: The requests.
@@ -95,8 +92,7 @@ def run_phases(
         open_cache: `PrefixCache.open`.
         advance: Told about each request before it runs.
     """
-    uninstall(model)
-    model.set_attn_implementation("sdpa")  # what `uninstall` gives back from here on
+    model.set_attn_implementation("sdpa")  # what a cache gives back when it closes
     num_cold = min(plan.num_cold, len(loop.requests))
     measured = _run_cold(model, loop.requests[:num_cold], plan, open_cache, advance)
     started = time.perf_counter()
@@ -139,7 +135,6 @@ def _run_cold(
     measured = []
     for at, request in enumerate(requests):
         advance("cache off")
-        uninstall(model)
         if at == 0:
             measure_uncached(model, request.token_ids[:WARM_UP_TOKENS], "", 2)
         measured.append(

@@ -242,7 +242,9 @@ class DiskTier:
         with index.frozen() as sql:
             sql.execute("UPDATE slots SET state = 0 WHERE state = 1")  # cut off while writing
             for slab in disk_slabs.list_slabs(sql):
-                if files.pop(slab.slab_id, None) != slab:
+                if files.get(slab.slab_id) == slab:
+                    del files[slab.slab_id]
+                else:  # a file of that number but of another shape is read anew below
                     disk_slabs.drop_slab(sql, slab)
             for slab in files.values():
                 slots = (self._files.find_record(slab, slot) for slot in range(slab.num_slots))
