@@ -17,6 +17,7 @@ MIB = 1 << 20
 def print_report(console: Console, summary: dict[str, Any]) -> None:
     """Print the table, one real answer, and what was compared."""
     console.print(ttft_table(summary))
+    console.print(bytes_table(summary))
     for line in report_lines(summary):
         console.print(Text(line), soft_wrap=True)
 
@@ -26,13 +27,14 @@ def ttft_table(summary: dict[str, Any]) -> Table:
     prompt = summary["prompt"]
     table = Table(
         title=f"{prompt['num_shared_tokens']:,} shared prompt tokens, {summary['model']['name']}",
-        caption="Time to first token, from token ids. Off: transformers' own cache and sdpa."
-        " n: requests; tokens are per request.",
+        caption="Median and 90th percentile: time to first token, from token ids. Total: median,"
+        " to the last token. n: requests; tokens are per request. Off: transformers' own cache"
+        " and sdpa.",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),  # so that it fits 80 columns
     )
     table.add_column("", no_wrap=True)
-    for name in ("n", "median", "p90", "min", "faster", "reused", "computed"):
+    for name in ("n", "median", "p90", "faster", "total", "reused", "computed"):
         table.add_column(name, justify="right", no_wrap=True)
     for key, name in ROWS.items():
         row = summary["rows"].get(key)
@@ -43,11 +45,23 @@ def ttft_table(summary: dict[str, Any]) -> Table:
         table.add_row(
             name,
             str(row["num_requests"]),
-            *(format_seconds(ttft[figure]) for figure in ("median", "p90", "min")),
+            *(format_seconds(ttft[figure]) for figure in ("median", "p90")),
             f"{row['speedup']:.1f} x",
+            format_seconds(row["total_s"]["median"]),
             "\n".join(reused) or "none",
             f"{row['num_recomputed']:,}",
         )
+    return table
+
+
+def bytes_table(summary: dict[str, Any]) -> Table:
+    """What each tier holds when the loop is over."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for tier in summary["tier_bytes"]:
+        table.add_column(tier, justify="right")
+    held = (f"{num_bytes / MIB:,.0f} MiB" for num_bytes in summary["tier_bytes"].values())
+    table.add_row("held at the end", *held)
     return table
 
 
@@ -59,14 +73,10 @@ def report_lines(summary: dict[str, Any]) -> list[str]:
         if loop["num_off_measured"] == loop["num_requests"]
         else f"reckoned from {loop['num_off_measured']} measured"
     )
-    held = ", ".join(
-        f"{tier} {num_bytes / MIB:,.0f} MiB" for tier, num_bytes in summary["tier_bytes"].items()
-    )
     lines = [
         f"Whole loop of {loop['num_requests']} requests: {format_seconds(loop['on_s'])} with the"
         f" cache, {format_seconds(loop['off_s'])} without ({how}): {loop['speedup']:.1f} x.",
         f"An empty cache costs {summary['empty_over_off']:.2f} x the time of no cache.",
-        f"Held at the end: {held}.",
         f"Greedy answers equal to those without the cache: {answers['num_equal']} of"
         f" {answers['num_compared']}.",
     ]
