@@ -21,6 +21,7 @@ from prefixstore.config import CacheConfig, physical_memory_bytes
 from prefixstore.device import DeviceBlocks
 from prefixstore.errors import ConfigError, StoreError
 from prefixstore.identity import model_identity, salted_identity
+from prefixstore.index import Match
 from prefixstore.index import Stats as IndexStats
 from prefixstore.record import BlockKey, RecordLayout, chain_keys
 from prefixstore.restore import RestoredPrefix, restore_prefix
@@ -122,6 +123,7 @@ class PrefixCache:
         specs = layer_groups(model.config, block_size, model.dtype)
         layouts = [spec.layout for spec in specs]
         num_blocks = _pool_blocks(config, model.config, sum(x.block_bytes for x in layouts))
+        identity = model_identity(model, layouts)
         served_model = ServedModel(model)
         try:
             groups = [
@@ -133,7 +135,6 @@ class PrefixCache:
                 )
                 for spec in specs
             ]
-            identity = model_identity(model, layouts)
             return cls(groups, identity, config, _open_store(config, groups), served_model)
         except BaseException:
             served_model.close()
@@ -180,6 +181,7 @@ class PrefixCache:
         return self._store.flush(timeout_s) if self._store else True
 
     def stats(self) -> CacheStats:
+        self._device.release_abandoned()
         allocators = [group.allocator for group in self._device.groups]
         with self._lock:
             return CacheStats(
@@ -223,9 +225,19 @@ class PrefixCache:
 
     def _publish(
         self, salt: str, tokens: np.ndarray, block_ids: np.ndarray, first_new: int
-    ) -> None:
-        """Index the blocks of `tokens` and send those from `first_new` on to the tiers."""
+    ) -> Match | None:
+        """Index the blocks of `tokens`, send those from `first_new` on to the tiers, and pin them.
+
+        Returns:
+            The pinned run; None where other blocks of the same tokens were indexed before.
+        """
+        if self._served_model is not None:
+            self._served_model.check_weights()
         self._device.insert(tokens, salt, block_ids)
+        self._save(salt, tokens, block_ids, first_new)
+        return self._device.pin(tokens, salt, block_ids)
+
+    def _save(self, salt: str, tokens: np.ndarray, block_ids: np.ndarray, first_new: int) -> None:
         if self._store is None:
             return
         for group, keys, ids in zip(

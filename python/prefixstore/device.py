@@ -11,12 +11,14 @@ that reads it, and one from each write to a tier that has not finished::
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from kvkernels import PoolFullError
 from kvkernels.nn import PagedGroup
+from kvkernels.nn.block_tables import BlockTables
 from prefixstore.index import Match, RadixIndex, Stats
 
 
@@ -39,6 +41,7 @@ class DeviceBlocks:
         self._index = RadixIndex(block_size, len(self.groups))
         self._lock = threading.Lock()
         self._evicted_blocks = 0
+        self._abandoned: deque[tuple[Sequence[BlockTables], Match]] = deque()
 
     @property
     def windows(self) -> list[int | None]:
@@ -50,6 +53,7 @@ class DeviceBlocks:
         Returns:
             The match and `[num_blocks, num_groups]` int32, -1 where a group's block is gone.
         """
+        self.release_abandoned()
         with self._lock:
             match = self._index.match(tokens, salt.encode())
             self._index.pin(match)
@@ -57,9 +61,39 @@ class DeviceBlocks:
             self.share(match.block_ids)
             return match, match.block_ids
 
+    def pin(self, tokens: np.ndarray, salt: str, block_ids: np.ndarray) -> Match | None:
+        """Pin the indexed run of `tokens` if it is made of these very blocks, else None.
+
+        What a session holds frees nothing when it is evicted; the index would forget it in vain.
+        """
+        with self._lock:
+            match = self._index.match(tokens, salt.encode())
+            if not np.array_equal(match.block_ids, block_ids):
+                return None
+            self._index.pin(match)
+            return match
+
     def unpin(self, match: Match) -> None:
         with self._lock:
             self._index.unpin(match)
+
+    def abandon(self, tables: Sequence[BlockTables], match: Match) -> None:
+        """Leave a session's references and pin to be given back by the next call that needs room.
+
+        For finalizers: they may run anywhere, also in a thread that holds the locks it takes.
+        """
+        self._abandoned.append((tables, match))
+
+    def release_abandoned(self) -> None:
+        """Give back what finalizers left."""
+        while self._abandoned:
+            try:
+                tables, match = self._abandoned.popleft()
+            except IndexError:  # another thread was faster
+                return
+            for table in tables:
+                table.release()
+            self.unpin(match)
 
     def insert(self, tokens: np.ndarray, salt: str, block_ids: np.ndarray) -> None:
         """Index the whole blocks of `tokens`; the index takes a reference of those new to it."""
@@ -73,13 +107,17 @@ class DeviceBlocks:
         Raises:
             PoolFullError: If sessions hold too many; nothing is taken then.
         """
+        self.release_abandoned()
         allocator = self.groups[group].allocator
         has_drained = False
         while True:
             try:
                 return allocator.allocate(num_blocks)
             except PoolFullError:
-                if self._evict(num_blocks - allocator.num_free):
+                num_free = allocator.num_free
+                has_evicted = self._evict(num_blocks - num_free)
+                # Evicted and yet not free: the writer reads them. Wait for it before more go.
+                if has_evicted and (allocator.num_free > num_free or has_drained):
                     continue
                 if has_drained:
                     raise
@@ -101,10 +139,12 @@ class DeviceBlocks:
         return self._evicted_blocks
 
     def index_stats(self) -> Stats:
+        self.release_abandoned()
         with self._lock:
             return self._index.stats()
 
     def check(self) -> list[str]:
+        self.release_abandoned()
         with self._lock:
             problems = [f"index: {line}" for line in self._index.check()]
             for number, group in enumerate(self.groups):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,6 +20,8 @@ _BEYOND_TOKENS = (
     "pixel_values_videos",
 )
 
+_SAMPLE_SIZE = 16  # values of a weight that are compared
+
 
 @runtime_checkable
 class WatchedSession(Protocol):
@@ -28,6 +31,9 @@ class WatchedSession(Protocol):
 
     def check_step(self, token_ids: torch.Tensor, position_ids: torch.Tensor | None) -> None:
         """Raise ValueError unless the step continues the session's tokens where they stand."""
+
+    def end_step(self) -> None:
+        """The forward pass is over, finished or not."""
 
 
 class ServedModel:
@@ -49,13 +55,18 @@ class ServedModel:
         self._model = model
         self._arguments = tuple(inspect.signature(model.forward).parameters)
         self._weights = tuple(model.state_dict(keep_vars=True).values())
+        self._samples = _weight_samples(self._weights)
         self._states = self._weight_states()
-        self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._hooks = (
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
+        )
         self._is_closed = False
 
     def check_weights(self) -> None:
         """Raise ValueError if a weight was written or replaced since the cache was opened."""
-        if self._weight_states() != self._states:
+        before, now = self._states, self._weight_states()
+        if before[0] != now[0] or not all(map(torch.equal, before[1], now[1])):
             raise ValueError(
                 "model: expected the weights the cache was opened with, got changed ones; open"
                 " another cache"
@@ -65,21 +76,40 @@ class ServedModel:
         """Give the model back the attention it had. May be called again."""
         if not self._is_closed:
             self._is_closed = True
-            self._hook.remove()
+            for hook in self._hooks:
+                hook.remove()
             uninstall(self._model)
 
-    def _weight_states(self) -> list[tuple[int, int]]:
-        # Reading the values would take as long as the digest did. Tensors made in inference mode
-        # keep no version; they cannot be written outside of it either.
-        return [
+    def _weight_states(self) -> tuple[list[tuple[int, int]], list[torch.Tensor]]:
+        """Where each weight lies, how often it was written, and a few of its bytes.
+
+        Reading all values would take as long as the digest did. Writing through `.data`, as
+        merging an adapter does, leaves no other trace than the values.
+        """
+        written = [
+            # Tensors made in inference mode keep no version.
             (weight.data_ptr(), -1 if weight.is_inference() else weight._version)
             for weight in self._weights
         ]
+        return written, [torch.cat(samples) for samples in self._samples]
+
+    def _session_of(self, given: dict[str, Any]) -> WatchedSession | None:
+        session = given.get("past_key_values")
+        if isinstance(session, WatchedSession) and session.served_model is self:
+            return session
+        return None
+
+    def _after_forward(
+        self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        session = self._session_of(dict(zip(self._arguments, args, strict=False)) | kwargs)
+        if session is not None:
+            session.end_step()
 
     def _before_forward(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(self._arguments, args, strict=False)) | kwargs
-        session = given.get("past_key_values")
-        if not isinstance(session, WatchedSession) or session.served_model is not self:
+        session = self._session_of(given)
+        if session is None:
             return
         for name in _BEYOND_TOKENS:
             if given.get(name) is not None:
@@ -89,3 +119,15 @@ class ServedModel:
         if given.get("input_ids") is None:
             raise ValueError("input_ids: expected the session's tokens, got None")
         session.check_step(given["input_ids"], given.get("position_ids"))
+
+
+def _weight_samples(weights: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Views of some bytes in the middle of each weight, by device."""
+    samples: dict[torch.device, list[torch.Tensor]] = {}
+    for weight in weights:
+        if weight.is_contiguous() and weight.numel():
+            flat = weight.detach().view(-1)
+            middle = flat.numel() // 2
+            view = flat[middle : middle + _SAMPLE_SIZE].view(torch.uint8)
+            samples.setdefault(weight.device, []).append(view)
+    return list(samples.values())

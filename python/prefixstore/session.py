@@ -10,6 +10,7 @@ import torch
 
 from kvkernels.nn.transformers import PagedCache
 from prefixstore.device import DeviceBlocks
+from prefixstore.index import Match
 from prefixstore.restore import RestoredPrefix
 from prefixstore.served_model import ServedModel
 from prefixstore.tokens import as_tokens
@@ -55,19 +56,19 @@ class Session(PagedCache):
         tokens: np.ndarray,
         restored: RestoredPrefix,
         report: ReuseReport,
-        publish: Callable[[np.ndarray, np.ndarray, int], None],
+        publish: Callable[[np.ndarray, np.ndarray, int], Match | None],
         served_model: ServedModel | None = None,
     ) -> None:
         self.report = report
         self.served_model = served_model
         self._device = device
         self._tokens = tokens
-        self._restored: RestoredPrefix | None = restored
+        self._match: Match | None = restored.match  # pinned; None once released
         self._num_committed = restored.num_blocks
         # Steps beyond the known tokens, by the position they start at: compared when `commit`
         # names those tokens, for reading them at every step would stop a GPU's stream.
         self._steps: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
-        self._num_checked = restored.num_blocks * device.block_size
+        self._checked_step: tuple[int, int] | None = None  # start and length
         self._publish = publish
         super().__init__(
             device.groups,
@@ -135,7 +136,11 @@ class Session(PagedCache):
         if start + token_ids.numel() > len(self._tokens):
             positions = None if position_ids is None else position_ids.detach().clone()
             self._steps[start] = (token_ids.clone(), positions)
-        self._num_checked = start + token_ids.numel()
+        self._checked_step = (start, token_ids.numel())
+
+    def end_step(self) -> None:
+        """The forward pass that `check_step` announced is over, finished or not."""
+        self._checked_step = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens, as `PagedCache.crop`; what follows may be other tokens."""
@@ -146,37 +151,45 @@ class Session(PagedCache):
             for at, (step_ids, position_ids) in self._steps.items()
             if at < self.num_tokens
         }
-        self._num_checked = min(self._num_checked, self.num_tokens)
         self._num_committed = min(self._num_committed, self.num_tokens // self._device.block_size)
 
     def release(self) -> None:
         """Give the blocks back; what was committed stays cached. May be called again."""
         super().release()
-        restored, self._restored = self._restored, None
-        if restored is not None:
-            self._device.unpin(restored.match)
+        match, self._match = self._match, None
+        if match is not None:
+            self._device.unpin(match)
 
     def __del__(self) -> None:
         # Reached without release() when the session was passed straight to generate().
-        if getattr(self, "_restored", None) is not None:
-            self.release()
+        match = getattr(self, "_match", None)
+        if match is not None:
+            self._device.abandon(self._tables, match)
 
-    def _commit_stored(self) -> None:
-        if self._restored is None:
-            raise ValueError("session: expected an open session, got a released one")
-        if self.served_model is not None and self._num_checked < self.num_tokens:
+    def _begin_step(self, key_states: torch.Tensor) -> None:
+        checked, self._checked_step = self._checked_step, None
+        if self.served_model is not None and checked != (self.num_tokens, key_states.shape[2]):
             raise ValueError(
                 "past_key_values: expected a forward pass of the model the cache was opened for,"
                 " got one of another or of a part of it"
             )
+        super()._begin_step(key_states)
+
+    def _commit_stored(self) -> None:
+        if self._match is None:
+            raise ValueError("session: expected an open session, got a released one")
         block_size = self._device.block_size
         num_blocks = min(self.num_tokens, len(self._tokens)) // block_size
         if num_blocks <= self._num_committed:
             return
         tables = [self.block_ids(group, 0) for group in range(len(self._device.groups))]
         block_ids = np.array([table[:num_blocks] for table in tables], dtype=np.int32).T
-        self._publish(self._tokens[: num_blocks * block_size], block_ids, self._num_committed)
+        tokens = self._tokens[: num_blocks * block_size]
+        match = self._publish(tokens, block_ids, self._num_committed)
         self._num_committed = num_blocks
+        if match is not None:
+            before, self._match = self._match, match
+            self._device.unpin(before)
 
 
 def _compare(

@@ -7,7 +7,7 @@ import torch
 
 
 def as_tokens(name: str, token_ids: torch.Tensor | Sequence[int]) -> np.ndarray:
-    """`token_ids` as `[num_tokens]` uint32, from a tensor, an array or a list."""
+    """A copy of `token_ids` as `[num_tokens]` uint32, from a tensor, an array or a list."""
     if isinstance(token_ids, torch.Tensor):
         tokens = token_ids.detach().cpu().numpy()
     else:
@@ -27,4 +27,5 @@ def as_tokens(name: str, token_ids: torch.Tensor | Sequence[int]) -> np.ndarray:
         raise ValueError(
             f"{name}: expected token ids 0 to 2**32 - 1, got {tokens.min()} to {tokens.max()}"
         )
-    return np.ascontiguousarray(tokens, dtype=np.uint32)
+    # Always a copy: blocks are filed under these tokens after the caller may have changed its own.
+    return np.array(tokens, dtype=np.uint32, order="C", copy=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -45,9 +46,12 @@ class WriteQueue:
         self._num_bytes = 0
         self._is_closed = False
         self._changed = threading.Condition()
+        self._pid = os.getpid()  # a fork takes the queue along and leaves the writer behind
 
     def offer(self, job: WriteJob) -> bool:
-        """Queue a job; False if it does not fit or the queue is closed."""
+        """Queue a job; False if it does not fit, the queue is closed or the process forked."""
+        if self._is_forked():
+            return False
         with self._changed:
             has_room = (
                 self._num_bytes + job.data.nbytes <= self._max_bytes
@@ -77,7 +81,9 @@ class WriteQueue:
             self._changed.notify_all()
 
     def wait_empty(self, timeout_s: float) -> bool:
-        """Wait until nothing is queued or running; False if that takes longer."""
+        """Wait until nothing is queued or running; False if that takes longer, or forever."""
+        if self._is_forked():
+            return False
         with self._changed:
             return bool(self._changed.wait_for(lambda: self._num_entries() == 0, timeout_s))
 
@@ -107,6 +113,9 @@ class WriteQueue:
             if num_bytes != self._num_bytes:
                 return [f"write queue: expected {num_bytes} bytes, got {self._num_bytes}"]
             return []
+
+    def _is_forked(self) -> bool:
+        return os.getpid() != self._pid
 
     def _num_entries(self) -> int:
         return len(self._jobs) + (self._running is not None)

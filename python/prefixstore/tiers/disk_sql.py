@@ -59,7 +59,7 @@ class Connection:
             )
         try:
             self._prepare()
-        except TierError:
+        except BaseException:
             self.close()
             raise
 
@@ -133,6 +133,8 @@ class Connection:
             yield
         except sqlite3.Error as error:
             raise self._translated(error) from error
+        except UnicodeDecodeError as error:  # SQLite's own message quotes the damaged bytes
+            raise IndexDamaged(f"{self._tier_name}: {self._path}: {error}") from error
 
     def _translated(self, error: sqlite3.Error) -> TierError:
         text = str(error)  # the numeric code came only with Python 3.11
