@@ -71,12 +71,13 @@ def _initialised(model_class, config):
 
 
 def make_groups(model, num_blocks=32):
-    return [
-        PagedGroup(
-            KVPool(spec.layout, num_blocks), BlockAllocator(num_blocks), spec.layers, spec.window
-        )
-        for spec in layer_groups(model.config, BLOCK_SIZE, torch.float32)
-    ]
+    """Paged groups whose pools hold NaN wherever nothing was stored."""
+    groups = []
+    for spec in layer_groups(model.config, BLOCK_SIZE, torch.float32):
+        pool = KVPool(spec.layout, num_blocks)
+        pool.data.fill_(float("nan"))
+        groups.append(PagedGroup(pool, BlockAllocator(num_blocks), spec.layers, spec.window))
+    return groups
 
 
 def generate(model, ids, num_new=24, **options):

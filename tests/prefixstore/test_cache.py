@@ -2,102 +2,18 @@
 
 import gc
 import threading
-from functools import partial
+import time
+import weakref
 
-import numpy as np
 import pytest
 import torch
-import transformers
+from cached_models import BLOCK_SIZE, generate, random_tokens, run
 
 from kvkernels import PoolFullError
-from kvkernels.errors import UnsupportedError
-from kvkernels.nn.transformers import paged_attention
 from prefixstore.cache import PrefixCache
-from prefixstore.errors import ConfigError, TierUnavailable
+from prefixstore.index import RadixIndex
 from prefixstore.store import StoreConfig
 from prefixstore.tiers.memory import MemoryTier
-
-BLOCK_SIZE = 16
-VOCABULARY = 97
-
-
-def tiny_llama():
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=96,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-def tiny_gemma3():
-    """Two layer groups; the window of 40 tokens is no multiple of the block."""
-    config = transformers.Gemma3TextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=32,
-        sliding_window=40,
-        layer_types=[f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding")],
-        max_position_embeddings=2048,
-    )
-    return transformers.Gemma3ForCausalLM(config).eval()
-
-
-@pytest.fixture(params=[tiny_llama, tiny_gemma3], ids=["llama", "gemma3"])
-def model(request):
-    torch.manual_seed(1)
-    return request.param()
-
-
-def random_tokens(num_tokens, seed=0):
-    rng = np.random.default_rng(seed)
-    return torch.from_numpy(rng.integers(3, VOCABULARY, (1, num_tokens)))
-
-
-@torch.no_grad()
-def generate(model, tokens, past_key_values=None, num_new=12):
-    return model.generate(
-        tokens,
-        past_key_values=past_key_values,
-        max_new_tokens=num_new,
-        min_new_tokens=num_new,
-        do_sample=False,
-        pad_token_id=0,
-        attention_mask=torch.ones_like(tokens),
-    )[0, tokens.shape[1] :].tolist()
-
-
-@pytest.fixture
-def open_cache(model):
-    """Opens caches of the model; checks and closes them when the test is over."""
-    caches = []
-
-    def open_one(**options):
-        cache = PrefixCache.open(
-            model, **{"block_size": BLOCK_SIZE, "pool_tokens": 1024, "memory_bytes": 0, **options}
-        )
-        caches.append(cache)
-        return cache
-
-    yield open_one
-    for cache in caches:
-        assert cache.check() == []
-        cache.close()
-
-
-def run(cache, model, tokens, **options):
-    with cache.session(tokens) as session:
-        return generate(model, tokens, session, **options), session.report
 
 
 def test_warm_output_equals_cold_output_and_transformers_own(model, open_cache):
@@ -154,136 +70,6 @@ def test_committed_answers_are_reused(model, open_cache):
     out, report = run(cache, model, follow_up)
     assert out == plain
     assert report.num_reused == 80
-
-
-def test_commit_refuses_other_tokens(model, open_cache):
-    cache = open_cache()
-    tokens = random_tokens(40)
-    with cache.session(tokens) as session:
-        generate(model, tokens, session)
-        other = tokens.clone()
-        other[0, 7] = 1
-        with pytest.raises(ValueError, match=r"token_ids: expected to continue .* at 7, got 1"):
-            session.commit(other)
-    with pytest.raises(ValueError, match="expected an open session, got a released one"):
-        session.commit(torch.cat([tokens, tokens], dim=1))
-
-
-def refusal(cache, model, tokens, **inputs):
-    """What the model says to a session of `tokens` run on other inputs; nothing gets cached."""
-    with cache.session(tokens) as session, torch.no_grad():
-        with pytest.raises((ValueError, UnsupportedError)) as error:
-            model(past_key_values=session, **inputs)
-        assert session.num_tokens == 0
-    assert cache.session(tokens).report.num_reused == 0
-    return str(error.value)
-
-
-def test_a_session_refuses_what_is_not_its_own(model, open_cache):
-    cache = open_cache()
-    tokens = random_tokens(40)
-    other = tokens.clone()
-    other[0, 7] = 1
-    refused = partial(refusal, cache, model, tokens)
-    expected = f"input_ids: expected the session's token {tokens[0, 7]} at 7, got 1"
-    assert refused(input_ids=other) == expected
-    shifted = torch.arange(1, 41)[None]
-    expected = "position_ids: expected 0 to 39 with a session, got 1 to 40"
-    assert refused(input_ids=tokens, position_ids=shifted) == expected
-    embeddings = model.get_input_embeddings()(tokens)
-    assert refused(inputs_embeds=embeddings).startswith("inputs_embeds: expected input_ids alone")
-    assert refused(input_ids=tokens[:, :0]).startswith("input_ids: expected more tokens than the 0")
-    both = torch.cat([tokens, tokens])
-    assert refused(input_ids=both) == (
-        "input_ids: expected one sequence with a session, got shape [2, 40]"
-    )
-
-
-def test_a_session_passed_to_another_model_caches_nothing(model, open_cache):
-    cache = open_cache()
-    tokens = random_tokens(40)
-    torch.manual_seed(2)
-    other = type(model)(model.config).eval()
-    with (
-        paged_attention(other),
-        cache.session(tokens) as session,
-        torch.no_grad(),
-        pytest.raises(ValueError, match="expected a forward pass of the model the cache"),
-    ):
-        other(tokens, past_key_values=session)
-    assert cache.session(tokens).report.num_reused == 0
-
-
-def test_commit_refuses_what_the_model_was_not_run_on(model, open_cache):
-    cache = open_cache()
-    tokens = random_tokens(40)
-    with cache.session(tokens) as session:
-        answer = torch.tensor([generate(model, tokens, session, num_new=30)])
-        made_up = answer.clone()
-        made_up[0, 11] = (answer[0, 11] + 1) % VOCABULARY
-        with pytest.raises(ValueError, match=r"input_ids: expected the session's token .* at 51"):
-            session.commit(torch.cat([tokens, made_up], dim=1))
-        assert session.commit(torch.cat([tokens, answer], dim=1)) == 64
-
-
-def test_what_was_cropped_away_may_be_other_tokens(model, open_cache):
-    cache = open_cache()
-    tokens, other = random_tokens(30), random_tokens(30, seed=5)
-    with cache.session(tokens) as session, torch.no_grad():
-        model(tokens, past_key_values=session)
-        model(tokens[:, :10], past_key_values=session)
-        session.crop(-5)
-        model(other[:, :10], past_key_values=session)
-        whole = torch.cat([tokens, tokens[:, :5], other[:, :10]], dim=1)
-        assert session.commit(whole) == 32
-    plain = generate(model, whole)
-    assert run(cache, model, whole)[0] == plain
-
-
-def test_changed_weights_need_another_cache(model, open_cache):
-    cache = open_cache()
-    tokens = random_tokens(40)
-    run(cache, model, tokens)
-    with torch.no_grad():
-        next(model.parameters()).mul_(1.5)
-    with pytest.raises(ValueError, match="model: expected the weights the cache was opened with"):
-        cache.session(tokens)
-    assert run(open_cache(), model, tokens)[1].num_reused == 0
-
-
-def test_a_closed_cache_gives_the_model_back(model, open_cache):
-    before = model.config._attn_implementation
-    first, second = open_cache(), open_cache()
-    tokens = random_tokens(40)
-    first.close()
-    with pytest.raises(ValueError, match="session: expected an open cache, got a closed one"):
-        first.session(tokens)
-    run(second, model, tokens)
-    second.close()
-    second.close()
-    assert model.config._attn_implementation == before
-    generate(model, tokens)
-
-
-def test_a_cache_that_cannot_be_opened_leaves_nothing_open(tmp_path):
-    config = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=VOCABULARY)
-    bloom = transformers.BloomForCausalLM(config).eval()
-    before, threads = bloom.config._attn_implementation, threading.active_count()
-    with pytest.raises((UnsupportedError, ConfigError)):
-        PrefixCache.open(bloom, disk_path=tmp_path)
-    with pytest.raises(UnsupportedError):
-        PrefixCache.open(bloom, pool_tokens=64, disk_path=tmp_path)
-    assert bloom.config._attn_implementation == before
-    assert threading.active_count() == threads
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_tier_that_cannot_be_opened_leaves_the_model_alone(model, tmp_path):
-    before = model.config._attn_implementation
-    (tmp_path / "file").write_text("no directory")
-    with pytest.raises(TierUnavailable):
-        PrefixCache.open(model, pool_tokens=64, disk_path=tmp_path / "file")
-    assert model.config._attn_implementation == before
 
 
 @pytest.mark.parametrize("tier", ["memory", "disk"])
@@ -381,6 +167,28 @@ def test_a_session_passed_straight_to_generate_gives_its_blocks_back(model, open
     assert used == 6  # the whole blocks of the prompt stay, in the index alone
 
 
+def test_a_session_may_be_collected_while_its_locks_are_held(model, open_cache, monkeypatch):
+    match, num_collected = RadixIndex.match, 0
+
+    def match_after_collecting(*arguments):
+        nonlocal num_collected
+        num_collected += gc.collect()
+        return match(*arguments)
+
+    cache = open_cache()
+    cycle = [cache.session(random_tokens(100))]
+    cycle.append(cycle)
+    session = weakref.ref(cycle[0])
+    generate(model, random_tokens(100), cycle[0])
+    del cycle
+    monkeypatch.setattr(RadixIndex, "match", match_after_collecting)
+    cache.session(random_tokens(100, seed=1)).release()
+    assert session() is None
+    assert num_collected > 0
+    used = cache.stats().pool_blocks - cache.stats().pool_free_blocks
+    assert used == 6  # the whole blocks of the prompt stay, in the index alone
+
+
 def test_a_full_pool_raises_and_recovers(model, open_cache):
     cache = open_cache(pool_tokens=128)
     small, large = random_tokens(40, seed=1), random_tokens(200, seed=2)
@@ -399,6 +207,33 @@ def test_open_sessions_keep_their_blocks_under_pressure(model, open_cache):
         for seed in range(2, 6):
             run(cache, model, random_tokens(200, seed=seed))
         assert generate(model, held_tokens, held, num_new=20) == plain
+
+
+def test_pressure_leaves_what_open_sessions_hold_in_the_index(model, open_cache):
+    """Evicting it would free nothing."""
+    cache = open_cache(pool_tokens=40 * BLOCK_SIZE)
+    held_tokens, large = random_tokens(30 * BLOCK_SIZE + 1, seed=1), random_tokens(240, seed=2)
+    with cache.session(held_tokens) as held:
+        generate(model, held_tokens, held, num_new=2)
+        with cache.session(large) as session, pytest.raises(PoolFullError):
+            generate(model, large, session)
+        again = cache.session(held_tokens)
+        assert again.report.num_reused == 30 * BLOCK_SIZE
+        again.release()
+
+
+def test_pressure_waits_for_writes_before_it_evicts_more(model, open_cache, monkeypatch):
+    put = MemoryTier.put
+
+    def slow_put(*arguments):
+        time.sleep(0.02)
+        return put(*arguments)
+
+    monkeypatch.setattr(MemoryTier, "put", slow_put)
+    cache = open_cache(pool_tokens=40 * BLOCK_SIZE, memory_bytes=1 << 24)
+    run(cache, model, random_tokens(30 * BLOCK_SIZE + 1, seed=1), num_new=2)
+    run(cache, model, random_tokens(12 * BLOCK_SIZE, seed=3), num_new=2)
+    assert cache.stats().evicted_blocks == 3  # 30 blocks, then 12 and one of the answer, in 40
 
 
 def test_no_block_is_dropped_while_the_writer_is_slow(model, open_cache, monkeypatch):
@@ -446,36 +281,6 @@ def test_two_caches_share_one_disk(model, open_cache, tmp_path):
     out, report = run(second, model, tokens)
     assert out == cold
     assert report.tokens_by_tier == {"disk": 96}
-
-
-@pytest.mark.parametrize(
-    ("tokens", "message"),
-    [
-        ([], "token_ids: expected at least one token, got none"),
-        ([[1, 2], [3, 4]], r"token_ids: expected one sequence, .* got shape \[2, 2\]"),
-        ([1.5, 2.5], "token_ids: expected integers, got float64"),
-        ([1, -2], r"token_ids: expected token ids 0 to 2\*\*32 - 1, got -2 to 1"),
-    ],
-)
-def test_refuses_tokens_that_are_none(open_cache, tokens, message):
-    with pytest.raises(ValueError, match=message):
-        open_cache().session(tokens)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"block_size": 24}, "block_size: expected one of 16, 32, 64, 128, 256, got 24"),
-        ({"pool_tokens": 8}, "pool_tokens: expected at least one block of 16, got 8"),
-        ({"pool_tokens": 64.5}, "pool_tokens: expected an integer, got 64.5"),
-        ({"salt": 3}, "salt: expected a string, got 3"),
-        ({"memory_bytes": -1}, "memory_bytes: expected 0 or more, got -1"),
-        ({"disk_path": "x", "disk_bytes": 0}, "disk_bytes: expected more than 0, got 0"),
-    ],
-)
-def test_refuses_a_config_out_of_range(open_cache, options, message):
-    with pytest.raises(ConfigError, match=message):
-        open_cache(**options)
 
 
 def test_a_damaged_disk_index_loses_no_answer(model, open_cache, tmp_path):

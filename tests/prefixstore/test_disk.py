@@ -131,6 +131,25 @@ def test_order_of_use_survives_reopening(tmp_path):
     tier.close()
 
 
+def test_a_clock_that_was_set_back_keeps_no_old_record_for_ever(tmp_path, monkeypatch):
+    now_ns = time.time_ns
+    old, new = make_keys(40)[:20], make_keys(40)[20:]
+    sizes = {
+        "capacity_bytes": 10 * round_up(LAYOUT.record_bytes, PAGE_BYTES),
+        "slab_bytes": 1 << 14,
+    }
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns() + 24 * 3600 * 10**9)
+    tier = open_tier(tmp_path, **sizes)
+    put(tier, old)
+    assert count_right(tier, old) == 10
+    tier.close()
+    monkeypatch.setattr(time, "time_ns", now_ns)
+    tier = open_tier(tmp_path, **sizes)
+    put(tier, new)
+    assert count_right(tier, new) == 10
+    tier.close()
+
+
 def test_kill_minus_nine_in_the_middle_of_writes(tmp_path, make_process):
     """50 writers on one directory killed at random moments, and 10 more while they open it.
 
@@ -239,7 +258,7 @@ def test_a_writer_past_its_lease_publishes_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "damage",
-    ["missing", "garbage", "empty", "damaged page", "other tables"],
+    ["missing", "garbage", "empty", "damaged page", "other tables", "no text"],
 )
 def test_a_lost_index_is_rebuilt_from_the_slabs(tmp_path, damage):
     keys = make_keys(40)
@@ -265,6 +284,9 @@ def test_a_lost_index_is_rebuilt_from_the_slabs(tmp_path, damage):
             with sqlite3.connect(index) as sql:
                 sql.execute("CREATE TABLE strangers (name TEXT)")
             sql.close()
+        case "no text":  # SQLite's message quotes the bytes, which are no UTF-8
+            damaged = index.read_bytes().replace(b"WITHOUT ROWID", b"WITHOUT \xff\xfeWID")
+            index.write_bytes(damaged)
     tier = open_tier(tmp_path)
     assert tier.check() == []
     assert count_right(tier, keys) == 39  # what was deleted stays deleted
@@ -272,8 +294,23 @@ def test_a_lost_index_is_rebuilt_from_the_slabs(tmp_path, damage):
     put(tier, keys)
     assert count_right(tier, keys) == 40
     tier.close()
-    if damage in ("garbage", "damaged page", "other tables"):
+    if damage in ("garbage", "damaged page", "other tables", "no text"):
         assert (tmp_path / "damaged-index.sqlite").exists()  # set aside, not destroyed
+
+
+def test_a_free_slot_of_no_slab_is_damage(tmp_path):
+    tier = open_tier(tmp_path)
+    put(tier, make_keys(1))
+    with sqlite3.connect(tmp_path / "index.sqlite") as sql:
+        sql.execute("DELETE FROM slabs")
+    sql.close()
+    with pytest.raises(TierUnavailable, match="expected a free slot in a known slab"):
+        put(tier, make_keys(2))
+    tier.close()
+    tier = open_tier(tmp_path)
+    assert tier.check() == []
+    assert count_right(tier, make_keys(1)) == 1
+    tier.close()
 
 
 def test_a_damaged_index_that_others_use_is_left_alone(tmp_path):

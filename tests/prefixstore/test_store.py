@@ -492,6 +492,25 @@ def test_close_writes_what_is_queued(make_store, tmp_path):
     tier.close()
 
 
+def test_a_forked_process_queues_nothing_for_the_writer_it_lacks(make_store):
+    store = make_store(DictTier("tier"))
+    keys = make_keys(2)
+    save(store, keys[:1])
+    pid = os.fork()
+    if pid == 0:  # in the child: exit at once, whatever happens
+        try:
+            done = []
+            payload = memoryview(make_payload(keys[1])).cast("B")
+            store.save(keys[1], payload, done=lambda: done.append(1))
+            was_dropped = done == [1] and store.stats().num_dropped == 1
+            os._exit(0 if was_dropped and not store.flush(60) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(pid, 0)[1] == 0
+    save(store, keys[1:])
+    assert load(store, keys[1]) == "tier"
+
+
 def test_close_gives_up_on_a_stalled_tier(make_store):
     gate = Gate()
     store = make_store(DictTier("stalled", gate), close_timeout_s=0.1)

@@ -202,25 +202,28 @@ class DiskTier:
         with self._locked_directory() as is_alone:
             self._files.list_slabs()  # refuses a newer version before anything is touched
             try:
-                connection = self._connect(is_alone)
+                return self._read_index(is_alone)
             except IndexDamaged as error:
                 if not is_alone:
                     raise
                 logger.warning("%s: rebuilding the index from the slabs: %s", self.name, error)
                 self._set_index_aside()
-                connection = self._connect(is_alone)
+                return self._read_index(is_alone)
+
+    def _read_index(self, is_alone: bool) -> SlotIndex:
+        connection = self._connect(is_alone)
+        try:
             index = SlotIndex(connection, self._config.limits)
-            try:
-                if is_alone:
-                    self._reconcile(index)
-                with index.frozen() as sql:
-                    dropped = disk_slabs.shrink(sql, self._config.capacity_bytes)
-                for slab in dropped:
-                    self._files.remove(slab)
-            except BaseException:
-                connection.close()
-                raise
-            return index
+            if is_alone:
+                self._reconcile(index)
+            with index.frozen() as sql:
+                dropped = disk_slabs.shrink(sql, self._config.capacity_bytes)
+            for slab in dropped:
+                self._files.remove(slab)
+        except BaseException:
+            connection.close()
+            raise
+        return index
 
     def _connect(self, is_alone: bool) -> Connection:
         path = self._config.path / "index.sqlite"
@@ -253,6 +256,7 @@ class DiskTier:
                 disk_slabs.insert_slab(sql, slab, last_used)
                 disk_slabs.fill_slab(sql, slab, found, last_used)
                 logger.info("%s: found %d records in %s", self.name, len(found), slab.file_name)
+            disk_slabs.clamp_last_used(sql, time.time_ns())
 
     def _set_index_aside(self) -> None:
         for suffix in ("", "-wal", "-shm"):

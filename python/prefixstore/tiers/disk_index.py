@@ -26,7 +26,7 @@ from prefixstore.record import BlockHash
 from prefixstore.tiers import disk_slabs
 from prefixstore.tiers.disk_files import Slab
 from prefixstore.tiers.disk_slabs import Evicted, Limits
-from prefixstore.tiers.disk_sql import Connection
+from prefixstore.tiers.disk_sql import Connection, IndexDamaged
 
 logger = logging.getLogger(__name__)
 
@@ -107,11 +107,17 @@ class SlotIndex:
                 (slot_bytes, lease_end),
             )
             evicted = disk_slabs.make_room(sql, slot_bytes, self._limits)
-            slab_id, slot, ticket, num_slots = sql.execute(
+            free = sql.execute(
                 "SELECT slab_id, slot, ticket + 1, num_slots FROM slots JOIN slabs USING (slab_id)"
                 " WHERE slots.slot_bytes = ? AND state = 0 LIMIT 1",
                 (slot_bytes,),
             ).fetchone()
+            if free is None:
+                raise IndexDamaged(
+                    f"{self._limits.tier_name}: expected a free slot in a known slab, got one in"
+                    " none"
+                )
+            slab_id, slot, ticket, num_slots = free
             sql.execute(
                 "UPDATE slots SET state = 1, ticket = ?, block_hash = NULL, last_used = ?"
                 " WHERE slab_id = ? AND slot = ?",

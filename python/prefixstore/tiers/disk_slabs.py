@@ -108,6 +108,15 @@ def fill_slab(
         )
 
 
+def clamp_last_used(sql: sqlite3.Connection, now: int) -> None:
+    """Let nothing be used later than now.
+
+    After the clock was set back, old records would outlive every new one otherwise.
+    """
+    for table in ("slots", "slabs"):
+        sql.execute(f"UPDATE {table} SET last_used = ? WHERE last_used > ?", (now, now))
+
+
 def drop_slab(sql: sqlite3.Connection, slab: Slab) -> int:
     """Forget a slab; returns how many records it held."""
     (num_records,) = sql.execute(

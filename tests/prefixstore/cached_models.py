@@ -1,0 +1,63 @@
+"""Random-weight models small enough for a test, and how to run them with a cache."""
+
+import numpy as np
+import torch
+import transformers
+
+BLOCK_SIZE = 16
+VOCABULARY = 97
+
+
+def tiny_llama():
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=96,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def tiny_gemma3():
+    """Two layer groups; the window of 40 tokens is no multiple of the block."""
+    config = transformers.Gemma3TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=32,
+        sliding_window=40,
+        layer_types=[f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding")],
+        max_position_embeddings=2048,
+    )
+    return transformers.Gemma3ForCausalLM(config).eval()
+
+
+def random_tokens(num_tokens, seed=0):
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(rng.integers(3, VOCABULARY, (1, num_tokens)))
+
+
+@torch.no_grad()
+def generate(model, tokens, past_key_values=None, num_new=12):
+    return model.generate(
+        tokens,
+        past_key_values=past_key_values,
+        max_new_tokens=num_new,
+        min_new_tokens=num_new,
+        do_sample=False,
+        pad_token_id=0,
+        attention_mask=torch.ones_like(tokens),
+    )[0, tokens.shape[1] :].tolist()
+
+
+def run(cache, model, tokens, **options):
+    with cache.session(tokens) as session:
+        return generate(model, tokens, session, **options), session.report

@@ -1,0 +1,31 @@
+"""Fixtures for tests that run a model with a cache."""
+
+import pytest
+import torch
+from cached_models import BLOCK_SIZE, tiny_gemma3, tiny_llama
+
+from prefixstore.cache import PrefixCache
+
+
+@pytest.fixture(params=[tiny_llama, tiny_gemma3], ids=["llama", "gemma3"])
+def model(request):
+    torch.manual_seed(1)
+    return request.param()
+
+
+@pytest.fixture
+def open_cache(model):
+    """Opens caches of the model; checks and closes them when the test is over."""
+    caches = []
+
+    def open_one(**options):
+        cache = PrefixCache.open(
+            model, **{"block_size": BLOCK_SIZE, "pool_tokens": 1024, "memory_bytes": 0, **options}
+        )
+        caches.append(cache)
+        return cache
+
+    yield open_one
+    for cache in caches:
+        assert cache.check() == []
+        cache.close()

@@ -1,0 +1,232 @@
+"""A session takes the KV of its own tokens, of its own model, and nothing else."""
+
+import threading
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from cached_models import VOCABULARY, generate, random_tokens, run
+
+from kvkernels.errors import UnsupportedError
+from kvkernels.nn.transformers import paged_attention
+from prefixstore.cache import PrefixCache
+from prefixstore.errors import ConfigError, TierUnavailable
+
+
+def test_commit_refuses_other_tokens(model, open_cache):
+    cache = open_cache()
+    tokens = random_tokens(40)
+    with cache.session(tokens) as session:
+        generate(model, tokens, session)
+        other = tokens.clone()
+        other[0, 7] = 1
+        with pytest.raises(ValueError, match=r"token_ids: expected to continue .* at 7, got 1"):
+            session.commit(other)
+    with pytest.raises(ValueError, match="expected an open session, got a released one"):
+        session.commit(torch.cat([tokens, tokens], dim=1))
+
+
+def refusal(cache, model, tokens, **inputs):
+    """What the model says to a session of `tokens` run on other inputs; nothing gets cached."""
+    with cache.session(tokens) as session, torch.no_grad():
+        with pytest.raises((ValueError, UnsupportedError)) as error:
+            model(past_key_values=session, **inputs)
+        assert session.num_tokens == 0
+    assert cache.session(tokens).report.num_reused == 0
+    return str(error.value)
+
+
+def test_a_session_refuses_what_is_not_its_own(model, open_cache):
+    cache = open_cache()
+    tokens = random_tokens(40)
+    other = tokens.clone()
+    other[0, 7] = 1
+    refused = partial(refusal, cache, model, tokens)
+    expected = f"input_ids: expected the session's token {tokens[0, 7]} at 7, got 1"
+    assert refused(input_ids=other) == expected
+    shifted = torch.arange(1, 41)[None]
+    expected = "position_ids: expected 0 to 39 with a session, got 1 to 40"
+    assert refused(input_ids=tokens, position_ids=shifted) == expected
+    embeddings = model.get_input_embeddings()(tokens)
+    assert refused(inputs_embeds=embeddings).startswith("inputs_embeds: expected input_ids alone")
+    assert refused(input_ids=tokens[:, :0]).startswith("input_ids: expected more tokens than the 0")
+    both = torch.cat([tokens, tokens])
+    assert refused(input_ids=both) == (
+        "input_ids: expected one sequence with a session, got shape [2, 40]"
+    )
+
+
+def test_a_session_keeps_its_own_copy_of_the_tokens(model, open_cache):
+    cache = open_cache()
+    tokens, other = random_tokens(64, seed=1), random_tokens(64, seed=2)
+    buffer = tokens[0].numpy().astype(np.uint32)
+    with cache.session(buffer) as session, torch.no_grad():
+        model(tokens[:, :40], past_key_values=session)
+        buffer[:40] = other[0, :40]
+        model(tokens[:, 40:], past_key_values=session)
+    assert cache.session(torch.cat([other[:, :40], tokens[:, 40:]], 1)).report.num_reused == 0
+    assert cache.session(tokens).report.num_reused == 48
+
+
+def test_a_session_passed_to_another_model_caches_nothing(model, open_cache):
+    cache = open_cache()
+    tokens = random_tokens(40)
+    torch.manual_seed(2)
+    other = type(model)(model.config).eval()
+    with (
+        paged_attention(other),
+        cache.session(tokens) as session,
+        torch.no_grad(),
+        pytest.raises(ValueError, match="expected a forward pass of the model the cache"),
+    ):
+        other(tokens, past_key_values=session)
+    assert cache.session(tokens).report.num_reused == 0
+
+
+def test_a_failed_pass_does_not_open_the_session_to_another_model(model, open_cache):
+    cache = open_cache()
+    tokens = random_tokens(40)
+    other = type(model)(model.config).eval()
+
+    def fail(*_):
+        raise RuntimeError("cancelled")
+
+    hook = model.model.layers[1].register_forward_pre_hook(fail)
+    with paged_attention(other), cache.session(tokens) as session, torch.no_grad():
+        with pytest.raises(RuntimeError, match="cancelled"):
+            model(tokens, past_key_values=session)
+        hook.remove()
+        with pytest.raises(ValueError, match="expected a forward pass of the model the cache"):
+            other(tokens, past_key_values=session)
+        model(tokens, past_key_values=session)
+    plain = generate(model, tokens)
+    out, report = run(cache, model, tokens)
+    assert out == plain
+    assert report.num_reused == 32
+
+
+def test_commit_refuses_what_the_model_was_not_run_on(model, open_cache):
+    cache = open_cache()
+    tokens = random_tokens(40)
+    with cache.session(tokens) as session:
+        answer = torch.tensor([generate(model, tokens, session, num_new=30)])
+        made_up = answer.clone()
+        made_up[0, 11] = (answer[0, 11] + 1) % VOCABULARY
+        with pytest.raises(ValueError, match=r"input_ids: expected the session's token .* at 51"):
+            session.commit(torch.cat([tokens, made_up], dim=1))
+        assert session.commit(torch.cat([tokens, answer], dim=1)) == 64
+
+
+def test_what_was_cropped_away_may_be_other_tokens(model, open_cache):
+    cache = open_cache()
+    tokens, other = random_tokens(30), random_tokens(30, seed=5)
+    with cache.session(tokens) as session, torch.no_grad():
+        model(tokens, past_key_values=session)
+        model(tokens[:, :10], past_key_values=session)
+        session.crop(-5)
+        model(other[:, :10], past_key_values=session)
+        whole = torch.cat([tokens, tokens[:, :5], other[:, :10]], dim=1)
+        assert session.commit(whole) == 32
+    plain = generate(model, whole)
+    assert run(cache, model, whole)[0] == plain
+
+
+def scale(weight):
+    with torch.no_grad():
+        weight.mul_(1.5)
+
+
+def scale_data(weight):
+    weight.data.mul_(1.5)  # leaves the version counter as it is; adapters are merged so
+
+
+def replace_data(weight):
+    weight.data = weight.data * 1.5
+
+
+@pytest.mark.parametrize("change", [scale, scale_data, replace_data])
+def test_changed_weights_need_another_cache(model, open_cache, change):
+    cache = open_cache()
+    tokens = random_tokens(40)
+    run(cache, model, tokens)
+    change(model.model.layers[1].self_attn.k_proj.weight)
+    with pytest.raises(ValueError, match="model: expected the weights the cache was opened with"):
+        cache.session(tokens)
+    assert run(open_cache(), model, tokens)[1].num_reused == 0
+
+
+def test_weights_changed_during_a_session_cache_nothing(model, open_cache):
+    cache = open_cache()
+    tokens = random_tokens(40)
+    with cache.session(tokens) as session:
+        scale_data(model.model.layers[1].self_attn.k_proj.weight)
+        with pytest.raises(ValueError, match="model: expected the weights the cache was opened"):
+            generate(model, tokens, session)
+    assert cache.stats().index.num_blocks == 0
+
+
+def test_a_closed_cache_gives_the_model_back(model, open_cache):
+    before = model.config._attn_implementation
+    first, second = open_cache(), open_cache()
+    tokens = random_tokens(40)
+    first.close()
+    with pytest.raises(ValueError, match="session: expected an open cache, got a closed one"):
+        first.session(tokens)
+    run(second, model, tokens)
+    second.close()
+    second.close()
+    assert model.config._attn_implementation == before
+    generate(model, tokens)
+
+
+def test_a_cache_that_cannot_be_opened_leaves_nothing_open(tmp_path):
+    config = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=VOCABULARY)
+    bloom = transformers.BloomForCausalLM(config).eval()
+    before, threads = bloom.config._attn_implementation, threading.active_count()
+    with pytest.raises((UnsupportedError, ConfigError)):
+        PrefixCache.open(bloom, disk_path=tmp_path)
+    with pytest.raises(UnsupportedError):
+        PrefixCache.open(bloom, pool_tokens=64, disk_path=tmp_path)
+    assert bloom.config._attn_implementation == before
+    assert threading.active_count() == threads
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tier_that_cannot_be_opened_leaves_the_model_alone(model, tmp_path):
+    before = model.config._attn_implementation
+    (tmp_path / "file").write_text("no directory")
+    with pytest.raises(TierUnavailable):
+        PrefixCache.open(model, pool_tokens=64, disk_path=tmp_path / "file")
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([], "token_ids: expected at least one token, got none"),
+        ([[1, 2], [3, 4]], r"token_ids: expected one sequence, .* got shape \[2, 2\]"),
+        ([1.5, 2.5], "token_ids: expected integers, got float64"),
+        ([1, -2], r"token_ids: expected token ids 0 to 2\*\*32 - 1, got -2 to 1"),
+    ],
+)
+def test_refuses_tokens_that_are_none(open_cache, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        open_cache().session(tokens)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_size": 24}, "block_size: expected one of 16, 32, 64, 128, 256, got 24"),
+        ({"pool_tokens": 8}, "pool_tokens: expected at least one block of 16, got 8"),
+        ({"pool_tokens": 64.5}, "pool_tokens: expected an integer, got 64.5"),
+        ({"salt": 3}, "salt: expected a string, got 3"),
+        ({"memory_bytes": -1}, "memory_bytes: expected 0 or more, got -1"),
+        ({"disk_path": "x", "disk_bytes": 0}, "disk_bytes: expected more than 0, got 0"),
+    ],
+)
+def test_refuses_a_config_out_of_range(open_cache, options, message):
+    with pytest.raises(ConfigError, match=message):
+        open_cache(**options)
