@@ -21,6 +21,7 @@
 
 #include "kvkernels/attention.h"
 #include "kvkernels/checksum.h"
+#include "kvkernels/cpu_features.h"
 #include "kvkernels/kv_cache.h"
 #include "kvkernels/radix_tree.h"
 
@@ -121,12 +122,14 @@ void merge_attention(const std::array<uintptr_t, 6>& pointers, int64_t num_rows,
 
 // The paths this processor has, by name, the best one first.
 std::vector<std::pair<std::string, int>> attention_paths() {
-  const std::pair<const char*, AttentionPath> all[] = {
+  std::pair<const char*, AttentionPath> all[] = {
       {"amx", AttentionPath::kAmx},
+      {"avx512_bf16", AttentionPath::kAvx512Bf16},
       {"avx512", AttentionPath::kAvx512},
       {"portable", AttentionPath::kPortable},
       {"amx_emulated", AttentionPath::kAmxEmulated},
   };
+  if (!kvkernels::has_fast_bf16_products()) std::swap(all[1], all[2]);
   std::vector<std::pair<std::string, int>> paths;
   for (const auto& [name, path] : all) {
     if (kvkernels::has_attention_path(path)) paths.emplace_back(name, static_cast<int>(path));

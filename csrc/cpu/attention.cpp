@@ -25,6 +25,8 @@ const AttentionKernel& find_kernel(AttentionPath path, DType dtype, int64_t head
 #if defined(__x86_64__)
   const bool may_use_amx = path == AttentionPath::kAmx && best_isa() >= Isa::kAmx;
   if (may_use_amx) kernel = amx_kernel(dtype, head_dim);
+  const bool may_use_bf16 = path == AttentionPath::kAvx512Bf16 && best_isa() >= Isa::kAvx512Bf16;
+  if (may_use_bf16) kernel = avx512_bf16_kernel(dtype, head_dim);
   const bool may_use_avx512 = path != AttentionPath::kPortable && best_isa() >= Isa::kAvx512;
   if (kernel == nullptr && may_use_avx512) kernel = avx512_kernel(dtype, head_dim);
 #endif
@@ -37,9 +39,9 @@ const AttentionKernel& find_kernel(AttentionPath path, DType dtype, int64_t head
 class Run {
  public:
   Run(const PagedAttentionArgs& args, const AttentionKernel& kernel)
-      : args_(args), kernel_(kernel), plan_(make_plan(args, kernel.max_rows)) {
+      : args_(args), kernel_(kernel), plan_(make_plan(args, kernel)) {
     if (plan_.num_split_tiles == 0) return;
-    partials_ = thread_scratch(3, plan_.num_partials * partial_size());
+    partials_ = thread_scratch(3, plan_.num_partials);
     num_done_ = std::make_unique<std::atomic<int32_t>[]>(plan_.num_split_tiles);
   }
 
@@ -60,12 +62,10 @@ class Run {
   }
 
  private:
-  // out, then max and sum, of one partial result
-  int64_t partial_size() const { return plan_.rows_per_partial * (args_.head_dim + 2); }
-
-  TileResult result_in(float* memory) const {
-    float* max = memory + plan_.rows_per_partial * args_.head_dim;
-    return {memory, max, max + plan_.rows_per_partial};
+  TileResult result_in(const SequencePlan& seq, float* memory, int64_t head) const {
+    float* out = memory + head * seq.result_size;
+    float* max = out + seq.rows_per_tile * args_.head_dim;
+    return {out, max, max + seq.rows_per_tile};
   }
 
   void do_item(const SequencePlan& seq, int64_t index) {
@@ -73,34 +73,45 @@ class Run {
     const int64_t tile_index = index / seq.num_chunks;  // of this sequence, all heads
     AttentionTile tile = seq.tile(args_, tile_index);
     if (seq.num_chunks == 1) {
-      const TileResult result = result_in(thread_scratch(0, partial_size()));
-      if (seq.clip_to_chunk(tile, 0)) {
-        kernel_.attend(tile, result);
-        finish(tile, &result, 1);
-      } else {
-        finish(tile, nullptr, 0);
+      float* memory = thread_scratch(0, seq.heads_per_tile * seq.result_size);
+      const bool sees_keys = seq.clip_to_chunk(tile, 0);
+      if (sees_keys) attend(seq, tile, memory);
+      for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
+        const TileResult result = result_in(seq, memory, head);
+        finish(tile, head, &result, sees_keys ? 1 : 0);
       }
       return;
     }
-    float* memory = partials_ + (seq.first_partial + tile_index * seq.num_chunks) * partial_size();
+    const int64_t chunk_floats = seq.heads_per_tile * seq.result_size;
+    float* memory = partials_ + seq.first_partial + tile_index * seq.num_chunks * chunk_floats;
     AttentionTile part = tile;
-    if (seq.clip_to_chunk(part, chunk)) {
-      kernel_.attend(part, result_in(memory + chunk * partial_size()));
-    }
+    if (seq.clip_to_chunk(part, chunk)) attend(seq, part, memory + chunk * chunk_floats);
     std::atomic<int32_t>& num_done = num_done_[seq.first_split_tile + tile_index];
     if (num_done.fetch_add(1, std::memory_order_acq_rel) + 1 < seq.num_chunks) return;
-    TileResult results[kMaxChunks];
-    int num_results = 0;
-    for (int64_t other = 0; other < seq.num_chunks; ++other) {
-      part = tile;
-      if (!seq.clip_to_chunk(part, other)) continue;
-      results[num_results++] = result_in(memory + other * partial_size());
+    for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
+      TileResult results[kMaxChunks];
+      int num_results = 0;
+      for (int64_t other = 0; other < seq.num_chunks; ++other) {
+        part = tile;
+        if (!seq.clip_to_chunk(part, other)) continue;
+        results[num_results++] = result_in(seq, memory + other * chunk_floats, head);
+      }
+      finish(tile, head, results, num_results);
     }
-    finish(tile, results, num_results);
   }
 
-  // Merges the results of a tile's chunks, scales and writes the rows.
-  void finish(const AttentionTile& tile, const TileResult* results, int num_results) const {
+  // The heads' results go to `memory`, one after the other.
+  void attend(const SequencePlan& seq, const AttentionTile& tile, float* memory) const {
+    TileResult results[kMaxTileHeads];
+    for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
+      results[head] = result_in(seq, memory, head);
+    }
+    kernel_.attend(tile, results);
+  }
+
+  // Merges the results of the chunks of a tile's head, scales and writes the rows.
+  void finish(const AttentionTile& tile, int64_t head, const TileResult* results,
+              int num_results) const {
     const int64_t head_dim = args_.head_dim, group = args_.num_heads / args_.num_kv_heads;
     const int64_t item_size = args_.dtype == DType::kFloat32 ? 4 : 2;
     float* merged = thread_scratch(2, head_dim);
@@ -123,8 +134,8 @@ class Run {
         }
       }
       const int64_t r = tile.row_begin + row;
-      const int64_t index =
-          (tile.first_token + r / group) * args_.num_heads + tile.kv_head * group + r % group;
+      const int64_t index = (tile.first_token + r / group) * args_.num_heads +
+                            (tile.kv_head + head) * group + r % group;
       kernel_.narrow(out, sum == 0 ? 0.0f : 1.0f / sum,
                      static_cast<char*>(args_.out) + index * head_dim * item_size, head_dim);
       if (args_.lse != nullptr) args_.lse[index] = (max + std::log2(sum)) * kLn2;
@@ -168,6 +179,8 @@ bool has_attention_path(AttentionPath path) {
       return true;
     case AttentionPath::kAvx512:
       return best_isa() >= Isa::kAvx512;
+    case AttentionPath::kAvx512Bf16:
+      return best_isa() >= Isa::kAvx512Bf16;
     case AttentionPath::kAmx:
       return best_isa() >= Isa::kAmx;
   }

@@ -57,7 +57,7 @@ class AmxTiles {
 const AttentionKernel* amx_kernel(DType dtype, int64_t head_dim) {
   if (dtype != DType::kBFloat16 || head_dim == 0 || head_dim % kStep != 0) return nullptr;
   static const AttentionKernel* const rows = avx512_kernel(dtype, head_dim);
-  static const AttentionKernel kernel = {kTileRows, attend<AmxTiles>, rows->narrow, rows->widen};
+  static const AttentionKernel kernel = {kTileRows, 0, attend<AmxTiles>, rows->narrow, rows->widen};
   return &kernel;
 }
 

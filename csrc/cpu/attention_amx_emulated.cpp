@@ -49,7 +49,7 @@ class EmulatedTiles {
 const AttentionKernel* amx_emulated_kernel(DType dtype, int64_t head_dim) {
   if (dtype != DType::kBFloat16 || head_dim == 0 || head_dim % kStep != 0) return nullptr;
   static const AttentionKernel* const rows = portable_kernel(dtype);
-  static const AttentionKernel kernel = {kTileRows, attend<EmulatedTiles>, rows->narrow,
+  static const AttentionKernel kernel = {kTileRows, 0, attend<EmulatedTiles>, rows->narrow,
                                          rows->widen};
   return &kernel;
 }

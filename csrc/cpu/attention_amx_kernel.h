@@ -206,7 +206,8 @@ void add_values(Tiles& tiles, const Work& work, int64_t group) {
 }
 
 template <typename Tiles>
-void attend(const AttentionTile& tile, const TileResult& result) {
+void attend(const AttentionTile& tile, const TileResult* results) {
+  const TileResult& result = results[0];
   Work work;
   start_rows(tile, work);
   const float scale = tile.args->sm_scale * kLog2E;

@@ -1,4 +1,4 @@
-// What the two AVX-512 attention kernels share. Only for *_avx512.cpp files.
+// What the AVX-512 attention kernels share. Only for files compiled for AVX-512.
 #pragma once
 
 #include "cpu/attention_kernel.h"
@@ -11,9 +11,6 @@ constexpr int64_t kTileKeys = 64;  // keys worked on at a time
 // A tile with at most this many rows is read straight from the cache by attend_few_rows; with more
 // it pays to convert and transpose keys first. Up to here, decoding is faster than memory.
 constexpr int64_t kFewRows = 8;
-
-using AttendFunction = void (*)(const AttentionTile&, const TileResult&);
-AttendFunction few_rows_avx512(DType dtype);
 
 namespace {
 

@@ -10,21 +10,21 @@
 
 namespace kvkernels {
 
-// Rows of one key-value head of one sequence: row r is query r / group of the sequence, and the
-// head r % group among the `group` query heads that share the key-value head. Later rows stand at
-// the same or later positions, so what they see begins and ends later too.
+// The same rows of one or several key-value heads of one sequence: row r is query r / group of the
+// sequence, and the head r % group among the `group` query heads that share the key-value head.
+// Later rows stand at the same or later positions, so what they see begins and ends later too.
 struct AttentionTile {
   const PagedAttentionArgs* args;
   const int32_t* blocks;  // the sequence's row of the block table
   int64_t seq_len;
-  int64_t first_token;     // index of the sequence's first query among all tokens
-  int64_t first_position;  // where that query stands in the sequence; may be negative
-  int64_t kv_head;
+  int64_t first_token;            // index of the sequence's first query among all tokens
+  int64_t first_position;         // where that query stands in the sequence; may be negative
+  int64_t kv_head, num_kv_heads;  // the first head, and how many from there on
   int64_t row_begin, row_end;
   int64_t key_begin, key_end;  // not empty, and no wider than what the rows see together
 };
 
-// Softmax statistics of each row over the tile's keys; scores are in units of log2.
+// Softmax statistics of each row of one head over the tile's keys; scores are in units of log2.
 struct TileResult {
   float* out;  // [rows, head_dim]: sum of values, each weighted by 2^(score - max)
   float* max;  // [rows]; minus infinity where a row sees no key
@@ -32,19 +32,22 @@ struct TileResult {
 };
 
 struct AttentionKernel {
-  int64_t max_rows;  // of a tile
-  void (*attend)(const AttentionTile& tile, const TileResult& result);
+  int64_t max_rows;             // of a tile
+  int64_t max_rows_many_heads;  // of a tile of several heads; 0: a tile has one head
+  void (*attend)(const AttentionTile& tile, const TileResult* results);  // one for each head
   // out[i] = in[i] * scale, rounded to the dtype.
   void (*narrow)(const float* in, float scale, void* out, int64_t size);
   // out[i] = in[i]
   void (*widen)(const void* in, float* out, int64_t size);
 };
 
-constexpr int64_t kMaxRows = 192;  // no kernel's max_rows is larger
+constexpr int64_t kMaxRows = 192;      // no kernel's max_rows is larger
+constexpr int64_t kMaxTileHeads = 16;  // no tile has more heads
 
 // Each returns null where it does not serve the case.
 const AttentionKernel* portable_kernel(DType dtype);
 const AttentionKernel* avx512_kernel(DType dtype, int64_t head_dim);
+const AttentionKernel* avx512_bf16_kernel(DType dtype, int64_t head_dim);
 const AttentionKernel* amx_kernel(DType dtype, int64_t head_dim);
 const AttentionKernel* amx_emulated_kernel(DType dtype, int64_t head_dim);
 
@@ -71,16 +74,16 @@ static inline KeyRange visible_keys(const AttentionTile& tile, int64_t row) {
   return range;
 }
 
-// Where row `row` of the query, or of the output, starts, in elements.
-static inline int64_t query_offset(const AttentionTile& tile, int64_t row) {
+// Where row `row` of the query starts for the tile's head `head`, in elements.
+static inline int64_t query_offset(const AttentionTile& tile, int64_t row, int64_t head = 0) {
   const PagedAttentionArgs& args = *tile.args;
   const int64_t group = args.num_heads / args.num_kv_heads;
   return (tile.first_token + row / group) * args.query_token_stride +
-         (tile.kv_head * group + row % group) * args.query_head_stride;
+         ((tile.kv_head + head) * group + row % group) * args.query_head_stride;
 }
 
-// Writes where the keys and values of [begin, end) start, in elements. 64-bit: a block id times its
-// stride passes 2^31 in a cache of a few gigabytes.
+// Writes where the keys and values of [begin, end) of the tile's first head start, in elements.
+// 64-bit: a block id times its stride passes 2^31 in a cache of a few gigabytes.
 static inline void find_rows(const AttentionTile& tile, int64_t begin, int64_t end,
                              int64_t* key_offsets, int64_t* value_offsets) {
   const PagedAttentionArgs& args = *tile.args;

@@ -8,12 +8,12 @@
 
 namespace kvkernels {
 
-constexpr int64_t kMaxChunks = 32;
+constexpr int64_t kMaxChunks = 128;
 
 // One sequence's items. Its query rows (queries times heads of a group) are cut into tiles, for
-// each key-value head, and the keys into chunks:
+// each key-value head or few neighbouring ones, and the keys into chunks:
 //
-//   items   tile T-1 head 0 chunk 0, chunk 1, ...; head 1 ...; tile T-2 ...; tile 0 ...
+//   items   tile T-1 heads 0.. chunk 0, chunk 1, ...; next heads ...; tile T-2 ...; tile 0 ...
 //
 // Last tiles first: under a causal mask they see the most keys, and long items are better begun
 // early. Nothing depends on the number of threads or on other sequences, so neither does the
@@ -22,15 +22,17 @@ struct SequencePlan {
   const int32_t* blocks;
   int64_t seq_len, first_token, first_position;
   int64_t num_rows, rows_per_tile, num_tiles;  // num_tiles: of one key-value head
-  int64_t num_kv_heads;
+  int64_t num_kv_heads, heads_per_tile, num_head_tiles;
   int64_t first_key, chunk_size, num_chunks;  // chunk c starts at first_key + c * chunk_size
   int64_t first_item;
-  int64_t first_partial;     // where there are several chunks: its first result among all
-  int64_t first_split_tile;  // and its first counter
+  // Where there are several chunks: its results, [num_tiles * num_head_tiles, num_chunks,
+  // heads_per_tile, result_size], start at this float among all, and its counters at that one.
+  int64_t first_partial, result_size;
+  int64_t first_split_tile;
 
-  int64_t end_item() const { return first_item + num_tiles * num_kv_heads * num_chunks; }
+  int64_t end_item() const { return first_item + num_tiles * num_head_tiles * num_chunks; }
 
-  // The rows of tile `index` of num_tiles * num_kv_heads, and all the keys they see.
+  // The rows of tile `index` of num_tiles * num_head_tiles, and all the keys they see.
   AttentionTile tile(const PagedAttentionArgs& args, int64_t index) const;
 
   // Narrows the keys to those of one chunk; false if none is left.
@@ -40,8 +42,8 @@ struct SequencePlan {
 struct Plan {
   std::vector<SequencePlan> sequences;  // those with queries, costly items first
   int64_t num_items = 0;
-  int64_t num_partials = 0, num_split_tiles = 0;
-  int64_t rows_per_partial = 0;
+  int64_t num_partials = 0;  // floats
+  int64_t num_split_tiles = 0;
   int64_t num_scores = 0;  // about, as a measure of the work
 };
 
@@ -49,6 +51,6 @@ struct Plan {
 void check_indices(const PagedAttentionArgs& args);
 
 // Expects checked indices.
-Plan make_plan(const PagedAttentionArgs& args, int64_t max_rows);
+Plan make_plan(const PagedAttentionArgs& args, const AttentionKernel& kernel);
 
 }  // namespace kvkernels

@@ -124,7 +124,8 @@ void attend_row(const float* query, const Tiles& tiles, int64_t head_dim, float 
 }
 
 template <typename T>
-void attend(const AttentionTile& tile, const TileResult& result) {
+void attend(const AttentionTile& tile, const TileResult* results) {
+  const TileResult& result = results[0];
   const int64_t head_dim = tile.args->head_dim, num_rows = tile.row_end - tile.row_begin;
   float* scratch = thread_scratch(1, (kTileRows + 2 * kTileKeys) * head_dim);
   const Tiles tiles = {scratch, scratch + kTileRows * head_dim,
@@ -154,7 +155,7 @@ void attend(const AttentionTile& tile, const TileResult& result) {
 }
 
 template <typename T>
-constexpr AttentionKernel kKernel = {kTileRows, attend<T>, narrow<T>, widen<T>};
+constexpr AttentionKernel kKernel = {kTileRows, 0, attend<T>, narrow<T>, widen<T>};
 
 }  // namespace
 

@@ -20,21 +20,24 @@ bool has_avx512() {
          __builtin_cpu_supports("bmi2");
 }
 
+bool has_avx512_bf16() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5) & 1;
+}
+
 bool has_amx_bf16() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
   const bool has_tile = (edx >> 24) & 1, has_bf16 = (edx >> 22) & 1;
   if (!has_tile || !has_bf16) return false;
-  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return false;
-  const bool has_avx512_bf16 = (eax >> 5) & 1;
-  if (!has_avx512_bf16) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
 Isa find_best_isa() {
   if (!has_avx512()) return Isa::kPortable;
-  return has_amx_bf16() ? Isa::kAmx : Isa::kAvx512;
+  if (!has_avx512_bf16()) return Isa::kAvx512;
+  return has_amx_bf16() ? Isa::kAmx : Isa::kAvx512Bf16;
 }
 
 #else
@@ -50,10 +53,23 @@ Isa best_isa() {
   return isa;
 }
 
+bool has_fast_bf16_products() {
+#if defined(__x86_64__)
+  // By maker, not by a timed probe: which path runs decides the last bits of a result, and must not
+  // change from run to run. AMD's processors do as many of these instructions a cycle as
+  // multiplications of floats, Intel's a quarter (half the products a second).
+  return best_isa() >= Isa::kAvx512Bf16 && __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::kAmx:
       return "amx";
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
     case Isa::kAvx512:
       return "avx512";
     case Isa::kPortable:

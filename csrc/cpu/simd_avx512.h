@@ -1,4 +1,5 @@
-// Vectors of 16 floats: loads of every dtype, exp2, reductions. Only for *_avx512.cpp files.
+// Vectors of 16 floats: loads of every dtype, exp2, reductions. Only for files compiled for
+// AVX-512.
 #pragma once
 
 // GCC 12 takes the undefined lanes of its own intrinsics for a mistake (GCC bug 105593).

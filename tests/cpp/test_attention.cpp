@@ -209,7 +209,8 @@ void test_attention(const Shape& shape, DType dtype, AttentionPath path, int num
 
 void test_all_attention() {
   const AttentionPath paths[] = {AttentionPath::kPortable, AttentionPath::kAvx512,
-                                 AttentionPath::kAmx, AttentionPath::kAmxEmulated};
+                                 AttentionPath::kAvx512Bf16, AttentionPath::kAmx,
+                                 AttentionPath::kAmxEmulated};
   const Shape shapes[] = {
       {{1, 1, 1}, {5, 33, 17}, 4, 1, 64, 16, 0},  // decode
       {{1, 1}, {300, 700}, 2, 2, 128, 64, 0},     // several chunks
@@ -218,6 +219,8 @@ void test_all_attention() {
       {{40, 1}, {90, 70}, 2, 1, 64, 16, 25},      // window
       {{9, 2}, {4, 1}, 2, 1, 32, 16, 0},          // queries before position 0
       {{11, 1}, {30, 19}, 2, 1, 7, 5, 0},         // nothing even
+      {{1, 2}, {301, 43}, 20, 20, 64, 16, 0},     // more heads than a tile has
+      {{2}, {333}, 15, 5, 128, 32, 100},          // heads together, window, several chunks
   };
   for (const Shape& shape : shapes) {
     for (const AttentionPath path : paths) {

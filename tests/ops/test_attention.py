@@ -53,6 +53,7 @@ CASES = [
     Case("group_3", MIXED, heads=(9, 3)),
     Case("group_4", MIXED, heads=(4, 1)),
     Case("group_8", MIXED, heads=(8, 1)),
+    Case("heads_20", MIXED, heads=(20, 20)),
     Case("group_7", ((1, 40), (2, 20)), heads=(14, 2)),
     Case("head_dim_80", MIXED, head_dim=80),
     Case("head_dim_96", MIXED, head_dim=96),
@@ -225,6 +226,21 @@ def test_large_scores_do_not_overflow(
     out, lse = implementation.paged_attention(*inputs.tensors(), *options)
     assert_as_accurate(out, rounded[0], exact[0], "out")
     assert_as_accurate(lse, rounded[1], exact[1], "lse")
+
+
+@every_implementation()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_queries", [1, 12])
+def test_an_infinite_last_value_stays_infinite(
+    implementation: Implementation, num_queries: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """What stands beside the last of an odd number of keys must not turn it into a NaN."""
+    inputs = make_inputs(Case("infinite", ((num_queries, 37),)), dtype, device)
+    last = inputs.block_table[0, 36 // 16]
+    inputs.value_cache[last, :, 36 % 16, 5] = float("inf")
+    out, _ = implementation.paged_attention(*inputs.tensors(), 0.125, True, 0, False)
+    assert torch.isposinf(out[-1, :, 5]).all()
+    assert torch.isfinite(out[-1, :, :5]).all() and torch.isfinite(out[-1, :, 6:]).all()
 
 
 @every_implementation()

@@ -8,10 +8,16 @@ namespace kvkernels {
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 // Which code runs. kAmxEmulated computes what kAmx does without its instructions, to test it.
-enum class AttentionPath : int { kPortable = 0, kAvx512 = 1, kAmx = 2, kAmxEmulated = 3 };
+enum class AttentionPath : int {
+  kPortable = 0,
+  kAvx512 = 1,
+  kAvx512Bf16 = 2,
+  kAmx = 3,
+  kAmxEmulated = 4
+};
 
 // Whether this processor has a path. One that does not serve a dtype or head_dim leaves the call to
-// the next: AMX to AVX-512, that to portable.
+// the next: AMX and AVX512-BF16 to AVX-512, that to portable.
 bool has_attention_path(AttentionPath path);
 
 // Strides are in elements; the last dimension of every tensor is dense.

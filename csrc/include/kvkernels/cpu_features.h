@@ -4,11 +4,14 @@
 namespace kvkernels {
 
 // In rising order: each set can do all that the ones before it can.
-enum class Isa : int { kPortable = 0, kAvx512 = 1, kAmx = 2 };
+enum class Isa : int { kPortable = 0, kAvx512 = 1, kAvx512Bf16 = 2, kAmx = 3 };
 
 // The best set that the processor has and the operating system allows; found once. For kAmx this
 // asks Linux for permission to use the tile registers, for all threads started from then on.
 Isa best_isa();
+
+// Whether a product of pairs of bfloat16 takes no longer than one of floats.
+bool has_fast_bf16_products();
 
 const char* isa_name(Isa isa);
 

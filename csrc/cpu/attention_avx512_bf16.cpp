@@ -1,0 +1,203 @@
+// Attention of bfloat16 with AVX512-BF16: an instruction multiplies 16 pairs and adds both products
+// to 16 float sums, twice the work of a multiplication of floats and nothing to widen. The weights
+// are rounded to bfloat16, their sum is not.
+#include "cpu/attention_few_rows_avx512.h"
+#include "cpu/attention_many_rows_avx512.h"
+
+namespace kvkernels {
+namespace {
+
+__m512 add_products(__m512 sum, __m512i a, __m512i b) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+
+// Up to 32 elements of which `count` are there; the rest are 0.
+__m512i load_some(const uint16_t* p, int64_t count) {
+  return _mm512_maskz_loadu_epi32(first_lanes(count / 2), p);
+}
+
+__m512i load_or_zero(const uint16_t* p, int64_t first, int64_t count) {
+  return p == nullptr ? _mm512_setzero_si512() : load_some(p + first, count);
+}
+
+// a0 b0 a1 b1 ... of the elements 0 to 15, or 16 to 31.
+template <int kHalf>
+__m512i interleave(__m512i a, __m512i b) {
+  const __m512i pairs = _mm512_set_epi32(0x2f000f, 0x2e000e, 0x2d000d, 0x2c000c, 0x2b000b, 0x2a000a,
+                                         0x290009, 0x280008, 0x270007, 0x260006, 0x250005, 0x240004,
+                                         0x230003, 0x220002, 0x210001, 0x200000);
+  const __m512i indices = _mm512_add_epi32(pairs, _mm512_set1_epi32(kHalf * 0x100010));
+  return _mm512_permutex2var_epi16(a, indices, b);
+}
+
+// Rounds `num_weights` weights, up to the next 16, to bfloat16, in place.
+void round_weights(float* weights, int64_t num_weights) {
+  auto* rounded = reinterpret_cast<uint16_t*>(weights);
+  for (int64_t i = 0; i < num_weights; i += 32) {
+    const bool has_more = i + 16 < num_weights;
+    const __m512 a = _mm512_load_ps(weights + i);
+    const __m512 b = has_more ? _mm512_load_ps(weights + i + 16) : _mm512_setzero_ps();
+    _mm512_store_si512(rounded + i, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
+  }
+}
+
+// ---- few rows ------------------------------------------------------------------------------
+
+using Rows16 = CacheRows<uint16_t>;
+
+template <int kRows>
+void score_pairs(const float* query, int64_t head_dim, const Rows16& keys, Prefetch<uint16_t>& next,
+                 int64_t num_keys, float* scores) {
+  constexpr int kTokens = kRows == 1 ? 16 : kRows == 2 ? 8 : 4;
+  for (int64_t first = 0; first < num_keys; first += kTokens) {
+    __m512 sums[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) sums[i] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < head_dim; i += 32) {
+      const int64_t count = head_dim - i < 32 ? head_dim - i : 32;
+      __m512i q[kRows];
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) q[r] = _mm512_load_si512(query + r * head_dim + i / 2);
+#pragma GCC unroll 16
+      for (int t = 0; t < kTokens; ++t) {
+        const __m512i key = load_some(keys.row(first + t) + i, count);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          sums[r * kTokens + t] = add_products(sums[r * kTokens + t], q[r], key);
+        }
+      }
+    }
+    store_scores<kRows>(sums, first, scores);
+    next.advance(kTokens * head_dim * 2);
+  }
+}
+
+template <int kRows, int kVectors>
+void add_value_pairs(const float* weights, const float* decay, const Rows16& values,
+                     Prefetch<uint16_t>& next, int64_t num_keys, int64_t head_dim, int64_t first,
+                     float* out) {
+  __m512 sums[kRows][kVectors];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      sums[r][i] = _mm512_mul_ps(_mm512_set1_ps(decay[r]),
+                                 _mm512_load_ps(out + r * head_dim + first + 16 * i));
+    }
+  }
+  for (int64_t t = 0; t < num_keys; t += 2) {
+    const uint16_t* even = values.row(t) + first;
+    const uint16_t* odd = t + 1 < num_keys ? values.row(t + 1) + first : nullptr;
+    __m512i pairs[kVectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; i += 2) {
+      constexpr int kCount = kVectors == 1 ? 16 : 32;
+      const __m512i a = load_some(even + 16 * i, kCount);
+      const __m512i b = load_or_zero(odd, 16 * i, kCount);
+      pairs[i] = interleave<0>(a, b);
+      if constexpr (kVectors > 1) pairs[i + 1] = interleave<1>(a, b);
+    }
+    next.advance(2 * 16 * kVectors * 2);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i weight = _mm512_castps_si512(_mm512_set1_ps(weights[r * kTileKeys + t / 2]));
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) sums[r][i] = add_products(sums[r][i], weight, pairs[i]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      _mm512_store_ps(out + r * head_dim + first + 16 * i, sums[r][i]);
+    }
+  }
+}
+
+template <int kRows>
+void add_pairs(float* weights, const float* decay, const Rows16& values, Prefetch<uint16_t>& next,
+               int64_t num_keys, int64_t head_dim, float* out) {
+  for (int r = 0; r < kRows; ++r) round_weights(weights + r * kTileKeys, num_keys);
+  int64_t i = 0;
+  for (; i + 64 <= head_dim; i += 64) {
+    add_value_pairs<kRows, 4>(weights, decay, values, next, num_keys, head_dim, i, out);
+  }
+  if (i + 32 <= head_dim) {
+    add_value_pairs<kRows, 2>(weights, decay, values, next, num_keys, head_dim, i, out);
+    i += 32;
+  }
+  if (i < head_dim) {
+    add_value_pairs<kRows, 1>(weights, decay, values, next, num_keys, head_dim, i, out);
+  }
+}
+
+struct PairRows {
+  using Item = uint16_t;
+
+  static constexpr RowKernels<Item> kKernels[kBatch + 1] = {{nullptr, nullptr},
+                                                            {score_pairs<1>, add_pairs<1>},
+                                                            {score_pairs<2>, add_pairs<2>},
+                                                            {score_pairs<3>, add_pairs<3>},
+                                                            {score_pairs<4>, add_pairs<4>}};
+
+  static void start_row(const Item* query, float* target, int64_t head_dim) {
+    for (int64_t i = 0; i < head_dim; i += 32) {
+      _mm512_store_si512(target + i / 2, load_some(query + i, head_dim - i));
+    }
+  }
+
+  static void finish_row(const float* out, float* target, int64_t head_dim) {
+    for (int64_t i = 0; i < head_dim; i += 16) {
+      _mm512_storeu_ps(target + i, _mm512_load_ps(out + i));
+    }
+  }
+};
+
+// ---- many rows -----------------------------------------------------------------------------
+
+// Two bfloat16 a lane.
+struct PairLanes {
+  using Item = uint16_t;
+  static constexpr int64_t kNumbers = 2;
+
+  static __m512 multiply_add(__m512 a, __m512 b, __m512 sum) {
+    return add_products(sum, _mm512_castps_si512(a), _mm512_castps_si512(b));
+  }
+
+  static __m512 load(const Item* row, int64_t first, int64_t num_lanes) {
+    return _mm512_castsi512_ps(load_some(row + 2 * first, 2 * (num_lanes - first)));
+  }
+
+  // The lanes of two values; where the second is missing it is 0.
+  static void pack_values(const Item* even, const Item* odd, int64_t head_dim, float* target) {
+    for (int64_t i = 0; i < head_dim; i += 32) {
+      const __m512i a = load_some(even + i, head_dim - i);
+      const __m512i b = load_or_zero(odd, i, head_dim - i);
+      _mm512_store_si512(target + i, interleave<0>(a, b));
+      if (i + 16 < head_dim) _mm512_store_si512(target + i + 16, interleave<1>(a, b));
+    }
+  }
+
+  static void pack_weights(float* weights, int64_t num_weights) {
+    round_weights(weights, num_weights);
+  }
+};
+
+void attend(const AttentionTile& tile, const TileResult* results) {
+  if (tile.row_end - tile.row_begin <= kFewRows) {
+    attend_few_rows<PairRows>(tile, results);
+  } else {
+    attend_many_rows<PairLanes>(tile, results[0]);
+  }
+}
+
+}  // namespace
+
+const AttentionKernel* avx512_bf16_kernel(DType dtype, int64_t head_dim) {
+  if (dtype != DType::kBFloat16 || head_dim == 0 || head_dim % 16 != 0) return nullptr;
+  static const AttentionKernel* const rows = avx512_kernel(dtype, head_dim);
+  static const AttentionKernel kernel = {kMaxRows, kFewRows, attend, rows->narrow, rows->widen};
+  return &kernel;
+}
+
+}  // namespace kvkernels

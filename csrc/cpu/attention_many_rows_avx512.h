@@ -1,0 +1,271 @@
+// Prefill and extend: a tile of query rows against a run of keys, at the speed of multiplication.
+//
+// 64 keys at a time are packed into lanes once for all rows, keys transposed. Then both products
+// are plain matrix products of register blocks, kBlockRows rows by 4 vectors: 24 sums, 4 vectors of
+// the packed tile and one broadcast lane fill 29 of the 32 registers, and each load feeds several
+// multiplications.
+//
+// What a lane of 32 bits holds is a parameter: one float (WidenedLanes below) or two neighbouring
+// bfloat16 (PairLanes of attention_avx512_bf16.cpp), neighbours along head_dim in the first product
+// and among the keys in the second.
+#pragma once
+
+#include "cpu/attention_avx512.h"
+
+namespace kvkernels {
+namespace {
+
+constexpr int kBlockRows = 6, kBlockVectors = 4;
+
+// Sums over head_dim are begun anew after this many lanes and added up at the end: rounding
+// errors grow with the length of a sum.
+constexpr int64_t kSumLength = 64;
+
+// One float a lane.
+template <typename E>
+struct WidenedLanes {
+  using Item = typename E::Item;
+  static constexpr int64_t kNumbers = 1;
+
+  static __m512 multiply_add(__m512 a, __m512 b, __m512 sum) { return _mm512_fmadd_ps(a, b, sum); }
+
+  // 16 lanes of a row of `num_lanes`, a multiple of 16, from lane `first` on.
+  static __m512 load(const Item* row, int64_t first, int64_t) { return E::load(row + first); }
+
+  // The lanes of one value.
+  static void pack_values(const Item* value, const Item*, int64_t head_dim, float* target) {
+    for (int64_t i = 0; i < head_dim; i += 16) _mm512_store_ps(target + i, E::load(value + i));
+  }
+
+  // Turns a row's weights into lanes, in place.
+  static void pack_weights(float*, int64_t) {}
+};
+
+// scores[m][n] = query row m * key n
+template <typename L, int kRows, int kVectors>
+void score_block(const float* query, int64_t num_lanes, const float* keys, float* scores) {
+  for (int64_t begin = 0; begin < num_lanes; begin += kSumLength) {
+    const int64_t end = begin + kSumLength < num_lanes ? begin + kSumLength : num_lanes;
+    __m512 sums[kRows][kVectors];
+#pragma GCC unroll 6
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kVectors; ++n) sums[m][n] = _mm512_setzero_ps();
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      __m512 key[kVectors];
+#pragma GCC unroll 4
+      for (int n = 0; n < kVectors; ++n) key[n] = _mm512_load_ps(keys + i * kTileKeys + 16 * n);
+#pragma GCC unroll 6
+      for (int m = 0; m < kRows; ++m) {
+        const __m512 q = _mm512_set1_ps(query[m * num_lanes + i]);
+#pragma GCC unroll 4
+        for (int n = 0; n < kVectors; ++n) sums[m][n] = L::multiply_add(q, key[n], sums[m][n]);
+      }
+    }
+#pragma GCC unroll 6
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kVectors; ++n) {
+        float* target = scores + m * kTileKeys + 16 * n;
+        if (begin > 0) sums[m][n] = _mm512_add_ps(sums[m][n], _mm512_load_ps(target));
+        _mm512_store_ps(target, sums[m][n]);
+      }
+    }
+  }
+}
+
+// out[m] = out[m] * decay[m] + sum over keys of weights[m][key] * values[key], for kVectors vectors
+// of head_dim; `first` and `last` count lanes
+template <typename L, int kRows, int kVectors>
+void value_block(const float* weights, int64_t first, int64_t last, const float* values,
+                 int64_t head_dim, const float* decay, float* out) {
+  __m512 sums[kRows][kVectors];
+#pragma GCC unroll 6
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) {
+      sums[m][n] =
+          _mm512_mul_ps(_mm512_set1_ps(decay[m]), _mm512_loadu_ps(out + m * head_dim + 16 * n));
+    }
+  }
+  for (int64_t t = first; t < last; ++t) {
+    __m512 value[kVectors];
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) value[n] = _mm512_load_ps(values + t * head_dim + 16 * n);
+#pragma GCC unroll 6
+    for (int m = 0; m < kRows; ++m) {
+      const __m512 weight = _mm512_set1_ps(weights[m * kTileKeys + t]);
+#pragma GCC unroll 4
+      for (int n = 0; n < kVectors; ++n) {
+        sums[m][n] = L::multiply_add(weight, value[n], sums[m][n]);
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) {
+      _mm512_storeu_ps(out + m * head_dim + 16 * n, sums[m][n]);
+    }
+  }
+}
+
+template <typename L>
+using ScoreBlock = decltype(&score_block<L, 1, 1>);
+template <typename L>
+using ValueBlock = decltype(&value_block<L, 1, 1>);
+
+#define KVKERNELS_ROW(function, rows) \
+  {function<L, rows, 1>, function<L, rows, 2>, function<L, rows, 3>, function<L, rows, 4>}
+#define KVKERNELS_TABLE(function)                                                      \
+  {KVKERNELS_ROW(function, 1), KVKERNELS_ROW(function, 2), KVKERNELS_ROW(function, 3), \
+   KVKERNELS_ROW(function, 4), KVKERNELS_ROW(function, 5), KVKERNELS_ROW(function, 6)}
+template <typename L>
+constexpr ScoreBlock<L> kScoreBlocks[kBlockRows][kBlockVectors] = KVKERNELS_TABLE(score_block);
+template <typename L>
+constexpr ValueBlock<L> kValueBlocks[kBlockRows][kBlockVectors] = KVKERNELS_TABLE(value_block);
+#undef KVKERNELS_TABLE
+#undef KVKERNELS_ROW
+
+// One item's rows, and the tile of keys that is being worked on.
+struct Work {
+  int64_t count, head_dim;
+  int64_t num_lanes;  // of head_dim
+  float scale;
+  float* query;   // [count, num_lanes]
+  float* keys;    // [num_lanes, kTileKeys]
+  float* values;  // [kTileKeys / kNumbers, head_dim]
+  float* scores;  // [count, kTileKeys]; then weights, [count, kTileKeys / kNumbers]
+  float* sum;     // [count, 16]
+  KeyRange seen[kMaxRows];
+  float decay[kMaxRows];
+};
+
+template <typename L>
+void start_rows(const AttentionTile& tile, const TileResult& result, Work& work) {
+  work.count = tile.row_end - tile.row_begin;
+  work.head_dim = tile.args->head_dim;
+  work.num_lanes = work.head_dim / L::kNumbers;
+  work.scale = tile.args->sm_scale * kLog2E;
+  work.query = thread_scratch(
+      1, kMaxRows * (work.head_dim + kTileKeys + 16) + 2 * kTileKeys * work.head_dim);
+  work.keys = work.query + kMaxRows * work.head_dim;
+  work.values = work.keys + kTileKeys * work.head_dim;
+  work.scores = work.values + kTileKeys * work.head_dim;
+  work.sum = work.scores + kMaxRows * kTileKeys;
+  for (int64_t r = 0; r < work.count; ++r) {
+    const auto* query = static_cast<const typename L::Item*>(tile.args->query) +
+                        query_offset(tile, tile.row_begin + r);
+    for (int64_t i = 0; i < work.num_lanes; i += 16) {
+      _mm512_mask_storeu_ps(work.query + r * work.num_lanes + i, first_lanes(work.num_lanes - i),
+                            L::load(query, i, work.num_lanes));
+    }
+    for (int64_t i = 0; i < work.head_dim; i += 16) {
+      _mm512_storeu_ps(result.out + r * work.head_dim + i, _mm512_setzero_ps());
+    }
+    _mm512_store_ps(work.sum + 16 * r, _mm512_setzero_ps());
+    result.max[r] = -infinity();
+    work.seen[r] = visible_keys(tile, tile.row_begin + r);
+  }
+}
+
+// Packs the keys, transposed, and the values of [begin, end).
+template <typename L>
+void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, const Work& work) {
+  int64_t key_offsets[kTileKeys], value_offsets[kTileKeys];
+  find_rows(tile, begin, end, key_offsets, value_offsets);
+  const auto* key_cache = static_cast<const typename L::Item*>(tile.args->key_cache);
+  const auto* value_cache = static_cast<const typename L::Item*>(tile.args->value_cache);
+  const int64_t num_keys = end - begin;
+  // The last 16 keys may be fewer: the rest of their columns repeat the last key, and no row sees
+  // them.
+  for (int64_t t = num_keys; t % 16 != 0; ++t) key_offsets[t] = key_offsets[num_keys - 1];
+  for (int64_t first = 0; first < num_keys; first += 16) {
+    for (int64_t i = 0; i < work.num_lanes; i += 16) {
+      __m512 rows[16];
+#pragma GCC unroll 16
+      for (int t = 0; t < 16; ++t) {
+        rows[t] = L::load(key_cache + key_offsets[first + t], i, work.num_lanes);
+      }
+      transpose_16x16(rows);
+      const int64_t num_columns = work.num_lanes - i;
+#pragma GCC unroll 16
+      for (int j = 0; j < 16; ++j) {
+        if (j < num_columns) _mm512_store_ps(work.keys + (i + j) * kTileKeys + first, rows[j]);
+      }
+    }
+  }
+  for (int64_t t = 0; t < num_keys; t += L::kNumbers) {
+    const auto* second = t + 1 < num_keys ? value_cache + value_offsets[t + 1] : nullptr;
+    L::pack_values(value_cache + value_offsets[t], second, work.head_dim,
+                   work.values + t / L::kNumbers * work.head_dim);
+  }
+}
+
+// The columns of the tile of keys [begin, end) that some row of [row, row + count) sees. Ranges
+// only move up from row to row, so the first and the last row bound them.
+KeyRange block_columns(const Work& work, int64_t row, int64_t count, int64_t begin, int64_t end) {
+  const int64_t first = work.seen[row].begin, last = work.seen[row + count - 1].end;
+  return {first > begin ? first - begin : 0, (last < end ? last : end) - begin};
+}
+
+template <typename L>
+void score_rows(Work& work, int64_t row, int64_t count, int64_t begin, int64_t end,
+                const TileResult& result) {
+  const KeyRange columns = block_columns(work, row, count, begin, end);
+  float* scores = work.scores + row * kTileKeys;
+  kScoreBlocks<L>[count - 1][(columns.end - 1) / 16](work.query + row* work.num_lanes,
+                                                     work.num_lanes, work.keys, scores);
+  for (int64_t r = row; r < row + count; ++r) {
+    const KeyRange own = block_columns(work, r, 1, begin, end);
+    work.decay[r] = softmax_step(work.scores + r * kTileKeys, columns.end, own.begin, own.end,
+                                 work.scale, result.max + r, work.sum + 16 * r);
+    L::pack_weights(work.scores + r * kTileKeys, columns.end);
+  }
+}
+
+template <typename L>
+void add_values(const Work& work, int64_t row, int64_t count, int64_t begin, int64_t end,
+                const TileResult& result) {
+  const KeyRange columns = block_columns(work, row, count, begin, end);
+  const int64_t num_vectors = work.head_dim / 16;
+  const int64_t num_panels = (num_vectors + kBlockVectors - 1) / kBlockVectors;
+  for (int64_t panel = 0, i = 0; panel < num_panels; ++panel) {
+    const int64_t width = (num_vectors - i) / (num_panels - panel);
+    kValueBlocks<L>[count - 1][width - 1](work.scores + row* kTileKeys, columns.begin / L::kNumbers,
+                                          (columns.end + L::kNumbers - 1) / L::kNumbers,
+                                          work.values + 16 * i, work.head_dim, work.decay + row,
+                                          result.out + row* work.head_dim + 16 * i);
+    i += width;
+  }
+}
+
+template <typename L>
+void attend_many_rows(const AttentionTile& tile, const TileResult& result) {
+  Work work;
+  start_rows<L>(tile, result, work);
+  for (int64_t begin = tile.key_begin, end; begin < tile.key_end; begin = end) {
+    end = key_tile_end(tile, begin);
+    // Rows before row_begin end, and rows from row_end on begin, outside these keys.
+    int64_t row_begin = 0, row_end = work.count;
+    while (row_begin < row_end && work.seen[row_begin].end <= begin) ++row_begin;
+    while (row_end > row_begin && work.seen[row_end - 1].begin >= end) --row_end;
+    if (row_begin == row_end) continue;
+    load_tile<L>(tile, begin, end, work);
+    for (int64_t row = row_begin; row < row_end; row += kBlockRows) {
+      const int64_t count = row_end - row < kBlockRows ? row_end - row : kBlockRows;
+      score_rows<L>(work, row, count, begin, end, result);
+    }
+    for (int64_t row = row_begin; row < row_end; row += kBlockRows) {
+      const int64_t count = row_end - row < kBlockRows ? row_end - row : kBlockRows;
+      add_values<L>(work, row, count, begin, end, result);
+    }
+  }
+  for (int64_t r = 0; r < work.count; ++r) {
+    result.sum[r] = _mm512_reduce_add_ps(_mm512_load_ps(work.sum + 16 * r));
+  }
+}
+
+}  // namespace
+}  // namespace kvkernels
