@@ -41,6 +41,10 @@ def paged_attention(
     ``seq_len - 2``, and so on. A query that sees no key (an empty sequence, or a position below
     zero) gives zeros and a log-sum-exp of minus infinity.
 
+    Under ``torch.compile(dynamic=True)``, a graph over several layers of one pool takes the pool's
+    ``data`` and slices it inside, as `KVPool.key_cache` does: PyTorch cannot trace with dynamic
+    shapes when it gets several layers' views as inputs.
+
     Args:
         query: ``[num_tokens, num_heads, head_dim]``, the sequences one after another, last
             stride 1; float32, float16 or bfloat16.
