@@ -1,5 +1,6 @@
 # `make demo` and `make test` do all the set-up they need, in .venv: Python >= 3.10 with its venv
-# module, a C++20 compiler and make are enough. Everything else here is for working on the code.
+# module and C headers, a C++20 compiler and make are enough. Everything else here is for working on
+# the code.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
