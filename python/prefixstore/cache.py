@@ -102,9 +102,9 @@ class PrefixCache:
                 they are now; an adapter loaded or switched later needs a cache opened after it.
             block_size: Tokens in a block; one of 16, 32, 64, 128, 256.
             pool_tokens: Tokens the device pool holds; default see `CacheConfig`.
-            memory_bytes: Size of the host memory tier; 0 for none.
+            memory_bytes: Size of the host memory tier, at least 4096; 0 for none.
             disk_path: Directory of the disk tier, shared by processes; None for none.
-            disk_bytes: Bound of the disk tier.
+            disk_bytes: Bound of the disk tier, at least 4096.
             salt: Namespace of sessions that name none themselves.
 
         Raises:
@@ -116,7 +116,7 @@ class PrefixCache:
             block_size=block_size,
             pool_tokens=pool_tokens,
             memory_bytes=memory_bytes,
-            disk_path=Path(disk_path) if disk_path is not None else None,
+            disk_path=disk_path,
             disk_bytes=disk_bytes,
             salt=salt,
         )
@@ -152,11 +152,14 @@ class PrefixCache:
             salt: Namespace; default that of the cache.
 
         Raises:
-            ValueError: If `token_ids` is empty, of another shape, or not integers in range; if
-                the cache is closed, or the model's weights changed since it was opened.
+            ValueError: If `token_ids` is empty, of another type or shape, or not integers in
+                range; if `salt` is no string; if the cache is closed, or the model's weights
+                changed since it was opened.
         """
         if self._is_closed:
             raise ValueError("session: expected an open cache, got a closed one")
+        if salt is not None and not isinstance(salt, str):
+            raise ValueError(f"salt: expected a string or None, got {salt!r}")
         if self._served_model is not None:
             self._served_model.check_weights()
         tokens = as_tokens("token_ids", token_ids)
@@ -315,9 +318,8 @@ def _open_store(config: CacheConfig, groups: Sequence[PagedGroup]) -> Store | No
         if config.memory_bytes:
             tiers.append(MemoryTier(MemoryTierConfig(capacity_bytes=config.memory_bytes)))
         if config.disk_path is not None:
-            tiers.append(
-                DiskTier(DiskTierConfig(path=config.disk_path, capacity_bytes=config.disk_bytes))
-            )
+            path = Path(config.disk_path)
+            tiers.append(DiskTier(DiskTierConfig(path=path, capacity_bytes=config.disk_bytes)))
     except StoreError:
         for tier in tiers:
             tier.close()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefixstore.errors import ConfigError
+from prefixstore.tiers.base import PAGE_BYTES, check_bytes
 
 GIB = 1 << 30
 
@@ -19,16 +20,16 @@ class CacheConfig:
         block_size: Tokens in a block; one of 16, 32, 64, 128, 256.
         pool_tokens: Tokens the device pool holds, cached and in use together; None for four
             times the model's context, at most a quarter of the memory.
-        memory_bytes: Size of the host memory tier; 0 for none.
+        memory_bytes: Size of the host memory tier, at least 4096; 0 for none.
         disk_path: Directory of the disk tier; None for none.
-        disk_bytes: Bound of the disk tier.
+        disk_bytes: Bound of the disk tier, at least 4096.
         salt: Namespace; sessions of different salts never share blocks.
     """
 
     block_size: int = 64
     pool_tokens: int | None = None
     memory_bytes: int = GIB
-    disk_path: Path | None = None
+    disk_path: str | Path | None = None
     disk_bytes: int = 4 * GIB
     salt: str = ""
 
@@ -48,12 +49,15 @@ class CacheConfig:
                 f"pool_tokens: expected at least one block of {self.block_size},"
                 f" got {self.pool_tokens!r}"
             )
-        if self.memory_bytes < 0:
-            raise ConfigError(f"memory_bytes: expected 0 or more, got {self.memory_bytes!r}")
+        if self.memory_bytes != 0 and self.memory_bytes < PAGE_BYTES:
+            raise ConfigError(
+                f"memory_bytes: expected 0 or at least {PAGE_BYTES}, got {self.memory_bytes!r}"
+            )
         if self.disk_path is not None:
+            if not isinstance(self.disk_path, (str, Path)) or self.disk_path == "":
+                raise ConfigError(f"disk_path: expected a directory, got {self.disk_path!r}")
             object.__setattr__(self, "disk_path", Path(self.disk_path))
-            if self.disk_bytes <= 0:
-                raise ConfigError(f"disk_bytes: expected more than 0, got {self.disk_bytes!r}")
+            check_bytes("disk_bytes", self.disk_bytes, PAGE_BYTES)
 
 
 def physical_memory_bytes() -> int:

@@ -1,6 +1,6 @@
 """Token ids as the index and the records take them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,11 @@ def as_tokens(name: str, token_ids: torch.Tensor | Sequence[int]) -> np.ndarray:
     """A copy of `token_ids` as `[num_tokens]` uint32, from a tensor, an array or a list."""
     if isinstance(token_ids, torch.Tensor):
         tokens = token_ids.detach().cpu().numpy()
+    elif isinstance(token_ids, (str, bytes, Mapping)) or not hasattr(token_ids, "__len__"):
+        raise ValueError(
+            f"{name}: expected a tensor, an array or a list of token ids,"
+            f" got {type(token_ids).__name__}"
+        )
     else:
         tokens = np.asarray(token_ids)
     if tokens.size == 0:

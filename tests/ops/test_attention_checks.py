@@ -65,7 +65,12 @@ BAD_KINDS = [
     ),
     ("window", 1.5, "window: expected an integer of 1 or more, or None for no window, got 1.5"),
     ("window", 1 << 63, "window: expected an integer of 1 or more, or None for no window"),
-    ("sm_scale", "0.1", "sm_scale: expected a number or None, got '0.1'"),
+    ("sm_scale", "0.1", "sm_scale: expected a finite number or None, got '0.1'"),
+    ("sm_scale", float("nan"), "sm_scale: expected a finite number or None, got nan"),
+    ("sm_scale", float("inf"), "sm_scale: expected a finite number or None, got inf"),
+    ("sm_scale", -float("inf"), "sm_scale: expected a finite number or None, got -inf"),
+    ("causal", "no", "causal: expected True or False, got 'no'"),
+    ("causal", None, "causal: expected True or False, got None"),
     ("key_cache", torch.zeros(3, 2, 16, 32).double(), "key_cache: expected dtype torch.float32 or"),
     ("key_cache", torch.zeros(3, 2, 32, 16).mT, "key_cache: expected stride 1 in the last dim"),
     ("value_cache", torch.zeros(3, 2, 16, 32).half(), "value_cache: expected dtype torch.float32"),
@@ -245,6 +250,55 @@ def test_compiles_into_one_graph() -> None:
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert torch.equal(inputs["key_cache"], copies["key_cache"])
+
+
+def run_layers(
+    query: torch.Tensor,
+    caches: list[tuple[torch.Tensor, torch.Tensor]],
+    slots: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+) -> torch.Tensor:
+    """Each layer stores what it is given, attends to it, and hands both on to the next."""
+    for key_cache, value_cache in caches:
+        key = query[:, :2].contiguous()
+        kvkernels.store_kv(key, key + 1, key_cache, value_cache, slots)
+        tables = (torch.tensor([[2, 0]], dtype=torch.int32), seq_lens, cu_seqlens_q)
+        query = query + kvkernels.paged_attention(query, key_cache, value_cache, *tables)
+    return query
+
+
+def run_pool(query: torch.Tensor, data: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
+    caches = [(data[:, layer, 0], data[:, layer, 1]) for layer in range(data.shape[1])]
+    return run_layers(query, caches, *tables)
+
+
+@pytest.mark.parametrize(
+    ("takes_views", "dynamic"),
+    [(True, False), (False, False), (False, True)],
+    ids=["views", "data", "data_dynamic"],
+)
+def test_compiles_layers_of_one_pool_into_one_graph(takes_views: bool, dynamic: bool) -> None:
+    layout = kvkernels.KVLayout(3, num_kv_heads=2, head_dim=16, block_size=16, dtype=torch.float32)
+    pool, eager = kvkernels.KVPool(layout, num_blocks=3), kvkernels.KVPool(layout, num_blocks=3)
+    pool.data.fill_(torch.nan)
+    eager.data.fill_(torch.nan)
+    layers = range(layout.num_layers)
+    views = [(pool.key_cache(layer), pool.value_cache(layer)) for layer in layers]
+    step, caches = (run_layers, views) if takes_views else (run_pool, pool.data)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    start = 0
+    for num_tokens in (14, 5, 1, 1):  # the second step crosses into another block
+        query = torch.randn(num_tokens, 4, 16)
+        end = start + num_tokens
+        positions = torch.arange(start, end)
+        slots = torch.tensor([2, 0])[positions // 16] * 16 + positions % 16
+        tables = (slots, ints(end), ints(0, num_tokens))
+        expected = run_pool(query, eager.data, *tables)
+        assert torch.equal(compiled(query, caches, *tables), expected)
+        torch.testing.assert_close(pool.data, eager.data, rtol=0, atol=0, equal_nan=True)
+        assert (~pool.data.isnan()).sum() == end * 3 * 2 * 2 * 16
+        start = end
 
 
 @pytest.mark.skipif(not native.is_available, reason="the reference has no threads of its own")

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -366,6 +367,32 @@ def test_a_missing_slab_costs_only_its_own_records(tmp_path):
     assert tier.check() == []
     assert count_right(tier, keys) == 20
     tier.close()
+
+
+def test_a_directory_removed_while_open_takes_no_more_records(tmp_path):
+    first, second = make_keys(2)
+    tier = open_tier(tmp_path / "tier")
+    put(tier, [first])
+    shutil.rmtree(tmp_path / "tier")
+    with pytest.raises(TierUnavailable, match=r"slab-v1-.*expected the file to stay"):
+        put(tier, [second])
+    assert not tier.contains(second.block_hash)
+    assert tier.stats().num_puts == 1
+    tier.close()
+
+
+def test_a_store_whose_directory_was_removed_counts_and_goes_on(tmp_path):
+    keys = make_keys(12)
+    out = np.empty(LAYOUT.payload_bytes, np.uint8)
+    with Store([open_tier(tmp_path / "tier")]) as store:
+        assert store.save(keys[0], make_payload(keys[0])) and store.flush(60)
+        shutil.rmtree(tmp_path / "tier")
+        for key in keys[1:]:
+            store.save(key, make_payload(key))
+        assert store.flush(60)
+        assert [store.load(key, out) for key in keys[1:]] == [None] * 11
+        (disk,) = store.stats().tiers
+        assert disk.num_written == 1 and disk.num_errors > 0
 
 
 def test_files_of_a_newer_version_are_refused_and_kept(tmp_path):

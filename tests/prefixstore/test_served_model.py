@@ -209,11 +209,29 @@ def test_a_tier_that_cannot_be_opened_leaves_the_model_alone(model, tmp_path):
         ([[1, 2], [3, 4]], r"token_ids: expected one sequence, .* got shape \[2, 2\]"),
         ([1.5, 2.5], "token_ids: expected integers, got float64"),
         ([1, -2], r"token_ids: expected token ids 0 to 2\*\*32 - 1, got -2 to 1"),
+        ("hello", "token_ids: expected a tensor, an array or a list of token ids, got str"),
+        (b"hello", "token_ids: expected a tensor, an array or a list of token ids, got bytes"),
+        (None, "token_ids: expected a tensor, an array or a list of token ids, got NoneType"),
+        (7, "token_ids: expected a tensor, an array or a list of token ids, got int"),
+        (
+            transformers.BatchEncoding({"input_ids": [[1, 2]]}),
+            "token_ids: expected a tensor, an array or a list of token ids, got BatchEncoding",
+        ),
     ],
 )
 def test_refuses_tokens_that_are_none(open_cache, tokens, message):
     with pytest.raises(ValueError, match=message):
         open_cache().session(tokens)
+
+
+@pytest.mark.parametrize("salt", [b"x", 3])
+def test_refuses_a_salt_that_is_no_string(open_cache, salt):
+    with pytest.raises(ValueError, match=f"salt: expected a string or None, got {salt!r}"):
+        open_cache().session([1, 2, 3], salt=salt)
+
+
+def test_opens_with_the_smallest_tiers(open_cache, tmp_path):
+    open_cache(memory_bytes=4096, disk_path=str(tmp_path), disk_bytes=4096)
 
 
 @pytest.mark.parametrize(
@@ -223,8 +241,18 @@ def test_refuses_tokens_that_are_none(open_cache, tokens, message):
         ({"pool_tokens": 8}, "pool_tokens: expected at least one block of 16, got 8"),
         ({"pool_tokens": 64.5}, "pool_tokens: expected an integer, got 64.5"),
         ({"salt": 3}, "salt: expected a string, got 3"),
-        ({"memory_bytes": -1}, "memory_bytes: expected 0 or more, got -1"),
-        ({"disk_path": "x", "disk_bytes": 0}, "disk_bytes: expected more than 0, got 0"),
+        ({"memory_bytes": -1}, "memory_bytes: expected 0 or at least 4096, got -1"),
+        ({"memory_bytes": 1}, "memory_bytes: expected 0 or at least 4096, got 1"),
+        (
+            {"disk_path": "x", "disk_bytes": 0},
+            "disk_bytes: expected an integer of at least 4096, got 0",
+        ),
+        (
+            {"disk_path": "x", "disk_bytes": 1},
+            "disk_bytes: expected an integer of at least 4096, got 1",
+        ),
+        ({"disk_path": ""}, "disk_path: expected a directory, got ''"),
+        ({"disk_path": 3}, "disk_path: expected a directory, got 3"),
     ],
 )
 def test_refuses_a_config_out_of_range(open_cache, options, message):

@@ -117,9 +117,19 @@ class SlabFiles:
             raise self._translated(error, slab) from error
 
     def write(self, slab: Slab, slot: int, record: memoryview) -> None:
-        """Write all of `record` to the slot's start, straight from the caller's buffer."""
+        """Write all of `record` to the slot's start, straight from the caller's buffer.
+
+        Raises:
+            TierFull: If the file system has no room.
+            TierUnavailable: If the file cannot be written, or was removed while open.
+        """
         try:
             file = self._open(slab, os.O_RDWR | os.O_CREAT)
+            if os.fstat(file.fd).st_nlink == 0:
+                raise TierUnavailable(
+                    f"{self._tier_name}: {self._directory / slab.file_name}: expected the file to"
+                    " stay while the tier is open, got one that was removed"
+                )
             num_written = 0
             while num_written < record.nbytes:
                 offset = slot * slab.slot_bytes + num_written
