@@ -110,7 +110,10 @@ class PagedCache(Cache):
 
     # ---- what models and `generate` call --------------------------------------------------------
 
-    def update(  # type: ignore[override]  # a handle in place of tensors, untouched by models
+    # The compiler merges views of one storage that a graph writes, and a pool's layers interleave:
+    # writes would go astray. So the pool is written between graphs.
+    @torch.compiler.disable
+    def update(  # a handle in place of tensors, untouched by models
         self,
         key_states: torch.Tensor,
         value_states: torch.Tensor,

@@ -77,6 +77,24 @@ def test_model_sees_only_the_uncached_tokens(model):
     assert seen == [6, 1, 1]
 
 
+def test_compiled_model_stores_and_computes_the_same(model):
+    ids = torch.randint(1, 128, (1, 44))
+
+    def run(forward):
+        groups = make_groups(model)
+        with PagedCache(groups) as cache, torch.no_grad():
+            steps = ids.split([40, 1, 1, 1, 1], dim=1)
+            logits = [forward(step, past_key_values=cache).logits[:, -1] for step in steps]
+            return torch.stack(logits), [group.pool.data for group in groups]
+
+    want, stored = run(model)
+    torch._dynamo.reset()
+    got, stored_compiled = run(torch.compile(model, backend="aot_eager"))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(stored_compiled, stored, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 def test_sliding_window_ignores_what_it_cannot_reach():
     """Blocks before the window may be gone; one inside it may not."""
     model = gemma3()
