@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -29,6 +30,9 @@ class WatchedSession(Protocol):
 
     served_model: ServedModel | None
 
+    def check_prompt(self, token_ids: torch.Tensor, num_new: int) -> None:
+        """Raise ValueError unless the session holds the tokens before the last `num_new`."""
+
     def check_step(self, token_ids: torch.Tensor, position_ids: torch.Tensor | None) -> None:
         """Raise ValueError unless the step continues the session's tokens where they stand."""
 
@@ -40,7 +44,8 @@ class ServedModel:
     """Sees to it that blocks hold the KV of the tokens they are filed under.
 
     A forward pass with one of the cache's sessions must run on the session's own tokens, at their
-    own positions, and on the weights whose digest is part of every block's identity.
+    own positions, and on the weights whose digest is part of every block's identity. `generate`
+    runs the model on those tokens alone that the session lacks: the ones before are compared too.
 
     Args:
         model: A Hugging Face causal language model. Its attention is set to read the cache's
@@ -54,19 +59,29 @@ class ServedModel:
         install(model)
         self._model = model
         self._arguments = tuple(inspect.signature(model.forward).parameters)
-        self._weights = tuple(model.state_dict(keep_vars=True).values())
-        self._samples = _weight_samples(self._weights)
+        self._weights = _named_weights(model)
+        self._samples = _weight_samples(self._weights.values())
         self._states = self._weight_states()
         self._hooks = (
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
         )
         self._is_closed = False
+        if hasattr(model, "prepare_inputs_for_generation"):
+            model.prepare_inputs_for_generation = _CheckedPrepare(
+                self, model.prepare_inputs_for_generation
+            )
 
     def check_weights(self) -> None:
         """Raise ValueError if a weight was written or replaced since the cache was opened."""
-        before, now = self._states, self._weight_states()
-        if before[0] != now[0] or not all(map(torch.equal, before[1], now[1])):
+        weights, before, now = _named_weights(self._model), self._states, self._weight_states()
+        is_same = (
+            weights.keys() == self._weights.keys()
+            and all(weights[name] is weight for name, weight in self._weights.items())
+            and before[0] == now[0]
+            and all(map(torch.equal, before[1], now[1]))
+        )
+        if not is_same:
             raise ValueError(
                 "model: expected the weights the cache was opened with, got changed ones; open"
                 " another cache"
@@ -78,7 +93,29 @@ class ServedModel:
             self._is_closed = True
             for hook in self._hooks:
                 hook.remove()
+            _unwrap_prepare(self._model)
             uninstall(self._model)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the model is watched no more."""
+        return self._is_closed
+
+    def check_prompt(self, token_ids: torch.Tensor, inputs: dict[str, Any]) -> None:
+        """Raise ValueError unless `generate` was given the tokens its session holds.
+
+        Args:
+            token_ids: `[1, num_tokens]`: the prompt, and what was generated so far. The model
+                will be run on the last of them.
+            inputs: What else the model is about to get.
+        """
+        session = self._session_of(inputs)
+        if session is None or self._is_closed:
+            return
+        num_new = inputs.get("next_sequence_length")  # transformers 5; None: nothing is left out
+        if inputs.get("cache_position") is not None:  # 4.57
+            num_new = len(inputs["cache_position"])
+        session.check_prompt(token_ids, token_ids.shape[-1] if num_new is None else num_new)
 
     def _weight_states(self) -> tuple[list[tuple[int, int]], list[torch.Tensor]]:
         """Where each weight lies, how often it was written, and a few of its bytes.
@@ -89,7 +126,7 @@ class ServedModel:
         written = [
             # Tensors made in inference mode keep no version.
             (weight.data_ptr(), -1 if weight.is_inference() else weight._version)
-            for weight in self._weights
+            for weight in self._weights.values()
         ]
         return written, [torch.cat(samples) for samples in self._samples]
 
@@ -121,7 +158,42 @@ class ServedModel:
         session.check_step(given["input_ids"], given.get("position_ids"))
 
 
-def _weight_samples(weights: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+class _CheckedPrepare:
+    """A model's `prepare_inputs_for_generation`, which sees all tokens before the model sees some.
+
+    `generate` calls it before each forward pass. A class, not a closure: a model may be copied or
+    pickled while it is served.
+    """
+
+    def __init__(self, served_model: ServedModel, prepare: Callable[..., Any]) -> None:
+        self.served_model = served_model
+        self.prepare = prepare
+        self.__signature__ = inspect.signature(prepare)  # which `generate` reads
+
+    def __call__(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.served_model.check_prompt(input_ids, kwargs)
+        return self.prepare(input_ids, *args, **kwargs)
+
+
+def _unwrap_prepare(model: Any) -> None:
+    """Take off what closed caches put around a model's method; they may close in any order."""
+    name = "prepare_inputs_for_generation"
+    while (found := vars(model).get(name)) is not None:
+        if not isinstance(found, _CheckedPrepare) or not found.served_model.is_closed:
+            return
+        if getattr(found.prepare, "__func__", None) is getattr(type(model), name):
+            delattr(model, name)
+        else:
+            setattr(model, name, found.prepare)
+
+
+def _named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All that a forward pass reads besides its inputs: what is not saved too, as the frequencies
+    of position embeddings."""
+    return dict(chain(model.named_parameters(), model.named_buffers()))
+
+
+def _weight_samples(weights: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
     """Views of some bytes in the middle of each weight, by device."""
     samples: dict[torch.device, list[torch.Tensor]] = {}
     for weight in weights:

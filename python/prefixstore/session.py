@@ -69,6 +69,8 @@ class Session(PagedCache):
         # names those tokens, for reading them at every step would stop a GPU's stream.
         self._steps: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._checked_step: tuple[int, int] | None = None  # start and length
+        # A copy of the tokens `check_prompt` saw last, and how many are then stored.
+        self._checked_prompt = (torch.empty(0, dtype=torch.int64), -1)
         self._publish = publish
         super().__init__(
             device.groups,
@@ -109,6 +111,36 @@ class Session(PagedCache):
         self._commit_stored()
         return self._num_committed * self._device.block_size
 
+    def check_prompt(self, token_ids: torch.Tensor, num_new: int) -> None:
+        """Compare the tokens that `generate` is about to leave out with those the session holds.
+
+        Args:
+            token_ids: `[1, num_tokens]`: the prompt, or its part that the session lacks, and what
+                was generated so far.
+            num_new: How many of them, the last ones, the model is to be run on.
+
+        Raises:
+            ValueError: If the session holds others, or none are new.
+        """
+        if token_ids.dim() != 2 or len(token_ids) != 1:
+            return  # refused by `check_step`
+        if num_new <= 0:
+            raise ValueError(
+                f"input_ids: expected more tokens than the {self.num_tokens} stored in the session,"
+                f" got {token_ids.shape[1]}"
+            )
+        given = token_ids[0].detach()
+        left_out = given[: len(given) - num_new]
+        before, num_expected = self._checked_prompt
+        self._checked_prompt = (given.clone(), self.num_tokens + num_new)
+        goes_on = len(before) == len(left_out) and num_expected == self.num_tokens
+        # At the next token of one generation nothing is read back from a GPU, which would stop its
+        # stream: the prompt was compared at the first.
+        if goes_on and (given.is_cuda or torch.equal(left_out, before)):
+            return
+        first = max(self.num_tokens - len(left_out), 0)
+        _compare(self._stored_tokens(), first, left_out, None)
+
     def check_step(self, token_ids: torch.Tensor, position_ids: torch.Tensor | None) -> None:
         """Compare a step the model is about to run with the session's tokens.
 
@@ -123,13 +155,16 @@ class Session(PagedCache):
         token_ids = token_ids.detach()
         if token_ids.dim() not in (1, 2) or token_ids.numel() != token_ids.shape[-1]:
             raise ValueError(
-                f"input_ids: expected one sequence with a session, got shape"
-                f" {list(token_ids.shape)}"
+                f"input_ids: expected one sequence with a session (no beams, no several return"
+                f" sequences), got shape {list(token_ids.shape)}"
             )
         if token_ids.numel() == 0:
             raise ValueError(
                 f"input_ids: expected more tokens than the {start} stored in the session, got none"
             )
+        # One token's position is not read from a GPU, which would stop its stream at every step.
+        if position_ids is not None and (token_ids.numel() > 1 or not position_ids.is_cuda):
+            _check_positions(start, token_ids.numel(), position_ids)
         self._steps = {at: step for at, step in self._steps.items() if at < start}
         if start < len(self._tokens):
             _compare(self._tokens, start, token_ids, position_ids)
@@ -145,6 +180,7 @@ class Session(PagedCache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens, as `PagedCache.crop`; what follows may be other tokens."""
         super().crop(tokens_to_remove)
+        self._checked_prompt = (self._checked_prompt[0], -1)
         self._tokens = self._tokens[: self.num_tokens]
         self._steps = {
             at: (step_ids[..., : self.num_tokens - at], position_ids)
@@ -165,6 +201,16 @@ class Session(PagedCache):
         match = getattr(self, "_match", None)
         if match is not None:
             self._device.abandon(self._tables, match)
+
+    def _stored_tokens(self) -> np.ndarray:
+        """The tokens whose KV the session holds, `[num_tokens]`."""
+        known = self._tokens[: self.num_tokens]
+        stored = np.empty(self.num_tokens, known.dtype)
+        for start, (step_ids, _) in self._steps.items():
+            ids = step_ids.reshape(-1)[: max(self.num_tokens - start, 0)].cpu().numpy()
+            stored[start : start + len(ids)] = ids
+        stored[: len(known)] = known
+        return stored
 
     def _begin_step(self, key_states: torch.Tensor) -> None:
         checked, self._checked_step = self._checked_step, None
@@ -208,12 +254,17 @@ def _compare(
             f"input_ids: expected the session's token {expected[at]} at {start + at}, got"
             f" {given[at]}"
         )
-    if position_ids is None:
-        return
-    positions = position_ids[..., :num_new].cpu().numpy()
+    if position_ids is not None:
+        _check_positions(start, num_new, position_ids[..., :num_new])
+
+
+def _check_positions(start: int, num_new: int, position_ids: torch.Tensor) -> None:
+    """Raise ValueError unless a step stands where the session's tokens end."""
+    positions = position_ids.detach().cpu().numpy()
     wanted = np.arange(start, start + num_new)
-    if positions.shape[-1] != num_new or (positions != wanted).any():
+    if positions.shape[-1:] != wanted.shape or (positions != wanted).any():
+        got = f"{positions.min()} to {positions.max()}" if positions.size else "none"
         raise ValueError(
-            f"position_ids: expected {start} to {start + num_new - 1} with a session, got"
-            f" {positions.min()} to {positions.max()}"
+            f"position_ids: expected {start} to {start + num_new - 1} with a session that holds"
+            f" {start} tokens, got {got}"
         )

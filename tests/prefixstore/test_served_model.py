@@ -1,5 +1,6 @@
 """A session takes the KV of its own tokens, of its own model, and nothing else."""
 
+import copy
 import threading
 from functools import partial
 
@@ -13,6 +14,10 @@ from kvkernels.errors import UnsupportedError
 from kvkernels.nn.transformers import paged_attention
 from prefixstore.cache import PrefixCache
 from prefixstore.errors import ConfigError, TierUnavailable
+
+needs_transformers_5 = pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5, reason="for transformers 5"
+)
 
 
 def test_commit_refuses_other_tokens(model, open_cache):
@@ -47,15 +52,164 @@ def test_a_session_refuses_what_is_not_its_own(model, open_cache):
     expected = f"input_ids: expected the session's token {tokens[0, 7]} at 7, got 1"
     assert refused(input_ids=other) == expected
     shifted = torch.arange(1, 41)[None]
-    expected = "position_ids: expected 0 to 39 with a session, got 1 to 40"
+    expected = "position_ids: expected 0 to 39 with a session that holds 0 tokens, got 1 to 40"
     assert refused(input_ids=tokens, position_ids=shifted) == expected
     embeddings = model.get_input_embeddings()(tokens)
     assert refused(inputs_embeds=embeddings).startswith("inputs_embeds: expected input_ids alone")
     assert refused(input_ids=tokens[:, :0]).startswith("input_ids: expected more tokens than the 0")
     both = torch.cat([tokens, tokens])
     assert refused(input_ids=both) == (
-        "input_ids: expected one sequence with a session, got shape [2, 40]"
+        "input_ids: expected one sequence with a session (no beams, no several return sequences),"
+        " got shape [2, 40]"
     )
+
+
+def assert_goes_on(model, session, tokens):
+    """The session can still be used as if nothing had been refused."""
+    expected = generate(model, tokens)
+    assert generate(model, tokens, session) == expected
+
+
+def test_a_session_is_not_generated_from_twice(model, open_cache):
+    tokens = random_tokens(40)
+    with open_cache().session(tokens) as session:
+        answer = generate(model, tokens, session)
+        with pytest.raises(
+            ValueError, match="more tokens than the 51 stored in the session, got 40"
+        ):
+            generate(model, tokens, session)
+        whole = torch.cat([tokens, torch.tensor([answer]), random_tokens(5, seed=3)], dim=1)
+        assert_goes_on(model, session, whole)
+
+
+def test_a_generation_that_failed_midway_is_not_tried_again_in_its_session(model, open_cache):
+    tokens, num_calls = random_tokens(40), 0
+
+    def fail(*_):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 5:
+            raise RuntimeError("cancelled")
+
+    cache = open_cache()
+    hook = model.model.layers[0].register_forward_pre_hook(fail)
+    with cache.session(tokens) as session:
+        with pytest.raises(RuntimeError, match="cancelled"):
+            generate(model, tokens, session)
+        hook.remove()
+        with pytest.raises(ValueError, match="more tokens than the 43 stored in the session"):
+            generate(model, tokens, session)
+    assert run(cache, model, tokens)[0] == generate(model, tokens)
+
+
+def test_a_session_that_generates_without_use_of_it_is_refused(model, open_cache):
+    tokens = random_tokens(40)
+    with (
+        open_cache().session(tokens) as session,
+        pytest.raises(ValueError, match="position_ids: expected 40 to 80 with a session that"),
+    ):
+        model.generate(
+            tokens, past_key_values=session, use_cache=False, max_new_tokens=4, pad_token_id=0
+        )
+
+
+def test_a_conversation_goes_on_in_its_session_unless_it_was_edited(model, open_cache):
+    tokens = random_tokens(40)
+    with open_cache().session(tokens) as session:
+        answer = torch.tensor([generate(model, tokens, session)])
+        whole = torch.cat([tokens, answer, random_tokens(9, seed=3)], dim=1)
+        for at in (3, 39, 44):
+            edited = whole.clone()
+            edited[0, at] = (edited[0, at] + 1) % VOCABULARY
+            message = f"input_ids: expected the session's token {whole[0, at]} at {at}, got"
+            with pytest.raises(ValueError, match=message):
+                generate(model, edited, session)
+        assert_goes_on(model, session, whole)
+
+
+def test_an_edited_token_far_back_is_seen_at_the_next_token_too(model, open_cache):
+    """Also where a generation goes on by one token, as each step of the last one did."""
+    tokens = random_tokens(40)
+    with open_cache().session(tokens) as session:
+        answer = torch.tensor([generate(model, tokens, session)])
+        edited = torch.cat([tokens, answer], dim=1)
+        edited[0, 3] = (edited[0, 3] + 1) % VOCABULARY
+        with pytest.raises(ValueError, match=r"input_ids: expected the session's token .* at 3"):
+            generate(model, edited, session)
+
+
+def test_a_warm_session_refuses_another_prompt_with_the_same_end(model, open_cache):
+    cache = open_cache()
+    tokens = random_tokens(40)
+    run(cache, model, tokens)
+    other = tokens.clone()
+    other[0, 7] = (other[0, 7] + 1) % VOCABULARY
+    with cache.session(tokens) as session:
+        assert session.report.num_reused == 32
+        with pytest.raises(ValueError, match=f"token {tokens[0, 7]} at 7, got {other[0, 7]}"):
+            generate(model, other, session)
+        assert_goes_on(model, session, tokens)
+
+
+@needs_transformers_5  # 4.57 runs chunks past the model's hooks, which a session refuses
+def test_a_prompt_may_be_run_in_chunks(model, open_cache):
+    cache = open_cache()
+    tokens = random_tokens(100)
+    expected = generate(model, tokens)
+    for num_reused in (0, 96):
+        with cache.session(tokens) as session:
+            out = model.generate(
+                tokens,
+                past_key_values=session,
+                prefill_chunk_size=30,
+                max_new_tokens=12,
+                min_new_tokens=12,
+                do_sample=False,
+                pad_token_id=0,
+            )
+            assert session.report.num_reused == num_reused
+        assert out[0, 100:].tolist() == expected
+
+
+@needs_transformers_5  # 4.57 takes whole prompts
+def test_new_tokens_may_come_alone(model, open_cache):
+    """With an attention mask over all tokens, `generate` leaves none out."""
+    tokens, new = random_tokens(40), random_tokens(5, seed=3)
+    with open_cache().session(tokens) as session:
+        answer = generate(model, tokens, session)
+        # The last token of an answer has not been run yet.
+        new = torch.cat([torch.tensor([answer[-1:]]), new], dim=1)
+        whole = torch.cat([tokens, torch.tensor([answer[:-1]]), new], dim=1)
+        expected = generate(model, whole)
+        out = model.generate(
+            new,
+            past_key_values=session,
+            attention_mask=torch.ones_like(whole),
+            max_new_tokens=12,
+            min_new_tokens=12,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        assert out[0, new.shape[1] :].tolist() == expected
+
+
+def test_beams_are_refused_by_name(model, open_cache):
+    tokens = random_tokens(40)
+    with (
+        open_cache().session(tokens) as session,
+        pytest.raises(ValueError, match=r"no beams, no several return sequences"),
+    ):
+        model.generate(
+            tokens, past_key_values=session, num_beams=2, max_new_tokens=4, pad_token_id=0
+        )
+
+
+def test_a_served_model_can_be_copied(model, open_cache):
+    open_cache()
+    tokens = random_tokens(40)
+    copied = copy.deepcopy(model)
+    assert copied.prepare_inputs_for_generation.prepare.__self__ is copied
+    assert generate(copied, tokens) == generate(model, tokens)
 
 
 def test_a_session_keeps_its_own_copy_of_the_tokens(model, open_cache):
@@ -133,25 +287,58 @@ def test_what_was_cropped_away_may_be_other_tokens(model, open_cache):
     assert run(cache, model, whole)[0] == plain
 
 
-def scale(weight):
+def key_weight(model):
+    return model.model.layers[1].self_attn.k_proj.weight
+
+
+def scale(model):
     with torch.no_grad():
-        weight.mul_(1.5)
+        key_weight(model).mul_(1.5)
 
 
-def scale_data(weight):
-    weight.data.mul_(1.5)  # leaves the version counter as it is; adapters are merged so
+def scale_data(model):
+    # leaves the version counter as it is; adapters are merged so
+    key_weight(model).data.mul_(1.5)
 
 
-def replace_data(weight):
-    weight.data = weight.data * 1.5
+def replace_data(model):
+    key_weight(model).data = key_weight(model).data * 1.5
 
 
-@pytest.mark.parametrize("change", [scale, scale_data, replace_data])
+def replace_parameter(model):
+    model.model.layers[1].self_attn.k_proj.weight = torch.nn.Parameter(key_weight(model) * 1.5)
+
+
+def replace_module(model):
+    model.model.layers[1] = type(model.model.layers[1])(model.config, 1)
+
+
+def assign_state(model):
+    state = {name: value * 1.5 for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def scale_frequencies(model):
+    next(model.model.rotary_emb.buffers()).mul_(2)  # not saved with the weights
+
+
+CHANGES = [
+    scale,
+    scale_data,
+    replace_data,
+    replace_parameter,
+    replace_module,
+    assign_state,
+    scale_frequencies,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_changed_weights_need_another_cache(model, open_cache, change):
     cache = open_cache()
     tokens = random_tokens(40)
     run(cache, model, tokens)
-    change(model.model.layers[1].self_attn.k_proj.weight)
+    change(model)
     with pytest.raises(ValueError, match="model: expected the weights the cache was opened with"):
         cache.session(tokens)
     assert run(open_cache(), model, tokens)[1].num_reused == 0
@@ -161,7 +348,7 @@ def test_weights_changed_during_a_session_cache_nothing(model, open_cache):
     cache = open_cache()
     tokens = random_tokens(40)
     with cache.session(tokens) as session:
-        scale_data(model.model.layers[1].self_attn.k_proj.weight)
+        scale_data(model)
         with pytest.raises(ValueError, match="model: expected the weights the cache was opened"):
             generate(model, tokens, session)
     assert cache.stats().index.num_blocks == 0
@@ -178,6 +365,7 @@ def test_a_closed_cache_gives_the_model_back(model, open_cache):
     second.close()
     second.close()
     assert model.config._attn_implementation == before
+    assert "prepare_inputs_for_generation" not in vars(model)
     generate(model, tokens)
 
 
