@@ -1,0 +1,275 @@
+"""A session takes the tokens and positions it was made for, in every way `generate` gives them."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from cached_models import VOCABULARY, generate, random_tokens, run
+
+from kvkernels.errors import UnsupportedError
+from kvkernels.nn.transformers import paged_attention
+
+needs_transformers_5 = pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5, reason="for transformers 5"
+)
+
+
+def test_commit_refuses_other_tokens(model, open_cache):
+    cache = open_cache()
+    tokens = random_tokens(40)
+    with cache.session(tokens) as session:
+        generate(model, tokens, session)
+        other = tokens.clone()
+        other[0, 7] = 1
+        with pytest.raises(ValueError, match=r"token_ids: expected to continue .* at 7, got 1"):
+            session.commit(other)
+    with pytest.raises(ValueError, match="expected an open session, got a released one"):
+        session.commit(torch.cat([tokens, tokens], dim=1))
+
+
+def refusal(cache, model, tokens, **inputs):
+    """What the model says to a session of `tokens` run on other inputs; nothing gets cached."""
+    with cache.session(tokens) as session, torch.no_grad():
+        with pytest.raises((ValueError, UnsupportedError)) as error:
+            model(past_key_values=session, **inputs)
+        assert session.num_tokens == 0
+    assert cache.session(tokens).report.num_reused == 0
+    return str(error.value)
+
+
+def test_a_session_refuses_what_is_not_its_own(model, open_cache):
+    cache = open_cache()
+    tokens = random_tokens(40)
+    other = tokens.clone()
+    other[0, 7] = 1
+    refused = partial(refusal, cache, model, tokens)
+    expected = f"input_ids: expected the session's token {tokens[0, 7]} at 7, got 1"
+    assert refused(input_ids=other) == expected
+    shifted = torch.arange(1, 41)[None]
+    expected = "position_ids: expected 0 to 39 with a session that holds 0 tokens, got 1 to 40"
+    assert refused(input_ids=tokens, position_ids=shifted) == expected
+    embeddings = model.get_input_embeddings()(tokens)
+    assert refused(inputs_embeds=embeddings).startswith("inputs_embeds: expected input_ids alone")
+    assert refused(input_ids=tokens[:, :0]).startswith("input_ids: expected more tokens than the 0")
+    both = torch.cat([tokens, tokens])
+    assert refused(input_ids=both) == (
+        "input_ids: expected one sequence with a session (no beams, no several return sequences),"
+        " got shape [2, 40]"
+    )
+
+
+def assert_goes_on(model, session, tokens):
+    """The session can still be used as if nothing had been refused."""
+    expected = generate(model, tokens)
+    assert generate(model, tokens, session) == expected
+
+
+def test_a_session_is_not_generated_from_twice(model, open_cache):
+    tokens = random_tokens(40)
+    with open_cache().session(tokens) as session:
+        answer = generate(model, tokens, session)
+        with pytest.raises(
+            ValueError, match="more tokens than the 51 stored in the session, got 40"
+        ):
+            generate(model, tokens, session)
+        whole = torch.cat([tokens, torch.tensor([answer]), random_tokens(5, seed=3)], dim=1)
+        assert_goes_on(model, session, whole)
+
+
+def test_a_generation_that_failed_midway_is_not_tried_again_in_its_session(model, open_cache):
+    tokens, num_calls = random_tokens(40), 0
+
+    def fail(*_):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 5:
+            raise RuntimeError("cancelled")
+
+    cache = open_cache()
+    hook = model.model.layers[0].register_forward_pre_hook(fail)
+    with cache.session(tokens) as session:
+        with pytest.raises(RuntimeError, match="cancelled"):
+            generate(model, tokens, session)
+        hook.remove()
+        with pytest.raises(ValueError, match="more tokens than the 43 stored in the session"):
+            generate(model, tokens, session)
+    assert run(cache, model, tokens)[0] == generate(model, tokens)
+
+
+def test_a_session_that_generates_without_use_of_it_is_refused(model, open_cache):
+    tokens = random_tokens(40)
+    with (
+        open_cache().session(tokens) as session,
+        pytest.raises(ValueError, match="position_ids: expected 40 to 80 with a session that"),
+    ):
+        model.generate(
+            tokens, past_key_values=session, use_cache=False, max_new_tokens=4, pad_token_id=0
+        )
+
+
+def test_a_conversation_goes_on_in_its_session_unless_it_was_edited(model, open_cache):
+    tokens = random_tokens(40)
+    with open_cache().session(tokens) as session:
+        answer = torch.tensor([generate(model, tokens, session)])
+        whole = torch.cat([tokens, answer, random_tokens(9, seed=3)], dim=1)
+        for at in (3, 39, 44):
+            edited = whole.clone()
+            edited[0, at] = (edited[0, at] + 1) % VOCABULARY
+            message = f"input_ids: expected the session's token {whole[0, at]} at {at}, got"
+            with pytest.raises(ValueError, match=message):
+                generate(model, edited, session)
+        assert_goes_on(model, session, whole)
+
+
+def test_an_edited_token_far_back_is_seen_at_the_next_token_too(model, open_cache):
+    """Also where a generation goes on by one token, as each step of the last one did."""
+    tokens = random_tokens(40)
+    with open_cache().session(tokens) as session:
+        answer = torch.tensor([generate(model, tokens, session)])
+        edited = torch.cat([tokens, answer], dim=1)
+        edited[0, 3] = (edited[0, 3] + 1) % VOCABULARY
+        with pytest.raises(ValueError, match=r"input_ids: expected the session's token .* at 3"):
+            generate(model, edited, session)
+
+
+def test_a_warm_session_refuses_another_prompt_with_the_same_end(model, open_cache):
+    cache = open_cache()
+    tokens = random_tokens(40)
+    run(cache, model, tokens)
+    other = tokens.clone()
+    other[0, 7] = (other[0, 7] + 1) % VOCABULARY
+    with cache.session(tokens) as session:
+        assert session.report.num_reused == 32
+        with pytest.raises(ValueError, match=f"token {tokens[0, 7]} at 7, got {other[0, 7]}"):
+            generate(model, other, session)
+        assert_goes_on(model, session, tokens)
+
+
+@needs_transformers_5  # 4.57 runs chunks past the model's hooks, which a session refuses
+def test_a_prompt_may_be_run_in_chunks(model, open_cache):
+    cache = open_cache()
+    tokens = random_tokens(100)
+    expected = generate(model, tokens)
+    for num_reused in (0, 96):
+        with cache.session(tokens) as session:
+            out = model.generate(
+                tokens,
+                past_key_values=session,
+                prefill_chunk_size=30,
+                max_new_tokens=12,
+                min_new_tokens=12,
+                do_sample=False,
+                pad_token_id=0,
+            )
+            assert session.report.num_reused == num_reused
+        assert out[0, 100:].tolist() == expected
+
+
+@needs_transformers_5  # 4.57 takes whole prompts
+def test_new_tokens_may_come_alone(model, open_cache):
+    """With an attention mask over all tokens, `generate` leaves none out."""
+    tokens, new = random_tokens(40), random_tokens(5, seed=3)
+    with open_cache().session(tokens) as session:
+        answer = generate(model, tokens, session)
+        # The last token of an answer has not been run yet.
+        new = torch.cat([torch.tensor([answer[-1:]]), new], dim=1)
+        whole = torch.cat([tokens, torch.tensor([answer[:-1]]), new], dim=1)
+        expected = generate(model, whole)
+        out = model.generate(
+            new,
+            past_key_values=session,
+            attention_mask=torch.ones_like(whole),
+            max_new_tokens=12,
+            min_new_tokens=12,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        assert out[0, new.shape[1] :].tolist() == expected
+
+
+def test_beams_are_refused_by_name(model, open_cache):
+    tokens = random_tokens(40)
+    with (
+        open_cache().session(tokens) as session,
+        pytest.raises(ValueError, match=r"no beams, no several return sequences"),
+    ):
+        model.generate(
+            tokens, past_key_values=session, num_beams=2, max_new_tokens=4, pad_token_id=0
+        )
+
+
+def test_a_session_keeps_its_own_copy_of_the_tokens(model, open_cache):
+    cache = open_cache()
+    tokens, other = random_tokens(64, seed=1), random_tokens(64, seed=2)
+    buffer = tokens[0].numpy().astype(np.uint32)
+    with cache.session(buffer) as session, torch.no_grad():
+        model(tokens[:, :40], past_key_values=session)
+        buffer[:40] = other[0, :40]
+        model(tokens[:, 40:], past_key_values=session)
+    assert cache.session(torch.cat([other[:, :40], tokens[:, 40:]], 1)).report.num_reused == 0
+    assert cache.session(tokens).report.num_reused == 48
+
+
+def test_a_session_passed_to_another_model_caches_nothing(model, open_cache):
+    cache = open_cache()
+    tokens = random_tokens(40)
+    torch.manual_seed(2)
+    other = type(model)(model.config).eval()
+    with (
+        paged_attention(other),
+        cache.session(tokens) as session,
+        torch.no_grad(),
+        pytest.raises(ValueError, match="expected a forward pass of the model the cache"),
+    ):
+        other(tokens, past_key_values=session)
+    assert cache.session(tokens).report.num_reused == 0
+
+
+def test_a_failed_pass_does_not_open_the_session_to_another_model(model, open_cache):
+    cache = open_cache()
+    tokens = random_tokens(40)
+    other = type(model)(model.config).eval()
+
+    def fail(*_):
+        raise RuntimeError("cancelled")
+
+    hook = model.model.layers[1].register_forward_pre_hook(fail)
+    with paged_attention(other), cache.session(tokens) as session, torch.no_grad():
+        with pytest.raises(RuntimeError, match="cancelled"):
+            model(tokens, past_key_values=session)
+        hook.remove()
+        with pytest.raises(ValueError, match="expected a forward pass of the model the cache"):
+            other(tokens, past_key_values=session)
+        model(tokens, past_key_values=session)
+    plain = generate(model, tokens)
+    out, report = run(cache, model, tokens)
+    assert out == plain
+    assert report.num_reused == 32
+
+
+def test_commit_refuses_what_the_model_was_not_run_on(model, open_cache):
+    cache = open_cache()
+    tokens = random_tokens(40)
+    with cache.session(tokens) as session:
+        answer = torch.tensor([generate(model, tokens, session, num_new=30)])
+        made_up = answer.clone()
+        made_up[0, 11] = (answer[0, 11] + 1) % VOCABULARY
+        with pytest.raises(ValueError, match=r"input_ids: expected the session's token .* at 51"):
+            session.commit(torch.cat([tokens, made_up], dim=1))
+        assert session.commit(torch.cat([tokens, answer], dim=1)) == 64
+
+
+def test_what_was_cropped_away_may_be_other_tokens(model, open_cache):
+    cache = open_cache()
+    tokens, other = random_tokens(30), random_tokens(30, seed=5)
+    with cache.session(tokens) as session, torch.no_grad():
+        model(tokens, past_key_values=session)
+        model(tokens[:, :10], past_key_values=session)
+        session.crop(-5)
+        model(other[:, :10], past_key_values=session)
+        whole = torch.cat([tokens, tokens[:, :5], other[:, :10]], dim=1)
+        assert session.commit(whole) == 32
+    plain = generate(model, whole)
+    assert run(cache, model, whole)[0] == plain
