@@ -51,8 +51,8 @@ class Prefetch {
   int64_t num_rows_, row_bytes_, row_ = 0, offset_ = 0;
 };
 
-// Adds 16 sums, kRows rows by 16 / kRows keys (5 for 3 rows), across lanes, and stores the scores
-// of the keys from `first` on.
+// Adds up to 16 sums across lanes, of kRows rows by 16, 8, 4 or 4 keys for 1, 2, 3 or 4 rows, and
+// stores the scores of the keys from `first` on.
 template <int kRows>
 inline void store_scores(const __m512* sums, int64_t first, float* scores) {
   const __m512 total = sum_lanes_of_16(sums);

@@ -162,12 +162,16 @@ class Session(PagedCache):
             raise ValueError(
                 f"input_ids: expected more tokens than the {start} stored in the session, got none"
             )
-        # One token's position is not read from a GPU, which would stop its stream at every step.
-        if position_ids is not None and (token_ids.numel() > 1 or not position_ids.is_cuda):
+        is_known = start < len(self._tokens)
+        # Past the known tokens one token's position is not read from a GPU, which would stop its
+        # stream at every step.
+        if position_ids is not None and (
+            is_known or token_ids.numel() > 1 or not position_ids.is_cuda
+        ):
             _check_positions(start, token_ids.numel(), position_ids)
         self._steps = {at: step for at, step in self._steps.items() if at < start}
-        if start < len(self._tokens):
-            _compare(self._tokens, start, token_ids, position_ids)
+        if is_known:
+            _compare(self._tokens, start, token_ids, None)
         if start + token_ids.numel() > len(self._tokens):
             positions = None if position_ids is None else position_ids.detach().clone()
             self._steps[start] = (token_ids.clone(), positions)
