@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from bench.harness import print_machine
+from bench.harness import describe_machine, print_line
 
 TOPICS = sorted(
     path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py")
@@ -19,11 +19,15 @@ def main() -> None:
     parser.add_argument("--case", default="", help="run only cases whose name contains this")
     parser.add_argument("--rounds", type=int, default=15, help="timed runs of each provider")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="attention: draw into this folder")
     options = parser.parse_args()
+    if options.plot is not None and options.topic != "attention":
+        parser.error("--plot: only attention draws")
     torch.set_num_threads(options.threads)
-    print_machine()
+    print_line(**describe_machine())
     bench = importlib.import_module(f"bench.bench_{options.topic}")
-    bench.main(case_filter=options.case, num_rounds=options.rounds)
+    plot = {} if options.plot is None else {"plot_dir": options.plot}
+    bench.main(case_filter=options.case, num_rounds=options.rounds, **plot)
 
 
 if __name__ == "__main__":

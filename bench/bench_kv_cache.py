@@ -65,4 +65,4 @@ def main(case_filter: str = "", num_rounds: int = 15) -> None:
             provider((*inputs[0][:2], *caches, inputs[0][4]))
             results[name] = caches
         check_agreement(results, "index_put", 0.0)
-        run_case(case.name, PROVIDERS, inputs, num_rounds, case.num_bytes, 0)
+        run_case(case.name, PROVIDERS, inputs, num_rounds, case.num_bytes)

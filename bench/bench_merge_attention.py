@@ -53,5 +53,4 @@ def main(case_filter: str = "", num_rounds: int = 15) -> None:
         results = {name: provider(inputs[0]) for name, provider in PROVIDERS.items()}
         tolerance = 1e-5 if case.dtype == torch.float32 else 4e-2
         check_agreement(results, "pytorch", tolerance)
-        num_flops = 3 * case.num_tokens * case.num_heads * case.head_dim
-        run_case(case.name, PROVIDERS, inputs, num_rounds, case.num_bytes, num_flops)
+        run_case(case.name, PROVIDERS, inputs, num_rounds, case.num_bytes)

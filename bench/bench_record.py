@@ -113,4 +113,4 @@ def main(case_filter: str = "", num_rounds: int = 15) -> None:
             check_agreement(results, "copy", 0.0)
             inputs = make_cold(partial(make_blocks, case.layout, runs), case.num_bytes)
             providers = {own: partial(run_on_own_block, own, run) for own, run in runs.items()}
-            run_case(name, providers, inputs, num_rounds, case.num_bytes, 0)
+            run_case(name, providers, inputs, num_rounds, case.num_bytes)

@@ -247,4 +247,4 @@ def main(case_filter: str = "", num_rounds: int = 15) -> None:
                 drop_from_page_cache(Path(path))
             providers = make_providers(case, holders, keys, records, stack)
             num_bytes = case.batch_size * case.layout.record_bytes
-            run_case(case.name, providers, batches, num_rounds, num_bytes, 0)
+            run_case(case.name, providers, batches, num_rounds, num_bytes)

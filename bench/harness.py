@@ -6,24 +6,33 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from bench.rates import Rates, make_probes, rates_of
+
 Inputs = TypeVar("Inputs")
 
-READ_BUFFER_BYTES = 256 << 20
+# A case that takes longer ends after fewer rounds than were asked for.
+CASE_LIMIT_S = 60
+MIN_ROUNDS = 3
+SPIN_S = 0.01
+
+
+def rounded(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`fields` with four digits of each float."""
+    return {
+        name: float(f"{value:.4g}") if isinstance(value, float) else value
+        for name, value in fields.items()
+    }
 
 
 def print_line(**fields: Any) -> None:
     """Print one JSON line."""
-    rounded = {
-        name: float(f"{value:.4g}") if isinstance(value, float) else value
-        for name, value in fields.items()
-    }
-    print(json.dumps(rounded), flush=True)
+    print(json.dumps(rounded(fields)), flush=True)
 
 
 def _cpu_name() -> str:
@@ -33,20 +42,20 @@ def _cpu_name() -> str:
     return platform.processor()
 
 
-def print_machine() -> None:
-    """Print what the timings depend on."""
+def describe_machine() -> dict[str, Any]:
+    """What the timings depend on."""
     from kvkernels import native
 
-    print_line(
-        machine=_cpu_name(),
-        cores=os.cpu_count(),
-        threads=torch.get_num_threads(),
-        load_average=os.getloadavg()[0],
-        python=platform.python_version(),
-        torch=torch.__version__,
-        isas=native.available_isas(),
-        last_level_cache_bytes=last_level_cache_bytes(),
-    )
+    return {
+        "machine": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "isas": native.available_isas(),
+        "last_level_cache_bytes": last_level_cache_bytes(),
+    }
 
 
 def last_level_cache_bytes() -> int:
@@ -78,16 +87,28 @@ def check_agreement(
 
 
 def time_alternating(
-    providers: Mapping[str, Callable[[Inputs], Any]], inputs: Sequence[Inputs], num_rounds: int
+    providers: Mapping[str, Callable[[Inputs], Any]],
+    inputs: Sequence[Inputs],
+    num_rounds: int,
+    with_own_threads: Collection[str] = (),
 ) -> dict[str, list[float]]:
     """Seconds of each run; every round runs all providers, in the order of the round before
-    reversed. Each run takes the next of the inputs: none finds what the one before has read."""
+    reversed. Each run takes the next of the inputs: none finds what the one before has read.
+
+    The providers `with_own_threads` run after a pause: for milliseconds after a run OpenMP's threads
+    spin, and would take the processors from them. After CASE_LIMIT_S no round begins, but MIN_ROUNDS are run (or as many as were asked for).
+    """
     names = list(providers)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     next_inputs = itertools.cycle(inputs)
+    ends_at = time.perf_counter() + CASE_LIMIT_S
     for round_index in range(-1, num_rounds):  # the first round warms up
+        if round_index >= MIN_ROUNDS and time.perf_counter() > ends_at:
+            break
         for name in names:
             chosen = next(next_inputs)
+            if name in with_own_threads:
+                time.sleep(SPIN_S)
             begin = time.perf_counter()
             providers[name](chosen)
             elapsed = time.perf_counter() - begin
@@ -97,35 +118,58 @@ def time_alternating(
     return seconds
 
 
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """The median and, of so many runs, the 10th and 90th percentiles."""
+    ordered = sorted(1e3 * value for value in seconds)
+    last = len(ordered) - 1
+    return {
+        "median_ms": statistics.median(ordered),
+        "p10_ms": ordered[round(0.1 * last)],
+        "p90_ms": ordered[round(0.9 * last)],
+        "num_rounds": len(ordered),
+    }
+
+
+def figures(
+    seconds: Sequence[float], rates: Rates, num_bytes: int, num_flops: int = 0
+) -> dict[str, float]:
+    """A provider's times, the least they could be at the measured rates, and its share of those."""
+    median = statistics.median(seconds)
+    found = {
+        **spread(seconds),
+        "read_floor_ms": 1e3 * num_bytes / rates.read,
+        "gbytes_per_s": num_bytes / median / 1e9,
+        "read_gbytes_per_s": rates.read / 1e9,
+        "best_read_gbytes_per_s": rates.best_read / 1e9,
+        "share_of_read": num_bytes / median / rates.read,
+        "share_of_best_read": num_bytes / median / rates.best_read,
+    }
+    if rates.matmul is not None and rates.best_matmul is not None:
+        found |= {
+            "matmul_floor_ms": 1e3 * num_flops / rates.matmul,
+            "tflops": num_flops / median / 1e12,
+            "matmul_tflops": rates.matmul / 1e12,
+            "best_matmul_tflops": rates.best_matmul / 1e12,
+            "share_of_matmul": num_flops / median / rates.matmul,
+        }
+    return found
+
+
 def run_case(
     case: str,
     providers: Mapping[str, Callable[[Inputs], Any]],
     inputs: Sequence[Inputs],
     num_rounds: int,
     num_bytes: int,
-    num_flops: int,
 ) -> None:
-    """Time all providers and print a line for each, the baseline (the first) first.
-
-    The bandwidth of reading memory is measured among them, with as many threads:
-    `torch.sum` over 256 MiB of float32, which does nothing but read.
-    """
-    buffer = torch.ones(READ_BUFFER_BYTES // 4)
-    baseline = next(iter(providers))
-    everything = {**providers, "read": lambda _: buffer.sum()}
-    seconds = time_alternating(everything, inputs, num_rounds)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    read_rate = READ_BUFFER_BYTES / medians["read"]
+    """Time all providers and print a line for each, the baseline (the first) first."""
+    seconds = time_alternating({**providers, **make_probes()}, inputs, num_rounds)
+    rates = rates_of(seconds)
+    baseline = statistics.median(seconds[next(iter(providers))])
     for name in providers:
-        median = medians[name]
         print_line(
             case=case,
             provider=name,
-            median_ms=1e3 * median,
-            p90_ms=1e3 * sorted(seconds[name])[int(0.9 * (num_rounds - 1))],
-            times_as_fast_as_baseline=medians[baseline] / median,
-            gbytes_per_s=num_bytes / median / 1e9,
-            gflops=num_flops / median / 1e9,
-            read_gbytes_per_s=read_rate / 1e9,
-            share_of_read=num_bytes / median / read_rate,
+            times_as_fast_as_baseline=baseline / statistics.median(seconds[name]),
+            **figures(seconds[name], rates, num_bytes),
         )

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from bench import bench_attention, bench_kv_cache
+from bench import attention_cases, bench_kv_cache
+from bench.attention_cases import Case
+from bench.attention_providers import attend_contiguous, attend_gathered, attend_paged
 from bench.harness import check_agreement
 
 NUM_ROUNDS = 15
@@ -15,15 +17,19 @@ NUM_ROUNDS = 15
 MAX_INPUTS = 24
 
 CASES = [
-    *bench_attention.CASES,
-    bench_attention.Case("decode_1x1k", 1, 1024, 1, 32, 8, 128),
-    bench_attention.Case("decode_1x8k", 1, 8192, 1, 32, 8, 128),
-    bench_attention.Case("decode_8x4k", 8, 4096, 1, 32, 8, 128),
-    bench_attention.Case("decode_8x32k", 8, 32768, 1, 32, 8, 128),
-    bench_attention.Case("decode_128x1k", 128, 1024, 1, 32, 8, 128),
-    bench_attention.Case("decode_8x4k_mha", 8, 4096, 1, 32, 32, 128),
-    bench_attention.Case("prefill_8k", 1, 8192, 8192, 32, 8, 128),
+    *attention_cases.CASES,
+    Case("decode_1x1k", 1, 1024, 1, 32, 8, 128),
+    Case("decode_1x8k", 1, 8192, 1, 32, 8, 128),
+    Case("decode_8x4k", 8, 4096, 1, 32, 8, 128),
+    Case("decode_8x32k", 8, 32768, 1, 32, 8, 128),
+    Case("decode_128x1k", 128, 1024, 1, 32, 8, 128),
+    Case("decode_8x4k_mha", 8, 4096, 1, 32, 32, 128),
 ]
+PROVIDERS = {
+    "sdpa_contiguous": attend_contiguous,
+    "sdpa_gathered": attend_gathered,
+    "kvkernels": attend_paged,
+}
 
 
 def time_calls(calls: list[Callable[[], Any]]) -> float:
@@ -72,13 +78,13 @@ def copy_rate() -> dict[str, float]:
 
 
 @torch.inference_mode()
-def time_attention(case: bench_attention.Case) -> dict[str, Any]:
-    inputs = make_cold(partial(bench_attention.make_inputs, case), case.num_kv_bytes)
-    results = {name: [run(inputs[0])] for name, run in bench_attention.PROVIDERS.items()}
+def time_attention(case: Case) -> dict[str, Any]:
+    inputs = make_cold(partial(attention_cases.make_inputs, case), case.num_kv_bytes)
+    results = {name: [run(inputs[0])] for name, run in PROVIDERS.items()}
     # Only to notice that another thing is timed; what is right is for check.py to say.
     check_agreement(results, "sdpa_contiguous", 0.1)
     row: dict[str, Any] = {"num_kv_bytes": case.num_kv_bytes, "num_flops": case.num_flops}
-    for name, provider in bench_attention.PROVIDERS.items():
+    for name, provider in PROVIDERS.items():
         row[name] = times = time_provider(provider, inputs)
         times["kv_gbytes_per_s"] = case.num_kv_bytes / times["graph_us"] / 1e3
         times["tflops"] = case.num_flops / times["graph_us"] / 1e6

@@ -1,0 +1,104 @@
+"""Ways to compute a case's attention: PyTorch's own, the baseline first, and kvkernels.
+
+A provider over pools of another form, or another op over the same pools, is one more entry.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+import kvkernels
+from bench.attention_cases import Case, Inputs, gather
+
+Call = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute a case's attention.
+
+    Attributes:
+        prepare: From a case and its inputs, what is timed: a call that gives an output like
+            ``query``. What it makes of the inputs before is not timed.
+        form: How the keys and values lie that the call gets.
+        serves: Which cases it can run.
+        kv_bits: Of one element of keys and values, where it is not the case's dtype.
+        dtype: What it computes in, where it is not the case's dtype.
+        tolerance: How far it may be from the baseline, where that is not the dtype's rounding.
+        has_own_threads: Whether it runs on other threads than PyTorch's.
+    """
+
+    prepare: Callable[[Case, Inputs], Call]
+    form: str
+    serves: Callable[[Case], bool] = lambda case: True
+    kv_bits: float | None = None
+    dtype: torch.dtype | None = None
+    tolerance: float = 0.0
+    has_own_threads: bool = False
+
+    def dtype_in(self, case: Case) -> torch.dtype:
+        return self.dtype or case.dtype
+
+    def num_bytes(self, case: Case) -> int:
+        """Keys, values and queries read once, the output written once."""
+        itemsize = self.dtype_in(case).itemsize
+        kv_bits = self.kv_bits or 8 * itemsize
+        return round(case.num_kv_elements * kv_bits / 8) + 2 * case.num_query_elements * itemsize
+
+
+def attend_contiguous(inputs: Inputs) -> torch.Tensor:
+    query = inputs.queries_by_head
+    out = F.scaled_dot_product_attention(
+        query,
+        inputs.key,
+        inputs.value,
+        attn_mask=inputs.mask,
+        is_causal=query.shape[2] == inputs.key.shape[2],
+        enable_gqa=True,
+    )
+    return out.transpose(1, 2).reshape(inputs.query.shape)
+
+
+def attend_grouped(inputs: Inputs) -> torch.Tensor:
+    """Decode only: the queries of one group as the rows of one head, which spares PyTorch the
+    copies of keys and values that `enable_gqa` makes on a CPU. It takes a caller who knows."""
+    num_seqs, num_kv_heads, _, head_dim = inputs.key.shape
+    query = inputs.query.view(num_seqs, num_kv_heads, -1, head_dim)
+    out = F.scaled_dot_product_attention(query, inputs.key, inputs.value)
+    return out.reshape(inputs.query.shape)
+
+
+def attend_gathered(inputs: Inputs) -> torch.Tensor:
+    """What one does without a paged kernel: copy, then attend."""
+    key = gather(inputs.key_cache, inputs.block_table)
+    value = gather(inputs.value_cache, inputs.block_table)
+    return attend_contiguous(replace(inputs, key=key, value=value))
+
+
+def attend_paged(inputs: Inputs) -> torch.Tensor:
+    return kvkernels.paged_attention(
+        inputs.query,
+        inputs.key_cache,
+        inputs.value_cache,
+        inputs.block_table,
+        inputs.seq_lens,
+        inputs.cu_seqlens_q,
+    )
+
+
+def on_inputs(attend: Callable[[Inputs], torch.Tensor]) -> Callable[[Case, Inputs], Call]:
+    """`Provider.prepare` of a function that takes the inputs as they are."""
+    return lambda _, inputs: partial(attend, inputs)
+
+
+PROVIDERS = {
+    "sdpa_contiguous": Provider(on_inputs(attend_contiguous), "contiguous"),
+    "sdpa_gathered": Provider(on_inputs(attend_gathered), "blocks, copied in each run"),
+    "sdpa_grouped": Provider(
+        on_inputs(attend_grouped), "contiguous", serves=lambda case: case.is_decode
+    ),
+    "kvkernels": Provider(on_inputs(attend_paged), "blocks"),
+}

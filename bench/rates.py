@@ -1,0 +1,70 @@
+"""What the machine can do at best, measured among the runs of a case and with as many threads."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+READ_BUFFER_BYTES = 256 << 20
+# On some machines the speed of a buffer depends on the memory it happens to get.
+NUM_READ_BUFFERS = 3
+MATMUL_SIZE = 2048
+
+# PyTorch multiplies float16 a hundred times slower on a CPU that has no instructions for it.
+MATMUL_DTYPES = {torch.float16: torch.float32}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes read and operations done in a second.
+
+    Each is the median of all runs, and at best: of the fastest buffer, of the fastest product.
+    """
+
+    read: float
+    best_read: float
+    matmul: float | None = None
+    best_matmul: float | None = None
+
+
+@cache
+def _read_buffers() -> list[torch.Tensor]:
+    return [torch.ones(READ_BUFFER_BYTES // 4) for _ in range(NUM_READ_BUFFERS)]
+
+
+@cache
+def _matrices(dtype: torch.dtype) -> list[torch.Tensor]:
+    return [torch.randn(MATMUL_SIZE, MATMUL_SIZE).to(dtype) for _ in range(3)]
+
+
+def make_probes(dtype: torch.dtype | None = None) -> dict[str, Callable[[Any], Any]]:
+    """Providers that take turns with those of a case; they look at none of its inputs.
+
+    `torch.sum` over float32 does nothing but read. With `dtype`, `torch.matmul` of square
+    matrices is among them, in that dtype or the one MATMUL_DTYPES names for it.
+    """
+    probes = {}
+    for number, buffer in enumerate(_read_buffers()):
+        probes[f"read_{number}"] = lambda _, buffer=buffer: buffer.sum()
+    if dtype is not None:
+        a, b, out = _matrices(MATMUL_DTYPES.get(dtype, dtype))
+        probes["matmul"] = lambda _: torch.matmul(a, b, out=out)
+    return probes
+
+
+def rates_of(seconds: Mapping[str, Sequence[float]]) -> Rates:
+    """The rates that the runs of the probes among `seconds` showed."""
+    buffers = [runs for name, runs in seconds.items() if name.startswith("read_")]
+    read_s = statistics.median(second for runs in buffers for second in runs)
+    # A single run may be an outlier, in a buffer all runs are alike.
+    best_read_s = min(statistics.median(runs) for runs in buffers)
+    read, best_read = READ_BUFFER_BYTES / read_s, READ_BUFFER_BYTES / best_read_s
+    if "matmul" not in seconds:
+        return Rates(read, best_read)
+    num_flops, products = 2 * MATMUL_SIZE**3, seconds["matmul"]
+    return Rates(
+        read, best_read, num_flops / statistics.median(products), num_flops / min(products)
+    )
