@@ -75,8 +75,8 @@ CASES = [
 # Decode over more and more tokens: of one sequence, of four, and of more and more sequences.
 POWERS = (1, 2, 4, 8, 16, 32)
 SCALING = {
-    "context, 1 sequence": [Case(f"context_1x{n}k", 1, n << 10, 1, 32, 8, 128) for n in POWERS],
-    "context, 4 sequences": [Case(f"context_4x{n}k", 4, n << 10, 1, 32, 8, 128) for n in POWERS],
+    "1 sequence": [Case(f"context_1x{n}k", 1, n << 10, 1, 32, 8, 128) for n in POWERS],
+    "4 sequences": [Case(f"context_4x{n}k", 4, n << 10, 1, 32, 8, 128) for n in POWERS],
     "sequences of 1k tokens": [Case(f"batch_{n}x1k", n, 1024, 1, 32, 8, 128) for n in POWERS],
 }
 

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from bench.harness import (
     figures,
     make_cold,
     print_line,
-    rounded,
     time_alternating,
 )
 from bench.peers import installed_peers, missing_packages

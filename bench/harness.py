@@ -95,8 +95,9 @@ def time_alternating(
     """Seconds of each run; every round runs all providers, in the order of the round before
     reversed. Each run takes the next of the inputs: none finds what the one before has read.
 
-    The providers `with_own_threads` run after a pause: for milliseconds after a run OpenMP's threads
-    spin, and would take the processors from them. After CASE_LIMIT_S no round begins, but MIN_ROUNDS are run (or as many as were asked for).
+    The providers `with_own_threads` run after a pause: for milliseconds after a run OpenMP's
+    threads spin, and would take the processors from them. After CASE_LIMIT_S no round begins,
+    but MIN_ROUNDS are run (or as many as were asked for).
     """
     names = list(providers)
     seconds: dict[str, list[float]] = {name: [] for name in names}

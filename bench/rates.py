@@ -31,13 +31,13 @@ class Rates:
 
 
 @cache
-def _read_buffers() -> list[torch.Tensor]:
-    return [torch.ones(READ_BUFFER_BYTES // 4) for _ in range(NUM_READ_BUFFERS)]
+def _read_buffers(num_bytes: int) -> list[torch.Tensor]:
+    return [torch.ones(num_bytes // 4) for _ in range(NUM_READ_BUFFERS)]
 
 
 @cache
-def _matrices(dtype: torch.dtype) -> list[torch.Tensor]:
-    return [torch.randn(MATMUL_SIZE, MATMUL_SIZE).to(dtype) for _ in range(3)]
+def _matrices(size: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [torch.randn(size, size).to(dtype) for _ in range(3)]
 
 
 def make_probes(dtype: torch.dtype | None = None) -> dict[str, Callable[[Any], Any]]:
@@ -47,10 +47,10 @@ def make_probes(dtype: torch.dtype | None = None) -> dict[str, Callable[[Any], A
     matrices is among them, in that dtype or the one MATMUL_DTYPES names for it.
     """
     probes = {}
-    for number, buffer in enumerate(_read_buffers()):
+    for number, buffer in enumerate(_read_buffers(READ_BUFFER_BYTES)):
         probes[f"read_{number}"] = lambda _, buffer=buffer: buffer.sum()
     if dtype is not None:
-        a, b, out = _matrices(MATMUL_DTYPES.get(dtype, dtype))
+        a, b, out = _matrices(MATMUL_SIZE, MATMUL_DTYPES.get(dtype, dtype))
         probes["matmul"] = lambda _: torch.matmul(a, b, out=out)
     return probes
 

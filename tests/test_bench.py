@@ -3,8 +3,26 @@
 import json
 
 import pytest
+import torch
 
-from bench import bench_index, bench_record, bench_tiers
+from bench import (
+    bench_attention,
+    bench_index,
+    bench_kv_cache,
+    bench_merge_attention,
+    bench_model_decode,
+    bench_op_overhead,
+    bench_record,
+    bench_tiers,
+    rates,
+)
+from bench.attention_cases import Case
+
+
+@pytest.fixture(autouse=True)
+def small_probes(monkeypatch):
+    monkeypatch.setattr(rates, "READ_BUFFER_BYTES", 1 << 20)
+    monkeypatch.setattr(rates, "MATMUL_SIZE", 64)
 
 
 def lines(captured):
@@ -54,3 +72,101 @@ def test_benches_of_the_store(bench, case, baselines, capsys):
     assert baselines | {"kvkernels"} <= providers
     bench.main("no such case", num_rounds=1)
     assert lines(capsys.readouterr()) == []
+
+
+ATTENTION_CASES = [
+    Case("decode", 2, 1024, 1, 4, 2, 64),
+    Case("decode_fp16", 1, 1024, 1, 4, 1, 64, torch.float16),
+    Case("extend", 1, 1024, 16, 4, 2, 64),
+    Case("prefill", 1, 1024, 1024, 4, 2, 64),
+    Case("prefill_fp32", 1, 1024, 1024, 4, 4, 64, torch.float32),
+]
+
+
+@pytest.fixture
+def small_attention(monkeypatch):
+    monkeypatch.setattr(bench_attention, "CASES", ATTENTION_CASES)
+    monkeypatch.setattr(bench_attention, "make_cold", lambda make, num_bytes: [make()])
+
+
+def test_attention_bench(small_attention, capsys):
+    bench_attention.main("", num_rounds=1)
+    told = [line for line in lines(capsys.readouterr()) if "case" in line]
+    providers = {case.name: set() for case in ATTENTION_CASES}
+    for line in told:
+        providers[line["case"]].add(line["provider"])
+    assert all({"sdpa_contiguous", "kvkernels"} <= names for names in providers.values())
+    assert "sdpa_grouped" in providers["decode"] and "sdpa_grouped" not in providers["prefill"]
+    bench_attention.main("no such case", num_rounds=1)
+    assert [line for line in lines(capsys.readouterr()) if "case" in line] == []
+
+
+def test_attention_bench_runs_the_peers_that_are_installed(small_attention, capsys):
+    bench_attention.main("prefill_fp32", num_rounds=1)
+    told = lines(capsys.readouterr())
+    missing = {name for line in told for name in line.get("packages", ())}
+    providers = {line["provider"] for line in told if "case" in line}
+    assert ("transformers_eager" in providers) == ("transformers" not in missing)
+    assert ("onnxruntime_fp32" in providers) == missing.isdisjoint({"onnxruntime", "onnx"})
+
+
+def test_attention_bench_refuses_providers_that_disagree(small_attention, monkeypatch):
+    wrong = bench_attention.Provider(
+        lambda case, inputs: lambda: torch.ones_like(inputs.query), "no form"
+    )
+    monkeypatch.setitem(bench_attention.PROVIDERS, "wrong", wrong)
+    with pytest.raises(RuntimeError, match="wrong: expected to agree with sdpa_contiguous"):
+        bench_attention.main("decode", num_rounds=1)
+
+
+def test_attention_bench_draws(small_attention, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    series = {
+        "tokens": [Case(f"decode_{n}", 1, n, 1, 4, 2, 64) for n in (512, 1024)],
+        "sequences": [Case(f"decode_{n}", n, 512, 1, 4, 2, 64) for n in (1, 2)],
+    }
+    monkeypatch.setattr(bench_attention, "SCALING", series)
+    bench_attention.main("", num_rounds=2, plot_dir=tmp_path / "plots")
+    for name in ("roofline", "scaling"):
+        assert (tmp_path / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        saved = json.loads((tmp_path / "plots" / f"{name}.json").read_text())
+        assert saved["machine"] and saved["rows"]
+
+
+@pytest.mark.parametrize(
+    ("bench", "case", "baseline"),
+    [
+        (bench_kv_cache, "decode_1", "index_put"),
+        (bench_merge_attention, "merge_4", "pytorch"),
+        (bench_op_overhead, "merge_attention", "torch.ops.kvkernels.merge_attention"),
+    ],
+    ids=["kv_cache", "merge_attention", "op_overhead"],
+)
+def test_benches_of_the_other_ops(bench, case, baseline, capsys):
+    bench.main(case, num_rounds=1)
+    assert baseline in {line["provider"] for line in lines(capsys.readouterr())}
+
+
+def test_model_bench(monkeypatch, capsys):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    first = transformers.LlamaForCausalLM(config).eval().to(torch.bfloat16)
+
+    def make():
+        model = transformers.LlamaForCausalLM(config).eval().to(torch.bfloat16)
+        model.load_state_dict(first.state_dict())
+        return model
+
+    monkeypatch.setattr(bench_model_decode, "load", lambda: (make, torch.arange(100)))
+    monkeypatch.setattr(bench_model_decode, "CASES", [bench_model_decode.Case("tiny", 128, 4)])
+    bench_model_decode.main("", num_rounds=1)
+    told = lines(capsys.readouterr())
+    assert [line["provider"] for line in told] == list(bench_model_decode.PROVIDERS)
+    assert told[0]["num_equal_tokens"] == 4 and told[0]["logits_error"] == 0
