@@ -107,8 +107,9 @@ def main(case_filter: str = "", num_rounds: int = 15, plot_dir: Path | None = No
 
     plot_dir.mkdir(parents=True, exist_ok=True)
     machine = describe_machine()
-    save(plot_dir / "roofline.json", rows)
-    plot_roofline(rows, machine, plot_dir / "roofline.png")
+    if rows:
+        save(plot_dir / "roofline.json", rows)
+        plot_roofline(rows, machine, plot_dir / "roofline.png")
     scaling = measure_scaling(num_rounds)
     save(plot_dir / "scaling.json", scaling)
     plot_scaling(scaling, machine, plot_dir / "scaling.png")
