@@ -54,9 +54,8 @@ def measure(case: Case, providers: Mapping[str, Provider], num_rounds: int) -> l
     check_outputs(case, providers, inputs[0])
     runs = {name: run_provider(name) for name in providers}
     with_own_threads = [name for name, one in providers.items() if one.has_own_threads]
-    seconds = time_alternating(
-        {**runs, **make_probes(case.dtype)}, inputs, num_rounds, with_own_threads
-    )
+    probes = make_probes(case.dtype)
+    seconds = time_alternating(runs, inputs, num_rounds, probes, with_own_threads)
     rates = rates_of(seconds)
     baseline = statistics.median(seconds[next(iter(providers))])
     rows = []

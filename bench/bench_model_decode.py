@@ -160,7 +160,7 @@ def measure(case: Case, num_rounds: int) -> None:
             name: lambda _, decoder=decoder: decoder.decode(case.num_steps)
             for name, decoder in decoders.items()
         }
-        seconds = time_alternating({**runs, **make_probes()}, [None], num_rounds)
+        seconds = time_alternating(runs, [None], num_rounds, make_probes())
         num_bytes = num_bytes_read(decoders["kvkernels"], case)
     rates, baseline = rates_of(seconds), next(iter(decoders))
     for name in decoders:

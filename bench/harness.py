@@ -7,6 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ Inputs = TypeVar("Inputs")
 CASE_LIMIT_S = 60
 MIN_ROUNDS = 3
 SPIN_S = 0.01
+SHORT_ROUND_S = 1
 
 
 def rounded(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,33 +92,47 @@ def time_alternating(
     providers: Mapping[str, Callable[[Inputs], Any]],
     inputs: Sequence[Inputs],
     num_rounds: int,
+    probes: Mapping[str, Callable[[], Any]] | None = None,
     with_own_threads: Collection[str] = (),
 ) -> dict[str, list[float]]:
-    """Seconds of each run; every round runs all providers, in the order of the round before
-    reversed. Each run takes the next of the inputs: none finds what the one before has read.
+    """Seconds of each run; every round runs all probes, then all providers, in the order of the
+    round before reversed. Each run takes the next of the inputs: none finds what the one before
+    has read.
 
-    The providers `with_own_threads` run after a pause: for milliseconds after a run OpenMP's
-    threads spin, and would take the processors from them. After CASE_LIMIT_S no round begins,
-    but MIN_ROUNDS are run (or as many as were asked for).
+    The probes also push code and page tables out of the caches, so where a round is short enough
+    for that to matter, all providers run untimed behind them. Those `with_own_threads` run after a
+    pause: for milliseconds after a run OpenMP's threads spin, and would take the processors from
+    them. After CASE_LIMIT_S no round begins, but MIN_ROUNDS are run (or as many as were asked for).
     """
+    probes = probes or {}
     names = list(providers)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in (*names, *probes)}
     next_inputs = itertools.cycle(inputs)
+    round_s = 0.0
     ends_at = time.perf_counter() + CASE_LIMIT_S
     for round_index in range(-1, num_rounds):  # the first round warms up
         if round_index >= MIN_ROUNDS and time.perf_counter() > ends_at:
             break
+        taken = {name: _seconds_of(probe) for name, probe in probes.items()}
+        if probes and round_s < SHORT_ROUND_S:
+            for name in names:
+                providers[name](next(next_inputs))
         for name in names:
-            chosen = next(next_inputs)
             if name in with_own_threads:
                 time.sleep(SPIN_S)
-            begin = time.perf_counter()
-            providers[name](chosen)
-            elapsed = time.perf_counter() - begin
-            if round_index >= 0:
-                seconds[name].append(elapsed)
+            taken[name] = _seconds_of(partial(providers[name], next(next_inputs)))
+        round_s = sum(taken[name] for name in names)
+        if round_index >= 0:
+            for name, value in taken.items():
+                seconds[name].append(value)
         names.reverse()
     return seconds
+
+
+def _seconds_of(call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
@@ -164,7 +180,7 @@ def run_case(
     num_bytes: int,
 ) -> None:
     """Time all providers and print a line for each, the baseline (the first) first."""
-    seconds = time_alternating({**providers, **make_probes()}, inputs, num_rounds)
+    seconds = time_alternating(providers, inputs, num_rounds, make_probes())
     rates = rates_of(seconds)
     baseline = statistics.median(seconds[next(iter(providers))])
     for name in providers:

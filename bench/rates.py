@@ -3,13 +3,13 @@
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 
 READ_BUFFER_BYTES = 256 << 20
-# On some machines the speed of a buffer depends on the memory it happens to get.
+# On some machines the rate depends on the memory a buffer happens to get, or changes in time.
 NUM_READ_BUFFERS = 3
 MATMUL_SIZE = 2048
 
@@ -40,18 +40,18 @@ def _matrices(size: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.randn(size, size).to(dtype) for _ in range(3)]
 
 
-def make_probes(dtype: torch.dtype | None = None) -> dict[str, Callable[[Any], Any]]:
-    """Providers that take turns with those of a case; they look at none of its inputs.
+def make_probes(dtype: torch.dtype | None = None) -> dict[str, Callable[[], Any]]:
+    """What takes turns with the providers of a case.
 
     `torch.sum` over float32 does nothing but read. With `dtype`, `torch.matmul` of square
     matrices is among them, in that dtype or the one MATMUL_DTYPES names for it.
     """
     probes = {}
     for number, buffer in enumerate(_read_buffers(READ_BUFFER_BYTES)):
-        probes[f"read_{number}"] = lambda _, buffer=buffer: buffer.sum()
+        probes[f"read_{number}"] = buffer.sum
     if dtype is not None:
         a, b, out = _matrices(MATMUL_SIZE, MATMUL_DTYPES.get(dtype, dtype))
-        probes["matmul"] = lambda _: torch.matmul(a, b, out=out)
+        probes["matmul"] = partial(torch.matmul, a, b, out=out)
     return probes
 
 
@@ -59,7 +59,6 @@ def rates_of(seconds: Mapping[str, Sequence[float]]) -> Rates:
     """The rates that the runs of the probes among `seconds` showed."""
     buffers = [runs for name, runs in seconds.items() if name.startswith("read_")]
     read_s = statistics.median(second for runs in buffers for second in runs)
-    # A single run may be an outlier, in a buffer all runs are alike.
     best_read_s = min(statistics.median(runs) for runs in buffers)
     read, best_read = READ_BUFFER_BYTES / read_s, READ_BUFFER_BYTES / best_read_s
     if "matmul" not in seconds:
