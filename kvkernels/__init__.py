@@ -3,8 +3,17 @@
 from kvkernels.allocator import BlockAllocator, PoolFullError
 from kvkernels.errors import UnsupportedError
 from kvkernels.layout import KVLayout
-from kvkernels.ops import merge_attention, paged_attention, store_kv
+from kvkernels.ops import (
+    SharedPrefixes,
+    merge_attention,
+    paged_attention,
+    quantize_blocks,
+    shared_prefix_attention,
+    store_kv,
+)
 from kvkernels.pool import KVPool
+from kvkernels.quantized_cache import QuantizedCache, tag_blocks
+from kvkernels.quantized_pool import QuantizedPool
 
 __version__ = "0.1.0"
 
@@ -13,8 +22,14 @@ __all__ = [
     "KVLayout",
     "KVPool",
     "PoolFullError",
+    "QuantizedCache",
+    "QuantizedPool",
+    "SharedPrefixes",
     "UnsupportedError",
     "merge_attention",
     "paged_attention",
+    "quantize_blocks",
+    "shared_prefix_attention",
     "store_kv",
+    "tag_blocks",
 ]

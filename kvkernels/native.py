@@ -5,6 +5,9 @@ from contextlib import contextmanager
 
 import torch
 
+from kvkernels.quantized_cache import QuantizedCache
+from kvkernels.scoring import Scoring
+
 try:
     import _kvkernels
 except ModuleNotFoundError:  # only when the extension is absent: a broken build raises
@@ -16,7 +19,7 @@ is_available = _kvkernels is not None and hasattr(_kvkernels, "paged_attention")
 _ISAS: dict[str, int] = dict(_kvkernels.attention_paths()) if is_available else {}
 _isa = next(iter(_ISAS.values()), 0)
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3}
 
 
 def available_isas() -> tuple[str, ...]:
@@ -45,6 +48,23 @@ def use_isa(name: str) -> Iterator[None]:
         yield
     finally:
         _isa = previous
+
+
+def empty_pool(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
+    """An uninitialised tensor for blocks; on a CPU in large pages, where Linux gives them.
+
+    Uninitialised on purpose: a page is only there once a block in it is used, so a pool may be
+    sized for the worst case and cost nothing until then, and it lies on the memory node of the
+    thread that writes it first.
+    """
+    # Outside inference mode: a tensor made inside it could never be written in place outside.
+    with torch.inference_mode(False):
+        data = torch.empty(shape, dtype=dtype, device=device)
+    if is_available and data.device.type == "cpu":
+        _kvkernels.advise_huge_pages(data.data_ptr(), data.nbytes)
+    return data
 
 
 def store_kv(
@@ -80,16 +100,17 @@ def paged_attention(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     cu_seqlens_q: torch.Tensor | None,
-    sm_scale: float,
-    causal: bool,
-    window: int,
+    scoring: Scoring,
     return_lse: bool,
+    int8_cache: QuantizedCache | None = None,
+    int4_cache: QuantizedCache | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `kvkernels.paged_attention`; `window` 0 means none."""
-    shape = query.shape
-    num_blocks, num_kv_heads, block_size, _ = key_cache.shape
-    out = query.new_empty(shape)
-    lse = query.new_empty((shape[0] if return_lse else 0, shape[1]), dtype=torch.float32)
+    """See `kvkernels.paged_attention`; always invariant of the batch."""
+    num_tokens, num_heads, head_dim = query.shape
+    num_blocks, num_kv_heads, block_size, value_dim = value_cache.shape
+    out = query.new_empty((num_tokens, num_heads, value_dim))
+    lse = query.new_empty((num_tokens if return_lse else 0, num_heads), dtype=torch.float32)
     _kvkernels.paged_attention(
         (
             query.data_ptr(),
@@ -97,25 +118,46 @@ def paged_attention(
             value_cache.data_ptr(),
             block_table.data_ptr(),
             seq_lens.data_ptr(),
-            0 if cu_seqlens_q is None else cu_seqlens_q.data_ptr(),
+            _address(cu_seqlens_q),
             out.data_ptr(),
             lse.data_ptr() if return_lse else 0,
+            _address(scoring.sinks),
+            _address(scoring.alibi_slopes),
+            _address(scoring.tree_mask),
         ),
-        (*shape[:2], num_kv_heads, shape[2], *block_table.shape, num_blocks, block_size),
+        (
+            *(num_tokens, num_heads, num_kv_heads, head_dim, value_dim),
+            *(*block_table.shape, num_blocks, block_size),
+        ),
         (
             *query.stride()[:2],
             *key_cache.stride()[:3],
             *value_cache.stride()[:3],
             block_table.stride(0),
         ),
-        sm_scale,
-        causal,
-        window,
+        (scoring.sm_scale, scoring.soft_cap),
+        scoring.causal,
+        scoring.window,
+        (_describe(int8_cache), _describe(int4_cache)),
         _DTYPES[query.dtype],
+        _DTYPES[key_cache.dtype],
         _isa,
         torch.get_num_threads(),
     )
     return out, lse
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _describe(cache: QuantizedCache | None) -> tuple[int, ...]:
+    """Addresses, then sizes, then the strides of block and head of the four parts."""
+    if cache is None:
+        return ()
+    sizes = (cache.key_codes.shape[0], cache.key_scales.shape[2], cache.value_scales.shape[3])
+    strides = [stride for part in cache for stride in part.stride()[:2]]
+    return (*(part.data_ptr() for part in cache), *sizes, *strides)
 
 
 def merge_attention(

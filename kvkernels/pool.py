@@ -2,6 +2,7 @@
 
 import torch
 
+from kvkernels import native
 from kvkernels.layout import KVLayout
 
 
@@ -36,13 +37,9 @@ class KVPool:
             raise ValueError(f"num_blocks: expected a positive integer, got {num_blocks!r}")
         self.layout = layout
         self.num_blocks = num_blocks
-        # Uninitialised on purpose: a page of memory is only touched once a block is used, so a
-        # pool may be sized for the worst case and cost nothing until then.
-        # Outside inference mode: a tensor made inside it could never be written in place outside.
-        with torch.inference_mode(False):
-            self.data = torch.empty(
-                (num_blocks, *layout.block_shape), dtype=layout.dtype, device=device
-            )
+        self.data = native.empty_pool(
+            (num_blocks, *layout.block_shape), dtype=layout.dtype, device=device
+        )
 
     @property
     def device(self) -> torch.device:

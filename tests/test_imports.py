@@ -14,6 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"kvkernels": ROOT / "kvkernels", "prefixstore": ROOT / "python" / "prefixstore"}
 
+# What an attention call consists of, as every implementation takes it.
+CONTRACT = ("kvkernels.scoring", "kvkernels.quantized_cache")
 RECORD = ("prefixstore.errors", "prefixstore.checksum", "prefixstore.block_key")
 RECORD += ("prefixstore.record", "prefixstore.index")
 STORE = ("prefixstore.store", "prefixstore.store_stats", "prefixstore.breaker")
@@ -28,9 +30,10 @@ OUTERMOST = ("prefixstore.cli", "prefixstore.commands", "prefixstore.demo")
 # stands for itself and all below it; the longest name that fits a module decides its part.
 RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     # kvkernels never imports prefixstore; its top level offers the ops.
-    ("kvkernels",): ("torch", "_kvkernels", "kvkernels.ops"),
-    ("kvkernels.reference",): ("torch",),
-    ("kvkernels.triton_kernels",): ("torch", "triton", "kvkernels.errors"),
+    ("kvkernels",): ("torch", "_kvkernels", "kvkernels.ops", *CONTRACT),
+    CONTRACT: ("torch",),
+    ("kvkernels.reference",): ("torch", *CONTRACT),
+    ("kvkernels.triton_kernels",): ("torch", "triton", "kvkernels.errors", *CONTRACT),
     ("kvkernels.ops",): ("torch", "kvkernels"),
     ("kvkernels.nn",): ("torch", "kvkernels"),
     # Only what is for Hugging Face models needs their library.

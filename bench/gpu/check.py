@@ -8,14 +8,18 @@ import torch
 
 import kvkernels
 from accuracy import assert_as_accurate
+from kvkernels.quantized_cache import QuantizedCache, tag_blocks
 from kvkernels.reference import attention as reference
 from kvkernels.reference import kv_cache as reference_kv_cache
+from kvkernels.reference.quantize import quantize_keys, quantize_values
+from kvkernels.scoring import Scoring
 
 DEVICE = torch.device("cuda")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 # Sequences as (number of queries, length).
 DECODE = ((1, 9000), (1, 1), (1, 0), (1, 700), (1, 64))
+TREES = ((7, 900), (16, 16), (1, 3000), (12, 100))
 MIXED = ((512, 512), (1, 3000), (100, 1500), (0, 50), (3, 3))
 
 
@@ -46,6 +50,42 @@ def make_inputs(
     return (query, *caches, *(ints.int().to(DEVICE) for ints in (table, lens, sums)))
 
 
+def quantize(
+    keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor, lens: torch.Tensor, kind: str
+) -> tuple[torch.Tensor, dict[str, QuantizedCache]]:
+    """A table that names every other full block by its quantised copy, and those copies.
+
+    The blocks that have a copy are NaN afterwards.
+    """
+    block_size, value_dim = keys.shape[2], values.shape[3]
+    bits, group = (8, 1 << 30) if kind == "int8" else (4, 32)
+    cache = QuantizedCache(
+        *quantize_keys(keys.nan_to_num(), bits, -(-block_size // group)),
+        *quantize_values(values.nan_to_num(), bits, -(-value_dim // group)),
+    )
+    index = torch.arange(table.shape[1], device=DEVICE)
+    chosen = (index % 2 == 0) & ((index + 1) * block_size <= lens[:, None])
+    copied = table[chosen].long()
+    keys[copied], values[copied] = torch.nan, torch.nan
+    return torch.where(chosen, tag_blocks(table, kind), table), {f"{kind}_cache": cache}
+
+
+def make_rules(rules: tuple[str, ...], num_heads: int, counts: torch.Tensor) -> dict[str, Any]:
+    """Keyword arguments of `paged_attention`."""
+    made: dict[str, Any] = {}
+    if "soft_cap" in rules:
+        made["soft_cap"] = 5.0
+    if "sinks" in rules:
+        made["sinks"] = torch.randn(num_heads, device=DEVICE)
+    if "alibi" in rules:
+        made["alibi_slopes"] = torch.rand(num_heads, device=DEVICE) / 8
+    if "tree" in rules:  # every token sees itself and each second one before it
+        depths = torch.cat([torch.arange(count) for count in counts.tolist()])
+        bits = [sum(1 << bit for bit in range(depth, -1, -2)) for depth in depths.tolist()]
+        made["tree_mask"] = torch.tensor(bits, dtype=torch.int32, device=DEVICE)
+    return made
+
+
 def check_attention(
     sequences: tuple[tuple[int, int], ...],
     heads: tuple[int, int],
@@ -53,28 +93,58 @@ def check_attention(
     block_size: int,
     dtype: torch.dtype,
     window: int = 0,
+    rules: tuple[str, ...] = (),
+    kind: str = "",
+    value_dim: int = 0,
+    batch_invariant: bool = False,
 ) -> None:
     """As accurate as the reference, and the same bits again."""
     query, keys, values, table, lens, sums = make_inputs(
         sequences, heads, head_dim, block_size, dtype
     )
+    if value_dim:
+        values = keys[..., :value_dim]
+    caches: dict[str, QuantizedCache] = {}
+    wide_cache = narrow_cache = (keys, values)
+    if kind == "float8":
+        narrow_cache = tuple(cache.to(torch.float8_e4m3fn) for cache in (keys, values))
+        wide_cache = tuple(cache.to(dtype) for cache in narrow_cache)
+    elif kind:
+        table, caches = quantize(keys, values, table, lens, kind)
     is_decode = all(count == 1 for count, _ in sequences)
     arguments = (table, lens, None if is_decode else sums)
+    made = make_rules(rules, heads[0], sums.diff().cpu())
 
     def call() -> tuple[torch.Tensor, torch.Tensor]:
         return kvkernels.paged_attention(
-            query, keys, values, *arguments, window=window or None, return_lse=True
+            *(query, *narrow_cache, *arguments),
+            **(made | caches),
+            window=window or None,
+            return_lse=True,
+            batch_invariant=batch_invariant,
         )
 
-    options = (head_dim**-0.5, True, window, True)
-    wide = (query.double(), keys.double(), values.double())
-    exact = reference.paged_attention(*wide, *arguments, *options)
-    rounded = reference.paged_attention(query, keys, values, *arguments, *options)
+    options = (Scoring(head_dim**-0.5, True, window, **made), True)
+    doubles = (tensor.double() for tensor in (query, *wide_cache))
+    exact = reference.paged_attention(*doubles, *arguments, *options, **caches)
+    rounded = reference.paged_attention(query, *wide_cache, *arguments, *options, **caches)
     out, lse = call()
     assert_as_accurate(out, rounded[0], exact[0], "out")
     assert_as_accurate(lse, rounded[1], exact[1], "lse")
     for _ in range(3):
         assert all(map(torch.equal, (out, lse), call())), "other bits at a second call"
+
+
+def check_invariance() -> None:
+    """A sequence gets the same bits alone and in a batch, where that is asked for."""
+    query, keys, values, table, lens, _ = make_inputs(DECODE, (32, 8), 128, 64, BF16)
+    together = kvkernels.paged_attention(query, keys, values, table, lens, batch_invariant=True)
+    for seq in range(len(DECODE)):
+        one = slice(seq, seq + 1)
+        alone = kvkernels.paged_attention(
+            query[one], keys, values, table[one], lens[one], batch_invariant=True
+        )
+        assert torch.equal(alone, together[one]), f"other bits in sequence {seq}"
 
 
 def check_graph() -> None:
@@ -139,5 +209,25 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "mixed_bf16_d96": partial(check_attention, MIXED, (8, 2), 96, 32, BF16),
     "mixed_bf16_d256": partial(check_attention, MIXED, (8, 2), 256, 256, BF16),
     "mixed_window": partial(check_attention, MIXED, (32, 8), 128, 16, BF16, window=300),
+    "decode_rules": partial(
+        check_attention, DECODE, (32, 8), 128, 64, BF16, 1000, ("soft_cap", "sinks", "alibi")
+    ),
+    "mixed_rules": partial(
+        check_attention, MIXED, (32, 8), 128, 64, BF16, 300, ("soft_cap", "sinks", "alibi")
+    ),
+    "tree": partial(check_attention, TREES, (32, 8), 128, 64, BF16, rules=("tree",)),
+    "decode_float8": partial(check_attention, DECODE, (32, 8), 128, 64, BF16, kind="float8"),
+    "mixed_float8": partial(check_attention, MIXED, (32, 8), 128, 64, BF16, kind="float8"),
+    "decode_int8": partial(check_attention, DECODE, (32, 8), 128, 64, BF16, kind="int8"),
+    "mixed_int8": partial(check_attention, MIXED, (32, 8), 128, 64, BF16, kind="int8"),
+    "decode_int4": partial(check_attention, DECODE, (32, 8), 128, 64, BF16, kind="int4"),
+    "decode_int4_fp16": partial(check_attention, DECODE, (9, 3), 64, 32, FP16, kind="int4"),
+    "mixed_int4": partial(check_attention, MIXED, (32, 8), 128, 64, BF16, kind="int4"),
+    "decode_mla": partial(check_attention, DECODE, (128, 1), 576, 64, BF16, value_dim=512),
+    "mixed_mla": partial(check_attention, MIXED, (16, 1), 576, 64, BF16, value_dim=512),
+    "decode_invariant": partial(
+        check_attention, DECODE, (32, 8), 128, 64, BF16, batch_invariant=True
+    ),
+    "invariance": check_invariance,
     "graph": check_graph,
 }

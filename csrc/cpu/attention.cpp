@@ -19,16 +19,19 @@ namespace {
 
 constexpr float kLn2 = 0.69314718055994530942f;
 
-const AttentionKernel& find_kernel(AttentionPath path, DType dtype, int64_t head_dim) {
+const AttentionKernel& find_kernel(AttentionPath path, DType dtype, HeadDims dims) {
   const AttentionKernel* kernel = nullptr;
-  if (path == AttentionPath::kAmxEmulated) kernel = amx_emulated_kernel(dtype, head_dim);
+  if (path == AttentionPath::kAmxEmulated) kernel = amx_emulated_kernel(dtype, dims);
 #if defined(__x86_64__)
   const bool may_use_amx = path == AttentionPath::kAmx && best_isa() >= Isa::kAmx;
-  if (may_use_amx) kernel = amx_kernel(dtype, head_dim);
+  if (may_use_amx) kernel = amx_kernel(dtype, dims);
   const bool may_use_bf16 = path == AttentionPath::kAvx512Bf16 && best_isa() >= Isa::kAvx512Bf16;
-  if (may_use_bf16) kernel = avx512_bf16_kernel(dtype, head_dim);
-  const bool may_use_avx512 = path != AttentionPath::kPortable && best_isa() >= Isa::kAvx512;
-  if (kernel == nullptr && may_use_avx512) kernel = avx512_kernel(dtype, head_dim);
+  if (may_use_bf16) kernel = avx512_bf16_kernel(dtype, dims);
+  const bool may_use_avx2 = path != AttentionPath::kPortable && best_isa() >= Isa::kAvx2;
+  const bool may_use_avx512 =
+      may_use_avx2 && path != AttentionPath::kAvx2 && best_isa() >= Isa::kAvx512;
+  if (kernel == nullptr && may_use_avx512) kernel = avx512_kernel(dtype, dims);
+  if (kernel == nullptr && may_use_avx2) kernel = avx2_kernel(dtype, dims);
 #endif
   return kernel != nullptr ? *kernel : *portable_kernel(dtype);
 }
@@ -64,7 +67,7 @@ class Run {
  private:
   TileResult result_in(const SequencePlan& seq, float* memory, int64_t head) const {
     float* out = memory + head * seq.result_size;
-    float* max = out + seq.rows_per_tile * args_.head_dim;
+    float* max = out + seq.rows_per_tile * args_.value_dim;
     return {out, max, max + seq.rows_per_tile};
   }
 
@@ -112,33 +115,31 @@ class Run {
   // Merges the results of the chunks of a tile's head, scales and writes the rows.
   void finish(const AttentionTile& tile, int64_t head, const TileResult* results,
               int num_results) const {
-    const int64_t head_dim = args_.head_dim, group = args_.num_heads / args_.num_kv_heads;
+    const int64_t dim = args_.value_dim, group = args_.num_heads / args_.num_kv_heads;
     const int64_t item_size = args_.dtype == DType::kFloat32 ? 4 : 2;
-    float* merged = thread_scratch(2, head_dim);
+    float* merged = thread_scratch(2, dim);
     for (int64_t row = 0; row < tile.row_end - tile.row_begin; ++row) {
+      const int64_t r = tile.row_begin + row;
+      const int64_t query_head = (tile.kv_head + head) * group + r % group;
       float max = -std::numeric_limits<float>::infinity(), sum = 0;
       for (int i = 0; i < num_results; ++i) max = std::max(max, results[i].max[row]);
-      const float* out = merged;
-      if (num_results == 1) {
-        out = results[0].out + row * head_dim;
-        sum = results[0].sum[row];
-      } else {
-        std::fill_n(merged, head_dim, 0.0f);
-        for (int i = 0; i < num_results; ++i) {
-          // A part that saw no key: its maximum, minus infinity, less itself would be NaN.
-          if (results[i].sum[row] == 0) continue;
-          const float weight = std::exp2(results[i].max[row] - max);
-          sum += weight * results[i].sum[row];
-          const float* part = results[i].out + row * head_dim;
-          for (int64_t i_dim = 0; i_dim < head_dim; ++i_dim) merged[i_dim] += weight * part[i_dim];
-        }
+      // A sink is a key without a value, seen by every query.
+      const float sink = args_.sinks == nullptr ? max : args_.sinks[query_head] * kLog2E;
+      const float base = std::max(max, sink);
+      std::fill_n(merged, dim, 0.0f);
+      for (int i = 0; i < num_results; ++i) {
+        // A part that saw no key: its maximum, minus infinity, less itself would be NaN.
+        if (results[i].sum[row] == 0) continue;
+        const float weight = std::exp2(results[i].max[row] - base);
+        sum += weight * results[i].sum[row];
+        const float* part = results[i].out + row * dim;
+        for (int64_t i_dim = 0; i_dim < dim; ++i_dim) merged[i_dim] += weight * part[i_dim];
       }
-      const int64_t r = tile.row_begin + row;
-      const int64_t index = (tile.first_token + r / group) * args_.num_heads +
-                            (tile.kv_head + head) * group + r % group;
-      kernel_.narrow(out, sum == 0 ? 0.0f : 1.0f / sum,
-                     static_cast<char*>(args_.out) + index * head_dim * item_size, head_dim);
-      if (args_.lse != nullptr) args_.lse[index] = (max + std::log2(sum)) * kLn2;
+      if (args_.sinks != nullptr) sum += std::exp2(sink - base);
+      const int64_t index = (tile.first_token + r / group) * args_.num_heads + query_head;
+      kernel_.narrow(merged, sum == 0 ? 0.0f : 1.0f / sum,
+                     static_cast<char*>(args_.out) + index * dim * item_size, dim);
+      if (args_.lse != nullptr) args_.lse[index] = (base + std::log2(sum)) * kLn2;
     }
   }
 
@@ -177,6 +178,8 @@ bool has_attention_path(AttentionPath path) {
     case AttentionPath::kPortable:
     case AttentionPath::kAmxEmulated:
       return true;
+    case AttentionPath::kAvx2:
+      return best_isa() >= Isa::kAvx2;
     case AttentionPath::kAvx512:
       return best_isa() >= Isa::kAvx512;
     case AttentionPath::kAvx512Bf16:
@@ -189,14 +192,14 @@ bool has_attention_path(AttentionPath path) {
 
 void paged_attention(const PagedAttentionArgs& args, AttentionPath path, int num_threads) {
   check_indices(args);
-  Run run(args, find_kernel(path, args.dtype, args.head_dim));
+  Run run(args, find_kernel(path, args.dtype, {args.head_dim, args.value_dim}));
   const int64_t num_useful =
       std::min({static_cast<int64_t>(num_threads), run.num_items(), run.num_useful_threads()});
   if (num_useful > 0) run_parallel(static_cast<int>(num_useful), [&run] { run.work(); });
 }
 
 void merge_attention(const MergeAttentionArgs& args, AttentionPath path, int num_threads) {
-  const AttentionKernel& kernel = find_kernel(path, args.dtype, args.head_dim);
+  const AttentionKernel& kernel = find_kernel(path, args.dtype, {args.head_dim, args.head_dim});
   const int64_t head_dim = args.head_dim;
   const int64_t row_bytes = head_dim * (args.dtype == DType::kFloat32 ? 4 : 2);
   constexpr int64_t kGrainElements = 64 << 10;

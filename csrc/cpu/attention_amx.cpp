@@ -54,9 +54,9 @@ class AmxTiles {
 
 }  // namespace
 
-const AttentionKernel* amx_kernel(DType dtype, int64_t head_dim) {
-  if (dtype != DType::kBFloat16 || head_dim == 0 || head_dim % kStep != 0) return nullptr;
-  static const AttentionKernel* const rows = avx512_kernel(dtype, head_dim);
+const AttentionKernel* amx_kernel(DType dtype, HeadDims dims) {
+  if (dtype != DType::kBFloat16 || !dims.are_multiples_of(kStep)) return nullptr;
+  static const AttentionKernel* const rows = avx512_kernel(dtype, dims);
   static const AttentionKernel kernel = {kTileRows, 0, attend<AmxTiles>, rows->narrow, rows->widen};
   return &kernel;
 }

@@ -46,8 +46,8 @@ class EmulatedTiles {
 
 }  // namespace
 
-const AttentionKernel* amx_emulated_kernel(DType dtype, int64_t head_dim) {
-  if (dtype != DType::kBFloat16 || head_dim == 0 || head_dim % kStep != 0) return nullptr;
+const AttentionKernel* amx_emulated_kernel(DType dtype, HeadDims dims) {
+  if (dtype != DType::kBFloat16 || !dims.are_multiples_of(kStep)) return nullptr;
   static const AttentionKernel* const rows = portable_kernel(dtype);
   static const AttentionKernel kernel = {kTileRows, 0, attend<EmulatedTiles>, rows->narrow,
                                          rows->widen};

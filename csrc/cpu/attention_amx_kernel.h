@@ -13,8 +13,8 @@
 //   dot<C, A, B>(): C[m][n] += sum over k < 32 of A[m][k] * B[k / 2][2 n + k % 2]
 #pragma once
 
-#include "cpu/attention_kernel.h"
-#include "cpu/float_bits.h"
+#include "cpu/attention_scores.h"
+#include "cpu/attention_unpack_portable.h"
 
 namespace kvkernels {
 namespace {
@@ -28,13 +28,15 @@ constexpr float kLowest = -__builtin_inff();
 
 // One item's rows, in groups of kLanes, and the tile of keys that is being worked on.
 struct Work {
-  int64_t count, num_groups, head_dim;
-  uint16_t* query;    // [num_groups, head_dim / 32, 16, kLanes, 2]
-  uint16_t* keys;     // [kTileKeys, head_dim]: copies of keys that do not lie in one block
-  uint16_t* values;   // [kTileKeys / 2, head_dim, 2]
-  uint16_t* weights;  // [kLanes, kTileKeys]
-  float* scores;      // [kTileKeys, kLanes]
-  float* out;         // [num_groups * kLanes, head_dim]
+  int64_t count, num_groups, head_dim, value_dim;
+  uint16_t* query;     // [num_groups, head_dim / 32, 16, kLanes, 2]
+  uint16_t* keys;      // [kTileKeys, head_dim]: copies of keys that do not lie in one block
+  uint16_t* values;    // [kTileKeys / 2, value_dim, 2]
+  uint16_t* unpacked;  // [kTileKeys, value_dim]
+  uint16_t* weights;   // [kLanes, kTileKeys]
+  float* scores;       // [kTileKeys, kLanes]
+  float* out;          // [num_groups * kLanes, value_dim]
+  float* scales;       // two rows
   float max[kTileRows], sum[kTileRows];
   KeyRange seen[kTileRows];
 };
@@ -43,15 +45,20 @@ void start_rows(const AttentionTile& tile, Work& work) {
   work.count = tile.row_end - tile.row_begin;
   work.num_groups = (work.count + kLanes - 1) / kLanes;
   work.head_dim = tile.args->head_dim;
-  const int64_t query_size = kTileRows * work.head_dim, key_size = kTileKeys * work.head_dim;
-  const int64_t num_halves = query_size + 2 * key_size + kLanes * kTileKeys;
-  float* scratch = thread_scratch(1, num_halves / 2 + kTileKeys * kLanes + query_size);
+  work.value_dim = tile.args->value_dim;
+  const int64_t query_size = kTileRows * work.head_dim, out_size = kTileRows * work.value_dim;
+  const int64_t key_size = kTileKeys * work.head_dim, value_size = kTileKeys * work.value_dim;
+  const int64_t num_halves = query_size + key_size + 2 * value_size + kLanes * kTileKeys;
+  const int64_t scales_size = 2 * std::max(work.head_dim, work.value_dim);
+  float* scratch = thread_scratch(1, num_halves / 2 + kTileKeys * kLanes + out_size + scales_size);
   work.scores = scratch;
   work.out = work.scores + kTileKeys * kLanes;
-  work.query = reinterpret_cast<uint16_t*>(work.out + query_size);
+  work.scales = work.out + out_size;
+  work.query = reinterpret_cast<uint16_t*>(work.scales + scales_size);
   work.keys = work.query + query_size;
   work.values = work.keys + key_size;
-  work.weights = work.values + key_size;
+  work.unpacked = work.values + value_size;
+  work.weights = work.unpacked + value_size;
   const auto* query = static_cast<const uint16_t*>(tile.args->query);
   for (int64_t row = 0; row < work.num_groups * kLanes; ++row) {
     const bool is_row = row < work.count;
@@ -59,13 +66,19 @@ void start_rows(const AttentionTile& tile, Work& work) {
     uint16_t* target = work.query + row / kLanes * kLanes * work.head_dim + row % kLanes * 2;
     for (int64_t i = 0; i < work.head_dim; ++i) {
       target[i / 2 * kLanes * 2 + i % 2] = is_row ? source[i] : 0;
-      work.out[row * work.head_dim + i] = 0;
     }
+    std::fill_n(work.out + row * work.value_dim, work.value_dim, 0.0f);
     work.max[row] = kLowest;
     work.sum[row] = 0;
     work.seen[row] = is_row ? visible_keys(tile, tile.row_begin + row) : KeyRange{0, 0};
   }
 }
+
+struct BFloat16Writer {
+  using Item = uint16_t;
+  static uint16_t narrow(float value) { return bfloat16_from_float(value); }
+};
+using Unpacker = PortableUnpacker<BFloat16Writer>;
 
 // Where 16 keys lie as rows of a tile.
 struct KeyRows {
@@ -97,18 +110,53 @@ KeyRows find_keys(const AttentionTile& tile, const Work& work, int64_t part, int
   return {copy, row_bytes};
 }
 
-// Pairs of keys side by side. What lies past the last key becomes 0, never NaN.
-void interleave_values(const AttentionTile& tile, const Work& work, int64_t num_keys,
+// Pairs of values side by side. What lies past the last key becomes 0, never NaN.
+void interleave_values(const uint16_t* cache, const Work& work, int64_t num_keys,
                        const int64_t* offsets) {
-  const auto* cache = static_cast<const uint16_t*>(tile.args->value_cache);
   for (int64_t t = 0; t < kTileKeys; t += 2) {
-    uint16_t* target = work.values + t * work.head_dim;
+    uint16_t* target = work.values + t * work.value_dim;
     const uint16_t* even = t < num_keys ? cache + offsets[t] : nullptr;
     const uint16_t* odd = t + 1 < num_keys ? cache + offsets[t + 1] : nullptr;
-    for (int64_t i = 0; i < work.head_dim; ++i) {
+    for (int64_t i = 0; i < work.value_dim; ++i) {
       target[2 * i] = even ? even[i] : 0;
       target[2 * i + 1] = odd ? odd[i] : 0;
     }
+  }
+}
+
+// Finds or unpacks the keys of [begin, end), and packs their values.
+void load_tile(const AttentionTile& tile, const Work& work, int64_t begin, int64_t end,
+               KeyRows* keys) {
+  const PagedAttentionArgs& args = *tile.args;
+  int64_t key_offsets[kTileKeys], value_offsets[kTileKeys];
+  if (lies_plain(tile, begin, end)) {
+    find_rows(tile, begin, end, key_offsets, value_offsets);
+    for (int64_t part = 0; part < kTileKeys / kLanes; ++part) {
+      keys[part] = find_keys(tile, work, part, end - begin, key_offsets, begin % args.block_size);
+    }
+    interleave_values(static_cast<const uint16_t*>(args.value_cache), work, end - begin,
+                      value_offsets);
+    return;
+  }
+  const int64_t row_bytes = work.head_dim * static_cast<int64_t>(sizeof(uint16_t));
+  unpack_keys<Unpacker>(tile, 0, begin, end, work.scales, work.keys);
+  std::fill(work.keys + (end - begin) * work.head_dim, work.keys + kTileKeys * work.head_dim, 0);
+  for (int64_t part = 0; part < kTileKeys / kLanes; ++part) {
+    keys[part] = {work.keys + part * kLanes * work.head_dim, row_bytes};
+  }
+  unpack_values<Unpacker>(tile, 0, begin, end, work.scales, work.unpacked);
+  for (int64_t t = 0; t < end - begin; ++t) value_offsets[t] = t * work.value_dim;
+  interleave_values(work.unpacked, work, end - begin, value_offsets);
+}
+
+// Scores lie keys by rows; the rules take one row at a time.
+void adjust_group(const AttentionTile& tile, const Work& work, int64_t group, int64_t begin,
+                  int64_t num_keys) {
+  for (int64_t n = 0; n < kLanes && group * kLanes + n < work.count; ++n) {
+    float row[kTileKeys];
+    for (int64_t t = 0; t < kTileKeys; ++t) row[t] = work.scores[t * kLanes + n];
+    adjust_scores(tile, tile.row_begin + group * kLanes + n, 0, begin, num_keys, row);
+    for (int64_t t = 0; t < kTileKeys; ++t) work.scores[t * kLanes + n] = row[t];
   }
 }
 
@@ -177,28 +225,28 @@ void softmax_group(Work& work, int64_t group, int64_t begin, int64_t end, float 
     for (int64_t t = 0; t < kTileKeys; ++t) {
       work.weights[n * kTileKeys + t] = bfloat16_from_float(work.scores[t * kLanes + n]);
     }
-    float* out = work.out + (group * kLanes + n) * work.head_dim;
-    for (int64_t i = 0; i < work.head_dim; ++i) out[i] *= decay[n];
+    float* out = work.out + (group * kLanes + n) * work.value_dim;
+    for (int64_t i = 0; i < work.value_dim; ++i) out[i] *= decay[n];
   }
 }
 
 template <typename Tiles>
 void add_values(Tiles& tiles, const Work& work, int64_t group) {
-  const int64_t out_stride = work.head_dim * 4, value_stride = work.head_dim * 4;
+  const int64_t out_stride = work.value_dim * 4, value_stride = work.value_dim * 4;
   const uint16_t* values = work.values;
   tiles.template load<4>(work.weights, kTileKeys * 2);
   tiles.template load<5>(work.weights + kStep, kTileKeys * 2);
-  for (int64_t i = 0; i < work.head_dim; i += 2 * kLanes) {
-    float* out = work.out + group * kLanes * work.head_dim + i;
+  for (int64_t i = 0; i < work.value_dim; i += 2 * kLanes) {
+    float* out = work.out + group * kLanes * work.value_dim + i;
     tiles.template load<0>(out, out_stride);
     tiles.template load<1>(out + kLanes, out_stride);
     tiles.template load<6>(values + 2 * i, value_stride);
     tiles.template dot<0, 4, 6>();
     tiles.template load<7>(values + 2 * (i + kLanes), value_stride);
     tiles.template dot<1, 4, 7>();
-    tiles.template load<6>(values + kStep * work.head_dim + 2 * i, value_stride);
+    tiles.template load<6>(values + kStep * work.value_dim + 2 * i, value_stride);
     tiles.template dot<0, 5, 6>();
-    tiles.template load<7>(values + kStep * work.head_dim + 2 * (i + kLanes), value_stride);
+    tiles.template load<7>(values + kStep * work.value_dim + 2 * (i + kLanes), value_stride);
     tiles.template dot<1, 5, 7>();
     tiles.template store<0>(out, out_stride);
     tiles.template store<1>(out + kLanes, out_stride);
@@ -210,19 +258,14 @@ void attend(const AttentionTile& tile, const TileResult* results) {
   const TileResult& result = results[0];
   Work work;
   start_rows(tile, work);
-  const float scale = tile.args->sm_scale * kLog2E;
+  const bool adjusts = adjusts_scores(*tile.args);
+  const float scale = adjusts ? 1.0f : tile.args->sm_scale * kLog2E;
   Tiles tiles;  // configures the registers, and releases them at the end
   for (int64_t begin = tile.key_begin, end; begin < tile.key_end; begin = end) {
     end = (begin / kTileKeys + 1) * kTileKeys;  // tiles and blocks of the cache end together
     if (end > tile.key_end) end = tile.key_end;
-    int64_t key_offsets[kTileKeys], value_offsets[kTileKeys];
-    find_rows(tile, begin, end, key_offsets, value_offsets);
     KeyRows keys[kTileKeys / kLanes];
-    for (int64_t part = 0; part < kTileKeys / kLanes; ++part) {
-      keys[part] =
-          find_keys(tile, work, part, end - begin, key_offsets, begin % tile.args->block_size);
-    }
-    interleave_values(tile, work, end - begin, value_offsets);
+    load_tile(tile, work, begin, end, keys);
     for (int64_t group = 0; group < work.num_groups; ++group) {
       const int64_t last_row =
           group * kLanes + kLanes < work.count ? group * kLanes + kLanes - 1 : work.count - 1;
@@ -230,11 +273,12 @@ void attend(const AttentionTile& tile, const TileResult* results) {
           work.seen[last_row].end > begin && work.seen[group * kLanes].begin < end;
       if (!sees_keys) continue;
       score_group(tiles, work, group, keys);
+      if (adjusts) adjust_group(tile, work, group, begin, end - begin);
       softmax_group(work, group, begin, end, scale);
       add_values(tiles, work, group);
     }
   }
-  std::memcpy(result.out, work.out, work.count * work.head_dim * sizeof(float));
+  std::memcpy(result.out, work.out, work.count * work.value_dim * sizeof(float));
   std::memcpy(result.max, work.max, work.count * sizeof(float));
   std::memcpy(result.sum, work.sum, work.count * sizeof(float));
 }

@@ -38,17 +38,16 @@ constexpr AttentionKernel kKernel = {kMaxRows, kFewRows, attend<E>, narrow<E>, w
 
 }  // namespace
 
-const AttentionKernel* avx512_kernel(DType dtype, int64_t head_dim) {
-  if (head_dim == 0 || head_dim % 16 != 0) return nullptr;
+const AttentionKernel* avx512_kernel(DType dtype, HeadDims dims) {
+  if (!dims.are_multiples_of(16)) return nullptr;
   switch (dtype) {
     case DType::kFloat32:
       return &kKernel<Float32>;
     case DType::kFloat16:
       return &kKernel<Float16>;
-    case DType::kBFloat16:
-      break;
+    default:
+      return &kKernel<BFloat16>;
   }
-  return &kKernel<BFloat16>;
 }
 
 }  // namespace kvkernels

@@ -71,6 +71,91 @@ inline float softmax_step(float* scores, int64_t num_keys, int64_t first, int64_
   }
 }
 
+// softmax_step for a whole tile that up to 4 rows see: their maxima are found together, which is
+// where one row at a time waits. `max` and `decay` of the rows are neighbours, as are the rest.
+template <int kRows>
+inline void softmax_whole_rows(float* scores, float scale, float* max, float* sum, float* decay) {
+  constexpr int kVectors = kTileKeys / 16;
+  const __m512 scales = _mm512_set1_ps(scale);
+  __m512 top[4];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    __m512 s[kVectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      s[i] = _mm512_mul_ps(_mm512_load_ps(scores + r * kTileKeys + 16 * i), scales);
+    }
+    top[r] = _mm512_max_ps(_mm512_max_ps(s[0], s[1]), _mm512_max_ps(s[2], s[3]));
+  }
+#pragma GCC unroll 4
+  for (int r = kRows; r < 4; ++r) top[r] = top[0];
+  // Quarter r of `largest` and of what follows from it belongs to row r.
+  const __m512 a = _mm512_max_ps(_mm512_shuffle_f32x4(top[0], top[1], 0x44),
+                                 _mm512_shuffle_f32x4(top[0], top[1], 0xee));
+  const __m512 b = _mm512_max_ps(_mm512_shuffle_f32x4(top[2], top[3], 0x44),
+                                 _mm512_shuffle_f32x4(top[2], top[3], 0xee));
+  __m512 largest =
+      _mm512_max_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  largest = _mm512_max_ps(largest, _mm512_permute_ps(largest, 0xb1));
+  largest = _mm512_max_ps(largest, _mm512_permute_ps(largest, 0x4e));
+  const __m512i spread = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+  const __m512i gather = _mm512_set_epi32(12, 8, 4, 0, 12, 8, 4, 0, 12, 8, 4, 0, 12, 8, 4, 0);
+  constexpr __mmask16 kIsRow = (1 << kRows) - 1;
+  const __m512 old_max = _mm512_permutexvar_ps(spread, _mm512_maskz_loadu_ps(kIsRow, max));
+  const __m512 new_max = _mm512_max_ps(old_max, largest);
+  const __m512 lowest = _mm512_set1_ps(-infinity());
+  // Where every score is minus infinity so far, the weights must come out as 0, not as NaN.
+  const __mmask16 is_seen = _mm512_cmp_ps_mask(new_max, lowest, _CMP_NEQ_UQ);
+  const __m512 base = _mm512_maskz_mov_ps(is_seen, new_max);
+  const __m512 factors = exp2_lanes(_mm512_sub_ps(old_max, base));
+  _mm512_mask_storeu_ps(max, kIsRow, _mm512_permutexvar_ps(gather, new_max));
+  _mm512_mask_storeu_ps(decay, kIsRow, _mm512_permutexvar_ps(gather, factors));
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    const __m512i quarter = _mm512_set1_epi32(4 * r);
+    const __m512 row_base = _mm512_permutexvar_ps(quarter, base);
+    const __m512 factor = _mm512_permutexvar_ps(quarter, factors);
+    __m512 total = _mm512_mul_ps(_mm512_load_ps(sum + 16 * r), factor);
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      float* const row = scores + r * kTileKeys + 16 * i;
+      const __m512 weight = exp2_lanes(_mm512_fmsub_ps(_mm512_load_ps(row), scales, row_base));
+      _mm512_store_ps(row, weight);
+      total = _mm512_add_ps(total, weight);
+    }
+    _mm512_store_ps(sum + 16 * r, total);
+  }
+}
+
+// softmax_step for `count` rows, of which row r sees the columns [first, last) of seen[r].
+inline void softmax_rows(float* scores, int64_t num_keys, const KeyRange* seen, int64_t count,
+                         float scale, float* max, float* sum, float* decay) {
+  for (int64_t r = 0; r < count;) {
+    int64_t whole = 0;
+    while (whole < 4 && r + whole < count && num_keys == kTileKeys && seen[r + whole].begin <= 0 &&
+           seen[r + whole].end >= kTileKeys) {
+      ++whole;
+    }
+    float* const row = scores + r * kTileKeys;
+    switch (whole) {
+      case 4:
+        softmax_whole_rows<4>(row, scale, max + r, sum + 16 * r, decay + r);
+        break;
+      case 3:
+        softmax_whole_rows<3>(row, scale, max + r, sum + 16 * r, decay + r);
+        break;
+      case 2:
+        softmax_whole_rows<2>(row, scale, max + r, sum + 16 * r, decay + r);
+        break;
+      default:
+        decay[r] =
+            softmax_step(row, num_keys, seen[r].begin, seen[r].end, scale, max + r, sum + 16 * r);
+        whole = 1;
+    }
+    r += whole;
+  }
+}
+
 // The end of the tile of keys that starts at `begin`: at a multiple of kTileKeys, so that tiles and
 // blocks of the cache end together.
 inline int64_t key_tile_end(const AttentionTile& tile, int64_t begin) {

@@ -45,37 +45,48 @@ void round_weights(float* weights, int64_t num_weights) {
 
 using Rows16 = CacheRows<uint16_t>;
 
+// Adds the products of 32 elements from `i` on, of which kIsWhole says whether all are there.
+template <int kRows, int kTokens, bool kIsWhole>
+inline void add_key_products(const float* query, int64_t head_dim, const uint16_t* const* keys,
+                             int64_t i, __m512* sums) {
+  __m512i q[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) q[r] = _mm512_load_si512(query + r * head_dim + i / 2);
+#pragma GCC unroll 16
+  for (int t = 0; t < kTokens; ++t) {
+    const __m512i key =
+        kIsWhole ? _mm512_loadu_si512(keys[t] + i) : load_some(keys[t] + i, head_dim - i);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      sums[r * kTokens + t] = add_products(sums[r * kTokens + t], q[r], key);
+    }
+  }
+}
+
 template <int kRows>
-void score_pairs(const float* query, int64_t head_dim, const Rows16& keys, Prefetch<uint16_t>& next,
+void score_pairs(const float* query, int64_t head_dim, const Rows16& keys, Prefetch& next,
                  int64_t num_keys, float* scores) {
   constexpr int kTokens = kRows == 1 ? 16 : kRows == 2 ? 8 : 4;
   for (int64_t first = 0; first < num_keys; first += kTokens) {
+    const uint16_t* rows[kTokens];
     __m512 sums[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) sums[i] = _mm512_setzero_ps();
-    for (int64_t i = 0; i < head_dim; i += 32) {
-      const int64_t count = head_dim - i < 32 ? head_dim - i : 32;
-      __m512i q[kRows];
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) q[r] = _mm512_load_si512(query + r * head_dim + i / 2);
+    for (int t = 0; t < kTokens; ++t) rows[t] = keys.row(first + t);
 #pragma GCC unroll 16
-      for (int t = 0; t < kTokens; ++t) {
-        const __m512i key = load_some(keys.row(first + t) + i, count);
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          sums[r * kTokens + t] = add_products(sums[r * kTokens + t], q[r], key);
-        }
-      }
+    for (int i = 0; i < 16; ++i) sums[i] = _mm512_setzero_ps();
+    int64_t i = 0;
+    for (; i + 32 <= head_dim; i += 32) {
+      add_key_products<kRows, kTokens, true>(query, head_dim, rows, i, sums);
     }
+    if (i < head_dim) add_key_products<kRows, kTokens, false>(query, head_dim, rows, i, sums);
     store_scores<kRows>(sums, first, scores);
     next.advance(kTokens * head_dim * 2);
   }
 }
 
 template <int kRows, int kVectors>
-void add_value_pairs(const float* weights, const float* decay, const Rows16& values,
-                     Prefetch<uint16_t>& next, int64_t num_keys, int64_t head_dim, int64_t first,
-                     float* out) {
+void add_value_pairs(const float* weights, const float* decay, const Rows16& values, Prefetch& next,
+                     int64_t num_keys, int64_t head_dim, int64_t first, float* out) {
   __m512 sums[kRows][kVectors];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
@@ -115,7 +126,7 @@ void add_value_pairs(const float* weights, const float* decay, const Rows16& val
 }
 
 template <int kRows>
-void add_pairs(float* weights, const float* decay, const Rows16& values, Prefetch<uint16_t>& next,
+void add_pairs(float* weights, const float* decay, const Rows16& values, Prefetch& next,
                int64_t num_keys, int64_t head_dim, float* out) {
   for (int r = 0; r < kRows; ++r) round_weights(weights + r * kTileKeys, num_keys);
   int64_t i = 0;
@@ -132,7 +143,10 @@ void add_pairs(float* weights, const float* decay, const Rows16& values, Prefetc
 }
 
 struct PairRows {
+  using Element = BFloat16;
   using Item = uint16_t;
+  using Unpacker = Avx512Unpacker<BFloat16>;
+  static constexpr bool kUsesBFloat16 = true;
 
   static constexpr RowKernels<Item> kKernels[kBatch + 1] = {{nullptr, nullptr},
                                                             {score_pairs<1>, add_pairs<1>},
@@ -151,6 +165,14 @@ struct PairRows {
       _mm512_storeu_ps(target + i, _mm512_load_ps(out + i));
     }
   }
+
+  static void add_row(const float* sums, float decay, float* out, int64_t head_dim) {
+    const __m512 factor = _mm512_set1_ps(decay);
+    for (int64_t i = 0; i < head_dim; i += 16) {
+      _mm512_store_ps(out + i,
+                      _mm512_fmadd_ps(_mm512_load_ps(out + i), factor, _mm512_load_ps(sums + i)));
+    }
+  }
 };
 
 // ---- many rows -----------------------------------------------------------------------------
@@ -158,6 +180,7 @@ struct PairRows {
 // Two bfloat16 a lane.
 struct PairLanes {
   using Item = uint16_t;
+  using Unpacker = Avx512Unpacker<BFloat16>;
   static constexpr int64_t kNumbers = 2;
 
   static __m512 multiply_add(__m512 a, __m512 b, __m512 sum) {
@@ -193,9 +216,9 @@ void attend(const AttentionTile& tile, const TileResult* results) {
 
 }  // namespace
 
-const AttentionKernel* avx512_bf16_kernel(DType dtype, int64_t head_dim) {
-  if (dtype != DType::kBFloat16 || head_dim == 0 || head_dim % 16 != 0) return nullptr;
-  static const AttentionKernel* const rows = avx512_kernel(dtype, head_dim);
+const AttentionKernel* avx512_bf16_kernel(DType dtype, HeadDims dims) {
+  if (dtype != DType::kBFloat16 || !dims.are_multiples_of(16)) return nullptr;
+  static const AttentionKernel* const rows = avx512_kernel(dtype, dims);
   static const AttentionKernel kernel = {kMaxRows, kFewRows, attend, rows->narrow, rows->widen};
   return &kernel;
 }

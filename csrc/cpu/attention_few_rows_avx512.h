@@ -1,271 +1,118 @@
 // Decode: few query rows against a long run of keys, at the speed of memory.
 //
-// Every key and value is read once and used for up to four rows at a time. Dot products run along
-// head_dim, so a key is a plain row: 16 sums (rows x keys) are kept apart in 16 registers and then
-// added across lanes together. The arithmetic is a parameter: WidenedRows below, or PairRows of
-// attention_avx512_bf16.cpp.
+// Goes through the keys once, a tile of 64 at a time, for several neighbouring heads. The products
+// are a parameter (see attention_row_products_avx512.h); blocks of codes have products of their
+// own.
 #pragma once
 
-#include "cpu/attention_avx512.h"
+#include "cpu/attention_codes.h"
+#include "cpu/attention_row_products_avx512.h"
+#include "cpu/attention_scores.h"
 
 namespace kvkernels {
 namespace {
 
-constexpr int kBatch = 4;  // rows that share a key's registers
+// One tile of keys: where its rows start, for the first head, if they are used where they lie, and
+// what of memory it takes.
+struct Tile {
+  static constexpr int kMaxRuns = kTileKeys / 16;
 
-// Where some rows of one of the caches start, for one head.
-template <typename Item>
-struct CacheRows {
-  const Item* cache;
-  const int64_t* offsets;
-
-  const Item* row(int64_t token) const { return cache + offsets[token]; }
-  CacheRows of_head(int64_t head, int64_t stride) const { return {cache + head * stride, offsets}; }
-};
-
-// Asks for rows before they are read, line after line in the order of memory: hardware prefetch
-// stops at the end of each 4 KiB page and cannot guess the next block, but it follows where these
-// requests lead.
-template <typename Item>
-class Prefetch {
- public:
-  Prefetch(CacheRows<Item> rows, int64_t num_rows, int64_t head_dim)
-      : rows_(rows),
-        num_rows_(num_rows),
-        row_bytes_(head_dim * static_cast<int64_t>(sizeof(Item))) {}
-
-  // The next `num_bytes` of the rows.
-  void advance(int64_t num_bytes) {
-    for (; num_bytes > 0 && row_ < num_rows_; num_bytes -= 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(rows_.row(row_)) + offset_, _MM_HINT_T0);
-      offset_ += 64;
-      if (offset_ >= row_bytes_) {
-        offset_ = 0;
-        ++row_;
-      }
-    }
-  }
-
- private:
-  CacheRows<Item> rows_;
-  int64_t num_rows_, row_bytes_, row_ = 0, offset_ = 0;
-};
-
-// Adds up to 16 sums across lanes, of kRows rows by 16, 8, 4 or 4 keys for 1, 2, 3 or 4 rows, and
-// stores the scores of the keys from `first` on.
-template <int kRows>
-inline void store_scores(const __m512* sums, int64_t first, float* scores) {
-  const __m512 total = sum_lanes_of_16(sums);
-  if constexpr (kRows == 1) {
-    _mm512_storeu_ps(scores + first, total);
-  } else if constexpr (kRows == 2) {
-    _mm256_storeu_ps(scores + first, _mm512_castps512_ps256(total));
-    _mm256_storeu_ps(scores + kTileKeys + first, _mm512_extractf32x8_ps(total, 1));
-  } else {
-    _mm_storeu_ps(scores + first, _mm512_castps512_ps128(total));
-    _mm_storeu_ps(scores + kTileKeys + first, _mm512_extractf32x4_ps(total, 1));
-    _mm_storeu_ps(scores + 2 * kTileKeys + first, _mm512_extractf32x4_ps(total, 2));
-    if (kRows == 4) {
-      _mm_storeu_ps(scores + 3 * kTileKeys + first, _mm512_extractf32x4_ps(total, 3));
-    }
-  }
-}
-
-// scores[r][t] = query row r * key t, for t < num_keys rounded up to 16. Asks for as much of `next`
-// as it reads.
-template <typename E, int kRows>
-void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E::Item>& keys,
-                Prefetch<typename E::Item>& next, int64_t num_keys, float* scores) {
-  constexpr int kTokens = kRows == 1 ? 16 : kRows == 2 ? 8 : 4;
-  for (int64_t first = 0; first < num_keys; first += kTokens) {
-    __m512 sums[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) sums[i] = _mm512_setzero_ps();
-    int64_t i = 0;
-    for (; i + 32 <= head_dim; i += 32) {
-      __m512 q[2 * kRows];
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        q[2 * r] = _mm512_load_ps(query + r * head_dim + i);
-        q[2 * r + 1] = _mm512_load_ps(query + r * head_dim + i + 16);
-      }
-#pragma GCC unroll 16
-      for (int t = 0; t < kTokens; ++t) {
-        __m512 a, b;
-        E::load_pair(keys.row(first + t) + i, a, b);
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          sums[r * kTokens + t] = _mm512_fmadd_ps(q[2 * r], a, sums[r * kTokens + t]);
-          sums[r * kTokens + t] = _mm512_fmadd_ps(q[2 * r + 1], b, sums[r * kTokens + t]);
-        }
-      }
-    }
-    if (i < head_dim) {
-#pragma GCC unroll 16
-      for (int t = 0; t < kTokens; ++t) {
-        const __m512 a = E::load(keys.row(first + t) + i);
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          const __m512 q = _mm512_load_ps(query + r * head_dim + i);
-          sums[r * kTokens + t] = _mm512_fmadd_ps(q, a, sums[r * kTokens + t]);
-        }
-      }
-    }
-    store_scores<kRows>(sums, first, scores);
-    next.advance(kTokens * head_dim * static_cast<int64_t>(sizeof(typename E::Item)));
-  }
-}
-
-// out[r] = out[r] * decay[r] + sum over t of weights[r][t] * value t, for 16 * kVectors items of
-// head_dim from `first`. Asks for as much of `next` as it reads.
-template <typename E, int kRows, int kVectors>
-void add_value_panel(const float* weights, const float* decay,
-                     const CacheRows<typename E::Item>& values, Prefetch<typename E::Item>& next,
-                     int64_t num_keys, int64_t head_dim, int64_t first, float* out) {
-  __m512 sums[kRows][kVectors];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) {
-      sums[r][i] = _mm512_mul_ps(_mm512_set1_ps(decay[r]),
-                                 _mm512_load_ps(out + r * head_dim + first + 16 * i));
-    }
-  }
-  for (int64_t t = 0; t < num_keys; ++t) {
-    __m512 v[kVectors];
-    if constexpr (kVectors == 1) {
-      v[0] = E::load(values.row(t) + first);
-    } else {
-#pragma GCC unroll 2
-      for (int i = 0; i < kVectors; i += 2) {
-        E::load_pair(values.row(t) + first + 16 * i, v[i], v[i + 1]);
-      }
-    }
-    next.advance(16 * kVectors * static_cast<int64_t>(sizeof(typename E::Item)));
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const __m512 weight = _mm512_set1_ps(weights[r * kTileKeys + t]);
-#pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) sums[r][i] = _mm512_fmadd_ps(weight, v[i], sums[r][i]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) {
-      _mm512_store_ps(out + r * head_dim + first + 16 * i, sums[r][i]);
-    }
-  }
-}
-
-template <typename E, int kRows>
-void add_values(float* weights, const float* decay, const CacheRows<typename E::Item>& values,
-                Prefetch<typename E::Item>& next, int64_t num_keys, int64_t head_dim, float* out) {
-  int64_t i = 0;
-  for (; i + 64 <= head_dim; i += 64) {
-    add_value_panel<E, kRows, 4>(weights, decay, values, next, num_keys, head_dim, i, out);
-  }
-  if (i + 32 <= head_dim) {
-    add_value_panel<E, kRows, 2>(weights, decay, values, next, num_keys, head_dim, i, out);
-    i += 32;
-  }
-  if (i < head_dim) {
-    add_value_panel<E, kRows, 1>(weights, decay, values, next, num_keys, head_dim, i, out);
-  }
-}
-
-// The two steps for a number of rows. The second may overwrite the weights.
-template <typename Item>
-struct RowKernels {
-  void (*score)(const float* query, int64_t head_dim, const CacheRows<Item>& keys,
-                Prefetch<Item>& next, int64_t num_keys, float* scores);
-  void (*add)(float* weights, const float* decay, const CacheRows<Item>& values,
-              Prefetch<Item>& next, int64_t num_keys, int64_t head_dim, float* out);
-};
-
-// Every element is widened to a float in a register. Query and output lie in the order of
-// load_pair.
-template <typename E>
-struct WidenedRows {
-  using Item = typename E::Item;
-
-  static constexpr RowKernels<Item> kKernels[kBatch + 1] = {{nullptr, nullptr},
-                                                            {score_keys<E, 1>, add_values<E, 1>},
-                                                            {score_keys<E, 2>, add_values<E, 2>},
-                                                            {score_keys<E, 3>, add_values<E, 3>},
-                                                            {score_keys<E, 4>, add_values<E, 4>}};
-
-  static void start_row(const Item* query, float* target, int64_t head_dim) {
-    int64_t i = 0;
-    for (; i + 32 <= head_dim; i += 32) {
-      __m512 a, b;
-      E::load_pair(query + i, a, b);
-      _mm512_store_ps(target + i, a);
-      _mm512_store_ps(target + i + 16, b);
-    }
-    if (i < head_dim) _mm512_store_ps(target + i, E::load(query + i));
-  }
-
-  static void finish_row(const float* out, float* target, int64_t head_dim) {
-    int64_t i = 0;
-    for (; i + 32 <= head_dim; i += 32) {
-      __m512 a = _mm512_load_ps(out + i), b = _mm512_load_ps(out + i + 16);
-      E::restore(a, b);
-      _mm512_storeu_ps(target + i, a);
-      _mm512_storeu_ps(target + i + 16, b);
-    }
-    if (i < head_dim) _mm512_storeu_ps(target + i, _mm512_load_ps(out + i));
-  }
-};
-
-// Where the keys and values of one tile of keys start, for the first head.
-struct Offsets {
   int64_t begin, end;  // of the sequence; no keys where they are equal
-  int64_t keys[kTileKeys], values[kTileKeys];
+  bool is_plain;
+  int num_code_runs;  // where all its blocks hold codes of one kind that suit CodeKernels, else 0
+  Run code_runs[kMaxRuns];
+  int64_t keys[kTileKeys], values[kTileKeys];  // offsets; dense rows where it is not plain
+  Spans key_spans, value_spans;
+
+  int64_t num_keys() const { return end - begin; }
 };
+
+// The kernels for the codes of a kind of block, or null.
+template <typename R>
+const CodeKernels* code_kernels(const PagedAttentionArgs& args, BlockKind kind) {
+  const QuantizedCache& cache = quantized_cache(args, kind);
+  // Their whole numbers of 15 bits keep more than 16-bit floats do, but less than float32.
+  const bool suits = kind != BlockKind::kFloat && args.dtype != DType::kFloat32 &&
+                     suits_codes(args.block_size, args.head_dim, args.value_dim, cache.key_groups,
+                                 cache.value_groups, kind == BlockKind::kInt4);
+  if (!suits) return nullptr;
+  if (R::kUsesBFloat16 && kind == BlockKind::kInt4) return avx512_bf16_code_kernels();
+  return avx512_vnni_code_kernels();
+}
+
+template <typename R>
+void find_code_runs(const AttentionTile& tile, Tile& found) {
+  found.num_code_runs = 0;
+  const BlockKind kind = block_entry(tile.blocks[found.begin / tile.args->block_size]).kind;
+  if (code_kernels<R>(*tile.args, kind) == nullptr) return;
+  bool is_one_kind = true;
+  for_each_run(tile, found.begin, found.end, [&](const Run& run) {
+    is_one_kind &= run.block.kind == kind;
+    found.code_runs[found.num_code_runs++] = run;
+  });
+  if (!is_one_kind) found.num_code_runs = 0;
+}
 
 // Finds the keys and values from `begin` on. The rest of the offsets repeat the last row, so that
 // loops over a fixed number of rows read nothing that is not part of the sequence.
-void find_tile(const AttentionTile& tile, int64_t begin, Offsets& offsets) {
-  offsets.begin = begin;
-  offsets.end = begin < tile.key_end ? key_tile_end(tile, begin) : begin;
-  const int64_t num_keys = offsets.end - begin;
+template <typename R>
+void find_tile(const AttentionTile& tile, int64_t begin, Tile& found) {
+  found.begin = begin;
+  found.end = begin < tile.key_end ? key_tile_end(tile, begin) : begin;
+  const int64_t num_keys = found.num_keys();
+  find_spans(tile, found.begin, found.end, found.key_spans, found.value_spans);
   if (num_keys == 0) return;
-  find_rows(tile, begin, offsets.end, offsets.keys, offsets.values);
+  found.is_plain = lies_plain(tile, begin, found.end);
+  found.num_code_runs = 0;
+  if (!found.is_plain) find_code_runs<R>(tile, found);
+  if (found.is_plain) {
+    find_rows(tile, begin, found.end, found.keys, found.values);
+  } else {
+    for (int64_t token = 0; token < num_keys; ++token) {
+      found.keys[token] = token * tile.args->head_dim;
+      found.values[token] = token * tile.args->value_dim;
+    }
+  }
   for (int64_t token = num_keys; token < kTileKeys; ++token) {
-    offsets.keys[token] = offsets.keys[num_keys - 1];
-    offsets.values[token] = offsets.values[num_keys - 1];
+    found.keys[token] = found.keys[num_keys - 1];
+    found.values[token] = found.values[num_keys - 1];
   }
 }
 
 // One head's rows and what was summed up for them so far.
 struct Rows {
-  int64_t count, head_dim;
+  int64_t count, head_dim, value_dim;
   float* query;   // [count, head_dim], in an order of the arithmetic's own, like out
-  float* out;     // [count, head_dim]
+  float* floats;  // [count, head_dim]: the query in order, where blocks may hold codes
+  float* out;     // [count, value_dim]
   float* sum;     // [count, 16]
   float* scores;  // [count, kTileKeys]
   float max[kFewRows], decay[kFewRows];
 };
 
-int64_t scratch_size(int64_t count, int64_t head_dim) {
-  return count * (2 * head_dim + 16 + kTileKeys);
+int64_t scratch_size(int64_t count, const PagedAttentionArgs& args) {
+  return (count * (2 * args.head_dim + args.value_dim + 16 + kTileKeys) + 15) / 16 * 16;
 }
 
 template <typename R>
 void start_rows(const AttentionTile& tile, int64_t head, float* scratch, Rows& rows) {
   rows.count = tile.row_end - tile.row_begin;
   rows.head_dim = tile.args->head_dim;
+  rows.value_dim = tile.args->value_dim;
   rows.query = scratch;
-  rows.out = rows.query + rows.count * rows.head_dim;
-  rows.sum = rows.out + rows.count * rows.head_dim;
+  rows.floats = rows.query + rows.count * rows.head_dim;
+  rows.out = rows.floats + rows.count * rows.head_dim;
+  rows.sum = rows.out + rows.count * rows.value_dim;
   rows.scores = rows.sum + rows.count * 16;
   for (int64_t r = 0; r < rows.count; ++r) {
     const auto* query = static_cast<const typename R::Item*>(tile.args->query) +
                         query_offset(tile, tile.row_begin + r, head);
     R::start_row(query, rows.query + r * rows.head_dim, rows.head_dim);
     for (int64_t i = 0; i < rows.head_dim; i += 16) {
-      _mm512_store_ps(rows.out + r * rows.head_dim + i, _mm512_setzero_ps());
+      _mm512_store_ps(rows.floats + r * rows.head_dim + i, R::Element::load(query + i));
+    }
+    for (int64_t i = 0; i < rows.value_dim; i += 16) {
+      _mm512_store_ps(rows.out + r * rows.value_dim + i, _mm512_setzero_ps());
     }
     _mm512_store_ps(rows.sum + 16 * r, _mm512_setzero_ps());
     rows.max[r] = -infinity();
@@ -275,94 +122,198 @@ void start_rows(const AttentionTile& tile, int64_t head, float* scratch, Rows& r
 template <typename R>
 void finish_rows(const Rows& rows, const TileResult& result) {
   for (int64_t r = 0; r < rows.count; ++r) {
-    R::finish_row(rows.out + r * rows.head_dim, result.out + r * rows.head_dim, rows.head_dim);
+    R::finish_row(rows.out + r * rows.value_dim, result.out + r * rows.value_dim, rows.value_dim);
     result.max[r] = rows.max[r];
     result.sum[r] = _mm512_reduce_add_ps(_mm512_load_ps(rows.sum + 16 * r));
   }
 }
 
-// Turns the scores of the keys that `now` holds into weights, for one head's rows.
 template <typename R>
-void score_head(const AttentionTile& tile, const KeyRange* seen, const Offsets& now,
-                const CacheRows<typename R::Item>& keys, Prefetch<typename R::Item> next,
+void score_head(const Tile& now, const CacheRows<typename R::Item>& keys, Prefetch& next,
                 Rows& rows) {
-  const int64_t num_keys = now.end - now.begin;
   const int64_t num_batches = (rows.count + kBatch - 1) / kBatch;
   for (int64_t b = 0, r = 0; b < num_batches; ++b) {
     const int64_t count = (rows.count - r) / (num_batches - b);
-    R::kKernels[count].score(rows.query + r * rows.head_dim, rows.head_dim, keys, next, num_keys,
-                             rows.scores + r * kTileKeys);
+    R::kKernels[count].score(rows.query + r * rows.head_dim, rows.head_dim, keys, next,
+                             now.num_keys(), rows.scores + r * kTileKeys);
     r += count;
   }
-  const float scale = tile.args->sm_scale * kLog2E;
+}
+
+// Turns the scores of the keys that `now` holds into weights, for one head's rows.
+inline void weigh_head(const AttentionTile& tile, int64_t head, const KeyRange* seen,
+                       const Tile& now, Rows& rows) {
+  const int64_t num_keys = now.num_keys();
+  const bool adjusts = adjusts_scores(*tile.args);
+  const float scale = adjusts ? 1.0f : tile.args->sm_scale * kLog2E;
+  KeyRange columns[kFewRows];
   for (int64_t r = 0; r < rows.count; ++r) {
-    const int64_t first = seen[r].begin > now.begin ? seen[r].begin - now.begin : 0;
-    const int64_t last = seen[r].end < now.end ? seen[r].end - now.begin : num_keys;
-    rows.decay[r] = softmax_step(rows.scores + r * kTileKeys, num_keys, first, last, scale,
-                                 &rows.max[r], rows.sum + 16 * r);
+    if (adjusts) {
+      adjust_scores(tile, tile.row_begin + r, head, now.begin, num_keys,
+                    rows.scores + r * kTileKeys);
+    }
+    columns[r] = {seen[r].begin > now.begin ? seen[r].begin - now.begin : 0,
+                  seen[r].end < now.end ? seen[r].end - now.begin : num_keys};
   }
+  softmax_rows(rows.scores, num_keys, columns, rows.count, scale, rows.max, rows.sum, rows.decay);
 }
 
 // Adds the values that `now` holds, by these weights, to one head's rows.
 template <typename R>
-void add_head(const Offsets& now, const CacheRows<typename R::Item>& values,
-              Prefetch<typename R::Item> next, Rows& rows) {
+void add_head(const Tile& now, const CacheRows<typename R::Item>& values, Prefetch& next,
+              Rows& rows) {
   const int64_t num_batches = (rows.count + kBatch - 1) / kBatch;
   for (int64_t b = 0, r = 0; b < num_batches; ++b) {
     const int64_t count = (rows.count - r) / (num_batches - b);
     R::kKernels[count].add(rows.scores + r * kTileKeys, rows.decay + r, values, next,
-                           now.end - now.begin, rows.head_dim, rows.out + r * rows.head_dim);
+                           now.num_keys(), rows.value_dim, rows.out + r * rows.value_dim);
     r += count;
+  }
+}
+
+inline Ahead ahead_of(Prefetch& next) {
+  return {&next, [](void* prefetch, int64_t num_bytes) {
+            static_cast<Prefetch*>(prefetch)->advance(num_bytes);
+          }};
+}
+
+inline CodeRun code_run(const Part& part, const Run& run, const PagedAttentionArgs& args,
+                        int64_t kv_head, int64_t dim, int64_t groups) {
+  return {part.codes_of(run.block.id, kv_head),
+          part.scales_of(run.block.id, kv_head),
+          run.block.kind == BlockKind::kInt4,
+          run.slot,
+          run.count,
+          dim,
+          groups,
+          args.block_size};
+}
+
+// score_head and add_head for a tile of codes.
+template <typename R>
+void score_codes(const AttentionTile& tile, int64_t head, const Tile& now, Prefetch& next,
+                 Rows& rows) {
+  const PagedAttentionArgs& args = *tile.args;
+  const BlockKind kind = now.code_runs[0].block.kind;
+  const QuantizedCache& cache = quantized_cache(args, kind);
+  for (int i = 0; i < now.num_code_runs; ++i) {
+    const Run& run = now.code_runs[i];
+    code_kernels<R>(args, kind)
+        ->score(code_run({cache.key_codes, cache.key_scales}, run, args, tile.kv_head + head,
+                         args.head_dim, cache.key_groups),
+                rows.floats, rows.count, rows.scores + run.first, ahead_of(next));
+  }
+}
+
+template <typename R>
+void add_codes(const AttentionTile& tile, int64_t head, const Tile& now, Prefetch& next,
+               Rows& rows) {
+  const PagedAttentionArgs& args = *tile.args;
+  const BlockKind kind = now.code_runs[0].block.kind;
+  const QuantizedCache& cache = quantized_cache(args, kind);
+  alignas(64) float sums[kFewRows * kMaxCodeDim];
+  std::fill_n(sums, rows.count * rows.value_dim, 0.0f);
+  for (int i = 0; i < now.num_code_runs; ++i) {
+    const Run& run = now.code_runs[i];
+    code_kernels<R>(args, kind)
+        ->add(code_run({cache.value_codes, cache.value_scales}, run, args, tile.kv_head + head,
+                       args.value_dim, cache.value_groups),
+              rows.scores + run.first, rows.count, sums, ahead_of(next));
+  }
+  for (int64_t r = 0; r < rows.count; ++r) {
+    R::add_row(sums + r * rows.value_dim, rows.decay[r], rows.out + r * rows.value_dim,
+               rows.value_dim);
   }
 }
 
 // Goes through the keys once. For each tile of them it reads the keys of all heads, which are
 // neighbours in the cache, then the values of all heads: memory is read in long pieces.
 template <typename R>
-void attend_few_rows(const AttentionTile& tile, const TileResult* results) {
+class FewRows {
+ public:
   using Item = typename R::Item;
-  const PagedAttentionArgs& args = *tile.args;
-  const int64_t num_rows = tile.row_end - tile.row_begin;
-  const int64_t rows_size = (scratch_size(num_rows, args.head_dim) + 15) / 16 * 16;
-  float* scratch = thread_scratch(1, tile.num_kv_heads * rows_size);
-  Rows rows[kMaxTileHeads];
-  for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
-    start_rows<R>(tile, head, scratch + head * rows_size, rows[head]);
-  }
-  KeyRange seen[kFewRows];
-  for (int64_t r = 0; r < num_rows; ++r) seen[r] = visible_keys(tile, tile.row_begin + r);
-  const auto* key_cache = static_cast<const Item*>(args.key_cache);
-  const auto* value_cache = static_cast<const Item*>(args.value_cache);
-  const int64_t num_heads = tile.num_kv_heads;
-  const int64_t key_stride = args.key_head_stride, value_stride = args.value_head_stride;
-  Offsets tiles[2];
-  find_tile(tile, tile.key_begin, tiles[0]);
-  for (int i = 0; tiles[i].begin < tiles[i].end; i = 1 - i) {
-    const Offsets& now = tiles[i];
-    find_tile(tile, now.end, tiles[1 - i]);
-    const CacheRows<Item> keys = {key_cache, now.keys}, values = {value_cache, now.values};
-    const CacheRows<Item> next_keys = {key_cache, tiles[1 - i].keys};
-    const int64_t num_keys = now.end - now.begin;
-    const int64_t num_next_keys = tiles[1 - i].end - tiles[1 - i].begin;  // 0 after the last tile
+
+  FewRows(const AttentionTile& tile) : tile_(tile), args_(*tile.args) {
+    const int64_t num_rows = tile.row_end - tile.row_begin, num_heads = tile.num_kv_heads;
+    const int64_t rows_size = scratch_size(num_rows, args_);
+    const int64_t wide_dim = std::max(args_.head_dim, args_.value_dim);
+    float* scratch = thread_scratch(1, num_heads * rows_size + (kTileKeys + 2) * wide_dim);
     for (int64_t head = 0; head < num_heads; ++head) {
-      const bool has_more = head + 1 < num_heads;
-      score_head<R>(tile, seen, now, keys.of_head(head, key_stride),
-                    Prefetch<Item>(has_more ? keys.of_head(head + 1, key_stride) : values, num_keys,
-                                   args.head_dim),
-                    rows[head]);
+      start_rows<R>(tile, head, scratch + head * rows_size, rows_[head]);
     }
-    for (int64_t head = 0; head < num_heads; ++head) {
-      const bool has_more = head + 1 < num_heads;
-      add_head<R>(
-          now, values.of_head(head, value_stride),
-          has_more ? Prefetch<Item>(values.of_head(head + 1, value_stride), num_keys, args.head_dim)
-                   : Prefetch<Item>(next_keys, num_next_keys, args.head_dim),
-          rows[head]);
+    unpacked_ = reinterpret_cast<Item*>(scratch + num_heads * rows_size);
+    scales_ = scratch + num_heads * rows_size + kTileKeys * wide_dim;
+    for (int64_t r = 0; r < num_rows; ++r) seen_[r] = visible_keys(tile, tile.row_begin + r);
+  }
+
+  void attend(const TileResult* results) {
+    Tile tiles[2];
+    find(tile_.key_begin, tiles[0]);
+    for (int i = 0; tiles[i].begin < tiles[i].end; i = 1 - i) {
+      find(tiles[i].end, tiles[1 - i]);
+      add(tiles[i]);
+    }
+    for (int64_t head = 0; head < tile_.num_kv_heads; ++head) {
+      finish_rows<R>(rows_[head], results[head]);
     }
   }
-  for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
-    finish_rows<R>(rows[head], results[head]);
+
+ private:
+  void find(int64_t begin, Tile& found) {
+    find_tile<R>(tile_, begin, found);
+    prefetch_.add_tile(found.key_spans, found.value_spans, tile_.num_kv_heads);
   }
+
+  void add(const Tile& now) {
+    for (int64_t head = 0; head < tile_.num_kv_heads; ++head) {
+      prefetch_.begin(now.key_spans.num_bytes);
+      if (now.num_code_runs > 0) {
+        score_codes<R>(tile_, head, now, prefetch_, rows_[head]);
+      } else {
+        score_head<R>(now, keys(now, head), prefetch_, rows_[head]);
+      }
+      weigh_head(tile_, head, seen_, now, rows_[head]);
+    }
+    for (int64_t head = 0; head < tile_.num_kv_heads; ++head) {
+      prefetch_.begin(now.value_spans.num_bytes);
+      if (now.num_code_runs > 0) {
+        add_codes<R>(tile_, head, now, prefetch_, rows_[head]);
+      } else {
+        add_head<R>(now, values(now, head), prefetch_, rows_[head]);
+      }
+    }
+  }
+
+  CacheRows<Item> keys(const Tile& now, int64_t head) {
+    if (now.is_plain) {
+      const auto* cache = static_cast<const Item*>(args_.key_cache);
+      return {cache + head * args_.key_head_stride, now.keys};
+    }
+    unpack_keys<typename R::Unpacker>(tile_, head, now.begin, now.end, scales_, unpacked_);
+    return {unpacked_, now.keys};
+  }
+
+  CacheRows<Item> values(const Tile& now, int64_t head) {
+    if (now.is_plain) {
+      const auto* cache = static_cast<const Item*>(args_.value_cache);
+      return {cache + head * args_.value_head_stride, now.values};
+    }
+    unpack_values<typename R::Unpacker>(tile_, head, now.begin, now.end, scales_, unpacked_);
+    return {unpacked_, now.values};
+  }
+
+  const AttentionTile& tile_;
+  const PagedAttentionArgs& args_;
+  Rows rows_[kMaxTileHeads];
+  KeyRange seen_[kFewRows];
+  Prefetch prefetch_;
+  Item* unpacked_;  // [kTileKeys, the larger dim]: keys or values of one head
+  float* scales_;   // two rows
+};
+
+template <typename R>
+void attend_few_rows(const AttentionTile& tile, const TileResult* results) {
+  FewRows<R>(tile).attend(results);
 }
 
 }  // namespace

@@ -26,7 +26,7 @@ struct AttentionTile {
 
 // Softmax statistics of each row of one head over the tile's keys; scores are in units of log2.
 struct TileResult {
-  float* out;  // [rows, head_dim]: sum of values, each weighted by 2^(score - max)
+  float* out;  // [rows, value_dim]: sum of values, each weighted by 2^(score - max)
   float* max;  // [rows]; minus infinity where a row sees no key
   float* sum;  // [rows]: sum of the weights
 };
@@ -45,11 +45,19 @@ constexpr int64_t kMaxRows = 192;      // no kernel's max_rows is larger
 constexpr int64_t kMaxTileHeads = 16;  // no tile has more heads
 
 // Each returns null where it does not serve the case.
+struct HeadDims {
+  int64_t key, value;
+
+  bool are_multiples_of(int64_t unit) const {
+    return key > 0 && value > 0 && key % unit == 0 && value % unit == 0;
+  }
+};
 const AttentionKernel* portable_kernel(DType dtype);
-const AttentionKernel* avx512_kernel(DType dtype, int64_t head_dim);
-const AttentionKernel* avx512_bf16_kernel(DType dtype, int64_t head_dim);
-const AttentionKernel* amx_kernel(DType dtype, int64_t head_dim);
-const AttentionKernel* amx_emulated_kernel(DType dtype, int64_t head_dim);
+const AttentionKernel* avx2_kernel(DType dtype, HeadDims dims);
+const AttentionKernel* avx512_kernel(DType dtype, HeadDims dims);
+const AttentionKernel* avx512_bf16_kernel(DType dtype, HeadDims dims);
+const AttentionKernel* amx_kernel(DType dtype, HeadDims dims);
+const AttentionKernel* amx_emulated_kernel(DType dtype, HeadDims dims);
 
 // Memory of the calling thread, 64-byte aligned, uninitialised, valid until the next call with the
 // same slot. Slot 1 is the kernels', the others are the scheduler's.
@@ -65,11 +73,14 @@ struct KeyRange {
 static inline KeyRange visible_keys(const AttentionTile& tile, int64_t row) {
   const PagedAttentionArgs& args = *tile.args;
   const int64_t group = args.num_heads / args.num_kv_heads;
-  const int64_t position = tile.first_position + row / group;
   KeyRange range = {tile.key_begin, tile.key_end};
+  int64_t position = tile.first_position + row / group;
+  // In a tree any row may stand as far back as the first; the mask is applied to the scores.
+  if (args.tree_mask != nullptr) position = tile.first_position;
   if (args.window > 0 && position - args.window + 1 > range.begin) {
     range.begin = position - args.window + 1;
   }
+  if (args.tree_mask != nullptr) return range;
   if (args.causal && position + 1 < range.end) range.end = position + 1;
   return range;
 }
@@ -80,27 +91,6 @@ static inline int64_t query_offset(const AttentionTile& tile, int64_t row, int64
   const int64_t group = args.num_heads / args.num_kv_heads;
   return (tile.first_token + row / group) * args.query_token_stride +
          ((tile.kv_head + head) * group + row % group) * args.query_head_stride;
-}
-
-// Writes where the keys and values of [begin, end) of the tile's first head start, in elements.
-// 64-bit: a block id times its stride passes 2^31 in a cache of a few gigabytes.
-static inline void find_rows(const AttentionTile& tile, int64_t begin, int64_t end,
-                             int64_t* key_offsets, int64_t* value_offsets) {
-  const PagedAttentionArgs& args = *tile.args;
-  int64_t index = begin / args.block_size, slot = begin % args.block_size;
-  for (int64_t token = begin; token < end; ++index, slot = 0) {
-    const int64_t block = tile.blocks[index];
-    int64_t key = block * args.key_block_stride + tile.kv_head * args.key_head_stride +
-                  slot * args.key_slot_stride;
-    int64_t value = block * args.value_block_stride + tile.kv_head * args.value_head_stride +
-                    slot * args.value_slot_stride;
-    for (; token < end && slot < args.block_size; ++token, ++slot) {
-      *key_offsets++ = key;
-      *value_offsets++ = value;
-      key += args.key_slot_stride;
-      value += args.value_slot_stride;
-    }
-  }
 }
 
 // Coefficients of 2^f for f in [-0.5, 0.5]: relative error 2e-9, minimax of degree 6.

@@ -11,6 +11,8 @@
 #pragma once
 
 #include "cpu/attention_avx512.h"
+#include "cpu/attention_scores.h"
+#include "cpu/attention_unpack_avx512.h"
 
 namespace kvkernels {
 namespace {
@@ -25,6 +27,7 @@ constexpr int64_t kSumLength = 64;
 template <typename E>
 struct WidenedLanes {
   using Item = typename E::Item;
+  using Unpacker = Avx512Unpacker<E>;
   static constexpr int64_t kNumbers = 1;
 
   static __m512 multiply_add(__m512 a, __m512 b, __m512 sum) { return _mm512_fmadd_ps(a, b, sum); }
@@ -130,30 +133,41 @@ constexpr ValueBlock<L> kValueBlocks[kBlockRows][kBlockVectors] = KVKERNELS_TABL
 
 // One item's rows, and the tile of keys that is being worked on.
 struct Work {
-  int64_t count, head_dim;
+  const AttentionTile* tile;
+  int64_t count, head_dim, value_dim;
   int64_t num_lanes;  // of head_dim
   float scale;
-  float* query;   // [count, num_lanes]
-  float* keys;    // [num_lanes, kTileKeys]
-  float* values;  // [kTileKeys / kNumbers, head_dim]
-  float* scores;  // [count, kTileKeys]; then weights, [count, kTileKeys / kNumbers]
-  float* sum;     // [count, 16]
+  bool adjusts;     // whether scores need more than a scale
+  float* query;     // [count, num_lanes]
+  float* keys;      // [num_lanes, kTileKeys]
+  float* values;    // [kTileKeys / kNumbers, value_dim]
+  float* scores;    // [count, kTileKeys]; then weights, [count, kTileKeys / kNumbers]
+  float* sum;       // [count, 16]
+  float* unpacked;  // [kTileKeys, the larger dim]
+  float* scales;    // two rows
   KeyRange seen[kMaxRows];
   float decay[kMaxRows];
 };
 
 template <typename L>
 void start_rows(const AttentionTile& tile, const TileResult& result, Work& work) {
+  work.tile = &tile;
   work.count = tile.row_end - tile.row_begin;
   work.head_dim = tile.args->head_dim;
+  work.value_dim = tile.args->value_dim;
   work.num_lanes = work.head_dim / L::kNumbers;
-  work.scale = tile.args->sm_scale * kLog2E;
-  work.query = thread_scratch(
-      1, kMaxRows * (work.head_dim + kTileKeys + 16) + 2 * kTileKeys * work.head_dim);
+  work.adjusts = adjusts_scores(*tile.args);
+  work.scale = work.adjusts ? 1.0f : tile.args->sm_scale * kLog2E;
+  const int64_t wide_dim = std::max(work.head_dim, work.value_dim);
+  work.query =
+      thread_scratch(1, kMaxRows * (work.head_dim + kTileKeys + 16) +
+                            kTileKeys * (work.head_dim + work.value_dim + wide_dim) + 2 * wide_dim);
   work.keys = work.query + kMaxRows * work.head_dim;
   work.values = work.keys + kTileKeys * work.head_dim;
-  work.scores = work.values + kTileKeys * work.head_dim;
+  work.unpacked = work.values + kTileKeys * work.value_dim;
+  work.scores = work.unpacked + kTileKeys * wide_dim;
   work.sum = work.scores + kMaxRows * kTileKeys;
+  work.scales = work.sum + kMaxRows * 16;
   for (int64_t r = 0; r < work.count; ++r) {
     const auto* query = static_cast<const typename L::Item*>(tile.args->query) +
                         query_offset(tile, tile.row_begin + r);
@@ -161,8 +175,8 @@ void start_rows(const AttentionTile& tile, const TileResult& result, Work& work)
       _mm512_mask_storeu_ps(work.query + r * work.num_lanes + i, first_lanes(work.num_lanes - i),
                             L::load(query, i, work.num_lanes));
     }
-    for (int64_t i = 0; i < work.head_dim; i += 16) {
-      _mm512_storeu_ps(result.out + r * work.head_dim + i, _mm512_setzero_ps());
+    for (int64_t i = 0; i < work.value_dim; i += 16) {
+      _mm512_storeu_ps(result.out + r * work.value_dim + i, _mm512_setzero_ps());
     }
     _mm512_store_ps(work.sum + 16 * r, _mm512_setzero_ps());
     result.max[r] = -infinity();
@@ -170,24 +184,16 @@ void start_rows(const AttentionTile& tile, const TileResult& result, Work& work)
   }
 }
 
-// Packs the keys, transposed, and the values of [begin, end).
 template <typename L>
-void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, const Work& work) {
-  int64_t key_offsets[kTileKeys], value_offsets[kTileKeys];
-  find_rows(tile, begin, end, key_offsets, value_offsets);
-  const auto* key_cache = static_cast<const typename L::Item*>(tile.args->key_cache);
-  const auto* value_cache = static_cast<const typename L::Item*>(tile.args->value_cache);
-  const int64_t num_keys = end - begin;
+void pack_keys(const typename L::Item* keys, int64_t* offsets, int64_t num_keys, const Work& work) {
   // The last 16 keys may be fewer: the rest of their columns repeat the last key, and no row sees
   // them.
-  for (int64_t t = num_keys; t % 16 != 0; ++t) key_offsets[t] = key_offsets[num_keys - 1];
+  for (int64_t t = num_keys; t % 16 != 0; ++t) offsets[t] = offsets[num_keys - 1];
   for (int64_t first = 0; first < num_keys; first += 16) {
     for (int64_t i = 0; i < work.num_lanes; i += 16) {
       __m512 rows[16];
 #pragma GCC unroll 16
-      for (int t = 0; t < 16; ++t) {
-        rows[t] = L::load(key_cache + key_offsets[first + t], i, work.num_lanes);
-      }
+      for (int t = 0; t < 16; ++t) rows[t] = L::load(keys + offsets[first + t], i, work.num_lanes);
       transpose_16x16(rows);
       const int64_t num_columns = work.num_lanes - i;
 #pragma GCC unroll 16
@@ -196,11 +202,39 @@ void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, const Work
       }
     }
   }
+}
+
+template <typename L>
+void pack_values(const typename L::Item* values, const int64_t* offsets, int64_t num_keys,
+                 const Work& work) {
   for (int64_t t = 0; t < num_keys; t += L::kNumbers) {
-    const auto* second = t + 1 < num_keys ? value_cache + value_offsets[t + 1] : nullptr;
-    L::pack_values(value_cache + value_offsets[t], second, work.head_dim,
-                   work.values + t / L::kNumbers * work.head_dim);
+    const auto* second = t + 1 < num_keys ? values + offsets[t + 1] : nullptr;
+    L::pack_values(values + offsets[t], second, work.value_dim,
+                   work.values + t / L::kNumbers * work.value_dim);
   }
+}
+
+// Packs the keys, transposed, and the values of [begin, end).
+template <typename L>
+void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, const Work& work) {
+  using Item = typename L::Item;
+  int64_t key_offsets[kTileKeys], value_offsets[kTileKeys];
+  if (lies_plain(tile, begin, end)) {
+    find_rows(tile, begin, end, key_offsets, value_offsets);
+    pack_keys<L>(static_cast<const Item*>(tile.args->key_cache), key_offsets, end - begin, work);
+    pack_values<L>(static_cast<const Item*>(tile.args->value_cache), value_offsets, end - begin,
+                   work);
+    return;
+  }
+  auto* rows = reinterpret_cast<Item*>(work.unpacked);
+  for (int64_t t = 0; t < end - begin; ++t) {
+    key_offsets[t] = t * work.head_dim;
+    value_offsets[t] = t * work.value_dim;
+  }
+  unpack_keys<typename L::Unpacker>(tile, 0, begin, end, work.scales, rows);
+  pack_keys<L>(rows, key_offsets, end - begin, work);
+  unpack_values<typename L::Unpacker>(tile, 0, begin, end, work.scales, rows);
+  pack_values<L>(rows, value_offsets, end - begin, work);
 }
 
 // The columns of the tile of keys [begin, end) that some row of [row, row + count) sees. Ranges
@@ -217,26 +251,31 @@ void score_rows(Work& work, int64_t row, int64_t count, int64_t begin, int64_t e
   float* scores = work.scores + row * kTileKeys;
   kScoreBlocks<L>[count - 1][(columns.end - 1) / 16](work.query + row* work.num_lanes,
                                                      work.num_lanes, work.keys, scores);
-  for (int64_t r = row; r < row + count; ++r) {
-    const KeyRange own = block_columns(work, r, 1, begin, end);
-    work.decay[r] = softmax_step(work.scores + r * kTileKeys, columns.end, own.begin, own.end,
-                                 work.scale, result.max + r, work.sum + 16 * r);
-    L::pack_weights(work.scores + r * kTileKeys, columns.end);
+  KeyRange own[kBlockRows];
+  for (int64_t r = 0; r < count; ++r) {
+    own[r] = block_columns(work, row + r, 1, begin, end);
+    if (work.adjusts) {
+      adjust_scores(*work.tile, work.tile->row_begin + row + r, 0, begin, columns.end,
+                    scores + r * kTileKeys);
+    }
   }
+  softmax_rows(scores, columns.end, own, count, work.scale, result.max + row, work.sum + 16 * row,
+               work.decay + row);
+  for (int64_t r = 0; r < count; ++r) L::pack_weights(scores + r * kTileKeys, columns.end);
 }
 
 template <typename L>
 void add_values(const Work& work, int64_t row, int64_t count, int64_t begin, int64_t end,
                 const TileResult& result) {
   const KeyRange columns = block_columns(work, row, count, begin, end);
-  const int64_t num_vectors = work.head_dim / 16;
+  const int64_t num_vectors = work.value_dim / 16;
   const int64_t num_panels = (num_vectors + kBlockVectors - 1) / kBlockVectors;
   for (int64_t panel = 0, i = 0; panel < num_panels; ++panel) {
     const int64_t width = (num_vectors - i) / (num_panels - panel);
     kValueBlocks<L>[count - 1][width - 1](work.scores + row* kTileKeys, columns.begin / L::kNumbers,
                                           (columns.end + L::kNumbers - 1) / L::kNumbers,
-                                          work.values + 16 * i, work.head_dim, work.decay + row,
-                                          result.out + row* work.head_dim + 16 * i);
+                                          work.values + 16 * i, work.value_dim, work.decay + row,
+                                          result.out + row* work.value_dim + 16 * i);
     i += width;
   }
 }

@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/attention_rows.h"
+
 namespace kvkernels {
 namespace {
 
@@ -57,6 +59,30 @@ void check_running_sum(const PagedAttentionArgs& args) {
   }
 }
 
+// Entries [begin, end) of the sequence's row of the table.
+void check_blocks(const PagedAttentionArgs& args, int64_t seq, int64_t begin, int64_t end) {
+  const int64_t counts[] = {args.num_blocks, args.int8.num_blocks, args.int4.num_blocks};
+  const int32_t* entries = args.block_table + seq * args.table_stride;
+  bool is_good = true;
+  for (int64_t i = begin; i < end; ++i) {
+    const auto [kind, id] = block_entry(entries[i]);
+    const auto index = static_cast<uint32_t>(kind);
+    is_good &= index < 3 && id < counts[index < 3 ? index : 0];
+  }
+  if (is_good) return;
+  for (int64_t i = begin; i < end; ++i) {
+    const auto [kind, id] = block_entry(entries[i]);
+    const auto index = static_cast<uint32_t>(kind);
+    if (index < 3 && id < counts[index]) continue;
+    const bool is_named = index == 1 || index == 2;  // anything else is taken for a plain id
+    const char* const names[] = {"", "int8 ", "int4 "};
+    throw std::invalid_argument(
+        std::string("block_table: expected ") + names[is_named ? index : 0] + "block ids 0 to " +
+        number(counts[is_named ? index : 0] - 1) + ", got " + number(is_named ? id : entries[i]) +
+        " for sequence " + number(seq));
+  }
+}
+
 void check_sequence(const PagedAttentionArgs& args, int64_t seq) {
   const int64_t max_tokens = args.max_blocks_per_seq * args.block_size;
   const int64_t seq_len = args.seq_lens[seq];
@@ -67,16 +93,15 @@ void check_sequence(const PagedAttentionArgs& args, int64_t seq) {
   }
   const QueryRange queries = queries_of(args, seq);
   if (queries.begin == queries.end || seq_len == 0) return;
-  const int32_t* blocks = args.block_table + seq * args.table_stride;
+  if (args.tree_mask != nullptr && queries.end - queries.begin > kMaxTreeTokens) {
+    throw std::invalid_argument("tree_mask: expected at most " + number(kMaxTreeTokens) +
+                                " queries a sequence, got " + number(queries.end - queries.begin) +
+                                " for sequence " + number(seq));
+  }
   const int64_t begin =
       first_visible_key(args, seq_len, queries.end - queries.begin) / args.block_size;
   const int64_t end = (seq_len + args.block_size - 1) / args.block_size;
-  const auto [smallest, largest] = std::minmax_element(blocks + begin, blocks + end);
-  if (begin < end && (*smallest < 0 || *largest >= args.num_blocks)) {
-    throw std::invalid_argument("block_table: expected block ids 0 to " +
-                                number(args.num_blocks - 1) + ", got " + number(*smallest) +
-                                " to " + number(*largest) + " for sequence " + number(seq));
-  }
+  check_blocks(args, seq, begin, end);
 }
 
 int64_t heads_per_tile(const PagedAttentionArgs& args, const AttentionKernel& kernel,
@@ -102,7 +127,7 @@ SequencePlan plan_sequence(const PagedAttentionArgs& args, int64_t seq,
   plan.num_rows = num_queries * (args.num_heads / args.num_kv_heads);
   plan.rows_per_tile = std::min(plan.num_rows, kernel.max_rows);
   plan.num_tiles = (plan.num_rows + plan.rows_per_tile - 1) / plan.rows_per_tile;
-  plan.result_size = plan.rows_per_tile * (args.head_dim + 2);  // of each row: out, max, sum
+  plan.result_size = plan.rows_per_tile * (args.value_dim + 2);  // of each row: out, max, sum
   plan.num_kv_heads = args.num_kv_heads;
   plan.heads_per_tile = heads_per_tile(args, kernel, plan.num_rows);
   plan.num_head_tiles = (plan.num_kv_heads + plan.heads_per_tile - 1) / plan.heads_per_tile;

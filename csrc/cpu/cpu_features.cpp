@@ -12,11 +12,15 @@ namespace {
 
 #if defined(__x86_64__)
 
-bool has_avx512() {
+bool has_avx2() {
   // GCC's builtin also checks that the operating system saves the wide registers.
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
          __builtin_cpu_supports("bmi2");
 }
 
@@ -35,7 +39,8 @@ bool has_amx_bf16() {
 }
 
 Isa find_best_isa() {
-  if (!has_avx512()) return Isa::kPortable;
+  if (!has_avx2()) return Isa::kPortable;
+  if (!has_avx512()) return Isa::kAvx2;
   if (!has_avx512_bf16()) return Isa::kAvx512;
   return has_amx_bf16() ? Isa::kAmx : Isa::kAvx512Bf16;
 }
@@ -72,6 +77,8 @@ const char* isa_name(Isa isa) {
       return "avx512_bf16";
     case Isa::kAvx512:
       return "avx512";
+    case Isa::kAvx2:
+      return "avx2";
     case Isa::kPortable:
       break;
   }

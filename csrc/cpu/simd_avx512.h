@@ -16,7 +16,7 @@ namespace {
 
 // Element types: `load` gives 16 neighbours in order. `load_pair` gives 32 in the cheapest order,
 // the same one at every call: for bfloat16 even ones, then odd ones, which costs a shift and a mask
-// instead of two shuffles. `restore` puts such a pair in order.
+// instead of two shuffles. `restore` puts such a pair in order, `arrange` does the opposite.
 struct Float32 {
   using Item = float;
   static __m512 load(const Item* p) { return _mm512_loadu_ps(p); }
@@ -25,6 +25,7 @@ struct Float32 {
     b = load(p + 16);
   }
   static void restore(__m512&, __m512&) {}
+  static void arrange(__m512&, __m512&) {}
   static void store(Item* p, __m512 v, __mmask16 mask) { _mm512_mask_storeu_ps(p, mask, v); }
   static __m512 masked_load(const Item* p, __mmask16 mask) {
     return _mm512_maskz_loadu_ps(mask, p);
@@ -41,6 +42,7 @@ struct Float16 {
     b = load(p + 16);
   }
   static void restore(__m512&, __m512&) {}
+  static void arrange(__m512&, __m512&) {}
   static void store(Item* p, __m512 v, __mmask16 mask) {
     _mm256_mask_storeu_epi16(p, mask,
                              _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -69,6 +71,14 @@ struct BFloat16 {
     const __m512 even = a;
     a = _mm512_permutex2var_ps(even, low, b);
     b = _mm512_permutex2var_ps(even, high, b);
+  }
+  static void arrange(__m512& a, __m512& b) {
+    const __m512i even =
+        _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    const __m512 first = a;
+    a = _mm512_permutex2var_ps(first, even, b);
+    b = _mm512_permutex2var_ps(first, odd, b);
   }
   static void store(Item* p, __m512 v, __mmask16 mask) {
     const __m512i bits = _mm512_castps_si512(v);

@@ -2,5 +2,14 @@
 
 from kvkernels.ops.attention import merge_attention, paged_attention
 from kvkernels.ops.kv_cache import store_kv
+from kvkernels.ops.quantize import quantize_blocks
+from kvkernels.ops.shared_prefix import SharedPrefixes, shared_prefix_attention
 
-__all__ = ["merge_attention", "paged_attention", "store_kv"]
+__all__ = [
+    "SharedPrefixes",
+    "merge_attention",
+    "paged_attention",
+    "quantize_blocks",
+    "shared_prefix_attention",
+    "store_kv",
+]

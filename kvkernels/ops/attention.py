@@ -1,21 +1,20 @@
 """Attention that reads the block-table cache where it lies, and the union of two attentions."""
 
-import math
+from typing import Any
 
 import torch
 
 from kvkernels import native
-from kvkernels.checks import (
-    FLOAT_DTYPES,
-    check_caches,
-    check_device,
-    check_dtype,
-    check_inference,
-    check_last_stride,
-    check_shape,
+from kvkernels.checks import FLOAT_DTYPES, check_device, check_dtype, check_inference, check_shape
+from kvkernels.ops.attention_checks import (
+    check_attention_inputs,
+    check_index_values,
+    check_scoring,
 )
 from kvkernels.ops.library import LIBRARY
+from kvkernels.quantized_cache import QuantizedCache
 from kvkernels.reference import attention as reference
+from kvkernels.scoring import Scoring
 
 
 def paged_attention(
@@ -29,7 +28,14 @@ def paged_attention(
     sm_scale: float | None = None,
     causal: bool = True,
     window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    tree_mask: torch.Tensor | None = None,
+    int8_cache: QuantizedCache | None = None,
+    int4_cache: QuantizedCache | None = None,
     return_lse: bool = False,
+    batch_invariant: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend from each sequence's newest tokens to all of its cached tokens.
 
@@ -39,7 +45,13 @@ def paged_attention(
 
     The last query of a sequence stands at position ``seq_len - 1``, the one before it at
     ``seq_len - 2``, and so on. A query that sees no key (an empty sequence, or a position below
-    zero) gives zeros and a log-sum-exp of minus infinity.
+    zero) gives zeros and a log-sum-exp of minus infinity, or of its head's sink.
+
+    Blocks may also lie quantised, beside those of the pool and named by the same table
+    (`QuantizedCache`, `tag_blocks`): older ones as int8 or int4, newer ones as they are.
+
+    Latent attention (MLA) is a cache of one head whose values are the first channels of its keys:
+    ``key_cache`` 576 wide, ``value_cache`` the view ``key_cache[..., :512]``.
 
     Under ``torch.compile(dynamic=True)``, a graph over several layers of one pool takes the pool's
     ``data`` and slices it inside, as `KVPool.key_cache` does: PyTorch cannot trace with dynamic
@@ -48,9 +60,12 @@ def paged_attention(
     Args:
         query: ``[num_tokens, num_heads, head_dim]``, the sequences one after another, last
             stride 1; float32, float16 or bfloat16.
-        key_cache: ``[num_blocks, num_kv_heads, block_size, head_dim]``, dtype of ``query``; any
-            strides with the last one 1. ``num_heads`` is a multiple of ``num_kv_heads``.
-        value_cache: Like ``key_cache``.
+        key_cache: ``[num_blocks, num_kv_heads, block_size, head_dim]``, dtype of ``query`` or
+            float8_e4m3fn; any strides with the last one 1. ``num_heads`` is a multiple of
+            ``num_kv_heads``. A scale of float8 keys belongs into ``sm_scale``, one of values to the
+            result.
+        value_cache: ``[num_blocks, num_kv_heads, block_size, value_dim]``, else like
+            ``key_cache``; ``value_dim`` is mostly ``head_dim``.
         block_table: ``[num_seqs, max_blocks_per_seq]``, int32, last stride 1: a sequence's block
             ids in order. Entries past its length, or wholly before its window, are never read.
         seq_lens: ``[num_seqs]``, int32: tokens in each sequence, cached and new.
@@ -59,10 +74,24 @@ def paged_attention(
         sm_scale: Multiplies scores before softmax; finite. Default ``head_dim ** -0.5``.
         causal: Whether a query sees only keys at its own position and before.
         window: Whether a query at position p sees only keys after ``p - window``; None for all.
+        soft_cap: Bounds scaled scores: ``soft_cap * tanh(score / soft_cap)``; None for none.
+        sinks: ``[num_heads]``, float32: logit of each head's attention sink, a key without a value
+            that takes its share of the softmax. The log-sum-exp counts it.
+        alibi_slopes: ``[num_heads]``, float32: a head's score falls by this for each position
+            between query and key.
+        tree_mask: ``[num_tokens]``, int32, for speculative decoding with trees of up to 16 new
+            tokens a sequence: bit j says whether the token sees the j-th new token of its
+            sequence. All see what came before. A token's position is that of the first new token
+            plus the number of other new tokens that it sees.
+        int8_cache: Blocks that table entries tagged "int8" name; same heads, block size and device.
+        int4_cache: Like ``int8_cache``, for "int4".
         return_lse: Whether to return the log-sum-exp too.
+        batch_invariant: Whether a sequence's result must be the same, bit for bit, alone and in any
+            batch. On the CPU it always is. On a GPU it costs parallelism of short batches, and
+            holds among calls without ``cu_seqlens_q`` and among calls with it.
 
     Returns:
-        ``[num_tokens, num_heads, head_dim]`` in the dtype of ``query``; with ``return_lse`` a pair
+        ``[num_tokens, num_heads, value_dim]`` in the dtype of ``query``; with ``return_lse`` a pair
         of it and ``[num_tokens, num_heads]``, float32: natural logarithm of the sum of the
         exponentials of the scaled scores.
 
@@ -71,51 +100,11 @@ def paged_attention(
             the CPU; on a GPU looking would stop the stream) a length or a block id in use is out
             of range.
     """
-    check_caches(key_cache, value_cache)
-    num_kv_heads, _, head_dim = key_cache.shape[1:]
-    check_shape("query", query, (None, None, head_dim))
-    num_tokens, num_heads, _ = query.shape
-    if num_kv_heads == 0 or num_heads == 0 or num_heads % num_kv_heads:
-        raise ValueError(
-            f"query: expected num_heads to be a multiple of num_kv_heads {num_kv_heads},"
-            f" got {num_heads}"
-        )
-    check_dtype("query", query, key_cache.dtype)
-    check_last_stride("query", query)
-    check_shape("seq_lens", seq_lens, (None,))
-    num_seqs = seq_lens.shape[0]
-    check_shape("block_table", block_table, (num_seqs, None))
-    check_dtype("block_table", block_table, torch.int32)
-    check_last_stride("block_table", block_table)
-    check_dtype("seq_lens", seq_lens, torch.int32)
-    check_last_stride("seq_lens", seq_lens)
-    if cu_seqlens_q is not None:
-        check_shape("cu_seqlens_q", cu_seqlens_q, (num_seqs + 1,))
-        check_dtype("cu_seqlens_q", cu_seqlens_q, torch.int32)
-        check_last_stride("cu_seqlens_q", cu_seqlens_q)
-        check_device("cu_seqlens_q", cu_seqlens_q, query.device)
-    elif num_tokens != num_seqs:
-        raise ValueError(
-            f"query: expected one token for each of {num_seqs} sequences without cu_seqlens_q,"
-            f" got {num_tokens}"
-        )
-    for name, tensor in (
-        ("key_cache", key_cache),
-        ("block_table", block_table),
-        ("seq_lens", seq_lens),
-    ):
-        check_device(name, tensor, query.device)
-    check_inference("query", query)
-    if window is not None and (not isinstance(window, int) or not 1 <= window < 1 << 63):
-        raise ValueError(
-            f"window: expected an integer of 1 or more, or None for no window, got {window!r}"
-        )
-    if not isinstance(causal, bool):
-        raise ValueError(f"causal: expected True or False, got {causal!r}")
-    if sm_scale is not None and not (
-        isinstance(sm_scale, (int, float)) and -math.inf < sm_scale < math.inf
-    ):
-        raise ValueError(f"sm_scale: expected a finite number or None, got {sm_scale!r}")
+    check_attention_inputs(
+        *(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q),
+        *(int8_cache, int4_cache),
+    )
+    check_scoring(query, sm_scale, causal, window, soft_cap, sinks, alibi_slopes, tree_mask)
     out, lse = torch.ops.kvkernels.paged_attention.default(
         query,
         key_cache,
@@ -123,10 +112,17 @@ def paged_attention(
         block_table,
         seq_lens,
         cu_seqlens_q,
-        head_dim**-0.5 if sm_scale is None else sm_scale,
+        query.shape[2] ** -0.5 if sm_scale is None else sm_scale,
         causal,
         window or 0,
+        soft_cap or 0.0,
+        sinks,
+        alibi_slopes,
+        tree_mask,
+        int8_cache or (),
+        int4_cache or (),
         return_lse,
+        batch_invariant,
     )
     return (out, lse) if return_lse else out
 
@@ -171,117 +167,50 @@ def merge_attention(
 LIBRARY.define(
     "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table,"
     " Tensor seq_lens, Tensor? cu_seqlens_q, float sm_scale, bool causal, int window,"
-    " bool return_lse) -> (Tensor, Tensor)"
+    " float soft_cap, Tensor? sinks, Tensor? alibi_slopes, Tensor? tree_mask,"
+    " Tensor[] int8_cache, Tensor[] int4_cache, bool return_lse, bool batch_invariant)"
+    " -> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)"
 )
 
+_NUM_INPUTS = 6  # of the op's arguments, those before the rules of scoring
+_NUM_RULES = 7
 
-def check_index_values(
-    num_tokens: int,
-    num_blocks: int,
-    block_size: int,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    window: int,
-) -> None:
-    """Check what lies inside the index tensors, as the native kernel does for itself."""
-    max_tokens = block_table.shape[1] * block_size
-    bounds = range(num_tokens + 1) if cu_seqlens_q is None else cu_seqlens_q.tolist()
-    if bounds[0] != 0 or bounds[-1] != num_tokens:
-        raise ValueError(
-            f"cu_seqlens_q: expected to run from 0 to {num_tokens}, got {bounds[0]} to {bounds[-1]}"
-        )
-    for seq, seq_len in enumerate(seq_lens.tolist()):
-        num_queries = bounds[seq + 1] - bounds[seq]
-        if num_queries < 0:
-            raise ValueError(f"cu_seqlens_q: expected no decrease, got one at sequence {seq}")
-        if not 0 <= seq_len <= max_tokens:
-            raise ValueError(
-                f"seq_lens: expected 0 to {max_tokens} (the table's width), got {seq_len}"
-                f" for sequence {seq}"
-            )
-        if num_queries == 0:
-            continue
-        start = max(0, seq_len - num_queries - window + 1) // block_size if window else 0
-        used = block_table[seq, start : -(-seq_len // block_size)]
-        if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < num_blocks:
-            raise ValueError(
-                f"block_table: expected block ids 0 to {num_blocks - 1}, got"
-                f" {int(used.min())} to {int(used.max())} for sequence {seq}"
-            )
+
+def _gather_arguments(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """An implementation's arguments from those of the op, which knows no classes."""
+    inputs = arguments[:_NUM_INPUTS]
+    scoring = Scoring(*arguments[_NUM_INPUTS : _NUM_INPUTS + _NUM_RULES])
+    int8, int4, return_lse, batch_invariant = arguments[_NUM_INPUTS + _NUM_RULES :]
+    caches = (QuantizedCache(*cache) if cache else None for cache in (int8, int4))
+    return (*inputs, scoring, return_lse, *caches, batch_invariant)
 
 
 @torch.library.impl(LIBRARY, "paged_attention", "CPU")
-def _paged_attention_cpu(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    sm_scale: float,
-    causal: bool,
-    window: int,
-    return_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    tensors = (query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q)
+def _paged_attention_cpu(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    gathered = _gather_arguments(arguments)
     if native.is_available:
-        return native.paged_attention(*tensors, sm_scale, causal, window, return_lse)
-    num_blocks, _, block_size, _ = key_cache.shape
-    check_index_values(
-        query.shape[0], num_blocks, block_size, block_table, seq_lens, cu_seqlens_q, window
-    )
-    return reference.paged_attention(*tensors, sm_scale, causal, window, return_lse)
+        return native.paged_attention(*gathered)
+    check_index_values(*gathered)
+    return reference.paged_attention(*gathered)
 
 
 @torch.library.impl(LIBRARY, "paged_attention", "CUDA")
-def _paged_attention_cuda(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    sm_scale: float,
-    causal: bool,
-    window: int,
-    return_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _paged_attention_cuda(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     from kvkernels.triton_kernels import attention as triton_kernels
 
-    return triton_kernels.paged_attention(
-        query,
-        key_cache,
-        value_cache,
-        block_table,
-        seq_lens,
-        cu_seqlens_q,
-        sm_scale,
-        causal,
-        window,
-        return_lse,
-    )
+    return triton_kernels.paged_attention(*_gather_arguments(arguments))
 
 
 @torch.library.register_fake("kvkernels::paged_attention", lib=LIBRARY)
-def _paged_attention_fake(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    sm_scale: float,
-    causal: bool,
-    window: int,
-    return_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _paged_attention_fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    query, _, value_cache = arguments[:3]
+    return_lse = arguments[-2]
     num_tokens, num_heads, _ = query.shape
-    lse_shape = (num_tokens if return_lse else 0, num_heads)
-    return query.new_empty(query.shape), query.new_empty(lse_shape, dtype=torch.float32)
+    out = query.new_empty((num_tokens, num_heads, value_cache.shape[-1]))
+    return out, query.new_empty((num_tokens if return_lse else 0, num_heads), dtype=torch.float32)
 
 
 @torch.library.impl(LIBRARY, "merge_attention", "CPU")

@@ -19,187 +19,226 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvkernels.triton_kernels.decode import plan_decode
-from kvkernels.triton_kernels.kv_cache import plan_store_kv
 from kvkernels.triton_kernels.launch import Device, Launch
-from kvkernels.triton_kernels.merge import plan_merge
-from kvkernels.triton_kernels.prefill import plan_prefill
+from kvkernels.triton_kernels.shapes import Shape, plan
 
 # Bytes of shared memory that one program may use; 8.0 has 163 KB, but 8.6, 8.9 and 12.0, which run
 # the same configurations, have 99.
 SHARED_LIMITS = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-HEAD_DIMS = (64, 80, 96, 128, 192, 256)
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _TYPE_NAMES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.uint8: "*u8",
 }
 _MULTIPROCESSORS = 128
-
-
-@dataclass(frozen=True)
-class Case:
-    """What to compile: `op` is store_kv, decode, prefill or merge; the rest shapes its arguments.
-
-    `num_queries` is queries a sequence, which picks the prefill kernel's tile. Decode includes the
-    kernel that combines splits.
-    """
-
-    arch: int
-    op: str
-    dtype: str
-    head_dim: int
-    block_size: int = 64
-    group: int = 4
-    num_queries: int = 1
-    window: int = 0
-    num_seqs: int = 1
-
-    def __str__(self) -> str:
-        text = f"{self.op} {self.dtype} d{self.head_dim}"
-        if self.op in ("decode", "prefill"):
-            text += f" block {self.block_size} group {self.group}"
-        if self.op == "prefill":
-            text += f" queries {self.num_queries}"
-        return text + (" window" if self.window else "")
+_HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+_RULES = ("soft_cap", "sinks", "alibi")
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What one compiled kernel takes of the machine."""
+    """What one compiled kernel takes of the machine, and which instructions it is made of.
 
-    case: Case
+    Attributes:
+        arch: 80, 90 or 100.
+        shape: What it was compiled for.
+        kernel: Its name.
+        tile: Query rows times tokens.
+        num_warps: Warps of a program.
+        num_registers: Of a thread.
+        local_bytes: Of a thread: spilled registers and arrays.
+        shared_bytes: Of a program.
+        num_products: Instructions of the tensor cores in the machine code.
+        num_wide_loads: Loads of 16 bytes a thread, asynchronous copies (LDGSTS) among them.
+        num_lop3: LOP3 with the mask of 4-bit codes: two codes become float16 in one instruction.
+    """
+
+    arch: int
+    shape: Shape
     kernel: str
     tile: str
     num_warps: int
     num_registers: int
     local_bytes: int
     shared_bytes: int
+    num_products: int
+    num_wide_loads: int
+    num_lop3: int
 
     @property
-    def is_refused(self) -> bool:
-        return self.local_bytes > 0 or self.shared_bytes > SHARED_LIMITS[self.case.arch]
+    def fault(self) -> str:
+        """Why the kernel is refused, or nothing."""
+        if self.local_bytes:
+            return "spills"
+        if self.shared_bytes > SHARED_LIMITS[self.arch]:
+            return "too much shared memory"
+        if self.shape.op in ("decode", "prefill"):
+            if self.shape.dtype != "fp32" and not self.num_products:
+                return "no tensor cores"
+            if "int4" in self.shape.kinds and self.shape.dtype != "fp32" and not self.num_lop3:
+                return "no LOP3"
+        return ""
 
 
-def cases(arch: int) -> Iterator[Case]:
+def shapes(arch: int) -> Iterator[Shape]:
     """Every launch configuration of an architecture, on the shapes that ask most of it."""
-    for head_dim in HEAD_DIMS:
-        yield Case(arch, "store_kv", "fp32", head_dim)
-        yield Case(arch, "merge", "fp32", head_dim)
+    for head_dim in _HEAD_DIMS:
+        yield Shape("store_kv", "fp32", head_dim)
+        yield Shape("merge", "fp32", head_dim)
         for dtype in ("bf16", "fp32"):
             # A window adds a loop, and blocks smaller than a tile an address a token: the worst.
-            yield Case(arch, "decode", dtype, head_dim, block_size=16, window=4096)
+            yield Shape("decode", dtype, head_dim, block_size=16, window=4096)
             for num_queries in (4, 16, 512):
                 if dtype == "bf16" or num_queries < 512:
-                    yield Case(arch, "prefill", dtype, head_dim, 16, 4, num_queries, window=4096)
-        yield Case(arch, "decode", "bf16", head_dim, group=32)
+                    yield Shape(
+                        "prefill", dtype, head_dim, block_size=16, num_queries=num_queries,
+                        window=4096,
+                    )  # fmt: skip
+        yield Shape("decode", "bf16", head_dim, group=32)
     # fp16 shares its configurations with bf16; one head dim shows that it compiles.
-    yield Case(arch, "decode", "fp16", 128)
-    yield Case(arch, "prefill", "fp16", 128, num_queries=512)
+    yield Shape("decode", "fp16", 128)
+    yield Shape("prefill", "fp16", 128, num_queries=512)
     # One split, an odd block size, and more query heads to a key-value head than a tile has rows.
-    yield Case(arch, "decode", "bf16", 128, num_seqs=4096)
-    yield Case(arch, "decode", "bf16", 128, block_size=48, group=71)
-    yield Case(arch, "prefill", "bf16", 128, block_size=48, group=71)
+    yield Shape("decode", "bf16", 128, num_seqs=4096)
+    yield Shape("decode", "bf16", 128, block_size=48, group=71)
+    yield Shape("prefill", "bf16", 128, block_size=48, group=71)
+    yield from _feature_shapes()
 
 
-def plan(case: Case) -> list[Launch]:
-    """The launches of a case, on tensors without storage."""
-    dtype = DTYPES[case.dtype]
-    device = Device(case.arch // 10, _MULTIPROCESSORS)
-    num_kv_heads, max_blocks = 2, 4096
-    num_tokens = case.num_seqs * case.num_queries
+def _feature_shapes() -> Iterator[Shape]:
+    """Rules, latent heads, float8 and quantised blocks."""
+    for head_dim in (64, 128, 256):
+        yield Shape("decode", "bf16", head_dim, rules=_RULES, window=4096)
+        yield Shape("decode", "bf16", head_dim, is_float8=True)
+        yield Shape("decode", "bf16", head_dim, kinds=("int8",))
+        yield Shape("decode", "bf16", head_dim, kinds=("int4",))
+        for num_queries in (4, 16, 512):
+            yield Shape("prefill", "bf16", head_dim, num_queries=num_queries, kinds=("int4",))
+        yield Shape("prefill", "bf16", head_dim, num_queries=512, kinds=("int8",))
+        yield Shape("prefill", "bf16", head_dim, num_queries=512, is_float8=True)
+        yield Shape("prefill", "bf16", head_dim, num_queries=512, rules=_RULES, window=4096)
+    yield Shape("prefill", "bf16", 128, num_queries=16, rules=("tree", *_RULES), window=4096)
+    for op, num_queries in (("decode", 1), ("prefill", 512)):
+        yield Shape(
+            op, "bf16", 128, num_queries=num_queries, kinds=("int8", "int4"), rules=_RULES,
+            window=4096,
+        )  # fmt: skip
+        yield Shape(op, "fp16", 128, num_queries=num_queries, kinds=("int4",), group=8)
+        yield Shape(op, "fp32", 128, num_queries=num_queries, kinds=("int8", "int4"))
+        yield Shape(op, "bf16", 80, num_queries=num_queries, kinds=("int4",), block_size=32)
+        for dtype in ("bf16", "fp32"):
+            yield Shape(
+                op, dtype, 576, 512, num_queries=num_queries, group=128, num_kv_heads=1
+            )  # fmt: skip
+        yield Shape(
+            op, "bf16", 576, 512, num_queries=num_queries, group=128, num_kv_heads=1,
+            kinds=("int8",),
+        )  # fmt: skip
 
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
 
-    query = empty(num_tokens, num_kv_heads * case.group, case.head_dim)
-    out, lse = query, empty(*query.shape[:2], dtype=torch.float32)
-    key = empty(num_tokens, num_kv_heads, case.head_dim)
-    cache = empty(max_blocks, num_kv_heads, case.block_size, case.head_dim)
-    if case.op == "store_kv":
-        return plan_store_kv(key, key, cache, cache, empty(num_tokens, dtype=torch.int64))
-    if case.op == "merge":
-        return plan_merge(out, lse, out, lse, out, lse)
-    table = empty(case.num_seqs, max_blocks, dtype=torch.int32)
-    seq_lens = empty(case.num_seqs, dtype=torch.int32)
-    inputs = (query, cache, cache, table, seq_lens)
-    if case.op == "decode":
-        return plan_decode(*inputs, out, lse, 1.0, case.window, device)
-    cu_seqlens_q = empty(case.num_seqs + 1, dtype=torch.int32)
-    return plan_prefill(*inputs, cu_seqlens_q, out, lse, 1.0, True, case.window, device)
+def _describe(launch: Launch, parameter: Any) -> tuple[Any, Any, Any]:
+    """Type, constant or None, and attribute or None of a kernel's argument, or tuples of them."""
+    value = launch.arguments[parameter.name]
+    if parameter.is_constexpr or value is None:
+        return "constexpr", value, None
+    if isinstance(value, tuple):
+        types, constants, attributes = zip(
+            *(_describe_one(element, True, True) for element in value), strict=True
+        )
+        return types, constants, attributes
+    return _describe_one(
+        value, not parameter.do_not_specialize, not parameter.do_not_specialize_on_alignment
+    )
+
+
+def _describe_one(value: Any, on_value: bool, on_alignment: bool) -> tuple[str, Any, Any]:
+    aligned = [["tt.divisibility", 16]]
+    if isinstance(value, torch.Tensor):
+        return _TYPE_NAMES[value.dtype], None, aligned if on_alignment else None
+    if isinstance(value, float):
+        return "fp32", None, None
+    if value == 1 and on_value:
+        return "constexpr", value, None
+    name = "i32" if -(2**31) <= value < 2**31 else "i64"
+    return name, None, aligned if value % 16 == 0 and on_value else None
 
 
 def _source(launch: Launch) -> ASTSource:
     """The launch's kernel, specialised as Triton specialises it at a call."""
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for parameter in launch.kernel.params:
-        name, value = parameter.name, launch.arguments[parameter.name]
-        is_aligned = True
-        if parameter.is_constexpr:
-            signature[name], constants[name] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[name] = _TYPE_NAMES[value.dtype]
-            is_aligned = not parameter.do_not_specialize_on_alignment
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-            continue
-        elif value == 1 and not parameter.do_not_specialize:
-            signature[name], constants[name] = "constexpr", value
-            continue
+        kind, constant, attribute = _describe(launch, parameter)
+        signature[parameter.name] = kind
+        paths: list[tuple[int, ...]] = [(parameter.num,)]
+        if isinstance(kind, tuple):
+            paths = [(parameter.num, index) for index in range(len(kind))]
         else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            is_aligned = value % 16 == 0 and not parameter.do_not_specialize
-        if is_aligned:
-            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+            kind, constant, attribute = (kind,), (constant,), (attribute,)
+        for path, one, value, extra in zip(paths, kind, constant, attribute, strict=True):
+            if one == "constexpr":
+                constants[path] = value
+            if extra is not None:
+                attributes[path] = extra
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def _measure_cubin(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of local memory a thread: spilled registers and arrays."""
+def _disassemble(cubin: bytes) -> tuple[int, int, list[str]]:
+    """Registers a thread, bytes of local memory a thread, and the instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
+        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+        texts = [
+            subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+            for command in ([tools / "cuobjdump", "--dump-resource-usage"], [tools / "nvdisasm"])
+        ]
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", texts[0])
     if found is None:
-        raise RuntimeError(f"cuobjdump: expected a line with REG, STACK and LOCAL, got {text!r}")
-    registers, stack, local = map(int, found.groups())
-    return registers, stack + local
-
-
-def compile_case(case: Case) -> list[Usage]:
-    """Compile a case's kernels for its architecture and measure them."""
-    usages = []
-    for launch in plan(case):
-        compiled = triton.compile(
-            _source(launch),
-            target=GPUTarget("cuda", case.arch, 32),
-            options=launch.options,
+        raise RuntimeError(
+            f"cuobjdump: expected a line with REG, STACK and LOCAL, got {texts[0]!r}"
         )
-        registers, local_bytes = _measure_cubin(compiled.asm["cubin"])
+    registers, stack, local = map(int, found.groups())
+    instructions = re.findall(
+        r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\S.*?)\s*;", texts[1], re.M
+    )
+    return registers, stack + local, instructions
+
+
+def compile_shape(arch: int, shape: Shape) -> list[Usage]:
+    """Compile the kernels of a call for an architecture and measure them."""
+    usages = []
+    for launch in plan(shape, Device(arch // 10, _MULTIPROCESSORS)):
+        compiled = triton.compile(
+            _source(launch), target=GPUTarget("cuda", arch, 32), options=launch.options
+        )
+        registers, local_bytes, names = _disassemble(compiled.asm["cubin"])
         arguments = launch.arguments
         sizes = [str(arguments[name]) for name in ("TILE_M", "TILE_N") if name in arguments]
         usages.append(
             Usage(
-                case,
+                arch,
+                shape,
                 launch.kernel.__name__.strip("_"),
                 "x".join(sizes) or "-",
                 launch.num_warps,
                 registers,
                 local_bytes,
                 compiled.metadata.shared,
+                sum(name.startswith(("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA")) for name in names),
+                sum(name.startswith("LDG") and ".128" in name for name in names),
+                sum(name.startswith("LOP3") and "0xf000f" in name for name in names),
             )
         )
     return usages
@@ -207,15 +246,16 @@ def compile_case(case: Case) -> list[Usage]:
 
 def report(results: Iterable[list[Usage]]) -> int:
     """Print the table, a row as soon as it is known; return the exit status."""
-    print("arch  kernel           tile     warps  registers  local  shared  case")
+    print("arch  kernel          tile   warps  regs local shared  mma load16 lop3  shape")
     num_kernels = num_refused = 0
     for usage in itertools.chain.from_iterable(results):
         num_kernels += 1
-        num_refused += usage.is_refused
+        num_refused += bool(usage.fault)
         print(
-            f"{usage.case.arch:<5} {usage.kernel:<16} {usage.tile:<8} {usage.num_warps:>5}"
-            f" {usage.num_registers:>10} {usage.local_bytes:>6} {usage.shared_bytes:>7}"
-            f"  {usage.case}{'  REFUSED' if usage.is_refused else ''}",
+            f"{usage.arch:<5} {usage.kernel:<15} {usage.tile:<7} {usage.num_warps:>4}"
+            f" {usage.num_registers:>5} {usage.local_bytes:>5} {usage.shared_bytes:>6}"
+            f" {usage.num_products:>4} {usage.num_wide_loads:>6} {usage.num_lop3:>4}"
+            f"  {usage.shape}{'  REFUSED: ' if usage.fault else ''}{usage.fault}",
             flush=True,
         )
     print(f"{num_kernels} kernels compiled, {num_refused} refused")
@@ -229,13 +269,18 @@ def main() -> int:
         "--arch", type=int, nargs="+", default=sorted(SHARED_LIMITS), choices=sorted(SHARED_LIMITS)
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
-    parser.add_argument("--only", default="", help="only cases whose text contains this")
-    parser.add_argument("--every", type=int, default=1, help="only one of so many cases")
+    parser.add_argument("--only", default="", help="only shapes whose text contains this")
+    parser.add_argument("--every", type=int, default=1, help="only one of so many shapes")
     options = parser.parse_args()
-    wanted = [case for arch in options.arch for case in cases(arch) if options.only in str(case)]
+    wanted = [
+        (arch, shape)
+        for arch in options.arch
+        for shape in shapes(arch)
+        if options.only in str(shape)
+    ][:: options.every]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-        return report(pool.map(compile_case, wanted[:: options.every]))
+        return report(pool.map(compile_shape, *zip(*wanted, strict=True)))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from kvkernels.quantized_cache import QuantizedCache
+from kvkernels.scoring import Scoring
+from kvkernels.triton_kernels.calls import Call
 from kvkernels.triton_kernels.decode import plan_decode
 from kvkernels.triton_kernels.launch import device_of, run
 from kvkernels.triton_kernels.merge import plan_merge
@@ -17,35 +20,44 @@ def paged_attention(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     cu_seqlens_q: torch.Tensor | None,
-    sm_scale: float,
-    causal: bool,
-    window: int,
+    scoring: Scoring,
     return_lse: bool,
+    int8_cache: QuantizedCache | None = None,
+    int4_cache: QuantizedCache | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over a block-table cache; see `kvkernels.paged_attention`.
 
     Looks at shapes only and never at values, so it neither stops the stream nor breaks a captured
     graph: lengths, tables and caches may change between replays.
 
+    With `batch_invariant` a sequence's result is the same, bit for bit, in every batch of calls
+    without `cu_seqlens_q`, and in every batch of calls with it. Between the two it may differ: one
+    query alone has kernels that split its keys.
+
     Raises:
-        UnsupportedError: If head_dim is above 256 or the device is older than Ampere.
+        UnsupportedError: If a head is wider than 576, blocks or scales are cut finer than the
+            kernels' tiles, or the device is older than Ampere.
     """
-    out = query.new_empty(query.shape)
-    lse = query.new_empty(
-        (query.shape[0] if return_lse else 0, query.shape[1]), dtype=torch.float32
-    )
+    num_tokens, num_heads, _ = query.shape
+    out = query.new_empty((num_tokens, num_heads, value_cache.shape[3]))
+    lse = query.new_empty((num_tokens if return_lse else 0, num_heads), dtype=torch.float32)
     if query.numel() == 0:
         return out, lse
-    arguments = (query, key_cache, value_cache, block_table, seq_lens)
-    device = device_of(query)
-    if cu_seqlens_q is None:
-        # The one query stands at the end, where causal or not makes no difference.
-        launches = plan_decode(*arguments, out, lse, sm_scale, window, device)
-    else:
-        launches = plan_prefill(
-            *arguments, cu_seqlens_q, out, lse, sm_scale, causal, window, device
-        )
-    run(launches, query)
+    call = Call(
+        query,
+        key_cache,
+        value_cache,
+        block_table,
+        seq_lens,
+        cu_seqlens_q,
+        scoring,
+        int8_cache,
+        int4_cache,
+        batch_invariant,
+    )
+    plan = plan_decode if cu_seqlens_q is None else plan_prefill
+    run(plan(call, out, lse, device_of(query)), query)
     return out, lse
 
 

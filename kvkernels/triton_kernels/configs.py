@@ -11,7 +11,7 @@ import torch
 
 from kvkernels.errors import UnsupportedError
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 576
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class TileConfig:
 
 
 def _width(head_dim: int) -> int:
-    """The table's row for a head dim: the next of 64, 128 and 256."""
-    for width in (64, 128, 256):
+    """The table's row for a head dim: the next of 64, 128, 256 and 576."""
+    for width in (64, 128, 256, MAX_HEAD_DIM):
         if head_dim <= width:
             return width
     raise UnsupportedError(f"head_dim: the kernels serve up to {MAX_HEAD_DIM}, got {head_dim}")
@@ -50,12 +50,36 @@ _DECODE = {
     (8, 4, 64): (32, 8, 3, 2),
     (8, 4, 128): (32, 8, 3, 2),
     (8, 4, 256): (16, 8, 3, 2),
+    (8, 2, 576): (32, 8, 2, 1),
+    (8, 4, 576): (16, 8, 2, 1),
     (9, 2, 64): (64, 4, 4, 3),
     (9, 2, 128): (64, 4, 3, 3),
     (9, 2, 256): (32, 4, 3, 2),
     (9, 4, 64): (32, 8, 3, 3),
     (9, 4, 128): (32, 8, 3, 2),
     (9, 4, 256): (16, 8, 3, 2),
+    (9, 2, 576): (32, 8, 2, 2),
+    (9, 4, 576): (16, 8, 2, 2),
+}
+
+# Where blocks may be quantised: a step is a quarter to half as many bytes, so more are in flight.
+_DECODE_CODES = {
+    (8, 2, 64): (64, 4, 4, 2),
+    (8, 2, 128): (32, 4, 4, 2),
+    (8, 2, 256): (32, 4, 3, 1),
+    (8, 2, 576): (16, 8, 2, 1),
+    (8, 4, 64): (32, 8, 3, 1),
+    (8, 4, 128): (32, 8, 3, 1),
+    (8, 4, 256): (16, 8, 3, 1),
+    (8, 4, 576): (16, 8, 1, 1),
+    (9, 2, 64): (64, 4, 4, 3),
+    (9, 2, 128): (32, 4, 5, 3),
+    (9, 2, 256): (32, 4, 3, 2),
+    (9, 2, 576): (32, 8, 2, 1),
+    (9, 4, 64): (32, 8, 3, 1),
+    (9, 4, 128): (32, 8, 3, 1),
+    (9, 4, 256): (16, 8, 3, 1),
+    (9, 4, 576): (16, 8, 2, 1),
 }
 
 # (arch, bytes of an element, width of a head): for each tile_m its tile_n, num_warps, num_stages.
@@ -67,21 +91,38 @@ _PREFILL = {
     (8, 4, 64): {16: (32, 8, 3), 32: (32, 8, 3)},
     (8, 4, 128): {16: (32, 8, 3), 32: (16, 8, 3)},
     (8, 4, 256): {16: (16, 8, 2), 32: (16, 8, 2)},
+    (8, 2, 576): {16: (32, 8, 2)},
+    (8, 4, 576): {16: (16, 8, 1)},
     (9, 2, 64): {16: (64, 4, 3), 64: (64, 4, 3), 128: (128, 8, 3)},
     (9, 2, 128): {16: (64, 4, 3), 64: (64, 4, 3), 128: (64, 8, 3)},
     (9, 2, 256): {16: (32, 4, 2), 64: (32, 8, 2), 128: (32, 8, 3)},
     (9, 4, 64): {16: (32, 8, 3), 32: (32, 8, 3)},
-    (9, 4, 128): {16: (16, 8, 3), 32: (16, 8, 3)},
+    (9, 4, 128): {16: (16, 8, 2), 32: (16, 8, 3)},
     (9, 4, 256): {16: (16, 8, 2), 32: (16, 8, 2)},
+    (9, 2, 576): {16: (32, 8, 2), 32: (32, 8, 2)},
+    (9, 4, 576): {16: (16, 8, 1)},
 }
 
 # Rows in which Blackwell needs another cut than Hopper: its tensor memory changes what is held in
 # registers, and Hopper's cut would spill.
 _PREFILL_BLACKWELL = {
     (10, 2, 64): {16: (64, 4, 3), 64: (64, 8, 3), 128: (64, 8, 3)},
-    (10, 2, 256): {16: (32, 4, 2), 64: (32, 8, 3), 128: (32, 8, 2)},
+    (10, 2, 128): {16: (64, 4, 3), 64: (64, 8, 3), 128: (64, 8, 3)},
+    (10, 2, 256): {16: (32, 4, 2), 64: (32, 8, 3)},
     (10, 4, 128): {16: (16, 8, 2), 32: (16, 8, 3)},
     (10, 4, 256): {16: (16, 8, 3), 32: (16, 8, 2)},
+}
+
+
+# Rows in which rules of scoring or quantised blocks need more registers than plain floats.
+_PREFILL_HEAVY = {
+    (8, 2, 128): {16: (64, 4, 3), 64: (16, 8, 3)},
+    (8, 2, 256): {16: (32, 4, 2), 32: (16, 8, 3)},
+    (8, 2, 576): {16: (16, 8, 2)},
+    (9, 2, 128): {16: (64, 4, 3), 64: (64, 8, 3), 128: (64, 8, 3)},
+    (9, 2, 256): {16: (32, 4, 2), 32: (32, 8, 2)},
+    (9, 2, 576): {16: (32, 8, 2)},
+    (10, 2, 128): {16: (64, 4, 3), 64: (32, 8, 3)},
 }
 
 
@@ -94,17 +135,30 @@ def _row(arch: int, dtype: torch.dtype, head_dim: int) -> tuple[int, int, int]:
     return (served_as, dtype.itemsize, _width(head_dim))
 
 
-def decode_config(arch: int, dtype: torch.dtype, head_dim: int, group: int) -> TileConfig:
+def decode_config(
+    arch: int, dtype: torch.dtype, head_dim: int, group: int, is_quantized: bool = False
+) -> TileConfig:
     """Configuration of the decode kernel for `group` query heads to a key-value head."""
-    # Twice the rows spare a second read of the cache; float32 has no registers for them.
-    tile_m = 16 if group <= 16 or dtype.itemsize == 4 else 32
     served_as, itemsize, width = _row(arch, dtype, head_dim)
-    return TileConfig(tile_m, *_DECODE[min(served_as, 9), itemsize, width])
+    table = _DECODE_CODES if is_quantized else _DECODE
+    # Twice the rows spare a second read of the cache; float32 has no registers for them, and
+    # Ampere no shared memory for latent queries as wide.
+    is_narrow = group <= 16 or itemsize == 4 or (served_as == 8 and width > 256 and is_quantized)
+    tile_m = 16 if is_narrow else 32
+    return TileConfig(tile_m, *table[min(served_as, 9), itemsize, width])
 
 
-def prefill_config(arch: int, dtype: torch.dtype, head_dim: int, num_rows: int) -> TileConfig:
-    """Configuration of the prefill kernel for about `num_rows` query rows a sequence."""
+def prefill_config(
+    arch: int, dtype: torch.dtype, head_dim: int, num_rows: int, is_heavy: bool = False
+) -> TileConfig:
+    """Configuration of the prefill kernel for about `num_rows` query rows a sequence.
+
+    `is_heavy` says that blocks may be quantised, or that scores have rules beside a window.
+    """
     served_as, itemsize, width = row = _row(arch, dtype, head_dim)
-    entries = _PREFILL_BLACKWELL.get(row) or _PREFILL[min(served_as, 9), itemsize, width]
+    as_hopper = (min(served_as, 9), itemsize, width)
+    entries = _PREFILL_BLACKWELL.get(row) or _PREFILL[as_hopper]
+    if is_heavy:
+        entries = _PREFILL_HEAVY.get(row) or _PREFILL_HEAVY.get(as_hopper) or entries
     tile_m = next((size for size in sorted(entries) if num_rows <= size), max(entries))
     return TileConfig(tile_m, *entries[tile_m])

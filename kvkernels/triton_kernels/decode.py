@@ -8,7 +8,8 @@
 
 The grid has room for `max_splits` splits and is made from shapes alone, so a captured graph stays
 right when lengths change. How many are used is decided on the device, from all lengths; the
-programs of the rest exit at once. A sequence with one split is written directly.
+programs of the rest exit at once. A sequence with one split is written directly; of several, the
+program that ends last joins the partials, in the order of the splits whoever is last.
 """
 
 from __future__ import annotations
@@ -17,101 +18,69 @@ import torch
 import triton
 import triton.language as tl
 
+from kvkernels.triton_kernels.calls import CHANGING, INDEX_TENSORS, Call
 from kvkernels.triton_kernels.configs import TileConfig, decode_config
-from kvkernels.triton_kernels.launch import Device, Launch, split_head_dim
-from kvkernels.triton_kernels.tiles import attend, finish, load_rows, store_rows
+from kvkernels.triton_kernels.counters import zeroed_counters
+from kvkernels.triton_kernels.launch import Device, Launch
+from kvkernels.triton_kernels.runs import attend_cache
+from kvkernels.triton_kernels.splits import arrive, count_splits, count_tiles, join_splits
+from kvkernels.triton_kernels.tiles import finish, load_parts, start_rows, store_parts, zeros
 
 # A split shorter than this costs more to combine than it gains.
 _MIN_SPLIT_TILES = 2
-# The combine kernel holds one weight a split in registers.
 _MAX_SPLITS = 128
+# Tokens of a split where the batch must not matter.
+_INVARIANT_SPLIT_TOKENS = 2048
 # Programs in the grid, as a multiple of those that run at once. More serve very unequal lengths
 # better, but each one that is not needed still has to start and exit.
 _GRID_FACTOR = 8
+# Elements of partial results that a program holds while it joins them.
+_JOIN_ELEMENTS = 4096
 
 
-@triton.jit
-def _count_tiles(seq_len, window, TILE_N: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """First tile in reach of the newest token, and the number of tiles from there to the end."""
-    first = 0
-    if HAS_WINDOW:
-        first = tl.maximum(seq_len - window, 0) // TILE_N
-    return first, (seq_len + TILE_N - 1) // TILE_N - first
-
-
-@triton.jit
-def _tiles_per_split(
-    seq_lens_ptr,
-    num_seqs,
-    num_tiles,  # of this sequence
-    num_groups,
-    num_programs_at_once,
-    max_splits,
-    window,
-    TILE_N: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    MIN_SPLIT_TILES: tl.constexpr,
-):
-    """Length of a split: the work of all sequences over the programs that run at once, and 10 %.
-
-    The 10 % keep a slightly unequal batch from spilling into a second round.
-    """
-    total = tl.full((), 0, tl.int64)
-    for first in range(0, num_seqs, 128):
-        seqs = first + tl.arange(0, 128)
-        lens = tl.load(seq_lens_ptr + seqs, mask=seqs < num_seqs, other=0)
-        _, tiles = _count_tiles(lens, window, TILE_N, HAS_WINDOW)
-        total += tl.sum(tiles)
-    tenths = num_programs_at_once * 10
-    share = tl.cast((total * num_groups * 11 + tenths - 1) // tenths, tl.int32)
-    fit = (num_tiles + max_splits - 1) // max_splits
-    return tl.maximum(tl.maximum(share, fit), MIN_SPLIT_TILES)
-
-
-_SHAPES_THAT_CHANGE = [
-    "num_seqs",
-    "max_splits",
-    "stride_table",
-    "window",
-    "num_programs_at_once",
-]
-_INDEX_TENSORS = ["seq_lens_ptr", "block_table_ptr"]
-
-
-@triton.jit(do_not_specialize=_SHAPES_THAT_CHANGE, do_not_specialize_on_alignment=_INDEX_TENSORS)
+@triton.jit(
+    do_not_specialize=["max_splits", "num_programs_at_once", *CHANGING],
+    do_not_specialize_on_alignment=INDEX_TENSORS,
+)
 def _decode_kernel(
-    query_ptr,  # [num_seqs, num_heads, HEAD_DIM]
-    key_cache_ptr,  # [num_blocks, num_kv_heads, block_size, HEAD_DIM]
-    value_cache_ptr,
+    query_ptr,  # [num_seqs, num_heads, head_dim]
+    float_cache,  # pointers and strides; see `Call`
+    int8_cache,  # or None
+    int4_cache,
     block_table_ptr,  # [num_seqs, max_blocks_per_seq]
     seq_lens_ptr,  # [num_seqs]
-    out_ptr,  # [num_seqs, num_heads, HEAD_DIM], contiguous
+    out_ptr,  # [num_seqs, num_heads, VALUE_DIM], contiguous
     lse_ptr,  # [num_seqs, num_heads], contiguous
-    partial_out_ptr,  # [num_seqs, num_heads, max_splits, HEAD_DIM], fp32
+    partial_out_ptr,  # [num_seqs, num_heads, max_splits, VALUE_DIM], fp32
     partial_lse_ptr,  # [num_seqs, num_heads, max_splits], natural logarithm
-    num_splits_ptr,  # [num_seqs]
+    counters_ptr,  # [num_seqs, programs of a sequence's split]: splits that have ended; zero
+    sinks_ptr,  # [num_heads], or None
+    slopes_ptr,  # [num_heads], or None
+    tree_mask_ptr,  # [num_seqs], or None
     num_seqs,
     max_splits,
     num_programs_at_once,
     sm_scale,
+    soft_cap,
     window,
     stride_query_token,
     stride_query_head,
-    stride_key_block,
-    stride_key_head,
-    stride_key_slot,
-    stride_value_block,
-    stride_value_head,
-    stride_value_slot,
     stride_table,
     GROUP: tl.constexpr,  # query heads to a key-value head
     BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_MAIN: tl.constexpr,
-    HEAD_TAIL: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_PARTS: tl.constexpr,
+    VALUE_PARTS: tl.constexpr,
+    IS_LATENT: tl.constexpr,
+    HAS_FLOAT8: tl.constexpr,
+    LAYOUTS: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     MIN_SPLIT_TILES: tl.constexpr,
+    SPLIT_TILES: tl.constexpr,  # length of a split, or 0 to find it from all lengths
+    JOIN_SPLITS: tl.constexpr,  # splits and rows that are joined in one step
+    JOIN_ROWS: tl.constexpr,
+    RULES: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_LSE: tl.constexpr,
     IS_SPLIT: tl.constexpr,
@@ -125,14 +94,14 @@ def _decode_kernel(
     split = tl.program_id(2)
 
     seq_len = tl.load(seq_lens_ptr + seq)
-    first_tile, num_tiles = _count_tiles(seq_len, window, TILE_N, HAS_WINDOW)
+    first_tile, num_tiles = count_tiles(seq_len, window, TILE_N, HAS_WINDOW)
     num_splits = 1
     last_tile = first_tile + num_tiles
     if IS_SPLIT:
         # The cheap test first: most programs of a short sequence end here.
         if split > 0 and split * MIN_SPLIT_TILES >= num_tiles:
             return
-        tiles_per_split = _tiles_per_split(
+        num_splits, tiles_per_split = count_splits(
             seq_lens_ptr,
             num_seqs,
             num_tiles,
@@ -143,141 +112,91 @@ def _decode_kernel(
             TILE_N,
             HAS_WINDOW,
             MIN_SPLIT_TILES,
+            SPLIT_TILES,
         )
-        num_splits = tl.maximum((num_tiles + tiles_per_split - 1) // tiles_per_split, 1)
         if split >= num_splits:
             return
         first_tile += split * tiles_per_split
         last_tile = tl.minimum(first_tile + tiles_per_split, last_tile)
-        if split == 0 and tl.program_id(1) == 0:
-            tl.store(num_splits_ptr + seq, num_splits)
 
     rows = head_tile * TILE_M + tl.arange(0, TILE_M)
     is_head = rows < GROUP
     heads = kv_head * GROUP + rows
     query_rows = seq * stride_query_token + heads.to(tl.int64) * stride_query_head
-    q = load_rows(query_ptr, query_rows, is_head, 0, HEAD_MAIN, HEAD_DIM, True, "")
-    acc = tl.zeros([TILE_M, HEAD_MAIN], tl.float32)
-    q_tail = q
-    acc_tail = acc
-    if HEAD_TAIL > 0:
-        q_tail = load_rows(query_ptr, query_rows, is_head, HEAD_MAIN, HEAD_TAIL, HEAD_DIM, True, "")
-        acc_tail = tl.zeros([TILE_M, HEAD_TAIL], tl.float32)
+    q = load_parts(query_ptr, query_rows, is_head, KEY_PARTS, True, "")
+    acc = zeros(TILE_M, VALUE_PARTS)
+    row_max, row_sum = start_rows(sinks_ptr, heads, is_head, split, TILE_M)
 
     lo = 0
     if HAS_WINDOW:
         lo = tl.maximum(seq_len - window, 0)
+    hi = seq_len
+    if tree_mask_ptr is not None:
+        hi -= 1 - (tl.load(tree_mask_ptr + seq) & 1)  # whether the token sees itself
     every_row = tl.zeros([TILE_M], tl.int32)
-    kv_head = kv_head.to(tl.int64)
-    acc, acc_tail, row_max, row_sum = attend(
+    slopes = 0
+    if slopes_ptr is not None:
+        slopes = tl.load(slopes_ptr + heads, mask=is_head, other=0.0) * 1.4426950408889634
+    acc, row_max, row_sum = attend_cache(
         q,
-        q_tail,
         acc,
-        acc_tail,
-        tl.full([TILE_M], -float("inf"), tl.float32),
-        tl.zeros([TILE_M], tl.float32),
+        row_max,
+        row_sum,
         first_tile,
         last_tile,
-        every_row + lo,
-        every_row + seq_len,
+        (every_row + lo, every_row + hi, every_row + (seq_len - 1), slopes, 0),
         lo,
-        seq_len,
-        sm_scale,
-        key_cache_ptr + kv_head * stride_key_head,
-        value_cache_ptr + kv_head * stride_value_head,
-        stride_key_block,
-        stride_key_slot,
-        stride_value_block,
-        stride_value_slot,
+        hi,
+        sm_scale * 1.4426950408889634,
+        (soft_cap, 0, 0, 0),
+        float_cache,
+        int8_cache,
+        int4_cache,
+        kv_head.to(tl.int64),
         block_table_ptr + seq * stride_table,
         BLOCK_SIZE,
-        HEAD_DIM,
-        HEAD_MAIN,
-        HEAD_TAIL,
+        KEY_PARTS,
+        VALUE_PARTS,
+        IS_LATENT,
+        HAS_FLOAT8,
+        LAYOUTS,
         TILE_N,
         True,
+        (RULES[0], RULES[1], False),
         # Read once: leave the L2 to what is read again.
         "evict_first",
     )
 
     norm, lse = finish(row_max, row_sum)
-    acc *= norm[:, None]
-    if HEAD_TAIL > 0:
-        acc_tail *= norm[:, None]
-    out_index = seq * (GROUP * (tl.num_programs(1) // HEAD_TILES)) + heads
+    first_row = seq * (GROUP * (tl.num_programs(1) // HEAD_TILES)) + kv_head * GROUP
+    out_rows = first_row + rows
     if num_splits == 1:
-        store_rows(out_ptr, out_index * HEAD_DIM, is_head, acc, 0, HEAD_MAIN, HEAD_DIM)
-        if HEAD_TAIL > 0:
-            store_rows(
-                out_ptr, out_index * HEAD_DIM, is_head, acc_tail, HEAD_MAIN, HEAD_TAIL, HEAD_DIM
-            )
+        store_parts(out_ptr, out_rows * VALUE_DIM, is_head, acc, norm, VALUE_PARTS)
         if HAS_LSE:
-            tl.store(lse_ptr + out_index, lse, mask=is_head)
+            tl.store(lse_ptr + out_rows, lse, mask=is_head)
     else:
-        partial = out_index * max_splits + split
-        store_rows(partial_out_ptr, partial * HEAD_DIM, is_head, acc, 0, HEAD_MAIN, HEAD_DIM)
-        if HEAD_TAIL > 0:
-            store_rows(
-                partial_out_ptr,
-                partial * HEAD_DIM,
-                is_head,
-                acc_tail,
-                HEAD_MAIN,
-                HEAD_TAIL,
-                HEAD_DIM,
-            )
+        partial = out_rows * max_splits + split
+        store_parts(partial_out_ptr, partial * VALUE_DIM, is_head, acc, norm, VALUE_PARTS)
         tl.store(partial_lse_ptr + partial, lse, mask=is_head)
+        counter_ptr = counters_ptr + seq * tl.num_programs(1) + tl.program_id(1)
+        if arrive(counter_ptr, num_splits):
+            join_splits(
+                partial_out_ptr,
+                partial_lse_ptr,
+                out_ptr,
+                lse_ptr,
+                first_row + head_tile * TILE_M,
+                tl.minimum(GROUP - head_tile * TILE_M, TILE_M),
+                num_splits,
+                max_splits,
+                VALUE_DIM,
+                JOIN_SPLITS,
+                JOIN_ROWS,
+                HAS_LSE,
+            )
 
 
-@triton.jit(do_not_specialize=["max_splits"])
-def _combine_kernel(
-    partial_out_ptr,  # [num_seqs, num_heads, max_splits, HEAD_DIM], fp32
-    partial_lse_ptr,  # [num_seqs, num_heads, max_splits]
-    num_splits_ptr,  # [num_seqs]
-    out_ptr,  # [num_seqs, num_heads, HEAD_DIM], contiguous
-    lse_ptr,  # [num_seqs, num_heads], contiguous
-    max_splits,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,  # next power of two of HEAD_DIM
-    TILE_SPLITS: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-):
-    # One program joins the splits of one head of one sequence.
-    seq = tl.program_id(0).to(tl.int64)
-    num_splits = tl.load(num_splits_ptr + seq)
-    if num_splits == 1:  # written directly
-        return
-    row = seq * tl.num_programs(1) + tl.program_id(1)
-    first = row * max_splits
-
-    all_splits = tl.arange(0, MAX_SPLITS)
-    all_lses = tl.load(
-        partial_lse_ptr + first + all_splits, mask=all_splits < num_splits, other=-float("inf")
-    )
-    # Finite: a split in use holds at least one visible token.
-    largest = tl.max(all_lses, 0)
-    total = tl.sum(tl.exp(all_lses - largest), 0)
-
-    channels = tl.arange(0, WIDTH)
-    acc = tl.zeros([WIDTH], tl.float32)
-    for start in range(0, num_splits, TILE_SPLITS):
-        splits = start + tl.arange(0, TILE_SPLITS)
-        used = splits < num_splits
-        lses = tl.load(partial_lse_ptr + first + splits, mask=used, other=-float("inf"))
-        parts = tl.load(
-            partial_out_ptr + (first + splits)[:, None] * HEAD_DIM + channels[None, :],
-            mask=used[:, None] & (channels[None, :] < HEAD_DIM),
-            other=0.0,
-        )
-        acc += tl.sum(parts * tl.exp(lses - largest)[:, None], 0)
-    out = (acc / total).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * HEAD_DIM + channels, out, mask=channels < HEAD_DIM)
-    if HAS_LSE:
-        tl.store(lse_ptr + row, largest + tl.log(total))
-
-
-def _count_splits(
+def _limit_splits(
     config: TileConfig, device: Device, num_seqs: int, num_groups: int, max_tokens: int
 ) -> tuple[int, int]:
     """Splits that the grid has room for, and programs that run at once."""
@@ -291,95 +210,50 @@ def _count_splits(
     return max(1, max_splits), at_once
 
 
-def plan_decode(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    sm_scale: float,
-    window: int,
-    device: Device,
-) -> list[Launch]:
-    """Launches for one query a sequence; `lse` of no elements is not written."""
+def plan_decode(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device) -> list[Launch]:
+    """The launch for one query a sequence; `lse` of no elements is not written."""
+    query, scoring = call.query, call.scoring
     num_seqs, num_heads, head_dim = query.shape
-    num_kv_heads, block_size = key_cache.shape[1:3]
-    group = num_heads // num_kv_heads
-    config = decode_config(device.arch, query.dtype, head_dim, group)
-    num_groups = num_kv_heads * triton.cdiv(group, config.tile_m)
-    max_tokens = block_table.shape[1] * block_size
-    if window:
-        max_tokens = min(max_tokens, window + config.tile_n)
-    max_splits, at_once = _count_splits(config, device, num_seqs, num_groups, max_tokens)
+    group, value_dim = call.group, call.value_dim
+    config = call.fit_tile(
+        decode_config(device.arch, query.dtype, head_dim, group, call.is_quantized)
+    )
+    num_groups = call.num_kv_heads * triton.cdiv(group, config.tile_m)
+    max_tokens = call.block_table.shape[1] * call.block_size
+    if scoring.window:
+        max_tokens = min(max_tokens, scoring.window + config.tile_n)
+    max_splits, at_once = _limit_splits(config, device, num_seqs, num_groups, max_tokens)
+    split_tiles = 0
+    if call.batch_invariant:
+        split_tiles = _INVARIANT_SPLIT_TOKENS // config.tile_n
+        max_splits = max(1, triton.cdiv(max_tokens, _INVARIANT_SPLIT_TOKENS))
     is_split = max_splits > 1
     partials = num_seqs * num_heads * max_splits if is_split else 0
-    partial_out = query.new_empty(partials * head_dim, dtype=torch.float32)
-    partial_lse = query.new_empty(partials, dtype=torch.float32)
-    num_splits = query.new_empty(num_seqs if is_split else 0, dtype=torch.int32)
-    main, tail = split_head_dim(head_dim)
+    rows_at_once = max(1, _JOIN_ELEMENTS // triton.next_power_of_2(value_dim))
+    join_rows = min(triton.next_power_of_2(group), config.tile_m, rows_at_once)
     decode = Launch(
         _decode_kernel,
         (num_seqs, num_groups, max_splits),
         {
             "query_ptr": query,
-            "key_cache_ptr": key_cache,
-            "value_cache_ptr": value_cache,
-            "block_table_ptr": block_table,
-            "seq_lens_ptr": seq_lens,
             "out_ptr": out,
             "lse_ptr": lse,
-            "partial_out_ptr": partial_out,
-            "partial_lse_ptr": partial_lse,
-            "num_splits_ptr": num_splits,
+            "partial_out_ptr": query.new_empty(partials * value_dim, dtype=torch.float32),
+            "partial_lse_ptr": query.new_empty(partials, dtype=torch.float32),
+            "counters_ptr": zeroed_counters(num_seqs * num_groups if is_split else 0, query),
             "num_seqs": num_seqs,
             "max_splits": max_splits,
             "num_programs_at_once": at_once,
-            "sm_scale": sm_scale,
-            "window": window,
-            "stride_query_token": query.stride(0),
-            "stride_query_head": query.stride(1),
-            "stride_key_block": key_cache.stride(0),
-            "stride_key_head": key_cache.stride(1),
-            "stride_key_slot": key_cache.stride(2),
-            "stride_value_block": value_cache.stride(0),
-            "stride_value_head": value_cache.stride(1),
-            "stride_value_slot": value_cache.stride(2),
-            "stride_table": block_table.stride(0),
-            "GROUP": group,
-            "BLOCK_SIZE": block_size,
-            "HEAD_DIM": head_dim,
-            "HEAD_MAIN": main,
-            "HEAD_TAIL": tail,
-            "TILE_M": config.tile_m,
-            "TILE_N": config.tile_n,
-            "MIN_SPLIT_TILES": _MIN_SPLIT_TILES,
-            "HAS_WINDOW": window > 0,
+            **call.arguments(config, device),
+            "MIN_SPLIT_TILES": split_tiles or _MIN_SPLIT_TILES,
+            "SPLIT_TILES": split_tiles,
+            "JOIN_SPLITS": triton.cdiv(rows_at_once, join_rows),
+            "JOIN_ROWS": join_rows,
             "HAS_LSE": lse.numel() > 0,
             "IS_SPLIT": is_split,
         },
         config.num_warps,
         config.num_stages,
+        max_registers=255 if call.is_quantized else None,
     )
-    if not is_split:
-        return [decode]
-    combine = Launch(
-        _combine_kernel,
-        (num_seqs, num_heads),
-        {
-            "partial_out_ptr": partial_out,
-            "partial_lse_ptr": partial_lse,
-            "num_splits_ptr": num_splits,
-            "out_ptr": out,
-            "lse_ptr": lse,
-            "max_splits": max_splits,
-            "HEAD_DIM": head_dim,
-            "WIDTH": triton.next_power_of_2(head_dim),
-            "TILE_SPLITS": 16,
-            "MAX_SPLITS": _MAX_SPLITS,
-            "HAS_LSE": lse.numel() > 0,
-        },
-        num_warps=4,
-    )
-    return [decode, combine]
+    return [decode]

@@ -44,6 +44,8 @@ class Launch:
         arguments: By name, compile-time constants included.
         num_warps: Warps of 32 threads in a program.
         num_stages: Tiles in flight in a pipelined loop.
+        max_registers: Of a thread; None leaves the number to the assembler, which now and then
+            spills a few bytes to stay at a round one.
     """
 
     kernel: Any
@@ -51,6 +53,7 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int = 1
+    max_registers: int | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -59,6 +62,7 @@ class Launch:
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,
+            "maxnreg": self.max_registers,
         }
 
 
@@ -88,12 +92,22 @@ def largest_power_of_2(value: int) -> int:
     return 1 << (value.bit_length() - 1)
 
 
-def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """`head_dim` as two powers of two, at least 16 and together at least it; the second may be 0.
+def cut_row(width: int, in_halves: bool) -> tuple[tuple[int, int, int], ...]:
+    """Parts of a row of `width` channels: the first channel, a power of two that is at least 16,
+    and the channel after the last.
 
     Tiles must be powers of two: 80 = 64 + 16, 96 = 64 + 32 and 192 = 128 + 64 waste nothing, where
-    one tile would be 128 or 256 wide.
+    one tile would be 128 or 256 wide. In halves, as bytes of two 4-bit codes have it, a part of the
+    first is followed by the same part of the second; there, four narrow products take more
+    registers than two with some channels of zeros.
     """
-    main = max(16, largest_power_of_2(head_dim))
-    rest = head_dim - main
-    return main, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
+    half = width // 2 if in_halves else width
+    main = max(16, largest_power_of_2(half))
+    if half == main:
+        cuts = [(0, main)]
+    elif half < 16 or (in_halves and half <= 128):
+        cuts = [(0, max(16, triton.next_power_of_2(half)))]
+    else:
+        cuts = [(0, main), (main, max(16, triton.next_power_of_2(half - main)))]
+    starts = (0, half) if in_halves else (0,)
+    return tuple((start + first, size, start + half) for first, size in cuts for start in starts)

@@ -17,9 +17,15 @@ import torch
 import triton
 import triton.language as tl
 
+from kvkernels.triton_kernels.calls import CHANGING, INDEX_TENSORS, Call
 from kvkernels.triton_kernels.configs import prefill_config
-from kvkernels.triton_kernels.launch import Device, Launch, split_head_dim
-from kvkernels.triton_kernels.tiles import attend, finish, load_rows, store_rows
+from kvkernels.triton_kernels.launch import Device, Launch
+from kvkernels.triton_kernels.rules import tree_depths
+from kvkernels.triton_kernels.runs import attend_cache
+from kvkernels.triton_kernels.tiles import finish, load_parts, start_rows, store_parts, zeros
+
+# Query rows of a sequence that the tile is chosen for where the batch must not matter.
+_INVARIANT_ROWS = 64
 
 
 @triton.jit
@@ -35,40 +41,40 @@ def _find_sequence(cu_seqlens_q_ptr, num_seqs, program, TILE_Q: tl.constexpr):
     return low
 
 
-@triton.jit(
-    do_not_specialize=["num_seqs", "stride_table", "window"],
-    do_not_specialize_on_alignment=["cu_seqlens_q_ptr", "seq_lens_ptr", "block_table_ptr"],
-)
+@triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=INDEX_TENSORS)
 def _prefill_kernel(
-    query_ptr,  # [num_tokens, num_heads, HEAD_DIM]
-    key_cache_ptr,  # [num_blocks, num_kv_heads, block_size, HEAD_DIM]
-    value_cache_ptr,
+    query_ptr,  # [num_tokens, num_heads, head_dim]
+    float_cache,  # pointers and strides; see `Call`
+    int8_cache,  # or None
+    int4_cache,
     block_table_ptr,  # [num_seqs, max_blocks_per_seq]
     seq_lens_ptr,  # [num_seqs]
     cu_seqlens_q_ptr,  # [num_seqs + 1]
-    out_ptr,  # [num_tokens, num_heads, HEAD_DIM], contiguous
+    out_ptr,  # [num_tokens, num_heads, VALUE_DIM], contiguous
     lse_ptr,  # [num_tokens, num_heads], contiguous
+    sinks_ptr,  # [num_heads], or None
+    slopes_ptr,  # [num_heads], or None
+    tree_mask_ptr,  # [num_tokens], or None
     num_seqs,
     num_heads,
     sm_scale,
+    soft_cap,
     window,
     stride_query_token,
     stride_query_head,
-    stride_key_block,
-    stride_key_head,
-    stride_key_slot,
-    stride_value_block,
-    stride_value_head,
-    stride_value_slot,
     stride_table,
     GROUP: tl.constexpr,  # query heads to a key-value head
     GROUP_TILE: tl.constexpr,  # of which one program takes this many
     BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_MAIN: tl.constexpr,
-    HEAD_TAIL: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_PARTS: tl.constexpr,
+    VALUE_PARTS: tl.constexpr,
+    IS_LATENT: tl.constexpr,
+    HAS_FLOAT8: tl.constexpr,
+    LAYOUTS: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
+    RULES: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_LSE: tl.constexpr,
@@ -88,38 +94,47 @@ def _prefill_kernel(
     seq = seq.to(tl.int64)
 
     # Row r is token r // GROUP_TILE and head r % GROUP_TILE of the tile.
-    rows = tl.arange(0, TILE_M)
-    queries = first_query + rows // GROUP_TILE
+    row = tl.arange(0, TILE_M)
+    queries = first_query + row // GROUP_TILE
     kv_head = tl.program_id(1) // HEAD_TILES
-    group_heads = tl.program_id(1) % HEAD_TILES * GROUP_TILE + rows % GROUP_TILE
-    keep = (rows < TILE_Q * GROUP_TILE) & (queries < num_queries) & (group_heads < GROUP)
+    group_heads = tl.program_id(1) % HEAD_TILES * GROUP_TILE + row % GROUP_TILE
+    keep = (row < TILE_Q * GROUP_TILE) & (queries < num_queries) & (group_heads < GROUP)
     tokens = (first_token + queries).to(tl.int64)
     heads = kv_head * GROUP + group_heads
     query_rows = tokens * stride_query_token + heads.to(tl.int64) * stride_query_head
-    q = load_rows(query_ptr, query_rows, keep, 0, HEAD_MAIN, HEAD_DIM, True, "")
-    acc = tl.zeros([TILE_M, HEAD_MAIN], tl.float32)
-    q_tail = q
-    acc_tail = acc
-    if HEAD_TAIL > 0:
-        q_tail = load_rows(query_ptr, query_rows, keep, HEAD_MAIN, HEAD_TAIL, HEAD_DIM, True, "")
-        acc_tail = tl.zeros([TILE_M, HEAD_TAIL], tl.float32)
+    q = load_parts(query_ptr, query_rows, keep, KEY_PARTS, True, "")
+    acc = zeros(TILE_M, VALUE_PARTS)
+    row_max, row_sum = start_rows(sinks_ptr, heads, keep, 0, TILE_M)
+    slopes = 0
+    if slopes_ptr is not None:
+        slopes = tl.load(slopes_ptr + heads, mask=keep, other=0.0) * 1.4426950408889634
 
     # Tokens a row sees, then those that any and those that all rows of the program see.
     before = seq_len - num_queries  # position of the sequence's first query
     first_position = before + first_query
     last_position = before + tl.minimum(first_query + TILE_Q, num_queries) - 1
-    row_lo = tl.zeros([TILE_M], tl.int32)
-    row_hi = row_lo + seq_len
-    lo = 0
+    positions = before + queries
+    trees = 0
+    tree_ptr = 0
+    row_hi = tl.zeros([TILE_M], tl.int32) + seq_len
     hi = seq_len
-    all_lo = 0
     all_hi = seq_len
-    if IS_CAUSAL:
-        row_hi = before + queries + 1
+    if tree_mask_ptr is not None:
+        tree_ptr = tree_mask_ptr + first_token
+        trees = tl.load(tree_ptr + queries, mask=keep, other=0)
+        positions = before + tree_depths(trees, queries, num_queries)
+        first_position = before
+        last_position = seq_len - 1
+        all_hi = tl.maximum(before, 0)
+    elif IS_CAUSAL:
+        row_hi = positions + 1
         hi = tl.maximum(last_position + 1, 0)
         all_hi = tl.maximum(first_position + 1, 0)
+    row_lo = tl.zeros([TILE_M], tl.int32)
+    lo = 0
+    all_lo = 0
     if HAS_WINDOW:
-        row_lo = before + queries - window + 1
+        row_lo = positions - window + 1
         lo = tl.maximum(first_position - window + 1, 0)
         all_lo = tl.maximum(last_position - window + 1, 0)
     first_tile = lo // TILE_N
@@ -128,117 +143,66 @@ def _prefill_kernel(
     full_first = tl.minimum((all_lo + TILE_N - 1) // TILE_N, last_tile)
     full_last = tl.maximum(all_hi // TILE_N, full_first)
 
-    key_ptr = key_cache_ptr + kv_head.to(tl.int64) * stride_key_head
-    value_ptr = value_cache_ptr + kv_head.to(tl.int64) * stride_value_head
     table_ptr = block_table_ptr + seq * stride_table
-    row_max = tl.full([TILE_M], -float("inf"), tl.float32)
-    row_sum = tl.zeros([TILE_M], tl.float32)
     # 0: the window's edge; 1: seen by all rows; 2: the causal edge and the end of the sequence.
-    for phase in tl.static_range(0 if HAS_WINDOW else 1, 3):
+    # Quantised blocks have masks throughout: they cost little beside what codes cost, and a loop
+    # for each phase and kind would make the kernel many times as large.
+    IS_QUANTIZED: tl.constexpr = int8_cache is not None or int4_cache is not None
+    for phase in tl.static_range(2 if IS_QUANTIZED else (0 if HAS_WINDOW else 1), 3):
         begin = first_tile if phase == 0 else (full_first if phase == 1 else full_last)
         end = full_first if phase == 0 else (full_last if phase == 1 else last_tile)
-        acc, acc_tail, row_max, row_sum = attend(
-            q,
-            q_tail,
-            acc,
-            acc_tail,
-            row_max,
-            row_sum,
-            begin,
-            end,
-            row_lo,
-            row_hi,
-            lo,
-            hi,
-            sm_scale,
-            key_ptr,
-            value_ptr,
-            stride_key_block,
-            stride_key_slot,
-            stride_value_block,
-            stride_value_slot,
-            table_ptr,
-            BLOCK_SIZE,
-            HEAD_DIM,
-            HEAD_MAIN,
-            HEAD_TAIL,
-            TILE_N,
-            phase != 1,
-            "",
-        )
+        if IS_QUANTIZED:
+            begin = first_tile
+        acc, row_max, row_sum = attend_cache(
+            q, acc, row_max, row_sum, begin, end,
+            (row_lo, row_hi, positions, slopes, trees), lo, hi,
+            sm_scale * 1.4426950408889634, (soft_cap, before, num_queries, tree_ptr),
+            float_cache, int8_cache, int4_cache, kv_head.to(tl.int64), table_ptr,
+            BLOCK_SIZE, KEY_PARTS, VALUE_PARTS, IS_LATENT, HAS_FLOAT8, LAYOUTS, TILE_N,
+            phase != 1, RULES, "",
+        )  # fmt: skip
 
     norm, lse = finish(row_max, row_sum)
-    out_index = tokens * num_heads + heads
-    store_rows(out_ptr, out_index * HEAD_DIM, keep, acc * norm[:, None], 0, HEAD_MAIN, HEAD_DIM)
-    if HEAD_TAIL > 0:
-        acc_tail *= norm[:, None]
-        store_rows(out_ptr, out_index * HEAD_DIM, keep, acc_tail, HEAD_MAIN, HEAD_TAIL, HEAD_DIM)
+    out_rows = tokens * num_heads + heads
+    store_parts(out_ptr, out_rows * VALUE_DIM, keep, acc, norm, VALUE_PARTS)
     if HAS_LSE:
-        tl.store(lse_ptr + out_index, lse, mask=keep)
+        tl.store(lse_ptr + out_rows, lse, mask=keep)
 
 
-def plan_prefill(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    sm_scale: float,
-    causal: bool,
-    window: int,
-    device: Device,
-) -> list[Launch]:
+def _max_registers(call: Call, tile_m: int) -> int | None:
+    """Where the assembler's own choice spills; see `Launch`."""
+    is_small_float32 = call.query.dtype == torch.float32 and tile_m == 16
+    return 255 if call.is_quantized or is_small_float32 else None
+
+
+def plan_prefill(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device) -> list[Launch]:
     """The launch for queries that `cu_seqlens_q` deals out; `lse` of no elements is not written."""
+    query, num_seqs = call.query, call.seq_lens.shape[0]
     num_tokens, num_heads, head_dim = query.shape
-    num_kv_heads, block_size = key_cache.shape[1:3]
-    num_seqs = seq_lens.shape[0]
-    group = num_heads // num_kv_heads
-    num_rows = triton.cdiv(num_tokens, num_seqs) * group
-    config = prefill_config(device.arch, query.dtype, head_dim, num_rows)
-    group_tile = min(group, config.tile_m)
+    num_rows = triton.cdiv(num_tokens, num_seqs) * call.group
+    if call.batch_invariant:
+        num_rows = _INVARIANT_ROWS
+    config = call.fit_tile(
+        prefill_config(device.arch, query.dtype, head_dim, num_rows, call.is_heavy)
+    )
+    group_tile = min(call.group, config.tile_m)
     tile_q = config.tile_m // group_tile
-    main, tail = split_head_dim(head_dim)
     prefill = Launch(
         _prefill_kernel,
-        (num_tokens // tile_q + num_seqs, num_kv_heads * triton.cdiv(group, group_tile)),
+        (num_tokens // tile_q + num_seqs, call.num_kv_heads * triton.cdiv(call.group, group_tile)),
         {
-            "query_ptr": query,
-            "key_cache_ptr": key_cache,
-            "value_cache_ptr": value_cache,
-            "block_table_ptr": block_table,
-            "seq_lens_ptr": seq_lens,
-            "cu_seqlens_q_ptr": cu_seqlens_q,
+            "cu_seqlens_q_ptr": call.cu_seqlens_q,
             "out_ptr": out,
             "lse_ptr": lse,
             "num_seqs": num_seqs,
             "num_heads": num_heads,
-            "sm_scale": sm_scale,
-            "window": window,
-            "stride_query_token": query.stride(0),
-            "stride_query_head": query.stride(1),
-            "stride_key_block": key_cache.stride(0),
-            "stride_key_head": key_cache.stride(1),
-            "stride_key_slot": key_cache.stride(2),
-            "stride_value_block": value_cache.stride(0),
-            "stride_value_head": value_cache.stride(1),
-            "stride_value_slot": value_cache.stride(2),
-            "stride_table": block_table.stride(0),
-            "GROUP": group,
+            **call.arguments(config, device),
             "GROUP_TILE": group_tile,
-            "BLOCK_SIZE": block_size,
-            "HEAD_DIM": head_dim,
-            "HEAD_MAIN": main,
-            "HEAD_TAIL": tail,
-            "TILE_M": config.tile_m,
-            "TILE_N": config.tile_n,
-            "IS_CAUSAL": causal,
-            "HAS_WINDOW": window > 0,
+            "IS_CAUSAL": call.scoring.causal,
             "HAS_LSE": lse.numel() > 0,
         },
         config.num_warps,
         config.num_stages,
+        max_registers=_max_registers(call, config.tile_m),
     )
     return [prefill]

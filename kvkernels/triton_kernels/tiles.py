@@ -1,12 +1,21 @@
-"""What the attention kernels share: one step of softmax attention over a tile of the cache."""
+"""What the attention kernels share: one step of softmax attention over a tile of the cache.
+
+A row of a key or value is cut into parts, each as wide as a power of two: `((first, width, end),
+...)`, channels `first` to `end - 1` in a tile of `width`. Queries, keys, values and accumulators
+are tuples with one tile a part; `kvkernels.triton_kernels.launch.cut_row` chooses them.
+"""
+
+# Tuples grow from part to part, and the compiler knows no iterable unpacking.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
 
 import triton
 import triton.language as tl
 
+from kvkernels.triton_kernels.rules import apply_rules
+
 # The interpreter's dot takes bf16 operands for 16-bit integers (Triton 3.6 to 3.9).
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-_LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -24,17 +33,15 @@ def load_rows(
     base_ptr,
     offsets,  # [num_rows], int64, in elements
     keep,  # [num_rows]; only looked at where MASKED
-    FIRST: tl.constexpr,  # first channel
-    WIDTH: tl.constexpr,  # channels, a power of two
-    HEAD_DIM: tl.constexpr,  # channels from here on are zero
+    PART: tl.constexpr,  # channels from its end on are zero
     MASKED: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
-    """Rows of `WIDTH` channels, `[num_rows, WIDTH]`; zero where masked, whatever memory holds."""
-    channels = FIRST + tl.arange(0, WIDTH)
+    """One part of some rows, `[num_rows, width]`; zero where masked, whatever memory holds."""
+    channels = PART[0] + tl.arange(0, PART[1])
     pointers = base_ptr + offsets[:, None] + channels[None, :]
-    if FIRST + WIDTH > HEAD_DIM:
-        inside = channels[None, :] < HEAD_DIM
+    if PART[0] + PART[1] > PART[2]:
+        inside = channels[None, :] < PART[2]
         if MASKED:
             inside = inside & keep[:, None]
         return tl.load(pointers, mask=inside, other=0.0, eviction_policy=EVICTION)
@@ -43,20 +50,108 @@ def load_rows(
     return tl.load(pointers, eviction_policy=EVICTION)
 
 
+_FLOAT8 = tl.constexpr("""{
+.reg .b16 low, high;
+mov.b32 {low, high}, $2;
+cvt.rn.f16x2.e4m3x2 $0, low;
+cvt.rn.f16x2.e4m3x2 $1, high;
+}""")
+# For Ampere. The exponent's bias is 7 where float16 has 15, so the bits mean a 256th. All bits set
+# are a NaN: of all numbers only they overflow when multiplied by 36000 (0x7865), and 0 times
+# infinity is a NaN.
+_FLOAT8_BY_BITS = tl.constexpr("""{
+.reg .b32 low, high, sign, test, factor, most, zero;
+mov.b32 factor, 0x5C005C00;
+mov.b32 most, 0x78657865;
+mov.b32 zero, 0;
+prmt.b32 low, $2, 0, 0x1404;
+prmt.b32 high, $2, 0, 0x3424;
+and.b32 sign, low, 0x80008000;
+and.b32 low, low, 0x7F007F00;
+shr.u32 low, low, 1;
+or.b32 low, low, sign;
+mul.f16x2 test, low, most;
+mul.f16x2 test, test, zero;
+fma.rn.f16x2 $0, low, factor, test;
+and.b32 sign, high, 0x80008000;
+and.b32 high, high, 0x7F007F00;
+shr.u32 high, high, 1;
+or.b32 high, high, sign;
+mul.f16x2 test, high, most;
+mul.f16x2 test, test, zero;
+fma.rn.f16x2 $1, high, factor, test;
+}""")
+
+
 @triton.jit
-def store_rows(
+def _from_float8(bits, dtype: tl.constexpr, HAS_FLOAT8: tl.constexpr, IS_PURE: tl.constexpr):
+    """float8_e4m3fn, given as bytes, by way of float16, in which it is exact."""
+    if _INTERPRETED:
+        magnitude = (bits & 0x7F).to(tl.int16)
+        half = (magnitude << 7).to(tl.float16, bitcast=True) * 256.0
+        half = tl.where(magnitude == 0x7F, float("nan"), half).to(tl.float16)
+        half = tl.where(bits >= 0x80, -half, half)
+    elif HAS_FLOAT8:
+        half = tl.inline_asm_elementwise(
+            _FLOAT8, "=&r,=&r,r", [bits], tl.float16, is_pure=IS_PURE, pack=4
+        )
+    else:
+        half = tl.inline_asm_elementwise(
+            _FLOAT8_BY_BITS, "=&r,=&r,r", [bits], tl.float16, is_pure=IS_PURE, pack=4
+        )
+    return half.to(dtype)
+
+
+@triton.jit
+def load_parts(
+    base_ptr,
+    offsets,
+    keep,
+    PARTS: tl.constexpr,
+    MASKED: tl.constexpr,
+    EVICTION: tl.constexpr,
+    dtype: tl.constexpr = None,  # of the result, where bytes of float8 are loaded
+    HAS_FLOAT8: tl.constexpr = False,  # whether the machine converts it
+    IS_PURE: tl.constexpr = True,
+):
+    """Rows as a tuple with one tile a part.
+
+    Where `IS_PURE` the compiler moves a conversion behind the load from shared memory. Good for
+    keys, whose channels lie as the product takes them; values it would then load byte by byte.
+    """
+    parts = ()
+    for i in tl.static_range(len(PARTS)):
+        part = load_rows(base_ptr, offsets, keep, PARTS[i], MASKED, EVICTION)
+        if part.dtype == tl.uint8:
+            part = _from_float8(part, dtype, HAS_FLOAT8, IS_PURE)
+        parts = parts + (part,)
+    return parts
+
+
+@triton.jit
+def store_parts(
     base_ptr,
     offsets,  # [num_rows], int64, in elements
     keep,  # [num_rows]
-    rows,  # [num_rows, WIDTH]
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    parts,  # tiles [num_rows, width]
+    factor,  # [num_rows]: multiplies a row
+    PARTS: tl.constexpr,
 ):
-    channels = FIRST + tl.arange(0, WIDTH)
-    pointers = base_ptr + offsets[:, None] + channels[None, :]
-    mask = keep[:, None] & (channels[None, :] < HEAD_DIM)
-    tl.store(pointers, rows.to(base_ptr.dtype.element_ty), mask=mask)
+    for i in tl.static_range(len(PARTS)):
+        channels = PARTS[i][0] + tl.arange(0, PARTS[i][1])
+        pointers = base_ptr + offsets[:, None] + channels[None, :]
+        mask = keep[:, None] & (channels[None, :] < PARTS[i][2])
+        rows = parts[i] * factor[:, None]
+        tl.store(pointers, rows.to(base_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def zeros(TILE_M: tl.constexpr, PARTS: tl.constexpr):
+    """Accumulators of a value's parts."""
+    parts = ()
+    for i in tl.static_range(len(PARTS)):
+        parts = parts + (tl.zeros([TILE_M, PARTS[i][1]], tl.float32),)
+    return parts
 
 
 @triton.jit
@@ -68,50 +163,102 @@ def load_block_ids(
     BLOCK_SIZE: tl.constexpr,
     TILE_N: tl.constexpr,
 ):
-    """Block ids of a tile of tokens, int64: one if the tile lies in one block, else `[TILE_N]`."""
+    """Table entries of a tile of tokens: one if the tile lies in one block, else `[TILE_N]`."""
     if BLOCK_SIZE % TILE_N == 0:
         # Tiles are visited from the one that holds lo on, so only the end needs a look.
-        block = tl.load(table_ptr + start // BLOCK_SIZE, mask=start < hi, other=0)
+        entries = tl.load(table_ptr + start // BLOCK_SIZE, mask=start < hi, other=0)
     else:
         # For powers of two the division is a shift, and tokens of one block share a load.
         tokens = start + tl.arange(0, TILE_N)
         keep = (tokens >= lo) & (tokens < hi)
-        block = tl.load(table_ptr + tokens // BLOCK_SIZE, mask=keep, other=0)
-    return block.to(tl.int64)
+        entries = tl.load(table_ptr + tokens // BLOCK_SIZE, mask=keep, other=0)
+    return entries
+
+
+@triton.jit
+def start_rows(sinks_ptr, heads, keep, split, TILE_M: tl.constexpr):
+    """Largest score and sum of weights of rows that have seen nothing yet, or only their sink.
+
+    A sink is a key without a value, so of several splits only the first has it.
+    """
+    row_max = tl.full([TILE_M], -float("inf"), tl.float32)
+    row_sum = tl.zeros([TILE_M], tl.float32)
+    if sinks_ptr is not None:
+        keep = keep & (tl.zeros([TILE_M], tl.int32) + split == 0)
+        row_max = tl.load(sinks_ptr + heads, mask=keep, other=-float("inf")) * 1.4426950408889634
+        row_sum += tl.where(keep, 1.0, 0.0)
+    return row_max, row_sum
+
+
+@triton.jit
+def advance(
+    q,  # parts of the queries
+    k,  # parts of the keys, [TILE_N, width]
+    acc,
+    row_max,
+    row_sum,
+    scale,
+    rows,
+    rules,
+    tokens,  # [TILE_N]
+    MASKED: tl.constexpr,
+    RULES: tl.constexpr,
+):
+    """Weights of a tile, and the state rescaled for it; values remain to be added."""
+    scores = tl.zeros([q[0].shape[0], k[0].shape[0]], tl.float32)
+    for i in tl.static_range(len(q)):
+        scores = dot(q[i], tl.trans(k[i]), scores)
+    scores = apply_rules(scores, scale, rows, rules, tokens, MASKED, RULES)
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    # A row that has seen nothing yet: -inf - -inf would be NaN.
+    pivot = tl.where(new_max == -float("inf"), 0.0, new_max) if MASKED else new_max
+    p = tl.exp2(scores - pivot[:, None])
+    rescale = tl.exp2(row_max - pivot)
+    row_sum = row_sum * rescale + tl.sum(p, 1)
+    scaled = ()
+    for i in tl.static_range(len(acc)):
+        scaled = scaled + (acc[i] * rescale[:, None],)
+    return p, scaled, new_max, row_sum
+
+
+@triton.jit
+def add_values(p, v, acc):
+    """`acc` with weights times values added, part by part."""
+    p = p.to(v[0].dtype)
+    total = ()
+    for i in tl.static_range(len(acc)):
+        total = total + (dot(p, v[i], acc[i]),)
+    return total
 
 
 @triton.jit
 def attend(
-    q,  # [TILE_M, HEAD_MAIN]
-    q_tail,  # [TILE_M, HEAD_TAIL]; unused where that is 0
-    acc,  # [TILE_M, HEAD_MAIN], fp32: sum of weights times values so far
-    acc_tail,
+    q,  # parts of the queries, each [TILE_M, width]
+    acc,  # parts of fp32: sum of weights times values so far
     row_max,  # [TILE_M]: largest score so far, in base 2
     row_sum,  # [TILE_M]: sum of 2 ** (score - row_max)
     first_tile,
     last_tile,  # tiles first_tile .. last_tile - 1 are visited, in order
-    row_lo,  # [TILE_M]: each row sees tokens row_lo .. row_hi - 1; only used where MASKED
-    row_hi,
-    lo,  # smallest row_lo and largest row_hi: what lies outside is not read
+    rows,  # what each row sees; see `apply_rules`
+    lo,  # tokens outside lo .. hi - 1 are seen by no row and not read
     hi,
-    sm_scale,
-    key_ptr,  # of this key-value head, [num_blocks, block_size, HEAD_DIM]
-    value_ptr,
-    stride_key_block,
-    stride_key_slot,
-    stride_value_block,
-    stride_value_slot,
+    scale,  # of scores, times log2 of e
+    rules,
+    cache,  # of this key-value head; see `select_head`
     table_ptr,  # of this sequence, [max_blocks_per_seq]
     BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_MAIN: tl.constexpr,
-    HEAD_TAIL: tl.constexpr,
+    KEY_PARTS: tl.constexpr,
+    VALUE_PARTS: tl.constexpr,
+    IS_LATENT: tl.constexpr,  # values are the first part of the keys
+    HAS_FLOAT8: tl.constexpr,
     TILE_N: tl.constexpr,
     MASKED: tl.constexpr,  # without it every row must see every token of the tiles
+    RULES: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
-    """Softmax attention over a run of tiles; returns acc, acc_tail, row_max and row_sum."""
-    scale = sm_scale * _LOG2E
+    """Softmax attention over a run of tiles of floats; returns acc, row_max and row_sum."""
+    key_ptr, value_ptr, key_block, key_slot, value_block, value_slot = cache
+    dtype: tl.constexpr = q[0].dtype
     next_block = load_block_ids(table_ptr, first_tile * TILE_N, lo, hi, BLOCK_SIZE, TILE_N)
     for tile in range(first_tile, last_tile):
         start = tile * TILE_N
@@ -119,40 +266,34 @@ def attend(
         keep = (tokens >= lo) & (tokens < hi)
         # Ids are loaded one tile ahead by hand: left in the chain, the pipeliner would count them
         # as a stage of their own and keep half as many keys and values in flight.
-        block = next_block
+        block = next_block.to(tl.int64)
         next_block = load_block_ids(table_ptr, start + TILE_N, lo, hi, BLOCK_SIZE, TILE_N)
         slots = (tokens % BLOCK_SIZE).to(tl.int64)
-        key_rows = block * stride_key_block + slots * stride_key_slot
-        value_rows = block * stride_value_block + slots * stride_value_slot
+        key_rows = block * key_block + slots * key_slot
+        value_rows = block * value_block + slots * value_slot
 
-        k = load_rows(key_ptr, key_rows, keep, 0, HEAD_MAIN, HEAD_DIM, MASKED, EVICTION)
-        scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], TILE_N], tl.float32))
-        if HEAD_TAIL > 0:
-            k = load_rows(key_ptr, key_rows, keep, HEAD_MAIN, HEAD_TAIL, HEAD_DIM, MASKED, EVICTION)
-            scores = dot(q_tail, tl.trans(k), scores)
-        scores *= scale
-        if MASKED:
-            seen = (tokens[None, :] >= row_lo[:, None]) & (tokens[None, :] < row_hi[:, None])
-            scores = tl.where(seen, scores, -float("inf"))
-
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        # A row that has seen nothing yet: -inf - -inf would be NaN.
-        pivot = tl.where(new_max == -float("inf"), 0.0, new_max) if MASKED else new_max
-        p = tl.exp2(scores - pivot[:, None])
-        rescale = tl.exp2(row_max - pivot)
-        row_sum = row_sum * rescale + tl.sum(p, 1)
-        row_max = new_max
-
+        k = load_parts(key_ptr, key_rows, keep, KEY_PARTS, MASKED, EVICTION, dtype, HAS_FLOAT8)
+        p, acc, row_max, row_sum = advance(
+            q, k, acc, row_max, row_sum, scale, rows, rules, tokens, MASKED, RULES
+        )
         # Values of slots nobody sees are loaded as zero: a weight of zero would not silence a NaN.
-        v = load_rows(value_ptr, value_rows, keep, 0, HEAD_MAIN, HEAD_DIM, MASKED, EVICTION)
-        p = p.to(v.dtype)
-        acc = dot(p, v, acc * rescale[:, None])
-        if HEAD_TAIL > 0:
-            v = load_rows(
-                value_ptr, value_rows, keep, HEAD_MAIN, HEAD_TAIL, HEAD_DIM, MASKED, EVICTION
+        if IS_LATENT:
+            acc = add_values(p, k, acc)
+        else:
+            v = load_parts(
+                value_ptr, value_rows, keep, VALUE_PARTS, MASKED, EVICTION, dtype, HAS_FLOAT8, False
             )
-            acc_tail = dot(p, v, acc_tail * rescale[:, None])
-    return acc, acc_tail, row_max, row_sum
+            acc = add_values(p, v, acc)
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def select_head(cache, kv_head):
+    """Pointers to one head's rows, and strides of blocks and slots."""
+    key_ptr, value_ptr, key_block, key_head, key_slot, value_block, value_head, value_slot = cache
+    key_ptr += kv_head * key_head
+    value_ptr += kv_head * value_head
+    return key_ptr, value_ptr, key_block, key_slot, value_block, value_slot
 
 
 @triton.jit
@@ -161,4 +302,4 @@ def finish(row_max, row_sum):
     # A row that saw nothing has a maximum of -inf and an accumulator of zero: any other sum than
     # zero gives output 0 and lse -inf.
     total = tl.where(row_sum == 0.0, 1.0, row_sum)
-    return 1.0 / total, (row_max + tl.log2(total)) * _LN2
+    return 1.0 / total, (row_max + tl.log2(total)) * 0.6931471805599453

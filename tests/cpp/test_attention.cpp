@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "guarded.h"
 #include "kvkernels/attention.h"
 #include "kvkernels/kv_cache.h"
 #include "kvkernels/parallel.h"
@@ -22,73 +23,10 @@ namespace {
 
 using namespace kvkernels;
 
-#define CHECK(condition)                                                   \
-  do {                                                                     \
-    if (!(condition)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                        \
-    }                                                                      \
-  } while (false)
-
-// Memory that ends, to the byte, where a page without any rights begins.
-class Guarded {
- public:
-  explicit Guarded(size_t num_bytes) {
-    const size_t page = sysconf(_SC_PAGESIZE);
-    const size_t usable = (num_bytes + page - 1) / page * page;
-    size_ = usable + page;
-    base_ = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    CHECK(base_ != MAP_FAILED);
-    CHECK(mprotect(static_cast<char*>(base_) + usable, page, PROT_NONE) == 0);
-    data_ = static_cast<char*>(base_) + usable - num_bytes;
-  }
-  ~Guarded() { munmap(base_, size_); }
-  Guarded(const Guarded&) = delete;
-  Guarded& operator=(const Guarded&) = delete;
-
-  template <typename T>
-  T* as() const {
-    return reinterpret_cast<T*>(data_);
-  }
-
- private:
-  void* base_;
-  size_t size_;
-  char* data_;
-};
-
 struct Shape {
   std::vector<int32_t> num_queries, seq_lens;
   int64_t num_heads, num_kv_heads, head_dim, block_size, window;
 };
-
-float round_to_bfloat16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  bits &= 0xffff0000;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-void put(void* data, DType dtype, int64_t index, float value) {
-  if (dtype == DType::kFloat32) {
-    static_cast<float*>(data)[index] = value;
-  } else {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    static_cast<uint16_t*>(data)[index] = static_cast<uint16_t>(bits >> 16);
-  }
-}
-
-float get(const void* data, DType dtype, int64_t index) {
-  if (dtype == DType::kFloat32) return static_cast<const float*>(data)[index];
-  const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(data)[index]) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-float some_number() { return round_to_bfloat16((std::rand() % 2001 - 1000) / 700.0f); }
 
 // Attention of one query head at one position, in double precision.
 std::vector<double> expected_row(const PagedAttentionArgs& args, int64_t seq, int64_t token,
@@ -176,7 +114,7 @@ void test_attention(const Shape& shape, DType dtype, AttentionPath path, int num
   args.num_tokens = num_tokens;
   args.num_heads = shape.num_heads;
   args.num_kv_heads = shape.num_kv_heads;
-  args.head_dim = shape.head_dim;
+  args.head_dim = args.value_dim = shape.head_dim;
   args.num_seqs = num_seqs;
   args.max_blocks_per_seq = args.table_stride = width;
   args.num_blocks = num_blocks;
@@ -189,7 +127,7 @@ void test_attention(const Shape& shape, DType dtype, AttentionPath path, int num
   args.sm_scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim));
   args.causal = true;
   args.window = shape.window;
-  args.dtype = dtype;
+  args.dtype = args.cache_dtype = dtype;
   paged_attention(args, path, num_threads);
 
   const double tolerance = dtype == DType::kFloat32 ? 1e-5 : 2e-2;
@@ -208,19 +146,20 @@ void test_attention(const Shape& shape, DType dtype, AttentionPath path, int num
 }
 
 void test_all_attention() {
-  const AttentionPath paths[] = {AttentionPath::kPortable, AttentionPath::kAvx512,
-                                 AttentionPath::kAvx512Bf16, AttentionPath::kAmx,
-                                 AttentionPath::kAmxEmulated};
+  const AttentionPath paths[] = {AttentionPath::kPortable, AttentionPath::kAvx2,
+                                 AttentionPath::kAvx512,   AttentionPath::kAvx512Bf16,
+                                 AttentionPath::kAmx,      AttentionPath::kAmxEmulated};
   const Shape shapes[] = {
-      {{1, 1, 1}, {5, 33, 17}, 4, 1, 64, 16, 0},  // decode
-      {{1, 1}, {300, 700}, 2, 2, 128, 64, 0},     // several chunks
-      {{3, 0, 20}, {9, 8, 21}, 3, 1, 80, 16, 0},  // mixed, 63 rows
-      {{70, 5}, {70, 131}, 4, 1, 96, 32, 0},      // many rows
-      {{40, 1}, {90, 70}, 2, 1, 64, 16, 25},      // window
-      {{9, 2}, {4, 1}, 2, 1, 32, 16, 0},          // queries before position 0
-      {{11, 1}, {30, 19}, 2, 1, 7, 5, 0},         // nothing even
-      {{1, 2}, {301, 43}, 20, 20, 64, 16, 0},     // more heads than a tile has
-      {{2}, {333}, 15, 5, 128, 32, 100},          // heads together, window, several chunks
+      {{1, 1, 1}, {5, 33, 17}, 4, 1, 64, 16, 0},   // decode
+      {{1, 1}, {300, 700}, 2, 2, 128, 64, 0},      // several chunks
+      {{3, 0, 20}, {9, 8, 21}, 3, 1, 80, 16, 0},   // mixed, 63 rows
+      {{70, 5}, {70, 131}, 4, 1, 96, 32, 0},       // many rows
+      {{40, 1}, {90, 70}, 2, 1, 64, 16, 25},       // window
+      {{9, 2}, {4, 1}, 2, 1, 32, 16, 0},           // queries before position 0
+      {{11, 1}, {30, 19}, 2, 1, 7, 5, 0},          // nothing even
+      {{9, 1, 2}, {70, 33, 13}, 5, 1, 40, 16, 0},  // vectors of 8, not of 16
+      {{1, 2}, {301, 43}, 20, 20, 64, 16, 0},      // more heads than a tile has
+      {{2}, {333}, 15, 5, 128, 32, 100},           // heads together, window, several chunks
   };
   for (const Shape& shape : shapes) {
     for (const AttentionPath path : paths) {

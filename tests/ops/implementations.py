@@ -31,16 +31,18 @@ class Implementation:
     checks_values: bool = True
 
 
-def _on_isa(isa: str, op: Callable[..., Any], *args: Any) -> Any:
+def _on_isa(isa: str, op: Callable[..., Any], *args: Any, **options: Any) -> Any:
     with native.use_isa(isa):
-        return op(*args)
+        return op(*args, **options)
 
 
-def _public_paged_attention(*args: Any) -> Any:
-    *tensors, sm_scale, causal, window, return_lse = args
-    result = kvkernels.paged_attention(
-        *tensors, sm_scale=sm_scale, causal=causal, window=window or None, return_lse=return_lse
-    )
+def _public_paged_attention(*args: Any, **caches: Any) -> Any:
+    """The public function, called like an implementation."""
+    *tensors, scoring, return_lse = args
+    rules = scoring._asdict()
+    for name in ("window", "soft_cap"):
+        rules[name] = rules[name] or None
+    result = kvkernels.paged_attention(*tensors, **rules, return_lse=return_lse, **caches)
     return result if return_lse else (result, torch.empty(0, tensors[0].shape[1]))
 
 

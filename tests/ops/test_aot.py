@@ -11,7 +11,10 @@ import pytest
 
 aot = pytest.importorskip("kvkernels.triton_kernels.aot", reason="Triton is only on Linux")
 
-FITTING = aot.Usage(aot.Case(90, "decode", "bf16", 128), "decode_kernel", "16x64", 4, 255, 0, 71680)
+FITTING = aot.Usage(
+    90, aot.Shape("decode", "bf16", 128, kinds=("int4",)), "decode_kernel", "16x64", 4,
+    255, 0, 71680, 32, 57, 32,
+)  # fmt: skip
 
 
 def test_a_spread_of_the_table_compiles_and_fits(
@@ -26,19 +29,33 @@ def test_a_spread_of_the_table_compiles_and_fits(
     record_property("in_summary", done.stdout)
     rows = [line.split() for line in done.stdout.splitlines()[1:-1]]
     assert {row[0] for row in rows} == {str(arch) for arch in aot.SHARED_LIMITS}
-    kernels = ("store_kv", "merge", "decode", "combine", "prefill")
+    kernels = ("store_kv", "merge", "decode", "prefill")
     assert {row[1] for row in rows} == {f"{kernel}_kernel" for kernel in kernels}
+    words = {word for row in rows for word in row}
+    assert words >= {"int8", "int4", "float8", "window", "soft_cap"}
 
 
 @pytest.mark.parametrize(
-    ("change", "status"),
-    [({}, 0), ({"local_bytes": 8}, 1), ({"shared_bytes": (227 << 10) + 1}, 1)],
-    ids=["fits", "spills", "needs_too_much_shared_memory"],
+    "change",
+    [
+        {"local_bytes": 8},
+        {"shared_bytes": (227 << 10) + 1},
+        {"num_products": 0},
+        {"num_lop3": 0},
+    ],
+    ids=["spills", "needs_too_much_shared_memory", "no_tensor_cores", "no_lop3"],
 )
-def test_status_tells_what_was_refused(change: dict, status: int, capsys) -> None:
-    usage = dataclasses.replace(FITTING, **change)
-    assert aot.report([[FITTING, usage]]) == status
-    assert ("REFUSED" in capsys.readouterr().out) == bool(status)
+def test_status_tells_what_was_refused(change: dict, capsys) -> None:
+    assert aot.report([[FITTING, dataclasses.replace(FITTING, **change)]]) == 1
+    assert capsys.readouterr().out.count("REFUSED") == 1
+
+
+def test_what_fits_is_a_success(capsys) -> None:
+    plain = aot.Shape("decode", "bf16", 128)
+    no_codes = dataclasses.replace(FITTING, shape=plain, num_lop3=0)
+    single = dataclasses.replace(FITTING, shape=aot.Shape("prefill", "fp32", 64), num_products=0)
+    assert aot.report([[FITTING, no_codes], [single]]) == 0
+    assert "REFUSED" not in capsys.readouterr().out
 
 
 def test_compiling_nothing_is_not_a_success() -> None:

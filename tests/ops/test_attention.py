@@ -8,6 +8,7 @@ from implementations import Implementation, every_implementation
 
 from accuracy import assert_as_accurate
 from kvkernels.reference import attention as reference
+from kvkernels.scoring import Scoring
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 UNUSED_ID = 2147480000  # past any cache: reading the block it names would fault
@@ -48,6 +49,7 @@ CASES = [
     Case("window_decode", ((1, 70), (1, 33), (1, 3)), window=20),
     Case("window_extend", ((5, 70), (20, 65), (8, 8)), window=17),
     Case("window_not_causal", ((5, 70), (8, 8)), window=9, causal=False),
+    Case("window_from_the_last_key_of_64", ((1, 90), (2, 91)), window=27),
     Case("window_past_length", ((3, 30),), window=1000),
     Case("group_1", MIXED, heads=(3, 3)),
     Case("group_3", MIXED, heads=(9, 3)),
@@ -55,6 +57,7 @@ CASES = [
     Case("group_8", MIXED, heads=(8, 1)),
     Case("heads_20", MIXED, heads=(20, 20)),
     Case("group_7", ((1, 40), (2, 20)), heads=(14, 2)),
+    Case("head_dim_72", MIXED, head_dim=72),
     Case("head_dim_80", MIXED, head_dim=80),
     Case("head_dim_96", MIXED, head_dim=96),
     Case("head_dim_128", MIXED, head_dim=128),
@@ -62,6 +65,7 @@ CASES = [
     Case("head_dim_256", MIXED, head_dim=256),
     # One query a sequence has kernels of its own; the query heads of a group fill several tiles.
     Case("decode_group_40", DECODE, heads=(40, 1)),
+    Case("decode_d72", DECODE, head_dim=72),
     Case("decode_d80", DECODE, head_dim=80),
     Case("decode_d96", DECODE, head_dim=96, block_size=32),
     Case("decode_d128", DECODE, head_dim=128, block_size=64),
@@ -74,6 +78,7 @@ CASES = [
     Case("block_256", ((1, 300), (5, 256)), block_size=256),
     Case("tokens_first", MIXED, layout="tokens_first"),
     Case("dense", MIXED, layout="dense"),
+    Case("values_lie_otherwise", MIXED, layout="keys_tokens_first"),
     # Sizes at which the CPU kernels take other ways: many rows, several chunks of keys, several
     # tiles of rows.
     Case("many_rows", ((100, 100), (33, 210)), heads=(4, 2), is_small=False),
@@ -126,6 +131,9 @@ def make_cache(case: Case, num_blocks: int, dtype: torch.dtype, device: torch.de
     elif case.layout == "tokens_first":
         data = torch.empty(num_blocks, slots, 2, heads, width, dtype=dtype, device=device)
         key, value = (data[:, :, side].transpose(1, 2) for side in range(2))
+    elif case.layout == "keys_tokens_first":
+        key = torch.empty(num_blocks, slots, heads, width, dtype=dtype, device=device)
+        key, value = key.transpose(1, 2), torch.empty_like(key.transpose(1, 2).contiguous())
     else:
         data = torch.empty(num_blocks, 2, 2, heads, slots, width, dtype=dtype, device=device)
         key, value = data[:, 1, 0], data[:, 1, 1]
@@ -170,7 +178,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
 
 def check(implementation: Implementation, case: Case, dtype: torch.dtype, device) -> None:
     inputs = make_inputs(case, dtype, device)
-    options = (case.head_dim**-0.5, case.causal, case.window, True)
+    options = (Scoring(case.head_dim**-0.5, case.causal, case.window), True)
     exact = reference.paged_attention(*inputs.tensors(torch.float64), *options)
     rounded = reference.paged_attention(*inputs.tensors(), *options)
     out, lse = implementation.paged_attention(*inputs.tensors(), *options)
@@ -205,7 +213,7 @@ def test_odd_sizes_match_reference_on_the_cpu(
 @pytest.mark.parametrize("sm_scale", [0.0, 1.0, -0.3])
 def test_sm_scale(implementation: Implementation, sm_scale: float, device: torch.device) -> None:
     inputs = make_inputs(Case("scale", MIXED, head_dim=16), torch.float32, device)
-    options = (sm_scale, True, 0, True)
+    options = (Scoring(sm_scale, True, 0), True)
     exact = reference.paged_attention(*inputs.tensors(torch.float64), *options)
     rounded = reference.paged_attention(*inputs.tensors(), *options)
     out, lse = implementation.paged_attention(*inputs.tensors(), *options)
@@ -220,7 +228,7 @@ def test_large_scores_do_not_overflow(
 ) -> None:
     inputs = make_inputs(Case("large", ((1, 40), (20, 40))), dtype, device)
     inputs.query *= 100
-    options = (1.0, True, 0, True)
+    options = (Scoring(1.0, True, 0), True)
     exact = reference.paged_attention(*inputs.tensors(torch.float64), *options)
     rounded = reference.paged_attention(*inputs.tensors(), *options)
     out, lse = implementation.paged_attention(*inputs.tensors(), *options)
@@ -238,7 +246,7 @@ def test_an_infinite_last_value_stays_infinite(
     inputs = make_inputs(Case("infinite", ((num_queries, 37),)), dtype, device)
     last = inputs.block_table[0, 36 // 16]
     inputs.value_cache[last, :, 36 % 16, 5] = float("inf")
-    out, _ = implementation.paged_attention(*inputs.tensors(), 0.125, True, 0, False)
+    out, _ = implementation.paged_attention(*inputs.tensors(), Scoring(0.125), False)
     assert torch.isposinf(out[-1, :, 5]).all()
     assert torch.isfinite(out[-1, :, :5]).all() and torch.isfinite(out[-1, :, 6:]).all()
 
@@ -246,8 +254,8 @@ def test_an_infinite_last_value_stays_infinite(
 @every_implementation()
 def test_lse_only_where_asked_for(implementation: Implementation, device: torch.device) -> None:
     inputs = make_inputs(Case("no_lse", MIXED), torch.float32, device)
-    out, lse = implementation.paged_attention(*inputs.tensors(), 0.1, True, 0, True)
-    alone, none = implementation.paged_attention(*inputs.tensors(), 0.1, True, 0, False)
+    out, lse = implementation.paged_attention(*inputs.tensors(), Scoring(0.1), True)
+    alone, none = implementation.paged_attention(*inputs.tensors(), Scoring(0.1), False)
     assert torch.equal(out, alone)
     assert lse.shape == (26, 4) and none.shape == (0, 4)
 
@@ -262,7 +270,7 @@ def test_no_queries_give_an_empty_result(
     table, lens = torch.zeros(0, 3, **ints), torch.zeros(0, **ints)
     for sums in (None, torch.zeros(1, **ints)):
         out, lse = implementation.paged_attention(
-            none, cache, cache, table, lens, sums, 1.0, True, 0, True
+            none, cache, cache, table, lens, sums, Scoring(1.0), True
         )
         assert out.shape == (0, 4, 64) and lse.shape == (0, 4)
 
@@ -292,7 +300,7 @@ def test_merge_matches_reference(
 def test_merged_halves_are_the_whole(implementation: Implementation, device: torch.device) -> None:
     case = Case("whole", ((1, 48), (1, 32)))
     inputs = make_inputs(case, torch.float32, device)
-    options = (case.head_dim**-0.5, True, 0, True)
+    options = (Scoring(case.head_dim**-0.5, True, 0), True)
     whole = implementation.paged_attention(*inputs.tensors(), *options)
     query, keys, values, table, lens, _ = inputs.tensors()
     first = implementation.paged_attention(
@@ -315,7 +323,7 @@ def test_repeats_bit_for_bit(
     if implementation.is_slow and not case.is_small:
         pytest.skip("too long for the interpreter")
     inputs = make_inputs(case, torch.bfloat16, device)
-    options = (case.head_dim**-0.5, case.causal, case.window, True)
+    options = (Scoring(case.head_dim**-0.5, case.causal, case.window), True)
     first = implementation.paged_attention(*inputs.tensors(), *options)
     for _ in range(5):
         again = implementation.paged_attention(*inputs.tensors(), *options)
@@ -331,7 +339,7 @@ def test_any_number_of_threads_gives_the_same_bits(
         pytest.skip("has no threads of its own")
     case = next(case for case in CASES if case.name == name)
     inputs = make_inputs(case, torch.bfloat16, torch.device("cpu"))
-    options = (case.head_dim**-0.5, case.causal, case.window, True)
+    options = (Scoring(case.head_dim**-0.5, case.causal, case.window), True)
     num_threads = torch.get_num_threads()
     try:
         results = []
@@ -352,12 +360,12 @@ def test_other_sequences_do_not_change_the_bits(implementation: Implementation) 
     inputs = make_inputs(case, torch.float32, torch.device("cpu"))
     query, keys, values, table, lens, _ = inputs.tensors()
     together, _ = implementation.paged_attention(
-        query, keys, values, table, lens, None, 0.1, True, 0, False
+        query, keys, values, table, lens, None, Scoring(0.1), False
     )
     for seq in range(3):
         one = slice(seq, seq + 1)
         alone, _ = implementation.paged_attention(
-            query[one], keys, values, table[one], lens[one], None, 0.1, True, 0, False
+            query[one], keys, values, table[one], lens[one], None, Scoring(0.1), False
         )
         assert torch.equal(together[one], alone)
 
@@ -380,7 +388,7 @@ def test_reads_past_two_to_the_31_elements(
     query = torch.randn(9, 2, head_dim, device=device).bfloat16()
     ints = {"dtype": torch.int32, "device": device}
     lens, sums, far = (torch.tensor(values, **ints) for values in ([20], [0, 9], [[last]]))
-    options = (head_dim**-0.5, True, 0, True)
+    options = (Scoring(head_dim**-0.5, True, 0), True)
     got = implementation.paged_attention(query, key_cache, value_cache, far, lens, sums, *options)
     near = implementation.paged_attention(
         query, key_cache[-1:], value_cache[-1:], far - last, lens, sums, *options

@@ -10,12 +10,15 @@ from test_attention import Case, make_inputs
 
 from accuracy import assert_as_accurate
 from kvkernels.reference import attention as reference
+from kvkernels.scoring import Scoring
 
 triton = pytest.importorskip("triton", reason="Triton is only on Linux")
 tl = pytest.importorskip("triton.language")
 decode = pytest.importorskip("kvkernels.triton_kernels.decode")
 launch = pytest.importorskip("kvkernels.triton_kernels.launch")
-_tiles_per_split = decode._tiles_per_split
+splits = pytest.importorskip("kvkernels.triton_kernels.splits")
+calls = pytest.importorskip("kvkernels.triton_kernels.calls")
+_count_splits = splits.count_splits
 
 # float32 heads of 256 have the smallest tile, 16 tokens: many splits in a short sequence.
 TILE_N = 16
@@ -64,16 +67,15 @@ def test_splits_as_planned_and_matches_reference(batch: Batch, device: torch.dev
     inputs = make_inputs(case, torch.float32, device)
     out = torch.full_like(inputs.query, torch.nan, memory_format=torch.contiguous_format)
     lse = torch.full(out.shape[:2], torch.nan, device=device)
-    launches = decode.plan_decode(
-        *inputs.tensors()[:-1],
-        *(out, lse, 1 / 16, batch.window, launch.Device(9, batch.num_multiprocessors)),
-    )
+    options = (Scoring(1 / 16, True, batch.window), True)
+    device_like = launch.Device(9, batch.num_multiprocessors)
+    call = calls.Call(*inputs.tensors(), options[0])
+    launches = decode.plan_decode(call, out, lse, device_like)
     planned = launches[0].arguments
     for scratch in ("partial_out_ptr", "partial_lse_ptr"):
         planned[scratch].fill_(torch.nan)
     launch.run(launches, inputs.query)
 
-    options = (1 / 16, True, batch.window, True)
     exact = reference.paged_attention(*inputs.tensors(torch.float64), *options)
     rounded = reference.paged_attention(*inputs.tensors(), *options)
     assert_as_accurate(out, rounded[0], exact[0], "out")
@@ -88,7 +90,12 @@ def test_splits_as_planned_and_matches_reference(batch: Batch, device: torch.dev
         max(1, math.ceil(count / expected_length(num_tiles, seq, batch.heads[1], *machine)))
         for seq, count in enumerate(num_tiles)
     ]
-    found = planned["num_splits_ptr"].tolist() if planned["IS_SPLIT"] else [1] * len(expected)
+    found = [1] * len(expected)
+    if planned["IS_SPLIT"]:
+        # A partial of a sequence with several splits was written, of one with a single not.
+        partial = planned["partial_lse_ptr"].view(len(expected), batch.heads[0], -1)[:, 0]
+        found = [max(1, count) for count in partial.isfinite().sum(1).tolist()]
+        assert not planned["counters_ptr"].any(), "a counter is not zero again"
     assert planned["TILE_N"] == TILE_N
     assert found == expected
     assert max(found) == batch.most_splits
@@ -99,8 +106,8 @@ def _length_kernel(
     seq_lens_ptr, num_seqs, num_tiles, num_groups, at_once, max_splits, result_ptr,
     TILE_N: tl.constexpr,
 ):  # fmt: skip
-    length = _tiles_per_split(
-        seq_lens_ptr, num_seqs, num_tiles, num_groups, at_once, max_splits, 0, TILE_N, False, 2
+    _, length = _count_splits(
+        seq_lens_ptr, num_seqs, num_tiles, num_groups, at_once, max_splits, 0, TILE_N, False, 2, 0
     )
     tl.store(result_ptr, length)
 

@@ -4,7 +4,7 @@
 namespace kvkernels {
 
 // In rising order: each set can do all that the ones before it can.
-enum class Isa : int { kPortable = 0, kAvx512 = 1, kAvx512Bf16 = 2, kAmx = 3 };
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
 // The best set that the processor has and the operating system allows; found once. For kAmx this
 // asks Linux for permission to use the tile registers, for all threads started from then on.

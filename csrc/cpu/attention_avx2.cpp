@@ -1,0 +1,49 @@
+// Attention with AVX2: every element is widened to a float, every product is one of floats.
+#include "cpu/attention_few_rows_avx2.h"
+#include "cpu/attention_many_rows_avx2.h"
+
+namespace kvkernels {
+namespace {
+
+template <typename E>
+void attend(const AttentionTile& tile, const TileResult* results) {
+  if (tile.row_end - tile.row_begin <= kFewRows) {
+    attend_few_rows<E>(tile, results);
+  } else {
+    attend_many_rows<E>(tile, results[0]);
+  }
+}
+
+template <typename E>
+void narrow(const float* in, float scale, void* out, int64_t size) {
+  for (int64_t i = 0; i < size; i += 8) {
+    E::store(static_cast<typename E::Item*>(out) + i,
+             _mm256_mul_ps(_mm256_loadu_ps(in + i), _mm256_set1_ps(scale)));
+  }
+}
+
+template <typename E>
+void widen(const void* in, float* out, int64_t size) {
+  for (int64_t i = 0; i < size; i += 8) {
+    _mm256_storeu_ps(out + i, E::load(static_cast<const typename E::Item*>(in) + i));
+  }
+}
+
+template <typename E>
+constexpr AttentionKernel kKernel = {kMaxRows, kFewRows, attend<E>, narrow<E>, widen<E>};
+
+}  // namespace
+
+const AttentionKernel* avx2_kernel(DType dtype, HeadDims dims) {
+  if (!dims.are_multiples_of(8)) return nullptr;
+  switch (dtype) {
+    case DType::kFloat32:
+      return &kKernel<Float32>;
+    case DType::kFloat16:
+      return &kKernel<Float16>;
+    default:
+      return &kKernel<BFloat16>;
+  }
+}
+
+}  // namespace kvkernels

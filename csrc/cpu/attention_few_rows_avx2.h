@@ -1,0 +1,194 @@
+// Decode with AVX2: goes once through a long run of keys for few query rows.
+#pragma once
+
+#include "cpu/attention_codes_avx2.h"
+#include "cpu/attention_scores.h"
+
+namespace kvkernels {
+namespace {
+
+// How a tile's rows are used: where they lie, if they hold what the query does or codes of one
+// kind; else unpacked to dense rows of floats.
+enum class Form { kPlain, kCodes, kUnpacked };
+
+// One tile of keys: where its rows start, for the first head, and what of memory it takes.
+struct Tile {
+  int64_t begin, end;  // of the sequence; no keys where they are equal
+  Form form;
+  BlockKind kind;                              // of codes
+  int64_t keys[kTileKeys], values[kTileKeys];  // offsets of rows, in elements or codes
+  Spans key_spans, value_spans;
+
+  int64_t num_keys() const { return end - begin; }
+};
+
+// Finds the keys and values from `begin` on. The rest of the offsets repeat the last row, so that
+// loops over a fixed number of rows read nothing that is not part of the sequence.
+inline void find_tile(const AttentionTile& tile, int64_t begin, Tile& found) {
+  found.begin = begin;
+  found.end = begin < tile.key_end ? key_tile_end(tile, begin) : begin;
+  const int64_t num_keys = found.num_keys();
+  find_spans(tile, found.begin, found.end, found.key_spans, found.value_spans);
+  if (num_keys == 0) return;
+  found.kind = block_entry(tile.blocks[begin / tile.args->block_size]).kind;
+  if (lies_plain(tile, begin, found.end)) {
+    found.form = Form::kPlain;
+    find_rows(tile, begin, found.end, found.keys, found.values);
+  } else if (suits_codes(tile, begin, found.end)) {
+    found.form = Form::kCodes;
+    find_code_rows(tile, begin, found.end, found.keys, found.values);
+  } else {
+    found.form = Form::kUnpacked;
+    for (int64_t token = 0; token < num_keys; ++token) {
+      found.keys[token] = token * tile.args->head_dim;
+      found.values[token] = token * tile.args->value_dim;
+    }
+  }
+  std::fill(found.keys + num_keys, found.keys + kTileKeys, found.keys[num_keys - 1]);
+}
+
+// One head's rows and what was summed up for them so far.
+struct Rows {
+  int64_t count, head_dim, value_dim;
+  float* query;   // [count, head_dim]
+  float* out;     // [count, value_dim]
+  float* sum;     // [count, 8]
+  float* scores;  // [count, kTileKeys]; then weights
+  float max[kFewRows], decay[kFewRows];
+};
+
+inline int64_t scratch_size(int64_t count, const PagedAttentionArgs& args) {
+  return count * (args.head_dim + args.value_dim + 8 + kTileKeys);
+}
+
+template <typename E>
+void start_rows(const AttentionTile& tile, int64_t head, float* scratch, Rows& rows) {
+  rows.count = tile.row_end - tile.row_begin;
+  rows.head_dim = tile.args->head_dim;
+  rows.value_dim = tile.args->value_dim;
+  rows.query = scratch;
+  rows.out = rows.query + rows.count * rows.head_dim;
+  rows.sum = rows.out + rows.count * rows.value_dim;
+  rows.scores = rows.sum + rows.count * 8;
+  std::fill_n(rows.out, rows.count * rows.value_dim, 0.0f);
+  std::fill_n(rows.sum, rows.count * 8, 0.0f);
+  std::fill_n(rows.max, rows.count, -infinity());
+  for (int64_t r = 0; r < rows.count; ++r) {
+    const auto* query = static_cast<const typename E::Item*>(tile.args->query) +
+                        query_offset(tile, tile.row_begin + r, head);
+    for (int64_t i = 0; i < rows.head_dim; i += 8) {
+      _mm256_storeu_ps(rows.query + r * rows.head_dim + i, E::load(query + i));
+    }
+  }
+}
+
+// Turns the scores of the keys that `now` holds into weights, for one head's rows.
+inline void weigh_head(const AttentionTile& tile, int64_t head, const Tile& now, Rows& rows) {
+  const bool adjusts = adjusts_scores(*tile.args);
+  const float scale = adjusts ? 1.0f : tile.args->sm_scale * kLog2E;
+  for (int64_t r = 0; r < rows.count; ++r) {
+    float* scores = rows.scores + r * kTileKeys;
+    const int64_t row = tile.row_begin + r;
+    const KeyRange seen = visible_keys(tile, row);
+    if (adjusts) adjust_scores(tile, row, head, now.begin, now.num_keys(), scores);
+    const int64_t last = std::min(seen.end, now.end) - now.begin;
+    rows.decay[r] = softmax_step(scores, now.num_keys(), seen.begin - now.begin, last, scale,
+                                 &rows.max[r], rows.sum + 8 * r);
+  }
+}
+
+// Goes through the keys once. For each tile of them it reads the keys of all heads, which are
+// neighbours in the cache, then the values of all heads: memory is read in long pieces.
+template <typename E>
+class FewRows {
+ public:
+  using Item = typename E::Item;
+
+  FewRows(const AttentionTile& tile) : tile_(tile), args_(*tile.args) {
+    const int64_t num_heads = tile.num_kv_heads;
+    const int64_t rows_size = scratch_size(tile.row_end - tile.row_begin, args_);
+    const int64_t wide_dim = std::max(args_.head_dim, args_.value_dim);
+    float* scratch = thread_scratch(1, num_heads * rows_size + (kTileKeys + 2) * wide_dim);
+    for (int64_t head = 0; head < num_heads; ++head) {
+      start_rows<E>(tile, head, scratch + head * rows_size, rows_[head]);
+    }
+    unpacked_ = scratch + num_heads * rows_size;
+    scales_ = unpacked_ + kTileKeys * wide_dim;
+  }
+
+  void attend(const TileResult* results) {
+    Tile tiles[2];
+    find(tile_.key_begin, tiles[0]);
+    for (int i = 0; tiles[i].num_keys() > 0; i = 1 - i) {
+      find(tiles[i].end, tiles[1 - i]);
+      for (int64_t head = 0; head < tile_.num_kv_heads; ++head) add_keys(tiles[i], head);
+      for (int64_t head = 0; head < tile_.num_kv_heads; ++head) add_values(tiles[i], head);
+    }
+    for (int64_t head = 0; head < tile_.num_kv_heads; ++head) {
+      const Rows& rows = rows_[head];
+      std::copy_n(rows.out, rows.count * rows.value_dim, results[head].out);
+      std::copy_n(rows.max, rows.count, results[head].max);
+      for (int64_t r = 0; r < rows.count; ++r) {
+        results[head].sum[r] = sum_lanes(_mm256_loadu_ps(rows.sum + 8 * r));
+      }
+    }
+  }
+
+ private:
+  void find(int64_t begin, Tile& found) {
+    find_tile(tile_, begin, found);
+    prefetch_.add_tile(found.key_spans, found.value_spans, tile_.num_kv_heads);
+  }
+
+  void add_keys(const Tile& now, int64_t head) {
+    Rows& rows = rows_[head];
+    prefetch_.begin(now.key_spans.num_bytes);
+    if (now.form == Form::kPlain) {
+      const auto* cache = static_cast<const Item*>(args_.key_cache) + head * args_.key_head_stride;
+      score_all<E>(rows.query, rows.count, rows.head_dim, {cache, now.keys}, prefetch_,
+                   now.num_keys(), rows.scores);
+    } else if (now.form == Form::kCodes) {
+      const CodeTile codes = {tile_, head, now.begin, now.end, now.kind, now.keys};
+      score_codes(codes, rows.query, rows.count, unpacked_, prefetch_, rows.scores);
+    } else {
+      unpack_keys<Avx2Unpacker<E>>(tile_, head, now.begin, now.end, scales_, unpacked_);
+      score_all<Float32>(rows.query, rows.count, rows.head_dim, {unpacked_, now.keys}, prefetch_,
+                         now.num_keys(), rows.scores);
+    }
+    weigh_head(tile_, head, now, rows);
+  }
+
+  void add_values(const Tile& now, int64_t head) {
+    Rows& rows = rows_[head];
+    const int64_t dim = rows.value_dim;
+    prefetch_.begin(now.value_spans.num_bytes);
+    if (now.form == Form::kPlain) {
+      const auto* cache =
+          static_cast<const Item*>(args_.value_cache) + head * args_.value_head_stride;
+      add_all<E>(rows.scores, rows.count, rows.decay, {cache, now.values}, prefetch_,
+                 now.num_keys(), dim, dim, rows.out);
+    } else if (now.form == Form::kCodes) {
+      const CodeTile codes = {tile_, head, now.begin, now.end, now.kind, now.values};
+      add_codes(codes, rows.scores, rows.count, rows.decay, unpacked_, prefetch_, rows.out);
+    } else {
+      unpack_values<Avx2Unpacker<E>>(tile_, head, now.begin, now.end, scales_, unpacked_);
+      add_all<Float32>(rows.scores, rows.count, rows.decay, {unpacked_, now.values}, prefetch_,
+                       now.num_keys(), dim, dim, rows.out);
+    }
+  }
+
+  const AttentionTile& tile_;
+  const PagedAttentionArgs& args_;
+  Rows rows_[kMaxTileHeads];
+  Prefetch prefetch_;
+  float* unpacked_;  // [kTileKeys, the larger dim]: keys or values of one head, or its scales
+  float* scales_;    // two rows
+};
+
+template <typename E>
+void attend_few_rows(const AttentionTile& tile, const TileResult* results) {
+  FewRows<E>(tile).attend(results);
+}
+
+}  // namespace
+}  // namespace kvkernels

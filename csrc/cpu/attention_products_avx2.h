@@ -1,0 +1,152 @@
+// The two products of decode with AVX2: few query rows with keys, and weights with values.
+//
+// Every key and value is read once and used for up to four rows at a time. Dot products run along
+// head_dim, so a key is a plain row: up to 8 sums (rows x keys) hide the latency of a
+// multiplication and are then added across lanes together. E is an element type of simd_avx2.h.
+#pragma once
+
+#include <cstring>
+
+#include "cpu/attention_avx2.h"
+#include "cpu/attention_spans.h"
+
+namespace kvkernels {
+namespace {
+
+constexpr int kBatch = 4;  // rows that share a key's registers
+constexpr int kSums = 8;   // half of the registers
+
+// Where some rows of one of the caches start, for one head.
+template <typename Item>
+struct CacheRows {
+  const Item* cache;
+  const int64_t* offsets;
+
+  const Item* row(int64_t token) const { return cache + offsets[token]; }
+};
+
+// scores[r][t] = query row r * key t, for t < num_keys rounded up to 8. Asks for as much of `next`
+// as it reads.
+template <typename E, int kRows>
+void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E::Item>& keys,
+                Prefetch& next, int64_t num_keys, float* scores) {
+  constexpr int kTokens = kRows == 1 ? 8 : kRows == 2 ? 4 : 2;
+  for (int64_t first = 0; first < num_keys; first += kTokens) {
+    __m256 sums[kSums];
+#pragma GCC unroll 8
+    for (int i = 0; i < kSums; ++i) sums[i] = _mm256_setzero_ps();
+    for (int64_t i = 0; i < head_dim; i += 8) {
+      __m256 q[kRows];
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) q[r] = _mm256_loadu_ps(query + r * head_dim + i);
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) {
+        const __m256 key = E::load(keys.row(first + t) + i);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          sums[r * kTokens + t] = _mm256_fmadd_ps(q[r], key, sums[r * kTokens + t]);
+        }
+      }
+    }
+    float totals[kSums];
+    _mm256_storeu_ps(totals, sum_lanes_of_8(sums));
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      std::memcpy(scores + r * kTileKeys + first, totals + r * kTokens, kTokens * sizeof(float));
+    }
+    next.advance(kTokens * head_dim * static_cast<int64_t>(sizeof(typename E::Item)));
+  }
+}
+
+// out[r] = out[r] * decay[r] + sum over t of weights[r][t] * value t, for kVectors vectors of
+// value_dim from `first` on. Asks for as much of `next` as it reads.
+template <typename E, int kRows, int kVectors>
+void add_value_panel(const float* weights, const float* decay,
+                     const CacheRows<typename E::Item>& values, Prefetch& next, int64_t num_keys,
+                     int64_t value_dim, int64_t first, float* out) {
+  constexpr int64_t kAhead = 8;  // keys at a time: asking takes longer than a step of this loop
+  __m256 sums[kRows][kVectors];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      sums[r][i] = _mm256_mul_ps(_mm256_set1_ps(decay[r]),
+                                 _mm256_loadu_ps(out + r * value_dim + first + 8 * i));
+    }
+  }
+  for (int64_t t = 0; t < num_keys; ++t) {
+    if (t % kAhead == 0) {
+      next.advance(kAhead * 8 * kVectors * static_cast<int64_t>(sizeof(typename E::Item)));
+    }
+    __m256 v[kVectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) v[i] = E::load(values.row(t) + first + 8 * i);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const __m256 weight = _mm256_set1_ps(weights[r * kTileKeys + t]);
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) sums[r][i] = _mm256_fmadd_ps(weight, v[i], sums[r][i]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      _mm256_storeu_ps(out + r * value_dim + first + 8 * i, sums[r][i]);
+    }
+  }
+}
+
+// The same for `count` channels; rows of out are value_dim apart.
+template <typename E, int kRows>
+void add_values(const float* weights, const float* decay, const CacheRows<typename E::Item>& values,
+                Prefetch& next, int64_t num_keys, int64_t count, int64_t value_dim, float* out) {
+  constexpr int kVectors = kRows <= 2 ? 4 : 2;
+  int64_t i = 0;
+  for (; i + 8 * kVectors <= count; i += 8 * kVectors) {
+    add_value_panel<E, kRows, kVectors>(weights, decay, values, next, num_keys, value_dim, i, out);
+  }
+  for (; i < count; i += 8) {
+    add_value_panel<E, kRows, 1>(weights, decay, values, next, num_keys, value_dim, i, out);
+  }
+}
+
+// Calls visit(row, count) for batches of at most kBatch rows, of about one size.
+template <typename Visit>
+void for_each_batch(int64_t num_rows, const Visit& visit) {
+  const int64_t num_batches = (num_rows + kBatch - 1) / kBatch;
+  for (int64_t b = 0, row = 0; b < num_batches; ++b) {
+    const int64_t count = (num_rows - row) / (num_batches - b);
+    visit(row, count);
+    row += count;
+  }
+}
+
+// score_keys for any number of rows.
+template <typename E>
+void score_all(const float* query, int64_t num_rows, int64_t head_dim,
+               const CacheRows<typename E::Item>& keys, Prefetch& next, int64_t num_keys,
+               float* scores) {
+  constexpr decltype(&score_keys<E, 1>) kKernels[kBatch] = {score_keys<E, 1>, score_keys<E, 2>,
+                                                            score_keys<E, 3>, score_keys<E, 4>};
+  for_each_batch(num_rows, [&](int64_t r, int64_t count) {
+    kKernels[count - 1](query + r * head_dim, head_dim, keys, next, num_keys,
+                        scores + r * kTileKeys);
+  });
+}
+
+// add_values for any number of rows.
+template <typename E>
+void add_all(const float* weights, int64_t num_rows, const float* decay,
+             const CacheRows<typename E::Item>& values, Prefetch& next, int64_t num_keys,
+             int64_t num_channels, int64_t value_dim, float* out) {
+  constexpr decltype(&add_values<E, 1>) kKernels[kBatch] = {add_values<E, 1>, add_values<E, 2>,
+                                                            add_values<E, 3>, add_values<E, 4>};
+  for_each_batch(num_rows, [&](int64_t r, int64_t count) {
+    kKernels[count - 1](weights + r * kTileKeys, decay + r, values, next, num_keys, num_channels,
+                        value_dim, out + r * value_dim);
+  });
+}
+
+}  // namespace
+}  // namespace kvkernels

@@ -1,0 +1,214 @@
+// Products of few query rows with keys and values, every element used for up to four rows at a
+// time.
+//
+// Dot products run along head_dim, so a key is a plain row: 16 sums (rows x keys) are kept apart in
+// 16 registers and then added across lanes together. The arithmetic is a parameter of
+// attention_few_rows_avx512.h: WidenedRows below, or PairRows of attention_avx512_bf16.cpp.
+#pragma once
+
+#include "cpu/attention_avx512.h"
+#include "cpu/attention_spans.h"
+#include "cpu/attention_unpack_avx512.h"
+
+namespace kvkernels {
+namespace {
+
+constexpr int kBatch = 4;  // rows that share a key's registers
+
+// Where some rows of one of the caches start, for one head.
+template <typename Item>
+struct CacheRows {
+  const Item* cache;
+  const int64_t* offsets;
+
+  const Item* row(int64_t token) const { return cache + offsets[token]; }
+};
+
+// Adds up to 16 sums across lanes, of kRows rows by 16, 8, 4 or 4 keys for 1, 2, 3 or 4 rows, and
+// stores the scores of the keys from `first` on.
+template <int kRows>
+inline void store_scores(const __m512* sums, int64_t first, float* scores) {
+  const __m512 total = sum_lanes_of_16(sums);
+  if constexpr (kRows == 1) {
+    _mm512_storeu_ps(scores + first, total);
+  } else if constexpr (kRows == 2) {
+    _mm256_storeu_ps(scores + first, _mm512_castps512_ps256(total));
+    _mm256_storeu_ps(scores + kTileKeys + first, _mm512_extractf32x8_ps(total, 1));
+  } else {
+    _mm_storeu_ps(scores + first, _mm512_castps512_ps128(total));
+    _mm_storeu_ps(scores + kTileKeys + first, _mm512_extractf32x4_ps(total, 1));
+    _mm_storeu_ps(scores + 2 * kTileKeys + first, _mm512_extractf32x4_ps(total, 2));
+    if (kRows == 4) {
+      _mm_storeu_ps(scores + 3 * kTileKeys + first, _mm512_extractf32x4_ps(total, 3));
+    }
+  }
+}
+
+// scores[r][t] = query row r * key t, for t < num_keys rounded up to 16. Asks for as much of `next`
+// as it reads.
+template <typename E, int kRows>
+void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E::Item>& keys,
+                Prefetch& next, int64_t num_keys, float* scores) {
+  constexpr int kTokens = kRows == 1 ? 16 : kRows == 2 ? 8 : 4;
+  for (int64_t first = 0; first < num_keys; first += kTokens) {
+    __m512 sums[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) sums[i] = _mm512_setzero_ps();
+    int64_t i = 0;
+    for (; i + 32 <= head_dim; i += 32) {
+      __m512 q[2 * kRows];
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        q[2 * r] = _mm512_load_ps(query + r * head_dim + i);
+        q[2 * r + 1] = _mm512_load_ps(query + r * head_dim + i + 16);
+      }
+#pragma GCC unroll 16
+      for (int t = 0; t < kTokens; ++t) {
+        __m512 a, b;
+        E::load_pair(keys.row(first + t) + i, a, b);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          sums[r * kTokens + t] = _mm512_fmadd_ps(q[2 * r], a, sums[r * kTokens + t]);
+          sums[r * kTokens + t] = _mm512_fmadd_ps(q[2 * r + 1], b, sums[r * kTokens + t]);
+        }
+      }
+    }
+    if (i < head_dim) {
+#pragma GCC unroll 16
+      for (int t = 0; t < kTokens; ++t) {
+        const __m512 a = E::load(keys.row(first + t) + i);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          const __m512 q = _mm512_load_ps(query + r * head_dim + i);
+          sums[r * kTokens + t] = _mm512_fmadd_ps(q, a, sums[r * kTokens + t]);
+        }
+      }
+    }
+    store_scores<kRows>(sums, first, scores);
+    next.advance(kTokens * head_dim * static_cast<int64_t>(sizeof(typename E::Item)));
+  }
+}
+
+// out[r] = out[r] * decay[r] + sum over t of weights[r][t] * value t, for 16 * kVectors items of
+// head_dim from `first`. Asks for as much of `next` as it reads.
+template <typename E, int kRows, int kVectors>
+void add_value_panel(const float* weights, const float* decay,
+                     const CacheRows<typename E::Item>& values, Prefetch& next, int64_t num_keys,
+                     int64_t head_dim, int64_t first, float* out) {
+  __m512 sums[kRows][kVectors];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      sums[r][i] = _mm512_mul_ps(_mm512_set1_ps(decay[r]),
+                                 _mm512_load_ps(out + r * head_dim + first + 16 * i));
+    }
+  }
+  for (int64_t t = 0; t < num_keys; ++t) {
+    __m512 v[kVectors];
+    if constexpr (kVectors == 1) {
+      v[0] = E::load(values.row(t) + first);
+    } else {
+#pragma GCC unroll 2
+      for (int i = 0; i < kVectors; i += 2) {
+        E::load_pair(values.row(t) + first + 16 * i, v[i], v[i + 1]);
+      }
+    }
+    next.advance(16 * kVectors * static_cast<int64_t>(sizeof(typename E::Item)));
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const __m512 weight = _mm512_set1_ps(weights[r * kTileKeys + t]);
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) sums[r][i] = _mm512_fmadd_ps(weight, v[i], sums[r][i]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      _mm512_store_ps(out + r * head_dim + first + 16 * i, sums[r][i]);
+    }
+  }
+}
+
+template <typename E, int kRows>
+void add_values(float* weights, const float* decay, const CacheRows<typename E::Item>& values,
+                Prefetch& next, int64_t num_keys, int64_t head_dim, float* out) {
+  int64_t i = 0;
+  for (; i + 64 <= head_dim; i += 64) {
+    add_value_panel<E, kRows, 4>(weights, decay, values, next, num_keys, head_dim, i, out);
+  }
+  if (i + 32 <= head_dim) {
+    add_value_panel<E, kRows, 2>(weights, decay, values, next, num_keys, head_dim, i, out);
+    i += 32;
+  }
+  if (i < head_dim) {
+    add_value_panel<E, kRows, 1>(weights, decay, values, next, num_keys, head_dim, i, out);
+  }
+}
+
+// The two steps for a number of rows. The second may overwrite the weights.
+template <typename Item>
+struct RowKernels {
+  void (*score)(const float* query, int64_t head_dim, const CacheRows<Item>& keys, Prefetch& next,
+                int64_t num_keys, float* scores);
+  void (*add)(float* weights, const float* decay, const CacheRows<Item>& values, Prefetch& next,
+              int64_t num_keys, int64_t head_dim, float* out);
+};
+
+// Every element is widened to a float in a register. Query and output lie in the order of
+// load_pair.
+template <typename E>
+struct WidenedRows {
+  using Element = E;
+  using Item = typename E::Item;
+  using Unpacker = Avx512Unpacker<E>;
+  static constexpr bool kUsesBFloat16 = false;
+
+  static constexpr RowKernels<Item> kKernels[kBatch + 1] = {{nullptr, nullptr},
+                                                            {score_keys<E, 1>, add_values<E, 1>},
+                                                            {score_keys<E, 2>, add_values<E, 2>},
+                                                            {score_keys<E, 3>, add_values<E, 3>},
+                                                            {score_keys<E, 4>, add_values<E, 4>}};
+
+  static void start_row(const Item* query, float* target, int64_t head_dim) {
+    int64_t i = 0;
+    for (; i + 32 <= head_dim; i += 32) {
+      __m512 a, b;
+      E::load_pair(query + i, a, b);
+      _mm512_store_ps(target + i, a);
+      _mm512_store_ps(target + i + 16, b);
+    }
+    if (i < head_dim) _mm512_store_ps(target + i, E::load(query + i));
+  }
+
+  static void finish_row(const float* out, float* target, int64_t head_dim) {
+    int64_t i = 0;
+    for (; i + 32 <= head_dim; i += 32) {
+      __m512 a = _mm512_load_ps(out + i), b = _mm512_load_ps(out + i + 16);
+      E::restore(a, b);
+      _mm512_storeu_ps(target + i, a);
+      _mm512_storeu_ps(target + i + 16, b);
+    }
+    if (i < head_dim) _mm512_storeu_ps(target + i, _mm512_load_ps(out + i));
+  }
+
+  // out = out * decay + sums, where those lie in the order of channels.
+  static void add_row(const float* sums, float decay, float* out, int64_t head_dim) {
+    const __m512 factor = _mm512_set1_ps(decay);
+    int64_t i = 0;
+    for (; i + 32 <= head_dim; i += 32) {
+      __m512 a = _mm512_load_ps(sums + i), b = _mm512_load_ps(sums + i + 16);
+      E::arrange(a, b);
+      _mm512_store_ps(out + i, _mm512_fmadd_ps(_mm512_load_ps(out + i), factor, a));
+      _mm512_store_ps(out + i + 16, _mm512_fmadd_ps(_mm512_load_ps(out + i + 16), factor, b));
+    }
+    if (i < head_dim) {
+      const __m512 a = _mm512_load_ps(sums + i);
+      _mm512_store_ps(out + i, _mm512_fmadd_ps(_mm512_load_ps(out + i), factor, a));
+    }
+  }
+};
+
+}  // namespace
+}  // namespace kvkernels

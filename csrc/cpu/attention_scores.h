@@ -1,0 +1,85 @@
+// What may happen to a score between the product and the softmax: soft cap, ALiBi, tree mask. All
+// static, because files compiled for different instruction sets include this.
+#pragma once
+
+#include <cmath>
+
+#include "cpu/attention_kernel.h"
+#include "cpu/float_bits.h"
+
+namespace kvkernels {
+
+// Whether scores need more than a factor and a range of keys.
+static inline bool adjusts_scores(const PagedAttentionArgs& args) {
+  return args.soft_cap > 0 || args.alibi_slopes != nullptr || args.tree_mask != nullptr;
+}
+
+// Bounds scores by tanh, whose error is that of one rounding of the largest result.
+static inline void cap_scores(float cap, int64_t count, float* scores) {
+  const float factor = -2.0f * kLog2E / cap;
+  for (int64_t t = 0; t < count; ++t) {
+    const float score = scores[t];
+    const float decay = exp2_scalar(std::fabs(score) * factor);
+    const float bounded = cap * (1.0f - decay) / (1.0f + decay);
+    scores[t] = score < 0 ? -bounded : bounded;
+  }
+}
+
+// Where the tokens of a tree of new tokens stand, and which of them one query sees.
+struct TreeRow {
+  int64_t position;
+  uint32_t sees;  // bit j: the j-th new token
+};
+
+static inline TreeRow tree_row(const AttentionTile& tile, int64_t index) {
+  const int64_t num_queries = tile.seq_len - tile.first_position;
+  const uint32_t all = (uint32_t{1} << num_queries) - 1;
+  const uint32_t sees = static_cast<uint32_t>(tile.args->tree_mask[tile.first_token + index]) & all;
+  const uint32_t others = sees & ~(uint32_t{1} << index);
+  return {tile.first_position + __builtin_popcount(others), sees};
+}
+
+// Masks what a row of a tree does not see, and applies ALiBi, which goes by positions.
+static inline void adjust_tree_row(const AttentionTile& tile, const TreeRow& row, float slope,
+                                   int64_t begin, int64_t count, float* scores) {
+  const int64_t window = tile.args->window;
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t index = begin + t - tile.first_position;  // among the new tokens
+    int64_t position = begin + t;
+    bool is_seen = true;
+    if (index >= 0) {
+      position = tree_row(tile, index).position;
+      is_seen = (row.sees >> index) & 1;
+    }
+    is_seen = is_seen && (window == 0 || position > row.position - window);
+    const float distance = static_cast<float>(std::abs(row.position - position));
+    scores[t] = is_seen ? scores[t] - slope * distance : -__builtin_inff();
+  }
+}
+
+// Turns the products of one row with the `count` keys from `begin` on into scores in units of
+// log2, in place. `head` is the tile's. What lies outside the row's range of keys stays arbitrary.
+static inline void adjust_scores(const AttentionTile& tile, int64_t row, int64_t head,
+                                 int64_t begin, int64_t count, float* scores) {
+  const PagedAttentionArgs& args = *tile.args;
+  const int64_t group = args.num_heads / args.num_kv_heads;
+  const int64_t index = row / group;
+  for (int64_t t = 0; t < count; ++t) scores[t] *= args.sm_scale;
+  if (args.soft_cap > 0) cap_scores(args.soft_cap, count, scores);
+  float slope = 0;
+  if (args.alibi_slopes != nullptr) {
+    slope = args.alibi_slopes[(tile.kv_head + head) * group + row % group];
+  }
+  if (args.tree_mask != nullptr) {
+    // A query or key before position 0, where a sequence is shorter than its queries are many.
+    adjust_tree_row(tile, tree_row(tile, index), slope, begin, count, scores);
+  } else if (slope != 0) {
+    const auto first = static_cast<int32_t>(begin - tile.first_position - index);
+    for (int32_t t = 0; t < static_cast<int32_t>(count); ++t) {
+      scores[t] -= slope * std::fabs(static_cast<float>(first + t));
+    }
+  }
+  for (int64_t t = 0; t < count; ++t) scores[t] *= kLog2E;
+}
+
+}  // namespace kvkernels

@@ -1,0 +1,132 @@
+// Turns keys and values of any kind of block into dense rows of one element type.
+//
+// How that is done is a parameter, a class that has
+//   Item                                          what a row consists of
+//   widen_scales(pairs, count, scales, minimums)  float16 pairs to two arrays of floats
+//   scale_bytes(codes, dim, scales, minimums, row)    row[i] = minimums[i] + scales[i] * code i
+//   scale_nibbles(codes, dim, scales, minimums, row)  the same for two codes a byte
+//   convert(cache, dtype, offset, dim, row)       a row of a cache of floats
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/attention_rows.h"
+
+namespace kvkernels {
+namespace {
+
+// Which of a quantised cache's arrays is read: keys or values.
+struct Part {
+  const CachePart<uint8_t>& codes;
+  const CachePart<uint16_t>& scales;
+
+  const uint8_t* codes_of(int64_t block, int64_t kv_head) const {
+    return codes.data + block * codes.block_stride + kv_head * codes.head_stride;
+  }
+  const uint16_t* scales_of(int64_t block, int64_t kv_head) const {
+    return scales.data + block * scales.block_stride + kv_head * scales.head_stride;
+  }
+};
+
+inline const QuantizedCache& quantized_cache(const PagedAttentionArgs& args, BlockKind kind) {
+  return kind == BlockKind::kInt4 ? args.int4 : args.int8;
+}
+
+inline int64_t code_row_bytes(BlockKind kind, int64_t dim) {
+  return kind == BlockKind::kInt4 ? dim / 2 : dim;
+}
+
+template <typename U>
+void scale_row(BlockKind kind, const uint8_t* codes, int64_t dim, const float* scales,
+               const float* minimums, typename U::Item* row) {
+  if (kind == BlockKind::kInt4) {
+    U::scale_nibbles(codes, dim, scales, minimums, row);
+  } else {
+    U::scale_bytes(codes, dim, scales, minimums, row);
+  }
+}
+
+template <typename U>
+void unpack_key_run(const AttentionTile& tile, int64_t kv_head, const Run& run, float* scratch,
+                    typename U::Item* row) {
+  const PagedAttentionArgs& args = *tile.args;
+  const int64_t dim = args.head_dim, row_bytes = code_row_bytes(run.block.kind, dim);
+  const QuantizedCache& cache = quantized_cache(args, run.block.kind);
+  const Part part = {cache.key_codes, cache.key_scales};
+  const uint8_t* codes = part.codes_of(run.block.id, kv_head);
+  const uint16_t* pairs = part.scales_of(run.block.id, kv_head);
+  const int64_t group_size = args.block_size / cache.key_groups;
+  float *scales = scratch, *minimums = scratch + dim;
+  for (int64_t slot = run.slot; slot < run.slot + run.count; ++slot, row += dim) {
+    if (slot == run.slot || slot % group_size == 0) {
+      U::widen_scales(pairs + slot / group_size * dim * 2, dim, scales, minimums);
+    }
+    scale_row<U>(run.block.kind, codes + slot * row_bytes, dim, scales, minimums, row);
+  }
+}
+
+template <typename U>
+void unpack_value_run(const AttentionTile& tile, int64_t kv_head, const Run& run, float* scratch,
+                      typename U::Item* row) {
+  const PagedAttentionArgs& args = *tile.args;
+  const int64_t dim = args.value_dim, row_bytes = code_row_bytes(run.block.kind, dim);
+  const QuantizedCache& cache = quantized_cache(args, run.block.kind);
+  const Part part = {cache.value_codes, cache.value_scales};
+  const uint8_t* codes = part.codes_of(run.block.id, kv_head);
+  const uint16_t* pairs = part.scales_of(run.block.id, kv_head);
+  const int64_t groups = cache.value_groups, group_size = dim / groups;
+  float *scales = scratch, *minimums = scratch + dim;
+  for (int64_t slot = run.slot; slot < run.slot + run.count; ++slot, row += dim) {
+    for (int64_t group = 0; group < groups; ++group) {
+      float scale, minimum;
+      U::widen_scales(pairs + (slot * groups + group) * 2, 1, &scale, &minimum);
+      std::fill_n(scales + group * group_size, group_size, scale);
+      std::fill_n(minimums + group * group_size, group_size, minimum);
+    }
+    scale_row<U>(run.block.kind, codes + slot * row_bytes, dim, scales, minimums, row);
+  }
+}
+
+// The keys of [begin, end) of one of the tile's heads, dense rows of head_dim. `scratch` has room
+// for two rows of floats.
+template <typename U>
+void unpack_keys(const AttentionTile& tile, int64_t head, int64_t begin, int64_t end,
+                 float* scratch, typename U::Item* rows) {
+  const PagedAttentionArgs& args = *tile.args;
+  const int64_t kv_head = tile.kv_head + head, dim = args.head_dim;
+  for_each_run(tile, begin, end, [&](const Run& run) {
+    auto* row = rows + run.first * dim;
+    if (run.block.kind != BlockKind::kFloat) {
+      unpack_key_run<U>(tile, kv_head, run, scratch, row);
+      return;
+    }
+    int64_t offset = run.block.id * args.key_block_stride + kv_head * args.key_head_stride +
+                     run.slot * args.key_slot_stride;
+    for (int64_t t = 0; t < run.count; ++t, row += dim, offset += args.key_slot_stride) {
+      U::convert(args.key_cache, args.cache_dtype, offset, dim, row);
+    }
+  });
+}
+
+// The same of the values, rows of value_dim.
+template <typename U>
+void unpack_values(const AttentionTile& tile, int64_t head, int64_t begin, int64_t end,
+                   float* scratch, typename U::Item* rows) {
+  const PagedAttentionArgs& args = *tile.args;
+  const int64_t kv_head = tile.kv_head + head, dim = args.value_dim;
+  for_each_run(tile, begin, end, [&](const Run& run) {
+    auto* row = rows + run.first * dim;
+    if (run.block.kind != BlockKind::kFloat) {
+      unpack_value_run<U>(tile, kv_head, run, scratch, row);
+      return;
+    }
+    int64_t offset = run.block.id * args.value_block_stride + kv_head * args.value_head_stride +
+                     run.slot * args.value_slot_stride;
+    for (int64_t t = 0; t < run.count; ++t, row += dim, offset += args.value_slot_stride) {
+      U::convert(args.value_cache, args.cache_dtype, offset, dim, row);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace kvkernels

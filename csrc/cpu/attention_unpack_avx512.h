@@ -1,0 +1,84 @@
+// Unpacking with AVX-512, into rows of the element type E of simd_avx512.h. Dims are multiples
+// of 16.
+#pragma once
+
+#include <cstring>
+
+#include "cpu/attention_unpack.h"
+#include "cpu/simd_avx512.h"
+
+namespace kvkernels {
+namespace {
+
+inline __m512 widen_bytes(__m128i codes) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes)); }
+
+template <typename E>
+struct Avx512Unpacker {
+  using Item = typename E::Item;
+
+  static void widen_scales(const uint16_t* pairs, int64_t count, float* scales, float* minimums) {
+    for (int64_t i = 0; i < count; i += 16) {
+      const __mmask16 mask = first_lanes(count - i);
+      const __m512i both = _mm512_maskz_loadu_epi32(mask, pairs + 2 * i);
+      const __m512 scale = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(both));
+      const __m512 minimum = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
+      _mm512_mask_storeu_ps(scales + i, mask, scale);
+      _mm512_mask_storeu_ps(minimums + i, mask, minimum);
+    }
+  }
+
+  static void scale_bytes(const uint8_t* codes, int64_t dim, const float* scales,
+                          const float* minimums, Item* row) {
+    for (int64_t i = 0; i < dim; i += 16) {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i));
+      store_scaled(bytes, i, 0xffff, scales, minimums, row);
+    }
+  }
+
+  static void scale_nibbles(const uint8_t* codes, int64_t dim, const float* scales,
+                            const float* minimums, Item* row) {
+    const int64_t half = dim / 2;
+    const __m128i low = _mm_set1_epi8(15);
+    for (int64_t i = 0; i < half; i += 16) {
+      const __mmask16 mask = first_lanes(half - i);
+      const __m128i bytes = _mm_maskz_loadu_epi8(mask, codes + i);
+      store_scaled(_mm_and_si128(bytes, low), i, mask, scales, minimums, row);
+      store_scaled(_mm_and_si128(_mm_srli_epi16(bytes, 4), low), half + i, mask, scales, minimums,
+                   row);
+    }
+  }
+
+  static void convert(const void* cache, DType dtype, int64_t offset, int64_t dim, Item* row) {
+    if (dtype != DType::kFloat8) {  // then it is that of the rows
+      std::memcpy(row, static_cast<const Item*>(cache) + offset, dim * sizeof(Item));
+      return;
+    }
+    const auto* source = static_cast<const uint8_t*>(cache) + offset;
+    for (int64_t i = 0; i < dim; i += 16) {
+      E::store(row + i, widen_float8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))),
+               0xffff);
+    }
+  }
+
+ private:
+  static void store_scaled(__m128i codes, int64_t i, __mmask16 mask, const float* scales,
+                           const float* minimums, Item* row) {
+    const __m512 scale = _mm512_maskz_loadu_ps(mask, scales + i);
+    const __m512 minimum = _mm512_maskz_loadu_ps(mask, minimums + i);
+    E::store(row + i, _mm512_fmadd_ps(scale, widen_bytes(codes), minimum), mask);
+  }
+
+  // e4m3fn. Sign and exponent move to their places in a float16 whose exponent is 8 too small.
+  static __m512 widen_float8(__m128i bytes) {
+    const __m256i wide = _mm256_cvtepu8_epi16(bytes);
+    const __m256i magnitude = _mm256_and_si256(wide, _mm256_set1_epi16(0x7f));
+    const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x80)), 8);
+    const __m256i half = _mm256_or_si256(_mm256_slli_epi16(magnitude, 7), sign);
+    const __m512 value = _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
+    const __mmask16 is_nan = _mm256_cmpeq_epi16_mask(magnitude, _mm256_set1_epi16(0x7f));
+    return _mm512_mask_blend_ps(is_nan, value, _mm512_set1_ps(__builtin_nanf("")));
+  }
+};
+
+}  // namespace
+}  // namespace kvkernels

@@ -1,0 +1,261 @@
+"""Attention of sequences that share leading blocks: the shared ones are read once for all.
+
+::
+
+    sequence 0   [ shared prefix ][ own  ]      prefix pass: the queries of sequences 0, 1 and 2
+    sequence 1   [ as above      ][ own ]       together against the shared blocks
+    sequence 2   [ as above      ][ own    ]    suffix pass: each against its own blocks
+    sequence 3   [ own        ]                 then both are merged
+
+Known as cascade attention (FlashInfer) or Hydragen (Juravsky et al., 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from kvkernels.ops.attention import merge_attention, paged_attention
+from kvkernels.quantized_cache import QuantizedCache
+
+# What a second pass and a merge cost at least, as bytes that memory moves in that time: on a GPU
+# three more launches, some 2 us each at 3 TB/s; on a CPU one more wake-up of the threads.
+_FIXED_COST_BYTES = {"cuda": 16 << 20, "cpu": 256 << 10}
+
+
+class SharedPrefixes:
+    """Which neighbouring sequences of a batch share how many leading tokens.
+
+    Args:
+        group_sizes: Sequences of each group, in the order of the batch; 1 for a sequence that
+            shares with none.
+        prefix_lens: Tokens that each group shares, a multiple of the block size; 0 for none. No
+            query of the group stands before their end.
+        device: Of the batch.
+
+    Raises:
+        ValueError: If the two differ in length or hold something else than such numbers.
+    """
+
+    def __init__(
+        self,
+        group_sizes: Sequence[int],
+        prefix_lens: Sequence[int],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.group_sizes, self.prefix_lens = tuple(group_sizes), tuple(prefix_lens)
+        if len(self.group_sizes) != len(self.prefix_lens):
+            raise ValueError(
+                f"prefix_lens: expected one for each of {len(self.group_sizes)} groups, got"
+                f" {len(self.prefix_lens)}"
+            )
+        for name, values, least in (
+            ("group_sizes", self.group_sizes, 1),
+            ("prefix_lens", self.prefix_lens, 0),
+        ):
+            if any(not isinstance(value, int) or value < least for value in values):
+                raise ValueError(f"{name}: expected integers of {least} or more, got {values}")
+        self.num_seqs = sum(self.group_sizes)
+        sizes = torch.tensor(self.group_sizes, dtype=torch.int64)
+        lens = torch.tensor(self.prefix_lens, dtype=torch.int32)
+        bounds = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+        # On the device from the start: the passes then copy nothing and can be captured.
+        self._first_seqs = bounds[:-1].to(device)
+        self._bounds = bounds.to(device)
+        self._lens = lens.to(device)
+        self._lens_of_seqs = lens.repeat_interleave(sizes).to(device)
+
+    @classmethod
+    def find(
+        cls,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_size: int,
+        num_queries: Sequence[int] | None = None,
+    ) -> SharedPrefixes:
+        """Look for leading blocks that neighbouring sequences share.
+
+        Reads the tensors' values, so on a GPU it waits for them: a scheduler that knows what its
+        sequences share says so itself.
+
+        Args:
+            block_table: As for `paged_attention`.
+            seq_lens: As for `paged_attention`.
+            block_size: Tokens in a block.
+            num_queries: Of each sequence; default 1.
+        """
+        rows, lens = block_table.tolist(), seq_lens.tolist()
+        counts = list(num_queries) if num_queries is not None else [1] * len(lens)
+        # Whole blocks before the sequence's first query.
+        usable = [
+            max(0, length - count) // block_size for length, count in zip(lens, counts, strict=True)
+        ]
+        sizes: list[int] = []
+        shared: list[int] = []
+        for seq, row in enumerate(rows):
+            common = 0
+            if sizes:
+                before = rows[seq - 1]
+                limit = min(usable[seq], usable[seq - 1] if sizes[-1] == 1 else shared[-1])
+                while common < limit and row[common] == before[common]:
+                    common += 1
+            if common:
+                sizes[-1] += 1
+                shared[-1] = common
+            else:
+                sizes.append(1)
+                shared.append(0)
+        return cls(sizes, [blocks * block_size for blocks in shared], block_table.device)
+
+    def pays(
+        self, num_tokens: int, num_heads: int, key_cache: torch.Tensor, value_cache: torch.Tensor
+    ) -> bool:
+        """Whether two passes and a merge move less memory than one flat pass.
+
+        Saved: each group's prefix, once for every member but one. Spent: both partial outputs
+        written and read again, and a fixed cost.
+        """
+        _, num_kv_heads, _, head_dim = key_cache.shape
+        value_dim = value_cache.shape[3]
+        token_bytes = num_kv_heads * (head_dim + value_dim) * key_cache.element_size()
+        saved = sum(
+            (size - 1) * length * token_bytes
+            for size, length in zip(self.group_sizes, self.prefix_lens, strict=True)
+        )
+        partial_bytes = num_tokens * num_heads * (value_dim * key_cache.element_size() + 4)
+        fixed = _FIXED_COST_BYTES.get(key_cache.device.type, _FIXED_COST_BYTES["cuda"])
+        return saved > 4 * partial_bytes + fixed
+
+
+def shared_prefix_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None = None,
+    *,
+    prefixes: SharedPrefixes,
+    sm_scale: float | None = None,
+    causal: bool = True,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    tree_mask: torch.Tensor | None = None,
+    int8_cache: QuantizedCache | None = None,
+    int4_cache: QuantizedCache | None = None,
+    return_lse: bool = False,
+    batch_invariant: bool = False,
+    only_if_it_pays: bool = True,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`paged_attention` of a batch, reading blocks that sequences share once for all of them.
+
+    The result is that of `paged_attention` up to rounding. Where the two passes would move more
+    memory than one (`SharedPrefixes.pays`) it is one. A window or ALiBi goes by each query's own
+    position, so neither has a shared prefix: `paged_attention` serves those.
+
+    Args:
+        query: And all others up to ``cu_seqlens_q``: as for `paged_attention`.
+        prefixes: What the sequences share; for as many sequences as ``seq_lens`` has.
+        sm_scale: And all others up to ``batch_invariant``: as for `paged_attention`.
+        only_if_it_pays: Whether to leave it at one pass where two would not pay.
+
+    Raises:
+        ValueError: As for `paged_attention`, and if ``prefixes`` is for another number of sequences
+            or its lengths are no multiples of the block size, or (on the CPU) reach past a
+            sequence's first query.
+    """
+    rules: dict[str, Any] = {"sm_scale": sm_scale, "soft_cap": soft_cap}
+    rules |= {"int8_cache": int8_cache, "int4_cache": int4_cache}
+    own: dict[str, Any] = {"causal": causal, "sinks": sinks, "tree_mask": tree_mask}
+    _check_prefixes(prefixes, key_cache, block_table, seq_lens, cu_seqlens_q)
+    num_tokens, num_heads, _ = query.shape
+    if only_if_it_pays and not prefixes.pays(num_tokens, num_heads, key_cache, value_cache):
+        return paged_attention(
+            query,
+            key_cache,
+            value_cache,
+            block_table,
+            seq_lens,
+            cu_seqlens_q,
+            **rules,
+            **own,
+            return_lse=return_lse,
+            batch_invariant=batch_invariant,
+        )
+    bounds = prefixes._bounds
+    group_bounds = bounds.to(torch.int32) if cu_seqlens_q is None else cu_seqlens_q[bounds]
+    shared = paged_attention(
+        query,
+        key_cache,
+        value_cache,
+        block_table[prefixes._first_seqs],
+        prefixes._lens,
+        group_bounds,
+        **rules,
+        causal=False,
+        return_lse=True,
+        batch_invariant=batch_invariant,
+    )
+    suffix_lens = seq_lens - prefixes._lens_of_seqs
+    suffixes = _suffix_table(block_table, prefixes, key_cache.shape[2])
+    # A sink is one more key: it may only be counted once.
+    rest = paged_attention(
+        query,
+        key_cache,
+        value_cache,
+        suffixes,
+        suffix_lens,
+        cu_seqlens_q,
+        **rules,
+        **own,
+        return_lse=True,
+        batch_invariant=batch_invariant,
+    )
+    out, lse = merge_attention(*shared, *rest)
+    return (out, lse) if return_lse else out
+
+
+def _check_prefixes(
+    prefixes: SharedPrefixes,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+) -> None:
+    if prefixes.num_seqs != seq_lens.shape[0]:
+        raise ValueError(
+            f"prefixes: expected groups of {seq_lens.shape[0]} sequences together, got"
+            f" {prefixes.num_seqs}"
+        )
+    block_size = key_cache.shape[2] if key_cache.dim() == 4 else 1
+    longest = block_table.shape[1] * block_size
+    for length in prefixes.prefix_lens:
+        if length % block_size or length > longest:
+            raise ValueError(
+                f"prefixes: expected multiples of the block size {block_size} up to {longest}, got"
+                f" {length}"
+            )
+    if seq_lens.device.type == "cpu" and seq_lens.numel():
+        counts = cu_seqlens_q.diff() if cu_seqlens_q is not None else 1
+        left = seq_lens - counts - prefixes._lens_of_seqs
+        if int(left.min()) < 0:
+            seq = int(left.argmin())
+            raise ValueError(
+                f"prefixes: expected no more tokens than stand before the queries, got"
+                f" {int(prefixes._lens_of_seqs[seq])} for sequence {seq}"
+            )
+
+
+def _suffix_table(
+    block_table: torch.Tensor, prefixes: SharedPrefixes, block_size: int
+) -> torch.Tensor:
+    """Each sequence's row of the table without its prefix."""
+    first = prefixes.prefix_lens[0] // block_size if prefixes.prefix_lens else 0
+    if len(set(prefixes.prefix_lens)) <= 1:
+        return block_table[:, first:]
+    columns = torch.arange(block_table.shape[1], device=block_table.device)
+    skipped = prefixes._lens_of_seqs[:, None] // block_size
+    # What lies past a row's end is never read.
+    return block_table.gather(1, (columns + skipped).clamp(max=block_table.shape[1] - 1))

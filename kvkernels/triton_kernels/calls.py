@@ -1,0 +1,193 @@
+"""One call of attention, and what both kernels are given of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from kvkernels.errors import UnsupportedError
+from kvkernels.quantized_cache import QuantizedCache
+from kvkernels.scoring import Scoring
+from kvkernels.triton_kernels.configs import TileConfig
+from kvkernels.triton_kernels.launch import Device, cut_row
+
+_MIN_TILE_N = 16  # what a product of matrices takes at least
+# Arguments of the kernels that change from call to call of one model.
+CHANGING = ["num_seqs", "stride_table", "window"]
+INDEX_TENSORS = ["seq_lens_ptr", "block_table_ptr", "cu_seqlens_q_ptr", "tree_mask_ptr"]
+
+
+class CodesLayout(NamedTuple):
+    """How a kernel reads the quantised blocks of one kind; all known at compile time.
+
+    Attributes:
+        tile_n: Tokens of a step, which share the scales of keys.
+        key_tokens: Neighbouring tokens that share a scale of a key's channel.
+        value_channels: Neighbouring channels of a value that share a scale.
+        key_dim: Width of a key.
+        value_dim: Width of a value.
+        runs: For each part of a value, channels of which a run lies within one group.
+    """
+
+    tile_n: int
+    key_tokens: int
+    value_channels: int
+    key_dim: int
+    value_dim: int
+    runs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of `kvkernels.reference.attention.paged_attention`, but for the outputs."""
+
+    query: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    cu_seqlens_q: torch.Tensor | None
+    scoring: Scoring
+    int8_cache: QuantizedCache | None = None
+    int4_cache: QuantizedCache | None = None
+    batch_invariant: bool = False
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.key_cache.shape[1]
+
+    @property
+    def block_size(self) -> int:
+        return self.key_cache.shape[2]
+
+    @property
+    def value_dim(self) -> int:
+        return self.value_cache.shape[3]
+
+    @property
+    def group(self) -> int:
+        """Query heads to a key-value head."""
+        return self.query.shape[1] // self.num_kv_heads
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.int8_cache is not None or self.int4_cache is not None
+
+    @property
+    def is_heavy(self) -> bool:
+        """Whether a tile takes more registers than one of plain floats."""
+        return self.is_quantized or any(self.rules)
+
+    @property
+    def rules(self) -> tuple[bool, bool, bool]:
+        """Whether scores have a soft cap, ALiBi and tree masks: `RULES` of the kernels."""
+        return (
+            self.scoring.soft_cap > 0,
+            self.scoring.alibi_slopes is not None,
+            self.scoring.tree_mask is not None,
+        )
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether values are the first part of the keys: then one load serves both."""
+        key, value = self.key_cache, self.value_cache
+        (first, width, _), *_ = cut_row(key.shape[3], False)
+        return (
+            self.int4_cache is None
+            and first + width == value.shape[3] < key.shape[3]
+            and key.stride() == value.stride()
+            and key.data_ptr() == value.data_ptr()
+        )
+
+    def fit_tile(self, config: TileConfig) -> TileConfig:
+        """The configuration with tiles that lie in one block, where blocks are of several kinds."""
+        if not self.is_quantized:
+            return config
+        tile_n = math.gcd(config.tile_n, self.block_size)
+        if tile_n < _MIN_TILE_N:
+            raise UnsupportedError(
+                f"key_cache: beside quantised blocks the kernels serve a block_size that is a"
+                f" multiple of {_MIN_TILE_N}, got {self.block_size}"
+            )
+        return replace(config, tile_n=tile_n)
+
+    def arguments(self, config: TileConfig, device: Device) -> dict[str, Any]:
+        """Arguments that the kernels share, by name."""
+        query, key, value, scoring = self.query, self.key_cache, self.value_cache, self.scoring
+        if key.dtype == torch.float8_e4m3fn:  # Ampere's compiler does not know the type
+            key, value = key.view(torch.uint8), value.view(torch.uint8)
+        in_halves = self.int4_cache is not None
+        value_parts = cut_row(self.value_dim, in_halves)
+        layouts = [
+            (_codes_layout(name, cache, config.tile_n, value_parts) if cache is not None else ())
+            for name, cache in (("int8_cache", self.int8_cache), ("int4_cache", self.int4_cache))
+        ]
+        return {
+            "query_ptr": query,
+            "float_cache": (key, value, *key.stride()[:3], *value.stride()[:3]),
+            "int8_cache": _codes_arguments(self.int8_cache),
+            "int4_cache": _codes_arguments(self.int4_cache),
+            "block_table_ptr": self.block_table,
+            "seq_lens_ptr": self.seq_lens,
+            "sinks_ptr": scoring.sinks,
+            "slopes_ptr": scoring.alibi_slopes,
+            "tree_mask_ptr": scoring.tree_mask,
+            "sm_scale": scoring.sm_scale,
+            "soft_cap": scoring.soft_cap,
+            # A kernel counts in 32 bits; no sequence is as long.
+            "window": min(scoring.window, 1 << 30),
+            "stride_query_token": query.stride(0),
+            "stride_query_head": query.stride(1),
+            "stride_table": self.block_table.stride(0),
+            "GROUP": self.group,
+            "BLOCK_SIZE": self.block_size,
+            "VALUE_DIM": self.value_dim,
+            "KEY_PARTS": cut_row(query.shape[2], in_halves),
+            "VALUE_PARTS": value_parts,
+            "IS_LATENT": self.is_latent,
+            "HAS_FLOAT8": device.arch >= 9,
+            "LAYOUTS": tuple(layouts),
+            "TILE_M": config.tile_m,
+            "TILE_N": config.tile_n,
+            "HAS_WINDOW": scoring.window > 0,
+            "RULES": self.rules,
+        }
+
+
+def _codes_layout(
+    name: str, cache: QuantizedCache, tile_n: int, value_parts: tuple[tuple[int, int, int], ...]
+) -> CodesLayout:
+    key_groups, key_dim = cache.key_scales.shape[2:4]
+    block_size, value_groups = cache.value_scales.shape[2:4]
+    value_dim = cache.value_codes.shape[3] * (2 if name == "int4_cache" else 1)
+    tile_n = math.gcd(tile_n, block_size // key_groups)
+    if tile_n < _MIN_TILE_N:
+        raise UnsupportedError(
+            f"{name}: the kernels serve key scales of {_MIN_TILE_N} tokens and multiples,"
+            f" got {block_size // key_groups}"
+        )
+    channels = value_dim // value_groups
+    return CodesLayout(
+        tile_n,
+        block_size // key_groups,
+        channels,
+        key_dim,
+        value_dim,
+        tuple(math.gcd(first, width, channels) for first, width, _ in value_parts),
+    )
+
+
+def _codes_arguments(cache: QuantizedCache | None) -> tuple[Any, ...] | None:
+    """Pointers, then the strides of blocks and heads of each; a scale and a minimum are a word."""
+    if cache is None:
+        return None
+    parts = (
+        cache.key_codes,
+        cache.key_scales.view(torch.int32).squeeze(-1),
+        cache.value_codes,
+        cache.value_scales.view(torch.int32).squeeze(-1),
+    )
+    return (*parts, *(stride for part in parts for stride in part.stride()[:2]))

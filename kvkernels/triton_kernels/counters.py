@@ -1,0 +1,38 @@
+"""Counters that are zero before and after every launch that uses them."""
+
+from __future__ import annotations
+
+import torch
+
+# One buffer for each device and stream: launches of one stream run one after another.
+_buffers: dict[tuple[int, int], torch.Tensor] = {}
+# Counters for launches in captured graphs, and how many are dealt out. A graph keeps its own for
+# good: replays may run beside other streams.
+_graph_buffers: dict[int, tuple[torch.Tensor, int]] = {}
+_GRAPH_COUNTERS = 1 << 20
+
+
+def zeroed_counters(count: int, tensor: torch.Tensor) -> torch.Tensor:
+    """`count` int32 zeros on the device of `tensor`; who counts with them leaves zeros again."""
+    if count == 0 or tensor.is_meta:
+        return tensor.new_empty(count, dtype=torch.int32)
+    index = tensor.get_device()
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _deal_to_graph(count, index, tensor)
+    stream = torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+    buffer = _buffers.get((index, stream))
+    if buffer is None or buffer.numel() < count:
+        with torch.inference_mode(False):
+            buffer = tensor.new_zeros(max(1024, 2 * count), dtype=torch.int32)
+            _buffers[index, stream] = buffer
+            if tensor.is_cuda and index not in _graph_buffers:
+                _graph_buffers[index] = (tensor.new_zeros(_GRAPH_COUNTERS, dtype=torch.int32), 0)
+    return buffer[:count]
+
+
+def _deal_to_graph(count: int, index: int, tensor: torch.Tensor) -> torch.Tensor:
+    buffer, used = _graph_buffers.get(index, (None, 0))
+    if buffer is None or used + count > buffer.numel():
+        return tensor.new_zeros(count, dtype=torch.int32)  # a fill at every replay
+    _graph_buffers[index] = (buffer, used + count)
+    return buffer[used : used + count]

@@ -1,0 +1,100 @@
+"""Compile ahead what a model needs, so that nothing compiles while it serves.
+
+``python -m kvkernels.triton_kernels.warmup --heads 32/8 --head-dim 128 --kinds int4`` fills the
+compiler's cache on disk for the device of this machine; a process that calls `warm_up` has the
+kernels loaded as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+import torch
+
+from kvkernels.triton_kernels.launch import device_of
+from kvkernels.triton_kernels.shapes import DTYPES, Shape, plan
+
+# Queries a sequence that reach every tile of the prefill kernel, and numbers of sequences with and
+# without splits.
+_NUM_QUERIES = (1, 8, 32, 512)
+_NUM_SEQS = (1, 4096)
+
+
+def shapes_of_model(model: Shape) -> Iterator[Shape]:
+    """Every call that a model makes: `model` in all sizes, with and without log-sum-exps.
+
+    The op, the numbers of queries and sequences, and `has_lse` of `model` are replaced.
+    """
+    yield replace(model, op="store_kv", num_seqs=512, num_queries=1)
+    yield replace(model, op="merge")
+    for has_lse, batch_invariant in product((False, True), (False, True)):
+        asked = replace(model, has_lse=has_lse, batch_invariant=batch_invariant, num_queries=1)
+        if "tree" not in model.rules:
+            for num_seqs in _NUM_SEQS:
+                yield replace(asked, op="decode", num_seqs=num_seqs)
+        for num_queries in _NUM_QUERIES:
+            yield replace(asked, op="prefill", num_queries=num_queries)
+
+
+def warm_up(model: Shape, device: torch.device | str = "cuda") -> int:
+    """Compile and load the kernels of a model, without running them.
+
+    Args:
+        model: Heads, widths, block size, dtypes and rules; see `shapes_of_model`. A model with
+            layers of several kinds, as with and without a window, needs one call for each.
+        device: A CUDA device.
+
+    Returns:
+        The number of kernels that calls of the model may use.
+    """
+    compiled = set()
+    with torch.cuda.device(device):
+        target = device_of(torch.empty(1, device=device))
+        for shape in shapes_of_model(model):
+            for launch in plan(shape, target):
+                kernel = launch.kernel.run(
+                    grid=launch.grid, warmup=True, **launch.arguments, **launch.options
+                )
+                kernel._init_handles()  # loads it onto the device, as the first launch would
+                compiled.add(kernel.hash)
+    return len(compiled)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--heads", required=True, help="query heads / key-value heads: 32/8")
+    parser.add_argument("--head-dim", type=int, required=True)
+    parser.add_argument("--value-dim", type=int, default=0, help="of latent heads")
+    parser.add_argument("--block-size", type=int, default=64)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
+    parser.add_argument("--window", type=int, default=0)
+    parser.add_argument("--kinds", nargs="*", default=[], choices=["int8", "int4"])
+    parser.add_argument("--float8", action="store_true", help="caches of float8_e4m3fn")
+    parser.add_argument(
+        "--rules", nargs="*", default=[], choices=["soft_cap", "sinks", "alibi", "tree"]
+    )
+    options = parser.parse_args()
+    num_heads, num_kv_heads = map(int, options.heads.split("/"))
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        parser.error(f"--heads: expected a multiple of the second number, got {options.heads}")
+    model = Shape(
+        "decode",
+        options.dtype,
+        options.head_dim,
+        value_dim=options.value_dim,
+        block_size=options.block_size,
+        group=num_heads // num_kv_heads,
+        num_kv_heads=num_kv_heads,
+        window=options.window,
+        kinds=tuple(options.kinds),
+        is_float8=options.float8,
+        rules=tuple(options.rules),
+    )
+    print(f"{warm_up(model)} kernels compiled")
+
+
+if __name__ == "__main__":
+    main()

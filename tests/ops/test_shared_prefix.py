@@ -1,0 +1,128 @@
+"""shared_prefix_attention gives what paged_attention gives, and finds what sequences share."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import kvkernels
+from accuracy import assert_as_accurate
+from kvkernels import SharedPrefixes
+from kvkernels.reference import attention as reference
+from kvkernels.scoring import Scoring
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BLOCK_SIZE = 16
+
+
+def make_batch(
+    groups: list[tuple[int, list[tuple[int, int]]]], dtype: torch.dtype, heads: tuple[int, int]
+) -> tuple[torch.Tensor, ...]:
+    """Inputs of groups: blocks they share, and of each member its queries and its own tokens."""
+    members = [member for _, group in groups for member in group]
+    width = max(shared + -(-own // BLOCK_SIZE) for shared, group in groups for _, own in group)
+    num_blocks = len(members) * width + 1
+    free = torch.randperm(num_blocks).tolist()
+    table = torch.full((len(members), width + 1), -1, dtype=torch.int32)
+    lens, seq = [], 0
+    for shared, group in groups:
+        common = [free.pop() for _ in range(shared)]
+        for _, own in group:
+            blocks = common + [free.pop() for _ in range(-(-own // BLOCK_SIZE))]
+            table[seq, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+            lens.append(shared * BLOCK_SIZE + own)
+            seq += 1
+    counts = torch.tensor([0] + [count for count, _ in members]).cumsum(0).int()
+    shape = (num_blocks, heads[1], BLOCK_SIZE, 64)
+    key_cache, value_cache = (torch.randn(shape).to(dtype) for _ in range(2))
+    query = torch.randn(int(counts[-1]), heads[0], 64).to(dtype)
+    is_decode = all(count == 1 for count, _ in members)
+    return (
+        *(query, key_cache, value_cache, table, torch.tensor(lens, dtype=torch.int32)),
+        None if is_decode else counts,
+    )
+
+
+GROUPS = {
+    "decode": [(5, [(1, 3), (1, 40), (1, 1)])],
+    "two_groups": [(2, [(1, 3), (1, 20)]), (4, [(1, 8), (1, 9), (1, 33)])],
+    "some_alone": [(0, [(1, 30)]), (3, [(1, 3), (1, 20)]), (0, [(1, 1)])],
+    "extend": [(3, [(4, 9), (1, 1), (17, 20)]), (1, [(2, 2), (3, 50)])],
+    "nothing_shared": [(0, [(1, 3)]), (0, [(1, 17)])],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("rules", ["plain", "soft_cap_and_sinks"])
+def test_equals_the_flat_attention(name: str, dtype: torch.dtype, rules: str) -> None:
+    groups = GROUPS[name]
+    inputs = make_batch(groups, dtype, (6, 2))
+    options = {}
+    if rules != "plain":
+        options = {"soft_cap": 2.0, "sinks": torch.randn(6)}
+    prefixes = SharedPrefixes(
+        [len(group) for _, group in groups], [shared * BLOCK_SIZE for shared, _ in groups]
+    )
+    out, lse = kvkernels.shared_prefix_attention(
+        *inputs, prefixes=prefixes, return_lse=True, only_if_it_pays=False, **options
+    )
+    scoring = Scoring(0.125, **options)
+    wide = [tensor.double() for tensor in inputs[:3]]
+    exact = reference.paged_attention(*wide, *inputs[3:], scoring, True)
+    rounded = reference.paged_attention(*inputs, scoring, True)
+    assert_as_accurate(out, rounded[0], exact[0], "out")
+    assert_as_accurate(lse, rounded[1], exact[1], "lse")
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_finds_what_is_shared(name: str) -> None:
+    groups = GROUPS[name]
+    _, _, _, table, lens, _ = make_batch(groups, torch.float32, (2, 1))
+    counts = [count for _, group in groups for count, _ in group]
+    found = SharedPrefixes.find(table, lens, BLOCK_SIZE, counts)
+    expected = [(len(group), shared * BLOCK_SIZE) for shared, group in groups if shared]
+    assert [
+        pair for pair in zip(found.group_sizes, found.prefix_lens, strict=True) if pair[1]
+    ] == expected
+    assert found.num_seqs == len(counts)
+
+
+def test_never_shares_a_block_that_a_query_stands_in() -> None:
+    table = torch.tensor([[4, 5, 6], [4, 5, 7], [4, 5, 6]], dtype=torch.int32)
+    lens = torch.tensor([33, 32, 40], dtype=torch.int32)
+    found = SharedPrefixes.find(table, lens, BLOCK_SIZE)
+    assert found.prefix_lens == (16,) and found.group_sizes == (3,)
+
+
+def test_takes_one_pass_where_two_would_not_pay() -> None:
+    inputs = make_batch(GROUPS["decode"], torch.bfloat16, (6, 2))
+    prefixes = SharedPrefixes([3], [5 * BLOCK_SIZE])
+    assert not prefixes.pays(3, 6, *inputs[1:3])
+    assert torch.equal(
+        kvkernels.shared_prefix_attention(*inputs, prefixes=prefixes),
+        kvkernels.paged_attention(*inputs),
+    )
+    large = torch.empty(0, 8, 64, 128, dtype=torch.bfloat16)
+    assert SharedPrefixes([16], [4096]).pays(16, 32, large, large)
+    assert not SharedPrefixes([1] * 16, [4096] * 16).pays(16, 32, large, large)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "lens", "message"),
+    [
+        ([3], [80, 16], "prefix_lens: expected one for each of 1 groups, got 2"),
+        ([0, 3], [0, 80], "group_sizes: expected integers of 1 or more, got (0, 3)"),
+        ([3], [-16], "prefix_lens: expected integers of 0 or more, got (-16,)"),
+        ([2], [80], "prefixes: expected groups of 3 sequences together, got 2"),
+        ([3], [81], "prefixes: expected multiples of the block size 16 up to 144, got 81"),
+        ([3], [1600], "prefixes: expected multiples of the block size 16 up to 144, got 1600"),
+        ([3], [96], "prefixes: expected no more tokens than stand before the queries, got 96"),
+    ],
+)
+def test_refuses_prefixes_that_do_not_fit(sizes: list, lens: list, message: str) -> None:
+    inputs = make_batch(GROUPS["decode"], torch.float32, (6, 2))
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        kvkernels.shared_prefix_attention(*inputs, prefixes=SharedPrefixes(sizes, lens))

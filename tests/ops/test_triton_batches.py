@@ -1,0 +1,124 @@
+"""The Triton kernels: what a batch may change, counters, and what a warm-up compiles."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from test_attention import Case, Inputs, make_inputs
+from test_attention_features import quantize_some
+
+from accuracy import assert_as_accurate
+from kvkernels.reference import attention as reference
+from kvkernels.scoring import Scoring
+
+pytest.importorskip("triton", reason="Triton is only on Linux")
+attention = pytest.importorskip("kvkernels.triton_kernels.attention")
+counters = pytest.importorskip("kvkernels.triton_kernels.counters")
+decode = pytest.importorskip("kvkernels.triton_kernels.decode")
+shapes = pytest.importorskip("kvkernels.triton_kernels.shapes")
+warmup = pytest.importorskip("kvkernels.triton_kernels.warmup")
+launch = pytest.importorskip("kvkernels.triton_kernels.launch")
+
+DECODES = ((1, 330), (1, 3), (1, 0), (1, 128), (1, 129))
+MIXED = ((3, 40), (1, 90), (20, 20), (0, 9), (9, 60))
+
+
+def pick(inputs: Inputs, seqs: list[int]) -> tuple:
+    """The arguments of some of the sequences alone, in another order."""
+    bounds = inputs.cu_seqlens_q
+    if bounds is None:
+        query, sums = inputs.query[seqs], None
+    else:
+        query = torch.cat([inputs.query[bounds[seq] : bounds[seq + 1]] for seq in seqs])
+        counts = [int(bounds[seq + 1] - bounds[seq]) for seq in seqs]
+        sums = torch.tensor([0, *counts]).cumsum(0).int().to(query.device)
+    table, lens = inputs.block_table[seqs], inputs.seq_lens[seqs]
+    return (query, inputs.key_cache, inputs.value_cache, table, lens, sums)
+
+
+@pytest.mark.parametrize("kinds", [(), ("int4", "float", "int8")], ids=["float", "kinds"])
+@pytest.mark.parametrize(
+    ("sequences", "window"),
+    [(DECODES, 0), (DECODES, 150), (MIXED, 0), (MIXED, 30)],
+    ids=["decode", "decode_window", "mixed", "mixed_window"],
+)
+def test_other_sequences_do_not_change_the_bits_where_asked(
+    sequences: tuple, window: int, kinds: tuple, device: torch.device, monkeypatch
+) -> None:
+    monkeypatch.setattr(decode, "_INVARIANT_SPLIT_TOKENS", 128)
+    case = Case("", sequences, heads=(4, 2), window=window)
+    inputs = make_inputs(case, torch.bfloat16, device)
+    caches = quantize_some(inputs, kinds, 64, 64) if kinds else {}
+    scoring = Scoring(0.125, window=window, sinks=torch.randn(4, device=device))
+
+    def attend(seqs: list[int]) -> tuple:
+        arguments = (*pick(inputs, seqs), scoring, True)
+        return attention.paged_attention(*arguments, **caches, batch_invariant=True)
+
+    count = len(sequences)
+    together = attend(list(range(count)))
+    bounds = torch.tensor([0, *(queries for queries, _ in sequences)]).cumsum(0).tolist()
+    for seqs in ([0], [1, 3], [4], [*range(count), *range(count)]):
+        rows = [row for seq in seqs for row in range(bounds[seq], bounds[seq + 1])]
+        for got, want in zip(attend(seqs), together, strict=True):
+            assert torch.equal(got, want[rows])
+    exact = reference.paged_attention(*inputs.tensors(torch.float64), scoring, True, **caches)
+    rounded = reference.paged_attention(*inputs.tensors(), scoring, True, **caches)
+    assert_as_accurate(together[0], rounded[0], exact[0], "out")
+    assert_as_accurate(together[1], rounded[1], exact[1], "lse")
+
+
+@pytest.mark.parametrize("sees_itself", [True, False])
+def test_a_tree_of_one_token_may_not_see_itself(sees_itself: bool, device: torch.device) -> None:
+    inputs = make_inputs(Case("", ((1, 33), (1, 1))), torch.float32, device)
+    mask = torch.full((2,), int(sees_itself), dtype=torch.int32, device=device)
+    scoring = Scoring(0.125, tree_mask=mask)
+    exact = reference.paged_attention(*inputs.tensors(torch.float64), scoring, True)
+    rounded = reference.paged_attention(*inputs.tensors(), scoring, True)
+    out, lse = attention.paged_attention(*inputs.tensors(), scoring, True)
+    assert_as_accurate(out, rounded[0], exact[0], "out")
+    assert_as_accurate(lse, rounded[1], exact[1], "lse")
+
+
+def test_a_nan_in_float8_stays_one(device: torch.device) -> None:
+    codes = torch.arange(256, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+    cache = torch.zeros(1, 1, 16, 256, dtype=torch.float8_e4m3fn, device=device)
+    cache[0, 0, 0] = codes
+    ints = {"dtype": torch.int32, "device": device}
+    table, lens = torch.zeros(1, 1, **ints), torch.ones(1, **ints)
+    query = torch.zeros(1, 1, 256, dtype=torch.float16, device=device)
+    keys = torch.zeros_like(cache)
+    out, _ = attention.paged_attention(query, keys, cache, table, lens, None, Scoring(1.0), False)
+    torch.testing.assert_close(out[0, 0], codes.half(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_counters_of_a_stream_are_zero_and_shared(device: torch.device) -> None:
+    tensor = torch.empty(1, device=device)
+    few = counters.zeroed_counters(10, tensor)
+    many = counters.zeroed_counters(5000, tensor)
+    assert few.numel() == 10 and many.numel() == 5000 and not many.any()
+    assert counters.zeroed_counters(20, tensor).data_ptr() == many.data_ptr()
+
+
+def test_a_warm_up_reaches_every_variant_of_a_call() -> None:
+    """What calls of a model launch differs in compile-time constants only as the warm-up has it."""
+    model = shapes.Shape("decode", "bf16", 128, group=4, num_kv_heads=8)
+    device = launch.Device(9, 132)
+
+    def variants(calls: list) -> set:
+        found = set()
+        for one in itertools.chain.from_iterable(shapes.plan(call, device) for call in calls):
+            constants = {name: value for name, value in one.arguments.items() if name.isupper()}
+            found.add((one.kernel.__name__, str(one.options), *sorted(constants.items())))
+        return found
+
+    warmed = variants(list(warmup.shapes_of_model(model)))
+    served = []
+    for num_seqs, num_queries in itertools.product(
+        (1, 2, 7, 64, 300, 2000), (1, 2, 4, 9, 99, 3000)
+    ):
+        one = dataclasses.replace(model, num_seqs=num_seqs, num_queries=num_queries)
+        served.append(dataclasses.replace(one, op="prefill"))
+        served.append(dataclasses.replace(one, num_queries=1))
+    assert variants(served) <= warmed
