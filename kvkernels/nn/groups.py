@@ -128,7 +128,6 @@ def _unserved_feature(config: Any) -> str | None:
         "an encoder-decoder model": getattr(config, "is_encoder_decoder", False),
         "layers that share another layer's KV": getattr(config, "num_kv_shared_layers", None),
         "another shape of KV in each layer": getattr(config, "is_heterogeneous", False),
-        "a soft cap on attention scores": getattr(config, "attn_logit_softcapping", None),
         "bidirectional attention": (
             getattr(config, "use_bidirectional_attention", False)
             or getattr(config, "is_causal", True) is False

@@ -106,6 +106,7 @@ class PagedAttention(torch.nn.Module):
         head_dim: Width of one head.
         sm_scale: Multiplies scores before softmax; default `head_dim ** -0.5`.
         window: A token sees itself and the `window - 1` tokens before it; None for all.
+        soft_cap: Bounds scaled scores: ``soft_cap * tanh(score / soft_cap)``; None for none.
 
     Raises:
         ValueError: If a size is not positive or the heads do not divide.
@@ -119,6 +120,7 @@ class PagedAttention(torch.nn.Module):
         *,
         sm_scale: float | None = None,
         window: int | None = None,
+        soft_cap: float | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
@@ -135,6 +137,7 @@ class PagedAttention(torch.nn.Module):
         self.head_dim = head_dim
         self.sm_scale = sm_scale
         self.window = window
+        self.soft_cap = soft_cap
 
     def forward(
         self,
@@ -144,6 +147,7 @@ class PagedAttention(torch.nn.Module):
         key_cache: torch.Tensor,
         value_cache: torch.Tensor,
         batch: PagedBatch,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention output of the new tokens.
 
@@ -154,6 +158,7 @@ class PagedAttention(torch.nn.Module):
             key_cache: ``[num_blocks, num_kv_heads, block_size, head_dim]``, written in place.
             value_cache: Like ``key_cache``.
             batch: Where the tokens lie.
+            sinks: ``[num_heads]``, float32: logits of attention sinks, a parameter of the model's.
 
         Returns:
             ``[num_tokens, num_heads, head_dim]``, dtype of ``query``.
@@ -171,6 +176,8 @@ class PagedAttention(torch.nn.Module):
             batch.cu_seqlens_q,
             sm_scale=self.sm_scale,
             window=self.window,
+            soft_cap=self.soft_cap,
+            sinks=sinks,
         )
         assert isinstance(out, torch.Tensor)  # a pair only where the log-sum-exp was asked for
         return out

@@ -41,8 +41,6 @@ IMPLEMENTATION = "kvkernels"
 
 # Arguments a model may hand to its attention function, and the feature each asks for.
 _UNSERVED_ARGUMENTS = {
-    "softcap": "a soft cap on attention scores",
-    "s_aux": "attention sinks",
     "head_mask": "a head mask",
     "position_bias": "a position bias",
     "output_attentions": "attention weights as an output",
@@ -135,6 +133,8 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer, as transformers calls it.
@@ -149,6 +149,8 @@ def attend(
         scaling: Multiplies scores before softmax.
         dropout: Must be zero.
         sliding_window: A token sees itself and so many tokens before it, less one.
+        softcap: Bounds scores, as in Gemma 2.
+        s_aux: ``[num_heads]``: logits of attention sinks, as in gpt-oss.
 
     Returns:
         ``[batch, num_new, num_heads, head_dim]``, and None for the weights.
@@ -186,6 +188,8 @@ def attend(
         cu_seqlens_q,
         sm_scale=scaling,
         window=sliding_window,
+        soft_cap=softcap,
+        sinks=None if s_aux is None else s_aux.detach().float(),
     )
     assert isinstance(out, torch.Tensor)  # a pair only where the log-sum-exp was asked for
     return out.view(batch_size, num_new, num_heads, head_dim), None

@@ -156,9 +156,7 @@ def test_generate_refuses(options, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"softcap": 30.0}, "soft cap"),
         ({"output_attentions": True}, "attention weights"),
-        ({"s_aux": torch.zeros(4)}, "sinks"),
         ({"head_mask": torch.ones(4)}, "head mask"),
         ({"position_bias": torch.zeros(1)}, "position bias"),
         ({"dropout": 0.1}, "dropout: expected 0"),
@@ -226,7 +224,6 @@ def test_window_of_a_configuration_without_layer_types():
 @pytest.mark.parametrize(
     ("changes", "feature"),
     [
-        ({"attn_logit_softcapping": 50.0}, "soft cap"),
         ({"num_kv_shared_layers": 1}, "share another layer's KV"),
         ({"attention_chunk_size": 8}, "chunked attention"),
         ({"kv_lora_rank": 8}, "latent attention"),

@@ -2,8 +2,12 @@
 
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -58,7 +62,44 @@ def qwen2():
     return _initialised(Qwen2ForCausalLM, config)
 
 
-MODELS = {"llama": llama, "gemma3": gemma3, "qwen2": qwen2}
+def gemma2():
+    """A soft cap low enough to matter, and a window on every other layer."""
+    config = Gemma2Config(
+        **SIZES,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        num_hidden_layers=3,
+        sliding_window=WINDOW,
+        attn_logit_softcapping=1.5,
+    )
+    return _initialised(Gemma2ForCausalLM, config)
+
+
+def gpt_oss():
+    """Attention sinks that take a good share, and a window on every other layer."""
+    config = GptOssConfig(
+        **SIZES,
+        head_dim=16,
+        num_hidden_layers=3,
+        sliding_window=WINDOW,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    model = _initialised(GptOssForCausalLM, config)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks, mean=1.0)
+    return model
+
+
+MODELS = {
+    "llama": llama,
+    "gemma2": gemma2,
+    "gemma3": gemma3,
+    "gpt_oss": gpt_oss,
+    "qwen2": qwen2,
+}
 
 
 def _initialised(model_class, config):
