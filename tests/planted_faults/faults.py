@@ -1,0 +1,159 @@
+"""Faults to plant in the attention kernels, of the kind people make. Each must fail some test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CSRC = "csrc/cpu/"
+OPS = ("tests/ops/test_attention.py", "tests/ops/test_attention_features.py")
+CHECKS = ("tests/ops/test_attention_checks.py",)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A text that occurs once in a file, and what it becomes.
+
+    Attributes:
+        name: What the fault is.
+        path: The file, from the root.
+        old: The text.
+        new: What takes its place.
+        isa: Instruction set whose tests are to notice.
+        files: Tests to run.
+    """
+
+    name: str
+    path: str
+    old: str
+    new: str
+    isa: str = "portable"
+    files: tuple[str, ...] = OPS
+
+
+FAULTS = [
+    # ---- which keys a query sees
+    Fault("causal mask off by one", CSRC + "attention_kernel.h",
+          "position + 1 < range.end) range.end = position + 1;",
+          "position + 2 < range.end) range.end = position + 2;"),
+    Fault("causal mask ignored", CSRC + "attention_kernel.h",
+          "if (args.causal && position + 1 < range.end)",
+          "if (false && args.causal && position + 1 < range.end)"),
+    Fault("window off by one", CSRC + "attention_kernel.h",
+          "range.begin = position - args.window + 1;", "range.begin = position - args.window;"),
+    Fault("tree bit shifted", CSRC + "attention_scores.h",
+          "is_seen = (row.sees >> index) & 1;", "is_seen = (row.sees >> index) & 2;"),
+    Fault("tree position counts itself", CSRC + "attention_scores.h",
+          "sees & ~(uint32_t{1} << index)", "sees & ~(uint32_t{0} << index)"),
+    Fault("tree window by slot", CSRC + "attention_scores.h",
+          "position = tree_row(tile, index).position;", "position = begin + t;"),
+    Fault("bits of tokens that are not there", CSRC + "attention_scores.h",
+          "tile.args->tree_mask[tile.first_token + index]) & all;",
+          "tile.args->tree_mask[tile.first_token + index]);"),
+    # ---- scores
+    Fault("soft cap before the scale", CSRC + "attention_scores.h",
+          "  for (int64_t t = 0; t < count; ++t) scores[t] *= args.sm_scale;\n"
+          "  if (args.soft_cap > 0) cap_scores(args.soft_cap, count, scores);",
+          "  if (args.soft_cap > 0) cap_scores(args.soft_cap, count, scores);\n"
+          "  for (int64_t t = 0; t < count; ++t) scores[t] *= args.sm_scale;"),
+    Fault("soft cap loses the sign", CSRC + "attention_scores.h",
+          "scores[t] = score < 0 ? -bounded : bounded;", "scores[t] = bounded;"),
+    Fault("ALiBi sign flipped", CSRC + "attention_scores.h",
+          "scores[t] -= slope * std::fabs(", "scores[t] += slope * std::fabs("),
+    Fault("ALiBi distance without its sign taken off", CSRC + "attention_scores.h",
+          "std::fabs(static_cast<float>(first + t))", "static_cast<float>(first + t)"),
+    Fault("ALiBi slope of another head", CSRC + "attention_scores.h",
+          "args.alibi_slopes[(tile.kv_head + head) * group + row % group]",
+          "args.alibi_slopes[(tile.kv_head + head) * group + row / group % group]"),
+    # ---- softmax and the merge of parts
+    Fault("sink dropped", CSRC + "attention.cpp",
+          "if (args_.sinks != nullptr) sum += std::exp2(sink - base);", ""),
+    Fault("sink counted for each part", CSRC + "attention.cpp",
+          "if (args_.sinks != nullptr) sum += std::exp2(sink - base);",
+          "if (args_.sinks != nullptr) sum += num_results * std::exp2(sink - base);"),
+    Fault("sink of another head", CSRC + "attention.cpp",
+          "args_.sinks[query_head] * kLog2E", "args_.sinks[r % group] * kLog2E"),
+    Fault("merge without the maximum", CSRC + "attention.cpp",
+          "const float weight = std::exp2(results[i].max[row] - base);",
+          "const float weight = 1.0f;"),
+    Fault("an empty part is not left out", CSRC + "attention.cpp",
+          "if (results[i].sum[row] == 0) continue;", ""),
+    Fault("log-sum-exp in base 2", CSRC + "attention.cpp",
+          "(base + std::log2(sum)) * kLn2", "base + std::log2(sum)"),
+    Fault("guard of nothing seen removed", CSRC + "attention_portable.cpp",
+          "const float base = new_max == -kInfinity ? 0.0f : new_max;",
+          "const float base = new_max;"),
+    Fault("earlier values not scaled down", CSRC + "attention_portable.cpp",
+          "out[i] *= decay;", "out[i] *= 1.0f;"),
+    Fault("earlier sum not scaled down", CSRC + "attention_portable.cpp",
+          "  sum *= decay;\n", ""),
+    Fault("last part of the keys dropped", CSRC + "attention_plan.cpp",
+          "std::clamp<int64_t>((num_keys + plan.chunk_size - 1) / plan.chunk_size, 1, num_wanted)",
+          "std::clamp<int64_t>(num_keys / plan.chunk_size, 1, num_wanted)"),
+    # ---- whose rows
+    Fault("query head of another group", CSRC + "attention_kernel.h",
+          "((tile.kv_head + head) * group + row % group) * args.query_head_stride",
+          "((tile.kv_head + head) + row % group) * args.query_head_stride"),
+    Fault("query rows taken for dense", CSRC + "attention_kernel.h",
+          "(tile.first_token + row / group) * args.query_token_stride",
+          "(tile.first_token + row / group) * args.num_heads * args.head_dim"),
+    Fault("first query of the batch", CSRC + "attention_plan.cpp",
+          "plan.first_token = queries.begin;", "plan.first_token = 0;"),
+    Fault("second head of a tile reads the first", CSRC + "attention_few_rows_avx512.h",
+          "return {cache + head * args_.key_head_stride, now.keys};",
+          "return {cache, now.keys};", isa="avx512"),
+    Fault("output as wide as keys", "kvkernels/native.py",
+          "query.new_empty((num_tokens, num_heads, value_dim))",
+          "query.new_empty((num_tokens, num_heads, head_dim))"),
+    # ---- blocks
+    Fault("block offset in 32 bits", CSRC + "attention_rows.h",
+          "int64_t key = block * args.key_block_stride +",
+          "int64_t key = static_cast<int32_t>(block * args.key_block_stride) +"),
+    Fault("slot within the block lost", CSRC + "attention_rows.h",
+          "const int64_t slot = token % block_size;", "const int64_t slot = 0;"),
+    Fault("kind ignored", CSRC + "attention_rows.h",
+          "if (block_entry(tile.blocks[i]).kind != BlockKind::kFloat) return false;", ""),
+    Fault("int4 taken for int8", CSRC + "attention_unpack.h",
+          "return kind == BlockKind::kInt4 ? args.int4 : args.int8;", "return args.int8;"),
+    Fault("nibbles swapped", CSRC + "attention_unpack_portable.h",
+          "static_cast<float>(codes[i] & 15)", "static_cast<float>(codes[i] >> 4)"),
+    Fault("minimum dropped", CSRC + "attention_unpack_portable.h",
+          "Writer::narrow(minimums[i] + scales[i] * static_cast<float>(codes[i]))",
+          "Writer::narrow(scales[i] * static_cast<float>(codes[i]))"),
+    Fault("scale and minimum swapped", CSRC + "attention_unpack_portable.h",
+          "scales[i] = to_float(Float16{pairs[2 * i]});",
+          "scales[i] = to_float(Float16{pairs[2 * i + 1]});"),
+    Fault("first group of tokens for all", CSRC + "attention_unpack.h",
+          "U::widen_scales(pairs + slot / group_size * dim * 2, dim, scales, minimums);",
+          "U::widen_scales(pairs, dim, scales, minimums);"),
+    Fault("first group of channels for all", CSRC + "attention_unpack.h",
+          "U::widen_scales(pairs + (slot * groups + group) * 2, 1, &scale, &minimum);",
+          "U::widen_scales(pairs + slot * groups * 2, 1, &scale, &minimum);"),
+    Fault("float8 exponent off by one", CSRC + "float_formats.h",
+          "((127u - 7) << 23)", "((127u - 8) << 23)"),
+    # ---- products with codes
+    Fault("codes not centred in the base", CSRC + "attention_codes_avx512_vnni.cpp",
+          "const float excess = middle_code(kIsInt4) * rounding.unit() * rounding.total();",
+          "const float excess = 0;", isa="avx512"),
+    Fault("low byte dropped", CSRC + "attention_codes_avx512_vnni.h",
+          "_mm256_store_si256(reinterpret_cast<__m256i*>(low), _mm512_cvtepi16_epi8(rest));",
+          "_mm256_store_si256(reinterpret_cast<__m256i*>(low), _mm256_setzero_si256());",
+          isa="avx512"),
+    Fault("weights of the group of channels before", CSRC + "attention_codes_avx512_vnni.cpp",
+          "channels_of_part<kIsInt4>(4 * j + 2, run.dim).first / group_size};",
+          "channels_of_part<kIsInt4>(4 * j, run.dim).first / group_size};", isa="avx512"),
+    # ---- tails and masks of vectors
+    Fault("tail lanes unmasked", CSRC + "attention_avx512.h",
+          "const __mmask16 seen = first_lanes(last - 16 * i) & ~first_lanes(first - 16 * i);",
+          "const __mmask16 seen = 0xffff & ~first_lanes(first - 16 * i);", isa="avx512"),
+    Fault("whole rows taken for seen", CSRC + "attention_avx512.h",
+          "seen[r + whole].end >= kTileKeys) {", "true) {", isa="avx512"),
+    Fault("odd last value paired with what follows", CSRC + "attention_amx_kernel.h",
+          "const uint16_t* odd = t + 1 < num_keys ? cache + offsets[t + 1] : nullptr;",
+          "const uint16_t* odd = t < num_keys ? cache + offsets[t] : nullptr;",
+          isa="amx_emulated"),
+    # ---- checks
+    Fault("block ids not checked", CSRC + "attention_plan.cpp",
+          "is_good &= index < 3 && id < counts[index < 3 ? index : 0];", "", files=CHECKS),
+    Fault("lengths not checked", CSRC + "attention_plan.cpp",
+          "if (seq_len < 0 || seq_len > max_tokens) {", "if (seq_len < 0) {", files=CHECKS),
+]  # fmt: skip
