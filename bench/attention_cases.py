@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kvkernels import KVLayout, KVPool
+
 BLOCK_SIZE = 64
 
 
@@ -83,6 +85,7 @@ SCALING = {
 
 @dataclass
 class Inputs:
+    pool: KVPool  # of one layer, which the two caches are views of
     query: torch.Tensor  # [num_tokens, num_heads, head_dim]
     key_cache: torch.Tensor
     value_cache: torch.Tensor
@@ -102,13 +105,16 @@ class Inputs:
 
 def make_inputs(case: Case) -> Inputs:
     blocks_per_seq = case.seq_len // BLOCK_SIZE
-    shape = (case.num_seqs * blocks_per_seq, case.num_kv_heads, BLOCK_SIZE, case.head_dim)
-    key_cache, value_cache = (torch.randn(shape, dtype=case.dtype) for _ in range(2))
-    block_table = torch.randperm(shape[0]).int().view(case.num_seqs, blocks_per_seq)
+    layout = KVLayout(1, case.num_kv_heads, case.head_dim, BLOCK_SIZE, case.dtype)
+    pool = KVPool(layout, case.num_seqs * blocks_per_seq, torch.get_default_device())
+    pool.data.normal_()
+    key_cache, value_cache = pool.key_cache(0), pool.value_cache(0)
+    block_table = torch.randperm(pool.num_blocks).int().view(case.num_seqs, blocks_per_seq)
     num_tokens = case.num_seqs * case.num_queries
     is_extend = 1 < case.num_queries < case.seq_len
     ones = torch.ones(case.num_queries, case.seq_len, dtype=torch.bool)
     return Inputs(
+        pool=pool,
         query=torch.randn(num_tokens, case.num_heads, case.head_dim, dtype=case.dtype),
         key_cache=key_cache,
         value_cache=value_cache,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import kvkernels
-from bench.attention_cases import Case, Inputs, gather
+from bench.attention_cases import BLOCK_SIZE, Case, Inputs, gather
 
 Call = Callable[[], torch.Tensor]
 
@@ -89,6 +89,39 @@ def attend_paged(inputs: Inputs) -> torch.Tensor:
     )
 
 
+def prepare_quantized(kind: str) -> Callable[[Case, Inputs], Call]:
+    """`Provider.prepare` of attention over the same blocks, all of them quantised."""
+
+    def prepare(case: Case, inputs: Inputs) -> Call:
+        pool = kvkernels.QuantizedPool(inputs.pool.layout, kind, inputs.pool.num_blocks)
+        for ids in torch.arange(pool.num_blocks).split(64):
+            kvkernels.quantize_blocks(inputs.pool, ids, pool, ids)
+        table = kvkernels.tag_blocks(inputs.block_table, kind)
+        caches = {"int8_cache" if kind == "int8" else "int4_cache": pool.cache(0)}
+        return lambda: kvkernels.paged_attention(
+            inputs.query,
+            inputs.key_cache,
+            inputs.value_cache,
+            table,
+            inputs.seq_lens,
+            inputs.cu_seqlens_q,
+            **caches,
+        )
+
+    return prepare
+
+
+def bits_of(kind: str) -> float:
+    """Of an element of a quantised pool, scales included, with heads of 128."""
+    layout = kvkernels.KVLayout(1, num_kv_heads=1, head_dim=128, block_size=BLOCK_SIZE)
+    pool = kvkernels.QuantizedPool(layout, kind, num_blocks=1)
+    return 8 * pool.layer_bytes / (2 * BLOCK_SIZE * layout.head_dim)
+
+
+def is_quantized_case(case: Case) -> bool:
+    return case.dtype == torch.bfloat16 and case.head_dim == 128 and case.seq_len <= 9000
+
+
 def on_inputs(attend: Callable[[Inputs], torch.Tensor]) -> Callable[[Case, Inputs], Call]:
     """`Provider.prepare` of a function that takes the inputs as they are."""
     return lambda _, inputs: partial(attend, inputs)
@@ -101,4 +134,15 @@ PROVIDERS = {
         on_inputs(attend_grouped), "contiguous", serves=lambda case: case.is_decode
     ),
     "kvkernels": Provider(on_inputs(attend_paged), "blocks"),
+    # Of random numbers around 0 the output is a mean, and so is what quantising changes in it.
+    **{
+        f"kvkernels_{kind}": Provider(
+            prepare_quantized(kind),
+            f"{kind} blocks",
+            serves=is_quantized_case,
+            kv_bits=bits_of(kind),
+            tolerance=tolerance,
+        )
+        for kind, tolerance in (("int8", 5e-2), ("int4", 6e-1))
+    },
 }

@@ -34,7 +34,7 @@ class Case:
 CASES = [Case("smollm2_135m_1x4k", 4096)]
 
 # Two ways to sum in bfloat16 lie so far apart after all layers; another attention lies further.
-MAX_LOGITS_ERROR = 0.05
+MAX_LOGITS_ERROR = 0.1
 
 
 def load() -> tuple[Callable[[], Any], torch.Tensor]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from kvkernels import native
+
 READ_BUFFER_BYTES = 256 << 20
 # On some machines the rate depends on the memory a buffer happens to get, or changes in time.
 NUM_READ_BUFFERS = 3
@@ -32,7 +34,11 @@ class Rates:
 
 @cache
 def _read_buffers(num_bytes: int) -> list[torch.Tensor]:
-    return [torch.ones(num_bytes // 4) for _ in range(NUM_READ_BUFFERS)]
+    # In large pages, as the pools lie: with small ones some machines read a tenth slower.
+    buffers = [
+        native.empty_pool((num_bytes // 4,), torch.float32, "cpu") for _ in range(NUM_READ_BUFFERS)
+    ]
+    return [buffer.fill_(1.0) for buffer in buffers]
 
 
 @cache

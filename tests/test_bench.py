@@ -13,6 +13,7 @@ from bench import (
     bench_model_decode,
     bench_op_overhead,
     bench_record,
+    bench_shared_prefix,
     bench_tiers,
     rates,
 )
@@ -77,6 +78,7 @@ def test_benches_of_the_store(bench, case, baselines, capsys):
 ATTENTION_CASES = [
     Case("decode", 2, 1024, 1, 4, 2, 64),
     Case("decode_fp16", 1, 1024, 1, 4, 1, 64, torch.float16),
+    Case("decode_d128", 1, 1024, 1, 4, 2, 128),
     Case("extend", 1, 1024, 16, 4, 2, 64),
     Case("prefill", 1, 1024, 1024, 4, 2, 64),
     Case("prefill_fp32", 1, 1024, 1024, 4, 4, 64, torch.float32),
@@ -96,6 +98,7 @@ def test_attention_bench(small_attention, capsys):
     for line in told:
         providers[line["case"]].add(line["provider"])
     assert all({"sdpa_contiguous", "kvkernels"} <= names for names in providers.values())
+    assert {"kvkernels_int8", "kvkernels_int4"} <= providers["decode_d128"]
     assert "sdpa_grouped" in providers["decode"] and "sdpa_grouped" not in providers["prefill"]
     bench_attention.main("no such case", num_rounds=1)
     assert [line for line in lines(capsys.readouterr()) if "case" in line] == []
@@ -138,9 +141,10 @@ def test_attention_bench_draws(small_attention, monkeypatch, tmp_path):
     [
         (bench_kv_cache, "decode_1", "index_put"),
         (bench_merge_attention, "merge_4", "pytorch"),
+        (bench_shared_prefix, "small", "flat"),
         (bench_op_overhead, "merge_attention", "torch.ops.kvkernels.merge_attention"),
     ],
-    ids=["kv_cache", "merge_attention", "op_overhead"],
+    ids=["kv_cache", "merge_attention", "shared_prefix", "op_overhead"],
 )
 def test_benches_of_the_other_ops(bench, case, baseline, capsys):
     bench.main(case, num_rounds=1)

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
-from bench import attention_cases, bench_kv_cache
+import kvkernels
+from bench import attention_cases, bench_kv_cache, bench_shared_prefix
 from bench.attention_cases import Case
 from bench.attention_providers import attend_contiguous, attend_gathered, attend_paged
 from bench.harness import check_agreement
+from kvkernels.quantized_cache import QuantizedCache, tag_blocks
+from kvkernels.reference.quantize import quantize_keys, quantize_values
 
 NUM_ROUNDS = 15
 # Inputs used in turn, so that none is in the cache when its turn comes.
@@ -30,6 +33,10 @@ PROVIDERS = {
     "sdpa_gathered": attend_gathered,
     "kvkernels": attend_paged,
 }
+
+NARROW_CASES = [
+    case for case in CASES if case.name in ("decode_4x8k", "decode_8x4k", "decode_8x32k")
+]
 
 
 def time_calls(calls: list[Callable[[], Any]]) -> float:
@@ -91,6 +98,48 @@ def time_attention(case: Case) -> dict[str, Any]:
     return row
 
 
+def _narrow(inputs: attention_cases.Inputs, kind: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of `paged_attention` with all blocks of a kind."""
+    keys, values, table = inputs.key_cache, inputs.value_cache, inputs.block_table
+    caches = {}
+    if kind == "float8":
+        keys, values = keys.to(torch.float8_e4m3fn), values.to(torch.float8_e4m3fn)
+    else:
+        bits, groups = 8, (1, 1)
+        if kind == "int4":
+            bits, groups = 4, (keys.shape[2] // 32, keys.shape[3] // 32)
+        caches[f"{kind}_cache"] = QuantizedCache(
+            *quantize_keys(keys, bits, groups[0]), *quantize_values(values, bits, groups[1])
+        )
+        table = tag_blocks(table, kind)
+        keys, values = keys[:1], values[:1]
+    return (inputs.query, keys, values, table, inputs.seq_lens), caches
+
+
+@torch.inference_mode()
+def time_narrow(case: Case, kind: str) -> dict[str, Any]:
+    """Decode over a cache of a narrow kind; compare with the row of the same case in bfloat16."""
+    made = make_cold(
+        lambda: _narrow(attention_cases.make_inputs(case), kind), case.num_kv_bytes // 4
+    )
+    num_bytes = sum(
+        part.numel() * part.element_size() for cache in made[0][1].values() for part in cache
+    )
+    num_bytes = num_bytes or case.num_kv_bytes // 2
+    times = time_provider(lambda one: kvkernels.paged_attention(*one[0], **one[1]), made)
+    rate = num_bytes / times["graph_us"] / 1e3
+    return {"num_kv_bytes": num_bytes, "kv_gbytes_per_s": rate, **times}
+
+
+@torch.inference_mode()
+def time_shared_prefix(case: bench_shared_prefix.Case) -> dict[str, Any]:
+    one_copy = case.num_flat_bytes // case.num_seqs
+    inputs = make_cold(partial(bench_shared_prefix.make_inputs, case), one_copy)
+    providers = bench_shared_prefix.PROVIDERS
+    check_agreement({name: [run(inputs[0])] for name, run in providers.items()}, "flat", 0.1)
+    return {name: time_provider(run, inputs) for name, run in providers.items()}
+
+
 @torch.inference_mode()
 def time_store(case: bench_kv_cache.Case) -> dict[str, Any]:
     inputs = make_cold(partial(bench_kv_cache.make_inputs, case), case.num_bytes)
@@ -104,5 +153,10 @@ def time_cases() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Names and what to run, one at a time."""
     for store_case in bench_kv_cache.CASES:
         yield f"store_{store_case.name}", partial(time_store, store_case)
+    for case in NARROW_CASES:
+        for kind in ("float8", "int8", "int4"):
+            yield f"{case.name}_{kind}", partial(time_narrow, case, kind)
+    for shared_case in bench_shared_prefix.CASES:
+        yield shared_case.name, partial(time_shared_prefix, shared_case)
     for case in CASES:
         yield case.name, partial(time_attention, case)
