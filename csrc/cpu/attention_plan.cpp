@@ -76,10 +76,14 @@ void check_blocks(const PagedAttentionArgs& args, int64_t seq, int64_t begin, in
     if (index < 3 && id < counts[index]) continue;
     const bool is_named = index == 1 || index == 2;  // anything else is taken for a plain id
     const char* const names[] = {"", "int8 ", "int4 "};
-    throw std::invalid_argument(
-        std::string("block_table: expected ") + names[is_named ? index : 0] + "block ids 0 to " +
-        number(counts[is_named ? index : 0] - 1) + ", got " + number(is_named ? id : entries[i]) +
-        " for sequence " + number(seq));
+    const std::string name = names[is_named ? index : 0], of_seq = " for sequence " + number(seq);
+    if (is_named && counts[index] == 0) {
+      throw std::invalid_argument("block_table: expected no " + name +
+                                  "block without such a cache, got one" + of_seq);
+    }
+    throw std::invalid_argument("block_table: expected " + name + "block ids 0 to " +
+                                number(counts[is_named ? index : 0] - 1) + ", got " +
+                                number(is_named ? id : entries[i]) + of_seq);
   }
 }
 

@@ -265,6 +265,11 @@ def _check_blocks(entries: list[int], counts: list[int], seq: int) -> None:
         if 0 <= kind < len(counts) and block < counts[kind]:
             continue
         name = {1: "int8 ", 2: "int4 "}.get(kind, "")
+        if name and counts[kind] == 0:
+            raise ValueError(
+                f"block_table: expected no {name}block without such a cache, got one for sequence"
+                f" {seq}"
+            )
         raise ValueError(
             f"block_table: expected {name}block ids 0 to {counts[kind if name else 0] - 1}, got"
             f" {block if name else entry} for sequence {seq}"

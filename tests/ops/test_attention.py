@@ -278,11 +278,16 @@ def test_no_queries_give_an_empty_result(
 @every_implementation()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 64), (5, 3, 80), (7, 2, 128), (0, 2, 64)], ids=str)
+@pytest.mark.parametrize("lse", [0.0, 300.0, -300.0])  # 0, and where exponentials leave float32
 def test_merge_matches_reference(
-    implementation: Implementation, shape: tuple, dtype: torch.dtype, device: torch.device
+    implementation: Implementation,
+    lse: float,
+    shape: tuple,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     out_a, out_b = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
-    lse_a, lse_b = (5 * torch.randn(shape[:2], device=device) for _ in range(2))
+    lse_a, lse_b = (lse + 5 * torch.randn(shape[:2], device=device) for _ in range(2))
     if shape[0] > 3:
         lse_a[0], lse_b[1] = -torch.inf, -torch.inf
         lse_a[2], lse_b[2] = -torch.inf, -torch.inf
@@ -291,9 +296,9 @@ def test_merge_matches_reference(
         out_a.double(), lse_a.double(), out_b.double(), lse_b.double()
     )
     rounded = reference.merge_attention(out_a, lse_a, out_b, lse_b)
-    out, lse = implementation.merge_attention(out_a, lse_a, out_b, lse_b)
-    assert_as_accurate(out, rounded[0], exact[0], "out")
-    assert_as_accurate(lse, rounded[1], exact[1], "lse")
+    merged = implementation.merge_attention(out_a, lse_a, out_b, lse_b)
+    assert_as_accurate(merged[0], rounded[0], exact[0], "out")
+    assert_as_accurate(merged[1], rounded[1], exact[1], "lse")
 
 
 @every_implementation()

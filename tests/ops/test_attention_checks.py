@@ -165,6 +165,15 @@ def test_checks_ids_of_every_kind(isa: str, kind: int, block: int, message: str)
         kvkernels.paged_attention(**inputs, **caches)
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_refuses_a_kind_without_a_cache(kind: str) -> None:
+    inputs = good_inputs()
+    inputs["block_table"][0] = kvkernels.tag_blocks(inputs["block_table"][0], kind)
+    message = f"block_table: expected no {kind} block without such a cache, got one for sequence 0"
+    with pytest.raises(ValueError, match=message):
+        kvkernels.paged_attention(**inputs)
+
+
 @pytest.mark.parametrize("isa", native.available_isas())
 @pytest.mark.parametrize(("name", "bad", "message"), BAD_VALUES, ids=lambda x: str(x)[:30])
 def test_checks_values_before_any_work(

@@ -79,7 +79,7 @@ def _features() -> list[Feature]:
         Feature("tree", Case("", TREES), tree=True),
         Feature("tree_d128", Case("", TREES, heads=(8, 2), head_dim=128), tree=True),
         Feature("tree_window", Case("", TREES, window=6), tree=True),
-        # Tokens deep in the tree see nothing of the first tile, or the first ones of the last chunk.
+        # Tokens deep in the tree see nothing of the first tile, or of the last chunk.
         Feature("tree_window_edge", Case("", ((6, 80),), window=12), tree=True),
         Feature("tree_chunks", Case("", ((16, 1030),), is_small=False), tree=True),
         Feature("tree_all", Case("", TREES, window=21), 2.0, True, True, True, kinds=("int8",)),

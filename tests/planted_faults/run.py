@@ -91,7 +91,8 @@ def check_fault(tree: Path, fault: Fault) -> bool:
         status, test = run_tests(tree, fault)
     finally:
         path.write_text(text)
-    is_caught = status == TESTS_FAILED
+    is_caught = status == TESTS_FAILED or status < 0  # a wild read kills the tests
+    test = test or "a crash"
     verdict = f"caught by {test}" if is_caught else f"SURVIVED (pytest's status {status})"
     print(f"{fault.name:48} {time.monotonic() - begin:4.0f} s  {verdict}", flush=True)
     return is_caught
