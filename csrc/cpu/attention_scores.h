@@ -14,13 +14,14 @@ static inline bool adjusts_scores(const PagedAttentionArgs& args) {
   return args.soft_cap > 0 || args.alibi_slopes != nullptr || args.tree_mask != nullptr;
 }
 
-// Bounds scores by tanh, whose error is that of one rounding of the largest result.
+// Bounds scores by tanh: of e = exp(-2 |x|) it is (1 - e) / (1 + e). Scores may be small beside the
+// cap, so 1 - e is found as one number, which keeps its last places.
 static inline void cap_scores(float cap, int64_t count, float* scores) {
   const float factor = -2.0f * kLog2E / cap;
   for (int64_t t = 0; t < count; ++t) {
     const float score = scores[t];
-    const float decay = exp2_scalar(std::fabs(score) * factor);
-    const float bounded = cap * (1.0f - decay) / (1.0f + decay);
+    const float missing = one_minus_exp2(std::fabs(score) * factor);
+    const float bounded = cap * missing / (2.0f - missing);
     scores[t] = score < 0 ? -bounded : bounded;
   }
 }

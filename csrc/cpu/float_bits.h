@@ -28,16 +28,34 @@ static inline uint16_t bfloat16_from_float(float value) {
   return static_cast<uint16_t>((is_nan ? bits | 0x400000 : rounded) >> 16);
 }
 
+// 2^n and f, where x is n + f with n the nearest whole number; x lies between -126 and 0.
+struct SplitExponent {
+  float power, rest;
+};
+
+static inline SplitExponent split_exponent(float x) {
+  // Adding 1.5 * 2^23 leaves the nearest whole number in the low bits.
+  const float shifted = x + 12582912.0f;
+  const uint32_t exponent = bits_from_float(shifted) - bits_from_float(12582912.0f) + 127;
+  return {float_from_bits(exponent << 23), x - (shifted - 12582912.0f)};
+}
+
 // 2^x for x <= 0, minus infinity included; NaN stays NaN. Results below 2^-126 are 0.
 static inline float exp2_scalar(float x) {
-  const float clamped = x > -126.0f ? x : -126.0f;
-  // Adding 1.5 * 2^23 leaves the nearest whole number in the low bits.
-  const float shifted = clamped + 12582912.0f;
-  const float rest = clamped - (shifted - 12582912.0f);
+  const auto [power, rest] = split_exponent(x > -126.0f ? x : -126.0f);
   float poly = kExp2Poly[6];
   for (int i = 5; i >= 0; --i) poly = poly * rest + kExp2Poly[i];
-  const uint32_t exponent = bits_from_float(shifted) - bits_from_float(12582912.0f) + 127;
-  const float value = x < -126.0f ? 0.0f : poly * float_from_bits(exponent << 23);
+  const float value = x < -126.0f ? 0.0f : poly * power;
+  return x != x ? x : value;
+}
+
+// 1 - 2^x for x <= 0, minus infinity included, exact to the last places also where 2^x is almost
+// 1; NaN stays NaN.
+static inline float one_minus_exp2(float x) {
+  const auto [power, rest] = split_exponent(x > -126.0f ? x : -126.0f);
+  float poly = kExp2Poly[6];
+  for (int i = 5; i >= 1; --i) poly = poly * rest + kExp2Poly[i];
+  const float value = (1.0f - power) - power * (poly * rest);
   return x != x ? x : value;
 }
 

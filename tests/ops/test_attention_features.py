@@ -64,6 +64,7 @@ def _features() -> list[Feature]:
     found += [
         Feature("all_window", window, 3.0, True, True, kinds=("int8", "float", "int4")),
         Feature("not_causal", replace(mixed, causal=False), 3.0, True, True, kinds=("int4",)),
+        Feature("soft_cap_far_off", mixed, soft_cap=3e4),
         Feature("d80", replace(mixed, head_dim=80, block_size=32), 3.0, True, kinds=("int4",)),
         Feature("d128", replace(decode, head_dim=128, heads=(8, 2)), kinds=("int4", "int8")),
         Feature("d128_mixed", replace(mixed, head_dim=128, heads=(8, 2)), kinds=("int4", "int8")),
