@@ -123,8 +123,10 @@ class Run {
       const int64_t query_head = (tile.kv_head + head) * group + r % group;
       float max = -std::numeric_limits<float>::infinity(), sum = 0;
       for (int i = 0; i < num_results; ++i) max = std::max(max, results[i].max[row]);
-      // A sink is a key without a value, seen by every query.
-      const float sink = args_.sinks == nullptr ? max : args_.sinks[query_head] * kLog2E;
+      // A sink is a key without a value, seen by every query; one of minus infinity is none.
+      const bool has_sink = args_.sinks != nullptr &&
+                            args_.sinks[query_head] != -std::numeric_limits<float>::infinity();
+      const float sink = has_sink ? args_.sinks[query_head] * kLog2E : max;
       const float base = std::max(max, sink);
       std::fill_n(merged, dim, 0.0f);
       for (int i = 0; i < num_results; ++i) {
@@ -135,7 +137,7 @@ class Run {
         const float* part = results[i].out + row * dim;
         for (int64_t i_dim = 0; i_dim < dim; ++i_dim) merged[i_dim] += weight * part[i_dim];
       }
-      if (args_.sinks != nullptr) sum += std::exp2(sink - base);
+      if (has_sink) sum += std::exp2(sink - base);
       const int64_t index = (tile.first_token + r / group) * args_.num_heads + query_head;
       kernel_.narrow(merged, sum == 0 ? 0.0f : 1.0f / sum,
                      static_cast<char*>(args_.out) + index * dim * item_size, dim);

@@ -268,6 +268,18 @@ def test_reads_codes_past_two_to_the_31_bytes(
     assert all(map(torch.equal, got, expected))
 
 
+@every_implementation()
+def test_a_sink_of_minus_infinity_is_none(
+    implementation: Implementation, device: torch.device
+) -> None:
+    # Also where nothing is seen: an empty sequence, and the queries before position 0.
+    inputs = make_inputs(Case("", ((1, 0), (1, 700), (5, 20), (7, 3))), torch.float32, device)
+    plain, sinks = Scoring(0.125), torch.full((4,), -torch.inf, device=device)
+    out, lse = implementation.paged_attention(*inputs.tensors(), plain, True)
+    again = implementation.paged_attention(*inputs.tensors(), plain._replace(sinks=sinks), True)
+    assert torch.equal(again[0], out) and torch.equal(again[1], lse)
+
+
 def test_example_of_quantised_blocks(capsys: pytest.CaptureFixture[str]) -> None:
     path = Path(__file__).parents[2] / "docs" / "quantized_blocks.py"
     runpy.run_path(str(path), run_name="__main__")

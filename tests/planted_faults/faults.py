@@ -66,10 +66,10 @@ FAULTS = [
           "args.alibi_slopes[(tile.kv_head + head) * group + row / group % group]"),
     # ---- softmax and the merge of parts
     Fault("sink dropped", CSRC + "attention.cpp",
-          "if (args_.sinks != nullptr) sum += std::exp2(sink - base);", ""),
+          "if (has_sink) sum += std::exp2(sink - base);", ""),
     Fault("sink counted for each part", CSRC + "attention.cpp",
-          "if (args_.sinks != nullptr) sum += std::exp2(sink - base);",
-          "if (args_.sinks != nullptr) sum += num_results * std::exp2(sink - base);"),
+          "if (has_sink) sum += std::exp2(sink - base);",
+          "if (has_sink) sum += num_results * std::exp2(sink - base);"),
     Fault("sink of another head", CSRC + "attention.cpp",
           "args_.sinks[query_head] * kLog2E", "args_.sinks[r % group] * kLog2E"),
     Fault("merge without the maximum", CSRC + "attention.cpp",
