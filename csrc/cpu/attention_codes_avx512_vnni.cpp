@@ -195,7 +195,7 @@ void round_weights(const float* weights, int64_t num_rows, const CodeRun& run, f
         const __m512 scale = _mm512_load_ps(scales.scale[group] + 16 * part);
         const __m512 middle = _mm512_load_ps(scales.middle[group] + 16 * part);
         folded[part] = _mm512_mul_ps(weight[part], scale);
-        largest = _mm512_max_ps(largest, folded[part]);  // weights and scales are not negative
+        largest = _mm512_max_ps(largest, _mm512_abs_ps(folded[part]));
         base = _mm512_fmadd_ps(weight[part], middle, base);
       }
       Rounding rounding(largest);

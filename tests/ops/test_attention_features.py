@@ -280,6 +280,33 @@ def test_a_sink_of_minus_infinity_is_none(
     assert torch.equal(again[0], out) and torch.equal(again[1], lse)
 
 
+@every_implementation()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("num_queries", [1, 20])
+def test_scales_of_any_sign(
+    implementation: Implementation,
+    num_queries: int,
+    kind: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """What quantises here gives no negative scales; what stands in a cache may come from others."""
+    inputs = make_inputs(Case("", ((num_queries, 64),), block_size=32), dtype, device)
+    cache = quantize_some(inputs, (kind,), 64, 64)[f"{kind}_cache"]
+    for codes, scales in (cache[:2], cache[2:]):
+        codes.copy_(torch.randint(0, 256, codes.shape))
+        scales.copy_(torch.randn(scales.shape) / (1 << (7 if kind == "int8" else 3)))
+    cache.value_scales[:, :, ::2, :, 0] *= -1
+    cache.value_scales[-1, ..., 0] = -cache.value_scales[-1, ..., 0].abs()
+    arguments, options = (Scoring(0.125), True), {f"{kind}_cache": cache}
+    exact = reference.paged_attention(*inputs.tensors(torch.float64), *arguments, **options)
+    rounded = reference.paged_attention(*inputs.tensors(), *arguments, **options)
+    out, lse = implementation.paged_attention(*inputs.tensors(), *arguments, **options)
+    assert_as_accurate(out, rounded[0], exact[0], "out")
+    assert_as_accurate(lse, rounded[1], exact[1], "lse")
+
+
 def test_example_of_quantised_blocks(capsys: pytest.CaptureFixture[str]) -> None:
     path = Path(__file__).parents[2] / "docs" / "quantized_blocks.py"
     runpy.run_path(str(path), run_name="__main__")
