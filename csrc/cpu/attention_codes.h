@@ -27,7 +27,7 @@ struct Ahead {
   void operator()(int64_t num_bytes) const { advance(prefetch, num_bytes); }
 };
 
-// Each asks for as much of what is read next as it reads.
+// Each asks for about as much of what is read next as it reads.
 struct CodeKernels {
   // scores[r * kCodeRowStride + t] = query row r * key t; may write up to the next 16 keys.
   void (*score)(const CodeRun& keys, const float* query, int64_t num_rows, float* scores,
@@ -50,8 +50,5 @@ inline bool suits_codes(int64_t block_size, int64_t head_dim, int64_t value_dim,
 
 // Null where the processor has no such instructions.
 const CodeKernels* avx512_vnni_code_kernels();
-
-// For 4-bit codes only, rounding to bfloat16; only where the processor has AVX512-BF16.
-const CodeKernels* avx512_bf16_code_kernels();
 
 }  // namespace kvkernels

@@ -1,106 +1,209 @@
-// Products with codes by integer dot products (AVX512-VNNI): 64 products of an unsigned and a
-// signed byte an instruction, twice those of bfloat16 pairs, and nothing to convert.
+// Products with codes by integer dot products (AVX512-VNNI): 32 products of 16-bit numbers an
+// instruction, as many as of bfloat16, and a code becomes such a number by mere widening.
 //
-// The float side of a product is folded with the scales and becomes whole numbers of 15 bits,
-// x = 128 * high + low, in two signed bytes; sums of both are exact. That is closer than bfloat16,
-// which keeps 8 bits. With element = minimum + scale * code and the code's middle c:
+// The float side of a product is folded with the scales and rounded to whole numbers x of 16 bits;
+// sums of products are exact. That is closer than bfloat16, which keeps 8 bits. With
+// element = minimum + scale * code and the codes' middle c:
 //
 //   query * key = sum (q * scale) * (code - c)  +  sum q * (minimum + c * scale)
 //
-// and likewise for weights and values. Codes around 0 keep the rounding of x small; what the
-// unsigned codes add is c times the sum of x, known exactly.
+// and likewise for weights and values. Codes around 0 keep the rounding of x small; what unsigned
+// codes add is c times the sum of x, taken off exactly.
+//
+// (Bytes take half as many instructions, but x needs two of them: as many again, and shifts. A tile
+// of 64 int8 keys with 4 rows took 1.43 us that way on Zen 4, and takes 1.25 us this way.)
 #include <algorithm>
 
-#include "cpu/attention_codes_avx512_vnni.h"
+#include "cpu/attention_codes_avx512.h"
 
 namespace kvkernels {
 namespace {
 
+// |x| <= kLargest keeps 256 products with codes up to 255 within 31 bits.
+constexpr float kLargest = 32767;
+
+// sum + a * b, of pairs of 16-bit numbers. Written out because GCC 12 copies the sum to another
+// register and back around the intrinsic.
+[[gnu::always_inline]] inline void add_products(__m512i& sum, __m512i a, __m512i b) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+}
+
+// ---- codes ---------------------------------------------------------------------------------
+
+// A row of codes goes in pieces of 64 channels, two halves of 32: neighbours, or of 4-bit codes
+// those that share their bytes.
+template <bool kIsInt4>
+struct Pieces {
+  int64_t dim;
+
+  int64_t row_bytes() const { return kIsInt4 ? dim / 2 : dim; }
+  int64_t count() const { return kIsInt4 ? (dim / 2 + 31) / 32 : (dim + 63) / 64; }
+  bool are_whole() const { return dim % 64 == 0; }
+  int64_t begin(int64_t piece, int64_t half) const {
+    return kIsInt4 ? half * dim / 2 + 32 * piece : 64 * piece + 32 * half;
+  }
+  int64_t end(int64_t half) const { return kIsInt4 && half == 0 ? dim / 2 : dim; }
+};
+
+// 32 bytes of a row from `first` on; what lies past the row is 0.
+template <bool kIsWhole>
+__m256i load_bytes(const uint8_t* row, int64_t first, int64_t num_bytes) {
+  const int64_t left = num_bytes - first;
+  if (kIsWhole || left >= 32) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + first));
+  }
+  const __mmask32 mask = left <= 0 ? 0 : (__mmask32{1} << left) - 1;
+  return _mm256_maskz_loadu_epi8(mask, row + first);
+}
+
+__m512i low_nibbles(__m512i bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi16(15)); }
+__m512i high_nibbles(__m512i bytes) { return _mm512_srli_epi16(bytes, 4); }
+
+// The codes of one row, 16 bits each, in the order of channels.
+template <bool kIsInt4, bool kIsWhole>
+void load_row_codes(const uint8_t* row, int64_t piece, int64_t num_bytes, __m512i* halves) {
+  if constexpr (kIsInt4) {
+    const __m512i bytes = _mm512_cvtepu8_epi16(load_bytes<kIsWhole>(row, 32 * piece, num_bytes));
+    halves[0] = low_nibbles(bytes);
+    halves[1] = high_nibbles(bytes);
+  } else {
+    halves[0] = _mm512_cvtepu8_epi16(load_bytes<kIsWhole>(row, 64 * piece, num_bytes));
+    halves[1] = _mm512_cvtepu8_epi16(load_bytes<kIsWhole>(row, 64 * piece + 32, num_bytes));
+  }
+}
+
+// Bytes of two rows in turn, 16 bits each. Of 32 channels, those at 0 to 7 and 16 to 23 come first.
+void interleave(__m256i a, __m256i b, __m512i* pairs) {
+  pairs[0] = _mm512_cvtepu8_epi16(_mm256_unpacklo_epi8(a, b));
+  pairs[1] = _mm512_cvtepu8_epi16(_mm256_unpackhi_epi8(a, b));
+}
+
+// The codes of two rows in turn; pairs[2 h] and pairs[2 h + 1] are those of half h.
+template <bool kIsInt4, bool kIsWhole>
+void load_pairs_of_codes(const uint8_t* a, const uint8_t* b, int64_t piece, int64_t num_bytes,
+                         __m512i* pairs) {
+  constexpr int64_t kStep = kIsInt4 ? 32 : 64;
+  interleave(load_bytes<kIsWhole>(a, kStep * piece, num_bytes),
+             load_bytes<kIsWhole>(b, kStep * piece, num_bytes), pairs);
+  if constexpr (kIsInt4) {
+    for (int i = 0; i < 2; ++i) {
+      pairs[i + 2] = high_nibbles(pairs[i]);
+      pairs[i] = low_nibbles(pairs[i]);
+    }
+  } else {
+    interleave(load_bytes<kIsWhole>(a, kStep * piece + 32, num_bytes),
+               load_bytes<kIsWhole>(b, kStep * piece + 32, num_bytes), pairs + 2);
+  }
+}
+
+// ---- rounding ------------------------------------------------------------------------------
+
+// What whole numbers stand for, of up to 16 sets of them: x = number * unit.
+struct Units {
+  __m512 unit, inverse;
+};
+
+// From each set's largest magnitude.
+Units units_of(__m512 largest) {
+  const __m512 limit = _mm512_set1_ps(kLargest);
+  const __mmask16 is_some = _mm512_cmp_ps_mask(largest, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  return {_mm512_div_ps(largest, limit), _mm512_maskz_div_ps(is_some, limit, largest)};
+}
+
+// Writes 32 numbers, and adds them to `total`.
+void round(__m512 a, __m512 b, __m512 inverse, int16_t* numbers, __m512i& total) {
+  // A float of this size ends at the units: the last bits of the sum are the number.
+  const __m512 magic = _mm512_set1_ps(0x1.8p23f);
+  const __m512i even = _mm512_set_epi32(0x3e003c, 0x3a0038, 0x360034, 0x320030, 0x2e002c, 0x2a0028,
+                                        0x260024, 0x220020, 0x1e001c, 0x1a0018, 0x160014, 0x120010,
+                                        0x0e000c, 0x0a0008, 0x060004, 0x020000);
+  const __m512i x =
+      _mm512_permutex2var_epi16(_mm512_castps_si512(_mm512_fmadd_ps(a, inverse, magic)), even,
+                                _mm512_castps_si512(_mm512_fmadd_ps(b, inverse, magic)));
+  _mm512_store_si512(numbers, x);
+  add_products(total, x, _mm512_set1_epi16(1));
+}
+
+// Times the codes' middle: what unsigned codes add to the sum of products.
+template <bool kIsInt4>
+__m512i excess_of(__m512i total) {
+  constexpr int kBits = kIsInt4 ? 3 : 7;
+  static_assert(1 << kBits == static_cast<int>(middle_code(kIsInt4)));
+  return _mm512_slli_epi32(total, kBits);
+}
+
 // ---- keys ----------------------------------------------------------------------------------
 
 struct alignas(64) RoundedQuery {
-  int8_t high[kMaxBatch][kMaxCodeDim], low[kMaxBatch][kMaxCodeDim];
-  // score = sum of products * unit + base; of each row as often as there are keys at a time.
-  float unit[16], base[16];
+  int16_t x[kMaxBatch][kMaxCodeDim];  // piece by piece
+  // score = (sum of products - excess) * unit + base; each row's as often as there are keys at a
+  // time.
+  __m512i excess;
+  __m512 unit, base;
 };
+
+// One vector for each row, repeated for the keys at a time.
+template <int kRows, typename Vector>
+[[gnu::always_inline]] inline void repeat_rows(const Vector* rows, Vector* repeated) {
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    const int row = i / keys_at_once(kRows);
+    repeated[i] = rows[row < kRows ? row : kRows - 1];
+  }
+}
 
 // Rounds rows of the query, folded with the scales of a group of keys.
 template <bool kIsInt4, int kRows>
 void round_query(const float* query, int64_t dim, const uint16_t* pairs, RoundedQuery& rounded) {
-  const int64_t num_parts = 4 * num_vectors<kIsInt4>(dim);
+  const Pieces<kIsInt4> pieces = {dim};
+  const int64_t num_halves = 2 * pieces.count();
   alignas(64) float folded[kMaxBatch][kMaxCodeDim];
-  __m512 largest[kRows], base[kRows];
+  __m512 largest[kRows], base[kRows], repeated[16];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) largest[r] = base[r] = _mm512_setzero_ps();
-  for (int64_t part = 0; part < num_parts; ++part) {
-    const Channels channels = channels_of_part<kIsInt4>(part, dim);
-    const __mmask16 mask = first_lanes(channels.count);
-    const Scales scales = load_scales(pairs + 2 * channels.first, mask, middle_code(kIsInt4));
+  for (int64_t part = 0; part < 2 * num_halves; ++part) {
+    const int64_t half = part / 2 % 2, first = pieces.begin(part / 4, half) + part % 2 * 16;
+    const __mmask16 mask = first_lanes(pieces.end(half) - first);
+    const Scales scales = load_scales(pairs + 2 * first, mask, middle_code(kIsInt4));
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const __m512 q = _mm512_maskz_loadu_ps(mask, query + r * dim + channels.first);
+      const __m512 q = _mm512_maskz_loadu_ps(mask, query + r * dim + first);
       const __m512 x = _mm512_mul_ps(q, scales.scale);
       _mm512_store_ps(folded[r] + 16 * part, x);
       largest[r] = _mm512_max_ps(largest[r], _mm512_abs_ps(x));
       base[r] = _mm512_fmadd_ps(q, scales.middle, base[r]);
     }
   }
+  repeat_rows<kRows>(largest, repeated);
+  const Units units = units_of(max_lanes_of_16(repeated));
+  repeat_rows<kRows>(base, repeated);
+  rounded.unit = units.unit;
+  rounded.base = sum_lanes_of_16(repeated);
+  __m512i total[kRows], totals[16];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-    Rounding rounding(largest[r]);
-    for (int64_t part = 0; part < num_parts; part += 2) {
-      const float* x = folded[r] + 16 * part;
-      rounding.round(_mm512_load_ps(x), _mm512_load_ps(x + 16), rounded.high[r] + 16 * part,
-                     rounded.low[r] + 16 * part);
+    const __m512 inverse =
+        _mm512_permutexvar_ps(_mm512_set1_epi32(r * keys_at_once(kRows)), units.inverse);
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t half = 0; half < num_halves; ++half) {
+      const float* x = folded[r] + 32 * half;
+      round(_mm512_load_ps(x), _mm512_load_ps(x + 16), inverse, rounded.x[r] + 32 * half, sum);
     }
-    const float excess = middle_code(kIsInt4) * rounding.unit() * rounding.total();
-    constexpr int kTokens = keys_at_once(kRows);
-    std::fill_n(rounded.unit + kTokens * r, kTokens, rounding.unit());
-    std::fill_n(rounded.base + kTokens * r, kTokens, _mm512_reduce_add_ps(base[r]) - excess);
+    total[r] = sum;
   }
+  repeat_rows<kRows>(total, totals);
+  rounded.excess = excess_of<kIsInt4>(sum_lanes_of_16(totals));
 }
 
-// Inlined by force, like add_value_products: its sums are to stay in registers.
-template <bool kIsInt4, int kRows, int kVectors, int kTokens>
-[[gnu::always_inline]] inline void add_key_products(const uint8_t* const* keys, int64_t num_bytes,
-                                                    const int8_t (*query)[kMaxCodeDim],
-                                                    __m512i* sums) {
-#pragma GCC unroll 4
-  for (int j = 0; j < kVectors; ++j) {
-#pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) {
-      const __m512i codes = load_codes<kIsInt4>(keys[t], j, num_bytes);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        sums[r * kTokens + t] =
-            _mm512_dpbusd_epi32(sums[r * kTokens + t], codes, _mm512_load_si512(query[r] + 64 * j));
-      }
-    }
-  }
-}
-
-// Lane i of the result is the sum over the lanes of v[i].
-[[gnu::always_inline]] inline __m512i sum_lanes_of_16(const __m512i* v) {
-  __m512i w[4];
-  for (int i = 0; i < 4; ++i) {
-    const __m512i ab = _mm512_add_epi32(_mm512_shuffle_i32x4(v[i], v[i + 4], 0x44),
-                                        _mm512_shuffle_i32x4(v[i], v[i + 4], 0xee));
-    const __m512i cd = _mm512_add_epi32(_mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x44),
-                                        _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xee));
-    w[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(ab, cd, 0x88), _mm512_shuffle_i32x4(ab, cd, 0xdd));
-  }
-  const __m512i low =
-      _mm512_add_epi32(_mm512_unpacklo_epi32(w[0], w[1]), _mm512_unpackhi_epi32(w[0], w[1]));
-  const __m512i high =
-      _mm512_add_epi32(_mm512_unpacklo_epi32(w[2], w[3]), _mm512_unpackhi_epi32(w[2], w[3]));
-  return _mm512_add_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
-}
-
-// Scores of `count` keys from `codes` on with the rows of one rounding.
-template <bool kIsInt4, int kRows, int kVectors>
-void score_group(const uint8_t* codes, int64_t count, int64_t num_bytes, const RoundedQuery& query,
-                 float* scores, const Ahead& next) {
+// Scores of `count` keys that share their scales, with up to 4 rows.
+template <bool kIsInt4, bool kIsWhole, int kRows>
+void score_group(const uint8_t* codes, const uint16_t* pairs, int64_t count, int64_t dim,
+                 const float* query, float* scores, const Ahead& next) {
   constexpr int kTokens = keys_at_once(kRows);
+  const Pieces<kIsInt4> pieces = {dim};
+  const int64_t num_bytes = pieces.row_bytes(), num_pieces = pieces.count();
+  RoundedQuery rounded;
+  round_query<kIsInt4, kRows>(query, dim, pairs, rounded);
   for (int64_t first = 0; first < count; first += kTokens) {
     const uint8_t* keys[kTokens];
     __m512i sums[16];
@@ -110,46 +213,46 @@ void score_group(const uint8_t* codes, int64_t count, int64_t num_bytes, const R
     }
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) sums[i] = _mm512_setzero_si512();
-    add_key_products<kIsInt4, kRows, kVectors, kTokens>(keys, num_bytes, query.high, sums);
+    for (int64_t piece = 0; piece < num_pieces; ++piece) {
+      __m512i x[kRows][2];
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        x[r][0] = _mm512_load_si512(rounded.x[r] + 64 * piece);
+        x[r][1] = _mm512_load_si512(rounded.x[r] + 64 * piece + 32);
+      }
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows * kTokens; ++i) sums[i] = _mm512_slli_epi32(sums[i], kLowBits);
-    add_key_products<kIsInt4, kRows, kVectors, kTokens>(keys, num_bytes, query.low, sums);
-    const __m512 products = _mm512_cvtepi32_ps(sum_lanes_of_16(sums));
-    store_sixteen<kRows>(
-        _mm512_fmadd_ps(products, _mm512_load_ps(query.unit), _mm512_load_ps(query.base)),
-        scores + first);
+      for (int t = 0; t < kTokens; ++t) {
+        __m512i halves[2];
+        load_row_codes<kIsInt4, kIsWhole>(keys[t], piece, num_bytes, halves);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          add_products(sums[r * kTokens + t], halves[0], x[r][0]);
+          add_products(sums[r * kTokens + t], halves[1], x[r][1]);
+        }
+      }
+    }
+    const __m512i products = _mm512_sub_epi32(sum_lanes_of_16(sums), rounded.excess);
+    store_sixteen<kRows>(_mm512_fmadd_ps(_mm512_cvtepi32_ps(products), rounded.unit, rounded.base),
+                         scores + first);
     next(kTokens * num_bytes);
   }
 }
 
-// Keys that share their scales, with up to 4 rows.
-template <bool kIsInt4, int kRows>
-void score_rows(const uint8_t* codes, const uint16_t* pairs, int64_t count, int64_t dim,
-                const float* query, float* scores, const Ahead& next) {
-  const int64_t num_bytes = row_bytes<kIsInt4>(dim);
-  RoundedQuery rounded;
-  round_query<kIsInt4, kRows>(query, dim, pairs, rounded);
-  switch (num_vectors<kIsInt4>(dim)) {
-    case 1:
-      return score_group<kIsInt4, kRows, 1>(codes, count, num_bytes, rounded, scores, next);
-    case 2:
-      return score_group<kIsInt4, kRows, 2>(codes, count, num_bytes, rounded, scores, next);
-    case 3:
-      return score_group<kIsInt4, kRows, 3>(codes, count, num_bytes, rounded, scores, next);
-    default:
-      return score_group<kIsInt4, kRows, 4>(codes, count, num_bytes, rounded, scores, next);
-  }
-}
+using ScoreGroup = void (*)(const uint8_t*, const uint16_t*, int64_t, int64_t, const float*, float*,
+                            const Ahead&);
 
-template <bool kIsInt4>
-constexpr decltype(&score_rows<kIsInt4, 1>) kScoreRows[kMaxBatch + 1] = {
-    nullptr, score_rows<kIsInt4, 1>, score_rows<kIsInt4, 2>, score_rows<kIsInt4, 3>,
-    score_rows<kIsInt4, 4>};
+template <bool kIsInt4, bool kIsWhole>
+constexpr ScoreGroup kScoreGroup[kMaxBatch + 1] = {
+    nullptr, score_group<kIsInt4, kIsWhole, 1>, score_group<kIsInt4, kIsWhole, 2>,
+    score_group<kIsInt4, kIsWhole, 3>, score_group<kIsInt4, kIsWhole, 4>};
 
 template <bool kIsInt4>
 void score_run(const CodeRun& run, const float* query, int64_t num_rows, float* scores,
                const Ahead& next_read) {
-  const int64_t num_bytes = row_bytes<kIsInt4>(run.dim), end = run.slot + run.count;
+  const Pieces<kIsInt4> pieces = {run.dim};
+  const ScoreGroup* const kernels =
+      pieces.are_whole() ? kScoreGroup<kIsInt4, true> : kScoreGroup<kIsInt4, false>;
+  const int64_t num_bytes = pieces.row_bytes(), end = run.slot + run.count;
   const int64_t group_size = run.block_size / run.groups;
   const int64_t num_batches = (num_rows + kMaxBatch - 1) / kMaxBatch;
   for (int64_t slot = run.slot, next; slot < end; slot = next) {
@@ -157,9 +260,8 @@ void score_run(const CodeRun& run, const float* query, int64_t num_rows, float* 
     const uint16_t* pairs = run.scales + slot / group_size * run.dim * 2;
     for (int64_t b = 0, r = 0, count; b < num_batches; ++b, r += count) {
       count = (num_rows - r) / (num_batches - b);
-      kScoreRows<kIsInt4>[count](run.codes + slot* num_bytes, pairs, next - slot, run.dim,
-                                 query + r* run.dim, scores + r* kCodeRowStride + slot - run.slot,
-                                 next_read);
+      kernels[count](run.codes + slot * num_bytes, pairs, next - slot, run.dim, query + r * run.dim,
+                     scores + r * kCodeRowStride + slot - run.slot, next_read);
     }
   }
 }
@@ -171,192 +273,170 @@ void score(const CodeRun& keys, const float* query, int64_t num_rows, float* sco
 
 // ---- values --------------------------------------------------------------------------------
 
-constexpr int64_t kMaxFours = kMaxKeys / 4;
+constexpr int64_t kMaxSets = kMaxBatch * kMaxGroups;
 
+// Set r * groups + g: row r's for group g of channels.
 struct alignas(64) RoundedWeights {
-  // Of each group of channels, bytes of neighbouring keys.
-  int8_t high[kMaxBatch][kMaxGroups][kMaxKeys], low[kMaxBatch][kMaxGroups][kMaxKeys];
-  float unit[kMaxBatch][kMaxGroups], base[kMaxBatch][kMaxGroups];
+  int16_t x[kMaxSets][kMaxKeys];
+  int32_t excess[kMaxSets];
+  float unit[kMaxSets], base[kMaxSets];
 };
 
-void round_weights(const float* weights, int64_t num_rows, const CodeRun& run, float c,
-                   const KeyScales& scales, RoundedWeights& rounded) {
-  const int64_t num_parts = (run.count + 15) / 16;
-  for (int64_t r = 0; r < num_rows; ++r) {
-    __m512 weight[kMaxKeys / 16];
-    for (int64_t part = 0; part < num_parts; ++part) {
-      weight[part] = _mm512_maskz_loadu_ps(first_lanes(run.count - 16 * part),
-                                           weights + r * kCodeRowStride + 16 * part);
+// The largest weight of each row times the largest scale of each group: of the numbers, a bound
+// that costs a pass less than their maximum.
+void bound_weights(const float* weights, int64_t num_rows, const CodeRun& run,
+                   const KeyScales& scales, float* bounds) {
+  __m512 largest[16];  // of rows, then of groups
+  for (__m512& one : largest) one = _mm512_setzero_ps();
+  for (int64_t t = 0; t < run.count; t += 16) {
+    const __mmask16 mask = first_lanes(run.count - t);
+    for (int64_t r = 0; r < num_rows; ++r) {
+      const __m512 weight = _mm512_maskz_loadu_ps(mask, weights + r * kCodeRowStride + t);
+      largest[r] = _mm512_max_ps(largest[r], weight);
     }
     for (int64_t group = 0; group < run.groups; ++group) {
-      __m512 folded[kMaxKeys / 16 + 1];
-      __m512 largest = _mm512_setzero_ps(), base = _mm512_setzero_ps();
-      for (int64_t part = 0; part < num_parts; ++part) {
-        const __m512 scale = _mm512_load_ps(scales.scale[group] + 16 * part);
-        const __m512 middle = _mm512_load_ps(scales.middle[group] + 16 * part);
-        folded[part] = _mm512_mul_ps(weight[part], scale);
-        largest = _mm512_max_ps(largest, _mm512_abs_ps(folded[part]));
-        base = _mm512_fmadd_ps(weight[part], middle, base);
-      }
-      Rounding rounding(largest);
-      folded[num_parts] = _mm512_setzero_ps();
-      for (int64_t part = 0; part < num_parts; part += 2) {
-        rounding.round(folded[part], folded[part + 1], rounded.high[r][group] + 16 * part,
-                       rounded.low[r][group] + 16 * part);
-      }
-      rounded.unit[r][group] = rounding.unit();
-      rounded.base[r][group] = _mm512_reduce_add_ps(base) - c * rounding.unit() * rounding.total();
+      const __m512 scale = _mm512_abs_ps(_mm512_load_ps(scales.scale[group] + t));
+      largest[kMaxBatch + group] = _mm512_max_ps(largest[kMaxBatch + group], scale);
+    }
+  }
+  alignas(64) float top[16];
+  _mm512_store_ps(top, max_lanes_of_16(largest));
+  for (int64_t r = 0; r < num_rows; ++r) {
+    for (int64_t group = 0; group < run.groups; ++group) {
+      *bounds++ = top[r] * top[kMaxBatch + group];
     }
   }
 }
-
-// Codes of four neighbouring keys side by side. Of a vector of 64 channels, the four vectors
-// k = 0 .. 3 hold in their quarter q the channels 16 q + 4 k to 16 q + 4 k + 3.
-template <bool kIsInt4>
-void interleave_keys(const CodeRun& run, int64_t vectors, uint8_t* fours, const Ahead& next) {
-  const int64_t num_bytes = row_bytes<kIsInt4>(run.dim);
-  const uint8_t* rows = run.codes + run.slot * num_bytes;
-  for (int64_t first = 0; first < run.count; first += 4) {
-    const uint8_t* row[4];
-    next(num_bytes);
-    for (int64_t t = 0; t < 4; ++t) {
-      // A key past the last has no weight.
-      row[t] = rows + (first + t < run.count ? first + t : run.count - 1) * num_bytes;
-    }
-    for (int64_t j = 0; j < vectors; ++j, fours += 256) {
-      const __m512i a = load_codes<kIsInt4>(row[0], j, num_bytes);
-      const __m512i b = load_codes<kIsInt4>(row[1], j, num_bytes);
-      const __m512i c = load_codes<kIsInt4>(row[2], j, num_bytes);
-      const __m512i d = load_codes<kIsInt4>(row[3], j, num_bytes);
-      const __m512i ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
-      const __m512i cd_low = _mm512_unpacklo_epi8(c, d), cd_high = _mm512_unpackhi_epi8(c, d);
-      _mm512_store_si512(fours, _mm512_unpacklo_epi16(ab_low, cd_low));
-      _mm512_store_si512(fours + 64, _mm512_unpackhi_epi16(ab_low, cd_low));
-      _mm512_store_si512(fours + 128, _mm512_unpacklo_epi16(ab_high, cd_high));
-      _mm512_store_si512(fours + 192, _mm512_unpackhi_epi16(ab_high, cd_high));
-    }
-  }
-}
-
-// The groups of the lower and upper 32 channels of vector j.
-struct VectorGroups {
-  int64_t low, high;
-};
 
 template <bool kIsInt4>
-VectorGroups groups_of_vector(int64_t j, const CodeRun& run) {
-  if (run.groups == 1) return {0, 0};
-  const int64_t group_size = run.dim / run.groups;
-  return {channels_of_part<kIsInt4>(4 * j, run.dim).first / group_size,
-          channels_of_part<kIsInt4>(4 * j + 2, run.dim).first / group_size};
-}
-
-// Weights of four keys for the channels of a vector.
-template <bool kHasTwoGroups>
-__m512i load_weights(const int8_t (*weights)[kMaxKeys], VectorGroups groups, int64_t four) {
-  const __m512i low =
-      _mm512_set1_epi32(reinterpret_cast<const int32_t*>(weights[groups.low])[four]);
-  if constexpr (!kHasTwoGroups) return low;
-  return _mm512_mask_broadcastd_epi32(
-      low, 0xff00, _mm_loadu_si32(reinterpret_cast<const int32_t*>(weights[groups.high]) + four));
-}
-
-template <int kRows, bool kHasTwoGroups>
-[[gnu::always_inline]] inline void add_value_products(const uint8_t* fours, int64_t stride,
-                                                      int64_t num_fours,
-                                                      const int8_t (*weights)[kMaxGroups][kMaxKeys],
-                                                      VectorGroups groups, __m512i (*sums)[4]) {
-  for (int64_t four = 0; four < num_fours; ++four, fours += stride) {
-    __m512i codes[4];
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) codes[k] = _mm512_load_si512(fours + 64 * k);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const __m512i weight = load_weights<kHasTwoGroups>(weights[r], groups, four);
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) sums[r][k] = _mm512_dpbusd_epi32(sums[r][k], codes[k], weight);
+void round_weights(const float* weights, int64_t num_rows, const CodeRun& run,
+                   const KeyScales& scales, RoundedWeights& rounded) {
+  const int64_t num_sets = num_rows * run.groups;
+  alignas(64) float bounds[kMaxSets], inverse[kMaxSets];
+  __mmask16 is_key[kMaxKeys / 16];
+  for (int64_t i = 0; i < kMaxKeys / 16; ++i) is_key[i] = first_lanes(run.count - 16 * i);
+  bound_weights(weights, num_rows, run, scales, bounds);
+  for (int64_t first = 0; first < num_sets; first += 16) {
+    const __mmask16 mask = first_lanes(num_sets - first);
+    const Units units = units_of(_mm512_maskz_load_ps(mask, bounds + first));
+    _mm512_store_ps(inverse + first, units.inverse);
+    _mm512_store_ps(rounded.unit + first, units.unit);
+    __m512 base[16];
+    __m512i total[16];
+    for (int64_t i = 0; i < 16; ++i) {
+      base[i] = _mm512_setzero_ps();
+      total[i] = _mm512_setzero_si512();
     }
+    for (int64_t set = first; set < std::min(first + 16, num_sets); ++set) {
+      const float* row = weights + set / run.groups * kCodeRowStride;
+      const int64_t group = set % run.groups;
+      const __m512 set_inverse = _mm512_set1_ps(inverse[set]);
+      __m512 sum = _mm512_setzero_ps();
+      __m512i numbers = _mm512_setzero_si512();
+      for (int64_t t = 0; t < run.count; t += 32) {
+        const __m512 a = _mm512_maskz_loadu_ps(is_key[t / 16], row + t);
+        const __m512 b = _mm512_maskz_loadu_ps(is_key[t / 16 + 1], row + t + 16);
+        const float *scale = scales.scale[group] + t, *middle = scales.middle[group] + t;
+        sum = _mm512_fmadd_ps(a, _mm512_load_ps(middle), sum);
+        sum = _mm512_fmadd_ps(b, _mm512_load_ps(middle + 16), sum);
+        round(_mm512_mul_ps(a, _mm512_load_ps(scale)), _mm512_mul_ps(b, _mm512_load_ps(scale + 16)),
+              set_inverse, rounded.x[set] + t, numbers);
+      }
+      base[set - first] = sum;
+      total[set - first] = numbers;
+    }
+    _mm512_store_ps(rounded.base + first, sum_lanes_of_16(base));
+    _mm512_store_si512(rounded.excess + first, excess_of<kIsInt4>(sum_lanes_of_16(total)));
   }
 }
 
-// Quarter q of the result holds quarter q of the four vectors, one after the other.
-void gather_quarters(const __m512i* v, __m512i* quarters) {
-  const __m512i a = _mm512_shuffle_i32x4(v[0], v[1], 0x44);  // v0.0 v0.1 v1.0 v1.1
-  const __m512i b = _mm512_shuffle_i32x4(v[2], v[3], 0x44);
-  const __m512i c = _mm512_shuffle_i32x4(v[0], v[1], 0xee);  // v0.2 v0.3 v1.2 v1.3
-  const __m512i d = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
-  quarters[0] = _mm512_shuffle_i32x4(a, b, 0x88);
-  quarters[1] = _mm512_shuffle_i32x4(a, b, 0xdd);
-  quarters[2] = _mm512_shuffle_i32x4(c, d, 0x88);
-  quarters[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
+// Sums of 32 channels in the order of `interleave`, added to a row of sums of which `count` are
+// left.
+void add_half(__m512 a, __m512 b, int64_t count, float* target) {
+  const __m512i low = _mm512_set_epi32(23, 22, 21, 20, 19, 18, 17, 16, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  const __m512 parts[] = {_mm512_permutex2var_ps(a, low, b), _mm512_permutex2var_ps(a, high, b)};
+  for (int i = 0; i < 2; ++i) {
+    const __mmask16 mask = first_lanes(count - 16 * i);
+    const __m512 before = _mm512_maskz_loadu_ps(mask, target + 16 * i);
+    _mm512_mask_storeu_ps(target + 16 * i, mask, _mm512_add_ps(before, parts[i]));
+  }
 }
 
-// One vector of 64 channels, for all keys of the run.
-template <bool kIsInt4, int kRows, bool kHasTwoGroups>
-void add_vector(const CodeRun& run, int64_t j, const uint8_t* fours, int64_t stride,
-                const RoundedWeights& weights, float* sums, const Ahead& next) {
-  const VectorGroups groups = groups_of_vector<kIsInt4>(j, run);
-  const int64_t num_fours = (run.count + 3) / 4;
+// One piece of each value of the run.
+template <bool kIsInt4, bool kIsWhole, int kRows>
+void add_piece(const CodeRun& run, int64_t piece, const RoundedWeights& weights, float* sums,
+               const Ahead& next) {
+  const Pieces<kIsInt4> pieces = {run.dim};
+  const int64_t num_bytes = pieces.row_bytes(), group_size = run.dim / run.groups;
+  const uint8_t* codes = run.codes + run.slot * num_bytes;
+  int64_t sets[kRows][2];
   __m512i products[kRows][4];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
+    for (int half = 0; half < 2; ++half) {
+      const int64_t group = std::min(pieces.begin(piece, half) / group_size, run.groups - 1);
+      sets[r][half] = r * run.groups + group;
+    }
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) products[r][k] = _mm512_setzero_si512();
+    for (int i = 0; i < 4; ++i) products[r][i] = _mm512_setzero_si512();
   }
-  add_value_products<kRows, kHasTwoGroups>(fours, stride, num_fours, weights.high, groups,
-                                           products);
-  next(run.count * 16);
+  next(run.count * (kIsInt4 ? 32 : 64));
+  for (int64_t t = 0; t < run.count; t += 2) {
+    // A key past the last has no weight.
+    const int64_t odd = t + 1 < run.count ? t + 1 : t;
+    __m512i pairs[4];
+    load_pairs_of_codes<kIsInt4, kIsWhole>(codes + t * num_bytes, codes + odd * num_bytes, piece,
+                                           num_bytes, pairs);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const auto* x = reinterpret_cast<const int32_t*>(weights.x[sets[r][i / 2]]);
+        add_products(products[r][i], pairs[i], _mm512_set1_epi32(x[t / 2]));
+      }
+    }
+  }
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) products[r][k] = _mm512_slli_epi32(products[r][k], kLowBits);
-  }
-  add_value_products<kRows, kHasTwoGroups>(fours, stride, num_fours, weights.low, groups, products);
-  next(run.count * 16);
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-    __m512i quarters[4];
-    gather_quarters(products[r], quarters);
-#pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) {
-      const Channels channels = channels_of_part<kIsInt4>(4 * j + q, run.dim);
-      const __mmask16 mask = first_lanes(channels.count);
-      const int64_t group = q < 2 ? groups.low : groups.high;
-      float* target = sums + r * run.dim + channels.first;
-      const __m512 part =
-          _mm512_fmadd_ps(_mm512_cvtepi32_ps(quarters[q]), _mm512_set1_ps(weights.unit[r][group]),
-                          _mm512_set1_ps(weights.base[r][group]));
-      const __m512 before = _mm512_maskz_loadu_ps(mask, target);
-      _mm512_mask_storeu_ps(target, mask, _mm512_add_ps(before, part));
+    for (int half = 0; half < 2; ++half) {
+      const int64_t set = sets[r][half];
+      const __m512i excess = _mm512_set1_epi32(weights.excess[set]);
+      const __m512 unit = _mm512_set1_ps(weights.unit[set]);
+      const __m512 base = _mm512_set1_ps(weights.base[set]);
+      __m512 parts[2];
+      for (int i = 0; i < 2; ++i) {
+        const __m512i exact = _mm512_sub_epi32(products[r][2 * half + i], excess);
+        parts[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), unit, base);
+      }
+      const int64_t first = pieces.begin(piece, half);
+      add_half(parts[0], parts[1], pieces.end(half) - first, sums + r * run.dim + first);
     }
   }
 }
 
-using AddVector = void (*)(const CodeRun&, int64_t, const uint8_t*, int64_t, const RoundedWeights&,
-                           float*, const Ahead&);
+using AddPiece = void (*)(const CodeRun&, int64_t, const RoundedWeights&, float*, const Ahead&);
 
-template <bool kIsInt4, bool kHasTwoGroups>
-constexpr AddVector kAddVector[kMaxBatch + 1] = {
-    nullptr, add_vector<kIsInt4, 1, kHasTwoGroups>, add_vector<kIsInt4, 2, kHasTwoGroups>,
-    add_vector<kIsInt4, 3, kHasTwoGroups>, add_vector<kIsInt4, 4, kHasTwoGroups>};
+template <bool kIsInt4, bool kIsWhole>
+constexpr AddPiece kAddPiece[kMaxBatch + 1] = {
+    nullptr, add_piece<kIsInt4, kIsWhole, 1>, add_piece<kIsInt4, kIsWhole, 2>,
+    add_piece<kIsInt4, kIsWhole, 3>, add_piece<kIsInt4, kIsWhole, 4>};
 
 template <bool kIsInt4>
 void add_run(const CodeRun& run, const float* weights, int64_t num_rows, float* sums,
              const Ahead& next) {
-  const int64_t vectors = num_vectors<kIsInt4>(run.dim);
-  alignas(64) uint8_t fours[kMaxFours * kMaxVectors * 256];
-  interleave_keys<kIsInt4>(run, vectors, fours, next);
+  const Pieces<kIsInt4> pieces = {run.dim};
+  const AddPiece* const kernels =
+      pieces.are_whole() ? kAddPiece<kIsInt4, true> : kAddPiece<kIsInt4, false>;
   KeyScales scales;
   spread_scales(run, middle_code(kIsInt4), scales);
   const int64_t num_batches = (num_rows + kMaxBatch - 1) / kMaxBatch;
   RoundedWeights rounded;
   for (int64_t b = 0, r = 0, count; b < num_batches; ++b, r += count) {
     count = (num_rows - r) / (num_batches - b);
-    round_weights(weights + r * kCodeRowStride, count, run, middle_code(kIsInt4), scales, rounded);
-    const AddVector add =
-        run.groups == 1 ? kAddVector<kIsInt4, false>[count] : kAddVector<kIsInt4, true>[count];
-    for (int64_t j = 0; j < vectors; ++j) {
-      add(run, j, fours + 256 * j, 256 * vectors, rounded, sums + r * run.dim, next);
+    round_weights<kIsInt4>(weights + r * kCodeRowStride, count, run, scales, rounded);
+    for (int64_t piece = 0; piece < pieces.count(); ++piece) {
+      kernels[count](run, piece, rounded, sums + r * run.dim, next);
     }
   }
 }

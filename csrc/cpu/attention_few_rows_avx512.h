@@ -28,23 +28,19 @@ struct Tile {
 };
 
 // The kernels for the codes of a kind of block, or null.
-template <typename R>
-const CodeKernels* code_kernels(const PagedAttentionArgs& args, BlockKind kind) {
+inline const CodeKernels* code_kernels(const PagedAttentionArgs& args, BlockKind kind) {
   const QuantizedCache& cache = quantized_cache(args, kind);
-  // Their whole numbers of 15 bits keep more than 16-bit floats do, but less than float32.
+  // Their whole numbers of 16 bits keep more than 16-bit floats do, but less than float32.
   const bool suits = kind != BlockKind::kFloat && args.dtype != DType::kFloat32 &&
                      suits_codes(args.block_size, args.head_dim, args.value_dim, cache.key_groups,
                                  cache.value_groups, kind == BlockKind::kInt4);
-  if (!suits) return nullptr;
-  if (R::kUsesBFloat16 && kind == BlockKind::kInt4) return avx512_bf16_code_kernels();
-  return avx512_vnni_code_kernels();
+  return suits ? avx512_vnni_code_kernels() : nullptr;
 }
 
-template <typename R>
-void find_code_runs(const AttentionTile& tile, Tile& found) {
+inline void find_code_runs(const AttentionTile& tile, Tile& found) {
   found.num_code_runs = 0;
   const BlockKind kind = block_entry(tile.blocks[found.begin / tile.args->block_size]).kind;
-  if (code_kernels<R>(*tile.args, kind) == nullptr) return;
+  if (code_kernels(*tile.args, kind) == nullptr) return;
   bool is_one_kind = true;
   for_each_run(tile, found.begin, found.end, [&](const Run& run) {
     is_one_kind &= run.block.kind == kind;
@@ -55,8 +51,7 @@ void find_code_runs(const AttentionTile& tile, Tile& found) {
 
 // Finds the keys and values from `begin` on. The rest of the offsets repeat the last row, so that
 // loops over a fixed number of rows read nothing that is not part of the sequence.
-template <typename R>
-void find_tile(const AttentionTile& tile, int64_t begin, Tile& found) {
+inline void find_tile(const AttentionTile& tile, int64_t begin, Tile& found) {
   found.begin = begin;
   found.end = begin < tile.key_end ? key_tile_end(tile, begin) : begin;
   const int64_t num_keys = found.num_keys();
@@ -64,7 +59,7 @@ void find_tile(const AttentionTile& tile, int64_t begin, Tile& found) {
   if (num_keys == 0) return;
   found.is_plain = lies_plain(tile, begin, found.end);
   found.num_code_runs = 0;
-  if (!found.is_plain) find_code_runs<R>(tile, found);
+  if (!found.is_plain) find_code_runs(tile, found);
   if (found.is_plain) {
     find_rows(tile, begin, found.end, found.keys, found.values);
   } else {
@@ -190,15 +185,14 @@ inline CodeRun code_run(const Part& part, const Run& run, const PagedAttentionAr
 }
 
 // score_head and add_head for a tile of codes.
-template <typename R>
-void score_codes(const AttentionTile& tile, int64_t head, const Tile& now, Prefetch& next,
-                 Rows& rows) {
+inline void score_codes(const AttentionTile& tile, int64_t head, const Tile& now, Prefetch& next,
+                        Rows& rows) {
   const PagedAttentionArgs& args = *tile.args;
   const BlockKind kind = now.code_runs[0].block.kind;
   const QuantizedCache& cache = quantized_cache(args, kind);
   for (int i = 0; i < now.num_code_runs; ++i) {
     const Run& run = now.code_runs[i];
-    code_kernels<R>(args, kind)
+    code_kernels(args, kind)
         ->score(code_run({cache.key_codes, cache.key_scales}, run, args, tile.kv_head + head,
                          args.head_dim, cache.key_groups),
                 rows.floats, rows.count, rows.scores + run.first, ahead_of(next));
@@ -215,7 +209,7 @@ void add_codes(const AttentionTile& tile, int64_t head, const Tile& now, Prefetc
   std::fill_n(sums, rows.count * rows.value_dim, 0.0f);
   for (int i = 0; i < now.num_code_runs; ++i) {
     const Run& run = now.code_runs[i];
-    code_kernels<R>(args, kind)
+    code_kernels(args, kind)
         ->add(code_run({cache.value_codes, cache.value_scales}, run, args, tile.kv_head + head,
                        args.value_dim, cache.value_groups),
               rows.scores + run.first, rows.count, sums, ahead_of(next));
@@ -260,7 +254,7 @@ class FewRows {
 
  private:
   void find(int64_t begin, Tile& found) {
-    find_tile<R>(tile_, begin, found);
+    find_tile(tile_, begin, found);
     prefetch_.add_tile(found.key_spans, found.value_spans, tile_.num_kv_heads);
   }
 
@@ -268,7 +262,7 @@ class FewRows {
     for (int64_t head = 0; head < tile_.num_kv_heads; ++head) {
       prefetch_.begin(now.key_spans.num_bytes);
       if (now.num_code_runs > 0) {
-        score_codes<R>(tile_, head, now, prefetch_, rows_[head]);
+        score_codes(tile_, head, now, prefetch_, rows_[head]);
       } else {
         score_head<R>(now, keys(now, head), prefetch_, rows_[head]);
       }

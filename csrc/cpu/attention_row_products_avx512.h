@@ -163,7 +163,6 @@ struct WidenedRows {
   using Element = E;
   using Item = typename E::Item;
   using Unpacker = Avx512Unpacker<E>;
-  static constexpr bool kUsesBFloat16 = false;
 
   static constexpr RowKernels<Item> kKernels[kBatch + 1] = {{nullptr, nullptr},
                                                             {score_keys<E, 1>, add_values<E, 1>},

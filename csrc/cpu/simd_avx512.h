@@ -109,23 +109,43 @@ inline __m512 exp2_lanes(__m512 x) {
   return _mm512_scalef_ps(poly, whole);
 }
 
-// Lane i of the result is the sum over the lanes of v[i].
-inline __m512 sum_lanes_of_16(const __m512* v) {
-  __m512 w[4];
+// Lane i of the result is all lanes of v[i], combined. Unpacks come first, while there are many
+// vectors: shuffles of quarters run on fewer ports (of Zen 4 on one, beside products).
+template <typename Combine>
+[[gnu::always_inline]] inline __m512 combine_lanes_of_16(const __m512* v, const Combine& combine) {
+  __m512 w[4];  // each quarter of w[i] holds parts of the results 4 i to 4 i + 3
+#pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    // quarters of 128 bits: [a02 a13 b02 b13], then one quarter for each of a, b, c, d
-    const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(v[i], v[i + 4], 0x44),
-                                    _mm512_shuffle_f32x4(v[i], v[i + 4], 0xee));
-    const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0x44),
-                                    _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0xee));
-    w[i] = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    const __m512 *a = v + 4 * i, *b = a + 1, *c = a + 2, *d = a + 3;
+    const __m512d ab =
+        _mm512_castps_pd(combine(_mm512_unpacklo_ps(*a, *b), _mm512_unpackhi_ps(*a, *b)));
+    const __m512d cd =
+        _mm512_castps_pd(combine(_mm512_unpacklo_ps(*c, *d), _mm512_unpackhi_ps(*c, *d)));
+    w[i] = combine(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+                   _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
   }
-  const __m512d low = _mm512_castps_pd(
-      _mm512_add_ps(_mm512_unpacklo_ps(w[0], w[1]), _mm512_unpackhi_ps(w[0], w[1])));
-  const __m512d high = _mm512_castps_pd(
-      _mm512_add_ps(_mm512_unpacklo_ps(w[2], w[3]), _mm512_unpackhi_ps(w[2], w[3])));
-  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
-                       _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+  const __m512 low =
+      combine(_mm512_shuffle_f32x4(w[0], w[1], 0x44), _mm512_shuffle_f32x4(w[0], w[1], 0xee));
+  const __m512 high =
+      combine(_mm512_shuffle_f32x4(w[2], w[3], 0x44), _mm512_shuffle_f32x4(w[2], w[3], 0xee));
+  return combine(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+}
+
+[[gnu::always_inline]] inline __m512 sum_lanes_of_16(const __m512* v) {
+  return combine_lanes_of_16(v, [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); });
+}
+
+[[gnu::always_inline]] inline __m512i sum_lanes_of_16(const __m512i* v) {
+  __m512 bits[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) bits[i] = _mm512_castsi512_ps(v[i]);
+  return _mm512_castps_si512(combine_lanes_of_16(bits, [](__m512 a, __m512 b) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+  }));
+}
+
+[[gnu::always_inline]] inline __m512 max_lanes_of_16(const __m512* v) {
+  return combine_lanes_of_16(v, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); });
 }
 
 // Transposes 16 x 16 floats in registers.
