@@ -1,10 +1,14 @@
 """Paged attention and the block pool it reads: the kernels of a KV cache for PyTorch models."""
 
 from kvkernels.allocator import BlockAllocator, PoolFullError
+from kvkernels.codecs import CODECS, BlockFormat, Codec
 from kvkernels.errors import UnsupportedError
 from kvkernels.layout import KVLayout
 from kvkernels.ops import (
+    EncodedBlocks,
     SharedPrefixes,
+    decode_blocks,
+    encode_blocks,
     merge_attention,
     paged_attention,
     quantize_blocks,
@@ -18,7 +22,11 @@ from kvkernels.quantized_pool import QuantizedPool
 __version__ = "0.1.0"
 
 __all__ = [
+    "CODECS",
     "BlockAllocator",
+    "BlockFormat",
+    "Codec",
+    "EncodedBlocks",
     "KVLayout",
     "KVPool",
     "PoolFullError",
@@ -26,6 +34,8 @@ __all__ = [
     "QuantizedPool",
     "SharedPrefixes",
     "UnsupportedError",
+    "decode_blocks",
+    "encode_blocks",
     "merge_attention",
     "paged_attention",
     "quantize_blocks",

@@ -1,12 +1,18 @@
 """Turns checked tensors into addresses, sizes and strides for the C++ kernels."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 
 from kvkernels.quantized_cache import QuantizedCache
 from kvkernels.scoring import Scoring
+
+if TYPE_CHECKING:
+    from kvkernels.codecs import BlockFormat, SideFormat
 
 try:
     import _kvkernels
@@ -176,3 +182,67 @@ def merge_attention(
         torch.get_num_threads(),
     )
     return out, lse
+
+
+def encode_blocks(
+    blocks: torch.Tensor,
+    block_ids: torch.Tensor,
+    block_format: BlockFormat,
+    payloads: torch.Tensor,
+    sums: torch.Tensor,
+    is_good: torch.Tensor,
+) -> None:
+    """Write payloads and the sums of their layers; say which layers their codec holds.
+
+    Args:
+        blocks: ``[num_blocks, *block_shape]``, the pool's data.
+        block_ids: ``[num_payloads]``, int64, contiguous, in range.
+        block_format: How.
+        payloads: ``[num_payloads, payload_bytes or more]``, uint8, last stride 1.
+        sums: ``[num_payloads, num_layers, 2]``, int64, contiguous.
+        is_good: ``[num_payloads, num_layers]``, bool, contiguous.
+    """
+    _run_codecs(_kvkernels.encode_blocks, blocks, block_ids, block_format, payloads, sums, is_good)
+
+
+def decode_blocks(
+    blocks: torch.Tensor,
+    block_ids: torch.Tensor,
+    block_format: BlockFormat,
+    payloads: torch.Tensor,
+    sums: torch.Tensor,
+    is_good: torch.Tensor,
+) -> None:
+    """The reverse of `encode_blocks`, for the layers whose bytes have their sums."""
+    _run_codecs(_kvkernels.decode_blocks, blocks, block_ids, block_format, payloads, sums, is_good)
+
+
+def _run_codecs(
+    run: Callable[..., None],
+    blocks: torch.Tensor,
+    block_ids: torch.Tensor,
+    block_format: BlockFormat,
+    payloads: torch.Tensor,
+    sums: torch.Tensor,
+    is_good: torch.Tensor,
+) -> None:
+    layout = block_format.layout
+    run(
+        [tensor.data_ptr() for tensor in (blocks, block_ids, payloads, sums, is_good)],
+        (
+            *(layout.block_bytes, layout.num_layers, layout.num_kv_heads),
+            *(layout.block_size, layout.head_dim, len(block_ids), payloads.stride(0)),
+        ),
+        _DTYPES[layout.dtype],
+        [
+            (layer.offset, layer.num_bytes, *_fields(layer.keys), *_fields(layer.values))
+            for layer in block_format.layers
+        ],
+        _isa,
+        torch.get_num_threads(),
+    )
+
+
+def _fields(side: SideFormat) -> tuple[int, ...]:
+    offsets = [part.offset for part in side.parts]
+    return (side.bits, side.num_groups, *offsets, *[0] * (4 - len(offsets)))

@@ -1,12 +1,16 @@
 """The public functions: check arguments, call `torch.ops.kvkernels.*`."""
 
 from kvkernels.ops.attention import merge_attention, paged_attention
+from kvkernels.ops.codecs import EncodedBlocks, decode_blocks, encode_blocks
 from kvkernels.ops.kv_cache import store_kv
 from kvkernels.ops.quantize import quantize_blocks
 from kvkernels.ops.shared_prefix import SharedPrefixes, shared_prefix_attention
 
 __all__ = [
+    "EncodedBlocks",
     "SharedPrefixes",
+    "decode_blocks",
+    "encode_blocks",
     "merge_attention",
     "paged_attention",
     "quantize_blocks",

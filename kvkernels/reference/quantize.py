@@ -1,13 +1,13 @@
-"""Meaning of 8- and 4-bit codes: the exact values they stand for, and how they are found."""
+"""Meaning of codes of 8, 4 and 2 bits: the exact values they stand for, and how they are found."""
 
 import torch
 
 
 def unpack_codes(codes: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Codes one an element, `[..., head_dim]`, uint8, from one or two a byte."""
-    if codes.shape[-1] == head_dim:
-        return codes
-    return torch.cat([codes & 15, codes >> 4], dim=-1)
+    """Codes one an element, `[..., head_dim]`, uint8, from one, two or four a byte."""
+    per_byte = head_dim // codes.shape[-1]
+    bits = 8 // per_byte
+    return torch.cat([codes >> bits * i & (1 << bits) - 1 for i in range(per_byte)], dim=-1)
 
 
 def dequantize_keys(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -34,34 +34,41 @@ def dequantize_values(
     return (minimum + scale * groups).flatten(-2).to(dtype)
 
 
-def _quantize(groups: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize(groups: torch.Tensor, num_bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes of `[..., size]` that share a scale, and `[..., 2]` scale and minimum as float16.
 
-    The minimum is rounded down and the scale up, so no element lies outside the range of codes,
-    and the codes are found with the rounded two: the error of an element is at most half a scale.
+    The minimum is the least element, rounded down; of 16-bit floats in float16's normal range it is
+    exact. The scale is the nearest to the range over the number of steps, twice: the range is
+    looked at again as the codes would restore it. So what codes restore gives the same codes and
+    scales again. An element is at most half a scale away, and half a unit of its own dtype.
     """
-    lowest, highest = groups.amin(-1), groups.amax(-1)
-    minimum = round_to_half(lowest, -torch.inf)
-    scale = round_to_half((highest - minimum.float()) / levels, torch.inf)
+    levels = (1 << num_bits) - 1
+    wide = groups.float()
+    lowest, highest = wide.amin(-1) + 0.0, wide.amax(-1)  # + 0: no minus zero
+    minimum = round_down_to_half(lowest)
+    low = minimum.float()
+    step = torch.tensor(1 / levels, dtype=torch.float32)
+    scale = ((highest - low) * step).half()
+    restored = (low + scale.float() * levels).to(groups.dtype).float()
+    scale = ((restored - low) * step).half()
     inverse = torch.where(scale > 0, 1 / scale.float(), 0.0)
-    codes = ((groups - minimum.float()[..., None]) * inverse[..., None]).round()
-    return codes.clamp(0, levels).to(torch.uint8), torch.stack([scale, minimum], dim=-1)
+    codes = (wide - low[..., None]) * inverse[..., None]
+    return codes.clamp(0, levels).round().to(torch.uint8), torch.stack([scale, minimum], dim=-1)
 
 
-def round_to_half(values: torch.Tensor, toward: float) -> torch.Tensor:
-    """float16 from float32, rounded up or down: toward `toward`, an infinity."""
+def round_down_to_half(values: torch.Tensor) -> torch.Tensor:
+    """The largest float16 not above each float32."""
     rounded = values.half()
-    is_past = rounded.float() < values if toward > 0 else rounded.float() > values
-    limit = torch.full_like(rounded, toward)
-    return torch.where(is_past, torch.nextafter(rounded, limit), rounded)
+    lower = torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
+    return torch.where(rounded.float() > values, lower, rounded)
 
 
 def quantize_keys(
     keys: torch.Tensor, num_bits: int, num_groups: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of `[..., block_size, head_dim]`; see `dequantize_keys`."""
-    groups = keys.float().unflatten(-2, (num_groups, -1)).transpose(-1, -2)
-    codes, scales = _quantize(groups, (1 << num_bits) - 1)
+    groups = keys.unflatten(-2, (num_groups, -1)).transpose(-1, -2)
+    codes, scales = _quantize(groups, num_bits)
     return pack_codes(codes.transpose(-1, -2).flatten(-3, -2), num_bits), scales
 
 
@@ -69,14 +76,13 @@ def quantize_values(
     values: torch.Tensor, num_bits: int, num_groups: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of `[..., block_size, head_dim]`; see `dequantize_values`."""
-    groups = values.float().unflatten(-1, (num_groups, -1))
-    codes, scales = _quantize(groups, (1 << num_bits) - 1)
+    codes, scales = _quantize(values.unflatten(-1, (num_groups, -1)), num_bits)
     return pack_codes(codes.flatten(-2), num_bits), scales
 
 
 def pack_codes(codes: torch.Tensor, num_bits: int) -> torch.Tensor:
-    """The inverse of `unpack_codes`."""
-    if num_bits == 8:
-        return codes
-    low, high = codes.chunk(2, dim=-1)
-    return low | (high << 4)
+    """The inverse of `unpack_codes`: the channels of a byte lie as far apart as can be."""
+    packed = torch.zeros_like(codes[..., : codes.shape[-1] * num_bits // 8])
+    for i, part in enumerate(codes.chunk(8 // num_bits, dim=-1)):
+        packed |= part << num_bits * i
+    return packed

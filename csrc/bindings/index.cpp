@@ -1,14 +1,11 @@
-// The Python extension: turns addresses and sizes into calls of the C++ core. The only file that
-// includes pybind11; no file includes PyTorch, so one build serves every version of it.
+// The prefix index's part of the Python extension.
 #include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -19,258 +16,13 @@
 #include <utility>
 #include <vector>
 
-#include "kvkernels/attention.h"
-#include "kvkernels/checksum.h"
-#include "kvkernels/cpu_features.h"
-#include "kvkernels/kv_cache.h"
-#include "kvkernels/memory.h"
+#include "bindings/bindings.h"
 #include "kvkernels/radix_tree.h"
 
-namespace py = pybind11;
-
+namespace kvkernels::bindings {
 namespace {
 
-// ---- attention and cache kernels -----------------------------------------------------------
-
-using kvkernels::AttentionPath;
-using kvkernels::DType;
-
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// Addresses, sizes and strides come in groups, in the order in which the structures hold them: one
-// Python argument each would double the time of a call.
-void store_kv(const std::array<uintptr_t, 5>& pointers, const std::array<int64_t, 5>& sizes,
-              const std::array<int64_t, 5>& key_strides,
-              const std::array<int64_t, 5>& value_strides, int64_t slot_mapping_stride,
-              int num_threads) {
-  const auto side = [](uintptr_t source, uintptr_t cache, const std::array<int64_t, 5>& strides) {
-    return kvkernels::StoreSide{pointer<const std::byte>(source),
-                                pointer<std::byte>(cache),
-                                strides[0],
-                                strides[1],
-                                strides[2],
-                                strides[3],
-                                strides[4]};
-  };
-  const auto [num_tokens, num_kv_heads, num_blocks, block_size, head_bytes] = sizes;
-  const kvkernels::StoreKVArgs args = {side(pointers[0], pointers[2], key_strides),
-                                       side(pointers[1], pointers[3], value_strides),
-                                       pointer<const int64_t>(pointers[4]),
-                                       slot_mapping_stride,
-                                       num_tokens,
-                                       num_kv_heads,
-                                       num_blocks,
-                                       block_size,
-                                       head_bytes};
-  const py::gil_scoped_release unlocked;
-  kvkernels::store_kv(args, num_threads);
-}
-
-// What `_describe` of native.py gives; an absent cache has no entries.
-kvkernels::QuantizedCache quantized_cache(const std::vector<int64_t>& fields) {
-  kvkernels::QuantizedCache cache = {};
-  if (fields.empty()) return cache;
-  cache.key_codes = {pointer<const uint8_t>(fields.at(0)), fields.at(7), fields.at(8)};
-  cache.key_scales = {pointer<const uint16_t>(fields.at(1)), fields.at(9), fields.at(10)};
-  cache.value_codes = {pointer<const uint8_t>(fields.at(2)), fields.at(11), fields.at(12)};
-  cache.value_scales = {pointer<const uint16_t>(fields.at(3)), fields.at(13), fields.at(14)};
-  cache.num_blocks = fields.at(4);
-  cache.key_groups = fields.at(5);
-  cache.value_groups = fields.at(6);
-  return cache;
-}
-
-void paged_attention(const std::array<uintptr_t, 11>& pointers, const std::array<int64_t, 9>& sizes,
-                     const std::array<int64_t, 9>& strides, const std::array<float, 2>& scales,
-                     bool causal, int64_t window,
-                     const std::array<std::vector<int64_t>, 2>& quantized, int dtype,
-                     int cache_dtype, int path, int num_threads) {
-  kvkernels::PagedAttentionArgs args;
-  args.query = pointer<const void>(pointers[0]);
-  args.key_cache = pointer<const void>(pointers[1]);
-  args.value_cache = pointer<const void>(pointers[2]);
-  args.block_table = pointer<const int32_t>(pointers[3]);
-  args.seq_lens = pointer<const int32_t>(pointers[4]);
-  args.cu_seqlens_q = pointer<const int32_t>(pointers[5]);
-  args.out = pointer<void>(pointers[6]);
-  args.lse = pointer<float>(pointers[7]);
-  args.sinks = pointer<const float>(pointers[8]);
-  args.alibi_slopes = pointer<const float>(pointers[9]);
-  args.tree_mask = pointer<const int32_t>(pointers[10]);
-  args.num_tokens = sizes[0];
-  args.num_heads = sizes[1];
-  args.num_kv_heads = sizes[2];
-  args.head_dim = sizes[3];
-  args.value_dim = sizes[4];
-  args.num_seqs = sizes[5];
-  args.max_blocks_per_seq = sizes[6];
-  args.num_blocks = sizes[7];
-  args.block_size = sizes[8];
-  args.query_token_stride = strides[0];
-  args.query_head_stride = strides[1];
-  args.key_block_stride = strides[2];
-  args.key_head_stride = strides[3];
-  args.key_slot_stride = strides[4];
-  args.value_block_stride = strides[5];
-  args.value_head_stride = strides[6];
-  args.value_slot_stride = strides[7];
-  args.table_stride = strides[8];
-  args.sm_scale = scales[0];
-  args.soft_cap = scales[1];
-  args.causal = causal;
-  args.window = window;
-  args.int8 = quantized_cache(quantized[0]);
-  args.int4 = quantized_cache(quantized[1]);
-  args.dtype = static_cast<DType>(dtype);
-  args.cache_dtype = static_cast<DType>(cache_dtype);
-  const py::gil_scoped_release unlocked;
-  kvkernels::paged_attention(args, static_cast<AttentionPath>(path), num_threads);
-}
-
-void merge_attention(const std::array<uintptr_t, 6>& pointers, int64_t num_rows, int64_t head_dim,
-                     int dtype, int path, int num_threads) {
-  const kvkernels::MergeAttentionArgs args = {pointer<const void>(pointers[0]),
-                                              pointer<const void>(pointers[2]),
-                                              pointer<const float>(pointers[1]),
-                                              pointer<const float>(pointers[3]),
-                                              pointer<void>(pointers[4]),
-                                              pointer<float>(pointers[5]),
-                                              num_rows,
-                                              head_dim,
-                                              static_cast<DType>(dtype)};
-  const py::gil_scoped_release unlocked;
-  kvkernels::merge_attention(args, static_cast<AttentionPath>(path), num_threads);
-}
-
-// The paths this processor has, by name, the best one first.
-std::vector<std::pair<std::string, int>> attention_paths() {
-  std::pair<const char*, AttentionPath> all[] = {
-      {"amx", AttentionPath::kAmx},           {"avx512_bf16", AttentionPath::kAvx512Bf16},
-      {"avx512", AttentionPath::kAvx512},     {"avx2", AttentionPath::kAvx2},
-      {"portable", AttentionPath::kPortable}, {"amx_emulated", AttentionPath::kAmxEmulated},
-  };
-  if (!kvkernels::has_fast_bf16_products()) std::swap(all[1], all[2]);
-  std::vector<std::pair<std::string, int>> paths;
-  for (const auto& [name, path] : all) {
-    if (kvkernels::has_attention_path(path)) paths.emplace_back(name, static_cast<int>(path));
-  }
-  return paths;
-}
-
-void bind_kernels(py::module_& module) {
-  module.def("store_kv", &store_kv);
-  module.def("paged_attention", &paged_attention);
-  module.def("merge_attention", &merge_attention);
-  module.def("attention_paths", &attention_paths);
-  module.def("advise_huge_pages", [](uintptr_t data, int64_t num_bytes) {
-    kvkernels::advise_huge_pages(pointer<void>(data), num_bytes);
-  });
-}
-
-// ---- checksums and block copies ------------------------------------------------------------
-
-// Contiguous bytes of any Python buffer; it cannot be freed or resized while this lives.
-class Bytes {
- public:
-  Bytes(const py::object& object, const char* name, bool is_writable) {
-    const int flags = is_writable ? PyBUF_WRITABLE : PyBUF_SIMPLE;
-    if (PyObject_GetBuffer(object.ptr(), &view_, flags) != 0) {
-      PyErr_Clear();
-      const std::string kind = Py_TYPE(object.ptr())->tp_name;
-      throw py::value_error(std::string(name) + ": expected a contiguous " +
-                            (is_writable ? "writable " : "") + "buffer, got " + kind);
-    }
-  }
-  ~Bytes() { PyBuffer_Release(&view_); }
-  Bytes(const Bytes&) = delete;
-  Bytes& operator=(const Bytes&) = delete;
-
-  unsigned char* data() const { return static_cast<unsigned char*>(view_.buf); }
-  std::size_t size() const { return static_cast<std::size_t>(view_.len); }
-
- private:
-  Py_buffer view_;
-};
-
-void check_bytes(const char* name, std::size_t size, std::size_t expected) {
-  if (size == expected) return;
-  throw py::value_error(std::string(name) + ": expected " + std::to_string(expected) +
-                        " bytes, got " + std::to_string(size));
-}
-
-void check_whole_words(const char* name, const Bytes& bytes, std::size_t num_parts) {
-  if (num_parts > 0 && bytes.size() % num_parts == 0 && bytes.size() / num_parts % 4 == 0) return;
-  throw py::value_error(std::string(name) + ": expected a multiple of 4 bytes in each of " +
-                        std::to_string(num_parts) + " parts, got " + std::to_string(bytes.size()) +
-                        " bytes");
-}
-
-// Checks what both copies ask of their buffers.
-void check_copy(const Bytes& source, const Bytes& target, std::size_t num_parts) {
-  check_whole_words("source", source, num_parts);
-  check_bytes("target", target.size(), source.size());
-  const auto from = reinterpret_cast<std::uintptr_t>(source.data());
-  const auto to = reinterpret_cast<std::uintptr_t>(target.data());
-  if (from < to + target.size() && to < from + source.size()) {
-    throw py::value_error("target: expected no overlap with source, got one");
-  }
-}
-
-std::uint32_t crc32c(const py::object& data, std::uint32_t crc) {
-  const Bytes bytes(data, "data", false);
-  py::gil_scoped_release unlocked;
-  return kvkernels::crc32c(bytes.data(), bytes.size(), crc);
-}
-
-py::tuple checksum_words(const py::object& data) {
-  const Bytes bytes(data, "data", false);
-  check_whole_words("data", bytes, 1);
-  kvkernels::WordSums sums;
-  {
-    py::gil_scoped_release unlocked;
-    sums = kvkernels::checksum_words(bytes.data(), bytes.size());
-  }
-  return py::make_tuple(sums.sum, sums.weighted);
-}
-
-py::tuple copy_with_checksum(const py::object& source, const py::object& target) {
-  const Bytes from(source, "source", false), to(target, "target", true);
-  check_copy(from, to, 1);
-  kvkernels::WordSums sums;
-  {
-    py::gil_scoped_release unlocked;
-    sums = kvkernels::copy_with_checksum(from.data(), to.data(), from.size());
-  }
-  return py::make_tuple(sums.sum, sums.weighted);
-}
-
-void copy_parts_with_checksums(const py::object& source, const py::object& target,
-                               std::size_t num_parts, const py::object& sums) {
-  const Bytes from(source, "source", false), to(target, "target", true), pairs(sums, "sums", true);
-  check_copy(from, to, num_parts);
-  check_bytes("sums", pairs.size(), num_parts * sizeof(kvkernels::WordSums));
-  if (reinterpret_cast<std::uintptr_t>(pairs.data()) % alignof(kvkernels::WordSums) != 0) {
-    throw py::value_error("sums: expected 8-byte alignment, got less");
-  }
-  py::gil_scoped_release unlocked;
-  kvkernels::copy_parts_with_checksums(from.data(), to.data(), from.size() / num_parts, num_parts,
-                                       reinterpret_cast<kvkernels::WordSums*>(pairs.data()));
-}
-
-void bind_checksums(py::module_& module) {
-  module.def("crc32c", &crc32c, py::arg("data"), py::arg("crc") = 0);
-  module.def("checksum_words", &checksum_words, py::arg("data"));
-  module.def("copy_with_checksum", &copy_with_checksum, py::arg("source"), py::arg("target"));
-  module.def("copy_parts_with_checksums", &copy_parts_with_checksums, py::arg("source"),
-             py::arg("target"), py::arg("num_parts"), py::arg("sums"));
-}
-
-// ---- the prefix index ----------------------------------------------------------------------
-
-using kvkernels::RadixTree;
+namespace py = pybind11;
 
 [[noreturn]] void refuse(const char* name, const std::string& expected, const std::string& got) {
   throw py::value_error(std::string(name) + ": expected " + expected + ", got " + got);
@@ -638,6 +390,8 @@ py::dict count(LockedTree& locked) {
                   "overhead_bytes"_a = stats.overhead_bytes);
 }
 
+}  // namespace
+
 void bind_index(py::module_& module) {
   py::class_<RadixMatch>(module, "RadixMatch",
                          "A cached run of whole blocks at the front of a prompt.")
@@ -681,11 +435,4 @@ void bind_index(py::module_& module) {
       });
 }
 
-}  // namespace
-
-PYBIND11_MODULE(_kvkernels, module) {
-  module.doc() = "C++ core of kvkernels and prefixstore; use it through those packages.";
-  bind_kernels(module);
-  bind_checksums(module);
-  bind_index(module);
-}
+}  // namespace kvkernels::bindings

@@ -1,0 +1,100 @@
+"""Writing blocks as payloads and back, codec by codec, beside a plain copy of the blocks."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from bench.harness import make_cold, run_case
+from kvkernels import CODECS, BlockFormat, EncodedBlocks, KVLayout, KVPool
+from kvkernels import decode_blocks as decode
+from kvkernels import encode_blocks as encode
+
+NUM_BLOCKS = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    layout: KVLayout
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the blocks in the pool: what a copy reads, and writes again."""
+        return NUM_BLOCKS * self.layout.block_bytes
+
+
+CASES = [
+    Case("gemma3_270m_sliding", KVLayout(15, 1, 256)),
+    Case("smollm2_135m", KVLayout(30, 3, 64)),
+    Case("llama3_8b", KVLayout(32, 8, 128)),
+]
+
+
+@dataclass
+class Blocks:
+    pool: KVPool
+    ids: torch.Tensor
+    encoded: EncodedBlocks
+
+
+def copy_out(blocks: Blocks) -> None:
+    rows = blocks.pool.data.flatten(1).view(torch.uint8)
+    blocks.encoded.payloads[:, : rows.shape[1]].copy_(rows)
+
+
+def copy_in(blocks: Blocks) -> None:
+    rows = blocks.pool.data.flatten(1).view(torch.uint8)
+    rows.copy_(blocks.encoded.payloads[:, : rows.shape[1]])
+
+
+def run_encode(blocks: Blocks) -> None:
+    encoded = blocks.encoded
+    encode(blocks.pool, blocks.ids, encoded.block_format, payloads=encoded.payloads)
+
+
+def run_decode(blocks: Blocks) -> None:
+    if not decode(blocks.encoded, blocks.pool, blocks.ids).all():
+        raise RuntimeError("expected payloads with the right sums, got others")
+
+
+RUNS: dict[str, tuple[Callable[[Blocks], None], Callable[[Blocks], None]]] = {
+    "encode": (copy_out, run_encode),
+    "decode": (copy_in, run_decode),
+}
+
+
+def make_blocks(layout: KVLayout, codec: str) -> Blocks:
+    """Blocks whose channels have sizes of their own, in an order that is not that of memory."""
+    pool = KVPool(layout, NUM_BLOCKS)
+    pool.data.normal_()
+    pool.data *= torch.rand(layout.head_dim) + 0.5
+    ids = torch.randperm(NUM_BLOCKS)
+    return Blocks(pool, ids, encode(pool, ids, BlockFormat(layout, codec)))
+
+
+Inputs = dict[str, Blocks]  # by provider: none finds what another left in the caches
+
+
+def make_inputs(layout: KVLayout, providers: Iterable[str]) -> Inputs:
+    return {
+        name: make_blocks(layout, name if name in CODECS else "raw")
+        for name in ("copy", *providers)
+    }
+
+
+def run_on_own(name: str, run: Callable[[Blocks], None], inputs: Inputs) -> None:
+    run(inputs[name])
+
+
+def main(case_filter: str = "", num_rounds: int = 15) -> None:
+    for what, (copy, run) in RUNS.items():
+        for case in CASES:
+            name = f"{what}_{case.name}"
+            if case_filter not in name:
+                continue
+            inputs = make_cold(partial(make_inputs, case.layout, CODECS), case.num_bytes)
+            providers = {"copy": partial(run_on_own, "copy", copy)}
+            providers |= {codec: partial(run_on_own, codec, run) for codec in CODECS}
+            run_case(name, providers, inputs, num_rounds, case.num_bytes)

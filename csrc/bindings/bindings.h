@@ -1,0 +1,20 @@
+// What the files of the Python extension have in common.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+namespace kvkernels::bindings {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void bind_kernels(pybind11::module_& module);
+void bind_codecs(pybind11::module_& module);
+void bind_checksums(pybind11::module_& module);
+void bind_index(pybind11::module_& module);
+
+}  // namespace kvkernels::bindings

@@ -1,0 +1,482 @@
+// One layer's keys or values, encoded and decoded, in terms of the lanes of an instruction set: to
+// be included after one of the codec_lanes_*.h.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/codec_paths.h"
+
+namespace kvkernels {
+namespace {
+
+// Tokens and channels of one head.
+struct Tile {
+  int64_t size, dim;
+};
+
+// ---- scales --------------------------------------------------------------------------------
+
+// What turns numbers into codes, a set of codes a lane.
+struct Steps {
+  Floats low, inverse;
+};
+
+// Finds and writes the scales of sets that lie between `lowest` and `highest`.
+template <DType kType>
+inline Steps find_scales(Floats lowest, Floats highest, int bits, uint16_t* pairs, int64_t count) {
+  const float levels = static_cast<float>((1 << bits) - 1);
+  const Floats step = all(1.0f / levels);
+  const Words minimum = half_below(add(lowest, all(0.0f)));  // no minus zero
+  const Floats low = from_half(minimum);
+  const Floats first = from_half(half_nearest(mul(sub(highest, low), step)));
+  // Once more for the range as the codes would restore it: they give the same scale again.
+  const Floats restored = Elements<kType>::round(add(low, mul(first, all(levels))));
+  const Words scale = half_nearest(mul(sub(restored, low), step));
+  store_pairs(pairs, scale, minimum, count);
+  return {low, inverse_of(from_half(scale))};
+}
+
+template <int kBits>
+inline Words to_code(Floats v, Steps steps, int part) {
+  constexpr float kLevels = (1 << kBits) - 1;
+  const Floats code = mul(sub(v, steps.low), steps.inverse);
+  return code_at<kBits>(min(max(code, all(0.0f)), all(kLevels)), part);
+}
+
+// ---- codes ---------------------------------------------------------------------------------
+
+// Byte j of a row of codes holds those of the channels j, j + width, j + 2 * width, ... where
+// `width` bytes make a row.
+template <int kBits>
+constexpr int kParts = 8 / kBits;
+
+template <DType kType, int kBits>
+void encode_keys(const std::byte* items, const Tile& tile, int64_t num_groups, uint8_t* codes,
+                 uint16_t* pairs) {
+  using E = Elements<kType>;
+  constexpr int kCount = kParts<kBits>;
+  const int64_t width = tile.dim / kCount, group_size = tile.size / num_groups;
+  for (int64_t group = 0; group < num_groups; ++group, pairs += 2 * tile.dim) {
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const int64_t count = std::min(kLanes, width - c);
+      const auto read = [&](int64_t t, int part) {
+        const int64_t i = (group * group_size + t) * tile.dim + part * width + c;
+        return E::read(items + i * E::kBytes, count);
+      };
+      Floats lowest[kCount], highest[kCount];
+#pragma GCC unroll 4
+      for (int part = 0; part < kCount; ++part) lowest[part] = highest[part] = read(0, part);
+      for (int64_t t = 1; t < group_size; ++t) {
+#pragma GCC unroll 4
+        for (int part = 0; part < kCount; ++part) {
+          const Floats v = read(t, part);
+          lowest[part] = min(lowest[part], v);
+          highest[part] = max(highest[part], v);
+        }
+      }
+      Steps steps[kCount];
+#pragma GCC unroll 4
+      for (int part = 0; part < kCount; ++part) {
+        steps[part] = find_scales<kType>(lowest[part], highest[part], kBits,
+                                         pairs + 2 * (part * width + c), count);
+      }
+      for (int64_t t = 0; t < group_size; ++t) {
+        Words packed = no_words();
+#pragma GCC unroll 4
+        for (int part = 0; part < kCount; ++part) {
+          packed = either(packed, to_code<kBits>(read(t, part), steps[part], part));
+        }
+        store_bytes(codes + (group * group_size + t) * width + c, packed, count);
+      }
+    }
+  }
+}
+
+template <DType kType, int kBits>
+void decode_keys(const uint8_t* codes, const uint16_t* pairs, const Tile& tile, int64_t num_groups,
+                 std::byte* items) {
+  using E = Elements<kType>;
+  constexpr int kCount = kParts<kBits>;
+  const int64_t width = tile.dim / kCount, group_size = tile.size / num_groups;
+  for (int64_t group = 0; group < num_groups; ++group, pairs += 2 * tile.dim) {
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const int64_t count = std::min(kLanes, width - c);
+      Floats scale[kCount], low[kCount];
+#pragma GCC unroll 4
+      for (int part = 0; part < kCount; ++part) {
+        load_pairs(pairs + 2 * (part * width + c), count, scale[part], low[part]);
+      }
+      for (int64_t t = group * group_size; t < (group + 1) * group_size; ++t) {
+        const Words packed = load_bytes(codes + t * width + c, count);
+#pragma GCC unroll 4
+        for (int part = 0; part < kCount; ++part) {
+          const Floats v = restore(low[part], scale[part], code_from<kBits>(packed, part));
+          E::write(items + (t * tile.dim + part * width + c) * E::kBytes, v, count);
+        }
+      }
+    }
+  }
+}
+
+constexpr int64_t kMaxDim = kMaxCodecDim;
+
+// Numbers of each of a token's groups, to be looked up for kLanes channels at a time.
+class ByChannel {
+ public:
+  ByChannel(int64_t num_groups, int64_t group_size)
+      : num_groups_(num_groups),
+        group_size_(group_size),
+        is_even_(group_size % kLanes == 0 || num_groups == 1) {
+    for (int64_t channel = 0; is_even_ && channel < num_groups * group_size; channel += kLanes) {
+      group_of_[channel / kLanes] = static_cast<int16_t>(channel / group_size);
+    }
+  }
+
+  // The groups of the token that follows.
+  void begin(const float* groups) {
+    groups_ = groups;
+    if (is_even_) return;
+    for (int64_t group = 0; group < num_groups_; ++group) {
+      std::fill_n(channels_ + group * group_size_, group_size_, groups[group]);
+    }
+  }
+
+  Floats at(int64_t channel, int64_t count) const {
+    if (is_even_) return all(groups_[group_of_[channel / kLanes]]);
+    return load_floats(channels_ + channel, count);
+  }
+
+  // Whether a vector that starts at each multiple of `width` lies in one group.
+  static bool suits(int64_t width) { return width % kLanes == 0; }
+
+  void spread_all() { is_even_ = false; }
+
+ private:
+  int64_t num_groups_, group_size_;
+  bool is_even_;
+  const float* groups_ = nullptr;
+  int16_t group_of_[kMaxDim / kLanes + 1];
+  float channels_[kMaxDim + kLanes];
+};
+
+// Lowest and highest of up to kLanes sets of neighbouring items, `group_size` each.
+template <DType kType>
+inline void find_ranges(const std::byte* items, int64_t num_sets, int64_t group_size,
+                        Floats& lowest, Floats& highest) {
+  using E = Elements<kType>;
+  Floats low[kLanes], high[kLanes];
+  for (int64_t set = 0; set < kLanes; ++set) {
+    const std::byte* first = items + std::min(set, num_sets - 1) * group_size * E::kBytes;
+    Floats a = E::read(first, std::min(group_size, kLanes));
+    if (group_size < kLanes) {  // what is missing repeats the first
+      float lanes[kLanes];
+      store_floats(lanes, a);
+      for (int64_t i = group_size; i < kLanes; ++i) lanes[i] = lanes[0];
+      a = load_floats(lanes, kLanes);
+    }
+    Floats b = a;
+    for (int64_t i = kLanes; i < group_size; i += kLanes) {
+      // The last ones may overlap those before.
+      const Floats v = E::read(first + std::min(i, group_size - kLanes) * E::kBytes, kLanes);
+      a = min(a, v);
+      b = max(b, v);
+    }
+    low[set] = a;
+    high[set] = b;
+  }
+  lowest = least_of_each(low);
+  highest = greatest_of_each(high);
+}
+
+template <DType kType, int kBits>
+void encode_values(const std::byte* items, const Tile& tile, int64_t num_groups, uint8_t* codes,
+                   uint16_t* pairs) {
+  using E = Elements<kType>;
+  constexpr int kCount = kParts<kBits>;
+  const int64_t width = tile.dim / kCount, group_size = tile.dim / num_groups;
+  // As many whole tokens as their sets fill lanes, or one.
+  const int64_t batch = std::max<int64_t>(1, kLanes / num_groups);
+  float low[kMaxDim + kLanes], inverse[kMaxDim + kLanes];  // of the sets of a batch
+  ByChannel lows(num_groups, group_size), inverses(num_groups, group_size);
+  if (!ByChannel::suits(width)) lows.spread_all(), inverses.spread_all();
+  for (int64_t token = 0; token < tile.size; token += batch) {
+    const int64_t num_tokens = std::min(batch, tile.size - token);
+    const int64_t num_sets = num_tokens * num_groups;
+    for (int64_t set = 0; set < num_sets; set += kLanes) {
+      const int64_t count = std::min(kLanes, num_sets - set), first = token * num_groups + set;
+      Floats lowest, highest;
+      find_ranges<kType>(items + first * group_size * E::kBytes, count, group_size, lowest,
+                         highest);
+      const Steps steps = find_scales<kType>(lowest, highest, kBits, pairs + 2 * first, count);
+      store_floats(low + set, steps.low);
+      store_floats(inverse + set, steps.inverse);
+    }
+    for (int64_t t = token; t < token + num_tokens; ++t) {
+      lows.begin(low + (t - token) * num_groups);
+      inverses.begin(inverse + (t - token) * num_groups);
+      for (int64_t c = 0; c < width; c += kLanes) {
+        const int64_t count = std::min(kLanes, width - c);
+        Words packed = no_words();
+#pragma GCC unroll 4
+        for (int part = 0; part < kCount; ++part) {
+          const int64_t channel = part * width + c;
+          const Floats v = E::read(items + (t * tile.dim + channel) * E::kBytes, count);
+          const Steps steps = {lows.at(channel, count), inverses.at(channel, count)};
+          packed = either(packed, to_code<kBits>(v, steps, part));
+        }
+        store_bytes(codes + t * width + c, packed, count);
+      }
+    }
+  }
+}
+
+template <DType kType, int kBits>
+void decode_values(const uint8_t* codes, const uint16_t* pairs, const Tile& tile,
+                   int64_t num_groups, std::byte* items) {
+  using E = Elements<kType>;
+  constexpr int kCount = kParts<kBits>;
+  const int64_t width = tile.dim / kCount, group_size = tile.dim / num_groups;
+  const int64_t batch = std::max<int64_t>(1, kLanes / num_groups);
+  float low[kMaxDim + kLanes], scale[kMaxDim + kLanes];
+  ByChannel lows(num_groups, group_size), scales(num_groups, group_size);
+  if (!ByChannel::suits(width)) lows.spread_all(), scales.spread_all();
+  for (int64_t token = 0; token < tile.size; token += batch) {
+    const int64_t num_tokens = std::min(batch, tile.size - token);
+    const int64_t num_sets = num_tokens * num_groups;
+    for (int64_t set = 0; set < num_sets; set += kLanes) {
+      Floats steps, least;
+      load_pairs(pairs + 2 * (token * num_groups + set), std::min(kLanes, num_sets - set), steps,
+                 least);
+      store_floats(scale + set, steps);
+      store_floats(low + set, least);
+    }
+    for (int64_t t = token; t < token + num_tokens; ++t) {
+      lows.begin(low + (t - token) * num_groups);
+      scales.begin(scale + (t - token) * num_groups);
+      for (int64_t c = 0; c < width; c += kLanes) {
+        const int64_t count = std::min(kLanes, width - c);
+        const Words packed = load_bytes(codes + t * width + c, count);
+#pragma GCC unroll 4
+        for (int part = 0; part < kCount; ++part) {
+          const int64_t channel = part * width + c;
+          const Floats v = restore(lows.at(channel, count), scales.at(channel, count),
+                                   code_from<kBits>(packed, part));
+          E::write(items + (t * tile.dim + channel) * E::kBytes, v, count);
+        }
+      }
+    }
+  }
+}
+
+// Whether all items are numbers that float16 holds: by their bits without the sign, which are
+// ordered like their magnitudes.
+template <typename Bits>
+bool lie_below(const std::byte* items, int64_t num_items, Bits limit) {
+  constexpr Bits kMagnitude = static_cast<Bits>(~Bits{0}) >> 1;
+  const auto* bits = reinterpret_cast<const Bits*>(items);
+  Bits largest = 0;
+  for (int64_t i = 0; i < num_items; ++i) {
+    const Bits magnitude = bits[i] & kMagnitude;
+    largest = largest > magnitude ? largest : magnitude;
+  }
+  return largest <= limit;
+}
+
+template <DType kType>
+bool fits_half(const std::byte* items, int64_t num_items) {
+  if (kType == DType::kFloat32) return lie_below<uint32_t>(items, num_items, 0x477fe000);
+  return lie_below<uint16_t>(items, num_items, kType == DType::kFloat16 ? 0x7bff : 0x477f);
+}
+
+// ---- bfloat16 without loss -----------------------------------------------------------------
+
+struct Lossless {
+  uint8_t *low, *exponents;
+  uint32_t* escapes;
+  uint8_t* tops;
+};
+
+// Signs, mantissas and distances of a row of exponents; whether one lies too far away.
+inline bool split_row(const uint16_t* __restrict row, const uint16_t* __restrict tops, int64_t dim,
+                      uint8_t* __restrict low, uint8_t* __restrict deltas) {
+  uint16_t far = 0;
+  for (int64_t c = 0; c < dim; ++c) {
+    const uint16_t exponent = (row[c] >> 7) & 255, delta = tops[c] - exponent;
+    low[c] = static_cast<uint8_t>(((row[c] >> 8) & 0x80) | (row[c] & 0x7f));
+    deltas[c] = static_cast<uint8_t>(delta < 15 ? delta : 15);
+    far |= delta < 15 ? 0 : exponent;
+  }
+  return far != 0;
+}
+
+bool encode_lossless(const uint16_t* items, const Tile& tile, const Lossless& out) {
+  uint16_t tops[kMaxDim] = {};
+  for (int64_t t = 0; t < tile.size; ++t) {
+    const uint16_t* row = items + t * tile.dim;
+    for (int64_t c = 0; c < tile.dim; ++c) {
+      const uint16_t exponent = (row[c] >> 7) & 255;
+      tops[c] = tops[c] > exponent ? tops[c] : exponent;
+    }
+  }
+  for (int64_t c = 0; c < tile.dim; ++c) out.tops[c] = static_cast<uint8_t>(tops[c]);
+  std::fill_n(out.escapes, kNumEscapes, kUnusedEscape);
+  const int64_t half = tile.dim / 2;
+  int64_t num_escapes = 0;
+  uint8_t deltas[kMaxDim + 64];
+  for (int64_t t = 0; t < tile.size; ++t) {
+    const uint16_t* row = items + t * tile.dim;
+    const bool has_escapes = split_row(row, tops, tile.dim, out.low + t * tile.dim, deltas);
+    uint8_t* __restrict nibbles = out.exponents + t * half;
+    for (int64_t c = 0; c < half; ++c) {
+      nibbles[c] = static_cast<uint8_t>(deltas[c] | (deltas[c + half] << 4));
+    }
+    if (!has_escapes) continue;
+    for (int64_t c = 0; c < tile.dim; ++c) {
+      const uint32_t exponent = (row[c] >> 7) & 255;
+      if (deltas[c] < 15 || exponent == 0) continue;
+      if (num_escapes == kNumEscapes) return false;
+      out.escapes[num_escapes++] = static_cast<uint32_t>(t * tile.dim + c) | exponent << 24;
+    }
+  }
+  return true;
+}
+
+// Half a row: channels whose distances lie in the bits from kShift on.
+template <int kShift>
+inline void join_row(const uint8_t* __restrict low, const uint8_t* __restrict nibbles,
+                     const uint16_t* __restrict tops, int64_t count, uint16_t* __restrict row) {
+  for (int64_t c = 0; c < count; ++c) {
+    const uint16_t delta = (nibbles[c] >> kShift) & 15;
+    const uint16_t mask = delta == 15 ? 0 : 255, exponent = (tops[c] - delta) & mask;
+    row[c] = static_cast<uint16_t>((low[c] & 0x80) << 8 | exponent << 7 | (low[c] & 0x7f));
+  }
+}
+
+void decode_lossless(const Lossless& in, const Tile& tile, uint16_t* items) {
+  const int64_t half = tile.dim / 2;
+  uint16_t tops[kMaxDim];
+  for (int64_t c = 0; c < tile.dim; ++c) tops[c] = in.tops[c];
+  for (int64_t t = 0; t < tile.size; ++t) {
+    const uint8_t *low = in.low + t * tile.dim, *nibbles = in.exponents + t * half;
+    uint16_t* row = items + t * tile.dim;
+    join_row<0>(low, nibbles, tops, half, row);
+    join_row<4>(low + half, nibbles, tops + half, half, row + half);
+  }
+  for (int64_t i = 0; i < kNumEscapes; ++i) {
+    const uint32_t place = in.escapes[i] & 0xffffff;
+    // Also where a record is not what an encoder wrote.
+    if (in.escapes[i] == kUnusedEscape || place >= tile.size * tile.dim) continue;
+    const uint32_t exponent = in.escapes[i] >> 24;
+    items[place] = static_cast<uint16_t>((items[place] & 0x807f) | exponent << 7);
+  }
+}
+
+// ---- sides ---------------------------------------------------------------------------------
+
+template <DType kType, int kBits>
+void encode_codes(const Side& side, const std::byte* items, std::byte* layer) {
+  const Tile tile = {side.block_size, side.head_dim};
+  const int64_t num_items = tile.size * tile.dim, groups = side.format.num_groups;
+  const int64_t num_pairs = side.is_key ? groups * tile.dim : groups * tile.size;
+  auto* codes = reinterpret_cast<uint8_t*>(layer + side.format.parts[0]);
+  auto* pairs = reinterpret_cast<uint16_t*>(layer + side.format.parts[1]);
+  for (int64_t head = 0; head < side.num_heads; ++head) {
+    const auto encode = side.is_key ? encode_keys<kType, kBits> : encode_values<kType, kBits>;
+    encode(items + head * num_items * Elements<kType>::kBytes, tile, groups,
+           codes + head * num_items / kParts<kBits>, pairs + head * num_pairs * 2);
+  }
+}
+
+template <DType kType, int kBits>
+void decode_codes(const Side& side, const std::byte* layer, std::byte* items) {
+  const Tile tile = {side.block_size, side.head_dim};
+  const int64_t num_items = tile.size * tile.dim, groups = side.format.num_groups;
+  const int64_t num_pairs = side.is_key ? groups * tile.dim : groups * tile.size;
+  const auto* codes = reinterpret_cast<const uint8_t*>(layer + side.format.parts[0]);
+  const auto* pairs = reinterpret_cast<const uint16_t*>(layer + side.format.parts[1]);
+  for (int64_t head = 0; head < side.num_heads; ++head) {
+    const auto decode = side.is_key ? decode_keys<kType, kBits> : decode_values<kType, kBits>;
+    decode(codes + head * num_items / kParts<kBits>, pairs + head * num_pairs * 2, tile, groups,
+           items + head * num_items * Elements<kType>::kBytes);
+  }
+}
+
+inline Lossless lossless_parts(const Side& side, std::byte* layer, int64_t head) {
+  const int64_t num_items = side.block_size * side.head_dim;
+  const int64_t* parts = side.format.parts;
+  return {reinterpret_cast<uint8_t*>(layer + parts[0]) + head * num_items,
+          reinterpret_cast<uint8_t*>(layer + parts[1]) + head * num_items / 2,
+          reinterpret_cast<uint32_t*>(layer + parts[2]) + head * kNumEscapes,
+          reinterpret_cast<uint8_t*>(layer + parts[3]) + head * side.head_dim};
+}
+
+template <DType kType>
+bool encode_side(const Side& side, const std::byte* items, std::byte* layer) {
+  const int64_t num_items = side.num_heads * side.block_size * side.head_dim;
+  switch (side.format.bits) {
+    case kRawBits:
+      std::memcpy(layer + side.format.parts[0], items, num_items * Elements<kType>::kBytes);
+      return true;
+    case kLosslessBits: {
+      bool is_good = true;
+      for (int64_t head = 0; head < side.num_heads; ++head) {
+        const int64_t first = head * side.block_size * side.head_dim;
+        is_good &=
+            encode_lossless(reinterpret_cast<const uint16_t*>(items) + first,
+                            {side.block_size, side.head_dim}, lossless_parts(side, layer, head));
+      }
+      return is_good;
+    }
+    case 8:
+      if (!fits_half<kType>(items, num_items)) return false;
+      encode_codes<kType, 8>(side, items, layer);
+      return true;
+    case 4:
+      if (!fits_half<kType>(items, num_items)) return false;
+      encode_codes<kType, 4>(side, items, layer);
+      return true;
+    default:
+      if (!fits_half<kType>(items, num_items)) return false;
+      encode_codes<kType, 2>(side, items, layer);
+      return true;
+  }
+}
+
+template <DType kType>
+void decode_side(const Side& side, const std::byte* layer, std::byte* items) {
+  switch (side.format.bits) {
+    case kRawBits:
+      std::memcpy(items, layer + side.format.parts[0],
+                  side.num_heads * side.block_size * side.head_dim * Elements<kType>::kBytes);
+      return;
+    case kLosslessBits:
+      for (int64_t head = 0; head < side.num_heads; ++head) {
+        const int64_t first = head * side.block_size * side.head_dim;
+        decode_lossless(lossless_parts(side, const_cast<std::byte*>(layer), head),
+                        {side.block_size, side.head_dim},
+                        reinterpret_cast<uint16_t*>(items) + first);
+      }
+      return;
+    case 8:
+      return decode_codes<kType, 8>(side, layer, items);
+    case 4:
+      return decode_codes<kType, 4>(side, layer, items);
+    default:
+      return decode_codes<kType, 2>(side, layer, items);
+  }
+}
+
+inline CodecKernels kernels_for(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return {encode_side<DType::kFloat32>, decode_side<DType::kFloat32>};
+    case DType::kFloat16:
+      return {encode_side<DType::kFloat16>, decode_side<DType::kFloat16>};
+    default:
+      return {encode_side<DType::kBFloat16>, decode_side<DType::kBFloat16>};
+  }
+}
+
+}  // namespace
+}  // namespace kvkernels

@@ -1,0 +1,47 @@
+// Codecs: blocks of the pool to payloads of records and back, with the checksums of every layer.
+// kvkernels/reference/codecs.py says what the bytes mean; every path writes the same.
+#pragma once
+
+#include <cstdint>
+
+#include "kvkernels/attention.h"
+#include "kvkernels/checksum.h"
+
+namespace kvkernels {
+
+constexpr int64_t kNumEscapes = 16;  // of each head and side, of lossless codes
+constexpr uint32_t kUnusedEscape = 0xffffffff;
+constexpr int64_t kRawBits = 16, kLosslessBits = 12;
+
+// How the keys or the values of a layer are written; offsets are from the layer's start.
+struct SideFormat {
+  int64_t bits;        // of a code; kRawBits: as they are; kLosslessBits: bfloat16 without loss
+  int64_t num_groups;  // of tokens for keys, of channels for values
+  int64_t parts[4];    // raw: items; codes: codes, scales; lossless: low, exponents, escapes, tops
+};
+
+struct LayerFormat {
+  int64_t offset, num_bytes;
+  SideFormat keys, values;
+};
+
+struct CodecArgs {
+  std::byte* pool;  // [.., num_layers, 2, num_heads, block_size, head_dim], a block in one piece
+  int64_t block_bytes;
+  int64_t num_layers, num_heads, block_size, head_dim;
+  DType dtype;
+  const int64_t* block_ids;  // [num_blocks], in range
+  int64_t num_blocks;
+  const LayerFormat* layers;  // [num_layers]
+  std::byte* payloads;        // [num_blocks, payload_stride]
+  int64_t payload_stride;
+  WordSums* sums;  // [num_blocks, num_layers], of a layer's bytes
+  // [num_blocks, num_layers]. encode: whether the codec holds the layer; decode: whether its bytes
+  // are those of `sums`, and so were written to the pool.
+  uint8_t* is_good;
+};
+
+void encode_blocks(const CodecArgs& args, AttentionPath path, int num_threads);
+void decode_blocks(const CodecArgs& args, AttentionPath path, int num_threads);
+
+}  // namespace kvkernels

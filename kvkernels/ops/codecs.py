@@ -1,0 +1,185 @@
+"""Blocks of a pool to payloads of records, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvkernels import native
+from kvkernels.checks import check_device, check_dtype, check_last_stride, check_shape
+from kvkernels.codecs import BlockFormat
+from kvkernels.pool import KVPool
+from kvkernels.reference import codecs as reference
+
+
+@dataclass(frozen=True)
+class EncodedBlocks:
+    """Payloads of blocks, and what verifies them.
+
+    Attributes:
+        block_format: How those are written that are not `is_raw`.
+        payloads: ``[num_blocks, row_bytes]``, uint8: a payload is the first `payload_bytes` of a
+            row.
+        sums: ``[num_blocks, num_layers, 2]``, int64: of the u32 words w_i of a layer's bytes, the
+            sum of w_i and that of (i + 1) * w_i, modulo 2^64.
+        is_raw: ``[num_blocks]``, bool: which blocks are written in `block_format.raw`, since the
+            codec does not hold them.
+    """
+
+    block_format: BlockFormat
+    payloads: torch.Tensor
+    sums: torch.Tensor
+    is_raw: torch.Tensor
+
+    def payload(self, index: int) -> torch.Tensor:
+        """View of one block's payload, `[payload_bytes]`."""
+        return self.payloads[index, : self.format_of(index).payload_bytes]
+
+    def format_of(self, index: int) -> BlockFormat:
+        """How one block is written."""
+        return self.block_format.raw if self.is_raw[index] else self.block_format
+
+
+def encode_blocks(
+    pool: KVPool,
+    block_ids: torch.Tensor,
+    block_format: BlockFormat,
+    *,
+    payloads: torch.Tensor | None = None,
+) -> EncodedBlocks:
+    """Write blocks as payloads of records, in one pass with their checksums.
+
+    The same bytes on every processor. What a codec of fewer bits makes of an element is at most
+    half a scale away from it; "raw" and "l12" keep all bits. A block that its codec does not hold
+    (elements that are not finite or past float16's range, exponents too far apart) is written raw.
+
+    Args:
+        pool: Holds the blocks, full of numbers in every slot.
+        block_ids: ``[num_blocks]``, int64, which blocks.
+        block_format: How; of the pool's layout.
+        payloads: Where: ``[num_blocks, row_bytes]``, uint8, last stride 1, rows wide enough for
+            raw blocks (``block_format.raw.payload_bytes``); default a new tensor.
+
+    Raises:
+        ValueError: If layouts, shapes, dtypes or devices disagree, or a block id is out of range.
+    """
+    _check_blocks(pool, block_ids, block_format)
+    num_blocks, num_layers = len(block_ids), len(block_format.layers)
+    row_bytes = max(block_format.payload_bytes, block_format.raw.payload_bytes)
+    if payloads is None:
+        payloads = torch.empty(num_blocks, row_bytes, dtype=torch.uint8)
+    _check_payloads(payloads, num_blocks, row_bytes)
+    sums = torch.empty(num_blocks, num_layers, 2, dtype=torch.int64)
+    is_good = torch.empty(num_blocks, num_layers, dtype=torch.bool)
+    _encode(pool, block_ids.contiguous(), block_format, payloads, sums, is_good)
+    encoded = EncodedBlocks(block_format, payloads, sums, ~is_good.all(1))
+    for index in encoded.is_raw.nonzero()[:, 0].tolist():
+        one = slice(index, index + 1)
+        raw = block_format.raw
+        ids = block_ids[one].contiguous()
+        _encode(pool, ids, raw, payloads[one], sums[one], is_good[one])
+    return encoded
+
+
+def decode_blocks(encoded: EncodedBlocks, pool: KVPool, block_ids: torch.Tensor) -> torch.Tensor:
+    """Write payloads into blocks of a pool, each layer once its checksum has been found right.
+
+    Args:
+        encoded: What `encode_blocks` gave, or a tier brought back.
+        pool: Gets the blocks; of the format's layout.
+        block_ids: ``[num_blocks]``, int64, distinct: where they go.
+
+    Returns:
+        ``[num_blocks, num_layers]``, bool: whether the layer's bytes are those that its checksum is
+        of. Where not, the pool was not touched.
+
+    Raises:
+        ValueError: Like `encode_blocks`.
+    """
+    block_format = encoded.block_format
+    _check_blocks(pool, block_ids, block_format)
+    num_blocks, num_layers = len(block_ids), len(block_format.layers)
+    check_shape("encoded.is_raw", encoded.is_raw, (num_blocks,))
+    check_dtype("encoded.is_raw", encoded.is_raw, torch.bool)
+    check_shape("encoded.sums", encoded.sums, (num_blocks, num_layers, 2))
+    check_dtype("encoded.sums", encoded.sums, torch.int64)
+    is_good = torch.empty(num_blocks, num_layers, dtype=torch.bool)
+    for chosen, one_format in (
+        (~encoded.is_raw, block_format),
+        (encoded.is_raw, block_format.raw),
+    ):
+        rows = chosen.nonzero()[:, 0]
+        if len(rows) == 0:
+            continue
+        is_whole = len(rows) == num_blocks
+        payloads = encoded.payloads if is_whole else encoded.payloads[rows]
+        sums = encoded.sums if is_whole else encoded.sums[rows]
+        _check_payloads(payloads, len(rows), one_format.payload_bytes)
+        found = torch.empty(len(rows), num_layers, dtype=torch.bool)
+        ids = block_ids[rows].contiguous()
+        _decode(pool, ids, one_format, payloads, sums.contiguous(), found)
+        is_good[rows] = found
+    return is_good
+
+
+def _check_blocks(pool: KVPool, block_ids: torch.Tensor, block_format: BlockFormat) -> None:
+    if pool.layout != block_format.layout:
+        raise ValueError(f"block_format: expected one of {pool.layout}, got {block_format}")
+    check_device("pool", pool.data, torch.device("cpu"))
+    check_shape("block_ids", block_ids, (None,))
+    check_dtype("block_ids", block_ids, torch.int64)
+    check_device("block_ids", block_ids, torch.device("cpu"))
+    if len(block_ids) and not 0 <= int(block_ids.min()) <= int(block_ids.max()) < pool.num_blocks:
+        raise ValueError(
+            f"block_ids: expected 0 to {pool.num_blocks - 1}, got {int(block_ids.min())} to"
+            f" {int(block_ids.max())}"
+        )
+
+
+def _check_payloads(payloads: torch.Tensor, num_blocks: int, row_bytes: int) -> None:
+    check_shape("payloads", payloads, (num_blocks, None))
+    check_dtype("payloads", payloads, torch.uint8)
+    check_device("payloads", payloads, torch.device("cpu"))
+    check_last_stride("payloads", payloads)
+    if payloads.shape[1] < row_bytes:
+        raise ValueError(
+            f"payloads: expected rows of {row_bytes} bytes or more, got {payloads.shape[1]}"
+        )
+
+
+def _encode(
+    pool: KVPool,
+    block_ids: torch.Tensor,
+    block_format: BlockFormat,
+    payloads: torch.Tensor,
+    sums: torch.Tensor,
+    is_good: torch.Tensor,
+) -> None:
+    if native.is_available:
+        native.encode_blocks(pool.data, block_ids, block_format, payloads, sums, is_good)
+        return
+    for index, block_id in enumerate(block_ids.tolist()):
+        payload = reference.encode_block(pool.data[block_id], block_format)
+        is_good[index] = payload is not None
+        if payload is not None:
+            payloads[index, : len(payload)] = payload
+            sums[index] = reference.sum_layers(payload, block_format)
+
+
+def _decode(
+    pool: KVPool,
+    block_ids: torch.Tensor,
+    block_format: BlockFormat,
+    payloads: torch.Tensor,
+    sums: torch.Tensor,
+    is_good: torch.Tensor,
+) -> None:
+    if native.is_available:
+        native.decode_blocks(pool.data, block_ids, block_format, payloads, sums, is_good)
+        return
+    for index, block_id in enumerate(block_ids.tolist()):
+        payload = payloads[index, : block_format.payload_bytes]
+        is_good[index] = (reference.sum_layers(payload, block_format) == sums[index]).all(1)
+        block = reference.decode_block(payload, block_format)
+        pool.data[block_id, is_good[index]] = block[is_good[index]]

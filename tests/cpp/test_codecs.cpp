@@ -1,0 +1,190 @@
+// The codecs on memory that ends where nobody may touch: real numbers there and back, then any
+// bytes at all with the right sums, as a hostile record would have them.
+#include "kvkernels/codecs.h"
+
+#include <algorithm>
+#include <random>
+#include <vector>
+
+#include "../../csrc/cpu/codec_paths.h"
+#include "guarded.h"
+#include "kvkernels/cpu_features.h"
+
+using kvkernels::AttentionPath;
+using kvkernels::CodecArgs;
+using kvkernels::LayerFormat;
+using kvkernels::SideFormat;
+using kvkernels::WordSums;
+
+namespace {
+
+std::mt19937_64 random_bits(7);
+
+struct Shape {
+  int64_t num_layers, num_heads, head_dim, block_size;
+  DType dtype;
+};
+
+int64_t align(int64_t value, int64_t alignment) {
+  return (value + alignment - 1) / alignment * alignment;
+}
+
+// Parts one after the other, as kvkernels/codecs.py places them; `end` moves behind the last.
+SideFormat format_side(const Shape& shape, int64_t bits, bool is_key, int64_t group, int64_t& end) {
+  const int64_t rows = shape.num_heads * shape.block_size, items = rows * shape.head_dim;
+  SideFormat side = {bits, 0, {}};
+  std::vector<int64_t> sizes;
+  if (bits == kvkernels::kRawBits) {
+    sizes = {items * (shape.dtype == DType::kFloat32 ? 4 : 2)};
+  } else if (bits == kvkernels::kLosslessBits) {
+    sizes = {items, items / 2, shape.num_heads * 64, shape.num_heads * shape.head_dim};
+  } else {
+    const int64_t length = is_key ? shape.block_size : shape.head_dim;
+    side.num_groups = length % group == 0 ? length / group : 1;
+    const int64_t sets = is_key ? shape.num_heads * shape.head_dim : rows;
+    sizes = {items * bits / 8, sets * side.num_groups * 4};
+  }
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    side.parts[i] = align(end, 4);
+    end = side.parts[i] + sizes[i];
+  }
+  return side;
+}
+
+class Blocks {
+ public:
+  Blocks(const Shape& shape, int64_t key_bits, int64_t value_bits, int64_t group)
+      : shape_(shape),
+        block_bytes_(2 * shape.num_layers * shape.num_heads * shape.block_size * shape.head_dim *
+                     (shape.dtype == DType::kFloat32 ? 4 : 2)),
+        formats_(make_formats(shape, key_bits, value_bits, group)),
+        payload_bytes_(formats_.back().offset + formats_.back().num_bytes),
+        pool_(kNumBlocks * block_bytes_),
+        payloads_(kNumBlocks * payload_bytes_),
+        sums_(kNumBlocks * shape.num_layers * sizeof(WordSums)),
+        is_good_(kNumBlocks * shape.num_layers) {
+    args_ = {pool_.as<std::byte>(),
+             block_bytes_,
+             shape.num_layers,
+             shape.num_heads,
+             shape.block_size,
+             shape.head_dim,
+             shape.dtype,
+             kIds,
+             kNumBlocks,
+             formats_.data(),
+             payloads_.as<std::byte>(),
+             payload_bytes_,
+             sums_.as<WordSums>(),
+             is_good_.as<uint8_t>()};
+  }
+
+  void fill_with_numbers() {
+    std::normal_distribution<float> normal;
+    const int64_t num_items = kNumBlocks * block_bytes_ / (shape_.dtype == DType::kFloat32 ? 4 : 2);
+    for (int64_t i = 0; i < num_items; ++i) {
+      put(pool_.as<void>(), shape_.dtype, i, normal(random_bits));
+    }
+  }
+
+  // Anything, and what it sums up to.
+  void fill_payloads() {
+    auto* bytes = payloads_.as<uint8_t>();
+    std::generate_n(bytes, kNumBlocks * payload_bytes_,
+                    [] { return static_cast<uint8_t>(random_bits()); });
+    for (int64_t block = 0; block < kNumBlocks; ++block) {
+      for (int64_t layer = 0; layer < shape_.num_layers; ++layer) {
+        const LayerFormat& format = formats_[layer];
+        sums_.as<WordSums>()[block * shape_.num_layers + layer] = kvkernels::checksum_words(
+            bytes + block * payload_bytes_ + format.offset, format.num_bytes);
+      }
+    }
+  }
+
+  std::vector<uint8_t> encode(AttentionPath path) {
+    std::memset(payloads_.as<void>(), 0xaa, kNumBlocks * payload_bytes_);
+    kvkernels::encode_blocks(args_, path, 2);
+    check_all_good();
+    const auto* bytes = payloads_.as<uint8_t>();
+    return {bytes, bytes + kNumBlocks * payload_bytes_};
+  }
+
+  std::vector<uint8_t> decode(AttentionPath path) {
+    std::memset(pool_.as<void>(), 0xaa, kNumBlocks * block_bytes_);
+    kvkernels::decode_blocks(args_, path, 2);
+    check_all_good();
+    const auto* bytes = pool_.as<uint8_t>();
+    return {bytes, bytes + kNumBlocks * block_bytes_};
+  }
+
+ private:
+  static constexpr int64_t kNumBlocks = 2;
+  static constexpr int64_t kIds[kNumBlocks] = {1, 0};
+
+  static std::vector<LayerFormat> make_formats(const Shape& shape, int64_t key_bits,
+                                               int64_t value_bits, int64_t group) {
+    std::vector<LayerFormat> formats;
+    int64_t offset = 0;
+    for (int64_t layer = 0; layer < shape.num_layers; ++layer) {
+      int64_t end = 0;
+      const SideFormat keys = format_side(shape, key_bits, true, group, end);
+      const SideFormat values = format_side(shape, value_bits, false, group, end);
+      formats.push_back({offset, align(end, 64), keys, values});
+      offset += align(end, 64);
+    }
+    return formats;
+  }
+
+  void check_all_good() {
+    const auto* good = is_good_.as<uint8_t>();
+    CHECK(std::all_of(good, good + kNumBlocks * shape_.num_layers, [](uint8_t is) { return is; }));
+  }
+
+  Shape shape_;
+  int64_t block_bytes_;
+  std::vector<LayerFormat> formats_;
+  int64_t payload_bytes_;
+  Guarded pool_, payloads_, sums_, is_good_;
+  CodecArgs args_;
+};
+
+void check(const Shape& shape, int64_t key_bits, int64_t value_bits, int64_t group) {
+  const AttentionPath paths[] = {AttentionPath::kAvx512, AttentionPath::kAvx2,
+                                 AttentionPath::kPortable};
+  Blocks blocks(shape, key_bits, value_bits, group);
+  blocks.fill_with_numbers();
+  std::vector<uint8_t> encoded, decoded;
+  for (const AttentionPath path : paths) {
+    const std::vector<uint8_t> bytes = blocks.encode(path);
+    CHECK(encoded.empty() || bytes == encoded);
+    encoded = bytes;
+  }
+  for (const AttentionPath path : paths) {
+    const std::vector<uint8_t> bytes = blocks.decode(path);
+    CHECK(decoded.empty() || bytes == decoded);
+    decoded = bytes;
+  }
+  for (int i = 0; i < 8; ++i) {
+    blocks.fill_payloads();
+    for (const AttentionPath path : paths) blocks.decode(path);
+  }
+}
+
+}  // namespace
+
+int main() {
+  const int64_t dims[] = {4, 12, 64, 80, 100, 128, 256, 576};
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32}) {
+    for (const int64_t dim : dims) {
+      for (const int64_t size : {16, 64}) {
+        const Shape shape = {2, 2, dim, size, dtype};
+        for (const int64_t bits : {16, 8, 4, 2}) {
+          check(shape, bits, bits, 32);
+          check(shape, bits, 4, 64);
+        }
+        if (dtype == DType::kBFloat16) check(shape, 12, 12, 0);
+      }
+    }
+  }
+  std::printf("codecs: every path gives the same bytes and stays within its memory\n");
+}
