@@ -26,6 +26,7 @@ CACHE = ("prefixstore.cache", "prefixstore.config", "prefixstore.device", "prefi
 CACHE += ("prefixstore.session", "prefixstore.served_model", "prefixstore.block_io")
 CACHE += ("prefixstore.tokens",)
 OUTERMOST = ("prefixstore.cli", "prefixstore.commands", "prefixstore.demo")
+OUTERMOST += ("prefixstore.quality",)
 
 # Modules of a part, and what they may import beyond the standard library and each other. A name
 # stands for itself and all below it; the longest name that fits a module decides its part.

@@ -10,6 +10,7 @@ import click
 from kvkernels import UnsupportedError, __version__
 from prefixstore.demo.command import demo
 from prefixstore.errors import StoreError
+from prefixstore.quality.command import quality
 
 
 class _Group(click.Group):
@@ -32,6 +33,7 @@ def kvkernels(verbose: bool) -> None:
 
 
 kvkernels.add_command(demo)
+kvkernels.add_command(quality)
 
 
 def run() -> None:

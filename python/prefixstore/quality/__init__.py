@@ -1,0 +1,1 @@
+"""`kvkernels quality`: what a codec does to a model's answers."""
