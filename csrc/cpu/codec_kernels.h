@@ -147,10 +147,8 @@ class ByChannel {
     return load_floats(channels_ + channel, count);
   }
 
-  // Whether a vector that starts at each multiple of `width` lies in one group.
-  static bool suits(int64_t width) { return width % kLanes == 0; }
-
-  void spread_all() { is_even_ = false; }
+  // For parts of rows that do not start at multiples of kLanes: a vector may lie in two groups.
+  void allow_any_channel() { is_even_ = false; }
 
  private:
   int64_t num_groups_, group_size_;
@@ -199,7 +197,7 @@ void encode_values(const std::byte* items, const Tile& tile, int64_t num_groups,
   const int64_t batch = std::max<int64_t>(1, kLanes / num_groups);
   float low[kMaxDim + kLanes], inverse[kMaxDim + kLanes];  // of the sets of a batch
   ByChannel lows(num_groups, group_size), inverses(num_groups, group_size);
-  if (!ByChannel::suits(width)) lows.spread_all(), inverses.spread_all();
+  if (width % kLanes != 0) lows.allow_any_channel(), inverses.allow_any_channel();
   for (int64_t token = 0; token < tile.size; token += batch) {
     const int64_t num_tokens = std::min(batch, tile.size - token);
     const int64_t num_sets = num_tokens * num_groups;
@@ -240,7 +238,7 @@ void decode_values(const uint8_t* codes, const uint16_t* pairs, const Tile& tile
   const int64_t batch = std::max<int64_t>(1, kLanes / num_groups);
   float low[kMaxDim + kLanes], scale[kMaxDim + kLanes];
   ByChannel lows(num_groups, group_size), scales(num_groups, group_size);
-  if (!ByChannel::suits(width)) lows.spread_all(), scales.spread_all();
+  if (width % kLanes != 0) lows.allow_any_channel(), scales.allow_any_channel();
   for (int64_t token = 0; token < tile.size; token += batch) {
     const int64_t num_tokens = std::min(batch, tile.size - token);
     const int64_t num_sets = num_tokens * num_groups;

@@ -2,6 +2,7 @@
 // kvkernels/reference/codecs.py says what the bytes mean; every path writes the same.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "kvkernels/attention.h"

@@ -23,12 +23,12 @@ def print_table(console: Console, summary: dict[str, Any]) -> None:
         title=f"{settings['name']}, {settings['dtype']}: {plan['num_chunks']} x"
         f" {plan['prefix_tokens']} tokens restored, {plan['scored_tokens']} behind them scored",
         caption="KL against the model's own KV, in nats a token. Greedy: tokens before the first"
-        " other one, the mean of the chunks. Own: the KV as it is.",
+        " other one, the mean of the chunks. Found: needles. Own: the KV as it is.",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
     table.add_column("", no_wrap=True)
-    for name in ("ratio", "perplexity", "change", "KL", "p99", "top-1", "greedy", "needles"):
+    for name in ("ratio", "perplexity", "change", "KL", "p99", "top-1", "greedy", "found"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, row in summary["codecs"].items():
         table.add_row(
@@ -66,12 +66,16 @@ def plot_codecs(summary: dict[str, Any], path: Path) -> None:
         axes.plot([row["ratio"]] * 2, [mean, p99], color="#7fb3d5", linewidth=2)
         axes.plot(row["ratio"], mean, "o", color="#1f618d")
         axes.plot(row["ratio"], p99, "_", color="#7fb3d5", markersize=14)
-        change = "" if mean == NO_KL else f"\nperplexity {100 * row['perplexity_change']:+.2f} %"
+        if mean == NO_KL:
+            label, offset, side = name, (0, 10), "center"
+        else:
+            label = f"{name}\nperplexity {100 * row['perplexity_change']:+.2f} %"
+            offset, side = (8, -4), "left"
         axes.annotate(
-            f"{name}{change}", (row["ratio"], mean), xytext=(8, -4), textcoords="offset points"
+            label, (row["ratio"], mean), xytext=offset, textcoords="offset points", ha=side
         )
     axes.set_yscale("log")
-    axes.set_xlim(0.8, 1.15 * max(row["ratio"] for row in rows.values()))
+    axes.set_xlim(0.8, 1.3 * max(row["ratio"] for row in rows.values()))
     axes.set_xlabel("times smaller than as it is")
     axes.set_ylabel(f"KL from the model's own KV, nats a token\n({NO_KL:g}: none)")
     axes.grid(axis="y", alpha=0.3)
