@@ -39,10 +39,6 @@ class Codec:
     key_group: int | None = None
     value_group: int | None = None
 
-    @property
-    def is_lossless(self) -> bool:
-        return self.key_bits > 8
-
 
 CODECS = {
     codec.name: codec

@@ -104,6 +104,9 @@ def decode_blocks(encoded: EncodedBlocks, pool: KVPool, block_ids: torch.Tensor)
     check_dtype("encoded.is_raw", encoded.is_raw, torch.bool)
     check_shape("encoded.sums", encoded.sums, (num_blocks, num_layers, 2))
     check_dtype("encoded.sums", encoded.sums, torch.int64)
+    _check_payloads(encoded.payloads, num_blocks, 0)
+    if block_ids.unique().numel() != num_blocks:
+        raise ValueError("block_ids: expected distinct ids, got one twice")
     is_good = torch.empty(num_blocks, num_layers, dtype=torch.bool)
     for chosen, one_format in (
         (~encoded.is_raw, block_format),
@@ -145,6 +148,16 @@ def _check_payloads(payloads: torch.Tensor, num_blocks: int, row_bytes: int) -> 
     if payloads.shape[1] < row_bytes:
         raise ValueError(
             f"payloads: expected rows of {row_bytes} bytes or more, got {payloads.shape[1]}"
+        )
+    if num_blocks > 1 and payloads.stride(0) < row_bytes:
+        raise ValueError(
+            f"payloads: expected rows that lie {row_bytes} bytes apart or more, got"
+            f" {payloads.stride(0)}"
+        )
+    if payloads.data_ptr() % 4 or payloads.stride(0) % 4:  # they hold words
+        raise ValueError(
+            "payloads: expected rows that start at multiples of 4 bytes, got address"
+            f" {payloads.data_ptr():#x} and rows {payloads.stride(0)} bytes apart"
         )
 
 

@@ -289,7 +289,19 @@ def test_bad_arguments_are_named() -> None:
     with refuses(f"payloads: expected rows of {row_bytes} bytes or more, got 64"):
         payloads = torch.empty(2, 64, dtype=torch.uint8)
         kvkernels.encode_blocks(pool, ids, block_format, payloads=payloads)
+    rows = torch.empty(2 * row_bytes + 8, dtype=torch.uint8)
+    with refuses(f"payloads: expected rows that lie {row_bytes} bytes apart or more, got 0"):
+        one = rows[:row_bytes].expand(2, -1)
+        kvkernels.encode_blocks(pool, ids, block_format, payloads=one)
+    with refuses("payloads: expected rows that start at multiples of 4 bytes, got address"):
+        odd = rows[1 : 1 + 2 * row_bytes].view(2, row_bytes)
+        kvkernels.encode_blocks(pool, ids, block_format, payloads=odd)
     encoded = encode(pool, "q8")
+    with refuses("block_ids: expected distinct ids, got one twice"):
+        kvkernels.decode_blocks(encoded, pool, torch.tensor([1, 1]))
+    with refuses("payloads: expected shape [2, any], got [1, "):
+        short = EncodedBlocks(block_format, encoded.payloads[:1], encoded.sums, encoded.is_raw)
+        kvkernels.decode_blocks(short, pool, ids)
     with refuses("encoded.sums: expected shape [2, 2, 2], got [1, 2, 2]"):
         one = EncodedBlocks(block_format, encoded.payloads, encoded.sums[:1], encoded.is_raw)
         kvkernels.decode_blocks(one, pool, ids)
