@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from bench.harness import check_agreement, run_case
+from prefixstore.block_targets import HostBlocks
 from prefixstore.record import BlockKey, RecordLayout, chain_keys, encode
 from prefixstore.store import Store
 from prefixstore.tiers.base import PAGE_BYTES, Tier, page_aligned, round_up
@@ -164,7 +165,7 @@ def restore_all(holder: Holder, record: np.ndarray, pool: np.ndarray, numbers: r
 
 def load_all(store: Store, keys: list[BlockKey], pool: np.ndarray, numbers: range) -> None:
     for number in numbers:
-        assert store.load(keys[number], pool[number]) is not None
+        assert store.load_many([keys[number]], HostBlocks([pool[number]])) != [None]
 
 
 def drop_from_page_cache(directory: Path) -> None:

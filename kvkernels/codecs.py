@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -122,18 +123,32 @@ class BlockFormat:
                 f"codecs: expected one name or {layout.num_layers}, one a layer, got {len(names)}"
             )
         self.layout = layout
-        formats = []
-        offset = 0
-        for name in names:
-            formats.append(_format_layer(layout, _find(name), offset))
-            offset += formats[-1].num_bytes
-        self.layers = tuple(formats)
-        self.payload_bytes = offset
+        formats = {name: _format_layer(layout, _find(name)) for name in dict.fromkeys(names)}
+        ends = list(itertools.accumulate(formats[name].num_bytes for name in names))
+        self.layers = tuple(
+            replace(formats[name], offset=end - formats[name].num_bytes)
+            for name, end in zip(names, ends, strict=True)
+        )
+        self.payload_bytes = ends[-1]
 
     @property
     def codecs(self) -> tuple[str, ...]:
         """The name of each layer's codec."""
         return tuple(layer.codec.name for layer in self.layers)
+
+    @cached_property
+    def table(self) -> torch.Tensor:
+        """``[num_layers, 14]``, int64, for kernels: where layers lie and how they are written.
+
+        Offset and bytes of a layer; then for keys and for values bits, number of groups, and the
+        offsets of up to four parts from the layer's start.
+        """
+        return torch.tensor(
+            [
+                (layer.offset, layer.num_bytes, *_numbers(layer.keys), *_numbers(layer.values))
+                for layer in self.layers
+            ]
+        )
 
     @cached_property
     def raw(self) -> BlockFormat:
@@ -145,13 +160,19 @@ class BlockFormat:
         return f"BlockFormat({self.layout}, {names[0] if len(names) == 1 else self.codecs})"
 
 
+def _numbers(side: SideFormat) -> tuple[int, ...]:
+    offsets = [part.offset for part in side.parts]
+    return (side.bits, side.num_groups, *offsets, *[0] * (4 - len(offsets)))
+
+
 def _find(name: str) -> Codec:
     if name not in CODECS:
         raise ValueError(f"codecs: expected one of {tuple(CODECS)}, got {name!r}")
     return CODECS[name]
 
 
-def _format_layer(layout: KVLayout, codec: Codec, offset: int) -> LayerFormat:
+def _format_layer(layout: KVLayout, codec: Codec) -> LayerFormat:
+    """The format of a layer at the payload's start."""
     if codec.name == "l12" and layout.dtype != torch.bfloat16:
         raise ValueError(f"codecs: expected blocks of bfloat16 for l12, got {layout.dtype}")
     num_bits = [bits for bits in (codec.key_bits, codec.value_bits) if bits < 16]
@@ -168,7 +189,7 @@ def _format_layer(layout: KVLayout, codec: Codec, offset: int) -> LayerFormat:
         )
     keys = _format_side(layout, "key", codec.key_bits, codec.key_group, 0)
     values = _format_side(layout, "value", codec.value_bits, codec.value_group, keys.end)
-    return LayerFormat(codec, offset, _align(values.end, LAYER_ALIGNMENT), keys, values)
+    return LayerFormat(codec, 0, _align(values.end, LAYER_ALIGNMENT), keys, values)
 
 
 def _format_side(

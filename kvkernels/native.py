@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 
 from kvkernels.quantized_cache import QuantizedCache
 from kvkernels.scoring import Scoring
-
-if TYPE_CHECKING:
-    from kvkernels.codecs import BlockFormat, SideFormat
 
 try:
     import _kvkernels
@@ -187,7 +183,7 @@ def merge_attention(
 def encode_blocks(
     blocks: torch.Tensor,
     block_ids: torch.Tensor,
-    block_format: BlockFormat,
+    table: torch.Tensor,
     payloads: torch.Tensor,
     sums: torch.Tensor,
     is_good: torch.Tensor,
@@ -195,54 +191,39 @@ def encode_blocks(
     """Write payloads and the sums of their layers; say which layers their codec holds.
 
     Args:
-        blocks: ``[num_blocks, *block_shape]``, the pool's data.
+        blocks: ``[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]``, the layers of a
+            block in one piece.
         block_ids: ``[num_payloads]``, int64, contiguous, in range.
-        block_format: How.
+        table: ``[num_layers, 14]``, see `BlockFormat.table`.
         payloads: ``[num_payloads, payload_bytes or more]``, uint8, last stride 1.
         sums: ``[num_payloads, num_layers, 2]``, int64, contiguous.
         is_good: ``[num_payloads, num_layers]``, bool, contiguous.
     """
-    _run_codecs(_kvkernels.encode_blocks, blocks, block_ids, block_format, payloads, sums, is_good)
+    _run_codecs(_kvkernels.encode_blocks, blocks, block_ids, table, payloads, sums, is_good)
 
 
 def decode_blocks(
     blocks: torch.Tensor,
     block_ids: torch.Tensor,
-    block_format: BlockFormat,
+    table: torch.Tensor,
     payloads: torch.Tensor,
     sums: torch.Tensor,
     is_good: torch.Tensor,
 ) -> None:
     """The reverse of `encode_blocks`, for the layers whose bytes have their sums."""
-    _run_codecs(_kvkernels.decode_blocks, blocks, block_ids, block_format, payloads, sums, is_good)
+    _run_codecs(_kvkernels.decode_blocks, blocks, block_ids, table, payloads, sums, is_good)
 
 
-def _run_codecs(
-    run: Callable[..., None],
-    blocks: torch.Tensor,
-    block_ids: torch.Tensor,
-    block_format: BlockFormat,
-    payloads: torch.Tensor,
-    sums: torch.Tensor,
-    is_good: torch.Tensor,
-) -> None:
-    layout = block_format.layout
+def _run_codecs(run: Callable[..., None], blocks: torch.Tensor, *tensors: torch.Tensor) -> None:
+    block_ids, _, payloads, *_ = tensors
+    _, num_layers, _, num_heads, block_size, head_dim = blocks.shape
     run(
-        [tensor.data_ptr() for tensor in (blocks, block_ids, payloads, sums, is_good)],
+        [tensor.data_ptr() for tensor in (blocks, *tensors)],
         (
-            *(layout.block_bytes, layout.num_layers, layout.num_kv_heads),
-            *(layout.block_size, layout.head_dim, len(block_ids), payloads.stride(0)),
+            *(blocks.stride(0) * blocks.itemsize, num_layers, num_heads),
+            *(block_size, head_dim, len(block_ids), payloads.stride(0)),
         ),
-        _DTYPES[layout.dtype],
-        [
-            (layer.offset, layer.num_bytes, *_fields(layer.keys), *_fields(layer.values))
-            for layer in block_format.layers
-        ],
+        _DTYPES[blocks.dtype],
         _isa,
         torch.get_num_threads(),
     )
-
-
-def _fields(side: SideFormat) -> tuple[int, ...]:
-    offsets = [part.offset for part in side.parts]
-    return (side.bits, side.num_groups, *offsets, *[0] * (4 - len(offsets)))

@@ -1,8 +1,11 @@
 """The block pool: one tensor that holds every cached key and value of a layer group."""
 
+from __future__ import annotations
+
 import torch
 
 from kvkernels import native
+from kvkernels.checks import check_dtype, check_shape
 from kvkernels.layout import KVLayout
 
 
@@ -40,6 +43,25 @@ class KVPool:
         self.data = native.empty_pool(
             (num_blocks, *layout.block_shape), dtype=layout.dtype, device=device
         )
+
+    @classmethod
+    def over(cls, layout: KVLayout, data: torch.Tensor) -> KVPool:
+        """A pool of blocks that lie in someone else's memory, which it keeps alive.
+
+        Args:
+            layout: Shape and dtype of a block.
+            data: ``[num_blocks, *layout.block_shape]``, contiguous, of `layout.dtype`.
+
+        Raises:
+            ValueError: If the shape or dtype is another, or `data` is not contiguous.
+        """
+        check_shape("data", data, (None, *layout.block_shape))
+        check_dtype("data", data, layout.dtype)
+        if not data.is_contiguous():
+            raise ValueError(f"data: expected a contiguous tensor, got strides {data.stride()}")
+        pool = cls.__new__(cls)
+        pool.layout, pool.num_blocks, pool.data = layout, len(data), data
+        return pool
 
     @property
     def device(self) -> torch.device:

@@ -24,6 +24,12 @@ CodecKernels find_kernels(AttentionPath path, DType dtype) {
   return portable_codec_kernels(dtype);
 }
 
+int64_t item_bytes(const CodecArgs& args) { return args.dtype == DType::kFloat32 ? 4 : 2; }
+
+int64_t layer_bytes(const CodecArgs& args) {
+  return 2 * args.num_heads * args.block_size * args.head_dim * item_bytes(args);
+}
+
 // One layer of one block, in the pool and in its payload.
 struct Layer {
   Side keys, values;
@@ -32,19 +38,18 @@ struct Layer {
 
 Layer find_layer(const CodecArgs& args, int64_t block, int64_t layer) {
   const LayerFormat& format = args.layers[layer];
-  const int64_t layer_bytes = args.block_bytes / args.num_layers;
-  std::byte* items = args.pool + args.block_ids[block] * args.block_bytes + layer * layer_bytes;
+  std::byte* items =
+      args.pool + args.block_ids[block] * args.block_stride + layer * layer_bytes(args);
   return {{format.keys, true, args.num_heads, args.block_size, args.head_dim},
           {format.values, false, args.num_heads, args.block_size, args.head_dim},
           items,
-          items + layer_bytes / 2,
+          items + layer_bytes(args) / 2,
           args.payloads + block * args.payload_stride + format.offset};
 }
 
 template <typename Visit>
 void for_each_layer(const CodecArgs& args, int num_threads, const Visit& visit) {
-  const int64_t layer_bytes = args.block_bytes / args.num_layers;
-  const int64_t grain = std::max<int64_t>(1, kGrainBytes / layer_bytes);
+  const int64_t grain = std::max<int64_t>(1, kGrainBytes / layer_bytes(args));
   parallel_ranges(args.num_blocks * args.num_layers, grain, num_threads,
                   [&](int64_t begin, int64_t end) {
                     for (int64_t i = begin; i < end; ++i) {
@@ -71,14 +76,13 @@ int64_t end_of(const Side& side, int64_t item_bytes) {
 
 void encode_blocks(const CodecArgs& args, AttentionPath path, int num_threads) {
   const CodecKernels kernels = find_kernels(path, args.dtype);
-  const int64_t item_bytes = args.dtype == DType::kFloat32 ? 4 : 2;
   for_each_layer(args, num_threads, [&](int64_t index, const Layer& layer) {
     const LayerFormat& format = args.layers[index % args.num_layers];
     const bool holds_keys = kernels.encode(layer.keys, layer.key_items, layer.payload);
     args.is_good[index] =
         holds_keys && kernels.encode(layer.values, layer.value_items, layer.payload);
-    fill_gap(layer.payload, end_of(layer.keys, item_bytes), format.values.parts[0]);
-    fill_gap(layer.payload, end_of(layer.values, item_bytes), format.num_bytes);
+    fill_gap(layer.payload, end_of(layer.keys, item_bytes(args)), format.values.parts[0]);
+    fill_gap(layer.payload, end_of(layer.values, item_bytes(args)), format.num_bytes);
     args.sums[index] = checksum_words(layer.payload, format.num_bytes);
   });
 }

@@ -82,20 +82,27 @@ def encode_blocks(
     return encoded
 
 
-def decode_blocks(encoded: EncodedBlocks, pool: KVPool, block_ids: torch.Tensor) -> torch.Tensor:
+def decode_blocks(
+    encoded: EncodedBlocks,
+    pool: KVPool,
+    block_ids: torch.Tensor,
+    *,
+    layers: range | None = None,
+) -> torch.Tensor:
     """Write payloads into blocks of a pool, each layer once its checksum has been found right.
 
     Args:
         encoded: What `encode_blocks` gave, or a tier brought back.
         pool: Gets the blocks; of the format's layout.
         block_ids: ``[num_blocks]``, int64, distinct: where they go.
+        layers: Neighbouring layers, to write only those; default all.
 
     Returns:
         ``[num_blocks, num_layers]``, bool: whether the layer's bytes are those that its checksum is
-        of. Where not, the pool was not touched.
+        of. Where not, the pool was not touched. Of `layers` only, where those are given.
 
     Raises:
-        ValueError: Like `encode_blocks`.
+        ValueError: Like `encode_blocks`; or if `layers` are not layers of the pool in their order.
     """
     block_format = encoded.block_format
     _check_blocks(pool, block_ids, block_format)
@@ -105,24 +112,48 @@ def decode_blocks(encoded: EncodedBlocks, pool: KVPool, block_ids: torch.Tensor)
     check_shape("encoded.sums", encoded.sums, (num_blocks, num_layers, 2))
     check_dtype("encoded.sums", encoded.sums, torch.int64)
     _check_payloads(encoded.payloads, num_blocks, 0)
-    if block_ids.unique().numel() != num_blocks:
+    if len(set(block_ids.tolist())) != num_blocks:
         raise ValueError("block_ids: expected distinct ids, got one twice")
-    is_good = torch.empty(num_blocks, num_layers, dtype=torch.bool)
-    for chosen, one_format in (
+    layers = range(num_layers) if layers is None else layers
+    if layers.step != 1 or not 0 <= layers.start <= layers.stop <= num_layers:
+        raise ValueError(f"layers: expected a range within {range(num_layers)}, got {layers}")
+    num_raw = int(encoded.is_raw.sum())
+    if num_raw in (0, num_blocks):
+        alike = block_format.raw if num_raw else block_format
+        return _decode_alike(encoded, pool, block_ids, alike, layers)
+    is_good = torch.empty(num_blocks, len(layers), dtype=torch.bool)
+    for is_chosen, alike in (
         (~encoded.is_raw, block_format),
         (encoded.is_raw, block_format.raw),
     ):
-        rows = chosen.nonzero()[:, 0]
-        if len(rows) == 0:
-            continue
-        is_whole = len(rows) == num_blocks
-        payloads = encoded.payloads if is_whole else encoded.payloads[rows]
-        sums = encoded.sums if is_whole else encoded.sums[rows]
-        _check_payloads(payloads, len(rows), one_format.payload_bytes)
-        found = torch.empty(len(rows), num_layers, dtype=torch.bool)
-        ids = block_ids[rows].contiguous()
-        _decode(pool, ids, one_format, payloads, sums.contiguous(), found)
-        is_good[rows] = found
+        rows = is_chosen.nonzero()[:, 0]
+        chosen = EncodedBlocks(
+            block_format, encoded.payloads[rows], encoded.sums[rows], encoded.is_raw[rows]
+        )
+        is_good[rows] = _decode_alike(chosen, pool, block_ids[rows], alike, layers)
+    return is_good
+
+
+def _decode_alike(
+    encoded: EncodedBlocks,
+    pool: KVPool,
+    block_ids: torch.Tensor,
+    block_format: BlockFormat,
+    layers: range,
+) -> torch.Tensor:
+    """Decode blocks that are all written in `block_format`."""
+    _check_payloads(encoded.payloads, len(block_ids), block_format.payload_bytes)
+    is_good = torch.empty(len(block_ids), len(layers), dtype=torch.bool)
+    cut = slice(layers.start, layers.stop)
+    _decode(
+        pool.data[:, cut],
+        block_ids.contiguous(),
+        block_format,
+        layers,
+        encoded.payloads,
+        encoded.sums[:, cut].contiguous(),
+        is_good,
+    )
     return is_good
 
 
@@ -170,7 +201,7 @@ def _encode(
     is_good: torch.Tensor,
 ) -> None:
     if native.is_available:
-        native.encode_blocks(pool.data, block_ids, block_format, payloads, sums, is_good)
+        native.encode_blocks(pool.data, block_ids, block_format.table, payloads, sums, is_good)
         return
     for index, block_id in enumerate(block_ids.tolist()):
         payload = reference.encode_block(pool.data[block_id], block_format)
@@ -181,18 +212,22 @@ def _encode(
 
 
 def _decode(
-    pool: KVPool,
+    blocks: torch.Tensor,
     block_ids: torch.Tensor,
     block_format: BlockFormat,
+    layers: range,
     payloads: torch.Tensor,
     sums: torch.Tensor,
     is_good: torch.Tensor,
 ) -> None:
+    """Decode `layers` into `blocks`, which are cut to them, as `sums` and `is_good` are."""
+    cut = slice(layers.start, layers.stop)
     if native.is_available:
-        native.decode_blocks(pool.data, block_ids, block_format, payloads, sums, is_good)
+        table = block_format.table[cut]
+        native.decode_blocks(blocks, block_ids, table, payloads, sums, is_good)
         return
     for index, block_id in enumerate(block_ids.tolist()):
         payload = payloads[index, : block_format.payload_bytes]
-        is_good[index] = (reference.sum_layers(payload, block_format) == sums[index]).all(1)
-        block = reference.decode_block(payload, block_format)
-        pool.data[block_id, is_good[index]] = block[is_good[index]]
+        is_good[index] = (reference.sum_layers(payload, block_format)[cut] == sums[index]).all(1)
+        block = reference.decode_block(payload, block_format)[cut]
+        blocks[block_id, is_good[index]] = block[is_good[index]]

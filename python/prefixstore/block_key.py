@@ -1,4 +1,4 @@
-"""What a block is called and shaped like: layout, identity, hashes and tokens.
+"""What a block is called: identity, hashes and tokens, and the layout of its record.
 
 Each block's hash covers its parent's, so equal hashes mean equal tokens from the first on, as far
 as 128 bits of BLAKE2b can say; a record's tokens are compared besides.
@@ -13,88 +13,15 @@ from typing import NewType
 
 import numpy as np
 
+from prefixstore.record_layout import RecordLayout
+
 BlockHash = NewType("BlockHash", bytes)
 """16 bytes: names a block by its tokens and everything before them."""
 
 DIGEST_BYTES = 16
 ROOT_HASH = BlockHash(bytes(DIGEST_BYTES))
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-FIXED_BYTES = 96
-TABLE_ENTRY_BYTES = 24
-ALIGNMENT = 64
-MAX_HEADER_BYTES = 65472  # the largest multiple of 64 that a u16 holds
-MAX_RECORD_BYTES = 1 << 31
 
 _HASH_PERSON = b"kvkernels block1"  # 1 is the record version: two versions never share a name
-
-
-@dataclass(frozen=True)
-class RecordLayout:
-    """Shape of the block in a record.
-
-    Attributes:
-        num_layers: Layers in the group.
-        num_kv_heads: Key-value heads of a layer.
-        head_dim: Width of one head, in elements.
-        block_size: Tokens in the block, a multiple of 16: so each layer fills whole 64-byte lines.
-        dtype: "float32", "float16" or "bfloat16".
-        layer_group: Which of the model's layer groups, from 0.
-    """
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    block_size: int
-    dtype: str
-    layer_group: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("num_layers", 1),
-            ("num_kv_heads", 1),
-            ("head_dim", 1),
-            ("block_size", 16),
-            ("layer_group", 0),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or not least <= value <= 0xFFFF:
-                raise ValueError(f"{name}: expected an integer {least} to 65535, got {value!r}")
-        if self.block_size % 16:
-            raise ValueError(f"block_size: expected a multiple of 16, got {self.block_size}")
-        if self.dtype not in ITEM_BYTES:
-            raise ValueError(f"dtype: expected one of {list(ITEM_BYTES)}, got {self.dtype!r}")
-        if self.header_bytes > MAX_HEADER_BYTES:
-            raise ValueError(
-                f"num_layers, block_size: expected at most {MAX_HEADER_BYTES} header bytes,"
-                f" got {self.header_bytes}"
-            )
-        if self.record_bytes > MAX_RECORD_BYTES:
-            raise ValueError(
-                f"layout: expected records of at most {MAX_RECORD_BYTES} bytes,"
-                f" got {self.record_bytes}"
-            )
-
-    @property
-    def layer_bytes(self) -> int:
-        """Bytes of one layer's keys and values."""
-        item_bytes = ITEM_BYTES[self.dtype]
-        return 2 * self.num_kv_heads * self.block_size * self.head_dim * item_bytes
-
-    @property
-    def payload_bytes(self) -> int:
-        """Bytes of all layers."""
-        return self.num_layers * self.layer_bytes
-
-    @property
-    def header_bytes(self) -> int:
-        """Bytes before the payload: header, token ids, layer table and padding."""
-        used = FIXED_BYTES + 4 * self.block_size + TABLE_ENTRY_BYTES * self.num_layers
-        return -(-used // ALIGNMENT) * ALIGNMENT
-
-    @property
-    def record_bytes(self) -> int:
-        """Bytes of the whole record."""
-        return self.header_bytes + self.payload_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +29,7 @@ class BlockKey:
     """All that a record must agree with before its payload is used.
 
     Attributes:
-        layout: Shape and dtype.
+        layout: Shape, dtype and codecs; what else does for it, `RecordLayout.accepts` says.
         identity: 16 bytes: digest of everything that must be equal for KV to be valid, and salt.
         parent_hash: Hash of the block before, `ROOT_HASH` for the first.
         block_hash: The block's own hash, see `hash_block`.
@@ -141,7 +68,7 @@ def hash_block(
 
 
 def chain_keys(
-    layout: RecordLayout,
+    layout: RecordLayout | Sequence[RecordLayout],
     identity: bytes,
     tokens: Sequence[int] | np.ndarray,
     first_parent: BlockHash = ROOT_HASH,
@@ -149,15 +76,20 @@ def chain_keys(
     """The keys of all whole blocks of `tokens`, each chained to the one before.
 
     Args:
-        layout: Shape of the records; its `layer_group` goes into the hashes, so that the blocks
-            of two groups never meet.
+        layout: Of the records, or of the first, the second, ... record; the last one is also that
+            of all further ones. They differ in their codecs alone. Their `layer_group` goes into
+            the hashes, so that the blocks of two groups never meet.
         identity: 16 bytes; the salt is part of it.
         tokens: Token ids ``[num_tokens]``, 0 to 2**32 - 1; copied.
         first_parent: Hash of the block before the first token.
 
     Raises:
-        ValueError: If tokens are not a flat run of such integers, or a digest is not 16 bytes.
+        ValueError: If tokens are not a flat run of such integers, or a digest is not 16 bytes; or
+            if layouts differ in more than their codecs.
     """
+    layouts = [layout] if isinstance(layout, RecordLayout) else list(layout)
+    if len({one.raw for one in layouts}) != 1:
+        raise ValueError(f"layout: expected layouts of one block, got {layouts}")
     ids = np.asarray(tokens)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise ValueError(f"tokens: expected flat integers, got {ids.dtype} {list(ids.shape)}")
@@ -166,9 +98,11 @@ def chain_keys(
     ids = ids.astype(np.uint32)  # a copy: keys must not change with the caller's array
     ids.flags.writeable = False
     keys, parent = [], first_parent
-    for start in range(0, ids.size - layout.block_size + 1, layout.block_size):
-        block = ids[start : start + layout.block_size]
-        block_hash = hash_block(parent, identity, layout.layer_group, block)
-        keys.append(BlockKey(layout, identity, parent, block_hash, block))
+    block_size, layer_group = layouts[0].block_size, layouts[0].layer_group
+    for number in range(ids.size // block_size):
+        block = ids[number * block_size : (number + 1) * block_size]
+        block_hash = hash_block(parent, identity, layer_group, block)
+        own_layout = layouts[min(number, len(layouts) - 1)]
+        keys.append(BlockKey(own_layout, identity, parent, block_hash, block))
         parent = block_hash
     return keys

@@ -16,14 +16,15 @@ import torch
 
 from kvkernels import BlockAllocator, KVPool
 from kvkernels.nn import PagedGroup, layer_groups
-from prefixstore.block_io import block_buffer
+from prefixstore.codec_choice import describe_loss, record_layouts
 from prefixstore.config import CacheConfig, physical_memory_bytes
 from prefixstore.device import DeviceBlocks
 from prefixstore.errors import ConfigError, StoreError
-from prefixstore.identity import model_identity, salted_identity
+from prefixstore.identity import model_identity, stored_identity
 from prefixstore.index import Match
 from prefixstore.index import Stats as IndexStats
-from prefixstore.record import BlockKey, RecordLayout, chain_keys
+from prefixstore.pool_blocks import PoolBlocks
+from prefixstore.record import BlockKey, chain_keys
 from prefixstore.restore import RestoredPrefix, restore_prefix
 from prefixstore.served_model import ServedModel
 from prefixstore.session import ReuseReport, Session
@@ -75,8 +76,11 @@ class PrefixCache:
         self._served_model = served_model
         self._is_closed = False
         self._device = DeviceBlocks(groups, config.block_size, partial(self.flush, WRITER_WAIT_S))
-        self._record_layouts = [
-            record_layout(group.pool, number) for number, group in enumerate(groups)
+        self._record_layouts = record_layouts(groups, config)
+        self._loss = describe_loss(self._record_layouts)
+        self._pool_blocks = [
+            PoolBlocks(group.pool, layouts)
+            for group, layouts in zip(groups, self._record_layouts, strict=True)
         ]
         self._lock = threading.Lock()  # over the counters below
         self._num_sessions = 0
@@ -94,6 +98,8 @@ class PrefixCache:
         disk_path: str | Path | None = None,
         disk_bytes: int = 4 << 30,
         salt: str = "",
+        codec: str | Sequence[str] = "raw",
+        exact_blocks: int = 0,
     ) -> PrefixCache:
         """A cache for `model`, whose attention is set to read it until `close`.
 
@@ -106,6 +112,9 @@ class PrefixCache:
             disk_path: Directory of the disk tier, shared by processes; None for none.
             disk_bytes: Bound of the disk tier, at least 4096.
             salt: Namespace of sessions that name none themselves.
+            codec: How blocks are written into the tiers, a name for all layers or one for each;
+                see `CacheConfig`.
+            exact_blocks: Blocks at the start of a sequence that are written without loss.
 
         Raises:
             ConfigError: If a value is out of range.
@@ -119,6 +128,8 @@ class PrefixCache:
             disk_path=disk_path,
             disk_bytes=disk_bytes,
             salt=salt,
+            codec=codec,
+            exact_blocks=exact_blocks,
         )
         specs = layer_groups(model.config, block_size, model.dtype)
         layouts = [spec.layout for spec in specs]
@@ -168,7 +179,9 @@ class PrefixCache:
         salt = self.config.salt if salt is None else salt
         started = time.perf_counter()
         whole = tokens[: (len(tokens) - 1) // self.config.block_size * self.config.block_size]
-        restored = restore_prefix(self._device, self._store, whole, salt, self._keys(whole, salt))
+        restored = restore_prefix(
+            self._device, self._store, self._pool_blocks, whole, salt, self._keys(whole, salt)
+        )
         report = self._report(tokens, restored, time.perf_counter() - started)
         return Session(
             self._device,
@@ -211,6 +224,8 @@ class PrefixCache:
         try:
             if self._store:
                 self._store.close()
+            for pool_blocks in self._pool_blocks:
+                pool_blocks.close()
         finally:
             if self._served_model is not None:
                 self._served_model.close()
@@ -243,8 +258,9 @@ class PrefixCache:
     def _save(self, salt: str, tokens: np.ndarray, block_ids: np.ndarray, first_new: int) -> None:
         if self._store is None:
             return
-        for group, keys, ids in zip(
-            self._device.groups, self._keys(tokens, salt), block_ids.T, strict=True
+        for group, pool_blocks, keys, ids in zip(
+            *(self._device.groups, self._pool_blocks, self._keys(tokens, salt), block_ids.T),
+            strict=True,
         ):
             for key, block_id in zip(keys[first_new:], ids[first_new:].tolist(), strict=True):
                 if block_id < 0:
@@ -252,13 +268,13 @@ class PrefixCache:
                 group.allocator.share([block_id])  # until the writer has read it
                 self._store.save(
                     key,
-                    block_buffer(group.pool, block_id, read=True),
+                    pool_blocks.source(block_id),
                     done=partial(group.allocator.release, [block_id]),
                 )
 
     def _keys(self, tokens: np.ndarray, salt: str) -> list[list[BlockKey]]:
-        identity = salted_identity(self._identity, salt)
-        return [chain_keys(layout, identity, tokens) for layout in self._record_layouts]
+        identity = stored_identity(self._identity, salt, self._loss)
+        return [chain_keys(layouts, identity, tokens) for layouts in self._record_layouts]
 
     def _report(
         self, tokens: np.ndarray, restored: RestoredPrefix, restore_s: float
@@ -277,19 +293,6 @@ class PrefixCache:
             num_recomputed=len(tokens) - sum(by_tier.values()),
             restore_s=restore_s,
         )
-
-
-def record_layout(pool: KVPool, layer_group: int) -> RecordLayout:
-    """The layout of this pool's blocks as a record names it."""
-    layout = pool.layout
-    return RecordLayout(
-        num_layers=layout.num_layers,
-        num_kv_heads=layout.num_kv_heads,
-        head_dim=layout.head_dim,
-        block_size=layout.block_size,
-        dtype=str(layout.dtype).removeprefix("torch."),
-        layer_group=layer_group,
-    )
 
 
 def _pool_blocks(config: CacheConfig, model_config: Any, bytes_per_block: int) -> int:

@@ -11,6 +11,8 @@ from kvkernels import UnsupportedError, __version__
 from prefixstore.demo.command import demo
 from prefixstore.errors import StoreError
 from prefixstore.quality.command import quality
+from prefixstore.records.inspect_command import inspect_record
+from prefixstore.records.verify_command import verify_store
 
 
 class _Group(click.Group):
@@ -33,7 +35,9 @@ def kvkernels(verbose: bool) -> None:
 
 
 kvkernels.add_command(demo)
+kvkernels.add_command(inspect_record)
 kvkernels.add_command(quality)
+kvkernels.add_command(verify_store)
 
 
 def run() -> None:

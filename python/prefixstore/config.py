@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvkernels import CODECS
 from prefixstore.errors import ConfigError
 from prefixstore.tiers.base import PAGE_BYTES, check_bytes
 
@@ -24,6 +26,11 @@ class CacheConfig:
         disk_path: Directory of the disk tier; None for none.
         disk_bytes: Bound of the disk tier, at least 4096.
         salt: Namespace; sessions of different salts never share blocks.
+        codec: How blocks are written into the tiers: one of `kvkernels.CODECS` for all layers, or
+            one for each of the model's layers. "raw" and "l12" change nothing; the others are
+            smaller and cost some precision.
+        exact_blocks: So many blocks at the start of a sequence are written without loss, whatever
+            the codec: attention leans on the first tokens more than on others.
     """
 
     block_size: int = 64
@@ -32,6 +39,8 @@ class CacheConfig:
     disk_path: str | Path | None = None
     disk_bytes: int = 4 * GIB
     salt: str = ""
+    codec: str | Sequence[str] = "raw"
+    exact_blocks: int = 0
 
     def __post_init__(self) -> None:
         if self.block_size not in (16, 32, 64, 128, 256):
@@ -44,6 +53,13 @@ class CacheConfig:
                 raise ConfigError(f"{name}: expected an integer, got {value!r}")
         if not isinstance(self.salt, str):
             raise ConfigError(f"salt: expected a string, got {self.salt!r}")
+        if not isinstance(self.codec, str):
+            object.__setattr__(self, "codec", tuple(self.codec))
+        for name in (self.codec,) if isinstance(self.codec, str) else self.codec:
+            if name not in CODECS:
+                raise ConfigError(f"codec: expected one of {tuple(CODECS)}, got {name!r}")
+        if not isinstance(self.exact_blocks, int) or self.exact_blocks < 0:
+            raise ConfigError(f"exact_blocks: expected 0 or more, got {self.exact_blocks!r}")
         if self.pool_tokens is not None and self.pool_tokens < self.block_size:
             raise ConfigError(
                 f"pool_tokens: expected at least one block of {self.block_size},"

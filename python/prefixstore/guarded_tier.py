@@ -10,7 +10,7 @@ import numpy as np
 
 from prefixstore.breaker import Breaker, BreakerConfig
 from prefixstore.errors import BlockCorrupted, TierError, TierFull
-from prefixstore.record import BlockHash, BlockKey, decode
+from prefixstore.record import BlockHash, BlockKey, RecordHeader, check_header
 from prefixstore.store_stats import Counts, TierUse
 from prefixstore.tiers.base import Tier
 
@@ -40,13 +40,13 @@ class GuardedTier:
         """One answer each, or None where the tier gave none."""
         return self._attempt(lambda: self._tier.contains_many(block_hashes))
 
-    def load(self, key: BlockKey, record: np.ndarray, payload_out: memoryview) -> bool:
-        """Read a record and verify it; a wrong one is deleted from the tier.
+    def fetch(self, key: BlockKey, record: np.ndarray) -> RecordHeader | None:
+        """Read a record and verify its header; a wrong one is deleted from the tier.
 
         Args:
             key: What it must agree with.
-            record: `key.layout.record_bytes`, holds the record afterwards where this is a hit.
-            payload_out: Written in place; garbage where this is a miss.
+            record: `key.layout.max_record_bytes` or more, begins with the record afterwards where
+                there is one. Its payload is to be verified, and then `accept` or `reject` called.
         """
         try:
             num_read = self._attempt(
@@ -54,15 +54,21 @@ class GuardedTier:
             )
             if num_read is None:
                 self._counts.add(num_misses=1)
-                return False
-            decode(record[:num_read], key, payload_out)
+                return None
+            return check_header(record[:num_read], key)
         except BlockCorrupted as error:
-            logger.warning("tier %s: block %s: %s", self.name, key.block_hash.hex(), error)
-            self._counts.add(num_corrupted=1, num_misses=1)
-            self._attempt(lambda: self._tier.delete(key.block_hash))
-            return False
-        self._counts.add(num_hits=1, read_bytes=num_read)
-        return True
+            self.reject(key, str(error))
+            return None
+
+    def accept(self, num_bytes: int) -> None:
+        """A record of so many bytes was right."""
+        self._counts.add(num_hits=1, read_bytes=num_bytes)
+
+    def reject(self, key: BlockKey, problem: str) -> None:
+        """A record was wrong: it is deleted from the tier, and a miss."""
+        logger.warning("tier %s: block %s: %s", self.name, key.block_hash.hex(), problem)
+        self._counts.add(num_corrupted=1, num_misses=1)
+        self._attempt(lambda: self._tier.delete(key.block_hash))
 
     def put(self, key: BlockKey, record: np.ndarray) -> None:
         """Write a record, or count why not."""

@@ -171,8 +171,18 @@ def _chunk_digest(chunk: torch.Tensor) -> bytes:
     return blake2b(data, digest_size=IDENTITY_BYTES).digest()
 
 
-def salted_identity(identity: bytes, salt: str) -> bytes:
-    """The identity of a model's KV in a tenant's namespace: blocks of two salts never meet."""
+def stored_identity(identity: bytes, salt: str, codecs: str = "") -> bytes:
+    """The identity of a model's KV in the tiers.
+
+    Args:
+        identity: Of the model.
+        salt: A tenant's namespace: blocks of two salts never meet.
+        codecs: How blocks are written, where that changes them; empty where it does not. KV
+            computed over a prefix that was restored with a loss carries that loss, whatever codec
+            it is written with, and must not be taken for exact.
+    """
     digest = blake2b(identity, digest_size=IDENTITY_BYTES)
     _add(digest, "salt", salt.encode())
+    if codecs:
+        _add(digest, "codecs", codecs.encode())
     return digest.digest()

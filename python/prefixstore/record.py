@@ -2,14 +2,15 @@
 
     +--------+-----------+-------------------+---------+--------------------------------+
     | header | token ids | layer table       | padding | payload, layer after layer     |
-    | 96     | 4 x block | 24 x num_layers   | zeros   | num_layers x layer_bytes       |
+    | 96     | 4 x block | 24 x num_layers   | zeros   | as the codecs write them       |
     +--------+-----------+-------------------+---------+--------------------------------+
     |<------------- header_bytes, a multiple of 64 --->|<-- payload_bytes ------------->|
     |            under the header's CRC-32C            |  under the table's word sums   |
 
-Every byte is covered by a check, so any one flipped bit is found. docs/record-format.md gives the
-bytes field by field. This guards against accidents, not against an attacker, who can write a
-record whose checks are right.
+Where layers have codecs of their own, a list of them lies between table and padding. Every byte is
+covered by a check, so any one flipped bit is found. docs/record-format.md gives the bytes field by
+field. This guards against accidents, not against an attacker, who can write a record whose checks
+are right.
 """
 
 from __future__ import annotations
@@ -20,20 +21,24 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
+from kvkernels import CODECS, EncodedBlocks, KVPool, decode_blocks, encode_blocks
 from prefixstore.block_key import (
-    FIXED_BYTES,
-    MAX_HEADER_BYTES,
     ROOT_HASH,
-    TABLE_ENTRY_BYTES,
     BlockHash,
     BlockKey,
-    RecordLayout,
     chain_keys,
     hash_block,
 )
-from prefixstore.checksum import Buffer, as_bytes, copy_parts_with_checksums, crc32c
+from prefixstore.checksum import Buffer, as_bytes, checksum_words, crc32c
 from prefixstore.errors import BlockCorrupted
+from prefixstore.record_layout import (
+    FIXED_BYTES,
+    MAX_HEADER_BYTES,
+    TABLE_ENTRY_BYTES,
+    RecordLayout,
+)
 
 __all__ = [
     "ROOT_HASH",
@@ -42,16 +47,20 @@ __all__ = [
     "RecordHeader",
     "RecordLayout",
     "chain_keys",
+    "check_header",
     "decode",
     "encode",
     "hash_block",
     "read_header",
+    "verify",
+    "write_header",
 ]
 
 VERSION = 1
-CODEC_RAW = 1
+CODEC_LIST = 255  # a codec for each layer, in a list of their own
 DTYPE_CODES = {"float32": 1, "float16": 2, "bfloat16": 3}
 _DTYPE_NAMES = {code: name for name, code in DTYPE_CODES.items()}
+_CODEC_NAMES = {codec.code: name for name, codec in CODECS.items()}
 
 _MAGIC = b"KVB1"
 _FIXED = struct.Struct("<4sHHBBHHHHHHHQ16s16s16sI12s")
@@ -95,67 +104,154 @@ class RecordHeader:
     key: BlockKey
     table: np.ndarray
 
+    @property
+    def sums(self) -> torch.Tensor:
+        """``[num_layers, 2]``, int64: the bits of each layer's sum and weighted sum."""
+        words = self.table.view("<i8").reshape(-1, TABLE_ENTRY_BYTES // 8)[:, 1:]
+        return torch.from_numpy(words.copy())
 
-def encode(key: BlockKey, payload: Buffer, out: Buffer) -> None:
+
+def encode(key: BlockKey, block: Buffer, out: Buffer) -> int:
     """Write the record of a block.
 
     Args:
-        key: What it is.
-        payload: The block as it lies in the pool, `key.layout.payload_bytes`.
-        out: `key.layout.record_bytes`, written in place, every byte.
+        key: What it is, and the codecs to write it with.
+        block: As it lies in the pool, `key.layout.block_bytes`.
+        out: `key.layout.encode_bytes` or more, written in place.
+
+    Returns:
+        Bytes of the record: `key.layout.record_bytes`, or `key.layout.raw.record_bytes` where the
+        codecs do not hold the block.
 
     Raises:
         ValueError: If a buffer has another size or is not contiguous, or `out` is read-only or
-            overlaps the payload.
+            overlaps the block.
     """
     layout = key.layout
-    source, record = as_bytes("payload", payload), as_bytes("out", out)
-    _check_bytes("payload", source, layout.payload_bytes)
-    _check_bytes("out", record, layout.record_bytes)
-    _check_writable("out", record)
+    source, record = as_bytes("block", block), as_bytes("out", out)
+    _check_bytes("block", source, layout.block_bytes)
+    if record.nbytes < layout.encode_bytes:
+        raise ValueError(f"out: expected {layout.encode_bytes} bytes or more, got {record.nbytes}")
+    _check_apart("out", record, source)
+    header_bytes = layout.header_bytes
+    payload = _as_tensor(record)[None, header_bytes:]
+    encoded = encode_blocks(_as_pool(layout, source), _FIRST, layout.block_format, payloads=payload)
+    written = layout
+    if encoded.is_raw[0] and not layout.is_raw:
+        written = layout.raw
+        if written.header_bytes != header_bytes:  # a list of codecs less
+            num_bytes = written.payload_bytes
+            whole = np.frombuffer(record, np.uint8)
+            start = written.header_bytes
+            whole[start : start + num_bytes] = whole[header_bytes : header_bytes + num_bytes]
+    write_header(key, written, encoded.sums[0], record)
+    return written.record_bytes
+
+
+def write_header(key: BlockKey, layout: RecordLayout, sums: torch.Tensor, record: Buffer) -> None:
+    """Write all before the payload.
+
+    Args:
+        key: What the block is.
+        layout: How its payload is written: `key.layout` or `key.layout.raw`.
+        sums: ``[num_layers, 2]``, int64: the checksums of the payload's layers.
+        record: Its first `layout.header_bytes` are written.
+    """
+    target = as_bytes("record", record)
     header_bytes, tokens_end = layout.header_bytes, FIXED_BYTES + 4 * layout.block_size
-    sums = np.empty((layout.num_layers, 2), np.uint64)
-    copy_parts_with_checksums(source, record[header_bytes:], layout.num_layers, sums)
-    table = np.empty((layout.num_layers, 3), "<u8")
-    table[:, 0], table[:, 1:] = _layer_places(layout), sums
-    _FIXED.pack_into(record, 0, *_fixed_fields(key))
-    record[FIXED_BYTES:tokens_end] = key.tokens.astype("<u4", copy=False).tobytes()
-    record[tokens_end:header_bytes] = table.tobytes().ljust(header_bytes - tokens_end, b"\0")
-    struct.pack_into("<I", record, _CRC_OFFSET, crc32c(record[:header_bytes]))
+    table = np.empty((layout.num_layers, TABLE_ENTRY_BYTES // 8), "<i8")
+    table[:, 0], table[:, 1:] = layout.layer_places.view("<i8")[:, 0], sums.numpy()
+    _FIXED.pack_into(target, 0, *_fixed_fields(key, layout))
+    target[FIXED_BYTES:tokens_end] = key.tokens.astype("<u4", copy=False).tobytes()
+    rest = table.tobytes() + _codec_list(layout)
+    target[tokens_end:header_bytes] = rest.ljust(header_bytes - tokens_end, b"\0")
+    struct.pack_into("<I", target, _CRC_OFFSET, crc32c(target[:header_bytes]))
 
 
-def decode(record: Buffer, key: BlockKey, payload_out: Buffer) -> None:
-    """Verify a record against its key and copy its payload out.
+def decode(record: Buffer, key: BlockKey, block_out: Buffer) -> None:
+    """Verify a record against its key and restore its block.
 
     Args:
         record: The bytes a tier gave.
         key: What they must be.
-        payload_out: `key.layout.payload_bytes`, written in place; garbage if this raises.
+        block_out: `key.layout.block_bytes`, written in place; garbage if this raises.
 
     Raises:
         BlockCorrupted: If any byte of the record is not what `encode` wrote for this key.
-        ValueError: If a buffer is not contiguous, or `payload_out` has another size, is read-only
+        ValueError: If a buffer is not contiguous, or `block_out` has another size, is read-only
             or overlaps the record.
     """
-    layout = key.layout
-    data, target = as_bytes("record", record), as_bytes("payload_out", payload_out)
-    _check_bytes("payload_out", target, layout.payload_bytes)
-    _check_writable("payload_out", target)
+    data, target = as_bytes("record", record), as_bytes("block_out", block_out)
+    _check_bytes("block_out", target, key.layout.block_bytes)
+    _check_apart("block_out", target, data)
+    header = check_header(data, key)
+    layout = header.key.layout
+    encoded = EncodedBlocks(
+        layout.block_format,
+        _as_tensor(data)[None, layout.header_bytes :],
+        header.sums[None],
+        torch.zeros(1, dtype=torch.bool),
+    )
+    is_good = decode_blocks(encoded, _as_pool(layout, target), _FIRST)[0]
+    if not is_good.all():
+        raise BlockCorrupted(
+            "payload: expected the table's checksums, got others in layers"
+            f" {(~is_good).nonzero()[:, 0].tolist()}"
+        )
+
+
+def check_header(record: Buffer, key: BlockKey) -> RecordHeader:
+    """Verify that a whole record is that of a key, as far as its header tells.
+
+    The payload is as long as it has to be; that its bytes are right is still to be seen.
+
+    Raises:
+        BlockCorrupted: If the record is another's or damaged, or its codecs lose something that
+            those of the key do not.
+        ValueError: If `record` is not contiguous.
+    """
+    data = as_bytes("record", record)
     header = read_header(data)
     found = header.key
-    for name in ("layout", "identity", "parent_hash", "block_hash"):
+    if found.layout != key.layout and not key.layout.accepts(found.layout):
+        raise _corrupted("layout", key.layout, found.layout)
+    for name in ("identity", "parent_hash", "block_hash"):
         if getattr(found, name) != getattr(key, name):
-            raise _corrupted(name, getattr(key, name), getattr(found, name))
+            raise _corrupted(name, getattr(key, name).hex(), getattr(found, name).hex())
     if found.tokens.tobytes() != key.tokens.tobytes():
         raise BlockCorrupted("tokens: expected those of the key, got others")
-    if data.nbytes != layout.record_bytes:
-        raise _corrupted("record", f"{layout.record_bytes} bytes", data.nbytes)
-    sums = np.empty((layout.num_layers, 2), np.uint64)
-    copy_parts_with_checksums(data[layout.header_bytes :], target, layout.num_layers, sums)
-    if sums.tobytes() != header.table.view("<u8").reshape(-1, 3)[:, 1:].tobytes():
-        wrong = (header.table["sum"] != sums[:, 0]) | (header.table["weighted"] != sums[:, 1])
-        layers = np.flatnonzero(wrong).tolist()
-        raise BlockCorrupted(f"payload: expected the table's checksums, got others in {layers}")
+    if data.nbytes != found.layout.record_bytes:
+        raise _corrupted("record", f"{found.layout.record_bytes} bytes", data.nbytes)
+    return header
+
+
+def verify(record: Buffer) -> RecordHeader:
+    """Verify a whole record by itself, every byte of it, without knowing what it should be.
+
+    Raises:
+        BlockCorrupted: If its bytes are not as they were written, or its name is not that of its
+            tokens.
+        ValueError: If `record` is not contiguous.
+    """
+    data = as_bytes("record", record)
+    header = read_header(data)
+    key = header.key
+    if data.nbytes != key.layout.record_bytes:
+        raise _corrupted("record", f"{key.layout.record_bytes} bytes", data.nbytes)
+    name = hash_block(key.parent_hash, key.identity, key.layout.layer_group, key.tokens)
+    if name != key.block_hash:
+        raise _corrupted("block_hash", name.hex(), key.block_hash.hex())
+    wrong = [
+        layer
+        for layer, entry in enumerate(header.table)
+        if checksum_words(data[entry["offset"] : entry["offset"] + entry["bytes"]])
+        != (entry["sum"], entry["weighted"])
+    ]
+    if wrong:
+        raise BlockCorrupted(
+            f"payload: expected the table's checksums, got others in layers {wrong}"
+        )
+    return header
 
 
 def read_header(record: Buffer) -> RecordHeader:
@@ -177,11 +273,12 @@ def read_header(record: Buffer) -> RecordHeader:
             fixed.block_size,
             dtype,
             fixed.layer_group,
+            _read_codecs(data, fixed),
         )
     except ValueError as error:
         raise BlockCorrupted(str(error)) from None
     for name, expected in (
-        ("codec", CODEC_RAW),
+        ("codec", _codec_code(layout)),
         ("flags", 0),
         ("reserved", bytes(12)),
         ("num_tokens", layout.block_size),
@@ -219,27 +316,50 @@ def _read_fixed(data: memoryview) -> _Fixed:
     return fixed
 
 
+def _read_codecs(data: memoryview, fixed: _Fixed) -> tuple[str, ...]:
+    """The names of the layers' codecs, one where it serves all of them."""
+    codes = [fixed.codec]
+    if fixed.codec == CODEC_LIST:
+        start = FIXED_BYTES + 4 * fixed.block_size + TABLE_ENTRY_BYTES * fixed.num_layers
+        codes = list(data[start : min(start + fixed.num_layers, fixed.header_bytes)])
+    unknown = [code for code in codes if code not in _CODEC_NAMES]
+    if unknown:
+        raise _corrupted("codec", f"one of {[*_CODEC_NAMES, CODEC_LIST]}", unknown[0])
+    return tuple(_CODEC_NAMES[code] for code in codes)
+
+
 def _read_table(data: memoryview, layout: RecordLayout) -> np.ndarray:
-    start = FIXED_BYTES + 4 * layout.block_size
-    table = np.frombuffer(data, _TABLE_ENTRY, layout.num_layers, start)
-    end = start + table.nbytes
-    places = table.view("<u8").reshape(-1, 3)[:, 0]
-    if places.tobytes() != _layer_places(layout).tobytes():
+    table = np.frombuffer(
+        data, _TABLE_ENTRY, layout.num_layers, FIXED_BYTES + 4 * layout.block_size
+    )
+    places = table.view("<u4").reshape(-1, TABLE_ENTRY_BYTES // 4)[:, :2]
+    if places.tobytes() != layout.layer_places.tobytes():
         raise BlockCorrupted(
-            f"layer table: expected adjoining layers of {layout.layer_bytes} bytes, got others"
+            f"layer table: expected adjoining layers of {layout.payload_bytes} bytes in all,"
+            " got others"
         )
-    if any(data[end : layout.header_bytes]):
+    padding = data[layout.table_end + len(_codec_list(layout)) : layout.header_bytes]
+    if any(padding):
         raise BlockCorrupted("padding: expected zeros, got other bytes")
     return table
 
 
-def _fixed_fields(key: BlockKey) -> _Fixed:
-    layout = key.layout
+def _codec_code(layout: RecordLayout) -> int:
+    return CODECS[layout.codecs[0]].code if len(layout.codecs) == 1 else CODEC_LIST
+
+
+def _codec_list(layout: RecordLayout) -> bytes:
+    """The codes of the layers' codecs, where one does not serve all."""
+    codes = [CODECS[name].code for name in layout.codecs]
+    return bytes(codes) if len(codes) > 1 else b""
+
+
+def _fixed_fields(key: BlockKey, layout: RecordLayout) -> _Fixed:
     return _Fixed(
         magic=_MAGIC,
         version=VERSION,
         header_bytes=layout.header_bytes,
-        codec=CODEC_RAW,
+        codec=_codec_code(layout),
         dtype=DTYPE_CODES[layout.dtype],
         flags=0,
         num_layers=layout.num_layers,
@@ -258,13 +378,20 @@ def _fixed_fields(key: BlockKey) -> _Fixed:
 
 
 _find_layout = lru_cache(maxsize=64)(RecordLayout)  # its checks took a fifth of read_header
+_FIRST = torch.zeros(1, dtype=torch.int64)
 
 
-@lru_cache(maxsize=64)
-def _layer_places(layout: RecordLayout) -> np.ndarray:
-    """The first 8 bytes of every table entry, offset and bytes, as one u64 each."""
-    offsets = layout.header_bytes + np.arange(layout.num_layers) * layout.layer_bytes
-    return (offsets | layout.layer_bytes << 32).astype("<u8")
+def _as_tensor(view: memoryview) -> torch.Tensor:
+    """The bytes as a tensor, in place; a copy where they may not be written."""
+    array = np.frombuffer(view, np.uint8)
+    return torch.from_numpy(array.copy() if view.readonly else array)
+
+
+def _as_pool(layout: RecordLayout, block: memoryview) -> KVPool:
+    """A pool of this one block."""
+    shape = layout.block_format.layout
+    data = _as_tensor(block).view(shape.dtype).view(1, *shape.block_shape)
+    return KVPool.over(shape, data)
 
 
 def _check_bytes(name: str, view: memoryview, expected: int) -> None:
@@ -272,9 +399,12 @@ def _check_bytes(name: str, view: memoryview, expected: int) -> None:
         raise ValueError(f"{name}: expected {expected} bytes, got {view.nbytes}")
 
 
-def _check_writable(name: str, view: memoryview) -> None:
-    if view.readonly:
+def _check_apart(name: str, target: memoryview, source: memoryview) -> None:
+    """Refuse a target that cannot be written, or that shares memory with the source."""
+    if target.readonly:
         raise ValueError(f"{name}: expected a writable buffer, got a read-only one")
+    if np.may_share_memory(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8)):
+        raise ValueError(f"{name}: expected no overlap with the source, got one")
 
 
 def _corrupted(what: str, expected: object, found: object) -> BlockCorrupted:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvkernels import PoolFullError
-from prefixstore.block_io import block_buffer, fill_block
 from prefixstore.device import DeviceBlocks
 from prefixstore.index import Match
+from prefixstore.pool_blocks import PoolBlocks
 from prefixstore.record import BlockKey
 from prefixstore.residency import first_block_needed, longest_prefix
 from prefixstore.store import Store
@@ -40,6 +40,7 @@ class RestoredPrefix:
 def restore_prefix(
     device: DeviceBlocks,
     store: Store | None,
+    pool_blocks: Sequence[PoolBlocks],
     tokens: np.ndarray,
     salt: str,
     keys: Sequence[Sequence[BlockKey]],
@@ -49,6 +50,7 @@ def restore_prefix(
     Args:
         device: The blocks on the device.
         store: The tiers, if there are any.
+        pool_blocks: Per group, how blocks get into its pool.
         tokens: Whole blocks only, `[num_blocks * block_size]` uint32.
         salt: The namespace.
         keys: Per group, the keys of the blocks.
@@ -59,7 +61,7 @@ def restore_prefix(
     block_ids[: len(found)] = found
     tiers = [DEVICE] * num_blocks
     try:
-        usable = _load_missing(device, store, keys, block_ids, tiers)
+        usable = _load_missing(device, store, pool_blocks, keys, block_ids, tiers)
     except BaseException:
         device.release(block_ids)
         device.unpin(match)
@@ -78,6 +80,7 @@ def restore_prefix(
 def _load_missing(
     device: DeviceBlocks,
     store: Store | None,
+    pool_blocks: Sequence[PoolBlocks],
     keys: Sequence[Sequence[BlockKey]],
     block_ids: np.ndarray,
     tiers: list[str],
@@ -98,7 +101,9 @@ def _load_missing(
             if len(numbers) == 0:
                 continue
             assert store is not None
-            failed = _load(device, store, group, keys[group], numbers, block_ids, tiers)
+            failed = _load(
+                device, store, pool_blocks[group], group, keys[group], numbers, block_ids, tiers
+            )
             # Counted misses: settle for the longest prefix without these blocks.
             available[group][failed] = False
             is_complete = is_complete and not failed
@@ -109,6 +114,7 @@ def _load_missing(
 def _load(
     device: DeviceBlocks,
     store: Store,
+    pool_blocks: PoolBlocks,
     group: int,
     keys: Sequence[BlockKey],
     numbers: np.ndarray,
@@ -116,23 +122,20 @@ def _load(
     tiers: list[str],
 ) -> list[int]:
     """Load these blocks of one group into the pool; returns the numbers of those that failed."""
-    pool, allocator = device.groups[group].pool, device.groups[group].allocator
+    allocator = device.groups[group].allocator
     try:
         taken = device.reserve(group, len(numbers))
     except PoolFullError:
         # Try again with the first half; what the pool cannot hold cannot be restored.
         return numbers[len(numbers) // 2 :].tolist()
-    buffers = [block_buffer(pool, block_id) for block_id in taken]
-    answers = store.load_many([keys[number] for number in numbers.tolist()], buffers)
+    target = pool_blocks.target(taken)
+    answers = store.load_many([keys[number] for number in numbers.tolist()], target)
     failed = []
-    for number, block_id, buffer, answer in zip(
-        numbers.tolist(), taken, buffers, answers, strict=True
-    ):
+    for number, block_id, answer in zip(numbers.tolist(), taken, answers, strict=True):
         if answer is None:
             allocator.release([block_id])
             failed.append(number)
             continue
-        fill_block(pool, block_id, buffer)
         block_ids[number, group] = block_id
         tiers[number] = answer
     return failed

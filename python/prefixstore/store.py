@@ -1,7 +1,7 @@
 """The tiers in order of speed: verified loads, promotion, background writes.
 
-    save -> queue (bounded) -> writer thread -> encode -> memory, disk, ...     (write-through)
-    load -> memory? -> disk? -> ... -> verify -> payload; the record goes up to faster tiers
+    save -> queue (bounded) -> writer thread -> record -> memory, disk, ...     (write-through)
+    load -> memory? -> disk? -> ... -> verify -> block; the record goes up to faster tiers
 
 What a tier gives is either verified or a counted miss. A failing tier costs its hits and nothing
 else: see guarded_tier.py.
@@ -12,20 +12,24 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from prefixstore.block_key import BlockKey
+from prefixstore.block_sources import BlockSource, WrittenRecord
+from prefixstore.block_targets import BlockTarget, FetchedRecord, RecordBatch
 from prefixstore.breaker import BreakerConfig
-from prefixstore.checksum import Buffer, as_bytes
 from prefixstore.errors import ConfigError
 from prefixstore.guarded_tier import GuardedTier
-from prefixstore.record import BlockKey, encode
 from prefixstore.store_stats import Counts, StoreStats
-from prefixstore.tiers.base import Tier, page_aligned
+from prefixstore.tiers.base import PAGE_BYTES, Tier, page_aligned, round_up
 from prefixstore.write_queue import WriteJob, WriteQueue, noop
 
 logger = logging.getLogger(__name__)
+
+BATCH_BYTES = 16 << 20  # of records that are fetched and then restored together
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class StoreConfig:
     """Bounds of a store.
 
     Attributes:
-        queue_bytes: Payload that may wait for the writer.
+        queue_bytes: Blocks that may wait for the writer, in bytes.
         queue_entries: Blocks that may wait for the writer.
         close_timeout_s: How long `close` waits for the writer before it drops what is left.
         policies: By tier name; a tier not named has the default policy.
@@ -116,53 +120,43 @@ class Store:
                     names[i] = tier.name
         return names
 
-    def load(self, key: BlockKey, payload_out: Buffer) -> str | None:
-        """Read a block from the fastest tier that has it right.
+    def load_many(self, keys: Sequence[BlockKey], target: BlockTarget) -> list[str | None]:
+        """Restore blocks, each from the fastest tier that has it right.
 
         Args:
-            key: What the record must agree with.
-            payload_out: `key.layout.payload_bytes`, written in place; garbage on a miss.
+            keys: What the records must agree with.
+            target: Gets the blocks, by their index among `keys`; of a miss, garbage.
 
         Returns:
-            The tier's name, or None: a miss.
-
-        Raises:
-            ValueError: If `payload_out` has another size, is not contiguous or is read-only.
+            For each the tier's name, or None: a miss, which does not stop the rest.
         """
-        target = _payload_bytes("payload_out", payload_out, key)
-        if target.readonly:
-            raise ValueError("payload_out: expected a writable buffer, got a read-only one")
-        record = self._scratch_record(key)
-        for index, tier in enumerate(self._tiers):
-            if tier.load(key, record, target):
-                self._counts.add(num_loads=1)
-                self._promote(index, key, record)
-                return tier.name
-        self._counts.add(num_loads=1, num_misses=1)
-        return None
+        names: list[str | None] = [None] * len(keys)
+        row_bytes = max((key.layout.max_record_bytes for key in keys), default=1)
+        num_rows = max(1, BATCH_BYTES // row_bytes)
+        for first in range(0, len(keys), num_rows):
+            self._load_batch(keys, range(first, min(first + num_rows, len(keys))), target, names)
+        self._counts.add(num_loads=len(keys), num_misses=names.count(None))
+        return names
 
-    def load_many(
-        self, keys: Sequence[BlockKey], payload_outs: Sequence[Buffer]
-    ) -> list[str | None]:
-        """`load` for each key; a miss does not stop the rest."""
-        return [self.load(*pair) for pair in zip(keys, payload_outs, strict=True)]
-
-    def save(self, key: BlockKey, payload: Buffer, done: Callable[[], None] = noop) -> bool:
+    def save(self, key: BlockKey, source: BlockSource, done: Callable[[], None] = noop) -> bool:
         """Hand a block to the background writer; never waits.
 
         Args:
             key: What the block is.
-            payload: `key.layout.payload_bytes`; must stay alive and unchanged until `done()`.
-            done: Called once, from this or the writer's thread, when `payload` is no longer read.
+            source: The block, which must stay alive and unchanged until `done()`.
+            done: Called once, from this or the writer's thread, when the block is no longer read.
 
         Returns:
             False if the queue was full or closed: the block is dropped, and counted.
 
         Raises:
-            ValueError: If `payload` has another size or is not contiguous; `done` is not called.
+            ValueError: If the block has another size than the key's; `done` is not called.
         """
-        data = _payload_bytes("payload", payload, key)
-        is_taken = self._queue.offer(WriteJob(key, data, False, self._written_through, done))
+        if source.num_bytes != key.layout.block_bytes:
+            raise ValueError(
+                f"source: expected {key.layout.block_bytes} bytes, got {source.num_bytes}"
+            )
+        is_taken = self._queue.offer(WriteJob(key, source, False, self._written_through, done))
         if is_taken:
             self._counts.add(num_saved=1)
         else:
@@ -207,22 +201,53 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _promote(self, found_index: int, key: BlockKey, record: np.ndarray) -> None:
+    def _load_batch(
+        self,
+        keys: Sequence[BlockKey],
+        indices: range,
+        target: BlockTarget,
+        names: list[str | None],
+    ) -> None:
+        """Ask tier after tier for those of `keys` at `indices` that are still missing."""
+        row_bytes = max(keys[index].layout.max_record_bytes for index in indices)
+        for number, tier in enumerate(self._tiers):
+            missing = [index for index in indices if names[index] is None]
+            if not missing:
+                return
+            batch = RecordBatch(self._take_slab(len(missing), row_bytes), [])
+            for index in missing:
+                row = batch.slab[len(batch.records)]
+                header = tier.fetch(keys[index], row)
+                if header is not None:
+                    record = row[: header.key.layout.record_bytes]
+                    batch.records.append(FetchedRecord(index, keys[index], header, record))
+            problems = target.restore(batch) if batch.records else []
+            for record, problem in zip(batch.records, problems, strict=True):
+                if problem is not None:
+                    tier.reject(record.key, problem)
+                    continue
+                tier.accept(record.data.nbytes)
+                names[record.index] = tier.name
+                self._promote(number, record)
+
+    def _promote(self, found_index: int, record: FetchedRecord) -> None:
         """Hand the record on to faster tiers without a copy: the queue owns it if it takes it."""
         tiers = tuple(self._tiers[i] for i in range(found_index) if self._policies[i].promote)
         if not tiers:
             return
-        if self._queue.offer(WriteJob(key, record.data, True, tiers)):
-            self._scratch.record = None
+        if self._queue.offer(WriteJob(record.key, WrittenRecord(record.data), True, tiers)):
+            self._scratch.slab = None
         else:
             self._counts.add(num_promotions_dropped=1)
 
-    def _scratch_record(self, key: BlockKey) -> np.ndarray:
-        """This thread's buffer for one record."""
-        record = getattr(self._scratch, "record", None)
-        if record is None or record.nbytes != key.layout.record_bytes:
-            record = self._scratch.record = page_aligned(key.layout.record_bytes)
-        return record
+    def _take_slab(self, num_rows: int, row_bytes: int) -> np.ndarray:
+        """This thread's buffer, as rows for one record each that start on pages."""
+        row_bytes = round_up(row_bytes, PAGE_BYTES)
+        num_bytes = num_rows * row_bytes
+        slab = getattr(self._scratch, "slab", None)
+        if slab is None or slab.nbytes < num_bytes:
+            slab = self._scratch.slab = page_aligned(num_bytes)
+        return slab[:num_bytes].reshape(num_rows, row_bytes)
 
     # ---- in the writer's thread --------------------------------------------------------------
 
@@ -239,7 +264,9 @@ class Store:
                 self._queue.finish(job)
 
     def _write(self, job: WriteJob) -> None:
-        try:
+        held = ExitStack()
+        held.callback(job.done)
+        with held:
             lacking, num_holding = [], 0
             for tier in job.tiers:
                 self._written_tier = tier
@@ -248,21 +275,13 @@ class Store:
                     lacking.append(tier)
                 num_holding += answer == [True]
             self._written_tier = None
-            record = np.frombuffer(job.data, np.uint8)
-            if lacking and not job.is_record:
-                record = self._scratch_record(job.key)
-                encode(job.key, job.data, record)
-        finally:
-            job.done()
-        if num_holding == len(job.tiers) and not job.is_record:
-            self._counts.add(num_present=1)
-        for tier in lacking:
-            self._written_tier = tier
-            tier.put(job.key, record)
-
-
-def _payload_bytes(name: str, payload: Buffer, key: BlockKey) -> memoryview:
-    view, expected = as_bytes(name, payload), key.layout.payload_bytes
-    if view.nbytes != expected:
-        raise ValueError(f"{name}: expected {expected} bytes, got {view.nbytes}")
-    return view
+            if not lacking:
+                if num_holding == len(job.tiers) and not job.is_promotion:
+                    self._counts.add(num_present=1)
+                return
+            with job.source.record(job.key) as record:
+                held.close()  # the block is read
+                for tier in lacking:
+                    self._written_tier = tier
+                    tier.put(job.key, record)
+                self._written_tier = None

@@ -8,8 +8,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from prefixstore.block_key import BlockKey
+from prefixstore.block_sources import BlockSource
 from prefixstore.guarded_tier import GuardedTier
-from prefixstore.record import BlockKey
 
 
 def noop() -> None:
@@ -22,15 +23,15 @@ class WriteJob:
 
     Attributes:
         key: The block.
-        data: Its payload, or its whole record where `is_record`.
-        is_record: A record that came from a slower tier and goes to faster ones.
+        source: Where its record comes from.
+        is_promotion: Whether it came from a slower tier and goes to faster ones.
         tiers: Where it is to go.
-        done: Called once `data` is no longer read.
+        done: Called once the block is no longer read.
     """
 
     key: BlockKey
-    data: memoryview
-    is_record: bool
+    source: BlockSource
+    is_promotion: bool
     tiers: tuple[GuardedTier, ...]
     done: Callable[[], None] = noop
 
@@ -54,13 +55,13 @@ class WriteQueue:
             return False
         with self._changed:
             has_room = (
-                self._num_bytes + job.data.nbytes <= self._max_bytes
+                self._num_bytes + job.source.num_bytes <= self._max_bytes
                 and self._num_entries() < self._max_entries
             )
             if self._is_closed or not has_room:
                 return False
             self._jobs.append(job)
-            self._num_bytes += job.data.nbytes
+            self._num_bytes += job.source.num_bytes
             self._changed.notify_all()
             return True
 
@@ -77,7 +78,7 @@ class WriteQueue:
         """The job that was taken is done with."""
         with self._changed:
             self._running = None
-            self._num_bytes -= job.data.nbytes
+            self._num_bytes -= job.source.num_bytes
             self._changed.notify_all()
 
     def wait_empty(self, timeout_s: float) -> bool:
@@ -97,7 +98,7 @@ class WriteQueue:
         """Remove and return what is queued but not running."""
         with self._changed:
             jobs, self._jobs = list(self._jobs), deque()
-            self._num_bytes -= sum(job.data.nbytes for job in jobs)
+            self._num_bytes -= sum(job.source.num_bytes for job in jobs)
             self._changed.notify_all()
             return jobs
 
@@ -109,7 +110,7 @@ class WriteQueue:
     def check(self) -> list[str]:
         with self._changed:
             jobs = list(self._jobs) + ([self._running] if self._running else [])
-            num_bytes = sum(job.data.nbytes for job in jobs)
+            num_bytes = sum(job.source.num_bytes for job in jobs)
             if num_bytes != self._num_bytes:
                 return [f"write queue: expected {num_bytes} bytes, got {self._num_bytes}"]
             return []

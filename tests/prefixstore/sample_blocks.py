@@ -4,7 +4,10 @@ import zlib
 
 import numpy as np
 
+from prefixstore.block_targets import HostBlocks
+from prefixstore.checksum import Buffer
 from prefixstore.record import BlockKey, RecordLayout, chain_keys, encode
+from prefixstore.store import Store
 
 IDENTITY = bytes(range(16))
 # 3 layers and 16 tokens leave 24 bytes of padding after the layer table
@@ -21,10 +24,15 @@ def make_keys(num_blocks: int, layout: RecordLayout = LAYOUT, seed: int = 0) -> 
 def make_payload(key: BlockKey) -> np.ndarray:
     """The one payload that belongs to a key."""
     random = np.random.default_rng(zlib.crc32(key.block_hash))
-    return random.integers(0, 256, key.layout.payload_bytes, dtype=np.uint8)
+    return random.integers(0, 256, key.layout.block_bytes, dtype=np.uint8)
 
 
 def make_record(key: BlockKey) -> bytearray:
     record = bytearray(key.layout.record_bytes)
     encode(key, make_payload(key), record)
     return record
+
+
+def load_block(store: Store, key: BlockKey, out: Buffer) -> str | None:
+    """The tier that gave a block, or None."""
+    return store.load_many([key], HostBlocks([out]))[0]

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from disk_process import KEYS, count_found, count_served, count_writing
-from sample_blocks import LARGE_LAYOUT, LAYOUT, make_keys, make_payload, make_record
+from sample_blocks import LARGE_LAYOUT, LAYOUT, load_block, make_keys, make_payload, make_record
 
+from prefixstore.block_sources import HostBlock
 from prefixstore.errors import BlockCorrupted, TierFull, TierTimeout, TierUnavailable
 from prefixstore.record import BlockKey, decode
 from prefixstore.store import Store
@@ -385,12 +386,12 @@ def test_a_store_whose_directory_was_removed_counts_and_goes_on(tmp_path):
     keys = make_keys(12)
     out = np.empty(LAYOUT.payload_bytes, np.uint8)
     with Store([open_tier(tmp_path / "tier")]) as store:
-        assert store.save(keys[0], make_payload(keys[0])) and store.flush(60)
+        assert store.save(keys[0], HostBlock(make_payload(keys[0]))) and store.flush(60)
         shutil.rmtree(tmp_path / "tier")
         for key in keys[1:]:
-            store.save(key, make_payload(key))
+            store.save(key, HostBlock(make_payload(key)))
         assert store.flush(60)
-        assert [store.load(key, out) for key in keys[1:]] == [None] * 11
+        assert [load_block(store, key, out) for key in keys[1:]] == [None] * 11
         (disk,) = store.stats().tiers
         assert disk.num_written == 1 and disk.num_errors > 0
 
@@ -575,11 +576,11 @@ def test_a_store_on_a_full_disk_counts_and_serves(small_disk):
     memory = MemoryTier(MemoryTierConfig(400 * PAGE_BYTES))
     with Store([memory, open_tier(small_disk, slab_bytes=32 * PAGE_BYTES)]) as store:
         for key in keys:
-            assert store.save(key, make_payload(key))
+            assert store.save(key, HostBlock(make_payload(key)))
         assert store.flush(60)
         out = np.empty(LAYOUT.payload_bytes, np.uint8)
         for key in keys:
-            assert store.load(key, out) == "memory"
+            assert load_block(store, key, out) == "memory"
             assert np.array_equal(out, make_payload(key))
         disk = store.stats().tiers[1]
         assert disk.num_full > 0 and disk.num_written > 20

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvkernels import KVLayout
 from prefixstore.errors import ConfigError
-from prefixstore.identity import model_identity, salted_identity
+from prefixstore.identity import model_identity, stored_identity
 
 LAYOUT = KVLayout(2, 2, 16, 16, torch.float32)
 ROPE_THETA = 10000.0
@@ -128,10 +128,10 @@ def test_differs_with_salt_and_takes_text_or_bytes(identity):
 
 
 def test_namespaces_of_one_identity_differ(identity):
-    digests = {identity, *(salted_identity(identity, salt) for salt in ("", "a", "b"))}
+    digests = {identity, *(stored_identity(identity, salt) for salt in ("", "a", "b"))}
     assert len(digests) == 4
     assert all(len(digest) == 16 for digest in digests)
-    assert salted_identity(identity, "a") != salted_identity(bytes(16), "a")
+    assert stored_identity(identity, "a") != stored_identity(bytes(16), "a")
 
 
 def test_adapter_counts_as_weights(identity):

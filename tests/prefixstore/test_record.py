@@ -1,5 +1,6 @@
 """Records: what is written comes back; what is not exactly what was written never does."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -9,12 +10,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import make_record_vectors
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sample_blocks import IDENTITY, LARGE_LAYOUT, LAYOUT, make_keys, make_payload, make_record
 
+from kvkernels import native
 from prefixstore import checksum
 from prefixstore.checksum import crc32c
 from prefixstore.errors import BlockCorrupted
@@ -38,6 +41,7 @@ LAYOUTS = {
     "SmolLM2-135M": RecordLayout(30, 3, 64, 64, "bfloat16"),
 }
 KEY = make_keys(1)[0]
+VECTORS = json.loads(make_record_vectors.PATH.read_text())
 
 
 def with_right_crc(record: bytearray) -> bytearray:
@@ -50,17 +54,18 @@ def with_right_crc(record: bytearray) -> bytearray:
 
 def is_refused(record: bytes | bytearray, key: BlockKey = KEY) -> bool:
     try:
-        decode(record, key, bytearray(key.layout.payload_bytes))
+        decode(record, key, bytearray(key.layout.block_bytes))
     except BlockCorrupted:
         return True
     return False
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["native", "fallback"])
+@pytest.mark.parametrize("has_native", [True, False], ids=["native", "fallback"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_gives_back_what_was_written(layout, native, monkeypatch):
-    if not native:
+def test_gives_back_what_was_written(layout, has_native, monkeypatch):
+    if not has_native:
         monkeypatch.setattr(checksum, "_kvkernels", None)
+        monkeypatch.setattr(native, "is_available", False)
     for key in make_keys(2, layout):
         out = np.full(layout.payload_bytes, 7, np.uint8)
         decode(make_record(key), key, out)
@@ -119,7 +124,7 @@ def other_keys() -> dict[str, BlockKey]:
 def test_refuses_the_record_of_another_block(what):
     key = other_keys()[what]
     with pytest.raises(BlockCorrupted, match=what):
-        decode(make_record(KEY), key, bytearray(key.layout.payload_bytes))
+        decode(make_record(KEY), key, bytearray(key.layout.block_bytes))
 
 
 FIELDS = {  # offset, struct code, values that are wrong in a version-1 record of LAYOUT
@@ -193,17 +198,17 @@ def test_header_can_be_read_without_the_payload():
 
 def test_refuses_buffers_of_other_sizes():
     payload = make_payload(KEY)
-    with pytest.raises(ValueError, match="payload: expected 3072 bytes, got 3071"):
+    with pytest.raises(ValueError, match="block: expected 3072 bytes, got 3071"):
         encode(KEY, payload[:-1], bytearray(LAYOUT.record_bytes))
-    with pytest.raises(ValueError, match="out: expected 3328 bytes, got 3327"):
+    with pytest.raises(ValueError, match="out: expected 3328 bytes or more, got 3327"):
         encode(KEY, payload, bytearray(LAYOUT.record_bytes - 1))
     with pytest.raises(ValueError, match="out: expected a writable"):
         encode(KEY, payload, bytes(LAYOUT.record_bytes))
-    with pytest.raises(ValueError, match="payload_out: expected 3072 bytes, got 0"):
+    with pytest.raises(ValueError, match="block_out: expected 3072 bytes, got 0"):
         decode(make_record(KEY), KEY, bytearray())
-    with pytest.raises(ValueError, match="payload: expected a contiguous"):
+    with pytest.raises(ValueError, match="block: expected a contiguous"):
         encode(KEY, np.zeros((3072, 2), np.uint8)[:, 0], bytearray(LAYOUT.record_bytes))
-    with pytest.raises(ValueError, match="payload_out: expected a writable"):
+    with pytest.raises(ValueError, match="block_out: expected a writable"):
         decode(make_record(KEY), KEY, bytes(3072))
 
 
@@ -213,7 +218,10 @@ def test_refuses_buffers_of_other_sizes():
         ({"num_layers": 0}, "num_layers: expected an integer 1 to 65535, got 0"),
         ({"head_dim": 1 << 16}, "head_dim: expected"),
         ({"num_kv_heads": 1.0}, "num_kv_heads: expected"),
-        ({"block_size": 24}, "block_size: expected a multiple of 16, got 24"),
+        ({"block_size": 48}, "block_size: expected one of"),
+        ({"codecs": ("q9",)}, "codecs: expected one of"),
+        ({"codecs": ("q8", "raw")}, "codecs: expected one name or 3, one a layer, got 2"),
+        ({"dtype": "float16", "codecs": ("l12",)}, "codecs: expected blocks of bfloat16"),
         ({"dtype": "int8"}, "dtype: expected one of"),
         ({"layer_group": -1}, "layer_group: expected"),
         ({"num_layers": 3000}, "at most 65472 header bytes"),
@@ -293,19 +301,48 @@ def run_reader(reader: Path, record: bytes, tmp_path: Path) -> subprocess.Comple
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
+def expected_of_reader(key: BlockKey, codecs: tuple[str, ...], block: bytes) -> dict[str, object]:
+    return {
+        **dataclasses.asdict(key.layout),
+        "codecs": list(codecs),
+        "identity": key.identity.hex(),
+        "block_hash": key.block_hash.hex(),
+        "parent_hash": key.parent_hash.hex(),
+        "tokens": key.tokens.tolist(),
+        "block_sha256": hashlib.sha256(block).hexdigest(),
+    }
+
+
 @pytest.mark.parametrize("layout", [LAYOUT, LARGE_LAYOUT], ids=["padding", "second group"])
 def test_documented_reader_agrees(reader, layout, tmp_path):
     key = make_keys(2, layout)[1]
     result = run_reader(reader, bytes(make_record(key)), tmp_path)
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout) == {
-        **vars(layout),
-        "identity": key.identity.hex(),
-        "block_hash": key.block_hash.hex(),
-        "parent_hash": key.parent_hash.hex(),
-        "tokens": key.tokens.tolist(),
-        "payload_sha256": hashlib.sha256(make_payload(key)).hexdigest(),
-    }
+    block = make_payload(key).tobytes()
+    assert json.loads(result.stdout) == expected_of_reader(key, ("raw",), block)
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["name"])
+def test_documented_vectors(reader, vector, tmp_path):
+    record, block = bytes.fromhex(vector["record"]), bytes.fromhex(vector["block"])
+    decoded = bytes.fromhex(vector.get("decoded", vector["block"]))
+    layout = make_record_vectors.layouts()[vector["name"]]
+    (key,) = chain_keys(layout, make_record_vectors.IDENTITY, range(100, 116))
+    written = bytearray(layout.max_record_bytes)
+    assert written[: encode(key, block, written)] == record
+    out = bytearray(layout.block_bytes)
+    decode(record, key, out)
+    assert out == decoded
+    result = run_reader(reader, record, tmp_path)
+    assert result.returncode == 0, result.stderr
+    codecs = read_header(record).key.layout.codecs
+    assert json.loads(result.stdout) == expected_of_reader(key, codecs, decoded)
+
+
+def test_there_is_a_vector_of_everything():
+    assert {vector["name"] for vector in VECTORS} == set(make_record_vectors.layouts())
+    codes = {bytes.fromhex(vector["record"])[8] for vector in VECTORS}
+    assert codes == {*range(1, 8), 255}
 
 
 @pytest.mark.parametrize("offset", [5, 50, 90, 100, 170, 240, 1000])

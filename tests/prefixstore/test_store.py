@@ -9,8 +9,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from sample_blocks import LARGE_LAYOUT, LAYOUT, make_keys, make_payload, make_record
+from sample_blocks import LARGE_LAYOUT, LAYOUT, load_block, make_keys, make_payload, make_record
 
+from prefixstore.block_sources import HostBlock
+from prefixstore.block_targets import HostBlocks
 from prefixstore.breaker import Breaker, BreakerConfig
 from prefixstore.errors import (
     BlockCorrupted,
@@ -93,14 +95,14 @@ def make_store() -> Iterator[Callable[..., Store]]:
 
 def save(store: Store, keys: list[BlockKey]) -> None:
     for key in keys:
-        assert store.save(key, make_payload(key))
+        assert store.save(key, HostBlock(make_payload(key)))
     assert store.flush(30)
 
 
 def load(store: Store, key: BlockKey) -> str | None:
     """Load a block; a payload that is not the right one fails the test."""
     out = np.full(key.layout.payload_bytes, 0xEE, np.uint8)
-    name = store.load(key, out)
+    name = load_block(store, key, out)
     assert name is None or np.array_equal(out, make_payload(key)), "wrong output"
     return name
 
@@ -157,7 +159,7 @@ def test_one_answer_for_each_key(make_store):
     keys = make_keys(6)
     save(store, keys[1::2])
     outs = [bytearray(LAYOUT.payload_bytes) for _ in keys]
-    assert store.load_many(keys, outs) == [None, "dict"] * 3
+    assert store.load_many(keys, HostBlocks(outs)) == [None, "dict"] * 3
     assert store.contains_many(keys) == [None, "dict"] * 3
     for key, out in zip(keys[1::2], outs[1::2], strict=True):
         assert out == make_payload(key).tobytes()
@@ -399,7 +401,7 @@ def test_a_bug_in_a_callback_does_not_end_the_writing(make_store, caplog):
     def done() -> None:
         raise ZeroDivisionError("in done")
 
-    assert store.save(first, make_payload(first), done)
+    assert store.save(first, HostBlock(make_payload(first)), done)
     save(store, [second])
     assert load(store, second) == "dict"
     assert "in done" in caplog.text
@@ -427,7 +429,8 @@ def test_a_stalled_tier_never_stalls_who_saves(make_store):
     done: list[int] = []
     started = time.monotonic()
     taken = [
-        store.save(key, make_payload(key), lambda i=i: done.append(i)) for i, key in enumerate(keys)
+        store.save(key, HostBlock(make_payload(key)), lambda i=i: done.append(i))
+        for i, key in enumerate(keys)
     ]
     assert time.monotonic() - started < 5
     assert 4 <= sum(taken) <= 5
@@ -447,7 +450,7 @@ def test_queue_is_bounded_in_bytes(make_store):
     gate = Gate()
     store = make_store(DictTier("stalled", gate), queue_bytes=3 * LAYOUT.payload_bytes + 1)
     keys = make_keys(8)
-    assert sum(store.save(key, make_payload(key)) for key in keys) == 3
+    assert sum(store.save(key, HostBlock(make_payload(key))) for key in keys) == 3
     stats = store.stats()
     assert (stats.queue_entries, stats.queue_bytes) == (3, 3 * LAYOUT.payload_bytes)
     gate.event.set()
@@ -460,7 +463,7 @@ def test_payload_may_change_after_done(make_store):
     store = make_store(DictTier("slow", gate))
     (key,) = make_keys(1)
     payload, is_done = make_payload(key), threading.Event()
-    assert store.save(key, payload, is_done.set)
+    assert store.save(key, HostBlock(payload), is_done.set)
     assert is_done.wait(30)  # before the put, which the gate still holds
     payload[:] = 0
     gate.event.set()
@@ -486,7 +489,7 @@ def test_close_writes_what_is_queued(make_store, tmp_path):
     keys = make_keys(30)
     with make_store(*memory_and_disk(tmp_path)) as store:
         for key in keys:
-            assert store.save(key, make_payload(key))
+            assert store.save(key, HostBlock(make_payload(key)))
     tier = DiskTier(DiskTierConfig(tmp_path, CAPACITY))
     assert all(tier.contains_many([key.block_hash for key in keys]))
     tier.close()
@@ -501,7 +504,7 @@ def test_a_forked_process_queues_nothing_for_the_writer_it_lacks(make_store):
         try:
             done = []
             payload = memoryview(make_payload(keys[1])).cast("B")
-            store.save(keys[1], payload, done=lambda: done.append(1))
+            store.save(keys[1], HostBlock(payload), done=lambda: done.append(1))
             was_dropped = done == [1] and store.stats().num_dropped == 1
             os._exit(0 if was_dropped and not store.flush(60) else 1)
         finally:
@@ -517,7 +520,7 @@ def test_close_gives_up_on_a_stalled_tier(make_store):
     done: list[BlockKey] = []
     keys = make_keys(3)
     for key in keys:
-        store.save(key, make_payload(key), lambda key=key: done.append(key))
+        store.save(key, HostBlock(make_payload(key)), lambda key=key: done.append(key))
     started = time.monotonic()
     store.close()
     assert time.monotonic() - started < 10
@@ -534,7 +537,7 @@ def test_after_close_everything_is_a_miss(make_store, tmp_path):
     store.close()
     done: list[int] = []
     assert load(store, key) is None
-    assert not store.save(key, make_payload(key), lambda: done.append(1))
+    assert not store.save(key, HostBlock(make_payload(key)), lambda: done.append(1))
     assert done == [1]
     assert store.contains_many([key]) == [None]
 
@@ -551,7 +554,7 @@ def test_threads_save_and_load_at_once(make_store, tmp_path):
             for _ in range(150):
                 key = keys[random.integers(len(keys))]
                 if random.integers(2):
-                    store.save(key, make_payload(key))
+                    store.save(key, HostBlock(make_payload(key)))
                 else:
                     load(store, key)
         except AssertionError as error:
@@ -576,12 +579,13 @@ def test_threads_save_and_load_at_once(make_store, tmp_path):
 def test_refuses_wrong_arguments(make_store):
     store = make_store(DictTier("dict"))
     (key,) = make_keys(1)
-    with pytest.raises(ValueError, match="payload: expected 3072 bytes, got 3"):
-        store.save(key, b"abc")
-    with pytest.raises(ValueError, match="payload_out: expected 3072 bytes, got 3"):
-        store.load(key, bytearray(3))
-    with pytest.raises(ValueError, match="payload_out: expected a writable"):
-        store.load(key, bytes(LAYOUT.payload_bytes))
+    with pytest.raises(ValueError, match="source: expected 3072 bytes, got 3"):
+        store.save(key, HostBlock(b"abc"))
+    save(store, [key])
+    with pytest.raises(ValueError, match="block_out: expected 3072 bytes, got 3"):
+        load_block(store, key, bytearray(3))
+    with pytest.raises(ValueError, match="blocks: expected writable buffers"):
+        load_block(store, key, bytes(LAYOUT.payload_bytes))
     with pytest.raises(ConfigError, match="tiers: expected distinct names"):
         make_store(DictTier("same"), DictTier("same"))
     with pytest.raises(ConfigError, match="policies: expected one of"):

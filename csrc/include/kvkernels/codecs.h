@@ -21,14 +21,15 @@ struct SideFormat {
   int64_t parts[4];    // raw: items; codes: codes, scales; lossless: low, exponents, escapes, tops
 };
 
-struct LayerFormat {
+struct LayerFormat {  // as Python's table has it
   int64_t offset, num_bytes;
   SideFormat keys, values;
 };
+static_assert(sizeof(LayerFormat) == 14 * sizeof(int64_t));
 
 struct CodecArgs {
-  std::byte* pool;  // [.., num_layers, 2, num_heads, block_size, head_dim], a block in one piece
-  int64_t block_bytes;
+  std::byte* pool;  // [.., num_layers, 2, num_heads, block_size, head_dim], layers in one piece
+  int64_t block_stride;  // in bytes
   int64_t num_layers, num_heads, block_size, head_dim;
   DType dtype;
   const int64_t* block_ids;  // [num_blocks], in range

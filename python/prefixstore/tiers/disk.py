@@ -169,6 +169,10 @@ class DiskTier:
         found = self._index.find_many(block_hashes)
         return [block_hash in found for block_hash in block_hashes]
 
+    def list_records(self) -> list[tuple[BlockHash, int]]:
+        """Hash and bytes of every record there is now, in the order in which they lie."""
+        return self._index.list_records()
+
     def stats(self) -> TierStats:
         num_records, used_bytes = self._index.totals()
         with self._counters_lock:

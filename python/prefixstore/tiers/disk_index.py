@@ -86,6 +86,14 @@ class SlotIndex:
                 found.update(row[0] for row in sql.execute(query, part))
         return found
 
+    def list_records(self) -> list[tuple[BlockHash, int]]:
+        """Hash and bytes of every record there is now, in the order of the files."""
+        with self._connection.reading() as sql:
+            rows = sql.execute(
+                "SELECT block_hash, record_bytes FROM slots WHERE state = 2 ORDER BY slab_id, slot"
+            ).fetchall()
+        return [(BlockHash(block_hash), record_bytes) for block_hash, record_bytes in rows]
+
     def touch(self, block_hash: BlockHash) -> None:
         """Mark as used."""
         with self._pending_lock:

@@ -1,0 +1,158 @@
+"""How payloads get from a pool to host memory and back, by where the pool lies.
+
+All of it runs on a lane; on a GPU it only queues work there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from kvkernels import native
+from kvkernels.codecs import BlockFormat
+from kvkernels.ops.codecs import EncodedBlocks, decode_blocks, encode_blocks
+from kvkernels.pool import KVPool
+
+
+class Route(Protocol):
+    """Between one pool and host memory."""
+
+    def new_slots(self, shape: tuple[int, int]) -> torch.Tensor:
+        """Host memory for payloads, uint8."""
+        ...
+
+    def new_flags(self, num_blocks: int) -> torch.Tensor:
+        """``[num_blocks, num_layers]``, bool, in host memory, all False."""
+        ...
+
+    def encode(
+        self, block_ids: torch.Tensor, block_format: BlockFormat, payloads: torch.Tensor
+    ) -> Callable[[], EncodedBlocks]:
+        """Write payloads in host memory; what is returned tells of them once that is done."""
+        ...
+
+    def decode(
+        self, encoded: EncodedBlocks, block_ids: torch.Tensor, is_good: torch.Tensor
+    ) -> Callable[[range], None]:
+        """What restores some layers from host memory, and says in `is_good` which were right."""
+        ...
+
+
+class HostRoute:
+    """For a pool in host memory: the codecs read and write it where it lies."""
+
+    def __init__(self, pool: KVPool) -> None:
+        self._pool = pool
+
+    def new_slots(self, shape: tuple[int, int]) -> torch.Tensor:
+        return native.empty_pool(shape, dtype=torch.uint8, device="cpu")
+
+    def new_flags(self, num_blocks: int) -> torch.Tensor:
+        return torch.zeros(num_blocks, self._pool.layout.num_layers, dtype=torch.bool)
+
+    def encode(
+        self, block_ids: torch.Tensor, block_format: BlockFormat, payloads: torch.Tensor
+    ) -> Callable[[], EncodedBlocks]:
+        encoded = encode_blocks(self._pool, block_ids, block_format, payloads=payloads)
+        return lambda: encoded
+
+    def decode(
+        self, encoded: EncodedBlocks, block_ids: torch.Tensor, is_good: torch.Tensor
+    ) -> Callable[[range], None]:
+        def decode_layers(layers: range) -> None:
+            found = decode_blocks(encoded, self._pool, block_ids, layers=layers)
+            is_good[:, layers.start : layers.stop] = found
+
+        return decode_layers
+
+
+class DeviceRoute:
+    """For a pool on a GPU.
+
+    Args:
+        pool: The pool.
+        is_staged: Encode into memory of the GPU, and copy that; otherwise the kernel writes host
+            memory.
+        num_programs: As many programs at most encode and decode; None for all that help.
+    """
+
+    def __init__(self, pool: KVPool, is_staged: bool, num_programs: int | None) -> None:
+        self._pool = pool
+        self._is_staged = is_staged
+        self._num_programs = num_programs
+
+    def new_slots(self, shape: tuple[int, int]) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+
+    def new_flags(self, num_blocks: int) -> torch.Tensor:
+        shape = (num_blocks, self._pool.layout.num_layers)
+        return torch.zeros(shape, dtype=torch.bool, pin_memory=True)
+
+    def encode(
+        self, block_ids: torch.Tensor, block_format: BlockFormat, payloads: torch.Tensor
+    ) -> Callable[[], EncodedBlocks]:
+        ids = block_ids.to(self._pool.device)
+        target = torch.empty_like(payloads, device=ids.device) if self._is_staged else payloads
+        encoded = encode_blocks(
+            self._pool, ids, block_format, payloads=target, num_programs=self._num_programs
+        )
+        num_bytes = block_format.payload_bytes
+        if self._is_staged:
+            _copy_rows(payloads, target, slice(0, num_bytes))
+        sums, is_raw = _to_host(encoded.sums), _to_host(encoded.is_raw)
+
+        def finish() -> EncodedBlocks:
+            if self._is_staged:  # which of them are raw, and longer, is known only now
+                for row in is_raw.nonzero()[:, 0].tolist():
+                    payloads[row, num_bytes:] = target[row, num_bytes:].cpu()
+            return EncodedBlocks(block_format, payloads, sums, is_raw)
+
+        return finish
+
+    def decode(
+        self, encoded: EncodedBlocks, block_ids: torch.Tensor, is_good: torch.Tensor
+    ) -> Callable[[range], None]:
+        device = self._pool.device
+
+        @functools.cache  # by the first layers' work, so on the lane
+        def stage() -> tuple[EncodedBlocks, torch.Tensor]:
+            payloads = torch.empty_like(encoded.payloads, device=device)
+            sums, is_raw = encoded.sums.to(device), encoded.is_raw.to(device)
+            staged = EncodedBlocks(encoded.block_format, payloads, sums, is_raw)
+            return staged, block_ids.to(device)
+
+        def decode_layers(layers: range) -> None:
+            staged, ids = stage()
+            for row in range(len(block_ids)):
+                parts = encoded.format_of(row).layers[layers.start : layers.stop]
+                cut = slice(parts[0].offset, parts[-1].offset + parts[-1].num_bytes)
+                one = slice(row, row + 1)
+                _copy_rows(staged.payloads[one], encoded.payloads[one], cut)
+            found = decode_blocks(
+                staged, self._pool, ids, layers=layers, num_programs=self._num_programs
+            )
+            is_good[:, layers.start : layers.stop].copy_(found, non_blocking=True)
+
+        return decode_layers
+
+
+def route_of(pool: KVPool, is_staged: bool, num_programs: int | None) -> Route:
+    """The route between a pool and host memory."""
+    if pool.device.type == "cuda":
+        return DeviceRoute(pool, is_staged, num_programs)
+    return HostRoute(pool)
+
+
+def _copy_rows(target: torch.Tensor, source: torch.Tensor, cut: slice) -> None:
+    """Queue copies of the same bytes of each row; a row is one piece, all rows are not."""
+    for target_row, source_row in zip(target, source, strict=True):
+        target_row[cut].copy_(source_row[cut], non_blocking=True)
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Queue a copy into host memory that the device writes by itself."""
+    target = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    return target.copy_(tensor, non_blocking=True)

@@ -1,0 +1,80 @@
+"""Where the blocks go that a store loads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from prefixstore.checksum import Buffer, as_bytes
+from prefixstore.errors import BlockCorrupted
+from prefixstore.record import BlockKey, RecordHeader, decode
+
+
+@dataclass(frozen=True, eq=False)
+class FetchedRecord:
+    """A record whose header is right; its payload is still to be verified.
+
+    Attributes:
+        index: Which of the blocks that were asked for.
+        key: What it is.
+        header: What it says of itself.
+        data: All of it, uint8.
+    """
+
+    index: int
+    key: BlockKey
+    header: RecordHeader
+    data: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class RecordBatch:
+    """Records that came together.
+
+    Attributes:
+        slab: ``[num_rows, row_bytes]``, uint8: row i begins with record i.
+        records: As many as rows or fewer.
+    """
+
+    slab: np.ndarray
+    records: list[FetchedRecord]
+
+
+class BlockTarget(Protocol):
+    """Takes the blocks of records, by the index with which they were asked for."""
+
+    def restore(self, batch: RecordBatch) -> list[str | None]:
+        """Verify and keep each; for each None, or what is wrong with it.
+
+        What is wrong may have been written in part. The batch is not read after this returns.
+        """
+        ...
+
+
+class HostBlocks:
+    """Blocks in host memory.
+
+    Args:
+        blocks: For each, where it goes: as many bytes as it has in a pool.
+
+    Raises:
+        ValueError: If one is read-only or not contiguous.
+    """
+
+    def __init__(self, blocks: Sequence[Buffer]) -> None:
+        self._blocks = [as_bytes("blocks", block) for block in blocks]
+        if any(block.readonly for block in self._blocks):
+            raise ValueError("blocks: expected writable buffers, got a read-only one")
+
+    def restore(self, batch: RecordBatch) -> list[str | None]:
+        return [self._restore(record) for record in batch.records]
+
+    def _restore(self, record: FetchedRecord) -> str | None:
+        try:
+            decode(record.data, record.key, self._blocks[record.index])
+        except BlockCorrupted as error:
+            return str(error)
+        return None

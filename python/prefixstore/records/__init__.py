@@ -1,0 +1,1 @@
+"""Commands that look at records: `kvkernels inspect` and `kvkernels verify`."""

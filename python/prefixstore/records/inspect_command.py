@@ -1,0 +1,99 @@
+"""`kvkernels inspect`: prints a record, or lists those of a store."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from prefixstore.errors import BlockCorrupted, ConfigError
+from prefixstore.record import read_header
+from prefixstore.records.describe import describe, print_layers, print_record
+from prefixstore.records.places import find_record, open_store, read_record
+from prefixstore.tiers.disk import DiskTier
+
+
+@click.command("inspect")
+@click.argument("record", type=click.Path(exists=True, path_type=Path))
+@click.option("--block", help="First digits of a block's hash, where RECORD is a store.")
+@click.option("--layers", is_flag=True, help="Print the layer table too.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option(
+    "--save",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the record's bytes to this file.",
+)
+def inspect_record(
+    record: Path, block: str | None, layers: bool, as_json: bool, save: Path | None
+) -> None:
+    """Print what RECORD, a file or the directory of a store, says of itself.
+
+    Without --block a store's records are listed. Ends with status 1 where a byte of the record is
+    not as it was written.
+    """
+    if record.is_dir() and block is None:
+        with open_store(record) as tier:
+            _list_records(tier, as_json)
+        return
+    data = _read(record, block)
+    try:
+        described = describe(data)
+    except BlockCorrupted as error:
+        raise ConfigError(f"record: {error}") from None
+    if save is not None:
+        save.write_bytes(data)
+    if as_json:
+        click.echo(json.dumps(described, indent=1))
+    else:
+        console = Console()
+        print_record(console, described)
+        if layers:
+            print_layers(console, described)
+    if described["problem"] is not None:
+        raise SystemExit(1)
+
+
+def _read(record: Path, block: str | None) -> bytes:
+    if not record.is_dir():
+        if block is not None:
+            raise ConfigError(f"block: expected a store to find it in, got the file {record}")
+        return record.read_bytes()
+    assert block is not None
+    with open_store(record) as tier:
+        return find_record(tier, block)
+
+
+def _list_records(tier: DiskTier, as_json: bool) -> None:
+    rows: list[dict[str, Any]] = []
+    for block_hash, num_bytes in tier.list_records():
+        data = read_record(tier, block_hash, num_bytes)
+        if data is not None:  # evicted meanwhile
+            rows.append({"block_hash": block_hash.hex(), "bytes": num_bytes} | _summarise(data))
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("block hash", "bytes", "codecs", "dtype", "tokens", "group"):
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        table.add_row(row.pop("block_hash"), f"{row.pop('bytes'):,}", *map(str, row.values()))
+    Console().print(table)
+    click.echo(f"{len(rows)} records")
+
+
+def _summarise(record: bytes) -> dict[str, Any]:
+    try:
+        layout = read_header(record).key.layout
+    except BlockCorrupted as error:
+        return {"problem": str(error)}
+    return {
+        "codecs": ", ".join(dict.fromkeys(layout.codecs)),
+        "dtype": layout.dtype,
+        "block_size": layout.block_size,
+        "layer_group": layout.layer_group,
+    }

@@ -1,0 +1,56 @@
+"""Where records lie that a command is asked about: a file with one, or the directory of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from prefixstore.errors import ConfigError
+from prefixstore.record import BlockHash
+from prefixstore.tiers.disk import DiskTier, DiskTierConfig
+
+_UNBOUNDED = 1 << 62  # who only looks must evict nothing
+
+
+@contextmanager
+def open_store(path: Path) -> Iterator[DiskTier]:
+    """The disk tier in a directory, beside the processes that serve from it.
+
+    Raises:
+        ConfigError: If there is no disk tier.
+        TierUnavailable: If it cannot be opened.
+    """
+    # Opening makes what is not there; a mistyped path must not become a store.
+    if not (path / "index.sqlite").is_file() and not any(path.glob("slab-v*.kvb")):
+        raise ConfigError(f"store: expected the directory of a disk tier, got {path}")
+    tier = DiskTier(DiskTierConfig(path, capacity_bytes=_UNBOUNDED))
+    try:
+        yield tier
+    finally:
+        tier.close()
+
+
+def read_record(tier: DiskTier, block_hash: BlockHash, num_bytes: int) -> bytes | None:
+    """A record's bytes, or None where it is gone by now."""
+    out = bytearray(num_bytes)
+    num_read = tier.get(block_hash, memoryview(out))
+    return None if num_read is None else bytes(out[:num_read])
+
+
+def find_record(tier: DiskTier, prefix: str) -> bytes:
+    """The record whose block hash begins with these hexadecimal digits.
+
+    Raises:
+        ConfigError: If there is none, or more than one.
+    """
+    found = [item for item in tier.list_records() if item[0].hex().startswith(prefix.lower())]
+    if len(found) != 1:
+        raise ConfigError(
+            f"block: expected the first digits of one block's hash, got {prefix!r}, which"
+            f" {len(found)} blocks have"
+        )
+    record = read_record(tier, *found[0])
+    if record is None:
+        raise ConfigError(f"block: expected a record that stays, got {prefix!r}, evicted meanwhile")
+    return record

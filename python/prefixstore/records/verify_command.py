@@ -1,0 +1,110 @@
+"""`kvkernels verify`: checks every byte of every record of a store."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from prefixstore.errors import BlockCorrupted
+from prefixstore.record import BlockHash, verify
+from prefixstore.records.places import open_store, read_record
+from prefixstore.tiers.disk import DiskTier
+
+
+@dataclass
+class Verification:
+    """What was found in a store.
+
+    Attributes:
+        num_records: Records that were read.
+        num_bytes: Their bytes.
+        seconds: How long that took.
+        num_gone: Records that were evicted before their turn came.
+        damaged: By block hash, what is wrong.
+        problems: What the tier's own books say that does not add up.
+        num_deleted: Damaged records that were deleted.
+    """
+
+    num_records: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+    num_gone: int = 0
+    damaged: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    num_deleted: int = 0
+
+
+@click.command("verify")
+@click.argument("store", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--delete", is_flag=True, help="Delete damaged records: they become misses.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+def verify_store(store: Path, delete: bool, as_json: bool) -> None:
+    """Check every byte of every record in STORE, the directory of a disk tier.
+
+    Other processes may serve from it meanwhile. Ends with status 1 where something is wrong, also
+    if it was deleted.
+    """
+    console = Console(stderr=True)
+    with open_store(store) as tier:
+        found = _verify(tier, console, delete)
+    if as_json:
+        click.echo(json.dumps(asdict(found), indent=1))
+    else:
+        _print(found)
+    if found.damaged or found.problems:
+        raise SystemExit(1)
+
+
+def _verify(tier: DiskTier, console: Console, delete: bool) -> Verification:
+    found = Verification()
+    started = time.perf_counter()
+    records = tier.list_records()
+    columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=sum(num_bytes for _, num_bytes in records))
+        for block_hash, num_bytes in records:
+            problem = _check(tier, block_hash, num_bytes, found)
+            if problem is not None:
+                found.damaged[block_hash.hex()] = problem
+                found.num_deleted += delete and tier.delete(block_hash)
+            progress.advance(task, num_bytes)
+    found.seconds = time.perf_counter() - started
+    found.problems = tier.check()
+    return found
+
+
+def _check(
+    tier: DiskTier, block_hash: BlockHash, num_bytes: int, found: Verification
+) -> str | None:
+    """What is wrong with a record, or None."""
+    data = read_record(tier, block_hash, num_bytes)
+    if data is None:
+        found.num_gone += 1
+        return None
+    found.num_records += 1
+    found.num_bytes += len(data)
+    try:
+        header = verify(data)
+    except BlockCorrupted as error:
+        return str(error)
+    if header.key.block_hash != block_hash:
+        return f"block_hash: expected {block_hash.hex()}, got {header.key.block_hash.hex()}"
+    return None
+
+
+def _print(found: Verification) -> None:
+    for block_hash, problem in found.damaged.items():
+        click.echo(f"{block_hash}  {problem}")
+    for problem in found.problems:
+        click.echo(problem)
+    rate = found.num_bytes / max(found.seconds, 1e-9) / 1e9
+    click.echo(
+        f"{found.num_records} records, {found.num_bytes:,} bytes, {rate:.1f} GB/s:"
+        f" {len(found.damaged)} damaged, {found.num_deleted} deleted"
+    )

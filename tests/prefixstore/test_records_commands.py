@@ -1,0 +1,135 @@
+"""`kvkernels inspect` and `kvkernels verify`, on files and on stores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from sample_blocks import make_keys
+from test_record_codecs import MIXED, make_block, make_record
+
+from prefixstore.commands import kvkernels
+from prefixstore.record import BlockKey
+from prefixstore.record_layout import RecordLayout
+from prefixstore.tiers.disk import DiskTier, DiskTierConfig
+
+LAYOUTS = [RecordLayout(2, 1, 16, 32, "bfloat16", 0, (codec,)) for codec in ("raw", "q8")] + [MIXED]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(kvkernels, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> tuple[Path, list[BlockKey]]:
+    """Six records in a store, two of each layout."""
+    keys = [key for seed, layout in enumerate(LAYOUTS) for key in make_keys(2, layout, seed)]
+    path = tmp_path / "store"
+    tier = DiskTier(DiskTierConfig(path, 1 << 20))
+    for key in keys:
+        tier.put(key.block_hash, memoryview(make_record(key, make_block(key.layout))))
+    tier.close()
+    return path, keys
+
+
+def flip_a_payload_bit(store: Path, key: BlockKey) -> None:
+    """In the file, behind the tier's back."""
+    for path in store.glob("slab-v*.kvb"):
+        data = bytearray(path.read_bytes())
+        start = data.find(key.block_hash)
+        if start >= 0:
+            data[start - 48 + key.layout.header_bytes + 100] ^= 8
+            path.write_bytes(data)
+            return
+    raise AssertionError("the record is in no file")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "+".join(layout.codecs))
+def test_inspects_a_file(layout: RecordLayout, tmp_path: Path) -> None:
+    (key,) = make_keys(1, layout)
+    path = tmp_path / "record"
+    path.write_bytes(make_record(key, make_block(layout)))
+    result = run("inspect", path, "--layers")
+    assert result.exit_code == 0, result.output
+    for text in (key.block_hash.hex(), key.identity.hex(), "every byte is as it was written"):
+        assert text in result.output
+    for layer in json.loads(run("inspect", path, "--json").output)["layers"]:
+        assert layer["sum"] in result.output and layer["codec"] in result.output
+
+
+def test_inspects_a_damaged_file(tmp_path: Path) -> None:
+    (key,) = make_keys(1, MIXED)
+    record = make_record(key, make_block(MIXED))
+    path = tmp_path / "record"
+    record[-100] ^= 1
+    path.write_bytes(record)
+    result = run("inspect", path)
+    assert result.exit_code == 1
+    assert "expected the table's checksums, got others in layers [1]" in result.output
+    path.write_bytes(b"GGUF" + bytes(500))
+    result = run("inspect", path)
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: record: magic: expected b'KVB1', got b'GGUF'")
+
+
+def test_lists_a_store_and_finds_a_block_in_it(store: tuple[Path, list[BlockKey]]) -> None:
+    path, keys = store
+    result = run("inspect", path)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(run("inspect", path, "--json").output)
+    assert {row["block_hash"] for row in rows} == {key.block_hash.hex() for key in keys}
+    assert [row["codecs"] for row in rows].count("l12, q4") == 2
+    assert "6 records" in result.output
+    saved = path.parent / "saved"
+    result = run("inspect", path, "--block", keys[5].block_hash.hex()[:8], "--save", saved)
+    assert result.exit_code == 0, result.output
+    assert saved.read_bytes() == make_record(keys[5], make_block(MIXED))
+    for prefix, count in (("", 6), ("zz", 0)):
+        result = run("inspect", path, "--block", prefix)
+        assert result.exit_code == 1
+        assert f"got {prefix!r}, which {count} blocks have" in result.output
+    assert "expected a store to find it in" in run("inspect", saved, "--block", "7").output
+
+
+def test_verifies_a_store(store: tuple[Path, list[BlockKey]]) -> None:
+    path, keys = store
+    result = run("verify", path)
+    assert result.exit_code == 0, result.output
+    assert "6 records" in result.output and "0 damaged, 0 deleted" in result.output
+    flip_a_payload_bit(path, keys[2])
+    result = run("verify", path)
+    assert result.exit_code == 1
+    assert f"{keys[2].block_hash.hex()}  payload: expected the table's checksums" in result.output
+    assert "1 damaged, 0 deleted" in result.output
+    found = json.loads(run("verify", path, "--delete", "--json").stdout)
+    assert (found["num_records"], found["num_deleted"], found["problems"]) == (6, 1, [])
+    assert list(found["damaged"]) == [keys[2].block_hash.hex()]
+    result = run("verify", path)
+    assert result.exit_code == 0 and "5 records" in result.output
+
+
+def test_verifying_evicts_nothing_and_makes_no_store(
+    store: tuple[Path, list[BlockKey]], tmp_path: Path
+) -> None:
+    path, _ = store
+    before = {file.name: file.read_bytes() for file in path.glob("slab-v*.kvb")}
+    assert run("verify", path).exit_code == 0
+    assert {file.name: file.read_bytes() for file in path.glob("slab-v*.kvb")} == before
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    result = run("verify", empty)
+    assert result.exit_code == 1
+    assert f"store: expected the directory of a disk tier, got {empty}" in result.output
+    assert list(empty.iterdir()) == []
+
+
+def test_verifies_while_another_process_serves(store: tuple[Path, list[BlockKey]]) -> None:
+    path, keys = store
+    tier = DiskTier(DiskTierConfig(path, 1 << 20))
+    try:
+        assert run("verify", path).exit_code == 0
+        assert tier.contains(keys[0].block_hash)
+    finally:
+        tier.close()
