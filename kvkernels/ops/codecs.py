@@ -47,6 +47,7 @@ def encode_blocks(
     block_format: BlockFormat,
     *,
     payloads: torch.Tensor | None = None,
+    num_programs: int | None = None,
 ) -> EncodedBlocks:
     """Write blocks as payloads of records, in one pass with their checksums.
 
@@ -54,23 +55,40 @@ def encode_blocks(
     half a scale away from it; "raw" and "l12" keep all bits. A block that its codec does not hold
     (elements that are not finite or past float16's range, exponents too far apart) is written raw.
 
+    On a GPU nobody waits for the device: the results are there once the current stream is.
+
     Args:
         pool: Holds the blocks, full of numbers in every slot.
-        block_ids: ``[num_blocks]``, int64, which blocks.
+        block_ids: ``[num_blocks]``, int64, which blocks; on the pool's device.
         block_format: How; of the pool's layout.
         payloads: Where: ``[num_blocks, row_bytes]``, uint8, last stride 1, rows wide enough for
-            raw blocks (``block_format.raw.payload_bytes``); default a new tensor.
+            raw blocks (``block_format.raw.payload_bytes``); on the pool's device, or of a pool on a
+            GPU in pinned memory of the host. Default a new tensor.
+        num_programs: On a GPU, at most so many programs run at once, each on one multiprocessor,
+            so that others remain to whoever computes beside; default no bound.
 
     Raises:
-        ValueError: If layouts, shapes, dtypes or devices disagree, or a block id is out of range.
+        ValueError: If layouts, shapes, dtypes or devices disagree, or (on the CPU; on a GPU looking
+            would stop the stream) a block id is out of range.
     """
     _check_blocks(pool, block_ids, block_format)
+    _check_num_programs(num_programs)
+    device = pool.data.device
     num_blocks, num_layers = len(block_ids), len(block_format.layers)
     row_bytes = max(block_format.payload_bytes, block_format.raw.payload_bytes)
     if payloads is None:
-        payloads = torch.empty(num_blocks, row_bytes, dtype=torch.uint8)
-    _check_payloads(payloads, num_blocks, row_bytes)
-    sums = torch.empty(num_blocks, num_layers, 2, dtype=torch.int64)
+        payloads = torch.empty(num_blocks, row_bytes, dtype=torch.uint8, device=device)
+    _check_payloads(payloads, num_blocks, row_bytes, device)
+    sums = torch.empty(num_blocks, num_layers, 2, dtype=torch.int64, device=device)
+    if device.type == "cuda":
+        from kvkernels.triton_kernels import codecs as triton_kernels
+
+        is_raw = torch.empty(num_blocks, dtype=torch.bool, device=device)
+        ids = block_ids.contiguous()
+        triton_kernels.encode_blocks(
+            pool.data, ids, block_format, payloads, sums, is_raw, num_programs
+        )
+        return EncodedBlocks(block_format, payloads, sums, is_raw)
     is_good = torch.empty(num_blocks, num_layers, dtype=torch.bool)
     _encode(pool, block_ids.contiguous(), block_format, payloads, sums, is_good)
     encoded = EncodedBlocks(block_format, payloads, sums, ~is_good.all(1))
@@ -88,21 +106,26 @@ def decode_blocks(
     block_ids: torch.Tensor,
     *,
     layers: range | None = None,
+    num_programs: int | None = None,
 ) -> torch.Tensor:
     """Write payloads into blocks of a pool, each layer once its checksum has been found right.
 
     Args:
-        encoded: What `encode_blocks` gave, or a tier brought back.
+        encoded: What `encode_blocks` gave, or a tier brought back. For a pool on a GPU, all on its
+            device, or the payloads in pinned memory of the host, from which they are read twice.
         pool: Gets the blocks; of the format's layout.
         block_ids: ``[num_blocks]``, int64, distinct: where they go.
         layers: Neighbouring layers, to write only those; default all.
+        num_programs: As for `encode_blocks`.
 
     Returns:
         ``[num_blocks, num_layers]``, bool: whether the layer's bytes are those that its checksum is
         of. Where not, the pool was not touched. Of `layers` only, where those are given.
 
     Raises:
-        ValueError: Like `encode_blocks`; or if `layers` are not layers of the pool in their order.
+        ValueError: Like `encode_blocks`; if `layers` are not layers of the pool in their order; and
+            (on the CPU alone) if ids are not distinct or rows are too narrow for raw blocks among
+            them; on a GPU such blocks are not right.
     """
     block_format = encoded.block_format
     _check_blocks(pool, block_ids, block_format)
@@ -111,12 +134,27 @@ def decode_blocks(
     check_dtype("encoded.is_raw", encoded.is_raw, torch.bool)
     check_shape("encoded.sums", encoded.sums, (num_blocks, num_layers, 2))
     check_dtype("encoded.sums", encoded.sums, torch.int64)
-    _check_payloads(encoded.payloads, num_blocks, 0)
-    if len(set(block_ids.tolist())) != num_blocks:
-        raise ValueError("block_ids: expected distinct ids, got one twice")
+    device = pool.data.device
+    check_device("encoded.is_raw", encoded.is_raw, device)
+    check_device("encoded.sums", encoded.sums, device)
     layers = range(num_layers) if layers is None else layers
     if layers.step != 1 or not 0 <= layers.start <= layers.stop <= num_layers:
         raise ValueError(f"layers: expected a range within {range(num_layers)}, got {layers}")
+    _check_num_programs(num_programs)
+    if device.type == "cuda":
+        from kvkernels.triton_kernels import codecs as triton_kernels
+
+        _check_payloads(encoded.payloads, num_blocks, block_format.payload_bytes, device)
+        is_good = torch.empty(num_blocks, num_layers, dtype=torch.bool, device=device)
+        tensors = (encoded.payloads, encoded.sums.contiguous(), encoded.is_raw.contiguous())
+        ids = block_ids.contiguous()
+        triton_kernels.decode_blocks(
+            pool.data, ids, block_format, *tensors, is_good, layers, num_programs
+        )
+        return is_good[:, layers.start : layers.stop]
+    _check_payloads(encoded.payloads, num_blocks, 0, device)
+    if len(set(block_ids.tolist())) != num_blocks:
+        raise ValueError("block_ids: expected distinct ids, got one twice")
     num_raw = int(encoded.is_raw.sum())
     if num_raw in (0, num_blocks):
         alike = block_format.raw if num_raw else block_format
@@ -142,7 +180,7 @@ def _decode_alike(
     layers: range,
 ) -> torch.Tensor:
     """Decode blocks that are all written in `block_format`."""
-    _check_payloads(encoded.payloads, len(block_ids), block_format.payload_bytes)
+    _check_payloads(encoded.payloads, len(block_ids), block_format.payload_bytes, pool.data.device)
     is_good = torch.empty(len(block_ids), len(layers), dtype=torch.bool)
     cut = slice(layers.start, layers.stop)
     _decode(
@@ -160,10 +198,11 @@ def _decode_alike(
 def _check_blocks(pool: KVPool, block_ids: torch.Tensor, block_format: BlockFormat) -> None:
     if pool.layout != block_format.layout:
         raise ValueError(f"block_format: expected one of {pool.layout}, got {block_format}")
-    check_device("pool", pool.data, torch.device("cpu"))
     check_shape("block_ids", block_ids, (None,))
     check_dtype("block_ids", block_ids, torch.int64)
-    check_device("block_ids", block_ids, torch.device("cpu"))
+    check_device("block_ids", block_ids, pool.data.device)
+    if block_ids.is_cuda:  # looking at them would stop the stream
+        return
     if len(block_ids) and not 0 <= int(block_ids.min()) <= int(block_ids.max()) < pool.num_blocks:
         raise ValueError(
             f"block_ids: expected 0 to {pool.num_blocks - 1}, got {int(block_ids.min())} to"
@@ -171,10 +210,18 @@ def _check_blocks(pool: KVPool, block_ids: torch.Tensor, block_format: BlockForm
         )
 
 
-def _check_payloads(payloads: torch.Tensor, num_blocks: int, row_bytes: int) -> None:
+def _check_num_programs(num_programs: int | None) -> None:
+    if num_programs is not None and (not isinstance(num_programs, int) or num_programs < 1):
+        raise ValueError(f"num_programs: expected a positive integer, got {num_programs!r}")
+
+
+def _check_payloads(
+    payloads: torch.Tensor, num_blocks: int, row_bytes: int, device: torch.device
+) -> None:
     check_shape("payloads", payloads, (num_blocks, None))
     check_dtype("payloads", payloads, torch.uint8)
-    check_device("payloads", payloads, torch.device("cpu"))
+    if device.type != "cuda" or not payloads.is_pinned():
+        check_device("payloads", payloads, device)
     check_last_stride("payloads", payloads)
     if payloads.shape[1] < row_bytes:
         raise ValueError(

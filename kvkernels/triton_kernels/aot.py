@@ -26,6 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kvkernels.codecs import CODECS
 from kvkernels.triton_kernels.launch import Device, Launch
 from kvkernels.triton_kernels.shapes import Shape, plan
 
@@ -113,6 +114,7 @@ def shapes(arch: int) -> Iterator[Shape]:
     yield Shape("decode", "bf16", 128, block_size=48, group=71)
     yield Shape("prefill", "bf16", 128, block_size=48, group=71)
     yield from _feature_shapes()
+    yield from _codec_shapes()
 
 
 def _feature_shapes() -> Iterator[Shape]:
@@ -144,6 +146,23 @@ def _feature_shapes() -> Iterator[Shape]:
             op, "bf16", 576, 512, num_queries=num_queries, group=128, num_kv_heads=1,
             kinds=("int8",),
         )  # fmt: skip
+
+
+def _codec_shapes() -> Iterator[Shape]:
+    for op in ("encode_blocks", "decode_blocks"):
+        yield Shape(op, "bf16", 128, codec="raw")
+        for head_dim in (64, 80, 128, 256):
+            for codec in list(CODECS)[1:]:
+                yield Shape(op, "bf16", head_dim, codec=codec)
+        for codec in list(CODECS)[2:]:
+            yield Shape(op, "fp32", 128, codec=codec)
+        yield Shape(op, "fp16", 128, codec="q4")
+        # One head, and the largest tiles and the smallest.
+        yield Shape(op, "bf16", 128, codec="k4v2", num_kv_heads=1)
+        for head_dim, block_size in ((576, 256), (256, 16), (12, 64)):
+            yield Shape(op, "bf16", head_dim, block_size=block_size, codec="l12")
+            yield Shape(op, "fp32", head_dim, block_size=block_size, codec="q8")
+            yield Shape(op, "fp32", head_dim, block_size=block_size, codec="q2")
 
 
 def _describe(launch: Launch, parameter: Any) -> tuple[Any, Any, Any]:

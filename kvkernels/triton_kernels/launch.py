@@ -46,6 +46,8 @@ class Launch:
         num_stages: Tiles in flight in a pipelined loop.
         max_registers: Of a thread; None leaves the number to the assembler, which now and then
             spills a few bytes to stay at a round one.
+        fp_fusion: Whether a product and a sum may be rounded once, together; not where every
+            processor must find the same bits.
     """
 
     kernel: Any
@@ -54,6 +56,7 @@ class Launch:
     num_warps: int
     num_stages: int = 1
     max_registers: int | None = None
+    fp_fusion: bool = True
 
     @property
     def options(self) -> dict[str, Any]:
@@ -61,7 +64,7 @@ class Launch:
         return {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
-            "enable_fp_fusion": True,
+            "enable_fp_fusion": self.fp_fusion,
             "maxnreg": self.max_registers,
         }
 

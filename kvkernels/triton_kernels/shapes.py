@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from kvkernels.codecs import BlockFormat
+from kvkernels.layout import KVLayout
 from kvkernels.quantized_cache import QuantizedCache
 from kvkernels.scoring import Scoring
+from kvkernels.triton_kernels import codecs_plan
 from kvkernels.triton_kernels.calls import Call
 from kvkernels.triton_kernels.decode import plan_decode
 from kvkernels.triton_kernels.kv_cache import plan_store_kv
@@ -17,13 +20,13 @@ from kvkernels.triton_kernels.merge import plan_merge
 from kvkernels.triton_kernels.prefill import plan_prefill
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OPS = ("store_kv", "merge", "decode", "prefill")
+OPS = ("store_kv", "merge", "decode", "prefill", "encode_blocks", "decode_blocks")
 _MAX_BLOCKS = 4096
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One call: of store_kv, merge, or attention as decode or prefill.
+    """One call: of store_kv, merge, attention as decode or prefill, or of a codec.
 
     Attributes:
         op: See above.
@@ -41,6 +44,7 @@ class Shape:
         rules: Of "soft_cap", "sinks", "alibi", "tree".
         has_lse: Whether the log-sum-exp is asked for.
         batch_invariant: Whether the batch must not matter.
+        codec: Of encode_blocks and decode_blocks.
     """
 
     op: str
@@ -58,6 +62,7 @@ class Shape:
     rules: tuple[str, ...] = ()
     has_lse: bool = True
     batch_invariant: bool = False
+    codec: str = ""
 
     def __str__(self) -> str:
         text = f"{self.op} {self.dtype} d{self.head_dim}"
@@ -65,6 +70,8 @@ class Shape:
             text += f"/{self.value_dim}"
         if self.op in ("decode", "prefill"):
             text += f" block {self.block_size} group {self.group}"
+        if self.codec:
+            text += f" block {self.block_size} {self.codec}"
         if self.op == "prefill":
             text += f" queries {self.num_queries}"
         if self.num_seqs > 1:
@@ -114,6 +121,8 @@ def _scoring(shape: Shape, num_tokens: int, num_heads: int) -> Scoring:
 
 def plan(shape: Shape, device: Device) -> list[Launch]:
     """The launches of a call."""
+    if shape.codec:
+        return _plan_codec(shape, device)
     dtype = DTYPES[shape.dtype]
     num_tokens, num_heads = shape.num_seqs * shape.num_queries, shape.num_kv_heads * shape.group
     key = _empty(num_tokens, shape.num_kv_heads, shape.head_dim, dtype=dtype)
@@ -146,3 +155,29 @@ def plan(shape: Shape, device: Device) -> list[Launch]:
         shape.batch_invariant,
     )
     return (plan_decode if is_decode else plan_prefill)(call, out, lse, device)
+
+
+def _plan_codec(shape: Shape, device: Device) -> list[Launch]:
+    """The launches of a call; what all codecs have in common only with "raw"."""
+    layout = KVLayout(2, shape.num_kv_heads, shape.head_dim, shape.block_size, DTYPES[shape.dtype])
+    block_format = BlockFormat(layout, shape.codec)
+    num_rows = 64
+    work = codecs_plan.Work(
+        _empty(_MAX_BLOCKS, *layout.block_shape, dtype=layout.dtype),
+        _empty(num_rows, dtype=torch.int64),
+        block_format,
+        _empty(num_rows, block_format.payload_bytes, dtype=torch.uint8),
+        _empty(num_rows, dtype=torch.bool),
+        device,
+        None,
+    )
+    sums = _empty(num_rows, layout.num_layers, 2, dtype=torch.int64)
+    is_good = _empty(num_rows, layout.num_layers, dtype=torch.bool)
+    is_encode = shape.op == "encode_blocks"
+    launches = (
+        codecs_plan.plan_encode(work, sums) if is_encode else codecs_plan.plan_decode(work, is_good)
+    )
+    if shape.codec == "raw":
+        plan_more = codecs_plan.plan_encode_raw if is_encode else codecs_plan.plan_sums
+        launches += plan_more(work, sums)
+    return launches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 
 import numpy as np
@@ -17,20 +18,85 @@ LOSSY = ("q8", "k8v4", "q4", "k4v2", "q2")
 SHAPES = [(2, 3, 64, 64), (1, 2, 128, 64), (2, 1, 80, 32), (1, 1, 256, 16), (1, 2, 12, 64)]
 SHAPES += [(1, 1, 576, 32), (1, 1, 4, 16), (1, 1, 100, 128)]
 
+# Of those, what Triton's interpreter, which is slow, has time for.
+SMALL_SHAPES = [(2, 1, 80, 32), (1, 1, 256, 16), (1, 2, 12, 64), (1, 1, 4, 16)]
+
 if not native.is_available:
-    ISAS = ["reference"]
+    IMPLEMENTATIONS = ["reference"]
 else:
     # The others share these three.
-    ISAS = [isa for isa in ("avx512", "avx2", "portable") if isa in native.available_isas()]
+    ISAS = ("avx512", "avx2", "portable")
+    IMPLEMENTATIONS = [isa for isa in ISAS if isa in native.available_isas()]
+if importlib.util.find_spec("triton"):  # which is only on Linux
+    IMPLEMENTATIONS.append("triton")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest):
+def encode_by_triton(
+    pool: KVPool,
+    block_ids: torch.Tensor,
+    block_format: BlockFormat,
+    *,
+    payloads: torch.Tensor | None = None,
+    num_programs: int | None = None,
+) -> EncodedBlocks:
+    """Like `kvkernels.encode_blocks`, for a pool on the CPU."""
+    from kvkernels.triton_kernels import codecs
+
+    num_blocks = len(block_ids)
+    row_bytes = max(block_format.payload_bytes, block_format.raw.payload_bytes)
+    if payloads is None:
+        payloads = torch.empty(num_blocks, row_bytes, dtype=torch.uint8)
+    there = payloads.to(DEVICE)
+    sums = torch.full((num_blocks, len(block_format.layers), 2), 7, device=DEVICE)
+    is_raw = torch.ones(num_blocks, dtype=torch.bool, device=DEVICE)
+    codecs.encode_blocks(
+        *(pool.data.to(DEVICE), block_ids.to(DEVICE), block_format),
+        *(there, sums, is_raw, num_programs),
+    )
+    payloads.copy_(there)
+    return EncodedBlocks(block_format, payloads, sums.cpu(), is_raw.cpu())
+
+
+def decode_by_triton(
+    encoded: EncodedBlocks,
+    pool: KVPool,
+    block_ids: torch.Tensor,
+    *,
+    layers: range | None = None,
+    num_programs: int | None = None,
+) -> torch.Tensor:
+    """Like `kvkernels.decode_blocks`, for a pool on the CPU."""
+    from kvkernels.triton_kernels import codecs
+
+    blocks = pool.data.to(DEVICE)
+    is_good = torch.empty(encoded.sums.shape[:2], dtype=torch.bool, device=DEVICE)
+    tensors = (encoded.payloads, encoded.sums, encoded.is_raw)
+    codecs.decode_blocks(
+        *(blocks, block_ids.to(DEVICE), encoded.block_format),
+        *(tensor.to(DEVICE) for tensor in tensors),
+        *(is_good, layers, num_programs),
+    )
+    pool.data.copy_(blocks)
+    return is_good.cpu()[:, slice(layers.start, layers.stop) if layers else slice(None)]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """What the ops of `kvkernels` are for a test."""
     if request.param == "reference":
         yield request.param
-        return
-    with native.use_isa(request.param):
+    elif request.param == "triton":
+        monkeypatch.setattr(kvkernels, "encode_blocks", encode_by_triton)
+        monkeypatch.setattr(kvkernels, "decode_blocks", decode_by_triton)
         yield request.param
+    else:
+        with native.use_isa(request.param):
+            yield request.param
+
+
+def is_interpreted(implementation: str) -> bool:
+    return implementation == "triton" and DEVICE.type == "cpu"
 
 
 def make_pool(layout: KVLayout, num_blocks: int, seed: int = 0) -> KVPool:
@@ -82,10 +148,12 @@ def assert_is_reference(encoded: EncodedBlocks, pool: KVPool) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("codec", CODECS)
 def test_bytes_are_those_of_the_reference(
-    codec: str, shape: tuple[int, int, int, int], dtype: torch.dtype, isa: str
+    codec: str, shape: tuple[int, int, int, int], dtype: torch.dtype, implementation: str
 ) -> None:
     if codec == "l12" and dtype != torch.bfloat16:
         pytest.skip("only for bfloat16")
+    if is_interpreted(implementation) and shape not in SMALL_SHAPES:
+        pytest.skip("too much for the interpreter")
     pool = make_pool(KVLayout(*shape, dtype=dtype), 3)
     pool.data[2, 0, 1] = 0  # a scale of zero
     encoded = encode(pool, codec)
@@ -136,7 +204,7 @@ def test_an_element_is_half_a_scale_away_at_most(codec: str, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("codec", ["raw", "l12"])
-def test_every_bfloat16_comes_back(codec: str, isa: str) -> None:
+def test_every_bfloat16_comes_back(codec: str, implementation: str) -> None:
     """All 65,536 patterns, payloads of NaN included, beside others of like size."""
     layout = KVLayout(1, 1, 64, 64)
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
@@ -155,7 +223,7 @@ def test_every_bfloat16_comes_back(codec: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize("num_far", [16, 17])
-def test_as_many_escapes_as_fit(num_far: int, isa: str) -> None:
+def test_as_many_escapes_as_fit(num_far: int, implementation: str) -> None:
     pool = KVPool(KVLayout(2, 2, 64, 64), 1)
     pool.data.fill_(1.0)
     pool.data[0, 1, 1, 1].view(-1)[torch.arange(num_far) * 251] = 2.0**-15
@@ -168,7 +236,9 @@ def test_as_many_escapes_as_fit(num_far: int, isa: str) -> None:
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), 65536.0])
 @pytest.mark.parametrize("codec", LOSSY)
-def test_what_a_codec_does_not_hold_is_written_raw(codec: str, number: float, isa: str) -> None:
+def test_what_a_codec_does_not_hold_is_written_raw(
+    codec: str, number: float, implementation: str
+) -> None:
     pool = make_pool(KVLayout(2, 1, 64, 32), 3)
     pool.data[1, 1, 1, 0, 5, 63] = number
     encoded = encode(pool, codec)
@@ -177,7 +247,7 @@ def test_what_a_codec_does_not_hold_is_written_raw(codec: str, number: float, is
     assert torch.equal(as_bytes(decode(encoded)[1]), as_bytes(pool.data[1]))
 
 
-def test_biases_of_keys_cost_nothing(isa: str) -> None:
+def test_biases_of_keys_cost_nothing(implementation: str) -> None:
     """Channels 600 away from zero, as Qwen2's keys have: a scale of their own each."""
     pool = KVPool(KVLayout(1, 2, 64, 64, torch.float32), 1)
     pool.data.normal_()
@@ -188,7 +258,7 @@ def test_biases_of_keys_cost_nothing(isa: str) -> None:
     assert biased[..., 7].abs().max() <= 2 * plain.abs().max()
 
 
-def test_a_codec_for_each_layer(isa: str) -> None:
+def test_a_codec_for_each_layer(implementation: str) -> None:
     layout = KVLayout(4, 2, 64, 64)
     pool = make_pool(layout, 2)
     block_format = BlockFormat(layout, ["raw", "q8", "q4", "l12"])
@@ -201,12 +271,13 @@ def test_a_codec_for_each_layer(isa: str) -> None:
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_a_flipped_bit_is_found_in_its_layer(codec: str, isa: str) -> None:
+def test_a_flipped_bit_is_found_in_its_layer(codec: str, implementation: str) -> None:
     layout = KVLayout(3, 1, 16, 16)
     pool = make_pool(layout, 1)
     encoded = encode(pool, codec)
     generator = np.random.default_rng(0)
-    for bit in generator.integers(0, 8 * encoded.block_format.payload_bytes, 100):
+    num_bits = 8 if is_interpreted(implementation) else 100
+    for bit in generator.integers(0, 8 * encoded.block_format.payload_bytes, num_bits):
         payloads = encoded.payloads.clone()
         payloads[0, bit // 8] ^= 1 << int(bit % 8)
         broken = EncodedBlocks(encoded.block_format, payloads, encoded.sums, encoded.is_raw)
@@ -220,7 +291,7 @@ def test_a_flipped_bit_is_found_in_its_layer(codec: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_any_bytes_with_the_right_sums_decode_to_something(codec: str, isa: str) -> None:
+def test_any_bytes_with_the_right_sums_decode_to_something(codec: str, implementation: str) -> None:
     """Codes, scales and escapes that no encoder writes: nothing is read or written elsewhere."""
     layout = KVLayout(2, 1, 20, 16)
     block_format = BlockFormat(layout, codec)
@@ -247,7 +318,7 @@ def test_sizes_are_those_of_the_table() -> None:
             assert found == pytest.approx(ratio, rel=0.015)
 
 
-def test_rows_may_be_wider_and_lie_apart(isa: str) -> None:
+def test_rows_may_be_wider_and_lie_apart(implementation: str) -> None:
     pool = make_pool(KVLayout(2, 1, 64, 16), 3)
     block_format = BlockFormat(pool.layout, "q4")
     row_bytes = block_format.raw.payload_bytes
@@ -258,6 +329,61 @@ def test_rows_may_be_wider_and_lie_apart(isa: str) -> None:
     assert_is_reference(encoded, pool)
     assert (whole[:, :64] == 170).all()
     assert (whole[:, 64 + block_format.payload_bytes :] == 170).all()
+
+
+@pytest.mark.parametrize("num_programs", [1, 3])
+@pytest.mark.parametrize("codecs", [["k8v4", "raw", "k8v4"], ["l12", "l12", "q2"]], ids=str)
+def test_few_programs_write_the_same(
+    codecs: list[str], num_programs: int, implementation: str
+) -> None:
+    pool = make_pool(KVLayout(3, 2, 32, 16), 3)
+    pool.data[1, 2, 0, 1, 3, 3] = torch.inf  # the last layer's codec does not hold it
+    ids = torch.tensor([2, 1, 0])
+    block_format = BlockFormat(pool.layout, codecs)
+    encoded = kvkernels.encode_blocks(pool, ids, block_format, num_programs=num_programs)
+    assert encoded.is_raw.tolist() == [False, codecs[2] != "raw", False]
+    pool.data.copy_(pool.data[ids])
+    assert_is_reference(encoded, pool)
+    target = KVPool(pool.layout, 3)
+    assert kvkernels.decode_blocks(encoded, target, ids, num_programs=num_programs).all()
+    assert torch.equal(as_bytes(target.data[ids]), as_bytes(decode(encoded)))
+
+
+@pytest.mark.skipif("triton" not in IMPLEMENTATIONS, reason="Triton is only on Linux")
+def test_rows_too_narrow_for_raw_blocks_are_not_right() -> None:
+    """On a GPU nobody looks at the flags before; on the CPU that is an error."""
+    pool = make_pool(KVLayout(2, 1, 16, 16), 2)
+    encoded = encode_by_triton(pool, torch.arange(2), BlockFormat(pool.layout, "q4"))
+    payloads = encoded.payloads[:, : encoded.block_format.payload_bytes]
+    is_raw = torch.tensor([True, False])
+    narrow = EncodedBlocks(encoded.block_format, payloads, 0 * encoded.sums, is_raw)
+    narrow.sums[1] = encoded.sums[1]
+    target = KVPool(pool.layout, 2)
+    target.data.fill_(7.0)
+    is_good = decode_by_triton(narrow, target, torch.arange(2))
+    assert is_good.tolist() == [[False, False], [True, True]]
+    assert (target.data[0] == 7).all() and not (target.data[1] == 7).all()
+
+
+@pytest.mark.parametrize("layers", [range(1), range(1, 3), range(3, 4)], ids=str)
+def test_some_layers_alone(layers: range, implementation: str) -> None:
+    """Also of a raw block among others, and with a fault inside and outside of them."""
+    pool = make_pool(KVLayout(4, 2, 32, 16), 3)
+    pool.data[1, 0, 0, 0, 0, 0] = torch.inf
+    block_format = BlockFormat(pool.layout, ["q8", "l12", "q8", "q4"])
+    encoded = kvkernels.encode_blocks(pool, torch.arange(3), block_format)
+    whole = decode(encoded)
+    encoded.payloads[2, block_format.layers[2].offset] ^= 1
+    target = KVPool(pool.layout, 3)
+    target.data.fill_(7.0)
+    is_good = kvkernels.decode_blocks(encoded, target, torch.arange(3), layers=layers)
+    wanted = [[True] * 4, [True] * 4, [True, True, False, True]]
+    assert is_good.tolist() == [row[layers.start : layers.stop] for row in wanted]
+    for block in range(3):
+        for layer in range(4):
+            is_written = layer in layers and wanted[block][layer]
+            expected = whole[block, layer] if is_written else torch.full_like(whole[0, 0], 7)
+            assert torch.equal(as_bytes(target.data[block, layer]), as_bytes(expected))
 
 
 def refuses(message: str):
@@ -297,6 +423,9 @@ def test_bad_arguments_are_named() -> None:
         odd = rows[1 : 1 + 2 * row_bytes].view(2, row_bytes)
         kvkernels.encode_blocks(pool, ids, block_format, payloads=odd)
     encoded = encode(pool, "q8")
+    for layers in (range(3), range(-1, 1), range(0, 2, 2)):
+        with refuses(f"layers: expected a range within range(0, 2), got {layers}"):
+            kvkernels.decode_blocks(encoded, pool, ids, layers=layers)
     with refuses("block_ids: expected distinct ids, got one twice"):
         kvkernels.decode_blocks(encoded, pool, torch.tensor([1, 1]))
     with refuses("payloads: expected shape [2, any], got [1, "):
@@ -307,9 +436,13 @@ def test_bad_arguments_are_named() -> None:
         kvkernels.decode_blocks(one, pool, ids)
     with refuses("encoded.is_raw: expected shape [1], got [2]"):
         kvkernels.decode_blocks(encoded, pool, ids[:1])
+    with refuses("num_programs: expected a positive integer, got 0"):
+        kvkernels.encode_blocks(pool, ids, block_format, num_programs=0)
+    with refuses("num_programs: expected a positive integer, got 1.0"):
+        kvkernels.decode_blocks(encoded, pool, ids, num_programs=1.0)
 
 
-def test_no_blocks_are_no_work() -> None:
+def test_no_blocks_are_no_work(implementation: str) -> None:
     pool = make_pool(KVLayout(1, 1, 64, 16), 1)
     ids = torch.empty(0, dtype=torch.int64)
     encoded = kvkernels.encode_blocks(pool, ids, BlockFormat(pool.layout, "q8"))
