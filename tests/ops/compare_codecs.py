@@ -1,0 +1,197 @@
+"""Every implementation of the codecs beside the reference, on many blocks, byte for byte.
+
+    python tests/ops/compare_codecs.py --random 10000
+    python tests/ops/compare_codecs.py --real 1000 --model smollm2 --text FILE
+
+To be run by hand: Triton's interpreter, where there is no GPU, takes most of an hour. Ends with
+status 1 at the first byte that differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import torch
+from test_codecs import decode_by_triton, encode_by_triton
+
+import kvkernels
+from kvkernels import CODECS, BlockFormat, KVLayout, KVPool, native
+from kvkernels.codecs import NUM_ESCAPES, UNUSED_ESCAPE
+from kvkernels.reference import codecs as reference
+
+BATCH = 20  # blocks at a time
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass
+class Tally:
+    """What was compared of a codec."""
+
+    num_blocks: int = 0
+    num_raw: int = 0
+    num_escapes: int = 0
+    num_lossless: int = 0  # elements written by "l12"
+
+
+def implementations() -> dict[str, tuple[Any, Callable[..., Any], Callable[..., Any]]]:
+    """By name: a context, and the two ops in it."""
+    found = {
+        isa: (native.use_isa, kvkernels.encode_blocks, kvkernels.decode_blocks)
+        for isa in ("avx512", "avx2", "portable")
+        if isa in native.available_isas()
+    }
+    return found | {"triton": (nullcontext, encode_by_triton, decode_by_triton)}
+
+
+def random_pools(num_blocks: int) -> Iterator[KVPool]:
+    """Small blocks of every shape and dtype, with channels of all sizes and odd numbers in them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def pick(*choices: Any) -> Any:
+        return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+    for number in range(num_blocks // BATCH):
+        heads, head_dim, block_size = pick(1, 2), pick(8, 12, 32, 64), pick(16, 16, 32)
+        layout = KVLayout(1, heads, head_dim, block_size, DTYPES[number % len(DTYPES)])
+        pool = KVPool(layout, BATCH)
+        shape = tuple(pool.data.shape)
+        channels = (*shape[:4], 1, shape[5])
+        sizes = 10 ** torch.empty(channels).uniform_(-6, 3, generator=generator)
+        numbers = torch.randn(shape, generator=generator) * sizes
+        offsets = torch.randn(channels, generator=generator) * sizes.flip(-1)
+        pool.data.copy_(numbers + offsets * pick(0, 1))
+        odd = (0.0, -0.0, torch.inf, torch.nan, 65504.0, 65536.0, 2.0**-24, -(2.0**-30), 1e-39)
+        for _ in range(4):  # in a few blocks, one number or a whole row of it
+            block, side = pick(*range(BATCH)), pick(0, 1)
+            pool.data[block, 0, side, 0, pick(*range(16)), pick(0, slice(None))] = pick(*odd)
+        yield pool
+
+
+def real_pools(num_blocks: int, model_name: str, text: Path, dtype: str) -> Iterator[KVPool]:
+    """Single layers of the blocks that a model makes of a text."""
+    from prefixstore.quality.command import DTYPES as MODEL_DTYPES
+    from prefixstore.quality.command import find_model, load
+    from prefixstore.quality.restored import compute_prefix
+
+    model, tokenizer = load(find_model(model_name), MODEL_DTYPES[dtype])
+    tokens = tokenizer(text.read_text(), return_tensors="pt").input_ids[0]
+    remaining = num_blocks
+    for start in range(0, len(tokens) - 1024, 1024):
+        pool = compute_prefix(model, tokens[start : start + 1024]).pool
+        layers = pool.data.flatten(0, 1)[:, None]  # every layer a block of its own
+        order = torch.randperm(len(layers), generator=torch.Generator().manual_seed(start))
+        layout = KVLayout(1, *pool.data.shape[3:4], *pool.data.shape[5:], 64, pool.layout.dtype)
+        for chosen in order[:200].split(BATCH):
+            if remaining <= 0:
+                return
+            remaining -= len(chosen)
+            yield KVPool.over(layout, layers[chosen].contiguous())
+
+
+def compare(pool: KVPool, codec: str, tally: Tally, chosen: list[str]) -> None:
+    """Raise RuntimeError where an implementation differs from the reference."""
+    block_format = BlockFormat(pool.layout, codec)
+    ids = torch.arange(pool.num_blocks)
+    wanted = [_encode_by_reference(block, block_format) for block in pool.data]
+    for name in chosen:
+        context, encode, decode = implementations()[name]
+        with context(name) if context is native.use_isa else context():
+            encoded = encode(pool, ids, block_format)
+            restored = KVPool(pool.layout, pool.num_blocks)
+            is_good = decode(encoded, restored, ids)
+            again = encode(restored, ids, block_format)
+        for index, (payload, is_raw) in enumerate(wanted):
+            one_format = block_format.raw if is_raw else block_format
+            block = reference.decode_block(payload, one_format)
+            checks = {
+                "raw flag": bool(encoded.is_raw[index]) == is_raw,
+                "payload": torch.equal(encoded.payload(index), payload),
+                "sums": torch.equal(encoded.sums[index], reference.sum_layers(payload, one_format)),
+                "verification": bool(is_good[index].all()),
+                "decoded block": torch.equal(_bytes(restored.data[index]), _bytes(block)),
+                # A float32 block's minimum is rounded to float16 the first time.
+                "payload of the decoded block": pool.layout.dtype == torch.float32
+                or torch.equal(again.payload(index), payload),
+            }
+            for what, is_equal in checks.items():
+                if not is_equal:
+                    raise RuntimeError(
+                        f"{name}, {codec}, {pool.layout}: {what}: expected the reference's,"
+                        f" got another in block {index}"
+                    )
+    tally.num_blocks += pool.num_blocks
+    tally.num_raw += sum(is_raw for _, is_raw in wanted)
+    if codec == "l12":
+        _count_escapes(wanted, block_format, tally)
+
+
+def _encode_by_reference(
+    block: torch.Tensor, block_format: BlockFormat
+) -> tuple[torch.Tensor, bool]:
+    payload = reference.encode_block(block, block_format)
+    if payload is not None:
+        return payload, False
+    payload = reference.encode_block(block, block_format.raw)
+    assert payload is not None
+    return payload, block_format.codecs != block_format.raw.codecs
+
+
+def _count_escapes(
+    wanted: list[tuple[torch.Tensor, bool]], block_format: BlockFormat, tally: Tally
+) -> None:
+    layout = block_format.layout
+    for payload, is_raw in wanted:
+        if is_raw:
+            continue
+        tally.num_lossless += 2 * layout.num_kv_heads * layout.block_size * layout.head_dim
+        for layer in block_format.layers:
+            for side in (layer.keys, layer.values):
+                start = layer.offset + side.parts[2].offset
+                words = payload[start : start + 4 * NUM_ESCAPES * layout.num_kv_heads].clone()
+                listed = words.view(torch.int32).long() & 0xFFFFFFFF
+                tally.num_escapes += int((listed != UNUSED_ESCAPE).sum())
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--random", type=int, default=0, help="random blocks per codec")
+    parser.add_argument("--real", type=int, default=0, help="blocks of a model per codec")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--only", nargs="+", default=list(implementations()))
+    options = parser.parse_args()
+    tallies = {codec: Tally() for codec in CODECS}
+    pools = list(random_pools(options.random))
+    if options.real:
+        pools += real_pools(options.real, options.model, options.text, options.dtype)
+    for number, pool in enumerate(pools):
+        for codec, tally in tallies.items():
+            if codec != "l12" or pool.layout.dtype == torch.bfloat16:
+                compare(pool, codec, tally, options.only)
+        if number % 25 == 0:
+            print(f"{number} of {len(pools)} pools", file=sys.stderr, flush=True)
+    for codec, tally in tallies.items():
+        line = f"{codec}: {tally.num_blocks} blocks, {tally.num_raw} raw, equal in {options.only}"
+        if codec == "l12" and tally.num_lossless:
+            line += f", {tally.num_escapes} escapes of {tally.num_lossless} numbers"
+            line += f" ({tally.num_escapes / tally.num_lossless:.1e})"
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
