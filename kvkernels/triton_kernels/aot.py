@@ -151,7 +151,7 @@ def _feature_shapes() -> Iterator[Shape]:
 def _codec_shapes() -> Iterator[Shape]:
     for op in ("encode_blocks", "decode_blocks"):
         yield Shape(op, "bf16", 128, codec="raw")
-        for head_dim in (64, 80, 128, 256):
+        for head_dim in (80, 128, 256):
             for codec in list(CODECS)[1:]:
                 yield Shape(op, "bf16", head_dim, codec=codec)
         for codec in list(CODECS)[2:]:

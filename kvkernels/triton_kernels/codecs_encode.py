@@ -14,6 +14,7 @@ from kvkernels.triton_kernels.codecs_parts import (
     weigh_bytes,
     weigh_steps,
     weigh_words,
+    widen,
     write_zeros,
 )
 
@@ -78,7 +79,7 @@ def _encode_keys_kernel(
         for step in tl.range(0, GROUP // TILE_M, num_stages=_NUM_STAGES):
             items_ptr = source_ptr + step * (TILE_M * HEAD_DIM) + sources
             items = tl.load(items_ptr, mask=is_inside, other=0)
-            numbers = items.to(tl.float32)
+            numbers = widen(items)
             lowest = tl.minimum(lowest, numbers)
             highest = tl.maximum(highest, numbers)
             farthest = tl.maximum(farthest, magnitudes(items))
@@ -99,7 +100,7 @@ def _encode_keys_kernel(
         levers = tl.zeros([TILE_M, TILE_N], tl.int32)
         for step in tl.range(0, GROUP // TILE_M, num_stages=_NUM_STAGES):
             items_ptr = source_ptr + step * (TILE_M * HEAD_DIM) + sources
-            numbers = tl.load(items_ptr, mask=is_inside, other=0).to(tl.float32)
+            numbers = widen(tl.load(items_ptr, mask=is_inside, other=0))
             codes = to_codes(numbers, low[:, None, :], inverse[:, None, :], NUM_BITS)
             packed = tl.sum(codes << (parts * NUM_BITS)[:, None, None], 0)
             packed = tl.where(is_column[None, :], packed, 0)
@@ -169,7 +170,7 @@ def _encode_values_kernel(
             source_ptr + tokens[:, :, None] * HEAD_DIM + channels, mask=is_inside, other=0
         )
         farthest = tl.max(tl.max(tl.max(magnitudes(items), 2), 1), 0)
-        numbers = items.to(tl.float32)
+        numbers = widen(items)
         lowest = tl.min(tl.where(members < GROUP, numbers, float("inf")), 2)
         highest = tl.max(tl.where(members < GROUP, numbers, -float("inf")), 2)
         word, low, inverse = find_scales(lowest, highest, NUM_BITS, dtype)
@@ -183,7 +184,7 @@ def _encode_values_kernel(
             channels = part * WIDTH + columns
             items = tl.load(source_ptr + tokens * HEAD_DIM + channels, mask=is_column, other=0)
             codes = to_codes(
-                items.to(tl.float32),
+                widen(items),
                 spread(low, channels, GROUP, NUM_GROUPS),
                 spread(inverse, channels, GROUP, NUM_GROUPS),
                 NUM_BITS,

@@ -7,7 +7,7 @@ apart, so any number of programs does all of the work.
 import triton
 import triton.language as tl
 
-# The interpreter cuts bits off where it makes bfloat16 (Triton 3.6 to 3.9).
+# The interpreter cuts bits off where it makes bfloat16 (Triton 3.9).
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _TO_INTEGER = tl.constexpr(float(1 << 23))  # from here on, float32 has no bits after the point
 
@@ -96,6 +96,17 @@ def magnitudes(items):
 
 
 @triton.jit
+def widen(items):
+    """Elements as float32, subnormal ones too, which the interpreter's bfloat16 has not."""
+    if items.dtype == tl.bfloat16:
+        bits = items.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        numbers = bits.to(tl.float32, bitcast=True)
+    else:
+        numbers = items.to(tl.float32)
+    return numbers
+
+
+@triton.jit
 def round_to(numbers, DTYPE: tl.constexpr):
     """float32 to the nearest of another type, ties to even."""
     if DTYPE == tl.bfloat16 and _INTERPRETED:  # noqa: SIM300
@@ -124,7 +135,7 @@ def find_scales(lowest, highest, NUM_BITS: tl.constexpr, DTYPE: tl.constexpr):
     bits = tl.where(nearest.to(tl.float32) > lowest, below, bits)
     low = _half(bits)
     scale = ((highest - low) * (1 / levels)).to(tl.float16)
-    restored = round_to(low + scale.to(tl.float32) * levels, DTYPE).to(tl.float32)
+    restored = widen(round_to(low + scale.to(tl.float32) * levels, DTYPE))
     scale = ((restored - low) * (1 / levels)).to(tl.float16)
     word = (scale.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | bits << 16
     scale = scale.to(tl.float32)

@@ -75,7 +75,7 @@ class Work:
         layers: Layers,
         num_pieces: int,
         num_warps: int = _NUM_WARPS,
-        **arguments: torch.Tensor | int | None,
+        **arguments: Any,
     ) -> Launch:
         """A kernel for some layers of all blocks, each in so many pieces."""
         num_items = len(self.block_ids) * len(layers) * num_pieces
@@ -131,7 +131,7 @@ class Work:
             yield layers[0][1].keys, layers[0][1].values, layers
 
     def copy(
-        self, kernel: Any, layers: Layers, raw_blocks: bool | None, **arguments: torch.Tensor
+        self, kernel: Any, layers: Layers, raw_blocks: bool | None, **arguments: Any
     ) -> Launch:
         """A kernel of words, for blocks that are raw, those that are not, or all."""
         num_words = layers[0][1].num_bytes // 4

@@ -16,6 +16,8 @@ FITTING = aot.Usage(
     255, 0, 71680, 32, 57, 32,
 )  # fmt: skip
 
+CODED = ("keys", "values", "lossless")
+
 
 def test_a_spread_of_the_table_compiles_and_fits(
     tmp_path: Path, record_property: Callable[[str, object], None]
@@ -29,7 +31,8 @@ def test_a_spread_of_the_table_compiles_and_fits(
     record_property("in_summary", done.stdout)
     rows = [line.split() for line in done.stdout.splitlines()[1:-1]]
     assert {row[0] for row in rows} == {str(arch) for arch in aot.SHARED_LIMITS}
-    kernels = ("store_kv", "merge", "decode", "prefill")
+    kernels = ["store_kv", "merge", "decode", "prefill"]
+    kernels += [f"{op}_{what}" for op in ("encode", "decode") for what in CODED]
     assert {row[1] for row in rows} == {f"{kernel}_kernel" for kernel in kernels}
     words = {word for row in rows for word in row}
     assert words >= {"int8", "int4", "float8", "window", "soft_cap"}
