@@ -20,7 +20,7 @@ from bench.gpu.timing import copy_rate, time_cases
 # Seconds from the start: no timing begins, and no test goes on, after these.
 TIMING_ENDS_S = 270
 TESTS_END_S = 500
-TOPICS = ("attention", "attention_features", "kv_cache", "splits", "triton_batches")
+TOPICS = ("attention", "attention_features", "codecs", "kv_cache", "splits", "triton_batches")
 TEST_FILES = [f"tests/ops/test_{topic}.py" for topic in TOPICS]
 # One process each: most of the time goes into compiling, on one core a process.
 TEST_SHARDS = (

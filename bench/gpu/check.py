@@ -8,6 +8,7 @@ import torch
 
 import kvkernels
 from accuracy import assert_as_accurate
+from kvkernels import CODECS, BlockFormat, EncodedBlocks, KVLayout, KVPool
 from kvkernels.quantized_cache import QuantizedCache, tag_blocks
 from kvkernels.reference import attention as reference
 from kvkernels.reference import kv_cache as reference_kv_cache
@@ -193,6 +194,51 @@ def check_store() -> None:
         assert all(map(torch.equal, caches, expected)), f"store_kv: other bytes in {dtype}"
 
 
+def check_codec(codec: str, dtype: torch.dtype, head_dim: int, block_size: int) -> None:
+    """The processor's bytes, in memory of either, and blocks that come back the same from both."""
+    layout = KVLayout(3, 2, head_dim, block_size, dtype)
+    here, there = KVPool(layout, 6), KVPool(layout, 6, DEVICE)
+    here.data.normal_()
+    here.data[:, :, 0] += 100 * torch.randn(6, 3, 2, 1, head_dim)
+    here.data[2, 1, 0, 1, 3, 5] = torch.inf  # most codecs do not hold it
+    there.data.copy_(here.data)
+    ids = torch.tensor([5, 2, 0, 3])
+    block_format = BlockFormat(layout, codec)
+    expected = kvkernels.encode_blocks(here, ids, block_format)
+    kvkernels.decode_blocks(expected, here, ids)
+    pinned = torch.empty(expected.payloads.shape, dtype=torch.uint8, pin_memory=True)
+    for payloads, num_programs in ((None, None), (pinned, None), (None, 3)):
+        encoded = kvkernels.encode_blocks(
+            there, ids.to(DEVICE), block_format, payloads=payloads, num_programs=num_programs
+        )
+        target = KVPool(layout, 6, DEVICE)
+        is_good = kvkernels.decode_blocks(
+            encoded, target, ids.to(DEVICE), num_programs=num_programs
+        )
+        torch.cuda.synchronize()  # before pinned memory is looked at
+        assert is_good.all(), f"{codec}: a layer with other sums than it was written with"
+        assert torch.equal(encoded.is_raw.cpu(), expected.is_raw), f"{codec}: other blocks are raw"
+        assert torch.equal(encoded.sums.cpu(), expected.sums), f"{codec}: other sums"
+        for index in range(len(ids)):
+            payload = encoded.payload(index).cpu()
+            assert torch.equal(payload, expected.payload(index)), f"{codec}: other bytes"
+        got, want = (pool.data[ids.to(pool.device)].cpu() for pool in (target, here))
+        assert torch.equal(got.view(torch.uint8), want.view(torch.uint8)), f"{codec}: other blocks"
+    broken = encoded.payloads.clone()
+    broken[1, 7] ^= 1
+    wrong = EncodedBlocks(block_format, broken, encoded.sums, encoded.is_raw)
+    is_good = kvkernels.decode_blocks(wrong, target, ids.to(DEVICE))
+    assert is_good.sum() == is_good.numel() - 1 and not is_good[1, 0], f"{codec}: missed a flip"
+
+
+def check_codecs(codec: str) -> None:
+    for dtype in (BF16, FP16, FP32):
+        if codec == "l12" and dtype != BF16:
+            continue
+        for head_dim, block_size in ((128, 64), (80, 16), (256, 256)):
+            check_codec(codec, dtype, head_dim, block_size)
+
+
 CHECKS: dict[str, Callable[[], Any]] = {
     "store": check_store,
     "merge": check_merge,
@@ -230,4 +276,4 @@ CHECKS: dict[str, Callable[[], Any]] = {
     ),
     "invariance": check_invariance,
     "graph": check_graph,
-}
+} | {f"codec_{codec}": partial(check_codecs, codec) for codec in CODECS}

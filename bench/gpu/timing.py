@@ -12,6 +12,7 @@ from bench import attention_cases, bench_kv_cache, bench_shared_prefix
 from bench.attention_cases import Case
 from bench.attention_providers import attend_contiguous, attend_gathered, attend_paged
 from bench.harness import check_agreement
+from kvkernels import BlockFormat, EncodedBlocks, KVLayout, KVPool
 from kvkernels.quantized_cache import QuantizedCache, tag_blocks
 from kvkernels.reference.quantize import quantize_keys, quantize_values
 
@@ -37,6 +38,12 @@ PROVIDERS = {
 NARROW_CASES = [
     case for case in CASES if case.name in ("decode_4x8k", "decode_8x4k", "decode_8x32k")
 ]
+
+# Blocks that leave the device and come back: one layout, as many as are a good transfer.
+CODEC_LAYOUT = KVLayout(32, 8, 128)
+NUM_BLOCKS = 16
+TIMED_CODECS = ("raw", "l12", "q8", "q4")
+NUM_PROGRAMS = (4, 12, 32, None)
 
 
 def time_calls(calls: list[Callable[[], Any]]) -> float:
@@ -149,6 +156,53 @@ def time_store(case: bench_kv_cache.Case) -> dict[str, Any]:
     return {"gbytes_per_s": case.num_bytes / times["graph_us"] / 1e3, **times}
 
 
+def make_payloads(row_bytes: int, place: str) -> torch.Tensor:
+    """Rows for blocks: on the device, to be moved from there, or in memory that it reaches."""
+    if place == "device":
+        return torch.empty(NUM_BLOCKS, row_bytes, dtype=torch.uint8, device="cuda")
+    return torch.empty(NUM_BLOCKS, row_bytes, dtype=torch.uint8, pin_memory=True)
+
+
+def time_transfer() -> dict[str, Any]:
+    """Gigabytes a second of plain copies of the blocks between device and pinned memory."""
+    device, host = (make_payloads(CODEC_LAYOUT.block_bytes, place) for place in ("device", "host"))
+    row = {}
+    for name, target, source in (("to_host", host, device), ("to_device", device, host)):
+        copy = partial(target.copy_, source, non_blocking=True)
+        copy()
+        row[f"{name}_gbytes_per_s"] = device.numel() / time_calls([copy]) / 1e3
+    return row
+
+
+def time_codec(codec: str, place: str) -> dict[str, Any]:
+    """Gigabytes a second of blocks as they are in the pool, by how many programs there may be."""
+    pool = KVPool(CODEC_LAYOUT, NUM_BLOCKS, "cuda")
+    pool.data.normal_()
+    ids = torch.randperm(NUM_BLOCKS, device="cuda")
+    block_format = BlockFormat(CODEC_LAYOUT, codec)
+    payloads = make_payloads(block_format.raw.payload_bytes, place)
+    num_bytes = NUM_BLOCKS * CODEC_LAYOUT.block_bytes
+    row: dict[str, Any] = {"num_bytes": num_bytes, "payload_bytes": block_format.payload_bytes}
+
+    def encode(num_programs: int | None) -> EncodedBlocks:
+        return kvkernels.encode_blocks(
+            pool, ids, block_format, payloads=payloads, num_programs=num_programs
+        )
+
+    encoded = encode(None)
+
+    def decode(num_programs: int | None) -> torch.Tensor:
+        return kvkernels.decode_blocks(encoded, pool, ids, num_programs=num_programs)
+
+    for name, run in (("encode", encode), ("decode", decode)):
+        for num_programs in NUM_PROGRAMS:
+            call = partial(run, num_programs)
+            call()
+            rate = num_bytes / time_calls([call]) / 1e3
+            row[f"{name}_{num_programs or 'all'}_gbytes_per_s"] = rate
+    return row
+
+
 def time_cases() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Names and what to run, one at a time."""
     for store_case in bench_kv_cache.CASES:
@@ -156,6 +210,10 @@ def time_cases() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     for case in NARROW_CASES:
         for kind in ("float8", "int8", "int4"):
             yield f"{case.name}_{kind}", partial(time_narrow, case, kind)
+    yield "transfer", time_transfer
+    for codec in TIMED_CODECS:
+        for place in ("device", "host"):
+            yield f"codec_{codec}_{place}", partial(time_codec, codec, place)
     for shared_case in bench_shared_prefix.CASES:
         yield shared_case.name, partial(time_shared_prefix, shared_case)
     for case in CASES:
