@@ -281,10 +281,11 @@ bool lie_below(const std::byte* items, int64_t num_items, Bits limit) {
   return largest <= limit;
 }
 
+// Whether codes restore all numbers as finite float16: none is past 65408.
 template <DType kType>
 bool fits_half(const std::byte* items, int64_t num_items) {
-  if (kType == DType::kFloat32) return lie_below<uint32_t>(items, num_items, 0x477fe000);
-  return lie_below<uint16_t>(items, num_items, kType == DType::kFloat16 ? 0x7bff : 0x477f);
+  if (kType == DType::kFloat32) return lie_below<uint32_t>(items, num_items, 0x477f8000);
+  return lie_below<uint16_t>(items, num_items, kType == DType::kFloat16 ? 0x7bfc : 0x477f);
 }
 
 // ---- bfloat16 without loss -----------------------------------------------------------------

@@ -53,7 +53,7 @@ def encode_blocks(
 
     The same bytes on every processor. What a codec of fewer bits makes of an element is at most
     half a scale away from it; "raw" and "l12" keep all bits. A block that its codec does not hold
-    (elements that are not finite or past float16's range, exponents too far apart) is written raw.
+    (elements that are not finite or past 65,408, exponents too far apart) is written raw.
 
     On a GPU nobody waits for the device: the results are there once the current stream is.
 

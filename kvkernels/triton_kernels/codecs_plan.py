@@ -34,8 +34,8 @@ _NUM_WARPS = 4
 _MAX_REGISTERS = 255
 # Programs for each multiprocessor where there is no bound: more than run at once.
 _MAX_PROGRAMS = 32
-# The bits of 65504, float16's greatest number. bfloat16 has none between it and 65536.
-_LIMITS = {torch.float32: 0x477FE000, torch.float16: 0x7BFF, torch.bfloat16: 0x477F}
+# The bits of 65408, see `kvkernels.reference.codecs`, or in bfloat16 of the number below it.
+_LIMITS = {torch.float32: 0x477F8000, torch.float16: 0x7BFC, torch.bfloat16: 0x477F}
 
 Layers = list[tuple[int, LayerFormat]]
 

@@ -251,6 +251,26 @@ def test_what_a_codec_does_not_hold_is_written_raw(
     assert torch.equal(as_bytes(decode(encoded)[1]), as_bytes(pool.data[1]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("codec", LOSSY)
+def test_the_largest_numbers_stay_finite(
+    codec: str, dtype: torch.dtype, implementation: str
+) -> None:
+    """A scale is rounded, and so the last code may stand for more than the greatest element."""
+    pool = make_pool(KVLayout(1, 1, 64, 32, dtype), 4)
+    for block, greatest in enumerate((65408.0, 65440.0)):
+        pool.data[block, 0, :, 0, ::3] = greatest
+        pool.data[block, 0, :, 0, 1::3] = -greatest
+    for seed, block in enumerate(pool.data[2:]):
+        generator = torch.Generator().manual_seed(seed)
+        block.copy_(torch.empty(block.shape).uniform_(-65408, 65408, generator=generator))
+    encoded = encode(pool, codec)
+    # bfloat16's own neighbours of these are 65280 and 65536.
+    assert encoded.is_raw.tolist() == [dtype == torch.bfloat16, True, False, False]
+    assert_is_reference(encoded, pool)
+    assert decode(encoded).isfinite().all()
+
+
 def test_biases_of_keys_cost_nothing(implementation: str) -> None:
     """Channels 600 away from zero, as Qwen2's keys have: a scale of their own each."""
     pool = KVPool(KVLayout(1, 2, 64, 64, torch.float32), 1)
