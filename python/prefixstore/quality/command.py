@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from prefixstore.demo.machine import describe_machine, describe_versions
 from prefixstore.errors import ConfigError
 from prefixstore.quality.measure import OWN, Formats, Plan, Tally, check_plan, measure
 from prefixstore.quality.report import plot_codecs, print_table, write_figures
-from prefixstore.quality.restored import BLOCK_SIZE
+from prefixstore.quality.restored import BLOCK_SIZE, Stored
 
 ALL = "all"
 # Models that come as packages, by the name a user may give.
 PREPARED = ("smollm2", "gemma3")
+# Numbers that KV of float32 may be rounded to, measured beside the codecs.
+ROUNDED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -37,7 +39,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
     "--codec",
     "codecs",
     multiple=True,
-    type=click.Choice((*CODECS, ALL)),
+    type=click.Choice((*CODECS, *ROUNDED, ALL)),
     default=(ALL,),
     show_default=True,
     help="Which to measure; may be given more than once.",
@@ -132,6 +134,11 @@ def make_formats(layout: KVLayout, codecs: tuple[str, ...]) -> Formats:
                 formats[name] = BlockFormat(layout, name)
             except ValueError as error:
                 raise ConfigError(f"--codec {name}: {error}") from error
+    for name, dtype in ROUNDED.items():
+        if layout.dtype == torch.float32 and (ALL in codecs or name in codecs):
+            formats[name] = dtype
+        elif name in codecs:
+            raise ConfigError(f"--codec {name}: expected --dtype float32, got {layout.dtype}")
     return formats
 
 
@@ -147,11 +154,17 @@ def summarise(
     layout: KVLayout, formats: Formats, tallies: dict[str, Tally]
 ) -> dict[str, dict[str, Any]]:
     rows = {}
+    num_numbers = layout.block_bytes // layout.dtype.itemsize
     for name, tally in tallies.items():
-        block_format = formats[name]
-        stored = layout.block_bytes if block_format is None else block_format.payload_bytes
-        rows[name] = {"ratio": layout.block_bytes / stored, **tally.summary(tallies[OWN])}
+        ratio = num_numbers * 2 / _stored_bytes(layout, formats[name])
+        rows[name] = {"ratio": ratio, **tally.summary(tallies[OWN])}
     return rows
+
+
+def _stored_bytes(layout: KVLayout, stored: Stored | None) -> int:
+    if isinstance(stored, BlockFormat):
+        return stored.payload_bytes
+    return replace(layout, dtype=stored or layout.dtype).block_bytes
 
 
 def _measure_with_progress(

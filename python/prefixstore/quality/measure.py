@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 
-from kvkernels import BlockFormat
 from prefixstore.errors import ConfigError
-from prefixstore.quality.restored import BLOCK_SIZE, Prefix, compute_prefix, restore
+from prefixstore.quality.restored import BLOCK_SIZE, Prefix, Stored, compute_prefix, restore
 
 OWN = "own"  # the model's KV as it is
 ANSWER_TOKENS = 12
 CITIES = ("Lisbon", "Osaka", "Quito", "Tampere", "Dakar", "Perth", "Bergen", "Lima")
 
-Formats = dict[str, BlockFormat | None]  # by codec; OWN first
+Formats = dict[str, Stored | None]  # by name; OWN first
 Advance = Callable[[str], None]
 
 
@@ -102,8 +101,8 @@ def measure(
     for needle in make_needles(tokenizer, tokens, plan):
         advance(f"needle at {needle.depth:.0%}")
         prefix = compute_prefix(model, needle.prefix)
-        for name, block_format in formats.items():
-            cache, _ = restore(prefix, block_format)
+        for name, stored in formats.items():
+            cache, _ = restore(prefix, stored)
             answer = _go_on(model, cache, needle.question, ANSWER_TOKENS)
             tallies[name].num_needles += needle.answer in tokenizer.decode(answer)
     return tallies
@@ -116,8 +115,8 @@ def _score(
     """Predict each token of `scored` but the first from all before it."""
     targets = scored[1:]
     own: torch.Tensor | None = None
-    for name, block_format in formats.items():
-        cache, num_raw = restore(prefix, block_format)
+    for name, stored in formats.items():
+        cache, num_raw = restore(prefix, stored)
         logits = model(input_ids=scored[None], past_key_values=cache, use_cache=True).logits[0]
         log_probs = logits[:-1].float().log_softmax(-1)
         own = log_probs if own is None else own
@@ -140,8 +139,8 @@ def _diverge(
 ) -> None:
     """Count the greedy tokens that are the same as without the codec."""
     own: torch.Tensor | None = None
-    for name, block_format in formats.items():
-        cache, _ = restore(prefix, block_format)
+    for name, stored in formats.items():
+        cache, _ = restore(prefix, stored)
         answer = _go_on(model, cache, following[:1], plan.greedy_tokens)
         own = answer if own is None else own
         differs = (answer != own).nonzero()

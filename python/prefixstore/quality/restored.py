@@ -11,6 +11,9 @@ from kvkernels import BlockFormat, KVLayout, KVPool, decode_blocks, encode_block
 
 BLOCK_SIZE = 64
 
+Stored = BlockFormat | torch.dtype
+"""How KV is kept: as a codec writes it, or as numbers of a dtype."""
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -51,16 +54,18 @@ def new_cache() -> Any:
 
 
 @torch.inference_mode()
-def restore(prefix: Prefix, block_format: BlockFormat | None) -> tuple[Any, int]:
-    """A cache of the prefix that a codec wrote and read again, or of the prefix as it is.
+def restore(prefix: Prefix, stored: Stored | None) -> tuple[Any, int]:
+    """A cache of the prefix that was stored and read again, or of the prefix as it is.
 
     Also how many of its blocks the codec did not hold, and were written raw.
     """
     data, num_raw = prefix.pool.data, 0
-    if block_format is not None:
+    if isinstance(stored, torch.dtype):
+        data = data.to(stored).to(data.dtype)
+    elif stored is not None:
         target = KVPool(prefix.pool.layout, prefix.pool.num_blocks)
         ids = torch.arange(prefix.pool.num_blocks)
-        encoded = encode_blocks(prefix.pool, ids, block_format)
+        encoded = encode_blocks(prefix.pool, ids, stored)
         if not decode_blocks(encoded, target, ids).all():
             raise RuntimeError("expected blocks with the sums just written, got others")
         data, num_raw = target.data, int(encoded.is_raw.sum())
