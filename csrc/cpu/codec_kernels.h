@@ -37,11 +37,10 @@ inline Steps find_scales(Floats lowest, Floats highest, int bits, uint16_t* pair
   return {low, inverse_of(from_half(scale))};
 }
 
+// Never below zero: a minimum is rounded down.
 template <int kBits>
 inline Words to_code(Floats v, Steps steps, int part) {
-  constexpr float kLevels = (1 << kBits) - 1;
-  const Floats code = mul(sub(v, steps.low), steps.inverse);
-  return code_at<kBits>(min(max(code, all(0.0f)), all(kLevels)), part);
+  return code_at<kBits>(mul(sub(v, steps.low), steps.inverse), part);
 }
 
 // ---- codes ---------------------------------------------------------------------------------
@@ -51,41 +50,69 @@ inline Words to_code(Floats v, Steps steps, int part) {
 template <int kBits>
 constexpr int kParts = 8 / kBits;
 
+// Fetches what comes next, a little at a time: columns are not read in the order of memory.
+class Ahead {
+ public:
+  Ahead(const std::byte* items, int64_t item_step, const uint8_t* codes, int64_t code_step)
+      : items_(items), codes_(codes), item_step_(item_step), code_step_(code_step) {}
+
+  void touch() {
+    __builtin_prefetch(items_, 0, 2);
+    __builtin_prefetch(codes_, 1, 2);
+    items_ += item_step_;
+    codes_ += code_step_;
+  }
+
+ private:
+  const std::byte* items_;
+  const uint8_t* codes_;
+  int64_t item_step_, code_step_;
+};
+
+// Encoding adds the ranges it finds to `magnitudes`.
 template <DType kType, int kBits>
 void encode_keys(const std::byte* items, const Tile& tile, int64_t num_groups, uint8_t* codes,
-                 uint16_t* pairs) {
+                 uint16_t* pairs, Words& magnitudes) {
   using E = Elements<kType>;
+  using Range = typename E::Range;
   constexpr int kCount = kParts<kBits>;
   const int64_t width = tile.dim / kCount, group_size = tile.size / num_groups;
+  const int64_t item_bytes = tile.size * tile.dim * E::kBytes;
+  Ahead ahead(items + item_bytes, kCount * kLanes * E::kBytes, codes + tile.size * width, kLanes);
   for (int64_t group = 0; group < num_groups; ++group, pairs += 2 * tile.dim) {
     for (int64_t c = 0; c < width; c += kLanes) {
       const int64_t count = std::min(kLanes, width - c);
-      const auto read = [&](int64_t t, int part) {
-        const int64_t i = (group * group_size + t) * tile.dim + part * width + c;
-        return E::read(items + i * E::kBytes, count);
+      const auto place = [&](int64_t t, int part) {
+        return items + ((group * group_size + t) * tile.dim + part * width + c) * E::kBytes;
       };
-      Floats lowest[kCount], highest[kCount];
+      Range least[kCount], greatest[kCount];
 #pragma GCC unroll 4
-      for (int part = 0; part < kCount; ++part) lowest[part] = highest[part] = read(0, part);
+      for (int part = 0; part < kCount; ++part) {
+        least[part] = greatest[part] = E::read_range(place(0, part), count);
+      }
       for (int64_t t = 1; t < group_size; ++t) {
+        ahead.touch();
 #pragma GCC unroll 4
         for (int part = 0; part < kCount; ++part) {
-          const Floats v = read(t, part);
-          lowest[part] = min(lowest[part], v);
-          highest[part] = max(highest[part], v);
+          const Range v = E::read_range(place(t, part), count);
+          least[part] = E::least(least[part], v);
+          greatest[part] = E::greatest(greatest[part], v);
         }
       }
       Steps steps[kCount];
 #pragma GCC unroll 4
       for (int part = 0; part < kCount; ++part) {
-        steps[part] = find_scales<kType>(lowest[part], highest[part], kBits,
-                                         pairs + 2 * (part * width + c), count);
+        const Floats lowest = E::floats(least[part]), highest = E::floats(greatest[part]);
+        magnitudes = larger_magnitude(larger_magnitude(magnitudes, lowest), highest);
+        steps[part] =
+            find_scales<kType>(lowest, highest, kBits, pairs + 2 * (part * width + c), count);
       }
       for (int64_t t = 0; t < group_size; ++t) {
         Words packed = no_words();
 #pragma GCC unroll 4
         for (int part = 0; part < kCount; ++part) {
-          packed = either(packed, to_code<kBits>(read(t, part), steps[part], part));
+          packed =
+              either(packed, to_code<kBits>(E::read(place(t, part), count), steps[part], part));
         }
         store_bytes(codes + (group * group_size + t) * width + c, packed, count);
       }
@@ -163,33 +190,29 @@ template <DType kType>
 inline void find_ranges(const std::byte* items, int64_t num_sets, int64_t group_size,
                         Floats& lowest, Floats& highest) {
   using E = Elements<kType>;
-  Floats low[kLanes], high[kLanes];
+  using Range = typename E::Range;
+  Range low[kLanes], high[kLanes];
   for (int64_t set = 0; set < kLanes; ++set) {
     const std::byte* first = items + std::min(set, num_sets - 1) * group_size * E::kBytes;
-    Floats a = E::read(first, std::min(group_size, kLanes));
-    if (group_size < kLanes) {  // what is missing repeats the first
-      float lanes[kLanes];
-      store_floats(lanes, a);
-      for (int64_t i = group_size; i < kLanes; ++i) lanes[i] = lanes[0];
-      a = load_floats(lanes, kLanes);
-    }
-    Floats b = a;
+    Range a = E::read_range(first, std::min(group_size, kLanes));
+    if (group_size < kLanes) a = E::repeat_first(a, group_size);
+    Range b = a;
     for (int64_t i = kLanes; i < group_size; i += kLanes) {
       // The last ones may overlap those before.
-      const Floats v = E::read(first + std::min(i, group_size - kLanes) * E::kBytes, kLanes);
-      a = min(a, v);
-      b = max(b, v);
+      const Range v = E::read_range(first + std::min(i, group_size - kLanes) * E::kBytes, kLanes);
+      a = E::least(a, v);
+      b = E::greatest(b, v);
     }
     low[set] = a;
     high[set] = b;
   }
-  lowest = least_of_each(low);
-  highest = greatest_of_each(high);
+  lowest = E::floats(least_of_each(low));
+  highest = E::floats(greatest_of_each(high));
 }
 
 template <DType kType, int kBits>
 void encode_values(const std::byte* items, const Tile& tile, int64_t num_groups, uint8_t* codes,
-                   uint16_t* pairs) {
+                   uint16_t* pairs, Words& magnitudes) {
   using E = Elements<kType>;
   constexpr int kCount = kParts<kBits>;
   const int64_t width = tile.dim / kCount, group_size = tile.dim / num_groups;
@@ -206,6 +229,7 @@ void encode_values(const std::byte* items, const Tile& tile, int64_t num_groups,
       Floats lowest, highest;
       find_ranges<kType>(items + first * group_size * E::kBytes, count, group_size, lowest,
                          highest);
+      magnitudes = larger_magnitude(larger_magnitude(magnitudes, lowest), highest);
       const Steps steps = find_scales<kType>(lowest, highest, kBits, pairs + 2 * first, count);
       store_floats(low + set, steps.low);
       store_floats(inverse + set, steps.inverse);
@@ -281,10 +305,12 @@ bool lie_below(const std::byte* items, int64_t num_items, Bits limit) {
   return largest <= limit;
 }
 
-// Whether codes restore all numbers as finite float16: none is past 65408.
+// Codes restore numbers up to 65408 as finite float16; its bits.
+constexpr uint32_t kLargest = 0x477f8000;
+
 template <DType kType>
 bool fits_half(const std::byte* items, int64_t num_items) {
-  if (kType == DType::kFloat32) return lie_below<uint32_t>(items, num_items, 0x477f8000);
+  if (kType == DType::kFloat32) return lie_below<uint32_t>(items, num_items, kLargest);
   return lie_below<uint16_t>(items, num_items, kType == DType::kFloat16 ? 0x7bfc : 0x477f);
 }
 
@@ -374,7 +400,10 @@ void decode_lossless(const Lossless& in, const Tile& tile, uint16_t* items) {
 // ---- sides ---------------------------------------------------------------------------------
 
 template <DType kType, int kBits>
-void encode_codes(const Side& side, const std::byte* items, std::byte* layer) {
+bool encode_codes(const Side& side, const std::byte* items, std::byte* layer) {
+  const int64_t num_all = side.num_heads * side.block_size * side.head_dim;
+  if (!Elements<kType>::kRangesSeeAll && !fits_half<kType>(items, num_all)) return false;
+  Words magnitudes = no_words();
   const Tile tile = {side.block_size, side.head_dim};
   const int64_t num_items = tile.size * tile.dim, groups = side.format.num_groups;
   const int64_t num_pairs = side.is_key ? groups * tile.dim : groups * tile.size;
@@ -383,8 +412,9 @@ void encode_codes(const Side& side, const std::byte* items, std::byte* layer) {
   for (int64_t head = 0; head < side.num_heads; ++head) {
     const auto encode = side.is_key ? encode_keys<kType, kBits> : encode_values<kType, kBits>;
     encode(items + head * num_items * Elements<kType>::kBytes, tile, groups,
-           codes + head * num_items / kParts<kBits>, pairs + head * num_pairs * 2);
+           codes + head * num_items / kParts<kBits>, pairs + head * num_pairs * 2, magnitudes);
   }
+  return largest_lane(magnitudes) <= kLargest;
 }
 
 template <DType kType, int kBits>
@@ -428,17 +458,11 @@ bool encode_side(const Side& side, const std::byte* items, std::byte* layer) {
       return is_good;
     }
     case 8:
-      if (!fits_half<kType>(items, num_items)) return false;
-      encode_codes<kType, 8>(side, items, layer);
-      return true;
+      return encode_codes<kType, 8>(side, items, layer);
     case 4:
-      if (!fits_half<kType>(items, num_items)) return false;
-      encode_codes<kType, 4>(side, items, layer);
-      return true;
+      return encode_codes<kType, 4>(side, items, layer);
     default:
-      if (!fits_half<kType>(items, num_items)) return false;
-      encode_codes<kType, 2>(side, items, layer);
-      return true;
+      return encode_codes<kType, 2>(side, items, layer);
   }
 }
 

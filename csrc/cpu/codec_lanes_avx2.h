@@ -66,7 +66,9 @@ inline void load_pairs(const uint16_t* from, int64_t count, Floats& first, Float
 
 template <int kBits>
 inline Words code_at(Floats code, int part) {
-  const Words bits = _mm256_castps_si256(_mm256_add_ps(code, _mm256_set1_ps(0x1.8p23f)));
+  const Floats bounded = _mm256_min_ps(code, _mm256_set1_ps((1 << kBits) - 1));
+  // The last bits of a float of this size count units.
+  const Words bits = _mm256_castps_si256(_mm256_add_ps(bounded, _mm256_set1_ps(0x1.8p23f)));
   const Words low = _mm256_and_si256(bits, _mm256_set1_epi32((1 << kBits) - 1));
   return part == 0 ? low : _mm256_slli_epi32(low, kBits * part);
 }
@@ -139,6 +141,19 @@ struct ElementsOf {
     E::store(items, v);
     return E::load(items);
   }
+
+  using Range = Floats;
+  static constexpr bool kRangesSeeAll = false;
+  static Range read_range(const std::byte* from, int64_t count) { return read(from, count); }
+  static Range least(Range a, Range b) { return min(a, b); }
+  static Range greatest(Range a, Range b) { return max(a, b); }
+  static Range repeat_first(Range v, int64_t count) {
+    alignas(32) float lanes[kLanes];
+    _mm256_store_ps(lanes, v);
+    std::fill(lanes + count, lanes + kLanes, lanes[0]);
+    return _mm256_load_ps(lanes);
+  }
+  static Floats floats(Range v) { return v; }
 };
 template <>
 struct Elements<DType::kFloat32> : ElementsOf<Float32, 4> {};

@@ -48,20 +48,20 @@ inline void load_pairs(const uint16_t* from, int64_t count, Floats& first, Float
   second = from_half(_mm512_srli_epi32(both, 16));
 }
 
-// Codes: the last bits of a float of this size count units.
+// The nearest code to one that is not negative, ties to even; of 8 bits, not yet bounded.
 template <int kBits>
 inline Words code_at(Floats code, int part) {
-  const Words bits = _mm512_castps_si512(_mm512_add_ps(code, _mm512_set1_ps(0x1.8p23f)));
-  const Words low = _mm512_and_si512(bits, _mm512_set1_epi32((1 << kBits) - 1));
-  return part == 0 ? low : _mm512_slli_epi32(low, kBits * part);
+  if (kBits == 8) return _mm512_cvtps_epi32(code);  // `store_bytes` saturates
+  const Words nearest = _mm512_cvtps_epi32(_mm512_min_ps(code, _mm512_set1_ps((1 << kBits) - 1)));
+  return part == 0 ? nearest : _mm512_slli_epi32(nearest, kBits * part);
 }
 inline Words either(Words a, Words b) { return _mm512_or_si512(a, b); }
 inline Words no_words() { return _mm512_setzero_si512(); }
 inline void store_bytes(uint8_t* to, Words v, int64_t count) {
   if (count >= kLanes) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(v));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtusepi32_epi8(v));
   } else {
-    _mm_mask_storeu_epi8(to, first_lanes(count), _mm512_cvtepi32_epi8(v));
+    _mm_mask_storeu_epi8(to, first_lanes(count), _mm512_cvtusepi32_epi8(v));
   }
 }
 inline Words load_bytes(const uint8_t* from, int64_t count) {
@@ -93,6 +93,41 @@ inline Floats least_of_each(const Floats* v) {
 }
 inline Floats greatest_of_each(const Floats* v) { return max_lanes_of_16(v); }
 
+// Sixteen 16-bit floats as whole numbers of the same order: half the width, and a NaN lies beyond
+// all numbers.
+using Ordered = __m256i;
+
+// Its own inverse: of negative ones all bits but the sign are flipped.
+inline Ordered order(__m256i bits) {
+  const __m256i magnitude = _mm256_set1_epi16(0x7fff);
+  return _mm256_ternarylogic_epi64(bits, _mm256_srai_epi16(bits, 15), magnitude, 0x78);
+}
+
+template <typename Combine>
+inline Ordered combine_each(const Ordered* v, const Combine& combine) {
+  Ordered pairs[8], fours[4], eights[2];
+  for (int i = 0; i < 8; ++i) {
+    pairs[i] = combine(_mm256_unpacklo_epi16(v[2 * i], v[2 * i + 1]),
+                       _mm256_unpackhi_epi16(v[2 * i], v[2 * i + 1]));
+  }
+  for (int i = 0; i < 4; ++i) {
+    fours[i] = combine(_mm256_unpacklo_epi32(pairs[2 * i], pairs[2 * i + 1]),
+                       _mm256_unpackhi_epi32(pairs[2 * i], pairs[2 * i + 1]));
+  }
+  for (int i = 0; i < 2; ++i) {
+    eights[i] = combine(_mm256_unpacklo_epi64(fours[2 * i], fours[2 * i + 1]),
+                        _mm256_unpackhi_epi64(fours[2 * i], fours[2 * i + 1]));
+  }
+  return combine(_mm256_permute2x128_si256(eights[0], eights[1], 0x20),
+                 _mm256_permute2x128_si256(eights[0], eights[1], 0x31));
+}
+inline Ordered least_of_each(const Ordered* v) {
+  return combine_each(v, [](Ordered a, Ordered b) { return _mm256_min_epi16(a, b); });
+}
+inline Ordered greatest_of_each(const Ordered* v) {
+  return combine_each(v, [](Ordered a, Ordered b) { return _mm256_max_epi16(a, b); });
+}
+
 // Elements of the pool.
 template <DType kType>
 struct Elements;
@@ -111,15 +146,45 @@ struct ElementsOf {
 template <>
 struct Elements<DType::kFloat32> : ElementsOf<Float32, 4> {
   static Floats round(Floats v) { return v; }
+
+  // What ranges are found of, and whether that shows what is no number.
+  using Range = Floats;
+  static constexpr bool kRangesSeeAll = false;
+  static Range read_range(const std::byte* from, int64_t count) { return read(from, count); }
+  static Range least(Range a, Range b) { return min(a, b); }
+  static Range greatest(Range a, Range b) { return max(a, b); }
+  // From lane `count` on, the first.
+  static Range repeat_first(Range v, int64_t count) {
+    return _mm512_mask_mov_ps(_mm512_broadcastss_ps(_mm512_castps512_ps128(v)), first_lanes(count),
+                              v);
+  }
+  static Floats floats(Range v) { return v; }
+};
+
+template <typename E>
+struct Elements16 : ElementsOf<E, 2> {
+  using Range = Ordered;
+  static constexpr bool kRangesSeeAll = true;
+  static Range read_range(const std::byte* from, int64_t count) {
+    if (count < kLanes) return order(_mm256_maskz_loadu_epi16(first_lanes(count), from));
+    return order(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static Range least(Range a, Range b) { return _mm256_min_epi16(a, b); }
+  static Range greatest(Range a, Range b) { return _mm256_max_epi16(a, b); }
+  static Range repeat_first(Range v, int64_t count) {
+    return _mm256_mask_mov_epi16(_mm256_broadcastw_epi16(_mm256_castsi256_si128(v)),
+                                 first_lanes(count), v);
+  }
+  static Floats floats(Range v) { return E::widen(order(v)); }
 };
 template <>
-struct Elements<DType::kFloat16> : ElementsOf<Float16, 2> {
+struct Elements<DType::kFloat16> : Elements16<Float16> {
   static Floats round(Floats v) {
     return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 };
 template <>
-struct Elements<DType::kBFloat16> : ElementsOf<BFloat16, 2> {
+struct Elements<DType::kBFloat16> : Elements16<BFloat16> {
   static Floats round(Floats v) {
     alignas(64) uint16_t bits[kLanes];
     BFloat16::store(bits, v, 0xffff);

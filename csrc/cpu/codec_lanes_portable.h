@@ -91,7 +91,8 @@ inline void load_pairs(const uint16_t* from, int64_t count, Floats& first, Float
 template <int kBits>
 inline Words code_at(Floats code, int part) {
   return lanes_of<Words>([&](int64_t i) {
-    return (bits_from_float(code.v[i] + 0x1.8p23f) & ((1u << kBits) - 1)) << (kBits * part);
+    const float bounded = std::min(code.v[i], static_cast<float>((1 << kBits) - 1));
+    return (bits_from_float(bounded + 0x1.8p23f) & ((1u << kBits) - 1)) << (kBits * part);
   });
 }
 inline Words either(Words a, Words b) {
@@ -152,6 +153,16 @@ struct ElementsOf {
       return to_float(item);
     });
   }
+
+  using Range = Floats;
+  static constexpr bool kRangesSeeAll = false;
+  static Range read_range(const std::byte* from, int64_t count) { return read(from, count); }
+  static Range least(Range a, Range b) { return min(a, b); }
+  static Range greatest(Range a, Range b) { return max(a, b); }
+  static Range repeat_first(Range v, int64_t count) {
+    return lanes_of<Range>([&](int64_t i) { return v.v[i < count ? i : 0]; });
+  }
+  static Floats floats(Range v) { return v; }
 };
 template <>
 struct Elements<DType::kFloat32> : ElementsOf<float> {};

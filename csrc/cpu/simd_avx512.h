@@ -34,8 +34,9 @@ struct Float32 {
 
 struct Float16 {
   using Item = uint16_t;
+  static __m512 widen(__m256i bits) { return _mm512_cvtph_ps(bits); }
   static __m512 load(const Item* p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   static void load_pair(const Item* p, __m512& a, __m512& b) {
     a = load(p);
