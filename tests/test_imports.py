@@ -17,8 +17,9 @@ PACKAGES = {"kvkernels": ROOT / "kvkernels", "prefixstore": ROOT / "python" / "p
 # What a call consists of, as every implementation takes it.
 CONTRACT = ("kvkernels.scoring", "kvkernels.quantized_cache", "kvkernels.codecs")
 CONTRACT += ("kvkernels.layout", "kvkernels.checks")
-RECORD = ("prefixstore.errors", "prefixstore.checksum", "prefixstore.block_key")
-RECORD += ("prefixstore.record", "prefixstore.record_layout", "prefixstore.index")
+NAMES = ("prefixstore.errors", "prefixstore.checksum", "prefixstore.block_key")
+NAMES += ("prefixstore.record_header", "prefixstore.index")
+RECORD = ("prefixstore.record", "prefixstore.record_layout")
 STORE = ("prefixstore.store", "prefixstore.store_stats", "prefixstore.breaker")
 STORE += ("prefixstore.guarded_tier", "prefixstore.write_queue")
 STORE += ("prefixstore.block_sources", "prefixstore.block_targets")
@@ -47,16 +48,19 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
         "kvkernels.nn.transformers_compat",
     ): ("torch", "transformers", "kvkernels"),
     ("prefixstore",): (),
-    RECORD: ("torch", "numpy", "_kvkernels", "kvkernels"),
+    # `RecordLayout` is only an annotation there.
+    NAMES: ("numpy", "_kvkernels", "prefixstore.record_layout"),
+    RECORD: ("torch", "numpy", "kvkernels", *NAMES),
     # A tier sees bytes: no tensors, and never the store.
-    ("prefixstore.tiers",): ("numpy", *RECORD),
-    STORE: ("numpy", "prefixstore.tiers.base", *RECORD),
+    ("prefixstore.tiers",): ("numpy", *NAMES),
+    STORE: ("numpy", "prefixstore.tiers.base", *NAMES, *RECORD),
     PLANNER: ("numpy",),
     # Beside the cache: what a model's KV depends on, and models to try it with.
     ("prefixstore.identity",): ("torch", "numpy", "kvkernels", "prefixstore.errors"),
     ("prefixstore.models",): ("torch", "transformers", "prefixstore.errors"),
     CACHE: (
         *("torch", "numpy", "kvkernels", "prefixstore.identity", "prefixstore.tiers"),
+        *NAMES,
         *RECORD,
         *STORE,
         *PLANNER,
@@ -163,7 +167,8 @@ def test_finds_an_import_that_is_not_allowed(module: str, source: str) -> None:
         ("import kvkernels", ("triton", "transformers", "prefixstore")),
         ("import kvkernels.nn", ("triton", "transformers", "prefixstore")),
         ("import prefixstore", ("torch", "kvkernels")),
-        ("import prefixstore.store, prefixstore.index", ("torch", "kvkernels")),
+        ("import prefixstore.store", ("triton", "transformers")),
+        ("import prefixstore.index", ("torch", "kvkernels")),
         ("import prefixstore.tiers.disk, prefixstore.tiers.memory", ("torch", "kvkernels")),
         ("import prefixstore.cli", ("click", "rich", "torch", "transformers")),
     ],

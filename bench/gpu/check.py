@@ -14,6 +14,7 @@ from kvkernels.reference import attention as reference
 from kvkernels.reference import kv_cache as reference_kv_cache
 from kvkernels.reference.quantize import quantize_keys, quantize_values
 from kvkernels.scoring import Scoring
+from kvkernels.transfer import BlockTransfer
 
 DEVICE = torch.device("cuda")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -239,6 +240,38 @@ def check_codecs(codec: str) -> None:
             check_codec(codec, dtype, head_dim, block_size)
 
 
+def check_transfer(codec: str, is_staged: bool) -> None:
+    """Out beside the stream that wrote the blocks and overwrites them, and in layer by layer."""
+    layout = KVLayout(6, 4, 128, 64, BF16)
+    pool, target = (KVPool(layout, 64, DEVICE) for _ in range(2))
+    block_format = BlockFormat(layout, codec)
+    ids = torch.arange(0, 64, 8)
+    outwards = BlockTransfer(pool, num_slots=16, headroom=256, is_staged=is_staged, num_programs=12)
+    inwards = BlockTransfer(target, num_programs=12)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        numbers = torch.randn(pool.data.shape, device=DEVICE, dtype=BF16)
+        numbers[8, 2, 0, 1, 3, 5] = torch.inf  # raw: longer than the others
+        pool.data.copy_(numbers)
+        with outwards.evict(ids, block_format, outwards.mark()) as eviction:
+            encoded = eviction.wait()
+            pool.data.fill_(torch.nan)  # they may be written now
+            target.data.fill_(torch.nan)
+            restoration = inwards.restore(encoded, ids, layers_per_step=2, after=inwards.mark())
+            for layer in range(layout.num_layers):
+                restoration.wait_layer(layer)
+                got = target.data[ids.to(DEVICE), layer]
+                assert not got.isnan().any(), f"{codec}: layer {layer} was read before it came"
+            assert restoration.wait().all(), f"{codec}: a layer with other sums"
+        pool.data.copy_(numbers)
+        direct = kvkernels.encode_blocks(pool, ids.to(DEVICE), block_format)
+        kvkernels.decode_blocks(direct, pool, ids.to(DEVICE))
+        got, want = (one.data[ids.to(DEVICE)].view(torch.int16) for one in (target, pool))
+        assert torch.equal(got, want), f"{codec}: other blocks"
+    outwards.close()
+    inwards.close()
+
+
 CHECKS: dict[str, Callable[[], Any]] = {
     "store": check_store,
     "merge": check_merge,
@@ -276,4 +309,6 @@ CHECKS: dict[str, Callable[[], Any]] = {
     ),
     "invariance": check_invariance,
     "graph": check_graph,
+    "transfer": partial(check_transfer, "q8", False),
+    "transfer_staged": partial(check_transfer, "q4", True),
 } | {f"codec_{codec}": partial(check_codecs, codec) for codec in CODECS}

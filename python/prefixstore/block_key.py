@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NewType
+from typing import TYPE_CHECKING, NewType
 
 import numpy as np
 
-from prefixstore.record_layout import RecordLayout
+if TYPE_CHECKING:
+    from prefixstore.record_layout import RecordLayout
 
 BlockHash = NewType("BlockHash", bytes)
 """16 bytes: names a block by its tokens and everything before them."""
@@ -87,7 +88,7 @@ def chain_keys(
         ValueError: If tokens are not a flat run of such integers, or a digest is not 16 bytes; or
             if layouts differ in more than their codecs.
     """
-    layouts = [layout] if isinstance(layout, RecordLayout) else list(layout)
+    layouts = list(layout) if isinstance(layout, Sequence) else [layout]
     if len({one.raw for one in layouts}) != 1:
         raise ValueError(f"layout: expected layouts of one block, got {layouts}")
     ids = np.asarray(tokens)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,12 +32,17 @@ from prefixstore.block_key import (
 )
 from prefixstore.checksum import Buffer, as_bytes, checksum_words, crc32c
 from prefixstore.errors import BlockCorrupted
-from prefixstore.record_layout import (
+from prefixstore.record_header import (
+    CRC_OFFSET,
+    FIXED,
     FIXED_BYTES,
-    MAX_HEADER_BYTES,
-    TABLE_ENTRY_BYTES,
-    RecordLayout,
+    MAGIC,
+    VERSION,
+    FixedHeader,
+    corrupted,
+    read_fixed,
 )
+from prefixstore.record_layout import TABLE_ENTRY_BYTES, RecordLayout
 
 __all__ = [
     "ROOT_HASH",
@@ -56,40 +60,13 @@ __all__ = [
     "write_header",
 ]
 
-VERSION = 1
 CODEC_LIST = 255  # a codec for each layer, in a list of their own
 DTYPE_CODES = {"float32": 1, "float16": 2, "bfloat16": 3}
 _DTYPE_NAMES = {code: name for name, code in DTYPE_CODES.items()}
 _CODEC_NAMES = {codec.code: name for name, codec in CODECS.items()}
 
-_MAGIC = b"KVB1"
-_FIXED = struct.Struct("<4sHHBBHHHHHHHQ16s16s16sI12s")
-_CRC_OFFSET = 80
 _TABLE_ENTRY = np.dtype([("offset", "<u4"), ("bytes", "<u4"), ("sum", "<u8"), ("weighted", "<u8")])
-assert _FIXED.size == FIXED_BYTES and _TABLE_ENTRY.itemsize == TABLE_ENTRY_BYTES
-
-
-class _Fixed(NamedTuple):
-    """The first 96 bytes, in their order."""
-
-    magic: bytes
-    version: int
-    header_bytes: int
-    codec: int
-    dtype: int
-    flags: int
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    block_size: int
-    num_tokens: int
-    layer_group: int
-    payload_bytes: int
-    identity: bytes
-    block_hash: bytes
-    parent_hash: bytes
-    crc: int
-    reserved: bytes
+assert _TABLE_ENTRY.itemsize == TABLE_ENTRY_BYTES
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,11 +138,11 @@ def write_header(key: BlockKey, layout: RecordLayout, sums: torch.Tensor, record
     header_bytes, tokens_end = layout.header_bytes, FIXED_BYTES + 4 * layout.block_size
     table = np.empty((layout.num_layers, TABLE_ENTRY_BYTES // 8), "<i8")
     table[:, 0], table[:, 1:] = layout.layer_places.view("<i8")[:, 0], sums.numpy()
-    _FIXED.pack_into(target, 0, *_fixed_fields(key, layout))
+    FIXED.pack_into(target, 0, *_fixed_fields(key, layout))
     target[FIXED_BYTES:tokens_end] = key.tokens.astype("<u4", copy=False).tobytes()
     rest = table.tobytes() + _codec_list(layout)
     target[tokens_end:header_bytes] = rest.ljust(header_bytes - tokens_end, b"\0")
-    struct.pack_into("<I", target, _CRC_OFFSET, crc32c(target[:header_bytes]))
+    struct.pack_into("<I", target, CRC_OFFSET, crc32c(target[:header_bytes]))
 
 
 def decode(record: Buffer, key: BlockKey, block_out: Buffer) -> None:
@@ -214,14 +191,14 @@ def check_header(record: Buffer, key: BlockKey) -> RecordHeader:
     header = read_header(data)
     found = header.key
     if found.layout != key.layout and not key.layout.accepts(found.layout):
-        raise _corrupted("layout", key.layout, found.layout)
+        raise corrupted("layout", key.layout, found.layout)
     for name in ("identity", "parent_hash", "block_hash"):
         if getattr(found, name) != getattr(key, name):
-            raise _corrupted(name, getattr(key, name).hex(), getattr(found, name).hex())
+            raise corrupted(name, getattr(key, name).hex(), getattr(found, name).hex())
     if found.tokens.tobytes() != key.tokens.tobytes():
         raise BlockCorrupted("tokens: expected those of the key, got others")
     if data.nbytes != found.layout.record_bytes:
-        raise _corrupted("record", f"{found.layout.record_bytes} bytes", data.nbytes)
+        raise corrupted("record", f"{found.layout.record_bytes} bytes", data.nbytes)
     return header
 
 
@@ -237,10 +214,10 @@ def verify(record: Buffer) -> RecordHeader:
     header = read_header(data)
     key = header.key
     if data.nbytes != key.layout.record_bytes:
-        raise _corrupted("record", f"{key.layout.record_bytes} bytes", data.nbytes)
+        raise corrupted("record", f"{key.layout.record_bytes} bytes", data.nbytes)
     name = hash_block(key.parent_hash, key.identity, key.layout.layer_group, key.tokens)
     if name != key.block_hash:
-        raise _corrupted("block_hash", name.hex(), key.block_hash.hex())
+        raise corrupted("block_hash", name.hex(), key.block_hash.hex())
     wrong = [
         layer
         for layer, entry in enumerate(header.table)
@@ -261,10 +238,10 @@ def read_header(record: Buffer) -> RecordHeader:
         BlockCorrupted: If the bytes are no header of version 1, or not as they were written.
     """
     data = as_bytes("record", record)
-    fixed = _read_fixed(data)
+    fixed = read_fixed(data)
     dtype = _DTYPE_NAMES.get(fixed.dtype)
     if dtype is None:
-        raise _corrupted("dtype", f"one of {list(_DTYPE_NAMES)}", fixed.dtype)
+        raise corrupted("dtype", f"one of {list(_DTYPE_NAMES)}", fixed.dtype)
     try:
         layout = _find_layout(
             fixed.num_layers,
@@ -286,7 +263,7 @@ def read_header(record: Buffer) -> RecordHeader:
         ("payload_bytes", layout.payload_bytes),
     ):
         if getattr(fixed, name) != expected:
-            raise _corrupted(name, expected, getattr(fixed, name))
+            raise corrupted(name, expected, getattr(fixed, name))
     tokens = np.frombuffer(data, "<u4", layout.block_size, FIXED_BYTES)
     key = BlockKey(
         layout,
@@ -298,25 +275,7 @@ def read_header(record: Buffer) -> RecordHeader:
     return RecordHeader(key, _read_table(data, layout))
 
 
-def _read_fixed(data: memoryview) -> _Fixed:
-    """The first 96 bytes, after the header's checksum has been found right."""
-    if data.nbytes < FIXED_BYTES:
-        raise _corrupted("record", f"at least {FIXED_BYTES} bytes", data.nbytes)
-    fixed = _Fixed._make(_FIXED.unpack_from(data))
-    if fixed.magic != _MAGIC:
-        raise _corrupted("magic", _MAGIC, fixed.magic)
-    if fixed.version != VERSION:
-        raise _corrupted("version", f"{VERSION}, the one this reader knows", fixed.version)
-    if not FIXED_BYTES <= fixed.header_bytes <= min(data.nbytes, MAX_HEADER_BYTES):
-        raise _corrupted("header_bytes", f"{FIXED_BYTES} to {data.nbytes}", fixed.header_bytes)
-    crc = crc32c(bytes(4), crc32c(data[:_CRC_OFFSET]))
-    crc = crc32c(data[_CRC_OFFSET + 4 : fixed.header_bytes], crc)
-    if crc != fixed.crc:
-        raise _corrupted("header checksum", f"{fixed.crc:#010x}", f"{crc:#010x}")
-    return fixed
-
-
-def _read_codecs(data: memoryview, fixed: _Fixed) -> tuple[str, ...]:
+def _read_codecs(data: memoryview, fixed: FixedHeader) -> tuple[str, ...]:
     """The names of the layers' codecs, one where it serves all of them."""
     codes = [fixed.codec]
     if fixed.codec == CODEC_LIST:
@@ -324,7 +283,7 @@ def _read_codecs(data: memoryview, fixed: _Fixed) -> tuple[str, ...]:
         codes = list(data[start : min(start + fixed.num_layers, fixed.header_bytes)])
     unknown = [code for code in codes if code not in _CODEC_NAMES]
     if unknown:
-        raise _corrupted("codec", f"one of {[*_CODEC_NAMES, CODEC_LIST]}", unknown[0])
+        raise corrupted("codec", f"one of {[*_CODEC_NAMES, CODEC_LIST]}", unknown[0])
     return tuple(_CODEC_NAMES[code] for code in codes)
 
 
@@ -354,9 +313,9 @@ def _codec_list(layout: RecordLayout) -> bytes:
     return bytes(codes) if len(codes) > 1 else b""
 
 
-def _fixed_fields(key: BlockKey, layout: RecordLayout) -> _Fixed:
-    return _Fixed(
-        magic=_MAGIC,
+def _fixed_fields(key: BlockKey, layout: RecordLayout) -> FixedHeader:
+    return FixedHeader(
+        magic=MAGIC,
         version=VERSION,
         header_bytes=layout.header_bytes,
         codec=_codec_code(layout),
@@ -405,7 +364,3 @@ def _check_apart(name: str, target: memoryview, source: memoryview) -> None:
         raise ValueError(f"{name}: expected a writable buffer, got a read-only one")
     if np.may_share_memory(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8)):
         raise ValueError(f"{name}: expected no overlap with the source, got one")
-
-
-def _corrupted(what: str, expected: object, found: object) -> BlockCorrupted:
-    return BlockCorrupted(f"{what}: expected {expected}, got {found}")

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 
 from kvkernels import BlockFormat, KVLayout
+from prefixstore.record_header import FIXED_BYTES, MAX_HEADER_BYTES
 
-FIXED_BYTES = 96
 TABLE_ENTRY_BYTES = 24
 ALIGNMENT = 64
-MAX_HEADER_BYTES = 65472  # the largest multiple of 64 that a u16 holds
 MAX_RECORD_BYTES = 1 << 31
 
 LOSSLESS = frozenset({"raw", "l12"})  # codecs that give back every bit

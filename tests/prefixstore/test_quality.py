@@ -86,3 +86,14 @@ def test_a_cache_restored_as_it_is_is_the_same() -> None:
         assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
     with pytest.raises(ValueError, match="tokens: expected a multiple of 64, got 100"):
         compute_prefix(model, torch.arange(100))
+
+
+def test_kv_may_be_rounded_to_16_bits() -> None:
+    prefix = compute_prefix(tiny_model().float().eval(), torch.arange(128) % 100)
+    own, _ = restore(prefix, None)
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded, num_raw = restore(prefix, dtype)
+        assert num_raw == 0
+        for one, other in zip(own.layers, rounded.layers, strict=True):
+            assert torch.equal(one.keys.to(dtype).float(), other.keys)
+            assert not torch.equal(one.keys, other.keys)

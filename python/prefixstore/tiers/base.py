@@ -9,8 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
+from prefixstore.block_key import BlockHash
 from prefixstore.errors import ConfigError
-from prefixstore.record import BlockHash
 
 PAGE_BYTES = 4096
 

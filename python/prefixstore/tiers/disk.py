@@ -23,8 +23,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from prefixstore.block_key import BlockHash
 from prefixstore.errors import BlockCorrupted, ConfigError, TierTimeout, TierUnavailable
-from prefixstore.record import BlockHash
 from prefixstore.tiers import disk_slabs
 from prefixstore.tiers.base import PAGE_BYTES, TierCounters, TierStats, check_bytes, round_up
 from prefixstore.tiers.disk_files import Slab, SlabFiles

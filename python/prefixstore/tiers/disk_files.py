@@ -18,8 +18,9 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
+from prefixstore.block_key import BlockHash
 from prefixstore.errors import BlockCorrupted, TierError, TierFull, TierUnavailable
-from prefixstore.record import BlockHash, read_header
+from prefixstore.record_header import read_fixed
 from prefixstore.tiers.base import PAGE_BYTES
 
 VERSION = 1
@@ -156,14 +157,14 @@ class SlabFiles:
         buffer = memoryview(bytearray(min(slab.slot_bytes, _HEADER_READ_BYTES)))
         num_read = self.read(slab, slot, buffer)
         try:
-            key = read_header(buffer[:num_read]).key
+            header = read_fixed(buffer[:num_read])
         except BlockCorrupted:
             return None
-        record_bytes = key.layout.record_bytes
+        record_bytes = header.record_bytes
         end = slot * slab.slot_bytes + record_bytes
         if record_bytes > slab.slot_bytes or end > self._file_bytes(slab):
             return None
-        return FoundRecord(slot, key.block_hash, record_bytes)
+        return FoundRecord(slot, BlockHash(header.block_hash), record_bytes)
 
     def modified_ns(self, slab: Slab) -> int:
         """When the file was last written; 0 where it is missing."""

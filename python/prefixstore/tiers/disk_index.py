@@ -21,8 +21,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from prefixstore.block_key import BlockHash
 from prefixstore.errors import TierError
-from prefixstore.record import BlockHash
 from prefixstore.tiers import disk_slabs
 from prefixstore.tiers.disk_files import Slab
 from prefixstore.tiers.disk_slabs import Evicted, Limits

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from prefixstore.block_key import BlockHash
 from prefixstore.errors import BlockCorrupted, ConfigError, TierFull, TierUnavailable
-from prefixstore.record import BlockHash
 from prefixstore.tiers.base import (
     PAGE_BYTES,
     TierCounters,
