@@ -6,6 +6,7 @@ or by the work that the caller queues next. On a CPU those are the same.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
@@ -65,7 +66,11 @@ class ThreadLane:
     """A thread. What the caller's thread has written, it has written: there is nothing to mark."""
 
     def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kvkernels-transfer")
+        self._pid = os.getpid()
 
     def mark(self) -> Done:
         return _Nothing()
@@ -76,6 +81,8 @@ class ThreadLane:
                 after.wait()
             work()
 
+        if os.getpid() != self._pid:  # a fork leaves the thread behind
+            self._start()
         return _FutureDone(self._executor.submit(run))
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -11,7 +12,14 @@ import pytest
 import torch
 
 import kvkernels
-from kvkernels import CODECS, BlockAllocator, BlockFormat, EncodedBlocks, KVLayout, KVPool
+from kvkernels import (
+    CODECS,
+    BlockAllocator,
+    BlockFormat,
+    EncodedBlocks,
+    KVLayout,
+    KVPool,
+)
 from kvkernels.transfer import BlockTransfer, routes
 from kvkernels.transfer.ring import Ring
 
@@ -226,6 +234,21 @@ def test_nothing_is_mixed_up_when_much_is_under_way(make_transfer: MakeTransfer)
         thread.join()
     assert problems == []
     assert allocator.check() == [] and allocator.num_free == 24
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_process_has_a_thread_of_its_own(make_transfer: MakeTransfer) -> None:
+    pool = make_pool(2)
+    transfer = make_transfer(pool)
+    block_format = BlockFormat(LAYOUT, "q8")
+    with transfer.evict(torch.arange(2), block_format) as eviction:
+        encoded = copy_of(eviction.wait())
+    pid = os.fork()
+    if pid == 0:
+        threading.Timer(20, os._exit, [9]).start()
+        is_good = transfer.restore(encoded, torch.arange(2)).wait()
+        os._exit(0 if is_good.all() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_no_two_runs_of_a_ring_share_a_slot() -> None:
