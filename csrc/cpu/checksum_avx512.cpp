@@ -15,7 +15,8 @@ constexpr std::size_t kUnroll = 4;  // hides the latency of the two dependent ad
 constexpr std::size_t kStepBytes = kUnroll * kVectorBytes;
 constexpr std::size_t kStepWords = kStepBytes / 4;
 
-// Running sums of the 8 even or the 8 odd words of one vector of each step; see checksum.cpp.
+// Running sums of the 8 pairs of words, or of the 8 odd words, of one vector of each step; see
+// checksum.cpp. All are modulo 2^64, so a pair less its odd word is its even one.
 struct Lanes {
   __m512i first = _mm512_setzero_si512();
   __m512i second = _mm512_setzero_si512();
@@ -23,6 +24,13 @@ struct Lanes {
   void add(__m512i words) {
     first = _mm512_add_epi64(first, words);
     second = _mm512_add_epi64(second, first);
+  }
+
+  // Of the even words, where these are the pairs.
+  Lanes without(const Lanes& odd) const {
+    // the masked form, all lanes on: GCC 12 warns about the plain one's undefined source
+    return {_mm512_sub_epi64(first, _mm512_maskz_slli_epi64(0xFF, odd.first, 32)),
+            _mm512_sub_epi64(second, _mm512_maskz_slli_epi64(0xFF, odd.second, 32))};
   }
 
   // `position` is the place within a step of lane 0; lanes stand two words apart.
@@ -50,23 +58,21 @@ void store([[maybe_unused]] Byte* target, [[maybe_unused]] __m512i words) {
 
 template <Store kStore>
 WordSums vector_sums(const Byte* source, Byte* target, std::size_t size) {
-  const __m512i low_half = _mm512_set1_epi64(0xFFFFFFFF);
-  Lanes even[kUnroll], odd[kUnroll];
+  Lanes pairs[kUnroll], odd[kUnroll];
   const std::size_t steps = size / kStepBytes, num_words = size / 4;
   for (std::size_t step = 0; step < steps; ++step) {
     for (std::size_t i = 0; i < kUnroll; ++i) {
       const std::size_t offset = step * kStepBytes + i * kVectorBytes;
       const __m512i words = _mm512_loadu_si512(source + offset);
       store<kStore>(target + offset, words);
-      even[i].add(_mm512_and_si512(words, low_half));
-      // the masked form, all lanes on: GCC 12 warns about the plain one's undefined source
+      pairs[i].add(words);
       odd[i].add(_mm512_maskz_srli_epi64(0xFF, words, 32));
     }
   }
   if constexpr (kStore == Store::kStreaming) _mm_sfence();
   WordSums sums{0, 0};
   for (std::size_t i = 0; i < kUnroll; ++i) {
-    even[i].finish(steps, 16 * i, sums);
+    pairs[i].without(odd[i]).finish(steps, 16 * i, sums);
     odd[i].finish(steps, 16 * i + 1, sums);
   }
   for (std::size_t i = steps * kStepWords; i < num_words; ++i) {

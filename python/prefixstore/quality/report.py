@@ -41,7 +41,7 @@ def print_table(console: Console, summary: dict[str, Any]) -> None:
             f"{row['kl_p99']:.1e}",
             f"{100 * row['top1_agreement']:.1f} %",
             f"{statistics.mean(row['greedy_divergence']):.0f}",
-            f"{row['needles_found']} of {len(plan['depths'])}",
+            f"{row['needles_found']}/{len(plan['depths'])}",
         )
     console.print(table)
     for name, row in summary["codecs"].items():
