@@ -101,6 +101,12 @@ void decode_blocks(const CodecArgs& args, AttentionPath path, int num_threads) {
     args.is_good[index] =
         found.sum == args.sums[index].sum && found.weighted == args.sums[index].weighted;
     if (!args.is_good[index]) return;
+    const LayerFormat& format = args.layers[index % args.num_layers];
+    if (format.keys.bits == kRawBits && format.values.bits == kRawBits) {
+      // Keys and values adjoin, in the pool and in the payload. This does not read the pool first.
+      copy_with_checksum(layer.payload, layer.key_items, format.num_bytes);
+      return;
+    }
     kernels.decode(layer.keys, layer.payload, layer.key_items);
     kernels.decode(layer.values, layer.payload, layer.value_items);
   });

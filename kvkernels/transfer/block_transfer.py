@@ -51,7 +51,7 @@ class Eviction:
         def run() -> None:
             self._finish = encode()
 
-        self._done = lane.submit(run, after)
+        self._done = lane.run(run, after)
 
     def wait(self) -> EncodedBlocks:
         """The payloads, in this eviction's slots, once they are written.
@@ -96,9 +96,10 @@ class Restoration:
     ) -> None:
         """For `BlockTransfer`."""
         num_layers = self._is_good.shape[1]
+        submit = lane.run if step >= num_layers else lane.submit
         for first in range(0, num_layers, step):
             layers = range(first, min(first + step, num_layers))
-            self._steps.append((layers.stop, lane.submit(partial(decode, layers), after)))
+            self._steps.append((layers.stop, submit(partial(decode, layers), after)))
 
     def wait_layer(self, layer: int) -> None:
         """Let what the caller does next find `layer` in the pool, where its checksum was right.
@@ -181,6 +182,8 @@ class BlockTransfer:
             block_format: How; of the pool's layout.
             after: From `mark`, if the blocks were written by work queued on another stream.
 
+        On a CPU this encodes them; on a GPU it returns at once.
+
         Raises:
             ValueError: If there are more blocks than slots, a payload is longer than a slot, or an
                 argument is not as `encode_blocks` wants it.
@@ -221,8 +224,9 @@ class BlockTransfer:
         Args:
             encoded: In host memory.
             block_ids: ``[num_blocks]``, int64, distinct, on the CPU: where they go.
-            layers_per_step: Layers that arrive together; default all. Fewer let the first ones be
-                used earlier, and cost some of the rate.
+            layers_per_step: Layers that arrive together; default all, and then a CPU decodes them
+                before this returns. Fewer let the first ones be used earlier, and cost some of the
+                rate.
             after: From `mark`, if the blocks were read by work queued on another stream.
 
         Raises:

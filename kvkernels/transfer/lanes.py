@@ -37,19 +37,26 @@ class Lane(Protocol):
         """Run `work`, or what it queues on the current stream, once `after` is done."""
         ...
 
+    def run(self, work: Callable[[], None], after: Done | None = None) -> Done:
+        """Like `submit`, for work that is waited for next: a CPU does it at once."""
+        ...
+
     def close(self) -> None:
         """Wait for all work; take no more."""
         ...
 
 
-class _Nothing:
-    """Work that is done."""
+class _Finished:
+    """Work that is over, and what it raised."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self._error = error
 
     def wait(self) -> None:
-        pass
+        if self._error is not None:
+            raise self._error
 
-    def wait_on_stream(self) -> None:
-        pass
+    wait_on_stream = wait
 
 
 class _FutureDone:
@@ -73,7 +80,16 @@ class ThreadLane:
         self._pid = os.getpid()
 
     def mark(self) -> Done:
-        return _Nothing()
+        return _Finished()
+
+    def run(self, work: Callable[[], None], after: Done | None = None) -> Done:
+        try:
+            if after is not None:
+                after.wait()
+            work()
+        except Exception as error:
+            return _Finished(error)
+        return _Finished()
 
     def submit(self, work: Callable[[], None], after: Done | None = None) -> Done:
         def run() -> None:
@@ -117,6 +133,8 @@ class StreamLane:
                 after.wait_on_stream()
             work()
             return self._record(self._stream)
+
+    run = submit
 
     def close(self) -> None:
         self._stream.synchronize()

@@ -133,8 +133,19 @@ class Store:
         names: list[str | None] = [None] * len(keys)
         row_bytes = max((key.layout.max_record_bytes for key in keys), default=1)
         num_rows = max(1, BATCH_BYTES // row_bytes)
+        # Writing to faster tiers waits until all is loaded, as far as the queue could take it: it
+        # would take the processor and the memory from whoever waits for these blocks.
+        promotions: list[WriteJob] = []
+        num_held = 0
         for first in range(0, len(keys), num_rows):
-            self._load_batch(keys, range(first, min(first + num_rows, len(keys))), target, names)
+            indices = range(first, min(first + num_rows, len(keys)))
+            found = self._load_batch(keys, indices, target, names)
+            num_held += sum(job.source.num_bytes for job in found)
+            promotions += found
+            if num_held > self._config.queue_bytes:
+                self._promote(promotions)
+                promotions, num_held = [], 0
+        self._promote(promotions)
         self._counts.add(num_loads=len(keys), num_misses=names.count(None))
         return names
 
@@ -207,13 +218,14 @@ class Store:
         indices: range,
         target: BlockTarget,
         names: list[str | None],
-    ) -> None:
-        """Ask tier after tier for those of `keys` at `indices` that are still missing."""
+    ) -> list[WriteJob]:
+        """Ask tier after tier for those of `keys` at `indices`; returns what is to go up."""
+        promotions: list[WriteJob] = []
         row_bytes = max(keys[index].layout.max_record_bytes for index in indices)
         for number, tier in enumerate(self._tiers):
             missing = [index for index in indices if names[index] is None]
             if not missing:
-                return
+                break
             batch = RecordBatch(self._take_slab(len(missing), row_bytes), [])
             for index in missing:
                 row = batch.slab[len(batch.records)]
@@ -228,17 +240,18 @@ class Store:
                     continue
                 tier.accept(record.data.nbytes)
                 names[record.index] = tier.name
-                self._promote(number, record)
+                tiers = tuple(self._tiers[i] for i in range(number) if self._policies[i].promote)
+                if tiers:
+                    source = WrittenRecord(record.data)  # no copy: the slab is theirs from now on
+                    promotions.append(WriteJob(record.key, source, True, tiers))
+                    self._scratch.slab = None
+        return promotions
 
-    def _promote(self, found_index: int, record: FetchedRecord) -> None:
-        """Hand the record on to faster tiers without a copy: the queue owns it if it takes it."""
-        tiers = tuple(self._tiers[i] for i in range(found_index) if self._policies[i].promote)
-        if not tiers:
-            return
-        if self._queue.offer(WriteJob(record.key, WrittenRecord(record.data), True, tiers)):
-            self._scratch.slab = None
-        else:
-            self._counts.add(num_promotions_dropped=1)
+    def _promote(self, jobs: Sequence[WriteJob]) -> None:
+        """Hand records on to faster tiers."""
+        for job in jobs:
+            if not self._queue.offer(job):
+                self._counts.add(num_promotions_dropped=1)
 
     def _take_slab(self, num_rows: int, row_bytes: int) -> np.ndarray:
         """This thread's buffer, as rows for one record each that start on pages."""

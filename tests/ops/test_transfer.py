@@ -98,10 +98,14 @@ def test_out_and_in_again(codec: str, make_transfer: MakeTransfer) -> None:
 def test_blocks_are_read_after_what_wrote_them(make_transfer: MakeTransfer) -> None:
     pool, gate = make_pool(1), Gate()
     block_format = BlockFormat(LAYOUT, "raw")
-    with make_transfer(pool).evict(torch.tensor([0]), block_format, gate) as eviction:
+
+    def write_late() -> None:
         time.sleep(0.05)
-        pool.data.fill_(3.0)  # "written by another stream", late
+        pool.data.fill_(3.0)
         gate.opened.set()
+
+    threading.Thread(target=write_late).start()  # "another stream"
+    with make_transfer(pool).evict(torch.tensor([0]), block_format, gate) as eviction:
         encoded = eviction.wait()
         assert (encoded.payload(0).view(torch.bfloat16) == 3).all()
 
