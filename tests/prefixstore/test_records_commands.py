@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,21 @@ def test_verifying_evicts_nothing_and_makes_no_store(
     assert result.exit_code == 1
     assert f"store: expected the directory of a disk tier, got {empty}" in result.output
     assert list(empty.iterdir()) == []
+
+
+def test_looking_at_records_does_not_count_as_use(store: tuple[Path, list[BlockKey]]) -> None:
+    path, _ = store
+
+    def last_used() -> list[tuple[int, int, int]]:
+        with sqlite3.connect(path / "index.sqlite") as sql:
+            return sql.execute(
+                "SELECT slab_id, slot, last_used FROM slots ORDER BY 1, 2"
+            ).fetchall()
+
+    before = last_used()
+    assert run("verify", path).exit_code == 0
+    assert run("inspect", path).exit_code == 0
+    assert last_used() == before
 
 
 def test_verifies_while_another_process_serves(store: tuple[Path, list[BlockKey]]) -> None:

@@ -34,7 +34,7 @@ def open_store(path: Path) -> Iterator[DiskTier]:
 def read_record(tier: DiskTier, block_hash: BlockHash, num_bytes: int) -> bytes | None:
     """A record's bytes, or None where it is gone by now."""
     out = bytearray(num_bytes)
-    num_read = tier.get(block_hash, memoryview(out))
+    num_read = tier.peek(block_hash, memoryview(out))
     return None if num_read is None else bytes(out[:num_read])
 
 

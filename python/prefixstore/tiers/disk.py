@@ -112,6 +112,16 @@ class DiskTier:
         return self._config.name
 
     def get(self, block_hash: BlockHash, out: memoryview) -> int | None:
+        num_read = self.peek(block_hash, out)
+        if num_read is None:
+            self._count(num_misses=1)
+            return None
+        self._index.touch(block_hash)
+        self._count(num_hits=1, read_bytes=num_read)
+        return num_read
+
+    def peek(self, block_hash: BlockHash, out: memoryview) -> int | None:
+        """`get` for who only looks: the record does not count as used."""
         ref = self._index.find(block_hash)
         if ref is not None and ref.record_bytes > out.nbytes:
             raise BlockCorrupted(
@@ -122,12 +132,7 @@ class DiskTier:
         if ref is not None:
             num_read = self._files.read(ref.slab, ref.slot, out[: ref.record_bytes])
         # an eviction shows in the index before the slot is overwritten: still there means intact
-        if ref is None or not self._index.holds(ref):
-            self._count(num_misses=1)
-            return None
-        self._index.touch(block_hash)
-        self._count(num_hits=1, read_bytes=num_read)
-        return num_read
+        return num_read if ref is not None and self._index.holds(ref) else None
 
     def put(self, block_hash: BlockHash, record: memoryview) -> None:
         if self._index.find(block_hash) is not None:
