@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,6 +18,7 @@ UNUSED_ESCAPE = 0xFFFFFFFF
 
 _PART_ALIGNMENT = 4  # checksums go over words
 _MAX_HEAD_DIM = 1024  # of codecs other than raw
+_TABLE_WIDTH = 3 + 2 * 10
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ CODECS = {
 
 @dataclass(frozen=True)
 class Part:
-    """A dense array inside a layer: `shape` items of `dtype` from byte `offset` on."""
+    """A dense array inside a side: `shape` items of `dtype` from byte `offset` of the layer on."""
 
     name: str
     shape: tuple[int, ...]
@@ -71,14 +72,20 @@ class Part:
 
 @dataclass(frozen=True)
 class SideFormat:
-    """How the keys or the values of a layer are written.
+    """How one side of a layer is written: its keys, its values, or a part of its latents.
 
     Attributes:
+        plane: Where in the pool: 0 for keys and latents, 1 for values.
+        channels: Which of a row's channels.
+        is_key: Whether tokens of a channel share a scale, or channels of a token.
         bits: Of a code; 16 for "as it is", whatever the dtype, and 12 for "l12".
         num_groups: Sets of scales: of tokens for keys, of channels for values; 0 without scales.
         parts: The arrays, in order.
     """
 
+    plane: int
+    channels: range
+    is_key: bool
     bits: int
     num_groups: int
     parts: tuple[Part, ...]
@@ -95,8 +102,12 @@ class LayerFormat:
     codec: Codec
     offset: int
     num_bytes: int
-    keys: SideFormat
-    values: SideFormat
+    sides: tuple[SideFormat, ...]
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the layer's bytes are those in the pool."""
+        return all(side.bits == 16 for side in self.sides)
 
 
 class BlockFormat:
@@ -107,13 +118,19 @@ class BlockFormat:
         layer 0 | keys: codes, scales | values: codes, scales | zeros
         layer 1 | ...
 
+    Of latents, codes and scales are those of keys, and the rotary part follows as it is::
+
+        layer 0 | latents: codes, scales | rotary parts | zeros
+
+    Without loss ("raw", "l12") a whole row is written like a key.
+
     Args:
         layout: Of the pool's blocks.
         codecs: A codec's name for all layers, or one for each.
 
     Raises:
         ValueError: If there is no such codec, or it does not fit the layout: "l12" wants bfloat16,
-            codes of 4 or 2 bits a head_dim that fills bytes.
+            codes of 4 or 2 bits a head_dim, or a latent_dim, that fills bytes.
     """
 
     def __init__(self, layout: KVLayout, codecs: str | Sequence[str]) -> None:
@@ -138,17 +155,18 @@ class BlockFormat:
 
     @cached_property
     def table(self) -> torch.Tensor:
-        """``[num_layers, 14]``, int64, for kernels: where layers lie and how they are written.
+        """``[num_layers, 23]``, int64, for kernels: where layers lie and how they are written.
 
-        Offset and bytes of a layer; then for keys and for values bits, number of groups, and the
-        offsets of up to four parts from the layer's start.
+        Offset, bytes and number of sides of a layer; then for each of two sides plane, first
+        channel and number of channels, whether it is of keys, bits, number of groups, and the
+        offsets of up to four parts from the layer's start. Zeros where there is but one side.
         """
-        return torch.tensor(
-            [
-                (layer.offset, layer.num_bytes, *_numbers(layer.keys), *_numbers(layer.values))
-                for layer in self.layers
-            ]
-        )
+        rows = [
+            [layer.offset, layer.num_bytes, len(layer.sides)]
+            + [number for side in layer.sides for number in _numbers(side)]
+            for layer in self.layers
+        ]
+        return torch.tensor([row + [0] * (_TABLE_WIDTH - len(row)) for row in rows])
 
     @cached_property
     def raw(self) -> BlockFormat:
@@ -162,7 +180,9 @@ class BlockFormat:
 
 def _numbers(side: SideFormat) -> tuple[int, ...]:
     offsets = [part.offset for part in side.parts]
-    return (side.bits, side.num_groups, *offsets, *[0] * (4 - len(offsets)))
+    place = (side.plane, side.channels.start, len(side.channels))
+    method = (side.is_key, side.bits, side.num_groups)
+    return (*place, *method, *offsets, *[0] * (4 - len(offsets)))
 
 
 def _find(name: str) -> Codec:
@@ -175,52 +195,74 @@ def _format_layer(layout: KVLayout, codec: Codec) -> LayerFormat:
     """The format of a layer at the payload's start."""
     if codec.name == "l12" and layout.dtype != torch.bfloat16:
         raise ValueError(f"codecs: expected blocks of bfloat16 for l12, got {layout.dtype}")
-    num_bits = [bits for bits in (codec.key_bits, codec.value_bits) if bits < 16]
-    channels = max((8 // math.gcd(8, bits) for bits in num_bits), default=1)
-    if layout.head_dim % channels:
-        raise ValueError(
-            f"codecs: expected a head_dim that is a multiple of {channels} for {codec.name}, got"
-            f" {layout.head_dim}"
-        )
-    if num_bits and layout.head_dim > _MAX_HEAD_DIM:
+    if codec.name != "raw" and layout.head_dim > _MAX_HEAD_DIM:
         raise ValueError(
             f"codecs: expected a head_dim of at most {_MAX_HEAD_DIM} for {codec.name}, got"
             f" {layout.head_dim}"
         )
-    keys = _format_side(layout, "key", codec.key_bits, codec.key_group, 0)
-    values = _format_side(layout, "value", codec.value_bits, codec.value_group, keys.end)
-    return LayerFormat(codec, 0, _align(values.end, LAYER_ALIGNMENT), keys, values)
+    sides: list[SideFormat] = []
+    end = 0
+    for plane, channels, is_key, bits, group in _sides(layout, codec):
+        per_byte = 8 // math.gcd(8, bits)
+        if len(channels) % per_byte:
+            what = "head_dim" if len(channels) == layout.head_dim else "latent_dim"
+            raise ValueError(
+                f"codecs: expected a {what} that is a multiple of {per_byte} for {codec.name}, got"
+                f" {len(channels)}"
+            )
+        rows = (layout.num_kv_heads, layout.block_size)
+        num_groups, arrays = _arrays(rows, len(channels), is_key, bits, group, layout.dtype)
+        parts = tuple(_place(end, arrays))
+        sides.append(SideFormat(plane, channels, is_key, bits, num_groups, parts))
+        end = sides[-1].end
+    return LayerFormat(codec, 0, _align(end, LAYER_ALIGNMENT), tuple(sides))
 
 
-def _format_side(
-    layout: KVLayout, name: str, bits: int, group: int | None, start: int
-) -> SideFormat:
-    heads, size, dim = layout.num_kv_heads, layout.block_size, layout.head_dim
-    rows = (heads, size)
+def _sides(layout: KVLayout, codec: Codec) -> list[tuple[int, range, bool, int, int | None]]:
+    """Plane, channels, whether they are of keys, bits and group of a layer's sides."""
+    row, key = range(layout.head_dim), (True, codec.key_bits, codec.key_group)
+    if layout.latent_dim is None:
+        return [(0, row, *key), (1, row, False, codec.value_bits, codec.value_group)]
+    if codec.key_bits >= 12:
+        return [(0, row, *key)]
+    latent, rotary = row[: layout.latent_dim], row[layout.latent_dim :]
+    # Rotary parts are few and bear codes badly.
+    return [(0, latent, *key)] + ([(0, rotary, True, 16, None)] if rotary else [])
+
+
+_Array = tuple[str, tuple[int, ...], torch.dtype]
+
+
+def _arrays(
+    rows: tuple[int, int],
+    dim: int,
+    is_key: bool,
+    bits: int,
+    group: int | None,
+    dtype: torch.dtype,
+) -> tuple[int, list[_Array]]:
+    """Sets of scales, and the arrays, of `[num_kv_heads, block_size]` rows of `dim` channels."""
+    num_heads, block_size = rows
     if bits == 16:
-        return SideFormat(16, 0, tuple(_place(start, (f"{name}s", (*rows, dim), layout.dtype))))
+        return 0, [("numbers", (*rows, dim), dtype)]
     if bits == 12:
-        parts = _place(
-            start,
-            (f"{name}_low", (*rows, dim), torch.uint8),
-            (f"{name}_exponents", (*rows, dim // 2), torch.uint8),
-            (f"{name}_escapes", (heads, NUM_ESCAPES), torch.int32),
-            (f"{name}_tops", (heads, dim), torch.uint8),
-        )
-        return SideFormat(12, 0, tuple(parts))
-    length = size if name == "key" else dim
+        return 0, [
+            ("low", (*rows, dim), torch.uint8),
+            ("exponents", (*rows, dim // 2), torch.uint8),
+            ("escapes", (num_heads, NUM_ESCAPES), torch.int32),
+            ("tops", (num_heads, dim), torch.uint8),
+        ]
+    length = block_size if is_key else dim
     num_groups = length // math.gcd(length, group or length)
-    scales = (heads, num_groups, dim, 2) if name == "key" else (*rows, num_groups, 2)
-    parts = _place(
-        start,
-        (f"{name}_codes", (*rows, dim * bits // 8), torch.uint8),
-        (f"{name}_scales", scales, torch.float16),
-    )
-    return SideFormat(bits, num_groups, tuple(parts))
+    scales = (num_heads, num_groups, dim, 2) if is_key else (*rows, num_groups, 2)
+    return num_groups, [
+        ("codes", (*rows, dim * bits // 8), torch.uint8),
+        ("scales", scales, torch.float16),
+    ]
 
 
-def _place(start: int, *parts: tuple[str, tuple[int, ...], torch.dtype]) -> Iterator[Part]:
-    for name, shape, dtype in parts:
+def _place(start: int, arrays: Iterable[_Array]) -> Iterator[Part]:
+    for name, shape, dtype in arrays:
         part = Part(name, shape, dtype, _align(start, _PART_ALIGNMENT))
         yield part
         start = part.offset + part.num_bytes

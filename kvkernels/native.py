@@ -191,10 +191,10 @@ def encode_blocks(
     """Write payloads and the sums of their layers; say which layers their codec holds.
 
     Args:
-        blocks: ``[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]``, the layers of a
-            block in one piece.
+        blocks: ``[num_blocks, num_layers, num_planes, num_kv_heads, block_size, head_dim]``, the
+            layers of a block in one piece.
         block_ids: ``[num_payloads]``, int64, contiguous, in range.
-        table: ``[num_layers, 14]``, see `BlockFormat.table`.
+        table: ``[num_layers, 23]``, see `BlockFormat.table`.
         payloads: ``[num_payloads, payload_bytes or more]``, uint8, last stride 1.
         sums: ``[num_payloads, num_layers, 2]``, int64, contiguous; None to leave them out, which
             shows what they cost.
@@ -223,11 +223,11 @@ def _run_codecs(
     payloads: torch.Tensor,
     *results: torch.Tensor | None,
 ) -> None:
-    _, num_layers, _, num_heads, block_size, head_dim = blocks.shape
+    _, num_layers, num_planes, num_heads, block_size, head_dim = blocks.shape
     run(
         [_address(tensor) for tensor in (blocks, block_ids, table, payloads, *results)],
         (
-            *(blocks.stride(0) * blocks.itemsize, num_layers, num_heads),
+            *(blocks.stride(0) * blocks.itemsize, num_layers, num_planes, num_heads),
             *(block_size, head_dim, len(block_ids), payloads.stride(0)),
         ),
         _DTYPES[blocks.dtype],

@@ -14,12 +14,15 @@ class KVPool:
 
     ::
 
-        data [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
+        data [num_blocks, num_layers, num_planes, num_kv_heads, block_size, head_dim]
               block 0 | layer 0 | K | head 0 | slot 0 .. block_size - 1
                                     | head 1 | ...
                                 | V | ...
                       | layer 1 | ...
               block 1 | ...
+
+    With `layout.latent_dim` there is one row instead of K and V: of a token's key of `head_dim`
+    channels the first `latent_dim` are its value.
 
     One span per block means one descriptor per transfer; heads before tokens means a head's tile
     is contiguous for the kernels.
@@ -76,8 +79,8 @@ class KVPool:
         return self.data[:, self._checked(layer), 0]
 
     def value_cache(self, layer: int) -> torch.Tensor:
-        """View of one layer's values, like `key_cache`."""
-        return self.data[:, self._checked(layer), 1]
+        """View of one layer's values, like `key_cache`; of latents `latent_dim` wide."""
+        return self.data[:, self._checked(layer), -1, ..., : self.layout.latent_dim]
 
     def block_data(self, block_id: int) -> torch.Tensor:
         """View of one block's bytes, `[block_bytes]`, uint8."""

@@ -34,7 +34,8 @@ class QuantizedPool:
         device: Where; default the CPU.
 
     Raises:
-        ValueError: If an argument is out of range, or int4 is asked for an odd head_dim.
+        ValueError: If an argument is out of range, the layout is of latents, or int4 is asked for
+            an odd head_dim.
     """
 
     def __init__(
@@ -50,6 +51,8 @@ class QuantizedPool:
             raise ValueError(
                 f"num_blocks: expected 1 to {MAX_BLOCKS_OF_A_KIND}, got {num_blocks!r}"
             )
+        if layout.latent_dim is not None:
+            raise ValueError(f"layout: expected keys and values, got latents: {layout}")
         if kind == "int4" and layout.head_dim % 2:
             raise ValueError(f"layout: expected an even head_dim for int4, got {layout.head_dim}")
         self.layout = layout

@@ -70,6 +70,36 @@ def test_layout_is_read_from_a_config():
     assert layout == KVLayout(4, 2, 16, 32, torch.float32)
 
 
+def test_latents_are_keys_and_their_first_channels_values():
+    layout = KVLayout(2, 1, 24, 16, torch.float16, latent_dim=16)
+    pool = KVPool(layout, num_blocks=3)
+    assert pool.data.shape == (3, *layout.block_shape) == (3, 2, 1, 1, 16, 24)
+    assert layout.block_bytes == pool.data[0].numel() * 2 == 2 * layout.layer_bytes
+    pool.data.normal_()
+    keys, values = pool.key_cache(1), pool.value_cache(1)
+    assert torch.equal(keys, pool.data[:, 1, 0])
+    assert torch.equal(values, keys[..., :16])
+    assert values.data_ptr() == keys.data_ptr()
+    assert KVPool.over(layout, pool.data).value_cache(0).shape == (3, 1, 16, 16)
+
+
+def test_a_layout_of_latents_is_read_from_a_config():
+    config = SimpleNamespace(
+        num_hidden_layers=61,
+        num_attention_heads=128,
+        num_key_value_heads=128,
+        hidden_size=7168,
+        head_dim=64,
+        kv_lora_rank=512,
+        qk_rope_head_dim=64,
+    )
+    layout = KVLayout.from_config(config, dtype=torch.bfloat16)
+    assert layout == KVLayout(61, 1, 576, 64, torch.bfloat16, latent_dim=512)
+    del config.qk_rope_head_dim
+    with pytest.raises(ValueError, match="config: expected an attribute qk_rope_head_dim"):
+        KVLayout.from_config(config)
+
+
 def test_refuses_a_config_without_heads():
     with pytest.raises(ValueError, match="config: expected an attribute num_attention_heads"):
         KVLayout.from_config(SimpleNamespace(num_hidden_layers=4))
@@ -83,6 +113,9 @@ def test_refuses_a_config_without_heads():
         ("head_dim", 2.5, "head_dim: expected a positive integer, got 2.5"),
         ("block_size", 48, "block_size: expected one of"),
         ("dtype", torch.int8, "dtype: expected torch.float32"),
+        ("latent_dim", 0, "latent_dim: expected 1 to 64, got 0"),
+        ("latent_dim", 65, "latent_dim: expected 1 to 64, got 65"),
+        ("latent_dim", 2.0, "latent_dim: expected 1 to 64, got 2.0"),
     ],
 )
 def test_refuses_a_layout_out_of_range(field, value, message):

@@ -195,13 +195,12 @@ def check_store() -> None:
         assert all(map(torch.equal, caches, expected)), f"store_kv: other bytes in {dtype}"
 
 
-def check_codec(codec: str, dtype: torch.dtype, head_dim: int, block_size: int) -> None:
+def check_codec(codec: str, layout: KVLayout) -> None:
     """The processor's bytes, in memory of either, and blocks that come back the same from both."""
-    layout = KVLayout(3, 2, head_dim, block_size, dtype)
     here, there = KVPool(layout, 6), KVPool(layout, 6, DEVICE)
     here.data.normal_()
-    here.data[:, :, 0] += 100 * torch.randn(6, 3, 2, 1, head_dim)
-    here.data[2, 1, 0, 1, 3, 5] = torch.inf  # most codecs do not hold it
+    here.data[:, :, 0] += 100 * torch.randn(6, 3, layout.num_kv_heads, 1, layout.head_dim)
+    here.data[2, 1, 0, -1, 3, 5] = torch.inf  # most codecs do not hold it
     there.data.copy_(here.data)
     ids = torch.tensor([5, 2, 0, 3])
     block_format = BlockFormat(layout, codec)
@@ -237,7 +236,8 @@ def check_codecs(codec: str) -> None:
         if codec == "l12" and dtype != BF16:
             continue
         for head_dim, block_size in ((128, 64), (80, 16), (256, 256)):
-            check_codec(codec, dtype, head_dim, block_size)
+            check_codec(codec, KVLayout(3, 2, head_dim, block_size, dtype))
+        check_codec(codec, KVLayout(3, 1, 576, 64, dtype, latent_dim=512))
 
 
 def check_transfer(codec: str, is_staged: bool) -> None:

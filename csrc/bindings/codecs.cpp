@@ -12,7 +12,7 @@ namespace {
 namespace py = pybind11;
 
 template <void (*kRun)(const CodecArgs&, AttentionPath, int)>
-void run(const std::array<uintptr_t, 6>& pointers, const std::array<int64_t, 7>& sizes, int dtype,
+void run(const std::array<uintptr_t, 6>& pointers, const std::array<int64_t, 8>& sizes, int dtype,
          int path, int num_threads) {
   CodecArgs args;
   args.pool = pointer<std::byte>(pointers[0]);
@@ -23,11 +23,12 @@ void run(const std::array<uintptr_t, 6>& pointers, const std::array<int64_t, 7>&
   args.is_good = pointer<uint8_t>(pointers[5]);
   args.block_stride = sizes[0];
   args.num_layers = sizes[1];
-  args.num_heads = sizes[2];
-  args.block_size = sizes[3];
-  args.head_dim = sizes[4];
-  args.num_blocks = sizes[5];
-  args.payload_stride = sizes[6];
+  args.num_planes = sizes[2];
+  args.num_heads = sizes[3];
+  args.block_size = sizes[4];
+  args.head_dim = sizes[5];
+  args.num_blocks = sizes[6];
+  args.payload_stride = sizes[7];
   args.dtype = static_cast<DType>(dtype);
   const py::gil_scoped_release unlocked;
   kRun(args, static_cast<AttentionPath>(path), num_threads);

@@ -10,9 +10,9 @@
 namespace kvkernels {
 namespace {
 
-// Tokens and channels of one head.
+// Tokens and channels of one head, and items from one token to the next.
 struct Tile {
-  int64_t size, dim;
+  int64_t size, dim, stride;
 };
 
 // ---- scales --------------------------------------------------------------------------------
@@ -77,13 +77,13 @@ void encode_keys(const std::byte* items, const Tile& tile, int64_t num_groups, u
   using Range = typename E::Range;
   constexpr int kCount = kParts<kBits>;
   const int64_t width = tile.dim / kCount, group_size = tile.size / num_groups;
-  const int64_t item_bytes = tile.size * tile.dim * E::kBytes;
+  const int64_t item_bytes = tile.size * tile.stride * E::kBytes;
   Ahead ahead(items + item_bytes, kCount * kLanes * E::kBytes, codes + tile.size * width, kLanes);
   for (int64_t group = 0; group < num_groups; ++group, pairs += 2 * tile.dim) {
     for (int64_t c = 0; c < width; c += kLanes) {
       const int64_t count = std::min(kLanes, width - c);
       const auto place = [&](int64_t t, int part) {
-        return items + ((group * group_size + t) * tile.dim + part * width + c) * E::kBytes;
+        return items + ((group * group_size + t) * tile.stride + part * width + c) * E::kBytes;
       };
       Range least[kCount], greatest[kCount];
 #pragma GCC unroll 4
@@ -134,12 +134,14 @@ void decode_keys(const uint8_t* codes, const uint16_t* pairs, const Tile& tile, 
       for (int part = 0; part < kCount; ++part) {
         load_pairs(pairs + 2 * (part * width + c), count, scale[part], low[part]);
       }
-      for (int64_t t = group * group_size; t < (group + 1) * group_size; ++t) {
-        const Words packed = load_bytes(codes + t * width + c, count);
+      const uint8_t* from = codes + group * group_size * width + c;
+      std::byte* to = items + (group * group_size * tile.stride + c) * E::kBytes;
+      for (int64_t t = 0; t < group_size; ++t, from += width, to += tile.stride * E::kBytes) {
+        const Words packed = load_bytes(from, count);
 #pragma GCC unroll 4
         for (int part = 0; part < kCount; ++part) {
           const Floats v = restore(low[part], scale[part], code_from<kBits>(packed, part));
-          E::write(items + (t * tile.dim + part * width + c) * E::kBytes, v, count);
+          E::write(to + part * width * E::kBytes, v, count);
         }
       }
     }
@@ -210,6 +212,7 @@ inline void find_ranges(const std::byte* items, int64_t num_sets, int64_t group_
   highest = E::floats(greatest_of_each(high));
 }
 
+// Tokens of values are dense: there are no more channels than those that are written.
 template <DType kType, int kBits>
 void encode_values(const std::byte* items, const Tile& tile, int64_t num_groups, uint8_t* codes,
                    uint16_t* pairs, Words& magnitudes) {
@@ -314,6 +317,16 @@ bool fits_half(const std::byte* items, int64_t num_items) {
   return lie_below<uint16_t>(items, num_items, kType == DType::kFloat16 ? 0x7bfc : 0x477f);
 }
 
+template <DType kType>
+bool fits_half(const Side& side, const std::byte* items) {
+  const int64_t dim = side.format.num_channels;
+  if (dim == side.head_dim) return fits_half<kType>(items, side.num_items());
+  for (int64_t row = 0; row < side.num_rows(); ++row) {
+    if (!fits_half<kType>(items + row * side.head_dim * Elements<kType>::kBytes, dim)) return false;
+  }
+  return true;
+}
+
 // ---- bfloat16 without loss -----------------------------------------------------------------
 
 struct Lossless {
@@ -399,38 +412,42 @@ void decode_lossless(const Lossless& in, const Tile& tile, uint16_t* items) {
 
 // ---- sides ---------------------------------------------------------------------------------
 
+inline Tile tile_of(const Side& side) {
+  return {side.block_size, side.format.num_channels, side.head_dim};
+}
+
 template <DType kType, int kBits>
 bool encode_codes(const Side& side, const std::byte* items, std::byte* layer) {
-  const int64_t num_all = side.num_heads * side.block_size * side.head_dim;
-  if (!Elements<kType>::kRangesSeeAll && !fits_half<kType>(items, num_all)) return false;
+  if (!Elements<kType>::kRangesSeeAll && !fits_half<kType>(side, items)) return false;
   Words magnitudes = no_words();
-  const Tile tile = {side.block_size, side.head_dim};
-  const int64_t num_items = tile.size * tile.dim, groups = side.format.num_groups;
-  const int64_t num_pairs = side.is_key ? groups * tile.dim : groups * tile.size;
+  const Tile tile = tile_of(side);
+  const int64_t num_codes = tile.size * tile.dim / kParts<kBits>, groups = side.format.num_groups;
+  const int64_t num_pairs = groups * (side.format.is_key ? tile.dim : tile.size);
   auto* codes = reinterpret_cast<uint8_t*>(layer + side.format.parts[0]);
   auto* pairs = reinterpret_cast<uint16_t*>(layer + side.format.parts[1]);
+  const auto encode = side.format.is_key ? encode_keys<kType, kBits> : encode_values<kType, kBits>;
   for (int64_t head = 0; head < side.num_heads; ++head) {
-    const auto encode = side.is_key ? encode_keys<kType, kBits> : encode_values<kType, kBits>;
-    encode(items + head * num_items * Elements<kType>::kBytes, tile, groups,
-           codes + head * num_items / kParts<kBits>, pairs + head * num_pairs * 2, magnitudes);
+    encode(items + head * tile.size * tile.stride * Elements<kType>::kBytes, tile, groups,
+           codes + head * num_codes, pairs + head * num_pairs * 2, magnitudes);
   }
   return largest_lane(magnitudes) <= kLargest;
 }
 
 template <DType kType, int kBits>
 void decode_codes(const Side& side, const std::byte* layer, std::byte* items) {
-  const Tile tile = {side.block_size, side.head_dim};
-  const int64_t num_items = tile.size * tile.dim, groups = side.format.num_groups;
-  const int64_t num_pairs = side.is_key ? groups * tile.dim : groups * tile.size;
+  const Tile tile = tile_of(side);
+  const int64_t num_codes = tile.size * tile.dim / kParts<kBits>, groups = side.format.num_groups;
+  const int64_t num_pairs = groups * (side.format.is_key ? tile.dim : tile.size);
   const auto* codes = reinterpret_cast<const uint8_t*>(layer + side.format.parts[0]);
   const auto* pairs = reinterpret_cast<const uint16_t*>(layer + side.format.parts[1]);
+  const auto decode = side.format.is_key ? decode_keys<kType, kBits> : decode_values<kType, kBits>;
   for (int64_t head = 0; head < side.num_heads; ++head) {
-    const auto decode = side.is_key ? decode_keys<kType, kBits> : decode_values<kType, kBits>;
-    decode(codes + head * num_items / kParts<kBits>, pairs + head * num_pairs * 2, tile, groups,
-           items + head * num_items * Elements<kType>::kBytes);
+    decode(codes + head * num_codes, pairs + head * num_pairs * 2, tile, groups,
+           items + head * tile.size * tile.stride * Elements<kType>::kBytes);
   }
 }
 
+// Without loss all of a row is written: there are no channels beside it.
 inline Lossless lossless_parts(const Side& side, std::byte* layer, int64_t head) {
   const int64_t num_items = side.block_size * side.head_dim;
   const int64_t* parts = side.format.parts;
@@ -440,23 +457,49 @@ inline Lossless lossless_parts(const Side& side, std::byte* layer, int64_t head)
           reinterpret_cast<uint8_t*>(layer + parts[3]) + head * side.head_dim};
 }
 
+inline bool encode_lossless(const Side& side, const std::byte* items, std::byte* layer) {
+  const Tile tile = tile_of(side);
+  const auto* numbers = reinterpret_cast<const uint16_t*>(items);
+  bool is_good = true;
+  for (int64_t head = 0; head < side.num_heads; ++head) {
+    is_good &= encode_lossless(numbers + head * tile.size * tile.dim, tile,
+                               lossless_parts(side, layer, head));
+  }
+  return is_good;
+}
+
+inline void decode_lossless(const Side& side, const std::byte* layer, std::byte* items) {
+  const Tile tile = tile_of(side);
+  auto* numbers = reinterpret_cast<uint16_t*>(items);
+  for (int64_t head = 0; head < side.num_heads; ++head) {
+    decode_lossless(lossless_parts(side, const_cast<std::byte*>(layer), head), tile,
+                    numbers + head * tile.size * tile.dim);
+  }
+}
+
+// Rows of `num_bytes` to where they lie in other distances.
+inline void copy_rows(const std::byte* source, int64_t source_stride, std::byte* target,
+                      int64_t target_stride, int64_t num_rows, int64_t num_bytes) {
+  if (source_stride == num_bytes && target_stride == num_bytes) {
+    std::memcpy(target, source, num_rows * num_bytes);
+    return;
+  }
+  for (int64_t row = 0; row < num_rows; ++row) {
+    std::memcpy(target + row * target_stride, source + row * source_stride, num_bytes);
+  }
+}
+
 template <DType kType>
 bool encode_side(const Side& side, const std::byte* items, std::byte* layer) {
-  const int64_t num_items = side.num_heads * side.block_size * side.head_dim;
+  constexpr int64_t kBytes = Elements<kType>::kBytes;
+  const int64_t row_bytes = side.format.num_channels * kBytes;
   switch (side.format.bits) {
     case kRawBits:
-      std::memcpy(layer + side.format.parts[0], items, num_items * Elements<kType>::kBytes);
+      copy_rows(items, side.head_dim * kBytes, layer + side.format.parts[0], row_bytes,
+                side.num_rows(), row_bytes);
       return true;
-    case kLosslessBits: {
-      bool is_good = true;
-      for (int64_t head = 0; head < side.num_heads; ++head) {
-        const int64_t first = head * side.block_size * side.head_dim;
-        is_good &=
-            encode_lossless(reinterpret_cast<const uint16_t*>(items) + first,
-                            {side.block_size, side.head_dim}, lossless_parts(side, layer, head));
-      }
-      return is_good;
-    }
+    case kLosslessBits:
+      return encode_lossless(side, items, layer);
     case 8:
       return encode_codes<kType, 8>(side, items, layer);
     case 4:
@@ -468,19 +511,14 @@ bool encode_side(const Side& side, const std::byte* items, std::byte* layer) {
 
 template <DType kType>
 void decode_side(const Side& side, const std::byte* layer, std::byte* items) {
+  constexpr int64_t kBytes = Elements<kType>::kBytes;
+  const int64_t row_bytes = side.format.num_channels * kBytes;
   switch (side.format.bits) {
     case kRawBits:
-      std::memcpy(items, layer + side.format.parts[0],
-                  side.num_heads * side.block_size * side.head_dim * Elements<kType>::kBytes);
-      return;
+      return copy_rows(layer + side.format.parts[0], row_bytes, items, side.head_dim * kBytes,
+                       side.num_rows(), row_bytes);
     case kLosslessBits:
-      for (int64_t head = 0; head < side.num_heads; ++head) {
-        const int64_t first = head * side.block_size * side.head_dim;
-        decode_lossless(lossless_parts(side, const_cast<std::byte*>(layer), head),
-                        {side.block_size, side.head_dim},
-                        reinterpret_cast<uint16_t*>(items) + first);
-      }
-      return;
+      return decode_lossless(side, layer, items);
     case 8:
       return decode_codes<kType, 8>(side, layer, items);
     case 4:

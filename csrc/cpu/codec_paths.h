@@ -9,15 +9,17 @@ namespace kvkernels {
 
 constexpr int64_t kMaxCodecDim = 1024;
 
-// The keys or the values of one layer.
+// One side of one layer: items [num_heads, block_size, num_channels], of rows of head_dim.
 struct Side {
   SideFormat format;
-  bool is_key;
   int64_t num_heads, block_size, head_dim;
+
+  int64_t num_rows() const { return num_heads * block_size; }
+  int64_t num_items() const { return num_rows() * format.num_channels; }
 };
 
 struct CodecKernels {
-  // False if the codec cannot hold the items [num_heads, block_size, head_dim].
+  // False if the codec cannot hold the items.
   bool (*encode)(const Side& side, const std::byte* items, std::byte* layer);
   void (*decode)(const Side& side, const std::byte* layer, std::byte* items);
 };

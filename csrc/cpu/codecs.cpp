@@ -1,6 +1,7 @@
 // Shares the layers of blocks among threads, and sums their bytes.
 #include "kvkernels/codecs.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/codec_paths.h"
@@ -26,26 +27,17 @@ CodecKernels find_kernels(AttentionPath path, DType dtype) {
 
 int64_t item_bytes(const CodecArgs& args) { return args.dtype == DType::kFloat32 ? 4 : 2; }
 
-int64_t layer_bytes(const CodecArgs& args) {
-  return 2 * args.num_heads * args.block_size * args.head_dim * item_bytes(args);
+int64_t plane_bytes(const CodecArgs& args) {
+  return args.num_heads * args.block_size * args.head_dim * item_bytes(args);
 }
+
+int64_t layer_bytes(const CodecArgs& args) { return args.num_planes * plane_bytes(args); }
 
 // One layer of one block, in the pool and in its payload.
 struct Layer {
-  Side keys, values;
-  std::byte *key_items, *value_items, *payload;
+  const LayerFormat& format;
+  std::byte *items, *payload;
 };
-
-Layer find_layer(const CodecArgs& args, int64_t block, int64_t layer) {
-  const LayerFormat& format = args.layers[layer];
-  std::byte* items =
-      args.pool + args.block_ids[block] * args.block_stride + layer * layer_bytes(args);
-  return {{format.keys, true, args.num_heads, args.block_size, args.head_dim},
-          {format.values, false, args.num_heads, args.block_size, args.head_dim},
-          items,
-          items + layer_bytes(args) / 2,
-          args.payloads + block * args.payload_stride + format.offset};
-}
 
 template <typename Visit>
 void for_each_layer(const CodecArgs& args, int num_threads, const Visit& visit) {
@@ -53,23 +45,48 @@ void for_each_layer(const CodecArgs& args, int num_threads, const Visit& visit) 
   parallel_ranges(args.num_blocks * args.num_layers, grain, num_threads,
                   [&](int64_t begin, int64_t end) {
                     for (int64_t i = begin; i < end; ++i) {
-                      visit(i, find_layer(args, i / args.num_layers, i % args.num_layers));
+                      const int64_t block = i / args.num_layers, layer = i % args.num_layers;
+                      const LayerFormat& format = args.layers[layer];
+                      visit(i, Layer{format,
+                                     args.pool + args.block_ids[block] * args.block_stride +
+                                         layer * layer_bytes(args),
+                                     args.payloads + block * args.payload_stride + format.offset});
                     }
                   });
 }
 
-void fill_gap(std::byte* layer, int64_t begin, int64_t end) {
-  std::memset(layer + begin, 0, end - begin);
+// Whether a layer's bytes are those in the pool: its sides adjoin there as they do in the payload,
+// and leave no gap.
+bool is_copy(const CodecArgs& args, const LayerFormat& format) {
+  return format.num_bytes == layer_bytes(args) &&
+         std::all_of(format.sides, format.sides + format.num_sides,
+                     [](const SideFormat& side) { return side.bits == kRawBits; });
 }
 
-// Bytes of the parts of a side, without what separates them.
+Side find_side(const CodecArgs& args, const SideFormat& format) {
+  return {format, args.num_heads, args.block_size, args.head_dim};
+}
+
+std::byte* find_items(const CodecArgs& args, const Layer& layer, const SideFormat& side) {
+  return layer.items + side.plane * plane_bytes(args) + side.first_channel * item_bytes(args);
+}
+
+// The end of the parts of a side, without what separates it from the next.
 int64_t end_of(const Side& side, int64_t item_bytes) {
   const SideFormat& format = side.format;
-  const int64_t num_items = side.num_heads * side.block_size * side.head_dim;
-  if (format.bits == kRawBits) return format.parts[0] + num_items * item_bytes;
-  if (format.bits == kLosslessBits) return format.parts[3] + side.num_heads * side.head_dim;
-  const int64_t sets = side.is_key ? side.head_dim : side.block_size;
+  if (format.bits == kRawBits) return format.parts[0] + side.num_items() * item_bytes;
+  if (format.bits == kLosslessBits) return format.parts[3] + side.num_heads * format.num_channels;
+  const int64_t sets = format.is_key ? format.num_channels : side.block_size;
   return format.parts[1] + side.num_heads * format.num_groups * sets * 4;
+}
+
+// Zeros behind a side, up to the next or to the layer's end.
+void fill_gap(const CodecArgs& args, const Layer& layer, int64_t index) {
+  const LayerFormat& format = layer.format;
+  const int64_t begin = end_of(find_side(args, format.sides[index]), item_bytes(args));
+  const bool is_last = index + 1 == format.num_sides;
+  const int64_t end = is_last ? format.num_bytes : format.sides[index + 1].parts[0];
+  std::memset(layer.payload + begin, 0, end - begin);
 }
 
 }  // namespace
@@ -77,18 +94,20 @@ int64_t end_of(const Side& side, int64_t item_bytes) {
 void encode_blocks(const CodecArgs& args, AttentionPath path, int num_threads) {
   const CodecKernels kernels = find_kernels(path, args.dtype);
   for_each_layer(args, num_threads, [&](int64_t index, const Layer& layer) {
-    const LayerFormat& format = args.layers[index % args.num_layers];
-    if (format.keys.bits == kRawBits && format.values.bits == kRawBits && args.sums != nullptr) {
-      // Keys and values adjoin, in the pool and in the payload, and leave no gap.
-      args.sums[index] = copy_with_checksum(layer.key_items, layer.payload, format.num_bytes);
-      args.is_good[index] = true;
+    const LayerFormat& format = layer.format;
+    args.is_good[index] = true;
+    if (is_copy(args, format) && args.sums != nullptr) {
+      args.sums[index] = copy_with_checksum(layer.items, layer.payload, format.num_bytes);
       return;
     }
-    const bool holds_keys = kernels.encode(layer.keys, layer.key_items, layer.payload);
-    args.is_good[index] =
-        holds_keys && kernels.encode(layer.values, layer.value_items, layer.payload);
-    fill_gap(layer.payload, end_of(layer.keys, item_bytes(args)), format.values.parts[0]);
-    fill_gap(layer.payload, end_of(layer.values, item_bytes(args)), format.num_bytes);
+    for (int64_t i = 0; i < format.num_sides; ++i) {
+      const SideFormat& side = format.sides[i];
+      if (!kernels.encode(find_side(args, side), find_items(args, layer, side), layer.payload)) {
+        args.is_good[index] = false;
+        return;
+      }
+      fill_gap(args, layer, i);
+    }
     if (args.sums != nullptr) args.sums[index] = checksum_words(layer.payload, format.num_bytes);
   });
 }
@@ -96,19 +115,19 @@ void encode_blocks(const CodecArgs& args, AttentionPath path, int num_threads) {
 void decode_blocks(const CodecArgs& args, AttentionPath path, int num_threads) {
   const CodecKernels kernels = find_kernels(path, args.dtype);
   for_each_layer(args, num_threads, [&](int64_t index, const Layer& layer) {
-    const WordSums found =
-        checksum_words(layer.payload, args.layers[index % args.num_layers].num_bytes);
+    const LayerFormat& format = layer.format;
+    const WordSums found = checksum_words(layer.payload, format.num_bytes);
     args.is_good[index] =
         found.sum == args.sums[index].sum && found.weighted == args.sums[index].weighted;
     if (!args.is_good[index]) return;
-    const LayerFormat& format = args.layers[index % args.num_layers];
-    if (format.keys.bits == kRawBits && format.values.bits == kRawBits) {
-      // Keys and values adjoin, in the pool and in the payload. This does not read the pool first.
-      copy_with_checksum(layer.payload, layer.key_items, format.num_bytes);
+    if (is_copy(args, format)) {  // This does not read the pool first.
+      copy_with_checksum(layer.payload, layer.items, format.num_bytes);
       return;
     }
-    kernels.decode(layer.keys, layer.payload, layer.key_items);
-    kernels.decode(layer.values, layer.payload, layer.value_items);
+    for (int64_t i = 0; i < format.num_sides; ++i) {
+      const SideFormat& side = format.sides[i];
+      kernels.decode(find_side(args, side), layer.payload, find_items(args, layer, side));
+    }
   });
 }
 

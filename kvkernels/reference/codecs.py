@@ -21,7 +21,7 @@ _LARGEST = 65408.0
 
 
 def encode_block(block: torch.Tensor, block_format: BlockFormat) -> torch.Tensor | None:
-    """The payload of `[num_layers, 2, num_kv_heads, block_size, head_dim]`, uint8.
+    """The payload of `[num_layers, num_planes, num_kv_heads, block_size, head_dim]`, uint8.
 
     None where a layer's codec cannot hold the block: an element that is not finite, or past
     float16's range, or more escapes than fit.
@@ -29,11 +29,8 @@ def encode_block(block: torch.Tensor, block_format: BlockFormat) -> torch.Tensor
     payload = torch.zeros(block_format.payload_bytes, dtype=torch.uint8)
     for layer, layer_format in zip(block, block_format.layers, strict=True):
         data = _layer_bytes(payload, layer_format)
-        for side, side_format, is_key in (
-            (layer[0], layer_format.keys, True),
-            (layer[1], layer_format.values, False),
-        ):
-            if not _encode_side(side, side_format, is_key, data):
+        for side in layer_format.sides:
+            if not _encode_side(_view(layer, side), side, data):
                 return None
     return payload
 
@@ -44,8 +41,8 @@ def decode_block(payload: torch.Tensor, block_format: BlockFormat) -> torch.Tens
     block = torch.empty(layout.block_shape, dtype=layout.dtype)
     for layer, layer_format in zip(block, block_format.layers, strict=True):
         data = _layer_bytes(payload, layer_format)
-        layer[0] = _decode_side(data, layer_format.keys, True, layout.head_dim, layout.dtype)
-        layer[1] = _decode_side(data, layer_format.values, False, layout.head_dim, layout.dtype)
+        for side in layer_format.sides:
+            _view(layer, side).copy_(_decode_side(data, side, layout.dtype))
     return block
 
 
@@ -67,6 +64,11 @@ def _layer_bytes(payload: torch.Tensor, layer_format: LayerFormat) -> torch.Tens
     return payload[layer_format.offset : layer_format.offset + layer_format.num_bytes]
 
 
+def _view(layer: torch.Tensor, side: SideFormat) -> torch.Tensor:
+    """A side's elements of a layer in the pool."""
+    return layer[side.plane, ..., side.channels.start : side.channels.stop]
+
+
 def _read(data: torch.Tensor, part: Part) -> torch.Tensor:
     piece = data[part.offset : part.offset + part.num_bytes].clone()
     return piece.view(part.dtype).view(part.shape)
@@ -77,37 +79,33 @@ def _write(data: torch.Tensor, part: Part, items: torch.Tensor) -> None:
     data[part.offset : part.offset + part.num_bytes] = piece
 
 
-def _encode_side(
-    side: torch.Tensor, side_format: SideFormat, is_key: bool, data: torch.Tensor
-) -> bool:
-    if side_format.bits == 16:
-        _write(data, side_format.parts[0], side)
+def _encode_side(elements: torch.Tensor, side: SideFormat, data: torch.Tensor) -> bool:
+    if side.bits == 16:
+        _write(data, side.parts[0], elements)
         return True
-    if side_format.bits == 12:
-        items = split_exponents(side)
+    if side.bits == 12:
+        items = split_exponents(elements)
         if items is None:
             return False
     else:
-        if not side.float().abs().amax() <= _LARGEST:  # also where it is not a number
+        if not elements.float().abs().amax() <= _LARGEST:  # also where it is not a number
             return False
-        quantize = quantize_keys if is_key else quantize_values
-        items = quantize(side, side_format.bits, side_format.num_groups)
-    for part, item in zip(side_format.parts, items, strict=True):
+        quantize = quantize_keys if side.is_key else quantize_values
+        items = quantize(elements, side.bits, side.num_groups)
+    for part, item in zip(side.parts, items, strict=True):
         _write(data, part, item)
     return True
 
 
-def _decode_side(
-    data: torch.Tensor, side_format: SideFormat, is_key: bool, head_dim: int, dtype: torch.dtype
-) -> torch.Tensor:
-    items = [_read(data, part) for part in side_format.parts]
-    if side_format.bits == 16:
+def _decode_side(data: torch.Tensor, side: SideFormat, dtype: torch.dtype) -> torch.Tensor:
+    items = [_read(data, part) for part in side.parts]
+    if side.bits == 16:
         return items[0]
-    if side_format.bits == 12:
+    if side.bits == 12:
         return join_exponents(*items)
-    if is_key:
+    if side.is_key:
         return dequantize_keys(items[0], items[1], dtype)
-    return dequantize_values(items[0], items[1], head_dim, dtype)
+    return dequantize_values(items[0], items[1], len(side.channels), dtype)
 
 
 def split_exponents(side: torch.Tensor) -> tuple[torch.Tensor, ...] | None:

@@ -37,6 +37,7 @@ _TYPE_NAMES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
@@ -163,6 +164,8 @@ def _codec_shapes() -> Iterator[Shape]:
             yield Shape(op, "bf16", head_dim, block_size=block_size, codec="l12")
             yield Shape(op, "fp32", head_dim, block_size=block_size, codec="q8")
             yield Shape(op, "fp32", head_dim, block_size=block_size, codec="q2")
+        for dtype, codec in (("bf16", "q8"), ("bf16", "q4"), ("bf16", "l12"), ("fp32", "q2")):
+            yield Shape(op, dtype, 576, 512, codec=codec, num_kv_heads=1)
 
 
 def _describe(launch: Launch, parameter: Any) -> tuple[Any, Any, Any]:

@@ -13,7 +13,7 @@ _NUM_STAGES = tl.constexpr(3)
     do_not_specialize_on_alignment=["block_ids_ptr", "is_raw_ptr", "is_good_ptr"],
 )
 def _decode_keys_kernel(
-    blocks_ptr,  # [num_blocks, num_layers, 2, NUM_HEADS, BLOCK_SIZE, HEAD_DIM]
+    blocks_ptr,  # [num_blocks, num_layers, LAYER], rows of HEAD_DIM
     block_ids_ptr,  # [num_rows]
     payloads_ptr,  # [num_rows, row_bytes], uint8
     is_raw_ptr,  # [num_rows], uint8: which are left out
@@ -24,9 +24,12 @@ def _decode_keys_kernel(
     num_layers,
     stride_block,  # in elements
     stride_row,  # in words
+    LAYER: tl.constexpr,  # elements of a layer
+    FIRST: tl.constexpr,  # the first that is written
     NUM_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    NUM_CHANNELS: tl.constexpr,  # of those of HEAD_DIM
     NUM_BITS: tl.constexpr,
     NUM_GROUPS: tl.constexpr,  # of tokens
     CODES: tl.constexpr,  # where parts of a layer begin, in bytes
@@ -36,7 +39,7 @@ def _decode_keys_kernel(
 ):
     # One item is a group of tokens, TILE_N bytes wide, as in the kernel that encodes.
     PARTS: tl.constexpr = 8 // NUM_BITS
-    WIDTH: tl.constexpr = HEAD_DIM // PARTS
+    WIDTH: tl.constexpr = NUM_CHANNELS // PARTS
     GROUP: tl.constexpr = BLOCK_SIZE // NUM_GROUPS
     COLUMNS: tl.constexpr = NUM_HEADS * WIDTH
     CUTS: tl.constexpr = (COLUMNS + TILE_N - 1) // TILE_N
@@ -54,7 +57,7 @@ def _decode_keys_kernel(
             heads = columns // WIDTH
             channels = columns % WIDTH
             layer_ptr = payloads_ptr + row * stride_row * 4 + offset
-            places = SCALES // 4 + (heads * NUM_GROUPS + group) * HEAD_DIM + channels
+            places = SCALES // 4 + (heads * NUM_GROUPS + group) * NUM_CHANNELS + channels
             places = places[None, :] + (parts * WIDTH)[:, None]
             words_ptr = layer_ptr.to(tl.pointer_type(tl.int32)) + places
             word = tl.load(words_ptr, mask=is_column[None, :], other=0)
@@ -62,8 +65,7 @@ def _decode_keys_kernel(
             minimum = minimum_of(word)[:, None, :]
             # int64: blocks and rows times strides overflow int32.
             target_ptr = blocks_ptr + tl.load(block_ids_ptr + row) * stride_block
-            target_ptr += layer * (2 * NUM_HEADS * BLOCK_SIZE * HEAD_DIM)
-            target_ptr += group * (GROUP * HEAD_DIM)
+            target_ptr += layer * LAYER + FIRST + group * (GROUP * HEAD_DIM)
             targets = heads * (BLOCK_SIZE * HEAD_DIM) + channels
             targets = (parts * WIDTH)[:, None, None] + (tokens * HEAD_DIM)[:, None] + targets
             places = CODES + (heads * BLOCK_SIZE + group * GROUP) * WIDTH + channels
@@ -93,9 +95,12 @@ def _decode_values_kernel(
     num_layers,
     stride_block,
     stride_row,
+    LAYER: tl.constexpr,
+    FIRST: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    NUM_CHANNELS: tl.constexpr,
     NUM_BITS: tl.constexpr,
     NUM_GROUPS: tl.constexpr,  # of channels
     CODES: tl.constexpr,
@@ -106,8 +111,8 @@ def _decode_values_kernel(
 ):
     # One item is some tokens; those of the next head follow.
     PARTS: tl.constexpr = 8 // NUM_BITS
-    WIDTH: tl.constexpr = HEAD_DIM // PARTS
-    GROUP: tl.constexpr = HEAD_DIM // NUM_GROUPS
+    WIDTH: tl.constexpr = NUM_CHANNELS // PARTS
+    GROUP: tl.constexpr = NUM_CHANNELS // NUM_GROUPS
     CUTS: tl.constexpr = NUM_HEADS * BLOCK_SIZE // TILE_M
     levels: tl.constexpr = (1 << NUM_BITS) - 1
     dtype: tl.constexpr = blocks_ptr.dtype.element_ty
@@ -128,7 +133,7 @@ def _decode_values_kernel(
             places = CODES + (start + tokens) * WIDTH + columns
             packed = tl.load(layer_ptr + places, mask=is_column, other=0).to(tl.int32)
             target_ptr = blocks_ptr + tl.load(block_ids_ptr + row) * stride_block
-            target_ptr += ((layer * 2 + 1) * (NUM_HEADS * BLOCK_SIZE) + start) * HEAD_DIM
+            target_ptr += layer * LAYER + FIRST + start * HEAD_DIM
             for part in tl.static_range(PARTS):
                 channels = part * WIDTH + columns
                 own = spread(word, channels, GROUP, NUM_GROUPS)

@@ -26,7 +26,7 @@ _NUM_STAGES = tl.constexpr(3)
     do_not_specialize_on_alignment=["block_ids_ptr", "sums_ptr", "is_raw_ptr"],
 )
 def _encode_keys_kernel(
-    blocks_ptr,  # [num_blocks, num_layers, 2, NUM_HEADS, BLOCK_SIZE, HEAD_DIM]
+    blocks_ptr,  # [num_blocks, num_layers, LAYER], rows of HEAD_DIM
     block_ids_ptr,  # [num_rows]
     payloads_ptr,  # [num_rows, row_bytes], uint8
     sums_ptr,  # [num_rows, num_layers, 2], int64, is added to
@@ -37,13 +37,18 @@ def _encode_keys_kernel(
     num_layers,
     stride_block,  # in elements
     stride_row,  # in words
+    LAYER: tl.constexpr,  # elements of a layer
+    FIRST: tl.constexpr,  # the first that is written
     NUM_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    NUM_CHANNELS: tl.constexpr,  # of those of HEAD_DIM
     NUM_BITS: tl.constexpr,
     NUM_GROUPS: tl.constexpr,  # of tokens
     CODES: tl.constexpr,  # where parts of a layer begin, in bytes
     SCALES: tl.constexpr,
+    END: tl.constexpr,  # of the scales
+    NEXT: tl.constexpr,  # where the next side begins, or the layer ends
     LIMIT: tl.constexpr,  # bits of float16's greatest number, in the type of the elements
     TILE_M: tl.constexpr,  # tokens at a time, a multiple of 4
     TILE_N: tl.constexpr,  # bytes of codes of each
@@ -52,7 +57,7 @@ def _encode_keys_kernel(
     # beside each other, so that a warp finds enough of them; a thread keeps to its own, and looks
     # at the tokens twice, the second time out of a cache.
     PARTS: tl.constexpr = 8 // NUM_BITS  # codes a byte, of channels WIDTH apart
-    WIDTH: tl.constexpr = HEAD_DIM // PARTS
+    WIDTH: tl.constexpr = NUM_CHANNELS // PARTS
     GROUP: tl.constexpr = BLOCK_SIZE // NUM_GROUPS
     COLUMNS: tl.constexpr = NUM_HEADS * WIDTH
     CUTS: tl.constexpr = (COLUMNS + TILE_N - 1) // TILE_N
@@ -68,8 +73,7 @@ def _encode_keys_kernel(
         channels = columns % WIDTH
         # int64: blocks and rows times strides overflow int32.
         source_ptr = blocks_ptr + tl.load(block_ids_ptr + row) * stride_block
-        source_ptr += layer * (2 * NUM_HEADS * BLOCK_SIZE * HEAD_DIM)
-        source_ptr += group * (GROUP * HEAD_DIM)
+        source_ptr += layer * LAYER + FIRST + group * (GROUP * HEAD_DIM)
         sources = heads * (BLOCK_SIZE * HEAD_DIM) + channels  # [TILE_N]
         sources = (parts * WIDTH)[:, None, None] + (tokens * HEAD_DIM)[:, None] + sources
         is_inside = is_column[None, None, :]  # of [PARTS, TILE_M, TILE_N]
@@ -88,7 +92,7 @@ def _encode_keys_kernel(
 
         word, low, inverse = find_scales(tl.min(lowest, 1), tl.max(highest, 1), NUM_BITS, dtype)
         layer_ptr = payloads_ptr + row * stride_row * 4 + offset
-        places = SCALES // 4 + (heads * NUM_GROUPS + group) * HEAD_DIM + channels
+        places = SCALES // 4 + (heads * NUM_GROUPS + group) * NUM_CHANNELS + channels
         places = places[None, :] + (parts * WIDTH)[:, None]
         is_word = tl.broadcast_to(is_column[None, :], [PARTS, TILE_N])
         tl.store(layer_ptr.to(tl.pointer_type(tl.int32)) + places, word, mask=is_word)
@@ -112,6 +116,8 @@ def _encode_keys_kernel(
         plain = total(word_plain) + total(plain)
         weighted = total(word_weighted) + total(weighted)
         add_sums(sums_ptr, row, layer, num_layers, plain, weighted)
+        if piece == NUM_GROUPS * CUTS - 1:
+            write_zeros(layer_ptr, END, NEXT)
 
 
 @triton.jit(
@@ -130,15 +136,18 @@ def _encode_values_kernel(
     num_layers,
     stride_block,
     stride_row,
+    LAYER: tl.constexpr,
+    FIRST: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    NUM_CHANNELS: tl.constexpr,
     NUM_BITS: tl.constexpr,
     NUM_GROUPS: tl.constexpr,  # of channels
     CODES: tl.constexpr,
     SCALES: tl.constexpr,
-    END: tl.constexpr,  # of the scales
-    NUM_BYTES: tl.constexpr,  # of a layer
+    END: tl.constexpr,
+    NEXT: tl.constexpr,
     LIMIT: tl.constexpr,
     TILE_M: tl.constexpr,  # tokens
     TILE_N: tl.constexpr,  # next power of two of the bytes of a token's codes
@@ -147,8 +156,8 @@ def _encode_values_kernel(
 ):
     # One item is some tokens; those of the next head follow.
     PARTS: tl.constexpr = 8 // NUM_BITS
-    WIDTH: tl.constexpr = HEAD_DIM // PARTS
-    GROUP: tl.constexpr = HEAD_DIM // NUM_GROUPS
+    WIDTH: tl.constexpr = NUM_CHANNELS // PARTS
+    GROUP: tl.constexpr = NUM_CHANNELS // NUM_GROUPS
     CUTS: tl.constexpr = NUM_HEADS * BLOCK_SIZE // TILE_M
     dtype: tl.constexpr = blocks_ptr.dtype.element_ty
     tokens = tl.arange(0, TILE_M)[:, None]
@@ -160,7 +169,7 @@ def _encode_values_kernel(
         row, layer, offset, piece = find_item(item, layers_ptr, num_chosen, CUTS)
         source_ptr = blocks_ptr + tl.load(block_ids_ptr + row) * stride_block
         start = piece * TILE_M
-        source_ptr += ((layer * 2 + 1) * (NUM_HEADS * BLOCK_SIZE) + start) * HEAD_DIM
+        source_ptr += layer * LAYER + FIRST + start * HEAD_DIM
         layer_ptr = payloads_ptr + row * stride_row * 4 + offset
         # Group by group for their ranges, and then, out of the nearest cache, in the order of
         # codes: a byte's channels may lie in groups of any kind.
@@ -198,6 +207,6 @@ def _encode_values_kernel(
         weighted = total(weighted) + total(more_weighted)
         add_sums(sums_ptr, row, layer, num_layers, plain, weighted)
         if piece == CUTS - 1:
-            write_zeros(layer_ptr, END, NUM_BYTES)
+            write_zeros(layer_ptr, END, NEXT)
         if farthest > LIMIT:
             tl.store(is_raw_ptr + row, 1)

@@ -77,7 +77,7 @@ def _list_escapes(
     do_not_specialize_on_alignment=["block_ids_ptr", "sums_ptr", "is_raw_ptr"],
 )
 def _encode_lossless_kernel(
-    blocks_ptr,  # [num_blocks, num_layers, 2, NUM_HEADS, BLOCK_SIZE, HEAD_DIM], bfloat16
+    blocks_ptr,  # [num_blocks, num_layers, NUM_SIDES, NUM_HEADS, BLOCK_SIZE, HEAD_DIM], bfloat16
     block_ids_ptr,  # [num_rows]
     payloads_ptr,  # [num_rows, row_bytes], uint8
     sums_ptr,  # [num_rows, num_layers, 2], int64, is added to
@@ -88,6 +88,7 @@ def _encode_lossless_kernel(
     num_layers,
     stride_block,  # in elements
     stride_row,  # in words
+    NUM_SIDES: tl.constexpr,  # keys and values, or latents
     NUM_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -95,7 +96,7 @@ def _encode_lossless_kernel(
     ESCAPES: tl.constexpr,
     TOPS: tl.constexpr,
     END: tl.constexpr,
-    VALUES: tl.constexpr,  # where the values begin
+    NEXT: tl.constexpr,  # where the values begin, or the layer ends
     NUM_BYTES: tl.constexpr,  # of a layer
     TILE_M: tl.constexpr,  # tokens at a time, a multiple of 4
     TILE_N: tl.constexpr,  # next power of two of half the channels
@@ -114,11 +115,11 @@ def _encode_lossless_kernel(
     elements = (tokens * HEAD_DIM)[None, :, None] + channels[:, None, :]
     for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
         # Values follow keys, in blocks and in layers: like more heads.
-        row, layer, offset, piece = find_item(item, layers_ptr, num_chosen, 2 * NUM_HEADS)
-        base = piece // NUM_HEADS * VALUES
+        row, layer, offset, piece = find_item(item, layers_ptr, num_chosen, NUM_SIDES * NUM_HEADS)
+        base = piece // NUM_HEADS * NEXT
         head = piece % NUM_HEADS
         source_ptr = blocks_ptr + tl.load(block_ids_ptr + row) * stride_block
-        source_ptr += (layer * 2 * NUM_HEADS + piece) * (BLOCK_SIZE * HEAD_DIM)
+        source_ptr += (layer * NUM_SIDES * NUM_HEADS + piece) * (BLOCK_SIZE * HEAD_DIM)
         layer_ptr = payloads_ptr + row * stride_row * 4 + offset
 
         highest = tl.zeros([2, TILE_M, TILE_N], tl.int32)
@@ -184,7 +185,7 @@ def _encode_lossless_kernel(
         weighted += total(slot_weighted)
         add_sums(sums_ptr, row, layer, num_layers, plain, weighted)
         if head == NUM_HEADS - 1:  # up to the values, or to the layer's end
-            write_zeros(layer_ptr, base + END, tl.where(base == 0, VALUES, NUM_BYTES))
+            write_zeros(layer_ptr, base + END, tl.where(base == 0, NEXT, NUM_BYTES))
         if num_escapes > _NUM_ESCAPES:
             tl.store(is_raw_ptr + row, 1)
 
@@ -205,13 +206,14 @@ def _decode_lossless_kernel(
     num_layers,
     stride_block,
     stride_row,
+    NUM_SIDES: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     NIBBLES: tl.constexpr,
     ESCAPES: tl.constexpr,
     TOPS: tl.constexpr,
-    VALUES: tl.constexpr,
+    NEXT: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
 ):
@@ -224,15 +226,16 @@ def _decode_lossless_kernel(
     channels = (halves * HALF)[:, None] + columns[None, :]
     slots = tl.arange(0, _NUM_ESCAPES)
     for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
-        row, layer, offset, piece = find_item(item, layers_ptr, num_chosen, 2 * NUM_HEADS * CUTS)
+        num_pieces: tl.constexpr = NUM_SIDES * NUM_HEADS * CUTS
+        row, layer, offset, piece = find_item(item, layers_ptr, num_chosen, num_pieces)
         is_good = tl.load(is_good_ptr + row * num_layers + layer) != 0
         if is_good and tl.load(is_raw_ptr + row) == 0:
             side_head = piece // CUTS
             head = side_head % NUM_HEADS
             target_ptr = blocks_ptr + tl.load(block_ids_ptr + row) * stride_block
-            target_ptr += (layer * 2 * NUM_HEADS + side_head) * (BLOCK_SIZE * HEAD_DIM)
+            target_ptr += (layer * NUM_SIDES * NUM_HEADS + side_head) * (BLOCK_SIZE * HEAD_DIM)
             layer_ptr = payloads_ptr + row * stride_row * 4 + offset
-            layer_ptr += side_head // NUM_HEADS * VALUES
+            layer_ptr += side_head // NUM_HEADS * NEXT
             tokens = piece % CUTS * TILE_M + tl.arange(0, TILE_M)
             places = (tokens * HEAD_DIM)[None, :, None] + channels[:, None, :]
             low_ptr = layer_ptr + head * (BLOCK_SIZE * HEAD_DIM) + places

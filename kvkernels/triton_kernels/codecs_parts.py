@@ -45,6 +45,17 @@ def weigh_bytes(numbers, places):
 
 
 @triton.jit
+def weigh_items(items, places):
+    """Shares of integers of 16 or 32 bits; places count items, and masked ones are zero."""
+    if items.dtype.primitive_bitwidth == 32:
+        plain, weighted = weigh_words(items, places)
+    else:
+        plain = (items.to(tl.int64) & 0xFFFF) << ((places & 1) * 16)
+        weighted = plain * ((places >> 1) + 1)
+    return plain, weighted
+
+
+@triton.jit
 def weigh_steps(counts, levers, places, STEP: tl.constexpr):
     """Shares of bytes that were summed over steps, each `STEP` bytes after the one before.
 

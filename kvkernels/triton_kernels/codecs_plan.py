@@ -19,6 +19,8 @@ from kvkernels.triton_kernels.codecs_lossless import (
     _encode_lossless_kernel,
 )
 from kvkernels.triton_kernels.codecs_words import (
+    _copy_channels_in_kernel,
+    _copy_channels_out_kernel,
     _copy_in_kernel,
     _copy_out_kernel,
     _sum_layers_kernel,
@@ -36,6 +38,8 @@ _MAX_REGISTERS = 255
 _MAX_PROGRAMS = 32
 # The bits of 65408, see `kvkernels.reference.codecs`, or in bfloat16 of the number below it.
 _LIMITS = {torch.float32: 0x477F8000, torch.float16: 0x7BFC, torch.bfloat16: 0x477F}
+
+_INTEGERS = {2: torch.int16, 4: torch.int32}  # by bytes
 
 Layers = list[tuple[int, LayerFormat]]
 
@@ -100,7 +104,7 @@ class Work:
         )
 
     @property
-    def elements(self) -> dict[str, Any]:
+    def rows(self) -> dict[str, Any]:
         """Arguments that say where blocks lie, for kernels of elements."""
         layout = self.block_format.layout
         return {
@@ -112,23 +116,39 @@ class Work:
             "HEAD_DIM": layout.head_dim,
         }
 
+    def elements(self, side: SideFormat) -> dict[str, Any]:
+        """The same for kernels of one side of a layer."""
+        layout = self.block_format.layout
+        plane = layout.num_kv_heads * layout.block_size * layout.head_dim
+        return self.rows | {
+            "LAYER": layout.num_planes * plane,
+            "FIRST": side.plane * plane + side.channels.start,
+            "NUM_CHANNELS": len(side.channels),
+        }
+
+    def bits(self, side: SideFormat) -> dict[str, Any]:
+        """The same for kernels that see elements as integers."""
+        as_integers = self.blocks.view(_INTEGERS[self.blocks.itemsize])
+        return self.elements(side) | {"blocks_ptr": as_integers}
+
     @property
     def words(self) -> dict[str, Any]:
-        """The same for kernels of words, whatever the elements are."""
+        """Arguments for kernels of words, whatever the elements are."""
         words = self.blocks.flatten(1).view(torch.int32)
         return {
             "blocks_ptr": words,
             "block_ids_ptr": self.block_ids,
             "stride_block": words.stride(0),
+            "LAYER": words.shape[1] // self.block_format.layout.num_layers,
         }
 
-    def layers(self) -> Iterator[tuple[SideFormat, SideFormat, Layers]]:
-        """Layers by codec: how the keys and the values of one are written, and which they are."""
+    def layers(self) -> Iterator[tuple[LayerFormat, Layers]]:
+        """Layers by codec: how one of them is written, and which they are."""
         found: dict[str, Layers] = {}
         for index, layer in self._choose(self.block_format):
             found.setdefault(layer.codec.name, []).append((index, layer))
         for layers in found.values():
-            yield layers[0][1].keys, layers[0][1].values, layers
+            yield layers[0][1], layers
 
     def copy(
         self, kernel: Any, layers: Layers, raw_blocks: bool | None, **arguments: Any
@@ -157,9 +177,9 @@ class Work:
 
 
 def _key_tile(side: SideFormat, layout: KVLayout) -> tuple[int, dict[str, int]]:
-    """Pieces of a layer's keys, and their constants."""
+    """Pieces of a side that is coded like keys, and their constants."""
     group = layout.block_size // side.num_groups
-    num_columns = layout.num_kv_heads * layout.head_dim * side.bits // 8
+    num_columns = layout.num_kv_heads * len(side.channels) * side.bits // 8
     columns = min(_MAX_COLUMNS, triton.next_power_of_2(num_columns))
     tokens = min(group, max(4, _TILE_BYTES // columns))
     constants = _code_constants(side) | {"TILE_M": tokens, "TILE_N": columns}
@@ -167,15 +187,25 @@ def _key_tile(side: SideFormat, layout: KVLayout) -> tuple[int, dict[str, int]]:
 
 
 def _value_tile(side: SideFormat, layout: KVLayout) -> tuple[int, dict[str, int]]:
-    """Pieces of a layer's values, and their constants."""
+    """Pieces of a side that is coded like values, and their constants."""
+    num_channels = len(side.channels)
     groups = triton.next_power_of_2(side.num_groups)
-    group = triton.next_power_of_2(layout.head_dim // side.num_groups)
-    width = triton.next_power_of_2(layout.head_dim * side.bits // 8)
+    group = triton.next_power_of_2(num_channels // side.num_groups)
+    width = triton.next_power_of_2(num_channels * side.bits // 8)
     widest = max(groups * group, width * 8 // side.bits)
     tokens = min(layout.block_size, max(1, _VALUE_ELEMENTS // widest))
     constants = {"TILE_M": tokens, "TILE_N": width, "TILE_GROUPS": groups}
     num_pieces = layout.num_kv_heads * layout.block_size // tokens
     return num_pieces, _code_constants(side) | constants
+
+
+def _channel_tile(side: SideFormat, layout: KVLayout) -> tuple[int, dict[str, int]]:
+    """Pieces of a side that is written as it is, and their constants."""
+    width = triton.next_power_of_2(len(side.channels))
+    tokens = min(layout.block_size, max(1, _VALUE_ELEMENTS // width))
+    start = side.parts[0].offset // layout.dtype.itemsize
+    constants = {"START": start, "TILE_M": tokens, "TILE_N": width}
+    return layout.num_kv_heads * layout.block_size // tokens, constants
 
 
 def _code_constants(side: SideFormat) -> dict[str, int]:
@@ -184,47 +214,66 @@ def _code_constants(side: SideFormat) -> dict[str, int]:
     return constants | {"NUM_BITS": side.bits, "NUM_GROUPS": side.num_groups}
 
 
-def _lossless_tile(keys: SideFormat, values: SideFormat, layout: KVLayout) -> dict[str, int]:
+def _lossless_tile(layer: LayerFormat, layout: KVLayout) -> dict[str, int]:
     half = triton.next_power_of_2(layout.head_dim // 2)
-    _, nibbles, escapes, tops = (part.offset for part in keys.parts)
+    _, nibbles, escapes, tops = (part.offset for part in layer.sides[0].parts)
     tokens = min(layout.block_size, max(4, _TILE_BYTES // half))
     constants = {"NIBBLES": nibbles, "ESCAPES": escapes, "TOPS": tops}
-    constants |= {"VALUES": values.parts[0].offset}
+    constants |= {"NEXT": _next_offset(layer, 0), "NUM_SIDES": len(layer.sides)}
     return constants | {"TILE_M": tokens, "TILE_N": half}
+
+
+def _next_offset(layer: LayerFormat, index: int) -> int:
+    """Where the side behind one begins in its layer, or the layer ends."""
+    is_last = index + 1 == len(layer.sides)
+    return layer.num_bytes if is_last else layer.sides[index + 1].parts[0].offset
 
 
 def plan_encode(work: Work, sums: torch.Tensor) -> list[Launch]:
     """The launches that write all blocks by the format."""
-    layout = work.block_format.layout
     launches = []
-    for keys, values, layers in work.layers():
-        if keys.bits == 16:
+    for layer, layers in work.layers():
+        if layer.is_raw:
             launches.append(work.copy(_copy_out_kernel, layers, None, sums_ptr=sums, **work.words))
-            continue
-        arguments = {"sums_ptr": sums, **work.elements}
-        num_bytes = layers[0][1].num_bytes
-        if keys.bits == 12:
-            constants = _lossless_tile(keys, values, layout)
-            constants |= {"END": keys.end, "NUM_BYTES": num_bytes}
-            pieces = 2 * layout.num_kv_heads
-            # Heads wider than usual need tiles that are larger.
-            num_warps = 2 * _NUM_WARPS if constants["TILE_N"] > _MAX_COLUMNS else _NUM_WARPS
-            launches.append(
-                work.launch(
-                    _encode_lossless_kernel, layers, pieces, num_warps, **arguments, **constants
-                )
-            )
-            continue
-        arguments["LIMIT"] = _LIMITS[layout.dtype]
-        pieces, constants = _key_tile(keys, layout)
-        launches.append(work.launch(_encode_keys_kernel, layers, pieces, **arguments, **constants))
-        pieces, constants = _value_tile(values, layout)
-        constants["TILE_GROUP"] = triton.next_power_of_2(layout.head_dim // values.num_groups)
-        constants |= {"END": values.end, "NUM_BYTES": num_bytes}
-        launches.append(
-            work.launch(_encode_values_kernel, layers, pieces, **arguments, **constants)
-        )
+        elif layer.codec.name == "l12":
+            launches.append(_plan_encode_lossless(work, layer, layers, sums))
+        else:
+            launches += [
+                _plan_encode_side(work, layer, index, layers, sums)
+                for index in range(len(layer.sides))
+            ]
     return launches
+
+
+def _plan_encode_lossless(
+    work: Work, layer: LayerFormat, layers: Layers, sums: torch.Tensor
+) -> Launch:
+    layout = work.block_format.layout
+    constants = _lossless_tile(layer, layout)
+    constants |= {"END": layer.sides[0].end, "NUM_BYTES": layer.num_bytes}
+    pieces = constants["NUM_SIDES"] * layout.num_kv_heads
+    # Heads wider than usual need tiles that are larger.
+    num_warps = 2 * _NUM_WARPS if constants["TILE_N"] > _MAX_COLUMNS else _NUM_WARPS
+    arguments = {"sums_ptr": sums, **work.rows}
+    return work.launch(_encode_lossless_kernel, layers, pieces, num_warps, **arguments, **constants)
+
+
+def _plan_encode_side(
+    work: Work, layer: LayerFormat, index: int, layers: Layers, sums: torch.Tensor
+) -> Launch:
+    layout, side = work.block_format.layout, layer.sides[index]
+    more = {"sums_ptr": sums, "END": side.end, "NEXT": _next_offset(layer, index)}
+    if side.bits == 16:
+        pieces, constants = _channel_tile(side, layout)
+        arguments = work.bits(side) | more
+        return work.launch(_copy_channels_out_kernel, layers, pieces, **arguments, **constants)
+    arguments = work.elements(side) | more | {"LIMIT": _LIMITS[layout.dtype]}
+    if side.is_key:
+        pieces, constants = _key_tile(side, layout)
+        return work.launch(_encode_keys_kernel, layers, pieces, **arguments, **constants)
+    pieces, constants = _value_tile(side, layout)
+    constants["TILE_GROUP"] = triton.next_power_of_2(len(side.channels) // side.num_groups)
+    return work.launch(_encode_values_kernel, layers, pieces, **arguments, **constants)
 
 
 def plan_encode_raw(work: Work, sums: torch.Tensor) -> list[Launch]:
@@ -236,8 +285,7 @@ def plan_encode_raw(work: Work, sums: torch.Tensor) -> list[Launch]:
 def plan_sums(work: Work, sums: torch.Tensor) -> list[Launch]:
     """The launches that sum the layers of payloads."""
     launches = [
-        work.copy(_sum_layers_kernel, layers, False, sums_ptr=sums)
-        for _, _, layers in work.layers()
+        work.copy(_sum_layers_kernel, layers, False, sums_ptr=sums) for _, layers in work.layers()
     ]
     if holds_raw(work):
         launches.append(work.copy(_sum_layers_kernel, work.raw_layers, True, sums_ptr=sums))
@@ -249,27 +297,38 @@ def plan_decode(work: Work, is_good: torch.Tensor) -> list[Launch]:
     layout = work.block_format.layout
     flags = {"is_good_ptr": is_good.view(torch.uint8)}
     launches = []
-    for keys, values, layers in work.layers():
-        if keys.bits == 16:
+    for layer, layers in work.layers():
+        if layer.is_raw:
             launches.append(work.copy(_copy_in_kernel, layers, False, **flags, **work.words))
-            continue
-        arguments = {**flags, **work.elements}
-        if keys.bits == 12:
-            constants = _lossless_tile(keys, values, layout)
-            pieces = 2 * layout.num_kv_heads * layout.block_size // constants["TILE_M"]
+        elif layer.codec.name == "l12":
+            constants = _lossless_tile(layer, layout)
+            pieces = layout.num_kv_heads * layout.block_size // constants["TILE_M"]
+            pieces *= constants["NUM_SIDES"]
+            arguments = {**flags, **work.rows}
             launches.append(
                 work.launch(_decode_lossless_kernel, layers, pieces, **arguments, **constants)
             )
-            continue
-        pieces, constants = _key_tile(keys, layout)
-        launches.append(work.launch(_decode_keys_kernel, layers, pieces, **arguments, **constants))
-        pieces, constants = _value_tile(values, layout)
-        launches.append(
-            work.launch(_decode_values_kernel, layers, pieces, **arguments, **constants)
-        )
+        else:
+            launches += [_plan_decode_side(work, side, layers, flags) for side in layer.sides]
     if holds_raw(work):
         launches.append(work.copy(_copy_in_kernel, work.raw_layers, True, **flags, **work.words))
     return launches
+
+
+def _plan_decode_side(
+    work: Work, side: SideFormat, layers: Layers, flags: dict[str, torch.Tensor]
+) -> Launch:
+    layout = work.block_format.layout
+    if side.bits == 16:
+        pieces, constants = _channel_tile(side, layout)
+        arguments = flags | work.bits(side)
+        return work.launch(_copy_channels_in_kernel, layers, pieces, **arguments, **constants)
+    kernel, tile = (
+        (_decode_keys_kernel, _key_tile) if side.is_key else (_decode_values_kernel, _value_tile)
+    )
+    pieces, constants = tile(side, layout)
+    arguments = flags | work.elements(side)
+    return work.launch(kernel, layers, pieces, **arguments, **constants)
 
 
 def holds_raw(work: Work) -> bool:

@@ -1,9 +1,16 @@
-"""Triton kernels that move layers as they are, and that sum their words."""
+"""Triton kernels that move layers, or channels of them, as they are, and that sum their words."""
 
 import triton
 import triton.language as tl
 
-from kvkernels.triton_kernels.codecs_parts import add_sums, find_item, total, weigh_words
+from kvkernels.triton_kernels.codecs_parts import (
+    add_sums,
+    find_item,
+    total,
+    weigh_items,
+    weigh_words,
+    write_zeros,
+)
 
 
 @triton.jit
@@ -31,7 +38,8 @@ def _copy_out_kernel(
     num_layers,
     stride_block,  # in words, like all
     stride_row,
-    NUM_WORDS: tl.constexpr,  # of a layer
+    LAYER: tl.constexpr,  # words of a layer in the pool
+    NUM_WORDS: tl.constexpr,  # and of it in a payload, zeros at its end included
     RAW_BLOCKS: tl.constexpr,  # whether only blocks that are raw, or not, are; None for all
     TILE: tl.constexpr,
 ):
@@ -40,11 +48,11 @@ def _copy_out_kernel(
         row, layer, offset, piece = find_item(item, layers_ptr, num_chosen, CUTS)
         if _is_wanted(is_raw_ptr, row, RAW_BLOCKS):
             places = piece * TILE + tl.arange(0, TILE)
-            is_inside = places < NUM_WORDS
             source_ptr = blocks_ptr + tl.load(block_ids_ptr + row) * stride_block
-            words = tl.load(source_ptr + layer * NUM_WORDS + places, mask=is_inside, other=0)
+            words = tl.load(source_ptr + layer * LAYER + places, mask=places < LAYER, other=0)
             layer_ptr = payloads_ptr + row * stride_row * 4 + offset
-            tl.store(layer_ptr.to(tl.pointer_type(tl.int32)) + places, words, mask=is_inside)
+            words_ptr = layer_ptr.to(tl.pointer_type(tl.int32)) + places
+            tl.store(words_ptr, words, mask=places < NUM_WORDS)
             plain, weighted = weigh_words(words, places)
             add_sums(sums_ptr, row, layer, num_layers, total(plain), total(weighted))
 
@@ -65,6 +73,7 @@ def _copy_in_kernel(
     num_layers,
     stride_block,
     stride_row,
+    LAYER: tl.constexpr,
     NUM_WORDS: tl.constexpr,
     RAW_BLOCKS: tl.constexpr,
     TILE: tl.constexpr,
@@ -75,11 +84,102 @@ def _copy_in_kernel(
         is_good = tl.load(is_good_ptr + row * num_layers + layer) != 0
         if is_good and _is_wanted(is_raw_ptr, row, RAW_BLOCKS):
             places = piece * TILE + tl.arange(0, TILE)
-            is_inside = places < NUM_WORDS
+            is_inside = places < LAYER
             layer_ptr = payloads_ptr + row * stride_row * 4 + offset
             words = tl.load(layer_ptr.to(tl.pointer_type(tl.int32)) + places, mask=is_inside)
             target_ptr = blocks_ptr + tl.load(block_ids_ptr + row) * stride_block
-            tl.store(target_ptr + layer * NUM_WORDS + places, words, mask=is_inside)
+            tl.store(target_ptr + layer * LAYER + places, words, mask=is_inside)
+
+
+@triton.jit(
+    do_not_specialize=["num_items"],
+    do_not_specialize_on_alignment=["block_ids_ptr", "sums_ptr", "is_raw_ptr"],
+)
+def _copy_channels_out_kernel(
+    blocks_ptr,  # [num_blocks, num_layers, LAYER], rows of HEAD_DIM, int16 or int32
+    block_ids_ptr,
+    payloads_ptr,
+    sums_ptr,
+    is_raw_ptr,
+    layers_ptr,
+    num_items,
+    num_chosen,
+    num_layers,
+    stride_block,  # in elements
+    stride_row,  # in words
+    LAYER: tl.constexpr,  # elements of a layer
+    FIRST: tl.constexpr,  # the first that is written
+    NUM_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    NUM_CHANNELS: tl.constexpr,  # of those of HEAD_DIM
+    START: tl.constexpr,  # where they begin in the payload's layer, in elements
+    END: tl.constexpr,  # and end, in bytes
+    NEXT: tl.constexpr,  # where the next side begins, or the layer ends
+    TILE_M: tl.constexpr,  # tokens
+    TILE_N: tl.constexpr,  # next power of two of the channels
+):
+    # One item is some tokens; those of the next head follow.
+    CUTS: tl.constexpr = NUM_HEADS * BLOCK_SIZE // TILE_M
+    dtype: tl.constexpr = blocks_ptr.dtype.element_ty
+    columns = tl.arange(0, TILE_N)[None, :]
+    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
+        row, layer, offset, piece = find_item(item, layers_ptr, num_chosen, CUTS)
+        tokens = piece * TILE_M + tl.arange(0, TILE_M)[:, None]
+        is_inside = tl.broadcast_to(columns < NUM_CHANNELS, [TILE_M, TILE_N])
+        source_ptr = blocks_ptr + tl.load(block_ids_ptr + row) * stride_block
+        source_ptr += layer * LAYER + FIRST
+        items = tl.load(source_ptr + tokens * HEAD_DIM + columns, mask=is_inside, other=0)
+        layer_ptr = payloads_ptr + row * stride_row * 4 + offset
+        places = START + tokens * NUM_CHANNELS + columns
+        tl.store(layer_ptr.to(tl.pointer_type(dtype)) + places, items, mask=is_inside)
+        plain, weighted = weigh_items(items, places)
+        add_sums(sums_ptr, row, layer, num_layers, total(plain), total(weighted))
+        if piece == CUTS - 1:
+            write_zeros(layer_ptr, END, NEXT)
+
+
+@triton.jit(
+    do_not_specialize=["num_items"],
+    do_not_specialize_on_alignment=["block_ids_ptr", "is_raw_ptr", "is_good_ptr"],
+)
+def _copy_channels_in_kernel(
+    blocks_ptr,  # as above
+    block_ids_ptr,
+    payloads_ptr,
+    is_raw_ptr,  # [num_rows], uint8: which are left out
+    is_good_ptr,  # [num_rows, num_layers], uint8: which layers are not
+    layers_ptr,
+    num_items,
+    num_chosen,
+    num_layers,
+    stride_block,
+    stride_row,
+    LAYER: tl.constexpr,
+    FIRST: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    NUM_CHANNELS: tl.constexpr,
+    START: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+):
+    CUTS: tl.constexpr = NUM_HEADS * BLOCK_SIZE // TILE_M
+    dtype: tl.constexpr = blocks_ptr.dtype.element_ty
+    columns = tl.arange(0, TILE_N)[None, :]
+    is_inside = columns < NUM_CHANNELS
+    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
+        row, layer, offset, piece = find_item(item, layers_ptr, num_chosen, CUTS)
+        is_good = tl.load(is_good_ptr + row * num_layers + layer) != 0
+        if is_good and tl.load(is_raw_ptr + row) == 0:
+            tokens = piece * TILE_M + tl.arange(0, TILE_M)[:, None]
+            layer_ptr = payloads_ptr + row * stride_row * 4 + offset
+            places = START + tokens * NUM_CHANNELS + columns
+            items = tl.load(layer_ptr.to(tl.pointer_type(dtype)) + places, mask=is_inside)
+            target_ptr = blocks_ptr + tl.load(block_ids_ptr + row) * stride_block
+            target_ptr += layer * LAYER + FIRST
+            tl.store(target_ptr + tokens * HEAD_DIM + columns, items, mask=is_inside)
 
 
 @triton.jit(

@@ -32,7 +32,8 @@ class Shape:
         op: See above.
         dtype: A name in `DTYPES`.
         head_dim: Width of a key.
-        value_dim: Width of a value that is a view of the key; 0 where it is like the key.
+        value_dim: Width of a value that is a view of the key, or of a codec's latent; 0 where it is
+            like the key.
         block_size: Tokens in a block.
         group: Query heads to a key-value head.
         num_kv_heads: Key-value heads.
@@ -159,7 +160,14 @@ def plan(shape: Shape, device: Device) -> list[Launch]:
 
 def _plan_codec(shape: Shape, device: Device) -> list[Launch]:
     """The launches of a call; what all codecs have in common only with "raw"."""
-    layout = KVLayout(2, shape.num_kv_heads, shape.head_dim, shape.block_size, DTYPES[shape.dtype])
+    layout = KVLayout(
+        2,
+        shape.num_kv_heads,
+        shape.head_dim,
+        shape.block_size,
+        DTYPES[shape.dtype],
+        shape.value_dim or None,
+    )
     block_format = BlockFormat(layout, shape.codec)
     num_rows = 64
     work = codecs_plan.Work(

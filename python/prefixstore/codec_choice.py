@@ -46,6 +46,7 @@ def record_layout(layout: KVLayout, layer_group: int) -> RecordLayout:
         block_size=layout.block_size,
         dtype=names[layout.dtype],
         layer_group=layer_group,
+        latent_dim=layout.latent_dim,
     )
 
 

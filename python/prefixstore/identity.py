@@ -104,10 +104,11 @@ def _add(digest: Any, label: str, value: bytes) -> None:
 
 
 def _layout_text(layout: KVLayout) -> str:
-    return (
+    text = (
         f"{layout.num_layers} layers, {layout.num_kv_heads} heads of {layout.head_dim},"
         f" blocks of {layout.block_size} {layout.dtype}"
     )
+    return text if layout.latent_dim is None else f"{text}, latents of {layout.latent_dim}"
 
 
 def _config_text(config: Any) -> str:

@@ -251,13 +251,14 @@ def read_header(record: Buffer) -> RecordHeader:
             dtype,
             fixed.layer_group,
             _read_codecs(data, fixed),
+            fixed.latent_dim or None,
         )
     except ValueError as error:
         raise BlockCorrupted(str(error)) from None
     for name, expected in (
         ("codec", _codec_code(layout)),
         ("flags", 0),
-        ("reserved", bytes(12)),
+        ("reserved", bytes(10)),
         ("num_tokens", layout.block_size),
         ("header_bytes", layout.header_bytes),
         ("payload_bytes", layout.payload_bytes),
@@ -332,7 +333,8 @@ def _fixed_fields(key: BlockKey, layout: RecordLayout) -> FixedHeader:
         block_hash=key.block_hash,
         parent_hash=key.parent_hash,
         crc=0,
-        reserved=bytes(12),
+        latent_dim=layout.latent_dim or 0,
+        reserved=bytes(10),
     )
 
 

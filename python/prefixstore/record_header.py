@@ -16,7 +16,7 @@ MAGIC = b"KVB1"
 FIXED_BYTES = 96
 MAX_HEADER_BYTES = 65472  # the largest multiple of 64 that a u16 holds
 CRC_OFFSET = 80
-FIXED = struct.Struct("<4sHHBBHHHHHHHQ16s16s16sI12s")
+FIXED = struct.Struct("<4sHHBBHHHHHHHQ16s16s16sIH10s")
 assert FIXED.size == FIXED_BYTES
 
 
@@ -40,6 +40,7 @@ class FixedHeader(NamedTuple):
     block_hash: bytes
     parent_hash: bytes
     crc: int
+    latent_dim: int  # 0 where keys and values lie apart
     reserved: bytes
 
     @property

@@ -32,6 +32,8 @@ class RecordLayout:
         layer_group: Which of the model's layer groups, from 0.
         codecs: A codec's name for each layer; a tuple of one, or a name alone, is for all layers.
             Of equal names one is kept, so that equal layouts compare equal.
+        latent_dim: Leading channels of a row that are keys and values at once, where a token has
+            one row instead of a key and a value; see `KVLayout`.
 
     Raises:
         ValueError: If a value is out of range, a codec is unknown or does not fit the block, or
@@ -45,6 +47,7 @@ class RecordLayout:
     dtype: str
     layer_group: int = 0
     codecs: tuple[str, ...] = ("raw",)
+    latent_dim: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -81,6 +84,7 @@ class RecordLayout:
             self.head_dim,
             self.block_size,
             DTYPES[self.dtype],
+            self.latent_dim,
         )
         return BlockFormat(layout, self.codecs[0] if len(self.codecs) == 1 else self.codecs)
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "../../csrc/cpu/codec_paths.h"
@@ -23,6 +24,13 @@ std::mt19937_64 random_bits(7);
 struct Shape {
   int64_t num_layers, num_heads, head_dim, block_size;
   DType dtype;
+  int64_t latent_dim = 0;  // of rows that are keys and values at once
+
+  int64_t item_bytes() const { return dtype == DType::kFloat32 ? 4 : 2; }
+  int64_t num_planes() const { return latent_dim > 0 ? 1 : 2; }
+  int64_t block_bytes() const {
+    return num_layers * num_planes() * num_heads * block_size * head_dim * item_bytes();
+  }
 };
 
 int64_t align(int64_t value, int64_t alignment) {
@@ -30,19 +38,19 @@ int64_t align(int64_t value, int64_t alignment) {
 }
 
 // Parts one after the other, as kvkernels/codecs.py places them; `end` moves behind the last.
-SideFormat format_side(const Shape& shape, int64_t bits, bool is_key, int64_t group, int64_t& end) {
-  const int64_t rows = shape.num_heads * shape.block_size, items = rows * shape.head_dim;
-  SideFormat side = {bits, 0, {}};
+SideFormat format_side(const Shape& shape, SideFormat side, int64_t group, int64_t& end) {
+  const int64_t dim = side.num_channels, rows = shape.num_heads * shape.block_size;
+  const int64_t items = rows * dim;
   std::vector<int64_t> sizes;
-  if (bits == kvkernels::kRawBits) {
-    sizes = {items * (shape.dtype == DType::kFloat32 ? 4 : 2)};
-  } else if (bits == kvkernels::kLosslessBits) {
-    sizes = {items, items / 2, shape.num_heads * 64, shape.num_heads * shape.head_dim};
+  if (side.bits == kvkernels::kRawBits) {
+    sizes = {items * shape.item_bytes()};
+  } else if (side.bits == kvkernels::kLosslessBits) {
+    sizes = {items, items / 2, shape.num_heads * 64, shape.num_heads * dim};
   } else {
-    const int64_t length = is_key ? shape.block_size : shape.head_dim;
+    const int64_t length = side.is_key ? shape.block_size : dim;
     side.num_groups = length % group == 0 ? length / group : 1;
-    const int64_t sets = is_key ? shape.num_heads * shape.head_dim : rows;
-    sizes = {items * bits / 8, sets * side.num_groups * 4};
+    const int64_t sets = side.is_key ? shape.num_heads * dim : rows;
+    sizes = {items * side.bits / 8, sets * side.num_groups * 4};
   }
   for (size_t i = 0; i < sizes.size(); ++i) {
     side.parts[i] = align(end, 4);
@@ -55,8 +63,7 @@ class Blocks {
  public:
   Blocks(const Shape& shape, int64_t key_bits, int64_t value_bits, int64_t group)
       : shape_(shape),
-        block_bytes_(2 * shape.num_layers * shape.num_heads * shape.block_size * shape.head_dim *
-                     (shape.dtype == DType::kFloat32 ? 4 : 2)),
+        block_bytes_(shape.block_bytes()),
         formats_(make_formats(shape, key_bits, value_bits, group)),
         payload_bytes_(formats_.back().offset + formats_.back().num_bytes),
         pool_(kNumBlocks * block_bytes_),
@@ -66,6 +73,7 @@ class Blocks {
     args_ = {pool_.as<std::byte>(),
              block_bytes_,
              shape.num_layers,
+             shape.num_planes(),
              shape.num_heads,
              shape.block_size,
              shape.head_dim,
@@ -81,7 +89,7 @@ class Blocks {
 
   void fill_with_numbers() {
     std::normal_distribution<float> normal;
-    const int64_t num_items = kNumBlocks * block_bytes_ / (shape_.dtype == DType::kFloat32 ? 4 : 2);
+    const int64_t num_items = kNumBlocks * block_bytes_ / shape_.item_bytes();
     for (int64_t i = 0; i < num_items; ++i) {
       put(pool_.as<void>(), shape_.dtype, i, normal(random_bits));
     }
@@ -126,11 +134,22 @@ class Blocks {
     std::vector<LayerFormat> formats;
     int64_t offset = 0;
     for (int64_t layer = 0; layer < shape.num_layers; ++layer) {
+      std::vector<SideFormat> sides = {{0, 0, shape.head_dim, true, key_bits, 0, {}}};
+      if (shape.latent_dim == 0) {
+        sides.push_back({1, 0, shape.head_dim, false, value_bits, 0, {}});
+      } else if (key_bits < kvkernels::kLosslessBits && shape.latent_dim < shape.head_dim) {
+        sides[0].num_channels = shape.latent_dim;
+        const int64_t rest = shape.head_dim - shape.latent_dim;
+        sides.push_back({0, shape.latent_dim, rest, true, kvkernels::kRawBits, 0, {}});
+      }
+      LayerFormat format = {offset, 0, static_cast<int64_t>(sides.size()), {}};
       int64_t end = 0;
-      const SideFormat keys = format_side(shape, key_bits, true, group, end);
-      const SideFormat values = format_side(shape, value_bits, false, group, end);
-      formats.push_back({offset, align(end, 64), keys, values});
-      offset += align(end, 64);
+      for (size_t i = 0; i < sides.size(); ++i) {
+        format.sides[i] = format_side(shape, sides[i], group, end);
+      }
+      format.num_bytes = align(end, 64);
+      formats.push_back(format);
+      offset += format.num_bytes;
     }
     return formats;
   }
@@ -174,6 +193,8 @@ void check(const Shape& shape, int64_t key_bits, int64_t value_bits, int64_t gro
 
 int main() {
   const int64_t dims[] = {4, 12, 64, 80, 100, 128, 256, 576};
+  const std::pair<int64_t, int64_t> latents[] = {
+      {512, 576}, {96, 112}, {20, 23}, {12, 12}, {4, 30}};
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32}) {
     for (const int64_t dim : dims) {
       for (const int64_t size : {16, 64}) {
@@ -184,6 +205,11 @@ int main() {
         }
         if (dtype == DType::kBFloat16) check(shape, 12, 12, 0);
       }
+    }
+    for (const auto& [latent_dim, dim] : latents) {
+      const Shape shape = {2, 2, dim, 16, dtype, latent_dim};
+      for (const int64_t bits : {16, 8, 4, 2}) check(shape, bits, bits, 32);
+      if (dtype == DType::kBFloat16 && dim % 2 == 0) check(shape, 12, 12, 0);
     }
   }
   std::printf("codecs: every path gives the same bytes and stays within its memory\n");

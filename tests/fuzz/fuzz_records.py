@@ -31,6 +31,7 @@ LAYOUTS = [RecordLayout(1, 1, 8, 16, "bfloat16", 0, (codec,)) for codec in kvker
 LAYOUTS += [
     RecordLayout(2, 1, 4, 16, "float16", 0, ("q8", "q2")),
     RecordLayout(1, 2, 12, 16, "float32", 3, ("q4",)),
+    RecordLayout(2, 1, 10, 16, "bfloat16", 0, ("q8", "l12"), latent_dim=8),
 ]
 
 

@@ -24,7 +24,7 @@ from typing import Any
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
-from test_codecs import decode_by_triton, encode_by_triton
+from codec_blocks import decode_by_triton, encode_by_triton
 
 import kvkernels
 from kvkernels import CODECS, BlockFormat, KVLayout, KVPool, native
@@ -159,7 +159,7 @@ def _encode_by_reference(
 def _is_coarse(payload: torch.Tensor, block_format: BlockFormat) -> bool:
     """Whether a set's scale or minimum has fewer bits than float16's normal numbers."""
     for layer in block_format.layers:
-        for side in (layer.keys, layer.values):
+        for side in layer.sides:
             if side.bits < 12:
                 part = side.parts[1]
                 start = layer.offset + part.offset
@@ -176,9 +176,9 @@ def _count_escapes(
     for payload, is_raw in wanted:
         if is_raw:
             continue
-        tally.num_lossless += 2 * layout.num_kv_heads * layout.block_size * layout.head_dim
+        tally.num_lossless += layout.block_bytes // layout.dtype.itemsize
         for layer in block_format.layers:
-            for side in (layer.keys, layer.values):
+            for side in layer.sides:
                 start = layer.offset + side.parts[2].offset
                 words = payload[start : start + 4 * NUM_ESCAPES * layout.num_kv_heads].clone()
                 listed = words.view(torch.int32).long() & 0xFFFFFFFF

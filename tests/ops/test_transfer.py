@@ -24,6 +24,7 @@ from kvkernels.transfer import BlockTransfer, routes
 from kvkernels.transfer.ring import Ring
 
 LAYOUT = KVLayout(4, 2, 64, 16)
+LATENTS = KVLayout(4, 1, 40, 16, latent_dim=32)
 MakeTransfer = Callable[..., BlockTransfer]
 
 
@@ -67,12 +68,13 @@ def copy_of(encoded: EncodedBlocks) -> EncodedBlocks:
     )
 
 
+@pytest.mark.parametrize("layout", [LAYOUT, LATENTS], ids=["keys and values", "latents"])
 @pytest.mark.parametrize("codec", CODECS)
-def test_out_and_in_again(codec: str, make_transfer: MakeTransfer) -> None:
-    pool = make_pool(5)
+def test_out_and_in_again(codec: str, layout: KVLayout, make_transfer: MakeTransfer) -> None:
+    pool = make_pool(5, layout)
     pool.data[3, 0, 0, 0, 0, 0] = float("inf")  # written raw
     transfer = make_transfer(pool, num_slots=3, headroom=256)
-    ids, block_format = torch.tensor([3, 0, 4]), BlockFormat(LAYOUT, codec)
+    ids, block_format = torch.tensor([3, 0, 4]), BlockFormat(layout, codec)
     wanted = kvkernels.encode_blocks(pool, ids, block_format)
     transfer_slots = transfer.evict(ids, block_format)
     with transfer_slots as eviction:
@@ -85,11 +87,11 @@ def test_out_and_in_again(codec: str, make_transfer: MakeTransfer) -> None:
             assert torch.equal(payload, wanted.payload(index))
             assert payload.data_ptr() == eviction.slots[index, 256:].data_ptr()
         assert (eviction.slots[:, :256] == 77).all()
-        target = make_pool(5)
+        target = make_pool(5, layout)
         target.data.zero_()
         is_good = make_transfer(target).restore(encoded, torch.tensor([1, 2, 3])).wait()
         assert is_good.shape == (3, 4) and is_good.all()
-    again = KVPool(LAYOUT, 3)
+    again = KVPool(layout, 3)
     kvkernels.decode_blocks(wanted, again, torch.arange(3))
     assert torch.equal(target.data[1:4].view(torch.int16), again.data.view(torch.int16))
     assert (target.data[[0, 4]] == 0).all()

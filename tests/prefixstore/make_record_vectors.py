@@ -22,6 +22,8 @@ def layouts() -> dict[str, RecordLayout]:
         "q4 of float32": RecordLayout(1, 1, 4, 16, "float32", 0, ("q4",)),
         "a codec for each layer": RecordLayout(3, 1, 4, 16, "bfloat16", 0, ("l12", "q8", "q2")),
         "raw where q8 does not hold it": RecordLayout(1, 1, 4, 16, "bfloat16", 0, ("q8",)),
+        "raw latents": RecordLayout(2, 1, 6, 16, "bfloat16", 0, ("raw",), latent_dim=4),
+        "q8 of latents": RecordLayout(2, 1, 6, 16, "bfloat16", 0, ("q8",), latent_dim=4),
     }
 
 
@@ -34,6 +36,8 @@ def make_block(layout: RecordLayout, name: str) -> np.ndarray:
     numbers[0, 0, 0, 3, 1] = 2.0**-30 if "l12" in name else 600.0
     if "does not hold" in name:
         numbers[0, 1, 0, 5, 2] = float("inf")
+    if layout.latent_dim:
+        numbers[0, 0, 0, 7, layout.latent_dim] = 3e38  # a rotary part stays as it is
     return numbers.to(DTYPES[layout.dtype]).view(torch.uint8).numpy().reshape(-1)
 
 

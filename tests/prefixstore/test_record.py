@@ -38,6 +38,7 @@ LAYOUTS = {
     "padding": LAYOUT,
     "second group": LARGE_LAYOUT,
     "no padding": RecordLayout(4, 1, 8, 16, "float32", 7),
+    "latents": RecordLayout(2, 1, 576, 64, "bfloat16", latent_dim=512),
     "SmolLM2-135M": RecordLayout(30, 3, 64, 64, "bfloat16"),
 }
 KEY = make_keys(1)[0]

@@ -19,12 +19,14 @@ from prefixstore.record_layout import DTYPES, RecordLayout
 
 SHAPE = (2, 1, 16, 32)  # layers, heads, head_dim, block_size
 MIXED = RecordLayout(*SHAPE, "bfloat16", 0, ("l12", "q4"))
+LATENT = RecordLayout(*SHAPE, "bfloat16", 0, ("q8",), latent_dim=12)
 LAYOUTS = [
     RecordLayout(*SHAPE, dtype, 0, (codec,))
     for codec in CODECS
     for dtype in DTYPES
     if codec != "l12" or dtype == "bfloat16"
-] + [MIXED]
+]
+LAYOUTS += [MIXED, LATENT, replace(LATENT, codecs=("q2", "raw")), replace(LATENT, codecs=("l12",))]
 # Where leaving the list of codecs out makes the header a line shorter.
 LONG_LIST = RecordLayout(6, 1, 16, 16, "bfloat16", 0, ("q8", *("raw",) * 5))
 
@@ -55,7 +57,8 @@ def restore(record: bytes | bytearray, key: BlockKey) -> np.ndarray:
 
 
 def name_of(layout: RecordLayout) -> str:
-    return f"{'+'.join(layout.codecs)}-{layout.dtype}"
+    latent = f"-{layout.latent_dim}" if layout.latent_dim else ""
+    return f"{'+'.join(layout.codecs)}-{layout.dtype}{latent}"
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, LONG_LIST], ids=name_of)
@@ -116,7 +119,7 @@ def test_a_record_of_other_codecs_is_refused() -> None:
                 restore(record, other)
 
 
-CODEC_AT, LIST_AT = 8, 96 + 4 * 32 + 24 * 2
+CODEC_AT, LATENT_AT, LIST_AT = 8, 84, 96 + 4 * 32 + 24 * 2
 
 
 def test_a_list_of_codecs_is_as_the_format_has_it() -> None:
@@ -135,6 +138,22 @@ def test_a_list_of_codecs_is_as_the_format_has_it() -> None:
     record[LIST_AT : LIST_AT + 2] = bytes([5, 5])
     with pytest.raises(BlockCorrupted, match="codec: expected 5, got 255"):
         restore(with_right_crc(record), key)
+
+
+def test_latents_are_as_the_format_has_them() -> None:
+    (key,) = make_keys(1, LATENT)
+    right = make_record(key, make_block(LATENT))
+    assert struct.unpack_from("<H", right, LATENT_AT) == (12,)
+    for wrong in (0, 1, 11, 13, 16, 17, 65535):
+        record = bytearray(right)
+        struct.pack_into("<H", record, LATENT_AT, wrong)
+        assert is_refused(with_right_crc(record), key), wrong
+    struct.pack_into("<H", right, LATENT_AT, 17)
+    with pytest.raises(BlockCorrupted, match="latent_dim: expected 1 to 16, got 17"):
+        restore(with_right_crc(right), key)
+    # Where keys and values lie apart the field is zero: records have the bytes that they had.
+    (key,) = make_keys(1, replace(LATENT, latent_dim=None))
+    assert make_record(key, make_block(key.layout))[LATENT_AT : LATENT_AT + 2] == bytes(2)
 
 
 def put_right_sums(record: bytearray, layout: RecordLayout) -> None:
@@ -168,6 +187,10 @@ def damage(record: bytearray, random: np.random.Generator, layout: RecordLayout)
         record[CODEC_AT] = random.choice([*range(9), 255])
         record[9] = random.integers(0, 5)
         struct.pack_into("<H", record, 16, int(random.choice([0, 1, 8, 16, 17, 32, 65535])))
+        if layout.latent_dim:
+            struct.pack_into(
+                "<H", record, LATENT_AT, int(random.choice([0, 1, 4, 8, 12, 16, 17, 65535]))
+            )
     return with_right_crc(record) if len(record) >= 96 else record
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from sample_blocks import make_keys
-from test_record_codecs import MIXED, make_block, make_record
+from test_record_codecs import LATENT, MIXED, make_block, make_record
 
 from prefixstore.commands import kvkernels
 from prefixstore.record import BlockKey
@@ -45,6 +45,15 @@ def flip_a_payload_bit(store: Path, key: BlockKey) -> None:
             path.write_bytes(data)
             return
     raise AssertionError("the record is in no file")
+
+
+def test_inspect_tells_of_latents(tmp_path: Path) -> None:
+    (key,) = make_keys(1, LATENT)
+    path = tmp_path / "record"
+    path.write_bytes(make_record(key, make_block(LATENT)))
+    result = run("inspect", path)
+    assert "1 heads of 16 (latents of 12), bfloat16" in result.output
+    assert json.loads(run("inspect", path, "--json").output)["layout"]["latent_dim"] == 12
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "+".join(layout.codecs))

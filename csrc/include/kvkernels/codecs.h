@@ -14,23 +14,29 @@ constexpr int64_t kNumEscapes = 16;  // of each head and side, of lossless codes
 constexpr uint32_t kUnusedEscape = 0xffffffff;
 constexpr int64_t kRawBits = 16, kLosslessBits = 12;
 
-// How the keys or the values of a layer are written; offsets are from the layer's start.
+// How one side of a layer is written: its keys, its values, or a part of its latents. Offsets are
+// from the layer's start.
 struct SideFormat {
+  int64_t plane, first_channel, num_channels;  // where in the pool; of values, all channels
+  int64_t is_key;      // whether tokens of a channel share a scale, or channels of a token
   int64_t bits;        // of a code; kRawBits: as they are; kLosslessBits: bfloat16 without loss
   int64_t num_groups;  // of tokens for keys, of channels for values
   int64_t parts[4];    // raw: items; codes: codes, scales; lossless: low, exponents, escapes, tops
 };
 
+constexpr int64_t kMaxSides = 2;
+
 struct LayerFormat {  // as Python's table has it
-  int64_t offset, num_bytes;
-  SideFormat keys, values;
+  int64_t offset, num_bytes, num_sides;
+  SideFormat sides[kMaxSides];
 };
-static_assert(sizeof(LayerFormat) == 14 * sizeof(int64_t));
+static_assert(sizeof(LayerFormat) == 23 * sizeof(int64_t));
 
 struct CodecArgs {
-  std::byte* pool;  // [.., num_layers, 2, num_heads, block_size, head_dim], layers in one piece
+  // [.., num_layers, num_planes, num_heads, block_size, head_dim], layers in one piece
+  std::byte* pool;
   int64_t block_stride;  // in bytes
-  int64_t num_layers, num_heads, block_size, head_dim;
+  int64_t num_layers, num_planes, num_heads, block_size, head_dim;
   DType dtype;
   const int64_t* block_ids;  // [num_blocks], in range
   int64_t num_blocks;

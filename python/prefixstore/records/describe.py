@@ -75,8 +75,9 @@ def print_record(console: Console, described: dict[str, Any]) -> None:
         (
             "block",
             f"{layout['block_size']} tokens, {layout['num_layers']} layers of"
-            f" {layout['num_kv_heads']} heads of {layout['head_dim']}, {layout['dtype']},"
-            f" layer group {layout['layer_group']}",
+            f" {layout['num_kv_heads']} heads of {layout['head_dim']}"
+            + (f" (latents of {layout['latent_dim']})" if layout["latent_dim"] else "")
+            + f", {layout['dtype']}, layer group {layout['layer_group']}",
         ),
         ("codec", ", ".join(dict.fromkeys(layout["codecs"]))),
         (
