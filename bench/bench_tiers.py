@@ -1,15 +1,21 @@
-"""Tiers beside what they stand on: copies in memory, one plain file on disk (in TMPDIR).
+"""Tiers beside what they stand on: copies in memory, direct and buffered files (in TMPDIR).
 
-A run moves a batch of records. All places are full before anything is timed, so each put evicts a
-record, and the plain providers write over one. Nobody flushes to the platters. `get` finds the
-files in the page cache, `get_cold` does not. `restore` is a hit: a record, then its payload in the
-pool; `unverified` is the tier without the store's checks.
+A run moves a batch of records, as a store does: 16 MiB of rows that begin on pages. All places are
+full before anything is timed, so each put evicts a record, and the plain providers write over one.
+Nobody flushes to the platters. `raw_file` is the best that is known of a disk from Python:
+O_DIRECT, four threads, one system call a record, one file that was reserved beforehand.
+`buffered_file` finds what it reads in the page cache; `buffered_file_cold` throws it out first,
+which takes a small part of its time. To what goes past the page cache they are the same. `lookup`
+asks for 32 records, half of which are there; `reopen` opens a directory with 100,000 records.
 """
 
 import os
 import random
+import statistics
 import tempfile
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -19,233 +25,292 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from bench.harness import check_agreement, run_case
-from prefixstore.block_targets import HostBlocks
-from prefixstore.record import BlockKey, RecordLayout, chain_keys, encode
-from prefixstore.store import Store
+from bench.harness import check_agreement, print_line, run_case, spread
+from prefixstore.block_key import BlockHash, RecordName
 from prefixstore.tiers.base import PAGE_BYTES, Tier, page_aligned, round_up
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
 
 BATCH_BYTES = 16 << 20
-
-LAYOUTS = {
-    "small": RecordLayout(6, 1, 64, 64, "bfloat16"),
-    "smollm2_135m": RecordLayout(30, 3, 64, 64, "bfloat16"),
-    "llama3_8b": RecordLayout(32, 8, 128, 64, "bfloat16"),
-}
+NUM_BATCHES = 16  # that are held
+NUM_THREADS = 4
+NUM_LOOKED_UP = 32
+NUM_HELD = 10_000  # while looking up
+LOOKUPS_A_ROUND = 100
+NUM_REOPENED = 100_000
+ROW_BYTES = {"64k": 64 << 10, "1m": 1 << 20, "4m": 4 << 20, "8m": 8 << 20}
 
 
 @dataclass(frozen=True)
 class Case:
     medium: str
     what: str
-    model: str
+    size: str
 
     @property
     def name(self) -> str:
-        return f"{self.medium}_{self.what}_{self.model}"
+        return f"{self.medium}_{self.what}_{self.size}"
 
     @property
-    def layout(self) -> RecordLayout:
-        return LAYOUTS[self.model]
+    def record_bytes(self) -> int:
+        return ROW_BYTES[self.size] - 704  # as records are: no multiple of a page
+
+    @property
+    def row_bytes(self) -> int:
+        return ROW_BYTES[self.size]
 
     @property
     def batch_size(self) -> int:
-        return BATCH_BYTES // self.layout.record_bytes
+        return BATCH_BYTES // self.row_bytes
 
 
 CASES = [
-    Case(medium, what, model)
-    for medium, whats in (
-        ("memory", ("put", "get", "restore")),
-        ("disk", ("put", "get", "get_cold", "restore")),
-    )
-    for what in whats
-    for model in LAYOUTS
+    Case(medium, what, size)
+    for medium in ("memory", "disk")
+    for what in ("put", "get")
+    for size in ROW_BYTES
 ]
 
 
 class Holder(Protocol):
-    """Holds a number of records; puts a record by its number, over the oldest where it is full."""
+    """Holds a number of records: what is put goes over the oldest."""
 
-    def put(self, number: int, record: np.ndarray) -> None: ...
-    def get(self, number: int, out: np.ndarray) -> None: ...
+    def put(self, numbers: range, rows: np.ndarray) -> None: ...
+    def get(self, numbers: range, rows: np.ndarray) -> None: ...
     def close(self) -> None: ...
 
 
 class Copies:
-    """The limit of memory: copies into an array and out of it."""
+    """The limit of memory: copies into an array and out of it.
 
-    def __init__(self, num_records: int, record_bytes: int) -> None:
-        self._arena = page_aligned(num_records * record_bytes).reshape(num_records, -1)
+    The array is the tier's own: on some machines the rate depends on the memory that one gets.
+    """
 
-    def put(self, number: int, record: np.ndarray) -> None:
-        np.copyto(self._arena[number % len(self._arena)], record)
+    def __init__(self, arena: np.ndarray, case: Case) -> None:
+        self._arena = arena.reshape(-1, case.row_bytes)
+        self._record_bytes = case.record_bytes
 
-    def get(self, number: int, out: np.ndarray) -> None:
-        np.copyto(out, self._arena[number % len(self._arena)])
+    def put(self, numbers: range, rows: np.ndarray) -> None:
+        for number, row in zip(numbers, rows, strict=True):
+            held = self._arena[number % len(self._arena)]
+            np.copyto(held[: self._record_bytes], row[: self._record_bytes])
+
+    def get(self, numbers: range, rows: np.ndarray) -> None:
+        for number, row in zip(numbers, rows, strict=True):
+            held = self._arena[number % len(self._arena)]
+            np.copyto(row[: self._record_bytes], held[: self._record_bytes])
 
     def close(self) -> None:
         pass
 
 
 class PlainFile:
-    """The limit of the disk: one system call each, at fixed places of one file."""
+    """The limit of the disk: one system call each, at fixed places of one file, in threads."""
 
-    def __init__(self, path: Path, num_records: int, record_bytes: int) -> None:
+    def __init__(self, path: Path, num_records: int, case: Case, flags: int) -> None:
         self._num_records = num_records
-        self._slot_bytes = round_up(record_bytes, PAGE_BYTES)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT)
+        self._row_bytes = case.row_bytes
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | flags)
+        os.posix_fallocate(self._fd, 0, num_records * case.row_bytes)
+        self._threads = ThreadPoolExecutor(NUM_THREADS)
 
-    def put(self, number: int, record: np.ndarray) -> None:
-        os.pwrite(self._fd, record.data, number % self._num_records * self._slot_bytes)
+    def put(self, numbers: range, rows: np.ndarray) -> None:
+        self._for_each(os.pwritev, numbers, rows)
 
-    def get(self, number: int, out: np.ndarray) -> None:
-        os.preadv(self._fd, [out.data], number % self._num_records * self._slot_bytes)
+    def get(self, numbers: range, rows: np.ndarray) -> None:
+        self._for_each(os.preadv, numbers, rows)
 
     def close(self) -> None:
+        self._threads.shutdown()
         os.close(self._fd)
+
+    def _for_each(self, call: Callable[..., int], numbers: range, rows: np.ndarray) -> None:
+        def move(number: int, row: np.ndarray) -> None:
+            num_moved = call(self._fd, [row.data], number % self._num_records * self._row_bytes)
+            assert num_moved == self._row_bytes
+
+        for _ in self._threads.map(move, numbers, rows):
+            pass
+
+
+class ColdFile(PlainFile):
+    """The same, out of the page cache."""
+
+    def get(self, numbers: range, rows: np.ndarray) -> None:
+        start = numbers.start % self._num_records * self._row_bytes
+        os.posix_fadvise(self._fd, start, rows.nbytes, os.POSIX_FADV_DONTNEED)
+        super().get(numbers, rows)
 
 
 class TierHolder:
     """A tier that has room for so many records and no more."""
 
-    def __init__(self, tier: Tier, keys: list[BlockKey]) -> None:
-        self.tier = tier
-        self._keys = keys
+    def __init__(self, tier: Tier, num_records: int, record_bytes: int) -> None:
+        self._tier = tier
+        # when a name's turn comes again, its record was evicted long ago
+        self._names = make_names(2 * num_records)
+        self._num_put = 0
+        self._record_bytes = record_bytes
 
-    def put(self, number: int, record: np.ndarray) -> None:
-        self.tier.put(self._keys[number].block_hash, record.data)
+    def put(self, numbers: range, rows: np.ndarray) -> None:
+        start = self._num_put % len(self._names)
+        self._num_put += len(numbers)
+        names = self._names[start : start + len(numbers)]
+        outcomes = self._tier.put_many(names, [row[: self._record_bytes].data for row in rows])
+        assert outcomes == [None] * len(names), outcomes
 
-    def get(self, number: int, out: np.ndarray) -> None:
-        num_read = self.tier.get(self._keys[number].block_hash, out.data)
-        assert num_read == out.nbytes, f"expected {out.nbytes} bytes, got {num_read}"
+    def get(self, numbers: range, rows: np.ndarray) -> None:
+        names = self._names[numbers.start : numbers.stop]
+        outcomes = self._tier.get_many(names, [row.data for row in rows])
+        assert outcomes == [self._record_bytes] * len(names), outcomes
 
     def close(self) -> None:
-        self.tier.close()
+        self._tier.close()
 
 
-def make_holders(case: Case, keys: list[BlockKey], directory: Path) -> dict[str, Holder]:
+class WaitingTierHolder(TierHolder):
+    """The same with a deadline: it may give up on a disk that hangs, and so copies once more."""
+
+    def get(self, numbers: range, rows: np.ndarray) -> None:
+        names = self._names[numbers.start : numbers.stop]
+        deadline = time.monotonic() + 60
+        outcomes = self._tier.get_many(names, [row.data for row in rows], deadline=deadline)
+        assert outcomes == [self._record_bytes] * len(names), outcomes
+
+
+def make_names(num_names: int) -> list[RecordName]:
+    source = random.Random(0)
+    return [RecordName(bytes(16), BlockHash(source.randbytes(16))) for _ in range(num_names)]
+
+
+def make_holders(case: Case, num_records: int, directory: Path) -> dict[str, Holder]:
     """One for each provider, the baseline first: nobody finds what another left in the caches."""
-    num_records, record_bytes = len(keys) // 2, case.layout.record_bytes
-    slab_bytes = case.batch_size * round_up(record_bytes, PAGE_BYTES)
+    slab_bytes = case.batch_size * case.row_bytes
     capacity_bytes = num_records // case.batch_size * slab_bytes
-    holders: dict[str, Holder] = {}
     if case.medium == "memory":
-        holders["copy"] = Copies(num_records, record_bytes)
-    else:
-        holders["plain_file"] = PlainFile(directory / "plain", num_records, record_bytes)
-    for name in ("unverified", "kvkernels") if case.what == "restore" else ("kvkernels",):
-        tier: Tier
-        if case.medium == "memory":
-            tier = MemoryTier(MemoryTierConfig(capacity_bytes, slab_bytes))
-        else:
-            tier = DiskTier(DiskTierConfig(directory / name, capacity_bytes, slab_bytes))
-        holders[name] = TierHolder(tier, keys)
+        tier = MemoryTier(MemoryTierConfig(capacity_bytes, slab_bytes))
+        return {
+            "copy": Copies(tier._arena, case),
+            "kvkernels": TierHolder(tier, num_records, case.record_bytes),
+        }
+    holders: dict[str, Holder] = {
+        "raw_file": PlainFile(directory / "raw_file", num_records, case, os.O_DIRECT),
+        "buffered_file": PlainFile(directory / "buffered_file", num_records, case, 0),
+    }
+    if case.what == "get":
+        holders["buffered_file_cold"] = ColdFile(directory / "cold_file", num_records, case, 0)
+    kinds = {"kvkernels": TierHolder, "kvkernels_with_deadline": WaitingTierHolder}
+    for name in ["kvkernels"] if case.what == "put" else kinds:
+        disk = DiskTier(DiskTierConfig(directory / name, capacity_bytes, slab_bytes))
+        holders[name] = kinds[name](disk, num_records, case.record_bytes)
     return holders
 
 
-def put_all(holder: Holder, records: np.ndarray, numbers: range) -> None:
-    for number in numbers:
-        holder.put(number, records[number % len(records)])
-
-
-def get_all(holder: Holder, out: np.ndarray, numbers: range) -> None:
-    for number in numbers:
-        holder.get(number, out)
-
-
-def restore_all(holder: Holder, record: np.ndarray, pool: np.ndarray, numbers: range) -> None:
-    payload = record[record.size - pool.shape[1] :]
-    for number in numbers:
-        holder.get(number, record)
-        np.copyto(pool[number], payload)
-
-
-def load_all(store: Store, keys: list[BlockKey], pool: np.ndarray, numbers: range) -> None:
-    for number in numbers:
-        assert store.load_many([keys[number]], HostBlocks([pool[number]])) != [None]
-
-
-def drop_from_page_cache(directory: Path) -> None:
-    for path in [directory / "plain", *directory.glob("*/slab-*")]:
+def flush(directory: Path) -> None:
+    """Nothing is left to be written while others are timed, and clean pages can be dropped."""
+    for path in directory.glob("*_file"):
         with path.open("r+b") as file:
-            os.fdatasync(file.fileno())  # only clean pages can be dropped
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            os.fsync(file.fileno())
 
 
-def make_providers(
-    case: Case,
-    holders: dict[str, Holder],
-    keys: list[BlockKey],
-    records: np.ndarray,
-    stack: ExitStack,
-) -> dict[str, Callable[[range], None]]:
-    if case.what == "put":
-        record = records[:1]  # always the same, and warm, as the writer's buffer is
-        return {name: partial(put_all, holder, record) for name, holder in holders.items()}
-    out = page_aligned(case.layout.record_bytes)
-    if case.what != "restore":
-        return {name: partial(get_all, holder, out) for name, holder in holders.items()}
-    providers: dict[str, Callable[[range], None]] = {}
-    for name, holder in holders.items():
-        pool = np.zeros((len(records), case.layout.payload_bytes), np.uint8)
-        pool[:] = 1  # so that no page is touched for the first time in a timed run
-        if isinstance(holder, TierHolder) and name == "kvkernels":
-            store = stack.enter_context(Store([holder.tier]))
-            providers[name] = partial(load_all, store, keys, pool)
-        else:
-            providers[name] = partial(restore_all, holder, out, pool)
-    return providers
-
-
-def make_keys_and_records(
-    layout: RecordLayout, num_records: int
-) -> tuple[list[BlockKey], np.ndarray]:
-    """Twice as many keys as records: a holder full of the first half is put the second."""
-    tokens = np.arange(2 * num_records * layout.block_size)
-    keys = chain_keys(layout, bytes(16), tokens)
-    payload = np.resize(np.arange(251, dtype=np.uint8), layout.payload_bytes)
-    records = page_aligned(num_records * layout.record_bytes).reshape(num_records, -1)
-    for key, record in zip(keys, records, strict=False):
-        encode(key, payload, record)
-    return keys, records
-
-
-def check_contents(
-    holders: dict[str, Holder], baseline: str, numbers: range, num_bytes: int
-) -> None:
+def check_contents(holders: dict[str, Holder], case: Case) -> None:
+    """Raise unless all holders have the same first batch."""
     results = {}
     for name, holder in holders.items():
-        outs = [np.empty(num_bytes, np.uint8) for _ in numbers]
-        for number, out in zip(numbers, outs, strict=True):
-            holder.get(number, out)
-        results[name] = [torch.from_numpy(out) for out in outs]
-    check_agreement(results, baseline, 0.0)
+        rows = np.zeros((case.batch_size, case.row_bytes), np.uint8)
+        aligned = page_aligned(rows.nbytes).reshape(rows.shape)
+        holder.get(range(case.batch_size), aligned)
+        rows[:, : case.record_bytes] = aligned[:, : case.record_bytes]
+        results[name] = [torch.from_numpy(rows)]
+    check_agreement(results, next(iter(holders)), 0.0)
+
+
+def run(case: Case, num_rounds: int) -> None:
+    num_records = case.batch_size * NUM_BATCHES
+    batches = [
+        range(start, start + case.batch_size) for start in range(0, num_records, case.batch_size)
+    ]
+    random.Random(0).shuffle(batches)  # so that reading ahead from one does not serve the next
+    rows = page_aligned(case.batch_size * case.row_bytes).reshape(case.batch_size, -1)
+    rows[:] = np.resize(np.arange(251, dtype=np.uint8), rows.shape)
+    with tempfile.TemporaryDirectory() as path, ExitStack() as stack:
+        holders = make_holders(case, num_records, Path(path))
+        for holder in holders.values():
+            stack.callback(holder.close)
+            for batch in sorted(batches, key=lambda batch: batch.start):
+                holder.put(batch, rows)
+        check_contents(holders, case)
+        flush(Path(path))
+        providers = {
+            name: partial(lambda call, numbers: call(numbers, rows), getattr(holder, case.what))
+            for name, holder in holders.items()
+        }
+        num_bytes = case.batch_size * case.record_bytes
+        run_case(case.name, providers, batches, num_rounds, num_bytes)
+
+
+def run_lookups(num_rounds: int) -> None:
+    """Print the median and the 99th percentile of look-ups, the tiers taking turns."""
+    names = make_names(2 * NUM_HELD)
+    held, source = names[:NUM_HELD], random.Random(1)
+    rows = page_aligned(NUM_HELD * PAGE_BYTES).reshape(NUM_HELD, -1)
+    capacity_bytes = 2 * round_up(rows.nbytes, 1 << 20)
+    with tempfile.TemporaryDirectory() as path:
+        tiers: dict[str, Tier] = {
+            "memory": MemoryTier(MemoryTierConfig(capacity_bytes)),
+            "disk": DiskTier(DiskTierConfig(Path(path), capacity_bytes)),
+        }
+        taken: dict[str, list[float]] = {name: [] for name in tiers}
+        for tier in tiers.values():
+            assert tier.put_many(held, [row.data for row in rows]) == [None] * NUM_HELD
+        for _ in range(num_rounds):
+            for name, tier in tiers.items():
+                for _ in range(LOOKUPS_A_ROUND):
+                    asked = source.sample(names, NUM_LOOKED_UP)
+                    begin = time.perf_counter()
+                    tier.contains_many(asked)
+                    taken[name].append(time.perf_counter() - begin)
+        for name, seconds in taken.items():
+            percentiles = statistics.quantiles(seconds, n=100)
+            print_line(
+                case=f"{name}_lookup",
+                provider="kvkernels",
+                num_names=NUM_LOOKED_UP,
+                p50_us=1e6 * percentiles[49],
+                p99_us=1e6 * percentiles[98],
+            )
+            tiers[name].close()
+
+
+def run_reopening(num_rounds: int) -> None:
+    """Print how long a directory full of records takes to open."""
+    names = make_names(NUM_REOPENED)
+    rows = [row.data for row in page_aligned(1000 * PAGE_BYTES).reshape(1000, -1)]
+    with tempfile.TemporaryDirectory() as path:
+        config = DiskTierConfig(Path(path), NUM_REOPENED * PAGE_BYTES)
+        tier = DiskTier(config)
+        for start in range(0, NUM_REOPENED, len(rows)):
+            assert not any(tier.put_many(names[start : start + len(rows)], rows))
+        seconds = []
+        for _ in range(num_rounds):
+            tier.close()
+            begin = time.perf_counter()
+            tier = DiskTier(config)
+            seconds.append(time.perf_counter() - begin)
+        print_line(
+            case="disk_reopen",
+            provider="kvkernels",
+            num_records=tier.stats().num_records,
+            **spread(seconds),
+        )
+        tier.close()
 
 
 def main(case_filter: str = "", num_rounds: int = 15) -> None:
     for case in CASES:
-        if case_filter not in case.name:
-            continue
-        # a batch for each round and the one that warms up: no round reads what another left
-        num_records = case.batch_size * (num_rounds + 1)
-        keys, records = make_keys_and_records(case.layout, num_records)
-        first = num_records if case.what == "put" else 0
-        batches = [
-            range(start, start + case.batch_size)
-            for start in range(first, first + num_records, case.batch_size)
-        ]
-        random.Random(0).shuffle(batches)  # so that reading ahead from one does not serve the next
-        with tempfile.TemporaryDirectory() as path, ExitStack() as stack:
-            holders = make_holders(case, keys, Path(path))
-            for holder in holders.values():
-                stack.callback(holder.close)
-                put_all(holder, records, range(num_records))
-            check_contents(holders, next(iter(holders)), range(2), case.layout.record_bytes)
-            if case.what == "get_cold":
-                drop_from_page_cache(Path(path))
-            providers = make_providers(case, holders, keys, records, stack)
-            num_bytes = case.batch_size * case.layout.record_bytes
-            run_case(case.name, providers, batches, num_rounds, num_bytes)
+        if case_filter in case.name:
+            run(case, num_rounds)
+    if case_filter in "lookup":
+        run_lookups(num_rounds)
+    if case_filter in "reopen":
+        run_reopening(num_rounds)

@@ -13,6 +13,7 @@ from bench import (
     bench_model_decode,
     bench_op_overhead,
     bench_record,
+    bench_restore,
     bench_shared_prefix,
     bench_tiers,
     rates,
@@ -61,11 +62,16 @@ def test_index_bench_refuses_providers_that_disagree():
     ("bench", "case", "baselines"),
     [
         (bench_record, "gemma3_270m", {"copy"}),
-        (bench_tiers, "_small", {"copy", "plain_file"}),
+        (bench_restore, "_small", {"copy", "plain_file"}),
+        (bench_tiers, "_64k", {"copy", "raw_file", "buffered_file", "buffered_file_cold"}),
+        (bench_tiers, "lookup", set()),
+        (bench_tiers, "reopen", set()),
     ],
-    ids=["record", "tiers"],
+    ids=["record", "restore", "tiers", "lookups", "reopening"],
 )
-def test_benches_of_the_store(bench, case, baselines, capsys):
+def test_benches_of_the_store(bench, case, baselines, capsys, monkeypatch):
+    monkeypatch.setattr(bench_tiers, "NUM_HELD", 1000)
+    monkeypatch.setattr(bench_tiers, "NUM_REOPENED", 1000)
     bench.main(case, num_rounds=1)
     told = lines(capsys.readouterr())
     providers = {line["provider"] for line in told}

@@ -17,16 +17,19 @@ PACKAGES = {"kvkernels": ROOT / "kvkernels", "prefixstore": ROOT / "python" / "p
 # What a call consists of, as every implementation takes it.
 CONTRACT = ("kvkernels.scoring", "kvkernels.quantized_cache", "kvkernels.codecs")
 CONTRACT += ("kvkernels.layout", "kvkernels.checks")
-NAMES = ("prefixstore.errors", "prefixstore.checksum", "prefixstore.block_key")
+NAMES = (
+    "prefixstore.errors",
+    "prefixstore.settings",
+    "prefixstore.checksum",
+    "prefixstore.block_key",
+)
 NAMES += ("prefixstore.record_header", "prefixstore.index")
 RECORD = ("prefixstore.record", "prefixstore.record_layout")
-STORE = ("prefixstore.store", "prefixstore.store_stats", "prefixstore.breaker")
-STORE += ("prefixstore.guarded_tier", "prefixstore.write_queue")
-STORE += ("prefixstore.block_sources", "prefixstore.block_targets")
+STORE = ("prefixstore.store",)
 PLANNER = ("prefixstore.residency",)
 CACHE = ("prefixstore.cache", "prefixstore.config", "prefixstore.device", "prefixstore.restore")
 CACHE += ("prefixstore.session", "prefixstore.served_model", "prefixstore.pool_blocks")
-CACHE += ("prefixstore.tokens", "prefixstore.codec_choice")
+CACHE += ("prefixstore.tokens", "prefixstore.codec_choice", "prefixstore.tier_urls")
 OUTERMOST = ("prefixstore.cli", "prefixstore.commands", "prefixstore.demo")
 OUTERMOST += ("prefixstore.quality", "prefixstore.records")
 
@@ -59,7 +62,7 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("prefixstore.identity",): ("torch", "numpy", "kvkernels", "prefixstore.errors"),
     ("prefixstore.models",): ("torch", "transformers", "prefixstore.errors"),
     CACHE: (
-        *("torch", "numpy", "kvkernels", "prefixstore.identity", "prefixstore.tiers"),
+        *("torch", "numpy", "kvkernels", "prefixstore.identity", "prefixstore.tiers", "tomli"),
         *NAMES,
         *RECORD,
         *STORE,

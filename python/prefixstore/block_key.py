@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NewType
+from typing import TYPE_CHECKING, NamedTuple, NewType
 
 import numpy as np
 
@@ -23,6 +23,19 @@ DIGEST_BYTES = 16
 ROOT_HASH = BlockHash(bytes(DIGEST_BYTES))
 
 _HASH_PERSON = b"kvkernels block1"  # 1 is the record version: two versions never share a name
+
+
+class RecordName(NamedTuple):
+    """What a tier calls a record.
+
+    Attributes:
+        identity: 16 bytes: of the model, the salt and what else must be equal. It groups records;
+            those of two identities never share a hash.
+        block_hash: 16 bytes: which block.
+    """
+
+    identity: bytes
+    block_hash: BlockHash
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +66,11 @@ class BlockKey:
             raise ValueError(
                 f"tokens: expected uint32 {list(shape)}, got {tokens.dtype} {list(tokens.shape)}"
             )
+
+    @property
+    def name(self) -> RecordName:
+        """What tiers call its record."""
+        return RecordName(self.identity, self.block_hash)
 
 
 def hash_block(

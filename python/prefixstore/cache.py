@@ -5,9 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -19,19 +18,19 @@ from kvkernels.nn import PagedGroup, layer_groups
 from prefixstore.codec_choice import describe_loss, record_layouts
 from prefixstore.config import CacheConfig, physical_memory_bytes
 from prefixstore.device import DeviceBlocks
-from prefixstore.errors import ConfigError, StoreError
+from prefixstore.errors import ConfigError
 from prefixstore.identity import model_identity, stored_identity
 from prefixstore.index import Match
 from prefixstore.index import Stats as IndexStats
 from prefixstore.pool_blocks import PoolBlocks
 from prefixstore.record import BlockKey, chain_keys
-from prefixstore.restore import RestoredPrefix, restore_prefix
+from prefixstore.restore import DEVICE, RestoredPrefix, restore_prefix
 from prefixstore.served_model import ServedModel
 from prefixstore.session import ReuseReport, Session
+from prefixstore.settings import check_known
 from prefixstore.store import Store, StoreConfig, StoreStats
-from prefixstore.tiers.base import Tier
-from prefixstore.tiers.disk import DiskTier, DiskTierConfig
-from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
+from prefixstore.tier_urls import open_tiers
+from prefixstore.tiers.base import TierStats
 from prefixstore.tokens import as_tokens
 
 WRITER_WAIT_S = 10.0  # how long a full pool waits for the background writer to let blocks go
@@ -75,7 +74,7 @@ class PrefixCache:
         self._store = store
         self._served_model = served_model
         self._is_closed = False
-        self._device = DeviceBlocks(groups, config.block_size, partial(self.flush, WRITER_WAIT_S))
+        self._device = DeviceBlocks(groups, config.block_size, self._wait_blocks)
         self._record_layouts = record_layouts(groups, config)
         self._loss = describe_loss(self._record_layouts)
         self._pool_blocks = [
@@ -88,50 +87,24 @@ class PrefixCache:
         self._hit_tokens: dict[str, int] = {}
 
     @classmethod
-    def open(
-        cls,
-        model: Any,
-        *,
-        block_size: int = 64,
-        pool_tokens: int | None = None,
-        memory_bytes: int = 1 << 30,
-        disk_path: str | Path | None = None,
-        disk_bytes: int = 4 << 30,
-        salt: str = "",
-        codec: str | Sequence[str] = "raw",
-        exact_blocks: int = 0,
-    ) -> PrefixCache:
+    def open(cls, model: Any, config: CacheConfig | None = None, **settings: Any) -> PrefixCache:
         """A cache for `model`, whose attention is set to read it until `close`.
 
         Args:
             model: A Hugging Face causal language model, in evaluation mode. Its weights count as
                 they are now; an adapter loaded or switched later needs a cache opened after it.
-            block_size: Tokens in a block; one of 16, 32, 64, 128, 256.
-            pool_tokens: Tokens the device pool holds; default see `CacheConfig`.
-            memory_bytes: Size of the host memory tier, at least 4096; 0 for none.
-            disk_path: Directory of the disk tier, shared by processes; None for none.
-            disk_bytes: Bound of the disk tier, at least 4096.
-            salt: Namespace of sessions that name none themselves.
-            codec: How blocks are written into the tiers, a name for all layers or one for each;
-                see `CacheConfig`.
-            exact_blocks: Blocks at the start of a sequence that are written without loss.
+            config: Sizes and places, such as `CacheConfig.from_toml("kv.toml")`.
+            settings: Fields of `CacheConfig` by name, in place of those of `config`:
+                `PrefixCache.open(model, disk_path="kv-cache", codec="q8")`.
 
         Raises:
-            ConfigError: If a value is out of range.
+            ConfigError: If a setting is unknown or out of range.
             UnsupportedError: If the model has a feature without a kernel; the message names it.
-            TierUnavailable: If the disk tier cannot be opened.
+            TierUnavailable: If a tier of this machine cannot be opened.
         """
-        config = CacheConfig(
-            block_size=block_size,
-            pool_tokens=pool_tokens,
-            memory_bytes=memory_bytes,
-            disk_path=disk_path,
-            disk_bytes=disk_bytes,
-            salt=salt,
-            codec=codec,
-            exact_blocks=exact_blocks,
-        )
-        specs = layer_groups(model.config, block_size, model.dtype)
+        check_known("settings", settings, [one.name for one in fields(CacheConfig)])
+        config = replace(config or CacheConfig(), **settings)
+        specs = layer_groups(model.config, config.block_size, model.dtype)
         layouts = [spec.layout for spec in specs]
         num_blocks = _pool_blocks(config, model.config, sum(x.block_bytes for x in layouts))
         identity = model_identity(model, layouts)
@@ -179,9 +152,9 @@ class PrefixCache:
         salt = self.config.salt if salt is None else salt
         started = time.perf_counter()
         whole = tokens[: (len(tokens) - 1) // self.config.block_size * self.config.block_size]
-        restored = restore_prefix(
-            self._device, self._store, self._pool_blocks, whole, salt, self._keys(whole, salt)
-        )
+        keys = self._keys(whole, salt)
+        restored = restore_prefix(self._device, self._store, self._pool_blocks, whole, salt, keys)
+        self._touch(keys, restored)
         report = self._report(tokens, restored, time.perf_counter() - started)
         return Session(
             self._device,
@@ -210,6 +183,25 @@ class PrefixCache:
                 index=self._device.index_stats(),
                 store=self._store.stats() if self._store else None,
             )
+
+    def tier_stats(self) -> dict[str, TierStats | None]:
+        """What each tier holds, by name; None where it gave no answer."""
+        return self._store.tier_stats() if self._store else {}
+
+    def forget(self, salt: str | None = None) -> list[str]:
+        """Forget what the tiers hold of this model under a salt, here and for every process.
+
+        Blocks in the pool stay until they are evicted.
+
+        Args:
+            salt: The namespace; default that of the cache.
+
+        Returns:
+            The names of the tiers that could not.
+        """
+        salt = self.config.salt if salt is None else salt
+        identity = stored_identity(self._identity, salt, self._loss)
+        return self._store.delete_identity(identity) if self._store else []
 
     def check(self) -> list[str]:
         """Recount every part; returns one line for each thing that is wrong."""
@@ -263,14 +255,42 @@ class PrefixCache:
             strict=True,
         ):
             for key, block_id in zip(keys[first_new:], ids[first_new:].tolist(), strict=True):
-                if block_id < 0:
-                    continue
-                group.allocator.share([block_id])  # until the writer has read it
-                self._store.save(
-                    key,
-                    pool_blocks.source(block_id),
-                    done=partial(group.allocator.release, [block_id]),
-                )
+                if block_id >= 0:
+                    self._save_block(group, pool_blocks, key, block_id)
+
+    def _touch(self, all_keys: Sequence[Sequence[BlockKey]], restored: RestoredPrefix) -> None:
+        """Tell the store of blocks that were in the pool; save those that a tier waited for."""
+        if self._store is None:
+            return
+        for group, pool_blocks, keys, ids in zip(
+            *(self._device.groups, self._pool_blocks, all_keys, restored.block_ids.T),
+            strict=True,
+        ):
+            reused = [
+                number
+                for number, tier in enumerate(restored.tiers)
+                if tier == DEVICE and ids[number] >= 0
+            ]
+            for wanted in self._store.touch([keys[number] for number in reused]):
+                number = reused[wanted]
+                self._save_block(group, pool_blocks, keys[number], int(ids[number]), True)
+
+    def _save_block(
+        self,
+        group: PagedGroup,
+        pool_blocks: PoolBlocks,
+        key: BlockKey,
+        block_id: int,
+        is_reuse: bool = False,
+    ) -> None:
+        assert self._store is not None
+        group.allocator.share([block_id])  # until the writer has read it
+        done = partial(group.allocator.release, [block_id])
+        self._store.save(key, pool_blocks.source(block_id), done, is_reuse=is_reuse)
+
+    def _wait_blocks(self) -> bool:
+        """Wait a while until the writer has let go of what blocks it can."""
+        return self._store.wait_blocks(WRITER_WAIT_S) if self._store else True
 
     def _keys(self, tokens: np.ndarray, salt: str) -> list[list[BlockKey]]:
         identity = stored_identity(self._identity, salt, self._loss)
@@ -316,18 +336,11 @@ def _pool_blocks(config: CacheConfig, model_config: Any, bytes_per_block: int) -
 
 
 def _open_store(config: CacheConfig, groups: Sequence[PagedGroup]) -> Store | None:
-    tiers: list[Tier] = []
-    try:
-        if config.memory_bytes:
-            tiers.append(MemoryTier(MemoryTierConfig(capacity_bytes=config.memory_bytes)))
-        if config.disk_path is not None:
-            path = Path(config.disk_path)
-            tiers.append(DiskTier(DiskTierConfig(path=path, capacity_bytes=config.disk_bytes)))
-    except StoreError:
-        for tier in tiers:
-            tier.close()
-        raise
-    return Store(tiers, _store_config(groups)) if tiers else None
+    tiers, policies = open_tiers(config.tier_urls)
+    if not tiers:
+        return None
+    store_config = config.store if config.store is not None else _store_config(groups)
+    return Store(tiers, replace(store_config, policies=policies))
 
 
 def _store_config(groups: Sequence[PagedGroup]) -> StoreConfig:

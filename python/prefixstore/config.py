@@ -1,17 +1,43 @@
-"""What a prefix cache is built from; each part's own options lie beside that part."""
+"""What a prefix cache is built from; each part's own options lie beside that part.
+
+A TOML file says the same as the fields here, sizes and times as numbers or as people write them::
+
+    block_size = 64
+    codec = "q8"
+    tiers = ["memory://4GiB", "disk:///var/kv?max_bytes=100GiB&ttl=7d", "redis://host/0?ttl=24h"]
+
+    [store]
+    load_timeout_s = "2s"
+
+    [store.breaker]
+    failures = 3
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
 
 from kvkernels import CODECS
 from prefixstore.errors import ConfigError
+from prefixstore.settings import check_known, parse_bytes, parse_seconds
+from prefixstore.store import BreakerConfig, StoreConfig
 from prefixstore.tiers.base import PAGE_BYTES, check_bytes
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 GIB = 1 << 30
+_NOT_IN_FILES = ("policies",)  # they stand in the tiers' URLs
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,25 +48,30 @@ class CacheConfig:
         block_size: Tokens in a block; one of 16, 32, 64, 128, 256.
         pool_tokens: Tokens the device pool holds, cached and in use together; None for four
             times the model's context, at most a quarter of the memory.
-        memory_bytes: Size of the host memory tier, at least 4096; 0 for none.
-        disk_path: Directory of the disk tier; None for none.
-        disk_bytes: Bound of the disk tier, at least 4096.
+        tiers: URLs of the tiers, fastest first, see tier_urls.py; in place of the next three.
+        memory_bytes: Size of the host memory tier, at least 4096; 0 for none. Default 1 GiB.
+        disk_path: Directory of the disk tier, shared by processes; None for none.
+        disk_bytes: Bound of the disk tier, at least 4096. Default 4 GiB.
         salt: Namespace; sessions of different salts never share blocks.
         codec: How blocks are written into the tiers: one of `kvkernels.CODECS` for all layers, or
             one for each of the model's layers. "raw" and "l12" change nothing; the others are
             smaller and cost some precision.
         exact_blocks: So many blocks at the start of a sequence are written without loss, whatever
             the codec: attention leans on the first tokens more than on others.
+        store: Queues, deadlines, and when a failing tier is left alone. By default as many blocks
+            may wait to be written as the pool of a CPU holds.
     """
 
     block_size: int = 64
     pool_tokens: int | None = None
-    memory_bytes: int = GIB
+    tiers: Sequence[str] | None = None
+    memory_bytes: int | None = None
     disk_path: str | Path | None = None
-    disk_bytes: int = 4 * GIB
+    disk_bytes: int | None = None
     salt: str = ""
     codec: str | Sequence[str] = "raw"
     exact_blocks: int = 0
+    store: StoreConfig | None = None
 
     def __post_init__(self) -> None:
         if self.block_size not in (16, 32, 64, 128, 256):
@@ -49,7 +80,7 @@ class CacheConfig:
             )
         for name in ("pool_tokens", "memory_bytes", "disk_bytes"):
             value = getattr(self, name)
-            if not isinstance(value, int) and not (value is None and name == "pool_tokens"):
+            if not isinstance(value, int) and value is not None:
                 raise ConfigError(f"{name}: expected an integer, got {value!r}")
         if not isinstance(self.salt, str):
             raise ConfigError(f"salt: expected a string, got {self.salt!r}")
@@ -65,7 +96,9 @@ class CacheConfig:
                 f"pool_tokens: expected at least one block of {self.block_size},"
                 f" got {self.pool_tokens!r}"
             )
-        if self.memory_bytes != 0 and self.memory_bytes < PAGE_BYTES:
+        if self.tiers is not None:
+            self._check_tiers()
+        if self.memory_bytes and self.memory_bytes < PAGE_BYTES:
             raise ConfigError(
                 f"memory_bytes: expected 0 or at least {PAGE_BYTES}, got {self.memory_bytes!r}"
             )
@@ -73,7 +106,78 @@ class CacheConfig:
             if not isinstance(self.disk_path, (str, Path)) or self.disk_path == "":
                 raise ConfigError(f"disk_path: expected a directory, got {self.disk_path!r}")
             object.__setattr__(self, "disk_path", Path(self.disk_path))
+        if self.disk_bytes is not None:
             check_bytes("disk_bytes", self.disk_bytes, PAGE_BYTES)
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> CacheConfig:
+        """Read a file.
+
+        Raises:
+            ConfigError: If it cannot be read, is no TOML, or says what nobody reads; the message
+                has the nearest name that there is.
+        """
+        try:
+            with Path(path).open("rb") as file:
+                values = tomllib.load(file)
+        except OSError as error:
+            raise ConfigError(f"config: {path}: {error.strerror}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"config: {path}: {error}") from error
+        store = values.pop("store", None)
+        if store is not None:
+            store = dict(_table("store", store))
+            breaker = _table("store.breaker", store.pop("breaker", {}))
+            store["breaker"] = _from_table(BreakerConfig, "store.breaker", breaker)
+            values["store"] = _from_table(StoreConfig, "store", store)
+        return _from_table(cls, "config", values)
+
+    @property
+    def tier_urls(self) -> list[str]:
+        """The tiers, whichever way they were given."""
+        if self.tiers is not None:
+            return list(self.tiers)
+        urls = []
+        memory_bytes = GIB if self.memory_bytes is None else self.memory_bytes
+        if memory_bytes:
+            urls.append(f"memory://{memory_bytes}")
+        if self.disk_path is not None:
+            path = quote(str(Path(self.disk_path).absolute()))
+            urls.append(f"disk://{path}?max_bytes={self.disk_bytes or 4 * GIB}")
+        return urls
+
+    def _check_tiers(self) -> None:
+        assert self.tiers is not None
+        if isinstance(self.tiers, str) or not all(isinstance(url, str) for url in self.tiers):
+            raise ConfigError(f"tiers: expected a list of URLs, got {self.tiers!r}")
+        object.__setattr__(self, "tiers", tuple(self.tiers))
+        for name in ("memory_bytes", "disk_path", "disk_bytes"):
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name}: expected none beside tiers, got {getattr(self, name)!r}"
+                )
+
+
+def _table(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name}: expected a table, got {value!r}")
+    return value
+
+
+def _from_table(kind: type[T], name: str, values: Mapping[str, Any]) -> T:
+    """A configuration from a table of a file; sizes and times may be words."""
+    known = [one.name for one in fields(kind) if one.name not in _NOT_IN_FILES]  # type: ignore[arg-type]
+    check_known(name, values, known)
+    given = dict(values)
+    for key, value in given.items():
+        if key.endswith("_bytes"):
+            given[key] = parse_bytes(key, value)
+        elif key.endswith("_s"):
+            given[key] = parse_seconds(key, value)
+    try:
+        return kind(**given)
+    except TypeError as error:  # a comparison with a value of another type
+        raise ConfigError(f"{name}: expected values of the right types, got {values}") from error
 
 
 def physical_memory_bytes() -> int:

@@ -10,8 +10,9 @@ import torch
 
 from kvkernels import EncodedBlocks, KVPool
 from kvkernels.transfer import BlockTransfer
-from prefixstore.block_targets import FetchedRecord, RecordBatch
 from prefixstore.record import BlockKey, RecordLayout, write_header
+from prefixstore.store.block_sources import RECORDS_AT_ONCE
+from prefixstore.store.block_targets import FetchedRecord
 
 
 class PoolBlocks:
@@ -20,14 +21,13 @@ class PoolBlocks:
     Args:
         pool: The pool.
         layouts: All layouts that its records may have.
-        num_slots: Records that may be on their way out.
     """
 
-    def __init__(self, pool: KVPool, layouts: Sequence[RecordLayout], num_slots: int = 4) -> None:
+    def __init__(self, pool: KVPool, layouts: Sequence[RecordLayout]) -> None:
         self.headroom = max(layout.header_bytes for layout in layouts)
         self.transfer = BlockTransfer(
             pool,
-            num_slots=num_slots,
+            num_slots=RECORDS_AT_ONCE,
             headroom=self.headroom,
             payload_bytes=max(layout.payload_bytes for layout in layouts),
         )
@@ -78,34 +78,54 @@ class PoolTarget:
         self._block_ids = torch.tensor(block_ids, dtype=torch.int64)
         self._free = transfer.mark()  # what still reads them was queued before
 
-    def restore(self, batch: RecordBatch) -> list[str | None]:
-        by_layout: dict[RecordLayout, list[int]] = {}
-        for row, record in enumerate(batch.records):
-            by_layout.setdefault(record.header.key.layout, []).append(row)
-        problems: list[str | None] = [None] * len(batch.records)
-        for layout, rows in by_layout.items():
-            is_good = self._restore_alike(layout, batch, rows)
-            for row, is_layer_good in zip(rows, is_good, strict=True):
-                if not is_layer_good.all():
-                    wrong = (~is_layer_good).nonzero()[:, 0].tolist()
-                    problems[row] = (
-                        f"payload: expected the table's checksums, got others in layers {wrong}"
-                    )
+    def restore(self, records: Sequence[FetchedRecord]) -> list[str | None]:
+        problems: list[str | None] = []
+        for run in _runs(records):
+            for is_layer_good in self._restore_run(run):
+                wrong = (~is_layer_good).nonzero()[:, 0].tolist()
+                problems.append(
+                    f"payload: expected the table's checksums, got others in layers {wrong}"
+                    if wrong
+                    else None
+                )
         return problems
 
-    def _restore_alike(
-        self, layout: RecordLayout, batch: RecordBatch, rows: list[int]
-    ) -> torch.Tensor:
-        """Restore the records in these rows, all of one layout: `[num_rows, num_layers]`."""
-        records: list[FetchedRecord] = [batch.records[row] for row in rows]
-        # Neighbouring rows are decoded where they lie; else they are copied together.
-        is_run = rows[-1] - rows[0] == len(rows) - 1
-        slab = batch.slab[rows[0] : rows[-1] + 1] if is_run else batch.slab[rows]
+    def _restore_run(self, records: list[FetchedRecord]) -> torch.Tensor:
+        """Restore records of one layout at equal distances: `[num_records, num_layers]`."""
+        layout = records[0].header.key.layout
+        payload = records[0].data[layout.header_bytes :]
+        step = _distance(records[0], records[1]) if len(records) > 1 else payload.nbytes
+        shape = (len(records), payload.nbytes)
+        rows = np.lib.stride_tricks.as_strided(payload, shape, (step, 1))
         encoded = EncodedBlocks(
             layout.block_format,
-            torch.from_numpy(slab)[:, layout.header_bytes :],
+            torch.from_numpy(rows),
             torch.stack([record.header.sums for record in records]),
-            torch.zeros(len(rows), dtype=torch.bool),
+            torch.zeros(len(records), dtype=torch.bool),
         )
         block_ids = self._block_ids[[record.index for record in records]]
         return self._transfer.restore(encoded, block_ids, after=self._free).wait()
+
+
+def _runs(records: Sequence[FetchedRecord]) -> Iterator[list[FetchedRecord]]:
+    """Records of one layout at equal distances, so that a call decodes them where they lie."""
+    run: list[FetchedRecord] = []
+    for record in records:
+        if run and not _continues(run, record):
+            yield run
+            run = []
+        run.append(record)
+    if run:
+        yield run
+
+
+def _continues(run: list[FetchedRecord], record: FetchedRecord) -> bool:
+    if record.header.key.layout != run[-1].header.key.layout:
+        return False
+    step = _distance(run[-1], record)
+    return step >= record.data.nbytes and (len(run) == 1 or step == _distance(run[0], run[1]))
+
+
+def _distance(first: FetchedRecord, second: FetchedRecord) -> int:
+    """Bytes from where one lies to where the other does."""
+    return second.data.ctypes.data - first.data.ctypes.data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -87,10 +88,12 @@ def _load_missing(
 ) -> int:
     """Fill holes in `block_ids` from the tiers; returns the blocks of the longest whole prefix."""
     available = [ids >= 0 for ids in block_ids.T.copy()]
+    deadline = math.inf if store is None else store.deadline()
     if store is not None:
         for held, group_keys in zip(available, keys, strict=True):
             missing = np.flatnonzero(~held)
-            answers = store.contains_many([group_keys[number] for number in missing.tolist()])
+            asked = [group_keys[number] for number in missing.tolist()]
+            answers = store.contains_many(asked, deadline)
             held[missing] = [answer is not None for answer in answers]
     while True:
         num_blocks = longest_prefix(available, device.block_size, device.windows)
@@ -102,7 +105,8 @@ def _load_missing(
                 continue
             assert store is not None
             failed = _load(
-                device, store, pool_blocks[group], group, keys[group], numbers, block_ids, tiers
+                *(device, store, pool_blocks[group], group, keys[group], numbers),
+                *(block_ids, tiers, deadline),
             )
             # Counted misses: settle for the longest prefix without these blocks.
             available[group][failed] = False
@@ -120,6 +124,7 @@ def _load(
     numbers: np.ndarray,
     block_ids: np.ndarray,
     tiers: list[str],
+    deadline: float,
 ) -> list[int]:
     """Load these blocks of one group into the pool; returns the numbers of those that failed."""
     allocator = device.groups[group].allocator
@@ -129,7 +134,7 @@ def _load(
         # Try again with the first half; what the pool cannot hold cannot be restored.
         return numbers[len(numbers) // 2 :].tolist()
     target = pool_blocks.target(taken)
-    answers = store.load_many([keys[number] for number in numbers.tolist()], target)
+    answers = store.load_many([keys[number] for number in numbers.tolist()], target, deadline)
     failed = []
     for number, block_id, answer in zip(numbers.tolist(), taken, answers, strict=True):
         if answer is None:

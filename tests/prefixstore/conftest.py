@@ -1,10 +1,13 @@
-"""Fixtures for tests that run a model with a cache."""
+"""Fixtures: models with caches, and tiers."""
 
 import pytest
 import torch
 from cached_models import BLOCK_SIZE, tiny_gemma3, tiny_llama
+from tier_kinds import make_tier, open_tiers
 
 from prefixstore.cache import PrefixCache
+
+__all__ = ["make_tier", "open_tiers"]
 
 
 @pytest.fixture(params=[tiny_llama, tiny_gemma3], ids=["llama", "gemma3"])

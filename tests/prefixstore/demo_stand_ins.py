@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -51,10 +52,9 @@ def tiny_model() -> LlamaForCausalLM:
 class StandInCache:
     """A prefix cache with the interface the demo uses; a "disk" is a directory's file."""
 
-    def __init__(self, model: Any, *, disk_path: Path) -> None:
-        self.config = SimpleNamespace(
-            block_size=BLOCK_SIZE, memory_bytes=1 << 20, disk_path=disk_path
-        )
+    def __init__(self, model: Any, *, tiers: list[str]) -> None:
+        self.config = SimpleNamespace(block_size=BLOCK_SIZE)
+        disk_path = Path(urlsplit(tiers[-1]).path)
         self._model = model
         self._held: list[tuple[list[int], Any]] = []
         self._file = disk_path / "kv.pt"
@@ -93,10 +93,19 @@ class StandInCache:
         return True
 
     def stats(self) -> Any:
-        tiers = (SimpleNamespace(name="memory", written_bytes=5000),)
-        return SimpleNamespace(
-            pool_blocks=10, pool_free_blocks=4, store=SimpleNamespace(tiers=tiers)
-        )
+        return SimpleNamespace(pool_blocks=10, pool_free_blocks=4)
+
+    def tier_stats(self) -> dict[str, Any]:
+        disk_bytes = self._file.stat().st_size if self._file.exists() else 0
+        return {
+            "memory": SimpleNamespace(used_bytes=5000),
+            "disk": SimpleNamespace(used_bytes=disk_bytes),
+            "away": None,
+        }
+
+    def forget(self) -> list[str]:
+        self._file.unlink(missing_ok=True)
+        return ["away"] if self._file.parent.name == "away" else []
 
     def check(self) -> list[str]:
         return []

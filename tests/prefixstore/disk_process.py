@@ -1,10 +1,10 @@
 """Processes that use a disk tier, for the tests that kill them or run several at once.
 
-python disk_process.py PATH CAPACITY: for each line "SEED SECONDS" of its input it forks a process
-and waits for its end; starting Python each time would take longer than the rest. The process tells
-its pid, opens the tier, recounts it, reads all it serves and tells what it found; then it puts,
-gets and deletes blocks at random and tells its counts after each put. It fails at the first wrong
-byte. Each is one line of JSON. Never imports torch: it starts fast.
+python disk_process.py PATH CAPACITY LEASE: for each line "SEED SECONDS" of its input it forks a
+process and waits for its end; starting Python each time would take longer than the rest. The
+process tells its pid, opens the tier, recounts it, reads all it serves and tells what it found;
+then it puts, gets and deletes blocks at random and tells its counts after each put. It fails at the
+first wrong byte. Each is one line of JSON. Never imports torch: it starts fast.
 """
 
 import json
@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 from sample_blocks import LARGE_LAYOUT, make_keys, make_payload, make_record
 
+from prefixstore.errors import TierFull, TierTimeout
 from prefixstore.record import BlockKey, RecordLayout, decode
+from prefixstore.tiers import disk_opening
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 from prefixstore.tiers.disk_index import SlotIndex
 
@@ -26,28 +28,33 @@ HUGE_LAYOUT = RecordLayout(8, 4, 64, 128, "bfloat16")
 KEYS = make_keys(60) + make_keys(30, LARGE_LAYOUT) + make_keys(20, HUGE_LAYOUT)
 PAYLOADS = [make_payload(key) for key in KEYS]
 RECORDS = [make_record(key) for key in KEYS]
+COUNT_WRITING = "SELECT count(*) FROM slots WHERE state = 1"
 
 
-class CountingTier(DiskTier):
+num_cut_off = 0
+reconcile = disk_opening.reconcile
+
+
+def counting_reconcile(sql, *arguments) -> None:
     """Counts the writes that it finds cut off, and makes sure that it mends them."""
+    global num_cut_off
+    num_cut_off = sql.execute(COUNT_WRITING).fetchone()[0]
+    reconcile(sql, *arguments)
+    assert sql.execute(COUNT_WRITING).fetchone()[0] == 0
 
-    num_cut_off = 0
 
-    def _reconcile(self, index: SlotIndex) -> None:
-        self.num_cut_off = count_writing(index)
-        super()._reconcile(index)
-        assert count_writing(index) == 0
+disk_opening.reconcile = counting_reconcile
 
 
 def count_writing(index: SlotIndex) -> int:
     with index.frozen() as sql:
-        return sql.execute("SELECT count(*) FROM slots WHERE state = 1").fetchone()[0]
+        return sql.execute(COUNT_WRITING).fetchone()[0]
 
 
 def serves(tier: DiskTier, key: BlockKey, payload: np.ndarray) -> bool:
     """Whether it has the block; raises where what it has is not exactly right."""
     record, found = bytearray(key.layout.record_bytes), np.zeros_like(payload)
-    num_read = tier.get(key.block_hash, memoryview(record))
+    num_read = tier.get(key.name, memoryview(record))
     if num_read is None:
         return False
     decode(record[:num_read], key, found)
@@ -60,26 +67,34 @@ def count_served(tier: DiskTier) -> int:
 
 
 def count_found(tier: DiskTier) -> int:
-    return sum(tier.contains_many([key.block_hash for key in KEYS]))
+    return sum(tier.contains_many([key.name for key in KEYS]))
 
 
-def work(path: Path, capacity_bytes: int, seed: int, seconds: float) -> None:
+def work(path: Path, capacity_bytes: int, lease_s: float, seed: int, seconds: float) -> None:
     random = np.random.default_rng(seed)
-    tier = CountingTier(DiskTierConfig(path, capacity_bytes, timeout_s=30))
+    tier = DiskTier(DiskTierConfig(path, capacity_bytes, timeout_s=30, write_lease_s=lease_s))
     problems = tier.check()
     assert problems == [], problems
-    tell(cut_off=tier.num_cut_off, found=count_found(tier), served=count_served(tier))
-    num_puts = num_hits = 0
+    tell(cut_off=num_cut_off, found=count_found(tier), served=count_served(tier))
+    num_puts = num_hits = num_refused = 0
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         i = random.integers(len(KEYS))
         what = random.integers(10)
         if what < 5:
-            tier.put(KEYS[i].block_hash, memoryview(RECORDS[i]))
-            num_puts += 1
-            tell(puts=num_puts, hits=num_hits, evictions=tier.stats().num_evictions)
+            try:
+                tier.put(KEYS[i].name, memoryview(RECORDS[i]))
+                num_puts += 1
+            except (TierFull, TierTimeout):  # slots of dead neighbours, or a lease that was short
+                num_refused += 1
+            tell(
+                puts=num_puts,
+                hits=num_hits,
+                refused=num_refused,
+                evictions=tier.stats().num_evictions,
+            )
         elif what == 5:
-            tier.delete(KEYS[i].block_hash)
+            tier.delete(KEYS[i].name)
         else:
             num_hits += serves(tier, KEYS[i], PAYLOADS[i])
     tier.close()
@@ -91,14 +106,14 @@ def tell(**what: int) -> None:
 
 
 def main() -> None:
-    path, capacity_bytes = sys.argv[1:]
+    path, capacity_bytes, lease_s = sys.argv[1:]
     for line in sys.stdin:
         seed, seconds = line.split()
         pid = os.fork()
         if pid == 0:
             try:
                 tell(pid=os.getpid())
-                work(Path(path), int(capacity_bytes), int(seed), float(seconds))
+                work(Path(path), int(capacity_bytes), float(lease_s), int(seed), float(seconds))
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)

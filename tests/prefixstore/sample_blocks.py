@@ -4,10 +4,10 @@ import zlib
 
 import numpy as np
 
-from prefixstore.block_targets import HostBlocks
 from prefixstore.checksum import Buffer
 from prefixstore.record import BlockKey, RecordLayout, chain_keys, encode
 from prefixstore.store import Store
+from prefixstore.store.block_targets import HostBlocks
 
 IDENTITY = bytes(range(16))
 # 3 layers and 16 tokens leave 24 bytes of padding after the layer table

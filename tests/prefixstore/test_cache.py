@@ -12,7 +12,7 @@ from cached_models import BLOCK_SIZE, generate, random_tokens, run
 from kvkernels import PoolFullError
 from prefixstore.cache import PrefixCache
 from prefixstore.index import RadixIndex
-from prefixstore.store import StoreConfig
+from prefixstore.store.config import StoreConfig
 from prefixstore.tiers.memory import MemoryTier
 
 
@@ -223,13 +223,13 @@ def test_pressure_leaves_what_open_sessions_hold_in_the_index(model, open_cache)
 
 
 def test_pressure_waits_for_writes_before_it_evicts_more(model, open_cache, monkeypatch):
-    put = MemoryTier.put
+    put_many = MemoryTier.put_many
 
-    def slow_put(*arguments):
+    def slow_put(*arguments, **options):
         time.sleep(0.02)
-        return put(*arguments)
+        return put_many(*arguments, **options)
 
-    monkeypatch.setattr(MemoryTier, "put", slow_put)
+    monkeypatch.setattr(MemoryTier, "put_many", slow_put)
     cache = open_cache(pool_tokens=40 * BLOCK_SIZE, memory_bytes=1 << 24)
     run(cache, model, random_tokens(30 * BLOCK_SIZE + 1, seed=1), num_new=2)
     run(cache, model, random_tokens(12 * BLOCK_SIZE, seed=3), num_new=2)
@@ -238,13 +238,13 @@ def test_pressure_waits_for_writes_before_it_evicts_more(model, open_cache, monk
 
 def test_no_block_is_dropped_while_the_writer_is_slow(model, open_cache, monkeypatch):
     may_write = threading.Event()
-    put = MemoryTier.put
+    put_many = MemoryTier.put_many
 
-    def slow_put(*arguments):
+    def slow_put(*arguments, **options):
         may_write.wait(60)
-        return put(*arguments)
+        return put_many(*arguments, **options)
 
-    monkeypatch.setattr(MemoryTier, "put", slow_put)
+    monkeypatch.setattr(MemoryTier, "put_many", slow_put)
     cache = open_cache(pool_tokens=20_000, memory_bytes=1 << 28)
     for seed in range(9):  # more blocks than a store queues by default
         run(cache, model, random_tokens(2000, seed=seed), num_new=1)

@@ -45,8 +45,8 @@ def layouts_in(path: Path):
     """Of all records in a store, first the group's number and then that of the block."""
     found = []
     with open_store(path) as tier:
-        for block_hash, num_bytes in tier.list_records():
-            record = read_record(tier, block_hash, num_bytes)
+        for name, num_bytes in tier.list_records():
+            record = read_record(tier, name, num_bytes)
             assert record is not None
             found.append(read_header(record).key)
     order = {bytes(16): -1}

@@ -30,7 +30,7 @@ def store(tmp_path: Path) -> tuple[Path, list[BlockKey]]:
     path = tmp_path / "store"
     tier = DiskTier(DiskTierConfig(path, 1 << 20))
     for key in keys:
-        tier.put(key.block_hash, memoryview(make_record(key, make_block(key.layout))))
+        tier.put(key.name, memoryview(make_record(key, make_block(key.layout))))
     tier.close()
     return path, keys
 
@@ -155,6 +155,6 @@ def test_verifies_while_another_process_serves(store: tuple[Path, list[BlockKey]
     tier = DiskTier(DiskTierConfig(path, 1 << 20))
     try:
         assert run("verify", path).exit_code == 0
-        assert tier.contains(keys[0].block_hash)
+        assert tier.contains(keys[0].name)
     finally:
         tier.close()

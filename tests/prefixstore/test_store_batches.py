@@ -9,13 +9,13 @@ from sample_blocks import make_keys
 from test_record_codecs import make_block, make_record, restore, with_infinity
 from test_store import DictTier, use_of
 
-import prefixstore.store as store_module
+import prefixstore.store.loader as loader
 from kvkernels import KVPool
-from prefixstore.block_sources import HostBlock
-from prefixstore.block_targets import BlockTarget, HostBlocks
 from prefixstore.pool_blocks import PoolBlocks
 from prefixstore.record_layout import RecordLayout
 from prefixstore.store import Store
+from prefixstore.store.block_sources import HostBlock
+from prefixstore.store.block_targets import BlockTarget, HostBlocks
 from prefixstore.tiers.base import PAGE_BYTES
 
 NUM_BLOCKS = 20
@@ -58,7 +58,7 @@ def test_all_that_is_right_comes_back(
     kind: str, layout: RecordLayout, batch_pages: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Missing, damaged and raw ones among them, and promoted while the next batch is read."""
-    monkeypatch.setattr(store_module, "BATCH_BYTES", batch_pages * PAGE_BYTES)
+    monkeypatch.setattr(loader, "BATCH_BYTES", batch_pages * PAGE_BYTES)
     keys = make_keys(NUM_BLOCKS, layout)
     blocks = [
         with_infinity(layout) if number in RAW else make_block(layout, number)
@@ -98,7 +98,7 @@ def test_blocks_of_a_pool_become_the_records_of_their_bytes(kind: str) -> None:
     pool = KVPool(LISTED.block_format.layout, 6)
     pool.data.copy_(torch.randn(pool.data.shape))
     pool.data[2, 0, 0, 0, 0, 0] = torch.inf
-    pool_blocks = PoolBlocks(pool, [LISTED], num_slots=2)
+    pool_blocks = PoolBlocks(pool, [LISTED])
     released: list[int] = []
     with Store([tier]) as store:
         for number, key in enumerate(keys):

@@ -2,60 +2,17 @@
 
 import re
 import threading
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sample_blocks import LARGE_LAYOUT, LAYOUT, make_keys, make_record
+from tier_kinds import LARGE_SLOT, PAGE, SLOT, get, put
 
 from prefixstore.errors import BlockCorrupted, ConfigError, TierFull, TierUnavailable
-from prefixstore.record import BlockKey
-from prefixstore.tiers.base import Tier
-from prefixstore.tiers.disk import DiskTier, DiskTierConfig
+from prefixstore.tiers.disk import DiskTierConfig
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
-
-PAGE = 4096
-SLOT = 4096  # of a LAYOUT record, 3,328 bytes
-LARGE_SLOT = 86016  # of a LARGE_LAYOUT record, 82,240 bytes
-
-MakeTier = Callable[..., Tier]
-
-
-@pytest.fixture
-def open_tiers() -> Iterator[list[Tier]]:
-    """Each tier in it is checked and closed after the test."""
-    tiers: list[Tier] = []
-    yield tiers
-    for tier in tiers:
-        assert tier.check() == []
-        tier.close()
-
-
-@pytest.fixture(params=["memory", "disk"])
-def make_tier(request, tmp_path, open_tiers) -> MakeTier:
-    """Makes a tier of one kind."""
-
-    def make(capacity_bytes: int, slab_bytes: int | None = None) -> Tier:
-        if request.param == "memory":
-            open_tiers.append(MemoryTier(MemoryTierConfig(capacity_bytes, slab_bytes)))
-        else:
-            path = tmp_path / str(len(open_tiers))
-            open_tiers.append(DiskTier(DiskTierConfig(path, capacity_bytes, slab_bytes)))
-        return open_tiers[-1]
-
-    return make
-
-
-def get(tier: Tier, key: BlockKey) -> bytes | None:
-    out = bytearray(b"\xee" * key.layout.record_bytes)
-    num_read = tier.get(key.block_hash, memoryview(out))
-    return None if num_read is None else bytes(out[:num_read])
-
-
-def put(tier: Tier, key: BlockKey) -> None:
-    tier.put(key.block_hash, memoryview(make_record(key)))
 
 
 def test_keeps_what_is_put(make_tier):
@@ -65,7 +22,7 @@ def test_keeps_what_is_put(make_tier):
     put(tier, first)
     assert get(tier, first) == make_record(first)
     assert get(tier, second) is None
-    assert tier.contains(first.block_hash) and not tier.contains(second.block_hash)
+    assert tier.contains(first.name) and not tier.contains(second.name)
     stats = tier.stats()
     assert (stats.num_records, stats.used_bytes) == (1, LAYOUT.record_bytes)
     assert (stats.num_hits, stats.num_misses, stats.num_puts) == (1, 2, 1)
@@ -76,7 +33,7 @@ def test_keeps_the_first_of_two_records_of_one_hash(make_tier):
     tier = make_tier(64 * SLOT)
     (key,) = make_keys(1)
     put(tier, key)
-    tier.put(key.block_hash, memoryview(bytes(LAYOUT.record_bytes)))
+    tier.put(key.name, memoryview(bytes(LAYOUT.record_bytes)))
     assert get(tier, key) == make_record(key)
     assert tier.stats().num_puts == 1
 
@@ -84,9 +41,9 @@ def test_keeps_the_first_of_two_records_of_one_hash(make_tier):
 def test_forgets_what_is_deleted(make_tier):
     tier = make_tier(64 * SLOT)
     (key,) = make_keys(1)
-    assert not tier.delete(key.block_hash)
+    assert not tier.delete(key.name)
     put(tier, key)
-    assert tier.delete(key.block_hash)
+    assert tier.delete(key.name)
     assert get(tier, key) is None
     assert tier.stats().used_bytes == 0
     put(tier, key)
@@ -99,7 +56,7 @@ def test_answers_for_many_at_once(make_tier):
     for key in keys[::7]:
         put(tier, key)
     expected = [i % 7 == 0 for i in range(600)]
-    assert tier.contains_many([key.block_hash for key in keys]) == expected
+    assert tier.contains_many([key.name for key in keys]) == expected
     assert tier.contains_many([]) == []
 
 
@@ -111,7 +68,7 @@ def test_evicts_the_least_recently_used(make_tier):
     assert get(tier, keys[0]) is not None
     put(tier, keys[4])
     put(tier, keys[5])
-    assert tier.contains_many([key.block_hash for key in keys]) == [True, False, False] + [True] * 3
+    assert tier.contains_many([key.name for key in keys]) == [True, False, False] + [True] * 3
     assert tier.stats().num_evictions == 2
 
 
@@ -152,7 +109,7 @@ def test_refuses_a_buffer_that_is_too_short(make_tier):
     (key,) = make_keys(1)
     put(tier, key)
     with pytest.raises(BlockCorrupted, match="at most 100 bytes, got 3328"):
-        tier.get(key.block_hash, memoryview(bytearray(100)))
+        tier.get(key.name, memoryview(bytearray(100)))
 
 
 def test_says_when_it_is_closed(make_tier, open_tiers):
@@ -163,9 +120,9 @@ def test_says_when_it_is_closed(make_tier, open_tiers):
     for call in (
         lambda: get(tier, key),
         lambda: put(tier, key),
-        lambda: tier.contains(key.block_hash),
-        lambda: tier.contains_many([key.block_hash]),
-        lambda: tier.delete(key.block_hash),
+        lambda: tier.contains(key.name),
+        lambda: tier.contains_many([key.name]),
+        lambda: tier.delete(key.name),
         tier.check,
     ):
         with pytest.raises(TierUnavailable, match="open"):
@@ -189,9 +146,9 @@ def test_random_operations_beside_a_dict(make_tier, seed):
                 case 0 | 1:
                     put(tier, key)
                     model[key.block_hash] = records[key.block_hash]
-                    assert tier.contains(key.block_hash)
+                    assert tier.contains(key.name)
                 case 2:
-                    was_there = tier.delete(key.block_hash)
+                    was_there = tier.delete(key.name)
                     expected = model.pop(key.block_hash, None)
                     assert was_there == (expected is not None) or not is_roomy
                 case 3:
@@ -225,7 +182,7 @@ def test_threads_only_ever_see_whole_records(make_tier):
                     if got != records[key.block_hash]:
                         problems.append(f"thread {thread}: wrong bytes")
                 if random.integers(10) == 0:
-                    tier.delete(key.block_hash)
+                    tier.delete(key.name)
         except TierFull:
             problems.append(f"thread {thread}: full")
 
@@ -258,10 +215,10 @@ def test_refuses_settings_out_of_range():
 
 def test_memory_arena_never_grows():
     tier = MemoryTier(MemoryTierConfig(64 * PAGE))
-    arena = tier._arena
+    memory = tier._arena._memory
     for key in make_keys(200):
         put(tier, key)
-    assert tier._arena is arena and arena.nbytes == 64 * PAGE
+    assert tier._arena._memory is memory and memory.nbytes == 64 * PAGE
     assert tier.check() == []
 
 
@@ -269,9 +226,9 @@ def test_memory_check_sees_lost_and_doubled_slots():
     tier = MemoryTier(MemoryTierConfig(16 * PAGE))
     for key in make_keys(4):
         put(tier, key)
-    tier._used_bytes += 1
+    tier._arena.used_bytes += 1
     assert any("used bytes" in problem for problem in tier.check())
-    tier._used_bytes -= 1
-    slab = next(slab for slab in tier._slabs if slab.records)
+    tier._arena.used_bytes -= 1
+    slab = next(slab for slab in tier._arena._slabs if slab.records)
     slab.free_offsets.append(slab.offset)
     assert any("each of" in problem for problem in tier.check())

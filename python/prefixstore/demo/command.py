@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from prefixstore.demo.machine import choose_dtype, describe_machine, describe_versions
 from prefixstore.demo.prompts import AgentLoop, build_agent_loop
-from prefixstore.demo.run import Outcome, Plan, check_context, forget, run_phases
+from prefixstore.demo.run import Outcome, Plan, check_context, disk_url, forget, run_phases
 from prefixstore.demo.summary import summarise, write_summary
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -29,6 +29,7 @@ class Arguments:
     seed: int
     dtype: str
     fresh: bool
+    tiers: tuple[str, ...]
 
 
 @click.command()
@@ -50,7 +51,15 @@ class Arguments:
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses the documents.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
-@click.option("--fresh", is_flag=True, help="Forget what earlier runs left on disk.")
+@click.option("--fresh", is_flag=True, help="Forget what earlier runs left in the tiers.")
+@click.option(
+    "--tier",
+    "tiers",
+    multiple=True,
+    metavar="URL",
+    help="A tier behind the memory tier, such as redis://host/0; several, fastest first."
+    "  [default: a directory on disk]",
+)
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -67,7 +76,8 @@ class Arguments:
 def demo(out: Path, cache_dir: Path | None, **options: Any) -> None:
     """Run one agent loop on a real model with the cache off and on.
 
-    A second run starts warm: the shared prompt is restored from disk.
+    A second run starts warm: the shared prompt is restored from disk, or from the tiers that are
+    given, wherever that run is.
     """
     from prefixstore.models import default_directory
 
@@ -84,10 +94,11 @@ def run_demo(arguments: Arguments, out: Path, cache_dir: Path, console: Console)
     from prefixstore.demo.plot import plot_requests
     from prefixstore.demo.report import print_report
     from prefixstore.models import load_model, load_tokenizer, prepare_smollm2
+    from prefixstore.tier_urls import parse_tier_url
 
-    disk_path = cache_dir / "demo-blocks"
-    if arguments.fresh:
-        forget(disk_path)
+    tiers = arguments.tiers or (disk_url(cache_dir / "demo-blocks"),)
+    for url in tiers:
+        parse_tier_url(url)  # a wrong one is told of before the model is loaded
     with console.status("Preparing SmolLM2-135M-Instruct (the first time takes a minute)"):
         path = prepare_smollm2(cache_dir)
         model = load_model(path, choose_dtype(arguments.dtype))
@@ -99,7 +110,9 @@ def run_demo(arguments: Arguments, out: Path, cache_dir: Path, console: Console)
             seed=arguments.seed,
         )
     check_context(model, loop, arguments.max_new_tokens)
-    plan = Plan(arguments.max_new_tokens, arguments.cold_requests, disk_path)
+    if arguments.fresh:
+        forget(model, tiers, PrefixCache.open)
+    plan = Plan(arguments.max_new_tokens, arguments.cold_requests, tiers, cache_dir)
     outcome = _run_with_progress(model, loop, plan, PrefixCache.open, console)
     settings = {
         "arguments": asdict(arguments),

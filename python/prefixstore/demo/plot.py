@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
-
-from prefixstore.demo.summary import TIERS
 
 PHASE_STYLES = {  # label, colour, marker
     "off": ("cache off", "#b03a2e", "o"),
@@ -13,7 +12,8 @@ PHASE_STYLES = {  # label, colour, marker
     "on": ("cache on", "#1f618d", "o"),
     "restart": ("first after a restart", "#1e8449", "D"),
 }
-TIER_COLOURS = {"device": "#1f618d", "memory": "#7fb3d5", "disk": "#1e8449"}
+TIER_COLOURS = {"device": "#1f618d", "memory": "#7fb3d5", "disk": "#1e8449", "redis": "#7d3c98"}
+OTHER_COLOURS = ("#a569bd", "#117a65", "#6e2c00")  # of tiers with another name
 COMPUTED_COLOUR = "#e5b8b3"
 
 
@@ -57,13 +57,15 @@ def _draw_ttft(axes: Any, requests: list[dict[str, Any]]) -> None:
 
 
 def _draw_tokens(axes: Any, requests: list[dict[str, Any]]) -> None:
-    parts = {tier: [one["tokens_by_tier"][tier] for one in requests] for tier in TIERS}
-    colours = dict(TIER_COLOURS)
+    tiers = list(requests[0]["tokens_by_tier"])
+    parts = {tier: [one["tokens_by_tier"][tier] for one in requests] for tier in tiers}
+    others = itertools.cycle(OTHER_COLOURS)
+    colours = {tier: TIER_COLOURS.get(tier) or next(others) for tier in tiers}
     parts["computed"] = [one["num_recomputed"] for one in requests]
     colours["computed"] = COMPUTED_COLOUR
     below = [0] * len(requests)
     for name, counts in parts.items():
-        label = f"reused from {name}" if name in TIERS else "computed by the model"
+        label = f"reused from {name}" if name in tiers else "computed by the model"
         axes.bar(
             range(1, len(requests) + 1), counts, bottom=below, color=colours[name], label=label
         )

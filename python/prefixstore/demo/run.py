@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from kvkernels import KVLayout
 from prefixstore.demo.measure import Measured, measure_cached, measure_uncached
 from prefixstore.demo.prompts import AgentLoop, Request
-from prefixstore.errors import ConfigError
+from prefixstore.errors import ConfigError, TierUnavailable
 
 RESTARTS = 3  # each measures one request, so that the table can give a median
 FLUSH_TIMEOUT_S = 120.0
-STAT_BLOCK_BYTES = 512  # the unit of st_blocks, whatever the filesystem's
+MEMORY_TIER = "memory://1GiB"
 WARM_UP_TOKENS = 24  # less than a block: warms the kernels and leaves nothing in a cache
 
 OpenCache = Callable[..., Any]  # PrefixCache.open, or a test's stand-in
@@ -31,12 +31,14 @@ class Plan:
     Attributes:
         max_new_tokens: Tokens of an answer.
         num_cold: Requests run with the cache off, and again with an empty one.
-        disk_path: Directory of the disk tier; what earlier runs left there is reused.
+        tiers: URLs of the tiers behind the memory tier; what earlier runs left there is reused.
+        scratch: Directory for tiers that are to be empty.
     """
 
     max_new_tokens: int
     num_cold: int
-    disk_path: Path
+    tiers: tuple[str, ...]
+    scratch: Path
 
     def num_steps(self, loop: AgentLoop) -> int:
         """Requests that will be measured."""
@@ -96,7 +98,8 @@ def run_phases(
     num_cold = min(plan.num_cold, len(loop.requests))
     measured = _run_cold(model, loop.requests[:num_cold], plan, open_cache, advance)
     started = time.perf_counter()
-    with open_cache(model, disk_path=plan.disk_path) as cache:
+    tiers = [MEMORY_TIER, *plan.tiers]
+    with open_cache(model, tiers=tiers) as cache:
         open_s = time.perf_counter() - started
         for request in loop.requests:
             advance("cache on")
@@ -107,18 +110,29 @@ def run_phases(
         tier_bytes = _tier_bytes(model, cache)
         problems = tuple(cache.check())
     for request in loop.requests[:RESTARTS]:
-        # A new object on the same directory: what the old one held in memory is gone.
-        with open_cache(model, disk_path=plan.disk_path) as cache:
+        # A new object on the same tiers: what the old one held in memory is gone.
+        with open_cache(model, tiers=tiers) as cache:
             advance("after a restart")
             measured.append(_run_cached(model, cache, request, plan, "restart"))
             cache.flush(FLUSH_TIMEOUT_S)
     return Outcome(tuple(measured), open_s, flush_s, is_flushed, tier_bytes, problems)
 
 
-def forget(disk_path: Path) -> None:
-    """Delete what earlier runs left in the demo's disk tier."""
-    if disk_path.exists():
-        shutil.rmtree(disk_path)
+def disk_url(path: Path) -> str:
+    """The URL of a disk tier in a directory."""
+    return f"disk://{quote(str(path.absolute()))}?max_bytes=4GiB"
+
+
+def forget(model: Any, tiers: tuple[str, ...], open_cache: OpenCache) -> None:
+    """Forget what earlier runs left in these tiers.
+
+    Raises:
+        TierUnavailable: If one of them cannot.
+    """
+    with open_cache(model, tiers=list(tiers)) as cache:
+        failed = cache.forget()
+    if failed:
+        raise TierUnavailable(f"fresh: expected tiers that can forget, got none from {failed}")
 
 
 def _run_cold(
@@ -143,8 +157,8 @@ def _run_cold(
         advance("cache on, empty")
         # With a disk tier of its own: a first request also pays for the background writing.
         with (
-            tempfile.TemporaryDirectory(dir=plan.disk_path.parent) as scratch,
-            open_cache(model, disk_path=Path(scratch) / "blocks") as cache,
+            tempfile.TemporaryDirectory(dir=plan.scratch) as scratch,
+            open_cache(model, tiers=[MEMORY_TIER, disk_url(Path(scratch))]) as cache,
         ):
             if at == 0:
                 measure_cached(model, cache, request.token_ids[:WARM_UP_TOKENS], "", 2, "")
@@ -159,17 +173,13 @@ def _run_cached(model: Any, cache: Any, request: Request, plan: Plan, phase: str
 
 
 def _tier_bytes(model: Any, cache: Any) -> dict[str, int]:
-    """What each tier holds, in bytes; the disk's are those its files take up."""
-    stats, config = cache.stats(), cache.config
+    """What each tier holds, in bytes."""
+    stats = cache.stats()
     layout = KVLayout.from_config(
-        model.config.get_text_config(), block_size=config.block_size, dtype=model.dtype
+        model.config.get_text_config(), block_size=cache.config.block_size, dtype=model.dtype
     )
     used_blocks = stats.pool_blocks - stats.pool_free_blocks
-    put_in_memory = sum(use.written_bytes for use in stats.store.tiers if use.name == "memory")
-    files = [path for path in config.disk_path.rglob("*") if path.is_file()]
-    return {
-        "device": used_blocks * layout.block_bytes,
-        # It began empty with this cache and evicts only when it is full.
-        "memory": min(put_in_memory, config.memory_bytes),
-        "disk": sum(path.stat().st_blocks for path in files) * STAT_BLOCK_BYTES,
-    }
+    held = {"device": used_blocks * layout.block_bytes}
+    for name, tier in cache.tier_stats().items():
+        held[name] = tier.used_bytes if tier is not None else 0
+    return held

@@ -14,7 +14,6 @@ from prefixstore.demo.prompts import AgentLoop
 from prefixstore.demo.run import Outcome
 
 VERSION = 1
-TIERS = ("device", "memory", "disk")
 PHASES = ("off", "empty", "on", "restart")
 # Rows of the table: key and what it is called.
 ROWS = {
@@ -38,7 +37,8 @@ def summarise(
         decode: Turns a list of token ids into text.
     """
     by_row = _split_rows(outcome.measured)
-    rows = {row: _row(measured) for row, measured in by_row.items() if measured}
+    tiers = list(outcome.tier_bytes)
+    rows = {row: _row(measured, tiers) for row, measured in by_row.items() if measured}
     for row in rows.values():
         row["speedup"] = rows["off"]["ttft_s"]["median"] / row["ttft_s"]["median"]
     warm = by_row["warm"] or by_row["first"]
@@ -60,7 +60,7 @@ def summarise(
         "problems": list(outcome.problems),
         "answers": compare_answers(outcome.measured),
         "example": {"question": warm[-1].question, "answer": decode(list(warm[-1].answer))},
-        "requests": [_request(measured) for measured in outcome.measured],
+        "requests": [_request(measured, tiers) for measured in outcome.measured],
     }
 
 
@@ -110,7 +110,7 @@ def _split_rows(measured: Sequence[Measured]) -> dict[str, list[Measured]]:
     }
 
 
-def _row(measured: list[Measured]) -> dict[str, Any]:
+def _row(measured: list[Measured], tiers: list[str]) -> dict[str, Any]:
     ttft = [one.ttft_s for one in measured]
     return {
         "num_requests": len(measured),
@@ -123,7 +123,7 @@ def _row(measured: list[Measured]) -> dict[str, Any]:
         # Per request, so that rows of different lengths can be compared.
         "tokens_by_tier": {
             tier: round(statistics.mean(one.tokens_by_tier.get(tier, 0) for one in measured))
-            for tier in TIERS
+            for tier in tiers
         },
         "num_recomputed": round(statistics.mean(one.num_recomputed for one in measured)),
     }
@@ -143,14 +143,14 @@ def _loop_seconds(by_row: dict[str, list[Measured]], num_requests: int) -> dict[
     }
 
 
-def _request(measured: Measured) -> dict[str, Any]:
+def _request(measured: Measured, tiers: list[str]) -> dict[str, Any]:
     return {
         "phase": measured.phase,
         "question": measured.question,
         "num_prompt_tokens": measured.num_prompt_tokens,
         "ttft_s": measured.ttft_s,
         "total_s": measured.total_s,
-        "tokens_by_tier": {tier: measured.tokens_by_tier.get(tier, 0) for tier in TIERS},
+        "tokens_by_tier": {tier: measured.tokens_by_tier.get(tier, 0) for tier in tiers},
         "num_recomputed": measured.num_recomputed,
         "answer_ids": list(measured.answer),
     }

@@ -70,16 +70,18 @@ def _read(record: Path, block: str | None) -> bytes:
 
 def _list_records(tier: DiskTier, as_json: bool) -> None:
     rows: list[dict[str, Any]] = []
-    for block_hash, num_bytes in tier.list_records():
-        data = read_record(tier, block_hash, num_bytes)
+    for name, num_bytes in tier.list_records():
+        data = read_record(tier, name, num_bytes)
         if data is not None:  # evicted meanwhile
-            rows.append({"block_hash": block_hash.hex(), "bytes": num_bytes} | _summarise(data))
+            rows.append(
+                {"block_hash": name.block_hash.hex(), "bytes": num_bytes} | _summarise(data)
+            )
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("block hash", "bytes", "codecs", "dtype", "tokens", "group"):
-        table.add_column(name, no_wrap=True)
+    for title in ("block hash", "bytes", "codecs", "dtype", "tokens", "group"):
+        table.add_column(title, no_wrap=True)
     for row in rows:
         table.add_row(row.pop("block_hash"), f"{row.pop('bytes'):,}", *map(str, row.values()))
     Console().print(table)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from prefixstore.block_key import RecordName
 from prefixstore.errors import ConfigError
-from prefixstore.record import BlockHash
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 
 _UNBOUNDED = 1 << 62  # who only looks must evict nothing
@@ -31,10 +31,10 @@ def open_store(path: Path) -> Iterator[DiskTier]:
         tier.close()
 
 
-def read_record(tier: DiskTier, block_hash: BlockHash, num_bytes: int) -> bytes | None:
+def read_record(tier: DiskTier, name: RecordName, num_bytes: int) -> bytes | None:
     """A record's bytes, or None where it is gone by now."""
     out = bytearray(num_bytes)
-    num_read = tier.peek(block_hash, memoryview(out))
+    num_read = tier.peek(name, memoryview(out))
     return None if num_read is None else bytes(out[:num_read])
 
 
@@ -44,7 +44,8 @@ def find_record(tier: DiskTier, prefix: str) -> bytes:
     Raises:
         ConfigError: If there is none, or more than one.
     """
-    found = [item for item in tier.list_records() if item[0].hex().startswith(prefix.lower())]
+    records = tier.list_records()
+    found = [r for r in records if r[0].block_hash.hex().startswith(prefix.lower())]
     if len(found) != 1:
         raise ConfigError(
             f"block: expected the first digits of one block's hash, got {prefix!r}, which"

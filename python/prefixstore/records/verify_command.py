@@ -11,8 +11,9 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from prefixstore.block_key import RecordName
 from prefixstore.errors import BlockCorrupted
-from prefixstore.record import BlockHash, verify
+from prefixstore.record import verify
 from prefixstore.records.places import open_store, read_record
 from prefixstore.tiers.disk import DiskTier
 
@@ -68,22 +69,20 @@ def _verify(tier: DiskTier, console: Console, delete: bool) -> Verification:
     columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=sum(num_bytes for _, num_bytes in records))
-        for block_hash, num_bytes in records:
-            problem = _check(tier, block_hash, num_bytes, found)
+        for name, num_bytes in records:
+            problem = _check(tier, name, num_bytes, found)
             if problem is not None:
-                found.damaged[block_hash.hex()] = problem
-                found.num_deleted += delete and tier.delete(block_hash)
+                found.damaged[name.block_hash.hex()] = problem
+                found.num_deleted += delete and tier.delete(name)
             progress.advance(task, num_bytes)
     found.seconds = time.perf_counter() - started
     found.problems = tier.check()
     return found
 
 
-def _check(
-    tier: DiskTier, block_hash: BlockHash, num_bytes: int, found: Verification
-) -> str | None:
+def _check(tier: DiskTier, name: RecordName, num_bytes: int, found: Verification) -> str | None:
     """What is wrong with a record, or None."""
-    data = read_record(tier, block_hash, num_bytes)
+    data = read_record(tier, name, num_bytes)
     if data is None:
         found.num_gone += 1
         return None
@@ -93,8 +92,12 @@ def _check(
         header = verify(data)
     except BlockCorrupted as error:
         return str(error)
-    if header.key.block_hash != block_hash:
-        return f"block_hash: expected {block_hash.hex()}, got {header.key.block_hash.hex()}"
+    if header.key.name != name:
+        got = header.key.name
+        return (
+            f"name: expected {name.block_hash.hex()} of identity {name.identity.hex()},"
+            f" got {got.block_hash.hex()} of identity {got.identity.hex()}"
+        )
     return None
 
 

@@ -1,18 +1,23 @@
-"""What every tier does: keeps records by block hash, in bytes, within a bound."""
+"""What every tier does: keeps records by name, in bytes, within a bound."""
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-from prefixstore.block_key import BlockHash
-from prefixstore.errors import ConfigError
+from prefixstore.block_key import RecordName
+from prefixstore.errors import ConfigError, TierError, TierTimeout
 
 PAGE_BYTES = 4096
+
+ReadOutcome = int | None | TierError
+EvictionListener = Callable[[RecordName, int, np.ndarray], None]
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,32 @@ class TierStats:
     num_puts: int
     num_deletes: int
     num_evictions: int
+    num_expired: int
     read_bytes: int
     written_bytes: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """Records of one identity, and their bytes."""
+
+    num_records: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep gave back.
+
+    Attributes:
+        num_expired: Records past their time.
+        num_orphans: Slots, files or parts of records that nothing refers to.
+        num_bytes: Of both.
+    """
+
+    num_expired: int = 0
+    num_orphans: int = 0
+    num_bytes: int = 0
 
 
 @dataclass
@@ -40,6 +69,7 @@ class TierCounters:
     num_puts: int = 0
     num_deletes: int = 0
     num_evictions: int = 0
+    num_expired: int = 0
     read_bytes: int = 0
     written_bytes: int = 0
 
@@ -52,60 +82,177 @@ class TierCounters:
         )
 
 
-class Tier(Protocol):
+class Tier(ABC):
     """A place for records: bytes in, bytes out. Safe to call from several threads.
 
     A tier never looks into a record to answer: whoever gets one verifies it. Records are immutable
-    under their hash, so a tier keeps what it has when the same hash is put again. Every call may
-    raise `TierUnavailable` or `TierTimeout`; after either, nothing that was held is lost.
+    under their name, so a tier keeps what it has when the same name is put again.
+
+    Calls take many records, for a round trip or a transaction costs more than a record. What one
+    record met is its outcome; what the whole call met is raised: any may raise `TierUnavailable`
+    or `TierTimeout`, and then nothing that was held is lost. A `deadline` is a time of
+    `time.monotonic()`; None leaves it to the tier's own timeout.
     """
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """Unique among the tiers of one store; stands in messages and statistics."""
-        ...
 
-    def get(self, block_hash: BlockHash, out: memoryview) -> int | None:
-        """Read a record into `out`, from its start, and mark it used.
+    @abstractmethod
+    def get_many(
+        self,
+        names: Sequence[RecordName],
+        outs: Sequence[memoryview],
+        *,
+        offsets: Sequence[int] | None = None,
+        deadline: float | None = None,
+    ) -> list[ReadOutcome]:
+        """Read records, each into its own buffer, from the buffer's start, and mark them used.
+
+        Args:
+            names: Which ones.
+            outs: Where to, writable and contiguous. Of whole records, as long as the record or
+                longer.
+            offsets: For parts of records, such as single layers: byte of each to begin at. So many
+                bytes are then read as its buffer is long.
+            deadline: What is not read by then is a `TierTimeout`.
 
         Returns:
-            Bytes read, or None where there is no such record. Fewer bytes than were put mean
-            that the tier's medium was truncated.
-
-        Raises:
-            BlockCorrupted: If the record is longer than `out`: not the one that was asked for.
+            For each the bytes read; or None where there is no such record; or an error:
+            `BlockCorrupted` for a record longer than its buffer, which is not the one that was
+            asked for; another `TierError` where this one could not be read. Fewer bytes than were
+            put mean that the tier's medium was truncated. Of a buffer whose outcome is no number,
+            the contents are garbage.
         """
-        ...
 
-    def put(self, block_hash: BlockHash, record: memoryview) -> None:
-        """Keep a record, evicting others for it. When this returns, `get` finds it.
+    @abstractmethod
+    def put_many(
+        self,
+        names: Sequence[RecordName],
+        records: Sequence[memoryview],
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> list[TierError | None]:
+        """Keep records, evicting others for them. When this returns, `get_many` finds them.
 
-        Raises:
-            TierFull: If there is no room, even after evicting what may be evicted.
+        Args:
+            names: What they are called.
+            records: Their bytes, contiguous; not read after this returns.
+            priority: Records of lower priority give way to those of higher, of -8 to 7; a tier
+                whose server chooses for itself does not know it.
+            deadline: What is not kept by then is a `TierTimeout`.
+
+        Returns:
+            For each None, or why it is not kept: `TierFull` where there is no room even after
+            evicting what may be evicted.
         """
-        ...
 
-    def contains(self, block_hash: BlockHash) -> bool:
-        """Whether `get` would find it now; does not mark it used."""
-        ...
+    @abstractmethod
+    def contains_many(
+        self, names: Sequence[RecordName], *, deadline: float | None = None
+    ) -> list[bool]:
+        """Whether `get_many` would find them now; does not mark them used."""
 
-    def delete(self, block_hash: BlockHash) -> bool:
-        """Forget a record; False where there was none."""
-        ...
+    @abstractmethod
+    def delete_many(
+        self, names: Sequence[RecordName], *, deadline: float | None = None
+    ) -> list[bool]:
+        """Forget records, pinned ones too; False where there was none."""
 
-    def contains_many(self, block_hashes: Sequence[BlockHash]) -> list[bool]:
-        """`contains` for each."""
-        ...
+    @abstractmethod
+    def delete_identity(self, identity: bytes) -> None:
+        """Forget every record of an identity: of one model and salt. None is found afterwards."""
 
-    def stats(self) -> TierStats: ...
+    @abstractmethod
+    def pin_many(self, names: Sequence[RecordName], is_pinned: bool = True) -> list[bool]:
+        """Keep records from eviction and expiry, or no longer; False where there was none."""
 
-    def check(self) -> list[str]:
-        """Recount everything; what does not add up, in words. Empty when all is well."""
-        ...
+    @abstractmethod
+    def list_identities(self) -> dict[bytes, Held]:
+        """What it holds of each identity; may look at every record, so it is for tools."""
 
+    @abstractmethod
+    def stats(self) -> TierStats:
+        """What it holds and has done."""
+
+    @abstractmethod
+    def check(self, fix: bool = False) -> list[str]:
+        """Recount everything; what does not add up, in words. Empty when all is well.
+
+        Args:
+            fix: Mend what was found: records that cannot be trusted are dropped, never guessed.
+        """
+
+    @abstractmethod
+    def sweep(self) -> Swept:
+        """Give back what expired, and what a process that died left behind."""
+
+    @abstractmethod
     def close(self) -> None:
         """Give back what the tier holds open; any later call raises `TierUnavailable`."""
-        ...
+
+    @property
+    def lends(self) -> bool:
+        """Whether `lend_many` is there."""
+        return False
+
+    def lend_many(
+        self, names: Sequence[RecordName]
+    ) -> AbstractContextManager[list[np.ndarray | None]]:
+        """Records where they lie, to be read inside the context, not written; marks them used."""
+        raise NotImplementedError(f"{self.name}: lends nothing")
+
+    def on_evict(self, listener: EvictionListener) -> bool:
+        """Tell `listener` of every record that gives way to another, before it does.
+
+        It is called with name, priority and bytes, which are lent for the call, under the tier's
+        lock: it must not call the tier.
+
+        Returns:
+            False where the tier cannot tell.
+        """
+        return False
+
+    # ---- one record at a time ----------------------------------------------------------------
+
+    def get(self, name: RecordName, out: memoryview) -> int | None:
+        """`get_many` of one; an error is raised."""
+        (outcome,) = self.get_many([name], [out])
+        if isinstance(outcome, TierError):
+            raise outcome
+        return outcome
+
+    def put(self, name: RecordName, record: memoryview) -> None:
+        """`put_many` of one; an error is raised."""
+        (error,) = self.put_many([name], [record])
+        if error is not None:
+            raise error
+
+    def contains(self, name: RecordName) -> bool:
+        """`contains_many` of one."""
+        return self.contains_many([name])[0]
+
+    def delete(self, name: RecordName) -> bool:
+        """`delete_many` of one."""
+        return self.delete_many([name])[0]
+
+
+def is_past(deadline: float | None) -> bool:
+    """Whether it is later than that."""
+    return deadline is not None and time.monotonic() > deadline
+
+
+def too_late(tier_name: str) -> TierTimeout:
+    """The outcome of a record whose turn did not come."""
+    return TierTimeout(f"{tier_name}: expected its turn before the deadline, it came after")
+
+
+def check_priority(priority: int) -> None:
+    """Raise `ValueError` unless it is one."""
+    if not isinstance(priority, int) or not -8 <= priority <= 7:
+        raise ValueError(f"priority: expected -8 to 7, got {priority!r}")
 
 
 def check_bytes(name: str, value: int, least: int) -> None:

@@ -5,177 +5,160 @@
     DIR/tier.lock                     held shared while the tier is open, alone while it is mended
 
 A record is written whole before the index shows it, and hidden before its slot is used again. The
-payload is not flushed to the platters first: after a kill -9 the page cache still has it, and
-after a power cut a torn record fails its checksums and is a miss. Flushing every record would cost
-more than the cache wins. Every reader must verify what it gets. The directory must be on a local
-file system (SQLite's WAL needs shared memory between the processes).
+payload is not flushed to the platters first: after a kill -9 it is where it was written, and after
+a power cut a torn record fails its checksums and is a miss. Flushing every record would cost more
+than the cache wins. Every reader must verify what it gets. The directory must be on a local file
+system (SQLite's WAL needs shared memory between the processes).
+
+    get_many    one look-up -> transfers (disk_transfers.py) -> one look-up: are they still there?
+    put_many    one transaction takes the slots -> transfers -> one transaction publishes
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from prefixstore.block_key import BlockHash
-from prefixstore.errors import BlockCorrupted, ConfigError, TierTimeout, TierUnavailable
+from prefixstore.block_key import RecordName
+from prefixstore.errors import BlockCorrupted, TierError, TierFull, TierTimeout
 from prefixstore.tiers import disk_slabs
-from prefixstore.tiers.base import PAGE_BYTES, TierCounters, TierStats, check_bytes, round_up
+from prefixstore.tiers.base import (
+    Held,
+    ReadOutcome,
+    Swept,
+    Tier,
+    TierCounters,
+    TierStats,
+    check_priority,
+    is_past,
+    too_late,
+)
+from prefixstore.tiers.disk_check import Checker
+from prefixstore.tiers.disk_config import DiskTierConfig as DiskTierConfig
 from prefixstore.tiers.disk_files import Slab, SlabFiles
-from prefixstore.tiers.disk_index import READY, SlotIndex
-from prefixstore.tiers.disk_slabs import Limits
-from prefixstore.tiers.disk_sql import Connection, IndexDamaged
+from prefixstore.tiers.disk_opening import Directory
+from prefixstore.tiers.disk_slots import SlotRef
+from prefixstore.tiers.disk_transfers import Span, StillWriting, Transfers
 
 logger = logging.getLogger(__name__)
 
-_MAX_SLAB_BYTES = 256 << 20
-_QUICK_CHECK = "SELECT quick_check FROM pragma_quick_check WHERE quick_check != 'ok'"
-_SELECT_SLOTS = (
-    "SELECT slot, slot_bytes, state, block_hash, record_bytes FROM slots"
-    " WHERE slab_id = ? ORDER BY slot"
-)
 
+class DiskTier(Tier):
+    """A bounded tier in a directory; of the lowest priority, least recently used records give way.
 
-@dataclass(frozen=True)
-class DiskTierConfig:
-    """Where a disk tier lies and how large it may grow.
-
-    Attributes:
-        path: Directory, made if absent; may be shared by processes with equal settings.
-        capacity_bytes: Bound on the payload files together; the index comes on top (about 200
-            bytes a record).
-        slab_bytes: Size of one payload file. Default: a sixteenth of the capacity, at most 256 MiB;
-            a longer record gets a file of its own.
-        timeout_s: How long to wait for another process's transaction.
-        write_lease_s: After this long an unfinished write counts as dead and its slot is reused.
-        name: In messages and statistics.
-    """
-
-    path: Path
-    capacity_bytes: int
-    slab_bytes: int | None = None
-    timeout_s: float = 5.0
-    write_lease_s: float = 60.0
-    name: str = "disk"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))
-        check_bytes("capacity_bytes", self.capacity_bytes, PAGE_BYTES)
-        if self.slab_bytes is not None:
-            check_bytes("slab_bytes", self.slab_bytes, PAGE_BYTES)
-        for name in ("timeout_s", "write_lease_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}: expected more than 0, got {getattr(self, name)}")
-
-    @property
-    def limits(self) -> Limits:
-        default = max(min(self.capacity_bytes // 16, _MAX_SLAB_BYTES), PAGE_BYTES)
-        slab_bytes = self.slab_bytes or default
-        return Limits(self.name, self.capacity_bytes, slab_bytes, self.write_lease_s)
-
-
-class DiskTier:
-    """A bounded tier in a directory; least recently used records give way.
+    Args:
+        config: Where, how large, and how.
+        clock: Seconds by which records age, in place of the time that disk_clock.py tells.
 
     Raises:
         TierUnavailable: On opening, if the directory cannot be written, holds the files of a newer
-            version, or has a damaged index that other processes have open.
+            version, or has a damaged or older index that other processes have open.
     """
 
-    def __init__(self, config: DiskTierConfig) -> None:
+    def __init__(self, config: DiskTierConfig, clock: Callable[[], float] | None = None) -> None:
         self._config = config
+        self._ttl_ns = None if config.ttl_s is None else int(config.ttl_s * 1e9)
         self._counters = TierCounters()
         self._counters_lock = threading.Lock()
-        self._files = SlabFiles(config.path, config.name)
+        self._files = SlabFiles(config.path, config.name, config.io)
+        self._transfers = Transfers(self._files, config.name, config.num_threads)
+        self._directory = Directory(config)
+        clock_ns = None if clock is None else lambda: int(clock() * 1e9)
         try:
-            config.path.mkdir(parents=True, exist_ok=True)
-            self._lock_fd = os.open(config.path / "tier.lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise TierUnavailable(f"{config.name}: {config.path}: {error.strerror}") from error
-        try:
-            self._index = self._open_index()
-        except OSError as error:
-            os.close(self._lock_fd)
-            raise TierUnavailable(f"{config.name}: {config.path}: {error.strerror}") from error
+            self._index = self._directory.open_index(self._files, self._transfers, clock_ns)
         except BaseException:
-            os.close(self._lock_fd)
+            self._directory.close()
             raise
 
     @property
     def name(self) -> str:
         return self._config.name
 
-    def get(self, block_hash: BlockHash, out: memoryview) -> int | None:
-        num_read = self.peek(block_hash, out)
-        if num_read is None:
-            self._count(num_misses=1)
-            return None
-        self._index.touch(block_hash)
-        self._count(num_hits=1, read_bytes=num_read)
-        return num_read
+    def get_many(
+        self,
+        names: Sequence[RecordName],
+        outs: Sequence[memoryview],
+        *,
+        offsets: Sequence[int] | None = None,
+        deadline: float | None = None,
+    ) -> list[ReadOutcome]:
+        if is_past(deadline):
+            return [too_late(self.name)] * len(names)
+        outcomes, used = self._read_many(names, outs, offsets, deadline)
+        refreshed_ns = self._ttl_ns if self._config.refresh_ttl else None
+        self._index.touch(used, refreshed_ns)
+        counts = [outcome for outcome in outcomes if isinstance(outcome, int)]
+        num_misses = sum(outcome is None for outcome in outcomes)
+        self._count(num_hits=len(counts), read_bytes=sum(counts), num_misses=num_misses)
+        return outcomes
 
-    def peek(self, block_hash: BlockHash, out: memoryview) -> int | None:
+    def peek(self, name: RecordName, out: memoryview) -> int | None:
         """`get` for who only looks: the record does not count as used."""
-        ref = self._index.find(block_hash)
-        if ref is not None and ref.record_bytes > out.nbytes:
-            raise BlockCorrupted(
-                f"{self.name}: expected a record of at most {out.nbytes} bytes,"
-                f" got {ref.record_bytes}"
-            )
-        num_read = 0
-        if ref is not None:
-            num_read = self._files.read(ref.slab, ref.slot, out[: ref.record_bytes])
-        # an eviction shows in the index before the slot is overwritten: still there means intact
-        return num_read if ref is not None and self._index.holds(ref) else None
+        ((outcome,), _) = self._read_many([name], [out], None, None)
+        if isinstance(outcome, TierError):
+            raise outcome
+        return outcome
 
-    def put(self, block_hash: BlockHash, record: memoryview) -> None:
-        if self._index.find(block_hash) is not None:
-            return
-        slot_bytes = round_up(max(record.nbytes, 1), PAGE_BYTES)
-        ref, evicted = self._index.allocate(block_hash, record.nbytes, slot_bytes)
-        try:
-            for slab in evicted.slabs:
-                self._files.remove(slab)
-            self._files.write(ref.slab, ref.slot, record)
-        except BaseException:
-            self._index.abandon(ref)
-            raise
-        finally:
-            self._count(num_evictions=evicted.num_records)
-        if not self._index.publish(ref):
-            raise TierTimeout(
-                f"{self.name}: expected a write within {self._config.write_lease_s} s, got more"
-            )
-        self._count(num_puts=1, written_bytes=record.nbytes)
+    def put_many(
+        self,
+        names: Sequence[RecordName],
+        records: Sequence[memoryview],
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> list[TierError | None]:
+        check_priority(priority)
+        if is_past(deadline):
+            return [too_late(self.name)] * len(names)
+        missing: dict[RecordName, memoryview] = {}
+        for name, record in zip(names, records, strict=True):
+            missing.setdefault(name, record.cast("B"))
+        held = self._index.find_many(missing, deadline)
+        self._index.touch(held.values(), self._ttl_ns)
+        for name in held:
+            del missing[name]
+        errors = self._write_many(missing, priority, deadline) if missing else {}
+        return [errors.get(name) for name in names]
 
-    def contains(self, block_hash: BlockHash) -> bool:
-        return self._index.find(block_hash) is not None
+    def contains_many(
+        self, names: Sequence[RecordName], *, deadline: float | None = None
+    ) -> list[bool]:
+        found = self._index.names_among(names, deadline)
+        return [name in found for name in names]
 
-    def delete(self, block_hash: BlockHash) -> bool:
-        ref = self._index.unpublish(block_hash)
-        if ref is None:
-            return False
-        try:
-            self._files.wipe(ref.slab, ref.slot)
-        except BaseException:
-            self._index.abandon(ref)
-            raise
-        self._index.release(ref)
-        self._count(num_deletes=1)
-        return True
+    def delete_many(
+        self, names: Sequence[RecordName], *, deadline: float | None = None
+    ) -> list[bool]:
+        hidden = self._index.unpublish_many(set(names), deadline)
+        self._count(num_deletes=len(hidden))
+        self._wipe(hidden.values())
+        return [name in hidden for name in names]
 
-    def contains_many(self, block_hashes: Sequence[BlockHash]) -> list[bool]:
-        found = self._index.find_many(block_hashes)
-        return [block_hash in found for block_hash in block_hashes]
+    def delete_identity(self, identity: bytes) -> None:
+        """Forget every record of an identity: of one model and salt. None is found afterwards.
 
-    def list_records(self) -> list[tuple[BlockHash, int]]:
-        """Hash and bytes of every record there is now, in the order in which they lie."""
+        What lies of it in slots and files that are no longer in use is wiped as well, so that no
+        rebuilt index will find it.
+        """
+        hidden, num_deletes = self._index.unpublish_identity(identity)
+        self._count(num_deletes=num_deletes)
+        self._wipe(hidden)
+        self._remove_orphans()
+
+    def pin_many(self, names: Sequence[RecordName], is_pinned: bool = True) -> list[bool]:
+        """Keep records from eviction and expiry, or no longer; False where there was none.
+
+        A pin is in the index: it holds until it is taken away, by whichever process.
+        """
+        found = self._index.pin_many(names, is_pinned)
+        return [name in found for name in names]
+
+    def list_identities(self) -> dict[bytes, Held]:
+        return self._index.list_identities()
+
+    def list_records(self) -> list[tuple[RecordName, int]]:
+        """Name and bytes of every record there is now, in the order in which they lie."""
         return self._index.list_records()
 
     def stats(self) -> TierStats:
@@ -183,133 +166,190 @@ class DiskTier:
         with self._counters_lock:
             return self._counters.stats(self._config.capacity_bytes, used_bytes, num_records)
 
-    def check(self) -> list[str]:
-        with self._index.frozen() as sql:
-            problems = [f"{self.name}: index: {row[0]}" for row in sql.execute(_QUICK_CHECK)]
-            slabs = disk_slabs.list_slabs(sql)
-            total_bytes = sum(slab.num_bytes for slab in slabs)
-            if total_bytes > self._config.capacity_bytes:
-                bound = self._config.capacity_bytes
-                problems.append(f"{self.name}: expected at most {bound} bytes, got {total_bytes}")
-            for slab in slabs:
-                rows = sql.execute(_SELECT_SLOTS, (slab.slab_id,)).fetchall()
-                problems += self._check_slab(slab, rows)
-        return problems
+    def check(self, fix: bool = False) -> list[str]:
+        """Recount everything; what does not add up, in words. Empty when all is well.
+
+        Args:
+            fix: Free the slots that do not hold their record, read slabs anew that do not fit
+                the index, forget those whose file is gone, and remove files that nobody knows.
+                Damage to SQLite's own pages stays: it is mended when the tier is next opened while
+                no other process has it.
+        """
+        checker = Checker(self._index, self._files, self._config.limits, fix)
+        checker.run()
+        for slab in checker.dropped:
+            self._files.remove(slab)
+        if fix:
+            self._wipe(checker.wrong)
+            self._remove_orphans()
+        return checker.problems
+
+    def sweep(self) -> Swept:
+        """Give back what expired, and what a process that died left behind.
+
+        Orphans are slots of writes that were never finished, and files that the index does not
+        know.
+        """
+        num_expired, num_bytes = self._index.expire()
+        self._count(num_expired=num_expired)
+        dead = self._index.take_dead()
+        self._wipe(dead)
+        orphans = self._remove_orphans()
+        num_bytes += sum(ref.slab.slot_bytes for ref in dead)
+        num_bytes += sum(slab.num_bytes for slab in orphans)
+        return Swept(num_expired, len(dead) + len(orphans), num_bytes)
 
     def close(self) -> None:
         try:
             self._index.close()
         finally:
+            self._transfers.close()
             self._files.close()
-            fd, self._lock_fd = self._lock_fd, -1
-            if fd >= 0:
-                os.close(fd)
-
-    # ---- opening -----------------------------------------------------------------------------
-
-    def _open_index(self) -> SlotIndex:
-        with self._locked_directory() as is_alone:
-            self._files.list_slabs()  # refuses a newer version before anything is touched
-            try:
-                return self._read_index(is_alone)
-            except IndexDamaged as error:
-                if not is_alone:
-                    raise
-                logger.warning("%s: rebuilding the index from the slabs: %s", self.name, error)
-                self._set_index_aside()
-                return self._read_index(is_alone)
-
-    def _read_index(self, is_alone: bool) -> SlotIndex:
-        connection = self._connect(is_alone)
-        try:
-            index = SlotIndex(connection, self._config.limits)
-            if is_alone:
-                self._reconcile(index)
-            with index.frozen() as sql:
-                dropped = disk_slabs.shrink(sql, self._config.capacity_bytes)
-            for slab in dropped:
-                self._files.remove(slab)
-        except BaseException:
-            connection.close()
-            raise
-        return index
-
-    def _connect(self, is_alone: bool) -> Connection:
-        path = self._config.path / "index.sqlite"
-        connection = Connection(path, self.name, self._config.timeout_s)
-        if is_alone:
-            try:
-                with connection.reading() as sql:
-                    problem = sql.execute(_QUICK_CHECK).fetchone()
-                if problem is not None:
-                    raise IndexDamaged(f"{self.name}: {path}: {problem[0]}")
-            except BaseException:
-                connection.close()
-                raise
-        return connection
-
-    def _reconcile(self, index: SlotIndex) -> None:
-        """Bring index and slabs into line; nobody else has the tier open."""
-        files = {slab.slab_id: slab for slab in self._files.list_slabs()}
-        with index.frozen() as sql:
-            sql.execute("UPDATE slots SET state = 0 WHERE state = 1")  # cut off while writing
-            for slab in disk_slabs.list_slabs(sql):
-                if files.get(slab.slab_id) == slab:
-                    del files[slab.slab_id]
-                else:  # a file of that number but of another shape is read anew below
-                    disk_slabs.drop_slab(sql, slab)
-            for slab in files.values():
-                slots = (self._files.find_record(slab, slot) for slot in range(slab.num_slots))
-                found = [record for record in slots if record is not None]
-                last_used = self._files.modified_ns(slab)
-                disk_slabs.insert_slab(sql, slab, last_used)
-                disk_slabs.fill_slab(sql, slab, found, last_used)
-                logger.info("%s: found %d records in %s", self.name, len(found), slab.file_name)
-            disk_slabs.clamp_last_used(sql, time.time_ns())
-
-    def _set_index_aside(self) -> None:
-        for suffix in ("", "-wal", "-shm"):
-            path = self._config.path / f"index.sqlite{suffix}"
-            if path.exists():
-                path.rename(path.with_name(f"damaged-index.sqlite{suffix}"))
-
-    @contextmanager
-    def _locked_directory(self) -> Iterator[bool]:
-        """True if no other process has the tier open; keeps a shared lock in the end."""
-        deadline = time.monotonic() + self._config.timeout_s
-        is_alone = self._try_lock(fcntl.LOCK_EX)
-        while not is_alone and not self._try_lock(fcntl.LOCK_SH):
-            if time.monotonic() > deadline:
-                raise TierTimeout(f"{self.name}: {self._config.path}: another process is mending")
-            time.sleep(0.01)
-        yield is_alone
-        fcntl.flock(self._lock_fd, fcntl.LOCK_SH)
-
-    def _try_lock(self, kind: int) -> bool:
-        try:
-            fcntl.flock(self._lock_fd, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+            self._directory.close()
 
     # ---- helpers -----------------------------------------------------------------------------
 
-    def _check_slab(self, slab: Slab, rows: list[tuple]) -> Iterator[str]:
-        where = f"{self.name}: {slab.file_name}"
-        if [row[0] for row in rows] != list(range(slab.num_slots)):
-            yield f"{where}: expected {slab.num_slots} slots, got {len(rows)}"
-        for slot, slot_bytes, state, block_hash, record_bytes in rows:
-            if slot_bytes != slab.slot_bytes or record_bytes > slot_bytes:
-                yield f"{where}: slot {slot} does not fit its slab"
-            if state == READY:
-                found = self._files.find_record(slab, slot)
-                if found is None or (found.block_hash, found.record_bytes) != (
-                    block_hash,
-                    record_bytes,
-                ):
-                    yield f"{where}: slot {slot} does not hold the record {block_hash.hex()}"
+    def _read_many(
+        self,
+        names: Sequence[RecordName],
+        outs: Sequence[memoryview],
+        offsets: Sequence[int] | None,
+        deadline: float | None,
+    ) -> tuple[list[ReadOutcome], list[SlotRef]]:
+        """The outcomes, and which records they are of where that is a number of bytes."""
+        outcomes: list[ReadOutcome] = [None] * len(names)
+        starts: Sequence[int | None] = [None] * len(names) if offsets is None else offsets
+        found = self._index.find_many(names, deadline)
+        asked: list[tuple[int, SlotRef]] = []
+        spans = []
+        for number, (name, out, start) in enumerate(zip(names, outs, starts, strict=True)):
+            ref = found.get(name)
+            if ref is None:
+                continue
+            if start is None and ref.record_bytes > out.nbytes:
+                outcomes[number] = BlockCorrupted(
+                    f"{self.name}: expected a record of at most {out.nbytes} bytes,"
+                    f" got {ref.record_bytes}"
+                )
+                continue
+            asked.append((number, ref))
+            spans.append(_span(ref, out, start or 0))
+        results = self._transfers.read_many(spans, deadline)
+        # an eviction shows in the index before the slot is overwritten: still there means intact
+        intact = self._index.find_many([ref.name for _, ref in asked], deadline)
+        used = []
+        for (number, ref), result in zip(asked, results, strict=True):
+            now = intact.get(ref.name)
+            if now is not None and now.place == ref.place:
+                outcomes[number] = result
+                if isinstance(result, int):
+                    used.append(ref)
+        return outcomes, used
+
+    def _write_many(
+        self, records: Mapping[RecordName, memoryview], priority: int, deadline: float | None
+    ) -> dict[RecordName, TierError]:
+        """Keep records that are not there; returns why, of those that could not be kept."""
+        sizes = {name: record.nbytes for name, record in records.items()}
+        try:
+            allocation = self._index.allocate_many(sizes, priority, deadline)
+        except TierFull as error:  # there is no room for the index itself
+            return dict.fromkeys(records, error)
+        refs = list(allocation.refs.values())
+        self._count(num_evictions=allocation.num_evicted, num_expired=allocation.num_expired)
+        try:
+            for slab in allocation.dropped:
+                self._files.remove(slab)
+        except TierError:
+            self._index.abandon([*refs, *allocation.dead])
+            raise
+        errors = self._transfer(refs, records, deadline)
+        errors |= self._publish([r for r in refs if r.name not in errors], priority, deadline)
+        for name in records.keys() - allocation.refs.keys():
+            errors[name] = self._no_room(sizes[name], priority)
+        try:
+            self._wipe(allocation.dead)
+        except TierError as error:  # no reason to fail a put
+            logger.warning("slots of writers that died stay out of use for now: %s", error)
+        return errors
+
+    def _transfer(
+        self,
+        refs: Sequence[SlotRef],
+        records: Mapping[RecordName, memoryview],
+        deadline: float | None,
+    ) -> dict[RecordName, TierError]:
+        """Write to slots that were allocated; gives up those that could not be written."""
+        spans = [Span(ref.slab, ref.offset, records[ref.name]) for ref in refs]
+        outcomes = self._transfers.write_many(spans, deadline)
+        errors = {ref.name: e for ref, e in zip(refs, outcomes, strict=True) if e is not None}
+        # where the kernel is still writing, the slot stays taken until its lease is over
+        failed = [name for name, error in errors.items() if not isinstance(error, StillWriting)]
+        self._index.abandon([ref for ref in refs if ref.name in failed])
+        return errors
+
+    def _publish(
+        self, refs: Sequence[SlotRef], priority: int, deadline: float | None
+    ) -> dict[RecordName, TierError]:
+        """Let readers find what was written; returns why not, of those that are lost."""
+        if not refs:
+            return {}
+        try:
+            published = self._index.publish_many(refs, priority, self._ttl_ns, deadline)
+        except TierFull as error:
+            self._index.abandon(refs)
+            return {ref.name: error for ref in refs}
+        except TierError:
+            self._index.abandon(refs)
+            raise
+        kept = [ref.record_bytes for ref in refs if ref.name in published]
+        self._count(num_puts=len(kept), written_bytes=sum(kept))
+        lease_s = self._config.write_lease_s
+        late = TierTimeout(f"{self.name}: expected a write within {lease_s} s, got more")
+        return {ref.name: late for ref in refs if ref.name not in published}
+
+    def _wipe(self, refs: Iterable[SlotRef]) -> None:
+        """Wipe and release slots that are this call's own.
+
+        Raises:
+            TierError: If one cannot be wiped; it stays taken until its lease is over, and is then
+                tried again.
+        """
+        refs = list(refs)
+        if not refs:
+            return
+        errors = self._transfers.wipe_many([(ref.slab, ref.offset) for ref in refs])
+        self._index.release([r for r, error in zip(refs, errors, strict=True) if error is None])
+        for error in errors:
+            if error is not None:
+                raise error
+
+    def _remove_orphans(self) -> list[Slab]:
+        """Delete the files that the index does not know; returns them.
+
+        A file is made after its row and deleted after it, so nobody can be about to use one.
+        """
+        with self._index.frozen() as sql:
+            known = set(disk_slabs.list_slabs(sql))
+            orphans = [slab for slab in self._files.list_slabs() if slab not in known]
+            for slab in orphans:
+                self._files.remove(slab)
+        return orphans
+
+    def _no_room(self, num_bytes: int, priority: int) -> TierFull:
+        return TierFull(
+            f"{self.name}: expected room for {num_bytes} bytes of priority {priority} within"
+            f" {self._config.capacity_bytes}, and within the identity's quota; what is there is too"
+            " small, pinned, in use or of a higher priority"
+        )
 
     def _count(self, **increments: int) -> None:
         with self._counters_lock:
             for name, increment in increments.items():
                 setattr(self._counters, name, getattr(self._counters, name) + increment)
+
+
+def _span(ref: SlotRef, out: memoryview, start: int) -> Span:
+    """What `out` takes of a record from `start` on."""
+    num_bytes = min(out.nbytes, max(ref.record_bytes - start, 0))
+    return Span(ref.slab, ref.offset + start, out.cast("B")[:num_bytes])

@@ -1,14 +1,16 @@
-"""The disk tier's index: which slot holds which block.
+"""The disk tier's index: which slot holds which record.
 
     FREE (0) ------ allocate ------> WRITING (1) ------ publish ------> READY (2)
        ^                                |    ^                             |
-       +----- release, lease over ------+    +-------- unpublish ----------+
-       +-------------------------------- evict ----------------------------+
+       +----- release, once wiped ------+    +-------- unpublish ----------+
+       +---------------------------- evict, expire ------------------------+
 
-Each step is one transaction, so several processes may take them at once. Taking a slot raises its
-`ticket`: a writer that was too slow finds its ticket gone and publishes nothing; a reader that was
-overtaken by an eviction finds the ticket changed and reports a miss. Marks of use gather in memory
-and go along with the next transaction.
+Each step is one transaction for many slots, so several processes may take them at once. Taking a
+slot raises its `ticket`: a writer that was too slow finds its ticket gone and publishes nothing; a
+reader that was overtaken by an eviction finds another ticket and reports a miss. A slot that stays
+WRITING for longer than its lease is its dead writer's: whoever allocates or sweeps next takes it
+over, wipes it and releases it. Marks of use gather in memory and go along with the next
+transaction. Readers have a connection of their own, so that no look-up waits for a transaction.
 """
 
 from __future__ import annotations
@@ -16,174 +18,231 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from prefixstore.block_key import BlockHash
+from prefixstore.block_key import RecordName
 from prefixstore.errors import TierError
-from prefixstore.tiers import disk_slabs
+from prefixstore.tiers import disk_slabs, disk_slots
+from prefixstore.tiers.base import PAGE_BYTES, Held, round_up
+from prefixstore.tiers.disk_clock import Clock
 from prefixstore.tiers.disk_files import Slab
-from prefixstore.tiers.disk_slabs import Evicted, Limits
-from prefixstore.tiers.disk_sql import Connection, IndexDamaged
+from prefixstore.tiers.disk_room import Demand, keep_quota, take_room
+from prefixstore.tiers.disk_slabs import Limits
+from prefixstore.tiers.disk_slots import Mark, Place, SlotRef
+from prefixstore.tiers.disk_sql import Connection
 
 logger = logging.getLogger(__name__)
 
-READY = 2
-_MAX_SQL_VALUES = 500
+_MAX_MARKS = 10_000  # some 3 MB
+_NS = 1_000_000_000
 
 
-@dataclass(frozen=True)
-class SlotRef:
-    """A slot as the holder of its ticket sees it."""
+@dataclass
+class Allocation:
+    """Slots to write to.
 
-    slab: Slab
-    slot: int
-    ticket: int
-    block_hash: BlockHash
-    record_bytes: int
+    Attributes:
+        refs: By name; a record without one has no room.
+        dead: Slots taken over from dead writers, to be wiped and released.
+        dropped: Slabs that had to go; their files are to be removed.
+        num_evicted: Records that had to go.
+        num_expired: Records that had to go anyway.
+    """
 
-    @property
-    def place(self) -> tuple[int, int, int]:
-        return self.slab.slab_id, self.slot, self.ticket
+    refs: dict[RecordName, SlotRef] = field(default_factory=dict)
+    dead: list[SlotRef] = field(default_factory=list)
+    dropped: list[Slab] = field(default_factory=list)
+    num_evicted: int = 0
+    num_expired: int = 0
 
 
 class SlotIndex:
-    """The table of slots, on one connection."""
+    """The table of slots.
 
-    def __init__(self, connection: Connection, limits: Limits) -> None:
-        self._connection = connection
+    Args:
+        reader: For look-ups.
+        writer: For transactions; its tables are prepared.
+        limits: Bounds of the tier.
+        clock: The tier's time.
+
+    Attributes:
+        now: The tier's time, in nanoseconds.
+    """
+
+    def __init__(
+        self, reader: Connection, writer: Connection, limits: Limits, clock: Clock
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
         self._limits = limits
+        self.now = clock
         self._pending_lock = threading.Lock()
-        self._touched: dict[BlockHash, int] = {}
+        self._marks: dict[Place, Mark] = {}
         self._abandoned: list[SlotRef] = []
 
-    def find(self, block_hash: BlockHash) -> SlotRef | None:
-        with self._connection.reading() as sql:
-            row = sql.execute(
-                "SELECT slab_id, slots.slot_bytes, num_slots, slot, ticket, record_bytes FROM slots"
-                " JOIN slabs USING (slab_id) WHERE state = 2 AND block_hash = ?",
-                (block_hash,),
-            ).fetchone()
-        return row and SlotRef(Slab(*row[:3]), row[3], row[4], block_hash, row[5])
+    # ---- look-ups ----------------------------------------------------------------------------
 
-    def holds(self, ref: SlotRef) -> bool:
-        """Whether the slot still holds the record that `find` told of."""
-        with self._connection.reading() as sql:
-            row = sql.execute(
-                "SELECT state FROM slots WHERE slab_id = ? AND slot = ? AND ticket = ?", ref.place
-            ).fetchone()
-        return row == (READY,)
-
-    def find_many(self, block_hashes: Sequence[BlockHash]) -> set[BlockHash]:
-        found: set[BlockHash] = set()
-        for start in range(0, len(block_hashes), _MAX_SQL_VALUES):
-            part = list(block_hashes[start : start + _MAX_SQL_VALUES])
-            places = ",".join("?" * len(part))
-            query = f"SELECT block_hash FROM slots WHERE state = 2 AND block_hash IN ({places})"
-            with self._connection.reading() as sql:
-                found.update(row[0] for row in sql.execute(query, part))
+    def find_many(
+        self, names: Iterable[RecordName], deadline: float | None = None
+    ) -> dict[RecordName, SlotRef]:
+        """Those that are there and not past their time."""
+        found = {}
+        for hashes in disk_slots.batches_of_hashes(names):
+            with self._reader.reading(deadline) as sql:
+                for ref in disk_slots.find(sql, hashes, self.now()):
+                    found[ref.name] = ref
         return found
 
-    def list_records(self) -> list[tuple[BlockHash, int]]:
-        """Hash and bytes of every record there is now, in the order of the files."""
-        with self._connection.reading() as sql:
-            rows = sql.execute(
-                "SELECT block_hash, record_bytes FROM slots WHERE state = 2 ORDER BY slab_id, slot"
-            ).fetchall()
-        return [(BlockHash(block_hash), record_bytes) for block_hash, record_bytes in rows]
+    def names_among(
+        self, names: Iterable[RecordName], deadline: float | None = None
+    ) -> set[RecordName]:
+        """The names of `find_many`."""
+        found: set[RecordName] = set()
+        for hashes in disk_slots.batches_of_hashes(names):
+            with self._reader.reading(deadline) as sql:
+                found |= disk_slots.names_among(sql, hashes, self.now())
+        return found
 
-    def touch(self, block_hash: BlockHash) -> None:
-        """Mark as used."""
-        with self._pending_lock:
-            self._touched[block_hash] = time.time_ns()
+    def list_records(self) -> list[tuple[RecordName, int]]:
+        """Name and bytes of every record there is now, in the order of the files."""
+        with self._reader.reading() as sql:
+            return disk_slots.list_names(sql, self.now())
 
-    def allocate(
-        self, block_hash: BlockHash, record_bytes: int, slot_bytes: int
-    ) -> tuple[SlotRef, Evicted]:
-        """Take a slot for writing: a free one, else a new slab's, else an evicted record's.
-
-        Raises:
-            TierFull: If nothing may be evicted for it.
-        """
-        now = time.time_ns()
-        lease_end = now - int(self._limits.write_lease_s * 1e9)
-        with self._writing() as sql:
-            sql.execute(
-                "UPDATE slots SET state = 0 WHERE slot_bytes = ? AND state = 1 AND last_used < ?",
-                (slot_bytes, lease_end),
-            )
-            evicted = disk_slabs.make_room(sql, slot_bytes, self._limits)
-            free = sql.execute(
-                "SELECT slab_id, slot, ticket + 1, num_slots FROM slots JOIN slabs USING (slab_id)"
-                " WHERE slots.slot_bytes = ? AND state = 0 LIMIT 1",
-                (slot_bytes,),
-            ).fetchone()
-            if free is None:
-                raise IndexDamaged(
-                    f"{self._limits.tier_name}: expected a free slot in a known slab, got one in"
-                    " none"
-                )
-            slab_id, slot, ticket, num_slots = free
-            sql.execute(
-                "UPDATE slots SET state = 1, ticket = ?, block_hash = NULL, last_used = ?"
-                " WHERE slab_id = ? AND slot = ?",
-                (ticket, now, slab_id, slot),
-            )
-        slab = Slab(slab_id, slot_bytes, num_slots)
-        return SlotRef(slab, slot, ticket, block_hash, record_bytes), evicted
-
-    def publish(self, ref: SlotRef) -> bool:
-        """Let readers find the record; False if the slot was lost to the end of the lease.
-
-        Where another writer published the same block first, its record stands.
-        """
-        now = time.time_ns()
-        with self._writing() as sql:
-            twin = "SELECT 1 FROM slots WHERE state = 2 AND block_hash = ?"
-            if sql.execute(twin, (ref.block_hash,)).fetchone():
-                _release(sql, ref)
-                return True
-            cursor = sql.execute(
-                "UPDATE slots SET state = 2, block_hash = ?, record_bytes = ?, last_used = ?"
-                " WHERE slab_id = ? AND slot = ? AND ticket = ? AND state = 1",
-                (ref.block_hash, ref.record_bytes, now, *ref.place),
-            )
-            _touch_slab(sql, ref.slab.slab_id, now)
-            return cursor.rowcount == 1
-
-    def unpublish(self, block_hash: BlockHash) -> SlotRef | None:
-        """Hide a record from readers; the slot is then the caller's until `release`."""
-        ref = self.find(block_hash)
-        if ref is None:
-            return None
-        with self._writing() as sql:
-            cursor = sql.execute(
-                "UPDATE slots SET state = 1, ticket = ticket + 1, block_hash = NULL, last_used = ?"
-                " WHERE slab_id = ? AND slot = ? AND ticket = ? AND state = 2",
-                (time.time_ns(), *ref.place),
-            )
-        if cursor.rowcount != 1:
-            return None
-        return SlotRef(ref.slab, ref.slot, ref.ticket + 1, block_hash, ref.record_bytes)
-
-    def release(self, ref: SlotRef) -> None:
-        """Give a slot back that was allocated or unpublished."""
-        with self._writing() as sql:
-            _release(sql, ref)
-
-    def abandon(self, ref: SlotRef) -> None:
-        """`release` with the next transaction: for when the disk has just failed."""
-        with self._pending_lock:
-            self._abandoned.append(ref)
+    def list_identities(self) -> dict[bytes, Held]:
+        """Records and their bytes, by identity."""
+        with self._reader.reading() as sql:
+            return disk_slots.list_identities(sql, self.now())
 
     def totals(self) -> tuple[int, int]:
         """Records, and their bytes."""
-        with self._connection.reading() as sql:
+        with self._reader.reading() as sql:
             return sql.execute(
                 "SELECT count(*), ifnull(sum(record_bytes), 0) FROM slots WHERE state = 2"
             ).fetchone()
+
+    # ---- marks -------------------------------------------------------------------------------
+
+    def touch(self, refs: Iterable[SlotRef], ttl_ns: int | None = None) -> None:
+        """Mark as used, and give `ttl_ns` from now on, unless that is None.
+
+        The order of use can wait for the next transaction. An expiry cannot, as other processes go
+        by it; it is moved when a sixteenth of its time is over, not at every use.
+        """
+        now, is_due = self.now(), False
+        with self._pending_lock:
+            for ref in refs:
+                pending = self._marks.get(ref.place)
+                expires_at = pending.expires_at if pending is not None else None
+                if ttl_ns is not None and abs(now + ttl_ns - (ref.expires_at or 0)) > ttl_ns // 16:
+                    expires_at = now + ttl_ns
+                    is_due = True
+                self._marks[ref.place] = Mark(now, expires_at)
+            is_due |= len(self._marks) >= _MAX_MARKS
+        if is_due:
+            self._write_marks()
+
+    def abandon(self, refs: Iterable[SlotRef]) -> None:
+        """Leave slots to whoever allocates next, without a transaction: the disk just failed."""
+        with self._pending_lock:
+            self._abandoned += refs
+
+    # ---- transactions ------------------------------------------------------------------------
+
+    def allocate_many(
+        self, sizes: Mapping[RecordName, int], priority: int, deadline: float | None = None
+    ) -> Allocation:
+        """Take a slot for each record: a dead writer's, a free one, a new slab's, or an evicted
+        record's.
+
+        Args:
+            sizes: Bytes of the records, by name.
+            priority: Of the records; nothing of a higher one is evicted for them.
+            deadline: Of `time.monotonic()`.
+        """
+        allocation = Allocation()
+        with self._writing(deadline) as sql:
+            now = self.now()
+            allocation.dead = disk_slots.take_dead(sql, self._lease_end(now), now)
+            allocation.num_expired, _ = disk_slabs.expire(sql, now)
+            if self._limits.quota_bytes is not None:
+                refused, allocation.num_evicted = keep_quota(sql, sizes, self._limits.quota_bytes)
+                sizes = {name: size for name, size in sizes.items() if name not in refused}
+            for slot_bytes, names in _by_slot_bytes(sizes).items():
+                slots = _pop_dead(allocation.dead, slot_bytes, len(names))
+                wanted = Demand(slot_bytes, len(names) - len(slots), priority, now)
+                room = take_room(sql, wanted, self._limits)
+                slots += room.slots
+                allocation.num_evicted += room.num_evicted
+                allocation.dropped += room.dropped
+                for name, slot in zip(names, slots, strict=False):
+                    allocation.refs[name] = slot._replace(name=name, record_bytes=sizes[name])
+        return allocation
+
+    def publish_many(
+        self,
+        refs: Sequence[SlotRef],
+        priority: int,
+        ttl_ns: int | None,
+        deadline: float | None = None,
+    ) -> set[RecordName]:
+        """Let readers find records; returns them, but for those whose slot was lost to a lease.
+
+        Where another writer published the same block first, its record stands.
+        """
+        with self._writing(deadline) as sql:
+            now = self.now()
+            expires_at = None if ttl_ns is None else now + ttl_ns
+            twins = disk_slots.ready_among(sql, [ref.name for ref in refs])
+            disk_slots.release_written(sql, [ref for ref in refs if ref.name in twins])
+            own = [ref for ref in refs if ref.name not in twins]
+            published = twins | disk_slots.publish(sql, own, priority, now, expires_at)
+            disk_slabs.touch_slabs(sql, {ref.slab.slab_id for ref in refs}, now, priority)
+        return published
+
+    def unpublish_many(
+        self, names: Collection[RecordName], deadline: float | None = None
+    ) -> dict[RecordName, SlotRef]:
+        """Hide records from readers; their slots are then the caller's until `release`."""
+        with self._writing(deadline) as sql:
+            now = self.now()
+            found: list[SlotRef] = []
+            for hashes in disk_slots.batches_of_hashes(names):
+                found += [r for r in disk_slots.find(sql, hashes, now) if r.name in names]
+            return {ref.name: ref for ref in disk_slots.take(sql, found, now)}
+
+    def unpublish_identity(self, identity: bytes) -> tuple[list[SlotRef], int]:
+        """Hide all records of an identity, and take the free slots where its bytes still lie.
+
+        Returns the slots, and how many of them held a record.
+        """
+        with self._writing() as sql:
+            return disk_slots.take_identity(sql, identity, self.now())
+
+    def release(self, refs: Sequence[SlotRef]) -> None:
+        """Give back slots that were wiped."""
+        if refs:
+            with self._writing() as sql:
+                disk_slots.release_wiped(sql, refs)
+
+    def pin_many(self, names: Sequence[RecordName], is_pinned: bool) -> set[RecordName]:
+        """Pin or unpin those that are there; returns them."""
+        found = self.names_among(names)
+        with self._writing() as sql:
+            disk_slots.set_pinned(sql, found, is_pinned)
+            return disk_slots.ready_among(sql, found)
+
+    def expire(self) -> tuple[int, int]:
+        """Forget what is past its time; how many records, and their bytes."""
+        with self._writing() as sql:
+            return disk_slabs.expire(sql, self.now())
+
+    def take_dead(self) -> list[SlotRef]:
+        """Slots of writers whose lease is over, to be wiped and released."""
+        with self._writing() as sql:
+            now = self.now()
+            return disk_slots.take_dead(sql, self._lease_end(now), now)
 
     @contextmanager
     def frozen(self) -> Iterator[sqlite3.Connection]:
@@ -194,47 +253,48 @@ class SlotIndex:
     def close(self) -> None:
         """Write the last marks of use, if that can be done, and disconnect."""
         try:
-            if self._touched or self._abandoned:
-                with self._writing():
-                    pass
-        except TierError as error:
-            logger.warning("the order of use since the last write is lost: %s", error)
+            if self._marks or self._abandoned:
+                self._write_marks()
         finally:
-            self._connection.close()
+            self._reader.close()
+            self._writer.close()
+
+    def _lease_end(self, now: int) -> int:
+        return now - int(self._limits.write_lease_s * _NS)
+
+    def _write_marks(self) -> None:
+        try:
+            with self._writing():
+                pass
+        except TierError as error:
+            logger.warning("marks of use have to wait for another transaction: %s", error)
 
     @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
+    def _writing(self, deadline: float | None = None) -> Iterator[sqlite3.Connection]:
         """A transaction that takes along what is pending; it stays pending if this fails."""
         with self._pending_lock:
-            touched, abandoned = dict(self._touched), list(self._abandoned)
-        with self._connection.writing() as sql:
-            for ref in abandoned:
-                _release(sql, ref)
-            for block_hash, when in touched.items():
-                _touch(sql, block_hash, when)
+            marks, abandoned = dict(self._marks), list(self._abandoned)
+        with self._writer.writing(deadline) as sql:
+            disk_slots.end_leases(sql, abandoned)
+            disk_slots.mark_used(sql, marks)
             yield sql
         with self._pending_lock:
             self._abandoned = [ref for ref in self._abandoned if ref not in abandoned]
-            for block_hash, when in touched.items():
-                if self._touched.get(block_hash) == when:
-                    del self._touched[block_hash]
+            for place, mark in marks.items():
+                if self._marks.get(place) == mark:
+                    del self._marks[place]
 
 
-def _release(sql: sqlite3.Connection, ref: SlotRef) -> None:
-    sql.execute(
-        "UPDATE slots SET state = 0, last_used = 0"
-        " WHERE slab_id = ? AND slot = ? AND ticket = ? AND state = 1",
-        ref.place,
-    )
+def _by_slot_bytes(sizes: Mapping[RecordName, int]) -> dict[int, list[RecordName]]:
+    names_by_size: dict[int, list[RecordName]] = {}
+    for name, num_bytes in sizes.items():
+        slot_bytes = round_up(max(num_bytes, 1), PAGE_BYTES)
+        names_by_size.setdefault(slot_bytes, []).append(name)
+    return names_by_size
 
 
-def _touch(sql: sqlite3.Connection, block_hash: BlockHash, when: int) -> None:
-    query = "SELECT slab_id, slot FROM slots WHERE state = 2 AND block_hash = ?"
-    row = sql.execute(query, (block_hash,)).fetchone()
-    if row is not None:
-        sql.execute("UPDATE slots SET last_used = ? WHERE slab_id = ? AND slot = ?", (when, *row))
-        _touch_slab(sql, row[0], when)
-
-
-def _touch_slab(sql: sqlite3.Connection, slab_id: int, when: int) -> None:
-    sql.execute("UPDATE slabs SET last_used = max(last_used, ?) WHERE slab_id = ?", (when, slab_id))
+def _pop_dead(dead: list[SlotRef], slot_bytes: int, at_most: int) -> list[SlotRef]:
+    """Remove slots of that size from those to be wiped: a record will be written over them."""
+    taken = [ref for ref in dead if ref.slab.slot_bytes == slot_bytes][:at_most]
+    dead[:] = [ref for ref in dead if ref not in taken]
+    return taken

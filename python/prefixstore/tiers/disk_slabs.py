@@ -1,19 +1,26 @@
-"""Which slabs the disk tier has: making room in them and shrinking to the bound.
+"""Which slabs the disk tier has, and which of them goes first.
 
 Everything here runs inside a transaction of the index. A slab serves one slot size for all its
-life; where another size needs the room, the slab that has been idle longest is dropped whole.
+life; where another size needs the room, the slab that is worth least is dropped whole. What is
+worth least is of the lowest priority, and of that has been idle longest.
 """
 
 from __future__ import annotations
 
 import sqlite3
-import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from prefixstore.errors import TierFull
 from prefixstore.tiers.disk_files import FoundRecord, Slab
 
 _SELECT = "SELECT slab_id, slot_bytes, num_slots FROM slabs"
+_EVICT = (
+    "UPDATE slots SET state = 0, rank = 0, last_used = 0, expires_at = NULL"
+    " WHERE slab_id = ? AND slot = ?"
+)
+
+Worth = tuple[int, int]
+"""Priority, and when last used: the smaller goes first."""
 
 
 @dataclass(frozen=True)
@@ -24,97 +31,71 @@ class Limits:
     capacity_bytes: int
     slab_bytes: int
     write_lease_s: float
-
-
-@dataclass(frozen=True)
-class Evicted:
-    """What had to go for a new record."""
-
-    num_records: int
-    slabs: list[Slab]  # their files are to be removed once the transaction stands
+    quota_bytes: int | None = None
 
 
 def list_slabs(sql: sqlite3.Connection) -> list[Slab]:
     return [Slab(*row) for row in sql.execute(_SELECT + " ORDER BY slab_id")]
 
 
-def make_room(sql: sqlite3.Connection, slot_bytes: int, limits: Limits) -> Evicted:
-    """See to it that a slot of this size is free.
+def expire(sql: sqlite3.Connection, now: int) -> tuple[int, int]:
+    """Free the slots of records past their time, but for pinned ones; records and their bytes."""
+    rows = sql.execute(
+        "SELECT slab_id, slot, record_bytes FROM slots WHERE state = 2 AND expires_at <= ?"
+        " AND rank < 8",
+        (now,),
+    ).fetchall()
+    evict(sql, [row[:2] for row in rows])
+    return len(rows), sum(row[2] for row in rows)
 
-    Raises:
-        TierFull: If nothing may be evicted for it.
-    """
-    num_records, dropped = 0, []
-    while not _has_free_slot(sql, slot_bytes):
-        room = limits.capacity_bytes - _total_bytes(sql)
-        num_slots = min(max(limits.slab_bytes // slot_bytes, 1), room // slot_bytes)
-        if num_slots > 0:
-            insert_slab(sql, Slab(0, slot_bytes, num_slots), time.time_ns())
-            continue
-        victim = sql.execute(
-            "SELECT last_used, slab_id, slot FROM slots WHERE slot_bytes = ? AND state = 2"
-            " ORDER BY last_used LIMIT 1",
-            (slot_bytes,),
-        ).fetchone()
-        coldest = sql.execute(
-            "SELECT last_used, slab_id, slot_bytes, num_slots FROM slabs WHERE slot_bytes != ?"
-            " AND slab_id NOT IN (SELECT slab_id FROM slots WHERE state = 1)"
-            " ORDER BY last_used LIMIT 1",
-            (slot_bytes,),
-        ).fetchone()
-        if coldest is not None and (victim is None or coldest[0] < victim[0]):
-            dropped.append(Slab(*coldest[1:]))
-            num_records += drop_slab(sql, dropped[-1])
-        elif victim is not None:
-            sql.execute("UPDATE slots SET state = 0 WHERE slab_id = ? AND slot = ?", victim[1:])
-            num_records += 1
-        else:
-            raise TierFull(
-                f"{limits.tier_name}: expected room for {slot_bytes} bytes within"
-                f" {limits.capacity_bytes}, all of it is too small or in use"
-            )
-    return Evicted(num_records, dropped)
+
+def evict(sql: sqlite3.Connection, places: Iterable[tuple[int, int]]) -> None:
+    """Free the slots of records; they keep the names of what lies there."""
+    sql.executemany(_EVICT, places)
 
 
 def shrink(sql: sqlite3.Connection, capacity_bytes: int) -> list[Slab]:
-    """Drop the longest unused slabs until the rest fits; returns them."""
+    """Drop the slabs worth least until the rest fits, but for those with pinned records."""
     dropped = []
-    while _total_bytes(sql) > capacity_bytes:
-        row = sql.execute(_SELECT + " ORDER BY last_used LIMIT 1").fetchone()
-        dropped.append(Slab(*row))
-        drop_slab(sql, dropped[-1])
+    while total_bytes(sql) > capacity_bytes:
+        slab = next(slabs_to_drop(sql, 0, None), None)
+        if slab is None:
+            break
+        drop_slab(sql, slab)
+        dropped.append(slab)
     return dropped
 
 
 def insert_slab(sql: sqlite3.Connection, slab: Slab, last_used: int) -> None:
     """Enter a slab with all its slots free; slab_id 0 takes the next one."""
     cursor = sql.execute(
-        "INSERT INTO slabs VALUES (?, ?, ?, ?)",
+        "INSERT INTO slabs VALUES (?, ?, ?, ?, -8)",
         (slab.slab_id or None, slab.slot_bytes, slab.num_slots, last_used),
     )
     rows = ((cursor.lastrowid, slot, slab.slot_bytes) for slot in range(slab.num_slots))
-    sql.executemany("INSERT INTO slots VALUES (?, ?, ?, 0, 0, NULL, 0, 0)", rows)
+    sql.executemany("INSERT INTO slots VALUES (?, ?, ?, 0, 0, 0, 0, 0, NULL, NULL, NULL)", rows)
 
 
 def fill_slab(
-    sql: sqlite3.Connection, slab: Slab, found: list[FoundRecord], last_used: int
+    sql: sqlite3.Connection, slab: Slab, found: Iterable[FoundRecord], last_used: int
 ) -> None:
     """Enter records read back from a slab, but for blocks that another slot holds already."""
     for record in found:
         sql.execute(
-            "UPDATE OR IGNORE slots SET state = 2, block_hash = ?, record_bytes = ?, last_used = ?"
-            " WHERE slab_id = ? AND slot = ?",
-            (record.block_hash, record.record_bytes, last_used, slab.slab_id, record.slot),
+            "UPDATE OR IGNORE slots SET state = 2, identity = ?, block_hash = ?, record_bytes = ?,"
+            " last_used = ? WHERE slab_id = ? AND slot = ?",
+            (*record.name, record.record_bytes, last_used, slab.slab_id, record.slot),
         )
+    touch_slabs(sql, [slab.slab_id], last_used, 0)
 
 
-def clamp_last_used(sql: sqlite3.Connection, now: int) -> None:
-    """Let nothing be used later than now.
-
-    After the clock was set back, old records would outlive every new one otherwise.
-    """
-    for table in ("slots", "slabs"):
-        sql.execute(f"UPDATE {table} SET last_used = ? WHERE last_used > ?", (now, now))
+def touch_slabs(sql: sqlite3.Connection, slab_ids: Iterable[int], now: int, priority: int) -> None:
+    """Records of that priority, or a higher one, were put into these slabs or used."""
+    sql.executemany(
+        "UPDATE slabs SET last_used = max(last_used, ?), priority = max(priority, ?)"
+        " WHERE slab_id = ?",
+        [(now, priority, slab_id) for slab_id in sorted(set(slab_ids))],
+    )
 
 
 def drop_slab(sql: sqlite3.Connection, slab: Slab) -> int:
@@ -127,10 +108,30 @@ def drop_slab(sql: sqlite3.Connection, slab: Slab) -> int:
     return num_records
 
 
-def _has_free_slot(sql: sqlite3.Connection, slot_bytes: int) -> bool:
-    query = "SELECT 1 FROM slots WHERE slot_bytes = ? AND state = 0 LIMIT 1"
-    return sql.execute(query, (slot_bytes,)).fetchone() is not None
-
-
-def _total_bytes(sql: sqlite3.Connection) -> int:
+def total_bytes(sql: sqlite3.Connection) -> int:
     return sql.execute("SELECT ifnull(sum(slot_bytes * num_slots), 0) FROM slabs").fetchone()[0]
+
+
+def slot_sizes(sql: sqlite3.Connection) -> Sequence[int]:
+    return [row[0] for row in sql.execute("SELECT DISTINCT slot_bytes FROM slabs")]
+
+
+def slabs_to_drop(
+    sql: sqlite3.Connection, but_of_slot_bytes: int, limit: Worth | None
+) -> Iterator[Slab]:
+    """Slabs that are worth less than the limit, the least first; none that is in use."""
+    rows = sql.execute(
+        "SELECT priority, last_used, slab_id, slot_bytes, num_slots FROM slabs"
+        " WHERE slot_bytes != ? ORDER BY priority, last_used",
+        (but_of_slot_bytes,),
+    ).fetchall()
+    for priority, last_used, *fields in rows:
+        if limit is not None and (priority, last_used) >= limit:
+            return
+        is_in_use = sql.execute(
+            "SELECT 1 FROM slots WHERE slab_id = ? AND (state = 1 OR state = 2 AND rank >= 8)"
+            " LIMIT 1",
+            (fields[0],),
+        ).fetchone()
+        if is_in_use is None:
+            yield Slab(*fields)

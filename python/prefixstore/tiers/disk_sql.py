@@ -5,35 +5,12 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from prefixstore.errors import TierError, TierFull, TierTimeout, TierUnavailable
-
-VERSION = 1
-_SCHEMA = (
-    """CREATE TABLE slabs (
-        slab_id INTEGER PRIMARY KEY AUTOINCREMENT,
-        slot_bytes INTEGER NOT NULL,
-        num_slots INTEGER NOT NULL,
-        last_used INTEGER NOT NULL
-    )""",
-    """CREATE TABLE slots (
-        slab_id INTEGER NOT NULL,
-        slot INTEGER NOT NULL,
-        slot_bytes INTEGER NOT NULL,
-        state INTEGER NOT NULL,
-        ticket INTEGER NOT NULL,
-        block_hash BLOB,
-        record_bytes INTEGER NOT NULL,
-        last_used INTEGER NOT NULL,
-        PRIMARY KEY (slab_id, slot)
-    ) WITHOUT ROWID""",
-    "CREATE UNIQUE INDEX slots_by_hash ON slots (block_hash) WHERE state = 2",
-    "CREATE INDEX slots_by_use ON slots (slot_bytes, state, last_used)",
-    f"PRAGMA user_version = {VERSION}",
-)
 
 
 class IndexDamaged(TierUnavailable):
@@ -41,32 +18,28 @@ class IndexDamaged(TierUnavailable):
 
 
 class Connection:
-    """One SQLite connection, shared by this process's threads, one at a time.
-
-    The index lives in WAL mode without a flush at each commit (`synchronous = NORMAL`): a killed
-    process loses nothing, a power cut may lose the last commits but never the file's integrity.
-    """
+    """One SQLite connection, shared by this process's threads, one at a time."""
 
     def __init__(self, path: Path, tier_name: str, timeout_s: float) -> None:
-        self._path = path
-        self._tier_name = tier_name
+        self.path = path
+        self.tier_name = tier_name
         self._timeout_s = timeout_s
+        self._busy_timeout_s = timeout_s
         self._lock = threading.Lock()
         self._pid = os.getpid()
         with self._errors():
             self._sql: sqlite3.Connection | None = sqlite3.connect(
                 path, timeout=timeout_s, isolation_level=None, check_same_thread=False
             )
-        try:
-            self._prepare()
-        except BaseException:
-            self.close()
-            raise
 
     @contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
-        """For single SELECTs."""
-        sql = self._acquire()
+    def reading(self, deadline: float | None = None) -> Iterator[sqlite3.Connection]:
+        """For single SELECTs.
+
+        Raises:
+            TierTimeout: If there is no turn within the tier's timeout, or by the deadline.
+        """
+        sql = self._acquire(self._patience_s(deadline))
         try:
             with self._errors():
                 yield sql
@@ -74,11 +47,18 @@ class Connection:
             self._lock.release()
 
     @contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
-        """One transaction, alone among all processes; undone where anything is raised."""
-        sql = self._acquire()
+    def writing(self, deadline: float | None = None) -> Iterator[sqlite3.Connection]:
+        """One transaction, alone among all processes; undone where anything is raised.
+
+        Raises:
+            TierTimeout: As `reading` does. Past the deadline it still goes ahead where nobody is
+                in the way: what is half done can then be ended.
+        """
+        patience_s = self._patience_s(deadline)
+        sql = self._acquire(patience_s)
         try:
             with self._errors():
+                self._set_busy_timeout(sql, patience_s)
                 sql.execute("BEGIN IMMEDIATE")
                 try:
                     yield sql
@@ -97,34 +77,26 @@ class Connection:
                 with self._errors():
                     sql.close()
 
-    def _prepare(self) -> None:
-        with self.reading() as sql:
-            sql.execute("PRAGMA journal_mode = WAL")
-            sql.execute("PRAGMA synchronous = NORMAL")
-        with self.writing() as sql:
-            (version,) = sql.execute("PRAGMA user_version").fetchone()
-            (num_tables,) = sql.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            if version == 0 and num_tables == 0:
-                for statement in _SCHEMA:
-                    sql.execute(statement)
-            elif version > VERSION:
-                raise TierUnavailable(
-                    f"{self._tier_name}: {self._path}: expected format version {VERSION}, got"
-                    f" {version}; open it with the program that wrote it, or use another path"
-                )
-            elif version != VERSION:
-                raise IndexDamaged(f"{self._tier_name}: {self._path}: expected an index of ours")
+    def _patience_s(self, deadline: float | None) -> float:
+        if deadline is None:
+            return self._timeout_s
+        return max(min(self._timeout_s, deadline - time.monotonic()), 0.0)
 
-    def _acquire(self) -> sqlite3.Connection:
-        if not self._lock.acquire(timeout=self._timeout_s):
+    def _set_busy_timeout(self, sql: sqlite3.Connection, seconds: float) -> None:
+        if seconds != self._busy_timeout_s:
+            sql.execute(f"PRAGMA busy_timeout = {int(1e3 * seconds)}")
+            self._busy_timeout_s = seconds
+
+    def _acquire(self, patience_s: float) -> sqlite3.Connection:
+        if not self._lock.acquire(timeout=patience_s):
             raise TierTimeout(
-                f"{self._tier_name}: expected the index within {self._timeout_s} s, got no turn"
+                f"{self.tier_name}: expected the index within {patience_s:.3g} s, got no turn"
             )
         sql = self._sql
         if sql is None or self._pid != os.getpid():
             self._lock.release()
             state = "closed" if sql is None else "forked"
-            raise TierUnavailable(f"{self._tier_name}: expected an open tier, got a {state} one")
+            raise TierUnavailable(f"{self.tier_name}: expected an open tier, got a {state} one")
         return sql
 
     @contextmanager
@@ -134,13 +106,13 @@ class Connection:
         except sqlite3.Error as error:
             raise self._translated(error) from error
         except UnicodeDecodeError as error:  # SQLite's own message quotes the damaged bytes
-            raise IndexDamaged(f"{self._tier_name}: {self._path}: {error}") from error
+            raise IndexDamaged(f"{self.tier_name}: {self.path}: {error}") from error
 
     def _translated(self, error: sqlite3.Error) -> TierError:
         text = str(error)  # the numeric code came only with Python 3.11
-        message = f"{self._tier_name}: {self._path}: {text}"
+        message = f"{self.tier_name}: {self.path}: {text}"
         if "locked" in text or "busy" in text:
-            return TierTimeout(f"{message} for {self._timeout_s} s")
+            return TierTimeout(f"{message} for {self._busy_timeout_s:.3g} s")
         if "disk is full" in text:
             return TierFull(message)
         is_other = isinstance(error, sqlite3.OperationalError) and "no such" not in text

@@ -1,33 +1,37 @@
-"""Records in host memory: one arena, allocated once, cut into slabs of equal slots.
+"""Records in host memory: one arena, allocated once, which never grows.
 
-    arena  | slab 0: slots of 4 KiB x 16 | slab 1: slots of 20 KiB x 3 | slab 2: unused | ...
-
-Invariants: a slab serves one slot size at a time; a slot is free, being written, or holds one
-record; a record is in the table only once it is whole. The least recently used record of its own
-size gives way to a new one, unless a slab of another size has been idle for longer: then that whole
-slab changes sides. Copies run outside the lock, on slots that are pinned meanwhile.
+Copies run outside the lock, on slots that are pinned meanwhile. See memory_arena.py for where
+records lie and which give way.
 """
 
 from __future__ import annotations
 
+import math
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from prefixstore.block_key import BlockHash
-from prefixstore.errors import BlockCorrupted, ConfigError, TierFull, TierUnavailable
+from prefixstore.block_key import BlockHash, RecordName
+from prefixstore.errors import BlockCorrupted, ConfigError, TierError, TierFull, TierUnavailable
 from prefixstore.tiers.base import (
     PAGE_BYTES,
+    EvictionListener,
+    Held,
+    ReadOutcome,
+    Swept,
+    Tier,
     TierCounters,
     TierStats,
     check_bytes,
-    page_aligned,
-    round_up,
+    check_priority,
+    is_past,
+    too_late,
 )
+from prefixstore.tiers.memory_arena import Arena, Record, Tenant
 
 _MAX_SLAB_BYTES = 256 << 20
 
@@ -40,15 +44,24 @@ class MemoryTierConfig:
         capacity_bytes: All that the arena may take; rounded down to whole slabs.
         slab_bytes: Unit in which memory moves between record sizes, and the longest record.
             Default: a sixteenth of the capacity, at most 256 MiB.
+        ttl_s: Seconds after which a record that was not used expires; None for never.
+        quota_bytes: Records of one identity, a model and salt, take no more; then its own least
+            recently used ones give way. None for no bound but the capacity.
         name: In messages and statistics.
     """
 
     capacity_bytes: int
     slab_bytes: int | None = None
+    ttl_s: float | None = None
+    quota_bytes: int | None = None
     name: str = "memory"
 
     def __post_init__(self) -> None:
         check_bytes("capacity_bytes", self.capacity_bytes, PAGE_BYTES)
+        if self.ttl_s is not None and not self.ttl_s > 0:
+            raise ConfigError(f"ttl_s: expected more than 0 seconds, got {self.ttl_s!r}")
+        if self.quota_bytes is not None:
+            check_bytes("quota_bytes", self.quota_bytes, 1)
         if self.slab_bytes is None:
             return
         check_bytes("slab_bytes", self.slab_bytes, PAGE_BYTES)
@@ -65,41 +78,20 @@ class MemoryTierConfig:
         return max(wanted // PAGE_BYTES, 1) * PAGE_BYTES
 
 
-@dataclass(eq=False)
-class _Slab:
-    offset: int
-    slot_bytes: int = 0  # 0: serves no size yet
-    free_offsets: list[int] = field(default_factory=list)
-    records: set[_Record] = field(default_factory=set)
-    num_pinned: int = 0  # slots that a copy is using
-    last_used: int = 0
+class MemoryTier(Tier):
+    """A bounded tier in this process's memory; least recently used records give way.
 
+    Args:
+        config: Its bounds.
+        clock: Seconds, for expiry.
+    """
 
-@dataclass(eq=False)
-class _Record:
-    block_hash: BlockHash
-    slab: _Slab
-    offset: int
-    data: np.ndarray  # its bytes in the arena
-    num_pins: int = 0
-    is_published: bool = False
-    last_used: int = 0
-
-
-class MemoryTier:
-    """A bounded tier in this process's memory; least recently used records give way."""
-
-    def __init__(self, config: MemoryTierConfig) -> None:
+    def __init__(
+        self, config: MemoryTierConfig, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._config = config
-        self._slab_bytes = config.resolved_slab_bytes
-        num_slabs = config.capacity_bytes // self._slab_bytes
-        self._arena = page_aligned(num_slabs * self._slab_bytes)
-        self._slabs = [_Slab(i * self._slab_bytes) for i in range(num_slabs)]
-        self._records: dict[BlockHash, _Record] = {}
-        # by slot size; least recently used first
-        self._lru: dict[int, OrderedDict[BlockHash, _Record]] = {}
-        self._used_bytes = 0
-        self._clock = 0
+        self._clock = clock
+        self._arena = self._make_arena(config.capacity_bytes)
         self._counters = TierCounters()
         self._lock = threading.Lock()
         self._is_closed = False
@@ -108,74 +100,149 @@ class MemoryTier:
     def name(self) -> str:
         return self._config.name
 
-    def get(self, block_hash: BlockHash, out: memoryview) -> int | None:
+    def get_many(
+        self,
+        names: Sequence[RecordName],
+        outs: Sequence[memoryview],
+        *,
+        offsets: Sequence[int] | None = None,
+        deadline: float | None = None,
+    ) -> list[ReadOutcome]:
+        starts: Sequence[int | None] = [None] * len(names) if offsets is None else offsets
+        return [
+            too_late(self.name) if is_past(deadline) else self._read(name.block_hash, out, start)
+            for name, out, start in zip(names, outs, starts, strict=True)
+        ]
+
+    @property
+    def lends(self) -> bool:
+        return True
+
+    @contextmanager
+    def lend_many(self, names: Sequence[RecordName]) -> Iterator[list[np.ndarray | None]]:
         with self._locked():
-            record = self._records.get(block_hash)
-            if record is None:
-                self._counters.num_misses += 1
-                return None
-            if record.data.size > out.nbytes:
-                raise BlockCorrupted(
-                    f"{self.name}: expected a record of at most {out.nbytes} bytes,"
-                    f" got {record.data.size}"
-                )
-            self._touch(record)
-            self._pin(record)
-            self._counters.num_hits += 1
-            self._counters.read_bytes += record.data.size
+            arena = self._arena  # that of the records, also where the tier is closed meanwhile
+            lent = [self._take(name.block_hash) for name in names]
         try:
-            np.copyto(_as_array(out)[: record.data.size], record.data)
+            yield [None if record is None else record.data for record in lent]
         finally:
             with self._lock:
-                self._unpin(record)
-        return record.data.size
+                for record in lent:
+                    if record is not None:
+                        arena.unpin(record)
 
-    def put(self, block_hash: BlockHash, record: memoryview) -> None:
-        with self._locked():
-            if block_hash in self._records:
-                return
-            entry = self._allocate(block_hash, record.nbytes)
-        np.copyto(entry.data, _as_array(record))
-        with self._lock:
-            self._publish(entry)
+    def put_many(
+        self,
+        names: Sequence[RecordName],
+        records: Sequence[memoryview],
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> list[TierError | None]:
+        check_priority(priority)
+        return [
+            too_late(self.name) if is_past(deadline) else self._write(name, record, priority)
+            for name, record in zip(names, records, strict=True)
+        ]
 
-    def contains(self, block_hash: BlockHash) -> bool:
+    def contains_many(
+        self, names: Sequence[RecordName], *, deadline: float | None = None
+    ) -> list[bool]:
         with self._locked():
-            return block_hash in self._records
+            return [self._find(name.block_hash) is not None for name in names]
 
-    def delete(self, block_hash: BlockHash) -> bool:
+    def delete_many(
+        self, names: Sequence[RecordName], *, deadline: float | None = None
+    ) -> list[bool]:
         with self._locked():
-            record = self._records.get(block_hash)
-            if record is None:
-                return False
-            self._remove(record)
-            self._counters.num_deletes += 1
-            return True
+            return [self._delete(self._find(name.block_hash)) for name in names]
 
-    def contains_many(self, block_hashes: Sequence[BlockHash]) -> list[bool]:
+    def delete_identity(self, identity: bytes) -> None:
         with self._locked():
-            return [block_hash in self._records for block_hash in block_hashes]
+            for record in list(self._arena.tenants.get(identity, Tenant()).records.values()):
+                self._delete(record)
+
+    def pin_many(self, names: Sequence[RecordName], is_pinned: bool = True) -> list[bool]:
+        with self._locked():
+            found = [self._find(name.block_hash) for name in names]
+            for record in found:
+                if record is not None:
+                    self._arena.keep(record, is_pinned)
+            return [record is not None for record in found]
+
+    def on_evict(self, listener: EvictionListener) -> bool:
+        self._arena.listener = listener
+        return True
+
+    def list_identities(self) -> dict[bytes, Held]:
+        with self._locked():
+            return {
+                identity: Held(len(records), sum(record.data.size for record in records.values()))
+                for identity, tenant in self._arena.tenants.items()
+                if (records := tenant.records)
+            }
 
     def stats(self) -> TierStats:
         with self._lock:
-            return self._counters.stats(
-                self._config.capacity_bytes, self._used_bytes, len(self._records)
-            )
+            self._counters.num_evictions = self._arena.num_evictions
+            used_bytes, num_records = self._arena.used_bytes, len(self._arena.records)
+            return self._counters.stats(self._config.capacity_bytes, used_bytes, num_records)
 
-    def check(self) -> list[str]:
+    def check(self, fix: bool = False) -> list[str]:
+        """Recount everything; with `fix` empty the tier where it does not add up."""
         with self._locked():
-            return [problem for slab in self._slabs for problem in self._check_slab(slab)] + [
-                *self._check_tables()
-            ]
+            problems = self._arena.check()
+            if problems and fix:
+                self._arena.clear()
+            return problems
+
+    def sweep(self) -> Swept:
+        with self._locked():
+            expired = [r for r in self._arena.records.values() if self._is_expired(r)]
+            for record in expired:
+                self._expire(record)
+            return Swept(len(expired), num_bytes=sum(record.data.size for record in expired))
 
     def close(self) -> None:
         with self._lock:
             self._is_closed = True
-            self._records.clear()
-            self._lru.clear()
-            self._used_bytes = 0
-            self._slabs = []
-            self._arena = page_aligned(0)  # a copy under way keeps the old one until it ends
+            self._arena.clear()
+            self._arena = self._make_arena(0)  # a copy under way keeps the old one until it ends
+
+    def _read(self, block_hash: BlockHash, out: memoryview, start: int | None) -> ReadOutcome:
+        """One record, or from `start` on as much of it as `out` holds."""
+        with self._locked():
+            arena = self._arena
+            record = self._take(block_hash)
+        if record is None:
+            return None
+        try:
+            data = record.data if start is None else record.data[start : start + out.nbytes]
+            if data.size > out.nbytes:
+                return BlockCorrupted(
+                    f"{self.name}: expected a record of at most {out.nbytes} bytes, got {data.size}"
+                )
+            np.copyto(_as_array(out)[: data.size], data)
+            return data.size
+        finally:
+            with self._lock:
+                arena.unpin(record)
+
+    def _write(self, name: RecordName, record: memoryview, priority: int) -> TierError | None:
+        try:
+            with self._locked():
+                if self._find(name.block_hash) is not None:
+                    return None
+                arena = self._arena
+                entry = arena.allocate(name, record.nbytes, priority)
+        except TierFull as error:
+            return error
+        np.copyto(entry.data, _as_array(record))
+        with self._lock:
+            if arena.publish(entry, self._clock() + self._ttl_s):
+                self._counters.num_puts += 1
+                self._counters.written_bytes += record.nbytes
+        return None
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -184,124 +251,48 @@ class MemoryTier:
                 raise TierUnavailable(f"{self.name}: expected an open tier, got a closed one")
             yield
 
+    def _make_arena(self, num_bytes: int) -> Arena:
+        slab_bytes = self._config.resolved_slab_bytes
+        return Arena(self.name, num_bytes // slab_bytes, slab_bytes, self._config.quota_bytes)
+
+    @property
+    def _ttl_s(self) -> float:
+        return math.inf if self._config.ttl_s is None else self._config.ttl_s
+
     # ---- all below runs under the lock -------------------------------------------------------
 
-    def _tick(self) -> int:
-        self._clock += 1
-        return self._clock
+    def _find(self, block_hash: BlockHash) -> Record | None:
+        record = self._arena.records.get(block_hash)
+        if record is None or not self._is_expired(record):
+            return record
+        self._expire(record)
+        return None
 
-    def _touch(self, record: _Record) -> None:
-        record.last_used = record.slab.last_used = self._tick()
-        self._lru[record.slab.slot_bytes].move_to_end(record.block_hash)
-
-    def _pin(self, record: _Record) -> None:
-        record.num_pins += 1
-        record.slab.num_pinned += 1
-
-    def _unpin(self, record: _Record) -> None:
-        record.num_pins -= 1
-        record.slab.num_pinned -= 1
-        if record.num_pins == 0 and not record.is_published:
-            self._free(record)
-
-    def _allocate(self, block_hash: BlockHash, num_bytes: int) -> _Record:
-        """A pinned slot, not yet in the table."""
-        slot_bytes = round_up(max(num_bytes, 1), PAGE_BYTES)
-        if slot_bytes > self._slab_bytes:
-            raise TierFull(
-                f"{self.name}: expected records of at most {self._slab_bytes} bytes (slab_bytes),"
-                f" got {num_bytes}"
-            )
-        slab = self._find_slab(slot_bytes)
-        offset = slab.free_offsets.pop()
-        record = _Record(block_hash, slab, offset, self._arena[offset : offset + num_bytes])
-        slab.records.add(record)
-        self._pin(record)
+    def _take(self, block_hash: BlockHash) -> Record | None:
+        """The record, pinned and marked used; a hit or a miss."""
+        record = self._find(block_hash)
+        if record is None:
+            self._counters.num_misses += 1
+            return None
+        self._arena.touch(record, self._clock() + self._ttl_s)
+        self._arena.pin(record)
+        self._counters.num_hits += 1
+        self._counters.read_bytes += record.data.size
         return record
 
-    def _publish(self, record: _Record) -> None:
-        if self._is_closed or record.block_hash in self._records:
-            self._unpin(record)  # frees the slot: another thread put the same block first
-            return
-        record.is_published = True
-        self._records[record.block_hash] = record
-        self._lru[record.slab.slot_bytes][record.block_hash] = record
-        self._used_bytes += record.data.size
-        self._touch(record)
-        self._unpin(record)
-        self._counters.num_puts += 1
-        self._counters.written_bytes += record.data.size
+    def _delete(self, record: Record | None) -> bool:
+        if record is None:
+            return False
+        self._arena.remove(record)
+        self._counters.num_deletes += 1
+        return True
 
-    def _remove(self, record: _Record) -> None:
-        record.is_published = False
-        del self._records[record.block_hash]
-        del self._lru[record.slab.slot_bytes][record.block_hash]
-        self._used_bytes -= record.data.size
-        if record.num_pins == 0:
-            self._free(record)
+    def _is_expired(self, record: Record) -> bool:
+        return not record.is_kept and record.expires_s <= self._clock()
 
-    def _free(self, record: _Record) -> None:
-        record.slab.records.discard(record)
-        record.slab.free_offsets.append(record.offset)
-
-    def _find_slab(self, slot_bytes: int) -> _Slab:
-        """A slab of this slot size with a free slot, evicting for it if need be."""
-        lru = self._lru.setdefault(slot_bytes, OrderedDict())
-        unused = None
-        for slab in self._slabs:
-            if slab.slot_bytes == slot_bytes and slab.free_offsets:
-                return slab
-            if not slab.records and (slab.slot_bytes == 0 or unused is None):
-                unused = slab
-        if unused is not None:
-            return self._assign(unused, slot_bytes)
-        victim = next((record for record in lru.values() if record.num_pins == 0), None)
-        others = [s for s in self._slabs if s.slot_bytes != slot_bytes and not s.num_pinned]
-        coldest = min(others, key=lambda slab: slab.last_used, default=None)
-        if coldest is not None and (victim is None or coldest.last_used < victim.last_used):
-            for record in list(coldest.records):
-                self._remove(record)
-                self._counters.num_evictions += 1
-            return self._assign(coldest, slot_bytes)
-        if victim is None:
-            raise TierFull(f"{self.name}: expected a slot of {slot_bytes} bytes, all are in use")
-        self._remove(victim)
-        self._counters.num_evictions += 1
-        return victim.slab
-
-    def _assign(self, slab: _Slab, slot_bytes: int) -> _Slab:
-        slab.slot_bytes = slot_bytes
-        num_slots = self._slab_bytes // slot_bytes
-        slab.free_offsets = [slab.offset + i * slot_bytes for i in range(num_slots)][::-1]
-        return slab
-
-    def _check_slab(self, slab: _Slab) -> Iterator[str]:
-        where = f"{self.name}: slab at {slab.offset}"
-        offsets = slab.free_offsets + [record.offset for record in slab.records]
-        num_slots = self._slab_bytes // slab.slot_bytes if slab.slot_bytes else 0
-        wanted = [slab.offset + i * slab.slot_bytes for i in range(num_slots)]
-        if sorted(offsets) != wanted:
-            yield f"{where}: expected each of {num_slots} slots once, got {sorted(offsets)}"
-        num_pinned = sum(record.num_pins for record in slab.records)
-        if num_pinned != slab.num_pinned:
-            yield f"{where}: expected {num_pinned} pins, got {slab.num_pinned}"
-        for record in slab.records:
-            if record.data.size > slab.slot_bytes or record.slab is not slab:
-                yield f"{where}: record {record.block_hash.hex()} does not fit its slot"
-            if record.is_published != (self._records.get(record.block_hash) is record):
-                yield f"{where}: record {record.block_hash.hex()} is not as published"
-
-    def _check_tables(self) -> Iterator[str]:
-        used_bytes = sum(record.data.size for record in self._records.values())
-        if used_bytes != self._used_bytes:
-            yield f"{self.name}: expected {used_bytes} used bytes, got {self._used_bytes}"
-        by_size = {h: record for lru in self._lru.values() for h, record in lru.items()}
-        if by_size != self._records:
-            yield f"{self.name}: expected every record in one order of use"
-        for slot_bytes, lru in self._lru.items():
-            ticks = [record.last_used for record in lru.values()]
-            if ticks != sorted(ticks):
-                yield f"{self.name}: records of {slot_bytes} bytes are not in order of use"
+    def _expire(self, record: Record) -> None:
+        self._arena.remove(record)
+        self._counters.num_expired += 1
 
 
 def _as_array(view: memoryview) -> np.ndarray:

@@ -13,6 +13,8 @@ from prefixstore.checksum import Buffer, as_bytes
 from prefixstore.record import encode
 from prefixstore.tiers.base import page_aligned
 
+RECORDS_AT_ONCE = 4  # that may be read from sources of one kind at a time
+
 
 class BlockSource(Protocol):
     """A block that can be written as a record."""

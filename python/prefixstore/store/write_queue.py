@@ -1,4 +1,4 @@
-"""The bounded queue between those who save blocks and the thread that writes them."""
+"""The bounded queue between those who save blocks and the thread that makes records of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from prefixstore.block_key import BlockKey
-from prefixstore.block_sources import BlockSource
-from prefixstore.guarded_tier import GuardedTier
+from prefixstore.store.block_sources import BlockSource
 
 
 def noop() -> None:
@@ -24,16 +23,18 @@ class WriteJob:
     Attributes:
         key: The block.
         source: Where its record comes from.
-        is_promotion: Whether it came from a slower tier and goes to faster ones.
-        tiers: Where it is to go.
+        tiers: Where it is to go, by number, fastest first.
+        priority: Of its record.
         done: Called once the block is no longer read.
+        arrived: Called once it is in the fastest of these tiers, or never will be.
     """
 
     key: BlockKey
     source: BlockSource
-    is_promotion: bool
-    tiers: tuple[GuardedTier, ...]
+    tiers: tuple[int, ...]
+    priority: int = 0
     done: Callable[[], None] = noop
+    arrived: Callable[[], None] = noop
 
 
 class WriteQueue:
@@ -43,7 +44,7 @@ class WriteQueue:
         self._max_bytes = max_bytes
         self._max_entries = max_entries
         self._jobs: deque[WriteJob] = deque()
-        self._running: WriteJob | None = None
+        self._running: list[WriteJob] = []
         self._num_bytes = 0
         self._is_closed = False
         self._changed = threading.Condition()
@@ -65,20 +66,18 @@ class WriteQueue:
             self._changed.notify_all()
             return True
 
-    def take(self) -> WriteJob | None:
-        """The next job, waiting for one; None once the queue is closed and empty."""
+    def take(self, max_jobs: int) -> list[WriteJob]:
+        """The next jobs, waiting for one; none once the queue is closed and empty."""
         with self._changed:
             self._changed.wait_for(lambda: bool(self._jobs) or self._is_closed)
-            if not self._jobs:
-                return None
-            self._running = self._jobs.popleft()
-            return self._running
+            self._running = [self._jobs.popleft() for _ in range(min(max_jobs, len(self._jobs)))]
+            return list(self._running)
 
-    def finish(self, job: WriteJob) -> None:
-        """The job that was taken is done with."""
+    def finish(self) -> None:
+        """The jobs that were taken are done with."""
         with self._changed:
-            self._running = None
-            self._num_bytes -= job.source.num_bytes
+            self._num_bytes -= sum(job.source.num_bytes for job in self._running)
+            self._running = []
             self._changed.notify_all()
 
     def wait_empty(self, timeout_s: float) -> bool:
@@ -109,8 +108,7 @@ class WriteQueue:
 
     def check(self) -> list[str]:
         with self._changed:
-            jobs = list(self._jobs) + ([self._running] if self._running else [])
-            num_bytes = sum(job.source.num_bytes for job in jobs)
+            num_bytes = sum(job.source.num_bytes for job in [*self._jobs, *self._running])
             if num_bytes != self._num_bytes:
                 return [f"write queue: expected {num_bytes} bytes, got {self._num_bytes}"]
             return []
@@ -119,4 +117,4 @@ class WriteQueue:
         return os.getpid() != self._pid
 
     def _num_entries(self) -> int:
-        return len(self._jobs) + (self._running is not None)
+        return len(self._jobs) + len(self._running)

@@ -16,10 +16,14 @@ class TierUse:
         num_hits: Verified records.
         num_misses: Look-ups that found nothing usable here, the corrupted and failed ones too.
         num_corrupted: Records that failed verification; deleted from the tier.
-        num_errors: Calls that raised, but for a full tier.
+        num_errors: Calls that raised and records that met an error, but for a full tier.
+        num_timeouts: Those of them for which time ran out.
         num_full: Records that found no room.
         num_skipped: Calls not made because the tier was down.
         num_written: Records put, saved or promoted.
+        num_present: Records that were to be written and were there already.
+        num_dropped: Records that were not written: the tier's queue was full, it was down, or no
+            faster tier had them any more.
         read_bytes: Bytes of the records that were hits.
         written_bytes: Bytes of the records that were put.
         is_down: Left alone just now.
@@ -30,9 +34,12 @@ class TierUse:
     num_misses: int = 0
     num_corrupted: int = 0
     num_errors: int = 0
+    num_timeouts: int = 0
     num_full: int = 0
     num_skipped: int = 0
     num_written: int = 0
+    num_present: int = 0
+    num_dropped: int = 0
     read_bytes: int = 0
     written_bytes: int = 0
     is_down: bool = False
@@ -47,9 +54,9 @@ class StoreStats:
         num_loads: Blocks asked for.
         num_misses: Blocks that no tier had.
         num_saved: Blocks taken for writing.
-        num_present: Blocks taken that every tier had already.
         num_dropped: Blocks not written because the queue was full or closed.
         num_promotions_dropped: Records not moved up for the same reason.
+        num_coalesced: Blocks that another thread was fetching, and that were waited for.
         queue_entries: Blocks that wait for the writer now.
         queue_bytes: Their bytes.
     """
@@ -58,9 +65,9 @@ class StoreStats:
     num_loads: int = 0
     num_misses: int = 0
     num_saved: int = 0
-    num_present: int = 0
     num_dropped: int = 0
     num_promotions_dropped: int = 0
+    num_coalesced: int = 0
     queue_entries: int = 0
     queue_bytes: int = 0
 

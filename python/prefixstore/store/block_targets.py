@@ -21,7 +21,7 @@ class FetchedRecord:
         index: Which of the blocks that were asked for.
         key: What it is.
         header: What it says of itself.
-        data: All of it, uint8.
+        data: All of it, uint8. Records that lie at equal distances are restored together.
     """
 
     index: int
@@ -30,26 +30,13 @@ class FetchedRecord:
     data: np.ndarray
 
 
-@dataclass(frozen=True, eq=False)
-class RecordBatch:
-    """Records that came together.
-
-    Attributes:
-        slab: ``[num_rows, row_bytes]``, uint8: row i begins with record i.
-        records: As many as rows or fewer.
-    """
-
-    slab: np.ndarray
-    records: list[FetchedRecord]
-
-
 class BlockTarget(Protocol):
     """Takes the blocks of records, by the index with which they were asked for."""
 
-    def restore(self, batch: RecordBatch) -> list[str | None]:
+    def restore(self, records: Sequence[FetchedRecord]) -> list[str | None]:
         """Verify and keep each; for each None, or what is wrong with it.
 
-        What is wrong may have been written in part. The batch is not read after this returns.
+        What is wrong may have been written in part. The records are not read after this returns.
         """
         ...
 
@@ -69,8 +56,8 @@ class HostBlocks:
         if any(block.readonly for block in self._blocks):
             raise ValueError("blocks: expected writable buffers, got a read-only one")
 
-    def restore(self, batch: RecordBatch) -> list[str | None]:
-        return [self._restore(record) for record in batch.records]
+    def restore(self, records: Sequence[FetchedRecord]) -> list[str | None]:
+        return [self._restore(record) for record in records]
 
     def _restore(self, record: FetchedRecord) -> str | None:
         try:

@@ -1,0 +1,218 @@
+"""Hits beside what they stand on: a record out of a tier, then its payload in the pool.
+
+A run restores a batch of records, one at a time. `copy` is two copies in memory, `plain_file` a
+buffered read and a copy; `unverified` is the tier without the store's checks.
+"""
+
+import os
+import random
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from bench.harness import check_agreement, run_case
+from prefixstore.record import BlockKey, RecordLayout, chain_keys, encode
+from prefixstore.store import Store
+from prefixstore.store.block_targets import HostBlocks
+from prefixstore.tiers.base import PAGE_BYTES, Tier, page_aligned, round_up
+from prefixstore.tiers.disk import DiskTier, DiskTierConfig
+from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
+
+BATCH_BYTES = 16 << 20
+
+LAYOUTS = {
+    "small": RecordLayout(6, 1, 64, 64, "bfloat16"),
+    "smollm2_135m": RecordLayout(30, 3, 64, 64, "bfloat16"),
+    "llama3_8b": RecordLayout(32, 8, 128, 64, "bfloat16"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    medium: str
+    model: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.medium}_restore_{self.model}"
+
+    @property
+    def layout(self) -> RecordLayout:
+        return LAYOUTS[self.model]
+
+    @property
+    def batch_size(self) -> int:
+        return BATCH_BYTES // self.layout.record_bytes
+
+
+CASES = [Case(medium, model) for medium in ("memory", "disk") for model in LAYOUTS]
+
+
+class Holder(Protocol):
+    """Holds a number of records."""
+
+    def put(self, number: int, record: np.ndarray) -> None: ...
+    def get(self, number: int, out: np.ndarray) -> None: ...
+    def close(self) -> None: ...
+
+
+class Copies:
+    """The limit of memory: copies into an array and out of it."""
+
+    def __init__(self, num_records: int, record_bytes: int) -> None:
+        self._arena = page_aligned(num_records * record_bytes).reshape(num_records, -1)
+
+    def put(self, number: int, record: np.ndarray) -> None:
+        np.copyto(self._arena[number], record)
+
+    def get(self, number: int, out: np.ndarray) -> None:
+        np.copyto(out, self._arena[number])
+
+    def close(self) -> None:
+        pass
+
+
+class PlainFile:
+    """The limit of the disk: one system call each, at fixed places of one file."""
+
+    def __init__(self, path: Path, record_bytes: int) -> None:
+        self._slot_bytes = round_up(record_bytes, PAGE_BYTES)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT)
+
+    def put(self, number: int, record: np.ndarray) -> None:
+        os.pwrite(self._fd, record.data, number * self._slot_bytes)
+
+    def get(self, number: int, out: np.ndarray) -> None:
+        os.preadv(self._fd, [out.data], number * self._slot_bytes)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class TierHolder:
+    """A tier."""
+
+    def __init__(self, tier: Tier, keys: list[BlockKey]) -> None:
+        self.tier = tier
+        self._keys = keys
+
+    def put(self, number: int, record: np.ndarray) -> None:
+        self.tier.put(self._keys[number].name, record.data)
+
+    def get(self, number: int, out: np.ndarray) -> None:
+        num_read = self.tier.get(self._keys[number].name, out.data)
+        assert num_read == out.nbytes, f"expected {out.nbytes} bytes, got {num_read}"
+
+    def close(self) -> None:
+        self.tier.close()
+
+
+def make_holders(case: Case, keys: list[BlockKey], directory: Path) -> dict[str, Holder]:
+    """One for each provider, the baseline first: nobody finds what another left in the caches."""
+    num_records, record_bytes = len(keys), case.layout.record_bytes
+    slab_bytes = case.batch_size * round_up(record_bytes, PAGE_BYTES)
+    capacity_bytes = num_records // case.batch_size * slab_bytes
+    holders: dict[str, Holder] = {}
+    if case.medium == "memory":
+        holders["copy"] = Copies(num_records, record_bytes)
+    else:
+        holders["plain_file"] = PlainFile(directory / "plain", record_bytes)
+    for name in ("unverified", "kvkernels"):
+        tier: Tier
+        if case.medium == "memory":
+            tier = MemoryTier(MemoryTierConfig(capacity_bytes, slab_bytes))
+        else:
+            tier = DiskTier(DiskTierConfig(directory / name, capacity_bytes, slab_bytes))
+        holders[name] = TierHolder(tier, keys)
+    return holders
+
+
+def put_all(holder: Holder, records: np.ndarray, numbers: range) -> None:
+    for number in numbers:
+        holder.put(number, records[number])
+
+
+def restore_all(holder: Holder, record: np.ndarray, pool: np.ndarray, numbers: range) -> None:
+    payload = record[record.size - pool.shape[1] :]
+    for number in numbers:
+        holder.get(number, record)
+        np.copyto(pool[number], payload)
+
+
+def load_all(store: Store, keys: list[BlockKey], pool: np.ndarray, numbers: range) -> None:
+    for number in numbers:
+        assert store.load_many([keys[number]], HostBlocks([pool[number]])) != [None]
+
+
+def make_providers(
+    case: Case,
+    holders: dict[str, Holder],
+    keys: list[BlockKey],
+    num_records: int,
+    stack: ExitStack,
+) -> dict[str, Callable[[range], None]]:
+    out = page_aligned(case.layout.record_bytes)
+    providers: dict[str, Callable[[range], None]] = {}
+    for name, holder in holders.items():
+        pool = np.zeros((num_records, case.layout.payload_bytes), np.uint8)
+        pool[:] = 1  # so that no page is touched for the first time in a timed run
+        if isinstance(holder, TierHolder) and name == "kvkernels":
+            store = stack.enter_context(Store([holder.tier]))
+            providers[name] = partial(load_all, store, keys, pool)
+        else:
+            providers[name] = partial(restore_all, holder, out, pool)
+    return providers
+
+
+def make_keys_and_records(
+    layout: RecordLayout, num_records: int
+) -> tuple[list[BlockKey], np.ndarray]:
+    tokens = np.arange(num_records * layout.block_size)
+    keys = chain_keys(layout, bytes(16), tokens)
+    payload = np.resize(np.arange(251, dtype=np.uint8), layout.payload_bytes)
+    records = page_aligned(num_records * layout.record_bytes).reshape(num_records, -1)
+    for key, record in zip(keys, records, strict=True):
+        encode(key, payload, record)
+    return keys, records
+
+
+def check_contents(
+    holders: dict[str, Holder], baseline: str, numbers: range, num_bytes: int
+) -> None:
+    results = {}
+    for name, holder in holders.items():
+        outs = [np.empty(num_bytes, np.uint8) for _ in numbers]
+        for number, out in zip(numbers, outs, strict=True):
+            holder.get(number, out)
+        results[name] = [torch.from_numpy(out) for out in outs]
+    check_agreement(results, baseline, 0.0)
+
+
+def main(case_filter: str = "", num_rounds: int = 15) -> None:
+    for case in CASES:
+        if case_filter not in case.name:
+            continue
+        # a batch for each round and the one that warms up: no round reads what another left
+        num_records = case.batch_size * (num_rounds + 1)
+        keys, records = make_keys_and_records(case.layout, num_records)
+        batches = [
+            range(start, start + case.batch_size)
+            for start in range(0, num_records, case.batch_size)
+        ]
+        random.Random(0).shuffle(batches)  # so that reading ahead from one does not serve the next
+        with tempfile.TemporaryDirectory() as path, ExitStack() as stack:
+            holders = make_holders(case, keys, Path(path))
+            for holder in holders.values():
+                stack.callback(holder.close)
+                put_all(holder, records, range(num_records))
+            check_contents(holders, next(iter(holders)), range(2), case.layout.record_bytes)
+            providers = make_providers(case, holders, keys, num_records, stack)
+            num_bytes = case.batch_size * case.layout.record_bytes
+            run_case(case.name, providers, batches, num_rounds, num_bytes)

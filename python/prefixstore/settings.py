@@ -1,0 +1,88 @@
+"""Settings as people write them: sizes, times, switches, and names that are almost right."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+
+from prefixstore.errors import ConfigError
+
+_BYTES = {"": 1, "b": 1}
+_BYTES |= {f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}
+_BYTES |= {f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}
+_SECONDS = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+_SWITCHES = {"true": True, "1": True, "yes": True, "on": True}
+_SWITCHES |= {"false": False, "0": False, "no": False, "off": False}
+
+
+def parse_bytes(name: str, value: int | str) -> int:
+    """A size: 4096, "64KiB", "1.5GiB", "10GB".
+
+    Raises:
+        ConfigError: If it is none; the message names `name`.
+    """
+    return int(_parse(name, value, _BYTES, 'a size such as 4096 or "4GiB"'))
+
+
+def parse_seconds(name: str, value: float | str) -> float:
+    """A time: 2.5, "500ms", "30s", "15m", "24h", "7d".
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    return _parse(name, value, _SECONDS, 'a time such as 2.5 or "24h"')
+
+
+def parse_whole(name: str, value: int | str) -> int:
+    """A whole number.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    if isinstance(value, str) and value.isdecimal():
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise ConfigError(f"{name}: expected a whole number, got {value!r}")
+
+
+def parse_switch(name: str, value: bool | str) -> bool:
+    """True or false, in one of the usual spellings.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in _SWITCHES:
+        return _SWITCHES[value.lower()]
+    raise ConfigError(f"{name}: expected true or false, got {value!r}")
+
+
+def check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse names that nobody reads.
+
+    Raises:
+        ConfigError: With the nearest name that there is.
+    """
+    names = sorted(known)
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{what}: expected one of {', '.join(names)}, got {name!r}{hint}")
+
+
+def _parse(name: str, value: float | str, units: Mapping[str, float], wanted: str) -> float:
+    if isinstance(value, bool):
+        raise ConfigError(f"{name}: expected {wanted}, got {value!r}")
+    if isinstance(value, (int, float)):
+        if value < 0:
+            raise ConfigError(f"{name}: expected {wanted}, got {value!r}")
+        return value
+    match = _NUMBER.fullmatch(value) if isinstance(value, str) else None
+    if match is None or match[2].lower() not in units:
+        raise ConfigError(f"{name}: expected {wanted}, got {value!r}")
+    return float(match[1]) * units[match[2].lower()]

@@ -1,0 +1,8 @@
+"""The tiers in order: look-up, verification, promotion and write policies."""
+
+from prefixstore.store.breaker import BreakerConfig
+from prefixstore.store.config import StoreConfig, TierPolicy
+from prefixstore.store.stats import StoreStats, TierUse
+from prefixstore.store.store import Store
+
+__all__ = ["BreakerConfig", "Store", "StoreConfig", "StoreStats", "TierPolicy", "TierUse"]

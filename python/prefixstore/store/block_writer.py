@@ -1,0 +1,182 @@
+"""Makes records of saved blocks, in the background, and hands them to the tiers.
+
+    queue of blocks -> record -> tier 0, at once
+                              -> names, to the writers of tier 1, 2, ...   (tier_writer.py)
+
+A block is read until its record is in tier 0, no longer: a slow tier holds none. Where tier 0 does
+not keep a record, the writers of the others get a copy of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import numpy as np
+
+from prefixstore.block_key import RecordName
+from prefixstore.store.block_sources import RECORDS_AT_ONCE
+from prefixstore.store.config import StoreConfig
+from prefixstore.store.guarded_tier import GuardedTier
+from prefixstore.store.tier_writer import TierJob, TierWriter
+from prefixstore.store.write_queue import WriteJob, WriteQueue
+
+logger = logging.getLogger(__name__)
+
+
+class BlockWriter:
+    """The queue of blocks, the thread that empties it, and the writers of the slower tiers.
+
+    Args:
+        tiers: Fastest first.
+        config: Bounds.
+    """
+
+    def __init__(self, tiers: Sequence[GuardedTier], config: StoreConfig) -> None:
+        self._first = tiers[0] if tiers else None
+        self._config = config
+        self._queue = WriteQueue(config.queue_bytes, config.queue_entries)
+        self._writers = {
+            number: TierWriter(tiers[number], tiers[:number], config)
+            for number in range(1, len(tiers))
+        }
+        self._is_blamed = False  # whether tier 0 is to blame if the thread fails now
+        self._thread = threading.Thread(target=self._run, name="prefixstore-writer", daemon=True)
+        self._thread.start()
+
+    def offer(self, job: WriteJob) -> bool:
+        """Queue a block; False if it does not fit, the queue is closed or the process forked."""
+        return self._queue.offer(job)
+
+    def hand_on(self, number: int, job: TierJob) -> bool:
+        """Queue a record that a faster tier holds for a slower one."""
+        return self._writers[number].offer(job)
+
+    def rescue(self, number: int, name: RecordName, record: np.ndarray) -> None:
+        """A tier gives a record up; those after this number may still wait for it."""
+        for slower, writer in self._writers.items():
+            if slower > number:
+                writer.rescue(name, record)
+
+    def sizes(self) -> tuple[int, int]:
+        """Blocks and their bytes, queued or being written."""
+        return self._queue.sizes()
+
+    def wait_blocks(self, timeout_s: float) -> bool:
+        """Wait until no block is read any more; False if that takes longer."""
+        return self._queue.wait_empty(timeout_s)
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until every tier has what it gets; False if that takes longer."""
+        deadline = time.monotonic() + timeout_s
+        return self._queue.wait_empty(timeout_s) and all(
+            writer.wait_empty(deadline) for writer in self._writers.values()
+        )
+
+    def check(self) -> list[str]:
+        """What does not add up, in words."""
+        return self._queue.check() + [
+            problem for writer in self._writers.values() for problem in writer.check()
+        ]
+
+    def close(self) -> int:
+        """Write what is queued, for at most `close_timeout_s`; returns the blocks dropped."""
+        deadline = time.monotonic() + self._config.close_timeout_s
+        self._queue.close()
+        self._queue.wait_empty(self._config.close_timeout_s)
+        dropped = self._queue.clear()
+        for job in dropped:
+            job.done()
+            job.arrived()
+        self._thread.join(timeout=1.0)  # only a tier that hangs keeps it; it is a daemon
+        for writer in self._writers.values():
+            writer.close(deadline)
+        return len(dropped)
+
+    # ---- in its thread -----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while jobs := self._queue.take(RECORDS_AT_ONCE):
+            with ExitStack() as at_end:
+                at_end.callback(self._queue.finish)
+                for job in reversed(jobs):
+                    at_end.callback(_call, job.arrived)
+                try:
+                    self._write(jobs)
+                except Exception as error:  # a bug of a tier or a source must not end the writing
+                    logger.exception("%d blocks not written", len(jobs))
+                    if self._is_blamed and self._first is not None:
+                        self._first.mark_down(error)
+
+    def _write(self, jobs: Sequence[WriteJob]) -> None:
+        with ExitStack() as held:
+            for job in reversed(jobs):
+                held.callback(_call, job.done)
+            is_held = self._ask_first(jobs)
+            lacking = [job for job, held_there in zip(jobs, is_held, strict=True) if not held_there]
+            with ExitStack() as open_records:
+                records = [
+                    open_records.enter_context(job.source.record(job.key)) for job in lacking
+                ]
+                held.close()  # the blocks are read
+                kept = self._put_first(lacking, records)
+                for job, record, is_kept in zip(lacking, records, kept, strict=True):
+                    self._hand_on(job, None if is_kept else record)
+        for job, held_there in zip(jobs, is_held, strict=True):
+            if held_there:
+                self._hand_on(job, None)
+
+    def _ask_first(self, jobs: Sequence[WriteJob]) -> list[bool]:
+        """Whether tier 0 holds each block."""
+        if self._first is None or not jobs:
+            return [True] * len(jobs)  # nobody needs a record
+        self._is_blamed = True
+        deadline = time.monotonic() + self._config.write_timeout_s
+        answers = self._first.contains_many([job.key.name for job in jobs], deadline)
+        self._is_blamed = False
+        if answers is None:
+            return [len(job.tiers) == 0 or job.tiers == (0,) for job in jobs]
+        self._first.count_present(
+            sum(is_there and 0 in job.tiers for is_there, job in zip(answers, jobs, strict=True))
+        )
+        return answers
+
+    def _put_first(self, jobs: Sequence[WriteJob], records: Sequence[np.ndarray]) -> list[bool]:
+        """Write into tier 0 what is to go there; for each whether it has the record now."""
+        assert self._first is not None
+        chosen = [i for i, job in enumerate(jobs) if 0 in job.tiers]
+        kept = [False] * len(jobs)
+        if not chosen:
+            return kept
+        self._is_blamed = True
+        outcomes = self._first.put_many(
+            [jobs[i].key.name for i in chosen],
+            [records[i] for i in chosen],
+            [jobs[i].priority for i in chosen],
+            time.monotonic() + self._config.write_timeout_s,
+        )
+        self._is_blamed = False
+        for i, is_kept in zip(chosen, outcomes, strict=True):
+            kept[i] = is_kept
+        return kept
+
+    def _hand_on(self, job: WriteJob, record: np.ndarray | None) -> None:
+        """Queue a record for the slower tiers of its job; a copy of it if no faster tier has it."""
+        numbers = [number for number in job.tiers if number > 0]
+        if not numbers:
+            return
+        copied = None if record is None else record.copy()
+        max_bytes = job.key.layout.max_record_bytes
+        for number in numbers:
+            self.hand_on(number, TierJob(job.key.name, max_bytes, job.priority, copied))
+
+
+def _call(callback: object) -> None:
+    """Call back; what it raises is its own, and must not end the writing."""
+    try:
+        callback()  # type: ignore[operator]
+    except Exception:
+        logger.exception("a callback of a saved block failed")

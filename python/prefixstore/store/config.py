@@ -1,0 +1,72 @@
+"""Bounds and policies of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from prefixstore.errors import ConfigError
+from prefixstore.store.breaker import BreakerConfig
+
+WritePolicy = Literal["write_through", "write_second_touch", "write_back", "never"]
+
+
+@dataclass(frozen=True)
+class TierPolicy:
+    """What goes into a tier.
+
+    Attributes:
+        write: "write_through": every block that is saved. "write_second_touch": a block that is
+            used again after it was saved; most never are, and a slow tier is spared them.
+            "write_back": what the tier before evicts; that one must tell, as the memory tier does.
+            "never": nothing but promotions.
+        promote: Also blocks that were found in a slower tier.
+        negative_ttl_s: For so long an answer that a record is not there is remembered; 0 for not
+            at all. Meanwhile what other processes write is not seen.
+    """
+
+    write: WritePolicy = "write_through"
+    promote: bool = True
+    negative_ttl_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.write not in get_args(WritePolicy):
+            raise ConfigError(f"write: expected one of {get_args(WritePolicy)}, got {self.write!r}")
+        if self.negative_ttl_s < 0:
+            raise ConfigError(f"negative_ttl_s: expected 0 or more, got {self.negative_ttl_s!r}")
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """Bounds of a store.
+
+    Attributes:
+        queue_bytes: Blocks that may wait to be written, in bytes; and, for each tier behind the
+            first, records that no faster tier keeps meanwhile.
+        queue_entries: Blocks that may wait to be written; for each tier as well.
+        load_timeout_s: How long a request waits for its tiers in all. What is not there by then is
+            a miss.
+        write_timeout_s: How long one write into a tier may take before it counts as failed.
+        close_timeout_s: How long `close` waits for what is queued before it drops the rest.
+        policies: By tier name; a tier not named has the default policy.
+        breaker: When a failing tier is left alone.
+    """
+
+    queue_bytes: int = 256 << 20
+    queue_entries: int = 1024
+    load_timeout_s: float = 5.0
+    write_timeout_s: float = 30.0
+    close_timeout_s: float = 30.0
+    policies: Mapping[str, TierPolicy] = field(default_factory=dict)
+    breaker: BreakerConfig = field(default_factory=BreakerConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("queue_bytes", "queue_entries"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("load_timeout_s", "write_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        if self.close_timeout_s < 0:
+            raise ConfigError(f"close_timeout_s: expected 0 or more, got {self.close_timeout_s}")

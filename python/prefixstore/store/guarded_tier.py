@@ -1,0 +1,271 @@
+"""A tier as the store sees it: it verifies, counts, and never raises `TierError`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TypeVar
+
+import numpy as np
+
+from prefixstore.block_key import BlockKey, RecordName
+from prefixstore.errors import BlockCorrupted, TierError, TierFull, TierTimeout
+from prefixstore.record import RecordHeader, check_header
+from prefixstore.store.breaker import Breaker, BreakerConfig
+from prefixstore.store.recent_names import RecentNames
+from prefixstore.store.stats import Counts, TierUse
+from prefixstore.tiers.base import ReadOutcome, Swept, Tier, TierStats
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Found = tuple[RecordHeader, np.ndarray]  # a record and what its header says
+
+
+class GuardedTier:
+    """One tier behind its breaker: the only place that catches `TierError`.
+
+    Args:
+        tier: The tier.
+        config: When it is left alone.
+        negative_ttl_s: How long to remember that a record is not there; 0 for not at all.
+    """
+
+    def __init__(self, tier: Tier, config: BreakerConfig, negative_ttl_s: float = 0.0) -> None:
+        self._tier = tier
+        self._breaker = Breaker(tier.name, config)
+        self._counts = Counts()
+        self._is_full = False
+        self._absent = RecentNames(ttl_s=negative_ttl_s) if negative_ttl_s else None
+
+    @property
+    def name(self) -> str:
+        return self._tier.name
+
+    def use(self) -> TierUse:
+        counts = self._counts.as_dict()
+        return TierUse(self.name, is_down=self._breaker.is_down, **counts)
+
+    def contains_many(
+        self, names: Sequence[RecordName], deadline: float | None = None
+    ) -> list[bool] | None:
+        """One answer each, or None where the tier gave none."""
+        if self._absent is None:
+            return self._attempt(lambda: self._tier.contains_many(names, deadline=deadline))
+        is_absent = self._absent.contains_many(names)
+        asked = [name for name, known in zip(names, is_absent, strict=True) if not known]
+        if not asked:
+            return [False] * len(names)
+        answers = self._attempt(lambda: self._tier.contains_many(asked, deadline=deadline))
+        if answers is None:
+            return None
+        there = {name for name, is_there in zip(asked, answers, strict=True) if is_there}
+        self._absent.add(name for name in asked if name not in there)
+        return [name in there for name in names]
+
+    def fetch_many(
+        self,
+        keys: Sequence[BlockKey],
+        rows: Sequence[np.ndarray],
+        deadline: float | None = None,
+    ) -> list[Found | None]:
+        """Read records and verify their headers; wrong ones are deleted from the tier.
+
+        The payload of what is found is to be verified, and then `accept` or `reject` called.
+
+        Args:
+            keys: What they must agree with.
+            rows: For each `key.layout.max_record_bytes` or more; the records are read into these.
+            deadline: Of `time.monotonic()`.
+        """
+        names = [key.name for key in keys]
+        outs = [row.data for row in rows]
+        outcomes = self._attempt(lambda: self._tier.get_many(names, outs, deadline=deadline))
+        if outcomes is None:
+            self._counts.add(num_misses=len(keys))
+            return [None] * len(keys)
+        self._count_errors(outcomes)
+        return [
+            self._read(key, row, outcome)
+            for key, row, outcome in zip(keys, rows, outcomes, strict=True)
+        ]
+
+    @property
+    def lends(self) -> bool:
+        """Whether `lend_many` is there."""
+        return self._tier.lends
+
+    @contextmanager
+    def lend_many(self, keys: Sequence[BlockKey]) -> Iterator[list[Found | None]]:
+        """`fetch_many` of records where they lie, for as long as the context lasts."""
+        with ExitStack() as lent:
+            names = [key.name for key in keys]
+            records = self._attempt(lambda: lent.enter_context(self._tier.lend_many(names)))
+            yield [
+                self._verified(key, record)
+                for key, record in zip(keys, records or [None] * len(keys), strict=True)
+            ]
+
+    def accept(self, num_bytes: int) -> None:
+        """A record of so many bytes was right."""
+        self._counts.add(num_hits=1, read_bytes=num_bytes)
+
+    def reject(self, key: BlockKey, problem: str) -> None:
+        """A record was wrong: it is deleted from the tier, and a miss."""
+        logger.warning("tier %s: block %s: %s", self.name, key.block_hash.hex(), problem)
+        self._counts.add(num_corrupted=1, num_misses=1)
+        self._attempt(lambda: self._tier.delete(key.name))
+
+    def read_many(
+        self, names: Sequence[RecordName], rows: Sequence[np.ndarray], deadline: float
+    ) -> list[np.ndarray | None]:
+        """Records to be handed on as they are; not verified, and no hits."""
+        outs = [row.data for row in rows]
+        outcomes = self._attempt(lambda: self._tier.get_many(names, outs, deadline=deadline))
+        if outcomes is None:
+            return [None] * len(names)
+        self._count_errors(outcomes)
+        return [
+            row[:outcome] if isinstance(outcome, int) else None
+            for row, outcome in zip(rows, outcomes, strict=True)
+        ]
+
+    def put_many(
+        self,
+        names: Sequence[RecordName],
+        records: Sequence[np.ndarray],
+        priorities: Sequence[int],
+        deadline: float,
+    ) -> list[bool]:
+        """Write records; for each whether the tier has it now. Counts why not."""
+        kept = [False] * len(names)
+        for priority in dict.fromkeys(priorities):
+            chosen = [i for i, own in enumerate(priorities) if own == priority]
+            outcomes = self._put_alike(
+                [names[i] for i in chosen], [records[i] for i in chosen], priority, deadline
+            )
+            for i, error in zip(chosen, outcomes or (), strict=False):
+                kept[i] = error is None
+        return kept
+
+    def count_present(self, num_records: int) -> None:
+        """So many records that were to be written were there already."""
+        self._counts.add(num_present=num_records)
+
+    def count_dropped(self, num_records: int) -> None:
+        """So many records were not written, for want of room in the queue, time or the record."""
+        self._counts.add(num_dropped=num_records)
+
+    def delete_identity(self, identity: bytes) -> bool:
+        """Forget all of an identity; False where the tier could not."""
+
+        def delete() -> bool:
+            self._tier.delete_identity(identity)
+            return True
+
+        return self._attempt(delete) is not None
+
+    def pin_many(self, names: Sequence[RecordName], is_pinned: bool) -> list[bool]:
+        """For each whether the tier holds it, and has pinned it or let it go."""
+        answers = self._attempt(lambda: self._tier.pin_many(names, is_pinned))
+        return [False] * len(names) if answers is None else answers
+
+    def stats(self) -> TierStats | None:
+        """What it holds; None where it gave no answer."""
+        return self._attempt(self._tier.stats)
+
+    def sweep(self) -> Swept:
+        """What expired or was left behind is given back."""
+        return self._attempt(self._tier.sweep) or Swept()
+
+    def check(self, fix: bool = False) -> list[str]:
+        """The tier's own recount."""
+        try:
+            return self._tier.check(fix)
+        except TierError as error:
+            return [f"{self.name}: cannot be checked: {error}"]
+
+    def close(self) -> None:
+        try:
+            self._tier.close()
+        except TierError as error:
+            logger.warning("tier %s: cannot be closed: %s", self.name, error)
+
+    def mark_down(self, error: BaseException) -> None:
+        """Leave the tier alone for a pause: it did what no tier may do."""
+        self._counts.add(num_errors=1)
+        self._breaker.trip(error)
+
+    def _put_alike(
+        self,
+        names: Sequence[RecordName],
+        records: Sequence[np.ndarray],
+        priority: int,
+        deadline: float,
+    ) -> list[TierError | None] | None:
+        """The outcomes of records of one priority, counted; None where the tier gave none."""
+        views = [record.data for record in records]
+        outcomes = self._attempt(
+            lambda: self._tier.put_many(names, views, priority=priority, deadline=deadline)
+        )
+        if outcomes is None:
+            return None
+        written = [r.nbytes for r, error in zip(records, outcomes, strict=True) if error is None]
+        if self._absent is not None:
+            self._absent.discard(names)
+        self._counts.add(num_written=len(written), written_bytes=sum(written))
+        self._count_errors(outcomes)
+        full = [error for error in outcomes if isinstance(error, TierFull)]
+        if full or written:
+            self._set_full(full[-1] if full else None)
+        return outcomes
+
+    def _read(self, key: BlockKey, row: np.ndarray, outcome: ReadOutcome) -> Found | None:
+        """What `get_many` brought, its header verified; None for a miss, which is counted."""
+        if isinstance(outcome, BlockCorrupted):
+            self.reject(key, str(outcome))
+            return None
+        is_there = outcome is not None and not isinstance(outcome, TierError)
+        return self._verified(key, row[:outcome] if is_there else None)
+
+    def _verified(self, key: BlockKey, record: np.ndarray | None) -> Found | None:
+        if record is None:
+            self._counts.add(num_misses=1)
+            return None
+        try:
+            return check_header(record, key), record
+        except BlockCorrupted as error:
+            self.reject(key, str(error))
+            return None
+
+    def _attempt(self, call: Callable[[], T]) -> T | None:
+        """The call's answer; None if the tier is down or failed."""
+        if not self._breaker.allows():
+            self._counts.add(num_skipped=1)
+            return None
+        try:
+            answer = call()
+        except TierError as error:
+            self._counts.add(num_errors=1, num_timeouts=isinstance(error, TierTimeout))
+            self._breaker.failed(error)
+            return None
+        self._breaker.succeeded()
+        return answer
+
+    def _count_errors(self, outcomes: Sequence[ReadOutcome]) -> None:
+        """Count what single records met; for the breaker it is one failure."""
+        errors = [one for one in outcomes if isinstance(one, TierError)]
+        failures = [one for one in errors if not isinstance(one, (TierFull, BlockCorrupted))]
+        self._counts.add(
+            num_errors=len(failures),
+            num_timeouts=sum(isinstance(one, TierTimeout) for one in failures),
+            num_full=sum(isinstance(one, TierFull) for one in errors),
+        )
+        if failures:
+            self._breaker.failed(failures[0])
+
+    def _set_full(self, error: TierFull | None) -> None:
+        if (error is not None) != self._is_full:
+            self._is_full = error is not None
+            logger.warning("tier %s: %s", self.name, error or "has room again")

@@ -1,0 +1,178 @@
+"""Loads blocks from the tiers: tier after tier, verified, each fetched by one thread at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from prefixstore.block_key import BlockKey
+from prefixstore.store.block_sources import WrittenRecord
+from prefixstore.store.block_targets import BlockTarget, FetchedRecord
+from prefixstore.store.block_writer import BlockWriter
+from prefixstore.store.config import StoreConfig, TierPolicy
+from prefixstore.store.guarded_tier import Found, GuardedTier
+from prefixstore.store.in_flight import InFlight
+from prefixstore.store.stats import Counts
+from prefixstore.store.write_queue import WriteJob, noop
+from prefixstore.tiers.base import PAGE_BYTES, page_aligned, round_up
+
+BATCH_BYTES = 16 << 20  # of records that are fetched and then restored together
+
+
+class Loader:
+    """The way in.
+
+    Args:
+        tiers: Fastest first.
+        policies: Of each.
+        writer: Takes what is to go to faster tiers.
+        counts: Of the store.
+        reused: Called with each block that was found, and the number of its tier.
+        config: Bounds.
+    """
+
+    def __init__(
+        self,
+        tiers: Sequence[GuardedTier],
+        policies: Sequence[TierPolicy],
+        writer: BlockWriter,
+        counts: Counts,
+        reused: Callable[[BlockKey, int], None],
+        config: StoreConfig,
+    ) -> None:
+        self._tiers = tiers
+        self._promoted_into = [i for i, policy in enumerate(policies) if policy.promote]
+        self._writer = writer
+        self._counts = counts
+        self._reused = reused
+        self._config = config
+        self._in_flight = InFlight()
+        self._scratch = threading.local()
+
+    def load_many(
+        self, keys: Sequence[BlockKey], target: BlockTarget, deadline: float
+    ) -> list[str | None]:
+        """See `Store.load_many`."""
+        load = _Load(keys, target, deadline)
+        try:
+            self._load(load, range(len(keys)))
+            if load.elsewhere:
+                # Once the other threads are done, the fastest tier has what they found.
+                waited = sorted(load.elsewhere)
+                self._counts.add(num_coalesced=len(waited))
+                self._in_flight.wait([keys[i].name for i in waited], load.deadline)
+                load.elsewhere.clear()
+                load.coalesces = False
+                self._load(load, waited)
+        finally:
+            self._promote(load)
+        self._counts.add(num_loads=len(keys), num_misses=load.found.count(None))
+        return load.found
+
+    def _load(self, load: _Load, indices: Sequence[int]) -> None:
+        """Load these, in batches where they need buffers, and hand on what was found."""
+        if self._tiers and self._tiers[0].lends:
+            with self._tiers[0].lend_many([load.keys[i] for i in indices]) as lent:
+                self._restore(load, 0, indices, lent)  # what comes from there goes nowhere else
+            indices = [i for i in indices if load.found[i] is None]
+        row_bytes = max((load.keys[i].layout.max_record_bytes for i in indices), default=1)
+        num_rows = max(1, BATCH_BYTES // row_bytes)
+        for first in range(0, len(indices), num_rows):
+            self._load_batch(load, indices[first : first + num_rows], row_bytes)
+            # Writing to faster tiers waits until all is loaded, as far as the queue could take it:
+            # it would take the processor and the memory from whoever waits for these blocks.
+            if sum(job.source.num_bytes for job in load.promotions) > self._config.queue_bytes:
+                self._promote(load)
+        self._promote(load)  # before this thread waits for another: that one may wait for this
+
+    def _load_batch(self, load: _Load, indices: Sequence[int], row_bytes: int) -> None:
+        """Ask tier after tier."""
+        for number, tier in enumerate(self._tiers):
+            if number == 0 and tier.lends:
+                continue
+            missing = [i for i in indices if load.found[i] is None and i not in load.elsewhere]
+            if number == 1 and load.coalesces:
+                missing = self._claim(load, missing)
+            if not missing:
+                continue
+            keys = [load.keys[i] for i in missing]
+            rows = self._take_slab(len(missing), row_bytes)
+            fetched = tier.fetch_many(keys, list(rows), load.deadline)
+            self._restore(load, number, missing, fetched)
+
+    def _restore(
+        self, load: _Load, number: int, indices: Sequence[int], found: Sequence[Found | None]
+    ) -> None:
+        """Verify what a tier had of these, and put it where it belongs."""
+        tier = self._tiers[number]
+        records = [
+            FetchedRecord(i, load.keys[i], one[0], one[1][: one[0].key.layout.record_bytes])
+            for i, one in zip(indices, found, strict=True)
+            if one is not None
+        ]
+        problems = load.target.restore(records) if records else []
+        for record, problem in zip(records, problems, strict=True):
+            if problem is not None:
+                tier.reject(record.key, problem)
+                continue
+            tier.accept(record.data.nbytes)
+            load.found[record.index] = tier.name
+            self._used(load, number, record)
+
+    def _claim(self, load: _Load, indices: Sequence[int]) -> list[int]:
+        """Those that no other thread is fetching; they are this one's now."""
+        is_mine = self._in_flight.claim([load.keys[i].name for i in indices])
+        mine = [i for i, is_own in zip(indices, is_mine, strict=True) if is_own]
+        load.elsewhere.update(indices)
+        load.elsewhere.difference_update(mine)
+        load.claimed.update(mine)
+        return mine
+
+    def _used(self, load: _Load, number: int, record: FetchedRecord) -> None:
+        """A record was right: which other tiers are to have it?"""
+        tiers = tuple(i for i in self._promoted_into if i < number)
+        if tiers:
+            name = record.key.name
+            source = WrittenRecord(record.data)  # no copy: the slab is theirs from now on
+            arrived = noop
+            if record.index in load.claimed:
+                load.claimed.discard(record.index)
+                arrived = self._in_flight.releaser(name)
+            load.promotions.append(WriteJob(record.key, source, tiers, arrived=arrived))
+            self._scratch.slab = None
+        self._reused(record.key, number)
+
+    def _promote(self, load: _Load) -> None:
+        """Hand records on to faster tiers; claims end where the records arrive."""
+        for job in load.promotions:
+            if not self._writer.offer(job):
+                self._counts.add(num_promotions_dropped=1)
+                job.arrived()
+        load.promotions.clear()
+        self._in_flight.release([load.keys[i].name for i in load.claimed])
+        load.claimed.clear()
+
+    def _take_slab(self, num_rows: int, row_bytes: int) -> np.ndarray:
+        """This thread's buffer, as rows for one record each that start on pages."""
+        row_bytes = round_up(row_bytes, PAGE_BYTES)
+        num_bytes = num_rows * row_bytes
+        slab = getattr(self._scratch, "slab", None)
+        if slab is None or slab.nbytes < num_bytes:
+            slab = self._scratch.slab = page_aligned(num_bytes)
+        return slab[:num_bytes].reshape(num_rows, row_bytes)
+
+
+class _Load:
+    """One call of `load_many` on its way."""
+
+    def __init__(self, keys: Sequence[BlockKey], target: BlockTarget, deadline: float) -> None:
+        self.keys = keys
+        self.target = target
+        self.deadline = deadline
+        self.coalesces = True
+        self.found: list[str | None] = [None] * len(keys)
+        self.promotions: list[WriteJob] = []
+        self.claimed: set[int] = set()  # others wait for these
+        self.elsewhere: set[int] = set()  # fetched by other threads just now

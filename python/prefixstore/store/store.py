@@ -1,0 +1,269 @@
+"""The tiers in order of speed: verified loads, promotion, background writes.
+
+    save -> block_writer.py -> record -> tier 0;  tier_writer.py -> tier 1;  -> tier 2 ...
+    load -> tier 0? -> tier 1? -> ... -> verify -> block; the record goes up to faster tiers
+
+What a tier gives is either verified or a counted miss. A failing tier costs its hits and nothing
+else: see guarded_tier.py. A request waits for no writer, and for the tiers until its deadline.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+from prefixstore.block_key import BlockKey, RecordName
+from prefixstore.errors import ConfigError
+from prefixstore.store.block_sources import BlockSource
+from prefixstore.store.block_targets import BlockTarget
+from prefixstore.store.block_writer import BlockWriter
+from prefixstore.store.config import StoreConfig, TierPolicy
+from prefixstore.store.guarded_tier import GuardedTier
+from prefixstore.store.loader import Loader
+from prefixstore.store.recent_names import RecentNames
+from prefixstore.store.stats import Counts, StoreStats
+from prefixstore.store.tier_writer import TierJob
+from prefixstore.store.write_queue import WriteJob, noop
+from prefixstore.tiers.base import Swept, Tier, TierStats
+
+_REUSE_S = 60.0  # after which a tier is offered again what it waits to see reused
+
+
+class Store:
+    """Records in tiers, fastest first. Thread-safe. Owns its tiers: `close` closes them.
+
+    Args:
+        tiers: In order of speed, with distinct names.
+        config: Bounds and policies.
+
+    Raises:
+        ConfigError: If two tiers share a name, a policy names a tier that is not there, or a tier
+            is written back to that no tier evicts into.
+    """
+
+    def __init__(self, tiers: Sequence[Tier], config: StoreConfig | None = None) -> None:
+        self._config = config if config is not None else StoreConfig()
+        names = [tier.name for tier in tiers]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"tiers: expected distinct names, got {names}")
+        for name in self._config.policies:
+            if name not in names:
+                raise ConfigError(f"policies: expected one of {names}, got {name!r}")
+        self._policies = [self._config.policies.get(name, TierPolicy()) for name in names]
+        self._tiers = [
+            GuardedTier(tier, self._config.breaker, policy.negative_ttl_s)
+            for tier, policy in zip(tiers, self._policies, strict=True)
+        ]
+        self._write_through = self._numbers_of("write_through")
+        self._second_touch = self._numbers_of("write_second_touch")
+        self._saved = RecentNames()  # a block that is saved again was used again
+        self._reused = RecentNames(ttl_s=_REUSE_S)  # and has gone to the tiers that wait for that
+        self._counts = Counts()
+        self._is_closed = False
+        self._connect_evictions(tiers)
+        self._writer = BlockWriter(self._tiers, self._config)
+        self._loader = Loader(
+            *(self._tiers, self._policies, self._writer, self._counts),
+            *(self._found_again, self._config),
+        )
+
+    def deadline(self) -> float:
+        """Until when a request that begins now waits for the tiers, on `time.monotonic`."""
+        return time.monotonic() + self._config.load_timeout_s
+
+    def contains_many(
+        self, keys: Sequence[BlockKey], deadline: float | None = None
+    ) -> list[str | None]:
+        """For each key the name of the fastest tier that says it holds it, or None."""
+        deadline = self.deadline() if deadline is None else deadline
+        found: list[str | None] = [None] * len(keys)
+        for tier in self._tiers:
+            missing = [i for i, name in enumerate(found) if name is None]
+            if not missing:
+                break
+            answers = tier.contains_many([keys[i].name for i in missing], deadline)
+            for i, is_there in zip(missing, answers or (), strict=False):
+                if is_there:
+                    found[i] = tier.name
+        return found
+
+    def load_many(
+        self, keys: Sequence[BlockKey], target: BlockTarget, deadline: float | None = None
+    ) -> list[str | None]:
+        """Restore blocks, each from the fastest tier that has it right.
+
+        Args:
+            keys: What the records must agree with.
+            target: Gets the blocks, by their index among `keys`; of a miss, garbage.
+            deadline: What is not there by then is a miss; default see `StoreConfig`.
+
+        Returns:
+            For each the tier's name, or None: a miss, which does not stop the rest.
+        """
+        deadline = self.deadline() if deadline is None else deadline
+        return self._loader.load_many(keys, target, deadline)
+
+    def save(
+        self,
+        key: BlockKey,
+        source: BlockSource,
+        done: Callable[[], None] = noop,
+        *,
+        priority: int = 0,
+        is_reuse: bool = False,
+    ) -> bool:
+        """Hand a block to the background writer; never waits.
+
+        Args:
+            key: What the block is.
+            source: The block, which must stay alive and unchanged until `done()`.
+            done: Called once, from this or the writer's thread, when the block is no longer read.
+            priority: Of its record in the tiers, -8 to 7.
+            is_reuse: `touch` asked for it.
+
+        Returns:
+            False if the queue was full or closed: the block is dropped, and counted.
+
+        Raises:
+            ValueError: If the block has another size than the key's; `done` is not called.
+        """
+        if source.num_bytes != key.layout.block_bytes:
+            raise ValueError(
+                f"source: expected {key.layout.block_bytes} bytes, got {source.num_bytes}"
+            )
+        numbers = self._write_through
+        if self._second_touch:
+            was_saved = not self._saved.add([key.name])[0]
+            if is_reuse or was_saved:
+                self._reused.add([key.name])
+                numbers = tuple(sorted(numbers + self._second_touch))
+        if not numbers:  # no tier wants it yet
+            done()
+            return True
+        is_taken = self._writer.offer(WriteJob(key, source, numbers, priority, done))
+        if is_taken:
+            self._counts.add(num_saved=1)
+        else:
+            self._counts.add(num_dropped=1)
+            done()
+        return is_taken
+
+    def touch(self, keys: Sequence[BlockKey]) -> list[int]:
+        """Blocks were used again that did not have to be loaded.
+
+        Returns:
+            Which of them a tier now wants that no faster tier can give: to be saved, as a reuse.
+        """
+        if not self._second_touch:
+            return []
+        is_new = self._reused.add([key.name for key in keys])
+        fresh = [i for i, is_first in enumerate(is_new) if is_first]
+        if self._second_touch[0] == 0:
+            return fresh
+        self._hand_down([keys[i] for i in fresh], 0)
+        return []
+
+    def pin_many(self, keys: Sequence[BlockKey], is_pinned: bool = True) -> list[list[str]]:
+        """Keep records from eviction and expiry, or no longer.
+
+        Returns:
+            For each the names of the tiers that hold it and did so.
+        """
+        names = [key.name for key in keys]
+        answers = [tier.pin_many(names, is_pinned) for tier in self._tiers]
+        return [
+            [tier.name for tier, did in zip(self._tiers, column, strict=True) if did]
+            for column in zip(*answers, strict=True)
+        ] or [[] for _ in keys]
+
+    def delete_identity(self, identity: bytes) -> list[str]:
+        """Forget every record of an identity, see `stored_identity`.
+
+        Returns:
+            The names of the tiers that could not.
+        """
+        return [tier.name for tier in self._tiers if not tier.delete_identity(identity)]
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until all that was saved is written or given up; False if that takes longer."""
+        return self._writer.flush(timeout_s)
+
+    def wait_blocks(self, timeout_s: float) -> bool:
+        """Wait until no saved block is read any more; False if that takes longer."""
+        return self._writer.wait_blocks(timeout_s)
+
+    def stats(self) -> StoreStats:
+        """What it has done."""
+        entries, num_bytes = self._writer.sizes()
+        return StoreStats(
+            tiers=tuple(tier.use() for tier in self._tiers),
+            queue_entries=entries,
+            queue_bytes=num_bytes,
+            **self._counts.as_dict(),
+        )
+
+    def tier_stats(self) -> dict[str, TierStats | None]:
+        """What each tier holds, by name; None where it gave no answer."""
+        return {tier.name: tier.stats() for tier in self._tiers}
+
+    def check(self, fix: bool = False) -> list[str]:
+        """Recount the queues and every tier; what does not add up, in words."""
+        problems = [problem for tier in self._tiers for problem in tier.check(fix)]
+        return self._writer.check() + problems
+
+    def sweep(self) -> dict[str, Swept]:
+        """Give back what expired or was left behind; by tier name."""
+        return {tier.name: tier.sweep() for tier in self._tiers}
+
+    def close(self) -> None:
+        """Write what is queued, for at most `close_timeout_s`, and close the tiers."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._counts.add(num_dropped=self._writer.close())
+        for tier in self._tiers:
+            tier.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- policies ----------------------------------------------------------------------------
+
+    def _numbers_of(self, write: str) -> tuple[int, ...]:
+        return tuple(i for i, policy in enumerate(self._policies) if policy.write == write)
+
+    def _found_again(self, key: BlockKey, number: int) -> None:
+        """A record of a tier was used: those behind may wait for that."""
+        if self._second_touch and self._reused.add([key.name])[0]:
+            self._hand_down([key], number)
+
+    def _hand_down(self, keys: Sequence[BlockKey], number: int) -> None:
+        """Queue records that this tier or a faster one holds, for those that wait for a reuse."""
+        for slower in self._second_touch:
+            if slower > number:
+                for key in keys:
+                    job = TierJob(key.name, key.layout.max_record_bytes)
+                    self._writer.hand_on(slower, job)
+
+    def _connect_evictions(self, tiers: Sequence[Tier]) -> None:
+        """Have the tiers tell what they evict."""
+        tells = [tier.on_evict(partial(self._evicted, i)) for i, tier in enumerate(tiers)]
+        for number in self._numbers_of("write_back"):
+            if number == 0 or not tells[number - 1]:
+                raise ConfigError(
+                    f"policies: {tiers[number].name}: expected a tier before it that tells what it"
+                    f" evicts, for write_back; got {tiers[number - 1].name if number else None}"
+                )
+
+    def _evicted(self, number: int, name: RecordName, priority: int, record: np.ndarray) -> None:
+        """A tier gives a record up; its bytes are lent for this call."""
+        if number + 1 < len(self._policies) and self._policies[number + 1].write == "write_back":
+            job = TierJob(name, record.nbytes, priority, record.copy())
+            self._writer.hand_on(number + 1, job)
+        self._writer.rescue(number, name, record)

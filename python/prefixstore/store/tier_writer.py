@@ -1,0 +1,213 @@
+"""Writes records into one of the slower tiers, in a thread of its own.
+
+Nobody waits for it, and it holds no block and, as a rule, no record: what is queued is a name, and
+when its turn comes the record is read from a faster tier, which keeps it anyhow. If that tier gives
+it up before, it hands the bytes over (`rescue`), as far as there is room for them; one that is gone
+all the same is dropped, and counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from prefixstore.block_key import RecordName
+from prefixstore.store.config import StoreConfig
+from prefixstore.store.guarded_tier import GuardedTier
+from prefixstore.tiers.base import PAGE_BYTES, page_aligned, round_up
+
+logger = logging.getLogger(__name__)
+
+BATCH_BYTES = 16 << 20  # of records that are written together
+_MAX_BATCH = 256
+
+
+@dataclass(eq=False)
+class TierJob:
+    """A record on its way into a tier.
+
+    Attributes:
+        name: What it is called.
+        max_bytes: It is no longer than that.
+        priority: Of the record.
+        record: Its bytes, for as long as it is queued; None where a faster tier keeps them.
+    """
+
+    name: RecordName
+    max_bytes: int
+    priority: int = 0
+    record: np.ndarray | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """What it costs to have it wait."""
+        return 0 if self.record is None else self.record.nbytes
+
+
+class TierWriter:
+    """The bounded queue before a tier, and the thread that empties it.
+
+    Args:
+        tier: Where records go.
+        faster: Where they are read from, fastest first.
+        config: Bounds of the queue, and how long a write may take.
+    """
+
+    def __init__(
+        self, tier: GuardedTier, faster: Sequence[GuardedTier], config: StoreConfig
+    ) -> None:
+        self.tier = tier
+        self._faster = list(faster)
+        self._config = config
+        self._jobs: deque[TierJob] = deque()
+        self._elsewhere: dict[RecordName, TierJob] = {}  # those of them that hold no record
+        self._running: list[TierJob] = []
+        self._held_bytes = 0
+        self._is_closed = False
+        self._changed = threading.Condition()
+        self._pid = os.getpid()  # a fork takes the queue along and leaves the thread behind
+        self._slab = page_aligned(0)
+        self._thread = threading.Thread(
+            target=self._run, name=f"prefixstore-writer-{tier.name}", daemon=True
+        )
+        self._thread.start()
+
+    def offer(self, job: TierJob) -> bool:
+        """Queue a record; False, and counted, where the queue is full or closed."""
+        with self._changed:
+            num_entries = len(self._jobs) + len(self._running)
+            has_room = num_entries < self._config.queue_entries and self._fits(job.held_bytes)
+            if has_room and not self._is_closed and os.getpid() == self._pid:
+                self._jobs.append(job)
+                self._held_bytes += job.held_bytes
+                if job.record is None:
+                    self._elsewhere[job.name] = job
+                self._changed.notify_all()
+                return True
+        self.tier.count_dropped(1)
+        return False
+
+    def rescue(self, name: RecordName, record: np.ndarray) -> None:
+        """A faster tier gives a record up: keep it if it is queued. It is lent for this call."""
+        with self._changed:
+            job = self._elsewhere.get(name)
+            if job is not None and self._fits(record.nbytes):
+                job.record = record.copy()
+                self._held_bytes += record.nbytes
+                del self._elsewhere[name]
+
+    def _fits(self, num_bytes: int) -> bool:
+        return self._held_bytes + num_bytes <= self._config.queue_bytes
+
+    def wait_empty(self, deadline: float) -> bool:
+        """Wait until nothing is queued or being written; False once it is past the deadline."""
+        if os.getpid() != self._pid:
+            return False
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: not self._jobs and not self._running,
+                max(0.0, deadline - time.monotonic()),
+            )
+
+    def close(self, deadline: float) -> None:
+        """Write what is queued until the deadline, and drop the rest."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        self.wait_empty(deadline)
+        with self._changed:
+            dropped, self._jobs = self._jobs, deque()
+            self._elsewhere.clear()
+            self._held_bytes -= sum(job.held_bytes for job in dropped)
+            self._changed.notify_all()
+        self.tier.count_dropped(len(dropped))
+        self._thread.join(timeout=1.0)  # only a tier that hangs keeps it; it is a daemon
+
+    def check(self) -> list[str]:
+        """What does not add up, in words."""
+        with self._changed:
+            held_bytes = sum(job.held_bytes for job in [*self._jobs, *self._running])
+            if held_bytes == self._held_bytes:
+                return []
+            return [
+                f"{self.tier.name}: writer: expected {held_bytes} bytes, got {self._held_bytes}"
+            ]
+
+    # ---- in its thread -----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while jobs := self._take():
+            self._write_or_log(jobs)
+            with self._changed:
+                self._running = []
+                self._held_bytes -= sum(job.held_bytes for job in jobs)
+                self._changed.notify_all()
+
+    def _write_or_log(self, jobs: Sequence[TierJob]) -> None:
+        try:
+            self._write(jobs)
+        except Exception as error:  # a bug of a tier must not end the writing
+            logger.exception("tier %s: %d records not written", self.tier.name, len(jobs))
+            self.tier.mark_down(error)
+
+    def _take(self) -> list[TierJob]:
+        """The next batch, waiting for one; empty once the writer is closed and has no more."""
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._jobs) or self._is_closed)
+            jobs: list[TierJob] = []
+            num_bytes = 0
+            while self._jobs and len(jobs) < _MAX_BATCH:
+                num_bytes += round_up(self._jobs[0].max_bytes, PAGE_BYTES)
+                if jobs and num_bytes > BATCH_BYTES:
+                    break
+                jobs.append(self._jobs.popleft())
+                self._elsewhere.pop(jobs[-1].name, None)
+            self._running = jobs
+            return jobs
+
+    def _write(self, jobs: Sequence[TierJob]) -> None:
+        deadline = time.monotonic() + self._config.write_timeout_s
+        answers = self.tier.contains_many([job.name for job in jobs], deadline)
+        if answers is None:
+            self.tier.count_dropped(len(jobs))  # it would not take them either
+            return
+        lacking = [job for job, is_there in zip(jobs, answers, strict=True) if not is_there]
+        self.tier.count_present(len(jobs) - len(lacking))
+        records = self._collect(lacking, deadline)
+        found = [
+            (job, record)
+            for job, record in zip(lacking, records, strict=True)
+            if record is not None
+        ]
+        self.tier.count_dropped(len(lacking) - len(found))
+        if found:
+            self.tier.put_many(
+                [job.name for job, _ in found],
+                [record for _, record in found],
+                [job.priority for job, _ in found],
+                deadline,
+            )
+
+    def _collect(self, jobs: Sequence[TierJob], deadline: float) -> list[np.ndarray | None]:
+        """The bytes of each record, from its job or the fastest tier that has it."""
+        records = [job.record for job in jobs]
+        sizes = [round_up(job.max_bytes, PAGE_BYTES) for job in jobs]
+        ends = np.cumsum(sizes).tolist()
+        if jobs and self._slab.nbytes < ends[-1]:
+            self._slab = page_aligned(ends[-1])
+        for tier in self._faster:
+            wanted = [i for i, record in enumerate(records) if record is None]
+            if not wanted:
+                break
+            rows = [self._slab[ends[i] - sizes[i] : ends[i]] for i in wanted]
+            found = tier.read_many([jobs[i].name for i in wanted], rows, deadline)
+            for i, record in zip(wanted, found, strict=True):
+                records[i] = record
+        return records

@@ -1,0 +1,156 @@
+"""Tiers by URL: `memory://4GiB`, `disk:///var/kv?max_bytes=100GiB&ttl=7d`, `redis://host/0`.
+
+Beside a tier's own options every URL may say `name=` (default its kind) and what goes into it:
+`write=through|second_touch|back|never`, `promote=true|false`, `negative_ttl=1s`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
+
+from prefixstore.errors import ConfigError, StoreError
+from prefixstore.settings import check_known, parse_bytes, parse_seconds, parse_switch, parse_whole
+from prefixstore.store import TierPolicy
+from prefixstore.tiers.base import Tier
+from prefixstore.tiers.disk import DiskTier, DiskTierConfig
+from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
+
+_WRITES = {
+    "through": "write_through",
+    "second_touch": "write_second_touch",
+    "back": "write_back",
+    "never": "never",
+}
+_POLICY_OPTIONS = ("name", "write", "promote", "negative_ttl")
+
+Options = dict[str, str]
+
+
+@dataclass(frozen=True)
+class TierUrl:
+    """A URL taken apart.
+
+    Attributes:
+        parts: As `urlsplit` has them.
+        name: Of the tier.
+        options: Its own ones.
+        policy: What goes into it.
+    """
+
+    parts: SplitResult
+    name: str
+    options: Options
+    policy: TierPolicy
+
+    @property
+    def plain(self) -> str:
+        """The URL without what is not the tier's own."""
+        base = f"{self.parts.scheme}://{self.parts.netloc}{self.parts.path}"
+        return f"{base}?{urlencode(self.options)}" if self.options else base
+
+
+@dataclass(frozen=True)
+class _Kind:
+    name: str
+    open: Callable[[TierUrl], Tier]
+    write: str = "write_through"
+
+
+def open_tiers(urls: Sequence[str]) -> tuple[list[Tier], dict[str, TierPolicy]]:
+    """Open the tiers of these URLs, fastest first, and say what goes into each, by name.
+
+    Raises:
+        ConfigError: If a URL is of no known kind, or has an option that nobody reads or whose
+            value is out of range.
+        TierUnavailable: If a tier of this machine cannot be opened. What lies on others may come
+            later.
+    """
+    parsed = [parse_tier_url(url) for url in urls]
+    tiers: list[Tier] = []
+    try:
+        tiers.extend(_KINDS[url.parts.scheme].open(url) for url in parsed)
+    except StoreError:
+        for tier in tiers:
+            tier.close()
+        raise
+    return tiers, {url.name: url.policy for url in parsed}
+
+
+def parse_tier_url(url: str) -> TierUrl:
+    """Take a URL apart, and check what is common to all kinds.
+
+    Raises:
+        ConfigError: If it is of no known kind, or an option is not as it must be.
+    """
+    parts = urlsplit(url)
+    check_known("tiers: kind", [parts.scheme], _KINDS)
+    kind = _KINDS[parts.scheme]
+    pairs = parse_qsl(parts.query, keep_blank_values=True)
+    options = dict(pairs)
+    if len(options) != len(pairs):
+        raise ConfigError(f"tiers: {kind.name}: expected each option once, got {parts.query!r}")
+    common = {name: options.pop(name) for name in _POLICY_OPTIONS if name in options}
+    write = common.get("write")
+    if write is not None:
+        check_known(f"tiers: {kind.name}: write", [write], _WRITES)
+    policy = TierPolicy(
+        write=_WRITES[write] if write is not None else kind.write,  # type: ignore[arg-type]
+        promote=parse_switch("promote", common.get("promote", True)),
+        negative_ttl_s=parse_seconds("negative_ttl", common.get("negative_ttl", 0)),
+    )
+    return TierUrl(parts, common.get("name", kind.name), options, policy)
+
+
+def _open_memory(url: TierUrl) -> Tier:
+    num_bytes = parse_bytes("memory", url.parts.netloc)
+    return MemoryTier(MemoryTierConfig(num_bytes, **_fields_of(url, _MEMORY)))
+
+
+def _open_disk(url: TierUrl) -> Tier:
+    if url.parts.netloc or not url.parts.path:
+        raise ConfigError(
+            f"tiers: disk: expected an absolute path, disk:///path, got {url.parts.geturl()!r}"
+        )
+    path = Path(unquote(url.parts.path))
+    fields = {"capacity_bytes": _DISK_BYTES, **_fields_of(url, _DISK)}
+    return DiskTier(DiskTierConfig(path, **fields))
+
+
+def _fields_of(url: TierUrl, known: Mapping[str, tuple[str, Callable[..., Any]]]) -> dict[str, Any]:
+    """The fields of a tier's configuration that its options set."""
+    check_known(f"tiers: {url.parts.scheme}: option", url.options, known)
+    fields = {"name": url.name}
+    for name, text in url.options.items():
+        field, parse = known[name]
+        fields[field] = parse(name, text)
+    return fields
+
+
+def _text(name: str, text: str) -> str:
+    return text
+
+
+_DISK_BYTES = 4 << 30
+_MEMORY = {
+    "ttl": ("ttl_s", parse_seconds),
+    "quota_bytes": ("quota_bytes", parse_bytes),
+    "slab_bytes": ("slab_bytes", parse_bytes),
+}
+_DISK = {
+    "max_bytes": ("capacity_bytes", parse_bytes),
+    "slab_bytes": ("slab_bytes", parse_bytes),
+    "ttl": ("ttl_s", parse_seconds),
+    "refresh_ttl": ("refresh_ttl", parse_switch),
+    "quota_bytes": ("quota_bytes", parse_bytes),
+    "timeout": ("timeout_s", parse_seconds),
+    "io": ("io", _text),
+    "threads": ("num_threads", parse_whole),
+}
+_KINDS = {
+    "memory": _Kind("memory", _open_memory),
+    "disk": _Kind("disk", _open_disk),
+}

@@ -1,0 +1,157 @@
+"""Opening a disk tier's directory: who else is there, and bringing index and slabs into line."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prefixstore.errors import TierTimeout, TierUnavailable
+from prefixstore.tiers import disk_schema, disk_slabs, disk_slots
+from prefixstore.tiers.disk_clock import Clock, open_clock
+from prefixstore.tiers.disk_config import DiskTierConfig
+from prefixstore.tiers.disk_files import SlabFiles
+from prefixstore.tiers.disk_index import SlotIndex
+from prefixstore.tiers.disk_sql import Connection, IndexDamaged
+from prefixstore.tiers.disk_transfers import Transfers
+
+logger = logging.getLogger(__name__)
+
+QUICK_CHECK = "SELECT quick_check FROM pragma_quick_check WHERE quick_check != 'ok'"
+
+
+class Directory:
+    """A tier's directory, and the lock that tells whether others have it open.
+
+    Raises:
+        TierUnavailable: If it cannot be made or written.
+    """
+
+    def __init__(self, config: DiskTierConfig) -> None:
+        self._config = config
+        self._lock_fd = -1
+        with self._errors():
+            config.path.mkdir(parents=True, exist_ok=True)
+            self._lock_fd = os.open(config.path / "tier.lock", os.O_RDWR | os.O_CREAT, 0o644)
+
+    def open_index(self, files: SlabFiles, transfers: Transfers, clock: Clock | None) -> SlotIndex:
+        """The index, after mending it where nobody else has the tier open.
+
+        Args:
+            files: The slabs.
+            transfers: Wipes what was cut off.
+            clock: The tier's time; None for the one of disk_clock.py.
+
+        Raises:
+            TierUnavailable: If the directory cannot be written, holds files of a newer version, or
+                has a damaged or older index that other processes have open.
+            TierTimeout: If another process is mending it for too long.
+        """
+        with self._errors(), self._locked() as is_alone:
+            files.list_slabs()  # refuses a newer version before anything is touched
+            try:
+                return self._open(files, transfers, clock, is_alone)
+            except IndexDamaged as error:
+                if not is_alone:
+                    raise
+                logger.warning(
+                    "%s: rebuilding the index from the slabs: %s", self._config.name, error
+                )
+                self._set_index_aside()
+                return self._open(files, transfers, clock, is_alone)
+
+    def close(self) -> None:
+        """Let others mend it."""
+        fd, self._lock_fd = self._lock_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _open(
+        self, files: SlabFiles, transfers: Transfers, clock: Clock | None, is_alone: bool
+    ) -> SlotIndex:
+        path, config = self._config.path / "index.sqlite", self._config
+        writer = Connection(path, config.name, config.timeout_s)
+        try:
+            if is_alone:
+                _check_pages(writer)
+            disk_schema.prepare(writer, is_alone)
+            with writer.writing() as sql:
+                clock = clock or open_clock(sql)
+                if is_alone:
+                    reconcile(sql, files, transfers, clock())
+                dropped = disk_slabs.shrink(sql, config.capacity_bytes)
+            for slab in dropped:
+                files.remove(slab)
+            reader = Connection(path, config.name, config.timeout_s)
+        except BaseException:
+            writer.close()
+            raise
+        return SlotIndex(reader, writer, config.limits, clock)
+
+    def _set_index_aside(self) -> None:
+        for suffix in ("", "-wal", "-shm"):
+            path = self._config.path / f"index.sqlite{suffix}"
+            if path.exists():
+                path.rename(path.with_name(f"damaged-index.sqlite{suffix}"))
+
+    @contextmanager
+    def _locked(self) -> Iterator[bool]:
+        """True if no other process has the tier open; keeps a shared lock in the end."""
+        deadline = time.monotonic() + self._config.timeout_s
+        is_alone = self._try_lock(fcntl.LOCK_EX)
+        while not is_alone and not self._try_lock(fcntl.LOCK_SH):
+            if time.monotonic() > deadline:
+                where = f"{self._config.name}: {self._config.path}"
+                raise TierTimeout(f"{where}: another process is mending")
+            time.sleep(0.01)
+        yield is_alone
+        fcntl.flock(self._lock_fd, fcntl.LOCK_SH)
+
+    def _try_lock(self, kind: int) -> bool:
+        try:
+            fcntl.flock(self._lock_fd, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            where = f"{self._config.name}: {self._config.path}"
+            raise TierUnavailable(f"{where}: {error.strerror}") from error
+
+
+def reconcile(sql: sqlite3.Connection, files: SlabFiles, transfers: Transfers, now: int) -> None:
+    """Bring index and slabs into line, in one transaction; nobody else has the tier open."""
+    cut_off = disk_slots.take_dead(sql, now + 1, now)
+    errors = transfers.wipe_many([(ref.slab, ref.offset) for ref in cut_off])
+    wiped = [ref for ref, error in zip(cut_off, errors, strict=True) if error is None]
+    disk_slots.release_wiped(sql, wiped)
+    on_disk = {slab.slab_id: slab for slab in files.list_slabs()}
+    for slab in disk_slabs.list_slabs(sql):
+        if on_disk.get(slab.slab_id) == slab:
+            del on_disk[slab.slab_id]
+        else:  # a file of that number but of another shape is read anew below
+            disk_slabs.drop_slab(sql, slab)
+    for slab in on_disk.values():
+        found = files.find_records(slab, range(slab.num_slots))
+        last_used = min(files.modified_ns(slab), now)
+        disk_slabs.insert_slab(sql, slab, last_used)
+        disk_slabs.fill_slab(sql, slab, found, last_used)
+        logger.info("found %d records in %s", len(found), slab.file_name)
+    num_taken_over = disk_schema.take_over_version_1(sql, now)
+    if num_taken_over is not None:
+        logger.info("took over %d records of an index of version 1", num_taken_over)
+
+
+def _check_pages(connection: Connection) -> None:
+    with connection.reading() as sql:
+        problem = sql.execute(QUICK_CHECK).fetchone()
+    if problem is not None:
+        raise IndexDamaged(f"{connection.tier_name}: {connection.path}: {problem[0]}")

@@ -1,0 +1,234 @@
+"""What can be done with slots of the disk tier's index; see disk_index.py for the order of things.
+
+Everything here runs inside a transaction of the index, or is a single look-up.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from prefixstore.block_key import BlockHash, RecordName
+from prefixstore.tiers import disk_slabs
+from prefixstore.tiers.base import Held
+from prefixstore.tiers.disk_files import Slab
+from prefixstore.tiers.disk_schema import LOWEST_PRIORITY, PINNED, READY
+from prefixstore.tiers.disk_sql import IndexDamaged
+
+_MAX_SQL_VALUES = 500
+NOBODY = RecordName(b"", BlockHash(b""))  # the name in a slot that is taken, but not for a record
+_SLOT = "slab_id = ? AND slot = ? AND ticket = ?"
+_IS_IN_TIME = "(expires_at IS NULL OR expires_at > ? OR rank >= 8)"
+
+
+class Place(NamedTuple):
+    """A slot, for as long as its ticket is not raised."""
+
+    slab_id: int
+    slot: int
+    ticket: int
+
+
+class SlotRef(NamedTuple):
+    """A slot as the holder of its ticket sees it."""
+
+    slab: Slab
+    slot: int
+    ticket: int
+    name: RecordName
+    record_bytes: int
+    expires_at: int | None = None
+
+    @property
+    def place(self) -> Place:
+        return Place(self.slab.slab_id, self.slot, self.ticket)
+
+    @property
+    def offset(self) -> int:
+        """In the slab's file."""
+        return self.slot * self.slab.slot_bytes
+
+
+class Mark(NamedTuple):
+    """A use of a record; `expires_at` where that moved its time to live."""
+
+    when: int
+    expires_at: int | None
+
+
+def batches_of_hashes(names: Iterable[RecordName]) -> Iterator[list[BlockHash]]:
+    """As many at a time as a statement takes, each once."""
+    hashes = list({name.block_hash for name in names})
+    for start in range(0, len(hashes), _MAX_SQL_VALUES):
+        yield hashes[start : start + _MAX_SQL_VALUES]
+
+
+def find(sql: sqlite3.Connection, hashes: Sequence[BlockHash], now: int) -> Iterator[SlotRef]:
+    """The records of these hashes that are there, and not past their time."""
+    query = (
+        "SELECT slab_id, slots.slot_bytes, num_slots, slot, ticket, identity, block_hash,"
+        " record_bytes, expires_at FROM slots JOIN slabs USING (slab_id)"
+        f" WHERE state = 2 AND block_hash IN ({','.join('?' * len(hashes))}) AND {_IS_IN_TIME}"
+    )
+    for *slab, slot, ticket, identity, block_hash, size, expires_at in sql.execute(
+        query, (*hashes, now)
+    ):
+        name = RecordName(identity, block_hash)
+        yield SlotRef(Slab(*slab), slot, ticket, name, size, expires_at)
+
+
+def names_among(sql: sqlite3.Connection, hashes: Sequence[BlockHash], now: int) -> set[RecordName]:
+    """`find` for who asks no more than whether they are there: in half the time."""
+    query = (
+        "SELECT identity, block_hash FROM slots WHERE state = 2"
+        f" AND block_hash IN ({','.join('?' * len(hashes))}) AND {_IS_IN_TIME}"
+    )
+    return {RecordName(*row) for row in sql.execute(query, (*hashes, now))}
+
+
+def list_names(sql: sqlite3.Connection, now: int) -> list[tuple[RecordName, int]]:
+    """Name and bytes of every record, in the order of the files."""
+    rows = sql.execute(
+        "SELECT identity, block_hash, record_bytes FROM slots"
+        f" WHERE state = 2 AND {_IS_IN_TIME} ORDER BY slab_id, slot",
+        (now,),
+    )
+    return [(RecordName(*name), num_bytes) for *name, num_bytes in rows]
+
+
+def list_identities(sql: sqlite3.Connection, now: int) -> dict[bytes, Held]:
+    """What there is of each identity."""
+    rows = sql.execute(
+        "SELECT identity, count(*), sum(record_bytes) FROM slots"
+        f" WHERE state = 2 AND {_IS_IN_TIME} GROUP BY identity",
+        (now,),
+    )
+    return {identity: Held(*held) for identity, *held in rows}
+
+
+def ready_among(sql: sqlite3.Connection, names: Iterable[RecordName]) -> set[RecordName]:
+    """Those that have a record, in time or past it."""
+    by_hash = {name.block_hash: name for name in names}
+    ready: set[RecordName] = set()
+    for hashes in batches_of_hashes(by_hash.values()):
+        places = ",".join("?" * len(hashes))
+        query = f"SELECT block_hash FROM slots WHERE state = 2 AND block_hash IN ({places})"
+        ready.update(by_hash[block_hash] for (block_hash,) in sql.execute(query, hashes))
+    return ready
+
+
+def take_free(sql: sqlite3.Connection, slot_bytes: int, num_wanted: int, now: int) -> list[SlotRef]:
+    """So many slots for writing, of those that are free; neighbours where there are.
+
+    Raises:
+        IndexDamaged: If a slot belongs to no slab.
+    """
+    rows = sql.execute(
+        "SELECT slab_id, slots.slot_bytes, num_slots, slot, ticket FROM slots"
+        " LEFT JOIN slabs USING (slab_id) WHERE slots.slot_bytes = ? AND state = 0 LIMIT ?",
+        (slot_bytes, num_wanted),
+    ).fetchall()
+    for slab_id, _, num_slots, *_ in rows:
+        if num_slots is None:
+            raise IndexDamaged(f"expected a free slot in a known slab, got one in {slab_id}")
+    refs = [SlotRef(Slab(*slab), slot, ticket, NOBODY, 0) for *slab, slot, ticket in rows]
+    return take(sql, refs, now)
+
+
+def take_dead(sql: sqlite3.Connection, lease_end: int, now: int) -> list[SlotRef]:
+    """The slots whose writers had their lease before that time and are taken for dead."""
+    refs = []
+    for slot_bytes in disk_slabs.slot_sizes(sql):
+        rows = sql.execute(
+            "SELECT slab_id, slots.slot_bytes, num_slots, slot, ticket FROM slots"
+            " JOIN slabs USING (slab_id)"
+            " WHERE slots.slot_bytes = ? AND state = 1 AND rank = 0 AND slots.last_used < ?",
+            (slot_bytes, lease_end),
+        )
+        refs += [SlotRef(Slab(*slab), slot, ticket, NOBODY, 0) for *slab, slot, ticket in rows]
+    return take(sql, refs, now)
+
+
+def take_identity(sql: sqlite3.Connection, identity: bytes, now: int) -> tuple[list[SlotRef], int]:
+    """The slots where bytes of an identity lie, and how many of them held a record."""
+    rows = sql.execute(
+        "SELECT slab_id, slots.slot_bytes, num_slots, slot, ticket, state FROM slots"
+        " JOIN slabs USING (slab_id) WHERE identity = ? AND state != 1",
+        (identity,),
+    ).fetchall()
+    refs = [SlotRef(Slab(*slab), slot, ticket, NOBODY, 0) for *slab, slot, ticket, _ in rows]
+    return take(sql, refs, now), sum(row[-1] == READY for row in rows)
+
+
+def take(sql: sqlite3.Connection, refs: Sequence[SlotRef], now: int) -> list[SlotRef]:
+    """Hide slots from everybody else, under a new ticket and lease."""
+    sql.executemany(
+        "UPDATE slots SET state = 1, ticket = ticket + 1, rank = 0, last_used = ?,"
+        f" expires_at = NULL, identity = NULL, block_hash = NULL WHERE {_SLOT}",
+        [(now, *ref.place) for ref in refs],
+    )
+    return [ref._replace(ticket=ref.ticket + 1) for ref in refs]
+
+
+def publish(
+    sql: sqlite3.Connection,
+    refs: Sequence[SlotRef],
+    priority: int,
+    now: int,
+    expires_at: int | None,
+) -> set[RecordName]:
+    """Let readers find records; returns them, but for those whose slot was lost."""
+    cursor = sql.executemany(
+        "UPDATE slots SET state = 2, rank = ?, last_used = ?, record_bytes = ?,"
+        f" expires_at = ?, identity = ?, block_hash = ? WHERE {_SLOT} AND state = 1",
+        [(priority, now, ref.record_bytes, expires_at, *ref.name, *ref.place) for ref in refs],
+    )
+    names = {ref.name for ref in refs}
+    return names if cursor.rowcount == len(refs) else ready_among(sql, names)
+
+
+def release_wiped(sql: sqlite3.Connection, refs: Iterable[SlotRef]) -> None:
+    """Free slots where no record lies any more."""
+    sql.executemany(
+        f"UPDATE slots SET state = 0, last_used = 0 WHERE {_SLOT} AND state = 1",
+        [ref.place for ref in refs],
+    )
+
+
+def release_written(sql: sqlite3.Connection, refs: Iterable[SlotRef]) -> None:
+    """Free slots that were written to for nothing; they keep the names of what lies there."""
+    sql.executemany(
+        "UPDATE slots SET state = 0, last_used = 0, identity = ?, block_hash = ?"
+        f" WHERE {_SLOT} AND state = 1",
+        [(*ref.name, *ref.place) for ref in refs],
+    )
+
+
+def set_pinned(sql: sqlite3.Connection, names: Iterable[RecordName], is_pinned: bool) -> None:
+    change, is_due = (PINNED, "rank < 8") if is_pinned else (-PINNED, "rank >= 8")
+    sql.executemany(
+        f"UPDATE slots SET rank = rank + {change} WHERE state = 2 AND block_hash = ? AND {is_due}",
+        [(name.block_hash,) for name in names],
+    )
+
+
+def end_leases(sql: sqlite3.Connection, refs: Iterable[SlotRef]) -> None:
+    """Let the writers count as dead."""
+    sql.executemany(
+        f"UPDATE slots SET last_used = 0 WHERE {_SLOT} AND state = 1", [ref.place for ref in refs]
+    )
+
+
+def mark_used(sql: sqlite3.Connection, marks: Mapping[Place, Mark]) -> None:
+    """Enter when records were used, of those that are still there."""
+    sql.executemany(
+        "UPDATE slots SET last_used = max(last_used, ?), expires_at = ifnull(?, expires_at)"
+        f" WHERE {_SLOT} AND state = 2",
+        [(*mark, *place) for place, mark in marks.items()],
+    )
+    last_used: dict[int, int] = {}
+    for place, mark in marks.items():
+        last_used[place.slab_id] = max(last_used.get(place.slab_id, 0), mark.when)
+    for slab_id, when in last_used.items():
+        disk_slabs.touch_slabs(sql, [slab_id], when, LOWEST_PRIORITY)

@@ -1,0 +1,336 @@
+"""Moves bytes between memory and slabs through a few threads, many records a system call.
+
+    spans      where each record's bytes lie in a slab, and in memory
+    jobs       neighbours in a slab, together at most JOB_BYTES; a long record is cut into several
+    threads    take one job after the other: one preadv or pwritev each
+
+A direct transfer needs whole pages in file and memory. What is page-aligned goes straight from or
+into the caller's memory, but for the last, partial page of each record, which goes through a page
+of the thread's own. All else is copied through the thread's buffer.
+
+A read that hangs in the kernel cannot be called off. So where there is a deadline all is read into
+the threads' own buffers and copied while the caller still waits: after the deadline nothing writes
+to the caller's memory, and a thread that hangs costs its place only. The copy runs while other
+threads read; beside a disk it is lost in the noise. A write that hangs may read
+the caller's memory later, but only into a slot that no reader will be shown.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from prefixstore.errors import TierError, TierTimeout
+from prefixstore.tiers.base import PAGE_BYTES, is_past, page_aligned, round_up, too_late
+from prefixstore.tiers.disk_files import Slab, SlabFiles
+
+_WIPED_AT_ONCE = 1024
+# Few and large requests: with one megabyte each, writing was a tenth slower than with four. But
+# every thread is to have one. In pages this is as many buffers as a system call takes.
+JOB_BYTES = 4 << 20
+_LEAST_JOB_BYTES = 512 << 10
+
+
+class Span(NamedTuple):
+    """Bytes of one slab, and the memory that they come from or go to."""
+
+    slab: Slab
+    offset: int  # in the slab's file
+    data: memoryview  # flat bytes
+
+
+class _Part(NamedTuple):
+    """A span, or a piece of a long one."""
+
+    number: int  # of the span
+    offset: int
+    data: memoryview
+
+
+@dataclass
+class _Job:
+    """Parts of one slab, each on the pages after those of the one before."""
+
+    slab: Slab
+    parts: list[_Part]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    results: list[int | TierError] | None = None  # bytes of each part; None until it is over
+    is_begun: bool = False
+    is_abandoned: bool = False  # nobody waits for it any more
+
+
+_Transfer = Callable[[_Job, list[_Part]], list[int]]
+
+
+class StillWriting(TierTimeout):
+    """The deadline came while the kernel was writing: the slot must not be used yet."""
+
+
+class Transfers:
+    """Reads and writes many spans at once. Thread-safe.
+
+    Args:
+        files: The slabs.
+        tier_name: For messages.
+        num_threads: How many transfers run at once.
+    """
+
+    def __init__(self, files: SlabFiles, tier_name: str, num_threads: int) -> None:
+        self._files = files
+        self._tier_name = tier_name
+        self._num_threads = num_threads
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix=f"{tier_name}-io")
+        self._own = threading.local()
+
+    def read_many(
+        self, spans: Sequence[Span], deadline: float | None = None
+    ) -> list[int | TierError]:
+        """Bytes read of each, fewer where its file is missing or ends; or why it was not read."""
+        transfer = self._read_straight if deadline is None else self._read_through
+        outcomes: list[int | TierError] = [0] * len(spans)
+        for part, result in self._run(spans, transfer, deadline):
+            before = outcomes[part.number]
+            if isinstance(before, int):
+                outcomes[part.number] = before + result if isinstance(result, int) else result
+        return outcomes
+
+    def write_many(
+        self, spans: Sequence[Span], deadline: float | None = None
+    ) -> list[TierError | None]:
+        """For each None, or why it was not written: `StillWriting` before anything else.
+
+        Spans begin on pages; what follows one up to the end of its page is overwritten, too.
+        """
+        outcomes: list[TierError | None] = [None] * len(spans)
+        for part, result in self._run(spans, self._write, deadline):
+            is_news = outcomes[part.number] is None or isinstance(result, StillWriting)
+            if isinstance(result, TierError) and is_news:
+                outcomes[part.number] = result
+        return outcomes
+
+    def wipe_many(self, slots: Sequence[tuple[Slab, int]]) -> list[TierError | None]:
+        """Overwrite the first page of slots, so that no record will be found there again.
+
+        Args:
+            slots: Slab, and where in its file the slot begins. Where nothing lies, none is made.
+        """
+        outcomes: list[TierError | None] = []
+        for start in range(0, len(slots), _WIPED_AT_ONCE):
+            outcomes += self._wipe(slots[start : start + _WIPED_AT_ONCE])
+        return outcomes
+
+    def _wipe(self, slots: Sequence[tuple[Slab, int]]) -> list[TierError | None]:
+        pages = page_aligned(len(slots) * PAGE_BYTES).reshape(-1, PAGE_BYTES)
+        pages[:] = 0
+        spans = [Span(*slot, page.data) for slot, page in zip(slots, pages, strict=True)]
+        outcomes: list[TierError | None] = [None] * len(slots)
+        found = self.read_many(spans)
+        marked = [
+            n for n, page in enumerate(pages) if page.any() or isinstance(found[n], TierError)
+        ]
+        pages[:] = 0
+        errors = self.write_many([spans[number] for number in marked])
+        for number, error in zip(marked, errors, strict=True):
+            outcomes[number] = error
+        return outcomes
+
+    def close(self) -> None:
+        """End the threads, each after what it is doing."""
+        self._threads.shutdown(wait=False)
+
+    # ---- jobs and threads --------------------------------------------------------------------
+
+    def _run(
+        self, spans: Sequence[Span], transfer: _Transfer, deadline: float | None
+    ) -> Iterator[tuple[_Part, int | TierError]]:
+        """Do all, but for what is not begun by the deadline; wait no longer than that."""
+        jobs = list(_cut(spans, self._job_bytes(spans)))
+        waiting = deque(jobs)
+
+        def work() -> None:
+            while not is_past(deadline):
+                try:
+                    job = waiting.popleft()
+                except IndexError:
+                    return
+                self._do(job, transfer)
+
+        if deadline is None and len(jobs) <= 1:
+            work()
+        else:
+            futures = [self._threads.submit(work) for _ in range(min(self._num_threads, len(jobs)))]
+            timeout_s = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+            for future in wait(futures, timeout_s).done:
+                future.result()  # only a bug of ours is raised here
+        for job in jobs:
+            yield from zip(job.parts, self._results(job), strict=True)
+
+    def _job_bytes(self, spans: Sequence[Span]) -> int:
+        total_bytes = sum(round_up(span.data.nbytes, PAGE_BYTES) for span in spans)
+        share = round_up(total_bytes // self._num_threads, PAGE_BYTES)
+        return min(max(share, _LEAST_JOB_BYTES), JOB_BYTES)
+
+    def _do(self, job: _Job, transfer: _Transfer) -> None:
+        with job.lock:
+            if job.is_abandoned:
+                return
+            job.is_begun = True
+        results = _attempt(job, job.parts, transfer)
+        with job.lock:
+            job.results = results
+
+    def _results(self, job: _Job) -> list[int | TierError]:
+        """What the job did; nobody waits for it from now on."""
+        with job.lock:  # a copy into the caller's memory ends first
+            if job.results is not None:
+                return job.results
+            job.is_abandoned = True
+            error = too_late(self._tier_name)
+            if job.is_begun:
+                where = f"{self._tier_name}: {job.slab.file_name}"
+                error = StillWriting(f"{where}: expected an answer before the deadline, got none")
+            return [error] * len(job.parts)
+
+    # ---- transfers ---------------------------------------------------------------------------
+
+    def _read_straight(self, job: _Job, parts: list[_Part]) -> list[int]:
+        """Read into the callers' memory."""
+        if not self._can_go_straight(parts):
+            return self._read_through(job, parts)
+        buffers, last_pages = self._straight_buffers(parts)
+        num_read = self._files.read(job.slab, parts[0].offset, buffers)
+        counts = [_share(part, parts[0].offset, num_read) for part in parts]
+        for part, page, count in zip(parts, last_pages, counts, strict=True):
+            whole = _whole_pages(part.data.nbytes)
+            if count > whole:
+                part.data[whole:count] = page[: count - whole]
+        return counts
+
+    def _read_through(self, job: _Job, parts: list[_Part]) -> list[int]:
+        """Read whole pages into this thread's buffer, and copy while somebody waits for it."""
+        start, end = _pages_of(parts)
+        buffer = self._buffer()
+        num_read = self._files.read(job.slab, start, [buffer[: end - start].data])
+        counts = [_share(part, start, num_read) for part in parts]
+        with job.lock:
+            if not job.is_abandoned:
+                for part, count in zip(parts, counts, strict=True):
+                    begin = part.offset - start
+                    np.copyto(_as_array(part.data)[:count], buffer[begin : begin + count])
+        return counts
+
+    def _write(self, job: _Job, parts: list[_Part]) -> list[int]:
+        if self._can_go_straight(parts):
+            buffers, last_pages = self._straight_buffers(parts)
+            for part, page in zip(parts, last_pages, strict=True):
+                rest = part.data.nbytes % PAGE_BYTES
+                page[:rest] = part.data[part.data.nbytes - rest :]
+                page[rest:] = bytes(PAGE_BYTES - rest)
+        else:
+            start, end = _pages_of(parts)
+            buffer = self._buffer()[: end - start]
+            for part in parts:
+                begin, length = part.offset - start, part.data.nbytes
+                np.copyto(buffer[begin : begin + length], _as_array(part.data))
+                buffer[begin + length : begin + round_up(length, PAGE_BYTES)] = 0
+            buffers = [buffer.data]
+        self._files.write(job.slab, parts[0].offset, buffers)
+        return [part.data.nbytes for part in parts]
+
+    def _can_go_straight(self, parts: list[_Part]) -> bool:
+        if any(part.offset % PAGE_BYTES for part in parts):
+            return False
+        return not self._files.is_direct or not any(
+            _address(part.data) % PAGE_BYTES for part in parts
+        )
+
+    def _straight_buffers(self, parts: list[_Part]) -> tuple[list[memoryview], list[memoryview]]:
+        """What one system call moves, and a page for the last bytes of each part."""
+        own = self._buffer().data
+        pages = [own[i * PAGE_BYTES : (i + 1) * PAGE_BYTES] for i in range(len(parts))]
+        buffers = []
+        for part, page in zip(parts, pages, strict=True):
+            whole = _whole_pages(part.data.nbytes)
+            if whole:
+                buffers.append(part.data[:whole])
+            if whole < part.data.nbytes:
+                buffers.append(page)
+        return buffers, pages
+
+    def _buffer(self) -> np.ndarray:
+        """This thread's own, of `JOB_BYTES`."""
+        if not hasattr(self._own, "buffer"):
+            self._own.buffer = page_aligned(JOB_BYTES)
+        return self._own.buffer
+
+
+def _attempt(job: _Job, parts: list[_Part], transfer: _Transfer) -> list[int | TierError]:
+    """One system call for all; where that fails one for each, so that each has its own outcome."""
+    try:
+        return [*transfer(job, parts)]
+    except TierError as error:
+        if len(parts) == 1:
+            return [error]
+        return [_attempt(job, [part], transfer)[0] for part in parts]
+
+
+def _cut(spans: Sequence[Span], job_bytes: int) -> Iterator[_Job]:
+    """Jobs of that size at most that cover the spans, in the order of the files."""
+    job: _Job | None = None
+    for number in sorted(range(len(spans)), key=lambda n: (spans[n].slab.slab_id, spans[n].offset)):
+        slab = spans[number].slab
+        for part in _pieces(number, spans[number], job_bytes):
+            if job is not None and job.slab == slab and _follows(job.parts, part, job_bytes):
+                job.parts.append(part)
+                continue
+            if job is not None:
+                yield job
+            job = _Job(slab, [part])
+    if job is not None:
+        yield job
+
+
+def _pieces(number: int, span: Span, job_bytes: int) -> Iterator[_Part]:
+    begin, first_page = 0, span.offset // PAGE_BYTES * PAGE_BYTES
+    while begin < max(span.data.nbytes, 1):
+        end = min(first_page + job_bytes - span.offset, span.data.nbytes)
+        yield _Part(number, span.offset + begin, span.data[begin:end])
+        begin, first_page = max(end, 1), first_page + job_bytes
+
+
+def _follows(parts: list[_Part], part: _Part, job_bytes: int) -> bool:
+    """Whether it begins on the page after the last of the parts, and is not too much for a job."""
+    start, end = _pages_of(parts)
+    own_start, own_end = _pages_of([part])
+    return own_start == end and own_end - start <= job_bytes
+
+
+def _pages_of(parts: list[_Part]) -> tuple[int, int]:
+    """Where in the file their first page begins and the last one ends."""
+    last = parts[-1]
+    start = parts[0].offset // PAGE_BYTES * PAGE_BYTES
+    return start, round_up(last.offset + last.data.nbytes, PAGE_BYTES)
+
+
+def _share(part: _Part, start: int, num_bytes: int) -> int:
+    """How much of a part lies in so many bytes from `start` on."""
+    return min(max(num_bytes - (part.offset - start), 0), part.data.nbytes)
+
+
+def _whole_pages(num_bytes: int) -> int:
+    return num_bytes // PAGE_BYTES * PAGE_BYTES
+
+
+def _as_array(data: memoryview) -> np.ndarray:
+    return np.frombuffer(data, np.uint8)
+
+
+def _address(data: memoryview) -> int:
+    return _as_array(data).__array_interface__["data"][0]

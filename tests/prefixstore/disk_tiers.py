@@ -1,0 +1,46 @@
+"""Opens, fills and reads disk tiers, for their tests."""
+
+from pathlib import Path
+
+from sample_blocks import make_payload, make_record
+
+from prefixstore.errors import BlockCorrupted
+from prefixstore.record import BlockKey, decode
+from prefixstore.tiers.disk import DiskTier, DiskTierConfig
+
+CAPACITY = 2 << 20
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.seconds = 1e6
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def open_tier(path: Path, *, clock: Clock | None = None, **settings) -> DiskTier:
+    return DiskTier(DiskTierConfig(path, **{"capacity_bytes": CAPACITY, **settings}), clock)
+
+
+def put(tier: DiskTier, keys: list[BlockKey]) -> None:
+    for key in keys:
+        tier.put(key.name, memoryview(make_record(key)))
+
+
+def count_right(tier: DiskTier, keys: list[BlockKey]) -> int:
+    """How many come back and verify; one that comes back right but is not fails the test."""
+    num_right = 0
+    for key in keys:
+        record, payload = bytearray(key.layout.record_bytes), bytearray(key.layout.payload_bytes)
+        num_read = tier.get(key.name, memoryview(record))
+        if num_read is not None:
+            try:
+                decode(record[:num_read], key, payload)
+            except BlockCorrupted:
+                continue
+            assert payload == make_payload(key).tobytes()
+            num_right += 1
+    return num_right

@@ -1,0 +1,235 @@
+"""The disk tier among processes: killed writers, neighbours, readers and writers overtaken."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from disk_process import KEYS, count_found, count_served, count_writing
+from disk_tiers import count_right, open_tier, put
+from sample_blocks import LAYOUT, make_keys
+
+from prefixstore.errors import TierTimeout, TierUnavailable
+from prefixstore.tiers import disk_slabs
+from prefixstore.tiers.base import Swept
+
+HERE = Path(__file__).resolve().parent
+PROCESS_CAPACITY = 6 << 20  # less than the processes write
+
+
+class DiskProcess:
+    """Starts processes on one directory, one at a time; see disk_process.py."""
+
+    def __init__(self, path: Path, lease_s: float = 60) -> None:
+        python_path = os.pathsep.join([str(HERE), *filter(None, sys.path)])
+        self._forker = subprocess.Popen(
+            [sys.executable, HERE / "disk_process.py", path, str(PROCESS_CAPACITY), str(lease_s)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"},
+        )
+        self._pid = 0
+
+    def start(self, seed: int, seconds: float = 60) -> None:
+        """Returns when it is about to open the tier."""
+        self._forker.stdin.write(f"{seed} {seconds}\n")
+        self._forker.stdin.flush()
+        self._pid = self.read()["pid"]
+
+    def read(self) -> dict[str, int]:
+        return json.loads(self._forker.stdout.readline())
+
+    def kill(self) -> dict[str, int]:
+        os.kill(self._pid, signal.SIGKILL)
+        return self.wait(-signal.SIGKILL)
+
+    def wait(self, exit_code: int = 0) -> dict[str, int]:
+        """The last that it told before its end."""
+        last: dict[str, int] = {}
+        while "exit_code" not in (told := self.read()):
+            last = told
+        assert told["exit_code"] == exit_code
+        return last
+
+    def close(self) -> None:
+        self._forker.communicate(timeout=90)
+        assert self._forker.returncode == 0
+
+
+@pytest.fixture
+def make_process(tmp_path) -> Iterator[Callable[[], DiskProcess]]:
+    processes: list[DiskProcess] = []
+
+    def make(**settings) -> DiskProcess:
+        processes.append(DiskProcess(tmp_path, **settings))
+        return processes[-1]
+
+    yield make
+    for process in processes:
+        process.close()
+
+
+def test_kill_minus_nine_in_the_middle_of_writes(tmp_path, make_process):
+    """50 writers on one directory killed at random moments, and 10 more while they open it.
+
+    Each process mends what the one before left, finds nothing to complain of in it, and reads back
+    rightly all that the index knows; or it fails, and with it the test.
+    """
+    random = np.random.default_rng(0)
+    process = make_process()
+    totals = dict.fromkeys(("kills", "puts", "evictions", "cut_off", "served"), 0)
+    for round_number in range(60):
+        process.start(seed=round_number)
+        if round_number % 6 == 5:
+            time.sleep(random.uniform(0, 0.02))
+            process.kill()
+            continue
+        opened = process.read()
+        assert opened["served"] == opened["found"]
+        time.sleep(random.uniform(0, 0.1))
+        counts = {**opened, **process.kill(), "kills": 1}
+        totals = {name: total + counts.get(name, 0) for name, total in totals.items()}
+    tier = open_tier(tmp_path, capacity_bytes=PROCESS_CAPACITY)
+    assert tier.check() == []
+    assert count_served(tier) == count_found(tier)
+    assert tier.stats().used_bytes <= PROCESS_CAPACITY
+    tier.close()
+    print(totals)
+    # it was writing, evicting and in the middle of a write when the kills came, and kept something
+    assert totals["kills"] == 50 and totals["cut_off"] > 0
+    assert min(totals["puts"], totals["evictions"], totals["served"]) > 50
+
+
+def test_a_writer_killed_beside_others_leaves_them_unharmed(tmp_path, make_process):
+    """The dead one's slots come back when its lease is over."""
+    survivor = open_tier(tmp_path, capacity_bytes=PROCESS_CAPACITY, write_lease_s=0.05)
+    process = make_process()
+    for seed in range(10):
+        process.start(seed)
+        opened = process.read()
+        assert opened["served"] == opened["found"]
+        for key in KEYS[:20]:
+            survivor.delete(key.name)
+            put(survivor, [key])
+        process.kill()
+        assert survivor.check() == []
+        assert count_served(survivor) == count_found(survivor) > 0
+    time.sleep(0.1)
+    for key in (KEYS[0], KEYS[60], KEYS[90]):  # one of each size
+        survivor.delete(key.name)
+        put(survivor, [key])
+    assert count_writing(survivor._index) == 0
+    survivor.close()
+
+
+@pytest.mark.timeout(120)
+def test_a_hundred_kills_of_two_writers_leak_nothing(tmp_path, make_process):
+    """Two processes write to one directory at a time, and one after the other is killed.
+
+    A third has it open all the time, so that nobody mends it: what the dead leave, leases and
+    sweeps have to give back.
+    """
+    random = np.random.default_rng(1)
+    survivor = open_tier(tmp_path, capacity_bytes=PROCESS_CAPACITY, write_lease_s=1)
+    processes = [make_process(lease_s=1) for _ in range(2)]
+    for seed, process in enumerate(processes):
+        process.start(seed)
+        process.read()
+    num_puts = 0
+    for number in range(100):
+        time.sleep(random.uniform(0, 0.05))
+        process = processes[number % 2]
+        num_puts += process.kill().get("puts", 0)
+        process.start(seed=2 + number)
+        process.read()
+    for process in processes:
+        process.kill()
+    assert num_puts > 100
+    assert survivor.check() == []
+    time.sleep(1.1)
+    swept = survivor.sweep()
+    print(swept)
+    assert count_writing(survivor._index) == 0
+    assert survivor.sweep() == Swept()
+    assert survivor.check() == []
+    with survivor._index.frozen() as sql:
+        known = {slab.file_name for slab in disk_slabs.list_slabs(sql)}
+    assert {path.name for path in tmp_path.glob("slab-*")} == known
+    assert sum(path.stat().st_size for path in tmp_path.glob("slab-*")) <= PROCESS_CAPACITY
+    assert count_served(survivor) == count_found(survivor) > 0
+    survivor.close()
+
+
+def test_processes_share_a_directory(tmp_path, make_process):
+    processes = [make_process() for _ in range(3)]
+    for seed, process in enumerate(processes):
+        process.start(seed, seconds=3)
+    for process in processes:
+        counts = process.wait()
+        assert min(counts["puts"], counts["hits"]) > 20 and counts["evictions"] > 0
+    tier = open_tier(tmp_path, capacity_bytes=PROCESS_CAPACITY)
+    assert tier.check() == []
+    assert count_served(tier) == count_found(tier) > 0
+    tier.close()
+
+
+def test_a_reader_overtaken_by_an_eviction_reports_a_miss(tmp_path, monkeypatch):
+    first, second = make_keys(2)
+    reader = open_tier(tmp_path, capacity_bytes=4096)
+    writer = open_tier(tmp_path, capacity_bytes=4096)
+    put(writer, [first])
+    read = reader._files.read
+
+    def slow_read(slab, slot, out):
+        put(writer, [second])  # takes the only slot between look-up and read
+        return read(slab, slot, out)
+
+    monkeypatch.setattr(reader._files, "read", slow_read)
+    assert reader.get(first.name, memoryview(bytearray(LAYOUT.record_bytes))) is None
+    monkeypatch.undo()
+    assert count_right(reader, [second]) == 1
+    reader.close()
+    writer.close()
+
+
+def test_a_writer_past_its_lease_publishes_nothing(tmp_path, monkeypatch):
+    first, second = make_keys(2)
+    settings = {"capacity_bytes": 4096, "write_lease_s": 0.05}
+    slow, fast = open_tier(tmp_path, **settings), open_tier(tmp_path, **settings)
+    write = slow._files.write
+
+    def slow_write(slab, slot, record):
+        write(slab, slot, record)
+        time.sleep(0.1)
+        put(fast, [second])
+
+    monkeypatch.setattr(slow._files, "write", slow_write)
+    with pytest.raises(TierTimeout, match=r"within 0.05 s"):
+        put(slow, [first])
+    assert not fast.contains(first.name)
+    assert count_right(fast, [second]) == 1
+    assert fast.check() == []
+    slow.close()
+    fast.close()
+
+
+def test_refuses_to_work_across_a_fork(tmp_path):
+    tier = open_tier(tmp_path)
+    put(tier, make_keys(1))
+    pid = os.fork()
+    if pid == 0:  # in the child: exit at once, whatever happens
+        try:
+            tier.contains(make_keys(1)[0].name)
+        except TierUnavailable as error:
+            os._exit(0 if "forked" in str(error) else 1)
+        os._exit(2)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert count_right(tier, make_keys(1)) == 1
+    tier.close()

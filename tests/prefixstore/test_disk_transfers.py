@@ -1,0 +1,351 @@
+"""The disk tier's transfers: direct and buffered, many at once, parts of records, deadlines."""
+
+import errno
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from disk_tiers import count_right, open_tier, put
+from sample_blocks import LAYOUT, make_keys, make_record
+
+from prefixstore.block_key import BlockHash, RecordName
+from prefixstore.errors import TierError, TierFull, TierTimeout, TierUnavailable
+from prefixstore.tiers.base import PAGE_BYTES, page_aligned, round_up
+from prefixstore.tiers.disk import DiskTier
+from prefixstore.tiers.disk_transfers import JOB_BYTES
+
+CAPACITY = 256 << 20
+MIB = 1 << 20
+# around a page, around a job, and of several jobs
+SIZES = [1, 4095, 4096, 4097, 70_000, JOB_BYTES, JOB_BYTES + 1, 3 * JOB_BYTES + 17]
+
+
+def make_names(num: int, seed: int = 0) -> list[RecordName]:
+    random = np.random.default_rng(seed)
+    return [RecordName(bytes(16), BlockHash(random.bytes(16))) for _ in range(num)]
+
+
+def make_bytes(num_bytes: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, num_bytes, dtype=np.uint8)
+
+
+def aligned(num_bytes: int) -> np.ndarray:
+    return page_aligned(num_bytes)[:num_bytes]
+
+
+def crooked(num_bytes: int) -> np.ndarray:
+    """Memory that begins at an odd address."""
+    return page_aligned(num_bytes + 1)[1 : num_bytes + 1]
+
+
+def copy_to(make: Callable[[int], np.ndarray], data: np.ndarray) -> memoryview:
+    memory = make(data.size)
+    memory[:] = data
+    return memory.data
+
+
+def get_all(
+    tier: DiskTier, names: list[RecordName], num_bytes: int, deadline: float | None = None
+) -> list[bytes | TierError | None]:
+    outs = [page_aligned(round_up(num_bytes, PAGE_BYTES)) for _ in names]
+    outcomes = tier.get_many(names, [out.data for out in outs], deadline=deadline)
+    return [
+        out[:outcome].tobytes() if isinstance(outcome, int) else outcome
+        for out, outcome in zip(outs, outcomes, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("deadline_s", [None, 60])
+@pytest.mark.parametrize("make_out", [aligned, crooked])
+@pytest.mark.parametrize("make_in", [aligned, crooked])
+@pytest.mark.parametrize("io", ["auto", "buffered"])
+def test_any_memory_will_do(tmp_path, io, make_in, make_out, deadline_s):
+    tier = open_tier(tmp_path, capacity_bytes=CAPACITY, io=io)
+    names = make_names(2 * len(SIZES))
+    records = [make_bytes(size, seed) for seed, size in enumerate(SIZES + SIZES[::-1])]
+    views = [copy_to(make_in, record) for record in records]
+    deadline = None if deadline_s is None else time.monotonic() + deadline_s
+    assert tier.put_many(names, views, deadline=deadline) == [None] * len(names)
+    memory = [make_out(record.size + 5000) for record in records]
+    for out in memory:
+        out[:] = 0xEE
+    outcomes = tier.get_many(names, [out.data for out in memory], deadline=deadline)
+    assert outcomes == [record.size for record in records]
+    for record, out in zip(records, memory, strict=True):
+        assert np.array_equal(out[: record.size], record)
+        assert (out[record.size :] == 0xEE).all()  # nothing behind the record is touched
+    tier.close()
+
+
+@pytest.mark.parametrize("make_out", [aligned, crooked])
+@pytest.mark.parametrize("io", ["auto", "buffered"])
+def test_reads_parts_of_records(tmp_path, io, make_out):
+    random = np.random.default_rng(0)
+    tier = open_tier(tmp_path, capacity_bytes=CAPACITY, io=io)
+    names = make_names(len(SIZES))
+    records = [make_bytes(size, seed) for seed, size in enumerate(SIZES)]
+    assert not any(tier.put_many(names, [record.data for record in records]))
+    numbers = random.integers(0, len(SIZES), 100)
+    starts = [int(random.integers(0, SIZES[n] + 1)) for n in numbers]
+    outs = [make_out(int(random.integers(1, 200_000))) for _ in numbers]
+    outcomes = tier.get_many(
+        [names[n] for n in numbers], [out.data for out in outs], offsets=starts
+    )
+    for n, start, out, outcome in zip(numbers, starts, outs, outcomes, strict=True):
+        expected = records[n][start : start + out.size]  # what lies past the record is not there
+        assert outcome == expected.size
+        assert np.array_equal(out[:outcome], expected)
+    tier.close()
+
+
+def test_direct_and_buffered_tiers_on_one_directory_agree(tmp_path):
+    """With few slots, so that each is written both ways, and read both ways afterwards."""
+    random = np.random.default_rng(0)
+    settings = {"capacity_bytes": 8 * 3 * PAGE_BYTES, "slab_bytes": 8 * 3 * PAGE_BYTES}
+    tiers = [open_tier(tmp_path, io=io, **settings) for io in ("auto", "buffered")]
+    if not tiers[0]._files.is_direct:
+        pytest.skip("the file system takes no direct transfers")
+    names = make_names(16)
+    records = [make_bytes(10_000 + seed, seed) for seed in range(16)]
+    num_hits = 0
+    for _ in range(300):
+        n, tier = random.integers(16), tiers[random.integers(2)]
+        tier.put(names[n], records[n].data)
+        for reader in tiers:
+            (found,) = get_all(reader, [names[n]], 12_000)
+            assert found == records[n].tobytes()
+        if random.integers(4) == 0:
+            tier.delete(names[n])
+        found_now = zip(get_all(tiers[random.integers(2)], names, 12_000), records, strict=True)
+        for found, record in found_now:
+            assert found is None or found == record.tobytes()
+            num_hits += found is not None
+    assert num_hits > 300 and tiers[0].stats().num_evictions > 10
+    assert tiers[0]._files.is_direct and not tiers[1]._files.is_direct
+    for tier in tiers:
+        tier.close()
+
+
+def refuse_to_open(monkeypatch) -> None:
+    open_file = os.open
+
+    def refusing(path, flags, *arguments):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return open_file(path, flags, *arguments)
+
+    monkeypatch.setattr(os, "open", refusing)
+
+
+def refuse_to_write(monkeypatch) -> None:
+    write = os.pwritev
+
+    def refusing(fd, *arguments):
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return write(fd, *arguments)
+
+    monkeypatch.setattr(os, "pwritev", refusing)
+
+
+@pytest.mark.parametrize("refuse", [refuse_to_open, refuse_to_write])
+def test_a_file_system_without_direct_transfers_is_used_through_the_page_cache(
+    tmp_path, monkeypatch, caplog, refuse
+):
+    refuse(monkeypatch)
+    keys = make_keys(30)
+    tier = open_tier(tmp_path / "auto", slab_bytes=4 * PAGE_BYTES)
+    put(tier, keys)
+    assert count_right(tier, keys) == 30
+    assert tier.check() == []
+    assert not tier._files.is_direct
+    assert caplog.text.count("no direct transfers here") == 1
+    tier.close()
+    tier = open_tier(tmp_path / "direct", io="direct")
+    with pytest.raises(TierUnavailable, match="Invalid argument"):
+        put(tier, keys)
+    tier.close()
+
+
+def test_a_batch_takes_a_few_statements(tmp_path):
+    """Two look-ups for a batch that is read, two transactions for one that is written."""
+    tier = open_tier(tmp_path)
+    names = make_names(100)
+    statements: list[str] = []
+    for connection in (tier._index._reader, tier._index._writer):
+        connection._sql.set_trace_callback(statements.append)
+    assert not any(tier.put_many(names, [make_bytes(3000, n).data for n in range(100)]))
+    assert sum(s.startswith("BEGIN") for s in statements) == 2
+    looked_up = [s for s in statements if s.startswith("SELECT") and "block_hash IN" in s]
+    assert len(looked_up) == 2  # before, and whether another writer was faster
+    statements.clear()
+    get_all(tier, names, 3000)
+    assert [s.partition(" ")[0] for s in statements] == ["SELECT"] * 2
+    statements.clear()
+    assert all(tier.delete_many(names))
+    assert sum(s.startswith("BEGIN") for s in statements) == 2
+    tier.close()
+
+
+def test_neighbours_move_in_one_system_call(tmp_path, monkeypatch):
+    tier = open_tier(tmp_path, slab_bytes=1 << 20)
+    names = make_names(100)
+    calls: list[int] = []
+    for name in ("preadv", "pwritev"):
+        call = getattr(os, name)
+
+        def counting(fd, buffers, offset, call=call):
+            calls.append(offset)
+            return call(fd, buffers, offset)
+
+        monkeypatch.setattr(os, name, counting)
+    assert not any(tier.put_many(names, [make_bytes(3000, n).data for n in range(100)]))
+    assert None not in get_all(tier, names, 3000)
+    assert calls == [0, 0]
+    tier.close()
+
+
+def test_moves_as_many_records_a_call_as_the_kernel_takes(tmp_path):
+    num_records = 4 * JOB_BYTES // PAGE_BYTES
+    tier = open_tier(tmp_path, capacity_bytes=4 * JOB_BYTES, slab_bytes=4 * JOB_BYTES)
+    names = make_names(num_records)
+    records = make_bytes(num_records * 3000, 0).reshape(num_records, 3000)
+    assert not any(tier.put_many(names, [record.data for record in records]))
+    assert get_all(tier, names, 3000) == [record.tobytes() for record in records]
+    tier.close()
+
+
+def test_a_record_may_come_twice_in_a_batch(tmp_path):
+    tier = open_tier(tmp_path)
+    (name,) = make_names(1)
+    first, second = make_bytes(3000, 0), make_bytes(3000, 1)
+    assert tier.put_many([name, name], [first.data, second.data]) == [None, None]
+    assert get_all(tier, [name, name], 3000) == [first.tobytes()] * 2
+    assert tier.stats().num_puts == 1
+    tier.close()
+
+
+def test_what_has_no_room_does_not_keep_the_rest_of_a_batch_out(tmp_path):
+    tier = open_tier(tmp_path, capacity_bytes=8 * PAGE_BYTES, slab_bytes=8 * PAGE_BYTES)
+    names = make_names(13)
+    records = [make_bytes(3000, n).data for n in range(12)]
+    outcomes = tier.put_many(names, [*records, make_bytes(9 * PAGE_BYTES, 12).data])
+    assert outcomes[:8] == [None] * 8
+    assert all(isinstance(outcome, TierFull) for outcome in outcomes[8:])
+    assert tier.contains_many(names) == [True] * 8 + [False] * 5
+    tier.close()
+
+
+@pytest.mark.parametrize("call", ["preadv", "pwritev"])
+def test_a_bad_spot_on_the_disk_costs_only_its_own_record(tmp_path, monkeypatch, call):
+    """Though its neighbours were to be moved in the same system call."""
+    tier = open_tier(tmp_path, slab_bytes=20 * PAGE_BYTES)
+    names = make_names(10)
+    records = [make_bytes(3000, n) for n in range(10)]
+    if call == "preadv":
+        assert not any(tier.put_many(names, [record.data for record in records]))
+    transfer = getattr(os, call)
+
+    def failing(fd, buffers, offset):
+        if offset <= 5 * PAGE_BYTES < offset + sum(buffer.nbytes for buffer in buffers):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return transfer(fd, buffers, offset)
+
+    monkeypatch.setattr(os, call, failing)
+    outcomes: list = []
+    if call == "preadv":
+        outcomes = get_all(tier, names, 3000)
+        assert outcomes[:5] == [record.tobytes() for record in records[:5]]
+    else:
+        outcomes = tier.put_many(names, [record.data for record in records])
+        assert outcomes[:5] == [None] * 5
+    assert [isinstance(outcome, TierUnavailable) for outcome in outcomes] == [
+        n == 5 for n in range(10)
+    ]
+    monkeypatch.undo()
+    assert tier.contains_many(names) == [call == "preadv" or n != 5 for n in range(10)]
+    tier.close()
+
+
+def test_nothing_is_begun_after_the_deadline(tmp_path):
+    tier = open_tier(tmp_path)
+    first, second = make_keys(2)
+    put(tier, [first])
+    past = time.monotonic() - 1
+    (outcome,) = get_all(tier, [first.name], LAYOUT.record_bytes, past)
+    assert isinstance(outcome, TierTimeout)
+    (outcome,) = tier.put_many([second.name], [memoryview(make_record(second))], deadline=past)
+    assert isinstance(outcome, TierTimeout)
+    assert not tier.contains(second.name)
+    assert count_right(tier, [first]) == 1
+    tier.close()
+
+
+class Hanging:
+    """A system call that hangs at one offset until it is let go."""
+
+    def __init__(self, monkeypatch, call: str, offset: int) -> None:
+        self._transfer = getattr(os, call)
+        self._offset = offset
+        self.may_go_on = threading.Event()
+        self.is_over = threading.Event()
+        monkeypatch.setattr(os, call, self)
+
+    def __call__(self, fd, buffers, offset):
+        if offset != self._offset:
+            return self._transfer(fd, buffers, offset)
+        assert self.may_go_on.wait(60)
+        try:
+            return self._transfer(fd, buffers, offset)
+        finally:
+            self.is_over.set()
+
+
+def test_a_read_that_hangs_is_left_behind_at_the_deadline(tmp_path, monkeypatch):
+    """And does not write into the caller's memory when it ends at last."""
+    tier = open_tier(tmp_path, slab_bytes=8 << 20, capacity_bytes=16 << 20)
+    names = make_names(4)
+    records = [make_bytes(MIB, n) for n in range(4)]
+    assert not any(tier.put_many(names, [record.data for record in records]))
+    hanging = Hanging(monkeypatch, "preadv", 2 * MIB)
+    outs = [page_aligned(MIB) for _ in names]
+    for out in outs:
+        out[:] = 0xEE
+    started = time.monotonic()
+    outcomes = tier.get_many(names, [out.data for out in outs], deadline=started + 0.3)
+    assert time.monotonic() - started < 5
+    assert isinstance(outcomes.pop(2), TierTimeout)
+    assert outcomes == [MIB] * 3
+    hanging.may_go_on.set()
+    assert hanging.is_over.wait(60)
+    time.sleep(0.1)
+    assert (outs[2] == 0xEE).all()
+    assert get_all(tier, names, MIB) == [record.tobytes() for record in records]
+    tier.close()
+
+
+def test_a_write_that_hangs_is_left_behind_and_never_shown(tmp_path, monkeypatch):
+    settings = {"capacity_bytes": 4 * MIB, "slab_bytes": 4 * MIB}
+    tier = open_tier(tmp_path, write_lease_s=1, **settings)
+    names = make_names(8)
+    records = [make_bytes(MIB, n) for n in range(8)]
+    views = [record.data for record in records]
+    hanging = Hanging(monkeypatch, "pwritev", 2 * MIB)
+    outcomes = tier.put_many(names[:4], views[:4], deadline=time.monotonic() + 0.3)
+    assert isinstance(outcomes.pop(2), TierTimeout)
+    assert outcomes == [None] * 3
+    assert tier.contains_many(names[:4]) == [True, True, False, True]
+    assert not any(tier.put_many(names[4:7], views[4:7]))  # its slot is not used meanwhile
+    hanging.may_go_on.set()
+    assert hanging.is_over.wait(60)
+    assert get_all(tier, names[4:7], MIB) == [view.tobytes() for view in views[4:7]]
+    assert not tier.contains(names[2])
+    time.sleep(1.1)
+    assert tier.sweep().num_orphans == 1
+    assert not tier.put_many(names[7:], views[7:])[0]
+    assert tier.stats().num_records == 4
+    tier.close()

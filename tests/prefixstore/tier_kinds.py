@@ -1,0 +1,63 @@
+"""Every kind of tier, for the tests of what all of them promise."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from sample_blocks import make_record
+
+from prefixstore.block_key import BlockKey
+from prefixstore.tiers.base import Tier
+from prefixstore.tiers.disk import DiskTier, DiskTierConfig
+from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
+
+PAGE = 4096
+SLOT = 4096  # of a LAYOUT record, 3,328 bytes
+LARGE_SLOT = 86016  # of a LARGE_LAYOUT record, 82,240 bytes
+
+MakeTier = Callable[..., Tier]
+
+
+@pytest.fixture
+def open_tiers() -> Iterator[list[Tier]]:
+    """Each tier in it is checked and closed after the test."""
+    tiers: list[Tier] = []
+    yield tiers
+    for tier in tiers:
+        assert tier.check() == []
+        tier.close()
+
+
+@pytest.fixture(params=["memory", "disk"])
+def make_tier(request, tmp_path, open_tiers) -> MakeTier:
+    """Makes a tier of one kind."""
+
+    def make(capacity_bytes: int, slab_bytes: int | None = None, **options) -> Tier:
+        if request.param == "memory":
+            open_tiers.append(MemoryTier(MemoryTierConfig(capacity_bytes, slab_bytes, **options)))
+        else:
+            path = tmp_path / str(len(open_tiers))
+            config = DiskTierConfig(path, capacity_bytes, slab_bytes, **options)
+            open_tiers.append(DiskTier(config))
+        return open_tiers[-1]
+
+    return make
+
+
+def get(tier: Tier, key: BlockKey) -> bytes | None:
+    out = bytearray(b"\xee" * key.layout.record_bytes)
+    num_read = tier.get(key.name, memoryview(out))
+    return None if num_read is None else bytes(out[:num_read])
+
+
+def put(tier: Tier, key: BlockKey) -> None:
+    tier.put(key.name, memoryview(make_record(key)))
+
+
+def put_many(tier: Tier, keys: list[BlockKey], priority: int = 0) -> None:
+    records = [memoryview(make_record(key)) for key in keys]
+    outcomes = tier.put_many([key.name for key in keys], records, priority=priority)
+    assert outcomes == [None] * len(keys)
+
+
+def held(tier: Tier, keys: list[BlockKey]) -> list[bool]:
+    return tier.contains_many([key.name for key in keys])
