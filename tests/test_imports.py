@@ -23,7 +23,8 @@ NAMES = (
     "prefixstore.checksum",
     "prefixstore.block_key",
 )
-NAMES += ("prefixstore.record_header", "prefixstore.index")
+NAMES += ("prefixstore.record_header", "prefixstore.index", "prefixstore.keys")
+PROTECTION = ("prefixstore.protection",)
 RECORD = ("prefixstore.record", "prefixstore.record_layout")
 STORE = ("prefixstore.store",)
 PLANNER = ("prefixstore.residency",)
@@ -54,8 +55,10 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     # `RecordLayout` is only an annotation there.
     NAMES: ("numpy", "_kvkernels", "prefixstore.record_layout"),
     RECORD: ("torch", "numpy", "kvkernels", *NAMES),
+    # The only part that needs `cryptography`, once there is a key.
+    PROTECTION: ("numpy", "cryptography", *NAMES),
     # A tier sees bytes: no tensors, and never the store.
-    ("prefixstore.tiers",): ("numpy", *NAMES),
+    ("prefixstore.tiers",): ("numpy", *NAMES, *PROTECTION),
     STORE: ("numpy", "prefixstore.tiers.base", *NAMES, *RECORD),
     PLANNER: ("numpy",),
     # Beside the cache: what a model's KV depends on, and models to try it with.
@@ -152,6 +155,7 @@ def test_every_rule_is_about_a_module_that_exists(part: tuple[str, ...]) -> None
         ("kvkernels.reference.attention", "from kvkernels.ops import store_kv"),
         ("prefixstore.tiers.disk", "from prefixstore.store import Store"),
         ("prefixstore.tiers.disk", "import torch"),
+        ("prefixstore.tiers.protected", "import cryptography"),
         ("prefixstore.store", "from prefixstore.tiers.disk import DiskTier"),
         ("prefixstore.store", "import prefixstore.cache"),
         ("prefixstore.record", "import transformers"),
@@ -173,6 +177,7 @@ def test_finds_an_import_that_is_not_allowed(module: str, source: str) -> None:
         ("import prefixstore.store", ("triton", "transformers")),
         ("import prefixstore.index", ("torch", "kvkernels")),
         ("import prefixstore.tiers.disk, prefixstore.tiers.memory", ("torch", "kvkernels")),
+        ("import prefixstore.tiers.protected", ("torch", "kvkernels", "cryptography")),
         ("import prefixstore.cli", ("click", "rich", "torch", "transformers")),
     ],
 )

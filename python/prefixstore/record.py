@@ -37,6 +37,7 @@ from prefixstore.record_header import (
     FIXED,
     FIXED_BYTES,
     MAGIC,
+    PROTECTIONS,
     VERSION,
     FixedHeader,
     corrupted,
@@ -239,6 +240,9 @@ def read_header(record: Buffer) -> RecordHeader:
     """
     data = as_bytes("record", record)
     fixed = read_fixed(data)
+    if fixed.flags in PROTECTIONS:
+        what = PROTECTIONS[fixed.flags]
+        raise BlockCorrupted(f"flags: expected a plain record, got one {what} with a key")
     dtype = _DTYPE_NAMES.get(fixed.dtype)
     if dtype is None:
         raise corrupted("dtype", f"one of {list(_DTYPE_NAMES)}", fixed.dtype)

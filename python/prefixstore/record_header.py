@@ -19,6 +19,12 @@ CRC_OFFSET = 80
 FIXED = struct.Struct("<4sHHBBHHHHHHHQ16s16s16sIH10s")
 assert FIXED.size == FIXED_BYTES
 
+# Flags: how a record was protected with a key. It then has a trailer; see protection.py.
+AUTHENTICATED = 1
+SEALED = 2
+PROTECTIONS = {AUTHENTICATED: "authenticated", SEALED: "sealed"}
+TRAILER_BYTES = 88
+
 
 class FixedHeader(NamedTuple):
     """The first 96 bytes, in their order."""
@@ -45,8 +51,9 @@ class FixedHeader(NamedTuple):
 
     @property
     def record_bytes(self) -> int:
-        """Bytes of the whole record."""
-        return self.header_bytes + self.payload_bytes
+        """Bytes of the whole record, its trailer included."""
+        trailer_bytes = TRAILER_BYTES if self.flags in PROTECTIONS else 0
+        return self.header_bytes + self.payload_bytes + trailer_bytes
 
 
 def read_fixed(data: memoryview) -> FixedHeader:
@@ -64,11 +71,16 @@ def read_fixed(data: memoryview) -> FixedHeader:
         raise corrupted("version", f"{VERSION}, the one this reader knows", fixed.version)
     if not FIXED_BYTES <= fixed.header_bytes <= min(data.nbytes, MAX_HEADER_BYTES):
         raise corrupted("header_bytes", f"{FIXED_BYTES} to {data.nbytes}", fixed.header_bytes)
-    crc = crc32c(bytes(4), crc32c(data[:CRC_OFFSET]))
-    crc = crc32c(data[CRC_OFFSET + 4 : fixed.header_bytes], crc)
+    crc = header_crc(data[: fixed.header_bytes])
     if crc != fixed.crc:
         raise corrupted("header checksum", f"{fixed.crc:#010x}", f"{crc:#010x}")
     return fixed
+
+
+def header_crc(header: memoryview) -> int:
+    """CRC-32C of all before the payload, its own field taken as zero."""
+    crc = crc32c(bytes(4), crc32c(header[:CRC_OFFSET]))
+    return crc32c(header[CRC_OFFSET + 4 :], crc)
 
 
 def corrupted(what: str, expected: object, found: object) -> BlockCorrupted:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sample_blocks import LARGE_LAYOUT, LAYOUT, make_keys, make_record
-from tier_kinds import LARGE_SLOT, PAGE, SLOT, get, put
+from tier_kinds import LARGE_SLOT, PAGE, SLOT, get, put, stored_bytes
 
 from prefixstore.errors import BlockCorrupted, ConfigError, TierFull, TierUnavailable
 from prefixstore.tiers.disk import DiskTierConfig
@@ -24,16 +24,18 @@ def test_keeps_what_is_put(make_tier):
     assert get(tier, second) is None
     assert tier.contains(first.name) and not tier.contains(second.name)
     stats = tier.stats()
-    assert (stats.num_records, stats.used_bytes) == (1, LAYOUT.record_bytes)
+    assert (stats.num_records, stats.used_bytes) == (1, stored_bytes(tier, LAYOUT))
     assert (stats.num_hits, stats.num_misses, stats.num_puts) == (1, 2, 1)
-    assert stats.read_bytes == stats.written_bytes == LAYOUT.record_bytes
+    assert stats.read_bytes == stats.written_bytes == stored_bytes(tier, LAYOUT)
 
 
 def test_keeps_the_first_of_two_records_of_one_hash(make_tier):
     tier = make_tier(64 * SLOT)
     (key,) = make_keys(1)
     put(tier, key)
-    tier.put(key.name, memoryview(bytes(LAYOUT.record_bytes)))
+    other = make_record(key)
+    other[-1] ^= 1
+    tier.put(key.name, memoryview(other))
     assert get(tier, key) == make_record(key)
     assert tier.stats().num_puts == 1
 
@@ -108,7 +110,9 @@ def test_refuses_a_buffer_that_is_too_short(make_tier):
     tier = make_tier(8 * SLOT)
     (key,) = make_keys(1)
     put(tier, key)
-    with pytest.raises(BlockCorrupted, match="at most 100 bytes, got 3328"):
+    num_bytes = stored_bytes(tier, LAYOUT)
+    expected = f"at most {100 + num_bytes - LAYOUT.record_bytes} bytes, got {num_bytes}"
+    with pytest.raises(BlockCorrupted, match=expected):
         tier.get(key.name, memoryview(bytearray(100)))
 
 
@@ -160,7 +164,8 @@ def test_random_operations_beside_a_dict(make_tier, seed):
         assert stats.used_bytes <= capacity
         if is_roomy:
             assert stats.num_records == len(model)
-            assert stats.used_bytes == sum(map(len, model.values()))
+            trailers = len(model) * (stored_bytes(tier, LAYOUT) - LAYOUT.record_bytes)
+            assert stats.used_bytes == sum(map(len, model.values())) + trailers
 
 
 def test_threads_only_ever_see_whole_records(make_tier):

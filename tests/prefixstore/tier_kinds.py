@@ -6,13 +6,19 @@ import pytest
 from sample_blocks import make_record
 
 from prefixstore.block_key import BlockKey
+from prefixstore.keys import ProtectionConfig
+from prefixstore.record_header import TRAILER_BYTES
+from prefixstore.record_layout import RecordLayout
 from prefixstore.tiers.base import Tier
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
+from prefixstore.tiers.protected import ProtectedTier
 
 PAGE = 4096
 SLOT = 4096  # of a LAYOUT record, 3,328 bytes
 LARGE_SLOT = 86016  # of a LARGE_LAYOUT record, 82,240 bytes
+
+KEY_NAMES = {"authenticated": "auth_key", "sealed": "seal_key"}
 
 MakeTier = Callable[..., Tier]
 
@@ -27,20 +33,29 @@ def open_tiers() -> Iterator[list[Tier]]:
         tier.close()
 
 
-@pytest.fixture(params=["memory", "disk"])
+@pytest.fixture(params=["memory", "disk", "authenticated memory", "sealed memory", "sealed disk"])
 def make_tier(request, tmp_path, open_tiers) -> MakeTier:
     """Makes a tier of one kind."""
 
     def make(capacity_bytes: int, slab_bytes: int | None = None, **options) -> Tier:
-        if request.param == "memory":
-            open_tiers.append(MemoryTier(MemoryTierConfig(capacity_bytes, slab_bytes, **options)))
+        *protection, medium = request.param.split()
+        tier: Tier
+        if medium == "memory":
+            tier = MemoryTier(MemoryTierConfig(capacity_bytes, slab_bytes, **options))
         else:
             path = tmp_path / str(len(open_tiers))
-            config = DiskTierConfig(path, capacity_bytes, slab_bytes, **options)
-            open_tiers.append(DiskTier(config))
-        return open_tiers[-1]
+            tier = DiskTier(DiskTierConfig(path, capacity_bytes, slab_bytes, **options))
+        if protection:
+            tier = ProtectedTier(tier, ProtectionConfig(**{KEY_NAMES[protection[0]]: bytes(32)}))
+        open_tiers.append(tier)
+        return tier
 
     return make
+
+
+def stored_bytes(tier: Tier, layout: RecordLayout) -> int:
+    """What a record takes in a tier."""
+    return layout.record_bytes + (TRAILER_BYTES if isinstance(tier, ProtectedTier) else 0)
 
 
 def get(tier: Tier, key: BlockKey) -> bytes | None:

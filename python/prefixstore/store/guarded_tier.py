@@ -214,7 +214,11 @@ class GuardedTier:
         written = [r.nbytes for r, error in zip(records, outcomes, strict=True) if error is None]
         if self._absent is not None:
             self._absent.discard(names)
-        self._counts.add(num_written=len(written), written_bytes=sum(written))
+        self._counts.add(
+            num_written=len(written),
+            written_bytes=sum(written),
+            num_corrupted=sum(isinstance(error, BlockCorrupted) for error in outcomes),
+        )
         self._count_errors(outcomes)
         full = [error for error in outcomes if isinstance(error, TierFull)]
         if full or written:

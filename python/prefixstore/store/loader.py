@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from prefixstore.block_key import BlockKey
+from prefixstore.record_header import TRAILER_BYTES
 from prefixstore.store.block_sources import WrittenRecord
 from prefixstore.store.block_targets import BlockTarget, FetchedRecord
 from prefixstore.store.block_writer import BlockWriter
@@ -77,7 +78,8 @@ class Loader:
             with self._tiers[0].lend_many([load.keys[i] for i in indices]) as lent:
                 self._restore(load, 0, indices, lent)  # what comes from there goes nowhere else
             indices = [i for i in indices if load.found[i] is None]
-        row_bytes = max((load.keys[i].layout.max_record_bytes for i in indices), default=1)
+        longest = max((load.keys[i].layout.max_record_bytes for i in indices), default=1)
+        row_bytes = longest + TRAILER_BYTES  # so that protected records are opened where they lie
         num_rows = max(1, BATCH_BYTES // row_bytes)
         for first in range(0, len(indices), num_rows):
             self._load_batch(load, indices[first : first + num_rows], row_bytes)

@@ -15,7 +15,7 @@ class TierUse:
         name: The tier's name.
         num_hits: Verified records.
         num_misses: Look-ups that found nothing usable here, the corrupted and failed ones too.
-        num_corrupted: Records that failed verification; deleted from the tier.
+        num_corrupted: Records that failed verification; deleted from the tier, or not written.
         num_errors: Calls that raised and records that met an error, but for a full tier.
         num_timeouts: Those of them for which time ran out.
         num_full: Records that found no room.

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prefixstore.block_key import RecordName
+from prefixstore.record_header import TRAILER_BYTES
 from prefixstore.store.config import StoreConfig
 from prefixstore.store.guarded_tier import GuardedTier
 from prefixstore.tiers.base import PAGE_BYTES, page_aligned, round_up
@@ -198,7 +199,8 @@ class TierWriter:
     def _collect(self, jobs: Sequence[TierJob], deadline: float) -> list[np.ndarray | None]:
         """The bytes of each record, from its job or the fastest tier that has it."""
         records = [job.record for job in jobs]
-        sizes = [round_up(job.max_bytes, PAGE_BYTES) for job in jobs]
+        # so that protected records are opened where they lie
+        sizes = [round_up(job.max_bytes + TRAILER_BYTES, PAGE_BYTES) for job in jobs]
         ends = np.cumsum(sizes).tolist()
         if jobs and self._slab.nbytes < ends[-1]:
             self._slab = page_aligned(ends[-1])
