@@ -12,6 +12,7 @@ from prefixstore.demo.command import demo
 from prefixstore.errors import StoreError
 from prefixstore.quality.command import quality
 from prefixstore.records.inspect_command import inspect_record
+from prefixstore.records.key_command import make_key
 from prefixstore.records.store_commands import store
 from prefixstore.records.verify_command import verify_store
 
@@ -37,6 +38,7 @@ def kvkernels(verbose: bool) -> None:
 
 kvkernels.add_command(demo)
 kvkernels.add_command(inspect_record)
+kvkernels.add_command(make_key)
 kvkernels.add_command(quality)
 kvkernels.add_command(store)
 kvkernels.add_command(verify_store)

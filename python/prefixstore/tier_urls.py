@@ -1,7 +1,9 @@
 """Tiers by URL: `memory://4GiB`, `disk:///var/kv?max_bytes=100GiB&ttl=7d`, `redis://host/0`.
 
 Beside a tier's own options every URL may say `name=` (default its kind) and what goes into it:
-`write=through|second_touch|back|never`, `promote=true|false`, `negative_ttl=1s`.
+`write=through|second_touch|back|never`, `promote=true|false`, `negative_ttl=1s`; and whose records
+are taken for right: `auth_key=FILE` or `seal_key=FILE`, several with colons between them. Where a
+URL names no key, those of the environment (keys.py) protect every tier but that in memory.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 from prefixstore.errors import ConfigError, StoreError
+from prefixstore.keys import ProtectionConfig, split_paths
 from prefixstore.settings import check_known, parse_bytes, parse_seconds, parse_switch, parse_whole
 from prefixstore.store import TierPolicy
 from prefixstore.tiers.base import Tier
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
+from prefixstore.tiers.protected import ProtectedTier
 
 _WRITES = {
     "through": "write_through",
@@ -25,7 +29,7 @@ _WRITES = {
     "back": "write_back",
     "never": "never",
 }
-_POLICY_OPTIONS = ("name", "write", "promote", "negative_ttl")
+_COMMON_OPTIONS = ("name", "write", "promote", "negative_ttl", "auth_key", "seal_key")
 
 Options = dict[str, str]
 
@@ -39,12 +43,14 @@ class TierUrl:
         name: Of the tier.
         options: Its own ones.
         policy: What goes into it.
+        protection: Whose records it gives; None for everybody's.
     """
 
     parts: SplitResult
     name: str
     options: Options
     policy: TierPolicy
+    protection: ProtectionConfig | None = None
 
     @property
     def plain(self) -> str:
@@ -58,6 +64,7 @@ class _Kind:
     name: str
     open: Callable[[TierUrl], Tier]
     write: str = "write_through"
+    is_shared: bool = True  # whether others can reach what it holds
 
 
 def open_tiers(urls: Sequence[str]) -> tuple[list[Tier], dict[str, TierPolicy]]:
@@ -65,14 +72,17 @@ def open_tiers(urls: Sequence[str]) -> tuple[list[Tier], dict[str, TierPolicy]]:
 
     Raises:
         ConfigError: If a URL is of no known kind, or has an option that nobody reads or whose
-            value is out of range.
+            value is out of range; or a key is not to be had.
         TierUnavailable: If a tier of this machine cannot be opened. What lies on others may come
             later.
     """
     parsed = [parse_tier_url(url) for url in urls]
     tiers: list[Tier] = []
     try:
-        tiers.extend(_KINDS[url.parts.scheme].open(url) for url in parsed)
+        for url in parsed:
+            tiers.append(_KINDS[url.parts.scheme].open(url))
+            if url.protection is not None:
+                tiers[-1] = ProtectedTier(tiers[-1], url.protection)
     except StoreError:
         for tier in tiers:
             tier.close()
@@ -93,7 +103,7 @@ def parse_tier_url(url: str) -> TierUrl:
     options = dict(pairs)
     if len(options) != len(pairs):
         raise ConfigError(f"tiers: {kind.name}: expected each option once, got {parts.query!r}")
-    common = {name: options.pop(name) for name in _POLICY_OPTIONS if name in options}
+    common = {name: options.pop(name) for name in _COMMON_OPTIONS if name in options}
     write = common.get("write")
     if write is not None:
         check_known(f"tiers: {kind.name}: write", [write], _WRITES)
@@ -102,7 +112,13 @@ def parse_tier_url(url: str) -> TierUrl:
         promote=parse_switch("promote", common.get("promote", True)),
         negative_ttl_s=parse_seconds("negative_ttl", common.get("negative_ttl", 0)),
     )
-    return TierUrl(parts, common.get("name", kind.name), options, policy)
+    protection = None
+    if "auth_key" in common or "seal_key" in common:
+        auth, seal = (split_paths(common.get(name, "")) for name in ("auth_key", "seal_key"))
+        protection = ProtectionConfig(auth, seal)
+    elif kind.is_shared:
+        protection = ProtectionConfig.from_environment()
+    return TierUrl(parts, common.get("name", kind.name), options, policy, protection)
 
 
 def _open_memory(url: TierUrl) -> Tier:
@@ -151,6 +167,6 @@ _DISK = {
     "threads": ("num_threads", parse_whole),
 }
 _KINDS = {
-    "memory": _Kind("memory", _open_memory),
+    "memory": _Kind("memory", _open_memory, is_shared=False),
     "disk": _Kind("disk", _open_disk),
 }

@@ -1,1 +1,1 @@
-"""Commands that look at records: `kvkernels inspect` and `kvkernels verify`."""
+"""Commands about records: `kvkernels inspect`, `kvkernels verify` and `kvkernels key`."""

@@ -59,7 +59,7 @@ def _describe_layers(header: RecordHeader) -> list[dict[str, Any]]:
 
 
 def print_record(console: Console, described: dict[str, Any]) -> None:
-    """Print what `describe` gave."""
+    """Print what `describe` gave, and the record's protection beside it."""
     layout = described["layout"]
     tokens = described["tokens"]
     shown = " ".join(map(str, tokens[:_SHOWN_TOKENS]))
@@ -86,6 +86,7 @@ def print_record(console: Console, described: dict[str, Any]) -> None:
             f" {described['payload_bytes']:,}; {ratio:.2f} times smaller than the block",
         ),
         ("tokens", shown + (f" ... {rest} more" if rest > 0 else "")),
+        ("protection", described["protection"]),
         ("checks", described["problem"] or "every byte is as it was written"),
     ):
         table.add_row(name, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from prefixstore.errors import BlockCorrupted, ConfigError
+from prefixstore.protection import RecordKey, protection_of
 from prefixstore.record import read_header
 from prefixstore.records.describe import describe, print_layers, print_record
+from prefixstore.records.opening import KeyNeeded, key_option, plain_record, read_keys
 from prefixstore.records.places import find_record, open_store, read_record
 from prefixstore.tiers.disk import DiskTier
 
@@ -26,24 +29,32 @@ from prefixstore.tiers.disk import DiskTier
 @click.option(
     "--save",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the record's bytes to this file.",
+    help="Write the record's bytes to this file, as the store has them.",
 )
+@key_option
 def inspect_record(
-    record: Path, block: str | None, layers: bool, as_json: bool, save: Path | None
+    record: Path,
+    block: str | None,
+    layers: bool,
+    as_json: bool,
+    save: Path | None,
+    key_files: Sequence[Path],
 ) -> None:
     """Print what RECORD, a file or the directory of a store, says of itself.
 
     Without --block a store's records are listed. Ends with status 1 where a byte of the record is
     not as it was written.
     """
+    keys = read_keys(key_files)
     if record.is_dir() and block is None:
         with open_store(record) as tier:
-            _list_records(tier, as_json)
+            _list_records(tier, as_json, keys)
         return
     data = _read(record, block)
     try:
-        described = describe(data)
-    except BlockCorrupted as error:
+        described = describe(plain_record(data, keys))
+        described["protection"] = str(protection_of(memoryview(data)) or "none")
+    except (BlockCorrupted, KeyNeeded) as error:
         raise ConfigError(f"record: {error}") from None
     if save is not None:
         save.write_bytes(data)
@@ -68,30 +79,29 @@ def _read(record: Path, block: str | None) -> bytes:
         return find_record(tier, block)
 
 
-def _list_records(tier: DiskTier, as_json: bool) -> None:
+def _list_records(tier: DiskTier, as_json: bool, keys: Sequence[RecordKey]) -> None:
     rows: list[dict[str, Any]] = []
     for name, num_bytes in tier.list_records():
         data = read_record(tier, name, num_bytes)
         if data is not None:  # evicted meanwhile
-            rows.append(
-                {"block_hash": name.block_hash.hex(), "bytes": num_bytes} | _summarise(data)
-            )
+            row: dict[str, Any] = {"block_hash": name.block_hash.hex(), "bytes": num_bytes}
+            rows.append(row | _summarise(data, keys))
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for title in ("block hash", "bytes", "codecs", "dtype", "tokens", "group"):
-        table.add_column(title, no_wrap=True)
+    for name in ("block hash", "bytes", "codecs", "dtype", "tokens", "group"):
+        table.add_column(name, no_wrap=True)
     for row in rows:
         table.add_row(row.pop("block_hash"), f"{row.pop('bytes'):,}", *map(str, row.values()))
     Console().print(table)
     click.echo(f"{len(rows)} records")
 
 
-def _summarise(record: bytes) -> dict[str, Any]:
+def _summarise(record: bytes, keys: Sequence[RecordKey]) -> dict[str, Any]:
     try:
-        layout = read_header(record).key.layout
-    except BlockCorrupted as error:
+        layout = read_header(plain_record(record, keys)).key.layout
+    except (BlockCorrupted, KeyNeeded) as error:
         return {"problem": str(error)}
     return {
         "codecs": ", ".join(dict.fromkeys(layout.codecs)),

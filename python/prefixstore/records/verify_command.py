@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from prefixstore.block_key import RecordName
 from prefixstore.errors import BlockCorrupted
+from prefixstore.protection import RecordKey
 from prefixstore.record import verify
+from prefixstore.record_header import read_fixed
+from prefixstore.records.opening import KeyNeeded, key_option, plain_record, read_keys
 from prefixstore.records.places import open_store, read_record
 from prefixstore.tiers.disk import DiskTier
 
@@ -27,6 +31,7 @@ class Verification:
         num_bytes: Their bytes.
         seconds: How long that took.
         num_gone: Records that were evicted before their turn came.
+        num_locked: Records that are protected with a key that was not given: not verified.
         damaged: By block hash, what is wrong.
         problems: What the tier's own books say that does not add up.
         num_deleted: Damaged records that were deleted.
@@ -36,6 +41,7 @@ class Verification:
     num_bytes: int = 0
     seconds: float = 0.0
     num_gone: int = 0
+    num_locked: int = 0
     damaged: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     num_deleted: int = 0
@@ -45,15 +51,17 @@ class Verification:
 @click.argument("store", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--delete", is_flag=True, help="Delete damaged records: they become misses.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
-def verify_store(store: Path, delete: bool, as_json: bool) -> None:
+@key_option
+def verify_store(store: Path, delete: bool, as_json: bool, key_files: Sequence[Path]) -> None:
     """Check every byte of every record in STORE, the directory of a disk tier.
 
     Other processes may serve from it meanwhile. Ends with status 1 where something is wrong, also
-    if it was deleted.
+    if it was deleted. Protected records are verified with their key, and left alone without.
     """
+    keys = read_keys(key_files)
     console = Console(stderr=True)
     with open_store(store) as tier:
-        found = _verify(tier, console, delete)
+        found = _verify(tier, console, delete, keys)
     if as_json:
         click.echo(json.dumps(asdict(found), indent=1))
     else:
@@ -62,7 +70,9 @@ def verify_store(store: Path, delete: bool, as_json: bool) -> None:
         raise SystemExit(1)
 
 
-def _verify(tier: DiskTier, console: Console, delete: bool) -> Verification:
+def _verify(
+    tier: DiskTier, console: Console, delete: bool, keys: Sequence[RecordKey]
+) -> Verification:
     found = Verification()
     started = time.perf_counter()
     records = tier.list_records()
@@ -70,7 +80,7 @@ def _verify(tier: DiskTier, console: Console, delete: bool) -> Verification:
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=sum(num_bytes for _, num_bytes in records))
         for name, num_bytes in records:
-            problem = _check(tier, name, num_bytes, found)
+            problem = _check(tier, name, num_bytes, keys, found)
             if problem is not None:
                 found.damaged[name.block_hash.hex()] = problem
                 found.num_deleted += delete and tier.delete(name)
@@ -80,7 +90,13 @@ def _verify(tier: DiskTier, console: Console, delete: bool) -> Verification:
     return found
 
 
-def _check(tier: DiskTier, name: RecordName, num_bytes: int, found: Verification) -> str | None:
+def _check(
+    tier: DiskTier,
+    name: RecordName,
+    num_bytes: int,
+    keys: Sequence[RecordKey],
+    found: Verification,
+) -> str | None:
     """What is wrong with a record, or None."""
     data = read_record(tier, name, num_bytes)
     if data is None:
@@ -89,14 +105,16 @@ def _check(tier: DiskTier, name: RecordName, num_bytes: int, found: Verification
     found.num_records += 1
     found.num_bytes += len(data)
     try:
-        header = verify(data)
+        fixed = read_fixed(memoryview(data))
+        verify(plain_record(data, keys))
+    except KeyNeeded:
+        found.num_locked += 1
     except BlockCorrupted as error:
         return str(error)
-    if header.key.name != name:
-        got = header.key.name
+    if (fixed.identity, fixed.block_hash) != name:
         return (
             f"name: expected {name.block_hash.hex()} of identity {name.identity.hex()},"
-            f" got {got.block_hash.hex()} of identity {got.identity.hex()}"
+            f" got {fixed.block_hash.hex()} of identity {fixed.identity.hex()}"
         )
     return None
 
@@ -111,3 +129,5 @@ def _print(found: Verification) -> None:
         f"{found.num_records} records, {found.num_bytes:,} bytes, {rate:.1f} GB/s:"
         f" {len(found.damaged)} damaged, {found.num_deleted} deleted"
     )
+    if found.num_locked:
+        click.echo(f"{found.num_locked} protected and not verified: their key is needed (--key)")
