@@ -10,7 +10,7 @@
 Where layers have codecs of their own, a list of them lies between table and padding. Every byte is
 covered by a check, so any one flipped bit is found. docs/record-format.md gives the bytes field by
 field. This guards against accidents, not against an attacker, who can write a record whose checks
-are right.
+are right: that takes a key, see protection.py.
 """
 
 from __future__ import annotations
