@@ -137,12 +137,15 @@ class RecordKey:
         FIXED.pack_into(out, 0, *protected)
         names = name.identity + name.block_hash + fixed.parent_hash
         trailer = out[record.nbytes : record.nbytes + TRAILER_BYTES]
-        _TRAILER.pack_into(trailer, 0, self.protection.key_id, seed, names, bytes(_TAG_BYTES))
+        trailer[: _NAMES.start] = self.protection.key_id + seed
         encryptor = self._cipher(stored, seed).encryptor()
         body = out[FIXED_BYTES : record.nbytes]
+        source = record[FIXED_BYTES:]
         if self.protection.flag == AUTHENTICATED:
-            np.copyto(np.frombuffer(body, np.uint8), np.frombuffer(record, np.uint8)[FIXED_BYTES:])
-        self._feed(encryptor, out[:FIXED_BYTES], trailer[_NAMES], record[FIXED_BYTES:], body)
+            trailer[_NAMES] = names
+            np.copyto(np.frombuffer(body, np.uint8), np.frombuffer(source, np.uint8))
+        # nothing that is to be sealed is in `out` for even a moment
+        self._feed(encryptor, out[:FIXED_BYTES], (names, trailer[_NAMES]), (source, body))
         encryptor.finalize()
         trailer[-_TAG_BYTES:] = encryptor.tag
         _write_crc(out[: fixed.header_bytes])
@@ -167,11 +170,11 @@ class RecordKey:
             raise corrupted("protection", self.protection, found or "a plain record")
         end = data.nbytes - TRAILER_BYTES
         trailer = data[end:]
-        _, seed, _, tag = _TRAILER.unpack_from(trailer)
+        _, seed, names, tag = _TRAILER.unpack_from(trailer)
         stored = RecordName(fixed.identity, BlockHash(fixed.block_hash))
         decryptor = self._cipher(stored, seed, tag).decryptor()
         body = data[FIXED_BYTES:end]
-        self._feed(decryptor, data[:FIXED_BYTES], trailer[_NAMES], body, body)
+        self._feed(decryptor, data[:FIXED_BYTES], (names, trailer[_NAMES]), (body, body))
         try:
             decryptor.finalize()  # compares in constant time
         except _import_cryptography().InvalidTag:
@@ -184,23 +187,16 @@ class RecordKey:
         _write_crc(data[: fixed.header_bytes])
         return RecordName(identity, BlockHash(block_hash)), end
 
-    def _feed(
-        self,
-        cipher: Any,
-        header: memoryview,
-        names: memoryview,
-        source: memoryview,
-        target: memoryview,
-    ) -> None:
-        """Pass a record through a cipher: the fixed header, the names, and all between the two."""
+    def _feed(self, cipher: Any, header: memoryview, *parts: tuple[Any, memoryview]) -> None:
+        """Pass a record through a cipher: the fixed header, then sources and their targets."""
         clear = [header[:CRC_OFFSET], header[CRC_OFFSET + 4 :], self.protection.key_id]
         if self.protection.flag == AUTHENTICATED:
-            clear += [names, source]
+            clear += [source for source, _ in parts]
         for part in clear:
             cipher.authenticate_additional_data(part)
         if self.protection.flag == SEALED:
-            cipher.update_into(names, names)
-            cipher.update_into(source, target)
+            for source, target in parts:
+                cipher.update_into(source, target)
 
     def _cipher(self, stored: RecordName, seed: bytes, tag: bytes | None = None) -> Any:
         """AES-256-GCM with the key of one record."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
 
 import numpy as np
 
@@ -34,8 +33,6 @@ from prefixstore.tiers.base import (
 _BATCH_BYTES = 16 << 20  # of protected records that this tier holds itself, in each thread
 _MAX_STORED_BYTES = (1 << 31) + TRAILER_BYTES
 
-T = TypeVar("T")
-
 
 class ProtectedTier(Tier):
     """Another tier under keys. Owns it: `close` closes it.
@@ -56,7 +53,10 @@ class ProtectedTier(Tier):
     def __init__(self, tier: Tier, config: ProtectionConfig) -> None:
         self._tier = tier
         self._keys = make_record_keys(config)
-        self._scratch = threading.local()
+        # apart: a write that the other tier gave up may still be under way in its medium, and
+        # must find nothing there but protected records
+        self._to_write = _Scratch()
+        self._to_read = _Scratch()
 
     @property
     def name(self) -> str:
@@ -80,7 +80,7 @@ class ProtectedTier(Tier):
         outcomes: list[ReadOutcome] = [None] * len(names)
         for key in self._keys:
             missing = [i for i, outcome in enumerate(outcomes) if outcome is None]
-            read = _Reading(self._tier, key, self._rows, deadline)
+            read = _Reading(self._tier, key, self._to_read, deadline)
             wanted = [names[i] for i in missing], [outs[i] for i in missing]
             if offsets is None:
                 found = read.records(*wanted)
@@ -103,7 +103,7 @@ class ProtectedTier(Tier):
         sizes = [record.nbytes + TRAILER_BYTES for record in records]
         for run in _runs(sizes):
             protected: list[tuple[int, memoryview]] = []
-            for i, row in zip(run, self._rows([sizes[i] for i in run]), strict=True):
+            for i, row in zip(run, self._to_write.rows([sizes[i] for i in run]), strict=True):
                 error = _protect(self._keys[0], names[i], records[i], row)
                 if error is None:
                     protected.append((i, row))
@@ -163,15 +163,22 @@ class ProtectedTier(Tier):
         answers = [call([key.stored_name(name) for name in names]) for key in self._keys]
         return [any(column) for column in zip(*answers, strict=True)]
 
-    def _rows(self, sizes: Sequence[int]) -> list[memoryview]:
-        """Buffers of this thread, each on a page, until the next call."""
+
+class _Scratch(threading.local):
+    """Buffers of each thread."""
+
+    def __init__(self) -> None:
+        self._slab = page_aligned(0)
+
+    def rows(self, sizes: Sequence[int]) -> list[memoryview]:
+        """A buffer of each size, on a page of its own, until the next call."""
         ends = np.cumsum([round_up(size, PAGE_BYTES) for size in sizes]).tolist()
         num_bytes = ends[-1] if ends else 0
-        slab: np.ndarray = getattr(self._scratch, "slab", page_aligned(0))
+        slab = self._slab
         if slab.nbytes < num_bytes:
             slab = page_aligned(num_bytes)
             if num_bytes <= _BATCH_BYTES:
-                self._scratch.slab = slab
+                self._slab = slab
         starts = [0, *ends[:-1]]
         return [slab[start : start + size].data for start, size in zip(starts, sizes, strict=False)]
 
@@ -183,12 +190,12 @@ class _Reading:
         self,
         tier: Tier,
         key: RecordKey,
-        rows: Callable[[Sequence[int]], list[memoryview]],
+        scratch: _Scratch,
         deadline: float | None,
     ) -> None:
         self._tier = tier
         self._key = key
-        self._rows = rows
+        self._scratch = scratch
         self._deadline = deadline
 
     def records(self, names: Sequence[RecordName], outs: Sequence[memoryview]) -> list[ReadOutcome]:
@@ -235,7 +242,7 @@ class _Reading:
     ) -> Iterator[tuple[ReadOutcome, memoryview]]:
         """Records opened in buffers of this thread; each is to be used before the next is asked."""
         for run in _runs(sizes):
-            wanted, rows = [names[i] for i in run], self._rows([sizes[i] for i in run])
+            wanted, rows = [names[i] for i in run], self._scratch.rows([sizes[i] for i in run])
             outcomes = self._fetch(wanted, rows)
             for name, row, outcome in zip(wanted, rows, outcomes, strict=True):
                 yield self._open(name, row, outcome), row
