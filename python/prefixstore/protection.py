@@ -12,10 +12,11 @@ times as fast as BLAKE2b with a key and 7 times as fast as HMAC-SHA256, either o
 restore wait for the processor and not for the disk.
 
 A block's hash is of its tokens and would let anyone confirm a guess of a prompt, so a record is
-kept under a name that only the key can find: keyed digests of its own identity and block hash.
-These stand in the header, so that tiers need not know, and the real names, parent_hash too, in the
-trailer. So records of different keys never meet: who has another key finds nothing, and neither
-uses nor deletes what others wrote.
+kept under a name that only the key can find: its identity as one encrypted block, so that a holder
+can tell which identities a tier holds, and a keyed digest for its block hash. These stand in the
+header, so that tiers need not know; the real names, parent_hash too, are in the trailer. So records
+of different keys never meet: who has another key finds nothing, and neither uses nor deletes what
+others wrote.
 """
 
 from __future__ import annotations
@@ -95,16 +96,28 @@ class RecordKey:
         self.protection = Protection(flag, derive(b"key id")[:KEY_ID_BYTES])
         self._record_root = derive(b"records")
         self._name_root = derive(b"names")
-        self.stored_identity = lru_cache(_KNOWN_IDENTITIES)(self._digest)
+        self._identity_root = derive(b"identities")
+        self.stored_identity = lru_cache(_KNOWN_IDENTITIES)(self._encrypt_identity)
 
     def __repr__(self) -> str:
         return f"RecordKey({self.protection})"
 
     def stored_name(self, name: RecordName) -> RecordName:
         """The name under which a record is kept."""
-        return RecordName(
-            self.stored_identity(name.identity), BlockHash(self._digest(b"".join(name)))
-        )
+        block_hash = blake2b(b"".join(name), key=self._name_root, digest_size=DIGEST_BYTES)
+        return RecordName(self.stored_identity(name.identity), BlockHash(block_hash.digest()))
+
+    def plain_identity(self, stored: bytes) -> bytes:
+        """The identity that is stored as this; of what another key stored, one of nobody."""
+        return self._identity_cipher().decryptor().update(stored)
+
+    def _encrypt_identity(self, identity: bytes) -> bytes:
+        return self._identity_cipher().encryptor().update(identity)
+
+    def _identity_cipher(self) -> Any:
+        """A permutation of 16 bytes: one block of AES and no more, so no mode of operation."""
+        ciphers = _import_cryptography()
+        return ciphers.Cipher(ciphers.AES256(self._identity_root), ciphers.ECB())
 
     def protect(self, name: RecordName, record: memoryview, out: memoryview) -> int:
         """Write the protected form of a record.
@@ -209,9 +222,6 @@ class RecordKey:
         ciphers = _import_cryptography()
         return ciphers.Cipher(ciphers.AES256(key.digest()), ciphers.GCM(_NONCE, tag))
 
-    def _digest(self, what: bytes) -> bytes:
-        return blake2b(what, key=self._name_root, digest_size=DIGEST_BYTES).digest()
-
 
 def make_record_keys(config: ProtectionConfig) -> list[RecordKey]:
     """The keys of a configuration; the first is to write.
@@ -261,6 +271,7 @@ def _write_crc(header: memoryview) -> None:
 class _Ciphers(NamedTuple):
     Cipher: Any
     AES256: Any
+    ECB: Any
     GCM: Any
     InvalidTag: Any
 
@@ -272,10 +283,10 @@ def _import_cryptography() -> _Ciphers:
         from cryptography.exceptions import InvalidTag
         from cryptography.hazmat.primitives.ciphers import Cipher
         from cryptography.hazmat.primitives.ciphers.algorithms import AES256
-        from cryptography.hazmat.primitives.ciphers.modes import GCM
+        from cryptography.hazmat.primitives.ciphers.modes import ECB, GCM
     except ModuleNotFoundError:
         raise ConfigError(
             "auth_key, seal_key: expected cryptography to be installed; run:"
             " pip install 'kvkernels[seal]'"
         ) from None
-    return _Ciphers(Cipher, AES256, GCM, InvalidTag)
+    return _Ciphers(Cipher, AES256, ECB, GCM, InvalidTag)

@@ -255,8 +255,18 @@ def test_keys_change_without_a_miss(below, before, meanwhile, after):
     assert tier.pin_many([key.name for key in keys]) == [True] * 4
     assert tier.delete_many([keys[0].name, keys[2].name]) == [True, True]
     assert held(tier, keys) == [False, True, False, True]
+    assert tier.list_identities()[IDENTITY].num_records == 1
     tier.delete_identity(IDENTITY)
     assert held(tier, keys) == [False] * 4
+    assert below.stats().num_records == 0
+
+
+def test_what_is_listed_under_no_identity_of_ours_can_be_forgotten(below):
+    old, new = (ProtectedTier(below, ProtectionConfig(seal_key=key)) for key in (OLD, NEW))
+    put_many(old, make_keys(2))
+    (identity,) = new.list_identities()
+    assert identity != IDENTITY and list(old.list_identities()) == [IDENTITY]
+    new.delete_identity(identity)
     assert below.stats().num_records == 0
 
 

@@ -8,7 +8,10 @@ import sys
 from collections.abc import Callable
 
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.ciphers.algorithms import AES256
+from cryptography.hazmat.primitives.ciphers.modes import ECB
 from sample_blocks import IDENTITY, LARGE_LAYOUT, LAYOUT, make_keys, make_payload, make_record
 
 from prefixstore import protection
@@ -24,8 +27,8 @@ SECRET = bytes(range(100, 132))
 SMALL_LAYOUT = RecordLayout(1, 1, 1, 16, "float16")
 LAYOUTS = {"smallest": SMALL_LAYOUT, "padding": LAYOUT, "larger": LARGE_LAYOUT}
 DIGESTS = {  # of a small record in each form, where the seed is zeros
-    AUTHENTICATED: "6a60feef309e82799f5041d274ac9e98",
-    SEALED: "1d3d3c7bddf7a1f871fdcfbb38bd4fc7",
+    AUTHENTICATED: "0a6c1793c5db652f140355a8dee02388",
+    SEALED: "ea1ced5e0e5552e3fe6898bc58bdd916",
 }
 HEADER_BITS = 8 * SMALL_LAYOUT.header_bytes
 
@@ -180,9 +183,11 @@ def test_the_document_says_how_to_open_a_record(record_key):
     names = IDENTITY + key.block_hash + key.parent_hash
     assert open_plainly(data, person) == names + bytes(make_record(key))[96:]
     root = hashlib.blake2b(b"names", key=SECRET, digest_size=32, person=person).digest()
-    for start, name in ((32, IDENTITY), (48, IDENTITY + key.block_hash)):
-        stored = hashlib.blake2b(name, key=root, digest_size=16).digest()
-        assert data[start : start + 16] == stored
+    stored = hashlib.blake2b(IDENTITY + key.block_hash, key=root, digest_size=16).digest()
+    assert data[48:64] == stored
+    root = hashlib.blake2b(b"identities", key=SECRET, digest_size=32, person=person).digest()
+    assert data[32:48] == Cipher(AES256(root), ECB()).encryptor().update(IDENTITY)
+    assert record_key.plain_identity(data[32:48]) == IDENTITY
     key_id = hashlib.blake2b(b"key id", key=SECRET, digest_size=32, person=person).digest()[:8]
     assert data[-88:-80] == key_id
 

@@ -5,10 +5,11 @@ import time
 import numpy as np
 import pytest
 from sample_blocks import LARGE_LAYOUT, LAYOUT, make_keys, make_record
-from tier_kinds import SLOT, get, held, put, put_many
+from tier_kinds import SLOT, get, held, put, put_many, stored_bytes
 
 from prefixstore.block_key import chain_keys
 from prefixstore.errors import BlockCorrupted, TierFull, TierTimeout
+from prefixstore.record_header import TRAILER_BYTES
 from prefixstore.tiers.base import Held, Swept
 
 BYTES = LAYOUT.record_bytes
@@ -202,14 +203,15 @@ def test_tells_what_it_holds_of_each_identity(make_tier):
     several = np.concatenate([tokens, tokens])
     mine, other = (chain_keys(LAYOUT, bytes([i] * 16), several) for i in (1, 2))
     put_many(tier, mine + other[:1])
+    num_bytes = stored_bytes(tier, LAYOUT)
     held_by = tier.list_identities()
-    assert held_by == {bytes([1] * 16): Held(2, 2 * BYTES), bytes([2] * 16): Held(1, BYTES)}
+    assert held_by == {bytes([1] * 16): Held(2, 2 * num_bytes), bytes([2] * 16): Held(1, num_bytes)}
     tier.delete_identity(bytes([1] * 16))
-    assert tier.list_identities() == {bytes([2] * 16): Held(1, BYTES)}
+    assert tier.list_identities() == {bytes([2] * 16): Held(1, num_bytes)}
 
 
 def test_an_identity_keeps_to_its_quota(make_tier):
-    tier = make_tier(64 * SLOT, quota_bytes=4 * BYTES)
+    tier = make_tier(64 * SLOT, quota_bytes=4 * (BYTES + TRAILER_BYTES))
     tokens = np.concatenate([key.tokens for key in make_keys(10)])
     mine, other = (chain_keys(LAYOUT, bytes([i] * 16), tokens) for i in (1, 2))
     put_many(tier, other[:3])
@@ -223,4 +225,4 @@ def test_an_identity_keeps_to_its_quota(make_tier):
     (outcome,) = tier.put_many([mine[6].name], [memoryview(make_record(mine[6]))])
     assert isinstance(outcome, TierFull)
     put(tier, other[3])
-    assert tier.list_identities()[mine[0].identity].num_bytes == 4 * BYTES
+    assert tier.list_identities()[mine[0].identity].num_bytes == 4 * stored_bytes(tier, LAYOUT)

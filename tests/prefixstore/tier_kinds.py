@@ -59,7 +59,7 @@ def stored_bytes(tier: Tier, layout: RecordLayout) -> int:
 
 
 def get(tier: Tier, key: BlockKey) -> bytes | None:
-    out = bytearray(b"\xee" * key.layout.record_bytes)
+    out = bytearray(b"\xee" * (key.layout.record_bytes + TRAILER_BYTES))  # as a store does
     num_read = tier.get(key.name, memoryview(out))
     return None if num_read is None else bytes(out[:num_read])
 

@@ -22,6 +22,7 @@ from prefixstore.protection import RecordKey, make_record_keys
 from prefixstore.record_header import FIXED, FIXED_BYTES, TRAILER_BYTES, FixedHeader, corrupted
 from prefixstore.tiers.base import (
     PAGE_BYTES,
+    Held,
     ReadOutcome,
     Swept,
     Tier,
@@ -143,6 +144,15 @@ class ProtectedTier(Tier):
 
     def pin_many(self, names: Sequence[RecordName], is_pinned: bool = True) -> list[bool]:
         return self._any_key(names, lambda stored: self._tier.pin_many(stored, is_pinned))
+
+    def list_identities(self) -> dict[bytes, Held]:
+        """See `Tier.list_identities`; bytes with the trailers.
+
+        What the first key did not write is there under an identity of nobody, which
+        `delete_identity` forgets like any.
+        """
+        held = self._tier.list_identities()
+        return {self._keys[0].plain_identity(stored): held[stored] for stored in held}
 
     def stats(self) -> TierStats:
         return self._tier.stats()
