@@ -7,9 +7,9 @@
 Both are AES-256-GCM, with a key for each record that comes from the secret, the record's name and a
 seed of 16 random bytes: a key is used once, so no limit of nonces matters. What is not encrypted is
 its associated data, so the tag covers every byte but the header's checksum, which is over the bytes
-as they lie there. Authenticating alone is GCM's own MAC: on a processor with instructions for it 13
-times as fast as BLAKE2b with a key and 7 times as fast as HMAC-SHA256, either of which would make a
-restore wait for the processor and not for the disk.
+as they lie there. Authenticating alone is GCM's own MAC: on a processor with instructions for it a
+dozen times as fast as BLAKE2b with a key and six times as fast as HMAC-SHA256, either of which
+would make a restore wait for the processor and not for the disk.
 
 A block's hash is of its tokens and would let anyone confirm a guess of a prompt, so a record is
 kept under a name that only the key can find: its identity as one encrypted block, so that a holder
