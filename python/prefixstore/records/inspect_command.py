@@ -90,8 +90,8 @@ def _list_records(tier: DiskTier, as_json: bool, keys: Sequence[RecordKey]) -> N
         click.echo(json.dumps(rows, indent=1))
         return
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("block hash", "bytes", "codecs", "dtype", "tokens", "group"):
-        table.add_column(name, no_wrap=True)
+    for title in ("block hash", "bytes", "codecs", "dtype", "tokens", "group"):
+        table.add_column(title, no_wrap=True)
     for row in rows:
         table.add_row(row.pop("block_hash"), f"{row.pop('bytes'):,}", *map(str, row.values()))
     Console().print(table)
