@@ -133,7 +133,7 @@ class DiskTier(Tier):
         hidden = self._index.unpublish_many(set(names), deadline)
         self._count(num_deletes=len(hidden))
         self._wipe(hidden.values())
-        return [name in hidden for name in names]
+        return [hidden.pop(name, None) is not None for name in names]
 
     def delete_identity(self, identity: bytes) -> None:
         """Forget every record of an identity: of one model and salt. None is found afterwards.
@@ -155,7 +155,7 @@ class DiskTier(Tier):
         return [name in found for name in names]
 
     def list_identities(self) -> dict[bytes, Held]:
-        return self._index.list_identities()
+        return {identity: Held(*held) for identity, *held in self._index.list_identities()}
 
     def list_records(self) -> list[tuple[RecordName, int]]:
         """Name and bytes of every record there is now, in the order in which they lie."""
@@ -339,7 +339,7 @@ class DiskTier(Tier):
     def _no_room(self, num_bytes: int, priority: int) -> TierFull:
         return TierFull(
             f"{self.name}: expected room for {num_bytes} bytes of priority {priority} within"
-            f" {self._config.capacity_bytes}, and within the identity's quota; what is there is too"
+            f" {self._config.capacity_bytes}, or within its identity's quota; what is there is too"
             " small, pinned, in use or of a higher priority"
         )
 

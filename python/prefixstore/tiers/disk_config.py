@@ -54,10 +54,10 @@ class DiskTierConfig:
         check_bytes("capacity_bytes", self.capacity_bytes, PAGE_BYTES)
         if self.slab_bytes is not None:
             check_bytes("slab_bytes", self.slab_bytes, PAGE_BYTES)
-        if self.ttl_s is not None and not self.ttl_s > 0:
-            raise ConfigError(f"ttl_s: expected more than 0 seconds, got {self.ttl_s!r}")
         if self.quota_bytes is not None:
             check_bytes("quota_bytes", self.quota_bytes, 1)
+        if self.ttl_s is not None and not self.ttl_s > 0:
+            raise ConfigError(f"ttl_s: expected more than 0 seconds, got {self.ttl_s!r}")
         if self.io not in _IO:
             raise ConfigError(f"io: expected one of {', '.join(_IO)}, got {self.io!r}")
         if not isinstance(self.num_threads, int) or self.num_threads < 1:

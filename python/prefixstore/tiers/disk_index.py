@@ -25,10 +25,10 @@ from dataclasses import dataclass, field
 from prefixstore.block_key import RecordName
 from prefixstore.errors import TierError
 from prefixstore.tiers import disk_slabs, disk_slots
-from prefixstore.tiers.base import PAGE_BYTES, Held, round_up
+from prefixstore.tiers.base import PAGE_BYTES, round_up
 from prefixstore.tiers.disk_clock import Clock
 from prefixstore.tiers.disk_files import Slab
-from prefixstore.tiers.disk_room import Demand, keep_quota, take_room
+from prefixstore.tiers.disk_room import Demand, admit, take_room
 from prefixstore.tiers.disk_slabs import Limits
 from prefixstore.tiers.disk_slots import Mark, Place, SlotRef
 from prefixstore.tiers.disk_sql import Connection
@@ -110,8 +110,8 @@ class SlotIndex:
         with self._reader.reading() as sql:
             return disk_slots.list_names(sql, self.now())
 
-    def list_identities(self) -> dict[bytes, Held]:
-        """Records and their bytes, by identity."""
+    def list_identities(self) -> list[tuple[bytes, int, int]]:
+        """Each identity, how many records it has, and their bytes."""
         with self._reader.reading() as sql:
             return disk_slots.list_identities(sql, self.now())
 
@@ -166,10 +166,12 @@ class SlotIndex:
             now = self.now()
             allocation.dead = disk_slots.take_dead(sql, self._lease_end(now), now)
             allocation.num_expired, _ = disk_slabs.expire(sql, now)
-            if self._limits.quota_bytes is not None:
-                refused, allocation.num_evicted = keep_quota(sql, sizes, self._limits.quota_bytes)
-                sizes = {name: size for name, size in sizes.items() if name not in refused}
-            for slot_bytes, names in _by_slot_bytes(sizes).items():
+            admitted, allocation.num_evicted = admit(sql, sizes, self._limits.quota_bytes)
+            names_by_size: dict[int, list[RecordName]] = {}
+            for name in admitted:
+                slot_bytes = round_up(max(sizes[name], 1), PAGE_BYTES)
+                names_by_size.setdefault(slot_bytes, []).append(name)
+            for slot_bytes, names in names_by_size.items():
                 slots = _pop_dead(allocation.dead, slot_bytes, len(names))
                 wanted = Demand(slot_bytes, len(names) - len(slots), priority, now)
                 room = take_room(sql, wanted, self._limits)
@@ -283,14 +285,6 @@ class SlotIndex:
             for place, mark in marks.items():
                 if self._marks.get(place) == mark:
                     del self._marks[place]
-
-
-def _by_slot_bytes(sizes: Mapping[RecordName, int]) -> dict[int, list[RecordName]]:
-    names_by_size: dict[int, list[RecordName]] = {}
-    for name, num_bytes in sizes.items():
-        slot_bytes = round_up(max(num_bytes, 1), PAGE_BYTES)
-        names_by_size.setdefault(slot_bytes, []).append(name)
-    return names_by_size
 
 
 def _pop_dead(dead: list[SlotRef], slot_bytes: int, at_most: int) -> list[SlotRef]:

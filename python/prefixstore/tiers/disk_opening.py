@@ -81,6 +81,8 @@ class Directory:
             disk_schema.prepare(writer, is_alone)
             with writer.writing() as sql:
                 clock = clock or open_clock(sql)
+                if config.quota_bytes is not None:
+                    disk_schema.prepare_quotas(sql)
                 if is_alone:
                     reconcile(sql, files, transfers, clock())
                 dropped = disk_slabs.shrink(sql, config.capacity_bytes)

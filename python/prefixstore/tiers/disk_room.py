@@ -6,6 +6,7 @@ Everything here runs inside a transaction of the index.
 from __future__ import annotations
 
 import sqlite3
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -35,6 +36,36 @@ class Room:
     dropped: list[Slab] = field(default_factory=list)  # their files are to be removed afterwards
 
 
+def admit(
+    sql: sqlite3.Connection, sizes: Mapping[RecordName, int], quota_bytes: int | None
+) -> tuple[list[RecordName], int]:
+    """Those of some new records that their identities' quotas have room for.
+
+    An identity's older records give way for them. Its writes under way elsewhere do not count yet.
+
+    Args:
+        sql: The index.
+        sizes: Bytes of the records, by name.
+        quota_bytes: Of each identity; None for no bound.
+
+    Returns:
+        The names, and how many records gave way.
+    """
+    if quota_bytes is None:
+        return list(sizes), 0
+    admitted, num_evicted = [], 0
+    num_bytes: Counter[bytes] = Counter()  # of what was admitted, by identity
+    for name, size in sizes.items():
+        num_gone = disk_slabs.keep_quota(
+            sql, name.identity, num_bytes[name.identity] + size, quota_bytes
+        )
+        if num_gone is not None:
+            num_bytes[name.identity] += size
+            num_evicted += num_gone
+            admitted.append(name)
+    return admitted, num_evicted
+
+
 def take_room(sql: sqlite3.Connection, wanted: Demand, limits: Limits) -> Room:
     """Take free slots, else those of a new slab, else of records that are worth least.
 
@@ -54,53 +85,6 @@ def take_room(sql: sqlite3.Connection, wanted: Demand, limits: Limits) -> Room:
         room = Room()
     sql.execute("RELEASE before_eviction")
     return room
-
-
-def keep_quota(
-    sql: sqlite3.Connection, sizes: Mapping[RecordName, int], quota_bytes: int
-) -> tuple[set[RecordName], int]:
-    """Let records of an identity give way to its new ones, the least recently used first.
-
-    Pinned records stay. What is being written by others is not counted.
-
-    Returns:
-        The names that do not fit all the same, and how many records went.
-    """
-    refused, num_evicted = set(), 0
-    for identity in {name.identity for name in sizes}:
-        wanted = {name: size for name, size in sizes.items() if name.identity == identity}
-        in_use, pinned = sql.execute(
-            "SELECT ifnull(sum(record_bytes), 0), ifnull(sum(record_bytes * (rank >= 8)), 0)"
-            " FROM slots WHERE state = 2 AND identity = ?",
-            (identity,),
-        ).fetchone()
-        num_bytes = 0
-        for name, size in wanted.items():
-            if pinned + num_bytes + size > quota_bytes:
-                refused.add(name)
-            else:
-                num_bytes += size
-        num_evicted += _evict_own(sql, identity, in_use + num_bytes - quota_bytes)
-    return refused, num_evicted
-
-
-def _evict_own(sql: sqlite3.Connection, identity: bytes, num_bytes: int) -> int:
-    """Evict so many bytes of an identity; returns how many records that were."""
-    if num_bytes <= 0:
-        return 0
-    rows = sql.execute(
-        "SELECT slab_id, slot, record_bytes FROM slots"
-        " WHERE state = 2 AND identity = ? AND rank < 8 ORDER BY last_used",
-        (identity,),
-    )
-    victims = []
-    for slab_id, slot, size in rows:
-        if num_bytes <= 0:
-            break
-        victims.append((slab_id, slot))
-        num_bytes -= size
-    disk_slabs.evict(sql, victims)
-    return len(victims)
 
 
 def _add_slab(sql: sqlite3.Connection, wanted: Demand, limits: Limits) -> bool:

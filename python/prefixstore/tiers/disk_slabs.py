@@ -45,13 +45,33 @@ def expire(sql: sqlite3.Connection, now: int) -> tuple[int, int]:
         " AND rank < 8",
         (now,),
     ).fetchall()
-    evict(sql, [row[:2] for row in rows])
+    sql.executemany(_EVICT, [row[:2] for row in rows])
     return len(rows), sum(row[2] for row in rows)
 
 
-def evict(sql: sqlite3.Connection, places: Iterable[tuple[int, int]]) -> None:
-    """Free the slots of records; they keep the names of what lies there."""
-    sql.executemany(_EVICT, places)
+def keep_quota(
+    sql: sqlite3.Connection, identity: bytes, num_bytes: int, quota_bytes: int
+) -> int | None:
+    """Let an identity's least recently used records give way until so much more fits.
+
+    Returns how many did; None where that is not enough, and then all stay.
+    """
+    query = "SELECT ifnull(sum(record_bytes), 0) FROM slots WHERE state = 2 AND identity = ?"
+    excess_bytes = sql.execute(query, (identity,)).fetchone()[0] + num_bytes - quota_bytes
+    victims = []
+    for slab_id, slot, record_bytes in sql.execute(
+        "SELECT slab_id, slot, record_bytes FROM slots WHERE state = 2 AND identity = ?"
+        " AND rank < 8 ORDER BY last_used",
+        (identity,),
+    ):
+        if excess_bytes <= 0:
+            break
+        victims.append((slab_id, slot))
+        excess_bytes -= record_bytes
+    if excess_bytes > 0:
+        return None
+    sql.executemany(_EVICT, victims)
+    return len(victims)
 
 
 def shrink(sql: sqlite3.Connection, capacity_bytes: int) -> list[Slab]:

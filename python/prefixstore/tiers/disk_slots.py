@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from prefixstore.block_key import BlockHash, RecordName
 from prefixstore.tiers import disk_slabs
-from prefixstore.tiers.base import Held
 from prefixstore.tiers.disk_files import Slab
 from prefixstore.tiers.disk_schema import LOWEST_PRIORITY, PINNED, READY
 from prefixstore.tiers.disk_sql import IndexDamaged
@@ -97,14 +96,13 @@ def list_names(sql: sqlite3.Connection, now: int) -> list[tuple[RecordName, int]
     return [(RecordName(*name), num_bytes) for *name, num_bytes in rows]
 
 
-def list_identities(sql: sqlite3.Connection, now: int) -> dict[bytes, Held]:
-    """What there is of each identity."""
-    rows = sql.execute(
+def list_identities(sql: sqlite3.Connection, now: int) -> list[tuple[bytes, int, int]]:
+    """Each identity, how many records it has, and their bytes."""
+    return sql.execute(
         "SELECT identity, count(*), sum(record_bytes) FROM slots"
         f" WHERE state = 2 AND {_IS_IN_TIME} GROUP BY identity",
         (now,),
-    )
-    return {identity: Held(*held) for identity, *held in rows}
+    ).fetchall()
 
 
 def ready_among(sql: sqlite3.Connection, names: Iterable[RecordName]) -> set[RecordName]:
