@@ -26,6 +26,12 @@ NAMES = (
 NAMES += ("prefixstore.record_header", "prefixstore.index", "prefixstore.keys")
 PROTECTION = ("prefixstore.protection",)
 RECORD = ("prefixstore.record", "prefixstore.record_layout")
+REDIS = ("prefixstore.tiers.redis",)
+REDIS += tuple(
+    f"prefixstore.tiers.redis_{topic}"
+    for topic in ("calls", "config", "errors", "exchange", "info", "pool", "records")
+)
+REDIS += tuple(f"prefixstore.tiers.redis_{topic}" for topic in ("servers", "sweep", "url", "wire"))
 STORE = ("prefixstore.store",)
 PLANNER = ("prefixstore.residency",)
 CACHE = ("prefixstore.cache", "prefixstore.config", "prefixstore.device", "prefixstore.restore")
@@ -59,6 +65,7 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     PROTECTION: ("numpy", "cryptography", *NAMES),
     # A tier sees bytes: no tensors, and never the store.
     ("prefixstore.tiers",): ("numpy", *NAMES, *PROTECTION),
+    REDIS: ("redis", "prefixstore.tiers.base", *NAMES),
     STORE: ("numpy", "prefixstore.tiers.base", *NAMES, *RECORD),
     PLANNER: ("numpy",),
     # Beside the cache: what a model's KV depends on, and models to try it with.

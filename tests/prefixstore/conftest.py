@@ -1,13 +1,18 @@
-"""Fixtures: models with caches, and tiers."""
+"""Fixtures: models with caches, tiers, and servers."""
+
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from cached_models import BLOCK_SIZE, tiny_gemma3, tiny_llama
-from tier_kinds import make_tier, open_tiers
+from redis_servers import FLAVOURS, Server
+from tier_kinds import make_any_tier, make_kind, make_tier, open_tiers
 
 from prefixstore.cache import PrefixCache
 
-__all__ = ["make_tier", "open_tiers"]
+__all__ = ["make_any_tier", "make_kind", "make_tier", "open_tiers"]
 
 
 @pytest.fixture(params=[tiny_llama, tiny_gemma3], ids=["llama", "gemma3"])
@@ -32,3 +37,26 @@ def open_cache(model):
     for cache in caches:
         assert cache.check() == []
         cache.close()
+
+
+@pytest.fixture(scope="session")
+def server_directory():
+    """A short path: the name of a unix socket may have 107 bytes."""
+    directory = Path(tempfile.mkdtemp(prefix="kvk"))
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def shared_servers(server_directory):
+    """Gives one server of a flavour, the same for all tests, which use prefixes of their own."""
+    servers = {}
+
+    def get(flavour):
+        if flavour not in servers:
+            servers[flavour] = Server(FLAVOURS[flavour], server_directory)
+        return servers[flavour]
+
+    yield get
+    for server in servers.values():
+        server.kill()

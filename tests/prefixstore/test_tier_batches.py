@@ -19,8 +19,8 @@ def buffers(num_records: int, num_bytes: int = BYTES) -> list[memoryview]:
     return [memoryview(bytearray(b"\xee" * num_bytes)) for _ in range(num_records)]
 
 
-def test_each_record_of_a_batch_has_its_own_outcome(make_tier):
-    tier = make_tier(4 << 20)
+def test_each_record_of_a_batch_has_its_own_outcome(make_any_tier):
+    tier = make_any_tier(4 << 20)
     keys = make_keys(3) + make_keys(1, LARGE_LAYOUT)
     put_many(tier, [keys[0], keys[2], keys[3]])
     outs = buffers(4)
@@ -33,8 +33,8 @@ def test_each_record_of_a_batch_has_its_own_outcome(make_tier):
     assert held(tier, keys) == [False] * 4
 
 
-def test_a_batch_may_be_larger_than_any_query(make_tier):
-    tier = make_tier(2048 * SLOT)
+def test_a_batch_may_be_larger_than_any_query(make_any_tier):
+    tier = make_any_tier(2048 * SLOT)
     keys = make_keys(1200)
     put_many(tier, keys)
     outs = buffers(1200)
@@ -53,8 +53,8 @@ def test_the_same_name_may_come_twice_in_a_batch(make_tier):
     assert tier.stats().num_records == 0
 
 
-def test_a_buffer_may_be_longer_than_the_record_and_keeps_its_rest(make_tier):
-    tier = make_tier(64 * SLOT)
+def test_a_buffer_may_be_longer_than_the_record_and_keeps_its_rest(make_any_tier):
+    tier = make_any_tier(64 * SLOT)
     (key,) = make_keys(1)
     put(tier, key)
     (out,) = buffers(1, BYTES + 5000)
@@ -73,8 +73,8 @@ def test_a_buffer_may_be_longer_than_the_record_and_keeps_its_rest(make_tier):
         (BYTES, 8, 0),
     ],
 )
-def test_reads_parts_of_records(make_tier, offset, num_bytes, expected):
-    tier = make_tier(64 * SLOT)
+def test_reads_parts_of_records(make_any_tier, offset, num_bytes, expected):
+    tier = make_any_tier(64 * SLOT)
     first, missing, second = make_keys(3)
     put_many(tier, [first, second])
     outs = buffers(3, num_bytes)
@@ -84,8 +84,8 @@ def test_reads_parts_of_records(make_tier, offset, num_bytes, expected):
         assert out[:expected] == make_record(key)[offset : offset + expected]
 
 
-def test_parts_of_long_records_are_found_wherever_they_lie(make_tier):
-    tier = make_tier(64 << 20)
+def test_parts_of_long_records_are_found_wherever_they_lie(make_any_tier):
+    tier = make_any_tier(64 << 20)
     (key,) = make_keys(1, LARGE_LAYOUT)
     put(tier, key)
     record = bytes(make_record(key))

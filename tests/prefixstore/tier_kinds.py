@@ -1,8 +1,11 @@
 """Every kind of tier, for the tests of what all of them promise."""
 
+import secrets
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
+from redis_servers import FLAVOURS
 from sample_blocks import make_record
 
 from prefixstore.block_key import BlockKey
@@ -13,7 +16,10 @@ from prefixstore.tiers.base import Tier
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
 from prefixstore.tiers.protected import ProtectedTier
+from prefixstore.tiers.redis import RedisTier
+from prefixstore.tiers.redis_config import RedisTierConfig
 
+OWN_BOUND = ("memory", "disk", "authenticated memory", "sealed memory", "sealed disk")
 PAGE = 4096
 SLOT = 4096  # of a LAYOUT record, 3,328 bytes
 LARGE_SLOT = 86016  # of a LARGE_LAYOUT record, 82,240 bytes
@@ -33,18 +39,22 @@ def open_tiers() -> Iterator[list[Tier]]:
         tier.close()
 
 
-@pytest.fixture(params=["memory", "disk", "authenticated memory", "sealed memory", "sealed disk"])
-def make_tier(request, tmp_path, open_tiers) -> MakeTier:
-    """Makes a tier of one kind."""
+@pytest.fixture
+def make_kind(request, tmp_path, open_tiers) -> Callable[..., Tier]:
+    """Makes a tier of a kind. Where a server sets the bound, capacities say nothing."""
 
-    def make(capacity_bytes: int, slab_bytes: int | None = None, **options) -> Tier:
-        *protection, medium = request.param.split()
+    def make(kind: str, capacity_bytes: int, slab_bytes: int | None = None, **options) -> Tier:
+        *protection, medium = kind.split()
         tier: Tier
         if medium == "memory":
             tier = MemoryTier(MemoryTierConfig(capacity_bytes, slab_bytes, **options))
-        else:
+        elif medium == "disk":
             path = tmp_path / str(len(open_tiers))
             tier = DiskTier(DiskTierConfig(path, capacity_bytes, slab_bytes, **options))
+        else:
+            server = request.getfixturevalue("shared_servers")(medium)
+            options = {"prefix": f"contract-{secrets.token_hex(8)}", **options}
+            tier = RedisTier(RedisTierConfig.from_url(server.url, **options))
         if protection:
             tier = ProtectedTier(tier, ProtectionConfig(**{KEY_NAMES[protection[0]]: bytes(32)}))
         open_tiers.append(tier)
@@ -56,6 +66,18 @@ def make_tier(request, tmp_path, open_tiers) -> MakeTier:
 def stored_bytes(tier: Tier, layout: RecordLayout) -> int:
     """What a record takes in a tier."""
     return layout.record_bytes + (TRAILER_BYTES if isinstance(tier, ProtectedTier) else 0)
+
+
+@pytest.fixture(params=OWN_BOUND)
+def make_tier(request, make_kind) -> MakeTier:
+    """Makes tiers of one kind, which keep a bound of their own and count all they hold."""
+    return partial(make_kind, request.param)
+
+
+@pytest.fixture(params=[*OWN_BOUND, *FLAVOURS, *(f"sealed {name}" for name in FLAVOURS)])
+def make_any_tier(request, make_kind) -> MakeTier:
+    """Makes tiers of one kind, for what all kinds promise."""
+    return partial(make_kind, request.param)
 
 
 def get(tier: Tier, key: BlockKey) -> bytes | None:

@@ -1,0 +1,217 @@
+"""Records in a Redis or Valkey that machines share: one server, Sentinel or a cluster.
+
+    get_many -> Caller      under each identity's generation, tried again where that may help
+             -> Exchange    many operations beside each other on many connections, one deadline
+             -> Channel     RESP to and from the caller's memory
+
+How records lie there: see redis_records.py. The server bounds its memory and chooses what gives
+way.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import TypeVar
+
+from prefixstore.block_key import RecordName
+from prefixstore.errors import TierError, TierUnavailable
+from prefixstore.tiers.base import (
+    ReadOutcome,
+    Swept,
+    Tier,
+    TierCounters,
+    TierStats,
+    check_priority,
+)
+from prefixstore.tiers.redis_calls import Call, Caller, raise_first, raise_if_nothing_worked
+from prefixstore.tiers.redis_config import RedisTierConfig
+from prefixstore.tiers.redis_exchange import Operation
+from prefixstore.tiers.redis_info import ServerUse, fetch_use
+from prefixstore.tiers.redis_records import (
+    Keys,
+    delete_record,
+    end_generation,
+    holds,
+    pin_record,
+    read_range,
+    read_record,
+    unpin_record,
+    write_record,
+)
+from prefixstore.tiers.redis_servers import open_servers
+from prefixstore.tiers.redis_sweep import Sweeper, list_problems
+
+T = TypeVar("T")
+
+_SAMPLE = 64  # own writes that `check` looks at
+_SWEEP_TIMEOUT_S = 300.0
+
+
+class RedisTier(Tier):
+    """A tier in a Redis or Valkey. Opening it does not need the server: calls do.
+
+    The server knows no priorities. Pins keep records from expiry, and from eviction where the
+    server evicts only what expires (`volatile-*` policies). Safe to use in a forked process.
+    """
+
+    def __init__(self, config: RedisTierConfig) -> None:
+        self._config = config
+        self._keys = Keys(config.prefix)
+        self._servers = open_servers(config)
+        self._caller = Caller(self._servers, self._keys)
+        self._counters = TierCounters()
+        self._written: deque[bytes] = deque(maxlen=_SAMPLE)  # keys
+        self._lock, self._pid = threading.Lock(), os.getpid()
+
+    @property
+    def name(self) -> str:
+        return self._config.name
+
+    def get_many(
+        self,
+        names: Sequence[RecordName],
+        outs: Sequence[memoryview],
+        *,
+        offsets: Sequence[int] | None = None,
+        deadline: float | None = None,
+    ) -> list[ReadOutcome]:
+        views = [memoryview(out).cast("B") for out in outs]
+
+        def start(i: int, key: bytes, generation: bytes) -> Operation[int | None]:
+            if offsets is None:
+                return read_record(key, views[i], self._config)
+            return read_range(key, views[i], offsets[i], self._config)
+
+        call: Call[int | None] = Call(names, start, absent=None)
+        outcomes = self._caller.run(call, self._deadline(deadline))
+        hits = [outcome for outcome in outcomes if isinstance(outcome, int)]
+        num_misses = outcomes.count(None)
+        self._count(num_hits=len(hits), read_bytes=sum(hits), num_misses=num_misses)
+        raise_if_nothing_worked(outcomes)
+        return outcomes
+
+    def put_many(
+        self,
+        names: Sequence[RecordName],
+        records: Sequence[memoryview],
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> list[TierError | None]:
+        check_priority(priority)
+        views = [memoryview(record).cast("B") for record in records]
+        keys: dict[int, bytes] = {}
+
+        def start(i: int, key: bytes, generation: bytes) -> Operation[bool]:
+            keys[i] = key
+            return write_record(key, views[i], self._config)
+
+        deleted = TierUnavailable(f"{self.name}: the identity was deleted again and again")
+        call: Call[bool] = Call(names, start, absent=deleted, begins=True)
+        outcomes = self._caller.run(call, self._deadline(deadline))
+        written = [i for i, outcome in enumerate(outcomes) if outcome is True]
+        self._count(num_puts=len(written), written_bytes=sum(len(views[i]) for i in written))
+        self._written.extend(keys[i] for i in written)
+        raise_if_nothing_worked(outcomes)
+        return [outcome if isinstance(outcome, TierError) else None for outcome in outcomes]
+
+    def contains_many(
+        self, names: Sequence[RecordName], *, deadline: float | None = None
+    ) -> list[bool]:
+        """Whether `get_many` would find them; to the server's own choice of victims it is a use."""
+        call: Call[bool] = Call(names, lambda i, key, generation: holds(key), absent=False)
+        return self._run_all(call, deadline)
+
+    def delete_many(
+        self, names: Sequence[RecordName], *, deadline: float | None = None
+    ) -> list[bool]:
+        def start(i: int, key: bytes, generation: bytes) -> Operation[bool]:
+            return delete_record(key, self._keys.pinned(names[i].identity, generation))
+
+        deleted = self._run_all(Call(names, start, absent=False), deadline)
+        self._count(num_deletes=sum(deleted))
+        return deleted
+
+    def delete_identity(self, identity: bytes) -> None:
+        """Forget every record of an identity, in one step: it begins a new generation.
+
+        The old one's records expire, except the pinned ones, which are deleted.
+        """
+        deadline = self._deadline(None)
+        try:
+            self._caller.run_one(lambda: end_generation(self._keys, identity), deadline)
+        finally:
+            self._caller.forget(identity)
+
+    def pin_many(self, names: Sequence[RecordName], is_pinned: bool = True) -> list[bool]:
+        def start(i: int, key: bytes, generation: bytes) -> Operation[bool]:
+            identity = names[i].identity
+            pinned_key = self._keys.pinned(identity, generation)
+            if not is_pinned:
+                return unpin_record(key, pinned_key, self._config)
+            return pin_record(key, pinned_key, self._keys.generation(identity), generation)
+
+        return self._run_all(Call(names, start, absent=False), None)
+
+    def stats(self) -> TierStats:
+        """What this process did, and of the servers as a whole, whoever uses them: their bound
+        (0 for none), memory in use, number of keys, and keys evicted and expired since they run.
+        """
+        deadline = self._deadline(None)
+        primaries = self._servers.primaries(deadline)
+        pool = self._servers.pool
+        use = ServerUse.sum(fetch_use(pool, address, deadline) for address in primaries)
+        with self._locked():
+            counters = TierCounters(**vars(self._counters))
+        counters.num_evictions, counters.num_expired = use.num_evicted, use.num_expired
+        return counters.stats(use.max_bytes, use.used_bytes, use.num_keys)
+
+    def check(self, fix: bool = False) -> list[str]:
+        """Look whether records are whole: the last ones that this process wrote and that are still
+        there; with `fix` all there are, which takes a walk through every key of the servers.
+
+        What others wrote and delete meanwhile cannot be recounted without stopping them, so
+        nothing is said about numbers and bytes.
+        """
+        self._servers.pool.check_open()
+        deadline = time.monotonic() + _SWEEP_TIMEOUT_S if fix else self._deadline(None)
+        sweeper = Sweeper(self._config, self._caller, self._keys, deadline)
+        if not fix:
+            return list(list_problems(self.name, sweeper.find_broken(list(self._written))))
+        survey = sweeper.survey(self._servers.primaries(deadline))
+        broken = sweeper.find_broken(list(survey.manifests))
+        sweeper.drop(broken)
+        return list(list_problems(self.name, broken))
+
+    def sweep(self) -> Swept:
+        """Delete parts without a record and all that is left of ended generations, for which it
+        walks through every key. Without it they go when they expire; what is pinned never does.
+        """
+        deadline = time.monotonic() + _SWEEP_TIMEOUT_S
+        sweeper = Sweeper(self._config, self._caller, self._keys, deadline)
+        return sweeper.reclaim(sweeper.survey(self._servers.primaries(deadline)))
+
+    def close(self) -> None:
+        self._servers.close()
+
+    def _run_all(self, call: Call[bool], deadline: float | None) -> list[bool]:
+        """An answer for each record; the first error is raised."""
+        outcomes = self._caller.run(call, self._deadline(deadline))
+        return raise_first(outcomes)
+
+    def _deadline(self, deadline: float | None) -> float:
+        return time.monotonic() + self._config.timeout_s if deadline is None else deadline
+
+    def _count(self, **increments: int) -> None:
+        with self._locked():
+            for name, increment in increments.items():
+                setattr(self._counters, name, getattr(self._counters, name) + increment)
+
+    def _locked(self) -> threading.Lock:
+        if self._pid != os.getpid():  # a forked process: the lock may have been held just then
+            self._lock, self._pid = threading.Lock(), os.getpid()
+        return self._lock

@@ -1,0 +1,189 @@
+"""One call on many records: under the generation of each identity, and again where that may help.
+
+A record's key holds its identity's generation. Every call asks for the generation beside the
+records, in the same round trip, and what was done under another one is done again: so nothing that
+was deleted with its identity is found, though the generation is remembered.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from prefixstore.block_key import RecordName
+from prefixstore.errors import TierError, TierTimeout, TierUnavailable
+from prefixstore.tiers.redis_errors import ConnectionLost, PassingTrouble
+from prefixstore.tiers.redis_exchange import Exchange, Operation
+from prefixstore.tiers.redis_records import Keys, fetch_generation, make_generation
+from prefixstore.tiers.redis_servers import Servers
+
+T = TypeVar("T")
+
+# Before another try: a failover takes seconds and is not waited for, a moved slot is found at once.
+_PAUSES_S = (0.0, 0.02, 0.05)
+_MAX_REMEMBERED = 10_000  # identities
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """What is to be done with each of many records.
+
+    Attributes:
+        names: Which records.
+        start: The operation on the record of that index, whose key and generation are given.
+        absent: What to answer for a record whose identity holds nothing.
+        begins: Whether an identity without a generation gets one.
+    """
+
+    names: Sequence[RecordName]
+    start: Callable[[int, bytes, bytes], Operation[T]]
+    absent: T | TierError
+    begins: bool = False
+
+
+class Caller:
+    """Makes calls on the servers of a tier. Thread-safe."""
+
+    def __init__(self, servers: Servers, keys: Keys) -> None:
+        self._servers = servers
+        self._keys = keys
+        self._generations: dict[bytes, bytes] = {}
+
+    def run(self, call: Call[T], deadline: float) -> list[T | TierError]:
+        """For each record what its operation returned, or why it did not."""
+        outcomes: list[T | TierError] = [call.absent] * len(call.names)
+        pending = list(range(len(call.names)))
+        for pause_s in _PAUSES_S:
+            if not pending:
+                break
+            _pause(pause_s, deadline)
+            pending = self._run_once(call, pending, outcomes, deadline)
+            troubles = [outcomes[i] for i in pending if isinstance(outcomes[i], PassingTrouble)]
+            if troubles and not self._may_pass(troubles, deadline):
+                break
+        return outcomes
+
+    def run_one(self, make: Callable[[], Operation[T]], deadline: float) -> T:
+        """One operation of its own, as often as may help.
+
+        Raises:
+            TierError: Why it did not succeed.
+        """
+        failures: list[TierError] = []
+        for pause_s in _PAUSES_S:
+            _pause(pause_s, deadline)
+            (outcome,) = self.exchange([make()], deadline)
+            if not isinstance(outcome, TierError):
+                return outcome
+            failures.append(outcome)
+            if not isinstance(outcome, PassingTrouble) or not self._may_pass([outcome], deadline):
+                break
+        raise failures[-1]
+
+    def exchange(self, operations: Iterable[Operation[T]], deadline: float) -> list[T | TierError]:
+        """Operations beside each other, once."""
+        exchange: Exchange[T] = Exchange(self._servers, deadline)
+        return exchange.run(operations)
+
+    def forget(self, identity: bytes) -> None:
+        """Ask for an identity's generation before the next call."""
+        self._generations.pop(identity, None)
+
+    def _may_pass(self, troubles: Sequence[object], deadline: float) -> bool:
+        is_lost = any(isinstance(trouble, ConnectionLost) for trouble in troubles)
+        return self._servers.refresh(deadline) or is_lost
+
+    def _run_once(
+        self,
+        call: Call[T],
+        pending: Sequence[int],
+        outcomes: list[T | TierError],
+        deadline: float,
+    ) -> list[int]:
+        """Fills in outcomes; returns the records that are worth another try."""
+        wanted = {call.names[i].identity for i in pending}
+        known = self._known_generations(wanted, call.begins, deadline)
+        ready = []
+        for i in pending:
+            generation = known[call.names[i].identity]
+            if isinstance(generation, bytes):
+                ready.append(i)
+            else:
+                outcomes[i] = call.absent if generation is None else generation
+        identities = list(dict.fromkeys(call.names[i].identity for i in ready))
+        checks = [fetch_generation(self._keys.generation(identity)) for identity in identities]
+        operations = [self._start(call, i, known) for i in ready]
+        found: list = self.exchange([*checks, *operations], deadline)
+        current = dict(zip(identities, found, strict=False))
+        stale = {identity for identity in identities if self._is_stale(identity, current, known)}
+        for i, outcome in zip(ready, found[len(identities) :], strict=True):
+            identity = call.names[i].identity
+            if isinstance(current[identity], TierError):
+                outcome = current[identity]  # it may have been deleted: nobody can say
+            outcomes[i] = call.absent if identity in stale else outcome
+        return [
+            i
+            for i in pending
+            if call.names[i].identity in stale or isinstance(outcomes[i], PassingTrouble)
+        ]
+
+    def _start(self, call: Call[T], index: int, known: dict) -> Operation[T]:
+        name = call.names[index]
+        generation = known[name.identity]
+        return call.start(index, self._keys.record(name, generation), generation)
+
+    def _is_stale(self, identity: bytes, current: dict, known: dict) -> bool:
+        """Whether an identity has another generation now than it was known to have."""
+        generation = current[identity]
+        if isinstance(generation, TierError) or generation == known[identity]:
+            return False
+        self._remember(identity, generation)
+        return True
+
+    def _known_generations(
+        self, identities: Iterable[bytes], begins: bool, deadline: float
+    ) -> dict[bytes, bytes | TierError | None]:
+        """Each identity's generation: remembered, or the server's."""
+        known: dict[bytes, bytes | TierError | None] = {}
+        unknown = []
+        for identity in identities:
+            known[identity] = self._generations.get(identity)
+            if known[identity] is None:
+                unknown.append(identity)
+        if unknown:
+            ask = make_generation if begins else fetch_generation
+            operations = [ask(self._keys.generation(identity)) for identity in unknown]
+            for identity, found in zip(unknown, self.exchange(operations, deadline), strict=True):
+                known[identity] = found
+                if not isinstance(found, TierError):
+                    self._remember(identity, found)
+        return known
+
+    def _remember(self, identity: bytes, generation: bytes | None) -> None:
+        if generation is None:
+            self.forget(identity)
+            return
+        if len(self._generations) >= _MAX_REMEMBERED:
+            self._generations.clear()
+        self._generations[identity] = generation
+
+
+def _pause(pause_s: float, deadline: float) -> None:
+    time.sleep(max(0.0, min(pause_s, deadline - time.monotonic())))
+
+
+def raise_first(outcomes: Sequence[T | TierError]) -> list[T]:
+    """The outcomes, none of which is an error; the first that is one is raised."""
+    for outcome in outcomes:
+        if isinstance(outcome, TierError):
+            raise outcome
+    return list(outcomes)  # type: ignore[arg-type]
+
+
+def raise_if_nothing_worked(outcomes: Sequence[object]) -> None:
+    """Raise what the whole call met, where no record met anything else."""
+    failures = [o for o in outcomes if isinstance(o, (TierUnavailable, TierTimeout))]
+    if failures and len(failures) == len(outcomes):
+        raise failures[0]

@@ -1,0 +1,156 @@
+"""Where a Redis or Valkey is and how it is used; read from a URL or set field by field."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import NamedTuple
+
+from prefixstore.errors import ConfigError
+from prefixstore.tiers.base import check_bytes
+
+USERNAME_VARIABLE = "KVKERNELS_REDIS_USERNAME"
+PASSWORD_VARIABLE = "KVKERNELS_REDIS_PASSWORD"
+
+MIN_PART_BYTES = 4096
+MAX_PART_BYTES = 256 << 20  # servers refuse strings of 512 MiB unless told otherwise
+
+
+class Address(NamedTuple):
+    """Host and port of a server; or the path of its unix socket, and port 0."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        if self.port == 0:
+            return self.host
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Topology(Enum):
+    """Who says which server is to be asked."""
+
+    STANDALONE = "standalone"
+    SENTINEL = "sentinel"
+    CLUSTER = "cluster"
+
+
+@dataclass(frozen=True)
+class TlsConfig:
+    """How servers are known.
+
+    Attributes:
+        ca_file: Certificates that servers' own must be signed by; None for the system's.
+        cert_file: This client's certificate, where the server asks for one.
+        key_file: Its key; None where the certificate's file has it.
+        verify: Whether a server must show a valid certificate of its own host name. Without,
+            whoever sits between can read and change everything.
+    """
+
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("ca_file", "cert_file", "key_file"):
+            path = getattr(self, name)
+            if path is not None and not path.is_file():
+                raise ConfigError(f"tls_{name}: expected a file, got {str(path)!r}")
+        if self.key_file is not None and self.cert_file is None:
+            raise ConfigError("tls_key_file: expected a tls_cert_file as well")
+
+
+@dataclass(frozen=True)
+class RedisTierConfig:
+    """A tier in a Redis (7 or newer) or Valkey.
+
+    Attributes:
+        addresses: Of the server; of the sentinels; of some of the cluster's nodes.
+        topology: Which of these they are.
+        sentinel_master: The name under which sentinels know the primary.
+        db: Number of the database; a cluster has only 0.
+        username: ACL user; None for the environment's KVKERNELS_REDIS_USERNAME, or the default
+            user.
+        password: None for the environment's KVKERNELS_REDIS_PASSWORD, or none. Never shown.
+        tls: None for plain connections.
+        prefix: Begins every key.
+        ttl_s: Seconds after which a record expires that is not pinned.
+        refresh_ttl: Whether a hit begins them anew.
+        part_bytes: Records longer than this are split into values of this length.
+        num_connections: Connections to each server that share a batch.
+        connect_timeout_s: Longest that a connection may take to open.
+        timeout_s: Longest that a call may take which names no deadline.
+        name: In messages and statistics.
+    """
+
+    addresses: tuple[Address, ...] = (Address("127.0.0.1", 6379),)
+    topology: Topology = Topology.STANDALONE
+    sentinel_master: str = ""
+    db: int = 0
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+    tls: TlsConfig | None = None
+    prefix: str = "kvk"
+    ttl_s: int = 24 * 3600
+    refresh_ttl: bool = True
+    part_bytes: int = 4 << 20
+    num_connections: int = 2
+    connect_timeout_s: float = 1.0
+    timeout_s: float = 2.0
+    name: str = "redis"
+
+    def __post_init__(self) -> None:
+        if not self.addresses:
+            raise ConfigError("addresses: expected at least one, got none")
+        if self.topology is Topology.STANDALONE and len(self.addresses) != 1:
+            raise ConfigError(f"addresses: expected one server, got {len(self.addresses)}")
+        if (self.topology is Topology.SENTINEL) != bool(self.sentinel_master):
+            raise ConfigError(
+                "sentinel_master: expected a name with sentinels and none without,"
+                f" got {self.sentinel_master!r}"
+            )
+        if self.topology is Topology.CLUSTER and self.db != 0:
+            raise ConfigError(f"db: expected 0, the only one of a cluster, got {self.db}")
+        if not self.prefix or not self.prefix.isascii() or set(self.prefix) & set("{}*?[]\\ \r\n"):
+            raise ConfigError(
+                f"prefix: expected ASCII without spaces, braces or wildcards, got {self.prefix!r}"
+            )
+        check_bytes("part_bytes", self.part_bytes, MIN_PART_BYTES)
+        if self.part_bytes > MAX_PART_BYTES:
+            raise ConfigError(
+                f"part_bytes: expected at most {MAX_PART_BYTES}, got {self.part_bytes}"
+            )
+        for name, least in (("db", 0), ("ttl_s", 1), ("num_connections", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        for name in ("connect_timeout_s", "timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}: expected more than 0, got {getattr(self, name)}")
+
+    @classmethod
+    def from_url(cls, url: str, **settings: object) -> RedisTierConfig:
+        """What a URL says: see redis_url.py for its forms and options.
+
+        Args:
+            url: Such as `redis://user:password@host:6379/0?ttl=24h`.
+            settings: Fields that the URL is not to decide.
+
+        Raises:
+            ConfigError: If the URL is none, or one of its options is unknown or out of range. The
+                message does not show the password.
+        """
+        from prefixstore.tiers.redis_url import read_url
+
+        return cls(**{**read_url(url), **settings})
+
+    @property
+    def credentials(self) -> tuple[str | None, str | None]:
+        """User and password, from here or from the environment."""
+        username = self.username or os.environ.get(USERNAME_VARIABLE)
+        password = self.password or os.environ.get(PASSWORD_VARIABLE)
+        return username or None, password or None

@@ -1,0 +1,32 @@
+"""What a server's error replies and a client's exceptions mean for a tier."""
+
+from __future__ import annotations
+
+from prefixstore.errors import BlockCorrupted, TierError, TierFull, TierUnavailable
+from prefixstore.tiers.redis_wire import ErrorReply
+
+# What another try, perhaps at another server, may get over.
+_PASSING = ("READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")
+
+
+class PassingTrouble(TierUnavailable):
+    """The server was the wrong one, or not ready: asking who is the right one may help."""
+
+
+class ConnectionLost(PassingTrouble):
+    """A connection ended during a call; what it had been sent may or may not have been done."""
+
+
+def tier_error(tier_name: str, reply: ErrorReply) -> TierError:
+    """The error of ours that a server's error stands for."""
+    text = str(reply)
+    message = f"{tier_name}: the server says: {text:.200}"
+    if reply.code == "OOM":
+        return TierFull(message)
+    if reply.code == "WRONGTYPE":
+        return BlockCorrupted(message)
+    if reply.code in _PASSING:
+        return PassingTrouble(message)
+    if reply.code in ("MOVED", "ASK"):
+        return PassingTrouble(f"{message} (a cluster needs a redis+cluster:// URL)")
+    return TierUnavailable(message)

@@ -1,0 +1,325 @@
+"""How a record lies in Redis, and the operations on one record.
+
+    {prefix}:1:{identity}:generation                     the identity's generation, 16 hex digits
+    {prefix}:1:{identity}:{generation}:pinned            set of the hashes that are pinned
+    {prefix}:1:{identity}:{generation}:{{hash}}          manifest | first part
+    {prefix}:1:{identity}:{generation}:{{hash}}:{write id}:{k}     part k = 1, 2, ...
+
+    manifest, 32 bytes, little endian:
+    0  magic "KVR1"   4  parts u32   8  record bytes u64   16  part bytes u64   24  write id [8]
+
+A record is there only if its manifest is, and all parts that it names. Parts bear their writer's
+random id in their names, so those of two writers never mix, and they are written before the
+manifest: a writer that dies leaves parts that nobody looks for, until they expire. The braces make
+all keys of a record one slot of a cluster. Every command names one key, so all work there.
+"""
+
+from __future__ import annotations
+
+import secrets
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from prefixstore.block_key import RecordName
+from prefixstore.errors import BlockCorrupted, TierError
+from prefixstore.tiers.redis_config import RedisTierConfig
+from prefixstore.tiers.redis_exchange import Operation
+from prefixstore.tiers.redis_wire import Command
+
+_SCHEMA = 1
+_MAGIC = b"KVR1"
+_MANIFEST = struct.Struct("<4sIQQ8s")
+MANIFEST_BYTES = _MANIFEST.size
+_LAST_OF_MANIFEST = b"%d" % (MANIFEST_BYTES - 1)
+
+
+def new_generation() -> bytes:
+    """A generation's name. Random and not a count: a count that the server evicted would begin
+    anew, and bring back what was deleted.
+    """
+    return secrets.token_hex(8).encode()
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The names of one tier's keys."""
+
+    prefix: str
+
+    def generation(self, identity: bytes) -> bytes:
+        return f"{self.prefix}:{_SCHEMA}:{identity.hex()}:generation".encode()
+
+    def pinned(self, identity: bytes, generation: bytes) -> bytes:
+        return b"%b:pinned" % self._of(identity, generation)
+
+    def record(self, name: RecordName, generation: bytes) -> bytes:
+        digest = name.block_hash.hex().encode()
+        return b"%b:{%b}" % (self._of(name.identity, generation), digest)
+
+    def _of(self, identity: bytes, generation: bytes) -> bytes:
+        return f"{self.prefix}:{_SCHEMA}:{identity.hex()}:".encode() + generation
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What stands before a record's first part."""
+
+    record_bytes: int
+    part_bytes: int
+    write_id: bytes
+
+    @property
+    def num_parts(self) -> int:
+        return max(1, -(-self.record_bytes // self.part_bytes))
+
+    @property
+    def first_bytes(self) -> int:
+        """Length of the first part, which follows the manifest."""
+        return min(self.record_bytes, self.part_bytes)
+
+    def encode(self) -> bytes:
+        return _MANIFEST.pack(
+            _MAGIC, self.num_parts, self.record_bytes, self.part_bytes, self.write_id
+        )
+
+    def part_keys(self, key: bytes) -> list[bytes]:
+        """Of the second part and all others."""
+        write_id = self.write_id.hex().encode()
+        return [b"%b:%b:%d" % (key, write_id, part) for part in range(1, self.num_parts)]
+
+    def part_range(self, part: int) -> tuple[int, int]:
+        """Where in the record a part begins and ends."""
+        begin = part * self.part_bytes
+        return begin, min(begin + self.part_bytes, self.record_bytes)
+
+
+def read_manifest(head: bytes | bytearray, num_bytes: int) -> Manifest | None:
+    """The manifest at the start of a value; None for no value.
+
+    Args:
+        head: Where `MANIFEST_BYTES` were read to.
+        num_bytes: How long the server's answer was; 0 for a key that is not there.
+
+    Raises:
+        BlockCorrupted: If it is none.
+    """
+    if num_bytes == 0:
+        return None
+    if num_bytes >= MANIFEST_BYTES:
+        magic, num_parts, record_bytes, part_bytes, write_id = _MANIFEST.unpack(head)
+        if magic == _MAGIC and part_bytes > 0:
+            manifest = Manifest(record_bytes, part_bytes, write_id)
+            if manifest.num_parts == num_parts:
+                return manifest
+    raise BlockCorrupted(f"expected a manifest, got {bytes(head[:num_bytes])!r}")
+
+
+def fetch_manifest(key: bytes) -> Operation[Manifest | None]:
+    """The manifest alone."""
+    head = bytearray(MANIFEST_BYTES)
+    command = Command((b"GETRANGE", key, b"0", _LAST_OF_MANIFEST), [memoryview(head)])
+    (num_bytes,) = yield [command]
+    return read_manifest(head, num_bytes)
+
+
+def holds(key: bytes) -> Operation[bool]:
+    """Whether a record is there and whole."""
+    manifest = yield from fetch_manifest(key)
+    if manifest is None or manifest.num_parts == 1:
+        return manifest is not None
+    found = yield [Command((b"EXISTS", part_key)) for part_key in manifest.part_keys(key)]
+    return all(found)
+
+
+def read_record(key: bytes, out: memoryview, config: RedisTierConfig) -> Operation[int | None]:
+    """A whole record; None where it is not there or not whole.
+
+    Raises:
+        BlockCorrupted: If it is longer than `out`, or has no manifest.
+    """
+    head = bytearray(MANIFEST_BYTES)
+    commands = [Command((b"GET", key), [memoryview(head), out]), *_renewals([key], config)]
+    num_bytes, *_ = yield commands
+    manifest = read_manifest(head, num_bytes or 0)
+    if manifest is None:
+        return None
+    if manifest.record_bytes > len(out):
+        raise BlockCorrupted(
+            f"{config.name}: expected a record of at most {len(out)} bytes,"
+            f" got {manifest.record_bytes}"
+        )
+    if num_bytes != MANIFEST_BYTES + manifest.first_bytes:
+        raise BlockCorrupted(
+            f"{config.name}: expected a first part of {manifest.first_bytes} bytes,"
+            f" got {num_bytes - MANIFEST_BYTES}"
+        )
+    if manifest.num_parts == 1:
+        return manifest.record_bytes
+    keys = manifest.part_keys(key)
+    ranges = [manifest.part_range(part) for part in range(1, manifest.num_parts)]
+    reads = [
+        Command((b"GET", part_key), [out[begin:end]])
+        for part_key, (begin, end) in zip(keys, ranges, strict=True)
+    ]
+    replies = yield [*reads, *_renewals(keys, config)]
+    wanted = [end - begin for begin, end in ranges]
+    return manifest.record_bytes if replies[: len(reads)] == wanted else None
+
+
+def read_range(
+    key: bytes, out: memoryview, offset: int, config: RedisTierConfig
+) -> Operation[int | None]:
+    """As much of a record from `offset` on as `out` has room for; None where a part is missing."""
+    manifest = yield from fetch_manifest(key)
+    if manifest is None:
+        return None
+    keys = [key, *manifest.part_keys(key)]
+    reads, wanted = [], []
+    for part, begin, end in _ranges(manifest, offset, offset + len(out)):
+        shift = MANIFEST_BYTES if part == 0 else 0
+        first = begin - part * manifest.part_bytes + shift
+        args = (b"GETRANGE", keys[part], b"%d" % first, b"%d" % (first + end - begin - 1))
+        reads.append(Command(args, [out[begin - offset : end - offset]]))
+        wanted.append(end - begin)
+    if not reads:
+        return 0
+    replies = yield [*reads, *_renewals(keys, config)]
+    return sum(wanted) if replies[: len(reads)] == wanted else None
+
+
+def _ranges(manifest: Manifest, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Each part that bytes `begin` to `end` touch, and which of them lie there."""
+    for part in range(begin // manifest.part_bytes, manifest.num_parts):
+        part_begin, part_end = manifest.part_range(part)
+        if max(begin, part_begin) < min(end, part_end):
+            yield part, max(begin, part_begin), min(end, part_end)
+
+
+def _renewals(keys: list[bytes], config: RedisTierConfig) -> list[Command]:
+    """Begin the time to live of keys anew; GT leaves alone those that are pinned."""
+    if not config.refresh_ttl:
+        return []
+    ttl = b"%d" % config.ttl_s
+    return [Command((b"EXPIRE", key, ttl, b"GT"), is_optional=True) for key in keys]
+
+
+def write_record(key: bytes, record: memoryview, config: RedisTierConfig) -> Operation[bool]:
+    """Keep a record; False where one of that name was there, whole, already.
+
+    Raises:
+        TierFull: If the server has no room; what was written of it is taken back.
+    """
+    manifest = Manifest(len(record), config.part_bytes, secrets.token_bytes(8))
+    keys, ttl = manifest.part_keys(key), (b"EX", b"%d" % config.ttl_s)
+    head: tuple[bytes, memoryview] = (manifest.encode(), record[: manifest.first_bytes])
+    try:
+        if keys:
+            ranges = [manifest.part_range(part) for part in range(1, manifest.num_parts)]
+            yield [
+                Command((b"SET", part_key, (record[begin:end],), *ttl))
+                for part_key, (begin, end) in zip(keys, ranges, strict=True)
+            ]
+        (reply,) = yield [Command((b"SET", key, head, *ttl, b"NX"))]
+        if reply is not None:
+            return True
+        if not (yield from _holds_readable(key)):
+            yield [Command((b"SET", key, head, *ttl))]
+            return True
+    except TierError:
+        if keys:
+            yield _unlinks(keys, is_optional=True)
+        raise
+    if keys:
+        yield _unlinks(keys, is_optional=True)
+    return False
+
+
+def _holds_readable(key: bytes) -> Operation[bool]:
+    try:
+        return (yield from holds(key))
+    except BlockCorrupted:
+        return False
+
+
+def _unlinks(keys: list[bytes], is_optional: bool = False) -> list[Command]:
+    return [Command((b"UNLINK", key), is_optional=is_optional) for key in keys]
+
+
+def delete_record(key: bytes, pinned_key: bytes) -> Operation[bool]:
+    """Forget a record and its pin; False where there was none."""
+    try:
+        manifest = yield from fetch_manifest(key)
+        keys = [key] if manifest is None else [key, *manifest.part_keys(key)]
+    except BlockCorrupted:
+        keys = [key]
+    num_deleted, *_ = yield [*_unlinks(keys), Command((b"SREM", pinned_key, _hash_of(key)))]
+    return bool(num_deleted)
+
+
+def _hash_of(key: bytes) -> bytes:
+    """The hash in a record's key, in hexadecimal: what the set of the pinned holds."""
+    return key[key.index(b"{") + 1 : key.index(b"}")]
+
+
+def pin_record(
+    key: bytes, pinned_key: bytes, generation_key: bytes, generation: bytes
+) -> Operation[bool]:
+    """Keep a record from expiry; False where there is none.
+
+    It is entered into the set of the pinned first: from then on whoever deletes the identity finds
+    it there. One whose identity was deleted before that is deleted here.
+    """
+    manifest = yield from fetch_manifest(key)
+    if manifest is None:
+        return False
+    yield [Command((b"SADD", pinned_key, _hash_of(key)))]
+    keys = [key, *manifest.part_keys(key)]
+    replies = yield [Command((word, each)) for word in (b"PERSIST", b"EXISTS") for each in keys]
+    (now,) = yield [Command((b"GET", generation_key))]
+    if now == generation and all(replies[len(keys) :]):
+        return True
+    yield [*_unlinks(keys), Command((b"SREM", pinned_key, _hash_of(key)))]
+    return False
+
+
+def unpin_record(key: bytes, pinned_key: bytes, config: RedisTierConfig) -> Operation[bool]:
+    """Let a record expire again, from now on; False where there is none."""
+    manifest = yield from fetch_manifest(key)
+    if manifest is None:
+        return False
+    keys, ttl = [key, *manifest.part_keys(key)], b"%d" % config.ttl_s
+    replies = yield [Command((b"EXPIRE", each, ttl)) for each in keys]
+    yield [Command((b"SREM", pinned_key, _hash_of(key)))]
+    return all(replies)
+
+
+def fetch_generation(generation_key: bytes) -> Operation[bytes | None]:
+    """An identity's generation; None for one of which nothing was ever kept."""
+    (generation,) = yield [Command((b"GET", generation_key))]
+    return generation
+
+
+def make_generation(generation_key: bytes) -> Operation[bytes | None]:
+    """An identity's generation, which begins now if it has none."""
+    _, generation = yield [
+        Command((b"SET", generation_key, new_generation(), b"NX")),
+        Command((b"GET", generation_key)),
+    ]
+    return generation
+
+
+def end_generation(keys: Keys, identity: bytes) -> Operation[None]:
+    """From here on nothing that was kept of an identity is found.
+
+    What expires is left to expire; what is pinned would stay for ever, and is deleted.
+    """
+    set_new = (b"SET", keys.generation(identity), new_generation(), b"GET")
+    (generation,) = yield [Command(set_new)]
+    if generation is None:
+        return
+    pinned_key = keys.pinned(identity, generation)
+    (digests,) = yield [Command((b"SMEMBERS", pinned_key))]
+    for digest in digests:
+        name = RecordName(identity, bytes.fromhex(digest.decode()))  # type: ignore[arg-type]
+        yield from delete_record(keys.record(name, generation), pinned_key)

@@ -1,0 +1,176 @@
+"""Walks through all keys of a tier (SCAN): for records that lack parts, and for what is left over.
+
+A walk costs the servers about a microsecond a key; they serve others between its steps.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from prefixstore.errors import BlockCorrupted, TierError
+from prefixstore.tiers.base import Swept
+from prefixstore.tiers.redis_calls import Caller, raise_first
+from prefixstore.tiers.redis_config import Address, RedisTierConfig
+from prefixstore.tiers.redis_exchange import Operation
+from prefixstore.tiers.redis_records import (
+    Keys,
+    delete_record,
+    fetch_generation,
+    fetch_manifest,
+    holds,
+)
+from prefixstore.tiers.redis_wire import Command
+
+T = TypeVar("T")
+
+_SCAN_COUNT = b"1000"
+_BATCH = 1000  # operations of one exchange
+# A part is written before its manifest: one as young as this may belong to a write under way.
+_WRITE_GRACE_S = 60
+
+
+@dataclass
+class Survey:
+    """What SCAN found under a prefix, by key."""
+
+    manifests: dict[bytes, bytes] = field(default_factory=dict)  # key of a record: identity
+    parts: dict[bytes, tuple[bytes, bytes]] = field(default_factory=dict)  # its record, write id
+    stale: list[bytes] = field(default_factory=list)  # whatever is of an ended generation
+
+
+def scan(address: Address, pattern: bytes) -> Operation[list[bytes]]:
+    """Every key of one server that fits a pattern."""
+    cursor, keys = b"0", set()
+    while True:
+        args = (b"SCAN", cursor, b"MATCH", pattern, b"COUNT", _SCAN_COUNT)
+        ((cursor, found),) = yield [Command(args, address=address)]
+        keys.update(found)
+        if cursor == b"0":
+            return sorted(keys)
+
+
+class Sweeper:
+    """Looks after the keys of one tier.
+
+    Args:
+        config: Of the tier.
+        caller: Makes the calls.
+        keys: Names of keys.
+        deadline: Of the whole walk.
+    """
+
+    def __init__(
+        self, config: RedisTierConfig, caller: Caller, keys: Keys, deadline: float
+    ) -> None:
+        self._config = config
+        self._caller = caller
+        self._keys = keys
+        self._deadline = deadline
+        prefix = re.escape(config.prefix.encode())
+        self._pattern = re.compile(
+            prefix + rb":1:([0-9a-f]{32}):([0-9a-f]{16}):"
+            rb"(?:pinned|(\{[0-9a-f]{32}\})(?::([0-9a-f]{16}):\d+)?)"
+        )
+
+    def survey(self, primaries: list[Address]) -> Survey:
+        """All keys there are."""
+        pattern = self._config.prefix.encode() + b":1:*"
+        keys = [
+            key
+            for found in self._run([scan(address, pattern) for address in primaries])
+            for key in found
+        ]
+        matches = [match for key in keys if (match := self._pattern.fullmatch(key))]
+        identities = sorted({match[1] for match in matches})
+        names = [self._keys.generation(bytes.fromhex(text.decode())) for text in identities]
+        found = self._run([fetch_generation(name) for name in names])
+        current = dict(zip(identities, found, strict=True))
+        survey = Survey()
+        for match in matches:
+            key = match[0]
+            if match[2] != current[match[1]]:
+                survey.stale.append(key)
+            elif match[4] is not None:
+                record_key = key[: match.end(3)]
+                survey.parts[key] = record_key, match[4]
+            elif match[3] is not None:
+                survey.manifests[key] = bytes.fromhex(match[1].decode())
+        return survey
+
+    def find_broken(self, keys: list[bytes]) -> list[bytes]:
+        """The records among those that are there but lack a part, or have no manifest."""
+        answers = self._run(map(_is_broken, keys))
+        return [key for key, is_broken in zip(keys, answers, strict=True) if is_broken]
+
+    def drop(self, keys: list[bytes]) -> None:
+        """Forget records."""
+        self._run([delete_record(key, key[: key.index(b"{")] + b"pinned") for key in keys])
+
+    def reclaim(self, survey: Survey) -> Swept:
+        """Delete parts that no manifest names, and what is of an ended generation."""
+        record_keys = sorted({record_key for record_key, _ in survey.parts.values()})
+        write_ids = dict(zip(record_keys, self._run(map(_write_id, record_keys)), strict=True))
+        orphans = [
+            key
+            for key, (record_key, write_id) in survey.parts.items()
+            if write_ids[record_key] != write_id
+        ]
+        oldest_ttl_s = self._config.ttl_s - _WRITE_GRACE_S
+        sizes = self._run(
+            [
+                *(_reclaim(key, None) for key in survey.stale),
+                *(_reclaim(key, oldest_ttl_s) for key in orphans),
+            ]
+        )
+        gone = [size for size in sizes if size is not None]
+        return Swept(num_orphans=len(gone), num_bytes=sum(gone))
+
+    def _run(self, operations: Iterable[Operation[T]]) -> list[T]:
+        """What operations return, a batch at a time.
+
+        Raises:
+            TierError: The first that one of them met.
+        """
+        outcomes: list[T | TierError] = []
+        pending = list(operations)
+        for first in range(0, len(pending), _BATCH):
+            outcomes += self._caller.exchange(pending[first : first + _BATCH], self._deadline)
+        return raise_first(outcomes)
+
+
+def _is_broken(key: bytes) -> Operation[bool]:
+    try:
+        manifest = yield from fetch_manifest(key)
+        return manifest is not None and not (yield from holds(key))
+    except BlockCorrupted:
+        return True
+
+
+def _write_id(record_key: bytes) -> Operation[bytes | None]:
+    """The write id in a record's manifest, in hexadecimal."""
+    try:
+        manifest = yield from fetch_manifest(record_key)
+    except BlockCorrupted:
+        return None
+    return None if manifest is None else manifest.write_id.hex().encode()
+
+
+def _reclaim(key: bytes, at_most_ttl_s: int | None) -> Operation[int | None]:
+    """Delete a key; returns its bytes, or None if it still has longer to live than that."""
+    ttl_s, num_bytes = yield [
+        Command((b"TTL", key)),
+        Command((b"STRLEN", key), is_optional=True),  # a set has none
+    ]
+    if at_most_ttl_s is not None and ttl_s > at_most_ttl_s:
+        return None
+    yield [Command((b"UNLINK", key))]
+    return num_bytes or 0
+
+
+def list_problems(name: str, keys: list[bytes]) -> Iterator[str]:
+    """In words what `find_broken` found."""
+    for key in keys:
+        yield f"{name}: record {key.decode()} is not whole: expected all its parts"

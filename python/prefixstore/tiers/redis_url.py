@@ -1,0 +1,184 @@
+"""URLs of a Redis tier.
+
+    redis://[user:password@]host[:port][/db][?option=value&...]     rediss:// for TLS
+    unix://[user:password@]/path/of/socket[?db=0&...]
+    redis+sentinel://[user:password@]host[:port],.../master-name[/db]     rediss+sentinel://
+    redis+cluster://[user:password@]host[:port],...                       rediss+cluster://
+
+User and password are percent-encoded; they go to the servers of the data, not to sentinels.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+
+from prefixstore.errors import ConfigError
+from prefixstore.tiers.redis_config import Address, TlsConfig, Topology
+
+_SCHEMES = {
+    "redis": (Topology.STANDALONE, False),
+    "rediss": (Topology.STANDALONE, True),
+    "unix": (Topology.STANDALONE, False),
+    "redis+sentinel": (Topology.SENTINEL, False),
+    "rediss+sentinel": (Topology.SENTINEL, True),
+    "redis+cluster": (Topology.CLUSTER, False),
+    "rediss+cluster": (Topology.CLUSTER, True),
+}
+_DEFAULT_PORTS = {Topology.SENTINEL: 26379}
+_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}
+_BYTES = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_QUANTITY = re.compile(r"(\d+(?:\.\d+)?)([A-Za-z]*)")
+
+
+def read_url(url: str) -> dict[str, Any]:
+    """The fields of `RedisTierConfig` that a URL sets.
+
+    Raises:
+        ConfigError: If it is no such URL or has an unknown option; without showing the password.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise ConfigError("url: expected a URL of a Redis, got one with a broken host") from None
+    if parts.scheme not in _SCHEMES:
+        raise ConfigError(
+            f"url: expected a scheme of {', '.join(_SCHEMES)}" + _nearest(parts.scheme, _SCHEMES)
+        )
+    topology, uses_tls = _SCHEMES[parts.scheme]
+    user_info, _, hosts = parts.netloc.rpartition("@")
+    username, _, password = user_info.partition(":")
+    fields: dict[str, Any] = {
+        "topology": topology,
+        "username": unquote(username) or None,
+        "password": unquote(password) or None,
+        **_read_place(parts, topology, hosts),
+    }
+    options = _read_options(parts.query)
+    tls = {name: options.pop(name) for name in list(options) if name in _TLS_OPTIONS}
+    if tls and not uses_tls:
+        raise ConfigError(f"{next(iter(tls))}: expected a rediss:// URL, got {parts.scheme}://")
+    if uses_tls:
+        fields["tls"] = TlsConfig(**{name.removeprefix("tls_"): tls[name] for name in tls})
+    return {**fields, **{_FIELDS.get(name, name): value for name, value in options.items()}}
+
+
+def _read_place(parts: SplitResult, topology: Topology, hosts: str) -> dict[str, Any]:
+    """Addresses, and what stands in the path."""
+    if parts.scheme == "unix":
+        path = unquote(hosts + parts.path)
+        if not path.startswith("/"):
+            raise ConfigError(f"url: expected unix:///path/of/socket, got the path {path!r}")
+        return {"addresses": (Address(path, 0),)}
+    default_port = _DEFAULT_PORTS.get(topology, 6379)
+    addresses = tuple(_read_address(text, default_port) for text in hosts.split(","))
+    words = [unquote(word) for word in parts.path.split("/") if word]
+    place: dict[str, Any] = {"addresses": addresses}
+    if topology is Topology.SENTINEL:
+        if not words:
+            raise ConfigError("url: expected the master's name after the sentinels, got none")
+        place["sentinel_master"] = words.pop(0)
+    if words:
+        place["db"] = _whole("db", words.pop(0))
+    if words:
+        raise ConfigError(f"url: expected nothing after the database, got {words[0]!r}")
+    return place
+
+
+def _read_address(text: str, default_port: int) -> Address:
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]/]*))(?::(\d+))?", text)
+    if match is None:
+        raise ConfigError(f"url: expected host:port, got {text!r}")
+    port = int(match[3] or default_port)
+    if not 0 < port < 65536:
+        raise ConfigError(f"url: expected a port of 1 to 65535, got {port}")
+    return Address(match[1] or match[2] or "127.0.0.1", port)
+
+
+def _read_options(query: str) -> dict[str, Any]:
+    options = {}
+    for name, text in parse_qsl(query, keep_blank_values=True):
+        if name not in _OPTIONS:
+            raise ConfigError(
+                f"url: expected one of the options {', '.join(_OPTIONS)}, got {name!r}"
+                + _nearest(name, _OPTIONS)
+            )
+        if name in options:
+            raise ConfigError(f"{name}: expected once, got it twice")
+        options[name] = _OPTIONS[name](name, text)
+    return options
+
+
+def _nearest(name: str, known: dict[str, Any]) -> str:
+    found = difflib.get_close_matches(name, known, 1, 0.0)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _quantity(name: str, text: str, units: dict[str, Any]) -> float:
+    match = _QUANTITY.fullmatch(text)
+    if match is None or match[2] not in units:
+        raise ConfigError(
+            f"{name}: expected a number with a unit of {', '.join(filter(None, units))},"
+            f" got {text!r}"
+        )
+    return float(match[1]) * units[match[2]]
+
+
+def _seconds(name: str, text: str) -> float:
+    return _quantity(name, text, _SECONDS)
+
+
+def _whole_seconds(name: str, text: str) -> int:
+    return round(_seconds(name, text))
+
+
+def _bytes(name: str, text: str) -> int:
+    return round(_quantity(name, text, _BYTES))
+
+
+def _whole(name: str, text: str) -> int:
+    if not text.isdecimal():
+        raise ConfigError(f"{name}: expected a whole number, got {text!r}")
+    return int(text)
+
+
+def _yes_or_no(name: str, text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise ConfigError(f"{name}: expected yes or no, got {text!r}")
+    return text == "yes"
+
+
+def _file(name: str, text: str) -> Path:
+    return Path(text)
+
+
+def _text(name: str, text: str) -> str:
+    return text
+
+
+_TLS_OPTIONS = ("tls_ca_file", "tls_cert_file", "tls_key_file", "tls_verify")
+_FIELDS = {
+    "ttl": "ttl_s",
+    "connections": "num_connections",
+    "connect_timeout": "connect_timeout_s",
+    "timeout": "timeout_s",
+}
+_OPTIONS: dict[str, Callable[[str, str], Any]] = {
+    "ttl": _whole_seconds,
+    "refresh_ttl": _yes_or_no,
+    "part_bytes": _bytes,
+    "connections": _whole,
+    "connect_timeout": _seconds,
+    "timeout": _seconds,
+    "prefix": _text,
+    "name": _text,
+    "db": _whole,
+    "tls_ca_file": _file,
+    "tls_cert_file": _file,
+    "tls_key_file": _file,
+    "tls_verify": _yes_or_no,
+}
