@@ -67,10 +67,11 @@ class Proxy:
                     return
 
     def _chunk_bytes(self, is_reply: bool) -> int:
-        if is_reply and self.bytes_per_s is not None:
-            time.sleep(0.01)
-            return max(1, self.bytes_per_s // 100)
-        return 4096
+        bytes_per_s = self.bytes_per_s
+        if not is_reply or bytes_per_s is None:
+            return 4096
+        time.sleep(0.01)
+        return max(1, bytes_per_s // 100)
 
     def _is_cut(self, is_reply: bool, num_bytes: int) -> bool:
         name = "cut_replies_at" if is_reply else "cut_commands_at"

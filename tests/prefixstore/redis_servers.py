@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from prefixstore.tiers.redis_config import Address
 
@@ -60,8 +62,8 @@ class Server:
     Args:
         program: The server's binary.
         directory: For its socket and log; a short path, since a socket's may have 107 bytes.
-        options: As on its command line, without dashes; of these `port` may be set to 0.
-        client: How the fixture itself connects, where that takes more than a port.
+        options: As on its command line, without the dashes.
+        tls: How `client` connects to a server that speaks TLS alone; None for a plain one.
     """
 
     def __init__(
@@ -69,13 +71,12 @@ class Server:
         program: Path,
         directory: Path,
         options: dict[str, str] | None = None,
-        client: dict[str, object] | None = None,
-        first_words: tuple[str, ...] = (),
+        tls: dict[str, object] | None = None,
     ) -> None:
         self.port = free_port()
         self.socket_path = directory / f"{self.port}.sock"
         settings = {
-            "port": str(self.port),
+            "port" if tls is None else "tls-port": str(self.port),
             "bind": "127.0.0.1",
             "unixsocket": str(self.socket_path),
             "dir": str(directory),
@@ -83,11 +84,13 @@ class Server:
             "logfile": str(directory / f"{self.port}.log"),
             "save": "",
             "appendonly": "no",
+            **({} if tls is None else {"port": "0"}),
             **(options or {}),
         }
         words = [word for name, value in settings.items() for word in (f"--{name}", value)]
-        self._command = [str(program), *first_words, *words]
-        self._client = {"port": self.port, **(client or {})}
+        self.bus_port = int(settings.get("cluster-port", 0))
+        self._command = [str(program), *words]
+        self._client = {"port": self.port, **(tls or {})}
         self.start()
 
     @property
@@ -99,7 +102,7 @@ class Server:
         return f"redis://127.0.0.1:{self.port}"
 
     def client(self) -> redis.Redis:
-        return redis.Redis(**{"socket_timeout": 5, **self._client})
+        return redis.Redis(socket_timeout=5, retry=Retry(NoBackoff(), 0), **self._client)
 
     def start(self) -> None:
         """Returns when it answers."""
@@ -113,7 +116,16 @@ class Server:
                 except redis.AuthenticationError:
                     return True
 
-        wait_until(answers)
+        try:
+            wait_until(answers)
+        except BaseException:
+            self.kill()
+            raise
+
+    def is_replicated(self) -> bool:
+        """Whether a replica has all that this server was told so far."""
+        told = self.client().info("replication")
+        return told["slave0"]["offset"] == told["master_repl_offset"]
 
     def kill(self) -> None:
         """As `kill -9` does."""
@@ -136,9 +148,17 @@ class Cluster:
 
     def __init__(self, program: Path, directory: Path, num_primaries: int = 3) -> None:
         self.nodes: list[Server] = []
+        try:
+            self._start(program, directory, num_primaries)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _start(self, program: Path, directory: Path, num_primaries: int) -> None:
         for number in range(2 * num_primaries):
             options = {
                 "cluster-enabled": "yes",
+                "cluster-port": str(free_port()),  # by default 10,000 above the other
                 "cluster-config-file": f"nodes-{number}.conf",
                 "cluster-node-timeout": "1000",
                 # By default a replica's first copy waits for five seconds, and a primary that is
@@ -155,7 +175,8 @@ class Cluster:
             client.execute_command("CLUSTER", "ADDSLOTSRANGE", first, end - 1)
             client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", i + 1)
         for node in self.nodes[1:]:
-            clients[0].execute_command("CLUSTER", "MEET", "127.0.0.1", node.port)
+            ports = node.port, node.bus_port
+            clients[0].execute_command("CLUSTER", "MEET", "127.0.0.1", *ports)
         wait_until(lambda: all(self._knows_all(client) for client in clients))
         ids = [client.execute_command("CLUSTER", "MYID") for client in clients]
         for i, client in enumerate(clients[num_primaries:]):
@@ -163,14 +184,12 @@ class Cluster:
         wait_until(lambda: all(self._is_ready(client) for client in clients))
 
     def _knows_all(self, client: redis.Redis) -> bool:
-        return int(client.execute_command("CLUSTER", "INFO")["cluster_known_nodes"]) == len(
-            self.nodes
-        )
+        return int(client.execute_command("CLUSTER INFO")["cluster_known_nodes"]) == len(self.nodes)
 
     def _is_ready(self, client: redis.Redis) -> bool:
         replication = client.info("replication")
         is_linked = replication.get("master_link_status", "up") == "up"
-        return is_linked and client.execute_command("CLUSTER", "INFO")["cluster_state"] == "ok"
+        return is_linked and client.execute_command("CLUSTER INFO")["cluster_state"] == "ok"
 
     @property
     def url(self) -> str:
@@ -180,3 +199,61 @@ class Cluster:
     def kill(self) -> None:
         for node in self.nodes:
             node.kill()
+
+
+class Sentinels:
+    """A primary, a replica, and three sentinels that watch them."""
+
+    MASTER = "the-primary"
+
+    def __init__(self, program: Path, directory: Path) -> None:
+        self._sentinels: list[tuple[subprocess.Popen[bytes], int]] = []
+        self._servers = [Server(program, directory)]
+        try:
+            self._start(program, directory)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _start(self, program: Path, directory: Path) -> None:
+        replicaof = {"replicaof": f"127.0.0.1 {self.primary.port}"}
+        self._servers.append(Server(program, directory, replicaof))
+        for _ in range(3):
+            self._sentinels.append(self._start_sentinel(program, directory))
+        wait_until(lambda: all(self._is_ready(port) for _, port in self._sentinels))
+
+    def _start_sentinel(
+        self, program: Path, directory: Path
+    ) -> tuple[subprocess.Popen[bytes], int]:
+        port = free_port()
+        path = directory / f"sentinel-{port}.conf"
+        path.write_text(
+            f"port {port}\nbind 127.0.0.1\ndir {directory}\n"
+            f"logfile {directory}/sentinel-{port}.log\n"
+            f"sentinel monitor {self.MASTER} 127.0.0.1 {self.primary.port} 2\n"
+            f"sentinel down-after-milliseconds {self.MASTER} 500\n"
+            f"sentinel failover-timeout {self.MASTER} 3000\n"
+        )
+        command = [str(program), str(path), "--sentinel"]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL), port
+
+    def _is_ready(self, port: int) -> bool:
+        with redis.Redis(port=port, retry=Retry(NoBackoff(), 0)) as client:
+            words = client.sentinel_master(self.MASTER)
+            return words["num-slaves"] == 1 and words["num-other-sentinels"] == 2
+
+    @property
+    def primary(self) -> Server:
+        return self._servers[0]
+
+    @property
+    def url(self) -> str:
+        hosts = ",".join(f"127.0.0.1:{port}" for _, port in self._sentinels)
+        return f"redis+sentinel://{hosts}/{self.MASTER}"
+
+    def kill(self) -> None:
+        for process, _ in self._sentinels:
+            process.kill()
+            process.wait()
+        for server in self._servers:
+            server.kill()

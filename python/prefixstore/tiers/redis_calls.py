@@ -171,7 +171,9 @@ class Caller:
 
 
 def _pause(pause_s: float, deadline: float) -> None:
-    time.sleep(max(0.0, min(pause_s, deadline - time.monotonic())))
+    pause_s = min(pause_s, deadline - time.monotonic())
+    if pause_s > 0:
+        time.sleep(pause_s)
 
 
 def raise_first(outcomes: Sequence[T | TierError]) -> list[T]:

@@ -32,6 +32,11 @@ MIN_COMMANDS = 2
 MAX_COMMANDS = 256
 _BYTES_PER_CONNECTION = 1 << 20  # less is not worth another connection
 _MAX_REDIRECTS = 5
+# Begun at once. An operation goes on before another begins, so that a server that gets full while
+# long records are written has whole ones, and not the first parts of all.
+_ACTIVE_BYTES = 8 << 20
+_MIN_ACTIVE_COMMANDS = 8
+_MAX_ACTIVE_COMMANDS = 1024
 
 
 @dataclass(eq=False)
@@ -71,7 +76,9 @@ class Exchange(Generic[T]):
         self._servers = servers
         self._name = servers.config.name
         self._deadline = deadline
+        self._unstarted: deque[_Running[T]] = deque()
         self._jobs: dict[Command, _Job] = {}
+        self._active_bytes = 0
         self._lanes: dict[Address, _Lane] = {}
         self._lane_of: dict[int, tuple[_Lane, PooledChannel]] = {}
         self._poll = select.poll()
@@ -83,14 +90,13 @@ class Exchange(Generic[T]):
         late = TierTimeout(f"{self._name}: expected an answer before the deadline, got none")
         self._outcomes = [late] * len(running)
         try:
-            for one in running:
-                self._resume(one, None)
-            while self._jobs:
-                self._write()
+            self._unstarted.extend(running)
+            while self._start_more():
+                is_awaiting = self._write()
                 remaining = self._deadline - time.monotonic()
-                if remaining <= 0 or not self._jobs:
+                if remaining <= 0:
                     break
-                for fd, _ in self._poll.poll(remaining * 1e3):
+                for fd, _ in self._poll.poll(remaining * 1e3) if is_awaiting else ():
                     self._read(*self._lane_of[fd])
         finally:
             for lane in self._lanes.values():
@@ -102,15 +108,25 @@ class Exchange(Generic[T]):
 
     # ---- operations ----------------------------------------------------------------------------
 
+    def _start_more(self) -> bool:
+        """Begin as many operations as keep the connections busy; False when all are done."""
+        while self._unstarted and (
+            len(self._jobs) < _MIN_ACTIVE_COMMANDS
+            or (len(self._jobs) < _MAX_ACTIVE_COMMANDS and self._active_bytes < _ACTIVE_BYTES)
+        ):
+            self._resume(self._unstarted.popleft(), None)
+        return bool(self._jobs)
+
     def _resume(self, running: _Running[T], error: TierError | None) -> None:
         """Let an operation go on with its replies, and send what it asks for next."""
+        is_new = not running.replies and error is None
         try:
             if error is not None:
                 commands = running.operation.throw(error)
-            elif running.replies:
-                commands = running.operation.send(running.replies)
-            else:
+            elif is_new:
                 commands = next(running.operation)
+            else:
+                commands = running.operation.send(running.replies)
         except StopIteration as stop:
             self._outcomes[running.index] = stop.value
             return
@@ -121,11 +137,16 @@ class Exchange(Generic[T]):
         running.num_missing = len(commands)
         for index, command in enumerate(commands):
             self._jobs[command] = _Job(running, index)
-        for command in commands:
-            self._route(command)
+            self._active_bytes += command.num_bytes
+        if is_new:
+            for command in commands:
+                self._route(command, is_first=False)
+        else:
+            for command in reversed(commands):
+                self._route(command, is_first=True)
 
-    def _route(self, command: Command) -> None:
-        """Let a command wait for its server."""
+    def _route(self, command: Command, is_first: bool) -> None:
+        """Let a command wait for its server; before all others where it `is_first`."""
         address = command.address
         try:
             if address is None:
@@ -133,7 +154,11 @@ class Exchange(Generic[T]):
         except TierError as error:
             self._answer(command, error)
             return
-        self._lanes.setdefault(address, _Lane(address)).waiting.append(command)
+        waiting = self._lanes.setdefault(address, _Lane(address)).waiting
+        if is_first:
+            waiting.appendleft(command)
+        else:
+            waiting.append(command)
 
     def _answer(self, command: Command, reply: Reply | TierError) -> None:
         job = self._jobs.get(command)
@@ -144,6 +169,7 @@ class Exchange(Generic[T]):
                 return
             reply = None if command.is_optional else tier_error(self._name, reply)
         del self._jobs[command]
+        self._active_bytes -= command.num_bytes
         running = job.running
         running.replies[job.index] = reply
         running.num_missing -= 1
@@ -158,13 +184,14 @@ class Exchange(Generic[T]):
             return False
         job.num_redirects += 1
         job.is_asking = reply.code == "ASK"
-        self._lanes.setdefault(address, _Lane(address)).waiting.append(command)
+        self._lanes.setdefault(address, _Lane(address)).waiting.appendleft(command)
         return True
 
     # ---- connections ---------------------------------------------------------------------------
 
-    def _write(self) -> None:
-        """Open what is needed, send what fits, and say what to wait for."""
+    def _write(self) -> bool:
+        """Open what is needed and send what fits; whether any replies are to come."""
+        is_awaiting = False
         for lane in list(self._lanes.values()):
             if lane.waiting and not lane.channels:
                 self._open(lane)
@@ -176,6 +203,8 @@ class Exchange(Generic[T]):
                     continue
                 events = select.POLLIN | (select.POLLOUT if channel.has_output else 0)
                 self._poll.register(channel, events)
+                is_awaiting = is_awaiting or channel.num_awaited > 0
+        return is_awaiting
 
     def _open(self, lane: _Lane) -> None:
         num_bytes = sum(command.num_bytes for command in lane.waiting)

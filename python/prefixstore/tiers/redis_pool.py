@@ -146,6 +146,9 @@ class Pool:
         if isinstance(error, redis.ConnectionError) and not isinstance(
             error, redis.BusyLoadingError
         ):
+            was_cut = isinstance(error.__context__, (ConnectionResetError, BrokenPipeError))
+            if was_cut or "closed" in str(error):
+                return ConnectionLost(message)
             return PassingTrouble(message)
         return TierUnavailable(message)
 

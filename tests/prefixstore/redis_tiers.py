@@ -1,0 +1,42 @@
+"""What the tests of the Redis tier share: tiers, names, and records of any length."""
+
+from __future__ import annotations
+
+import secrets
+
+import numpy as np
+
+from prefixstore.block_key import BlockHash, RecordName
+from prefixstore.errors import TierError
+from prefixstore.tiers.redis import RedisTier
+from prefixstore.tiers.redis_config import RedisTierConfig
+
+PART = 1 << 16
+
+
+def open_tier(url: str, **settings: object) -> RedisTier:
+    """With small parts and a prefix of its own, unless told otherwise."""
+    settings = {"part_bytes": PART, "prefix": f"t{secrets.token_hex(8)}", **settings}
+    return RedisTier(RedisTierConfig.from_url(url, **settings))
+
+
+def make_names(count: int, identity: bytes = b"i" * 16) -> list[RecordName]:
+    return [RecordName(identity, BlockHash(secrets.token_bytes(16))) for _ in range(count)]
+
+
+def random_bytes(num_bytes: int, seed: int = 0) -> bytes:
+    return np.random.default_rng(seed).bytes(num_bytes)
+
+
+def put(tier: RedisTier, names: list[RecordName], records: list[bytes], **options) -> list:
+    return tier.put_many(names, [memoryview(record) for record in records], **options)
+
+
+def get(tier: RedisTier, names: list[RecordName], num_bytes: int, **options) -> list:
+    """For each the record, None, or the error."""
+    outs = [bytearray(b"\xee" * num_bytes) for _ in names]
+    outcomes = tier.get_many(names, [memoryview(out) for out in outs], **options)
+    return [
+        outcome if outcome is None or isinstance(outcome, TierError) else bytes(out[:outcome])
+        for outcome, out in zip(outcomes, outs, strict=True)
+    ]

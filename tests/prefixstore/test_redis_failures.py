@@ -1,0 +1,357 @@
+"""The Redis tier where things go wrong: servers that stop, die, are full or slow, or say no."""
+
+import datetime
+import ipaddress
+import time
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from redis_proxy import Proxy
+from redis_servers import FLAVOURS, Server
+from redis_tiers import PART, get, make_names, open_tier, put, random_bytes
+
+from prefixstore.errors import TierError, TierFull, TierTimeout, TierUnavailable
+
+needs_redis = pytest.mark.skipif(
+    "redis" not in FLAVOURS, reason="expected redis-server: the other flavour has no TLS"
+)
+TIGHT = 0.5  # seconds for a call that is not going to succeed
+SLACK = 0.4  # what a busy machine may add
+
+
+@pytest.fixture
+def make_server(server_directory):
+    """Starts a server for one test, of every flavour in turn unless told which."""
+    servers = []
+
+    def make(flavour: str, **options: str) -> Server:
+        settings = {name.replace("_", "-"): value for name, value in options.items()}
+        servers.append(Server(FLAVOURS[flavour], server_directory, settings))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture(params=FLAVOURS)
+def flavour(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def proxy(shared_servers):
+    proxy = Proxy(shared_servers(next(iter(FLAVOURS))).port)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def proxied(proxy):
+    tier = open_tier(proxy.url)
+    yield tier
+    tier.close()
+
+
+def assert_in_time(begin: float, seconds: float = TIGHT) -> None:
+    assert time.monotonic() - begin < seconds + SLACK
+
+
+def test_a_server_that_restarts_is_empty_and_serves_again(make_server, flavour):
+    server = make_server(flavour)
+    tier = open_tier(server.url)
+    names, record = make_names(2), random_bytes(2 * PART)
+    put(tier, names, [record] * 2)
+    server.kill()
+    begin = time.monotonic()
+    for call in (
+        lambda: get(tier, names, 2 * PART),
+        lambda: put(tier, names, [record] * 2),
+        lambda: tier.contains_many(names),
+        lambda: tier.delete_many(names),
+        lambda: tier.pin_many(names),
+        lambda: tier.delete_identity(names[0].identity),
+        tier.stats,
+        tier.sweep,
+        tier.check,
+    ):
+        with pytest.raises(TierUnavailable):
+            call()
+    assert_in_time(begin, 1)
+    server.start()
+    assert get(tier, names, 2 * PART) == [None, None]
+    assert put(tier, names, [record] * 2) == [None, None]
+    assert get(tier, names, 2 * PART) == [record, record]
+    tier.close()
+
+
+def test_opens_without_a_server(make_server, flavour):
+    server = make_server(flavour)
+    server.kill()
+    tier = open_tier(server.url)
+    names = make_names(1)
+    with pytest.raises(TierUnavailable, match="refused"):
+        tier.contains_many(names)
+    server.start()
+    assert tier.contains_many(names) == [False]
+    tier.close()
+
+
+def test_a_stopped_server_costs_the_deadline_and_no_more(make_server, flavour):
+    server = make_server(flavour)
+    tier = open_tier(server.url, timeout_s=TIGHT)
+    names, records = make_names(3), [random_bytes(2 * PART, seed) for seed in range(3)]
+    put(tier, names, records)
+    with server.stopped():
+        for deadline_s in (None, 0.1):
+            begin = time.monotonic()
+            deadline = None if deadline_s is None else begin + deadline_s
+            with pytest.raises(TierTimeout):
+                get(tier, names, 2 * PART, deadline=deadline)
+            assert_in_time(begin, deadline_s or TIGHT)
+        for call in (
+            lambda: put(tier, make_names(1), [bytes(64 << 20)]),  # more than sockets hold
+            lambda: tier.contains_many(names),
+            lambda: tier.delete_identity(names[0].identity),
+            tier.stats,
+        ):
+            begin = time.monotonic()
+            with pytest.raises(TierTimeout):
+                call()
+            assert_in_time(begin)
+    # what the server answers late must not be taken for the answer to something else
+    assert get(tier, names, 2 * PART) in (records, [None] * 3)  # the deletion may have arrived
+    tier.close()
+
+
+def test_a_slow_server_costs_the_deadline_and_what_is_complete_is_a_hit(proxy, proxied):
+    names = make_names(3)
+    records = [b"short", random_bytes(3 * PART), b"also short"]
+    put(proxied, names, records)
+    proxy.bytes_per_s = 10_000
+    begin = time.monotonic()
+    outcomes = get(proxied, names, 3 * PART, deadline=begin + 2 * TIGHT)
+    assert_in_time(begin, 2 * TIGHT)
+    assert outcomes[0] == b"short"
+    assert isinstance(outcomes[1], TierTimeout)
+    proxy.bytes_per_s = None
+    assert get(proxied, names, 3 * PART) == records
+
+
+def test_a_connection_cut_within_a_reply_is_tried_again(proxy, proxied):
+    names = make_names(6)
+    records = [random_bytes(3 * PART, seed) for seed in range(6)]
+    put(proxied, names, records)
+    for cut_at in (1, 300, PART, 5 * PART):
+        proxy.cut_replies_at = cut_at
+        num_before = proxy.num_connections
+        assert get(proxied, names, 3 * PART) == records
+        assert proxy.cut_replies_at is None and proxy.num_connections > num_before
+
+
+def test_a_connection_cut_within_a_command_is_tried_again(proxy, proxied):
+    for cut_at in (1, 300, PART, 5 * PART):
+        names = make_names(4)
+        records = [random_bytes(3 * PART, seed) for seed in range(4)]
+        proxy.cut_commands_at = cut_at
+        assert put(proxied, names, records) == [None] * 4
+        assert proxy.cut_commands_at is None
+        assert get(proxied, names, 3 * PART) == records
+
+
+def test_a_full_server_refuses_and_keeps_what_it_has(make_server, flavour):
+    server = make_server(flavour, maxmemory="24mb", maxmemory_policy="noeviction")
+    tier = open_tier(server.url)
+    names, records = make_names(60), [random_bytes(1 << 20, seed) for seed in range(60)]
+    outcomes = put(tier, names, records)
+    num_kept = outcomes.count(None)
+    assert 5 < num_kept < 30
+    full = [outcome for outcome in outcomes if outcome is not None]
+    assert all(isinstance(outcome, TierFull) and "maxmemory" in str(outcome) for outcome in full)
+    found = get(tier, names, 1 << 20)
+    for outcome, record, kept in zip(outcomes, found, records, strict=True):
+        assert record == (kept if outcome is None else None)
+    with server.client() as client:  # of the refused ones nothing is left: 17 keys a record
+        assert client.dbsize() <= 1 + num_kept * 16
+    assert tier.stats().capacity_bytes == 24 << 20
+    tier.close()
+
+
+@pytest.mark.parametrize("policy", ["volatile-lru", "allkeys-lru"])
+def test_a_server_that_evicts_only_forgets(make_server, flavour, policy):
+    server = make_server(flavour, maxmemory="24mb", maxmemory_policy=policy)
+    tier = open_tier(server.url, part_bytes=1 << 18)
+    names, records = make_names(60), [random_bytes(1 << 20, seed) for seed in range(60)]
+    for name, record in zip(names, records, strict=True):
+        assert put(tier, [name], [record]) == [None]
+    found = get(tier, names, 1 << 20)
+    assert all(got in (None, record) for got, record in zip(found, records, strict=True))
+    assert found.count(None) > 0
+    if policy == "volatile-lru":  # which never takes the generation
+        assert found.count(None) < 60
+    # replies take memory, so reading evicts as well
+    for is_there, record in zip(tier.contains_many(names), found, strict=True):
+        assert record is not None or not is_there
+    assert tier.stats().num_evictions > 0
+    tier.close()
+
+
+def test_wrong_passwords_are_said_and_never_shown(make_server, flavour, caplog):
+    server = make_server(flavour, requirepass="right-one")
+    for url, message in (
+        (server.url, "(?i)auth"),
+        (server.url.replace("//", "//:wrong-one@"), "(?i)password"),
+    ):
+        tier = open_tier(url)
+        with pytest.raises(TierUnavailable, match=message) as caught:
+            tier.contains_many(make_names(1))
+        told = f"{caught.value} {caught.value.__cause__} {tier._config!r} {caplog.text}"
+        assert "wrong-one" not in told and "right-one" not in told
+        tier.close()
+    tier = open_tier(server.url.replace("//", "//:right-one@"))
+    assert tier.contains_many(make_names(1)) == [False]
+    tier.close()
+
+
+def test_a_user_of_an_acl(make_server, flavour, monkeypatch):
+    server = make_server(flavour)
+    with server.client() as client:
+        rights = ["~kvk:*", "+@read", "+@write", "+@connection", "+info", "-@dangerous"]
+        for user, extra in (("cache", []), ("reader", ["-@write"])):
+            client.execute_command("ACL", "SETUSER", user, "on", ">p@ss", *rights, *extra)
+    names = make_names(1)
+    tier = open_tier(server.url.replace("//", "//cache:p%40ss@"), prefix="kvk")
+    assert put(tier, names, [b"record"]) == [None]
+    monkeypatch.setenv("KVKERNELS_REDIS_USERNAME", "reader")
+    monkeypatch.setenv("KVKERNELS_REDIS_PASSWORD", "p@ss")
+    reader = open_tier(server.url, prefix="kvk")
+    assert get(reader, names, 10) == [b"record"]
+    with pytest.raises(TierUnavailable, match="NOPERM"):
+        put(reader, make_names(1), [b"record"])
+    stranger = open_tier(server.url, prefix="other")
+    with pytest.raises(TierUnavailable, match="NOPERM"):
+        stranger.contains_many(names)
+    for one in (tier, reader, stranger):
+        one.close()
+
+
+def test_a_unix_socket_and_a_database(make_server, flavour):
+    server = make_server(flavour)
+    names, record = make_names(1), random_bytes(3 * PART)
+    by_socket = open_tier(f"unix://{server.socket_path}?db=3&prefix=u", prefix="u")
+    by_port = open_tier(f"{server.url}/3", prefix="u")
+    other_db = open_tier(server.url, prefix="u")
+    assert put(by_socket, names, [record]) == [None]
+    assert get(by_port, names, 3 * PART) == [record]
+    assert get(other_db, names, 3 * PART) == [None]
+    for tier in (by_socket, by_port, other_db):
+        tier.close()
+
+
+def test_a_server_that_is_loading_or_a_replica_is_unavailable(make_server, flavour):
+    server, replica = make_server(flavour), make_server(flavour)
+    with replica.client() as client:
+        client.execute_command("REPLICAOF", "127.0.0.1", str(server.port))
+    tier = open_tier(replica.url)
+    with pytest.raises(TierError, match="READONLY"):
+        put(tier, make_names(1), [b"record"])
+    tier.close()
+
+
+# ---- TLS ---------------------------------------------------------------------------------------
+
+
+def make_certificates(directory: Path) -> dict[str, Path]:
+    """A CA's certificate; certificates with keys: right, expired, and of another CA."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    day = datetime.timedelta(days=1)
+
+    def write(name: str, *parts: bytes) -> Path:
+        path = directory / f"{name}.pem"
+        path.write_bytes(b"".join(parts))
+        return path
+
+    def make_ca(name: str):
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        builder = x509.CertificateBuilder(subject, subject, key.public_key())
+        builder = builder.serial_number(1).not_valid_before(now - day).not_valid_after(now + day)
+        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
+        return key, subject, builder.sign(key, hashes.SHA256())
+
+    def make_leaf(name: str, ca, until: datetime.datetime) -> Path:
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        builder = x509.CertificateBuilder(ca[1], subject, key.public_key())
+        builder = builder.serial_number(2).not_valid_before(now - 3 * day).not_valid_after(until)
+        host = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+        builder = builder.add_extension(x509.SubjectAlternativeName([host]), False)
+        certificate = builder.sign(ca[0], hashes.SHA256())
+        pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+        secret = key.private_bytes(pem, pkcs8, serialization.NoEncryption())
+        return write(name, certificate.public_bytes(pem), secret)
+
+    ca, other_ca = make_ca("ca"), make_ca("other-ca")
+    return {
+        "ca": write("ca", ca[2].public_bytes(serialization.Encoding.PEM)),
+        "right": make_leaf("right", ca, now + day),
+        "expired": make_leaf("expired", ca, now - day),
+        "foreign": make_leaf("foreign", other_ca, now + day),
+    }
+
+
+@pytest.fixture
+def make_tls_server(server_directory, tmp_path):
+    """Starts a server that speaks TLS alone, with one of the certificates."""
+    files, servers = make_certificates(tmp_path), []
+
+    def make(certificate: str) -> tuple[str, dict[str, Path]]:
+        own, right = str(files[certificate]), str(files["right"])
+        options = {"tls-cert-file": own, "tls-key-file": own, "tls-ca-cert-file": str(files["ca"])}
+        tls = {"ssl": True, "ssl_cert_reqs": "none", "ssl_certfile": right, "ssl_keyfile": right}
+        server = Server(FLAVOURS["redis"], server_directory, options, tls)
+        servers.append(server)
+        return server.url.replace("redis://", "rediss://"), files
+
+    yield make
+    for server in servers:
+        server.kill()
+
+
+@needs_redis
+def test_tls_with_the_right_certificates(make_tls_server):
+    url, files = make_tls_server("right")
+    query = f"?tls_ca_file={files['ca']}&tls_cert_file={files['right']}"
+    tier = open_tier(url + query)
+    names, records = make_names(4), [random_bytes(9 * PART, seed) for seed in range(4)]
+    assert put(tier, names, records) == [None] * 4
+    assert get(tier, names, 9 * PART) == records
+    assert tier.check(fix=True) == []
+    tier.close()
+
+
+@needs_redis
+@pytest.mark.parametrize("certificate", ["expired", "foreign"])
+def test_tls_refuses_a_server_with_a_wrong_certificate(make_tls_server, certificate):
+    url, files = make_tls_server(certificate)
+    query = f"?tls_ca_file={files['ca']}&tls_cert_file={files['right']}"
+    tier = open_tier(url + query)
+    with pytest.raises(TierUnavailable, match="certificate"):
+        tier.contains_many(make_names(1))
+    tier.close()
+    careless = open_tier(f"{url}{query}&tls_verify=no")
+    assert careless.contains_many(make_names(1)) == [False]
+    careless.close()
+
+
+@needs_redis
+def test_tls_server_refuses_a_client_without_a_certificate(make_tls_server):
+    url, files = make_tls_server("right")
+    tier = open_tier(f"{url}?tls_ca_file={files['ca']}")
+    with pytest.raises(TierUnavailable):
+        tier.contains_many(make_names(1))
+    tier.close()

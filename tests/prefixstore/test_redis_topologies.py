@@ -1,0 +1,133 @@
+"""The Redis tier on many servers: a cluster and Sentinel, and what a failover costs."""
+
+import time
+
+import pytest
+from redis_servers import FLAVOURS, Cluster, Sentinels, wait_until
+from redis_tiers import PART, get, make_names, open_tier, put, random_bytes
+
+from prefixstore.errors import TierError, TierUnavailable
+
+FLAVOUR = next(iter(FLAVOURS))  # starting six servers of each would take too long
+
+
+@pytest.fixture(scope="module")
+def cluster(server_directory):
+    cluster = Cluster(FLAVOURS[FLAVOUR], server_directory)
+    yield cluster
+    cluster.kill()
+
+
+def put_records(tier, count: int):
+    names, records = make_names(count), [random_bytes(3 * PART, seed) for seed in range(count)]
+    assert put(tier, names, records) == [None] * count
+    return names, records
+
+
+def test_records_spread_and_their_parts_stay_together(cluster):
+    tier = open_tier(cluster.url)
+    names, records = put_records(tier, 60)
+    assert get(tier, names, 3 * PART) == records
+    keys = [node.client().keys(f"{tier._config.prefix}*") for node in cluster.nodes[:3]]
+    assert all(len(found) > 20 for found in keys)
+    for name in names:
+        digest = name.block_hash.hex().encode()
+        assert sorted(sum(digest in key for key in found) for found in keys) == [0, 0, 3]
+    assert tier.pin_many(names[:2]) == [True, True]
+    assert tier.delete_many(names[-1:]) == [True]
+    assert tier.stats().num_records >= 59 * 3
+    tier.delete_identity(names[0].identity)
+    assert tier.contains_many(names) == [False] * 60
+    assert tier.sweep().num_orphans == 57 * 3  # two were pinned, one deleted
+    tier.close()
+
+
+def test_follows_slots_that_move(cluster):
+    tier = open_tier(cluster.url)
+    names, records = put_records(tier, 12)
+    source, target = (node.client() for node in cluster.nodes[:2])
+    ids = [client.execute_command("CLUSTER", "MYID") for client in (source, target)]
+    keys = source.keys(f"{tier._config.prefix}*}}")
+    slot = source.execute_command("CLUSTER", "KEYSLOT", keys[0])
+    moving = source.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 100)
+    target.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[0])
+    source.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[1])
+    port = cluster.nodes[1].port
+    for key in moving[:2]:  # one part, or the manifest, is left behind: ASK for the others
+        source.execute_command("MIGRATE", "127.0.0.1", port, key, 0, 5000)
+    assert get(tier, names, 3 * PART) == records
+    for key in moving[2:]:
+        source.execute_command("MIGRATE", "127.0.0.1", port, key, 0, 5000)
+    for client in (target, source):
+        client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", ids[1])
+    assert get(tier, names, 3 * PART) == records  # MOVED
+    tier.close()
+
+
+def test_a_cluster_behind_the_url_of_one_server_is_said(cluster):
+    tier = open_tier(cluster.nodes[0].url)
+    with pytest.raises(TierUnavailable, match=r"redis\+cluster://"):
+        for number in range(30):  # only the slots of others give it away
+            tier.contains_many(make_names(1, bytes([number]) * 16))
+    tier.close()
+
+
+def test_a_primary_that_dies_costs_misses_until_its_replica_takes_over(cluster):
+    tier = open_tier(cluster.url)
+    names, records = put_records(tier, 30)
+    wait_until(cluster.nodes[0].is_replicated)
+    cluster.nodes[0].kill()
+    num_right = []
+
+    def is_whole_again() -> bool:
+        begin = time.monotonic()
+        try:
+            found = get(tier, names, 3 * PART)
+        except TierError:
+            found = []
+        assert time.monotonic() - begin < 2.5  # the call's own timeout
+        right = [got == record for got, record in zip(found, records, strict=False)]
+        assert all(
+            got == record or got is None or isinstance(got, TierError)
+            for got, record in zip(found, records, strict=False)
+        )
+        num_right.append(sum(right))
+        return sum(right) == len(records)
+
+    wait_until(is_whole_again)
+    assert num_right[0] < len(records)
+    assert put(tier, names[:3], records[:3]) == [None] * 3
+    tier.close()
+
+
+def test_sentinels_name_the_primary_after_a_failover(server_directory):
+    sentinels = Sentinels(FLAVOURS[FLAVOUR], server_directory)
+    try:
+        tier = open_tier(sentinels.url)
+        names, records = put_records(tier, 6)
+        wait_until(sentinels.primary.is_replicated)
+        sentinels.primary.kill()
+
+        def is_whole_again() -> bool:
+            try:
+                return get(tier, names, 3 * PART) == records
+            except TierError:
+                return False
+
+        assert not is_whole_again()
+        wait_until(is_whole_again)
+        assert put(tier, make_names(1), [b"record"]) == [None]
+        tier.close()
+    finally:
+        sentinels.kill()
+
+
+def test_sentinels_that_do_not_know_the_name_are_said(server_directory):
+    sentinels = Sentinels(FLAVOURS[FLAVOUR], server_directory)
+    try:
+        tier = open_tier(sentinels.url.replace(sentinels.MASTER, "nobody"))
+        with pytest.raises(TierUnavailable, match="knows no 'nobody'"):
+            tier.contains_many(make_names(1))
+        tier.close()
+    finally:
+        sentinels.kill()

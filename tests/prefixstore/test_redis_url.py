@@ -1,0 +1,105 @@
+"""URLs and settings of the Redis tier: what they mean, and what is refused."""
+
+import pytest
+
+from prefixstore.errors import ConfigError
+from prefixstore.tiers.redis_config import Address, RedisTierConfig, TlsConfig, Topology
+
+LOCAL = Address("127.0.0.1", 6379)
+
+
+@pytest.mark.parametrize(
+    ("url", "fields"),
+    [
+        ("redis://", {"addresses": (LOCAL,), "topology": Topology.STANDALONE, "db": 0}),
+        ("redis://cache.example", {"addresses": (Address("cache.example", 6379),), "tls": None}),
+        ("redis://h:1/5", {"addresses": (Address("h", 1),), "db": 5}),
+        ("redis://[::1]:7000", {"addresses": (Address("::1", 7000),)}),
+        ("redis://me:p%40ss%3A@h", {"username": "me", "password": "p@ss:"}),
+        ("redis://:secret@h", {"username": None, "password": "secret"}),
+        ("rediss://h", {"tls": TlsConfig()}),
+        ("rediss://h?tls_verify=no", {"tls": TlsConfig(verify=False)}),
+        ("unix:///run/redis.sock?db=2", {"addresses": (Address("/run/redis.sock", 0),), "db": 2}),
+        ("unix://me:pw@/run/redis.sock", {"username": "me", "password": "pw"}),
+        (
+            "redis+sentinel://a,b:1/primary/3",
+            {
+                "addresses": (Address("a", 26379), Address("b", 1)),
+                "topology": Topology.SENTINEL,
+                "sentinel_master": "primary",
+                "db": 3,
+            },
+        ),
+        (
+            "redis+cluster://a:1,b",
+            {"addresses": (Address("a", 1), Address("b", 6379)), "topology": Topology.CLUSTER},
+        ),
+        ("rediss+cluster://a", {"topology": Topology.CLUSTER, "tls": TlsConfig()}),
+        (
+            "redis://h?ttl=1.5h&refresh_ttl=no&part_bytes=2MiB&connections=3&prefix=p&name=n",
+            {
+                "ttl_s": 5400,
+                "refresh_ttl": False,
+                "part_bytes": 2 << 20,
+                "num_connections": 3,
+                "prefix": "p",
+                "name": "n",
+            },
+        ),
+        ("redis://h?timeout=250ms&connect_timeout=3", {"timeout_s": 0.25, "connect_timeout_s": 3}),
+    ],
+)
+def test_reads_urls(url, fields):
+    config = RedisTierConfig.from_url(url)
+    assert {name: getattr(config, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://h", "expected a scheme"),
+        ("redis+clutser://h", r"did you mean 'redis\+cluster'\?"),
+        ("redis://h?tll=1h", "got 'tll'; did you mean 'ttl'"),
+        ("redis://h?ttl=1h&ttl=2h", "ttl: expected once"),
+        ("redis://h?ttl=soon", "ttl: expected a number with a unit of ms, s, m, h, d, got 'soon'"),
+        ("redis://h?ttl=1y", "ttl: expected"),
+        ("redis://h?ttl=0", "ttl_s: expected an integer of at least 1"),
+        ("redis://h?refresh_ttl=maybe", "refresh_ttl: expected yes or no"),
+        ("redis://h?part_bytes=1KiB", "part_bytes: expected an integer of at least 4096"),
+        ("redis://h?part_bytes=1GiB", "part_bytes: expected at most"),
+        ("redis://h?connections=0", "num_connections"),
+        ("redis://h?timeout=0s", "timeout_s: expected more than 0"),
+        ("redis://h?prefix=a{b", "prefix: expected ASCII"),
+        ("redis://h?tls_verify=no", "expected a rediss:// URL"),
+        ("rediss://h?tls_ca_file=/no/such/file", "tls_ca_file: expected a file"),
+        ("redis://h/0/1", "expected nothing after the database"),
+        ("redis://h/x", "db: expected a whole number"),
+        ("redis://a,b", "addresses: expected one server, got 2"),
+        ("redis://h:99999", "expected a port of 1 to 65535"),
+        ("redis://h:port", "expected host:port"),
+        ("redis://[::1", "broken host"),
+        ("unix://run/redis.sock", "expected unix:///path"),
+        ("redis+sentinel://a", "expected the master's name"),
+        ("redis+cluster://a/1", "db: expected 0"),
+    ],
+)
+def test_refuses_urls(url, message):
+    with pytest.raises(ConfigError, match=message):
+        RedisTierConfig.from_url(url)
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://u:hunter2@h:x", "http://u:hunter2@h", "redis://u:hunter2@h?tll=1"]
+)
+def test_never_shows_passwords(url):
+    with pytest.raises(ConfigError) as caught:
+        RedisTierConfig.from_url(url)
+    assert "hunter2" not in str(caught.value)
+    assert "hunter2" not in repr(RedisTierConfig.from_url("redis://u:hunter2@h"))
+
+
+def test_credentials_come_from_the_environment_where_the_url_has_none(monkeypatch):
+    monkeypatch.setenv("KVKERNELS_REDIS_USERNAME", "from-environment")
+    monkeypatch.setenv("KVKERNELS_REDIS_PASSWORD", "its-password")
+    assert RedisTierConfig.from_url("redis://h").credentials == ("from-environment", "its-password")
+    assert RedisTierConfig.from_url("redis://me:mine@h").credentials == ("me", "mine")
