@@ -10,6 +10,7 @@ way.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -48,6 +49,8 @@ from prefixstore.tiers.redis_sweep import Sweeper, list_problems
 T = TypeVar("T")
 
 _SAMPLE = 64  # own writes that `check` looks at
+_RENEWAL_SHARE = 1 / 16  # of the time to live, that may pass before it begins anew
+_MAX_REMEMBERED = 1 << 15  # keys of renewed records
 _SWEEP_TIMEOUT_S = 300.0
 
 
@@ -64,6 +67,7 @@ class RedisTier(Tier):
         self._servers = open_servers(config)
         self._caller = Caller(self._servers, self._keys)
         self._counters = TierCounters()
+        self._renewed: dict[bytes, float] = {}  # when this process last did, by key
         self._written: deque[bytes] = deque(maxlen=_SAMPLE)  # keys
         self._lock, self._pid = threading.Lock(), os.getpid()
 
@@ -82,9 +86,10 @@ class RedisTier(Tier):
         views = [memoryview(out).cast("B") for out in outs]
 
         def start(i: int, key: bytes, generation: bytes) -> Operation[int | None]:
+            renews = self._is_to_be_renewed(key)
             if offsets is None:
-                return read_record(key, views[i], self._config)
-            return read_range(key, views[i], offsets[i], self._config)
+                return read_record(key, views[i], self._config, renews)
+            return read_range(key, views[i], offsets[i], self._config, renews)
 
         call: Call[int | None] = Call(names, start, absent=None)
         outcomes = self._caller.run(call, self._deadline(deadline))
@@ -202,6 +207,19 @@ class RedisTier(Tier):
         """An answer for each record; the first error is raised."""
         outcomes = self._caller.run(call, self._deadline(deadline))
         return raise_first(outcomes)
+
+    def _is_to_be_renewed(self, key: bytes) -> bool:
+        """Whether a hit begins the record's time anew; not if that was done a short while ago, for
+        it costs a command for each read of a record, and those that are read most need it least.
+        """
+        now = time.monotonic()
+        due = self._renewed.get(key, -math.inf) + self._config.ttl_s * _RENEWAL_SHARE
+        if not self._config.refresh_ttl or now < due:
+            return False
+        if len(self._renewed) >= _MAX_REMEMBERED:
+            self._renewed.clear()
+        self._renewed[key] = now
+        return True
 
     def _deadline(self, deadline: float | None) -> float:
         return time.monotonic() + self._config.timeout_s if deadline is None else deadline

@@ -79,7 +79,7 @@ class RedisTierConfig:
         tls: None for plain connections.
         prefix: Begins every key.
         ttl_s: Seconds after which a record expires that is not pinned.
-        refresh_ttl: Whether a hit begins them anew.
+        refresh_ttl: Whether a hit begins them anew, give or take a sixteenth.
         part_bytes: Records longer than this are split into values of this length.
         num_connections: Connections to each server that share a batch.
         connect_timeout_s: Longest that a connection may take to open.

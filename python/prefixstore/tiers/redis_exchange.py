@@ -82,6 +82,7 @@ class Exchange(Generic[T]):
         self._lanes: dict[Address, _Lane] = {}
         self._lane_of: dict[int, tuple[_Lane, PooledChannel]] = {}
         self._poll = select.poll()
+        self._events: dict[PooledChannel, int] = {}  # what is waited for
         self._outcomes: list[T | TierError] = []
 
     def run(self, operations: Iterable[Operation[T]]) -> list[T | TierError]:
@@ -202,7 +203,9 @@ class Exchange(Generic[T]):
                     self._lose(lane, channel, error)
                     continue
                 events = select.POLLIN | (select.POLLOUT if channel.has_output else 0)
-                self._poll.register(channel, events)
+                if self._events.get(channel) != events:
+                    self._poll.register(channel, events)
+                    self._events[channel] = events
                 is_awaiting = is_awaiting or channel.num_awaited > 0
         return is_awaiting
 
@@ -245,7 +248,8 @@ class Exchange(Generic[T]):
     def _lose(self, lane: _Lane, channel: PooledChannel, error: StreamError) -> None:
         """What a connection that ended leaves unanswered has failed."""
         lane.channels.remove(channel)
-        self._poll.unregister(channel)
+        if self._events.pop(channel, None) is not None:
+            self._poll.unregister(channel)
         lost = ConnectionLost(f"{self._name}: {lane.address}: {error}")
         for command in channel.abandon():
             self._answer(command, lost)

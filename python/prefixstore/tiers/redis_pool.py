@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import socket
 import threading
 import time
 from collections import defaultdict
@@ -24,6 +25,8 @@ from prefixstore.tiers.redis_wire import Channel, Command, ErrorReply, Reply, St
 
 MAX_IDLE = 16  # to each server: more threads than this at once open connections anew
 
+_UNIX_SEND_BYTES = 4 << 20  # the kernel gives what it allows
+
 Connect = Callable[[Address, float], AbstractConnection]
 
 
@@ -31,7 +34,7 @@ class PooledChannel(Channel):
     """A channel and the connection of redis-py whose socket it uses."""
 
     def __init__(self, connection: AbstractConnection, address: Address) -> None:
-        super().__init__(cast(Any, connection)._sock)
+        super().__init__(_socket_of(connection))
         self.address = address
         self._connection = connection
 
@@ -220,4 +223,11 @@ def _connect(
             **common,
         )
     connection.connect()
+    if address.port == 0:  # those of TCP grow by themselves
+        _socket_of(connection).setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_SEND_BYTES)
     return connection
+
+
+def _socket_of(connection: AbstractConnection) -> socket.socket:
+    """The socket that redis-py connected and authenticated."""
+    return cast(Any, connection)._sock

@@ -132,14 +132,16 @@ def holds(key: bytes) -> Operation[bool]:
     return all(found)
 
 
-def read_record(key: bytes, out: memoryview, config: RedisTierConfig) -> Operation[int | None]:
-    """A whole record; None where it is not there or not whole.
+def read_record(
+    key: bytes, out: memoryview, config: RedisTierConfig, renews: bool
+) -> Operation[int | None]:
+    """A whole record, whose time to live begins anew if `renews`; None where it is not whole.
 
     Raises:
         BlockCorrupted: If it is longer than `out`, or has no manifest.
     """
     head = bytearray(MANIFEST_BYTES)
-    commands = [Command((b"GET", key), [memoryview(head), out]), *_renewals([key], config)]
+    commands = [Command((b"GET", key), [memoryview(head), out]), *_renewals([key], config, renews)]
     num_bytes, *_ = yield commands
     manifest = read_manifest(head, num_bytes or 0)
     if manifest is None:
@@ -162,13 +164,13 @@ def read_record(key: bytes, out: memoryview, config: RedisTierConfig) -> Operati
         Command((b"GET", part_key), [out[begin:end]])
         for part_key, (begin, end) in zip(keys, ranges, strict=True)
     ]
-    replies = yield [*reads, *_renewals(keys, config)]
+    replies = yield [*reads, *_renewals(keys, config, renews)]
     wanted = [end - begin for begin, end in ranges]
     return manifest.record_bytes if replies[: len(reads)] == wanted else None
 
 
 def read_range(
-    key: bytes, out: memoryview, offset: int, config: RedisTierConfig
+    key: bytes, out: memoryview, offset: int, config: RedisTierConfig, renews: bool
 ) -> Operation[int | None]:
     """As much of a record from `offset` on as `out` has room for; None where a part is missing."""
     manifest = yield from fetch_manifest(key)
@@ -184,7 +186,7 @@ def read_range(
         wanted.append(end - begin)
     if not reads:
         return 0
-    replies = yield [*reads, *_renewals(keys, config)]
+    replies = yield [*reads, *_renewals(keys, config, renews)]
     return sum(wanted) if replies[: len(reads)] == wanted else None
 
 
@@ -196,9 +198,9 @@ def _ranges(manifest: Manifest, begin: int, end: int) -> Iterator[tuple[int, int
             yield part, max(begin, part_begin), min(end, part_end)
 
 
-def _renewals(keys: list[bytes], config: RedisTierConfig) -> list[Command]:
+def _renewals(keys: list[bytes], config: RedisTierConfig, renews: bool) -> list[Command]:
     """Begin the time to live of keys anew; GT leaves alone those that are pinned."""
-    if not config.refresh_ttl:
+    if not renews:
         return []
     ttl = b"%d" % config.ttl_s
     return [Command((b"EXPIRE", key, ttl, b"GT"), is_optional=True) for key in keys]

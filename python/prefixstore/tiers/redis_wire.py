@@ -15,6 +15,7 @@ import ssl
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from prefixstore.tiers.redis_config import Address
@@ -72,7 +73,7 @@ class Command:
         assert isinstance(key, bytes)
         return key
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """About how much it moves, to or fro."""
         sent = sum(sum(map(len, arg)) for arg in self.args if isinstance(arg, tuple))
@@ -107,6 +108,7 @@ class Channel:
         self._awaiting: deque[Command] = deque()
         self._input = bytearray(_INPUT_BYTES)
         self._start = self._end = 0  # of what was read and not yet used
+        self._is_drained = False
         self._parser = self._parse()
         self._awaited_bytes = 0
 
@@ -154,8 +156,9 @@ class Channel:
                 num_sent = self._send()
                 while outgoing and num_sent >= len(outgoing[0]):
                     num_sent -= len(outgoing.popleft())
-                if num_sent:
+                if num_sent:  # the socket is full: another try would be in vain
                     outgoing[0] = outgoing[0][num_sent:]
+                    return
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return
         except OSError as error:
@@ -181,6 +184,7 @@ class Channel:
         Raises:
             StreamError: If the connection ended or does not speak the protocol.
         """
+        self._is_drained = False
         for told in self._parser:
             if told is None:
                 return
@@ -281,6 +285,8 @@ class Channel:
 
     def _receive_into(self, view: memoryview) -> int:
         """Bytes read; 0 where there are none for now."""
+        if self._is_drained:
+            return 0
         try:
             received = self._sock.recv_into(view)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
@@ -289,4 +295,7 @@ class Channel:
             raise StreamError(f"while receiving: {error}") from error
         if received == 0:
             raise StreamError("the server closed the connection")
+        # Less than there was room for is all there was: asking again would be a call in vain. TLS
+        # gives a record at a time, and may have more.
+        self._is_drained = received < len(view) and not isinstance(self._sock, ssl.SSLSocket)
         return received
