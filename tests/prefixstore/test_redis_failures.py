@@ -220,12 +220,14 @@ def test_wrong_passwords_are_said_and_never_shown(make_server, flavour, caplog):
 def test_a_user_of_an_acl(make_server, flavour, monkeypatch):
     server = make_server(flavour)
     with server.client() as client:
-        rights = ["~kvk:*", "+@read", "+@write", "+@connection", "+info", "-@dangerous"]
+        rights = "~kvk:* +@read +@write +@connection -@dangerous +info +cluster|slots".split()
         for user, extra in (("cache", []), ("reader", ["-@write"])):
             client.execute_command("ACL", "SETUSER", user, "on", ">p@ss", *rights, *extra)
     names = make_names(1)
     tier = open_tier(server.url.replace("//", "//cache:p%40ss@"), prefix="kvk")
     assert put(tier, names, [b"record"]) == [None]
+    assert tier.pin_many(names) == [True]
+    assert tier.check(fix=True) == [] and tier.stats().num_puts == 1
     monkeypatch.setenv("KVKERNELS_REDIS_USERNAME", "reader")
     monkeypatch.setenv("KVKERNELS_REDIS_PASSWORD", "p@ss")
     reader = open_tier(server.url, prefix="kvk")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from prefixstore.block_key import RecordName
 from prefixstore.errors import TierError, TierTimeout, TierUnavailable
@@ -20,6 +20,7 @@ from prefixstore.tiers.redis_records import Keys, fetch_generation, make_generat
 from prefixstore.tiers.redis_servers import Servers
 
 T = TypeVar("T")
+Generations: TypeAlias = "dict[bytes, bytes | TierError | None]"  # by identity
 
 # Before another try: a failover takes seconds and is not waited for, a moved slot is found at once.
 _PAUSES_S = (0.0, 0.02, 0.05)
@@ -115,7 +116,7 @@ class Caller:
         identities = list(dict.fromkeys(call.names[i].identity for i in ready))
         checks = [fetch_generation(self._keys.generation(identity)) for identity in identities]
         operations = [self._start(call, i, known) for i in ready]
-        found: list = self.exchange([*checks, *operations], deadline)
+        found: list[Any] = self.exchange([*checks, *operations], deadline)
         current = dict(zip(identities, found, strict=False))
         stale = {identity for identity in identities if self._is_stale(identity, current, known)}
         for i, outcome in zip(ready, found[len(identities) :], strict=True):
@@ -129,12 +130,13 @@ class Caller:
             if call.names[i].identity in stale or isinstance(outcomes[i], PassingTrouble)
         ]
 
-    def _start(self, call: Call[T], index: int, known: dict) -> Operation[T]:
+    def _start(self, call: Call[T], index: int, known: Generations) -> Operation[T]:
         name = call.names[index]
         generation = known[name.identity]
+        assert isinstance(generation, bytes)
         return call.start(index, self._keys.record(name, generation), generation)
 
-    def _is_stale(self, identity: bytes, current: dict, known: dict) -> bool:
+    def _is_stale(self, identity: bytes, current: Generations, known: Generations) -> bool:
         """Whether an identity has another generation now than it was known to have."""
         generation = current[identity]
         if isinstance(generation, TierError) or generation == known[identity]:
@@ -144,9 +146,9 @@ class Caller:
 
     def _known_generations(
         self, identities: Iterable[bytes], begins: bool, deadline: float
-    ) -> dict[bytes, bytes | TierError | None]:
+    ) -> Generations:
         """Each identity's generation: remembered, or the server's."""
-        known: dict[bytes, bytes | TierError | None] = {}
+        known: Generations = {}
         unknown = []
         for identity in identities:
             known[identity] = self._generations.get(identity)

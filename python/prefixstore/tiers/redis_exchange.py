@@ -25,15 +25,15 @@ from prefixstore.tiers.redis_wire import Command, ErrorReply, Reply, StreamError
 T = TypeVar("T")
 Operation: TypeAlias = Generator[list[Command], list[Any], T]
 
-# Under way on one connection, and never fewer than MIN_COMMANDS. More keeps no connection busier,
+# Under way on one connection, and never fewer than _MIN_COMMANDS. More keeps no connection busier,
 # but makes a server hold more replies at once, and they fall out of its caches.
-WINDOW_BYTES = 2 << 20
-MIN_COMMANDS = 2
-MAX_COMMANDS = 256
+_WINDOW_BYTES = 2 << 20
+_MIN_COMMANDS = 2
+_MAX_COMMANDS = 256
 _BYTES_PER_CONNECTION = 1 << 20  # less is not worth another connection
 _MAX_REDIRECTS = 5
-# Begun at once. An operation goes on before another begins, so that a server that gets full while
-# long records are written has whole ones, and not the first parts of all.
+# Begun at once, for each server. An operation goes on before another begins, so that a server that
+# gets full while long records are written has whole ones, and not the first parts of all.
 _ACTIVE_BYTES = 8 << 20
 _MIN_ACTIVE_COMMANDS = 8
 _MAX_ACTIVE_COMMANDS = 1024
@@ -111,9 +111,10 @@ class Exchange(Generic[T]):
 
     def _start_more(self) -> bool:
         """Begin as many operations as keep the connections busy; False when all are done."""
+        max_bytes = _ACTIVE_BYTES * max(1, len(self._lanes))
         while self._unstarted and (
             len(self._jobs) < _MIN_ACTIVE_COMMANDS
-            or (len(self._jobs) < _MAX_ACTIVE_COMMANDS and self._active_bytes < _ACTIVE_BYTES)
+            or (len(self._jobs) < _MAX_ACTIVE_COMMANDS and self._active_bytes < max_bytes)
         ):
             self._resume(self._unstarted.popleft(), None)
         return bool(self._jobs)
@@ -199,6 +200,7 @@ class Exchange(Generic[T]):
             for channel in list(lane.channels):
                 try:
                     self._fill(lane, channel)
+                    channel.flush()
                 except StreamError as error:
                     self._lose(lane, channel, error)
                     continue
@@ -225,23 +227,27 @@ class Exchange(Generic[T]):
             if not lane.channels:  # fewer than wanted will do
                 self._fail_waiting(lane, error)
 
-    def _fill(self, lane: _Lane, channel: PooledChannel) -> None:
-        """Give a connection commands that wait, as far as it has few under way, and send them."""
+    def _fill(self, lane: _Lane, channel: PooledChannel) -> bool:
+        """Give a connection commands that wait, as far as it has few under way; False if none."""
+        if channel.num_awaited >= _MIN_COMMANDS and channel.awaited_bytes > _WINDOW_BYTES // 2:
+            return False  # several small ones leave together, later
+        has_more = bool(lane.waiting)
         while lane.waiting and (
-            channel.num_awaited < MIN_COMMANDS
-            or (channel.num_awaited < MAX_COMMANDS and channel.awaited_bytes < WINDOW_BYTES)
+            channel.num_awaited < _MIN_COMMANDS
+            or (channel.num_awaited < _MAX_COMMANDS and channel.awaited_bytes < _WINDOW_BYTES)
         ):
             command = lane.waiting.popleft()
             if self._jobs[command].is_asking:
                 channel.push(Command((b"ASKING",)))
             channel.push(command)
-        channel.flush()
+        return has_more
 
     def _read(self, lane: _Lane, channel: PooledChannel) -> None:
         try:
             for command, reply in channel.receive():
                 self._answer(command, reply)
-                self._fill(lane, channel)
+                if self._fill(lane, channel):
+                    channel.flush()
         except StreamError as error:
             self._lose(lane, channel, error)
 
