@@ -134,6 +134,7 @@ class Channel:
         """The commands whose replies will not come."""
         commands = list(self._awaiting)
         self._awaiting.clear()
+        self._awaited_bytes = 0
         self._outgoing.clear()
         return commands
 
