@@ -8,9 +8,9 @@ from redis_servers import FLAVOURS, Server
 from redis_tiers import PART, get, make_names, open_tier, put, random_bytes
 from sample_blocks import load_block, make_keys, make_payload
 
-from prefixstore.block_sources import HostBlock
 from prefixstore.errors import TierError, TierFull, TierTimeout, TierUnavailable
 from prefixstore.store import Store
+from prefixstore.store.block_sources import HostBlock
 
 TIGHT = 0.5  # seconds for a call that is not going to succeed
 SLACK = 0.4  # what a busy machine may add

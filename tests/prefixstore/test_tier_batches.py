@@ -189,16 +189,16 @@ def test_records_expire_unless_they_are_pinned(make_tier):
     assert tier.sweep() == Swept()
 
 
-def test_check_mends_nothing_where_nothing_is_wrong(make_tier):
-    tier = make_tier(64 * SLOT)
+def test_check_mends_nothing_where_nothing_is_wrong(make_any_tier):
+    tier = make_any_tier(64 * SLOT)
     keys = make_keys(5)
     put_many(tier, keys)
     assert tier.check(fix=True) == []
     assert held(tier, keys) == [True] * 5
 
 
-def test_tells_what_it_holds_of_each_identity(make_tier):
-    tier = make_tier(64 * SLOT)
+def test_tells_what_it_holds_of_each_identity(make_any_tier):
+    tier = make_any_tier(64 * SLOT)
     tokens = make_keys(3)[0].tokens
     several = np.concatenate([tokens, tokens])
     mine, other = (chain_keys(LAYOUT, bytes([i] * 16), several) for i in (1, 2))

@@ -21,6 +21,7 @@ from typing import TypeVar
 from prefixstore.block_key import RecordName
 from prefixstore.errors import TierError, TierUnavailable
 from prefixstore.tiers.base import (
+    Held,
     ReadOutcome,
     Swept,
     Tier,
@@ -29,7 +30,7 @@ from prefixstore.tiers.base import (
     check_priority,
 )
 from prefixstore.tiers.redis_calls import Call, Caller, raise_first, raise_if_nothing_worked
-from prefixstore.tiers.redis_config import RedisTierConfig
+from prefixstore.tiers.redis_config import Address, RedisTierConfig
 from prefixstore.tiers.redis_exchange import Operation
 from prefixstore.tiers.redis_info import ServerUse, fetch_use
 from prefixstore.tiers.redis_records import (
@@ -162,6 +163,11 @@ class RedisTier(Tier):
 
         return self._run_all(Call(names, start, absent=False), None)
 
+    def list_identities(self) -> dict[bytes, Held]:
+        """Records and bytes of each identity, for which it walks through every key."""
+        sweeper, primaries = self._start_walk()
+        return sweeper.weigh(sweeper.survey(primaries))
+
     def stats(self) -> TierStats:
         """What this process did, and of the servers as a whole, whoever uses them: their bound
         (0 for none), memory in use, number of keys, and keys evicted and expired since they run.
@@ -183,11 +189,11 @@ class RedisTier(Tier):
         nothing is said about numbers and bytes.
         """
         self._servers.pool.check_open()
-        deadline = time.monotonic() + _SWEEP_TIMEOUT_S if fix else self._deadline(None)
-        sweeper = Sweeper(self._config, self._caller, self._keys, deadline)
         if not fix:
+            sweeper = Sweeper(self._config, self._caller, self._keys, self._deadline(None))
             return list(list_problems(self.name, sweeper.find_broken(list(self._written))))
-        survey = sweeper.survey(self._servers.primaries(deadline))
+        sweeper, primaries = self._start_walk()
+        survey = sweeper.survey(primaries)
         broken = sweeper.find_broken(list(survey.manifests))
         sweeper.drop(broken)
         return list(list_problems(self.name, broken))
@@ -196,9 +202,8 @@ class RedisTier(Tier):
         """Delete parts without a record and all that is left of ended generations, for which it
         walks through every key. Without it they go when they expire; what is pinned never does.
         """
-        deadline = time.monotonic() + _SWEEP_TIMEOUT_S
-        sweeper = Sweeper(self._config, self._caller, self._keys, deadline)
-        return sweeper.reclaim(sweeper.survey(self._servers.primaries(deadline)))
+        sweeper, primaries = self._start_walk()
+        return sweeper.reclaim(sweeper.survey(primaries))
 
     def close(self) -> None:
         self._servers.close()
@@ -220,6 +225,12 @@ class RedisTier(Tier):
             self._renewed.clear()
         self._renewed[key] = now
         return True
+
+    def _start_walk(self) -> tuple[Sweeper, list[Address]]:
+        """A sweeper with time for all keys, and the servers that hold them."""
+        deadline = time.monotonic() + _SWEEP_TIMEOUT_S
+        sweeper = Sweeper(self._config, self._caller, self._keys, deadline)
+        return sweeper, self._servers.primaries(deadline)
 
     def _deadline(self, deadline: float | None) -> float:
         return time.monotonic() + self._config.timeout_s if deadline is None else deadline

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from prefixstore.errors import BlockCorrupted, TierError
-from prefixstore.tiers.base import Swept
+from prefixstore.tiers.base import Held, Swept
 from prefixstore.tiers.redis_calls import Caller, raise_first
 from prefixstore.tiers.redis_config import Address, RedisTierConfig
 from prefixstore.tiers.redis_exchange import Operation
@@ -105,6 +105,16 @@ class Sweeper:
         answers = self._run(map(_is_broken, keys))
         return [key for key, is_broken in zip(keys, answers, strict=True) if is_broken]
 
+    def weigh(self, survey: Survey) -> dict[bytes, Held]:
+        """Records and bytes of each identity; what is not whole counts as well."""
+        sizes = self._run(map(_record_bytes, survey.manifests))
+        held: dict[bytes, Held] = {}
+        for identity, num_bytes in zip(survey.manifests.values(), sizes, strict=True):
+            if num_bytes is not None:
+                before = held.get(identity, Held(0, 0))
+                held[identity] = Held(before.num_records + 1, before.num_bytes + num_bytes)
+        return held
+
     def drop(self, keys: list[bytes]) -> None:
         """Forget records."""
         self._run([delete_record(key, key[: key.index(b"{")] + b"pinned") for key in keys])
@@ -156,6 +166,15 @@ def _write_id(record_key: bytes) -> Operation[bytes | None]:
     except BlockCorrupted:
         return None
     return None if manifest is None else manifest.write_id.hex().encode()
+
+
+def _record_bytes(record_key: bytes) -> Operation[int | None]:
+    """Length of a record; None if it is gone."""
+    try:
+        manifest = yield from fetch_manifest(record_key)
+    except BlockCorrupted:
+        return None
+    return None if manifest is None else manifest.record_bytes
 
 
 def _reclaim(key: bytes, at_most_ttl_s: int | None) -> Operation[int | None]:

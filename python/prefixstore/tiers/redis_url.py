@@ -10,7 +10,6 @@ User and password are percent-encoded; they go to the servers of the data, not t
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,13 @@ from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from prefixstore.errors import ConfigError
+from prefixstore.settings import (
+    check_known,
+    parse_bytes,
+    parse_seconds,
+    parse_switch,
+    parse_whole,
+)
 from prefixstore.tiers.redis_config import Address, TlsConfig, Topology
 
 _SCHEMES = {
@@ -30,9 +36,6 @@ _SCHEMES = {
     "rediss+cluster": (Topology.CLUSTER, True),
 }
 _DEFAULT_PORTS = {Topology.SENTINEL: 26379}
-_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}
-_BYTES = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-_QUANTITY = re.compile(r"(\d+(?:\.\d+)?)([A-Za-z]*)")
 
 
 def read_url(url: str) -> dict[str, Any]:
@@ -45,10 +48,7 @@ def read_url(url: str) -> dict[str, Any]:
         parts = urlsplit(url)
     except ValueError:
         raise ConfigError("url: expected a URL of a Redis, got one with a broken host") from None
-    if parts.scheme not in _SCHEMES:
-        raise ConfigError(
-            f"url: expected a scheme of {', '.join(_SCHEMES)}" + _nearest(parts.scheme, _SCHEMES)
-        )
+    check_known("url: scheme", [parts.scheme], _SCHEMES)
     topology, uses_tls = _SCHEMES[parts.scheme]
     user_info, _, hosts = parts.netloc.rpartition("@")
     username, _, password = user_info.partition(":")
@@ -83,7 +83,7 @@ def _read_place(parts: SplitResult, topology: Topology, hosts: str) -> dict[str,
             raise ConfigError("url: expected the master's name after the sentinels, got none")
         place["sentinel_master"] = words.pop(0)
     if words:
-        place["db"] = _whole("db", words.pop(0))
+        place["db"] = parse_whole("db", words.pop(0))
     if words:
         raise ConfigError(f"url: expected nothing after the database, got {words[0]!r}")
     return place
@@ -100,56 +100,18 @@ def _read_address(text: str, default_port: int) -> Address:
 
 
 def _read_options(query: str) -> dict[str, Any]:
-    options = {}
-    for name, text in parse_qsl(query, keep_blank_values=True):
-        if name not in _OPTIONS:
-            raise ConfigError(
-                f"url: expected one of the options {', '.join(_OPTIONS)}, got {name!r}"
-                + _nearest(name, _OPTIONS)
-            )
+    pairs = parse_qsl(query, keep_blank_values=True)
+    check_known("url: option", [name for name, _ in pairs], _OPTIONS)
+    options: dict[str, Any] = {}
+    for name, text in pairs:
         if name in options:
             raise ConfigError(f"{name}: expected once, got it twice")
         options[name] = _OPTIONS[name](name, text)
     return options
 
 
-def _nearest(name: str, known: dict[str, Any]) -> str:
-    found = difflib.get_close_matches(name, known, 1, 0.0)
-    return f"; did you mean {found[0]!r}?" if found else ""
-
-
-def _quantity(name: str, text: str, units: dict[str, Any]) -> float:
-    match = _QUANTITY.fullmatch(text)
-    if match is None or match[2] not in units:
-        raise ConfigError(
-            f"{name}: expected a number with a unit of {', '.join(filter(None, units))},"
-            f" got {text!r}"
-        )
-    return float(match[1]) * units[match[2]]
-
-
-def _seconds(name: str, text: str) -> float:
-    return _quantity(name, text, _SECONDS)
-
-
 def _whole_seconds(name: str, text: str) -> int:
-    return round(_seconds(name, text))
-
-
-def _bytes(name: str, text: str) -> int:
-    return round(_quantity(name, text, _BYTES))
-
-
-def _whole(name: str, text: str) -> int:
-    if not text.isdecimal():
-        raise ConfigError(f"{name}: expected a whole number, got {text!r}")
-    return int(text)
-
-
-def _yes_or_no(name: str, text: str) -> bool:
-    if text not in ("yes", "no"):
-        raise ConfigError(f"{name}: expected yes or no, got {text!r}")
-    return text == "yes"
+    return round(parse_seconds(name, text))
 
 
 def _file(name: str, text: str) -> Path:
@@ -169,16 +131,16 @@ _FIELDS = {
 }
 _OPTIONS: dict[str, Callable[[str, str], Any]] = {
     "ttl": _whole_seconds,
-    "refresh_ttl": _yes_or_no,
-    "part_bytes": _bytes,
-    "connections": _whole,
-    "connect_timeout": _seconds,
-    "timeout": _seconds,
+    "refresh_ttl": parse_switch,
+    "part_bytes": parse_bytes,
+    "connections": parse_whole,
+    "connect_timeout": parse_seconds,
+    "timeout": parse_seconds,
     "prefix": _text,
     "name": _text,
-    "db": _whole,
+    "db": parse_whole,
     "tls_ca_file": _file,
     "tls_cert_file": _file,
     "tls_key_file": _file,
-    "tls_verify": _yes_or_no,
+    "tls_verify": parse_switch,
 }
