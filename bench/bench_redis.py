@@ -292,7 +292,7 @@ def run(case: Case, server: Server, num_rounds: int) -> None:
 def saving_of(codec: str) -> float:
     """KV bytes that a stored byte of a record stands for."""
     layout = KV_LAYOUT((codec,))
-    return round(layout.block_bytes / layout.max_record_bytes, 3)
+    return round(layout.block_bytes / layout.record_bytes, 3)
 
 
 def main(case_filter: str = "", num_rounds: int = 15) -> None:

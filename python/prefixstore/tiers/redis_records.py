@@ -69,6 +69,12 @@ class Manifest:
     part_bytes: int
     write_id: bytes
 
+    @classmethod
+    def of_new(cls, record_bytes: int, max_part_bytes: int) -> Manifest:
+        """Of a record to be written: of as few parts as may be, all of about one length."""
+        num_parts = max(1, -(-record_bytes // max_part_bytes))
+        return cls(record_bytes, max(1, -(-record_bytes // num_parts)), secrets.token_bytes(8))
+
     @property
     def num_parts(self) -> int:
         return max(1, -(-self.record_bytes // self.part_bytes))
@@ -212,7 +218,7 @@ def write_record(key: bytes, record: memoryview, config: RedisTierConfig) -> Ope
     Raises:
         TierFull: If the server has no room; what was written of it is taken back.
     """
-    manifest = Manifest(len(record), config.part_bytes, secrets.token_bytes(8))
+    manifest = Manifest.of_new(len(record), config.part_bytes)
     keys, ttl = manifest.part_keys(key), (b"EX", b"%d" % config.ttl_s)
     head: tuple[bytes, memoryview] = (manifest.encode(), record[: manifest.first_bytes])
     try:
