@@ -22,6 +22,9 @@ from prefixstore.tiers.base import Tier
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
 from prefixstore.tiers.protected import ProtectedTier
+from prefixstore.tiers.redis import RedisTier
+from prefixstore.tiers.redis_config import RedisTierConfig
+from prefixstore.tiers.redis_url import SCHEMES as REDIS_SCHEMES
 
 _WRITES = {
     "through": "write_through",
@@ -57,6 +60,11 @@ class TierUrl:
         """The URL without what is not the tier's own."""
         base = f"{self.parts.scheme}://{self.parts.netloc}{self.parts.path}"
         return f"{base}?{urlencode(self.options)}" if self.options else base
+
+    @property
+    def shown(self) -> str:
+        """The URL without options, user and password: to be printed."""
+        return f"{self.parts.scheme}://{self.parts.netloc.rpartition('@')[2]}{self.parts.path}"
 
 
 @dataclass(frozen=True)
@@ -136,6 +144,10 @@ def _open_disk(url: TierUrl) -> Tier:
     return DiskTier(DiskTierConfig(path, **fields))
 
 
+def _open_redis(url: TierUrl) -> Tier:
+    return RedisTier(RedisTierConfig.from_url(url.plain, name=url.name))
+
+
 def _fields_of(url: TierUrl, known: Mapping[str, tuple[str, Callable[..., Any]]]) -> dict[str, Any]:
     """The fields of a tier's configuration that its options set."""
     check_known(f"tiers: {url.parts.scheme}: option", url.options, known)
@@ -169,4 +181,5 @@ _DISK = {
 _KINDS = {
     "memory": _Kind("memory", _open_memory, is_shared=False),
     "disk": _Kind("disk", _open_disk),
+    **dict.fromkeys(REDIS_SCHEMES, _Kind("redis", _open_redis, "write_second_touch")),
 }

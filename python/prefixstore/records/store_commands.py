@@ -28,7 +28,7 @@ class _Target:
     """A tier that a command is asked about.
 
     Attributes:
-        url: As it was given.
+        url: As it was given, without options and password.
         tier: Open.
     """
 
@@ -171,7 +171,7 @@ def _open(targets: tuple[str, ...]) -> Iterator[_Target]:
     """
     for url in _list_urls(targets):
         with _open_one(url) as tier:
-            yield _Target(url, tier)
+            yield _Target(parse_tier_url(url).shown if "://" in url else url, tier)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from prefixstore.settings import (
 )
 from prefixstore.tiers.redis_config import Address, TlsConfig, Topology
 
-_SCHEMES = {
+SCHEMES = {
     "redis": (Topology.STANDALONE, False),
     "rediss": (Topology.STANDALONE, True),
     "unix": (Topology.STANDALONE, False),
@@ -48,8 +48,8 @@ def read_url(url: str) -> dict[str, Any]:
         parts = urlsplit(url)
     except ValueError:
         raise ConfigError("url: expected a URL of a Redis, got one with a broken host") from None
-    check_known("url: scheme", [parts.scheme], _SCHEMES)
-    topology, uses_tls = _SCHEMES[parts.scheme]
+    check_known("url: scheme", [parts.scheme], SCHEMES)
+    topology, uses_tls = SCHEMES[parts.scheme]
     user_info, _, hosts = parts.netloc.rpartition("@")
     username, _, password = user_info.partition(":")
     fields: dict[str, Any] = {

@@ -1,0 +1,29 @@
+"""Every fault for a moment: no request fails, waits too long or gets a wrong block."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fault_playing import play
+from fault_scenarios import SCENARIOS, Unavailable
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A short path: the name of a unix socket may have 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="kvf") as path:
+        yield Path(path) / "d"
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_requests_go_on_while_a_tier_fails(name: str, directory: Path) -> None:
+    try:
+        result = play(SCENARIOS[name], directory, seconds=1.0)
+    except Unavailable as error:
+        pytest.skip(str(error))
+    assert result.problems == ()
+    assert (result.num_failed, result.num_wrong) == (0, 0)
+    assert result.num_requests > 500
