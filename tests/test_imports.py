@@ -32,6 +32,10 @@ REDIS += tuple(
     for topic in ("calls", "config", "errors", "exchange", "info", "pool", "records")
 )
 REDIS += tuple(f"prefixstore.tiers.redis_{topic}" for topic in ("servers", "sweep", "url", "wire"))
+REMOTE = tuple(
+    f"prefixstore.tiers.remote{topic}"
+    for topic in ("", "_config", "_objects", "_records", "_requests")
+)
 STORE = ("prefixstore.store",)
 PLANNER = ("prefixstore.residency",)
 CACHE = ("prefixstore.cache", "prefixstore.config", "prefixstore.device", "prefixstore.restore")
@@ -66,6 +70,7 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     # A tier sees bytes: no tensors, and never the store.
     ("prefixstore.tiers",): ("numpy", *NAMES, *PROTECTION),
     REDIS: ("redis", "prefixstore.tiers.base", *NAMES),
+    REMOTE: ("obstore", "prefixstore.tiers.base", *NAMES),
     STORE: ("numpy", "prefixstore.tiers.base", *NAMES, *RECORD),
     PLANNER: ("numpy",),
     # Beside the cache: what a model's KV depends on, and models to try it with.
@@ -185,6 +190,7 @@ def test_finds_an_import_that_is_not_allowed(module: str, source: str) -> None:
         ("import prefixstore.index", ("torch", "kvkernels")),
         ("import prefixstore.tiers.disk, prefixstore.tiers.memory", ("torch", "kvkernels")),
         ("import prefixstore.tiers.protected", ("torch", "kvkernels", "cryptography")),
+        ("import prefixstore.tiers.remote", ("torch", "kvkernels", "obstore")),
         ("import prefixstore.cli", ("click", "rich", "torch", "transformers")),
     ],
 )

