@@ -1,4 +1,5 @@
-"""Tiers by URL: `memory://4GiB`, `disk:///var/kv?max_bytes=100GiB&ttl=7d`, `redis://host/0`.
+"""Tiers by URL: `memory://4GiB`, `disk:///var/kv?max_bytes=100GiB&ttl=7d`, `redis://host/0`,
+`s3://bucket/prefix?ttl=30d`, `gs://`, `az://`, `file:///shared/kv`.
 
 Beside a tier's own options every URL may say `name=` (default its kind) and what goes into it:
 `write=through|second_touch|back|never`, `promote=true|false`, `negative_ttl=1s`; and whose records
@@ -25,6 +26,8 @@ from prefixstore.tiers.protected import ProtectedTier
 from prefixstore.tiers.redis import RedisTier
 from prefixstore.tiers.redis_config import RedisTierConfig
 from prefixstore.tiers.redis_url import SCHEMES as REDIS_SCHEMES
+from prefixstore.tiers.remote import RemoteTier
+from prefixstore.tiers.remote_config import RemoteTierConfig
 
 _WRITES = {
     "through": "write_through",
@@ -148,6 +151,10 @@ def _open_redis(url: TierUrl) -> Tier:
     return RedisTier(RedisTierConfig.from_url(url.plain, name=url.name))
 
 
+def _open_remote(url: TierUrl) -> Tier:
+    return RemoteTier(RemoteTierConfig.from_url(url.plain, name=url.name))
+
+
 def _fields_of(url: TierUrl, known: Mapping[str, tuple[str, Callable[..., Any]]]) -> dict[str, Any]:
     """The fields of a tier's configuration that its options set."""
     check_known(f"tiers: {url.parts.scheme}: option", url.options, known)
@@ -178,8 +185,10 @@ _DISK = {
     "io": ("io", _text),
     "threads": ("num_threads", parse_whole),
 }
+_REMOTE = _Kind("remote", _open_remote, write="write_second_touch")
 _KINDS = {
     "memory": _Kind("memory", _open_memory, is_shared=False),
     "disk": _Kind("disk", _open_disk),
     **dict.fromkeys(REDIS_SCHEMES, _Kind("redis", _open_redis, "write_second_touch")),
+    **dict.fromkeys(("s3", "gs", "az", "file"), _REMOTE),
 }

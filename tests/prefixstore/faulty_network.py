@@ -1,0 +1,170 @@
+"""What goes wrong between a client and a server that speaks HTTP: a proxy, and scripted answers."""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class FaultyProxy:
+    """Forwards connections to a port of this machine until it is closed.
+
+    Attributes:
+        delay_s: How long each piece of an answer is held back.
+        bytes_per_s: How fast answers pass; None for as they come.
+        cut_after: A connection is cut after so many bytes of its answers; None for never.
+        num_cuts: So many connections are cut.
+        num_open: Connections now.
+        num_accepted: Connections so far.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.delay_s = 0.0
+        self.bytes_per_s: int | None = None
+        self.cut_after: int | None = None
+        self.num_cuts = 1 << 30
+        self.num_open = self.num_accepted = 0
+        self._target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._lock = threading.Lock()
+        self._is_closed = threading.Event()
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def close(self) -> None:
+        self._is_closed.set()
+        for thread in self._threads:
+            thread.join()
+        self._listener.close()
+
+    def wait_until_unused(self, timeout_s: float) -> bool:
+        """Whether all connections have ended by then."""
+        end = time.monotonic() + timeout_s
+        while self.num_open and time.monotonic() < end:
+            time.sleep(0.01)
+        return self.num_open == 0
+
+    def _accept(self) -> None:
+        while not self._is_closed.is_set():
+            if select.select([self._listener], [], [], 0.02)[0]:
+                client, _ = self._listener.accept()
+                self.num_accepted += 1
+                self._threads.append(threading.Thread(target=self._serve, args=(client,)))
+                self._threads[-1].start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with self._lock:
+            self.num_open += 1
+        try:
+            with client, socket.create_connection(("127.0.0.1", self._target)) as server:
+                self._forward(client, server)
+        except OSError:
+            pass  # a side is gone, and with it this connection
+        finally:
+            with self._lock:
+                self.num_open -= 1
+
+    def _forward(self, client: socket.socket, server: socket.socket) -> None:
+        num_answered = 0
+        while not self._is_closed.is_set():
+            readable, _, _ = select.select([client, server], [], [], 0.02)
+            if client in readable:
+                data = client.recv(65536)
+                if not data:
+                    return
+                server.sendall(data)
+            if server in readable:
+                data = server.recv(self._piece_bytes())
+                if not data or self._is_cut(num_answered + len(data)):
+                    return
+                client.sendall(data)
+                num_answered += len(data)
+
+    def _piece_bytes(self) -> int:
+        self._is_closed.wait(self.delay_s)
+        bytes_per_s = self.bytes_per_s
+        if bytes_per_s is None:
+            return 4096
+        self._is_closed.wait(0.01)
+        return max(1, bytes_per_s // 100)
+
+    def _is_cut(self, num_answered: int) -> bool:
+        with self._lock:
+            if self.cut_after is None or num_answered < self.cut_after or self.num_cuts == 0:
+                return False
+            self.num_cuts -= 1
+            return True
+
+
+Answer = tuple[int, dict[str, str], bytes]
+
+
+class ScriptedServer:
+    """Answers each request with the next answer of its script, and without one with `answer`.
+
+    Attributes:
+        script: Status, headers and body of the next answers.
+        answer: Makes an answer from method, path and headers; None leaves the request waiting.
+        requests: Method, path and time of all that came.
+    """
+
+    def __init__(self) -> None:
+        self.script: deque[Answer] = deque()
+        self.answer: Callable[[str, str, dict[str, str]], Answer | None] = lambda *_: (404, {}, b"")
+        self.requests: list[tuple[str, str, float]] = []
+        self._is_closed = threading.Event()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._make_handler())
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
+        self._thread.start()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def close(self) -> None:
+        self._is_closed.set()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def _make_handler(self) -> type[BaseHTTPRequestHandler]:
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def serve(self) -> None:
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                owner.requests.append((self.command, self.path, time.monotonic()))
+                if owner.script:
+                    answer: Answer | None = owner.script.popleft()
+                else:
+                    headers = {name.lower(): value for name, value in self.headers.items()}
+                    answer = owner.answer(self.command, self.path, headers)
+                if answer is None:
+                    owner._is_closed.wait()
+                    self.close_connection = True
+                    return
+                status, headers, body = answer
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+            do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = serve
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        return Handler
