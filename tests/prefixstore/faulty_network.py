@@ -15,7 +15,7 @@ class FaultyProxy:
     """Forwards connections to a port of this machine until it is closed.
 
     Attributes:
-        delay_s: How long each piece of an answer is held back.
+        latency_s: How long the beginning of each answer is held back.
         bytes_per_s: How fast answers pass; None for as they come.
         cut_after: A connection is cut after so many bytes of its answers; None for never.
         num_cuts: So many connections are cut.
@@ -24,7 +24,7 @@ class FaultyProxy:
     """
 
     def __init__(self, port: int) -> None:
-        self.delay_s = 0.0
+        self.latency_s = 0.0
         self.bytes_per_s: int | None = None
         self.cut_after: int | None = None
         self.num_cuts = 1 << 30
@@ -74,7 +74,7 @@ class FaultyProxy:
                 self.num_open -= 1
 
     def _forward(self, client: socket.socket, server: socket.socket) -> None:
-        num_answered = 0
+        num_answered, is_asked = 0, False
         while not self._is_closed.is_set():
             readable, _, _ = select.select([client, server], [], [], 0.02)
             if client in readable:
@@ -82,27 +82,32 @@ class FaultyProxy:
                 if not data:
                     return
                 server.sendall(data)
+                is_asked = True
             if server in readable:
+                self._is_closed.wait(self.latency_s if is_asked else 0.0)
+                is_asked = False
                 data = server.recv(self._piece_bytes())
-                if not data or self._is_cut(num_answered + len(data)):
-                    return
-                client.sendall(data)
+                left = self._bytes_before_cut(num_answered, len(data))
+                client.sendall(data[:left])
                 num_answered += len(data)
+                if not data or left is not None:
+                    return
 
     def _piece_bytes(self) -> int:
-        self._is_closed.wait(self.delay_s)
         bytes_per_s = self.bytes_per_s
         if bytes_per_s is None:
-            return 4096
+            return 65536
         self._is_closed.wait(0.01)
         return max(1, bytes_per_s // 100)
 
-    def _is_cut(self, num_answered: int) -> bool:
+    def _bytes_before_cut(self, num_answered: int, num_bytes: int) -> int | None:
+        """How many of these pass before the connection is cut; None where it is not."""
         with self._lock:
-            if self.cut_after is None or num_answered < self.cut_after or self.num_cuts == 0:
-                return False
+            cut_after = self.cut_after
+            if cut_after is None or num_answered + num_bytes < cut_after or self.num_cuts == 0:
+                return None
             self.num_cuts -= 1
-            return True
+            return max(0, cut_after - num_answered)
 
 
 Answer = tuple[int, dict[str, str], bytes]

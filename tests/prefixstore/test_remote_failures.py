@@ -97,7 +97,7 @@ def test_a_trickle_is_cut_off_at_the_deadline_and_touches_nothing_later(open_s3,
 def test_a_slow_server_costs_no_more_than_the_deadline(open_s3, proxy):
     put_many(open_s3("slow"), KEYS[:2])
     tier = open_s3("slow", {"endpoint": proxy.endpoint})
-    proxy.delay_s = 2.0
+    proxy.latency_s = 2.0
     begin = time.monotonic()
     with pytest.raises(TierTimeout):
         tier.contains_many(NAMES, deadline=after(0.3))

@@ -114,7 +114,12 @@ class Objects:
                     raise
                 return await self.head(path)  # there, but shorter
             info = _info(result.meta)
-            if wants(info):
+            start, end = result.range
+            if not wants(info):
+                pass  # the connection is closed with it
+            elif end - start <= PIECE_BYTES:
+                hand_over(await result.bytes_async())
+            else:
                 async for piece in result.stream(PIECE_BYTES):
                     hand_over(piece)
             return info
