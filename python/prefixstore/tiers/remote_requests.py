@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from prefixstore.errors import TierError, TierTimeout, TierUnavailable
 from prefixstore.tiers.base import is_past, too_late
@@ -151,12 +151,14 @@ class _Call(Generic[T]):
 class Requests:
     """Runs requests for any number of threads. The event loop starts with the first."""
 
+    # Where any of them ran: the client has one runtime for the whole process, and no fork keeps it.
+    _runtime_pid: ClassVar[int] = 0
+
     def __init__(self, tier_name: str, max_requests: int, max_bytes: int) -> None:
         self._tier_name = tier_name
         self._window = Window(max_requests, max_bytes)
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._pid = 0
         self._is_closed = False
         self._stop: Callable[[], Any] = lambda: None
 
@@ -164,7 +166,7 @@ class Requests:
         """The outcome of each; `TierTimeout` for what has none at the deadline.
 
         Raises:
-            TierUnavailable: If this is closed, or was used before the process was forked.
+            TierUnavailable: As `check_usable` says.
         """
         self.check_usable()
         call = _Call(self._tier_name, requests)
@@ -192,7 +194,7 @@ class Requests:
         """End the event loop; what waits for it gets `TierUnavailable`."""
         with self._lock:
             self._is_closed = True
-            if self._pid == os.getpid():
+            if Requests._runtime_pid == os.getpid():
                 self._stop()
 
     def _enter(
@@ -240,7 +242,7 @@ class Requests:
         with self._lock:
             self._check_open()
             if self._loop is None:
-                self._pid = os.getpid()
+                Requests._runtime_pid = os.getpid()
                 self._loop, stop = _start_loop(self._tier_name)
                 # also where nobody closes it, and before the interpreter goes away
                 self._stop = weakref.finalize(self, stop)
@@ -252,9 +254,14 @@ class Requests:
                 self._loop.call_soon_threadsafe(call.cancel)
 
     def check_usable(self) -> None:
-        """Raise `TierUnavailable` if this is closed, or was used before the process was forked."""
-        if self._pid not in (0, os.getpid()):  # neither the loop nor the client survive a fork
-            raise TierUnavailable(f"{self._tier_name}: expected to be opened after the fork")
+        """Raise `TierUnavailable` if this is closed, or this process was forked from one that used
+        a remote tier.
+        """
+        if Requests._runtime_pid not in (0, os.getpid()):
+            raise TierUnavailable(
+                f"{self._tier_name}: expected a process that was not forked from one which used"
+                " remote tiers"
+            )
         with self._lock:
             self._check_open()
 
