@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from prefixstore.block_key import RecordName
 from prefixstore.errors import TierError, TierUnavailable
 from prefixstore.tiers.base import (
+    Held,
     ReadOutcome,
     Swept,
     Tier,
@@ -54,7 +55,7 @@ class RemoteTier(Tier):
         self._records = Records(config.name, Objects(config), config.root, config.ttl_s)
         self._requests = Requests(config.name, config.max_requests, config.max_in_flight_bytes)
         self._counters = TierCounters()
-        self._listed = (0, 0)  # records and their bytes, when `sweep` last counted them
+        self._listed: dict[bytes, Held] = {}  # when `sweep` last counted
         self._lock = threading.Lock()
 
     @property
@@ -142,12 +143,19 @@ class RemoteTier(Tier):
         self._requests.check_usable()
         return [False] * len(names)
 
+    def list_identities(self) -> dict[bytes, Held]:
+        """List all and count what there is of each; what has expired is among it until a sweep."""
+        survey = Survey(self._records, self._records.root, lambda info: False)
+        self._run_survey(survey)
+        return survey.held
+
     def stats(self) -> TierStats:
         """What this process did; of what the store holds, what the last `sweep` counted (before:
         0), for to count is to list, which costs requests. It has no bound: 0.
         """
         with self._lock:
-            num_records, used_bytes = self._listed
+            num_records = sum(held.num_records for held in self._listed.values())
+            used_bytes = sum(held.num_bytes for held in self._listed.values())
             return self._counters.stats(0, used_bytes, num_records)
 
     def check(self, fix: bool = False) -> list[str]:
@@ -168,7 +176,7 @@ class RemoteTier(Tier):
         num_expired = self._run_survey(survey)
         self._count(num_expired=num_expired)
         with self._lock:
-            self._listed = (survey.num_kept, survey.kept_bytes)
+            self._listed = survey.held
         return Swept(num_expired, num_bytes=survey.deleted_bytes)
 
     def close(self) -> None:
@@ -191,8 +199,9 @@ class RemoteTier(Tier):
 
 def _raise_if_unavailable(outcomes: Sequence[object]) -> None:
     """Raise what the whole call met: the store cannot be reached, or lets nobody in."""
-    if outcomes and all(isinstance(outcome, TierUnavailable) for outcome in outcomes):
-        raise outcomes[0]  # type: ignore[misc]
+    failures = [outcome for outcome in outcomes if isinstance(outcome, TierUnavailable)]
+    if failures and len(failures) == len(outcomes):
+        raise failures[0]
 
 
 def _all_answered(outcomes: Sequence[T | TierError]) -> list[T]:

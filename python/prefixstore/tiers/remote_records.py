@@ -14,7 +14,7 @@ from typing import Any
 from prefixstore.block_key import RecordName
 from prefixstore.errors import BlockCorrupted
 from prefixstore.record_header import FIXED_BYTES
-from prefixstore.tiers.base import ReadOutcome
+from prefixstore.tiers.base import Held, ReadOutcome
 from prefixstore.tiers.remote_objects import DELETE_BATCH, ObjectInfo, Objects
 from prefixstore.tiers.remote_requests import HandOver, Request
 
@@ -149,8 +149,7 @@ class Survey(Request[int]):
     Attributes:
         problems: Of names and lengths, in words.
         deleted_bytes: Of the objects that were deleted.
-        num_kept: Records that are still there.
-        kept_bytes: Of these.
+        held: Records that are still there, by identity.
     """
 
     def __init__(
@@ -160,8 +159,9 @@ class Survey(Request[int]):
         self._folder = folder
         self._deletes = deletes
         self.problems: list[str] = []
+        self.held: dict[bytes, Held] = {}
+        self.deleted_bytes = 0
         self._num_problems = self._num_deleted = 0
-        self.deleted_bytes = self.num_kept = self.kept_bytes = 0
 
     async def run(self, hand_over: HandOver) -> int:
         doomed: list[str] = []
@@ -186,8 +186,9 @@ class Survey(Request[int]):
         if self._deletes(info):
             self.deleted_bytes += info.num_bytes
             return True
-        self.num_kept += 1
-        self.kept_bytes += info.num_bytes
+        identity = bytes.fromhex(name[:32])
+        held = self.held.get(identity, Held(0, 0))
+        self.held[identity] = Held(held.num_records + 1, held.num_bytes + info.num_bytes)
         return False
 
     def _tell(self, problem: str) -> None:
