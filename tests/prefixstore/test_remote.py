@@ -1,5 +1,6 @@
 """Remote tiers: names, expiry, parts, what they list, many callers, and a store above them."""
 
+import asyncio
 import os
 import threading
 import time
@@ -15,6 +16,7 @@ from prefixstore.store import Store
 from prefixstore.tiers.base import Swept
 from prefixstore.tiers.remote import RemoteTier
 from prefixstore.tiers.remote_config import RemoteTierConfig
+from prefixstore.tiers.remote_records import Records, WriteRecord
 
 BYTES = LAYOUT.record_bytes
 
@@ -108,6 +110,31 @@ def test_long_records_go_in_parts_once(make_remote):
     (outcome,) = tier.get_many([key.name], [out[:1000].data], offsets=[(6 << 20) + 1])
     assert outcome == 1000
     assert np.array_equal(out[:1000], record[(6 << 20) + 1 :][:1000])
+
+
+class Listening:
+    """Objects that tell what they were to write."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, bytes] = {}
+
+    def takes_in_parts(self, num_bytes: int) -> bool:
+        return False
+
+    async def create(self, path: str, data: bytes) -> bool:
+        self.written[path] = data
+        return True
+
+
+def test_a_write_under_way_does_not_read_the_callers_memory():
+    objects, (key,) = Listening(), make_keys(1)
+    records = Records("remote", objects, "1", None)
+    record = make_record(key)
+    write = WriteRecord(records, key.name, memoryview(record))
+    write.begin()
+    record[:] = bytes(len(record))  # the call is over, and its buffer used for something else
+    assert asyncio.run(write.run(lambda piece: None))
+    assert objects.written == {records.path(key.name): make_record(key)}
 
 
 def test_an_identity_of_more_than_a_batch_is_forgotten(make_remote):

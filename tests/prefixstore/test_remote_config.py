@@ -116,6 +116,12 @@ def test_opens_without_a_server(url, monkeypatch):
     tier.close()
 
 
+def test_says_that_the_environment_lacks_something(monkeypatch):
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    with pytest.raises(ConfigError, match="the environment's settings for az:// are refused"):
+        RemoteTier(RemoteTierConfig.from_url("az://container"))
+
+
 def test_says_what_a_directory_met(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(TierUnavailable, match=r"remote: .*file/kv: cannot be made"):

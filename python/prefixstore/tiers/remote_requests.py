@@ -174,9 +174,8 @@ class Requests:
         waiting, running = deque(range(len(requests))), set[int]()
         try:
             while (waiting or running) and not is_past(deadline):
-                entered = self._enter(requests, waiting, bool(running), deadline)
+                entered = self._enter(requests, waiting, running, deadline)
                 if entered:
-                    running.update(entered)
                     self._start(call, entered)
                 if running:
                     self._receive(call, requests, outcomes, running, deadline)
@@ -201,19 +200,20 @@ class Requests:
         self,
         requests: Sequence[Request[T]],
         waiting: deque[int],
-        has_others: bool,
+        running: set[int],
         deadline: float,
     ) -> list[int]:
         """Begin those for which there is room; wait for it only where nothing else is awaited."""
         entered: list[int] = []
         while waiting:
-            request = requests[waiting[0]]
-            if not self._window.try_enter(request.num_bytes) and (
-                has_others or entered or not self._window.wait_to_enter(request.num_bytes, deadline)
+            number, num_bytes = waiting[0], requests[waiting[0]].num_bytes
+            if not self._window.try_enter(num_bytes) and (
+                running or not self._window.wait_to_enter(num_bytes, deadline)
             ):
                 break
-            request.begin()
-            entered.append(waiting.popleft())
+            running.add(waiting.popleft())
+            requests[number].begin()
+            entered.append(number)
         return entered
 
     def _receive(
