@@ -30,7 +30,7 @@ from bench.harness import check_agreement, print_line, run_case
 from prefixstore.block_key import BlockHash, RecordName
 from prefixstore.record_layout import RecordLayout
 from prefixstore.tiers.redis import RedisTier
-from prefixstore.tiers.redis_config import RedisTierConfig
+from prefixstore.tiers.redis.config import RedisTierConfig
 
 BATCH_BYTES = 32 << 20
 PIPELINE = 8  # replies that the bare socket and redis-py have under way

@@ -30,7 +30,7 @@ from obstore.store import S3Store
 from bench.harness import check_agreement, print_line, run_case, spread, time_alternating
 from prefixstore.block_key import BlockHash, RecordName
 from prefixstore.tiers.remote import RemoteTier
-from prefixstore.tiers.remote_config import RemoteTierConfig
+from prefixstore.tiers.remote.config import RemoteTierConfig
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "prefixstore"))
 from faulty_network import FaultyProxy

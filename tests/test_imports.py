@@ -27,15 +27,7 @@ NAMES += ("prefixstore.record_header", "prefixstore.index", "prefixstore.keys")
 PROTECTION = ("prefixstore.protection",)
 RECORD = ("prefixstore.record", "prefixstore.record_layout")
 REDIS = ("prefixstore.tiers.redis",)
-REDIS += tuple(
-    f"prefixstore.tiers.redis_{topic}"
-    for topic in ("calls", "config", "errors", "exchange", "info", "pool", "records")
-)
-REDIS += tuple(f"prefixstore.tiers.redis_{topic}" for topic in ("servers", "sweep", "url", "wire"))
-REMOTE = tuple(
-    f"prefixstore.tiers.remote{topic}"
-    for topic in ("", "_config", "_objects", "_records", "_requests")
-)
+REMOTE = ("prefixstore.tiers.remote",)
 STORE = ("prefixstore.store",)
 PLANNER = ("prefixstore.residency",)
 CACHE = ("prefixstore.cache", "prefixstore.config", "prefixstore.device", "prefixstore.restore")

@@ -24,10 +24,10 @@ from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
 from prefixstore.tiers.protected import ProtectedTier
 from prefixstore.tiers.redis import RedisTier
-from prefixstore.tiers.redis_config import RedisTierConfig
-from prefixstore.tiers.redis_url import SCHEMES as REDIS_SCHEMES
+from prefixstore.tiers.redis.config import RedisTierConfig
+from prefixstore.tiers.redis.url import SCHEMES as REDIS_SCHEMES
 from prefixstore.tiers.remote import RemoteTier
-from prefixstore.tiers.remote_config import RemoteTierConfig
+from prefixstore.tiers.remote.config import RemoteTierConfig
 
 _WRITES = {
     "through": "write_through",
@@ -112,8 +112,10 @@ def parse_tier_url(url: str) -> TierUrl:
     kind = _KINDS[parts.scheme]
     pairs = parse_qsl(parts.query, keep_blank_values=True)
     options = dict(pairs)
-    if len(options) != len(pairs):
-        raise ConfigError(f"tiers: {kind.name}: expected each option once, got {parts.query!r}")
+    names = [name for name, _ in pairs]
+    if len(options) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"tiers: {kind.name}: expected each option once, got {twice} twice")
     common = {name: options.pop(name) for name in _COMMON_OPTIONS if name in options}
     write = common.get("write")
     if write is not None:

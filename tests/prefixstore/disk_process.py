@@ -2,9 +2,10 @@
 
 python disk_process.py PATH CAPACITY LEASE: for each line "SEED SECONDS" of its input it forks a
 process and waits for its end; starting Python each time would take longer than the rest. The
-process tells its pid, opens the tier, recounts it (with a long lease), reads all it serves and
-tells what it found; then it puts, gets and deletes blocks at random and tells its counts after each put. It fails at the
-first wrong byte. Each is one line of JSON. Never imports torch: it starts fast.
+process tells its pid and opens the tier; with a long lease it recounts it and reads all it serves;
+it tells what it found. Then it puts, gets and deletes blocks at random and tells its counts after
+each put. It fails at the first wrong byte. Each is one line of JSON. Never imports torch: it starts
+fast.
 """
 
 import json
@@ -19,9 +20,9 @@ from sample_blocks import LARGE_LAYOUT, make_keys, make_payload, make_record
 
 from prefixstore.errors import TierFull, TierTimeout
 from prefixstore.record import BlockKey, RecordLayout, decode
-from prefixstore.tiers import disk_opening
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
-from prefixstore.tiers.disk_index import SlotIndex
+from prefixstore.tiers.disk import opening as disk_opening
+from prefixstore.tiers.disk.index import SlotIndex
 
 # of a megabyte: a kill may fall into the middle of a system call that writes it
 HUGE_LAYOUT = RecordLayout(8, 4, 64, 128, "bfloat16")

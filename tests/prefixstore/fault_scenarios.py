@@ -27,7 +27,7 @@ from prefixstore.tiers.base import Tier
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
 from prefixstore.tiers.redis import RedisTier
-from prefixstore.tiers.redis_config import RedisTierConfig
+from prefixstore.tiers.redis.config import RedisTierConfig
 
 MEMORY_BYTES = 8 << 20  # about four prompts: most requests go on to the tier behind
 DISK_BYTES = 256 << 20

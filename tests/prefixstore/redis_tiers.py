@@ -9,7 +9,7 @@ import numpy as np
 from prefixstore.block_key import BlockHash, RecordName
 from prefixstore.errors import TierError
 from prefixstore.tiers.redis import RedisTier
-from prefixstore.tiers.redis_config import RedisTierConfig
+from prefixstore.tiers.redis.config import RedisTierConfig
 
 PART = 1 << 16
 

@@ -9,9 +9,9 @@ from sample_blocks import LARGE_LAYOUT, LAYOUT, make_keys, make_payload, make_re
 
 from prefixstore.errors import TierFull
 from prefixstore.record import BlockKey, chain_keys, encode
-from prefixstore.tiers import disk_clock
 from prefixstore.tiers.base import PAGE_BYTES, Swept
 from prefixstore.tiers.disk import DiskTier
+from prefixstore.tiers.disk import clock as disk_clock
 
 HOUR = 3600.0
 YEAR_NS = 365 * 86400 * 10**9

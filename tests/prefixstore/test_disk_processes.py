@@ -16,8 +16,8 @@ from disk_tiers import count_right, open_tier, put
 from sample_blocks import LAYOUT, make_keys
 
 from prefixstore.errors import TierTimeout, TierUnavailable
-from prefixstore.tiers import disk_slabs
 from prefixstore.tiers.base import Swept
+from prefixstore.tiers.disk import slab_table
 
 HERE = Path(__file__).resolve().parent
 PROCESS_CAPACITY = 6 << 20  # less than the processes write
@@ -160,7 +160,7 @@ def test_a_hundred_kills_of_two_writers_leak_nothing(tmp_path, make_process):
     assert survivor.sweep() == Swept()
     assert survivor.check() == []
     with survivor._index.frozen() as sql:
-        known = {slab.file_name for slab in disk_slabs.list_slabs(sql)}
+        known = {slab.file_name for slab in slab_table.list_slabs(sql)}
     assert {path.name for path in tmp_path.glob("slab-*")} == known
     assert sum(path.stat().st_size for path in tmp_path.glob("slab-*")) <= PROCESS_CAPACITY
     assert count_served(survivor) == count_found(survivor) > 0

@@ -15,7 +15,7 @@ from prefixstore.errors import TierTimeout, TierUnavailable
 from prefixstore.record import BlockKey
 from prefixstore.tiers.base import PAGE_BYTES, Swept
 from prefixstore.tiers.disk import DiskTier
-from prefixstore.tiers.disk_schema import FREE, READY, WRITING
+from prefixstore.tiers.disk.schema import FREE, READY, WRITING
 
 SLAB = 10 * PAGE_BYTES
 

@@ -16,7 +16,7 @@ from prefixstore.block_key import BlockHash, RecordName
 from prefixstore.errors import TierError, TierFull, TierTimeout, TierUnavailable
 from prefixstore.tiers.base import PAGE_BYTES, page_aligned, round_up
 from prefixstore.tiers.disk import DiskTier
-from prefixstore.tiers.disk_transfers import JOB_BYTES
+from prefixstore.tiers.disk.transfers import JOB_BYTES
 
 CAPACITY = 256 << 20
 MIB = 1 << 20

@@ -11,7 +11,7 @@ from redis_tiers import PART, get, make_names, open_tier, put, random_bytes
 from prefixstore.block_key import RecordName
 from prefixstore.errors import BlockCorrupted
 from prefixstore.tiers.base import Swept
-from prefixstore.tiers.redis_records import MANIFEST_BYTES
+from prefixstore.tiers.redis.records import MANIFEST_BYTES
 
 SIZES = [0, 1, PART - 1, PART, PART + 1, 2 * PART, 5 * PART + 77]
 

@@ -3,7 +3,7 @@
 import pytest
 
 from prefixstore.errors import ConfigError
-from prefixstore.tiers.redis_config import Address, RedisTierConfig, TlsConfig, Topology
+from prefixstore.tiers.redis.config import Address, RedisTierConfig, TlsConfig, Topology
 
 LOCAL = Address("127.0.0.1", 6379)
 

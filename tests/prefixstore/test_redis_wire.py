@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from prefixstore.tiers.redis_wire import Channel, Command, ErrorReply, StreamError
+from prefixstore.tiers.redis.wire import Channel, Command, ErrorReply, StreamError
 
 GET = (b"GET", b"key")
 

@@ -15,8 +15,8 @@ from prefixstore.record import BlockKey
 from prefixstore.store import Store
 from prefixstore.tiers.base import Swept
 from prefixstore.tiers.remote import RemoteTier
-from prefixstore.tiers.remote_config import RemoteTierConfig
-from prefixstore.tiers.remote_records import Records, WriteRecord
+from prefixstore.tiers.remote.config import RemoteTierConfig
+from prefixstore.tiers.remote.records import Records, WriteRecord
 
 BYTES = LAYOUT.record_bytes
 

@@ -9,7 +9,7 @@ from prefixstore.errors import ConfigError, TierUnavailable
 from prefixstore.store import TierPolicy
 from prefixstore.tier_urls import open_tiers
 from prefixstore.tiers.remote import RemoteTier
-from prefixstore.tiers.remote_config import RemoteTierConfig
+from prefixstore.tiers.remote.config import RemoteTierConfig
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_names_the_extra_where_obstore_is_missing():
     program = (
         "import sys; sys.modules['obstore'] = None\n"
         "from prefixstore.tiers.remote import RemoteTier\n"
-        "from prefixstore.tiers.remote_config import RemoteTierConfig\n"
+        "from prefixstore.tiers.remote.config import RemoteTierConfig\n"
         "RemoteTier(RemoteTierConfig('s3', 'bucket'))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

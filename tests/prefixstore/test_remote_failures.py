@@ -12,7 +12,7 @@ from tier_kinds import get, put, put_many
 
 from prefixstore.errors import TierError, TierFull, TierTimeout, TierUnavailable
 from prefixstore.tiers.remote import RemoteTier
-from prefixstore.tiers.remote_config import RemoteTierConfig
+from prefixstore.tiers.remote.config import RemoteTierConfig
 
 BYTES = LARGE_LAYOUT.record_bytes
 KEYS = make_keys(12, LARGE_LAYOUT)

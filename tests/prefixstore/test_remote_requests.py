@@ -8,7 +8,7 @@ import time
 import pytest
 
 from prefixstore.errors import BlockCorrupted, TierTimeout, TierUnavailable
-from prefixstore.tiers.remote_requests import Request, Requests, Window
+from prefixstore.tiers.remote.requests import Request, Requests, Window
 
 
 def soon(seconds: float = 30.0) -> float:

@@ -14,7 +14,7 @@ from sample_blocks import LAYOUT, make_keys, make_record
 from prefixstore.block_key import BlockKey, chain_keys
 from prefixstore.commands import kvkernels
 from prefixstore.tiers.disk import DiskTier
-from prefixstore.tiers.disk_config import DiskTierConfig
+from prefixstore.tiers.disk.config import DiskTierConfig
 
 MINE, OTHER = bytes([0xAB] * 16), bytes([0xCD] * 16)
 

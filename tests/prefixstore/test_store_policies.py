@@ -217,6 +217,26 @@ def test_a_request_waits_no_longer_than_its_deadline(make_store):
     assert (use.num_misses, use.num_errors, use.num_timeouts) == (1, 1, 1)
 
 
+def test_a_trial_whose_records_all_fail_brings_no_tier_back(make_store):
+    tier = DictTier("tier")
+    config = BreakerConfig(failures=2, window_s=60, pause_s=0.05, max_pause_s=0.05)
+    store = make_store(tier, breaker=config)
+    (key,) = make_keys(1)
+    fill(tier, [key])
+    tier.fail = raises(TierTimeout, "get")  # an outcome of the record, not of the call
+    for _ in range(2):
+        assert load(store, key) is None
+    assert use_of(store, "tier").is_down
+    for _ in range(3):
+        time.sleep(0.06)
+        assert load(store, key) is None
+        assert use_of(store, "tier").is_down
+    tier.fail = lambda call: None
+    time.sleep(0.06)
+    assert load(store, key) == "tier"
+    assert not use_of(store, "tier").is_down
+
+
 # ---- what is asked and fetched once --------------------------------------------------------------
 
 

@@ -17,9 +17,9 @@ from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
 from prefixstore.tiers.protected import ProtectedTier
 from prefixstore.tiers.redis import RedisTier
-from prefixstore.tiers.redis_config import RedisTierConfig
+from prefixstore.tiers.redis.config import RedisTierConfig
 from prefixstore.tiers.remote import RemoteTier
-from prefixstore.tiers.remote_config import RemoteTierConfig
+from prefixstore.tiers.remote.config import RemoteTierConfig
 
 REMOTE = ("directory", "s3")
 OWN_BOUND = ("memory", "disk", "authenticated memory", "sealed memory", "sealed disk")

@@ -85,7 +85,6 @@ class GuardedTier:
         if outcomes is None:
             self._counts.add(num_misses=len(keys))
             return [None] * len(keys)
-        self._count_errors(outcomes)
         return [
             self._read(key, row, outcome)
             for key, row, outcome in zip(keys, rows, outcomes, strict=True)
@@ -125,7 +124,6 @@ class GuardedTier:
         outcomes = self._attempt(lambda: self._tier.get_many(names, outs, deadline=deadline))
         if outcomes is None:
             return [None] * len(names)
-        self._count_errors(outcomes)
         return [
             row[:outcome] if isinstance(outcome, int) else None
             for row, outcome in zip(rows, outcomes, strict=True)
@@ -219,7 +217,6 @@ class GuardedTier:
             written_bytes=sum(written),
             num_corrupted=sum(isinstance(error, BlockCorrupted) for error in outcomes),
         )
-        self._count_errors(outcomes)
         full = [error for error in outcomes if isinstance(error, TierFull)]
         if full or written:
             self._set_full(full[-1] if full else None)
@@ -254,11 +251,15 @@ class GuardedTier:
             self._counts.add(num_errors=1, num_timeouts=isinstance(error, TierTimeout))
             self._breaker.failed(error)
             return None
-        self._breaker.succeeded()
+        failure = self._count_outcomes(answer) if isinstance(answer, list) else None
+        if failure is None:
+            self._breaker.succeeded()
+        else:  # for the breaker a call is one failure, however many records it has
+            self._breaker.failed(failure)
         return answer
 
-    def _count_errors(self, outcomes: Sequence[ReadOutcome]) -> None:
-        """Count what single records met; for the breaker it is one failure."""
+    def _count_outcomes(self, outcomes: Sequence[object]) -> TierError | None:
+        """Count what single records met; returns one that tells against the tier, if any does."""
         errors = [one for one in outcomes if isinstance(one, TierError)]
         failures = [one for one in errors if not isinstance(one, (TierFull, BlockCorrupted))]
         self._counts.add(
@@ -266,8 +267,7 @@ class GuardedTier:
             num_timeouts=sum(isinstance(one, TierTimeout) for one in failures),
             num_full=sum(isinstance(one, TierFull) for one in errors),
         )
-        if failures:
-            self._breaker.failed(failures[0])
+        return failures[0] if failures else None
 
     def _set_full(self, error: TierFull | None) -> None:
         if (error is not None) != self._is_full:

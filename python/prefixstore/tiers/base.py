@@ -116,7 +116,8 @@ class Tier(ABC):
                 longer.
             offsets: For parts of records, such as single layers: byte of each to begin at. So many
                 bytes are then read as its buffer is long.
-            deadline: What is not read by then is a `TierTimeout`.
+            deadline: What is not read by then is a `TierTimeout`, and nothing is written to its
+                buffer any more.
 
         Returns:
             For each the bytes read; or None where there is no such record; or an error:
@@ -142,7 +143,7 @@ class Tier(ABC):
             records: Their bytes, contiguous; not read after this returns.
             priority: Records of lower priority give way to those of higher, of -8 to 7; a tier
                 whose server chooses for itself does not know it.
-            deadline: What is not kept by then is a `TierTimeout`.
+            deadline: What is not kept by then is a `TierTimeout`; it may be there all the same.
 
         Returns:
             For each None, or why it is not kept: `TierFull` where there is no room even after

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from prefixstore.errors import TierUnavailable
-from prefixstore.tiers.redis_config import Address
-from prefixstore.tiers.redis_pool import Pool
+from prefixstore.tiers.redis.config import Address
+from prefixstore.tiers.redis.pool import Pool
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prefixstore.errors import BlockCorrupted, TierError, TierFull, TierUnavailable
-from prefixstore.tiers.redis_wire import ErrorReply
+from prefixstore.tiers.redis.wire import ErrorReply
 
 # What another try, perhaps at another server, may get over.
 _PASSING = ("READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")

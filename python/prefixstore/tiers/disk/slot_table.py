@@ -1,4 +1,4 @@
-"""What can be done with slots of the disk tier's index; see disk_index.py for the order of things.
+"""What can be done with slots of the disk tier's index; see index.py for the order of things.
 
 Everything here runs inside a transaction of the index, or is a single look-up.
 """
@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from prefixstore.block_key import BlockHash, RecordName
-from prefixstore.tiers import disk_slabs
-from prefixstore.tiers.disk_files import Slab
-from prefixstore.tiers.disk_schema import LOWEST_PRIORITY, PINNED, READY
-from prefixstore.tiers.disk_sql import IndexDamaged
+from prefixstore.tiers.disk import slab_table
+from prefixstore.tiers.disk.files import Slab
+from prefixstore.tiers.disk.schema import LOWEST_PRIORITY, PINNED, READY
+from prefixstore.tiers.disk.sql import IndexDamaged
 
 _MAX_SQL_VALUES = 500
 NOBODY = RecordName(b"", BlockHash(b""))  # the name in a slot that is taken, but not for a record
@@ -137,7 +137,7 @@ def take_free(sql: sqlite3.Connection, slot_bytes: int, num_wanted: int, now: in
 def take_dead(sql: sqlite3.Connection, lease_end: int, now: int) -> list[SlotRef]:
     """The slots whose writers had their lease before that time and are taken for dead."""
     refs = []
-    for slot_bytes in disk_slabs.slot_sizes(sql):
+    for slot_bytes in slab_table.slot_sizes(sql):
         rows = sql.execute(
             "SELECT slab_id, slots.slot_bytes, num_slots, slot, ticket FROM slots"
             " JOIN slabs USING (slab_id)"
@@ -229,4 +229,4 @@ def mark_used(sql: sqlite3.Connection, marks: Mapping[Place, Mark]) -> None:
     for place, mark in marks.items():
         last_used[place.slab_id] = max(last_used.get(place.slab_id, 0), mark.when)
     for slab_id, when in last_used.items():
-        disk_slabs.touch_slabs(sql, [slab_id], when, LOWEST_PRIORITY)
+        slab_table.touch_slabs(sql, [slab_id], when, LOWEST_PRIORITY)

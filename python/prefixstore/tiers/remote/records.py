@@ -15,8 +15,8 @@ from prefixstore.block_key import RecordName
 from prefixstore.errors import BlockCorrupted
 from prefixstore.record_header import FIXED_BYTES
 from prefixstore.tiers.base import Held, ReadOutcome
-from prefixstore.tiers.remote_objects import DELETE_BATCH, ObjectInfo, Objects
-from prefixstore.tiers.remote_requests import HandOver, Request
+from prefixstore.tiers.remote.objects import DELETE_BATCH, ObjectInfo, Objects
+from prefixstore.tiers.remote.requests import HandOver, Request
 
 _NAME = re.compile(r"[0-9a-f]{32}/([0-9a-f]{2})/\1[0-9a-f]{30}\.kvb")
 _MAX_PROBLEMS = 100  # told one by one

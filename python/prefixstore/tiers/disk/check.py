@@ -10,13 +10,13 @@ import sqlite3
 from typing import NamedTuple
 
 from prefixstore.block_key import BlockHash, RecordName
-from prefixstore.tiers import disk_slabs, disk_slots
-from prefixstore.tiers.disk_files import Slab, SlabFiles
-from prefixstore.tiers.disk_index import SlotIndex
-from prefixstore.tiers.disk_opening import QUICK_CHECK
-from prefixstore.tiers.disk_schema import READY
-from prefixstore.tiers.disk_slabs import Limits
-from prefixstore.tiers.disk_slots import SlotRef
+from prefixstore.tiers.disk import slab_table, slot_table
+from prefixstore.tiers.disk.files import Slab, SlabFiles
+from prefixstore.tiers.disk.index import SlotIndex
+from prefixstore.tiers.disk.opening import QUICK_CHECK
+from prefixstore.tiers.disk.schema import READY
+from prefixstore.tiers.disk.slab_table import Limits
+from prefixstore.tiers.disk.slot_table import SlotRef
 
 
 class _Row(NamedTuple):
@@ -55,14 +55,14 @@ class Checker:
         name, bound = self._limits.tier_name, self._limits.capacity_bytes
         with self._index.frozen() as sql:
             self.problems += [f"{name}: index: {row[0]}" for row in sql.execute(QUICK_CHECK)]
-            if (num_bytes := disk_slabs.total_bytes(sql)) > bound:
+            if (num_bytes := slab_table.total_bytes(sql)) > bound:
                 self.problems.append(f"{name}: expected at most {bound} bytes, got {num_bytes}")
                 if self._fix:
-                    self.dropped += disk_slabs.shrink(sql, bound)
-            slabs = disk_slabs.list_slabs(sql)
+                    self.dropped += slab_table.shrink(sql, bound)
+            slabs = slab_table.list_slabs(sql)
         for slab in slabs:
             with self._index.frozen() as sql:
-                if slab in disk_slabs.list_slabs(sql):  # not dropped meanwhile
+                if slab in slab_table.list_slabs(sql):  # not dropped meanwhile
                     self._check_slab(sql, slab)
 
     def _check_slab(self, sql: sqlite3.Connection, slab: Slab) -> None:
@@ -85,15 +85,15 @@ class Checker:
             return
         now = self._index.now()
         if wrong and self._files.num_bytes(slab) is None:
-            disk_slabs.drop_slab(sql, slab)
+            slab_table.drop_slab(sql, slab)
             self.dropped.append(slab)
         elif misshapen:
-            disk_slabs.drop_slab(sql, slab)
-            disk_slabs.insert_slab(sql, slab, now)
+            slab_table.drop_slab(sql, slab)
+            slab_table.insert_slab(sql, slab, now)
             found = self._files.find_records(slab, range(slab.num_slots))
-            disk_slabs.fill_slab(sql, slab, found, now)
+            slab_table.fill_slab(sql, slab, found, now)
         else:
-            self.wrong += disk_slots.take(sql, wrong, now)
+            self.wrong += slot_table.take(sql, wrong, now)
 
     def _find_wrong(self, slab: Slab, rows: list[_Row]) -> list[SlotRef]:
         """Slots that do not hold the record they should."""

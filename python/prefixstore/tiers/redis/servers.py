@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from prefixstore.errors import TierError, TierUnavailable
-from prefixstore.tiers.redis_config import Address, RedisTierConfig, Topology
-from prefixstore.tiers.redis_pool import Pool, data_connect, sentinel_connect
-from prefixstore.tiers.redis_wire import ErrorReply, Reply
+from prefixstore.tiers.redis.config import Address, RedisTierConfig, Topology
+from prefixstore.tiers.redis.pool import Pool, data_connect, sentinel_connect
+from prefixstore.tiers.redis.wire import ErrorReply, Reply
 
 _REDIRECT = re.compile(r"(?P<code>MOVED|ASK) (?P<slot>\d+) (?P<host>.*):(?P<port>\d+)")
 

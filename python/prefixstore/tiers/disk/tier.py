@@ -1,7 +1,7 @@
 """Records on a local disk: payload files in slots, an index in SQLite, shared by processes.
 
     DIR/index.sqlite (-wal, -shm)     which slot holds which block; can be rebuilt from the slabs
-    DIR/slab-v1-000001-...kvb         records, see disk_files.py
+    DIR/slab-v1-000001-...kvb         records, see files.py
     DIR/tier.lock                     held shared while the tier is open, alone while it is mended
 
 A record is written whole before the index shows it, and hidden before its slot is used again. The
@@ -10,7 +10,7 @@ a power cut a torn record fails its checksums and is a miss. Flushing every reco
 than the cache wins. Every reader must verify what it gets. The directory must be on a local file
 system (SQLite's WAL needs shared memory between the processes).
 
-    get_many    one look-up -> transfers (disk_transfers.py) -> one look-up: are they still there?
+    get_many    one look-up -> transfers (transfers.py) -> one look-up: are they still there?
     put_many    one transaction takes the slots -> transfers -> one transaction publishes
 """
 
@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prefixstore.block_key import RecordName
 from prefixstore.errors import BlockCorrupted, TierError, TierFull, TierTimeout
-from prefixstore.tiers import disk_slabs
 from prefixstore.tiers.base import (
     Held,
     ReadOutcome,
@@ -34,12 +33,13 @@ from prefixstore.tiers.base import (
     is_past,
     too_late,
 )
-from prefixstore.tiers.disk_check import Checker
-from prefixstore.tiers.disk_config import DiskTierConfig as DiskTierConfig
-from prefixstore.tiers.disk_files import Slab, SlabFiles
-from prefixstore.tiers.disk_opening import Directory
-from prefixstore.tiers.disk_slots import SlotRef
-from prefixstore.tiers.disk_transfers import Span, StillWriting, Transfers
+from prefixstore.tiers.disk import slab_table
+from prefixstore.tiers.disk.check import Checker
+from prefixstore.tiers.disk.config import DiskTierConfig as DiskTierConfig
+from prefixstore.tiers.disk.files import Slab, SlabFiles
+from prefixstore.tiers.disk.opening import Directory
+from prefixstore.tiers.disk.slot_table import SlotRef
+from prefixstore.tiers.disk.transfers import Span, StillWriting, Transfers
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class DiskTier(Tier):
 
     Args:
         config: Where, how large, and how.
-        clock: Seconds by which records age, in place of the time that disk_clock.py tells.
+        clock: Seconds by which records age, in place of the time that clock.py tells.
 
     Raises:
         TierUnavailable: On opening, if the directory cannot be written, holds the files of a newer
@@ -330,7 +330,7 @@ class DiskTier(Tier):
         A file is made after its row and deleted after it, so nobody can be about to use one.
         """
         with self._index.frozen() as sql:
-            known = set(disk_slabs.list_slabs(sql))
+            known = set(slab_table.list_slabs(sql))
             orphans = [slab for slab in self._files.list_slabs() if slab not in known]
             for slab in orphans:
                 self._files.remove(slab)

@@ -4,7 +4,7 @@
              -> Exchange    many operations beside each other on many connections, one deadline
              -> Channel     RESP to and from the caller's memory
 
-How records lie there: see redis_records.py. The server bounds its memory and chooses what gives
+How records lie there: see records.py. The server bounds its memory and chooses what gives
 way.
 """
 
@@ -29,11 +29,11 @@ from prefixstore.tiers.base import (
     TierStats,
     check_priority,
 )
-from prefixstore.tiers.redis_calls import Call, Caller, raise_first, raise_if_nothing_worked
-from prefixstore.tiers.redis_config import Address, RedisTierConfig
-from prefixstore.tiers.redis_exchange import Operation
-from prefixstore.tiers.redis_info import ServerUse, fetch_use
-from prefixstore.tiers.redis_records import (
+from prefixstore.tiers.redis.calls import Call, Caller, raise_first, raise_if_nothing_worked
+from prefixstore.tiers.redis.config import Address, RedisTierConfig
+from prefixstore.tiers.redis.exchange import Operation
+from prefixstore.tiers.redis.info import ServerUse, fetch_use
+from prefixstore.tiers.redis.records import (
     Keys,
     delete_record,
     end_generation,
@@ -44,8 +44,8 @@ from prefixstore.tiers.redis_records import (
     unpin_record,
     write_record,
 )
-from prefixstore.tiers.redis_servers import open_servers
-from prefixstore.tiers.redis_sweep import Sweeper, list_problems
+from prefixstore.tiers.redis.servers import open_servers
+from prefixstore.tiers.redis.sweep import Sweeper, list_problems
 
 T = TypeVar("T")
 

@@ -19,9 +19,9 @@ from redis.exceptions import NoPermissionError
 from redis.retry import Retry
 
 from prefixstore.errors import TierError, TierTimeout, TierUnavailable
-from prefixstore.tiers.redis_config import Address, RedisTierConfig
-from prefixstore.tiers.redis_errors import ConnectionLost, PassingTrouble, tier_error
-from prefixstore.tiers.redis_wire import Channel, Command, ErrorReply, Reply, StreamError
+from prefixstore.tiers.redis.config import Address, RedisTierConfig
+from prefixstore.tiers.redis.errors import ConnectionLost, PassingTrouble, tier_error
+from prefixstore.tiers.redis.wire import Channel, Command, ErrorReply, Reply, StreamError
 
 MAX_IDLE = 16  # to each server: more threads than this at once open connections anew
 

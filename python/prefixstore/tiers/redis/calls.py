@@ -14,10 +14,10 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 from prefixstore.block_key import RecordName
 from prefixstore.errors import TierError, TierTimeout, TierUnavailable
-from prefixstore.tiers.redis_errors import ConnectionLost, PassingTrouble
-from prefixstore.tiers.redis_exchange import Exchange, Operation
-from prefixstore.tiers.redis_records import Keys, fetch_generation, make_generation
-from prefixstore.tiers.redis_servers import Servers
+from prefixstore.tiers.redis.errors import ConnectionLost, PassingTrouble
+from prefixstore.tiers.redis.exchange import Exchange, Operation
+from prefixstore.tiers.redis.records import Keys, fetch_generation, make_generation
+from prefixstore.tiers.redis.servers import Servers
 
 T = TypeVar("T")
 Generations: TypeAlias = "dict[bytes, bytes | TierError | None]"  # by identity

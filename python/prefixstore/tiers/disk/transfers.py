@@ -29,7 +29,7 @@ import numpy as np
 
 from prefixstore.errors import TierError, TierTimeout
 from prefixstore.tiers.base import PAGE_BYTES, is_past, page_aligned, round_up, too_late
-from prefixstore.tiers.disk_files import Slab, SlabFiles
+from prefixstore.tiers.disk.files import Slab, SlabFiles
 
 _WIPED_AT_ONCE = 1024
 # Few and large requests: with one megabyte each, writing was a tenth slower than with four. But

@@ -11,7 +11,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from prefixstore.tiers.disk_files import FoundRecord, Slab
+from prefixstore.tiers.disk.files import FoundRecord, Slab
 
 _SELECT = "SELECT slab_id, slot_bytes, num_slots FROM slabs"
 _EVICT = (

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from prefixstore.block_key import RecordName
-from prefixstore.tiers import disk_slabs, disk_slots
-from prefixstore.tiers.disk_files import Slab
-from prefixstore.tiers.disk_slabs import Limits
-from prefixstore.tiers.disk_slots import NOBODY, SlotRef
+from prefixstore.tiers.disk import slab_table, slot_table
+from prefixstore.tiers.disk.files import Slab
+from prefixstore.tiers.disk.slab_table import Limits
+from prefixstore.tiers.disk.slot_table import NOBODY, SlotRef
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def admit(
     admitted, num_evicted = [], 0
     num_bytes: Counter[bytes] = Counter()  # of what was admitted, by identity
     for name, size in sizes.items():
-        num_gone = disk_slabs.keep_quota(
+        num_gone = slab_table.keep_quota(
             sql, name.identity, num_bytes[name.identity] + size, quota_bytes
         )
         if num_gone is not None:
@@ -74,7 +74,7 @@ def take_room(sql: sqlite3.Connection, wanted: Demand, limits: Limits) -> Room:
     sql.execute("SAVEPOINT before_eviction")
     room = Room()
     while (num_missing := wanted.num_slots - len(room.slots)) > 0:
-        slots = disk_slots.take_free(sql, wanted.slot_bytes, num_missing, wanted.now)
+        slots = slot_table.take_free(sql, wanted.slot_bytes, num_missing, wanted.now)
         room.slots += slots
         if slots or _add_slab(sql, wanted, limits):
             continue
@@ -89,11 +89,11 @@ def take_room(sql: sqlite3.Connection, wanted: Demand, limits: Limits) -> Room:
 
 def _add_slab(sql: sqlite3.Connection, wanted: Demand, limits: Limits) -> bool:
     """A new slab, where the bound leaves room for one."""
-    free_bytes = limits.capacity_bytes - disk_slabs.total_bytes(sql)
+    free_bytes = limits.capacity_bytes - slab_table.total_bytes(sql)
     num_slots = max(limits.slab_bytes // wanted.slot_bytes, 1)
     num_slots = min(num_slots, free_bytes // wanted.slot_bytes)
     if num_slots > 0:
-        disk_slabs.insert_slab(sql, Slab(0, wanted.slot_bytes, num_slots), wanted.now)
+        slab_table.insert_slab(sql, Slab(0, wanted.slot_bytes, num_slots), wanted.now)
     return num_slots > 0
 
 
@@ -111,12 +111,12 @@ def _evict(sql: sqlite3.Connection, wanted: Demand, num_slots: int, room: Room) 
     ).fetchall()
     # without a victim, anything that is not worth more than what is to come
     limit = victims[0][:2] if victims else (wanted.priority, wanted.now + 1)
-    slab = next(disk_slabs.slabs_to_drop(sql, wanted.slot_bytes, limit), None)
+    slab = next(slab_table.slabs_to_drop(sql, wanted.slot_bytes, limit), None)
     if slab is not None:
-        room.num_evicted += disk_slabs.drop_slab(sql, slab)
+        room.num_evicted += slab_table.drop_slab(sql, slab)
         room.dropped.append(slab)
         return True
     refs = [SlotRef(Slab(*slab), slot, ticket, NOBODY, 0) for _, _, *slab, slot, ticket in victims]
-    room.slots += disk_slots.take(sql, refs, wanted.now)
+    room.slots += slot_table.take(sql, refs, wanted.now)
     room.num_evicted += len(refs)
     return bool(refs)

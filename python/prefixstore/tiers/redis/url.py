@@ -24,7 +24,7 @@ from prefixstore.settings import (
     parse_switch,
     parse_whole,
 )
-from prefixstore.tiers.redis_config import Address, TlsConfig, Topology
+from prefixstore.tiers.redis.config import Address, TlsConfig, Topology
 
 SCHEMES = {
     "redis": (Topology.STANDALONE, False),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prefixstore.errors import ConfigError
 from prefixstore.tiers.base import PAGE_BYTES, check_bytes
-from prefixstore.tiers.disk_slabs import Limits
+from prefixstore.tiers.disk.slab_table import Limits
 
 _MAX_SLAB_BYTES = 256 << 20
 _IO = ("auto", "direct", "buffered")

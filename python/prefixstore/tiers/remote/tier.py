@@ -25,9 +25,9 @@ from prefixstore.tiers.base import (
     TierStats,
     check_priority,
 )
-from prefixstore.tiers.remote_config import RemoteTierConfig
-from prefixstore.tiers.remote_objects import Objects
-from prefixstore.tiers.remote_records import (
+from prefixstore.tiers.remote.config import RemoteTierConfig
+from prefixstore.tiers.remote.objects import Objects
+from prefixstore.tiers.remote.records import (
     DeleteRecord,
     FindRecord,
     ReadRecord,
@@ -36,7 +36,7 @@ from prefixstore.tiers.remote_records import (
     WriteRecord,
     is_too_short,
 )
-from prefixstore.tiers.remote_requests import Request, Requests, T
+from prefixstore.tiers.remote.requests import Request, Requests, T
 
 
 class RemoteTier(Tier):

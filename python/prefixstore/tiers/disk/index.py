@@ -24,14 +24,14 @@ from dataclasses import dataclass, field
 
 from prefixstore.block_key import RecordName
 from prefixstore.errors import TierError
-from prefixstore.tiers import disk_slabs, disk_slots
 from prefixstore.tiers.base import PAGE_BYTES, round_up
-from prefixstore.tiers.disk_clock import Clock
-from prefixstore.tiers.disk_files import Slab
-from prefixstore.tiers.disk_room import Demand, admit, take_room
-from prefixstore.tiers.disk_slabs import Limits
-from prefixstore.tiers.disk_slots import Mark, Place, SlotRef
-from prefixstore.tiers.disk_sql import Connection
+from prefixstore.tiers.disk import slab_table, slot_table
+from prefixstore.tiers.disk.clock import Clock
+from prefixstore.tiers.disk.files import Slab
+from prefixstore.tiers.disk.room import Demand, admit, take_room
+from prefixstore.tiers.disk.slab_table import Limits
+from prefixstore.tiers.disk.slot_table import Mark, Place, SlotRef
+from prefixstore.tiers.disk.sql import Connection
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +89,9 @@ class SlotIndex:
     ) -> dict[RecordName, SlotRef]:
         """Those that are there and not past their time."""
         found = {}
-        for hashes in disk_slots.batches_of_hashes(names):
+        for hashes in slot_table.batches_of_hashes(names):
             with self._reader.reading(deadline) as sql:
-                for ref in disk_slots.find(sql, hashes, self.now()):
+                for ref in slot_table.find(sql, hashes, self.now()):
                     found[ref.name] = ref
         return found
 
@@ -100,20 +100,20 @@ class SlotIndex:
     ) -> set[RecordName]:
         """The names of `find_many`."""
         found: set[RecordName] = set()
-        for hashes in disk_slots.batches_of_hashes(names):
+        for hashes in slot_table.batches_of_hashes(names):
             with self._reader.reading(deadline) as sql:
-                found |= disk_slots.names_among(sql, hashes, self.now())
+                found |= slot_table.names_among(sql, hashes, self.now())
         return found
 
     def list_records(self) -> list[tuple[RecordName, int]]:
         """Name and bytes of every record there is now, in the order of the files."""
         with self._reader.reading() as sql:
-            return disk_slots.list_names(sql, self.now())
+            return slot_table.list_names(sql, self.now())
 
     def list_identities(self) -> list[tuple[bytes, int, int]]:
         """Each identity, how many records it has, and their bytes."""
         with self._reader.reading() as sql:
-            return disk_slots.list_identities(sql, self.now())
+            return slot_table.list_identities(sql, self.now())
 
     def totals(self) -> tuple[int, int]:
         """Records, and their bytes."""
@@ -164,8 +164,8 @@ class SlotIndex:
         allocation = Allocation()
         with self._writing(deadline) as sql:
             now = self.now()
-            allocation.dead = disk_slots.take_dead(sql, self._lease_end(now), now)
-            allocation.num_expired, _ = disk_slabs.expire(sql, now)
+            allocation.dead = slot_table.take_dead(sql, self._lease_end(now), now)
+            allocation.num_expired, _ = slab_table.expire(sql, now)
             admitted, allocation.num_evicted = admit(sql, sizes, self._limits.quota_bytes)
             names_by_size: dict[int, list[RecordName]] = {}
             for name in admitted:
@@ -196,11 +196,11 @@ class SlotIndex:
         with self._writing(deadline) as sql:
             now = self.now()
             expires_at = None if ttl_ns is None else now + ttl_ns
-            twins = disk_slots.ready_among(sql, [ref.name for ref in refs])
-            disk_slots.release_written(sql, [ref for ref in refs if ref.name in twins])
+            twins = slot_table.ready_among(sql, [ref.name for ref in refs])
+            slot_table.release_written(sql, [ref for ref in refs if ref.name in twins])
             own = [ref for ref in refs if ref.name not in twins]
-            published = twins | disk_slots.publish(sql, own, priority, now, expires_at)
-            disk_slabs.touch_slabs(sql, {ref.slab.slab_id for ref in refs}, now, priority)
+            published = twins | slot_table.publish(sql, own, priority, now, expires_at)
+            slab_table.touch_slabs(sql, {ref.slab.slab_id for ref in refs}, now, priority)
         return published
 
     def unpublish_many(
@@ -210,9 +210,9 @@ class SlotIndex:
         with self._writing(deadline) as sql:
             now = self.now()
             found: list[SlotRef] = []
-            for hashes in disk_slots.batches_of_hashes(names):
-                found += [r for r in disk_slots.find(sql, hashes, now) if r.name in names]
-            return {ref.name: ref for ref in disk_slots.take(sql, found, now)}
+            for hashes in slot_table.batches_of_hashes(names):
+                found += [r for r in slot_table.find(sql, hashes, now) if r.name in names]
+            return {ref.name: ref for ref in slot_table.take(sql, found, now)}
 
     def unpublish_identity(self, identity: bytes) -> tuple[list[SlotRef], int]:
         """Hide all records of an identity, and take the free slots where its bytes still lie.
@@ -220,31 +220,31 @@ class SlotIndex:
         Returns the slots, and how many of them held a record.
         """
         with self._writing() as sql:
-            return disk_slots.take_identity(sql, identity, self.now())
+            return slot_table.take_identity(sql, identity, self.now())
 
     def release(self, refs: Sequence[SlotRef]) -> None:
         """Give back slots that were wiped."""
         if refs:
             with self._writing() as sql:
-                disk_slots.release_wiped(sql, refs)
+                slot_table.release_wiped(sql, refs)
 
     def pin_many(self, names: Sequence[RecordName], is_pinned: bool) -> set[RecordName]:
         """Pin or unpin those that are there; returns them."""
         found = self.names_among(names)
         with self._writing() as sql:
-            disk_slots.set_pinned(sql, found, is_pinned)
-            return disk_slots.ready_among(sql, found)
+            slot_table.set_pinned(sql, found, is_pinned)
+            return slot_table.ready_among(sql, found)
 
     def expire(self) -> tuple[int, int]:
         """Forget what is past its time; how many records, and their bytes."""
         with self._writing() as sql:
-            return disk_slabs.expire(sql, self.now())
+            return slab_table.expire(sql, self.now())
 
     def take_dead(self) -> list[SlotRef]:
         """Slots of writers whose lease is over, to be wiped and released."""
         with self._writing() as sql:
             now = self.now()
-            return disk_slots.take_dead(sql, self._lease_end(now), now)
+            return slot_table.take_dead(sql, self._lease_end(now), now)
 
     @contextmanager
     def frozen(self) -> Iterator[sqlite3.Connection]:
@@ -277,8 +277,8 @@ class SlotIndex:
         with self._pending_lock:
             marks, abandoned = dict(self._marks), list(self._abandoned)
         with self._writer.writing(deadline) as sql:
-            disk_slots.end_leases(sql, abandoned)
-            disk_slots.mark_used(sql, marks)
+            slot_table.end_leases(sql, abandoned)
+            slot_table.mark_used(sql, marks)
             yield sql
         with self._pending_lock:
             self._abandoned = [ref for ref in self._abandoned if ref not in abandoned]

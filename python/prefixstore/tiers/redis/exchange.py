@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from prefixstore.errors import TierError, TierTimeout
-from prefixstore.tiers.redis_config import Address
-from prefixstore.tiers.redis_errors import ConnectionLost, tier_error
-from prefixstore.tiers.redis_pool import PooledChannel
-from prefixstore.tiers.redis_servers import Servers
-from prefixstore.tiers.redis_wire import Command, ErrorReply, Reply, StreamError
+from prefixstore.tiers.redis.config import Address
+from prefixstore.tiers.redis.errors import ConnectionLost, tier_error
+from prefixstore.tiers.redis.pool import PooledChannel
+from prefixstore.tiers.redis.servers import Servers
+from prefixstore.tiers.redis.wire import Command, ErrorReply, Reply, StreamError
 
 T = TypeVar("T")
 Operation: TypeAlias = Generator[list[Command], list[Any], T]

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from prefixstore.errors import TierTimeout, TierUnavailable
-from prefixstore.tiers import disk_schema, disk_slabs, disk_slots
-from prefixstore.tiers.disk_clock import Clock, open_clock
-from prefixstore.tiers.disk_config import DiskTierConfig
-from prefixstore.tiers.disk_files import SlabFiles
-from prefixstore.tiers.disk_index import SlotIndex
-from prefixstore.tiers.disk_sql import Connection, IndexDamaged
-from prefixstore.tiers.disk_transfers import Transfers
+from prefixstore.tiers.disk import schema, slab_table, slot_table
+from prefixstore.tiers.disk.clock import Clock, open_clock
+from prefixstore.tiers.disk.config import DiskTierConfig
+from prefixstore.tiers.disk.files import SlabFiles
+from prefixstore.tiers.disk.index import SlotIndex
+from prefixstore.tiers.disk.sql import Connection, IndexDamaged
+from prefixstore.tiers.disk.transfers import Transfers
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Directory:
         Args:
             files: The slabs.
             transfers: Wipes what was cut off.
-            clock: The tier's time; None for the one of disk_clock.py.
+            clock: The tier's time; None for the one of clock.py.
 
         Raises:
             TierUnavailable: If the directory cannot be written, holds files of a newer version, or
@@ -78,14 +78,14 @@ class Directory:
         try:
             if is_alone:
                 _check_pages(writer)
-            disk_schema.prepare(writer, is_alone)
+            schema.prepare(writer, is_alone)
             with writer.writing() as sql:
                 clock = clock or open_clock(sql)
                 if config.quota_bytes is not None:
-                    disk_schema.prepare_quotas(sql)
+                    schema.prepare_quotas(sql)
                 if is_alone:
                     reconcile(sql, files, transfers, clock())
-                dropped = disk_slabs.shrink(sql, config.capacity_bytes)
+                dropped = slab_table.shrink(sql, config.capacity_bytes)
             for slab in dropped:
                 files.remove(slab)
             reader = Connection(path, config.name, config.timeout_s)
@@ -131,23 +131,23 @@ class Directory:
 
 def reconcile(sql: sqlite3.Connection, files: SlabFiles, transfers: Transfers, now: int) -> None:
     """Bring index and slabs into line, in one transaction; nobody else has the tier open."""
-    cut_off = disk_slots.take_dead(sql, now + 1, now)
+    cut_off = slot_table.take_dead(sql, now + 1, now)
     errors = transfers.wipe_many([(ref.slab, ref.offset) for ref in cut_off])
     wiped = [ref for ref, error in zip(cut_off, errors, strict=True) if error is None]
-    disk_slots.release_wiped(sql, wiped)
+    slot_table.release_wiped(sql, wiped)
     on_disk = {slab.slab_id: slab for slab in files.list_slabs()}
-    for slab in disk_slabs.list_slabs(sql):
+    for slab in slab_table.list_slabs(sql):
         if on_disk.get(slab.slab_id) == slab:
             del on_disk[slab.slab_id]
         else:  # a file of that number but of another shape is read anew below
-            disk_slabs.drop_slab(sql, slab)
+            slab_table.drop_slab(sql, slab)
     for slab in on_disk.values():
         found = files.find_records(slab, range(slab.num_slots))
         last_used = min(files.modified_ns(slab), now)
-        disk_slabs.insert_slab(sql, slab, last_used)
-        disk_slabs.fill_slab(sql, slab, found, last_used)
+        slab_table.insert_slab(sql, slab, last_used)
+        slab_table.fill_slab(sql, slab, found, last_used)
         logger.info("found %d records in %s", len(found), slab.file_name)
-    num_taken_over = disk_schema.take_over_version_1(sql, now)
+    num_taken_over = schema.take_over_version_1(sql, now)
     if num_taken_over is not None:
         logger.info("took over %d records of an index of version 1", num_taken_over)
 

@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefixstore.errors import ConfigError, TierError, TierFull, TierTimeout, TierUnavailable
-from prefixstore.tiers.remote_config import RemoteTierConfig
+from prefixstore.tiers.remote.config import RemoteTierConfig
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore

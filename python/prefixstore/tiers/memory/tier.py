@@ -1,6 +1,6 @@
 """Records in host memory: one arena, allocated once, which never grows.
 
-Copies run outside the lock, on slots that are pinned meanwhile. See memory_arena.py for where
+Copies run outside the lock, on slots that are pinned meanwhile. See arena.py for where
 records lie and which give way.
 """
 
@@ -31,7 +31,7 @@ from prefixstore.tiers.base import (
     is_past,
     too_late,
 )
-from prefixstore.tiers.memory_arena import Arena, Record, Tenant
+from prefixstore.tiers.memory.arena import Arena, Record, Tenant
 
 _MAX_SLAB_BYTES = 256 << 20
 

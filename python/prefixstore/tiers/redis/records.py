@@ -23,9 +23,9 @@ from dataclasses import dataclass
 
 from prefixstore.block_key import RecordName
 from prefixstore.errors import BlockCorrupted, TierError
-from prefixstore.tiers.redis_config import RedisTierConfig
-from prefixstore.tiers.redis_exchange import Operation
-from prefixstore.tiers.redis_wire import Command
+from prefixstore.tiers.redis.config import RedisTierConfig
+from prefixstore.tiers.redis.exchange import Operation
+from prefixstore.tiers.redis.wire import Command
 
 _SCHEMA = 1
 _MAGIC = b"KVR1"

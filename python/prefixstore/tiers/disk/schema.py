@@ -2,7 +2,7 @@
 
     slabs   one row for each payload file
     slots   one row for each of its slots, whatever its state
-    clock   where the tier's time stands, see disk_clock.py
+    clock   where the tier's time stands, see clock.py
 
 `identity` and `block_hash` say whose record a READY slot holds. In a FREE one they say whose bytes
 still lie there, as far as is known, so that an identity can be wiped to the last byte.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import sqlite3
 
 from prefixstore.errors import TierUnavailable
-from prefixstore.tiers.disk_sql import Connection, IndexDamaged
+from prefixstore.tiers.disk.sql import Connection, IndexDamaged
 
 VERSION = 2
 

@@ -136,7 +136,7 @@ class RedisTierConfig:
 
     @classmethod
     def from_url(cls, url: str, **settings: object) -> RedisTierConfig:
-        """What a URL says: see redis_url.py for its forms and options.
+        """What a URL says: see url.py for its forms and options.
 
         Args:
             url: Such as `redis://user:password@host:6379/0?ttl=24h`.
@@ -146,7 +146,7 @@ class RedisTierConfig:
             ConfigError: If the URL is none, or one of its options is unknown or out of range. The
                 message does not show the password.
         """
-        from prefixstore.tiers.redis_url import read_url
+        from prefixstore.tiers.redis.url import read_url
 
         return cls(**{**read_url(url), **settings})
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from prefixstore.tiers.redis_config import Address
+from prefixstore.tiers.redis.config import Address
 
 Buffer: TypeAlias = "bytes | memoryview"
 Reply: TypeAlias = "bytes | int | list[Any] | ErrorReply | None"

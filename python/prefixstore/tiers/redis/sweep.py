@@ -12,17 +12,17 @@ from typing import TypeVar
 
 from prefixstore.errors import BlockCorrupted, TierError
 from prefixstore.tiers.base import Held, Swept
-from prefixstore.tiers.redis_calls import Caller, raise_first
-from prefixstore.tiers.redis_config import Address, RedisTierConfig
-from prefixstore.tiers.redis_exchange import Operation
-from prefixstore.tiers.redis_records import (
+from prefixstore.tiers.redis.calls import Caller, raise_first
+from prefixstore.tiers.redis.config import Address, RedisTierConfig
+from prefixstore.tiers.redis.exchange import Operation
+from prefixstore.tiers.redis.records import (
     Keys,
     delete_record,
     fetch_generation,
     fetch_manifest,
     holds,
 )
-from prefixstore.tiers.redis_wire import Command
+from prefixstore.tiers.redis.wire import Command
 
 T = TypeVar("T")
 
