@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
+#include <type_traits>
 
 #include "cpu/codec_paths.h"
 
@@ -20,27 +22,74 @@ struct Tile {
 // What turns numbers into codes, a set of codes a lane.
 struct Steps {
   Floats low, inverse;
+  Floats top;    // the greatest code
+  bool has_top;  // whether that may be less than bits hold, in any lane
 };
+
+// The code of a number, not yet rounded and bounded. Once it is rounded it is not below zero: a
+// minimum is rounded down, or up by at most half of the least scale.
+inline Floats find_code(Floats v, const Steps& steps) {
+  return mul(sub(v, steps.low), steps.inverse);
+}
+
+template <int kBits, bool kHasTop>
+inline Words to_code(Floats v, const Steps& steps, int part) {
+  const Floats code = find_code(v, steps);
+  return code_at<kBits>(kHasTop ? min(code, steps.top) : code, part);
+}
+
+// A scale, the code of the greatest element, and what that restores.
+struct Fit {
+  Floats scale, top, restored;
+};
+
+template <DType kType>
+inline Fit fit_scale(Floats low, Floats highest, Floats levels, Floats step) {
+  const auto code_of_highest = [&](Floats scale) {
+    const Floats code = max(mul(sub(highest, low), inverse_of(scale)), all(0.0f));
+    const Floats to_whole = all(0x1.8p23f);  // from here on, floats are whole numbers
+    return sub(add(min(code, levels), to_whole), to_whole);
+  };
+  const auto restored = [&](Floats scale) {
+    return Elements<kType>::round(add(low, mul(scale, code_of_highest(scale))));
+  };
+  const Floats range = max(sub(highest, low), all(0.0f));
+  const Floats first = from_half(half_nearest(mul(range, step)));
+  const Floats scale = from_half(half_nearest(mul(sub(restored(first), low), step)));
+  return {scale, code_of_highest(scale), restored(scale)};
+}
+
+// All of what kvkernels/reference/quantize.py does to find scales: for sets that are rare.
+template <DType kType>
+[[gnu::noinline, gnu::cold]] Steps find_small_scales(Floats lowest, Floats highest, Floats levels,
+                                                     Floats step, uint16_t* pairs, int64_t count) {
+  const Floats nearest = add(from_half(half_nearest(lowest)), all(0.0f));
+  const Floats low = where_small(lowest, nearest, from_half(half_below(lowest)));
+  const Fit fit = fit_scale<kType>(low, highest, levels, step);
+  const Fit again = fit_scale<kType>(low, fit.restored, levels, step);
+  const Floats scale = where_small(fit.scale, again.scale, fit.scale);
+  store_pairs(pairs, half_nearest(scale), half_nearest(low), count);
+  return {low, inverse_of(scale), where_small(fit.scale, again.top, levels), true};
+}
 
 // Finds and writes the scales of sets that lie between `lowest` and `highest`.
 template <DType kType>
 inline Steps find_scales(Floats lowest, Floats highest, int bits, uint16_t* pairs, int64_t count) {
-  const float levels = static_cast<float>((1 << bits) - 1);
-  const Floats step = all(1.0f / levels);
-  const Words minimum = half_below(add(lowest, all(0.0f)));  // no minus zero
+  const Floats levels = all(static_cast<float>((1 << bits) - 1));
+  const Floats step = all(1.0f / static_cast<float>((1 << bits) - 1));
+  lowest = add(lowest, all(0.0f));  // no minus zero
+  const Words minimum = half_below(lowest);
   const Floats low = from_half(minimum);
   const Floats first = from_half(half_nearest(mul(sub(highest, low), step)));
+  // A scale may still come out a little smaller than the first.
+  if (any_small(lowest, first)) {
+    return find_small_scales<kType>(lowest, highest, levels, step, pairs, count);
+  }
   // Once more for the range as the codes would restore it: they give the same scale again.
-  const Floats restored = Elements<kType>::round(add(low, mul(first, all(levels))));
+  const Floats restored = Elements<kType>::round(add(low, mul(first, levels)));
   const Words scale = half_nearest(mul(sub(restored, low), step));
   store_pairs(pairs, scale, minimum, count);
-  return {low, inverse_of(from_half(scale))};
-}
-
-// Never below zero: a minimum is rounded down.
-template <int kBits>
-inline Words to_code(Floats v, Steps steps, int part) {
-  return code_at<kBits>(mul(sub(v, steps.low), steps.inverse), part);
+  return {low, inverse_of(from_half(scale)), levels, false};
 }
 
 // ---- codes ---------------------------------------------------------------------------------
@@ -100,21 +149,30 @@ void encode_keys(const std::byte* items, const Tile& tile, int64_t num_groups, u
         }
       }
       Steps steps[kCount];
+      bool has_top = false;
 #pragma GCC unroll 4
       for (int part = 0; part < kCount; ++part) {
         const Floats lowest = E::floats(least[part]), highest = E::floats(greatest[part]);
         magnitudes = larger_magnitude(larger_magnitude(magnitudes, lowest), highest);
         steps[part] =
             find_scales<kType>(lowest, highest, kBits, pairs + 2 * (part * width + c), count);
+        has_top |= steps[part].has_top;
       }
-      for (int64_t t = 0; t < group_size; ++t) {
-        Words packed = no_words();
+      const auto write = [&](auto has_top_constant) {
+        for (int64_t t = 0; t < group_size; ++t) {
+          Words packed = no_words();
 #pragma GCC unroll 4
-        for (int part = 0; part < kCount; ++part) {
-          packed =
-              either(packed, to_code<kBits>(E::read(place(t, part), count), steps[part], part));
+          for (int part = 0; part < kCount; ++part) {
+            const Floats v = E::read(place(t, part), count);
+            packed = either(packed, to_code<kBits, has_top_constant>(v, steps[part], part));
+          }
+          store_bytes(codes + (group * group_size + t) * width + c, packed, count);
         }
-        store_bytes(codes + (group * group_size + t) * width + c, packed, count);
+      };
+      if (has_top) {
+        write(std::true_type());
+      } else {
+        write(std::false_type());
       }
     }
   }
@@ -222,11 +280,13 @@ void encode_values(const std::byte* items, const Tile& tile, int64_t num_groups,
   // As many whole tokens as their sets fill lanes, or one.
   const int64_t batch = std::max<int64_t>(1, kLanes / num_groups);
   float low[kMaxDim + kLanes], inverse[kMaxDim + kLanes];  // of the sets of a batch
+  float top[kMaxDim + kLanes];
   ByChannel lows(num_groups, group_size), inverses(num_groups, group_size);
   if (width % kLanes != 0) lows.allow_any_channel(), inverses.allow_any_channel();
   for (int64_t token = 0; token < tile.size; token += batch) {
     const int64_t num_tokens = std::min(batch, tile.size - token);
     const int64_t num_sets = num_tokens * num_groups;
+    bool has_top = false;
     for (int64_t set = 0; set < num_sets; set += kLanes) {
       const int64_t count = std::min(kLanes, num_sets - set), first = token * num_groups + set;
       Floats lowest, highest;
@@ -236,22 +296,36 @@ void encode_values(const std::byte* items, const Tile& tile, int64_t num_groups,
       const Steps steps = find_scales<kType>(lowest, highest, kBits, pairs + 2 * first, count);
       store_floats(low + set, steps.low);
       store_floats(inverse + set, steps.inverse);
+      store_floats(top + set, steps.top);
+      has_top |= steps.has_top;
     }
-    for (int64_t t = token; t < token + num_tokens; ++t) {
-      lows.begin(low + (t - token) * num_groups);
-      inverses.begin(inverse + (t - token) * num_groups);
-      for (int64_t c = 0; c < width; c += kLanes) {
-        const int64_t count = std::min(kLanes, width - c);
-        Words packed = no_words();
+    const auto write = [&](auto has_top_constant) {
+      std::optional<ByChannel> tops;
+      if (has_top_constant) tops.emplace(num_groups, group_size);
+      if (has_top_constant && width % kLanes != 0) tops->allow_any_channel();
+      for (int64_t t = token; t < token + num_tokens; ++t) {
+        lows.begin(low + (t - token) * num_groups);
+        inverses.begin(inverse + (t - token) * num_groups);
+        if (has_top_constant) tops->begin(top + (t - token) * num_groups);
+        for (int64_t c = 0; c < width; c += kLanes) {
+          const int64_t count = std::min(kLanes, width - c);
+          Words packed = no_words();
 #pragma GCC unroll 4
-        for (int part = 0; part < kCount; ++part) {
-          const int64_t channel = part * width + c;
-          const Floats v = E::read(items + (t * tile.dim + channel) * E::kBytes, count);
-          const Steps steps = {lows.at(channel, count), inverses.at(channel, count)};
-          packed = either(packed, to_code<kBits>(v, steps, part));
+          for (int part = 0; part < kCount; ++part) {
+            const int64_t channel = part * width + c;
+            const Floats v = E::read(items + (t * tile.dim + channel) * E::kBytes, count);
+            Steps steps = {lows.at(channel, count), inverses.at(channel, count), {}, true};
+            if (has_top_constant) steps.top = tops->at(channel, count);
+            packed = either(packed, to_code<kBits, has_top_constant>(v, steps, part));
+          }
+          store_bytes(codes + t * width + c, packed, count);
         }
-        store_bytes(codes + t * width + c, packed, count);
       }
+    };
+    if (has_top) {
+      write(std::true_type());
+    } else {
+      write(std::false_type());
     }
   }
 }

@@ -24,6 +24,21 @@ inline Floats inverse_of(Floats v) {
   return _mm512_maskz_div_ps(is_positive, _mm512_set1_ps(1.0f), v);
 }
 
+// a where the test's magnitude is below float16's normal numbers, else b.
+inline Floats where_small(Floats test, Floats a, Floats b) {
+  const __mmask16 is_small =
+      _mm512_cmp_ps_mask(_mm512_abs_ps(test), _mm512_set1_ps(0x1p-14f), _CMP_LT_OQ);
+  return _mm512_mask_mov_ps(b, is_small, a);
+}
+// Whether a lane of either is not zero, but no more than a little above such numbers.
+inline bool any_small(Floats a, Floats b) {
+  const auto less_one = [](Floats v) {  // zero wraps around
+    return _mm512_sub_epi32(_mm512_castps_si512(_mm512_abs_ps(v)), _mm512_set1_epi32(1));
+  };
+  const Words least = _mm512_min_epu32(less_one(a), less_one(b));
+  return _mm512_cmplt_epu32_mask(least, _mm512_castps_si512(all(0x1.1p-14f))) != 0;
+}
+
 inline Floats load_floats(const float* from, int64_t count) {
   return _mm512_maskz_loadu_ps(first_lanes(count), from);
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstring>
 
@@ -47,6 +48,19 @@ inline Floats max(Floats a, Floats b) {
 }
 inline Floats inverse_of(Floats v) {
   return lanes_of<Floats>([&](int64_t i) { return v.v[i] > 0 ? 1.0f / v.v[i] : 0.0f; });
+}
+
+inline Floats where_small(Floats test, Floats a, Floats b) {
+  return lanes_of<Floats>(
+      [&](int64_t i) { return std::abs(test.v[i]) < 0x1p-14f ? a.v[i] : b.v[i]; });
+}
+inline bool any_small(Floats a, Floats b) {
+  bool any = false;
+  for (int64_t i = 0; i < kLanes; ++i) {
+    const auto is_small = [](float v) { return std::abs(v) < 0x1.1p-14f && v != 0; };
+    any |= is_small(a.v[i]) || is_small(b.v[i]);
+  }
+  return any;
 }
 
 inline Floats load_floats(const float* from, int64_t count) {

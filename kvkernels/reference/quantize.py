@@ -34,26 +34,56 @@ def dequantize_values(
     return (minimum + scale * groups).flatten(-2).to(dtype)
 
 
+# Below it a float16 has fewer bits.
+_SMALLEST_NORMAL = torch.finfo(torch.float16).smallest_normal
+
+
 def _quantize(groups: torch.Tensor, num_bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes of `[..., size]` that share a scale, and `[..., 2]` scale and minimum as float16.
 
-    The minimum is the least element, rounded down; of 16-bit floats in float16's normal range it is
-    exact. The scale is the nearest to the range over the number of steps, twice: the range is
-    looked at again as the codes would restore it. So what codes restore gives the same codes and
-    scales again. An element is at most half a scale away, and half a unit of its own dtype.
+    Of 16-bit floats, what codes restore gives the same codes and scales again. For that, the
+    minimum is what the least element comes back as: in float16's normal range it is rounded down,
+    which leaves 16-bit floats as they are, and below it to the nearest, which every 16-bit float
+    holds. And a set is fitted to the range that its codes restore, not to the one that it has. With
+    a scale of all bits that is the same range, up to the rounding of its end. A coarse scale, one
+    below float16's normal numbers, may miss the range by much: the set is then fitted to what the
+    first fit restored, and no code goes beyond that.
+
+    An element is at most half a scale away, and half a unit of its own dtype.
     """
     levels = (1 << num_bits) - 1
     wide = groups.float()
     lowest, highest = wide.amin(-1) + 0.0, wide.amax(-1)  # + 0: no minus zero
-    minimum = round_down_to_half(lowest)
+    is_small = lowest.abs() < _SMALLEST_NORMAL
+    minimum = torch.where(is_small, lowest.half() + 0.0, round_down_to_half(lowest))
     low = minimum.float()
+    scale, _, restored = _fit(low, highest, levels, groups.dtype)
+    fitted_scale, top, _ = _fit(low, restored, levels, groups.dtype)
+    is_coarse = scale < _SMALLEST_NORMAL
+    scale = torch.where(is_coarse, fitted_scale, scale)
+    top = torch.where(is_coarse, top, levels)
+    codes = _find_codes(wide, low[..., None], scale[..., None], levels)
+    codes = torch.minimum(codes, top[..., None])
+    return codes.to(torch.uint8), torch.stack([scale, minimum], dim=-1)
+
+
+def _fit(
+    low: torch.Tensor, highest: torch.Tensor, levels: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The scale of a range, twice rounded, the code of its end, and what that restores."""
     step = torch.tensor(1 / levels, dtype=torch.float32)
-    scale = ((highest - low) * step).half()
-    restored = (low + scale.float() * levels).to(groups.dtype).float()
-    scale = ((restored - low) * step).half()
+    scale = ((highest - low).clamp(min=0) * step).half()
+    restored = low + scale.float() * _find_codes(highest, low, scale, levels)
+    scale = ((restored.to(dtype).float() - low) * step).half()
+    top = _find_codes(highest, low, scale, levels)
+    return scale, top, (low + scale.float() * top).to(dtype).float()
+
+
+def _find_codes(
+    wide: torch.Tensor, low: torch.Tensor, scale: torch.Tensor, levels: int
+) -> torch.Tensor:
     inverse = torch.where(scale > 0, 1 / scale.float(), 0.0)
-    codes = (wide - low[..., None]) * inverse[..., None]
-    return codes.clamp(0, levels).round().to(torch.uint8), torch.stack([scale, minimum], dim=-1)
+    return ((wide - low) * inverse).clamp(0, levels).round()
 
 
 def round_down_to_half(values: torch.Tensor) -> torch.Tensor:

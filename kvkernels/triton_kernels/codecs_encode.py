@@ -90,7 +90,9 @@ def _encode_keys_kernel(
         if tl.max(tl.max(tl.max(farthest, 2), 1), 0) > LIMIT:
             tl.store(is_raw_ptr + row, 1)
 
-        word, low, inverse = find_scales(tl.min(lowest, 1), tl.max(highest, 1), NUM_BITS, dtype)
+        lowest = tl.min(lowest, 1)
+        highest = tl.max(highest, 1)
+        word, low, inverse, top = find_scales(lowest, highest, NUM_BITS, dtype)
         layer_ptr = payloads_ptr + row * stride_row * 4 + offset
         places = SCALES // 4 + (heads * NUM_GROUPS + group) * NUM_CHANNELS + channels
         places = places[None, :] + (parts * WIDTH)[:, None]
@@ -105,7 +107,8 @@ def _encode_keys_kernel(
         for step in tl.range(0, GROUP // TILE_M, num_stages=_NUM_STAGES):
             items_ptr = source_ptr + step * (TILE_M * HEAD_DIM) + sources
             numbers = widen(tl.load(items_ptr, mask=is_inside, other=0))
-            codes = to_codes(numbers, low[:, None, :], inverse[:, None, :], NUM_BITS)
+            steps = low[:, None, :], inverse[:, None, :], top[:, None, :]
+            codes = to_codes(numbers, *steps, NUM_BITS)
             packed = tl.sum(codes << (parts * NUM_BITS)[:, None, None], 0)
             packed = tl.where(is_column[None, :], packed, 0)
             codes_ptr = layer_ptr + step * (TILE_M * WIDTH) + places
@@ -182,7 +185,7 @@ def _encode_values_kernel(
         numbers = widen(items)
         lowest = tl.min(tl.where(members < GROUP, numbers, float("inf")), 2)
         highest = tl.max(tl.where(members < GROUP, numbers, -float("inf")), 2)
-        word, low, inverse = find_scales(lowest, highest, NUM_BITS, dtype)
+        word, low, inverse, top = find_scales(lowest, highest, NUM_BITS, dtype)
         places = SCALES // 4 + (start + tokens) * NUM_GROUPS + groups
         is_group = tl.broadcast_to(groups < NUM_GROUPS, [TILE_M, TILE_GROUPS])
         tl.store(layer_ptr.to(tl.pointer_type(tl.int32)) + places, word, mask=is_group)
@@ -196,6 +199,7 @@ def _encode_values_kernel(
                 widen(items),
                 spread(low, channels, GROUP, NUM_GROUPS),
                 spread(inverse, channels, GROUP, NUM_GROUPS),
+                spread(top, channels, GROUP, NUM_GROUPS),
                 NUM_BITS,
             )
             packed |= codes << (part * NUM_BITS)

@@ -10,6 +10,7 @@ import triton.language as tl
 # The interpreter cuts bits off where it makes bfloat16 (Triton 3.9).
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _TO_INTEGER = tl.constexpr(float(1 << 23))  # from here on, float32 has no bits after the point
+_SMALLEST_NORMAL = tl.constexpr(2.0**-14)  # below it a float16 has fewer bits
 
 
 @triton.jit
@@ -135,25 +136,58 @@ def find_scales(lowest, highest, NUM_BITS: tl.constexpr, DTYPE: tl.constexpr):
     """What sets of elements between two numbers share; see `kvkernels.reference.quantize`.
 
     Returns:
-        The word of scale and minimum, the minimum, and one over the scale or zero.
+        The word of scale and minimum, the minimum, one over the scale or zero, and the greatest
+        code.
     """
-    levels: tl.constexpr = (1 << NUM_BITS) - 1
     lowest = lowest + 0.0  # no minus zero
     nearest = lowest.to(tl.float16)
     bits = nearest.to(tl.int16, bitcast=True).to(tl.int32)
     # The next float16 below: away from zero if negative. A positive zero is never above.
     below = tl.where(bits < 0, bits + 1, bits - 1)
-    bits = tl.where(nearest.to(tl.float32) > lowest, below, bits)
+    is_above = (nearest.to(tl.float32) > lowest) & (tl.abs(lowest) >= _SMALLEST_NORMAL)
+    bits = tl.where(is_above, below, bits)
+    bits = tl.where(bits == -0x8000, 0, bits)
     low = _half(bits)
-    scale = ((highest - low) * (1 / levels)).to(tl.float16)
-    restored = widen(round_to(low + scale.to(tl.float32) * levels, DTYPE))
-    scale = ((restored - low) * (1 / levels)).to(tl.float16)
+    scale, top, restored = _fit_scale(low, highest, NUM_BITS, DTYPE)
+    is_coarse = scale.to(tl.float32) < _SMALLEST_NORMAL
+    # Sets with coarse scales are rare, but for zeros.
+    num_coarse = tl.sum(tl.reshape((is_coarse & (highest > low)).to(tl.int32), [scale.numel]), 0)
+    if num_coarse > 0:
+        fitted_scale, fitted_top, restored = _fit_scale(low, restored, NUM_BITS, DTYPE)
+        scale = tl.where(is_coarse, fitted_scale, scale)
+        top = tl.where(is_coarse, fitted_top, top)
     word = (scale.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | bits << 16
+    return word, low, _inverse_of(scale), top
+
+
+@triton.jit
+def _fit_scale(low, highest, NUM_BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """The scale of a range, float16, the code of its end, and what that restores."""
+    levels: tl.constexpr = (1 << NUM_BITS) - 1
+    first = (tl.maximum(highest - low, 0.0) * (1 / levels)).to(tl.float16)
+    top = _code_of(highest, low, _inverse_of(first), NUM_BITS)
+    restored = widen(round_to(low + first.to(tl.float32) * top, DTYPE))
+    scale = ((restored - low) * (1 / levels)).to(tl.float16)
+    top = _code_of(highest, low, _inverse_of(scale), NUM_BITS)
+    return scale, top, widen(round_to(low + scale.to(tl.float32) * top, DTYPE))
+
+
+@triton.jit
+def _inverse_of(scale):
+    """One over a float16, or zero."""
     scale = scale.to(tl.float32)
     is_some = scale > 0
     # `/` need not be rounded correctly.
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(is_some, scale, 1.0))
-    return word, low, tl.where(is_some, inverse, 0.0)
+    return tl.where(is_some, inverse, 0.0)
+
+
+@triton.jit
+def _code_of(numbers, low, inverse, NUM_BITS: tl.constexpr):
+    """Codes of float32 numbers, as float32."""
+    levels: tl.constexpr = (1 << NUM_BITS) - 1
+    codes = tl.minimum(tl.maximum((numbers - low) * inverse, 0.0), levels)
+    return (codes + _TO_INTEGER) - _TO_INTEGER
 
 
 @triton.jit
@@ -175,10 +209,10 @@ def _half(bits):
 
 
 @triton.jit
-def to_codes(numbers, low, inverse, NUM_BITS: tl.constexpr):
+def to_codes(numbers, low, inverse, top, NUM_BITS: tl.constexpr):
     """Codes of float32 numbers, int32."""
     levels: tl.constexpr = (1 << NUM_BITS) - 1
-    codes = tl.minimum(tl.maximum((numbers - low) * inverse, 0.0), levels)
+    codes = tl.minimum(tl.maximum((numbers - low) * inverse, 0.0), top)
     # The sum is rounded to a whole number, ties to even, which its last bits then are.
     return (codes + _TO_INTEGER).to(tl.int32, bitcast=True) & levels
 

@@ -270,7 +270,9 @@ def _plan_encode_side(
     arguments = work.elements(side) | more | {"LIMIT": _LIMITS[layout.dtype]}
     if side.is_key:
         pieces, constants = _key_tile(side, layout)
-        return work.launch(_encode_keys_kernel, layers, pieces, **arguments, **constants)
+        # What sets share, four a byte, takes more registers than four warps have.
+        num_warps = 2 * _NUM_WARPS if side.bits == 2 else _NUM_WARPS
+        return work.launch(_encode_keys_kernel, layers, pieces, num_warps, **arguments, **constants)
     pieces, constants = _value_tile(side, layout)
     constants["TILE_GROUP"] = triton.next_power_of_2(len(side.channels) // side.num_groups)
     return work.launch(_encode_values_kernel, layers, pieces, **arguments, **constants)

@@ -9,7 +9,7 @@ import torch
 
 import kvkernels
 from kvkernels import KVLayout, KVPool, QuantizedPool
-from kvkernels.reference.quantize import dequantize_keys, dequantize_values
+from kvkernels.reference.quantize import dequantize_keys, dequantize_values, quantize_values
 
 KINDS = ("int8", "int4")
 
@@ -71,6 +71,28 @@ def test_quantised_again_the_codes_stay(kind: str) -> None:
     kvkernels.quantize_blocks(again, ids, second, ids)
     changed = (second.cache(0).key_codes != cache.key_codes).double().mean()
     assert changed < 0.01  # a scale may come out one unit higher
+
+
+@pytest.mark.parametrize("num_bits", [8, 4, 2])
+def test_small_ranges_of_bfloat16_give_the_same_codes_again(num_bits: int) -> None:
+    """Those with scales that float16 has few bits for: of some least elements, every greatest."""
+    numbers = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16).float()
+    numbers = numbers[
+        (numbers.abs() < 65408) & ((numbers.abs() > 2**-30) | (numbers == 0))
+    ].unique()
+    generator = torch.Generator().manual_seed(0)
+    for first in range(num_bits, len(numbers), 101):
+        largest_range = (1 << num_bits) * 2.0**-14
+        count = int((numbers <= numbers[first] + largest_range).sum()) - first
+        greatest = torch.arange(count)
+        inside = (torch.rand(count, 6, generator=generator) * (greatest[:, None] + 1)).long()
+        places = torch.cat([torch.zeros(count, 1).long(), greatest[:, None], inside], 1)
+        values = numbers[first + places].bfloat16()
+        codes, scales = quantize_values(values, num_bits, 1)
+        restored = dequantize_values(codes, scales, 8, torch.bfloat16)
+        codes_again, scales_again = quantize_values(restored, num_bits, 1)
+        assert torch.equal(codes_again, codes)
+        assert torch.equal(scales_again.view(torch.int16), scales.view(torch.int16))
 
 
 @pytest.mark.parametrize("kind", KINDS)
