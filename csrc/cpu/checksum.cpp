@@ -121,13 +121,4 @@ WordSums copy_with_checksum(const void* source, void* target, std::size_t size) 
   return portable::copy_with_checksum(source, target, size);
 }
 
-void copy_parts_with_checksums(const void* source, void* target, std::size_t part_bytes,
-                               std::size_t num_parts, WordSums* sums) {
-  for (std::size_t part = 0; part < num_parts; ++part) {
-    const std::size_t offset = part * part_bytes;
-    sums[part] = copy_with_checksum(static_cast<const Byte*>(source) + offset,
-                                    static_cast<Byte*>(target) + offset, part_bytes);
-  }
-}
-
 }  // namespace kvkernels

@@ -9,6 +9,11 @@ namespace kvkernels {
 
 constexpr int64_t kMaxCodecDim = 1024;
 
+// Tokens and channels of one head, and items from one token to the next.
+struct Tile {
+  int64_t size, dim, stride;
+};
+
 // One side of one layer: items [num_heads, block_size, num_channels], of rows of head_dim.
 struct Side {
   SideFormat format;
@@ -16,6 +21,7 @@ struct Side {
 
   int64_t num_rows() const { return num_heads * block_size; }
   int64_t num_items() const { return num_rows() * format.num_channels; }
+  Tile tile() const { return {block_size, format.num_channels, head_dim}; }
 };
 
 struct CodecKernels {

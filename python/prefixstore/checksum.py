@@ -56,39 +56,6 @@ def checksum_words(data: Buffer) -> tuple[int, int]:
     return _slow_checksum_words(data)
 
 
-def copy_with_checksum(source: Buffer, target: Buffer) -> tuple[int, int]:
-    """Copy `source` over `target` in one pass and return the pair (sum, weighted) of it.
-
-    Raises:
-        ValueError: If sizes differ, are not whole words, `target` is read-only, or both overlap.
-    """
-    if _kvkernels is not None:
-        return _kvkernels.copy_with_checksum(source, target)
-    sums = np.empty((1, 2), np.uint64)
-    _slow_copy_parts(source, target, 1, sums)
-    return int(sums[0, 0]), int(sums[0, 1])
-
-
-def copy_parts_with_checksums(
-    source: Buffer, target: Buffer, num_parts: int, sums: np.ndarray
-) -> None:
-    """Copy `num_parts` equal, adjoining parts and write the pair of each.
-
-    Args:
-        source: What to copy.
-        target: As many bytes, writable.
-        num_parts: Parts of a whole number of words each.
-        sums: ``[num_parts, 2]`` uint64, written in place: sum and weighted of each part.
-
-    Raises:
-        ValueError: As for `copy_with_checksum`, or if `sums` has another size.
-    """
-    if _kvkernels is not None:
-        _kvkernels.copy_parts_with_checksums(source, target, num_parts, sums)
-    else:
-        _slow_copy_parts(source, target, num_parts, sums)
-
-
 def _make_crc_table() -> list[int]:
     table = []
     for value in range(256):
@@ -121,28 +88,3 @@ def _slow_checksum_words(data: Buffer) -> tuple[int, int]:
         total += piece_sum
         weighted += start * piece_sum + int((piece * places[: piece.size]).sum(dtype=np.uint64))
     return total % 2**64, weighted % 2**64
-
-
-def _slow_copy_parts(source: Buffer, target: Buffer, num_parts: int, sums: np.ndarray) -> None:
-    source_view, target_view = as_bytes("source", source), as_bytes("target", target)
-    num_bytes = source_view.nbytes
-    if num_parts < 1 or num_bytes % (WORD_BYTES * num_parts):
-        raise ValueError(
-            f"source: expected a multiple of {WORD_BYTES} bytes in each of {num_parts} parts,"
-            f" got {num_bytes} bytes"
-        )
-    if target_view.readonly or target_view.nbytes != num_bytes:
-        raise ValueError(f"target: expected {num_bytes} writable bytes, got {target_view.nbytes}")
-    if sums.shape != (num_parts, 2) or sums.dtype != np.uint64:
-        raise ValueError(
-            f"sums: expected uint64 [{num_parts}, 2], got {sums.dtype} {list(sums.shape)}"
-        )
-    source_bytes = np.frombuffer(source_view, np.uint8)
-    target_bytes = np.frombuffer(target_view, np.uint8)
-    if np.may_share_memory(source_bytes, target_bytes):
-        raise ValueError("target: expected no overlap with source, got one")
-    np.copyto(target_bytes, source_bytes)
-    part_bytes = num_bytes // num_parts
-    for part in range(num_parts):
-        piece = source_bytes[part * part_bytes : (part + 1) * part_bytes]
-        sums[part] = _slow_checksum_words(piece)

@@ -48,9 +48,6 @@ def test_crc32c_continues_where_it_stopped(checksums):
 def test_sums_are_the_definition(checksums, num_bytes):
     data = random_bytes(num_bytes)
     assert checksums.checksum_words(data) == exact_sums(data)
-    target = np.full(num_bytes, 7, np.uint8)
-    assert checksums.copy_with_checksum(data, target) == exact_sums(data)
-    assert np.array_equal(target, data)
 
 
 def test_sums_wrap_modulo_two_to_the_64(checksums):
@@ -59,14 +56,6 @@ def test_sums_wrap_modulo_two_to_the_64(checksums):
     assert checksums.checksum_words(data) == expected
     words = data.size // 4
     assert (2**32 - 1) * words * (words + 1) // 2 > 2**64  # so the case does wrap
-
-
-def test_parts_have_their_own_sums(checksums):
-    data, target = random_bytes(5 * 1024), np.zeros(5 * 1024, np.uint8)
-    sums = np.zeros((5, 2), np.uint64)
-    checksums.copy_parts_with_checksums(data, target, 5, sums)
-    assert np.array_equal(target, data)
-    assert [tuple(row) for row in sums.tolist()] == [exact_sums(p) for p in data.reshape(5, -1)]
 
 
 def test_every_flipped_bit_and_swapped_word_changes_the_pair(checksums):
@@ -88,31 +77,16 @@ def test_takes_any_contiguous_buffer(checksums):
 
 
 @pytest.mark.parametrize(
-    ("source", "target", "message"),
+    ("data", "message"),
     [
-        (bytes(7), bytearray(7), "source: expected a .*multiple of 4"),
-        (bytes(8), bytearray(4), "target: expected 8"),
-        (bytes(8), bytes(8), "target: expected .*writable"),
-        (np.zeros(16, np.uint8)[::2], bytearray(8), "source: expected a contiguous"),
+        (bytes(6), "data: expected a .*multiple of 4"),
+        (np.zeros(16, np.uint8)[::2], "data: expected a contiguous"),
     ],
-    ids=["half a word", "sizes differ", "read-only target", "strided"],
+    ids=["half a word", "strided"],
 )
-def test_copy_refuses(checksums, source, target, message):
+def test_refuses_what_is_no_row_of_words(checksums, data, message):
     with pytest.raises(ValueError, match=message):
-        checksums.copy_with_checksum(source, target)
-
-
-def test_refuses_overlap_and_wrong_parts(checksums):
-    data = bytearray(64)
-    view = memoryview(data)
-    with pytest.raises(ValueError, match="overlap"):
-        checksums.copy_with_checksum(view[:32], view[16:48])
-    with pytest.raises(ValueError, match="3 parts"):
-        checksums.copy_parts_with_checksums(bytes(64), data, 3, np.zeros((3, 2), np.uint64))
-    with pytest.raises(ValueError, match="sums: expected"):
-        checksums.copy_parts_with_checksums(bytes(64), data, 2, np.zeros((3, 2), np.uint64))
-    with pytest.raises(ValueError, match="multiple of 4"):
-        checksums.checksum_words(bytes(6))
+        checksums.checksum_words(data)
 
 
 def test_lets_other_threads_run_meanwhile(checksums):

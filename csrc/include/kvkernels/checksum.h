@@ -23,8 +23,4 @@ WordSums checksum_words(const void* data, std::size_t size);
 // Copies `size` bytes, a multiple of 4, and sums them on the way. The ranges must not overlap.
 WordSums copy_with_checksum(const void* source, void* target, std::size_t size);
 
-// Copies `num_parts` adjoining parts of `part_bytes` each; `sums[i]` are those of part i alone.
-void copy_parts_with_checksums(const void* source, void* target, std::size_t part_bytes,
-                               std::size_t num_parts, WordSums* sums);
-
 }  // namespace kvkernels

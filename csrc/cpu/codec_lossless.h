@@ -1,0 +1,124 @@
+// One side of a layer of bfloat16, written without loss and read.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/codec_paths.h"
+
+namespace kvkernels {
+namespace {
+
+struct Lossless {
+  uint8_t *low, *exponents;
+  uint32_t* escapes;
+  uint8_t* tops;
+};
+
+// Signs, mantissas and distances of a row of exponents; whether one lies too far away.
+inline bool split_row(const uint16_t* __restrict row, const uint16_t* __restrict tops, int64_t dim,
+                      uint8_t* __restrict low, uint8_t* __restrict deltas) {
+  uint16_t far = 0;
+  for (int64_t c = 0; c < dim; ++c) {
+    const uint16_t exponent = (row[c] >> 7) & 255, delta = tops[c] - exponent;
+    low[c] = static_cast<uint8_t>(((row[c] >> 8) & 0x80) | (row[c] & 0x7f));
+    deltas[c] = static_cast<uint8_t>(delta < 15 ? delta : 15);
+    far |= delta < 15 ? 0 : exponent;
+  }
+  return far != 0;
+}
+
+bool encode_lossless(const uint16_t* items, const Tile& tile, const Lossless& out) {
+  uint16_t tops[kMaxCodecDim] = {};
+  for (int64_t t = 0; t < tile.size; ++t) {
+    const uint16_t* row = items + t * tile.dim;
+    for (int64_t c = 0; c < tile.dim; ++c) {
+      const uint16_t exponent = (row[c] >> 7) & 255;
+      tops[c] = tops[c] > exponent ? tops[c] : exponent;
+    }
+  }
+  for (int64_t c = 0; c < tile.dim; ++c) out.tops[c] = static_cast<uint8_t>(tops[c]);
+  std::fill_n(out.escapes, kNumEscapes, kUnusedEscape);
+  const int64_t half = tile.dim / 2;
+  int64_t num_escapes = 0;
+  uint8_t deltas[kMaxCodecDim + 64];
+  for (int64_t t = 0; t < tile.size; ++t) {
+    const uint16_t* row = items + t * tile.dim;
+    const bool has_escapes = split_row(row, tops, tile.dim, out.low + t * tile.dim, deltas);
+    uint8_t* __restrict nibbles = out.exponents + t * half;
+    for (int64_t c = 0; c < half; ++c) {
+      nibbles[c] = static_cast<uint8_t>(deltas[c] | (deltas[c + half] << 4));
+    }
+    if (!has_escapes) continue;
+    for (int64_t c = 0; c < tile.dim; ++c) {
+      const uint32_t exponent = (row[c] >> 7) & 255;
+      if (deltas[c] < 15 || exponent == 0) continue;
+      if (num_escapes == kNumEscapes) return false;
+      out.escapes[num_escapes++] = static_cast<uint32_t>(t * tile.dim + c) | exponent << 24;
+    }
+  }
+  return true;
+}
+
+// Half a row: channels whose distances lie in the bits from kShift on.
+template <int kShift>
+inline void join_row(const uint8_t* __restrict low, const uint8_t* __restrict nibbles,
+                     const uint16_t* __restrict tops, int64_t count, uint16_t* __restrict row) {
+  for (int64_t c = 0; c < count; ++c) {
+    const uint16_t delta = (nibbles[c] >> kShift) & 15;
+    const uint16_t mask = delta == 15 ? 0 : 255, exponent = (tops[c] - delta) & mask;
+    row[c] = static_cast<uint16_t>((low[c] & 0x80) << 8 | exponent << 7 | (low[c] & 0x7f));
+  }
+}
+
+void decode_lossless(const Lossless& in, const Tile& tile, uint16_t* items) {
+  const int64_t half = tile.dim / 2;
+  uint16_t tops[kMaxCodecDim];
+  for (int64_t c = 0; c < tile.dim; ++c) tops[c] = in.tops[c];
+  for (int64_t t = 0; t < tile.size; ++t) {
+    const uint8_t *low = in.low + t * tile.dim, *nibbles = in.exponents + t * half;
+    uint16_t* row = items + t * tile.dim;
+    join_row<0>(low, nibbles, tops, half, row);
+    join_row<4>(low + half, nibbles, tops + half, half, row + half);
+  }
+  for (int64_t i = 0; i < kNumEscapes; ++i) {
+    const uint32_t place = in.escapes[i] & 0xffffff;
+    // Also where a record is not what an encoder wrote.
+    if (in.escapes[i] == kUnusedEscape || place >= tile.size * tile.dim) continue;
+    const uint32_t exponent = in.escapes[i] >> 24;
+    items[place] = static_cast<uint16_t>((items[place] & 0x807f) | exponent << 7);
+  }
+}
+
+// Without loss all of a row is written: there are no channels beside it.
+inline Lossless lossless_parts(const Side& side, std::byte* layer, int64_t head) {
+  const int64_t num_items = side.block_size * side.head_dim;
+  const int64_t* parts = side.format.parts;
+  return {reinterpret_cast<uint8_t*>(layer + parts[0]) + head * num_items,
+          reinterpret_cast<uint8_t*>(layer + parts[1]) + head * num_items / 2,
+          reinterpret_cast<uint32_t*>(layer + parts[2]) + head * kNumEscapes,
+          reinterpret_cast<uint8_t*>(layer + parts[3]) + head * side.head_dim};
+}
+
+inline bool encode_lossless(const Side& side, const std::byte* items, std::byte* layer) {
+  const Tile tile = side.tile();
+  const auto* numbers = reinterpret_cast<const uint16_t*>(items);
+  bool is_good = true;
+  for (int64_t head = 0; head < side.num_heads; ++head) {
+    is_good &= encode_lossless(numbers + head * tile.size * tile.dim, tile,
+                               lossless_parts(side, layer, head));
+  }
+  return is_good;
+}
+
+inline void decode_lossless(const Side& side, const std::byte* layer, std::byte* items) {
+  const Tile tile = side.tile();
+  auto* numbers = reinterpret_cast<uint16_t*>(items);
+  for (int64_t head = 0; head < side.num_heads; ++head) {
+    decode_lossless(lossless_parts(side, const_cast<std::byte*>(layer), head), tile,
+                    numbers + head * tile.size * tile.dim);
+  }
+}
+
+}  // namespace
+}  // namespace kvkernels
