@@ -87,37 +87,37 @@ class Traffic:
         outs = [bytearray(LARGE_LAYOUT.block_bytes) for _ in range(BLOCKS_PER_PROMPT)]
         while not self._is_over.is_set():
             prompt = self._prompts[random.integers(len(self._prompts))]
-            started = time.monotonic()
             try:
-                num_hits, num_wrong = self._request(prompt, outs)
+                num_hits, num_wrong, waited_s = self._request(prompt, outs)
             except Exception as error:  # whatever it is, a request has failed
                 with self._lock:
+                    self.seen.num_requests += 1
                     self.seen.num_failed += 1
                     self.seen.errors.add(repr(error))
                 continue
-            finally:
-                waited_s = time.monotonic() - started
-                with self._lock:
-                    self.seen.num_requests += 1
-                    self.seen.longest_s = max(self.seen.longest_s, waited_s)
             with self._lock:
+                self.seen.num_requests += 1
+                self.seen.longest_s = max(self.seen.longest_s, waited_s)
                 self.seen.num_hits += num_hits
                 self.seen.num_misses += len(prompt) - num_hits
                 self.seen.num_wrong += num_wrong
             time.sleep(0.002)  # the model's own time
 
-    def _request(self, prompt: list[BlockKey], outs: list[bytearray]) -> tuple[int, int]:
-        """Blocks found, and how many of them were wrong."""
+    def _request(self, prompt: list[BlockKey], outs: list[bytearray]) -> tuple[int, int, float]:
+        """Blocks found, how many of them were wrong, and how long the store took."""
+        started = time.monotonic()
         deadline = self._store.deadline()
         there = self._store.contains_many(prompt, deadline)
         num_there = next((i for i, name in enumerate(there) if name is None), len(prompt))
         wanted = prompt[:num_there]
         found = self._store.load_many(wanted, HostBlocks(outs[:num_there]), deadline)
+        loaded = time.monotonic()
         num_hits = next((i for i, name in enumerate(found) if name is None), num_there)
         num_wrong = sum(
             name is not None and out != self._payloads[key.block_hash].tobytes()
             for name, key, out in zip(found, wanted, outs, strict=False)
         )
+        computed = time.monotonic()
         for key in prompt[num_hits:]:
             self._store.save(key, HostBlock(self._payloads[key.block_hash]))
-        return num_hits, num_wrong
+        return num_hits, num_wrong, loaded - started + time.monotonic() - computed

@@ -21,9 +21,10 @@ def directory() -> Iterator[Path]:
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_requests_go_on_while_a_tier_fails(name: str, directory: Path) -> None:
     try:
-        result = play(SCENARIOS[name], directory, seconds=1.0)
+        # how long requests wait is for `run_faults.py` to tell, on a machine that does nothing else
+        result = play(SCENARIOS[name], directory, seconds=0.5, grace_s=10.0, num_requests=100)
     except Unavailable as error:
         pytest.skip(str(error))
     assert result.problems == ()
     assert (result.num_failed, result.num_wrong) == (0, 0)
-    assert result.num_requests > 500
+    assert result.num_requests > 200

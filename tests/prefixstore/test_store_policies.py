@@ -237,6 +237,16 @@ def test_a_trial_whose_records_all_fail_brings_no_tier_back(make_store):
     assert not use_of(store, "tier").is_down
 
 
+def test_a_timeout_counts_for_several_failures(make_store):
+    tier = DictTier("tier", raises(TierTimeout, "get"))
+    store = make_store(tier, breaker=BreakerConfig(failures=5, timeout_failures=3, pause_s=60))
+    (key,) = make_keys(1)
+    for is_down in (False, True):
+        assert load(store, key) is None
+        assert use_of(store, "tier").is_down is is_down
+    tier.fail = lambda call: None
+
+
 # ---- what is asked and fetched once --------------------------------------------------------------
 
 

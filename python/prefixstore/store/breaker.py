@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from prefixstore.errors import ConfigError
+from prefixstore.errors import ConfigError, TierTimeout
 
 logger = logging.getLogger(__name__)
 
@@ -21,18 +21,22 @@ class BreakerConfig:
     Attributes:
         failures: This many ...
         window_s: ... within this time, and the tier is down.
+        timeout_failures: So many of them is one `TierTimeout`: it cost a request all its patience,
+            where another failure costs next to nothing.
         pause_s: How long it is first left alone; each failed trial doubles it.
         max_pause_s: The longest pause.
     """
 
     failures: int = 5
     window_s: float = 10.0
+    timeout_failures: int = 3
     pause_s: float = 1.0
     max_pause_s: float = 60.0
 
     def __post_init__(self) -> None:
-        if self.failures < 1:
-            raise ConfigError(f"failures: expected at least 1, got {self.failures}")
+        for name in ("failures", "timeout_failures"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("window_s", "pause_s", "max_pause_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}: expected more than 0, got {getattr(self, name)}")
@@ -90,7 +94,8 @@ class Breaker:
                 self._pause_s = min(self._pause_s * 2, self._config.max_pause_s)
                 self._down_until = now + self._pause_s
                 return
-            self._failures.append(now)
+            weight = self._config.timeout_failures if isinstance(error, TierTimeout) else 1
+            self._failures.extend([now] * weight)
             is_full = len(self._failures) == self._config.failures
             if not is_full or now - self._failures[0] > self._config.window_s:
                 return

@@ -55,7 +55,7 @@ class StoreConfig:
 
     queue_bytes: int = 256 << 20
     queue_entries: int = 1024
-    load_timeout_s: float = 5.0
+    load_timeout_s: float = 2.0
     write_timeout_s: float = 30.0
     close_timeout_s: float = 30.0
     policies: Mapping[str, TierPolicy] = field(default_factory=dict)
