@@ -13,7 +13,7 @@ from prefixstore.checksum import Buffer, as_bytes
 from prefixstore.record import encode
 from prefixstore.tiers.base import page_aligned
 
-RECORDS_AT_ONCE = 4  # that may be read from sources of one kind at a time
+RECORDS_AT_ONCE = 8  # that may be read from sources of one kind at a time
 
 
 class BlockSource(Protocol):

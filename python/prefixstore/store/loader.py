@@ -19,7 +19,7 @@ from prefixstore.store.stats import Counts
 from prefixstore.store.write_queue import WriteJob, noop
 from prefixstore.tiers.base import PAGE_BYTES, page_aligned, round_up
 
-BATCH_BYTES = 16 << 20  # of records that are fetched and then restored together
+BATCH_BYTES = 32 << 20  # of records that are fetched and then restored together
 
 
 class Loader:
