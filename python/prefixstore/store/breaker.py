@@ -21,17 +21,17 @@ class BreakerConfig:
     Attributes:
         failures: This many ...
         window_s: ... within this time, and the tier is down.
-        timeout_failures: So many of them is one `TierTimeout`: it cost a request all its patience,
-            where another failure costs next to nothing.
         pause_s: How long it is first left alone; each failed trial doubles it.
         max_pause_s: The longest pause.
+        timeout_failures: So many failures is one `TierTimeout`: it cost a request all its patience,
+            where another failure costs next to nothing.
     """
 
     failures: int = 5
     window_s: float = 10.0
-    timeout_failures: int = 3
     pause_s: float = 1.0
     max_pause_s: float = 60.0
+    timeout_failures: int = 3
 
     def __post_init__(self) -> None:
         for name in ("failures", "timeout_failures"):
