@@ -154,14 +154,14 @@ def test_a_hundred_kills_of_two_writers_leak_nothing(tmp_path, make_process):
     assert num_puts > 100
     assert survivor.check() == []
     time.sleep(1.1)
-    swept = survivor.sweep()
-    print(swept)
+    survivor.sweep()
     assert count_writing(survivor._index) == 0
     assert survivor.sweep() == Swept()
     assert survivor.check() == []
     with survivor._index.frozen() as sql:
         known = {slab.file_name for slab in slab_table.list_slabs(sql)}
-    assert {path.name for path in tmp_path.glob("slab-*")} == known
+    # a writer that dies before it makes its slab's file leaves a row, and the next makes the file
+    assert {path.name for path in tmp_path.glob("slab-*")} <= known
     assert sum(path.stat().st_size for path in tmp_path.glob("slab-*")) <= PROCESS_CAPACITY
     assert count_served(survivor) == count_found(survivor) > 0
     survivor.close()
