@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -89,8 +89,8 @@ class BlockWriter:
         self._queue.wait_empty(self._config.close_timeout_s)
         dropped = self._queue.clear()
         for job in dropped:
-            job.done()
-            job.arrived()
+            _call(job.done)
+            _call(job.arrived)
         self._thread.join(timeout=1.0)  # only a tier that hangs keeps it; it is a daemon
         for writer in self._writers.values():
             writer.close(deadline)
@@ -174,9 +174,9 @@ class BlockWriter:
             self.hand_on(number, TierJob(job.key.name, max_bytes, job.priority, copied))
 
 
-def _call(callback: object) -> None:
+def _call(callback: Callable[[], None]) -> None:
     """Call back; what it raises is its own, and must not end the writing."""
     try:
-        callback()  # type: ignore[operator]
+        callback()
     except Exception:
         logger.exception("a callback of a saved block failed")
