@@ -33,6 +33,7 @@ PLANNER = ("prefixstore.residency",)
 CACHE = ("prefixstore.cache", "prefixstore.config", "prefixstore.device", "prefixstore.restore")
 CACHE += ("prefixstore.session", "prefixstore.served_model", "prefixstore.pool_blocks")
 CACHE += ("prefixstore.tokens", "prefixstore.codec_choice", "prefixstore.tier_urls")
+ENGINE = ("prefixstore.engine",)
 OUTERMOST = ("prefixstore.cli", "prefixstore.commands", "prefixstore.demo")
 OUTERMOST += ("prefixstore.quality", "prefixstore.records")
 
@@ -74,6 +75,15 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
         *RECORD,
         *STORE,
         *PLANNER,
+    ),
+    # Whoever writes an engine of their own needs none of it.
+    ENGINE: (
+        *("torch", "numpy", "kvkernels", "prefixstore.cache", "prefixstore.config"),
+        *NAMES,
+        *RECORD,
+        *STORE,
+        *PLANNER,
+        *CACHE,
     ),
     # The outermost layer imports anything; only it imports itself.
     OUTERMOST: (

@@ -27,3 +27,15 @@ class TierFull(TierError):
 
 class BlockCorrupted(TierError):
     """A record failed verification; it is a miss and is never used."""
+
+
+class EngineError(StoreError):
+    """An engine could not take a request on; nothing was computed for it."""
+
+
+class EngineOverloaded(EngineError):
+    """As many requests wait as may; try again later."""
+
+
+class EngineClosed(EngineError):
+    """The engine is draining or closed."""

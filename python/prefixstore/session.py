@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,12 +25,14 @@ class ReuseReport:
         tokens_by_tier: Reused tokens by where their blocks lay: "device", "memory", "disk".
         num_recomputed: Tokens the model has to compute.
         restore_s: Seconds spent looking up, loading and verifying.
+        misses: Tokens of whole blocks that were not reused, by the reason: see `MissReason`.
     """
 
     num_prompt_tokens: int
     tokens_by_tier: dict[str, int]
     num_recomputed: int
     restore_s: float
+    misses: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_reused(self) -> int:

@@ -1,0 +1,51 @@
+"""Bounds and policies of an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prefixstore.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How much an engine takes on at once.
+
+    Attributes:
+        max_running: Requests in one batch.
+        max_queued: Requests that wait; beyond them a request is refused at once.
+        max_batch_tokens: Tokens of one forward pass: those of running answers first, then prompts
+            in chunks. Bounds how long a running answer waits for its next token.
+        max_model_len: Tokens of a prompt and its answer; None for the model's context.
+        batch_invariant: Give each request the same bits whatever else is in the batch, however its
+            prompt is cut; costs speed.
+        plans_loads: Whether the planner weighs computing against loading; without it all that the
+            tiers hold is loaded.
+        caches_answers: Whether an answer's blocks are kept like those of the prompt: the next turn
+            of a chat begins with them.
+    """
+
+    max_running: int = 16
+    max_queued: int = 256
+    max_batch_tokens: int = 512
+    max_model_len: int | None = None
+    batch_invariant: bool = False
+    plans_loads: bool = True
+    caches_answers: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_running", "max_batch_tokens"):
+            self._check_positive(name, getattr(self, name))
+        if self.max_model_len is not None:
+            self._check_positive("max_model_len", self.max_model_len)
+        if not isinstance(self.max_queued, int) or self.max_queued < 0:
+            raise ConfigError(f"max_queued: expected 0 or more, got {self.max_queued!r}")
+        if self.max_batch_tokens < self.max_running:
+            raise ConfigError(
+                f"max_batch_tokens: expected one for each running request ({self.max_running}) or"
+                f" more, got {self.max_batch_tokens}"
+            )
+
+    def _check_positive(self, name: str, value: object) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name}: expected a positive integer, got {value!r}")
