@@ -31,7 +31,12 @@ REMOTE = ("prefixstore.tiers.remote",)
 STORE = ("prefixstore.store",)
 PLANNER = ("prefixstore.residency",)
 CACHE = ("prefixstore.cache", "prefixstore.config", "prefixstore.device", "prefixstore.restore")
-CACHE += ("prefixstore.session", "prefixstore.served_model", "prefixstore.pool_blocks")
+CACHE += (
+    "prefixstore.block_cache",
+    "prefixstore.session",
+    "prefixstore.served_model",
+    "prefixstore.pool_blocks",
+)
 CACHE += ("prefixstore.tokens", "prefixstore.codec_choice", "prefixstore.tier_urls")
 ENGINE = ("prefixstore.engine",)
 OUTERMOST = ("prefixstore.cli", "prefixstore.commands", "prefixstore.demo")

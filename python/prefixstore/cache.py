@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -15,15 +14,12 @@ import torch
 
 from kvkernels import BlockAllocator, KVPool
 from kvkernels.nn import PagedGroup, layer_groups
-from prefixstore.codec_choice import describe_loss, record_layouts
+from prefixstore.block_cache import BlockCache
 from prefixstore.config import CacheConfig, physical_memory_bytes
-from prefixstore.device import DeviceBlocks
 from prefixstore.errors import ConfigError
-from prefixstore.identity import model_identity, stored_identity
+from prefixstore.identity import model_identity
 from prefixstore.index import Match
 from prefixstore.index import Stats as IndexStats
-from prefixstore.pool_blocks import PoolBlocks
-from prefixstore.record import BlockKey, chain_keys
 from prefixstore.restore import DEVICE, RestoredPrefix, restore_prefix
 from prefixstore.served_model import ServedModel
 from prefixstore.session import ReuseReport, Session
@@ -32,8 +28,6 @@ from prefixstore.store import Store, StoreConfig, StoreStats
 from prefixstore.tier_urls import open_tiers
 from prefixstore.tiers.base import TierStats
 from prefixstore.tokens import as_tokens
-
-WRITER_WAIT_S = 10.0  # how long a full pool waits for the background writer to let blocks go
 
 
 @dataclass(frozen=True)
@@ -70,21 +64,9 @@ class PrefixCache:
         Without `served_model` nothing watches that a session is fed its own tokens.
         """
         self.config = config
-        self._identity = identity
-        self._store = store
-        self._served_model = served_model
+        self.blocks = BlockCache(groups, identity, config, store)
+        self.served_model = served_model
         self._is_closed = False
-        self._device = DeviceBlocks(groups, config.block_size, self._wait_blocks)
-        self._record_layouts = record_layouts(groups, config)
-        self._loss = describe_loss(self._record_layouts)
-        self._pool_blocks = [
-            PoolBlocks(group.pool, layouts)
-            for group, layouts in zip(groups, self._record_layouts, strict=True)
-        ]
-        self._lock = threading.Lock()  # over the counters below
-        self._num_sessions = 0
-        self._prompt_tokens = 0
-        self._hit_tokens: dict[str, int] = {}
 
     @classmethod
     def open(cls, model: Any, config: CacheConfig | None = None, **settings: Any) -> PrefixCache:
@@ -140,53 +122,62 @@ class PrefixCache:
                 range; if `salt` is no string; if the cache is closed, or the model's weights
                 changed since it was opened.
         """
-        if self._is_closed:
-            raise ValueError("session: expected an open cache, got a closed one")
-        if salt is not None and not isinstance(salt, str):
-            raise ValueError(f"salt: expected a string or None, got {salt!r}")
-        if self._served_model is not None:
-            self._served_model.check_weights()
-        tokens = as_tokens("token_ids", token_ids)
-        if len(tokens) == 0:
-            raise ValueError("token_ids: expected at least one token, got none")
-        salt = self.config.salt if salt is None else salt
+        tokens, salt = self.checked_prompt(token_ids, salt)
         started = time.perf_counter()
         whole = tokens[: (len(tokens) - 1) // self.config.block_size * self.config.block_size]
-        keys = self._keys(whole, salt)
-        restored = restore_prefix(self._device, self._store, self._pool_blocks, whole, salt, keys)
-        self._touch(keys, restored)
+        keys = self.blocks.keys(whole, salt)
+        restored = restore_prefix(self.blocks, whole, salt, keys)
+        reused = [number for number, tier in enumerate(restored.tiers) if tier == DEVICE]
+        self.blocks.touch(keys, restored.block_ids, reused)
         report = self._report(tokens, restored, time.perf_counter() - started)
         return Session(
-            self._device,
+            self.blocks.device,
             tokens,
             restored,
             report,
             partial(self._publish, salt),
-            self._served_model,
+            self.served_model,
         )
+
+    def checked_prompt(
+        self, token_ids: torch.Tensor | Sequence[int], salt: str | None
+    ) -> tuple[np.ndarray, str]:
+        """A prompt as `[num_tokens]` uint32, and its namespace; ValueError as for `session`."""
+        if self._is_closed:
+            raise ValueError("session: expected an open cache, got a closed one")
+        if salt is not None and not isinstance(salt, str):
+            raise ValueError(f"salt: expected a string or None, got {salt!r}")
+        if self.served_model is not None:
+            self.served_model.check_weights()
+        tokens = as_tokens("token_ids", token_ids)
+        if len(tokens) == 0:
+            raise ValueError("token_ids: expected at least one token, got none")
+        return tokens, self.config.salt if salt is None else salt
 
     def flush(self, timeout_s: float = 60.0) -> bool:
         """Wait until the tiers hold everything committed; False if time ran out first."""
-        return self._store.flush(timeout_s) if self._store else True
+        store = self.blocks.store
+        return store.flush(timeout_s) if store else True
 
     def stats(self) -> CacheStats:
-        self._device.release_abandoned()
-        allocators = [group.allocator for group in self._device.groups]
-        with self._lock:
-            return CacheStats(
-                num_sessions=self._num_sessions,
-                prompt_tokens=self._prompt_tokens,
-                hit_tokens=dict(self._hit_tokens),
-                evicted_blocks=self._device.evicted_blocks,
-                pool_blocks=allocators[0].num_blocks,
-                pool_free_blocks=min(allocator.num_free for allocator in allocators),
-                index=self._device.index_stats(),
-                store=self._store.stats() if self._store else None,
-            )
+        device, store = self.blocks.device, self.blocks.store
+        device.release_abandoned()
+        allocators = [group.allocator for group in device.groups]
+        num_prompts, prompt_tokens, hit_tokens = self.blocks.counts()
+        return CacheStats(
+            num_sessions=num_prompts,
+            prompt_tokens=prompt_tokens,
+            hit_tokens=hit_tokens,
+            evicted_blocks=device.evicted_blocks,
+            pool_blocks=allocators[0].num_blocks,
+            pool_free_blocks=min(allocator.num_free for allocator in allocators),
+            index=device.index_stats(),
+            store=store.stats() if store else None,
+        )
 
     def tier_stats(self) -> dict[str, TierStats | None]:
         """What each tier holds, by name; None where it gave no answer."""
-        return self._store.tier_stats() if self._store else {}
+        return self.blocks.store.tier_stats() if self.blocks.store else {}
 
     def forget(self, salt: str | None = None) -> list[str]:
         """Forget what the tiers hold of this model under a salt, here and for every process.
@@ -199,13 +190,11 @@ class PrefixCache:
         Returns:
             The names of the tiers that could not.
         """
-        salt = self.config.salt if salt is None else salt
-        identity = stored_identity(self._identity, salt, self._loss)
-        return self._store.delete_identity(identity) if self._store else []
+        return self.blocks.forget(self.config.salt if salt is None else salt)
 
     def check(self) -> list[str]:
         """Recount every part; returns one line for each thing that is wrong."""
-        return self._device.check() + (self._store.check() if self._store else [])
+        return self.blocks.check()
 
     def close(self) -> None:
         """Write out what is queued, close the tiers and give the model its attention back.
@@ -214,13 +203,10 @@ class PrefixCache:
         """
         self._is_closed = True
         try:
-            if self._store:
-                self._store.close()
-            for pool_blocks in self._pool_blocks:
-                pool_blocks.close()
+            self.blocks.close()
         finally:
-            if self._served_model is not None:
-                self._served_model.close()
+            if self.served_model is not None:
+                self.served_model.close()
 
     def __enter__(self) -> PrefixCache:
         return self
@@ -241,60 +227,10 @@ class PrefixCache:
         Returns:
             The pinned run; None where other blocks of the same tokens were indexed before.
         """
-        if self._served_model is not None:
-            self._served_model.check_weights()
-        self._device.insert(tokens, salt, block_ids)
-        self._save(salt, tokens, block_ids, first_new)
-        return self._device.pin(tokens, salt, block_ids)
-
-    def _save(self, salt: str, tokens: np.ndarray, block_ids: np.ndarray, first_new: int) -> None:
-        if self._store is None:
-            return
-        for group, pool_blocks, keys, ids in zip(
-            *(self._device.groups, self._pool_blocks, self._keys(tokens, salt), block_ids.T),
-            strict=True,
-        ):
-            for key, block_id in zip(keys[first_new:], ids[first_new:].tolist(), strict=True):
-                if block_id >= 0:
-                    self._save_block(group, pool_blocks, key, block_id)
-
-    def _touch(self, all_keys: Sequence[Sequence[BlockKey]], restored: RestoredPrefix) -> None:
-        """Tell the store of blocks that were in the pool; save those that a tier waited for."""
-        if self._store is None:
-            return
-        for group, pool_blocks, keys, ids in zip(
-            *(self._device.groups, self._pool_blocks, all_keys, restored.block_ids.T),
-            strict=True,
-        ):
-            reused = [
-                number
-                for number, tier in enumerate(restored.tiers)
-                if tier == DEVICE and ids[number] >= 0
-            ]
-            for wanted in self._store.touch([keys[number] for number in reused]):
-                number = reused[wanted]
-                self._save_block(group, pool_blocks, keys[number], int(ids[number]), True)
-
-    def _save_block(
-        self,
-        group: PagedGroup,
-        pool_blocks: PoolBlocks,
-        key: BlockKey,
-        block_id: int,
-        is_reuse: bool = False,
-    ) -> None:
-        assert self._store is not None
-        group.allocator.share([block_id])  # until the writer has read it
-        done = partial(group.allocator.release, [block_id])
-        self._store.save(key, pool_blocks.source(block_id), done, is_reuse=is_reuse)
-
-    def _wait_blocks(self) -> bool:
-        """Wait a while until the writer has let go of what blocks it can."""
-        return self._store.wait_blocks(WRITER_WAIT_S) if self._store else True
-
-    def _keys(self, tokens: np.ndarray, salt: str) -> list[list[BlockKey]]:
-        identity = stored_identity(self._identity, salt, self._loss)
-        return [chain_keys(layouts, identity, tokens) for layouts in self._record_layouts]
+        if self.served_model is not None:
+            self.served_model.check_weights()
+        computed = range(first_new, len(block_ids))
+        return self.blocks.publish(tokens, salt, block_ids, computed)
 
     def _report(
         self, tokens: np.ndarray, restored: RestoredPrefix, restore_s: float
@@ -302,11 +238,7 @@ class PrefixCache:
         by_tier: dict[str, int] = {}
         for tier in restored.tiers:
             by_tier[tier] = by_tier.get(tier, 0) + self.config.block_size
-        with self._lock:
-            self._num_sessions += 1
-            self._prompt_tokens += len(tokens)
-            for tier, num_tokens in by_tier.items():
-                self._hit_tokens[tier] = self._hit_tokens.get(tier, 0) + num_tokens
+        self.blocks.count(len(tokens), by_tier)
         return ReuseReport(
             num_prompt_tokens=len(tokens),
             tokens_by_tier=by_tier,

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvkernels import PoolFullError
-from prefixstore.device import DeviceBlocks
+from prefixstore.block_cache import BlockCache
 from prefixstore.index import Match
-from prefixstore.pool_blocks import PoolBlocks
 from prefixstore.record import BlockKey
 from prefixstore.residency import first_block_needed, longest_prefix
-from prefixstore.store import Store
 
 DEVICE = "device"  # the name of the pool among the tiers, in reports
 
@@ -39,9 +37,7 @@ class RestoredPrefix:
 
 
 def restore_prefix(
-    device: DeviceBlocks,
-    store: Store | None,
-    pool_blocks: Sequence[PoolBlocks],
+    blocks: BlockCache,
     tokens: np.ndarray,
     salt: str,
     keys: Sequence[Sequence[BlockKey]],
@@ -49,20 +45,19 @@ def restore_prefix(
     """Find, load and verify the longest cached prefix of `tokens`, and index what was loaded.
 
     Args:
-        device: The blocks on the device.
-        store: The tiers, if there are any.
-        pool_blocks: Per group, how blocks get into its pool.
+        blocks: Where they are looked for.
         tokens: Whole blocks only, `[num_blocks * block_size]` uint32.
         salt: The namespace.
         keys: Per group, the keys of the blocks.
     """
+    device = blocks.device
     num_blocks = len(tokens) // device.block_size
     match, found = device.find(tokens, salt)
     block_ids = np.full((num_blocks, len(device.groups)), -1, dtype=np.int32)
     block_ids[: len(found)] = found
     tiers = [DEVICE] * num_blocks
     try:
-        usable = _load_missing(device, store, pool_blocks, keys, block_ids, tiers)
+        usable = _load_missing(blocks, keys, block_ids, tiers)
     except BaseException:
         device.release(block_ids)
         device.unpin(match)
@@ -79,14 +74,13 @@ def restore_prefix(
 
 
 def _load_missing(
-    device: DeviceBlocks,
-    store: Store | None,
-    pool_blocks: Sequence[PoolBlocks],
+    blocks: BlockCache,
     keys: Sequence[Sequence[BlockKey]],
     block_ids: np.ndarray,
     tiers: list[str],
 ) -> int:
     """Fill holes in `block_ids` from the tiers; returns the blocks of the longest whole prefix."""
+    device, store = blocks.device, blocks.store
     available = [ids >= 0 for ids in block_ids.T.copy()]
     deadline = math.inf if store is None else store.deadline()
     if store is not None:
@@ -103,11 +97,7 @@ def _load_missing(
             numbers = first + np.flatnonzero(block_ids[first:num_blocks, group] < 0)
             if len(numbers) == 0:
                 continue
-            assert store is not None
-            failed = _load(
-                *(device, store, pool_blocks[group], group, keys[group], numbers),
-                *(block_ids, tiers, deadline),
-            )
+            failed = _load(blocks, group, keys[group], numbers, block_ids, tiers, deadline)
             # Counted misses: settle for the longest prefix without these blocks.
             available[group][failed] = False
             is_complete = is_complete and not failed
@@ -116,9 +106,7 @@ def _load_missing(
 
 
 def _load(
-    device: DeviceBlocks,
-    store: Store,
-    pool_blocks: PoolBlocks,
+    blocks: BlockCache,
     group: int,
     keys: Sequence[BlockKey],
     numbers: np.ndarray,
@@ -127,14 +115,16 @@ def _load(
     deadline: float,
 ) -> list[int]:
     """Load these blocks of one group into the pool; returns the numbers of those that failed."""
-    allocator = device.groups[group].allocator
+    assert blocks.store is not None
+    allocator = blocks.device.groups[group].allocator
     try:
-        taken = device.reserve(group, len(numbers))
+        taken = blocks.device.reserve(group, len(numbers))
     except PoolFullError:
         # Try again with the first half; what the pool cannot hold cannot be restored.
         return numbers[len(numbers) // 2 :].tolist()
-    target = pool_blocks.target(taken)
-    answers = store.load_many([keys[number] for number in numbers.tolist()], target, deadline)
+    target = blocks.pool_blocks[group].target(taken)
+    wanted = [keys[number] for number in numbers.tolist()]
+    answers = blocks.store.load_many(wanted, target, deadline)
     failed = []
     for number, block_id, answer in zip(numbers.tolist(), taken, answers, strict=True):
         if answer is None:

@@ -1,0 +1,156 @@
+"""Blocks on the device and behind it: what sessions and engines share of one model's cache."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+
+from kvkernels.nn import PagedGroup
+from prefixstore.codec_choice import describe_loss, record_layouts
+from prefixstore.config import CacheConfig
+from prefixstore.device import DeviceBlocks
+from prefixstore.identity import stored_identity
+from prefixstore.index import Match
+from prefixstore.pool_blocks import PoolBlocks
+from prefixstore.record import BlockKey, chain_keys
+from prefixstore.store import Store
+
+WRITER_WAIT_S = 10.0  # how long a full pool waits for the background writer to let blocks go
+
+
+class BlockCache:
+    """The blocks of one model: found by their tokens, published under them, saved to the tiers.
+
+    Thread-safe. It knows neither the model nor who computes.
+
+    Args:
+        groups: Pool, allocator and window of each layer group.
+        identity: Of all that must be equal for KV to be valid, see `model_identity`.
+        config: Sizes, salt, codecs.
+        store: The tiers, if there are any; closed with this.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[PagedGroup],
+        identity: bytes,
+        config: CacheConfig,
+        store: Store | None = None,
+    ) -> None:
+        self.config = config
+        self.store = store
+        self.device = DeviceBlocks(groups, config.block_size, self._wait_blocks)
+        self._identity = identity
+        self._record_layouts = record_layouts(groups, config)
+        self._loss = describe_loss(self._record_layouts)
+        self.pool_blocks = [
+            PoolBlocks(group.pool, layouts)
+            for group, layouts in zip(groups, self._record_layouts, strict=True)
+        ]
+        self._lock = threading.Lock()  # over the counters below
+        self._num_prompts = 0
+        self._prompt_tokens = 0
+        self._hit_tokens: dict[str, int] = {}
+
+    @property
+    def block_size(self) -> int:
+        return self.config.block_size
+
+    def identity(self, salt: str) -> bytes:
+        """Of the records under a salt."""
+        return stored_identity(self._identity, salt, self._loss)
+
+    def keys(self, tokens: np.ndarray, salt: str) -> list[list[BlockKey]]:
+        """Per group, the keys of the whole blocks of `tokens`."""
+        identity = self.identity(salt)
+        return [chain_keys(layouts, identity, tokens) for layouts in self._record_layouts]
+
+    def publish(
+        self,
+        tokens: np.ndarray,
+        salt: str,
+        block_ids: np.ndarray,
+        computed: Sequence[int],
+        keys: Sequence[Sequence[BlockKey]] | None = None,
+    ) -> Match | None:
+        """Index whole blocks, send those that were computed to the tiers, and pin the run.
+
+        Args:
+            tokens: ``[num_blocks * block_size]``, uint32.
+            salt: The namespace.
+            block_ids: ``[num_blocks, num_groups]``, int32; -1 where a group's window has passed.
+            computed: Numbers of the blocks that no tier gave.
+            keys: Per group, of the blocks or more; worked out if not given.
+
+        Returns:
+            The pinned run; None where other blocks of the same tokens were indexed before.
+        """
+        self.device.insert(tokens, salt, block_ids)
+        if self.store is not None and len(computed):
+            keys = self.keys(tokens, salt) if keys is None else keys
+            for group, group_keys in enumerate(keys):
+                for number in computed:
+                    if block_ids[number, group] >= 0:
+                        self._save(group, group_keys[number], int(block_ids[number, group]))
+        return self.device.pin(tokens, salt, block_ids)
+
+    def touch(
+        self, keys: Sequence[Sequence[BlockKey]], block_ids: np.ndarray, numbers: Sequence[int]
+    ) -> None:
+        """Tell the store of blocks that were reused in the pool; save those a tier waited for.
+
+        Args:
+            keys: Per group, of the blocks.
+            block_ids: ``[num_blocks, num_groups]``.
+            numbers: Which of the blocks.
+        """
+        if self.store is None:
+            return
+        for group, group_keys in enumerate(keys):
+            reused = [number for number in numbers if block_ids[number, group] >= 0]
+            for wanted in self.store.touch([group_keys[number] for number in reused]):
+                number = reused[wanted]
+                self._save(group, group_keys[number], int(block_ids[number, group]), True)
+
+    def count(self, num_prompt_tokens: int, tokens_by_tier: Mapping[str, int]) -> None:
+        """Count a prompt and what was reused for it."""
+        with self._lock:
+            self._num_prompts += 1
+            self._prompt_tokens += num_prompt_tokens
+            for tier, num_tokens in tokens_by_tier.items():
+                self._hit_tokens[tier] = self._hit_tokens.get(tier, 0) + num_tokens
+
+    def counts(self) -> tuple[int, int, dict[str, int]]:
+        """Prompts, their tokens, and the reused ones by tier."""
+        with self._lock:
+            return self._num_prompts, self._prompt_tokens, dict(self._hit_tokens)
+
+    def forget(self, salt: str) -> list[str]:
+        """See `PrefixCache.forget`."""
+        return self.store.delete_identity(self.identity(salt)) if self.store else []
+
+    def check(self) -> list[str]:
+        """Recount every part; returns one line for each thing that is wrong."""
+        return self.device.check() + (self.store.check() if self.store else [])
+
+    def close(self) -> None:
+        """Write out what is queued and close the tiers."""
+        if self.store is not None:
+            self.store.close()
+        for pool_blocks in self.pool_blocks:
+            pool_blocks.close()
+
+    def _save(self, group: int, key: BlockKey, block_id: int, is_reuse: bool = False) -> None:
+        assert self.store is not None
+        allocator = self.device.groups[group].allocator
+        allocator.share([block_id])  # until the writer has read it
+        done = partial(allocator.release, [block_id])
+        source = self.pool_blocks[group].source(block_id)
+        self.store.save(key, source, done, is_reuse=is_reuse)
+
+    def _wait_blocks(self) -> bool:
+        """Wait a while until the writer has let go of what blocks it can."""
+        return self.store.wait_blocks(WRITER_WAIT_S) if self.store else True
