@@ -56,6 +56,7 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     # Only what is for Hugging Face models needs their library.
     (
         "kvkernels.nn.transformers",
+        "kvkernels.nn.transformers_batch",
         "kvkernels.nn.transformers_cache",
         "kvkernels.nn.transformers_compat",
     ): ("torch", "transformers", "kvkernels"),

@@ -11,10 +11,10 @@ import torch
 from kvkernels.errors import UnsupportedError
 from kvkernels.nn.block_tables import BlockTables
 from kvkernels.nn.groups import PagedGroup
+from kvkernels.nn.layer_store import LayerStore
 from kvkernels.nn.module import PagedBatch
-from kvkernels.nn.paged_kv import PagedKV, equal_bounds, merge_tokens
+from kvkernels.nn.paged_kv import PagedKV, equal_bounds
 from kvkernels.nn.transformers_compat import Cache, num_queries
-from kvkernels.ops import store_kv
 
 
 class PagedCache(Cache):
@@ -61,14 +61,13 @@ class PagedCache(Cache):
         # The base class keeps its state in `layers`; here it is in the groups' block tables.
         super().__init__(layers=[])
         self.groups = tuple(groups)
-        self._places = _layer_places(self.groups)
+        self._layers = LayerStore(self.groups)
         if batch_size < 1:
             raise ValueError(f"batch_size: expected a positive integer, got {batch_size}")
         self._batch_size = batch_size
         self._on_step = on_step
         self._num_tokens = num_cached_tokens
         self._is_released = False
-        self._next_layer = 0
         self._batches: list[PagedBatch] = []
         if block_tables is None:
             block_tables = [[[] for _ in range(batch_size)] for _ in self.groups]
@@ -133,27 +132,12 @@ class PagedCache(Cache):
         """
         if layer_idx == 0:
             self._begin_step(key_states)
-        elif layer_idx != self._next_layer:
-            raise UnsupportedError(
-                f"layer_idx: expected {self._next_layer} (every layer once, in order), got"
-                f" {layer_idx}"
-            )
-        group_index, layer = self._places[layer_idx]
-        group, batch = self.groups[group_index], self._batches[group_index]
-        key_cache, value_cache = group.key_caches[layer], group.value_caches[layer]
-        store_kv(
-            merge_tokens(key_states),
-            merge_tokens(value_states),
-            key_cache,
-            value_cache,
-            batch.slot_mapping,
-        )
-        self._next_layer = layer_idx + 1
-        if self._next_layer == len(self._places):
+            self._layers.begin()
+        handle = self._layers.store(self._batches, layer_idx, key_states, value_states)
+        if self._layers.is_done:
             self._num_tokens += key_states.shape[2]
             if self._on_step is not None:
                 self._on_step(self)
-        handle = PagedKV(key_cache, value_cache, batch, group.window)
         return handle, handle
 
     def get_seq_length(self, layer_idx: int = 0, *args: Any) -> int:
@@ -204,7 +188,7 @@ class PagedCache(Cache):
         )
 
     def __len__(self) -> int:
-        return len(self._places)
+        return self._layers.num_layers
 
     def __repr__(self) -> str:
         return f"PagedCache(num_tokens={self._num_tokens}, batch_size={self._batch_size})"
@@ -227,15 +211,16 @@ class PagedCache(Cache):
 
     @property
     def is_sliding(self) -> list[bool]:
-        return [self.groups[group].window is not None for group, _ in self._places]
+        layers = range(self._layers.num_layers)
+        return [self._layers.group_of(layer).window is not None for layer in layers]
 
     @property
     def is_linear(self) -> list[bool]:
-        return [False] * len(self._places)
+        return [False] * len(self)
 
     @property
     def is_dummy(self) -> list[bool]:
-        return [False] * len(self._places)
+        return [False] * len(self)
 
     def _begin_step(self, key_states: torch.Tensor) -> None:
         """Reserve room for the new tokens and lay out the step's index tensors, once a group."""
@@ -263,22 +248,6 @@ class PagedCache(Cache):
             )
             for tables in self._tables
         ]
-
-
-def _layer_places(groups: Sequence[PagedGroup]) -> list[tuple[int, int]]:
-    """For each layer of the model, its group's number and its number within that."""
-    places = {
-        layer: (index, position)
-        for index, group in enumerate(groups)
-        for position, layer in enumerate(group.layers)
-    }
-    num_layers = sum(len(group.layers) for group in groups)
-    if not groups or sorted(places) != list(range(num_layers)):
-        raise ValueError(
-            "groups: expected every layer from 0 once, got"
-            f" {sorted(layer for group in groups for layer in group.layers)}"
-        )
-    return [places[layer] for layer in range(num_layers)]
 
 
 def _check_tables(

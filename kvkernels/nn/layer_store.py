@@ -1,0 +1,98 @@
+"""A layer's new keys and values on their way into the pool, and the handle attention gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kvkernels.errors import UnsupportedError
+from kvkernels.nn.groups import PagedGroup
+from kvkernels.nn.module import PagedBatch
+from kvkernels.nn.paged_kv import PagedKV, merge_tokens
+from kvkernels.ops import store_kv
+
+
+class LayerStore:
+    """The layers of a model, visited once each and in order by every forward pass.
+
+    Args:
+        groups: All layers of the model, each in one group.
+
+    Raises:
+        ValueError: If the groups do not make up a model's layers.
+    """
+
+    def __init__(self, groups: Sequence[PagedGroup]) -> None:
+        self._groups = tuple(groups)
+        self._places = _layer_places(self._groups)
+        self._next_layer = 0
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._places)
+
+    def group_of(self, layer_idx: int) -> PagedGroup:
+        return self._groups[self._places[layer_idx][0]]
+
+    def begin(self) -> None:
+        """A forward pass begins: layer 0 is next."""
+        self._next_layer = 0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the forward pass has stored all layers."""
+        return self._next_layer == len(self._places)
+
+    def store(
+        self,
+        batches: Sequence[PagedBatch],
+        layer_idx: int,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+    ) -> PagedKV:
+        """Store a layer's new keys and values, ``[batch, num_kv_heads, num_new, head_dim]`` each.
+
+        Args:
+            batches: Of each group: where the new tokens go.
+            layer_idx: The model's layer.
+            key_states: New keys.
+            value_states: New values.
+
+        Raises:
+            UnsupportedError: If it is not the layer's turn.
+            ValueError: If shapes or dtypes do not fit the pool, or a tensor requires grad.
+        """
+        if layer_idx != self._next_layer:
+            raise UnsupportedError(
+                f"layer_idx: expected {self._next_layer} (every layer once, in order), got"
+                f" {layer_idx}"
+            )
+        group_index, layer = self._places[layer_idx]
+        group, batch = self._groups[group_index], batches[group_index]
+        key_cache, value_cache = group.key_caches[layer], group.value_caches[layer]
+        store_kv(
+            merge_tokens(key_states),
+            merge_tokens(value_states),
+            key_cache,
+            value_cache,
+            batch.slot_mapping,
+        )
+        self._next_layer = layer_idx + 1
+        return PagedKV(key_cache, value_cache, batch, group.window)
+
+
+def _layer_places(groups: Sequence[PagedGroup]) -> list[tuple[int, int]]:
+    """For each layer of the model, its group's number and its number within that."""
+    places = {
+        layer: (index, position)
+        for index, group in enumerate(groups)
+        for position, layer in enumerate(group.layers)
+    }
+    num_layers = sum(len(group.layers) for group in groups)
+    if not groups or sorted(places) != list(range(num_layers)):
+        raise ValueError(
+            "groups: expected every layer from 0 once, got"
+            f" {sorted(layer for group in groups for layer in group.layers)}"
+        )
+    return [places[layer] for layer in range(num_layers)]
