@@ -9,13 +9,13 @@ from functools import partial
 import numpy as np
 
 from kvkernels.nn import PagedGroup
+from prefixstore.block_key import ROOT_HASH, BlockKey, chain_keys
 from prefixstore.codec_choice import describe_loss, record_layouts
 from prefixstore.config import CacheConfig
 from prefixstore.device import DeviceBlocks
 from prefixstore.identity import stored_identity
 from prefixstore.index import Match
 from prefixstore.pool_blocks import PoolBlocks
-from prefixstore.record import BlockKey, chain_keys
 from prefixstore.store import Store
 
 WRITER_WAIT_S = 10.0  # how long a full pool waits for the background writer to let blocks go
@@ -65,8 +65,18 @@ class BlockCache:
 
     def keys(self, tokens: np.ndarray, salt: str) -> list[list[BlockKey]]:
         """Per group, the keys of the whole blocks of `tokens`."""
+        keys: list[list[BlockKey]] = [[] for _ in self._record_layouts]
+        self.extend_keys(keys, tokens, salt)
+        return keys
+
+    def extend_keys(self, keys: Sequence[list[BlockKey]], tokens: np.ndarray, salt: str) -> None:
+        """Add the keys of those whole blocks of `tokens` that `keys` lacks."""
         identity = self.identity(salt)
-        return [chain_keys(layouts, identity, tokens) for layouts in self._record_layouts]
+        for layouts, own in zip(self._record_layouts, keys, strict=True):
+            done = len(own)
+            parent = own[-1].block_hash if own else ROOT_HASH
+            left = layouts[min(done, len(layouts) - 1) :]
+            own += chain_keys(left, identity, tokens[done * self.block_size :], parent)
 
     def publish(
         self,

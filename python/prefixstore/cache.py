@@ -21,8 +21,9 @@ from prefixstore.identity import model_identity
 from prefixstore.index import Match
 from prefixstore.index import Stats as IndexStats
 from prefixstore.restore import DEVICE, RestoredPrefix, restore_prefix
+from prefixstore.reuse_report import ReuseReport
 from prefixstore.served_model import ServedModel
-from prefixstore.session import ReuseReport, Session
+from prefixstore.session import Session
 from prefixstore.settings import check_known
 from prefixstore.store import Store, StoreConfig, StoreStats
 from prefixstore.tier_urls import open_tiers

@@ -124,6 +124,20 @@ class DeviceBlocks:
             self._drain()
             has_drained = True
 
+    def reserve_now(self, group: int, num_blocks: int) -> list[int]:
+        """As `reserve`, for who has other things to do than to wait for a writer.
+
+        Raises:
+            PoolFullError: If too few are free and evictable; what was evicted for it may be free
+                soon, once the writer has read it.
+        """
+        self.release_abandoned()
+        allocator = self.groups[group].allocator
+        missing = num_blocks - allocator.num_free
+        if missing > 0:
+            self._evict(missing)
+        return allocator.allocate(num_blocks)
+
     def share(self, block_ids: np.ndarray) -> None:
         """Add a reference to each block of `[num_blocks, num_groups]`; -1 is skipped."""
         for group, ids in zip(self.groups, block_ids.T, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,31 +11,9 @@ from kvkernels.nn.transformers import PagedCache
 from prefixstore.device import DeviceBlocks
 from prefixstore.index import Match
 from prefixstore.restore import RestoredPrefix
+from prefixstore.reuse_report import ReuseReport
 from prefixstore.served_model import ServedModel
 from prefixstore.tokens import as_tokens
-
-
-@dataclass(frozen=True)
-class ReuseReport:
-    """What became of one prompt.
-
-    Attributes:
-        num_prompt_tokens: Tokens of the prompt.
-        tokens_by_tier: Reused tokens by where their blocks lay: "device", "memory", "disk".
-        num_recomputed: Tokens the model has to compute.
-        restore_s: Seconds spent looking up, loading and verifying.
-        misses: Tokens of whole blocks that were not reused, by the reason: see `MissReason`.
-    """
-
-    num_prompt_tokens: int
-    tokens_by_tier: dict[str, int]
-    num_recomputed: int
-    restore_s: float
-    misses: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def num_reused(self) -> int:
-        return self.num_prompt_tokens - self.num_recomputed
 
 
 class Session(PagedCache):

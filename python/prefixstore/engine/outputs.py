@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from prefixstore.session import ReuseReport
+from prefixstore.reuse_report import ReuseReport
 
 
 class FinishReason(str, Enum):
