@@ -7,6 +7,7 @@ from prefixstore.engine.outputs import (
     RequestOutput,
     RequestReport,
     RequestTimes,
+    TokenLogprob,
 )
 from prefixstore.engine.sampling import SamplingParams
 
@@ -18,4 +19,5 @@ __all__ = [
     "RequestReport",
     "RequestTimes",
     "SamplingParams",
+    "TokenLogprob",
 ]

@@ -72,6 +72,22 @@ class RequestReport:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """How likely a token of an answer was, before temperature, top-k and top-p.
+
+    Attributes:
+        token_id: The token.
+        logprob: Natural logarithm of its probability.
+        top: Token and log-probability of the most likely tokens in its place, the most likely
+            first, equals by id; as many as asked for, fewer where fewer are possible.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class OutputDelta:
     """The next piece of an answer.
 
@@ -81,6 +97,7 @@ class OutputDelta:
         finish_reason: Set in the last piece.
         report: In the last piece.
         error: What went wrong, where `finish_reason` is ERROR.
+        logprobs: One for each of `token_ids`; None unless `SamplingParams.logprobs` asks.
     """
 
     text: str
@@ -88,6 +105,7 @@ class OutputDelta:
     finish_reason: FinishReason | None = None
     report: RequestReport | None = None
     error: str | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,3 +117,4 @@ class RequestOutput:
     finish_reason: FinishReason
     report: RequestReport
     error: str | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None

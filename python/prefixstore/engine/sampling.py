@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+MAX_LOGPROBS = 20
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -21,6 +23,8 @@ class SamplingParams:
         stop: The answer ends before the first of these strings; at most 16, none empty.
         stop_token_ids: The answer ends with one of these tokens, besides the model's own.
         ignore_eos: Go on after the model's end-of-sequence tokens.
+        logprobs: Give each token's log-probability, and those of so many of the most likely tokens
+            in its place, 0 to 20; None for none.
     """
 
     max_tokens: int = 16
@@ -31,6 +35,7 @@ class SamplingParams:
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _check_int("max_tokens", self.max_tokens, 1)
@@ -49,6 +54,8 @@ class SamplingParams:
         for token_id in self.stop_token_ids:
             _check_int("stop_token_ids", token_id, 0)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
 
     @property
     def is_greedy(self) -> bool:
