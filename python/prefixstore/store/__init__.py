@@ -2,7 +2,16 @@
 
 from prefixstore.store.breaker import BreakerConfig
 from prefixstore.store.config import StoreConfig, TierPolicy
+from prefixstore.store.loader import LoadObserver
 from prefixstore.store.stats import StoreStats, TierUse
 from prefixstore.store.store import Store
 
-__all__ = ["BreakerConfig", "Store", "StoreConfig", "StoreStats", "TierPolicy", "TierUse"]
+__all__ = [
+    "BreakerConfig",
+    "LoadObserver",
+    "Store",
+    "StoreConfig",
+    "StoreStats",
+    "TierPolicy",
+    "TierUse",
+]

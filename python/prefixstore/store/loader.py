@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,6 +24,8 @@ from prefixstore.store.write_queue import WriteJob, noop
 from prefixstore.tiers.base import PAGE_BYTES, page_aligned, round_up
 
 BATCH_BYTES = 32 << 20  # of records that are fetched and then restored together
+
+LoadObserver = Callable[[str, int, int, float], None]
 
 
 class Loader:
@@ -49,6 +55,7 @@ class Loader:
         self._counts = counts
         self._reused = reused
         self._config = config
+        self.observer: LoadObserver | None = None  # see `Store.observe_loads`
         self._in_flight = InFlight()
         self._scratch = threading.local()
 
@@ -70,12 +77,20 @@ class Loader:
         finally:
             self._promote(load)
         self._counts.add(num_loads=len(keys), num_misses=load.found.count(None))
+        self._tell(load)
         return load.found
+
+    def _tell(self, load: _Load) -> None:
+        observer = self.observer
+        if observer is not None:
+            for number, work in sorted(load.work.items()):
+                observer(self._tiers[number].name, work.num_records, work.num_bytes, work.seconds)
 
     def _load(self, load: _Load, indices: Sequence[int]) -> None:
         """Load these, in batches where they need buffers, and hand on what was found."""
         if self._tiers and self._tiers[0].lends:
-            with self._tiers[0].lend_many([load.keys[i] for i in indices]) as lent:
+            keys = [load.keys[i] for i in indices]
+            with load.timed(0), self._tiers[0].lend_many(keys) as lent:
                 self._restore(load, 0, indices, lent)  # what comes from there goes nowhere else
             indices = [i for i in indices if load.found[i] is None]
         longest = max((load.keys[i].layout.max_record_bytes for i in indices), default=1)
@@ -101,8 +116,9 @@ class Loader:
                 continue
             keys = [load.keys[i] for i in missing]
             rows = self._take_slab(len(missing), row_bytes)
-            fetched = tier.fetch_many(keys, list(rows), load.deadline)
-            self._restore(load, number, missing, fetched)
+            with load.timed(number):
+                fetched = tier.fetch_many(keys, list(rows), load.deadline)
+                self._restore(load, number, missing, fetched)
 
     def _restore(
         self, load: _Load, number: int, indices: Sequence[int], found: Sequence[Found | None]
@@ -121,6 +137,8 @@ class Loader:
                 continue
             tier.accept(record.data.nbytes)
             load.found[record.index] = tier.name
+            load.work[number].num_records += 1
+            load.work[number].num_bytes += record.data.nbytes
             self._used(load, number, record)
 
     def _claim(self, load: _Load, indices: Sequence[int]) -> list[int]:
@@ -166,6 +184,15 @@ class Loader:
         return slab[:num_bytes].reshape(num_rows, row_bytes)
 
 
+@dataclass
+class _Work:
+    """What one tier gave to a load, and how long the load was at it."""
+
+    num_records: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+
 class _Load:
     """One call of `load_many` on its way."""
 
@@ -178,3 +205,11 @@ class _Load:
         self.promotions: list[WriteJob] = []
         self.claimed: set[int] = set()  # others wait for these
         self.elsewhere: set[int] = set()  # fetched by other threads just now
+        self.work: defaultdict[int, _Work] = defaultdict(_Work)  # by tier that was asked
+
+    @contextmanager
+    def timed(self, number: int) -> Iterator[None]:
+        """What runs inside is this tier's work."""
+        started = time.perf_counter()
+        yield
+        self.work[number].seconds += time.perf_counter() - started

@@ -22,7 +22,7 @@ from prefixstore.store.block_targets import BlockTarget
 from prefixstore.store.block_writer import BlockWriter
 from prefixstore.store.config import StoreConfig, TierPolicy
 from prefixstore.store.guarded_tier import GuardedTier
-from prefixstore.store.loader import Loader
+from prefixstore.store.loader import Loader, LoadObserver
 from prefixstore.store.recent_names import RecentNames
 from prefixstore.store.stats import Counts, StoreStats
 from prefixstore.store.tier_writer import TierJob
@@ -38,13 +38,19 @@ class Store:
     Args:
         tiers: In order of speed, with distinct names.
         config: Bounds and policies.
+        observer: See `observe_loads`.
 
     Raises:
         ConfigError: If two tiers share a name, a policy names a tier that is not there, or a tier
             is written back to that no tier evicts into.
     """
 
-    def __init__(self, tiers: Sequence[Tier], config: StoreConfig | None = None) -> None:
+    def __init__(
+        self,
+        tiers: Sequence[Tier],
+        config: StoreConfig | None = None,
+        observer: LoadObserver | None = None,
+    ) -> None:
         self._config = config if config is not None else StoreConfig()
         names = [tier.name for tier in tiers]
         if len(set(names)) != len(names):
@@ -69,6 +75,18 @@ class Store:
             *(self._tiers, self._policies, self._writer, self._counts),
             *(self._found_again, self._config),
         )
+        self.observe_loads(observer)
+
+    def observe_loads(self, observer: LoadObserver | None) -> None:
+        """Have `observer` told what each load took; it takes the place of the one before.
+
+        It is called at the end of `load_many`, in that thread, once for each tier that was asked:
+        `observer(tier_name, num_records, num_bytes, seconds)`. The records are those that were
+        right, none where all were misses; the bytes are theirs, as stored; the seconds are what
+        the load spent on reading and decoding them, and on hearing what is not there. It must not
+        raise: the load would.
+        """
+        self._loader.observer = observer
 
     def deadline(self) -> float:
         """Until when a request that begins now waits for the tiers, on `time.monotonic`."""
