@@ -17,6 +17,7 @@ from prefixstore.identity import stored_identity
 from prefixstore.index import Match
 from prefixstore.pool_blocks import PoolBlocks
 from prefixstore.store import Store
+from prefixstore.store.recent_names import RecentNames
 
 WRITER_WAIT_S = 10.0  # how long a full pool waits for the background writer to let blocks go
 
@@ -50,6 +51,7 @@ class BlockCache:
             PoolBlocks(group.pool, layouts)
             for group, layouts in zip(groups, self._record_layouts, strict=True)
         ]
+        self._published = RecentNames()
         self._lock = threading.Lock()  # over the counters below
         self._num_prompts = 0
         self._prompt_tokens = 0
@@ -99,6 +101,8 @@ class BlockCache:
             The pinned run; None where other blocks of the same tokens were indexed before.
         """
         self.device.insert(tokens, salt, block_ids)
+        if keys is not None and len(computed):
+            self._published.add([keys[0][number].name for number in computed])
         if self.store is not None and len(computed):
             keys = self.keys(tokens, salt) if keys is None else keys
             for group, group_keys in enumerate(keys):
@@ -106,6 +110,10 @@ class BlockCache:
                     if block_ids[number, group] >= 0:
                         self._save(group, group_keys[number], int(block_ids[number, group]))
         return self.device.pin(tokens, salt, block_ids)
+
+    def were_published(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Whether this process has published blocks that it may have lost since; group 0's keys."""
+        return self._published.contains_many([key.name for key in keys])
 
     def touch(
         self, keys: Sequence[Sequence[BlockKey]], block_ids: np.ndarray, numbers: Sequence[int]

@@ -20,6 +20,7 @@ from kvkernels import PoolFullError
 from kvkernels.nn import PagedGroup
 from kvkernels.nn.block_tables import BlockTables
 from prefixstore.index import Match, RadixIndex, Stats
+from prefixstore.residency import longest_prefix
 
 
 class DeviceBlocks:
@@ -68,7 +69,11 @@ class DeviceBlocks:
         """
         with self._lock:
             match = self._index.match(tokens, salt.encode())
-            if not np.array_equal(match.block_ids, block_ids):
+            # Where a window has passed the caller holds none; whose block is there is no matter.
+            is_held = block_ids >= 0
+            if match.block_ids.shape != block_ids.shape or not np.array_equal(
+                match.block_ids[is_held], block_ids[is_held]
+            ):
                 return None
             self._index.pin(match)
             return match
@@ -76,6 +81,12 @@ class DeviceBlocks:
     def unpin(self, match: Match) -> None:
         with self._lock:
             self._index.unpin(match)
+
+    def num_cached(self, tokens: np.ndarray, salt: str) -> int:
+        """Blocks of the longest prefix that is usable now; nothing is held, so it may shrink."""
+        with self._lock:
+            ids = self._index.match(tokens, salt.encode()).block_ids
+        return longest_prefix([group >= 0 for group in ids.T], self.block_size, self.windows)
 
     def abandon(self, tables: Sequence[BlockTables], match: Match) -> None:
         """Leave a session's references and pin to be given back by the next call that needs room.
@@ -123,6 +134,10 @@ class DeviceBlocks:
                     raise
             self._drain()
             has_drained = True
+
+    def wait_writers(self) -> None:
+        """Wait a while until pending writes have let go of what blocks they can."""
+        self._drain()
 
     def reserve_now(self, group: int, num_blocks: int) -> list[int]:
         """As `reserve`, for who has other things to do than to wait for a writer.

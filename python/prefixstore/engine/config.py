@@ -19,10 +19,9 @@ class EngineConfig:
         max_model_len: Tokens of a prompt and its answer; None for the model's context.
         batch_invariant: Give each request the same bits whatever else is in the batch, however its
             prompt is cut; costs speed.
-        plans_loads: Whether the planner weighs computing against loading; without it all that the
-            tiers hold is loaded.
-        caches_answers: Whether an answer's blocks are kept like those of the prompt: the next turn
-            of a chat begins with them.
+        reuses_prefixes: Whether anything cached is reused; without it every prompt is computed, for
+            comparison.
+        num_loaders: Requests whose blocks are looked up and loaded at the same time.
     """
 
     max_running: int = 16
@@ -30,11 +29,11 @@ class EngineConfig:
     max_batch_tokens: int = 512
     max_model_len: int | None = None
     batch_invariant: bool = False
-    plans_loads: bool = True
-    caches_answers: bool = True
+    reuses_prefixes: bool = True
+    num_loaders: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("max_running", "max_batch_tokens"):
+        for name in ("max_running", "max_batch_tokens", "num_loaders"):
             self._check_positive(name, getattr(self, name))
         if self.max_model_len is not None:
             self._check_positive("max_model_len", self.max_model_len)

@@ -88,6 +88,11 @@ class Store:
         """
         self._loader.observer = observer
 
+    @property
+    def tier_names(self) -> list[str]:
+        """Fastest first."""
+        return [tier.name for tier in self._tiers]
+
     def deadline(self) -> float:
         """Until when a request that begins now waits for the tiers, on `time.monotonic`."""
         return time.monotonic() + self._config.load_timeout_s

@@ -1,0 +1,145 @@
+"""One request on its way through the engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from prefixstore.block_key import BlockKey
+from prefixstore.engine.answer import Answer
+from prefixstore.engine.outputs import FinishReason, RequestReport, RequestTimes
+from prefixstore.engine.restoring import Restoring
+from prefixstore.engine.sampler import SampledToken
+from prefixstore.engine.sampling import SamplingParams
+from prefixstore.engine.sequence import SequenceBlocks
+from prefixstore.reuse_report import ReuseReport
+
+
+@dataclass
+class Clock:
+    """When things happened to a request, on `time.monotonic`, 0 for never; sums in seconds."""
+
+    arrived: float
+    admitted: float = 0.0  # for the first time
+    first_token: float = 0.0
+    last_token: float = 0.0
+    preempted: float = 0.0  # since when it has waited to go on
+    preempted_s: float = 0.0
+    compute_s: float = 0.0
+
+
+class Request:
+    """A prompt, its answer so far, and what the engine holds for it.
+
+    ::
+
+        tokens        prompt ......................... answer .... t
+        num_computed  ------------------->               what follows is still to be computed
+
+    It is in prefill until one token is left to compute; a preempted one is so again.
+
+    Args:
+        prompt: ``[num_tokens]``, uint32.
+        max_tokens: Of prompt and answer together.
+        sampling: Its wishes.
+        seed: Of its random numbers.
+        tenant: Whose turn it takes.
+        salt: The namespace of its blocks.
+        answer: Takes the new tokens.
+        num_groups: Layer groups of the model.
+    """
+
+    def __init__(
+        self,
+        prompt: np.ndarray,
+        max_tokens: int,
+        sampling: SamplingParams,
+        seed: int,
+        tenant: str,
+        salt: str,
+        answer: Answer,
+        num_groups: int,
+    ) -> None:
+        self.sampling = sampling
+        self.seed = seed
+        self.tenant = tenant
+        self.salt = salt
+        self.answer = answer
+        self.max_tokens = max_tokens
+        self.num_prompt = self.num_tokens = len(prompt)
+        self._tokens = np.empty(max_tokens, dtype=np.uint32)
+        self._tokens[: len(prompt)] = prompt
+        self.num_computed = 0
+        # Per group, of its whole blocks so far.
+        self.keys: Sequence[list[BlockKey]] = [[] for _ in range(num_groups)]
+        self.sequence: SequenceBlocks | None = None  # while it runs
+        self.restoring: Restoring | None = None  # while it is in prefill
+        self.num_preemptions = 0
+        self.clock = Clock(time.monotonic())
+        self._arrived_at = time.time()
+        self._restored: Restoring | None = None  # what became of the prompt, when it was new
+
+    @property
+    def request_id(self) -> str:
+        return self.answer.handle.request_id
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """The prompt and the answer so far, ``[num_tokens]``, uint32; a view."""
+        return self._tokens[: self.num_tokens]
+
+    @property
+    def num_output(self) -> int:
+        return self.num_tokens - self.num_prompt
+
+    @property
+    def is_decoding(self) -> bool:
+        """One token is left to compute, the last."""
+        return self.restoring is None
+
+    def end_prefill(self, now: float) -> None:
+        """All tokens are computed."""
+        assert self.restoring is not None
+        self.restoring.finish(now)
+        if self._restored is None:
+            self._restored = self.restoring
+        self.restoring = None
+
+    def push(self, token: SampledToken, now: float) -> FinishReason | None:
+        """The next token of the answer; returns why the answer ends with it, if it does."""
+        if self.num_tokens < self.max_tokens:  # the last one is never computed
+            self._tokens[self.num_tokens] = token.token_id
+        self.num_tokens += 1
+        self.clock.first_token = self.clock.first_token or now
+        self.clock.last_token = now
+        return self.answer.push(token)
+
+    def report(self, now: float) -> RequestReport:
+        """What became of it; once it has ended."""
+        clock, restored = self.clock, self._restored
+        if clock.preempted:
+            clock.preempted_s += now - clock.preempted
+            clock.preempted = 0.0
+        is_new = restored is None  # it ended before its prompt was computed
+        return RequestReport(
+            request_id=self.request_id,
+            tenant=self.tenant,
+            reuse=ReuseReport(self.num_prompt, {}, 0, 0.0) if is_new else restored.reuse(),
+            times=RequestTimes(
+                arrived_at=self._arrived_at,
+                queue_s=(clock.admitted or now) - clock.arrived,
+                lookup_s=0.0 if is_new else restored.lookup_s,
+                load_s=0.0 if is_new else restored.load_s,
+                compute_s=clock.compute_s,
+                ttft_s=clock.first_token - clock.arrived if clock.first_token else 0.0,
+                decode_s=clock.last_token - clock.first_token,
+                preempted_s=clock.preempted_s,
+            ),
+            num_output_tokens=self.answer.num_tokens,
+            num_preemptions=self.num_preemptions,
+            plan="none" if is_new else restored.mode,
+            saved_s=0.0 if is_new else restored.saved_s,
+        )

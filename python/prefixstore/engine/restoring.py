@@ -1,0 +1,198 @@
+"""One prompt's way into the pool: what is computed, what is loaded, and what became of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+
+from prefixstore.engine.sequence import SequenceBlocks
+from prefixstore.planner import Meeting, RestorePlan
+from prefixstore.restore import DEVICE
+from prefixstore.reuse_report import MissReason, ReuseReport
+
+# Of several groups' tiers a block counts for the slowest: it is there when the last part is.
+Held = Sequence[str | None]  # of each block after those on the device: the tier that holds it
+
+
+class Restoring:
+    """A prompt in prefill, from its admission until all its tokens are computed.
+
+    ::
+
+        look-up under way      held is None      nothing is computed yet, unless it takes too long
+        planned                meeting           computing from the front, loading from the back
+        finished
+
+    Not thread-safe: everything happens under the engine's lock.
+
+    Args:
+        num_tokens: To be computed or loaded, the cached ones included.
+        block_size: Tokens in a block.
+        sequence: Of the request.
+        now: Of `time.monotonic`, as everywhere here.
+    """
+
+    def __init__(
+        self, num_tokens: int, block_size: int, sequence: SequenceBlocks, now: float
+    ) -> None:
+        self.num_tokens = num_tokens
+        self.sequence = sequence
+        self.num_device = sequence.num_reused
+        self.lookup_s = self.load_s = 0.0
+        self.is_over = False  # finished, cancelled or preempted: nothing more is wanted
+        self._block_size = block_size
+        self._began = self._planned = now
+        self._finished = 0.0
+        self._held: Held | None = None
+        self._meeting: Meeting | None = None
+        self._plan: RestorePlan | None = None
+        self._loaded: dict[int, str] = {}
+        self._lost: set[int] = set()
+        self._late: set[int] = set()
+        self._has_no_room = False
+        self._were_published: Callable[[Sequence[int]], list[bool]] = lambda numbers: []
+
+    @property
+    def num_whole(self) -> int:
+        """Blocks that may be reused: whole ones, without the last token."""
+        return (self.num_tokens - 1) // self._block_size
+
+    # ---- the course --------------------------------------------------------------------------
+
+    def start(
+        self,
+        plan: RestorePlan,
+        held: Held | None,
+        were_published: Callable[[Sequence[int]], list[bool]],
+        now: float,
+    ) -> None:
+        """The look-up is over: `held` says of each block after the cached ones who holds it.
+
+        None if there was no answer in time. `were_published` tells whether this process had blocks.
+        """
+        self.lookup_s = now - self._began
+        self._planned = now
+        self._plan, self._held = plan, held
+        self._meeting = Meeting(plan)
+        self._were_published = were_published
+
+    @property
+    def is_planned(self) -> bool:
+        return self._meeting is not None
+
+    @property
+    def began(self) -> float:
+        return self._began
+
+    def next_chunk(self, now: float, max_tokens: int) -> range | None:
+        """Tokens to compute now; see `Meeting.next_chunk`."""
+        return None if self._meeting is None else self._meeting.next_chunk(now, max_tokens)
+
+    def chunk_done(self, now: float) -> None:
+        assert self._meeting is not None
+        self._meeting.chunk_done(now)
+
+    @property
+    def is_done(self) -> bool:
+        return self._meeting is not None and self._meeting.is_done
+
+    @property
+    def wake_at(self) -> float | None:
+        """When `next_chunk` may have an answer though nothing happened."""
+        return None if self._meeting is None else self._meeting.wake_at
+
+    def next_call(self, now: float) -> range | None:
+        """Blocks to load now; see `Meeting.next_call`."""
+        if self.is_over or self._meeting is None:
+            return None
+        return self._meeting.next_call(now)
+
+    def call_done(
+        self, numbers: range, found: dict[int, str], seconds: float, now: float
+    ) -> Collection[int]:
+        """A call is over that found these blocks, by the tiers; returns those to keep."""
+        self.load_s += seconds
+        if self.is_over or self._meeting is None:
+            return ()
+        missing = [number for number in numbers if number not in found]
+        kept = self._meeting.call_done(now, missing)
+        self._lost.update(missing)
+        self._late.update(found.keys() - set(kept))
+        self._loaded.update((number, found[number]) for number in kept)
+        return kept
+
+    def stop_loading(self, now: float, *, has_no_room: bool = False) -> None:
+        """What has not come is computed."""
+        self._has_no_room = self._has_no_room or has_no_room
+        if not self.is_over and self._meeting is not None:
+            self._meeting.stop_loading(now)
+
+    def finish(self, now: float) -> None:
+        """All is there, or nobody wants it any more."""
+        if not self.is_over:
+            self.is_over = True
+            self._finished = now
+
+    # ---- what became of it -------------------------------------------------------------------
+
+    @property
+    def plan(self) -> RestorePlan | None:
+        return self._plan
+
+    @property
+    def meeting(self) -> Meeting | None:
+        return self._meeting
+
+    @property
+    def mode(self) -> str:
+        return "none" if self._plan is None else self._plan.mode.value
+
+    @property
+    def measured_s(self) -> float:
+        """From the plan to the end."""
+        return self._finished - self._planned
+
+    @property
+    def saved_s(self) -> float:
+        """Seconds of computing that loading saved, as the planner reckons."""
+        if self._plan is None or not self._loaded:
+            return 0.0
+        return self._plan.recompute_s - self.measured_s
+
+    def reuse(self) -> ReuseReport:
+        size = self._block_size
+        by_tier = Counter(self._loaded.values())
+        by_tier[DEVICE] = self.num_device
+        return ReuseReport(
+            num_prompt_tokens=self.num_tokens,
+            tokens_by_tier={tier: count * size for tier, count in by_tier.items() if count},
+            num_recomputed=self.num_tokens - size * (self.num_device + len(self._loaded)),
+            restore_s=self.lookup_s + self.load_s,
+            misses={reason.value: count * size for reason, count in self._misses().items()},
+        )
+
+    def _misses(self) -> Counter[MissReason]:
+        numbers = [
+            number
+            for number in range(self.num_device, self.num_whole)
+            if number not in self._loaded
+        ]
+        reasons = [self._reason(number) for number in numbers]
+        unknown = [n for n, reason in zip(numbers, reasons, strict=True) if reason is None]
+        found = Counter(reason for reason in reasons if reason is not None)
+        for was_there in self._were_published(unknown):
+            found[MissReason.EVICTED if was_there else MissReason.NEW] += 1
+        return found
+
+    def _reason(self, number: int) -> MissReason | None:
+        """Why a block was computed; None where no tier holds it."""
+        if number in self._lost:
+            return MissReason.LOST
+        if number in self._late:
+            return MissReason.LATE
+        if self._held is None:
+            return MissReason.UNREACHABLE
+        at = number - self.num_device
+        if at >= len(self._held) or self._held[at] is None:
+            return None
+        return MissReason.NO_ROOM if self._has_no_room else MissReason.CHEAPER

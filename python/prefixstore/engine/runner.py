@@ -1,0 +1,102 @@
+"""Runs the model once over the new tokens of many sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvkernels.nn import PagedGroup
+from kvkernels.nn.module import PagedBatch
+from kvkernels.nn.transformers_batch import BatchCache
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """New tokens of one sequence.
+
+    Attributes:
+        tokens: ``[num_new]``, uint32.
+        start: Position of the first.
+        tables: ``[num_groups, num_blocks]``, int32: the sequence's blocks.
+        wants_logits: Whether the token after them is to be chosen.
+    """
+
+    tokens: np.ndarray
+    start: int
+    tables: np.ndarray
+    wants_logits: bool
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.tokens)
+
+
+class ModelRunner:
+    """A Hugging Face causal language model whose attention reads the pools.
+
+    Args:
+        model: In evaluation mode, with the attention of kvkernels.
+        groups: All its layers.
+        block_size: Tokens in a block.
+    """
+
+    def __init__(self, model: Any, groups: Sequence[PagedGroup], block_size: int) -> None:
+        self._model = model
+        self._groups = tuple(groups)
+        self._block_size = block_size
+        self._device = groups[0].pool.device
+
+    @torch.inference_mode()
+    def run(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
+        """Compute the chunks' tokens and store their KV.
+
+        Args:
+            chunks: At least one, none empty.
+
+        Returns:
+            ``[num_wanted, vocab_size]``: logits after the chunks that want them, in order; None if
+            none does.
+        """
+        lengths = np.array([len(chunk.tokens) for chunk in chunks])
+        positions = np.concatenate([np.arange(chunk.start, chunk.stop) for chunk in chunks])
+        tokens = np.concatenate([chunk.tokens for chunk in chunks]).astype(np.int64)
+        ends = np.cumsum(lengths)
+        wanted = [
+            int(end) - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.wants_logits
+        ]
+        out = self._model(
+            input_ids=self._tensor(tokens)[None],
+            position_ids=self._tensor(positions)[None],
+            past_key_values=BatchCache(self._groups, self._batches(chunks, lengths, positions)),
+            use_cache=True,
+            # A model computes logits of one place at least.
+            logits_to_keep=self._tensor(np.array(wanted or [0])),
+        )
+        return out.logits[0] if wanted else None
+
+    def _batches(
+        self, chunks: Sequence[Chunk], lengths: np.ndarray, positions: np.ndarray
+    ) -> list[PagedBatch]:
+        seq_lens = np.array([chunk.stop for chunk in chunks], dtype=np.int32)
+        widths = -(-seq_lens // self._block_size)
+        rows = np.repeat(np.arange(len(chunks)), lengths)
+        blocks, offsets = np.divmod(positions, self._block_size)
+        bounds = None
+        if (lengths != 1).any():
+            bounds = self._tensor(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
+        lens = self._tensor(seq_lens)
+        batches = []
+        for group in range(len(self._groups)):
+            table = np.full((len(chunks), int(widths.max())), -1, dtype=np.int32)
+            for row, (chunk, width) in enumerate(zip(chunks, widths.tolist(), strict=True)):
+                table[row, :width] = chunk.tables[group, :width]
+            slots = table[rows, blocks].astype(np.int64) * self._block_size + offsets
+            batches.append(PagedBatch(self._tensor(table), lens, bounds, self._tensor(slots)))
+        return batches
+
+    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device, non_blocking=True)

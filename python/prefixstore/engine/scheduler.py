@@ -1,0 +1,225 @@
+"""Who runs, and on which tokens: admission, chunks of prompts, preemption."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kvkernels import PoolFullError
+from prefixstore.block_cache import BlockCache
+from prefixstore.engine.config import EngineConfig
+from prefixstore.engine.fair_queue import FairQueue
+from prefixstore.engine.request import Request
+from prefixstore.engine.restorer import Restorer
+from prefixstore.engine.restoring import Restoring
+from prefixstore.engine.sequence import SequenceBlocks
+
+_RETRY_S = 0.02  # how soon a pool that was too full is tried again
+
+
+@dataclass(frozen=True)
+class Step:
+    """A request's part of the next forward pass: tokens `start` to `stop`."""
+
+    request: Request
+    start: int
+    stop: int
+
+    @property
+    def wants_logits(self) -> bool:
+        return self.stop == self.request.num_tokens
+
+
+class Scheduler:
+    """Decides; the engine does. Called under the engine's lock.
+
+    - A request is admitted when the pool has room for its whole prompt, so that prompts never wait
+      for each other's blocks. It waits too while another is computing what it begins with.
+    - Running answers come first in every batch, one token each; prompts share what is left.
+    - When an answer's next block finds no room, whoever was admitted last gives its blocks away: they
+      are published, so they stay as long as there is room, and in the tiers. It goes on from there.
+
+    Args:
+        blocks: The model's.
+        restorer: Brings prompts in.
+        config: Bounds.
+    """
+
+    def __init__(self, blocks: BlockCache, restorer: Restorer, config: EngineConfig) -> None:
+        self.queue: FairQueue[Request] = FairQueue(config.max_queued)
+        self.running: list[Request] = []  # in the order of their admission
+        self.num_preemptions = 0
+        self._blocks = blocks
+        self._restorer = restorer
+        self._config = config
+        self._held_back: deque[Request] = deque()  # others compute what they begin with
+        self._retry_at = 0.0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.queue) + len(self._held_back)
+
+    def remove_waiting(self, request: Request) -> bool:
+        """Take a request that waits out; False if it does not wait."""
+        if request in self._held_back:
+            self._held_back.remove(request)
+            return True
+        return self.queue.remove(request)
+
+    # ---- admission ---------------------------------------------------------------------------
+
+    def admit(self, now: float) -> None:
+        """Let requests run as long as there is room."""
+        if now < self._retry_at or not self.num_waiting:
+            return
+        producing = self._producing()
+        for request in list(self._held_back):
+            if len(self.running) >= self._config.max_running:
+                return
+            if not self._is_produced(request, producing):
+                self._held_back.remove(request)
+                if not self._try_admit(request, producing, now):
+                    self._held_back.appendleft(request)
+                    return
+        while len(self.running) < self._config.max_running and len(self.queue):
+            request = self.queue.pop()
+            self._blocks.extend_keys(request.keys, request.tokens, request.salt)
+            if self._is_produced(request, producing):
+                self._held_back.append(request)
+            elif not self._try_admit(request, producing, now):
+                self.queue.push_front(request)
+                return
+
+    @property
+    def retry_at(self) -> float | None:
+        """When a pool that was too full is to be tried again."""
+        return self._retry_at if self.num_waiting and self._retry_at else None
+
+    def _try_admit(self, request: Request, producing: set[bytes], now: float) -> bool:
+        sequence = SequenceBlocks(
+            *(self._blocks, request.tokens, request.salt, request.keys),
+            request.max_tokens,
+        )
+        try:
+            sequence.reserve(min(request.num_tokens + 1, request.max_tokens))
+        except PoolFullError:
+            sequence.release()
+            if not self.running:
+                # Nobody here will give blocks back: the writer may, or a session.
+                self._blocks.device.wait_writers()
+            self._retry_at = now + _RETRY_S
+            return False
+        self._retry_at = 0.0
+        request.sequence = sequence
+        request.restoring = Restoring(request.num_tokens, self._blocks.block_size, sequence, now)
+        request.num_computed = 0
+        clock = request.clock
+        clock.admitted = clock.admitted or now
+        if clock.preempted:
+            clock.preempted_s += now - clock.preempted
+            clock.preempted = 0.0
+        self.running.append(request)
+        producing.update(self._hashes_to_come(request))
+        self._restorer.begin(request.restoring, request.keys, now)
+        return True
+
+    def _producing(self) -> set[bytes]:
+        """Hashes of the blocks that running prompts are about to publish."""
+        return {
+            one
+            for request in self.running
+            if not request.is_decoding
+            for one in self._hashes_to_come(request)
+        }
+
+    def _hashes_to_come(self, request: Request) -> Iterator[bytes]:
+        assert request.sequence is not None
+        last = request.num_tokens // self._blocks.block_size
+        for key in request.keys[0][request.sequence.num_published : last]:
+            yield key.block_hash
+
+    def _is_produced(self, request: Request, producing: set[bytes]) -> bool:
+        """Whether the first block that a prompt lacks is on its way already."""
+        if not producing:
+            return False
+        size = self._blocks.block_size
+        whole = (request.num_tokens - 1) // size
+        cached = self._blocks.device.num_cached(request.tokens[: whole * size], request.salt)
+        return cached < whole and request.keys[0][cached].block_hash in producing
+
+    # ---- the next batch ----------------------------------------------------------------------
+
+    def next_steps(self, now: float) -> list[Step]:
+        """What the next forward pass computes; empty if all that runs waits for loads."""
+        steps = []
+        for request in [one for one in self.running if one.is_decoding]:
+            if request in self.running and self._make_room(request, request.num_tokens):
+                steps.append(Step(request, request.num_computed, request.num_tokens))
+        # Who was preempted for a later one's sake computes nothing.
+        steps = [step for step in steps if step.request in self.running]
+        budget = self._config.max_batch_tokens - len(steps)
+        for request in [one for one in self.running if not one.is_decoding]:
+            if budget <= 0:
+                break
+            chunk = self._next_chunk(request, budget, now)
+            if chunk is not None and self._make_room(request, chunk.stop, chunk.start):
+                steps.append(Step(request, chunk.start, chunk.stop))
+                budget -= len(chunk)
+        return [step for step in steps if step.request in self.running]
+
+    def wake_at(self) -> float | None:
+        """When there may be something to do though nothing happened."""
+        times = [self.retry_at]
+        for request in self.running:
+            restoring = request.restoring
+            if restoring is not None:
+                is_planned = restoring.is_planned
+                times.append(
+                    restoring.wake_at if is_planned else self._restorer.look_up_until(restoring)
+                )
+        known = [one for one in times if one is not None]
+        return min(known) if known else None
+
+    def _next_chunk(self, request: Request, budget: int, now: float) -> range | None:
+        restoring = request.restoring
+        assert restoring is not None
+        if not restoring.is_planned and not self._restorer.give_up_looking(
+            restoring, request.keys, now
+        ):
+            return None
+        return restoring.next_chunk(now, budget)
+
+    def _make_room(self, request: Request, stop: int, start: int | None = None) -> bool:
+        """Have blocks for tokens up to `stop`, of others if need be; False if it gave up its own."""
+        start = request.num_computed if start is None else start
+        while True:
+            assert request.sequence is not None
+            try:
+                request.sequence.grow(start, stop)
+                return True
+            except PoolFullError:
+                victim = self.running[-1]
+                self.preempt(victim)
+                if victim is request:
+                    return False
+
+    def preempt(self, request: Request) -> None:
+        """Let a request give its blocks away, and go on later from what is left of them."""
+        self.stop(request)
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        request.num_computed = 0
+        request.clock.preempted = time.monotonic()
+        self.queue.push_front(request)
+
+    def stop(self, request: Request) -> None:
+        """Take a running request's blocks from it; what is published stays cached."""
+        self.running.remove(request)
+        assert request.sequence is not None
+        if request.restoring is not None:
+            request.restoring.finish(time.monotonic())
+            request.restoring = None
+        request.sequence.release()
+        request.sequence = None
