@@ -29,7 +29,7 @@ RECORD = ("prefixstore.record", "prefixstore.record_layout")
 REDIS = ("prefixstore.tiers.redis",)
 REMOTE = ("prefixstore.tiers.remote",)
 STORE = ("prefixstore.store",)
-PLANNER = ("prefixstore.residency",)
+PLANNER = ("prefixstore.residency", "prefixstore.planner")
 CACHE = ("prefixstore.cache", "prefixstore.config", "prefixstore.device", "prefixstore.restore")
 CACHE += (
     "prefixstore.block_cache",

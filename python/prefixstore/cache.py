@@ -141,7 +141,7 @@ class PrefixCache:
         )
 
     def checked_prompt(
-        self, token_ids: torch.Tensor | Sequence[int], salt: str | None
+        self, token_ids: torch.Tensor | np.ndarray | Sequence[int], salt: str | None
     ) -> tuple[np.ndarray, str]:
         """A prompt as `[num_tokens]` uint32, and its namespace; ValueError as for `session`."""
         if self._is_closed:

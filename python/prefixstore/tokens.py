@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 
-def as_tokens(name: str, token_ids: torch.Tensor | Sequence[int]) -> np.ndarray:
+def as_tokens(name: str, token_ids: torch.Tensor | np.ndarray | Sequence[int]) -> np.ndarray:
     """A copy of `token_ids` as `[num_tokens]` uint32, from a tensor, an array or a list."""
     if isinstance(token_ids, torch.Tensor):
         tokens = token_ids.detach().cpu().numpy()

@@ -45,7 +45,7 @@ class Answer:
     def push(self, token: SampledToken) -> FinishReason | None:
         """The next token; returns why the answer ends with it, if it does."""
         self.num_tokens += 1
-        reason, text = None, ""
+        reason, text, is_stopped = None, "", False
         if token.token_id in self._stop_ids:
             reason = FinishReason.STOP
         else:
@@ -54,7 +54,7 @@ class Answer:
                 reason = FinishReason.STOP
         if reason is None and self.num_tokens == self._max_tokens:
             reason = FinishReason.LENGTH
-        if reason is not None and not self._stop_strings.is_stopped:
+        if reason is not None and not is_stopped:
             text += self._held_back()
         logprobs = None if token.logprob is None else (token.logprob,)
         delta = OutputDelta(text, (token.token_id,), logprobs=logprobs)

@@ -155,9 +155,8 @@ class Engine:
             EngineOverloaded: If `max_queued` requests wait.
             EngineClosed: If the engine drains or is closed.
         """
-        if isinstance(prompt, str):
-            prompt = self.tokenizer(prompt).input_ids
-        tokens, salt = self.cache.checked_prompt(prompt, salt)
+        ids = self.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
+        tokens, salt = self.cache.checked_prompt(ids, salt)
         if len(tokens) >= self.max_model_len:
             raise ValueError(
                 f"prompt: expected fewer than {self.max_model_len} tokens (max_model_len), got"
@@ -379,14 +378,13 @@ class Engine:
                     self._end(request, reason)
 
     def _end_prefill(self, request: Request, now: float) -> None:
-        restoring = request.restoring
-        assert restoring is not None and restoring.plan is not None
-        is_first = request.num_preemptions == 0
-        request.end_prefill(now)
-        assert restoring.meeting is not None
-        self._planner.finished(restoring.plan, restoring.measured_s, restoring.meeting.counts())
+        restoring, is_first = request.restoring, request.num_output == 0
+        assert restoring is not None
+        plan, meeting = restoring.plan, restoring.meeting
+        assert plan is not None and meeting is not None
+        reuse = request.end_prefill(now).reuse
+        self._planner.finished(plan, restoring.measured_s, meeting.counts())
         if is_first:
-            reuse = restoring.reuse()
             self.cache.blocks.count(reuse.num_prompt_tokens, reuse.tokens_by_tier)
 
     def _observe(self, steps: Sequence[Step], seconds: float, is_loading: bool) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from prefixstore.block_key import BlockKey
 from prefixstore.engine.answer import Answer
 from prefixstore.engine.outputs import FinishReason, RequestReport, RequestTimes
-from prefixstore.engine.restoring import Restoring
+from prefixstore.engine.restoring import Restored, Restoring
 from prefixstore.engine.sampler import SampledToken
 from prefixstore.engine.sampling import SamplingParams
 from prefixstore.engine.sequence import SequenceBlocks
@@ -80,7 +80,7 @@ class Request:
         self.num_preemptions = 0
         self.clock = Clock(time.monotonic())
         self._arrived_at = time.time()
-        self._restored: Restoring | None = None  # what became of the prompt, when it was new
+        self._restored: Restored | None = None  # what became of its prompt when it was new
 
     @property
     def request_id(self) -> str:
@@ -100,13 +100,13 @@ class Request:
         """One token is left to compute, the last."""
         return self.restoring is None
 
-    def end_prefill(self, now: float) -> None:
-        """All tokens are computed."""
+    def end_prefill(self, now: float) -> Restored:
+        """All tokens are computed; what became of them, the answer's among them if it resumed."""
         assert self.restoring is not None
         self.restoring.finish(now)
-        if self._restored is None:
-            self._restored = self.restoring
-        self.restoring = None
+        restored, self.restoring = self.restoring.result(), None
+        self._restored = self._restored or restored
+        return restored
 
     def push(self, token: SampledToken, now: float) -> FinishReason | None:
         """The next token of the answer; returns why the answer ends with it, if it does."""
@@ -119,20 +119,21 @@ class Request:
 
     def report(self, now: float) -> RequestReport:
         """What became of it; once it has ended."""
-        clock, restored = self.clock, self._restored
+        clock = self.clock
         if clock.preempted:
             clock.preempted_s += now - clock.preempted
             clock.preempted = 0.0
-        is_new = restored is None  # it ended before its prompt was computed
+        # It may have ended before its prompt was computed.
+        restored = self._restored or Restored(ReuseReport(self.num_prompt, {}, 0, 0.0))
         return RequestReport(
             request_id=self.request_id,
             tenant=self.tenant,
-            reuse=ReuseReport(self.num_prompt, {}, 0, 0.0) if is_new else restored.reuse(),
+            reuse=restored.reuse,
             times=RequestTimes(
                 arrived_at=self._arrived_at,
                 queue_s=(clock.admitted or now) - clock.arrived,
-                lookup_s=0.0 if is_new else restored.lookup_s,
-                load_s=0.0 if is_new else restored.load_s,
+                lookup_s=restored.lookup_s,
+                load_s=restored.load_s,
                 compute_s=clock.compute_s,
                 ttft_s=clock.first_token - clock.arrived if clock.first_token else 0.0,
                 decode_s=clock.last_token - clock.first_token,
@@ -140,6 +141,6 @@ class Request:
             ),
             num_output_tokens=self.answer.num_tokens,
             num_preemptions=self.num_preemptions,
-            plan="none" if is_new else restored.mode,
-            saved_s=0.0 if is_new else restored.saved_s,
+            plan=restored.mode,
+            saved_s=restored.saved_s,
         )

@@ -158,12 +158,8 @@ class Restorer:
             self._record_bytes(restoring.num_device, len(tiers)),
             now,
         )
-        restoring.start(
-            plan,
-            held,
-            lambda numbers: self._blocks.were_published([keys[0][n] for n in numbers]),
-            now,
-        )
+        missing = keys[0][restoring.num_device : restoring.num_whole]
+        restoring.start(plan, held, self._blocks.were_published(missing), now)
 
     def _record_bytes(self, first: int, num_blocks: int) -> np.ndarray:
         """Bytes of each block in all groups that need it when the prefix ends after the last."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from prefixstore.engine.sequence import SequenceBlocks
 from prefixstore.planner import Meeting, RestorePlan
@@ -12,6 +13,25 @@ from prefixstore.reuse_report import MissReason, ReuseReport
 
 # Of several groups' tiers a block counts for the slowest: it is there when the last part is.
 Held = Sequence[str | None]  # of each block after those on the device: the tier that holds it
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What became of one prompt; see `RequestReport`.
+
+    Attributes:
+        reuse: Tokens by where they came from.
+        mode: The plan, in a word.
+        lookup_s: Until the plan was made.
+        load_s: Loads under way.
+        saved_s: Seconds of computing that loading saved, as the planner reckons.
+    """
+
+    reuse: ReuseReport
+    mode: str = "none"
+    lookup_s: float = 0.0
+    load_s: float = 0.0
+    saved_s: float = 0.0
 
 
 class Restoring:
@@ -50,7 +70,7 @@ class Restoring:
         self._lost: set[int] = set()
         self._late: set[int] = set()
         self._has_no_room = False
-        self._were_published: Callable[[Sequence[int]], list[bool]] = lambda numbers: []
+        self._was_published: Sequence[bool] = ()
 
     @property
     def num_whole(self) -> int:
@@ -63,18 +83,23 @@ class Restoring:
         self,
         plan: RestorePlan,
         held: Held | None,
-        were_published: Callable[[Sequence[int]], list[bool]],
+        was_published: Sequence[bool],
         now: float,
     ) -> None:
-        """The look-up is over: `held` says of each block after the cached ones who holds it.
+        """The look-up is over.
 
-        None if there was no answer in time. `were_published` tells whether this process had blocks.
+        Args:
+            plan: What is to be loaded.
+            held: Of each block after the cached ones who holds it; None if there was no answer in
+                time.
+            was_published: Of each of them whether this process had it once.
+            now: When.
         """
         self.lookup_s = now - self._began
         self._planned = now
         self._plan, self._held = plan, held
         self._meeting = Meeting(plan)
-        self._were_published = were_published
+        self._was_published = was_published
 
     @property
     def is_planned(self) -> bool:
@@ -144,22 +169,22 @@ class Restoring:
         return self._meeting
 
     @property
-    def mode(self) -> str:
-        return "none" if self._plan is None else self._plan.mode.value
-
-    @property
     def measured_s(self) -> float:
         """From the plan to the end."""
         return self._finished - self._planned
 
-    @property
-    def saved_s(self) -> float:
-        """Seconds of computing that loading saved, as the planner reckons."""
-        if self._plan is None or not self._loaded:
-            return 0.0
-        return self._plan.recompute_s - self.measured_s
+    def result(self) -> Restored:
+        """Of a finished one."""
+        assert self._plan is not None
+        return Restored(
+            reuse=self._reuse(),
+            mode=self._plan.mode.value,
+            lookup_s=self.lookup_s,
+            load_s=self.load_s,
+            saved_s=self._plan.recompute_s - self.measured_s if self._loaded else 0.0,
+        )
 
-    def reuse(self) -> ReuseReport:
+    def _reuse(self) -> ReuseReport:
         size = self._block_size
         by_tier = Counter(self._loaded.values())
         by_tier[DEVICE] = self.num_device
@@ -172,27 +197,18 @@ class Restoring:
         )
 
     def _misses(self) -> Counter[MissReason]:
-        numbers = [
-            number
-            for number in range(self.num_device, self.num_whole)
-            if number not in self._loaded
-        ]
-        reasons = [self._reason(number) for number in numbers]
-        unknown = [n for n, reason in zip(numbers, reasons, strict=True) if reason is None]
-        found = Counter(reason for reason in reasons if reason is not None)
-        for was_there in self._were_published(unknown):
-            found[MissReason.EVICTED if was_there else MissReason.NEW] += 1
-        return found
+        missed = [n for n in range(self.num_device, self.num_whole) if n not in self._loaded]
+        return Counter(map(self._reason, missed))
 
-    def _reason(self, number: int) -> MissReason | None:
-        """Why a block was computed; None where no tier holds it."""
+    def _reason(self, number: int) -> MissReason:
+        """Why a block was computed."""
+        at = number - self.num_device
         if number in self._lost:
             return MissReason.LOST
         if number in self._late:
             return MissReason.LATE
         if self._held is None:
             return MissReason.UNREACHABLE
-        at = number - self.num_device
         if at >= len(self._held) or self._held[at] is None:
-            return None
+            return MissReason.EVICTED if self._was_published[at] else MissReason.NEW
         return MissReason.NO_ROOM if self._has_no_room else MissReason.CHEAPER

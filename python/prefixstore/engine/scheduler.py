@@ -38,8 +38,9 @@ class Scheduler:
     - A request is admitted when the pool has room for its whole prompt, so that prompts never wait
       for each other's blocks. It waits too while another is computing what it begins with.
     - Running answers come first in every batch, one token each; prompts share what is left.
-    - When an answer's next block finds no room, whoever was admitted last gives its blocks away: they
-      are published, so they stay as long as there is room, and in the tiers. It goes on from there.
+    - When an answer's next block finds no room, whoever was admitted last gives its blocks away:
+      they are published, so they stay as long as there is room, and in the tiers. It goes on from
+      there.
 
     Args:
         blocks: The model's.
@@ -153,12 +154,14 @@ class Scheduler:
 
     def next_steps(self, now: float) -> list[Step]:
         """What the next forward pass computes; empty if all that runs waits for loads."""
-        steps = []
-        for request in [one for one in self.running if one.is_decoding]:
-            if request in self.running and self._make_room(request, request.num_tokens):
-                steps.append(Step(request, request.num_computed, request.num_tokens))
-        # Who was preempted for a later one's sake computes nothing.
-        steps = [step for step in steps if step.request in self.running]
+        decoding = [one for one in self.running if one.is_decoding]
+        with_room = [
+            one for one in decoding if one in self.running and self._make_room(one, one.num_tokens)
+        ]
+        # Who was preempted for another's sake after its turn computes nothing.
+        steps = [
+            Step(one, one.num_computed, one.num_tokens) for one in with_room if one in self.running
+        ]
         budget = self._config.max_batch_tokens - len(steps)
         for request in [one for one in self.running if not one.is_decoding]:
             if budget <= 0:
@@ -192,7 +195,7 @@ class Scheduler:
         return restoring.next_chunk(now, budget)
 
     def _make_room(self, request: Request, stop: int, start: int | None = None) -> bool:
-        """Have blocks for tokens up to `stop`, of others if need be; False if it gave up its own."""
+        """Have blocks for tokens up to `stop`, preempting; False if it was itself preempted."""
         start = request.num_computed if start is None else start
         while True:
             assert request.sequence is not None

@@ -1,0 +1,25 @@
+"""Load or recompute, or both at once: decided for each request from measured speeds."""
+
+from prefixstore.planner.costs import PlanInputs
+from prefixstore.planner.plan import PlanMode, RestorePlan, plan_restore
+from prefixstore.planner.planner import Planner, PlannerConfig
+from prefixstore.planner.progress import Meeting, MeetingCounts
+from prefixstore.planner.rates import PrefillEstimate, PrefillRate, TierEstimate, TierRate
+from prefixstore.planner.stats import ModeStats, PlannerStats
+
+__all__ = [
+    "Meeting",
+    "MeetingCounts",
+    "ModeStats",
+    "PlanInputs",
+    "PlanMode",
+    "Planner",
+    "PlannerConfig",
+    "PlannerStats",
+    "PrefillEstimate",
+    "PrefillRate",
+    "RestorePlan",
+    "TierEstimate",
+    "TierRate",
+    "plan_restore",
+]

@@ -1,0 +1,155 @@
+"""Load or recompute: how many blocks to compute from the front and to load from the back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+
+from prefixstore.planner.costs import Costs, PlanInputs
+
+_MAX_ENDS = 8  # of the runs of blocks that are tried as the end of what is loaded
+_PATIENCE_SPREADS = 2.0  # so many times the usual error above the expected seconds is no surprise,
+_LEAST_PATIENCE = 1.25  # so many times the expected seconds neither
+_LEAST_PATIENCE_S = 2e-3  # a thread that wakes late is not a slow tier
+
+
+class PlanMode(str, Enum):
+    """What a plan does with the blocks that tiers hold."""
+
+    NONE = "none"  # there are none
+    RECOMPUTE = "recompute"
+    LOAD = "load"
+    BOTH = "both"
+
+
+@dataclass(frozen=True)
+class RestorePlan:
+    """How to get the blocks of a prompt that are not on the device.
+
+    Attributes:
+        mode: In one word.
+        num_compute_blocks: To compute from the front while the rest is loaded. Of a plan that
+            loads nothing, all that tiers hold or might have held.
+        num_load_blocks: To load, from the last one down to the front; those among them that no
+            tier holds are computed. What lies behind them is computed last.
+        predicted_s: Until the last token of the prompt is computed.
+        recompute_s: The same if nothing is loaded.
+        load_s: The same if all is loaded; infinity where there is nothing.
+        load_deadline_s: Seconds from the start after which the load has disappointed: blocks that
+            have not come are computed. 0 if nothing is loaded.
+        is_probe: A few blocks are loaded to measure their tier; nobody waits for them.
+        costs: What the plan was made from.
+    """
+
+    mode: PlanMode
+    num_compute_blocks: int
+    num_load_blocks: int
+    predicted_s: float
+    recompute_s: float
+    load_s: float
+    load_deadline_s: float
+    is_probe: bool
+    costs: Costs
+
+    @property
+    def saved_s(self) -> float:
+        """Seconds that loading saves, as predicted."""
+        return self.recompute_s - self.predicted_s
+
+
+def plan_restore(inputs: PlanInputs) -> RestorePlan:
+    """The fastest plan: the exact minimum over all splits.
+
+    Loaded is one range of blocks. It ends where a run of blocks of one tier ends; with more than
+    eight runs the longest eight are tried.
+    """
+    costs = Costs(inputs)
+    recompute_s = costs.recompute_s()
+    if not len(costs.run_ends):
+        return _load_nothing(costs, PlanMode.NONE, recompute_s, float("inf"))
+    best_s, split, best_end = float("inf"), 0, 0
+    for end in _ends(costs):
+        seconds = costs.split_s(0, end)
+        seconds[-1] = float("inf")  # loads nothing
+        seconds += costs.tail_s(end)
+        first = int(seconds.argmin())
+        if seconds[first] < best_s:
+            best_s, split, best_end = float(seconds[first]), first, end
+    last = int(costs.run_ends[-1])
+    load_s = float(costs.split_s(0, last)[0]) + costs.tail_s(last)
+    if recompute_s - best_s <= max(inputs.margin_s, inputs.margin_ratio * recompute_s):
+        return _load_nothing(costs, PlanMode.RECOMPUTE, recompute_s, load_s)
+    patience_s = (inputs.slowdown if split else 1.0) * load_patience_s(costs, split, best_end)
+    return RestorePlan(
+        mode=PlanMode.BOTH if split else PlanMode.LOAD,
+        num_compute_blocks=split,
+        num_load_blocks=best_end - split,
+        predicted_s=best_s,
+        recompute_s=recompute_s,
+        load_s=load_s,
+        load_deadline_s=min(patience_s, inputs.deadline_s),
+        is_probe=False,
+        costs=costs,
+    )
+
+
+def plan_probe(plan: RestorePlan, num_blocks: int) -> RestorePlan:
+    """The same plan, which loads nothing, but its last few held blocks are loaded to measure.
+
+    Nobody waits for them: computing takes them back when it gets there first.
+    """
+    assert plan.num_load_blocks == 0 and plan.mode == PlanMode.RECOMPUTE
+    costs = plan.costs
+    end = int(costs.run_ends[-1])
+    others = np.flatnonzero(costs.tiers[:end] != costs.tiers[end - 1])
+    first = max(end - num_blocks, int(others[-1]) + 1 if len(others) else 0)
+    return RestorePlan(
+        mode=PlanMode.RECOMPUTE,
+        num_compute_blocks=first,
+        num_load_blocks=end - first,
+        predicted_s=plan.predicted_s,
+        recompute_s=plan.recompute_s,
+        load_s=plan.load_s,
+        load_deadline_s=plan.recompute_s,
+        is_probe=True,
+        costs=costs,
+    )
+
+
+def load_patience_s(costs: Costs, first: int, end: int, load_scale: float = 1.0) -> float:
+    """Seconds of a load of blocks `first` to `end`, by itself, after which it has disappointed.
+
+    More than usual errors explain; yet no more than computing the blocks would take, or a quarter
+    above what was expected, so that a load that never comes costs about as much as computing again.
+    """
+    inputs = costs.inputs
+    expected_s = load_scale * costs.load_s(first, end)
+    spread = inputs.estimates[int(costs.tiers[end - 1])].spread
+    longest_s = max(_LEAST_PATIENCE * expected_s, costs.compute_s(first, end))
+    patience_s = max(_LEAST_PATIENCE, 1 + _PATIENCE_SPREADS * spread) * expected_s
+    return max(min(patience_s, longest_s), _LEAST_PATIENCE_S)
+
+
+def _load_nothing(costs: Costs, mode: PlanMode, recompute_s: float, load_s: float) -> RestorePlan:
+    return RestorePlan(
+        mode=mode,
+        num_compute_blocks=costs.num_blocks,
+        num_load_blocks=0,
+        predicted_s=recompute_s,
+        recompute_s=recompute_s,
+        load_s=load_s,
+        load_deadline_s=0.0,
+        is_probe=False,
+        costs=costs,
+    )
+
+
+def _ends(costs: Costs) -> list[int]:
+    """Where the loaded range may end, ascending."""
+    ends = costs.run_ends
+    if len(ends) > _MAX_ENDS:
+        lengths = np.diff(ends, prepend=0)
+        ends = np.sort(ends[np.argsort(lengths, kind="stable")[-_MAX_ENDS:]])
+    return [int(end) for end in ends]

@@ -1,0 +1,227 @@
+"""What an engine holds: it learns speeds from what was measured, and plans with them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from prefixstore.planner.costs import PlanInputs
+from prefixstore.planner.plan import PlanMode, RestorePlan, plan_probe, plan_restore
+from prefixstore.planner.progress import MeetingCounts
+from prefixstore.planner.rates import PrefillRate, Slowdown, TierRate
+from prefixstore.planner.stats import PlanCounts, PlannerStats
+
+# Passes beside a load say how much it slows them only once passes by themselves are known.
+_NUM_KNOWN_PASSES = 5
+
+
+@dataclass(frozen=True)
+class PlannerConfig:
+    """What a planner goes by.
+
+    Attributes:
+        margin_s: Seconds that loading must save, or nothing is loaded.
+        margin_ratio: Share of the time of computing all that it must save.
+        probe_interval_s: A tier from which nothing was loaded for so long is measured again by the
+            next request that finds its blocks there.
+        probe_blocks: So many blocks are loaded for that.
+    """
+
+    margin_s: float = 2e-4
+    margin_ratio: float = 0.03
+    probe_interval_s: float = 10.0
+    probe_blocks: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("margin_s", "margin_ratio", "probe_interval_s"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.probe_blocks < 1:
+            raise ValueError(f"probe_blocks: expected 1 or more, got {self.probe_blocks}")
+
+
+class Planner:
+    """Plans restores. Thread-safe; reads no clock: `now` is on any clock that does not jump.
+
+    Args:
+        tier_names: Of the store, fastest first.
+        block_size: Tokens in a block.
+        chunk_tokens: Prompt tokens in one forward pass.
+        has_windows: Whether some layer group has a sliding window, see `PlanInputs`.
+        config: Margins and probes.
+    """
+
+    def __init__(
+        self,
+        tier_names: Sequence[str],
+        block_size: int,
+        chunk_tokens: int,
+        *,
+        has_windows: bool = False,
+        config: PlannerConfig | None = None,
+    ) -> None:
+        self._config = config if config is not None else PlannerConfig()
+        self._names = tuple(tier_names)
+        self._numbers: dict[str | None, int] = {name: i for i, name in enumerate(self._names)}
+        self._numbers[None] = -1  # as in `PlanInputs.tiers`
+        self._block_size = block_size
+        self._chunk_tokens = chunk_tokens
+        self._has_windows = has_windows
+        self._lock = threading.Lock()
+        self._tiers = {name: TierRate() for name in self._names}
+        self._probed_at: dict[str, float] = {}
+        self._prefill = PrefillRate()
+        self._slowdown = Slowdown()
+        self._counts = PlanCounts()
+
+    # ---- measurements ------------------------------------------------------------------------
+
+    def observe_prefill(
+        self, num_new: int, context: int, seconds: float, *, is_loading: bool = False
+    ) -> None:
+        """A forward pass computed `num_new` tokens of prompts after `context` others.
+
+        Args:
+            num_new: In the pass.
+            context: Before them.
+            seconds: That it took.
+            is_loading: Records were loaded during all of it: then it says how much that slows it.
+        """
+        with self._lock:
+            if not is_loading:
+                self._prefill.observe(num_new, context, seconds)
+                return
+            known = self._prefill.snapshot()
+            if known.num_passes >= _NUM_KNOWN_PASSES:
+                self._slowdown.observe(known.seconds(num_new, context, num_new), seconds)
+
+    def observe_load(
+        self,
+        tier: str,
+        num_bytes: int,
+        num_records: int,
+        seconds: float,
+        now: float,
+        *,
+        is_computing: bool = False,
+    ) -> None:
+        """A call of `tier` gave so many records of so many bytes in all.
+
+        Args:
+            tier: Its name.
+            num_bytes: Of the records that came.
+            num_records: That came.
+            seconds: That it took, verified and in their blocks.
+            now: When it was over.
+            is_computing: The model computed during all of it.
+        """
+        with self._lock:
+            alone_s = seconds / self._slowdown.factor if is_computing else seconds
+            self._rate(tier).observe(num_bytes, alone_s, num_records, now)
+
+    def observe_given_up(self, tier: str, num_bytes: int, seconds: float, now: float) -> None:
+        """A call of `tier` was given up after so many seconds; it would have taken longer."""
+        with self._lock:
+            self._rate(tier).observe_given_up(num_bytes, seconds, now)
+
+    def finished(self, plan: RestorePlan, measured_s: float, counts: MeetingCounts) -> None:
+        """A plan was carried out: all tokens of the prompt are computed.
+
+        Args:
+            plan: From `plan`.
+            measured_s: Seconds from its start.
+            counts: Of its `Meeting`.
+
+        Raises:
+            ValueError: If `measured_s` is negative.
+        """
+        if not measured_s >= 0:
+            raise ValueError(f"measured_s: expected 0 or more, got {measured_s}")
+        with self._lock:
+            self._counts.add_finished(plan, measured_s, counts)
+
+    def prefill_s(self, num_new: int, context: int) -> float:
+        """Expected seconds to compute `num_new` tokens of a prompt after `context` others."""
+        with self._lock:
+            return self._prefill.snapshot().seconds(num_new, context, self._chunk_tokens)
+
+    # ---- plans -------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        num_tokens: int,
+        num_device_blocks: int,
+        tiers: Sequence[str | None],
+        record_bytes: Sequence[int] | np.ndarray,
+        now: float,
+        *,
+        deadline_s: float = float("inf"),
+    ) -> RestorePlan:
+        """Load or recompute what is not on the device.
+
+        Args:
+            num_tokens: Of the prompt.
+            num_device_blocks: Whole blocks at its start that are on the device.
+            tiers: For each block that follows the tier that holds it, or None.
+            record_bytes: For each of them the bytes to be read, all layer groups together.
+            now: When.
+            deadline_s: Seconds after which the store gives nothing any more.
+
+        Raises:
+            ValueError: If these disagree or a tier is unknown.
+        """
+        try:
+            numbers = [self._numbers[name] for name in tiers]
+        except KeyError as error:
+            raise ValueError(
+                f"tiers: expected names of {self._names} or None, got {error.args[0]!r}"
+            ) from None
+        with self._lock:
+            inputs = PlanInputs(
+                num_tokens=num_tokens,
+                block_size=self._block_size,
+                num_device_blocks=num_device_blocks,
+                tiers=np.array(numbers, dtype=np.int64),
+                record_bytes=np.asarray(record_bytes, dtype=np.int64),
+                estimates=[self._tiers[name].snapshot() for name in self._names],
+                prefill=self._prefill.snapshot(),
+                chunk_tokens=self._chunk_tokens,
+                slowdown=self._slowdown.factor,
+                has_windows=self._has_windows,
+                margin_s=self._config.margin_s,
+                margin_ratio=self._config.margin_ratio,
+                deadline_s=deadline_s,
+            )
+            plan = plan_restore(inputs)
+            if plan.mode == PlanMode.RECOMPUTE and self._is_due(plan, now):
+                plan = plan_probe(plan, self._config.probe_blocks)
+            self._counts.add_plan(plan)
+            return plan
+
+    def _is_due(self, plan: RestorePlan, now: float) -> bool:
+        """Whether the tier of the last block is to be measured again; if so it is noted."""
+        costs = plan.costs
+        number = int(costs.tiers[costs.run_ends[-1] - 1])
+        name = self._names[number]
+        times = (costs.inputs.estimates[number].observed_at, self._probed_at.get(name))
+        if any(at is not None and now - at < self._config.probe_interval_s for at in times):
+            return False
+        self._probed_at[name] = now
+        return True
+
+    # ---- counters ----------------------------------------------------------------------------
+
+    def stats(self) -> PlannerStats:
+        """What it chose, how right it was, and what it believes."""
+        with self._lock:
+            tiers = {name: rate.snapshot() for name, rate in self._tiers.items()}
+            return self._counts.stats(tiers, self._prefill.snapshot(), self._slowdown.factor)
+
+    def _rate(self, tier: str) -> TierRate:
+        rate = self._tiers.get(tier)
+        if rate is None:
+            raise ValueError(f"tier: expected one of {self._names}, got {tier!r}")
+        return rate

@@ -1,0 +1,310 @@
+"""Computing from the front and loading from the back, until they meet.
+
+    block   0 ...... front ........ back .................. end ..... last token
+            present  being computed  unclaimed   being loaded, loaded  the tail
+            ------------------>                  <------------
+
+Every block is in one state, so none is computed that was loaded, and none is loaded that was
+computed. Both sides ask what to do next; the answer weighs what is left with the speeds that this
+very request has seen, so a wrong estimate costs little more than the first chunk and the first
+call. A load that is overdue does not hold computing up: the front takes blocks back from it, and
+what arrives too late is dropped.
+
+After each event ask `next_call` first, if no call is under way, then `next_chunk`.
+
+Pure: the caller says what happened and when. Not thread-safe: the caller holds one lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from prefixstore.planner.pace import Pace
+from prefixstore.planner.plan import RestorePlan, load_patience_s
+
+_ABSENT, _COMPUTING, _LOADING, _PRESENT = range(4)
+
+# A call is large enough that its latency is 2 % of it: calls are where a load can turn.
+_LATENCIES_PER_CALL = 50.0
+_LEAST_CALL_S = 5e-3
+_CLOCK_S = 1e-6  # nobody wakes more precisely
+
+
+@dataclass(frozen=True)
+class MeetingCounts:
+    """What became of the blocks of one prompt.
+
+    Attributes:
+        num_computed_blocks: Whole blocks that were computed.
+        num_loaded_blocks: Blocks that were loaded and kept.
+        num_dropped_blocks: Blocks that were loaded for nothing: they came too late.
+        is_given_up: Blocks were computed that the load had promised and did not bring in time.
+    """
+
+    num_computed_blocks: int
+    num_loaded_blocks: int
+    num_dropped_blocks: int
+    is_given_up: bool
+
+
+class Meeting:
+    """The state of one restore. Blocks and tokens are counted from the prompt's start.
+
+    Args:
+        plan: What was planned; where both sides meet may change.
+    """
+
+    def __init__(self, plan: RestorePlan) -> None:
+        self._plan = plan
+        self._costs = plan.costs
+        self._inputs = inputs = plan.costs.inputs
+        self._offset = inputs.num_device_blocks
+        self._num_blocks = -(-inputs.num_tokens // inputs.block_size)
+        self._states = np.full(self._num_blocks, _ABSENT, dtype=np.uint8)
+        self._states[: self._offset] = _PRESENT
+        self._next_token = self._offset * inputs.block_size
+        # Everything from here on was offered to the loader.
+        self._back = self._offset + plan.num_compute_blocks + plan.num_load_blocks
+        # A probe loads what was planned and no more.
+        self._lowest_load = self._offset + (plan.num_compute_blocks if plan.is_probe else 0)
+        self._is_loading_over = plan.num_load_blocks == 0
+        self._chunk: range | None = None  # tokens
+        self._call: range | None = None  # blocks
+        self._pace = Pace(inputs.slowdown)
+        self._num_computed = self._num_loaded = self._num_dropped = 0
+        self._is_given_up = False
+        self._wake_at: float | None = None
+
+    # ---- the front ---------------------------------------------------------------------------
+
+    def next_chunk(self, now: float, max_tokens: int | None = None) -> range | None:
+        """Tokens to be computed now; `chunk_done` is to follow.
+
+        Args:
+            now: On the clock of all these calls.
+            max_tokens: At most so many; None for a chunk of the plan.
+
+        Returns:
+            The tokens' positions; None if there is nothing to compute now: `is_done`, or the load
+            is waited for. Then ask again after the next event, or at `wake_at`.
+        """
+        assert self._chunk is None, "one chunk at a time"
+        self._wake_at = None
+        self._skip_present()
+        if self.is_done:
+            return None
+        end = self._computable_until(now)
+        inputs, size = self._inputs, self._inputs.block_size
+        start = self._next_token
+        max_tokens = inputs.chunk_tokens if max_tokens is None else max_tokens
+        stop = min(end * size, inputs.num_tokens, start + max_tokens)
+        if stop <= start:
+            return None
+        claimed = self._states[start // size : -(-stop // size)]
+        if not self._plan.is_probe and (claimed == _LOADING).any():
+            self._is_given_up = True
+        claimed[:] = _COMPUTING
+        self._chunk = range(start, stop)
+        seconds = inputs.prefill.seconds(stop - start, start, stop - start)
+        self._pace.begin(self._pace.compute, seconds, now)
+        return self._chunk
+
+    def chunk_done(self, now: float) -> None:
+        """The chunk that `next_chunk` gave is computed."""
+        assert self._chunk is not None, "no chunk was begun"
+        self._pace.end(self._pace.compute, now)
+        size, stop = self._inputs.block_size, self._chunk.stop
+        first, end = self._chunk.start // size, -(-stop // size)
+        whole = self._num_blocks if stop == self._inputs.num_tokens else stop // size
+        self._states[first:whole] = _PRESENT
+        self._states[whole:end] = _ABSENT  # begun: `_claimed_until` keeps the loader off
+        self._num_computed += whole - first
+        self._next_token = stop
+        self._chunk = None
+
+    # ---- the back ----------------------------------------------------------------------------
+
+    def next_call(self, now: float) -> range | None:
+        """Blocks to be loaded now, in one call, of one tier, the last one being needed least.
+
+        `call_done` or `stop_loading` is to follow.
+
+        Returns:
+            Block numbers, ascending; None if there is nothing more to load, now or later.
+        """
+        assert self._call is None, "one call at a time"
+        low = max(self._claimed_until(), self._lowest_load)
+        while not self._is_loading_over and self._back > low and self._tier(self._back - 1) < 0:
+            self._back -= 1  # no tier holds it: the front computes it
+        if self._is_loading_over or self._back <= low:
+            self._is_loading_over = True
+            return None
+        first = low if self._plan.is_probe else self._best_split(low, now)
+        first = self._call_start(first)
+        if first == self._back:
+            self._is_loading_over = True  # computing the rest is faster
+            return None
+        self._call = range(first, self._back)
+        self._back = first
+        self._states_of_call()[:] = _LOADING
+        seconds = self._costs.load_s(first - self._offset, self._call.stop - self._offset)
+        self._pace.begin(self._pace.load, seconds, now)
+        return self._call
+
+    def call_done(self, now: float, missing: Collection[int] = ()) -> list[int]:
+        """The call that `next_call` gave is over.
+
+        Args:
+            now: When.
+            missing: Those of its blocks that did not come: misses, failed verification.
+
+        Returns:
+            The blocks to keep; the others came too late or are of no use.
+        """
+        assert self._call is not None, "no call was begun"
+        # A miss is answered sooner than a hit, so it says nothing of the tier's speed.
+        self._pace.end(self._pace.load, now, learns=not missing)
+        states = self._states_of_call()
+        wanted = [block for block in self._call if self._states[block] == _LOADING]
+        kept = [block for block in wanted if block not in missing]
+        if self._inputs.has_windows and missing:
+            # Attention windows would reach over the gap: all before it is computed.
+            kept = [block for block in kept if block > max(missing)]
+            self._is_loading_over = True
+        states[states == _LOADING] = _ABSENT
+        self._states[kept] = _PRESENT
+        self._num_loaded += len(kept)
+        self._num_dropped += len(self._call) - len(missing) - len(kept)
+        self._call = None
+        return kept
+
+    def stop_loading(self, now: float) -> None:
+        """The tier failed or the call was cancelled: what has not come is computed."""
+        self._is_loading_over = True
+        if self._call is None:
+            return
+        self._pace.end(self._pace.load, now, learns=False)
+        states = self._states_of_call()
+        states[states == _LOADING] = _ABSENT
+        self._call = None
+        self._is_given_up = True
+
+    # ---- both --------------------------------------------------------------------------------
+
+    @property
+    def is_done(self) -> bool:
+        """Every token is there."""
+        return self._next_token >= self._inputs.num_tokens
+
+    @property
+    def wake_at(self) -> float | None:
+        """When `next_chunk`, having returned None, is to be asked again if nothing happens."""
+        return self._wake_at
+
+    @property
+    def should_cancel(self) -> bool:
+        """A call is under way of which nobody wants anything any more."""
+        return self._call is not None and not (self._states_of_call() == _LOADING).any()
+
+    def counts(self) -> MeetingCounts:
+        return MeetingCounts(
+            self._num_computed, self._num_loaded, self._num_dropped, self._is_given_up
+        )
+
+    # ---- decisions ---------------------------------------------------------------------------
+
+    def _computable_until(self, now: float) -> int:
+        """Block before which the front may go on now; the block it stands at for waiting."""
+        front = self._next_token // self._inputs.block_size
+        ahead = self._states[front:]
+        if self._plan.is_probe:  # nobody waits for it
+            return front + _num_leading(ahead != _PRESENT)
+        limit = front + _num_leading(ahead == ahead[0])
+        end = front
+        if ahead[0] == _ABSENT:
+            if self._is_loading_over or front >= self._back:
+                return limit
+            is_begun = self._next_token % self._inputs.block_size > 0
+            end = min(limit, max(self._best_split(front, now), front + is_begun))
+        if end == front and self._call is not None:
+            end = self._patient_until(front, limit, self._call, now)
+        return end
+
+    def _patient_until(self, front: int, limit: int, call: range, now: float) -> int:
+        """What the front may compute though waiting for `call` seemed better.
+
+        Nothing before the call is overdue. Then what takes half as long as was waited already: if
+        the blocks arrive right after, the wait was half again as long, no more.
+        """
+        load, scale = self._pace.load, self._pace.compute.scale
+        assert load.work is not None
+        self._pace.advance(now)
+        i = front - self._offset
+        half_s = (now - load.work.started_at) / 2
+        patience_s = load_patience_s(
+            self._costs, call.start - self._offset, call.stop - self._offset, load.scale
+        )
+        block_s = scale * self._costs.compute_s(i, i + 1)
+        left_s = max(patience_s - load.done_s(now), 2 * (block_s - half_s))
+        if left_s > _CLOCK_S:
+            self._wake_at = now + left_s
+            return front
+        end = front + 1
+        while end < limit and scale * self._costs.compute_s(i, end + 1 - self._offset) <= half_s:
+            end += 1
+        return end
+
+    def _best_split(self, low: int, now: float) -> int:
+        """Where computing from `low` and loading down from `back` are done first."""
+        self._pace.advance(now)
+        seconds = self._costs.split_s(
+            low - self._offset,
+            self._back - self._offset,
+            compute_scale=self._pace.compute.scale,
+            load_scale=self._pace.load.scale,
+            compute_ready_s=self._pace.compute.left_s(now),
+            load_ready_s=self._pace.load.left_s(now),
+        )
+        return low + int(seconds.argmin())
+
+    def _call_start(self, first: int) -> int:
+        """First block of the next call, which ends at `back` and begins at `first` or later."""
+        i, end = first - self._offset, self._back - self._offset
+        if i == end:
+            return first
+        tiers = self._costs.tiers
+        others = np.flatnonzero(tiers[i:end] != tiers[end - 1])
+        i += int(others[-1]) + 1 if len(others) else 0
+        tier = self._inputs.estimates[int(tiers[end - 1])]
+        longest_s = max(_LATENCIES_PER_CALL * tier.latency_s, _LEAST_CALL_S)
+        transfers = np.cumsum(self._inputs.record_bytes[i:end][::-1]) / tier.bytes_per_s
+        num_blocks = max(1, int(np.searchsorted(transfers, longest_s, side="right")))
+        return max(self._offset + i, self._back - num_blocks)
+
+    def _states_of_call(self) -> np.ndarray:
+        """A view of them."""
+        assert self._call is not None
+        return self._states[self._call.start : self._call.stop]
+
+    def _tier(self, block: int) -> int:
+        return int(self._costs.tiers[block - self._offset])
+
+    def _claimed_until(self) -> int:
+        """First block that the front has not begun."""
+        token = self._next_token if self._chunk is None else self._chunk.stop
+        return -(-token // self._inputs.block_size)
+
+    def _skip_present(self) -> None:
+        front = self._next_token // self._inputs.block_size
+        num_present = _num_leading(self._states[front:] == _PRESENT)
+        if num_present:
+            self._next_token = (front + num_present) * self._inputs.block_size
+
+
+def _num_leading(flags: np.ndarray) -> int:
+    """How many of them are set before the first that is not."""
+    unset = np.flatnonzero(~flags)
+    return int(unset[0]) if len(unset) else len(flags)
