@@ -31,12 +31,8 @@ REMOTE = ("prefixstore.tiers.remote",)
 STORE = ("prefixstore.store",)
 PLANNER = ("prefixstore.residency", "prefixstore.planner")
 CACHE = ("prefixstore.cache", "prefixstore.config", "prefixstore.device", "prefixstore.restore")
-CACHE += (
-    "prefixstore.block_cache",
-    "prefixstore.session",
-    "prefixstore.served_model",
-    "prefixstore.pool_blocks",
-)
+CACHE += ("prefixstore.session", "prefixstore.served_model", "prefixstore.pool_blocks")
+CACHE += ("prefixstore.block_cache", "prefixstore.reuse_report")
 CACHE += ("prefixstore.tokens", "prefixstore.codec_choice", "prefixstore.tier_urls")
 ENGINE = ("prefixstore.engine",)
 OUTERMOST = ("prefixstore.cli", "prefixstore.commands", "prefixstore.demo")

@@ -25,7 +25,7 @@ class RequestHandle:
         self._wakers: list[Callable[[], None]] = []  # of event loops that wait
 
     def cancel(self) -> None:
-        """Let the engine stop; the last piece then says CANCELLED. Of no effect on a finished one."""
+        """Let the engine stop; the last piece then says CANCELLED. A finished one stays."""
         self._cancel()
 
     @property

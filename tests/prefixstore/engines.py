@@ -1,0 +1,48 @@
+"""Engines on tiny models, and what their requests must answer."""
+
+import contextlib
+
+import torch
+from cached_models import BLOCK_SIZE, generate, random_tokens
+
+from prefixstore.engine import Engine, SamplingParams
+
+GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+
+
+class Numbers:
+    """A tokenizer whose text is the tokens' numbers: " 17 4"."""
+
+    eos_token_id = None
+
+    def decode(self, token_ids, **_):
+        return "".join(f" {token_id}" for token_id in token_ids)
+
+
+@contextlib.contextmanager
+def open_engine(model, **settings):
+    """An engine in small blocks; its recount and the number of threads are right at the end."""
+    settings = {"block_size": BLOCK_SIZE, "pool_tokens": 4096, "max_batch_tokens": 64, **settings}
+    with Engine.open(model, Numbers(), **settings) as engine:
+        yield engine
+        assert engine.drain(60), "requests hang"
+        assert engine.check() == []
+        assert engine.stats().num_running == engine.stats().num_queued == 0
+        free = engine.cache.stats().pool_free_blocks
+        held = engine.cache.stats().index.num_blocks
+        engine.cache.flush()
+        assert free + held == engine.cache.stats().pool_blocks, "blocks leak"
+
+
+def prompt(num_tokens, seed=0):
+    return random_tokens(num_tokens, seed)[0].tolist()
+
+
+def expected(model, tokens, num_new=12):
+    """What the model answers by itself, its end-of-sequence token one like all others."""
+    model.generation_config.eos_token_id = None
+    return generate(model, torch.tensor([tokens]), num_new=num_new)
+
+
+def answer(engine, tokens, sampling=GREEDY, **options):
+    return engine.submit(tokens, sampling, **options).result(60)

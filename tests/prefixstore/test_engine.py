@@ -1,0 +1,285 @@
+"""The engine: what it answers, reuses, refuses and gives back."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+import torch
+from cached_models import BLOCK_SIZE, random_tokens
+from engines import GREEDY, Numbers, answer, expected, open_engine, prompt
+
+from prefixstore.engine import Engine, EngineConfig, FinishReason, SamplingParams
+from prefixstore.errors import ConfigError, EngineClosed, EngineOverloaded
+
+LENGTHS = (5, 40, 100, 257, 16, 64, 1, 17)
+
+
+def test_answers_are_those_of_each_prompt_alone(model):
+    prompts = [prompt(length, seed) for seed, length in enumerate(LENGTHS)]
+    with open_engine(model) as engine:
+        outputs = engine.generate(prompts, GREEDY)
+    for tokens, output in zip(prompts, outputs, strict=True):
+        assert list(output.token_ids) == expected(model, tokens)
+        assert output.finish_reason == FinishReason.LENGTH
+        assert output.text == Numbers().decode(output.token_ids)
+        assert output.report.reuse.num_prompt_tokens == len(tokens)
+        assert output.report.num_output_tokens == 12
+
+
+def test_reuses_what_was_computed_before_answers_too(model):
+    with open_engine(model) as engine:
+        first = answer(engine, prompt(100))
+        turn = prompt(100) + list(first.token_ids) + prompt(20, seed=1)
+        second = answer(engine, turn)
+        assert list(second.token_ids) == expected(model, turn)
+    assert first.report.reuse.misses == {"new": 96}
+    # 111 of the first request's tokens were computed: the last one's KV was not needed.
+    assert second.report.reuse.tokens_by_tier == {"device": 96}
+    assert second.report.reuse.misses == {"new": 32}
+
+
+def test_requests_that_begin_alike_compute_that_once(model):
+    shared = prompt(200, seed=9)
+    prompts = [shared + prompt(10, seed=20 + i) for i in range(4)]
+    with open_engine(model) as engine:
+        outputs = engine.generate(prompts, GREEDY)
+        num_computed = engine.stats().computed_tokens
+    for tokens, output in zip(prompts, outputs, strict=True):
+        assert list(output.token_ids) == expected(model, tokens)
+    assert [one.report.reuse.tokens_by_tier.get("device", 0) for one in outputs] == [0, *[192] * 3]
+    assert num_computed == 210 + 3 * 18 + 4 * 11
+
+
+@pytest.mark.parametrize("tier", ["memory", "disk"])
+def test_restores_from_a_tier_after_a_restart(model, tier, tmp_path):
+    settings = {"tiers": [f"disk://{tmp_path}?max_bytes=64MiB"]}
+    if tier == "memory":
+        settings = {"tiers": ["memory://64MiB"], "pool_tokens": 640}
+    tokens = prompt(500)
+    with open_engine(model, **settings) as engine:
+        answer(engine, tokens)
+        assert engine.cache.flush()
+        if tier == "memory":
+            answer(engine, prompt(600, seed=1))  # the pool holds no more than that
+            output = answer(engine, tokens)
+    if tier == "disk":
+        with open_engine(model, **settings) as engine:
+            output = answer(engine, tokens)
+    assert list(output.token_ids) == expected(model, tokens)
+    reuse = output.report.reuse
+    assert (
+        reuse.tokens_by_tier.get(tier, 0)
+        + sum(reuse.misses.values())
+        + reuse.tokens_by_tier.get("device", 0)
+        == 496
+    )
+
+
+def test_streams_pieces_as_they_come_to_threads_and_event_loops(model):
+    tokens = prompt(30)
+
+    async def read(handle):
+        return [delta async for delta in handle]
+
+    with open_engine(model) as engine:
+        handle = engine.submit(tokens, GREEDY)
+        pieces = list(handle)
+        again = asyncio.run(read(handle))
+        fresh = asyncio.run(read(engine.submit(tokens, GREEDY)))
+    for deltas in (pieces, again, fresh):
+        assert [one for delta in deltas for one in delta.token_ids] == expected(model, tokens)
+        assert all(delta.finish_reason is None for delta in deltas[:-1])
+        assert deltas[-1].finish_reason == FinishReason.LENGTH and deltas[-1].report is not None
+    assert len(again) == 1  # all of it was there
+
+
+def test_ends_at_stop_strings_and_stop_tokens(model):
+    tokens = prompt(30)
+    usual = expected(model, tokens)
+    with open_engine(model) as engine:
+        stop = f" {usual[4]}"
+        at = next(i for i, one in enumerate(usual) if str(one).startswith(str(usual[4])))
+        by_text = answer(engine, tokens, SamplingParams(max_tokens=12, temperature=0, stop=[stop]))
+        by_token = answer(
+            engine, tokens, SamplingParams(max_tokens=12, temperature=0, stop_token_ids=[usual[4]])
+        )
+    assert by_text.finish_reason == by_token.finish_reason == FinishReason.STOP
+    assert by_text.text == Numbers().decode(usual[:at])
+    assert list(by_token.token_ids) == usual[: usual.index(usual[4]) + 1]
+    assert by_token.text == Numbers().decode(usual[: usual.index(usual[4])])
+
+
+def test_a_seed_gives_the_same_answer_alone_and_beside_others(model):
+    sampling = SamplingParams(max_tokens=12, temperature=1.5, top_p=0.95, seed=7)
+    with open_engine(model) as engine:
+        alone = answer(engine, prompt(33), sampling)
+        others = [engine.submit(prompt(20 + i, seed=i), GREEDY) for i in range(5)]
+        beside = answer(engine, prompt(33), sampling)
+        another = answer(engine, prompt(33), SamplingParams(max_tokens=12, temperature=1.5, seed=8))
+        for handle in others:
+            handle.result(60)
+    assert alone.token_ids == beside.token_ids != another.token_ids
+
+
+def test_a_pool_too_small_for_all_preempts_and_goes_on(model):
+    prompts = [prompt(60, seed=i) for i in range(6)]
+    sampling = SamplingParams(max_tokens=80, temperature=0, ignore_eos=True)
+    with open_engine(model, pool_tokens=320, max_running=6) as engine:
+        outputs = engine.generate(prompts, sampling)
+        assert engine.stats().num_preemptions > 0
+    for tokens, output in zip(prompts, outputs, strict=True):
+        assert list(output.token_ids) == expected(model, tokens, 80)
+    preempted = [one.report for one in outputs if one.report.num_preemptions]
+    assert preempted and all(report.times.preempted_s > 0 for report in preempted)
+
+
+def test_a_cancelled_request_ends_wherever_it_is(model):
+    long = SamplingParams(max_tokens=1000, temperature=0, ignore_eos=True)
+    with open_engine(model, max_running=1) as engine:
+        running, queued = engine.submit(prompt(40), long), engine.submit(prompt(50, 1), long)
+        next(iter(running))
+        queued.cancel()
+        assert queued.result(60).finish_reason == FinishReason.CANCELLED
+        running.cancel()
+        ended = running.result(60)
+        assert ended.finish_reason == FinishReason.CANCELLED and ended.token_ids
+        running.cancel()  # of no effect
+        assert answer(engine, prompt(40)).token_ids
+
+
+def test_tenants_are_served_in_turn(model):
+    order = [("busy", f"b{number}") for number in range(6)] + [("calm", "calm")]
+    with open_engine(model, max_running=1) as engine:
+        handles = [
+            engine.submit(prompt(40, seed), GREEDY, tenant=tenant, request_id=name)
+            for seed, (tenant, name) in enumerate(order)
+        ]
+        for handle in handles:
+            handle.result(60)
+        done = [report.request_id for report in engine.recent()]
+    assert done.index("calm") <= 2
+
+
+def test_overload_is_answered_at_once(model):
+    long = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
+    with open_engine(model, max_running=1, max_queued=2) as engine:
+        handles = [engine.submit(prompt(40, i), long) for i in range(3)]
+        with pytest.raises(EngineOverloaded, match="expected at most 2 waiting"):
+            for i in range(2):
+                engine.submit(prompt(40, 5 + i), long)
+        assert engine.stats().num_refused >= 1
+        for handle in handles:
+            handle.cancel()
+
+
+def test_salts_share_nothing(model):
+    with open_engine(model) as engine:
+        answer(engine, prompt(100), salt="a")
+        other = answer(engine, prompt(100), salt="b")
+        same = answer(engine, prompt(100), salt="a")
+    assert other.report.reuse.tokens_by_tier == {}
+    assert same.report.reuse.tokens_by_tier == {"device": 96}
+
+
+def test_with_reuse_off_everything_is_computed(model):
+    with open_engine(model, reuses_prefixes=False, memory_bytes=0) as engine:
+        for _ in range(2):
+            output = answer(engine, prompt(100))
+            assert output.report.reuse.tokens_by_tier == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([],), "token_ids: expected at least one token"),
+        (([1, 97],), "prompt: expected token ids below 97, got 97"),
+        (([[1, 2], [3, 4]],), "expected one sequence"),
+        (([1] * 2048,), r"prompt: expected fewer than 2048 tokens \(max_model_len\), got 2048"),
+        ((["a"],), "expected integers"),
+    ],
+)
+def test_refuses_prompts_that_cannot_be_served(model, arguments, message):
+    with open_engine(model) as engine, pytest.raises(ValueError, match=message):
+        engine.submit(*arguments)
+
+
+def test_refuses_after_drain_and_ends_what_runs_at_close(model):
+    long = SamplingParams(max_tokens=1000, temperature=0, ignore_eos=True)
+    with Engine.open(model, Numbers(), block_size=BLOCK_SIZE, pool_tokens=4096) as engine:
+        handle = engine.submit(prompt(40), long)
+        assert not engine.drain(0.01)
+        with pytest.raises(EngineClosed):
+            engine.submit(prompt(40))
+    assert handle.result(5).finish_reason == FinishReason.CANCELLED
+    engine.close()
+
+
+def test_a_failing_pass_ends_its_requests_and_no_others(model):
+    with open_engine(model) as engine:
+        before = answer(engine, prompt(40))
+        forward, failing = model.forward, threading.Event()
+
+        def fail(*args, **kwargs):
+            if failing.is_set():
+                raise RuntimeError("out of luck")
+            return forward(*args, **kwargs)
+
+        model.forward = fail
+        try:
+            failing.set()
+            broken = answer(engine, prompt(40, seed=3))
+            failing.clear()
+            after = answer(engine, prompt(40))
+        finally:
+            del model.forward
+    assert broken.finish_reason == FinishReason.ERROR and "out of luck" in broken.error
+    assert after.token_ids == before.token_ids
+
+
+def test_changed_weights_end_the_requests(model):
+    with open_engine(model) as engine:
+        answer(engine, prompt(40))
+        with torch.no_grad():
+            next(model.parameters()).add_(1.0)
+        time.sleep(1.1)
+        with pytest.raises(ValueError, match="expected the weights"):
+            engine.submit(prompt(40))
+
+
+def test_holds_no_more_of_a_sliding_window_than_it_needs():
+    from cached_models import tiny_gemma3
+
+    torch.manual_seed(1)
+    model = tiny_gemma3()
+    held = []
+    with open_engine(model, max_batch_tokens=32) as engine:
+        handle = engine.submit(
+            random_tokens(800)[0].tolist(), SamplingParams(max_tokens=50, temperature=0)
+        )
+        for _ in handle:
+            with engine._changed:
+                running = engine._scheduler.running
+                held += [(request.sequence.tables[1] >= 0).sum() for request in running]
+    window_blocks = -(-40 // BLOCK_SIZE)
+    assert held and max(held) <= window_blocks + 32 // BLOCK_SIZE + 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_running": 0}, "max_running: expected a positive integer, got 0"),
+        ({"max_batch_tokens": 4}, "max_batch_tokens: expected one for each running"),
+        ({"max_queued": -1}, "max_queued: expected 0 or more"),
+    ],
+)
+def test_refuses_bounds_that_make_no_sense(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(**settings)
+
+
+def test_refuses_more_tokens_than_the_model_or_the_pool_has(model):
+    with pytest.raises(ConfigError, match="max_model_len: expected at most 2048"):
+        Engine.open(model, Numbers(), block_size=BLOCK_SIZE, pool_tokens=4096, max_model_len=4096)
+    with pytest.raises(ConfigError, match="nobody"):
+        Engine.open(model, Numbers(), nobody=1)
