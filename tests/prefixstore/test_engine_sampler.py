@@ -64,6 +64,15 @@ def test_draws_from_the_exact_distribution(params, device):
     assert_drawn_from(exact_probabilities(LOGITS, params), counts)
 
 
+@pytest.mark.parametrize(
+    ("seed", "expected"), [(42, [52, 13, 27, 18, 30]), (-1, [15, 44, 16, 37, 28])]
+)
+def test_a_seed_gives_the_same_tokens_forever(seed, expected, device):
+    """Written down, so that neither our code nor NumPy's changes what a seed stands for."""
+    logits = torch.zeros(5, 64, device=device)
+    assert sample(logits, [SamplingParams()] * 5, [seed] * 5, range(5)) == expected
+
+
 @pytest.mark.parametrize("varied", ["seeds", "positions"])
 def test_one_token_says_nothing_of_the_next(varied, device):
     num_draws = 8_000
@@ -145,6 +154,14 @@ def test_a_token_ruled_out_is_never_taken(device):
     logits[:, 417] = -1e4
     for params in (SamplingParams(), SamplingParams(top_k=20, top_p=0.9, temperature=2.0)):
         assert sample(logits, [params] * 200) == [417] * 200
+
+
+def test_double_precision_reaches_beyond_single(device):
+    logits = torch.tensor([[1e300, 1e300, -1e300]], dtype=torch.float64, device=device)
+    rows = [SamplingRow(SamplingParams(logprobs=2), 0, position) for position in range(50)]
+    tokens = sample_tokens(logits.expand(50, -1), rows)
+    assert {one.token_id for one in tokens} == {0, 1}
+    assert tokens[0].logprob.logprob == pytest.approx(math.log(0.5))
 
 
 def test_top_k_beyond_the_vocabulary_keeps_all(device):

@@ -22,7 +22,7 @@ import torch
 from prefixstore.engine.outputs import TokenLogprob
 from prefixstore.engine.sampling import MAX_LOGPROBS, SamplingParams
 
-# An integer weight is a float32 probability times this: exact down to 2**-36 and zero below
+# An integer weight is a probability times this: exact down to 2**-36 and zero below
 # 2**-60, and a row's weights add up to about 2**60, far from the end of int64.
 _WEIGHT_OF_ONE = 2.0**60
 _SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny  # smaller ones would divide 0 by 0
@@ -128,7 +128,7 @@ def _draw_tokens(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Ten
 def _weigh(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     """Probabilities after temperature and top-k as integers, `[num_rows, vocab_size]`, int64."""
     temperatures = [max(one.temperature, _SMALLEST_TEMPERATURE) for one in params]
-    scores = logits.float()
+    scores = _widen(logits)
     # The peak first: dividing by a small temperature must not make it infinite.
     scores = scores - scores.amax(dim=-1, keepdim=True)
     scores /= torch.tensor(temperatures, device=logits.device).unsqueeze(-1)
@@ -144,6 +144,11 @@ def _weigh(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tens
 def _select(values: torch.Tensor, chosen: list[int]) -> torch.Tensor:
     """Some rows of `values`, in order; not copied if they are all."""
     return values if len(chosen) == len(values) else values[chosen]
+
+
+def _widen(logits: torch.Tensor) -> torch.Tensor:
+    """As float32, or float64 as they are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _draw_once(weights: torch.Tensor, streams: Sequence[np.random.Philox]) -> torch.Tensor:
@@ -169,7 +174,7 @@ def _find_logprobs(
     asking = [at for at, row in enumerate(rows) if row.params.logprobs is not None]
     if not asking:
         return {}
-    logprobs = _select(logits, asking).float().log_softmax(dim=-1)
+    logprobs = _widen(_select(logits, asking)).log_softmax(dim=-1)
     chosen = token_ids[asking].unsqueeze(-1)
     # As many whatever is asked: which of several equals `topk` takes may depend on how many.
     best = logprobs.topk(min(MAX_LOGPROBS, logits.shape[-1]))
