@@ -70,13 +70,21 @@ class PrefixCache:
         self._is_closed = False
 
     @classmethod
-    def open(cls, model: Any, config: CacheConfig | None = None, **settings: Any) -> PrefixCache:
+    def open(
+        cls,
+        model: Any,
+        config: CacheConfig | None = None,
+        *,
+        store: Store | None = None,
+        **settings: Any,
+    ) -> PrefixCache:
         """A cache for `model`, whose attention is set to read it until `close`.
 
         Args:
             model: A Hugging Face causal language model, in evaluation mode. Its weights count as
                 they are now; an adapter loaded or switched later needs a cache opened after it.
             config: Sizes and places, such as `CacheConfig.from_toml("kv.toml")`.
+            store: Tiers of your own, in place of those that `config` names; closed with the cache.
             settings: Fields of `CacheConfig` by name, in place of those of `config`:
                 `PrefixCache.open(model, disk_path="kv-cache", codec="q8")`.
 
@@ -102,7 +110,8 @@ class PrefixCache:
                 )
                 for spec in specs
             ]
-            return cls(groups, identity, config, _open_store(config, groups), served_model)
+            store = _open_store(config, groups) if store is None else store
+            return cls(groups, identity, config, store, served_model)
         except BaseException:
             served_model.close()
             raise
@@ -154,6 +163,14 @@ class PrefixCache:
         if len(tokens) == 0:
             raise ValueError("token_ids: expected at least one token, got none")
         return tokens, self.config.salt if salt is None else salt
+
+    def evict_pool(self) -> int:
+        """Give up all blocks in the pool that no session holds; the tiers keep theirs.
+
+        Returns:
+            How many there were.
+        """
+        return self.blocks.device.evict_all()
 
     def flush(self, timeout_s: float = 60.0) -> bool:
         """Wait until the tiers hold everything committed; False if time ran out first."""

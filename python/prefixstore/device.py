@@ -153,6 +153,16 @@ class DeviceBlocks:
             self._evict(missing)
         return allocator.allocate(num_blocks)
 
+    def evict_all(self) -> int:
+        """Give up all blocks that no session holds; returns how many."""
+        self.release_abandoned()
+        before = self._evicted_blocks
+        with self._lock:
+            num_blocks = self._index.num_blocks
+        if num_blocks:
+            self._evict(num_blocks)
+        return self._evicted_blocks - before
+
     def share(self, block_ids: np.ndarray) -> None:
         """Add a reference to each block of `[num_blocks, num_groups]`; -1 is skipped."""
         for group, ids in zip(self.groups, block_ids.T, strict=True):
