@@ -1,0 +1,47 @@
+"""A tier that gives records at a chosen rate: memory behind a narrow link."""
+
+import threading
+import time
+from collections.abc import Sequence
+
+from prefixstore.block_key import RecordName
+from prefixstore.errors import TierTimeout
+from prefixstore.tiers.base import ReadOutcome
+from prefixstore.tiers.memory import MemoryTier
+
+
+class ThrottledTier(MemoryTier):
+    """Reads take as long as their bytes need on the link, one after another, or as memory takes.
+
+    Attributes:
+        bytes_per_s: Of the link; may be set at any time.
+    """
+
+    bytes_per_s = float("inf")
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._link = threading.Lock()
+
+    @property
+    def lends(self) -> bool:
+        return False  # what lies behind a link is copied
+
+    def get_many(
+        self,
+        names: Sequence[RecordName],
+        outs: Sequence[memoryview],
+        *,
+        offsets: Sequence[int] | None = None,
+        deadline: float | None = None,
+    ) -> list[ReadOutcome]:
+        with self._link:
+            started = time.monotonic()
+            outcomes = super().get_many(names, outs, offsets=offsets, deadline=deadline)
+            num_bytes = sum(one for one in outcomes if isinstance(one, int))
+            arrives = started + num_bytes / self.bytes_per_s
+            until = arrives if deadline is None else min(arrives, deadline)
+            time.sleep(max(0.0, until - time.monotonic()))
+            if until < arrives:
+                raise TierTimeout(f"{self.name}: expected {num_bytes} bytes before the deadline")
+            return outcomes
