@@ -108,6 +108,13 @@ def test_learns_how_much_loading_slows_computing() -> None:
     assert planner.stats().slowdown == pytest.approx(1.4, rel=0.1)
 
 
+def test_predicts_what_a_prompt_costs_in_chunks() -> None:
+    planner = a_planner()
+    for context in range(0, 8192, 512):
+        planner.observe_prefill(512, context, MODEL.seconds(512, context, 512))
+    assert planner.prefill_s(4096, 512) == pytest.approx(MODEL.seconds(4096, 512, 512), rel=0.1)
+
+
 def test_counts_what_was_chosen_and_how_right_it_was() -> None:
     planner = a_planner()
     runs = [serve(planner, World(MODEL, FAST), float(i)) for i in range(20)]

@@ -146,6 +146,11 @@ class Planner:
         with self._lock:
             self._counts.add_finished(plan, measured_s, counts)
 
+    def prefill_s(self, num_new: int, context: int) -> float:
+        """Expected seconds to compute `num_new` tokens of a prompt after `context` others."""
+        with self._lock:
+            return self._prefill.snapshot().seconds(num_new, context, self._chunk_tokens)
+
     # ---- plans -------------------------------------------------------------------------------
 
     def plan(
