@@ -192,6 +192,7 @@ def test_finds_an_import_that_is_not_allowed(module: str, source: str) -> None:
         ("import prefixstore", ("torch", "kvkernels")),
         ("import prefixstore.store", ("triton", "transformers")),
         ("import prefixstore.index", ("torch", "kvkernels")),
+        ("import prefixstore.planner", ("torch", "kvkernels")),
         ("import prefixstore.tiers.disk, prefixstore.tiers.memory", ("torch", "kvkernels")),
         ("import prefixstore.tiers.protected", ("torch", "kvkernels", "cryptography")),
         ("import prefixstore.tiers.remote", ("torch", "kvkernels", "obstore")),

@@ -11,12 +11,16 @@ in least squares with forgetting.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-_OUTLIER_SIGMAS = 3.0
-_NUM_ITERATIONS = 4  # of the linearisation; a surprise of a factor of ten needs about three
+# Chi-square of a measurement beyond which it may be an accident, and beyond which, if the one
+# before was no better, things have changed.
+_ACCIDENT = 4.0
+_CHANGE = 9.0
+_NUM_ITERATIONS = 6  # a surprise of a factor of ten needs about three
+_LEAST_STEP = 1e-3
 
 
 class LogFit:
@@ -38,6 +42,7 @@ class LogFit:
         self._noise = noise**2
         self._drift = drift**2
         self._last_surprise = 0.0
+        self._num_observed = 0
 
     @property
     def coefficients(self) -> np.ndarray:
@@ -55,48 +60,86 @@ class LogFit:
     def observe(self, features: np.ndarray, seconds: float) -> float:
         """Learn from one measurement.
 
-        One surprise is taken for an accident and moves the coefficients only as far as the largest
-        plausible error; a second one on the same side is taken for a change and is believed.
+        What took far longer than is plausible may be an accident (a busy machine), so the first
+        such surprise counts as a measurement with that much noise. A second one on the same side is
+        a change, and makes what was known before count less. Nothing is faster by accident.
 
         Args:
-            features: `[num_features]` float64, not negative, not all 0.
+            features: `[num_features]` float64, all above 0.
             seconds: The measured total, above 0.
 
         Returns:
             The logarithm of measured over predicted seconds.
         """
         surprise = math.log(seconds / self.predict(features))
-        limit = _OUTLIER_SIGMAS * self._deviation(features)
-        believed = surprise
-        if abs(surprise) > limit:
-            if surprise * self._last_surprise > 0:
-                self._grow(surprise**2)
-            else:
-                believed = math.copysign(limit, surprise)
-            self._last_surprise = surprise
-        else:
+        noise = self._noise
+        step, implausible = self._explain(features, seconds, noise)
+        if implausible <= _ACCIDENT:
             self._last_surprise = 0.0
-        self._update(features, math.log(self.predict(features)) + believed)
+        else:
+            is_repeated = surprise * self._last_surprise > 0
+            self._last_surprise = surprise
+            if is_repeated and implausible > _CHANGE:
+                self._grow(surprise**2)
+                step, _ = self._explain(features, seconds, noise)
+            elif surprise > 0 and not is_repeated and self._num_observed:
+                noise = surprise**2
+                step, _ = self._explain(features, seconds, noise)
+        self._move(features, step, noise)
         self._grow(self._drift)
+        self._num_observed += 1
         return surprise
 
-    def _update(self, features: np.ndarray, log_seconds: float) -> None:
-        logs = self._logs
-        for _ in range(_NUM_ITERATIONS):
-            parts = np.exp(logs) * features
-            shares = parts / parts.sum()  # the gradient of the total's logarithm
-            spread = self._covariance @ shares
-            gain = spread / (shares @ spread + self._noise)
-            error = log_seconds - math.log(parts.sum()) - shares @ (self._logs - logs)
-            logs = self._logs + gain * error
-        self._logs = logs
-        self._covariance = self._covariance - np.outer(gain, spread)
+    def _explain(
+        self, features: np.ndarray, seconds: float, noise: float
+    ) -> tuple[np.ndarray, float]:
+        """The most likely change of the logarithms, and how implausible it is.
 
-    def _deviation(self, features: np.ndarray) -> float:
-        """Standard deviation of the next measurement's logarithm."""
+        Gauss-Newton steps, halved where they overshoot. The sum's logarithm is not linear and a
+        coefficient that mattered little so far has next to no gradient, so they begin where the
+        change of one coefficient alone would explain most, if that is better than no change.
+
+        Returns:
+            The change, `[num_features]`, and a chi-square: about 1 for what happens all the time.
+        """
+        # The change is `root @ z`, where z is a priori independent with variance 1.
+        root = np.linalg.cholesky(self._covariance)
+        log_seconds = math.log(seconds)
+
+        def look(z: np.ndarray) -> tuple[float, np.ndarray, float]:
+            """How implausible; shares of the total, its logarithm's gradient; what is missing."""
+            parts = np.exp(self._logs + root @ z) * features
+            total = parts.sum()
+            error = log_seconds - math.log(total)
+            return float(z @ z + error**2 / noise), parts / total, error
+
+        z = min(self._starts(root, features, seconds), key=lambda z: look(z)[0])
+        cost, shares, error = look(z)
+        for _ in range(_NUM_ITERATIONS):
+            gradient = root.T @ shares
+            step = gradient * ((error + gradient @ z) / (gradient @ gradient + noise)) - z
+            while (there := look(z + step))[0] > cost and np.abs(step).max() > _LEAST_STEP:
+                step = step / 2
+            z = z + step
+            cost, shares, error = there
+        return root @ z, cost
+
+    def _starts(
+        self, root: np.ndarray, features: np.ndarray, seconds: float
+    ) -> Iterator[np.ndarray]:
+        """No change, and for each coefficient what it would have to be if it alone were wrong."""
+        yield np.zeros(len(features))
+        parts = self.coefficients * features
+        needed = seconds - (parts.sum() - parts)
+        for j in np.flatnonzero(needed > 0):
+            yield root[j] * (math.log(needed[j] / parts[j]) / self._covariance[j, j])
+
+    def _move(self, features: np.ndarray, step: np.ndarray, noise: float) -> None:
+        self._logs = self._logs + step
         parts = self.coefficients * features
         shares = parts / parts.sum()
-        return math.sqrt(shares @ self._covariance @ shares + self._noise)
+        spread = self._covariance @ shares
+        self._covariance = self._covariance - np.outer(spread, spread) / (shares @ spread + noise)
 
     def _grow(self, variance: float) -> None:
         grown = self._covariance + np.eye(len(self._logs)) * variance

@@ -14,7 +14,8 @@ from prefixstore.planner.progress import MeetingCounts
 from prefixstore.planner.rates import PrefillRate, Slowdown, TierRate
 from prefixstore.planner.stats import PlanCounts, PlannerStats
 
-# Passes beside a load say how much it slows them only once passes by themselves are known.
+# Passes beside a load say how much it slows them once so many passes are known; before, they are
+# better than a guess of the model's speed.
 _NUM_KNOWN_PASSES = 5
 
 
@@ -89,13 +90,15 @@ class Planner:
             context: Before them.
             seconds: That it took.
             is_loading: Records were loaded during all of it: then it says how much that slows it.
+                A pass beside which they were loaded for a part of it is better left out.
         """
         with self._lock:
+            known = self._prefill.snapshot()
             if not is_loading:
                 self._prefill.observe(num_new, context, seconds)
-                return
-            known = self._prefill.snapshot()
-            if known.num_passes >= _NUM_KNOWN_PASSES:
+            elif known.num_passes < _NUM_KNOWN_PASSES:
+                self._prefill.observe(num_new, context, seconds / self._slowdown.factor)
+            else:
                 self._slowdown.observe(known.seconds(num_new, context, num_new), seconds)
 
     def observe_load(

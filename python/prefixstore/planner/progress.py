@@ -190,7 +190,7 @@ class Meeting:
         states = self._states_of_call()
         states[states == _LOADING] = _ABSENT
         self._call = None
-        self._is_given_up = True
+        self._is_given_up = not self._plan.is_probe
 
     # ---- both --------------------------------------------------------------------------------
 

@@ -122,7 +122,8 @@ class TierRate:
     def observe_given_up(self, num_bytes: int, seconds: float, now: float) -> None:
         """A call had not given so many bytes after so many seconds, when nobody wanted them more.
 
-        It would have taken longer, so it says nothing where that was expected anyway.
+        It says nothing where as much was expected. Else, of what has lasted so long for no known
+        reason, it is a fair guess that it lasts as long again.
 
         Raises:
             ValueError: If one of them is not above 0.
@@ -131,7 +132,7 @@ class TierRate:
         _check_positive("seconds", seconds)
         features = _tier_features(num_bytes)
         if seconds > self._fit.predict(features):
-            self._fit.observe(features, seconds)
+            self._spread = _blend_spread(self._spread, self._fit.observe(features, 2 * seconds))
         self._observed_at = now
 
     def snapshot(self) -> TierEstimate:

@@ -1,0 +1,183 @@
+"""A model and a tier in simulated time, to run a `Meeting` against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from prefixstore.planner.costs import PlanInputs
+from prefixstore.planner.plan import RestorePlan
+from prefixstore.planner.progress import Meeting
+from prefixstore.planner.rates import PrefillEstimate, TierEstimate
+
+
+@dataclass
+class World:
+    """How fast things really are; each speed may change while a request runs.
+
+    Attributes:
+        prefill: Of the model.
+        tier: Of the one tier there is.
+        slowdown: Of both beside each other.
+        compute_speed: Factor on the model's speed at a time.
+        load_speed: Factor on the tier's speed at a time; 0 stalls.
+        missing: Blocks that do not come.
+    """
+
+    prefill: PrefillEstimate
+    tier: TierEstimate
+    slowdown: float = 1.0
+    compute_speed: Callable[[float], float] = lambda now: 1.0
+    load_speed: Callable[[float], float] = lambda now: 1.0
+    missing: frozenset[int] = frozenset()
+
+
+@dataclass
+class Work:
+    """A chunk or a call; `beside_s` of its time the other side was at work too."""
+
+    seconds: float  # left, at full speed
+    what: range
+    started_at: float
+    ended_at: float = float("nan")
+    beside_s: float = 0.0
+
+    @property
+    def took_s(self) -> float:
+        return self.ended_at - self.started_at
+
+
+@dataclass
+class Run:
+    """What happened.
+
+    Attributes:
+        ttft_s: Until the last token was computed.
+        computed: Times each token was computed, `[num_tokens]`.
+        loaded: Times each block was loaded and kept, `[num_blocks]`.
+        chunks: That were computed, tokens.
+        calls: That were made, blocks.
+        given_up: The call that was cancelled, if one was.
+    """
+
+    meeting: Meeting
+    ttft_s: float
+    computed: np.ndarray
+    loaded: np.ndarray
+    chunks: list[Work] = field(default_factory=list)
+    calls: list[Work] = field(default_factory=list)
+    given_up: Work | None = None
+
+
+def simulate(plan: RestorePlan, world: World, step_s: float = float("inf")) -> Run:
+    """Run a plan to its end; it begins at 0.
+
+    Args:
+        plan: What to do.
+        world: How fast that goes.
+        step_s: Speeds are looked at again after so long.
+    """
+    inputs = plan.costs.inputs
+    num_blocks = -(-inputs.num_tokens // inputs.block_size)
+    meeting = Meeting(plan)
+    run = Run(meeting, 0.0, np.zeros(inputs.num_tokens, int), np.zeros(num_blocks, int))
+    now = 0.0
+    chunk: Work | None = None
+    call: Work | None = None
+    while True:
+        if call is not None and meeting.should_cancel:
+            meeting.stop_loading(now)
+            call.ended_at = now
+            run.given_up, call = call, None
+        if call is None and (blocks := meeting.next_call(now)) is not None:
+            call = Work(_load_s(inputs, world, blocks), blocks, now)
+        if chunk is None and (tokens := meeting.next_chunk(now)) is not None:
+            seconds = world.prefill.seconds(len(tokens), tokens.start, len(tokens))
+            chunk = Work(seconds, tokens, now)
+        if chunk is None and meeting.is_done:
+            run.ttft_s = now
+            return run
+        load_speed = world.load_speed(now)  # a tier that stalls takes nothing from the model
+        is_beside = chunk is not None and call is not None and load_speed > 0
+        slowdown = world.slowdown if is_beside else 1.0
+        compute_speed = world.compute_speed(now) / slowdown
+        load_speed /= slowdown
+        waits = [step_s]
+        if chunk is not None:
+            waits.append(chunk.seconds / compute_speed)
+        elif meeting.wake_at is not None:
+            waits.append(meeting.wake_at - now)
+        if call is not None and load_speed > 0:
+            waits.append(call.seconds / load_speed)
+        wait_s = min(waits)
+        assert 0 <= wait_s < float("inf"), "nothing will ever happen"
+        now += wait_s
+        if chunk is not None and call is not None:
+            chunk.beside_s += wait_s
+            call.beside_s += wait_s
+        if chunk is not None:
+            chunk.seconds -= wait_s * compute_speed
+            if chunk.seconds <= 1e-12:
+                meeting.chunk_done(now)
+                run.computed[chunk.what.start : chunk.what.stop] += 1
+                chunk.ended_at = now
+                run.chunks.append(chunk)
+                chunk = None
+        if call is not None:
+            call.seconds -= wait_s * load_speed
+            if call.seconds <= 1e-12:
+                kept = meeting.call_done(now, [b for b in call.what if b in world.missing])
+                run.loaded[kept] += 1
+                call.ended_at = now
+                run.calls.append(call)
+                call = None
+
+
+def _load_s(inputs: PlanInputs, world: World, blocks: range) -> float:
+    first = inputs.num_device_blocks
+    return world.tier.seconds(
+        float(inputs.record_bytes[blocks.start - first : blocks.stop - first].sum())
+    )
+
+
+def recompute_s(inputs: PlanInputs, world: World) -> float:
+    """To compute everything, really."""
+    context = inputs.num_device_blocks * inputs.block_size
+    return world.prefill.seconds(inputs.num_tokens - context, context, inputs.chunk_tokens)
+
+
+def load_s(inputs: PlanInputs, world: World) -> float:
+    """To load all blocks in one call and compute the rest, really."""
+    context = (inputs.num_device_blocks + len(inputs.tiers)) * inputs.block_size
+    tail = world.prefill.seconds(inputs.num_tokens - context, context, inputs.chunk_tokens)
+    return world.tier.seconds(float(inputs.record_bytes.sum())) + tail
+
+
+def one_tier(
+    num_prefix: int,
+    tier: TierEstimate,
+    prefill: PrefillEstimate,
+    *,
+    num_tail: int = 32,
+    block_bytes: int = 1 << 20,
+    slowdown: float = 1.0,
+    num_device_blocks: int = 0,
+    has_windows: bool = False,
+    chunk_tokens: int = 512,
+) -> PlanInputs:
+    """A prompt whose prefix lies in one tier."""
+    num_blocks = num_prefix // 64
+    return PlanInputs(
+        num_tokens=num_device_blocks * 64 + num_blocks * 64 + num_tail,
+        block_size=64,
+        num_device_blocks=num_device_blocks,
+        tiers=np.zeros(num_blocks, int),
+        record_bytes=np.full(num_blocks, block_bytes),
+        estimates=[tier],
+        prefill=prefill,
+        slowdown=slowdown,
+        has_windows=has_windows,
+        chunk_tokens=chunk_tokens,
+    )

@@ -1,0 +1,189 @@
+"""Meetings: who does which block, while speeds and answers differ from what was planned."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planner_simulation import Run, World, one_tier, recompute_s, simulate
+
+from prefixstore.planner import Meeting, PlanInputs, PrefillEstimate, TierEstimate, plan_restore
+from prefixstore.planner.plan import PlanMode, plan_probe
+
+MODEL = PrefillEstimate(pass_s=5e-3, token_s=1e-3, pair_s=1e-7)
+FAST = TierEstimate(latency_s=1e-3, bytes_per_s=10e9, spread=0.1)
+EVEN = TierEstimate(latency_s=1e-3, bytes_per_s=1.5e7, spread=0.1)  # about as fast as the model
+
+
+def check_once(run: Run, inputs: PlanInputs) -> None:
+    """Every token that was not on the device was computed or loaded, once."""
+    size, start = inputs.block_size, inputs.num_device_blocks * inputs.block_size
+    times = run.computed + np.repeat(run.loaded, size)[: inputs.num_tokens]
+    assert (times[:start] == 0).all()
+    assert (times[start:] == 1).all()
+    counts = run.meeting.counts()
+    assert counts.num_loaded_blocks == run.loaded.sum()
+    assert counts.num_computed_blocks == sum(
+        bool(run.computed[i : i + size].all()) for i in range(start, inputs.num_tokens, size)
+    )
+
+
+@st.composite
+def restores(draw: st.DrawFn) -> tuple[PlanInputs, World]:
+    runs = draw(st.lists(st.tuples(st.sampled_from([-1, 0, 0, 0]), st.integers(1, 30)), max_size=5))
+    tiers = np.array([tier for tier, length in runs for _ in range(length)], dtype=np.int64)
+    num_device_blocks = draw(st.integers(0, 5))
+    speed = st.floats(1e-3, 1e3)
+    inputs = PlanInputs(
+        num_tokens=(num_device_blocks + len(tiers)) * 64 + draw(st.integers(1, 200)),
+        block_size=64,
+        num_device_blocks=num_device_blocks,
+        tiers=tiers,
+        record_bytes=np.full(len(tiers), 1 << 20),
+        estimates=[draw(st.sampled_from([FAST, EVEN]))],
+        prefill=MODEL,
+        chunk_tokens=draw(st.sampled_from([40, 64, 100, 512])),
+        slowdown=draw(st.sampled_from([1.0, 1.5])),
+        has_windows=draw(st.booleans()),
+    )
+    tier = inputs.estimates[0]
+    change_at = draw(st.floats(0, 2))
+    later = draw(st.sampled_from([0.0, 0.1, 1.0, 10.0]))
+    world = World(
+        prefill=MODEL,
+        tier=TierEstimate(tier.latency_s, tier.bytes_per_s * draw(speed)),
+        slowdown=draw(st.sampled_from([1.0, 1.5])),
+        load_speed=lambda now: 1.0 if now < change_at else later,
+        missing=draw(st.frozensets(st.integers(0, 100), max_size=3)),
+    )
+    return inputs, world
+
+
+@given(restores())
+@settings(max_examples=300, deadline=None)
+def test_every_token_is_computed_or_loaded_once(restore: tuple[PlanInputs, World]) -> None:
+    inputs, world = restore
+    plan = plan_restore(inputs)
+    check_once(simulate(plan, world, step_s=0.05), inputs)
+    if plan.mode == PlanMode.RECOMPUTE:
+        check_once(simulate(plan_probe(plan, 4), world, step_s=0.05), inputs)
+
+
+@pytest.mark.parametrize("num_device_blocks", [0, 7])
+def test_both_sides_meet_at_a_whole_block(num_device_blocks: int) -> None:
+    inputs = one_tier(4096, EVEN, MODEL, num_device_blocks=num_device_blocks)
+    run = simulate(plan_restore(inputs), World(MODEL, EVEN))
+    check_once(run, inputs)
+    met = num_device_blocks + 64 - int(run.loaded.sum())
+    assert num_device_blocks < met < num_device_blocks + 64
+    assert met * 64 in [chunk.what.stop for chunk in run.chunks]
+    assert run.loaded[met : num_device_blocks + 64].all()
+    assert not run.meeting.counts().is_given_up
+
+
+def test_asks_for_the_last_blocks_first_in_calls_that_outweigh_their_latency() -> None:
+    inputs = one_tier(4096, EVEN, MODEL)
+    run = simulate(plan_restore(inputs), World(MODEL, EVEN))
+    calls = [call.what for call in run.calls]
+    assert calls[0].stop == 64
+    assert all(later.stop == sooner.start for sooner, later in itertools.pairwise(calls))
+    far = TierEstimate(latency_s=5e-2, bytes_per_s=1e9)
+    assert len(simulate(plan_restore(one_tier(4096, far, MODEL)), World(MODEL, far)).calls) == 1
+
+
+def test_loads_more_where_the_tier_is_faster_than_thought_and_less_where_slower() -> None:
+    inputs = one_tier(7168, EVEN, MODEL)
+    plan = plan_restore(inputs)
+    faster, slower = (
+        simulate(plan, World(MODEL, TierEstimate(EVEN.latency_s, EVEN.bytes_per_s * factor)))
+        for factor in (4, 0.25)
+    )
+    assert faster.loaded.sum() > 1.5 * plan.num_load_blocks
+    assert slower.loaded.sum() < 0.7 * plan.num_load_blocks
+
+
+def test_takes_blocks_back_from_a_call_that_stalls_and_cancels_it() -> None:
+    inputs = one_tier(4096, FAST, MODEL)
+    plan = plan_restore(inputs)
+    assert plan.mode == PlanMode.LOAD
+    run = simulate(plan, World(MODEL, FAST, load_speed=lambda now: 0.0))
+    check_once(run, inputs)
+    assert run.meeting.counts().is_given_up
+    assert run.given_up is not None
+    assert run.chunks[0].what.start == 0
+    assert run.ttft_s < 1.2 * recompute_s(inputs, World(MODEL, FAST))
+
+
+def test_drops_what_arrives_too_late() -> None:
+    inputs = one_tier(1024, FAST, MODEL)
+    meeting = Meeting(plan_restore(inputs))
+    call = meeting.next_call(0.0)
+    assert call == range(16)
+    assert meeting.next_chunk(0.0) is None
+    wake_at = meeting.wake_at
+    assert wake_at is not None
+    assert meeting.next_chunk(wake_at) == range(64)
+    assert meeting.call_done(wake_at + 0.01) == list(range(1, 16))
+    assert meeting.counts().num_dropped_blocks == 1
+    meeting.chunk_done(wake_at + 0.1)
+    assert meeting.next_call(wake_at + 0.1) is None
+    assert meeting.next_chunk(wake_at + 0.1) == range(1024, 1056)
+
+
+@pytest.mark.parametrize("has_windows", [False, True])
+def test_computes_a_block_that_was_missing(has_windows: bool) -> None:
+    """With a window, computing cannot begin between loaded blocks: all before is computed too."""
+    inputs = one_tier(1024, FAST, MODEL, has_windows=has_windows)
+    run = simulate(plan_restore(inputs), World(MODEL, FAST, missing=frozenset([5])))
+    check_once(run, inputs)
+    assert run.loaded.tolist()[:16] == [
+        0 if i == 5 or (has_windows and i < 5) else 1 for i in range(16)
+    ]
+
+
+def test_computes_the_rest_once_loading_is_stopped() -> None:
+    inputs = one_tier(1024, FAST, MODEL)
+    meeting = Meeting(plan_restore(inputs))
+    assert meeting.next_call(0.0) is not None
+    meeting.stop_loading(0.001)
+    assert meeting.next_call(0.001) is None
+    assert meeting.next_chunk(0.001) == range(512)
+    assert meeting.counts().is_given_up
+
+
+def test_chunks_are_no_longer_than_the_caller_has_room_for() -> None:
+    inputs = one_tier(1024, TierEstimate(latency_s=100.0), MODEL)
+    meeting = Meeting(plan_restore(inputs))
+    assert meeting.next_chunk(0.0, max_tokens=100) == range(100)
+    meeting.chunk_done(0.1)
+    assert meeting.next_chunk(0.1, max_tokens=7) == range(100, 107)
+    meeting.chunk_done(0.2)
+    assert meeting.next_chunk(0.2) == range(107, 619)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_nobody_waits_for_a_probe(answers: bool) -> None:
+    slow = TierEstimate(latency_s=20.0)
+    inputs = one_tier(1024, slow, MODEL)
+    plan = plan_probe(plan_restore(inputs), 4)
+    tier = FAST if answers else slow
+    world = World(MODEL, tier)
+    run = simulate(plan, world)
+    check_once(run, inputs)
+    assert [call.what for call in run.calls] == ([range(12, 16)] if answers else [])
+    assert run.loaded.sum() == (4 if answers else 0)
+    assert run.ttft_s <= recompute_s(inputs, world) + MODEL.pass_s
+    assert not run.meeting.counts().is_given_up
+
+
+def test_a_call_brings_blocks_of_one_tier() -> None:
+    tiers = np.array([0] * 6 + [1] * 4 + [0] * 6)
+    inputs = dataclasses.replace(one_tier(1024, FAST, MODEL), tiers=tiers, estimates=[FAST, FAST])
+    run = simulate(plan_restore(inputs), World(MODEL, FAST))
+    assert [call.what for call in run.calls] == [range(10, 16), range(6, 10), range(6)]
+    assert math.isclose(run.ttft_s, plan_restore(inputs).predicted_s)
