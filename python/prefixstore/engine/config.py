@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prefixstore.errors import ConfigError
+from prefixstore.planner import POLICIES
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class EngineConfig:
             prompt is cut; costs speed.
         reuses_prefixes: Whether anything cached is reused; without it every prompt is computed, for
             comparison.
+        restore_policy: "planned": what tiers hold is loaded as far as that is faster than computing
+            it; "load" and "recompute": always.
         num_loaders: Requests whose blocks are looked up and loaded at the same time.
     """
 
@@ -30,11 +33,16 @@ class EngineConfig:
     max_model_len: int | None = None
     batch_invariant: bool = False
     reuses_prefixes: bool = True
+    restore_policy: str = "planned"
     num_loaders: int = 4
 
     def __post_init__(self) -> None:
         for name in ("max_running", "max_batch_tokens", "num_loaders"):
             self._check_positive(name, getattr(self, name))
+        if self.restore_policy not in POLICIES:
+            raise ConfigError(
+                f"restore_policy: expected one of {POLICIES}, got {self.restore_policy!r}"
+            )
         if self.max_model_len is not None:
             self._check_positive("max_model_len", self.max_model_len)
         if not isinstance(self.max_queued, int) or self.max_queued < 0:

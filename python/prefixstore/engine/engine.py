@@ -32,7 +32,7 @@ from prefixstore.engine.sampling import SamplingParams
 from prefixstore.engine.scheduler import Scheduler, Step
 from prefixstore.engine.stats import EngineCounts, EngineStats
 from prefixstore.errors import ConfigError, EngineClosed, EngineOverloaded
-from prefixstore.planner import Planner
+from prefixstore.planner import Planner, PlannerConfig
 from prefixstore.settings import check_known
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ class Engine:
             blocks.block_size,
             config.max_batch_tokens,
             has_windows=any(window is not None for window in blocks.device.windows),
+            config=PlannerConfig(policy=config.restore_policy),
         )
         self._restorer = Restorer(blocks, self._planner, config.num_loaders, self._changed)
         self._scheduler = Scheduler(blocks, self._restorer, config)

@@ -2,12 +2,13 @@
 
 from prefixstore.planner.costs import PlanInputs
 from prefixstore.planner.plan import PlanMode, RestorePlan, plan_restore
-from prefixstore.planner.planner import Planner, PlannerConfig
+from prefixstore.planner.planner import POLICIES, Planner, PlannerConfig
 from prefixstore.planner.progress import Meeting, MeetingCounts
 from prefixstore.planner.rates import PrefillEstimate, PrefillRate, TierEstimate, TierRate
 from prefixstore.planner.stats import ModeStats, PlannerStats
 
 __all__ = [
+    "POLICIES",
     "Meeting",
     "MeetingCounts",
     "ModeStats",

@@ -11,12 +11,17 @@ import numpy as np
 from prefixstore.planner.costs import PlanInputs
 from prefixstore.planner.plan import PlanMode, RestorePlan, plan_probe, plan_restore
 from prefixstore.planner.progress import MeetingCounts
-from prefixstore.planner.rates import PrefillRate, Slowdown, TierRate
+from prefixstore.planner.rates import PrefillEstimate, PrefillRate, Slowdown, TierRate
 from prefixstore.planner.stats import PlanCounts, PlannerStats
 
 # Passes beside a load say how much it slows them once so many passes are known; before, they are
 # better than a guess of the model's speed.
 _NUM_KNOWN_PASSES = 5
+
+
+POLICIES = ("planned", "load", "recompute")
+# Whoever waits for all that is loaded takes computing for something that never ends.
+_ENDLESS_PREFILL = PrefillEstimate(pass_s=1e9)
 
 
 @dataclass(frozen=True)
@@ -29,14 +34,19 @@ class PlannerConfig:
         probe_interval_s: A tier from which nothing was loaded for so long is measured again by the
             next request that finds its blocks there.
         probe_blocks: So many blocks are loaded for that.
+        policy: "planned"; or "load" or "recompute", to do always that with what tiers hold. What
+            was predicted then says nothing.
     """
 
     margin_s: float = 2e-4
     margin_ratio: float = 0.03
     probe_interval_s: float = 10.0
     probe_blocks: int = 4
+    policy: str = "planned"
 
     def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy: expected one of {POLICIES}, got {self.policy!r}")
         for name in ("margin_s", "margin_ratio", "probe_interval_s"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
@@ -182,6 +192,9 @@ class Planner:
             raise ValueError(
                 f"tiers: expected names of {self._names} or None, got {error.args[0]!r}"
             ) from None
+        if self._config.policy == "recompute":
+            numbers = [-1] * len(numbers)
+        is_planned = self._config.policy != "load"
         with self._lock:
             inputs = PlanInputs(
                 num_tokens=num_tokens,
@@ -190,7 +203,7 @@ class Planner:
                 tiers=np.array(numbers, dtype=np.int64),
                 record_bytes=np.asarray(record_bytes, dtype=np.int64),
                 estimates=[self._tiers[name].snapshot() for name in self._names],
-                prefill=self._prefill.snapshot(),
+                prefill=self._prefill.snapshot() if is_planned else _ENDLESS_PREFILL,
                 chunk_tokens=self._chunk_tokens,
                 slowdown=self._slowdown.factor,
                 has_windows=self._has_windows,
