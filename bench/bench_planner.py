@@ -44,7 +44,7 @@ class Subject:
     """One engine with one way to restore, on a tier of its own behind a link."""
 
     def __init__(self, model: Any, tokenizer: Any, policy: str) -> None:
-        self.tier = ThrottledTier("link", MemoryTierConfig(1 << 30))
+        self.tier = ThrottledTier(MemoryTierConfig(1 << 30))
         store = Store([self.tier], StoreConfig(load_timeout_s=120.0))
         self.cache = PrefixCache.open(model, pool_tokens=8192, store=store)
         config = EngineConfig(restore_policy=policy)
@@ -80,7 +80,7 @@ def measure(
     for length, prompt in prompts.items():
         for subject in subjects.values():  # its records are in the tier from here on
             subject.tier.bytes_per_s = float("inf")
-            subject.ttft_s(prompt[:length] + [1])
+            subject.ttft_s([*prompt[:length], 1])
     for cell in cells:
         prompt = prompts[cell.length]
         for subject in subjects.values():
