@@ -170,3 +170,9 @@ def test_a_prompt_that_no_tier_knows_is_computed() -> None:
 def test_refuses_what_it_does_not_know(ask, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ask(a_planner())
+
+
+def test_a_tier_is_not_probed_again_while_a_probe_is_out() -> None:
+    planner = Planner(["disk"], 64, 512, config=PlannerConfig(margin_ratio=1.0))
+    ask = (640, 0, ["disk"] * 8, [BLOCK_BYTES] * 8)
+    assert [planner.plan(*ask, now).is_probe for now in (0.0, 9.0, 11.0)] == [True, False, True]
