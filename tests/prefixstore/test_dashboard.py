@@ -1,13 +1,11 @@
 """What the dashboard answers: shapes, bounds, and what it keeps to itself."""
 
-import itertools
 import logging
 import re
 import threading
 import time
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from cached_models import BLOCK_SIZE, random_tokens, run, tiny_llama
@@ -17,8 +15,6 @@ from watched_engine import WatchedEngine, make_report
 
 from prefixstore.cache import PrefixCache
 from prefixstore.dashboard import dashboard_router, sampler, views
-from prefixstore.dashboard.prefix_tree import fold
-from prefixstore.index import RadixIndex
 from prefixstore.planner.stats import ModeStats
 
 QUESTIONS = ("overview", "history", "requests", "tree")
@@ -304,70 +300,3 @@ def test_digests_of_salts_differ_between_processes(engine, model, client) -> Non
     with TestClient(app) as other:
         theirs = other.get("/dashboard/tree").json()["salts"]
     assert theirs != client.get("/dashboard/tree").json()["salts"]
-
-
-@pytest.mark.parametrize("max_nodes", [0, 1, 7, 60, 10_000])
-def test_folding_loses_no_block(max_nodes) -> None:
-    rng = np.random.default_rng(max_nodes)
-    index = RadixIndex(2)
-    for i in range(150):
-        tokens = rng.integers(0, 2, (rng.integers(1, 9), 1)).repeat(2, axis=1).ravel()
-        index.insert(tokens, np.full((len(tokens) // 2, 1), i, np.int32), bytes([i % 3]))
-    tree = fold(index.outline(), max_nodes)
-    nodes = tree["nodes"]
-    assert len(nodes) == min(max_nodes, index.stats().num_runs)
-    folded = [*nodes, tree]
-    assert len(nodes) + sum(one["folded_runs"] for one in folded) == index.stats().num_runs
-    own = sum(node["own_blocks"] for node in nodes)
-    assert own + sum(one["folded_blocks"] for one in folded) == index.num_blocks
-    for place, node in enumerate(nodes):
-        below = [one for one in nodes if one["parent"] == place]
-        assert node["below_blocks"] == node["own_blocks"] + node["folded_blocks"] + sum(
-            one["below_blocks"] for one in below
-        )
-        assert all(one["salt"] == node["salt"] for one in below)
-        end = node["first_blocks"] + node["own_blocks"]
-        assert all(one["first_blocks"] == end for one in below)
-
-
-def test_folding_keeps_the_largest() -> None:
-    index = RadixIndex(1)
-    for first, length in ((1, 5), (2, 50), (3, 8)):
-        index.insert(np.full(length, first), np.zeros((length, 1), np.int32))
-    tree = fold(index.outline(), 2)
-    assert sorted(node["own_blocks"] for node in tree["nodes"]) == [8, 50]
-    assert (tree["folded_runs"], tree["folded_blocks"]) == (1, 5)
-
-
-# What people without one kind of cone see of linear RGB (Machado, Oliveira, Fernandes 2009).
-SIGHTS = {
-    "all cones": np.eye(3),
-    "no red": [[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]],
-    "no green": [[0.3673, 0.8606, -0.2280], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9689]],
-    "no blue": [[1.2555, -0.0767, -0.1788], [-0.0784, 0.9308, 0.1476], [0.0047, 0.6914, 0.3039]],
-}
-TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
-WHITE = TO_XYZ.sum(axis=1)
-
-
-def to_lab(colour: str, sight) -> np.ndarray:
-    """Where a colour such as #0d4f9a lies in CIELAB, as it is seen."""
-    rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    xyz = TO_XYZ @ np.clip(np.array(sight) @ linear, 0, 1) / WHITE
-    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
-    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
-
-
-@pytest.mark.parametrize("sight", SIGHTS)
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colours_of_places_can_be_told_apart(client, scheme, sight) -> None:
-    schemes = client.get("/dashboard/page.css").text.split("prefers-color-scheme: dark")
-    css = schemes[scheme == "dark"]
-    places = ("device", "memory", "disk", "redis", "remote", "computed")
-    seen = [
-        to_lab(re.search(f"--{place}: (#[0-9a-f]{{6}})", css)[1], SIGHTS[sight]) for place in places
-    ]
-    distances = [np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)]
-    assert len(distances) == 15
-    assert min(distances) >= 17.5

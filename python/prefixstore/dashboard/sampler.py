@@ -49,7 +49,7 @@ class Sampler:
     """Asks an engine for its counters once a second, however many pages are open.
 
     It always runs: what happened before somebody looked is what they want to see, and a sample
-    costs some ten microseconds. Tiers are asked only every `HISTORY_INTERVAL_S`, for some are
+    costs some 50 microseconds. Tiers are asked only every `HISTORY_INTERVAL_S`, for some are
     servers elsewhere, and from this thread alone: no page waits for one. The history is bounded,
     `HISTORY_S / HISTORY_INTERVAL_S` points and one.
     """

@@ -40,7 +40,7 @@ export class FirstTokenView {
       height,
       ...decades.flatMap((value) => [
         line(place(value), 4, place(value), height - 22, "grid"),
-        text(place(value), height - 6, seconds(value), "middle"),
+        text(place(value), height - 6, seconds(value), value === decades.at(-1) ? "end" : "middle"),
       ]),
       ...KINDS.flatMap((kind, row) => this.drawRow(kind, row * ROW_HEIGHT, width, place)),
     ];

@@ -1,6 +1,6 @@
 // The last 15 minutes: shares of prompt tokens by place, output tokens a second, requests.
 
-import { byId, el, line, plot, rect, setEmpty, svg, text } from "./draw.js";
+import { byId, el, line, plot, rect, setEmpty, text } from "./draw.js";
 import { amount, percent, rate } from "./format.js";
 import { inOrder, kindOf, sum, swatch, wordOf } from "./places.js";
 

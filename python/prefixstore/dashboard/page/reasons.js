@@ -1,6 +1,6 @@
 // Why tokens were computed, and what the planner chose.
 
-import { bars, byId, el, setEmpty, setText } from "./draw.js";
+import { bars, byId, el, setEmpty } from "./draw.js";
 import { amount, bytes, count, percent, seconds } from "./format.js";
 import { inOrder, sum, titleOf } from "./places.js";
 

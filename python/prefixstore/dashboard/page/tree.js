@@ -1,7 +1,7 @@
 // The tree of cached prefixes: a bar for each run, as long as it has tokens, prompts from left to
 // right. Where prompts part, the bar forks; its colour says how long ago it was touched.
 
-import { byId, el, line, plot, rect, setEmpty, setText, svg, text } from "./draw.js";
+import { byId, el, line, plot, rect, setEmpty, setText, text } from "./draw.js";
 import { amount, count, niceStep, plural } from "./format.js";
 
 const AGES = [4, 16, 64, 256]; // bounds of the heats, in look-ups and inserts
