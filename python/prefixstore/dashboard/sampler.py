@@ -81,9 +81,12 @@ class Sampler:
         now = time.time()
         newest = self._history[-1].taken_at if self._history else -HISTORY_INTERVAL_S
         # Half an interval of tolerance: a tick that comes a little early is the one that was meant.
-        is_due = before is None or now - newest > HISTORY_INTERVAL_S - SAMPLE_INTERVAL_S / 2
+        is_due = now - newest > HISTORY_INTERVAL_S - SAMPLE_INTERVAL_S / 2
         stats = self._engine.stats()
-        tiers = self._engine.cache.tier_stats() if is_due else before.tiers  # type: ignore[union-attr]
+        if before is None or is_due:
+            tiers = self._engine.cache.tier_stats()
+        else:
+            tiers = before.tiers
         latest = Sample(now, stats, tiers)
         with self._lock:
             self._latest = latest
