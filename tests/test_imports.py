@@ -37,6 +37,7 @@ CACHE += ("prefixstore.tokens", "prefixstore.codec_choice", "prefixstore.tier_ur
 ENGINE = ("prefixstore.engine",)
 OUTERMOST = ("prefixstore.cli", "prefixstore.commands", "prefixstore.demo")
 OUTERMOST += ("prefixstore.quality", "prefixstore.records")
+DASHBOARD = ("prefixstore.dashboard",)
 
 # Modules of a part, and what they may import beyond the standard library and each other. A name
 # stands for itself and all below it; the longest name that fits a module decides its part.
@@ -85,6 +86,13 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
         *RECORD,
         *STORE,
         *PLANNER,
+        *CACHE,
+    ),
+    # It looks at an engine and its cache, and changes nothing.
+    DASHBOARD: (
+        *("numpy", "fastapi", "anyio", "prefixstore.engine", "prefixstore.tiers.base"),
+        *NAMES,
+        *STORE,
         *CACHE,
     ),
     # The outermost layer imports anything; only it imports itself.

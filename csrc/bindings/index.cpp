@@ -379,6 +379,27 @@ std::vector<std::uint64_t> list_runs(LockedTree& locked) {
   return packed;
 }
 
+template <class T>
+py::array_t<T> to_array(const std::vector<T>& values) {
+  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+py::dict outline(LockedTree& locked) {
+  const auto found = locked.without_gil([](RadixTree& tree) { return tree.outline(); });
+  std::vector<std::uint64_t> handles;
+  handles.reserve(found.handles.size());
+  for (const RadixTree::Handle handle : found.handles) handles.push_back(pack(handle));
+  py::list salts;
+  for (const std::string& salt : found.salts) salts.append(py::bytes(salt));
+  using py::literals::operator""_a;
+  return py::dict("handles"_a = to_array(handles), "parents"_a = to_array(found.parents),
+                  "salt_numbers"_a = to_array(found.salt_numbers),
+                  "first_blocks"_a = to_array(found.first_blocks),
+                  "num_blocks"_a = to_array(found.num_blocks),
+                  "num_pins"_a = to_array(found.num_pins), "ticks"_a = to_array(found.ticks),
+                  "salts"_a = salts, "clock"_a = found.clock);
+}
+
 py::dict count(LockedTree& locked) {
   const auto stats = locked.with_gil([](RadixTree& tree) { return tree.stats(); });
   using py::literals::operator""_a;
@@ -430,6 +451,7 @@ void bind_index(py::module_& module) {
       .def("stats", &count)
       .def("runs", &list_runs)
       .def("describe", &describe)
+      .def("outline", &outline)
       .def("check", [](LockedTree& locked) {
         return locked.without_gil([](RadixTree& tree) { return tree.check(); });
       });

@@ -1,5 +1,6 @@
 // What looks at a whole tree: counts, the list of its runs, and the recount of every invariant.
 #include <algorithm>
+#include <unordered_map>
 #include <unordered_set>
 
 #include "kvkernels/radix_tree.h"
@@ -27,15 +28,17 @@ RadixTree::Stats RadixTree::stats() const {
 }
 
 std::vector<RadixTree::Handle> RadixTree::runs() const {
-  std::vector<Handle> handles;
-  handles.reserve(num_nodes_);
+  // Sorted as pairs, for to compare the nodes themselves misses the cache at every step.
+  std::vector<std::pair<std::uint32_t, NodeId>> order;
+  order.reserve(num_nodes_);
   for (NodeId id = 0; id < nodes_.size(); ++id) {
     const Node& node = nodes_[id];
-    if (node.is_live && node.num_blocks > 0) handles.push_back({id, node.generation});
+    if (node.is_live && node.num_blocks > 0) order.emplace_back(node.first_block, id);
   }
-  std::stable_sort(handles.begin(), handles.end(), [this](Handle a, Handle b) {
-    return nodes_[a.node].first_block < nodes_[b.node].first_block;
-  });
+  std::sort(order.begin(), order.end());
+  std::vector<Handle> handles;
+  handles.reserve(order.size());
+  for (const auto& [first_block, id] : order) handles.push_back({id, nodes_[id].generation});
   return handles;
 }
 
@@ -55,6 +58,31 @@ std::optional<RadixTree::Run> RadixTree::describe(Handle handle) const {
              {ids, ids + std::size_t{node.num_blocks} * num_groups_},
              node.tick,
              node.num_pins};
+}
+
+RadixTree::Outline RadixTree::outline() const {
+  Outline outline;
+  outline.handles = runs();
+  outline.clock = clock_;
+  std::unordered_map<NodeId, std::uint32_t> numbers;  // of the salts, by their roots
+  for (const auto& [root, salt] : salts_) {
+    numbers.emplace(root, static_cast<std::uint32_t>(outline.salts.size()));
+    outline.salts.emplace_back(salt);
+  }
+  std::vector<std::int32_t> rows(nodes_.size(), -1);  // roots hold no blocks and have no row
+  for (const Handle handle : outline.handles) {
+    const Node& node = nodes_[handle.node];
+    const std::int32_t above = rows[node.parent];
+    rows[handle.node] = static_cast<std::int32_t>(outline.parents.size());
+    outline.parents.push_back(above);
+    outline.salt_numbers.push_back(above < 0 ? numbers.at(node.parent)
+                                             : outline.salt_numbers[above]);
+    outline.first_blocks.push_back(node.first_block);
+    outline.num_blocks.push_back(node.num_blocks);
+    outline.num_pins.push_back(node.num_pins);
+    outline.ticks.push_back(node.tick);
+  }
+  return outline;
 }
 
 std::vector<std::string> RadixTree::check() const {

@@ -18,7 +18,7 @@ from prefixstore.block_cache import BlockCache
 from prefixstore.config import CacheConfig, physical_memory_bytes
 from prefixstore.errors import ConfigError
 from prefixstore.identity import model_identity
-from prefixstore.index import Match
+from prefixstore.index import Match, Outline
 from prefixstore.index import Stats as IndexStats
 from prefixstore.restore import DEVICE, RestoredPrefix, restore_prefix
 from prefixstore.reuse_report import ReuseReport
@@ -196,6 +196,17 @@ class PrefixCache:
     def tier_stats(self) -> dict[str, TierStats | None]:
         """What each tier holds, by name; None where it gave no answer."""
         return self.blocks.store.tier_stats() if self.blocks.store else {}
+
+    def outline(self) -> Outline:
+        """The tree of cached prefixes as it is now, without tokens."""
+        return self.blocks.device.outline()
+
+    def tokens_of(self, handle: int) -> np.ndarray | None:
+        """The tokens of a run of an outline, `[num_tokens]` uint32; None if it was evicted since.
+
+        Prompts are private: show them to nobody who may not see all of them.
+        """
+        return self.blocks.device.tokens_of(handle)
 
     def forget(self, salt: str | None = None) -> list[str]:
         """Forget what the tiers hold of this model under a salt, here and for every process.

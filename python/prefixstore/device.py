@@ -19,7 +19,7 @@ import numpy as np
 from kvkernels import PoolFullError
 from kvkernels.nn import PagedGroup
 from kvkernels.nn.block_tables import BlockTables
-from prefixstore.index import Match, RadixIndex, Stats
+from prefixstore.index import Match, Outline, RadixIndex, Stats
 from prefixstore.residency import longest_prefix
 
 
@@ -181,6 +181,15 @@ class DeviceBlocks:
         self.release_abandoned()
         with self._lock:
             return self._index.stats()
+
+    def outline(self) -> Outline:
+        self.release_abandoned()
+        with self._lock:
+            return self._index.outline()
+
+    def tokens_of(self, handle: int) -> np.ndarray | None:
+        with self._lock:
+            return self._index.tokens_of(handle)
 
     def check(self) -> list[str]:
         self.release_abandoned()

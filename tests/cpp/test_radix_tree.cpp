@@ -75,6 +75,25 @@ void test_split_keeps_the_lower_handle() {
   assert(tree.check().empty() && tree.num_blocks() == 0);
 }
 
+void test_outline_has_the_tree_without_its_tokens() {
+  RadixTree tree(2, 1);
+  tree.insert(TokenIds{1, 2, 3, 4}, Ids{4, 5}, "a");
+  tree.insert(TokenIds{1, 2, 7, 8}, Ids{-1, 6}, "a");
+  tree.insert(TokenIds{1, 2}, Ids{7}, "b");
+  const RadixTree::Outline outline = tree.outline();
+  assert(outline.handles.size() == 4 && outline.salts.size() == 2 && outline.clock == 3);
+  for (std::size_t row = 0; row < 4; ++row) {
+    const auto run = tree.describe(outline.handles[row]);
+    assert(run && run->salt == outline.salts[outline.salt_numbers[row]]);
+    assert(run->first_block == outline.first_blocks[row] && run->tick == outline.ticks[row]);
+    assert(run->block_ids.size() == outline.num_blocks[row]);
+    const std::int32_t parent = outline.parents[row];
+    assert(parent < static_cast<std::int32_t>(row));
+    assert((parent < 0) == (run->first_block == 0));
+    if (parent >= 0) assert(tree.describe(outline.handles[parent])->salt == "a");
+  }
+}
+
 void test_refuses_what_it_cannot_do() {
   assert(refuses([] { RadixTree(0, 1); }));
   assert(refuses([] { RadixTree(1, 65536); }));
@@ -205,6 +224,7 @@ void test_agrees_with_a_map(std::uint32_t hash_mask, std::uint32_t seed) {
 int main() {
   test_child_table_survives_collisions();
   test_split_keeps_the_lower_handle();
+  test_outline_has_the_tree_without_its_tokens();
   test_refuses_what_it_cannot_do();
   test_memory_follows_the_blocks();
   for (const std::uint32_t hash_mask : {0xffffffffu, 1u}) {

@@ -239,6 +239,44 @@ def test_walk_skips_runs_evicted_meanwhile(index: RadixIndex) -> None:
     assert list(walk) == []
 
 
+def test_outline_shows_where_each_run_hangs(index: RadixIndex) -> None:
+    index.insert(prompt(1, 2, 3), rows(11, 12, 13), b"a")
+    index.insert(prompt(1, 4), rows(0, 14), b"a")
+    index.insert(prompt(1), rows(15), b"b")
+    index.pin(index.match(prompt(1, 4), b"a"))
+    outline = index.outline()
+    found = {}
+    for row, handle in enumerate(outline.handles.tolist()):
+        tokens = index.tokens_of(handle)
+        assert tokens is not None and len(tokens) == outline.num_blocks[row] * BLOCK_SIZE
+        parent = int(outline.parents[row])
+        assert parent < row
+        found[outline.salts[outline.salt_numbers[row]], tuple(tokens.tolist())] = (
+            parent if parent < 0 else index.tokens_of(outline.handles[parent]).tolist(),
+            int(outline.first_blocks[row]),
+            int(outline.num_pins[row]),
+            outline.clock - int(outline.ticks[row]),
+        )
+    assert found == {
+        (b"a", tuple(prompt(1))): (-1, 0, 0, 0),
+        (b"a", tuple(prompt(2, 3))): (prompt(1).tolist(), 1, 0, 3),
+        (b"a", tuple(prompt(4))): (prompt(1).tolist(), 1, 1, 0),
+        (b"b", tuple(prompt(1))): (-1, 0, 0, 1),
+    }
+
+
+def test_outline_of_nothing_is_empty(index: RadixIndex) -> None:
+    outline = index.outline()
+    assert len(outline.handles) == len(outline.parents) == len(outline.salts) == 0
+
+
+def test_has_no_tokens_of_a_run_evicted_since(index: RadixIndex) -> None:
+    index.insert(prompt(1), rows(11))
+    (handle,) = index.outline().handles
+    index.evict(1)
+    assert index.tokens_of(handle) is None
+
+
 def test_says_what_is_missing_without_the_extension() -> None:
     code = "import sys; sys.modules['_kvkernels'] = None; import prefixstore.index"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

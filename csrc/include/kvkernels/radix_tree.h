@@ -32,7 +32,8 @@
 //     node is evicted. A node whose handle was given out never grows at its end. So a handle stands
 //     for the same blocks as long as it is valid.
 //
-// No operation walks the tree, but check() and runs(). One caller at a time: the binding locks.
+// No operation walks the tree, but check(), runs() and outline(). One caller at a time: the binding
+// locks.
 #pragma once
 
 #include <cstddef>
@@ -76,6 +77,17 @@ class RadixTree {
     std::uint32_t num_pins = 0;
   };
 
+  // Every node as it stands in the tree, without its tokens: what a picture of a large tree needs.
+  // Row i of each array is one node; parents come before their children.
+  struct Outline {
+    std::vector<Handle> handles;
+    std::vector<std::int32_t> parents;  // row of the node before it; -1: the first of its salt
+    std::vector<std::uint32_t> salt_numbers, first_blocks, num_blocks, num_pins;
+    std::vector<std::uint64_t> ticks;
+    std::vector<std::string> salts;  // by number
+    std::uint64_t clock = 0;         // the latest tick
+  };
+
   struct Stats {
     std::size_t num_blocks = 0, num_runs = 0, num_salts = 0, num_pinned_runs = 0;
     std::uint64_t num_matches = 0, lookup_blocks = 0, hit_blocks = 0;
@@ -107,6 +119,7 @@ class RadixTree {
 
   std::vector<Handle> runs() const;                  // all nodes, parents before their children
   std::optional<Run> describe(Handle handle) const;  // empty when it is stale
+  Outline outline() const;
 
   std::uint32_t block_size() const { return block_size_; }
   std::uint32_t num_groups() const { return num_groups_; }

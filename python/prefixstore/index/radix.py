@@ -33,6 +33,33 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Outline:
+    """Every node of the tree at one moment, without tokens; row `i` of each array is one node.
+
+    Attributes:
+        handles: For `RadixIndex.tokens_of`, `[num_runs]`, uint64.
+        parents: Row of the node before it, always a lower one; -1 for the first of a salt, int32.
+        salt_numbers: Its place in `salts`, uint32.
+        first_blocks: Blocks before it on its path, uint32.
+        num_blocks: Blocks it holds, uint32.
+        num_pins: Of the node itself, uint32.
+        ticks: Of the match or insert that touched it last, uint64.
+        salts: The namespaces.
+        clock: The latest tick.
+    """
+
+    handles: np.ndarray
+    parents: np.ndarray
+    salt_numbers: np.ndarray
+    first_blocks: np.ndarray
+    num_blocks: np.ndarray
+    num_pins: np.ndarray
+    ticks: np.ndarray
+    salts: list[bytes]
+    clock: int
+
+
+@dataclass(frozen=True)
 class Stats:
     """What the index holds, and what it was asked since it was made."""
 
@@ -153,6 +180,18 @@ class RadixIndex:
                 salt, first_block, tokens, block_ids, tick, num_pins = fields
                 first_token = first_block * self._block_size
                 yield Run(salt, first_token, tokens, block_ids, tick, num_pins)
+
+    def outline(self) -> Outline:
+        """Every node without its tokens: one short step, also where `walk` would copy gigabytes."""
+        return Outline(**self._tree.outline())
+
+    def tokens_of(self, handle: int) -> np.ndarray | None:
+        """The tokens of a node of an outline, `[num_tokens]` uint32; None if it was evicted since.
+
+        It may have been split or cut since, and is then shorter than it was.
+        """
+        fields = self._tree.describe(int(handle))
+        return None if fields is None else fields[2]
 
     def stats(self) -> Stats:
         return Stats(**self._tree.stats())
