@@ -117,20 +117,23 @@ class CacheConfig:
             ConfigError: If it cannot be read, is no TOML, or says what nobody reads; the message
                 has the nearest name that there is.
         """
-        try:
-            with Path(path).open("rb") as file:
-                values = tomllib.load(file)
-        except OSError as error:
-            raise ConfigError(f"config: {path}: {error.strerror}") from error
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"config: {path}: {error}") from error
+        return cls.from_table("config", read_toml(path))
+
+    @classmethod
+    def from_table(cls, name: str, values: Mapping[str, Any]) -> CacheConfig:
+        """What a file, or the table `name` of one, says.
+
+        Raises:
+            ConfigError: As `from_toml`.
+        """
+        values = dict(values)
         store = values.pop("store", None)
         if store is not None:
-            store = dict(_table("store", store))
-            breaker = _table("store.breaker", store.pop("breaker", {}))
-            store["breaker"] = _from_table(BreakerConfig, "store.breaker", breaker)
-            values["store"] = _from_table(StoreConfig, "store", store)
-        return _from_table(cls, "config", values)
+            store = dict(as_table("store", store))
+            breaker = as_table("store.breaker", store.pop("breaker", {}))
+            store["breaker"] = from_table(BreakerConfig, "store.breaker", breaker)
+            values["store"] = from_table(StoreConfig, "store", store)
+        return from_table(cls, name, values)
 
     @property
     def tier_urls(self) -> list[str]:
@@ -158,14 +161,39 @@ class CacheConfig:
                 )
 
 
-def _table(name: str, value: Any) -> Mapping[str, Any]:
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a file.
+
+    Raises:
+        ConfigError: If it cannot be read or is no TOML.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"config: {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config: {path}: {error}") from error
+
+
+def as_table(name: str, value: Any) -> Mapping[str, Any]:
+    """`value`, if it is a table.
+
+    Raises:
+        ConfigError: If it is anything else.
+    """
     if not isinstance(value, dict):
         raise ConfigError(f"{name}: expected a table, got {value!r}")
     return value
 
 
-def _from_table(kind: type[T], name: str, values: Mapping[str, Any]) -> T:
-    """A configuration from a table of a file; sizes and times may be words."""
+def from_table(kind: type[T], name: str, values: Mapping[str, Any]) -> T:
+    """A configuration from a table of a file; sizes and times may be words.
+
+    Raises:
+        ConfigError: If the table says what nobody reads, or a value is of the wrong type or out of
+            range.
+    """
     known = [one.name for one in fields(kind) if one.name not in _NOT_IN_FILES]  # type: ignore[arg-type]
     check_known(name, values, known)
     given = dict(values)

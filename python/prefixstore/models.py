@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -82,6 +82,26 @@ def prepare_gemma3(directory: Path | None = None) -> Path:
         ConfigError: If its packages are missing (the message says how to get them) or damaged.
     """
     return _prepare(_GEMMA3, directory)
+
+
+# Models that come as packages, by the name a user may give.
+PREPARED: dict[str, Callable[[], Path]] = {"smollm2": prepare_smollm2, "gemma3": prepare_gemma3}
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model, made first if it is one of PREPARED.
+
+    Raises:
+        ConfigError: If it is neither such a name nor a model's folder.
+    """
+    if name in PREPARED:
+        return PREPARED[name]()
+    path = Path(name)
+    if not (path / "config.json").is_file():
+        raise ConfigError(
+            f"MODEL: expected a folder with a config.json, or one of {tuple(PREPARED)}, got {name}"
+        )
+    return path
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:

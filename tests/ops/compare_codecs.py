@@ -86,10 +86,10 @@ def random_pools(num_blocks: int) -> Iterator[KVPool]:
 def real_pools(num_blocks: int, model_name: str, text: Path, dtype: str) -> Iterator[KVPool]:
     """Single layers of the blocks that a model makes of a text."""
     from prefixstore.quality.command import DTYPES as MODEL_DTYPES
-    from prefixstore.quality.command import find_model, load
+    from prefixstore.quality.command import load
     from prefixstore.quality.restored import compute_prefix
 
-    model, tokenizer = load(find_model(model_name), MODEL_DTYPES[dtype])
+    _, model, tokenizer = load(model_name, MODEL_DTYPES[dtype])
     tokens = tokenizer(text.read_text(), return_tensors="pt").input_ids[0]
     remaining = num_blocks
     for start in range(0, len(tokens) - 1024, 1024):

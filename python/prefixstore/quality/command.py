@@ -20,8 +20,6 @@ from prefixstore.quality.report import plot_codecs, print_table, write_figures
 from prefixstore.quality.restored import BLOCK_SIZE, Stored
 
 ALL = "all"
-# Models that come as packages, by the name a user may give.
-PREPARED = ("smollm2", "gemma3")
 # Numbers that KV of float32 may be rounded to, measured beside the codecs.
 ROUNDED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -75,8 +73,7 @@ def quality(
     make_writable("--out", out)
     console = Console()
     with console.status("Loading the model"):
-        path = find_model(model)
-        loaded, tokenizer = load(path, DTYPES[dtype])
+        path, loaded, tokenizer = load(model, DTYPES[dtype])
     layout = layout_of(loaded)
     formats = make_formats(layout, codecs)
     content = read_text(text)
@@ -95,25 +92,12 @@ def quality(
     console.print(f"Plot: {out / 'quality.png'}\nFigures: {out / 'quality.json'}", soft_wrap=True)
 
 
-def find_model(name: str) -> Path:
-    """The folder of a model, made first if it is one of PREPARED."""
-    from prefixstore.models import prepare_gemma3, prepare_smollm2
+def load(name: str, dtype: torch.dtype) -> tuple[Path, Any, Any]:
+    """The folder of a model, the model and its tokenizer."""
+    from prefixstore.models import find_model, load_model, load_tokenizer
 
-    if name in PREPARED:
-        return prepare_smollm2() if name == "smollm2" else prepare_gemma3()
-    path = Path(name)
-    if not (path / "config.json").is_file():
-        raise ConfigError(
-            f"MODEL: expected a folder with a config.json, or one of {PREPARED}, got {name}"
-        )
-    return path
-
-
-def load(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A model and its tokenizer."""
-    from prefixstore.models import load_model, load_tokenizer
-
-    return load_model(path, dtype), load_tokenizer(path)
+    path = find_model(name)
+    return path, load_model(path, dtype), load_tokenizer(path)
 
 
 def layout_of(model: Any) -> KVLayout:
