@@ -36,7 +36,7 @@ CACHE += ("prefixstore.block_cache", "prefixstore.reuse_report")
 CACHE += ("prefixstore.tokens", "prefixstore.codec_choice", "prefixstore.tier_urls")
 ENGINE = ("prefixstore.engine",)
 OUTERMOST = ("prefixstore.cli", "prefixstore.commands", "prefixstore.demo")
-OUTERMOST += ("prefixstore.quality", "prefixstore.records")
+OUTERMOST += ("prefixstore.quality", "prefixstore.records", "prefixstore.server")
 DASHBOARD = ("prefixstore.dashboard",)
 
 # Modules of a part, and what they may import beyond the standard library and each other. A name
@@ -98,7 +98,8 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     # The outermost layer imports anything; only it imports itself.
     OUTERMOST: (
         *("torch", "numpy", "transformers", "click", "rich", "matplotlib"),
-        *("kvkernels", "prefixstore"),
+        *("fastapi", "starlette", "pydantic", "pydantic_core", "uvicorn", "h11"),
+        *("jinja2", "prometheus_client", "kvkernels", "prefixstore"),
     ),
 }
 
@@ -185,6 +186,8 @@ def test_every_rule_is_about_a_module_that_exists(part: tuple[str, ...]) -> None
         ("prefixstore.record", "import transformers"),
         ("prefixstore.cache", "from prefixstore.demo import run"),
         ("prefixstore.cache", "import click"),
+        ("prefixstore.engine", "from prefixstore.server.app import create_app"),
+        ("prefixstore.engine", "import fastapi"),
         ("prefixstore.cache", "from . import session"),
     ],
 )
@@ -205,6 +208,7 @@ def test_finds_an_import_that_is_not_allowed(module: str, source: str) -> None:
         ("import prefixstore.tiers.protected", ("torch", "kvkernels", "cryptography")),
         ("import prefixstore.tiers.remote", ("torch", "kvkernels", "obstore")),
         ("import prefixstore.cli", ("click", "rich", "torch", "transformers")),
+        ("import prefixstore.commands", ("transformers", "fastapi", "uvicorn", "matplotlib")),
     ],
 )
 def test_importing_stays_light(program: str, absent: tuple[str, ...]) -> None:

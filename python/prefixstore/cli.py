@@ -6,12 +6,15 @@ import logging
 import sys
 from importlib.util import find_spec
 
-EXTRA_PACKAGES = {"demo": ("click", "rich", "transformers", "accelerate", "gguf", "matplotlib")}
+EXTRA_PACKAGES = {
+    "demo": ("click", "rich", "transformers", "accelerate", "gguf", "matplotlib"),
+    "serve": ("click", "rich", "transformers", "jinja2", "fastapi", "uvicorn", "prometheus_client"),
+}
 
 
 def main() -> None:
     """Entry point of the console script; ends the process with its exit status."""
-    message = missing_extra("demo")
+    message = missing_extra("serve" if "serve" in sys.argv[1:] else "demo")
     if message:
         sys.exit(message)
     # The command line's own libraries are an extra, so they are imported once they are known

@@ -15,6 +15,7 @@ from prefixstore.records.inspect_command import inspect_record
 from prefixstore.records.key_command import make_key
 from prefixstore.records.store_commands import store
 from prefixstore.records.verify_command import verify_store
+from prefixstore.server.command import serve
 
 
 class _Group(click.Group):
@@ -40,6 +41,7 @@ kvkernels.add_command(demo)
 kvkernels.add_command(inspect_record)
 kvkernels.add_command(make_key)
 kvkernels.add_command(quality)
+kvkernels.add_command(serve)
 kvkernels.add_command(store)
 kvkernels.add_command(verify_store)
 

@@ -1,0 +1,141 @@
+"""The application: routes over an engine, to be served or mounted."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from prefixstore.server.config import ServerConfig
+from prefixstore.server.errors import install_handlers
+from prefixstore.server.gate import Gate
+from prefixstore.server.keys import ApiKeys
+from prefixstore.server.lifecycle import Lifecycle
+from prefixstore.server.metrics import EngineCollector, Latencies
+from prefixstore.server.prompts import Prompt, PromptReader
+from prefixstore.server.responses import ChatForm, CompletionForm
+from prefixstore.server.schema import ChatRequest, CompletionRequest
+from prefixstore.server.service import COMPLETION_TOKENS, Service
+
+if TYPE_CHECKING:
+    from prefixstore.engine import Engine
+
+DEFAULT_MODEL_NAME = "default"
+
+
+def create_app(
+    engine: Engine,
+    config: ServerConfig | None = None,
+    *,
+    dashboard: APIRouter | None = None,
+) -> FastAPI:
+    """OpenAI's HTTP interface to `engine`, with health and metrics, for any ASGI server.
+
+    Bounds on connections (timeouts of headers and of writing, their number) are those of whatever
+    serves it; `kvkernels serve` sets them from `config`. The engine is the caller's to close.
+
+    Args:
+        engine: What answers.
+        config: Bounds, API keys, the model's name.
+        dashboard: Pages to serve from `/` on; with API keys only to operators.
+
+    Raises:
+        ConfigError: If the file with the API keys is refused.
+    """
+    config = config or ServerConfig()
+    keys = None if config.api_keys_file is None else ApiKeys.from_file(config.api_keys_file)
+    registry = CollectorRegistry()
+    lifecycle = Lifecycle()
+    service = Service(
+        engine=engine,
+        config=config,
+        model_name=config.model_name or DEFAULT_MODEL_NAME,
+        prompts=PromptReader(engine.tokenizer),
+        latencies=Latencies(registry),
+        lifecycle=lifecycle,
+    )
+    registry.register(EngineCollector(engine))
+    app = FastAPI(title="kvkernels", docs_url=None, redoc_url=None)
+    app.state.lifecycle = lifecycle
+    app.add_middleware(Gate, config=config, keys=keys, lifecycle=lifecycle)
+    install_handlers(app)
+    app.include_router(_openai_routes(service))
+    app.include_router(_operations_routes(lifecycle, registry))
+    if dashboard is not None:
+        app.include_router(dashboard)
+    return app
+
+
+def _openai_routes(service: Service) -> APIRouter:
+    router = APIRouter(prefix="/v1")
+    created = int(time.time())
+
+    @router.post("/chat/completions")
+    async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+        service.check_model(body.model)
+        salt = request.state.caller.salt or ""
+        prompt = await service.prompts.read_chat(body.messages, salt)
+        jobs = service.plan(body, [prompt], body.wanted_tokens)
+        answer_id = f"chatcmpl-{uuid.uuid4().hex}"
+        form = ChatForm(answer_id, service.model_name, bool(body.stream))
+        return await service.answer(request, body, jobs, form, answer_id, [""] * len(jobs))
+
+    @router.post("/completions")
+    async def create_completion(body: CompletionRequest, request: Request) -> Response:
+        service.check_model(body.model)
+        given, reader = body.prompts, service.prompts
+        prompts = [
+            await reader.read_text(one) if isinstance(one, str) else Prompt(one, None)
+            for one in given[: service.config.max_choices + 1]
+        ]
+        jobs = service.plan(body, prompts, body.max_tokens or COMPLETION_TOKENS)
+        answer_id = f"cmpl-{uuid.uuid4().hex}"
+        form = CompletionForm(answer_id, service.model_name)
+        echoes = [""] * len(jobs)
+        if body.echo:
+            texts = [one if isinstance(one, str) else await reader.decode(one) for one in given]
+            echoes = [text for text in texts for _ in range(body.num_answers)]
+        return await service.answer(request, body, jobs, form, answer_id, echoes)
+
+    model: dict[str, Any] = {"id": service.model_name, "object": "model", "owned_by": "kvkernels"}
+    model |= {"created": created, "max_model_len": service.engine.max_model_len}
+
+    @router.get("/models")
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [model]}
+
+    @router.get("/models/{name:path}")
+    async def get_model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return model
+
+    return router
+
+
+def _operations_routes(lifecycle: Lifecycle, registry: CollectorRegistry) -> APIRouter:
+    router = APIRouter()
+    scraping = asyncio.Lock()  # a tier far away may take its time: one look at a time
+
+    @router.get("/health/live")
+    async def is_live() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @router.get("/health")
+    @router.get("/health/ready")
+    async def is_ready() -> JSONResponse:
+        if lifecycle.is_draining:
+            return JSONResponse({"status": "draining"}, 503)
+        return JSONResponse({"status": "ok"})
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        async with scraping:
+            content = await asyncio.to_thread(generate_latest, registry)
+        return Response(content, media_type=CONTENT_TYPE_LATEST)
+
+    return router

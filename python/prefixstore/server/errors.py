@@ -1,0 +1,104 @@
+"""Errors as OpenAI's clients expect them: a status, and `{"error": {...}}` that names the field."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+logger = logging.getLogger(__name__)
+
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+UNSUPPORTED = "unsupported_parameter"  # type of a validation error, and `code` of the answer
+
+
+class ApiError(Exception):
+    """A request that is answered with an error.
+
+    Attributes:
+        status: Of HTTP.
+        body: What the client is sent.
+        headers: What goes with it.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = error_body(status, message, param, code)
+        self.headers = dict(headers or {})
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def error_body(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """`{"error": {"message", "type", "param", "code"}}`; the type follows from the status."""
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def internal_error() -> ApiError:
+    """For what went wrong in the server; what it was stands in the log."""
+    return ApiError(500, "internal error: the server's log says more", code="internal_error")
+
+
+def shutting_down() -> ApiError:
+    """For requests that come, or are cut off, while the server ends."""
+    headers = {"connection": "close"}
+    return ApiError(503, "the server is shutting down", code="shutting_down", headers=headers)
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Let every error of `app` be answered in OpenAI's form."""
+    app.add_exception_handler(ApiError, _answer_api_error)
+    app.add_exception_handler(RequestValidationError, _answer_validation_error)
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+
+
+async def _answer_api_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _answer_validation_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        place = first["loc"][-1]
+        message = f"body: expected JSON, got {first['ctx']['error']} at character {place}"
+        return ApiError(400, message, code="invalid_json").response()
+    param = field_path(first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    code = UNSUPPORTED if first["type"] in (UNSUPPORTED, "extra_forbidden") else "invalid_value"
+    return ApiError(400, f"{param or 'body'}: {message}", param=param, code=code).response()
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    message = error.detail
+    if error.status_code == 404 and message == "Not Found":  # no route, and nobody's own words
+        message = f"expected a path that is served, got {request.url.path[:128]}"
+    return ApiError(error.status_code, message, headers=error.headers).response()
+
+
+def field_path(location: Sequence[str | int]) -> str | None:
+    """Where in the body an error is, as `messages[0].content`; None for the body itself."""
+    path = ""
+    for part in location[1:]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path or None

@@ -1,0 +1,231 @@
+"""Metrics for Prometheus: the engine's and cache's own counters, read when asked, and latencies.
+
+No label has values that a client chooses: tiers, reasons, routes and statuses are few.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from prefixstore.cache import CacheStats
+from prefixstore.engine import OutputDelta
+from prefixstore.store import StoreStats
+from prefixstore.tiers.base import TierStats
+
+if TYPE_CHECKING:
+    from prefixstore.engine import Engine, EngineStats
+    from prefixstore.planner import PlannerStats
+
+_TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_INTER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_QUEUE_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A counter or gauge: its name without the prefix, what it says, and its value."""
+
+    name: str
+    text: str
+    value: float
+
+
+class Latencies:
+    """Histograms of what clients wait for."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._ttft = Histogram(
+            "kvkernels_time_to_first_token_seconds",
+            "From a request's arrival at the engine to its first token.",
+            buckets=_TTFT_S,
+            registry=registry,
+        )
+        self._inter_token = Histogram(
+            "kvkernels_inter_token_seconds",
+            "Between pieces of an answer, as they reach the server.",
+            buckets=_INTER_TOKEN_S,
+            registry=registry,
+        )
+        self._queue = Histogram(
+            "kvkernels_queue_seconds",
+            "From a request's arrival at the engine to its admission.",
+            buckets=_QUEUE_S,
+            registry=registry,
+        )
+
+    def clock(self) -> AnswerClock:
+        """For the pieces of one answer."""
+        return AnswerClock(self)
+
+    def observe_gap(self, gap_s: float) -> None:
+        self._inter_token.observe(gap_s)
+
+    def observe_end(self, delta: OutputDelta) -> None:
+        if delta.report is None:
+            return
+        self._queue.observe(delta.report.times.queue_s)
+        if delta.report.times.ttft_s:
+            self._ttft.observe(delta.report.times.ttft_s)
+
+
+class AnswerClock:
+    """Times the pieces of one answer."""
+
+    def __init__(self, latencies: Latencies) -> None:
+        self._latencies = latencies
+        self._last: float | None = None
+
+    def observe(self, delta: OutputDelta) -> None:
+        if delta.token_ids:
+            now = time.perf_counter()
+            if self._last is not None:
+                self._latencies.observe_gap(now - self._last)
+            self._last = now
+        if delta.finish_reason is not None:
+            self._latencies.observe_end(delta)
+
+
+class EngineCollector(Collector):
+    """Turns the statistics of an engine and its cache into metrics when they are asked for."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.stats()
+        yield from _engine_metrics(stats)
+        if stats.planner is not None:
+            yield from _planner_metrics(stats.planner)
+        yield from _cache_metrics(stats.cache)
+        if stats.cache.store is not None:
+            yield from _store_metrics(stats.cache.store)
+        yield from _tier_metrics(self._engine.cache.tier_stats())
+
+
+def _engine_metrics(stats: EngineStats) -> Iterator[Metric]:
+    yield from _counters(
+        _Named("requests_submitted", "Requests taken on.", stats.num_submitted),
+        _Named("requests_refused", "Requests refused: overload, draining.", stats.num_refused),
+        _Named("preemptions", "Requests that gave their blocks away.", stats.num_preemptions),
+        _Named("engine_steps", "Forward passes.", stats.num_steps),
+        _Named("engine_step_seconds", "Time in steps of the engine.", stats.step_s),
+        _Named("engine_model_seconds", "Of that, inside the model.", stats.model_s),
+        _Named("prompt_tokens", "Tokens of prompts.", stats.prompt_tokens),
+        _Named("computed_tokens", "Prompt tokens that were computed.", stats.computed_tokens),
+        _Named("output_tokens", "Tokens of answers.", stats.output_tokens),
+    )
+    yield from _gauges(
+        _Named("requests_running", "Requests in the batch.", stats.num_running),
+        _Named("requests_queued", "Requests that wait to be admitted.", stats.num_queued),
+        _Named("engine_threads", "Threads of the engine.", stats.num_threads),
+    )
+    yield _labelled("requests_finished", "Ended requests.", "reason", stats.num_finished)
+    yield _labelled("hit_tokens", "Reused tokens, by where they lay.", "tier", stats.hit_tokens)
+    yield _labelled(
+        "miss_tokens", "Tokens of whole blocks not reused, by why.", "reason", stats.miss_tokens
+    )
+
+
+def _planner_metrics(stats: PlannerStats) -> Iterator[Metric]:
+    """What was planned; `prefixstore/planner/stats.py` says what the numbers are."""
+    modes = stats.modes.items()
+    for field, name, text in (
+        ("num_plans", "plans", "Plans, by what was chosen."),
+        ("num_finished", "plans_finished", "Plans that were carried out and measured."),
+        ("predicted_s", "plan_predicted_seconds", "Of finished plans, as predicted."),
+        ("measured_s", "plan_measured_seconds", "Of finished plans, as measured."),
+    ):
+        yield _labelled(name, text, "mode", {mode: getattr(one, field) for mode, one in modes})
+    saved = {mode: one.saved_s for mode, one in modes}
+    text = "Computing all, as predicted, less what finished plans took; may fall."
+    yield _labelled("plan_saved_seconds", text, "mode", saved, GaugeMetricFamily)
+    yield from _counters(
+        _Named("plan_probes", "Plans that measure a tier.", stats.num_probes),
+        _Named("plan_given_up", "Plans whose load disappointed.", stats.num_given_up),
+        _Named("plan_computed_blocks", "Of finished plans.", stats.computed_blocks),
+        _Named("plan_loaded_blocks", "Of finished plans.", stats.loaded_blocks),
+        _Named("plan_dropped_blocks", "Loaded too late to be used.", stats.dropped_blocks),
+    )
+
+
+def _cache_metrics(stats: CacheStats) -> Iterator[Metric]:
+    index = stats.index
+    yield from _gauges(
+        _Named("pool_blocks", "Blocks of the device pool.", stats.pool_blocks),
+        _Named("pool_free_blocks", "Those of them that are free.", stats.pool_free_blocks),
+        _Named("index_blocks", "Blocks that the prefix index knows.", index.num_blocks),
+        _Named("index_salts", "Namespaces in the prefix index.", index.num_salts),
+        _Named("index_bytes", "Of the prefix index.", index.token_bytes + index.overhead_bytes),
+    )
+    yield from _counters(
+        _Named("pool_evicted_blocks", "Blocks evicted from the pool.", stats.evicted_blocks),
+        _Named("index_lookup_blocks", "Whole blocks of all prompts.", index.lookup_blocks),
+        _Named("index_hit_blocks", "Those of them found in the pool.", index.hit_blocks),
+    )
+
+
+def _store_metrics(stats: StoreStats) -> Iterator[Metric]:
+    yield from _counters(
+        _Named("store_loads", "Blocks asked of the tiers.", stats.num_loads),
+        _Named("store_misses", "Blocks that no tier had.", stats.num_misses),
+        _Named("store_saved", "Blocks taken for writing.", stats.num_saved),
+        _Named("store_dropped", "Blocks that found the queue full.", stats.num_dropped),
+    )
+    yield from _gauges(
+        _Named("store_queue_blocks", "Blocks that wait to be written.", stats.queue_entries),
+        _Named("store_queue_bytes", "Bytes of these.", stats.queue_bytes),
+    )
+    for field in fields(stats.tiers[0]) if stats.tiers else ():
+        if field.name in ("name", "is_down"):
+            continue
+        values = {use.name: getattr(use, field.name) for use in stats.tiers}
+        name = field.name.removeprefix("num_")
+        yield _labelled(f"tier_{name}", f"TierUse.{field.name} of a tier.", "tier", values)
+    up = {use.name: float(not use.is_down) for use in stats.tiers}
+    yield _labelled("tier_up", "0 while a tier is left alone.", "tier", up, GaugeMetricFamily)
+
+
+def _tier_metrics(tiers: Mapping[str, TierStats | None]) -> Iterator[Metric]:
+    """What tiers hold; one that gave no answer is left out."""
+    known = {name: stats for name, stats in tiers.items() if stats is not None}
+    for name in ("capacity_bytes", "used_bytes", "num_records"):
+        values = {tier: getattr(stats, name) for tier, stats in known.items()}
+        text = f"TierStats.{name} of a tier."
+        yield _labelled(
+            f"tier_{name.removeprefix('num_')}", text, "tier", values, GaugeMetricFamily
+        )
+    for name in ("num_evictions", "num_expired"):
+        values = {tier: getattr(stats, name) for tier, stats in known.items()}
+        yield _labelled(
+            f"tier_{name.removeprefix('num_')}", f"TierStats.{name} of a tier.", "tier", values
+        )
+
+
+def _counters(*all_named: _Named) -> Iterator[Metric]:
+    for one in all_named:
+        yield CounterMetricFamily(f"kvkernels_{one.name}", one.text, value=one.value)
+
+
+def _gauges(*all_named: _Named) -> Iterator[Metric]:
+    for one in all_named:
+        yield GaugeMetricFamily(f"kvkernels_{one.name}", one.text, value=one.value)
+
+
+def _labelled(
+    name: str,
+    text: str,
+    label: str,
+    values: Mapping[Any, float] | Iterable[tuple[Any, float]],
+    family: type[CounterMetricFamily] | type[GaugeMetricFamily] = CounterMetricFamily,
+) -> Metric:
+    metric = family(f"kvkernels_{name}", text, labels=[label])
+    for key, value in dict(values).items():
+        metric.add_metric([str(getattr(key, "value", key))], value)
+    return metric

@@ -1,0 +1,96 @@
+"""From a request's text or messages to token ids, off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from prefixstore.server.errors import ApiError
+from prefixstore.server.schema import Message
+from prefixstore.server.transcripts import Transcripts
+
+# What a template raises that is given what it does not expect: its own complaint, or a slip.
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        token_ids: What the engine is given.
+        text: Of a chat, as the template rendered it; of a completion, as it was sent, None if that
+            was token ids.
+    """
+
+    token_ids: Sequence[int]
+    text: str | None
+
+
+class PromptReader:
+    """Renders and tokenizes.
+
+    Long prompts take milliseconds of a processor: one thread of its own keeps them from holding up
+    the answers of others.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._transcripts = Transcripts(tokenizer)
+        self._thread = ThreadPoolExecutor(1, "kvkernels-prompts")
+
+    async def read_text(self, text: str) -> Prompt:
+        """A text as the tokenizer cuts it, with the special tokens it begins texts with."""
+        return await self._run(self._read_text, text)
+
+    async def read_chat(self, messages: Sequence[Message], salt: str) -> Prompt:
+        """A chat by the model's template, up to where the next answer begins.
+
+        Raises:
+            ApiError: 400 if the model has no template, or it refuses the messages.
+        """
+        return await self._run(self._read_chat, messages, salt)
+
+    async def remember(
+        self, prompt: Prompt, text: str, token_ids: Sequence[int], salt: str
+    ) -> None:
+        """Let the next turn of a chat begin with the tokens of this one."""
+        if prompt.text is not None:
+            await self._run(
+                self._transcripts.remember, prompt.text, text, prompt.token_ids, token_ids, salt
+            )
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a prompt that came as token ids."""
+        return await self._run(self._tokenizer.decode, list(token_ids))
+
+    async def _run(self, function: Any, *arguments: Any) -> Any:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, function, *arguments)
+
+    def _read_text(self, text: str) -> Prompt:
+        return Prompt(self._tokenizer(text).input_ids, text)
+
+    def _read_chat(self, messages: Sequence[Message], salt: str) -> Prompt:
+        if not self._tokenizer.chat_template:
+            raise ApiError(
+                400,
+                "messages: expected a model with a chat template, got one without; use"
+                " /v1/completions",
+                param="messages",
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [message.for_template() for message in messages],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except (*_TEMPLATE_ERRORS, RecursionError) as error:
+            message = f"messages: expected what the model's chat template takes: {error}"
+            raise ApiError(400, message, param="messages", code="invalid_value") from error
+        return Prompt(self._transcripts.encode(text, salt), text)

@@ -1,0 +1,134 @@
+"""Serve an application until a signal, then end in order: finish, flush, close."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+from fastapi import FastAPI
+
+from prefixstore.errors import ConfigError
+from prefixstore.server.config import ServerConfig
+from prefixstore.server.connections import bound_protocol
+from prefixstore.server.lifecycle import Lifecycle
+
+if TYPE_CHECKING:
+    from prefixstore.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+_BACKLOG = 2048
+_CUT_OFF_S = 5.0  # for clients to be told that their requests were cut off
+
+
+def listen(config: ServerConfig) -> socket.socket:
+    """A socket that listens where `config` says.
+
+    Raises:
+        ConfigError: If the address cannot be had, or others could reach it and nothing asks them
+            for a key.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise ConfigError(f"host: expected an address, got {config.host!r}: {error}") from error
+    is_local = ipaddress.ip_address(address[0]).is_loopback
+    if not is_local and config.api_keys_file is None and not config.allow_anonymous:
+        raise ConfigError(
+            f"host: expected a loopback address where there are no API keys, got {config.host!r};"
+            " give --api-keys FILE, or --allow-anonymous to answer anyone"
+        )
+    try:
+        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+    except OSError as error:
+        where = f"{config.host} port {config.port}"
+        raise ConfigError(f"host, port: cannot listen on {where}: {error.strerror}") from error
+
+
+def serve_until_signal(
+    app: FastAPI, engine: Engine, config: ServerConfig, listener: socket.socket
+) -> None:
+    """Serve `app` until SIGTERM or SIGINT, then finish what was accepted, flush and close.
+
+    Once it listens it prints a line of JSON: `{"event": "ready", "url": ..., "pid": ...}`.
+    A second signal ends the process at once.
+    """
+    server = DrainingServer(app, engine, config, listener)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        logger.info("flushing the cache")
+        if not engine.cache.flush(config.flush_timeout_s):
+            logger.warning("not everything was written within %g s", config.flush_timeout_s)
+        engine.close()
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn, that drains the engine before it stops listening."""
+
+    def __init__(
+        self, app: FastAPI, engine: Engine, config: ServerConfig, listener: socket.socket
+    ) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=bound_protocol(config),
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                lifespan="on",
+                timeout_keep_alive=config.idle_timeout_s,  # type: ignore[arg-type]
+                timeout_graceful_shutdown=config.write_timeout_s,  # type: ignore[arg-type]
+            )
+        )
+        self._engine = engine
+        self._config = config
+        self._url = _url(listener)
+        self._lifecycle: Lifecycle = app.state.lifecycle
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
+        print(json.dumps({"event": "ready", "url": self._url, "pid": os.getpid()}), flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """In place of uvicorn's, which stops listening before requests are finished."""
+        if self._lifecycle.is_draining or self._loop is None:
+            sys.stderr.flush()
+            os._exit(128 + sig)
+        self._lifecycle.is_draining = True
+        self._loop.call_soon_threadsafe(self._begin_draining, signal.Signals(sig).name)
+
+    def _begin_draining(self, signal_name: str) -> None:
+        logger.info("%s: finishing what was accepted", signal_name)
+        self._draining = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        timeout_s = self._config.drain_timeout_s
+        try:
+            if not await asyncio.to_thread(self._engine.drain, timeout_s):
+                num_left = self._lifecycle.cut_off()
+                logger.warning("cut off %d requests after %g s", num_left, timeout_s)
+                await asyncio.to_thread(self._engine.drain, _CUT_OFF_S)
+        finally:
+            self.should_exit = True
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,268 @@
+"""What requests may say. Unknown fields are refused, and so are those that nothing here serves."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from prefixstore.engine import SamplingParams
+from prefixstore.server.errors import UNSUPPORTED
+
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 256
+
+# Fields of OpenAI's that are not served, and the values of them that ask for nothing.
+_UNSERVED_OF_BOTH: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+}
+_UNSERVED_OF_CHAT: dict[str, tuple[Any, ...]] = {
+    **_UNSERVED_OF_BOTH,
+    "audio": (),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+_UNSERVED_OF_COMPLETIONS: dict[str, tuple[Any, ...]] = {
+    **_UNSERVED_OF_BOTH,
+    "best_of": (1,),
+    "logprobs": (),
+    "suffix": ("",),
+}
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    """What a stream has beside the answer."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False  # padding against a listener who counts bytes: never sent
+
+    @field_validator("include_obfuscation")
+    @classmethod
+    def _check_obfuscation(cls, value: bool, info: ValidationInfo) -> bool:
+        return _check_unserved(value, info, {"include_obfuscation": (False,)})
+
+
+class _Generation(_Strict):
+    """What both kinds of request have."""
+
+    model: Text
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0, le=1 << 31, description="Extension.")
+    ignore_eos: bool = Field(default=False, description="Extension.")
+    n: int | None = Field(default=None, ge=1)
+    seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(default=None, description="Taken, and not used.")
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _read_stop(cls, value: Any) -> list[str]:
+        stops = [] if value is None else [value] if isinstance(value, str) else value
+        if not isinstance(stops, list) or not all(isinstance(one, str) for one in stops):
+            raise ValueError("expected a string or a list of strings")
+        if len(stops) > MAX_STOPS:
+            raise ValueError(f"expected at most {MAX_STOPS} strings, got {len(stops)}")
+        if not all(1 <= len(one) <= MAX_STOP_CHARACTERS for one in stops):
+            raise ValueError(f"expected strings of 1 to {MAX_STOP_CHARACTERS} characters")
+        return stops
+
+    @field_validator("stream_options")
+    @classmethod
+    def _check_streams(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and not info.data.get("stream"):
+            raise ValueError("expected only with stream = true")
+        return value
+
+    @property
+    def num_answers(self) -> int:
+        """Of each prompt."""
+        return 1 if self.n is None else self.n
+
+    def sampling(self, max_tokens: int, choice: int) -> SamplingParams:
+        """How the answer `choice` of a prompt is sampled.
+
+        Answers to one prompt differ under one seed too: each counts on from it.
+        """
+        stop = self.stop if isinstance(self.stop, list) else []
+        seed = self.seed
+        if seed is not None and choice:
+            seed = (seed + choice + (1 << 63)) % (1 << 64) - (1 << 63)
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=self.top_k or 0,
+            seed=seed,
+            stop=stop,
+            ignore_eos=self.ignore_eos,
+        )
+
+
+class Message(_Strict):
+    """One message of a chat, as the model's template gets it."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, value: Any) -> Any:
+        # Clients send an answer back as they got it, with all that was not in it as null or [].
+        if not isinstance(value, dict):
+            return value
+        return {name: one for name, one in value.items() if one is not None and one != []}
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _join_parts(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        for number, part in enumerate(value):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise ValueError(f'expected text parts {{"type": "text", "text": ...}} at {number}')
+        return "\n".join(part["text"] for part in value)
+
+    @model_validator(mode="after")
+    def _check_content(self) -> Message:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("expected content")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        role = "system" if self.role == "developer" else self.role
+        fields = self.model_dump(exclude_none=True)
+        return {"content": "", **fields, "role": role}
+
+
+class ChatRequest(_Generation):
+    """The body of `/v1/chat/completions`."""
+
+    PROMPT: ClassVar = "messages"  # the field that becomes a prompt
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    metadata: dict[str, str] | None = Field(default=None, description="Taken, and not used.")
+    prompt_cache_key: str | None = Field(default=None, description="Taken, and not used.")
+    safety_identifier: str | None = Field(default=None, description="Taken, and not used.")
+
+    audio: Any = None
+    frequency_penalty: Any = None
+    function_call: Any = None
+    functions: Any = None
+    logit_bias: Any = None
+    logprobs: Any = None
+    modalities: Any = None
+    parallel_tool_calls: Any = None
+    prediction: Any = None
+    presence_penalty: Any = None
+    reasoning_effort: Any = None
+    response_format: Any = None
+    service_tier: Any = None
+    store: Any = None
+    tool_choice: Any = None
+    tools: Any = None
+    top_logprobs: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
+
+    @field_validator(*_UNSERVED_OF_CHAT)
+    @classmethod
+    def _check_unserved(cls, value: Any, info: ValidationInfo) -> Any:
+        return _check_unserved(value, info, _UNSERVED_OF_CHAT)
+
+    @field_validator("max_completion_tokens")
+    @classmethod
+    def _check_max_tokens(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("max_tokens") not in (None, value):
+            raise ValueError("expected the same as max_tokens, or only one of them")
+        return value
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class CompletionRequest(_Generation):
+    """The body of `/v1/completions`."""
+
+    PROMPT: ClassVar = "prompt"
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool | None = None
+
+    best_of: Any = None
+    frequency_penalty: Any = None
+    logit_bias: Any = None
+    logprobs: Any = None
+    presence_penalty: Any = None
+    suffix: Any = None
+
+    @field_validator("prompt", mode="wrap")
+    @classmethod
+    def _read_prompt(cls, value: Any, _: Any) -> Any:
+        # By hand: trying one kind after the other would tell of each token what it is not.
+        if isinstance(value, str) or _is_token_ids(value):
+            return value
+        if isinstance(value, list) and value:
+            if all(isinstance(one, str) for one in value):
+                return value
+            if all(_is_token_ids(one) for one in value):
+                return value
+        raise ValueError("expected a string, token ids, or a list of several of either")
+
+    @field_validator(*_UNSERVED_OF_COMPLETIONS)
+    @classmethod
+    def _check_unserved(cls, value: Any, info: ValidationInfo) -> Any:
+        return _check_unserved(value, info, _UNSERVED_OF_COMPLETIONS)
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, one or several, all text or all token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+
+def _is_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
+
+
+def _check_unserved(value: Any, info: ValidationInfo, neutral: dict[str, tuple[Any, ...]]) -> Any:
+    """`value`, if it asks for nothing."""
+    assert info.field_name is not None
+    allowed = neutral[info.field_name]
+    if value is None or any(type(value) in (type(x), float) and value == x for x in allowed):
+        return value
+    raise PydanticCustomError(UNSUPPORTED, "not served; leave it out")
