@@ -26,8 +26,9 @@ from prefixstore.session import ReuseReport
 
 COUNTERS = ("num_submitted", "num_refused", "num_running", "num_queued", "num_preemptions")
 COUNTERS += ("num_steps", "step_s", "model_s", "prompt_tokens", "computed_tokens")
-COUNTERS += ("output_tokens", "num_threads")
+COUNTERS += ("output_tokens",)
 TABLES = ("num_finished", "hit_tokens", "miss_tokens")
+PLANNER = ("num_probes", "num_given_up", "computed_blocks", "loaded_blocks", "dropped_blocks")
 
 
 class ScriptedHandle:
@@ -143,11 +144,13 @@ class ScriptedEngine:
         return handle
 
     def stats(self):
-        """Zeros: the counters are a real engine's to keep."""
+        """Zeros but for one: counting is for a real engine."""
         index = Stats(*[0] * len(fields(Stats)))
         counters = dict.fromkeys(COUNTERS, 0) | {name: {} for name in TABLES}
+        counters["num_running"] = len(self.running)
         cache = CacheStats(0, 0, {}, 0, 0, 0, index, None)
-        return SimpleNamespace(**counters, planner=None, cache=cache)
+        planner = SimpleNamespace(modes={}, **dict.fromkeys(PLANNER, 0))
+        return SimpleNamespace(**counters, planner=planner, cache=cache)
 
     @property
     def cache(self):

@@ -101,8 +101,7 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats()
         yield from _engine_metrics(stats)
-        if stats.planner is not None:
-            yield from _planner_metrics(stats.planner)
+        yield from _planner_metrics(stats.planner)
         yield from _cache_metrics(stats.cache)
         if stats.cache.store is not None:
             yield from _store_metrics(stats.cache.store)
@@ -112,19 +111,18 @@ class EngineCollector(Collector):
 def _engine_metrics(stats: EngineStats) -> Iterator[Metric]:
     yield from _counters(
         _Named("requests_submitted", "Requests taken on.", stats.num_submitted),
-        _Named("requests_refused", "Requests refused: overload, draining.", stats.num_refused),
+        _Named("requests_refused", "Requests that found the queue full.", stats.num_refused),
         _Named("preemptions", "Requests that gave their blocks away.", stats.num_preemptions),
         _Named("engine_steps", "Forward passes.", stats.num_steps),
         _Named("engine_step_seconds", "Time in steps of the engine.", stats.step_s),
         _Named("engine_model_seconds", "Of that, inside the model.", stats.model_s),
         _Named("prompt_tokens", "Tokens of prompts.", stats.prompt_tokens),
-        _Named("computed_tokens", "Prompt tokens that were computed.", stats.computed_tokens),
+        _Named("computed_tokens", "Tokens run through the model.", stats.computed_tokens),
         _Named("output_tokens", "Tokens of answers.", stats.output_tokens),
     )
     yield from _gauges(
         _Named("requests_running", "Requests in the batch.", stats.num_running),
         _Named("requests_queued", "Requests that wait to be admitted.", stats.num_queued),
-        _Named("engine_threads", "Threads of the engine.", stats.num_threads),
     )
     yield _labelled("requests_finished", "Ended requests.", "reason", stats.num_finished)
     yield _labelled("hit_tokens", "Reused tokens, by where they lay.", "tier", stats.hit_tokens)

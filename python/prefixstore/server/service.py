@@ -118,7 +118,9 @@ class Service:
             return ApiError(429, str(error), code="engine_overloaded", headers=headers)
         if isinstance(error, EngineClosed):
             return shutting_down()
-        return ApiError(400, str(error), param=body.PROMPT, code="invalid_value")
+        # The engine names its own argument, the client knows its field.
+        message = f"{body.PROMPT}: {str(error).partition(': ')[2] or error}"
+        return ApiError(400, message, param=body.PROMPT, code="invalid_value")
 
     def _max_tokens(
         self, body: ChatRequest | CompletionRequest, prompt: Prompt, wanted: int | None

@@ -1,0 +1,184 @@
+"""How a server ends: what it accepted is finished, and what it has to write is written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from serving import MODEL, wait_until
+
+PROGRAM = Path(__file__).with_name("scripted_server.py")
+TEXT = {"model": MODEL, "prompt": "Hello"}
+
+
+class Process:
+    """A server in a process of its own."""
+
+    def __init__(self, engine=None, server=None):
+        settings = json.dumps({"engine": engine or {}, "server": server or {}})
+        self.process = subprocess.Popen(
+            [sys.executable, str(PROGRAM), settings],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        ready = json.loads(self.process.stdout.readline())
+        assert ready["event"] == "ready" and ready["pid"] == self.process.pid
+        self.url = ready["url"]
+
+    def signal(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+
+    def wait(self):
+        """Exit status, what it printed after the first line, and its log lines."""
+        out, err = self.process.communicate(timeout=60)
+        return self.process.returncode, out, [json.loads(line) for line in err.splitlines()]
+
+    def kill(self):
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.communicate()
+
+
+@pytest.fixture
+def start():
+    processes = []
+
+    def start_one(**settings):
+        processes.append(Process(**settings))
+        return processes[-1]
+
+    yield start_one
+    for process in processes:
+        process.kill()
+
+
+def in_thread(function):
+    """Runs `function` beside the test; its result is the last element of the list."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    return thread, results
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
+def test_an_idle_server_ends_at_once_and_flushes(start, number):
+    server = start()
+    assert httpx.get(server.url + "/health/ready").status_code == 200
+    server.signal(number)
+    status, out, lines = server.wait()
+    assert status == 0
+    assert json.loads(out) == {"was_flushed": True, "was_closed": True}
+    assert f"{signal.Signals(number).name}: finishing what was accepted" in [
+        line["message"] for line in lines
+    ]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_what_was_accepted_is_finished_and_nothing_else_is_taken(start, stream):
+    server = start(engine={"is_endless": True, "step_s": 0.05})
+    body = {**TEXT, "max_tokens": 40, "stream": stream}
+    thread, answers = in_thread(
+        lambda: httpx.post(server.url + "/v1/completions", json=body, timeout=60)
+    )
+    wait_until(lambda: _is_busy(server))
+    server.signal()
+    wait_until(lambda: httpx.get(server.url + "/health/ready").status_code == 503)
+    assert httpx.get(server.url + "/health/live").status_code == 200
+    refused = httpx.post(server.url + "/v1/completions", json=TEXT)
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "shutting_down"
+    assert refused.headers["connection"] == "close"
+    thread.join()
+    assert answers[0].status_code == 200
+    if stream:
+        assert answers[0].text.endswith("data: [DONE]\n\n")
+    else:
+        assert answers[0].json()["usage"]["completion_tokens"] == 40
+    assert server.wait()[0] == 0
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_what_takes_too_long_is_cut_off_and_told(start, stream):
+    server = start(
+        engine={"is_endless": True, "step_s": 0.02, "max_model_len": 100_000},
+        server={"drain_timeout_s": 0.3},
+    )
+    body = {**TEXT, "max_tokens": 90_000, "stream": stream}
+    thread, answers = in_thread(
+        lambda: httpx.post(server.url + "/v1/completions", json=body, timeout=60)
+    )
+    wait_until(lambda: _is_busy(server))
+    server.signal()
+    thread.join()
+    if stream:
+        last = answers[0].text.strip().split("\n\n")[-1]
+        error = json.loads(last.removeprefix("data: "))["error"]
+    else:
+        assert answers[0].status_code == 503
+        error = answers[0].json()["error"]
+    assert error["code"] == "shutting_down"
+    status, _, lines = server.wait()
+    assert status == 0
+    assert "cut off 1 requests after 0.3 s" in [line["message"] for line in lines]
+
+
+def test_a_second_signal_ends_it_at_once(start):
+    server = start(engine={"is_endless": True, "step_s": 0.02, "max_model_len": 100_000})
+    body = {**TEXT, "max_tokens": 90_000, "stream": True}
+    with httpx.stream("POST", server.url + "/v1/completions", json=body):
+        server.signal()
+        wait_until(lambda: httpx.get(server.url + "/health/ready").status_code == 503)
+        begun = time.monotonic()
+        server.signal()
+        assert server.wait()[0] == 128 + signal.SIGTERM
+        assert time.monotonic() - begun < 2
+
+
+def test_under_load_no_accepted_request_is_lost(start):
+    """Every request is answered whole, told 503, or meets a closed door; none breaks off."""
+    server = start(engine={"is_endless": True, "step_s": 0.001, "max_running": 8})
+    outcomes = []
+    is_over = threading.Event()
+
+    def ask(stream):
+        body = {**TEXT, "max_tokens": 25, "stream": stream}
+        while not is_over.is_set():
+            try:
+                answer = httpx.post(server.url + "/v1/completions", json=body, timeout=60)
+            except httpx.ConnectError:
+                return
+            if answer.status_code == 503:
+                outcomes.append("refused")
+                continue
+            assert answer.status_code == 200
+            is_whole = "[DONE]" in answer.text if stream else bool(answer.json()["usage"])
+            outcomes.append("whole" if is_whole else "broken")
+
+    threads = [in_thread(lambda stream=n % 2 == 0: ask(stream))[0] for n in range(12)]
+    wait_until(lambda: outcomes.count("whole") > 30, 60)
+    server.signal()
+    for thread in threads:
+        thread.join(60)
+    is_over.set()
+    status, _, lines = server.wait()
+    assert status == 0
+    assert "broken" not in outcomes
+    finished = [line for line in lines if line["message"] == "request" and line["status"] == 200]
+    assert len(finished) == outcomes.count("whole")
+
+
+def _is_busy(server):
+    """Whether the server has begun a request; it stands in no log before it ends."""
+    metrics = httpx.get(server.url + "/metrics").text
+    return any(
+        line.startswith("kvkernels_requests_running ") and not line.endswith(" 0.0")
+        for line in metrics.splitlines()
+    )
