@@ -3,7 +3,7 @@
 import json
 import sys
 
-from chat_tokenizer import chat_tokenizer
+from chat_model import chat_tokenizer
 from scripted_engine import ScriptedEngine
 
 from prefixstore.server.app import create_app

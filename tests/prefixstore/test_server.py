@@ -4,7 +4,7 @@ import asyncio
 
 import openai
 import pytest
-from chat_tokenizer import chat_tokenizer
+from chat_model import chat_tokenizer
 from scripted_engine import ScriptedEngine
 from serving import MODEL, serving
 

@@ -8,7 +8,7 @@ import time
 
 import httpx
 import pytest
-from chat_tokenizer import chat_tokenizer
+from chat_model import chat_tokenizer
 from scripted_engine import ScriptedEngine
 from serving import MODEL, read_all, request_bytes, serving, wait_until
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from chat_tokenizer import chat_tokenizer
+from chat_model import chat_tokenizer
 from click.testing import CliRunner
 from fastapi import APIRouter, FastAPI
 from fastapi.testclient import TestClient

@@ -5,7 +5,7 @@ import logging
 import sys
 
 import pytest
-from chat_tokenizer import chat_tokenizer
+from chat_model import chat_tokenizer
 from prometheus_client.parser import text_string_to_metric_families
 from scripted_engine import ScriptedEngine
 from serving import MODEL, request_bytes, serving, wait_until

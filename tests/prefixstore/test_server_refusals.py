@@ -5,7 +5,7 @@ from hashlib import sha256
 
 import httpx
 import pytest
-from chat_tokenizer import chat_tokenizer
+from chat_model import chat_tokenizer
 from scripted_engine import ScriptedEngine
 from serving import MODEL, serving, wait_until
 

@@ -1,7 +1,7 @@
 """The next turn of a chat begins with the tokens of the last one."""
 
 import pytest
-from chat_tokenizer import chat_tokenizer
+from chat_model import chat_tokenizer
 from scripted_engine import ScriptedEngine
 from serving import MODEL, serving
 

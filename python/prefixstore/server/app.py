@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
+from prefixstore.engine import Engine
 from prefixstore.server.config import ServerConfig
 from prefixstore.server.errors import install_handlers
 from prefixstore.server.gate import Gate
@@ -21,9 +22,6 @@ from prefixstore.server.prompts import Prompt, PromptReader
 from prefixstore.server.responses import ChatForm, CompletionForm
 from prefixstore.server.schema import ChatRequest, CompletionRequest
 from prefixstore.server.service import COMPLETION_TOKENS, Service
-
-if TYPE_CHECKING:
-    from prefixstore.engine import Engine
 
 DEFAULT_MODEL_NAME = "default"
 

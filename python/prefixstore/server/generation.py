@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from starlette.types import Receive
 
-from prefixstore.engine import FinishReason, OutputDelta, RequestReport, SamplingParams
+from prefixstore.engine import (
+    Engine,
+    FinishReason,
+    OutputDelta,
+    RequestHandle,
+    RequestReport,
+    SamplingParams,
+)
 from prefixstore.server.keys import Caller
 from prefixstore.server.metrics import Latencies
 from prefixstore.server.prompts import Prompt
-
-if TYPE_CHECKING:
-    from prefixstore.engine import Engine, RequestHandle
 
 T = TypeVar("T")
 

@@ -8,20 +8,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from prefixstore.cache import CacheStats
-from prefixstore.engine import OutputDelta
+from prefixstore.engine import Engine, EngineStats, OutputDelta
+from prefixstore.planner import PlannerStats
 from prefixstore.store import StoreStats
 from prefixstore.tiers.base import TierStats
-
-if TYPE_CHECKING:
-    from prefixstore.engine import Engine, EngineStats
-    from prefixstore.planner import PlannerStats
 
 _TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _INTER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)

@@ -11,18 +11,15 @@ import signal
 import socket
 import sys
 from types import FrameType
-from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
 
+from prefixstore.engine import Engine
 from prefixstore.errors import ConfigError
 from prefixstore.server.config import ServerConfig
 from prefixstore.server.connections import bound_protocol
 from prefixstore.server.lifecycle import Lifecycle
-
-if TYPE_CHECKING:
-    from prefixstore.engine import Engine
 
 logger = logging.getLogger(__name__)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from prefixstore.engine import FinishReason
+from prefixstore.engine import Engine, FinishReason
 from prefixstore.errors import EngineClosed, EngineOverloaded
 from prefixstore.server.config import ServerConfig
 from prefixstore.server.errors import ApiError, internal_error, shutting_down
@@ -25,9 +25,6 @@ from prefixstore.server.metrics import Latencies
 from prefixstore.server.prompts import Prompt, PromptReader
 from prefixstore.server.responses import DONE, AnswerForm, describe, event, usage
 from prefixstore.server.schema import ChatRequest, CompletionRequest
-
-if TYPE_CHECKING:
-    from prefixstore.engine import Engine
 
 COMPLETION_TOKENS = 16  # where a completion names no max_tokens, as OpenAI's
 

@@ -1,9 +1,10 @@
-"""A byte-level BPE tokenizer with a chat template, made on the spot: no files, no model hub."""
+"""A small chat model with random weights and its tokenizer, made on the spot: no model hub."""
 
 from functools import cache
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 384
 SPECIALS = ("<|end|>", "<|start|>", "<|pad|>")
@@ -18,7 +19,8 @@ What was computed once is not computed again, if it can be found, and read, and 
 
 
 @cache
-def chat_tokenizer() -> PreTrainedTokenizerFast:
+def chat_tokenizer():
+    """A byte-level BPE with a chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -35,3 +37,21 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
     made.add_special_tokens({"additional_special_tokens": list(SPECIALS)})
     made.chat_template = TEMPLATE
     return made
+
+
+def chat_model():
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=1024,
+        eos_token_id=0,
+        bos_token_id=1,
+        pad_token_id=2,
+    )
+    return LlamaForCausalLM(config).eval()
