@@ -184,7 +184,7 @@ def test_an_application_can_mount_it(engine, is_mounted):
         outer.mount("/llm", app)
         app = outer
     prefix = "/llm" if is_mounted else ""
-    client = TestClient(app)
+    client = TestClient(app, base_url="http://localhost")
     body = {"model": MODEL, "prompt": "Hello"}
     assert client.post(f"{prefix}/v1/completions", json=body).status_code == 200
     assert client.get(f"{prefix}/health").json() == {"status": "ok"}
@@ -199,7 +199,7 @@ def test_a_dashboard_is_served_from_the_root(engine):
     def page():
         return "the page"
 
-    client = TestClient(create_app(engine, dashboard=router))
+    client = TestClient(create_app(engine, dashboard=router), base_url="http://localhost")
     assert client.get("/").json() == "the page"
     assert client.get("/v1/models").json()["data"][0]["id"] == "default"
 

@@ -259,6 +259,26 @@ def test_an_engine_that_fails_is_500_and_says_nothing_of_why(error_after):
     engine.close()
 
 
+HOSTS = ("127.0.0.1", "localhost:80", "[::1]:80", "127.8.8.8", "LOCALHOST")
+OTHER_HOSTS = ("evil.example", "localhost.evil.example:80", "10.0.0.1", "[::2]", "[", "", "a b")
+
+
+@pytest.mark.parametrize("host", [*HOSTS, *OTHER_HOSTS])
+def test_a_page_of_another_site_cannot_ask_through_a_browser(server, host):
+    answer = server.get("/v1/models", headers={"host": host})
+    if host in HOSTS:
+        assert answer.status_code == 200
+    else:
+        assert answer.status_code == 403
+        assert answer.json()["error"]["code"] == "host_not_allowed"
+
+
+def test_any_host_name_will_do_where_anyone_may_ask(engine):
+    with serving(engine, allow_anonymous=True) as server:
+        answer = server.get("/v1/models", headers={"host": "models.example"})
+        assert answer.status_code == 200
+
+
 KEYS = """
 [[keys]]
 tenant = "research"

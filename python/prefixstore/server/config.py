@@ -37,8 +37,9 @@ class ServerConfig:
         host: Address to listen on.
         port: 0 for one that the kernel chooses.
         model_name: What requests call the model; None for the name of its folder.
-        api_keys_file: Who may ask, see keys.py; None for anyone.
-        allow_anonymous: Whether anyone may ask from other machines too where there are no keys.
+        api_keys_file: Who may ask, see keys.py; None for anyone on this machine.
+        allow_anonymous: Whether anyone may ask from other machines too where there are no keys, and
+            under whatever host name.
         max_body_bytes: Of one request; checked while it is read.
         max_tokens: The most a request may ask for; None for as many as fit the model's context.
         max_choices: Answers of one request: its prompts times `n`.

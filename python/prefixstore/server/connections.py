@@ -76,6 +76,9 @@ class BoundedProtocol(H11Protocol):
     def _refuse(self, status: int, message: str) -> None:
         """Answer what never became a request, or cut off what has an answer on its way."""
         self._stop_asking()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # whoever reads the body, or answers, is told to stop
+            self.cycle.message_event.set()
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()
             return

@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import ipaddress
 import logging
 import re
 import time
 import uuid
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -71,6 +73,8 @@ class Gate:
         if path in OPEN_PATHS:
             return receive
         headers = Headers(scope=scope)
+        if self._keys is None and not self._config.allow_anonymous:
+            _check_host(headers)
         is_api = path.startswith(API)
         scope["state"]["caller"] = self._authenticate(headers, is_api)
         if not is_api or scope["method"] != "POST":
@@ -195,6 +199,20 @@ def _too_large(max_bytes: int) -> ApiError:
     message = f"body: expected at most {max_bytes} bytes, got more"
     headers = {"connection": "close"}
     return ApiError(413, message, code="body_too_large", headers=headers)
+
+
+def _check_host(headers: Headers) -> None:
+    # A page of another site may give its own name the address 127.0.0.1, and so ask through its
+    # visitor's browser as if it came from here. Its name gives it away.
+    given = headers.get("host", "")
+    try:
+        name = urlsplit(f"//{given}").hostname or ""
+        is_local = name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        is_local = False
+    if not is_local:
+        message = f"host: expected localhost or its address where there are no keys, got {given!r}"
+        raise ApiError(403, message, code="host_not_allowed")
 
 
 def _check_content_type(headers: Headers) -> None:
