@@ -1,5 +1,6 @@
 """`kvkernels serve`: its options, its file, where it listens, and a server mounted elsewhere."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,12 @@ def test_listens_to_others_only_with_keys_or_when_told(host):
 def test_listens_on_a_port_that_the_kernel_chooses(host):
     with listen(ServerConfig(host=host, port=0)) as listener:
         assert listener.getsockname()[1] > 0
+
+
+def test_answers_wait_for_no_acknowledgement():
+    """asyncio sets TCP_NODELAY on sockets whose protocol is named, and on no others."""
+    with listen(ServerConfig(port=0)) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
 
 
 def test_says_when_an_address_cannot_be_had():
