@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 from chat_model import chat_model, chat_tokenizer
 from prometheus_client.parser import text_string_to_metric_families
@@ -214,18 +216,23 @@ class Process:
         return [json.loads(line) for line in err.splitlines()]
 
 
-def test_the_command_serves_a_folder_and_its_next_process_goes_on_from_disk(tmp_path):
-    import httpx
-
+@pytest.fixture
+def arguments(tmp_path):
+    """The command line that serves a folder with the model, with its blocks on disk."""
     folder = tmp_path / "small"
     chat_model().save_pretrained(folder)
     chat_tokenizer().save_pretrained(folder)
-    options = ["--dtype", "float32", "--block-size", "16", "--pool-tokens", "4096"]
-    options += ["--tier", f"disk://{tmp_path}/kv?max_bytes=16MiB"]
+    return [
+        *(str(folder), "--dtype", "float32", "--block-size", "16", "--pool-tokens", "4096"),
+        *("--tier", f"disk://{tmp_path}/kv?max_bytes=16MiB"),
+    ]
+
+
+def test_the_next_process_goes_on_from_disk(arguments):
     body = {"model": "small", "messages": CHAT, "max_tokens": 20, **GREEDY}
     answers = []
     for _ in range(2):
-        server = Process(str(folder), *options)
+        server = Process(*arguments)
         try:
             answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
             answers.append(answer.json())
@@ -240,3 +247,33 @@ def test_the_command_serves_a_folder_and_its_next_process_goes_on_from_disk(tmp_
     num_cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
     assert num_cached[0] == 0
     assert answers[1]["usage"]["kvkernels"][0]["cached_tokens_by_tier"] == {"disk": num_cached[1]}
+
+
+def test_a_process_under_load_finishes_what_it_accepted(arguments):
+    server = Process(*arguments, "--max-running", "4")
+    statuses = []
+
+    def ask_on(prompt):
+        body = {"model": "small", "prompt": prompt, "max_tokens": 30, **GREEDY}
+        while True:
+            try:
+                answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+            except (httpx.ConnectError, httpx.ReadError):
+                return  # the door is closed, or closed while this one stood before it
+            statuses.append(answer.status_code)
+            if answer.status_code == 200:
+                assert answer.json()["usage"]["completion_tokens"] == 30
+
+    with ThreadPoolExecutor(8) as pool:
+        try:
+            asking = [pool.submit(ask_on, f"{number} {TEXT}") for number in range(8)]
+            wait_until(lambda: statuses.count(200) > 8, 60)
+            lines = server.stop()
+            for one in asking:
+                one.result(60)
+        finally:
+            server.process.kill()
+    assert set(statuses) <= {200, 503}
+    # Whatever the server took in, its client has the answer of.
+    answered = [line["status"] for line in lines if line["message"] == "request"]
+    assert sorted(answered) == sorted(statuses)

@@ -153,8 +153,8 @@ def test_under_load_no_accepted_request_is_lost(start):
         while not is_over.is_set():
             try:
                 answer = httpx.post(server.url + "/v1/completions", json=body, timeout=60)
-            except httpx.ConnectError:
-                return
+            except (httpx.ConnectError, httpx.ReadError):
+                return  # the door is closed, or closed while this one stood before it
             if answer.status_code == 503:
                 outcomes.append("refused")
                 continue
@@ -171,8 +171,10 @@ def test_under_load_no_accepted_request_is_lost(start):
     status, _, lines = server.wait()
     assert status == 0
     assert "broken" not in outcomes
-    finished = [line for line in lines if line["message"] == "request" and line["status"] == 200]
-    assert len(finished) == outcomes.count("whole")
+    # Whatever the server took in, its client has the answer of.
+    answered = [line["status"] for line in lines if line["message"] == "request"]
+    assert answered.count(200) == outcomes.count("whole")
+    assert answered.count(503) == outcomes.count("refused") == len(answered) - answered.count(200)
 
 
 def _is_busy(server):

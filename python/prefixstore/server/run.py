@@ -24,6 +24,7 @@ from prefixstore.server.lifecycle import Lifecycle
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
+_GRACE_S = 0.3  # for requests on their way when the door is closed: they are told 503
 _CUT_OFF_S = 5.0  # for clients to be told that their requests were cut off
 
 
@@ -109,6 +110,15 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
         print(json.dumps({"event": "ready", "url": self._url, "pid": os.getpid()}), flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the door, then answer those who stand inside before the connections are closed."""
+        for _ in range(2):  # the event loop accepts who waits at the door
+            await asyncio.sleep(0)
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(_GRACE_S)
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """In place of uvicorn's, which stops listening before requests are finished."""
