@@ -236,6 +236,9 @@ def test_the_next_process_goes_on_from_disk(arguments):
         try:
             answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
             answers.append(answer.json())
+            assert httpx.get(server.url).headers["content-type"].startswith("text/html")
+            shown = httpx.get(f"{server.url}/dashboard/requests").json()["requests"]
+            assert [one["request_id"] for one in shown] == [answers[-1]["id"]]
             lines = server.stop()
         finally:
             server.process.kill()

@@ -107,6 +107,7 @@ def make_config(
 
 def run_server(model: str, dtype: str, device: str, config: ServeConfig) -> None:
     """Load the model and serve it until a signal."""
+    from prefixstore.dashboard import dashboard_router
     from prefixstore.demo.machine import choose_dtype
     from prefixstore.engine import Engine
     from prefixstore.models import find_model, load_model, load_tokenizer
@@ -120,7 +121,8 @@ def run_server(model: str, dtype: str, device: str, config: ServeConfig) -> None
     loaded = load_model(path, choose_dtype(dtype)).to(choose_device(device))
     server = replace(config.server, model_name=config.server.model_name or path.resolve().name)
     engine = Engine.open(loaded, load_tokenizer(path), config.engine, config.cache)
-    serve_until_signal(create_app(engine, server), engine, server, listener)
+    app = create_app(engine, server, dashboard=dashboard_router(engine))
+    serve_until_signal(app, engine, server, listener)
 
 
 def choose_device(name: str) -> str:
