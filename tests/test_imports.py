@@ -37,6 +37,7 @@ CACHE += ("prefixstore.tokens", "prefixstore.codec_choice", "prefixstore.tier_ur
 ENGINE = ("prefixstore.engine",)
 OUTERMOST = ("prefixstore.cli", "prefixstore.commands", "prefixstore.demo")
 OUTERMOST += ("prefixstore.quality", "prefixstore.records", "prefixstore.server")
+OUTERMOST += ("prefixstore.loadtest",)
 DASHBOARD = ("prefixstore.dashboard",)
 
 # Modules of a part, and what they may import beyond the standard library and each other. A name
@@ -98,7 +99,7 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     # The outermost layer imports anything; only it imports itself.
     OUTERMOST: (
         *("torch", "numpy", "transformers", "click", "rich", "matplotlib"),
-        *("fastapi", "starlette", "pydantic", "pydantic_core", "uvicorn", "h11"),
+        *("fastapi", "starlette", "pydantic", "pydantic_core", "uvicorn", "h11", "httpx"),
         *("jinja2", "prometheus_client", "kvkernels", "prefixstore"),
     ),
 }
