@@ -13,11 +13,13 @@ from demo_stand_ins import byte_tokenizer
 
 from prefixstore.demo.prompts import load_questions
 from prefixstore.errors import ConfigError
-from prefixstore.loadtest.plan import Arrival, Plan, check_requests
+from prefixstore.loadtest.plan import Arrival, Plan, take_first
 from prefixstore.loadtest.prompts import make_prompts, render_chatml
 from prefixstore.loadtest.workloads import (
     WORKLOADS,
+    Conversation,
     Shape,
+    Turn,
     build_agent_loop,
     build_chats,
     build_episodes,
@@ -145,11 +147,32 @@ def test_a_mark_makes_prompts_differ_from_their_first_words_on(workload: str) ->
 
 
 def test_refuses_more_requests_than_there_are() -> None:
-    plan = Plan("chats", Shape(), num_requests=160, arrival=Arrival())
-    check_requests(plan)
-    more = Plan("chats", Shape(), num_requests=161, arrival=Arrival())
+    plan = Plan("chats", Shape(), num_requests=161, arrival=Arrival())
     with pytest.raises(ConfigError, match=r"requests: expected at most 160 .* got 161"):
-        check_requests(more)
+        plan.conversations(0)
+
+
+@pytest.mark.parametrize("concurrency", [1, 30])
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_a_plan_has_the_first_requests_of_conversations_that_take_turns(
+    workload: str, concurrency: int
+) -> None:
+    plan = Plan(workload, Shape(), num_requests=70, arrival=Arrival(concurrency))
+    conversations = plan.conversations(0)
+    assert sum(len(one.turns) for one in conversations) == 70
+    whole = {one.name: one for one in mark(WORKLOADS[workload](Shape(), 0), "0/0")}
+    for one in conversations:
+        assert one.turns == whole[one.name].turns[: len(one.turns)]
+    unfinished = sum(len(one.turns) < len(whole[one.name].turns) for one in conversations)
+    assert unfinished <= plan.num_live
+
+
+def test_conversations_take_turns_until_there_are_enough() -> None:
+    turns = tuple(Turn(({"role": "user", "content": str(n)},), None) for n in range(3))
+    conversations = [Conversation(name, turns) for name in "abcd"]
+    # a b, a b, a b, then c d
+    taken = take_first(conversations, num_live=2, num_requests=7)
+    assert [(one.name, len(one.turns)) for one in taken] == [("a", 3), ("b", 3), ("c", 1)]
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from prefixstore.cli import missing_extra
 from prefixstore.demo.command import make_writable
 from prefixstore.demo.machine import describe_machine, describe_versions
 from prefixstore.errors import ConfigError
-from prefixstore.loadtest.plan import PHASES, Arrival, Plan, check_requests
+from prefixstore.loadtest.plan import PHASES, Arrival, Plan
 from prefixstore.loadtest.prompts import ENDPOINTS, MakePrompt, load_tokenizer, make_prompts
 from prefixstore.loadtest.workloads import WORKLOADS, CountTokens, Shape
 
@@ -190,7 +190,7 @@ def run_bench(arguments: Arguments, api_key: str | None, out: Path, console: Con
     count_tokens = _counter(tokenizer)
     make_prompt = make_prompts(arguments.endpoint, tokenizer)
     plan = make_plan(arguments, count_tokens)
-    check_requests(plan)
+    plan.conversations(0)  # refuses what cannot be before a server is started
     if "restart" in plan.phases:
         check_restart(targets)
     began = datetime.now(timezone.utc)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 from prefixstore.errors import ConfigError
-from prefixstore.loadtest.workloads import WORKLOADS, Conversation, Shape, mark
+from prefixstore.loadtest.workloads import MIN_LIVE, WORKLOADS, Conversation, Shape, mark
 
 # What a phase replays is the same in all of them: prompts nobody saw before, the same again, and
 # the same once more after the server was stopped and started.
@@ -57,21 +58,46 @@ class Plan:
     timeout_s: float = 600.0
     start_timeout_s: float = 300.0
 
+    @property
+    def num_live(self) -> int:
+        """Conversations under way at once, about."""
+        return max(MIN_LIVE, self.arrival.concurrency)
+
     def conversations(self, round_number: int) -> list[Conversation]:
-        """What all servers are sent in this round, and no server was sent in another."""
+        """What all servers are sent in this round, and no server was sent in another.
+
+        Raises:
+            ConfigError: If there are fewer requests than asked for.
+        """
         built = WORKLOADS[self.workload](self.shape, self.seed)
-        return mark(built, f"{self.seed}/{round_number}")
+        available = sum(len(one.turns) for one in built)
+        if self.num_requests > available:
+            raise ConfigError(
+                f"requests: expected at most {available} (all of {self.workload} that fits the"
+                f" context), got {self.num_requests}"
+            )
+        first = take_first(built, self.num_live, self.num_requests)
+        return mark(first, f"{self.seed}/{round_number}")
 
 
-def check_requests(plan: Plan) -> None:
-    """Refuse a plan of more requests than there are.
+def take_first(
+    conversations: list[Conversation], num_live: int, num_requests: int
+) -> list[Conversation]:
+    """The conversations cut to the first requests of them when `num_live` take turns.
 
-    Raises:
-        ConfigError: If so, or if nothing fits the shape.
+    Chosen before anything is sent: which requests are would else depend on how fast a server
+    answers, and a warm replay have some that the cold one had not.
     """
-    available = sum(len(one.turns) for one in plan.conversations(0))
-    if plan.num_requests > available:
-        raise ConfigError(
-            f"requests: expected at most {available} (all of {plan.workload} that fits the"
-            f" context), got {plan.num_requests}"
-        )
+    fresh = deque(range(len(conversations)))
+    live: deque[int] = deque()
+    num_turns = [0] * len(conversations)
+    for _ in range(num_requests):
+        at = fresh.popleft() if fresh and len(live) < num_live else live.popleft()
+        num_turns[at] += 1
+        if num_turns[at] < len(conversations[at].turns):
+            live.append(at)
+    return [
+        Conversation(one.name, one.turns[:taken])
+        for one, taken in zip(conversations, num_turns, strict=True)
+        if taken
+    ]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from prefixstore.loadtest.client import Answer, Asked, Client
 from prefixstore.loadtest.plan import Arrival
-from prefixstore.loadtest.workloads import MIN_LIVE, Conversation, Message
+from prefixstore.loadtest.workloads import Conversation, Message
 
 
 @dataclass(frozen=True)
@@ -58,22 +58,20 @@ class Conversations:
                  `---- live, about num_live ----'
     """
 
-    def __init__(self, conversations: list[Conversation], num_live: int, num_requests: int) -> None:
-        """At most `num_requests` requests of `conversations`, of about `num_live` at once."""
+    def __init__(self, conversations: list[Conversation], num_live: int) -> None:
+        """About `num_live` of `conversations` at once."""
         self._fresh = deque(conversations)
         self._ready: deque[LiveConversation] = deque()
         self._num_live = num_live
         self._num_asked = 0  # conversations whose answer is awaited
-        self._num_left = num_requests
         self._changed = asyncio.Condition()
 
     async def take(self) -> LiveConversation | None:
         """The conversation to ask next, waiting for one if need be; None when all is asked."""
         async with self._changed:
             await self._changed.wait_for(self._can_tell)
-            if self._num_left == 0 or not (self._fresh or self._ready):
+            if not (self._fresh or self._ready):
                 return None
-            self._num_left -= 1
             self._num_asked += 1
             is_short = len(self._ready) + self._num_asked <= self._num_live
             if self._fresh and (is_short or not self._ready):
@@ -96,32 +94,31 @@ class Conversations:
             self._changed.notify_all()
 
     def _can_tell(self) -> bool:
-        return bool(self._num_left == 0 or self._fresh or self._ready or self._num_asked == 0)
+        return bool(self._fresh or self._ready or self._num_asked == 0)
 
 
 async def replay(
     client: Client,
     asked: Asked,
     conversations: list[Conversation],
-    num_requests: int,
+    num_live: int,
     arrival: Arrival,
     advance: Callable[[], None],
 ) -> list[Request]:
-    """Send the requests, and wait for all answers.
+    """Send all requests of the conversations, and wait for the answers.
 
     Args:
         client: Of the server.
         asked: What each request says beside its prompt.
         conversations: In the order in which they begin.
-        num_requests: At most so many.
+        num_live: About so many take turns.
         arrival: When they are sent.
         advance: Called after each answer.
 
     Returns:
         The requests in the order in which they were answered.
     """
-    num_live = max(MIN_LIVE, arrival.concurrency)
-    queue = Conversations(conversations, num_live, num_requests)
+    queue = Conversations(conversations, num_live)
     began_at = time.perf_counter()
     done: list[Request] = []
 

@@ -88,8 +88,8 @@ def tokens_table(summary: dict[str, Any]) -> Table:
 def ratios_table(summary: dict[str, Any]) -> Table:
     """How many times faster: when warm than cold, and than the other servers."""
     table = _table(
-        caption="Times faster, compared round by round: the median over the rounds, and the least"
-        " and most of them."
+        caption="Times faster, compared round by round: the median over the rounds; below it the"
+        " least and most of them."
     )
     table.add_column("", no_wrap=True)
     for name in FIGURES.values():
@@ -148,5 +148,5 @@ def _ratio_cells(row: dict[str, Any]) -> list[str]:
         elif ratio["num_rounds"] == 1:
             cells.append(f"{ratio['median']:.3g} x")
         else:
-            cells.append(f"{ratio['median']:.3g} x ({ratio['low']:.3g} to {ratio['high']:.3g})")
+            cells.append(f"{ratio['median']:.3g} x\n{ratio['low']:.3g} to {ratio['high']:.3g}")
     return cells

@@ -79,7 +79,7 @@ async def _run_target(
                     client,
                     asked,
                     conversations,
-                    plan.num_requests,
+                    plan.num_live,
                     plan.arrival,
                     partial(advance, target.name, phase),
                 )
