@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,8 +42,6 @@ def start_command(port: int) -> str:
 
 
 def listens(port: int) -> bool:
-    import socket
-
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
@@ -61,7 +60,9 @@ def test_measures_cold_and_warm(tmp_path: Path) -> None:
     assert cold["ttft_s"]["p50"] >= 0.1
     (ratios,) = summary["faster_when_warm"]
     assert ratios["ttft_s"]["median"] > 1.2
-    assert "processor" in summary["machine"] and "python" in summary["versions"]
+    assert "processor" in summary["machine"]
+    assert {"python", "httpx"} <= set(summary["versions"])
+    assert set(summary["load_average"]) == {"before", "after"}
     assert summary["arguments"]["requests"] == 6
     assert (tmp_path / "serve.png").read_bytes().startswith(b"\x89PNG")
     # A first short request, then the same six twice.
@@ -183,6 +184,22 @@ def test_a_server_that_does_not_start(tmp_path: Path, command: str, message: str
     result = run("--url", url, "--start", command, "--out", tmp_path)
     assert result.exit_code == 1
     assert message in result.output
+
+
+def test_what_was_measured_outlives_a_server_that_fails_later(tmp_path: Path) -> None:
+    with serving(remember_prompts()) as server:
+        result = run(
+            *("--url", server.url, "--against", "b=http://127.0.0.1:1/v1"),
+            *("--start", "b=/nonexistent/server", "--workload", "chats", "--requests", 2),
+            *("--out", tmp_path),
+        )
+    assert result.exit_code == 1
+    assert "b: expected a command that runs" in result.output
+    rows = read(tmp_path)["rows"]
+    assert [(row["target"], row["phase"]) for row in rows] == [
+        ("server", "cold"),
+        ("server", "warm"),
+    ]
 
 
 URL = ("--url", "http://127.0.0.1:1/v1")

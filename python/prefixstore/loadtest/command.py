@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import Coroutine
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,7 @@ from prefixstore.loadtest.workloads import WORKLOADS, CountTokens, Shape
 
 if TYPE_CHECKING:
     from prefixstore.loadtest.run import Replay
-    from prefixstore.loadtest.targets import Target
+    from prefixstore.loadtest.targets import Target, TargetUnavailable
 
 
 @dataclass(frozen=True)
@@ -193,19 +195,25 @@ def run_bench(arguments: Arguments, api_key: str | None, out: Path, console: Con
     plan.conversations(0)  # refuses what cannot be before a server is started
     if "restart" in plan.phases:
         check_restart(targets)
-    began = datetime.now(timezone.utc)
-    replays = _run_with_progress(plan, targets, make_prompt, out, console)
+    began, load_before = datetime.now(timezone.utc), os.getloadavg()
+    replays, failure = _run_with_progress(plan, targets, make_prompt, out, console)
+    if failure is not None and not replays:
+        raise failure
     settings = {
         "date": began.isoformat(timespec="seconds"),
-        "arguments": {**asdict(arguments), "tokenizer": str(arguments.tokenizer or "") or None},
+        "arguments": _plain(asdict(arguments)),
         "machine": describe_machine(),
-        "versions": describe_versions(),
+        # Of the last minute, five and fifteen: who else was at work on this machine.
+        "load_average": {"before": load_before, "after": os.getloadavg()},
+        "versions": describe_versions() | {"httpx": version("httpx")},
     }
     summary = summarise(replays, settings, count_tokens)
     write_summary(summary, out / "serve.json")
     plot_ttft(summary, out / "serve.png")
     print_report(console, summary)
     console.print(f"Plot: {out / 'serve.png'}\nFigures: {out / 'serve.json'}", soft_wrap=True)
+    if failure is not None:
+        raise failure
     if not any(row["num_answered"] for row in summary["rows"]):
         raise ConfigError("requests: expected answers, got errors only (see above)")
 
@@ -229,6 +237,11 @@ def make_plan(arguments: Arguments, count_tokens: CountTokens | None) -> Plan:
     )
 
 
+def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
+    """As JSON takes them."""
+    return {name: str(one) if isinstance(one, Path) else one for name, one in arguments.items()}
+
+
 def _counter(tokenizer: Any) -> CountTokens | None:
     if tokenizer is None:
         return None
@@ -237,8 +250,10 @@ def _counter(tokenizer: Any) -> CountTokens | None:
 
 def _run_with_progress(
     plan: Plan, targets: list[Target], make_prompt: MakePrompt, out: Path, console: Console
-) -> list[Replay]:
-    from prefixstore.loadtest.run import run_rounds
+) -> tuple[list[Replay], TargetUnavailable | None]:
+    """Every replay that was carried out, and why no more were, if a server failed."""
+    from prefixstore.loadtest.run import Hooks, run_rounds
+    from prefixstore.loadtest.targets import TargetUnavailable
 
     progress = Progress(
         TextColumn("{task.description:<20}"),
@@ -254,19 +269,23 @@ def _run_with_progress(
         def advance(target: str, phase: str) -> None:
             progress.update(bar, advance=1, description=f"{target}, {phase}")
 
+        replays: list[Replay] = []
+        failure = None
+        hooks = Hooks(advance, replays.append)
         try:
-            replays = asyncio.run(
-                _until_terminated(run_rounds(plan, targets, make_prompt, out, advance))
-            )
+            asyncio.run(_until_terminated(run_rounds(plan, targets, make_prompt, out, hooks)))
         except asyncio.CancelledError:
             sys.exit(128 + signal.SIGTERM)
-        progress.update(bar, description="done")
-    return replays
+        except TargetUnavailable as error:
+            failure = error
+        else:
+            progress.update(bar, description="done")
+    return replays, failure
 
 
-async def _until_terminated(work: Coroutine[Any, Any, list[Replay]]) -> list[Replay]:
-    """The outcome of `work`; SIGTERM cancels it, so that the servers it started are ended."""
+async def _until_terminated(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work`; SIGTERM cancels it, so that the servers it started are ended."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    return await work
+    await work

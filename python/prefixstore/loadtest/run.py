@@ -11,13 +11,16 @@ from prefixstore.loadtest.client import Asked
 from prefixstore.loadtest.plan import Plan
 from prefixstore.loadtest.prompts import MakePrompt
 from prefixstore.loadtest.replay import Request, replay
-from prefixstore.loadtest.targets import Target, running
+from prefixstore.loadtest.targets import Served, Target, running
 from prefixstore.loadtest.workloads import Conversation
 
 
 @dataclass(frozen=True)
 class Replay:
-    """The requests of one target, round and phase, in the order in which they were answered."""
+    """The requests of one target, round and phase, in the order in which they were answered.
+
+    `duration_s` is from the first request to the last answer.
+    """
 
     target: str
     model: str
@@ -28,11 +31,20 @@ class Replay:
 
 
 Advance = Callable[[str, str], None]  # called with target and phase after each answer
+Keep = Callable[[Replay], None]  # called after each replay
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Who is told while a test runs."""
+
+    advance: Advance
+    keep: Keep
 
 
 async def run_rounds(
-    plan: Plan, targets: list[Target], make_prompt: MakePrompt, logs: Path, advance: Advance
-) -> list[Replay]:
+    plan: Plan, targets: list[Target], make_prompt: MakePrompt, logs: Path, hooks: Hooks
+) -> None:
     """Replay everything.
 
     Args:
@@ -40,62 +52,43 @@ async def run_rounds(
         targets: The servers; in the rounds they take turns, in every other one backwards.
         make_prompt: The form of prompts.
         logs: A directory for what servers print that are started.
-        advance: Called after each answer.
+        hooks: Get each replay when it is over: what was measured outlives a server that fails
+            later.
 
     Raises:
         TargetUnavailable: If a server does not come up or does not answer.
     """
-    replays = []
+    # A server that was started runs for the first of these, and anew for the second.
+    sittings = [
+        [phase for phase in plan.phases if phase != "restart"],
+        [phase for phase in plan.phases if phase == "restart"],
+    ]
     for round_number in range(plan.num_rounds):
         conversations = plan.conversations(round_number)
         for target in targets if round_number % 2 == 0 else reversed(targets):
-            replays += await _run_target(
-                plan, target, round_number, conversations, make_prompt, logs, advance
-            )
-    return replays
+            for phases in filter(None, sittings):
+                log = logs / f"{target.name}.log"
+                async with running(target, make_prompt, log, plan.start_timeout_s) as served:
+                    for phase in phases:
+                        part = (target.name, round_number, phase)
+                        hooks.keep(await _replay(plan, served, part, conversations, hooks.advance))
 
 
-async def _run_target(
+async def _replay(
     plan: Plan,
-    target: Target,
-    round_number: int,
+    served: Served,
+    part: tuple[str, int, str],  # target, round and phase
     conversations: list[Conversation],
-    make_prompt: MakePrompt,
-    logs: Path,
     advance: Advance,
-) -> list[Replay]:
-    """All phases of one server in one round. One that is started runs only meanwhile."""
-    before = [phase for phase in plan.phases if phase != "restart"]
-    after = [phase for phase in plan.phases if phase == "restart"]
-    log = logs / f"{target.name}.log"
-    replays = []
-    for phases in (before, after):
-        if not phases:
-            continue
-        async with running(target, make_prompt, log, plan.start_timeout_s) as (client, model):
-            asked = Asked(model, plan.shape.max_tokens, plan.ignore_eos, plan.timeout_s)
-            for phase in phases:
-                requests = await replay(
-                    client,
-                    asked,
-                    conversations,
-                    plan.num_live,
-                    plan.arrival,
-                    partial(advance, target.name, phase),
-                )
-                replays.append(
-                    Replay(
-                        target.name,
-                        model,
-                        round_number,
-                        phase,
-                        _duration_s(requests),
-                        tuple(requests),
-                    )
-                )
-    return replays
-
-
-def _duration_s(requests: list[Request]) -> float:
-    """From the first request to the last answer."""
-    return max(one.sent_s + one.answer.end_s for one in requests)
+) -> Replay:
+    target, round_number, phase = part
+    requests = await replay(
+        served.client,
+        Asked(served.model, plan.shape.max_tokens, plan.ignore_eos, plan.timeout_s),
+        conversations,
+        plan.num_live,
+        plan.arrival,
+        partial(advance, target, phase),
+    )
+    duration_s = max(one.sent_s + one.answer.end_s for one in requests)
+    return Replay(target, served.model, round_number, phase, duration_s, tuple(requests))

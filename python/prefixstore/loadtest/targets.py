@@ -46,6 +46,14 @@ class Target:
     command: tuple[str, ...] | None = None
 
 
+@dataclass(frozen=True)
+class Served:
+    """A server that answers: a client of it, and what it calls the model."""
+
+    client: Client
+    model: str
+
+
 def parse_targets(
     name: str,
     url: str,
@@ -98,8 +106,8 @@ def check_restart(targets: list[Target]) -> None:
 @asynccontextmanager
 async def running(
     target: Target, make_prompt: MakePrompt, log: Path, timeout_s: float
-) -> AsyncIterator[tuple[Client, str]]:
-    """A client of the server and its model's name; the server is started first if it is ours to.
+) -> AsyncIterator[Served]:
+    """A server that answers; it is started first, and ended after, if it is ours to.
 
     Args:
         target: The server.
@@ -130,7 +138,7 @@ async def running(
     try:
         model = await _wait_up(target, client, process, log, timeout_s)
         await _ask_first(target, client, model, timeout_s)
-        yield client, model
+        yield Served(client, model)
     finally:
         await client.close()
         if process is not None:
