@@ -37,6 +37,7 @@ CACHE += ("prefixstore.tokens", "prefixstore.codec_choice", "prefixstore.tier_ur
 ENGINE = ("prefixstore.engine",)
 OUTERMOST = ("prefixstore.cli", "prefixstore.commands", "prefixstore.demo")
 OUTERMOST += ("prefixstore.quality", "prefixstore.records", "prefixstore.server")
+OUTERMOST += ("prefixstore.loadtest",)
 DASHBOARD = ("prefixstore.dashboard",)
 
 # Modules of a part, and what they may import beyond the standard library and each other. A name
@@ -98,7 +99,7 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     # The outermost layer imports anything; only it imports itself.
     OUTERMOST: (
         *("torch", "numpy", "transformers", "click", "rich", "matplotlib"),
-        *("fastapi", "starlette", "pydantic", "pydantic_core", "uvicorn", "h11"),
+        *("fastapi", "starlette", "pydantic", "pydantic_core", "uvicorn", "h11", "httpx"),
         *("jinja2", "prometheus_client", "kvkernels", "prefixstore"),
     ),
 }
@@ -208,7 +209,10 @@ def test_finds_an_import_that_is_not_allowed(module: str, source: str) -> None:
         ("import prefixstore.tiers.protected", ("torch", "kvkernels", "cryptography")),
         ("import prefixstore.tiers.remote", ("torch", "kvkernels", "obstore")),
         ("import prefixstore.cli", ("click", "rich", "torch", "transformers")),
-        ("import prefixstore.commands", ("transformers", "fastapi", "uvicorn", "matplotlib")),
+        (
+            "import prefixstore.commands",
+            ("transformers", "fastapi", "uvicorn", "matplotlib", "httpx"),
+        ),
     ],
 )
 def test_importing_stays_light(program: str, absent: tuple[str, ...]) -> None:

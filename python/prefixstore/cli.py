@@ -9,12 +9,14 @@ from importlib.util import find_spec
 EXTRA_PACKAGES = {
     "demo": ("click", "rich", "transformers", "accelerate", "gguf", "matplotlib"),
     "serve": ("click", "rich", "transformers", "jinja2", "fastapi", "uvicorn", "prometheus_client"),
+    "bench": ("httpx",),  # beside those of the demo
 }
 
 
 def main() -> None:
     """Entry point of the console script; ends the process with its exit status."""
-    message = missing_extra("serve" if "serve" in sys.argv[1:] else "demo")
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+    message = missing_extra("serve" if command == "serve" else "demo")  # not `bench serve`
     if message:
         sys.exit(message)
     # The command line's own libraries are an extra, so they are imported once they are known

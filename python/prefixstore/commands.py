@@ -10,6 +10,7 @@ import click
 from kvkernels import UnsupportedError, __version__
 from prefixstore.demo.command import demo
 from prefixstore.errors import StoreError
+from prefixstore.loadtest.command import bench
 from prefixstore.quality.command import quality
 from prefixstore.records.inspect_command import inspect_record
 from prefixstore.records.key_command import make_key
@@ -37,6 +38,7 @@ def kvkernels(verbose: bool) -> None:
         logging.getLogger().setLevel(logging.INFO)
 
 
+kvkernels.add_command(bench)
 kvkernels.add_command(demo)
 kvkernels.add_command(inspect_record)
 kvkernels.add_command(make_key)

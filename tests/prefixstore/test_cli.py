@@ -110,6 +110,30 @@ def test_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> Non
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["serve", "--help"], "kvkernels: expected fastapi to be installed; run: pip install"),
+        (
+            ["-v", "serve", "--help"],
+            "kvkernels: expected fastapi to be installed; run: pip install",
+        ),
+        (["bench", "serve", "--help"], "0"),  # asks servers, and is none
+    ],
+)
+def test_only_the_server_needs_its_extra(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], status: str
+) -> None:
+    def find_spec(name: str) -> object:
+        return None if name == "fastapi" else object()
+
+    monkeypatch.setattr(prefixstore.cli, "find_spec", find_spec)
+    monkeypatch.setattr(prefixstore.cli.sys, "argv", ["kvkernels", *words])
+    with pytest.raises(SystemExit) as caught:
+        prefixstore.cli.main()
+    assert str(caught.value).startswith(status)
+
+
 def test_a_process_without_click_ends_with_one_line() -> None:
     program = (
         "import sys; sys.modules['click'] = None; sys.argv = ['kvkernels', 'demo'];"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -34,6 +35,14 @@ class Question:
 
     text: str
     heading: str
+
+
+@dataclass(frozen=True)
+class Briefing:
+    """What all prompts of a loop begin with: the system prompt, and the documents it holds."""
+
+    text: str
+    sources: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -90,18 +99,44 @@ def build_agent_loop(
     questions = load_questions()
     if not 1 <= num_requests <= len(questions):
         raise ConfigError(f"requests: expected 1 to {len(questions)}, got {num_requests}")
-    excerpts = _choose_excerpts(load_documents(), seed)
-    briefing = SYSTEM_PROMPT + "".join(excerpts.values())
-    briefing = _cut_to_tokens(tokenizer, briefing, prefix_tokens)
-    sources = tuple(source for source in excerpts if source in briefing)
-    requests = tuple(
-        Request(question.text, _prompt_ids(tokenizer, briefing, question.text))
-        for question in _order_questions(questions, briefing)[:num_requests]
+
+    def shared_ids(text: str) -> list[int]:
+        return _token_ids(tokenizer, _render(tokenizer, text, "\0").partition("\0")[0])
+
+    briefing = build_briefing(
+        lambda text: len(shared_ids(text)), prefix_tokens=prefix_tokens, seed=seed
     )
-    shared = _token_ids(tokenizer, _render(tokenizer, briefing, "\0").partition("\0")[0])
+    requests = tuple(
+        Request(question.text, _prompt_ids(tokenizer, briefing.text, question.text))
+        for question in order_questions(questions, briefing)[:num_requests]
+    )
+    shared = shared_ids(briefing.text)
     for request in requests:
         shared = shared[: _common_length(shared, request.token_ids)]
-    return AgentLoop(requests, len(shared), sources)
+    return AgentLoop(requests, len(shared), briefing.sources)
+
+
+def build_briefing(
+    count_tokens: Callable[[str], int], *, prefix_tokens: int, seed: int = 0
+) -> Briefing:
+    """The system prompt and as much of the documents as fits.
+
+    Args:
+        count_tokens: Tokens of a prompt up to the question, given the briefing's text.
+        prefix_tokens: About how many those are to be; fewer by less than a word's.
+        seed: Chooses the documents.
+
+    Raises:
+        ConfigError: If there is less text than asked for, or the system prompt alone is longer.
+    """
+    excerpts = _choose_excerpts(load_documents(), seed)
+    text = _cut_to_tokens(count_tokens, SYSTEM_PROMPT + "".join(excerpts.values()), prefix_tokens)
+    return Briefing(text, tuple(source for source in excerpts if source in text))
+
+
+def order_questions(questions: list[Question], briefing: Briefing) -> list[Question]:
+    """Questions about what is in the briefing first; otherwise in the order of the loop."""
+    return sorted(questions, key=lambda question: question.heading not in briefing.text)
 
 
 def _choose_excerpts(documents: list[Document], seed: int) -> dict[str, str]:
@@ -120,17 +155,11 @@ def _choose_excerpts(documents: list[Document], seed: int) -> dict[str, str]:
     }
 
 
-def _order_questions(questions: list[Question], briefing: str) -> list[Question]:
-    """Questions about what is in the briefing first; otherwise in the order of the loop."""
-    return sorted(questions, key=lambda question: question.heading not in briefing)
-
-
-def _cut_to_tokens(tokenizer: Any, briefing: str, prefix_tokens: int) -> str:
+def _cut_to_tokens(count_tokens: Callable[[str], int], briefing: str, prefix_tokens: int) -> str:
     """The beginning of `briefing` whose chat prompt is `prefix_tokens` long up to the question."""
 
     def num_tokens(num_chars: int) -> int:
-        text = _render(tokenizer, briefing[:num_chars], "\0").partition("\0")[0]
-        return len(_token_ids(tokenizer, text))
+        return count_tokens(briefing[:num_chars])
 
     low, high = len(SYSTEM_PROMPT), min(len(briefing), 8 * prefix_tokens)
     if num_tokens(low) > prefix_tokens:
