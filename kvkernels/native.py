@@ -108,7 +108,7 @@ def paged_attention(
     int4_cache: QuantizedCache | None = None,
     batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `kvkernels.paged_attention`; always invariant of the batch."""
+    """See `kvkernels.paged_attention`."""
     num_tokens, num_heads, head_dim = query.shape
     num_blocks, num_kv_heads, block_size, value_dim = value_cache.shape
     out = query.new_empty((num_tokens, num_heads, value_dim))
@@ -140,6 +140,7 @@ def paged_attention(
         (scoring.sm_scale, scoring.soft_cap),
         scoring.causal,
         scoring.window,
+        batch_invariant,
         (_describe(int8_cache), _describe(int4_cache)),
         _DTYPES[query.dtype],
         _DTYPES[key_cache.dtype],

@@ -62,7 +62,7 @@ kvkernels::QuantizedCache quantized_cache(const std::vector<int64_t>& fields) {
 
 void paged_attention(const std::array<uintptr_t, 11>& pointers, const std::array<int64_t, 9>& sizes,
                      const std::array<int64_t, 9>& strides, const std::array<float, 2>& scales,
-                     bool causal, int64_t window,
+                     bool causal, int64_t window, bool batch_invariant,
                      const std::array<std::vector<int64_t>, 2>& quantized, int dtype,
                      int cache_dtype, int path, int num_threads) {
   kvkernels::PagedAttentionArgs args;
@@ -99,6 +99,7 @@ void paged_attention(const std::array<uintptr_t, 11>& pointers, const std::array
   args.soft_cap = scales[1];
   args.causal = causal;
   args.window = window;
+  args.batch_invariant = batch_invariant;
   args.int8 = quantized_cache(quantized[0]);
   args.int4 = quantized_cache(quantized[1]);
   args.dtype = static_cast<DType>(dtype);

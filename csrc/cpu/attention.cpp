@@ -37,8 +37,8 @@ const AttentionKernel& find_kernel(AttentionPath path, DType dtype, HeadDims dim
 }
 
 // One call's work: claims items until none is left. Each item is one tile of rows against one chunk
-// of keys; the thread that finishes a tile's last chunk merges them, always in the same order, so
-// the result does not depend on which thread came when.
+// of keys, or against all; the thread that finishes a tile's last chunk merges them, always in the
+// same order, so the result does not depend on which thread came when.
 class Run {
  public:
   Run(const PagedAttentionArgs& args, const AttentionKernel& kernel)
@@ -65,45 +65,55 @@ class Run {
   }
 
  private:
+  void do_item(const SequencePlan& seq, int64_t index) {
+    const int64_t tile_index = index / seq.num_splits;  // of this sequence, all heads
+    const AttentionTile tile = seq.tile(args_, tile_index);
+    if (seq.num_splits == 1) {
+      attend_whole(seq, tile);
+    } else {
+      attend_chunk(seq, tile, tile_index, index % seq.num_splits);
+    }
+  }
+
+  void attend_whole(const SequencePlan& seq, const AttentionTile& tile) const {
+    const int64_t tile_floats = seq.heads_per_tile * seq.result_size;
+    float* merged = thread_scratch(0, 2 * tile_floats);
+    float* memory = merged + tile_floats;
+    start(seq, tile, merged);
+    for (int64_t chunk = 0; chunk < seq.num_chunks; ++chunk) {
+      AttentionTile part = tile;
+      if (!seq.clip_to_chunk(part, chunk)) continue;
+      attend(seq, part, memory);
+      merge(seq, tile, memory, merged);
+    }
+    finish(seq, tile, merged);
+  }
+
+  void attend_chunk(const SequencePlan& seq, const AttentionTile& tile, int64_t tile_index,
+                    int64_t chunk) {
+    const int64_t tile_floats = seq.heads_per_tile * seq.result_size;
+    float* memory = partials_ + seq.first_partial + tile_index * seq.num_chunks * tile_floats;
+    AttentionTile part = tile;
+    if (seq.clip_to_chunk(part, chunk)) attend(seq, part, memory + chunk * tile_floats);
+    std::atomic<int32_t>& num_done = num_done_[seq.first_split_tile + tile_index];
+    if (num_done.fetch_add(1, std::memory_order_acq_rel) + 1 < seq.num_chunks) return;
+    float* merged = thread_scratch(0, tile_floats);
+    start(seq, tile, merged);
+    for (int64_t other = 0; other < seq.num_chunks; ++other) {
+      part = tile;
+      if (seq.clip_to_chunk(part, other)) merge(seq, tile, memory + other * tile_floats, merged);
+    }
+    finish(seq, tile, merged);
+  }
+
+  // Where the result of one of a tile's heads lies in `memory`, which holds them one after the
+  // other.
   TileResult result_in(const SequencePlan& seq, float* memory, int64_t head) const {
     float* out = memory + head * seq.result_size;
     float* max = out + seq.rows_per_tile * args_.value_dim;
     return {out, max, max + seq.rows_per_tile};
   }
 
-  void do_item(const SequencePlan& seq, int64_t index) {
-    const int64_t chunk = index % seq.num_chunks;
-    const int64_t tile_index = index / seq.num_chunks;  // of this sequence, all heads
-    AttentionTile tile = seq.tile(args_, tile_index);
-    if (seq.num_chunks == 1) {
-      float* memory = thread_scratch(0, seq.heads_per_tile * seq.result_size);
-      const bool sees_keys = seq.clip_to_chunk(tile, 0);
-      if (sees_keys) attend(seq, tile, memory);
-      for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
-        const TileResult result = result_in(seq, memory, head);
-        finish(tile, head, &result, sees_keys ? 1 : 0);
-      }
-      return;
-    }
-    const int64_t chunk_floats = seq.heads_per_tile * seq.result_size;
-    float* memory = partials_ + seq.first_partial + tile_index * seq.num_chunks * chunk_floats;
-    AttentionTile part = tile;
-    if (seq.clip_to_chunk(part, chunk)) attend(seq, part, memory + chunk * chunk_floats);
-    std::atomic<int32_t>& num_done = num_done_[seq.first_split_tile + tile_index];
-    if (num_done.fetch_add(1, std::memory_order_acq_rel) + 1 < seq.num_chunks) return;
-    for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
-      TileResult results[kMaxChunks];
-      int num_results = 0;
-      for (int64_t other = 0; other < seq.num_chunks; ++other) {
-        part = tile;
-        if (!seq.clip_to_chunk(part, other)) continue;
-        results[num_results++] = result_in(seq, memory + other * chunk_floats, head);
-      }
-      finish(tile, head, results, num_results);
-    }
-  }
-
-  // The heads' results go to `memory`, one after the other.
   void attend(const SequencePlan& seq, const AttentionTile& tile, float* memory) const {
     TileResult results[kMaxTileHeads];
     for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
@@ -112,36 +122,62 @@ class Run {
     kernel_.attend(tile, results);
   }
 
-  // Merges the results of the chunks of a tile's head, scales and writes the rows.
-  void finish(const AttentionTile& tile, int64_t head, const TileResult* results,
-              int num_results) const {
-    const int64_t dim = args_.value_dim, group = args_.num_heads / args_.num_kv_heads;
-    const int64_t item_size = args_.dtype == DType::kFloat32 ? 4 : 2;
-    float* merged = thread_scratch(2, dim);
-    for (int64_t row = 0; row < tile.row_end - tile.row_begin; ++row) {
-      const int64_t r = tile.row_begin + row;
-      const int64_t query_head = (tile.kv_head + head) * group + r % group;
-      float max = -std::numeric_limits<float>::infinity(), sum = 0;
-      for (int i = 0; i < num_results; ++i) max = std::max(max, results[i].max[row]);
-      // A sink is a key without a value, seen by every query; one of minus infinity is none.
-      const bool has_sink = args_.sinks != nullptr &&
-                            args_.sinks[query_head] != -std::numeric_limits<float>::infinity();
-      const float sink = has_sink ? args_.sinks[query_head] * kLog2E : max;
-      const float base = std::max(max, sink);
-      std::fill_n(merged, dim, 0.0f);
-      for (int i = 0; i < num_results; ++i) {
-        // A part that saw no key: its maximum, minus infinity, less itself would be NaN.
-        if (results[i].sum[row] == 0) continue;
-        const float weight = std::exp2(results[i].max[row] - base);
-        sum += weight * results[i].sum[row];
-        const float* part = results[i].out + row * dim;
-        for (int64_t i_dim = 0; i_dim < dim; ++i_dim) merged[i_dim] += weight * part[i_dim];
+  // The result over no keys.
+  void start(const SequencePlan& seq, const AttentionTile& tile, float* merged) const {
+    const int64_t num_rows = tile.row_end - tile.row_begin;
+    for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
+      const TileResult result = result_in(seq, merged, head);
+      std::fill_n(result.out, num_rows * args_.value_dim, 0.0f);
+      std::fill_n(result.max, num_rows, -std::numeric_limits<float>::infinity());
+      std::fill_n(result.sum, num_rows, 0.0f);
+    }
+  }
+
+  // Adds the results over one chunk to those over the chunks before it. A row that sees no key of a
+  // chunk keeps its bits, so only the chunks it sees decide them.
+  void merge(const SequencePlan& seq, const AttentionTile& tile, float* memory,
+             float* merged) const {
+    const int64_t dim = args_.value_dim;
+    for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
+      const TileResult part = result_in(seq, memory, head), all = result_in(seq, merged, head);
+      for (int64_t row = 0; row < tile.row_end - tile.row_begin; ++row) {
+        // Its maximum, minus infinity, less itself would be NaN.
+        if (part.sum[row] == 0) continue;
+        const float max = std::max(all.max[row], part.max[row]);
+        const float old_weight = std::exp2(all.max[row] - max);
+        const float new_weight = std::exp2(part.max[row] - max);
+        all.max[row] = max;
+        all.sum[row] = old_weight * all.sum[row] + new_weight * part.sum[row];
+        float* out = all.out + row * dim;
+        const float* added = part.out + row * dim;
+        for (int64_t i = 0; i < dim; ++i) out[i] = old_weight * out[i] + new_weight * added[i];
       }
-      if (has_sink) sum += std::exp2(sink - base);
-      const int64_t index = (tile.first_token + r / group) * args_.num_heads + query_head;
-      kernel_.narrow(merged, sum == 0 ? 0.0f : 1.0f / sum,
-                     static_cast<char*>(args_.out) + index * dim * item_size, dim);
-      if (args_.lse != nullptr) args_.lse[index] = (base + std::log2(sum)) * kLn2;
+    }
+  }
+
+  // Scales and writes the rows.
+  void finish(const SequencePlan& seq, const AttentionTile& tile, float* merged) const {
+    const int64_t group = args_.num_heads / args_.num_kv_heads;
+    const int64_t row_bytes = args_.value_dim * (args_.dtype == DType::kFloat32 ? 4 : 2);
+    for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
+      const TileResult result = result_in(seq, merged, head);
+      for (int64_t row = 0; row < tile.row_end - tile.row_begin; ++row) {
+        const int64_t r = tile.row_begin + row;
+        const int64_t query_head = (tile.kv_head + head) * group + r % group;
+        const int64_t index = (tile.first_token + r / group) * args_.num_heads + query_head;
+        float base = result.max[row], sum = result.sum[row], weight = 1;
+        // A sink is a key without a value, seen by every query; one of minus infinity is none.
+        const float sink = args_.sinks == nullptr ? -std::numeric_limits<float>::infinity()
+                                                  : args_.sinks[query_head] * kLog2E;
+        if (sink != -std::numeric_limits<float>::infinity()) {
+          base = std::max(base, sink);
+          weight = std::exp2(result.max[row] - base);
+          sum = weight * sum + std::exp2(sink - base);
+        }
+        kernel_.narrow(result.out + row * args_.value_dim, sum == 0 ? 0.0f : weight / sum,
+                       static_cast<char*>(args_.out) + index * row_bytes, args_.value_dim);
+        if (args_.lse != nullptr) args_.lse[index] = (base + std::log2(sum)) * kLn2;
+      }
     }
   }
 

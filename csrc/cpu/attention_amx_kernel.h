@@ -87,12 +87,12 @@ struct KeyRows {
 };
 
 // Finds the keys that start at 16 * part of the tile; copies them where they do not lie evenly
-// spaced, or are not all keys of the range: other slots are never read.
-KeyRows find_keys(const AttentionTile& tile, const Work& work, int64_t part, int64_t num_keys,
-                  const int64_t* offsets, int64_t first_slot) {
+// spaced, or are not all in [first, num_keys): other slots are never read.
+KeyRows find_keys(const AttentionTile& tile, const Work& work, int64_t part, int64_t first,
+                  int64_t num_keys, const int64_t* offsets, int64_t first_slot) {
   const auto* cache = static_cast<const uint16_t*>(tile.args->key_cache);
   const int64_t begin = part * kLanes, block_size = tile.args->block_size;
-  const bool is_whole = begin + kLanes <= num_keys;
+  const bool is_whole = begin >= first && begin + kLanes <= num_keys;
   if (is_whole && (first_slot + begin) % block_size + kLanes <= block_size) {
     return {cache + offsets[begin],
             tile.args->key_slot_stride * static_cast<int64_t>(sizeof(uint16_t))};
@@ -124,29 +124,35 @@ void interleave_values(const uint16_t* cache, const Work& work, int64_t num_keys
   }
 }
 
-// Finds or unpacks the keys of [begin, end), and packs their values.
+// Finds or unpacks the keys of the tile of keys [begin, end), as far as they are the item's, and
+// packs their values.
 void load_tile(const AttentionTile& tile, const Work& work, int64_t begin, int64_t end,
                KeyRows* keys) {
   const PagedAttentionArgs& args = *tile.args;
   int64_t key_offsets[kTileKeys], value_offsets[kTileKeys];
-  if (lies_plain(tile, begin, end)) {
-    find_rows(tile, begin, end, key_offsets, value_offsets);
+  const int64_t count = end - begin, first = std::max<int64_t>(tile.key_begin - begin, 0);
+  if (lies_plain(tile, begin + first, end)) {
+    find_rows(tile, begin + first, end, key_offsets + first, value_offsets + first);
+    repeat_first_row(key_offsets, first);
+    repeat_first_row(value_offsets, first);
     for (int64_t part = 0; part < kTileKeys / kLanes; ++part) {
-      keys[part] = find_keys(tile, work, part, end - begin, key_offsets, begin % args.block_size);
+      keys[part] = find_keys(tile, work, part, first, count, key_offsets, begin % args.block_size);
     }
-    interleave_values(static_cast<const uint16_t*>(args.value_cache), work, end - begin,
-                      value_offsets);
+    interleave_values(static_cast<const uint16_t*>(args.value_cache), work, count, value_offsets);
     return;
   }
   const int64_t row_bytes = work.head_dim * static_cast<int64_t>(sizeof(uint16_t));
-  unpack_keys<Unpacker>(tile, 0, begin, end, work.scales, work.keys);
-  std::fill(work.keys + (end - begin) * work.head_dim, work.keys + kTileKeys * work.head_dim, 0);
+  std::fill_n(work.keys, kTileKeys * work.head_dim, 0);
+  unpack_keys<Unpacker>(tile, 0, begin + first, end, work.scales,
+                        work.keys + first * work.head_dim);
   for (int64_t part = 0; part < kTileKeys / kLanes; ++part) {
     keys[part] = {work.keys + part * kLanes * work.head_dim, row_bytes};
   }
-  unpack_values<Unpacker>(tile, 0, begin, end, work.scales, work.unpacked);
-  for (int64_t t = 0; t < end - begin; ++t) value_offsets[t] = t * work.value_dim;
-  interleave_values(work.unpacked, work, end - begin, value_offsets);
+  unpack_values<Unpacker>(tile, 0, begin + first, end, work.scales,
+                          work.unpacked + first * work.value_dim);
+  for (int64_t t = first; t < count; ++t) value_offsets[t] = t * work.value_dim;
+  repeat_first_row(value_offsets, first);
+  interleave_values(work.unpacked, work, count, value_offsets);
 }
 
 // Scores lie keys by rows; the rules take one row at a time.
@@ -261,7 +267,8 @@ void attend(const AttentionTile& tile, const TileResult* results) {
   const bool adjusts = adjusts_scores(*tile.args);
   const float scale = adjusts ? 1.0f : tile.args->sm_scale * kLog2E;
   Tiles tiles;  // configures the registers, and releases them at the end
-  for (int64_t begin = tile.key_begin, end; begin < tile.key_end; begin = end) {
+  const int64_t first = tile.key_begin / kTileKeys * kTileKeys;
+  for (int64_t begin = first, end; begin < tile.key_end; begin = end) {
     end = (begin / kTileKeys + 1) * kTileKeys;  // tiles and blocks of the cache end together
     if (end > tile.key_end) end = tile.key_end;
     KeyRows keys[kTileKeys / kLanes];

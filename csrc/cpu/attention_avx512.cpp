@@ -7,7 +7,7 @@ namespace {
 
 template <typename E>
 void attend(const AttentionTile& tile, const TileResult* results) {
-  if (tile.row_end - tile.row_begin <= kFewRows) {
+  if (tile.row_end - tile.row_begin <= kFewRows && !tile.args->batch_invariant) {
     attend_few_rows<WidenedRows<E>>(tile, results);
   } else {
     attend_many_rows<WidenedLanes<E>>(tile, results[0]);

@@ -16,6 +16,14 @@ namespace {
 
 inline float infinity() { return __builtin_inff(); }
 
+// Adds vector `i` of a row's weights to `total`, which begins as the decayed sum of those before.
+// Written as it is to be rounded: left to the compiler, functions that must give the same bits
+// might fuse different operations.
+inline __m512 add_weight(__m512 total, int i, __m512 weight, const float* sum, __m512 decay) {
+  return i == 0 ? _mm512_fmadd_ps(_mm512_load_ps(sum), decay, weight)
+                : _mm512_add_ps(total, weight);
+}
+
 // Turns one row's raw scores of up to kTileKeys keys into weights, and the running maximum and sum
 // (16 lanes) with them. Of the columns below 16 * kVectors, those outside [first, last) get the
 // weight 0, whatever their scores; kIsMasked is false where there are none. Returns what earlier
@@ -25,28 +33,25 @@ inline float softmax_vectors(float* scores, int64_t first, int64_t last, float s
                              float* sum) {
   const __m512 scales = _mm512_set1_ps(scale), lowest = _mm512_set1_ps(-infinity());
   __m512 s[kVectors], top = lowest;
+  __mmask16 seen[kVectors];
 #pragma GCC unroll 4
   for (int i = 0; i < kVectors; ++i) {
     s[i] = _mm512_load_ps(scores + 16 * i);
-    if constexpr (kIsMasked) {
-      const __mmask16 seen = first_lanes(last - 16 * i) & ~first_lanes(first - 16 * i);
-      s[i] = _mm512_mask_mul_ps(lowest, seen, s[i], scales);
-    } else {
-      s[i] = _mm512_mul_ps(s[i], scales);
-    }
-    top = _mm512_max_ps(top, s[i]);
+    seen[i] = kIsMasked ? first_lanes(last - 16 * i) & ~first_lanes(first - 16 * i) : 0xffff;
+    top = _mm512_max_ps(top, _mm512_mask_mul_ps(lowest, seen[i], s[i], scales));
   }
   const float old_max = *max, tile_max = _mm512_reduce_max_ps(top);
   const float new_max = old_max > tile_max ? old_max : tile_max;
   // Where every score is minus infinity so far, the weights must come out as 0, not as NaN.
   const __m512 base = _mm512_set1_ps(new_max == -infinity() ? 0.0f : new_max);
   const __m512 decay = exp2_lanes(_mm512_sub_ps(_mm512_set1_ps(old_max), base));
-  __m512 total = _mm512_mul_ps(_mm512_load_ps(sum), decay);
+  __m512 total;
 #pragma GCC unroll 4
   for (int i = 0; i < kVectors; ++i) {
-    s[i] = exp2_lanes(_mm512_sub_ps(s[i], base));
-    _mm512_store_ps(scores + 16 * i, s[i]);
-    total = _mm512_add_ps(total, s[i]);
+    const __m512 weight =
+        _mm512_maskz_mov_ps(seen[i], exp2_lanes(_mm512_fmsub_ps(s[i], scales, base)));
+    _mm512_store_ps(scores + 16 * i, weight);
+    total = add_weight(total, i, weight, sum, decay);
   }
   _mm512_store_ps(sum, total);
   *max = new_max;
@@ -71,8 +76,9 @@ inline float softmax_step(float* scores, int64_t num_keys, int64_t first, int64_
   }
 }
 
-// softmax_step for a whole tile that up to 4 rows see: their maxima are found together, which is
-// where one row at a time waits. `max` and `decay` of the rows are neighbours, as are the rest.
+// softmax_step, to the same bits, for a whole tile that up to 4 rows see: their maxima are found
+// together, which is where one row at a time waits. `max` and `decay` of the rows are neighbours,
+// as are the rest.
 template <int kRows>
 inline void softmax_whole_rows(float* scores, float scale, float* max, float* sum, float* decay) {
   constexpr int kVectors = kTileKeys / 16;
@@ -115,13 +121,13 @@ inline void softmax_whole_rows(float* scores, float scale, float* max, float* su
     const __m512i quarter = _mm512_set1_epi32(4 * r);
     const __m512 row_base = _mm512_permutexvar_ps(quarter, base);
     const __m512 factor = _mm512_permutexvar_ps(quarter, factors);
-    __m512 total = _mm512_mul_ps(_mm512_load_ps(sum + 16 * r), factor);
+    __m512 total;
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) {
       float* const row = scores + r * kTileKeys + 16 * i;
       const __m512 weight = exp2_lanes(_mm512_fmsub_ps(_mm512_load_ps(row), scales, row_base));
       _mm512_store_ps(row, weight);
-      total = _mm512_add_ps(total, weight);
+      total = add_weight(total, i, weight, sum + 16 * r, factor);
     }
     _mm512_store_ps(sum + 16 * r, total);
   }

@@ -233,7 +233,7 @@ struct PairLanes {
 };
 
 void attend(const AttentionTile& tile, const TileResult* results) {
-  if (tile.row_end - tile.row_begin <= kFewRows) {
+  if (tile.row_end - tile.row_begin <= kFewRows && !tile.args->batch_invariant) {
     attend_few_rows<PairRows>(tile, results);
   } else {
     attend_many_rows<PairLanes>(tile, results[0]);

@@ -157,21 +157,27 @@ void pack_keys(const typename E::Item* keys, int64_t* offsets, int64_t num_keys,
   }
 }
 
-// Packs the keys, transposed, and the values of [begin, end).
+// Packs the keys, transposed, and the values of the tile of keys [begin, end), as far as they are
+// the item's.
 template <typename E>
 void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, const Work& work) {
   using Item = typename E::Item;
   int64_t key_offsets[kTileKeys], value_offsets[kTileKeys];
-  if (!lies_plain(tile, begin, end)) {
-    for (int64_t t = 0; t < end - begin; ++t) key_offsets[t] = t * work.head_dim;
-    unpack_keys<Avx2Unpacker<E>>(tile, 0, begin, end, work.scales, work.unpacked);
-    pack_keys<Float32>(work.unpacked, key_offsets, end - begin, work);
-    unpack_values<Avx2Unpacker<E>>(tile, 0, begin, end, work.scales, work.values);
+  const int64_t count = end - begin, first = std::max<int64_t>(tile.key_begin - begin, 0);
+  if (!lies_plain(tile, begin + first, end)) {
+    for (int64_t t = first; t < count; ++t) key_offsets[t] = t * work.head_dim;
+    repeat_first_row(key_offsets, first);
+    unpack_keys<Avx2Unpacker<E>>(tile, 0, begin + first, end, work.scales,
+                                 work.unpacked + first * work.head_dim);
+    pack_keys<Float32>(work.unpacked, key_offsets, count, work);
+    unpack_values<Avx2Unpacker<E>>(tile, 0, begin + first, end, work.scales,
+                                   work.values + first * work.value_dim);
     return;
   }
-  find_rows(tile, begin, end, key_offsets, value_offsets);
-  pack_keys<E>(static_cast<const Item*>(tile.args->key_cache), key_offsets, end - begin, work);
-  for (int64_t t = 0; t < end - begin; ++t) {
+  find_rows(tile, begin + first, end, key_offsets + first, value_offsets + first);
+  repeat_first_row(key_offsets, first);
+  pack_keys<E>(static_cast<const Item*>(tile.args->key_cache), key_offsets, count, work);
+  for (int64_t t = first; t < count; ++t) {
     const Item* value = static_cast<const Item*>(tile.args->value_cache) + value_offsets[t];
     for (int64_t i = 0; i < work.value_dim; i += 8) {
       _mm256_storeu_ps(work.values + t * work.value_dim + i, E::load(value + i));
@@ -221,7 +227,8 @@ template <typename E>
 void attend_many_rows(const AttentionTile& tile, const TileResult& result) {
   Work work;
   start_rows<E>(tile, result, work);
-  for (int64_t begin = tile.key_begin, end; begin < tile.key_end; begin = end) {
+  const int64_t first = tile.key_begin / kTileKeys * kTileKeys;
+  for (int64_t begin = first, end; begin < tile.key_end; begin = end) {
     end = key_tile_end(tile, begin);
     // Rows before row_begin end, and rows from row_end on begin, outside these keys.
     int64_t row_begin = 0, row_end = work.count;

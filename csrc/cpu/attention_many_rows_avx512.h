@@ -12,6 +12,7 @@
 
 #include "cpu/attention_avx512.h"
 #include "cpu/attention_scores.h"
+#include "cpu/attention_spans.h"
 #include "cpu/attention_unpack_avx512.h"
 
 namespace kvkernels {
@@ -145,6 +146,7 @@ struct Work {
   float* sum;       // [count, 16]
   float* unpacked;  // [kTileKeys, the larger dim]
   float* scales;    // two rows
+  Prefetch next;    // where rows are few, what the item will read
   KeyRange seen[kMaxRows];
   float decay[kMaxRows];
 };
@@ -185,7 +187,7 @@ void start_rows(const AttentionTile& tile, const TileResult& result, Work& work)
 }
 
 template <typename L>
-void pack_keys(const typename L::Item* keys, int64_t* offsets, int64_t num_keys, const Work& work) {
+void pack_keys(const typename L::Item* keys, int64_t* offsets, int64_t num_keys, Work& work) {
   // The last 16 keys may be fewer: the rest of their columns repeat the last key, and no row sees
   // them.
   for (int64_t t = num_keys; t % 16 != 0; ++t) offsets[t] = offsets[num_keys - 1];
@@ -200,41 +202,52 @@ void pack_keys(const typename L::Item* keys, int64_t* offsets, int64_t num_keys,
       for (int j = 0; j < 16; ++j) {
         if (j < num_columns) _mm512_store_ps(work.keys + (i + j) * kTileKeys + first, rows[j]);
       }
+      work.next.advance(16 * 64);
     }
   }
 }
 
 template <typename L>
 void pack_values(const typename L::Item* values, const int64_t* offsets, int64_t num_keys,
-                 const Work& work) {
+                 Work& work) {
   for (int64_t t = 0; t < num_keys; t += L::kNumbers) {
     const auto* second = t + 1 < num_keys ? values + offsets[t + 1] : nullptr;
     L::pack_values(values + offsets[t], second, work.value_dim,
                    work.values + t / L::kNumbers * work.value_dim);
+    work.next.advance(L::kNumbers * work.value_dim * sizeof(typename L::Item));
   }
 }
 
-// Packs the keys, transposed, and the values of [begin, end).
+// Packs the keys, transposed, and the values of the tile of keys [begin, end), as far as they are
+// the item's.
 template <typename L>
-void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, const Work& work) {
+void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, Work& work) {
   using Item = typename L::Item;
   int64_t key_offsets[kTileKeys], value_offsets[kTileKeys];
-  if (lies_plain(tile, begin, end)) {
-    find_rows(tile, begin, end, key_offsets, value_offsets);
-    pack_keys<L>(static_cast<const Item*>(tile.args->key_cache), key_offsets, end - begin, work);
-    pack_values<L>(static_cast<const Item*>(tile.args->value_cache), value_offsets, end - begin,
-                   work);
+  const int64_t count = end - begin, first = std::max<int64_t>(tile.key_begin - begin, 0);
+  const bool is_plain = lies_plain(tile, begin + first, end);
+  if (is_plain) {
+    find_rows(tile, begin + first, end, key_offsets + first, value_offsets + first);
+  } else {
+    for (int64_t t = first; t < count; ++t) {
+      key_offsets[t] = t * work.head_dim;
+      value_offsets[t] = t * work.value_dim;
+    }
+  }
+  repeat_first_row(key_offsets, first);
+  repeat_first_row(value_offsets, first);
+  if (is_plain) {
+    pack_keys<L>(static_cast<const Item*>(tile.args->key_cache), key_offsets, count, work);
+    pack_values<L>(static_cast<const Item*>(tile.args->value_cache), value_offsets, count, work);
     return;
   }
   auto* rows = reinterpret_cast<Item*>(work.unpacked);
-  for (int64_t t = 0; t < end - begin; ++t) {
-    key_offsets[t] = t * work.head_dim;
-    value_offsets[t] = t * work.value_dim;
-  }
-  unpack_keys<typename L::Unpacker>(tile, 0, begin, end, work.scales, rows);
-  pack_keys<L>(rows, key_offsets, end - begin, work);
-  unpack_values<typename L::Unpacker>(tile, 0, begin, end, work.scales, rows);
-  pack_values<L>(rows, value_offsets, end - begin, work);
+  unpack_keys<typename L::Unpacker>(tile, 0, begin + first, end, work.scales,
+                                    rows + first * work.head_dim);
+  pack_keys<L>(rows, key_offsets, count, work);
+  unpack_values<typename L::Unpacker>(tile, 0, begin + first, end, work.scales,
+                                      rows + first * work.value_dim);
+  pack_values<L>(rows, value_offsets, count, work);
 }
 
 // The columns of the tile of keys [begin, end) that some row of [row, row + count) sees. Ranges
@@ -280,17 +293,33 @@ void add_values(const Work& work, int64_t row, int64_t count, int64_t begin, int
   }
 }
 
+// Lets all that the item reads be asked for ahead. With many rows each tile of keys is multiplied
+// for so long that the processor's own prefetch does.
+inline void plan_reading(const AttentionTile& tile, Prefetch& next) {
+  Spans keys, values;
+  for (int64_t begin = tile.key_begin, end; begin < tile.key_end; begin = end) {
+    end = key_tile_end(tile, begin);
+    find_spans(tile, begin, end, keys, values);
+    next.add_tile(keys, values, 1);
+  }
+}
+
 template <typename L>
 void attend_many_rows(const AttentionTile& tile, const TileResult& result) {
   Work work;
   start_rows<L>(tile, result, work);
-  for (int64_t begin = tile.key_begin, end; begin < tile.key_end; begin = end) {
+  if (work.count <= kFewRows) plan_reading(tile, work.next);
+  const int64_t tile_bytes =
+      kTileKeys * (work.head_dim + work.value_dim) * sizeof(typename L::Item);
+  const int64_t first = tile.key_begin / kTileKeys * kTileKeys;
+  for (int64_t begin = first, end; begin < tile.key_end; begin = end) {
     end = key_tile_end(tile, begin);
     // Rows before row_begin end, and rows from row_end on begin, outside these keys.
     int64_t row_begin = 0, row_end = work.count;
     while (row_begin < row_end && work.seen[row_begin].end <= begin) ++row_begin;
     while (row_end > row_begin && work.seen[row_end - 1].begin >= end) --row_end;
     if (row_begin == row_end) continue;
+    work.next.begin(tile_bytes);
     load_tile<L>(tile, begin, end, work);
     for (int64_t row = row_begin; row < row_end; row += kBlockRows) {
       const int64_t count = row_end - row < kBlockRows ? row_end - row : kBlockRows;

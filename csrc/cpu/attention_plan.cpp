@@ -24,6 +24,11 @@ constexpr int64_t kItemsPerSequence = 128;
 // such a piece, and no more, to leave items for other threads.
 constexpr int64_t kPieceBytes = 128 << 10;
 constexpr int64_t kMaxRowsOfHeads = 32;  // of all heads of a tile: they should stay in the L1 cache
+// Keys of a chunk where chunks are cut by position. Fewer would cost more merging, more would leave
+// threads idle when one sequence of a few thousand tokens comes alone.
+constexpr int64_t kPositionChunk = 512;
+// Their results may take this much memory for a sequence; past it a tile keeps its chunks together.
+constexpr int64_t kMaxPartialFloats = 4 << 20;
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -110,13 +115,41 @@ void check_sequence(const PagedAttentionArgs& args, int64_t seq) {
 
 int64_t heads_per_tile(const PagedAttentionArgs& args, const AttentionKernel& kernel,
                        int64_t num_rows) {
-  if (num_rows > kernel.max_rows_many_heads) return 1;
+  if (num_rows > kernel.max_rows_many_heads || args.batch_invariant) return 1;
   const int64_t item_size = args.dtype == DType::kFloat32 ? 4 : 2;
   const int64_t head_bytes = args.block_size * args.head_dim * item_size;
   const int64_t num_heads = (kPieceBytes + head_bytes - 1) / std::max<int64_t>(head_bytes, 1);
   return std::clamp<int64_t>(num_heads, 1,
                              std::min({args.num_kv_heads, kMaxTileHeads,
                                        std::max<int64_t>(kMaxRowsOfHeads / num_rows, 1)}));
+}
+
+// Cuts the keys into about as many chunks as give kItemsPerSequence items.
+void cut_by_length(SequencePlan& plan, int64_t first_visible) {
+  plan.first_key = first_visible / kChunkUnit * kChunkUnit;
+  const int64_t num_keys = plan.seq_len - plan.first_key;
+  const int64_t num_wanted = std::clamp<int64_t>(
+      kItemsPerSequence / (plan.num_tiles * plan.num_head_tiles), 1, kMaxChunks);
+  plan.chunk_size = std::max(
+      {kMinChunk, kMinChunkPerRow * plan.rows_per_tile, (num_keys + num_wanted - 1) / num_wanted});
+  plan.chunk_size = round_up(plan.chunk_size, kChunkUnit);
+  plan.num_chunks =
+      std::clamp<int64_t>((num_keys + plan.chunk_size - 1) / plan.chunk_size, 1, num_wanted);
+  if (num_wanted == 1) plan.chunk_size = std::max<int64_t>(num_keys, 1);
+  plan.num_splits = plan.num_chunks;
+}
+
+// Cuts the keys at the same positions whatever the length and the number of queries. A query's
+// chunks are merged in order by whoever computes them, so how they are shared out may go by length.
+void cut_by_position(SequencePlan& plan, int64_t first_visible) {
+  plan.first_key = first_visible / kPositionChunk * kPositionChunk;
+  plan.chunk_size = kPositionChunk;
+  plan.num_chunks =
+      std::max<int64_t>(1, (plan.seq_len - plan.first_key + kPositionChunk - 1) / kPositionChunk);
+  const int64_t num_tiles = plan.num_tiles * plan.num_head_tiles;
+  const int64_t num_floats = num_tiles * plan.num_chunks * plan.heads_per_tile * plan.result_size;
+  const bool is_split = num_tiles < kItemsPerSequence && num_floats <= kMaxPartialFloats;
+  plan.num_splits = is_split ? plan.num_chunks : 1;
 }
 
 SequencePlan plan_sequence(const PagedAttentionArgs& args, int64_t seq,
@@ -135,16 +168,12 @@ SequencePlan plan_sequence(const PagedAttentionArgs& args, int64_t seq,
   plan.num_kv_heads = args.num_kv_heads;
   plan.heads_per_tile = heads_per_tile(args, kernel, plan.num_rows);
   plan.num_head_tiles = (plan.num_kv_heads + plan.heads_per_tile - 1) / plan.heads_per_tile;
-  plan.first_key = first_visible_key(args, plan.seq_len, num_queries) / kChunkUnit * kChunkUnit;
-  const int64_t num_keys = plan.seq_len - plan.first_key;
-  const int64_t num_wanted = std::clamp<int64_t>(
-      kItemsPerSequence / (plan.num_tiles * plan.num_head_tiles), 1, kMaxChunks);
-  plan.chunk_size = std::max(
-      {kMinChunk, kMinChunkPerRow * plan.rows_per_tile, (num_keys + num_wanted - 1) / num_wanted});
-  plan.chunk_size = round_up(plan.chunk_size, kChunkUnit);
-  plan.num_chunks =
-      std::clamp<int64_t>((num_keys + plan.chunk_size - 1) / plan.chunk_size, 1, num_wanted);
-  if (num_wanted == 1) plan.chunk_size = std::max<int64_t>(num_keys, 1);
+  const int64_t first_visible = first_visible_key(args, plan.seq_len, num_queries);
+  if (args.batch_invariant) {
+    cut_by_position(plan, first_visible);
+  } else {
+    cut_by_length(plan, first_visible);
+  }
   return plan;
 }
 
@@ -194,20 +223,21 @@ Plan make_plan(const PagedAttentionArgs& args, const AttentionKernel& kernel) {
   }
   // The longest items first: the threads then end at about the same time.
   const auto cost = [](const SequencePlan& seq) {
-    return seq.rows_per_tile * seq.heads_per_tile * seq.chunk_size;
+    const int64_t num_chunks = seq.num_chunks / seq.num_splits;  // of an item
+    return seq.rows_per_tile * seq.heads_per_tile * seq.chunk_size * num_chunks;
   };
   std::stable_sort(plan.sequences.begin(), plan.sequences.end(),
                    [&](const SequencePlan& a, const SequencePlan& b) { return cost(a) > cost(b); });
   for (SequencePlan& seq : plan.sequences) {
     const int64_t num_tiles = seq.num_tiles * seq.num_head_tiles;
     seq.first_item = plan.num_items;
-    plan.num_items += num_tiles * seq.num_chunks;
+    plan.num_items += num_tiles * seq.num_splits;
     // Few rows take as long as four: that time goes into reading the keys.
     plan.num_scores += std::max<int64_t>(seq.num_rows, 4) * seq.num_kv_heads * seq.seq_len;
-    if (seq.num_chunks == 1) continue;
+    if (seq.num_splits == 1) continue;
     seq.first_partial = plan.num_partials;
     seq.first_split_tile = plan.num_split_tiles;
-    plan.num_partials += num_tiles * seq.num_chunks * seq.heads_per_tile * seq.result_size;
+    plan.num_partials += num_tiles * seq.num_splits * seq.heads_per_tile * seq.result_size;
     plan.num_split_tiles += num_tiles;
   }
   return plan;

@@ -15,6 +15,9 @@ constexpr int64_t kMaxChunks = 128;
 //
 //   items   tile T-1 heads 0.. chunk 0, chunk 1, ...; next heads ...; tile T-2 ...; tile 0 ...
 //
+// Where chunks are cut by position (batch_invariant), an item may also be a tile with all its
+// chunks, one after the other: num_splits is then 1, elsewhere num_chunks.
+//
 // Last tiles first: under a causal mask they see the most keys, and long items are better begun
 // early. Nothing depends on the number of threads or on other sequences, so neither does the
 // rounding of the result.
@@ -24,13 +27,14 @@ struct SequencePlan {
   int64_t num_rows, rows_per_tile, num_tiles;  // num_tiles: of one key-value head
   int64_t num_kv_heads, heads_per_tile, num_head_tiles;
   int64_t first_key, chunk_size, num_chunks;  // chunk c starts at first_key + c * chunk_size
+  int64_t num_splits;                         // items of a tile
   int64_t first_item;
-  // Where there are several chunks: its results, [num_tiles * num_head_tiles, num_chunks,
+  // Where there are several: their results, [num_tiles * num_head_tiles, num_splits,
   // heads_per_tile, result_size], start at this float among all, and its counters at that one.
   int64_t first_partial, result_size;
   int64_t first_split_tile;
 
-  int64_t end_item() const { return first_item + num_tiles * num_head_tiles * num_chunks; }
+  int64_t end_item() const { return first_item + num_tiles * num_head_tiles * num_splits; }
 
   // The rows of tile `index` of num_tiles * num_head_tiles, and all the keys they see.
   AttentionTile tile(const PagedAttentionArgs& args, int64_t index) const;

@@ -40,33 +40,38 @@ struct FloatWriter {
 };
 using Unpacker = PortableUnpacker<FloatWriter>;
 
+// Columns [first, count) of a tile of keys.
 template <typename T>
-void transpose_keys(const T* keys, const int64_t* offsets, int64_t count, int64_t head_dim,
-                    float* target) {
-  for (int64_t token = 0; token < count; ++token) {
+void transpose_keys(const T* keys, const int64_t* offsets, int64_t first, int64_t count,
+                    int64_t head_dim, float* target) {
+  for (int64_t token = first; token < count; ++token) {
     const T* key = keys + offsets[token];
     for (int64_t i = 0; i < head_dim; ++i) target[i * kTileKeys + token] = to_float(key[i]);
   }
 }
 
+// Loads the tile of keys [begin, end), as far as they are the item's: a key has the same column in
+// every call.
 template <typename T>
 void load_keys(const AttentionTile& tile, int64_t begin, int64_t end, const Tiles& tiles) {
   const int64_t head_dim = tile.args->head_dim, value_dim = tile.args->value_dim;
   int64_t key_offsets[kTileKeys], value_offsets[kTileKeys];
-  if (lies_plain(tile, begin, end)) {
-    find_rows(tile, begin, end, key_offsets, value_offsets);
+  const int64_t count = end - begin, first = std::max<int64_t>(tile.key_begin - begin, 0);
+  if (lies_plain(tile, begin + first, end)) {
+    find_rows(tile, begin + first, end, key_offsets + first, value_offsets + first);
     const T* values = static_cast<const T*>(tile.args->value_cache);
-    transpose_keys(static_cast<const T*>(tile.args->key_cache), key_offsets, end - begin, head_dim,
+    transpose_keys(static_cast<const T*>(tile.args->key_cache), key_offsets, first, count, head_dim,
                    tiles.key);
-    for (int64_t token = 0; token < end - begin; ++token) {
+    for (int64_t token = first; token < count; ++token) {
       widen<T>(values + value_offsets[token], tiles.value + token * value_dim, value_dim);
     }
     return;
   }
-  unpack_keys<Unpacker>(tile, 0, begin, end, tiles.scales, tiles.rows);
-  for (int64_t token = 0; token < end - begin; ++token) key_offsets[token] = token * head_dim;
-  transpose_keys<float>(tiles.rows, key_offsets, end - begin, head_dim, tiles.key);
-  unpack_values<Unpacker>(tile, 0, begin, end, tiles.scales, tiles.value);
+  unpack_keys<Unpacker>(tile, 0, begin + first, end, tiles.scales, tiles.rows + first * head_dim);
+  for (int64_t token = first; token < count; ++token) key_offsets[token] = token * head_dim;
+  transpose_keys<float>(tiles.rows, key_offsets, first, count, head_dim, tiles.key);
+  unpack_values<Unpacker>(tile, 0, begin + first, end, tiles.scales,
+                          tiles.value + first * value_dim);
 }
 
 // scores[t] = query * key t
@@ -121,7 +126,7 @@ void attend(const AttentionTile& tile, const TileResult* results) {
   tiles.rows = tiles.key + kTileKeys * head_dim;
   tiles.value = tiles.rows + kTileKeys * head_dim;
   tiles.scales = tiles.value + kTileKeys * value_dim;
-  // Columns past the tile's last key take part in the dot products, and must not trap there.
+  // Columns of no key of the tile take part in the dot products, and must not trap there.
   std::memset(tiles.key, 0, kTileKeys * head_dim * sizeof(float));
   for (int64_t row = 0; row < num_rows; ++row) {
     const int64_t offset = query_offset(tile, tile.row_begin + row);
@@ -131,7 +136,8 @@ void attend(const AttentionTile& tile, const TileResult* results) {
     result.sum[row] = 0;
   }
   const bool adjusts = adjusts_scores(args);
-  for (int64_t begin = tile.key_begin; begin < tile.key_end; begin += kTileKeys) {
+  const int64_t first_begin = tile.key_begin / kTileKeys * kTileKeys;
+  for (int64_t begin = first_begin; begin < tile.key_end; begin += kTileKeys) {
     const int64_t end = begin + kTileKeys < tile.key_end ? begin + kTileKeys : tile.key_end;
     load_keys<T>(tile, begin, end, tiles);
     for (int64_t row = 0; row < num_rows; ++row) {

@@ -48,6 +48,13 @@ static inline void find_rows(const AttentionTile& tile, int64_t begin, int64_t e
   }
 }
 
+// Kernels lay the keys of a tile into columns by position, so that a key has the same column in
+// every call. Columns [0, first), of keys that no row sees, repeat the first one that some row
+// sees: other slots are never read, and what no row sees must still be a number.
+static inline void repeat_first_row(int64_t* offsets, int64_t first) {
+  for (int64_t t = 0; t < first; ++t) offsets[t] = offsets[first];
+}
+
 // A run of neighbouring slots of one block.
 struct Run {
   BlockEntry block;

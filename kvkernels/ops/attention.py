@@ -86,9 +86,11 @@ def paged_attention(
         int8_cache: Blocks that table entries tagged "int8" name; same heads, block size and device.
         int4_cache: Like ``int8_cache``, for "int4".
         return_lse: Whether to return the log-sum-exp too.
-        batch_invariant: Whether a sequence's result must be the same, bit for bit, alone and in any
-            batch. On the CPU it always is. On a GPU it costs parallelism of short batches, and
-            holds among calls without ``cu_seqlens_q`` and among calls with it.
+        batch_invariant: Whether a result must be the same, bit for bit, in any batch. On the CPU
+            that is the result of a query, also among any other number of queries of its sequence
+            (that of a sequence always is the same there), and few queries take longer. On a GPU it
+            is that of a sequence, alone and beside others; it costs parallelism of short batches,
+            and holds among calls without ``cu_seqlens_q`` and among calls with it.
 
     Returns:
         ``[num_tokens, num_heads, value_dim]`` in the dtype of ``query``; with ``return_lse`` a pair

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 CSRC = "csrc/cpu/"
 OPS = ("tests/ops/test_attention.py", "tests/ops/test_attention_features.py")
 CHECKS = ("tests/ops/test_attention_checks.py",)
+INVARIANCE = ("tests/ops/test_attention_invariance.py",)
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,17 @@ FAULTS = [
           "args.alibi_slopes[(tile.kv_head + head) * group + row / group % group]"),
     # ---- softmax and the merge of parts
     Fault("sink dropped", CSRC + "attention.cpp",
-          "if (has_sink) sum += std::exp2(sink - base);", ""),
-    Fault("sink counted for each part", CSRC + "attention.cpp",
-          "if (has_sink) sum += std::exp2(sink - base);",
-          "if (has_sink) sum += num_results * std::exp2(sink - base);"),
+          "sum = weight * sum + std::exp2(sink - base);", "sum = weight * sum;"),
+    Fault("sink counted twice", CSRC + "attention.cpp",
+          "sum = weight * sum + std::exp2(sink - base);",
+          "sum = weight * sum + 2 * std::exp2(sink - base);"),
     Fault("sink of another head", CSRC + "attention.cpp",
           "args_.sinks[query_head] * kLog2E", "args_.sinks[r % group] * kLog2E"),
     Fault("merge without the maximum", CSRC + "attention.cpp",
-          "const float weight = std::exp2(results[i].max[row] - base);",
-          "const float weight = 1.0f;"),
+          "const float new_weight = std::exp2(part.max[row] - max);",
+          "const float new_weight = 1.0f;"),
     Fault("an empty part is not left out", CSRC + "attention.cpp",
-          "if (results[i].sum[row] == 0) continue;", ""),
+          "if (part.sum[row] == 0) continue;", ""),
     Fault("log-sum-exp in base 2", CSRC + "attention.cpp",
           "(base + std::log2(sum)) * kLn2", "base + std::log2(sum)"),
     Fault("guard of nothing seen removed", CSRC + "attention_portable.cpp",
@@ -141,14 +142,22 @@ FAULTS = [
           "std::min(pieces.begin(piece, 0) / group_size, run.groups - 1);", isa="avx512"),
     # ---- tails and masks of vectors
     Fault("tail lanes unmasked", CSRC + "attention_avx512.h",
-          "const __mmask16 seen = first_lanes(last - 16 * i) & ~first_lanes(first - 16 * i);",
-          "const __mmask16 seen = 0xffff & ~first_lanes(first - 16 * i);", isa="avx512"),
+          "kIsMasked ? first_lanes(last - 16 * i) & ~first_lanes(first - 16 * i) : 0xffff;",
+          "kIsMasked ? 0xffff & ~first_lanes(first - 16 * i) : 0xffff;", isa="avx512"),
     Fault("whole rows taken for seen", CSRC + "attention_avx512.h",
           "seen[r + whole].end >= kTileKeys) {", "true) {", isa="avx512"),
     Fault("odd last value paired with what follows", CSRC + "attention_amx_kernel.h",
           "const uint16_t* odd = t + 1 < num_keys ? cache + offsets[t + 1] : nullptr;",
           "const uint16_t* odd = t < num_keys ? cache + offsets[t] : nullptr;",
           isa="amx_emulated"),
+    # ---- the same bits in any cut
+    Fault("chunks by length", CSRC + "attention_plan.cpp",
+          "if (args.batch_invariant) {", "if (false) {", files=INVARIANCE),
+    Fault("columns from the first key seen", CSRC + "attention_many_rows_avx512.h",
+          "const int64_t first = tile.key_begin / kTileKeys * kTileKeys;",
+          "const int64_t first = tile.key_begin;", isa="avx512", files=INVARIANCE),
+    Fault("few rows on a kernel of their own", CSRC + "attention_avx512.cpp",
+          " && !tile.args->batch_invariant", "", isa="avx512", files=INVARIANCE),
     # ---- checks
     Fault("block ids not checked", CSRC + "attention_plan.cpp",
           "is_good &= index < 3 && id < counts[index < 3 ? index : 0];", "", files=CHECKS),

@@ -70,14 +70,16 @@ struct PagedAttentionArgs {
   float soft_cap;  // 0: none
   bool causal;
   int64_t window;  // 0: none
+  bool batch_invariant = false;
   QuantizedCache int8, int4;
   DType dtype;        // of query and out
   DType cache_dtype;  // dtype, or kFloat8
 };
 
 // Fills out, and lse unless it is null. The result depends neither on num_threads nor on the other
-// sequences of the call. Throws std::invalid_argument, before any work, if a value inside an index
-// tensor is out of range.
+// sequences of the call; with batch_invariant that of a query also not on the other queries of its
+// sequence, so prompts may be cut anywhere. Throws std::invalid_argument, before any work, if a
+// value inside an index tensor is out of range.
 void paged_attention(const PagedAttentionArgs& args, AttentionPath path, int num_threads);
 
 struct MergeAttentionArgs {
