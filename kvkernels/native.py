@@ -181,6 +181,20 @@ def merge_attention(
     return out, lse
 
 
+def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """See `kvkernels.linear`, for an input of two dimensions."""
+    num_rows, in_features = input.shape
+    out = input.new_empty((num_rows, weight.shape[0]))
+    _kvkernels.linear(
+        (input.data_ptr(), weight.data_ptr(), _address(bias), out.data_ptr()),
+        (num_rows, in_features, weight.shape[0], input.stride(0), weight.stride(0)),
+        _DTYPES[input.dtype],
+        _isa,
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def encode_blocks(
     blocks: torch.Tensor,
     block_ids: torch.Tensor,

@@ -3,6 +3,7 @@
 from kvkernels.ops.attention import merge_attention, paged_attention
 from kvkernels.ops.codecs import EncodedBlocks, decode_blocks, encode_blocks
 from kvkernels.ops.kv_cache import store_kv
+from kvkernels.ops.linear import linear
 from kvkernels.ops.quantize import quantize_blocks
 from kvkernels.ops.shared_prefix import SharedPrefixes, shared_prefix_attention
 
@@ -11,6 +12,7 @@ __all__ = [
     "SharedPrefixes",
     "decode_blocks",
     "encode_blocks",
+    "linear",
     "merge_attention",
     "paged_attention",
     "quantize_blocks",

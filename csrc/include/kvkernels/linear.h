@@ -1,0 +1,23 @@
+// A linear layer whose result for a row does not depend on what other rows there are.
+#pragma once
+
+#include "kvkernels/attention.h"
+
+namespace kvkernels {
+
+// Strides are in elements; the last dimension of every tensor is dense.
+struct LinearArgs {
+  const void* input;   // [num_rows, in_features]
+  const void* weight;  // [out_features, in_features]
+  const void* bias;    // [out_features], or null
+  void* out;           // [num_rows, out_features], contiguous
+  int64_t num_rows, in_features, out_features;
+  int64_t input_stride, weight_stride;
+  DType dtype;  // of all four; not kFloat8
+};
+
+// out = input * weight^T + bias. A row is the same bits for any number of rows, wherever it stands
+// among them, and for any number of threads. The path is used as in paged_attention.
+void linear(const LinearArgs& args, AttentionPath path, int num_threads);
+
+}  // namespace kvkernels

@@ -1,0 +1,119 @@
+"""The linear layer: as accurate as PyTorch's, and a row's bits independent of all else."""
+
+import pytest
+import torch
+from test_attention import DTYPES
+
+import kvkernels
+from accuracy import assert_as_accurate
+from kvkernels import UnsupportedError, native
+from kvkernels.reference import linear as reference
+
+# in_features, out_features
+SHAPES = {
+    "smallest": (1, 1),
+    "odd": (33, 5),
+    "one vector": (32, 16),
+    "several rectangles": (96, 97),
+    "SmolLM2 down": (1536, 576),
+}
+ISAS = native.available_isas() or ("reference",)
+NUM_ROWS = 150  # more than a rectangle has
+
+
+@pytest.fixture(params=ISAS)
+def _isa(request):
+    if request.param == "reference":
+        yield
+        return
+    with native.use_isa(request.param):
+        yield
+
+
+@pytest.fixture
+def _one_thread():
+    """Whatever the machine: what is compared below is run with one thread, then with three."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_layer(shape, dtype, num_rows=NUM_ROWS):
+    in_features, out_features = SHAPES[shape]
+    return (
+        torch.randn(num_rows, in_features).to(dtype),
+        torch.randn(out_features, in_features).to(dtype),
+        torch.randn(out_features).to(dtype),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.usefixtures("_isa")
+def test_is_as_accurate_as_the_reference(shape, dtype):
+    layer = make_layer(shape, dtype, num_rows=7)
+    exact = reference.linear(*(tensor.double() for tensor in layer))
+    assert_as_accurate(kvkernels.linear(*layer), reference.linear(*layer), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.usefixtures("_isa", "_one_thread")
+def test_a_row_is_the_same_bits_in_any_batch(shape, dtype):
+    rows, weight, bias = make_layer(shape, dtype)
+    whole = kvkernels.linear(rows, weight, bias)
+    torch.set_num_threads(3)
+    for count in (1, 2, 3, 4, 5, 7, 16, 17, 33, 129, NUM_ROWS):
+        for first in {0, 1, NUM_ROWS - count}:
+            part = kvkernels.linear(rows[first : first + count], weight, bias)
+            assert torch.equal(part, whole[first : first + count]), (count, first)
+
+
+@pytest.mark.usefixtures("_isa")
+def test_takes_views_and_more_dimensions():
+    rows, weight, _ = make_layer("odd", torch.float32, num_rows=12)
+    expected = kvkernels.linear(rows, weight)
+    wide = torch.full((12, 40), torch.nan)
+    wide[:, :33] = rows
+    assert torch.equal(kvkernels.linear(wide[:, :33], weight), expected)
+    columns = torch.full((33, 12, 2), torch.nan)
+    columns[..., 0] = rows.T
+    assert torch.equal(kvkernels.linear(columns[..., 0].T, weight), expected)
+    assert torch.equal(kvkernels.linear(rows.view(3, 4, 33), weight), expected.view(3, 4, 5))
+    wide_weight = torch.full((5, 40), torch.nan)
+    wide_weight[:, :33] = weight
+    assert torch.equal(kvkernels.linear(rows, wide_weight[:, :33]), expected)
+    assert kvkernels.linear(rows[:0], weight).shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("weight", {"weight": torch.zeros(5)}),
+        ("weight", {"weight": torch.zeros(5, 33, dtype=torch.float16)}),
+        ("weight", {"weight": torch.zeros(33, 5).T}),
+        ("weight", {"weight": torch.zeros(5, 33, requires_grad=True)}),
+        ("input", {"input": torch.zeros(7, 32)}),
+        ("input", {"input": torch.zeros(())}),
+        ("input", {"input": torch.zeros(7, 33, dtype=torch.float64)}),
+        ("bias", {"bias": torch.zeros(6)}),
+        ("bias", {"bias": torch.zeros(10)[::2]}),
+        ("bias", {"bias": torch.zeros(5, dtype=torch.bfloat16)}),
+    ],
+)
+def test_refuses_what_does_not_fit(name, change):
+    layer = {"input": torch.zeros(7, 33), "weight": torch.zeros(5, 33), "bias": torch.zeros(5)}
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        kvkernels.linear(**(layer | change))
+
+
+def test_refuses_another_device():
+    with pytest.raises(UnsupportedError, match="CPU"):
+        kvkernels.linear(torch.zeros(7, 33, device="meta"), torch.zeros(5, 33, device="meta"))
+
+
+def test_passes_opcheck():
+    layer = make_layer("odd", torch.float32, num_rows=7)
+    torch.library.opcheck(torch.ops.kvkernels.linear.default, layer)
+    torch.library.opcheck(torch.ops.kvkernels.linear.default, (*layer[:2], None))
