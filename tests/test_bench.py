@@ -7,8 +7,10 @@ import torch
 
 from bench import (
     bench_attention,
+    bench_batch_invariance,
     bench_index,
     bench_kv_cache,
+    bench_linear,
     bench_merge_attention,
     bench_model_decode,
     bench_op_overhead,
@@ -156,11 +158,12 @@ def test_attention_bench_draws(small_attention, monkeypatch, tmp_path):
     ("bench", "case", "baseline"),
     [
         (bench_kv_cache, "decode_1", "index_put"),
+        (bench_linear, "up_x4_fp32", "pytorch"),
         (bench_merge_attention, "merge_4", "pytorch"),
         (bench_shared_prefix, "small", "flat"),
         (bench_op_overhead, "merge_attention", "torch.ops.kvkernels.merge_attention"),
     ],
-    ids=["kv_cache", "merge_attention", "shared_prefix", "op_overhead"],
+    ids=["kv_cache", "linear", "merge_attention", "shared_prefix", "op_overhead"],
 )
 def test_benches_of_the_other_ops(bench, case, baseline, capsys):
     bench.main(case, num_rounds=1)
@@ -190,6 +193,31 @@ def test_model_bench(monkeypatch, capsys):
     told = lines(capsys.readouterr())
     assert [line["provider"] for line in told] == list(bench_model_decode.PROVIDERS)
     assert told[0]["num_equal_tokens"] == 4 and told[0]["logits_error"] == 0
+
+
+def test_batch_invariance_bench(monkeypatch, capsys):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    bench = bench_batch_invariance
+    monkeypatch.setattr(bench, "MODELS", ("tiny",))
+    monkeypatch.setattr(bench, "load", lambda name, dtype: model.to(dtype))
+    monkeypatch.setattr(bench, "NUM_TOKENS", 67)
+    monkeypatch.setattr(bench, "TRIED", (1, 66))
+    monkeypatch.setattr(bench, "CASES", [bench.Case("decode", 2, 20, 1)])
+    bench.main("", num_rounds=1)
+    told = lines(capsys.readouterr())
+    layers = {line["layer"] for line in told if line["case"] == "tiny_layers"}
+    assert {"lm_head", "model.rotary_emb", "model.layers.0.mlp.act_fn"} <= layers
+    providers = [line["provider"] for line in told if line["case"] == "tiny_decode"]
+    assert providers == ["default", "batch_invariant"]
 
 
 @pytest.mark.parametrize("name", ["near_put_64KiB", "near_get_1MiB", "near_contains_32_64KiB"])

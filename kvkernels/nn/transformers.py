@@ -15,6 +15,7 @@ import torch
 
 from kvkernels import ops
 from kvkernels.errors import UnsupportedError
+from kvkernels.nn.batch_invariance import is_batch_invariant
 from kvkernels.nn.dense import sequences_as_blocks, tokens_as_blocks
 from kvkernels.nn.paged_kv import PagedKV, equal_bounds, merge_tokens
 from kvkernels.nn.transformers_cache import PagedCache
@@ -139,6 +140,8 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer, as transformers calls it.
 
+    Invariant of the batch where its model is (`kvkernels.nn.batch_invariance`).
+
     Args:
         module: The layer.
         query: ``[batch, num_heads, num_new, head_dim]``.
@@ -190,6 +193,7 @@ def attend(
         window=sliding_window,
         soft_cap=softcap,
         sinks=None if s_aux is None else s_aux.detach().float(),
+        batch_invariant=is_batch_invariant(module),
     )
     assert isinstance(out, torch.Tensor)  # a pair only where the log-sum-exp was asked for
     return out.view(batch_size, num_new, num_heads, head_dim), None

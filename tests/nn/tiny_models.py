@@ -33,7 +33,8 @@ SIZES = {
 
 
 def llama(**changes):
-    return _initialised(LlamaForCausalLM, LlamaConfig(**SIZES, num_hidden_layers=3, **changes))
+    config = LlamaConfig(**{**SIZES, "num_hidden_layers": 3, **changes})
+    return _initialised(LlamaForCausalLM, config)
 
 
 def gemma3(**changes):
@@ -111,10 +112,10 @@ def _initialised(model_class, config):
     return model
 
 
-def make_groups(model, num_blocks=32):
+def make_groups(model, num_blocks=32, block_size=BLOCK_SIZE):
     """Paged groups whose pools hold NaN wherever nothing was stored."""
     groups = []
-    for spec in layer_groups(model.config, BLOCK_SIZE, torch.float32):
+    for spec in layer_groups(model.config, block_size, model.dtype):
         pool = KVPool(spec.layout, num_blocks)
         pool.data.fill_(float("nan"))
         groups.append(PagedGroup(pool, BlockAllocator(num_blocks), spec.layers, spec.window))

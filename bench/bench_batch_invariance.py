@@ -1,0 +1,210 @@
+"""What the same bits in any batch cost whole models, and which of their layers lack them without.
+
+The cases time a forward pass in bfloat16 with kvkernels' attention: prompts of one sequence, and
+decode steps of several. The baseline has PyTorch's layers and attention as it is by default. Case
+"layers" times nothing: it tells which layers give a token other bits beside another number of
+tokens, or with another number of threads.
+"""
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench.harness import print_line, spread, time_alternating
+from kvkernels import BlockAllocator, KVPool
+from kvkernels.nn import PagedGroup, layer_groups
+
+BLOCK_SIZE = 64
+MODELS = ("smollm2", "gemma3")
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    batch_size: int
+    num_context: int
+    num_new: int
+
+
+CASES = [
+    Case("prefill_512", 1, 0, 512),
+    Case("prefill_2k", 1, 0, 2048),
+    Case("decode_1x1k", 1, 1024, 1),
+    Case("decode_8x1k", 8, 1024, 1),
+    Case("decode_16x1k", 16, 1024, 1),
+]
+# Numbers of tokens that a layer is tried with, out of NUM_TOKENS.
+TRIED = (1, 2, 3, 5, 8, 16, 17, 33, 64, 100, 512)
+NUM_TOKENS = 513
+
+# Two ways to sum in bfloat16 lie so far apart after all layers.
+MAX_LOGITS_ERROR = 0.1
+
+
+def load(name: str, dtype: torch.dtype) -> Any:
+    from prefixstore import models
+
+    return models.load_model(getattr(models, f"prepare_{name}")(), dtype)
+
+
+@dataclass
+class Runner:
+    """A model, and the cache of a context."""
+
+    model: Any
+    cache: Any
+    tokens: torch.Tensor  # [batch_size, num_new]
+    install: Callable[[], Any]
+
+    def run(self) -> torch.Tensor:
+        """Last logits of each sequence; the cache forgets the new tokens."""
+        with self.install():
+            logits = self.model(self.tokens, past_key_values=self.cache, logits_to_keep=1).logits
+        self.cache.crop(-self.tokens.shape[1])
+        return logits[:, -1].float()
+
+
+@contextmanager
+def as_it_is(model: Any) -> Iterator[Any]:
+    yield model
+
+
+@contextmanager
+def open_runner(model: Any, case: Case, install: Callable[[Any], Any]) -> Iterator[Runner]:
+    from kvkernels.nn.transformers import PagedCache, paged_attention
+
+    num_tokens = case.num_context + case.num_new
+    num_blocks = case.batch_size * -(-num_tokens // BLOCK_SIZE)
+    groups = [
+        PagedGroup(
+            KVPool(spec.layout, num_blocks), BlockAllocator(num_blocks), spec.layers, spec.window
+        )
+        for spec in layer_groups(model.config, BLOCK_SIZE, model.dtype)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    shape = (case.batch_size, num_tokens)
+    tokens = torch.randint(3, model.config.vocab_size, shape, generator=generator)
+    with paged_attention(model), PagedCache(groups, batch_size=case.batch_size) as cache:
+        if case.num_context:
+            context = tokens[:, : case.num_context]
+            model(context, past_key_values=cache, logits_to_keep=1)
+        yield Runner(model, cache, tokens[:, case.num_context :], lambda: install(model))
+
+
+def measure(model_name: str, model: Any, case: Case, num_rounds: int) -> None:
+    from kvkernels.nn.batch_invariance import batch_invariant
+
+    providers = {"default": as_it_is, "batch_invariant": batch_invariant}
+    with ExitStack() as stack:
+        runners = {
+            name: stack.enter_context(open_runner(model, case, install))
+            for name, install in providers.items()
+        }
+        want, got = (runner.run() for runner in runners.values())
+        error = ((got - want).norm() / want.norm()).item()
+        if not error <= MAX_LOGITS_ERROR:
+            raise RuntimeError(f"logits: expected within {MAX_LOGITS_ERROR}, got {error:.3e}")
+        runs = {name: lambda _, runner=runner: runner.run() for name, runner in runners.items()}
+        seconds = time_alternating(runs, [None], num_rounds)
+    # Other work on the machine only ever adds time.
+    best = {name: min(values) for name, values in seconds.items()}
+    for name, values in seconds.items():
+        print_line(
+            case=f"{model_name}_{case.name}",
+            provider=name,
+            time_to_default=statistics.median(values) / statistics.median(seconds["default"]),
+            best_time_to_default=best[name] / best["default"],
+            logits_error=error,
+            **spread(values),
+        )
+
+
+@dataclass
+class Layer:
+    """A layer and what a model called it with."""
+
+    module: torch.nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def on_tokens(self, begin: int, end: int) -> list[torch.Tensor]:
+        """What it gives for some of the tokens."""
+        args = [narrow_tokens(arg, begin, end) for arg in self.args]
+        kwargs = {name: narrow_tokens(arg, begin, end) for name, arg in self.kwargs.items()}
+        result = self.module(*args, **kwargs)
+        return list(result) if isinstance(result, tuple) else [result]
+
+    def differs_at(self) -> list[int]:
+        """Numbers of tokens beside which a token's bits are others than beside all."""
+        whole = self.on_tokens(0, NUM_TOKENS)
+        return [
+            count
+            for count in TRIED
+            if not all(
+                torch.equal(part, narrow_tokens(all_tokens, begin, begin + count))
+                for begin in (0, 7, NUM_TOKENS - count)
+                if begin + count <= NUM_TOKENS
+                for part, all_tokens in zip(
+                    self.on_tokens(begin, begin + count), whole, strict=True
+                )
+            )
+        ]
+
+
+def narrow_tokens(value: Any, begin: int, end: int) -> Any:
+    """Of a tensor the tokens [begin, end), along the dimension that has NUM_TOKENS."""
+    if not isinstance(value, torch.Tensor) or NUM_TOKENS not in value.shape:
+        return value
+    return value.narrow(value.shape.index(NUM_TOKENS), begin, end - begin).clone()
+
+
+def find_layers(model: Any) -> dict[str, Layer]:
+    """The model's first block's layers, and those outside of blocks, each as it was called."""
+    found: dict[str, Layer] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.setdefault(name, Layer(module, args, kwargs))
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(note(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if not list(module.children()) and ("layers." not in name or "layers.0." in name)
+    ]
+    model(torch.arange(3, 3 + NUM_TOKENS)[None])
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def print_layers(model_name: str, model: Any, threads: tuple[int, ...] = (1, 2)) -> None:
+    before = torch.get_num_threads()
+    for name, layer in find_layers(model).items():
+        differs = {}
+        for num_threads in threads:
+            torch.set_num_threads(num_threads)
+            differs[str(num_threads)] = layer.differs_at()
+        print_line(
+            case=f"{model_name}_layers",
+            dtype=str(model.dtype),
+            layer=name,
+            differs_at_by_threads=differs,
+        )
+    torch.set_num_threads(before)
+
+
+@torch.inference_mode()
+def main(case_filter: str = "", num_rounds: int = 15) -> None:
+    for model_name in MODELS:
+        for dtype in (torch.bfloat16, torch.float32):
+            if case_filter in f"{model_name}_layers":
+                print_layers(model_name, load(model_name, dtype))
+        for case in CASES:
+            if case_filter in f"{model_name}_{case.name}":
+                measure(model_name, load(model_name, torch.bfloat16), case, num_rounds)

@@ -1,0 +1,166 @@
+"""Models whose results are the same bits however their tokens are batched, on a CPU.
+
+A token's logits then depend on the tokens before it alone: not on where a prompt is cut, how much
+of it came from a cache, what else is in the forward pass or how many threads work on it.
+
+::
+
+    linear layers  kvkernels.linear: one order of summation for any number of rows
+    attention      paged_attention(batch_invariant=True): one order of keys for any cut
+    activations    PyTorch's own, on whole vectors: what is left over at the end of a tensor, or of
+                   a thread's share, goes through other code there, with other roundings
+    all else       rows on their own (norms, cosines), or single roundings (sums, products); that
+                   PyTorch gives these the same bits was found by trying (bench_batch_invariance)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+
+from kvkernels.errors import UnsupportedError
+from kvkernels.ops import linear
+
+# PyTorch's loops over elements take two vectors of the widest kind at a time, and give a thread no
+# less than so many elements.
+_VECTOR_ITEMS = 64
+_GRAIN_ITEMS = 32768
+
+# Frequencies of these go by the length of the forward pass, so no batching can be without effect.
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+@dataclass
+class _Installed:
+    replaced: list[torch.nn.Module]
+    num_users: int = 1
+
+
+_installed: WeakKeyDictionary[torch.nn.Module, _Installed] = WeakKeyDictionary()
+_invariant_modules: WeakSet[torch.nn.Module] = WeakSet()
+
+
+def install(model: torch.nn.Module) -> None:
+    """Make a model's results independent of batching, until `uninstall`.
+
+    Its attention is to run on kvkernels (`kvkernels.nn.transformers.install`) or to ask for
+    `batch_invariant=True` itself. Installed twice, a model stays so until it is uninstalled twice.
+
+    Raises:
+        UnsupportedError: If the model has a layer for which this cannot be promised; it is left as
+            it was.
+    """
+    if model in _installed:
+        _installed[model].num_users += 1
+        return
+    _refuse_unserved(model)
+    forwards = {module: _find_forward(name, module) for name, module in model.named_modules()}
+    replaced = []
+    for module, forward in forwards.items():
+        if forward is not None:
+            vars(module)["forward"] = forward
+            replaced.append(module)
+    _invariant_modules.update(forwards)
+    _installed[model] = _Installed(replaced)
+
+
+def uninstall(model: torch.nn.Module) -> None:
+    """Give a model back the layers it had before `install`; without one, nothing changes."""
+    installed = _installed.get(model)
+    if installed is None:
+        return
+    installed.num_users -= 1
+    if installed.num_users == 0:
+        del _installed[model]
+        for module in installed.replaced:
+            del vars(module)["forward"]
+        _invariant_modules.difference_update(model.modules())
+
+
+@contextmanager
+def batch_invariant(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Make a model's results independent of batching inside a `with` block; yields the model."""
+    install(model)
+    try:
+        yield model
+    finally:
+        uninstall(model)
+
+
+def is_batch_invariant(module: torch.nn.Module) -> bool:
+    """Whether a module belongs to a model that `install` was called for."""
+    return module in _invariant_modules
+
+
+def _refuse_unserved(model: torch.nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "cpu":
+            raise UnsupportedError(
+                f"model: expected all parameters on the CPU, got {name} on {parameter.device}"
+            )
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if parameter.dim() > 1 and not isinstance(owner, (torch.nn.Linear, torch.nn.Embedding)):
+            raise UnsupportedError(
+                "model: expected matrices in linear and embedding layers only, got"
+                f" {name} in {type(owner).__name__}"
+            )
+    for name, module in model.named_modules():
+        rope_type = getattr(module, "rope_type", None)
+        used = set(rope_type.values()) if isinstance(rope_type, dict) else {rope_type}
+        if used & _LENGTH_DEPENDENT_ROPE:
+            raise UnsupportedError(
+                "model: expected rotary frequencies that do not depend on the length, got"
+                f" {rope_type!r} in {name}"
+            )
+
+
+def _find_forward(name: str, module: torch.nn.Module) -> Callable[..., Any] | None:
+    """What is to replace a module's `forward`; None to leave it."""
+    kind = type(module)
+    forward: Callable[..., Any]
+    if isinstance(module, torch.nn.Linear):
+        if kind is not torch.nn.Linear:
+            raise UnsupportedError(
+                f"model: expected linear layers of torch.nn.Linear, got {name} of {kind.__name__}"
+            )
+        forward = partial(_apply_linear, module)
+    elif kind.__module__ in ("torch.nn.modules.activation", "transformers.activations"):
+        forward = partial(_activate, module.forward)
+    else:
+        return None
+    if "forward" in vars(module):
+        raise UnsupportedError(
+            f"model: expected layers with the forward of their class, got {name} with another"
+        )
+    return forward
+
+
+def _apply_linear(module: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
+    return linear(input, module.weight, module.bias)
+
+
+def _activate(forward: Callable[..., torch.Tensor], input: torch.Tensor) -> torch.Tensor:
+    """An element-wise function of a tensor that is padded to whole vectors for every thread."""
+    size = input.numel()
+    padded = _whole_vectors(size)
+    if padded == size and input.is_contiguous():
+        return forward(input)
+    flat = input.new_zeros(padded)
+    flat[:size] = input.reshape(-1)
+    return forward(flat)[:size].view(input.shape)
+
+
+def _whole_vectors(size: int) -> int:
+    """The least number of elements from `size` on that PyTorch shares out in whole vectors."""
+    size = -(-size // _VECTOR_ITEMS) * _VECTOR_ITEMS
+    while True:
+        num_parts = min(torch.get_num_threads(), -(-size // _GRAIN_ITEMS)) or 1
+        if -(-size // num_parts) % _VECTOR_ITEMS == 0:
+            return size
+        size += _VECTOR_ITEMS

@@ -1,0 +1,146 @@
+"""The same bits however tokens are batched: whole models, and what is refused."""
+
+import random
+
+import pytest
+import tiny_models
+import torch
+from packed_forward import PackedModel
+
+from kvkernels import UnsupportedError
+from kvkernels.nn import batch_invariance
+from kvkernels.nn.batch_invariance import batch_invariant
+from kvkernels.nn.transformers import paged_attention
+
+MODELS = {
+    "llama": tiny_models.llama,
+    # Odd widths: the ends of tensors are not whole vectors.
+    "llama_odd": lambda: tiny_models.llama(intermediate_size=77, head_dim=16),
+    "gemma2": tiny_models.gemma2,
+    "gemma3": tiny_models.gemma3,
+    "qwen2": tiny_models.qwen2,
+}
+SIZES = (1, 1, 2, 3, 7, 16, 33, 64)
+
+
+@pytest.fixture
+def _any_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def make_packed(model, lengths, block_size=tiny_models.BLOCK_SIZE):
+    config = model.config.get_text_config(decoder=True)
+    sequences = [torch.randint(0, config.vocab_size, (length,)) for length in lengths]
+    num_blocks = sum(-(-length // block_size) for length in lengths) + 1
+    groups = tiny_models.make_groups(model, num_blocks, block_size)
+    return PackedModel(model, groups, sequences)
+
+
+def check_any_steps(packed, sizes, max_threads=3):
+    """Run all in random steps; every token's logits must be those of its sequence run whole."""
+    rng = random.Random(0)
+    torch.set_num_threads(2)
+    whole = packed.run_whole()
+    for step in packed.random_steps(rng, sizes):
+        torch.set_num_threads(rng.randint(1, max_threads))
+        for (seq, begin, end), logits in zip(step, packed.run(step), strict=True):
+            assert torch.equal(logits, whole[seq][begin:end]), (step, seq)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("_any_threads")
+def test_any_steps_give_the_same_bits(name, dtype):
+    model = MODELS[name]().to(dtype)
+    with paged_attention(model), batch_invariant(model):
+        check_any_steps(make_packed(model, (130, 75, 41, 1)), SIZES)
+
+
+@pytest.mark.usefixtures("_any_threads")
+def test_without_it_bits_differ():
+    model = tiny_models.llama()
+    with paged_attention(model), pytest.raises(AssertionError):
+        check_any_steps(make_packed(model, (130, 75, 41, 1)), SIZES)
+
+
+def test_computes_what_the_model_does():
+    model = tiny_models.llama()
+    tokens = torch.randint(0, 128, (2, 70))
+    with torch.inference_mode():
+        expected = model(tokens).logits
+        with paged_attention(model), batch_invariant(model):
+            got = model(tokens).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_uninstalling_gives_the_model_back():
+    model = tiny_models.llama()
+    layer = model.model.layers[0]
+    with batch_invariant(model):
+        with batch_invariant(model):
+            assert "forward" in vars(layer.mlp.up_proj)
+        assert "forward" in vars(layer.mlp.up_proj)
+        assert batch_invariance.is_batch_invariant(layer.self_attn)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert not batch_invariance.is_batch_invariant(layer.self_attn)
+    batch_invariance.uninstall(model)
+
+
+class OwnLinear(torch.nn.Linear):
+    pass
+
+
+def with_own_linear():
+    return torch.nn.Sequential(OwnLinear(3, 3))
+
+
+def with_a_matrix_of_its_own():
+    model = torch.nn.Sequential(torch.nn.Identity())
+    model[0].experts = torch.nn.Parameter(torch.zeros(2, 2))
+    return model
+
+
+def with_another_forward():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    model[0].forward = lambda input: input
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (with_own_linear, "OwnLinear"),
+        (with_a_matrix_of_its_own, r"0\.experts in Identity"),
+        (with_another_forward, "forward of their class, got 0"),
+        (
+            lambda: tiny_models.llama(
+                rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+            ),
+            "rotary frequencies",
+        ),
+        (lambda: torch.nn.Linear(3, 3, device="meta"), "on meta"),
+    ],
+)
+def test_refuses_what_it_cannot_promise(make, what):
+    model = make()
+    before = [vars(module).get("forward") for module in model.modules()]
+    with pytest.raises(UnsupportedError, match=what):
+        batch_invariance.install(model)
+    assert [vars(module).get("forward") for module in model.modules()] == before
+
+
+@pytest.mark.model
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("prepare", ["prepare_smollm2", "prepare_gemma3"])
+@pytest.mark.usefixtures("_any_threads")
+def test_real_models_give_the_same_bits(prepare, dtype):
+    from prefixstore import models
+
+    model = models.load_model(getattr(models, prepare)(), dtype)
+    # A sequence is longer than Gemma's window of 512 and than a chunk of keys.
+    with paged_attention(model), batch_invariant(model):
+        packed = make_packed(model, (550, 70), block_size=64)
+        check_any_steps(packed, (1, 16, 64, 250), max_threads=2)
