@@ -74,15 +74,21 @@ def find_server() -> Path:
 
 
 class Server:
-    """A server that keeps nothing on disk, until it is closed."""
+    """A server that keeps nothing on disk, until it is closed.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        directory: For its socket.
+        options: More words of its command line.
+    """
+
+    def __init__(self, directory: Path, options: Sequence[str] = ()) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.path = directory / "sock"
         words = [str(find_server()), "--port", str(self.port), "--bind", "127.0.0.1"]
         words += ["--unixsocket", str(self.path), "--save", "", "--appendonly", "no"]
+        words += options
         self._process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
         while not self.path.exists():
             if self._process.poll() is not None:

@@ -1,5 +1,6 @@
 """Blocks on their way between a pool and host memory, while the model goes on computing."""
 
 from kvkernels.transfer.block_transfer import BlockTransfer, Eviction, Restoration
+from kvkernels.transfer.lanes import all_done
 
-__all__ = ["BlockTransfer", "Eviction", "Restoration"]
+__all__ = ["BlockTransfer", "Eviction", "Restoration", "all_done"]

@@ -7,7 +7,7 @@ or by the work that the caller queues next. On a CPU those are the same.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -57,6 +57,24 @@ class _Finished:
             raise self._error
 
     wait_on_stream = wait
+
+
+class _AllDone:
+    def __init__(self, parts: Sequence[Done]) -> None:
+        self._parts = parts
+
+    def wait(self) -> None:
+        for part in self._parts:
+            part.wait()
+
+    def wait_on_stream(self) -> None:
+        for part in self._parts:
+            part.wait_on_stream()
+
+
+def all_done(parts: Sequence[Done]) -> Done:
+    """Done once all parts are."""
+    return _AllDone(parts)
 
 
 class _FutureDone:

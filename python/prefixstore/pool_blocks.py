@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import groupby
 
 import numpy as np
 import torch
 
 from kvkernels import EncodedBlocks, KVPool
-from kvkernels.transfer import BlockTransfer
+from kvkernels.transfer import BlockTransfer, Eviction, all_done
 from prefixstore.record import BlockKey, RecordLayout, write_header
-from prefixstore.store.block_sources import RECORDS_AT_ONCE
+from prefixstore.store.block_sources import MAX_RECORDS, MAX_RECORDS_BYTES
 from prefixstore.store.block_targets import FetchedRecord
+
+_MIN_SLOTS = 4
 
 
 class PoolBlocks:
@@ -24,11 +27,12 @@ class PoolBlocks:
     """
 
     def __init__(self, pool: KVPool, layouts: Sequence[RecordLayout]) -> None:
-        self.headroom = max(layout.header_bytes for layout in layouts)
+        self._headroom = max(layout.header_bytes for layout in layouts)
+        longest = max(layout.encode_bytes for layout in layouts)
         self.transfer = BlockTransfer(
             pool,
-            num_slots=RECORDS_AT_ONCE,
-            headroom=self.headroom,
+            num_slots=min(max(MAX_RECORDS_BYTES // longest, _MIN_SLOTS), MAX_RECORDS),
+            headroom=self._headroom,
             payload_bytes=max(layout.payload_bytes for layout in layouts),
         )
 
@@ -40,6 +44,44 @@ class PoolBlocks:
         """Blocks to be restored, by their index among those asked for."""
         return PoolTarget(self.transfer, block_ids)
 
+    @property
+    def max_records(self) -> int:
+        """See `RecordMaker`."""
+        return self.transfer.num_slots
+
+    @contextmanager
+    def records(
+        self, keys: Sequence[BlockKey], sources: Sequence[PoolBlock]
+    ) -> Iterator[list[np.ndarray]]:
+        """See `RecordMaker`."""
+        with ExitStack() as evictions:
+            records: list[np.ndarray] = []
+            pairs = zip(keys, sources, strict=True)
+            for layout, run in groupby(pairs, lambda pair: pair[0].layout):
+                alike = list(run)
+                block_ids = torch.tensor([source.block_id for _, source in alike])
+                written = all_done([source.written for _, source in alike])
+                eviction = evictions.enter_context(
+                    self.transfer.evict(block_ids, layout.block_format, written)
+                )
+                records += self._finish([key for key, _ in alike], layout, eviction)
+            yield records
+
+    def _finish(
+        self, keys: Sequence[BlockKey], layout: RecordLayout, eviction: Eviction
+    ) -> Iterator[np.ndarray]:
+        """Put headers before payloads, once these are there."""
+        encoded = eviction.wait()
+        slots = eviction.slots.numpy()
+        for key, is_raw, sums, slot in zip(
+            keys, encoded.is_raw.tolist(), encoded.sums, slots, strict=True
+        ):
+            written = layout.raw if is_raw else layout
+            start = self._headroom - written.header_bytes
+            record = slot[start : start + written.record_bytes]
+            write_header(key, written, sums, record)
+            yield record
+
     def close(self) -> None:
         """Wait for what is on its way."""
         self.transfer.close()
@@ -49,25 +91,13 @@ class PoolBlock:
     """One block on its way out; see `BlockSource`."""
 
     def __init__(self, blocks: PoolBlocks, block_id: int) -> None:
-        self._blocks = blocks
-        self._block_ids = torch.tensor([block_id])
-        self._written = blocks.transfer.mark()
+        self.maker = blocks
+        self.block_id = block_id
+        self.written = blocks.transfer.mark()
 
     @property
     def num_bytes(self) -> int:
-        return self._blocks.transfer.pool.layout.block_bytes
-
-    @contextmanager
-    def record(self, key: BlockKey) -> Iterator[np.ndarray]:
-        layout, headroom = key.layout, self._blocks.headroom
-        transfer = self._blocks.transfer
-        with transfer.evict(self._block_ids, layout.block_format, self._written) as eviction:
-            encoded = eviction.wait()
-            layout = layout.raw if encoded.is_raw[0] else layout
-            first, end = headroom - layout.header_bytes, headroom + layout.payload_bytes
-            record = eviction.slots[0, first:end].numpy()
-            write_header(key, layout, encoded.sums[0], record)
-            yield record
+        return self.maker.transfer.pool.layout.block_bytes
 
 
 class PoolTarget:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,7 +13,26 @@ from prefixstore.checksum import Buffer, as_bytes
 from prefixstore.record import encode
 from prefixstore.tiers.base import page_aligned
 
-RECORDS_AT_ONCE = 8  # that may be read from sources of one kind at a time
+MAX_RECORDS = 256  # that are made and written together
+MAX_RECORDS_BYTES = 32 << 20  # of their blocks
+
+
+class RecordMaker(Protocol):
+    """Makes the records of blocks of one kind, many at a time: one by one costs too much."""
+
+    @property
+    def max_records(self) -> int:
+        """As many at a time."""
+        ...
+
+    def records(
+        self, keys: Sequence[BlockKey], sources: Sequence[Any]
+    ) -> AbstractContextManager[list[np.ndarray]]:
+        """The records of sources that name this maker, each uint8, to be read inside the context.
+
+        There the blocks are free.
+        """
+        ...
 
 
 class BlockSource(Protocol):
@@ -24,8 +43,9 @@ class BlockSource(Protocol):
         """What it counts for in a queue."""
         ...
 
-    def record(self, key: BlockKey) -> AbstractContextManager[np.ndarray]:
-        """The block's record, uint8, to be read inside the context; there the block is free."""
+    @property
+    def maker(self) -> RecordMaker:
+        """What makes a record of it."""
         ...
 
 
@@ -40,28 +60,54 @@ class HostBlock:
     """
 
     def __init__(self, block: Buffer) -> None:
-        self._block = as_bytes("block", block)
+        self.block = as_bytes("block", block)
 
     @property
     def num_bytes(self) -> int:
-        return self._block.nbytes
+        return self.block.nbytes
 
-    @contextmanager
-    def record(self, key: BlockKey) -> Iterator[np.ndarray]:
-        record = page_aligned(key.layout.encode_bytes)
-        yield record[: encode(key, self._block, record)]
+    @property
+    def maker(self) -> RecordMaker:
+        return _HOST_BLOCKS
 
 
 class WrittenRecord:
     """A record that a tier gave: it goes to another tier as it is."""
 
     def __init__(self, record: np.ndarray) -> None:
-        self._record = record
+        self.record = record
 
     @property
     def num_bytes(self) -> int:
-        return self._record.nbytes
+        return self.record.nbytes
+
+    @property
+    def maker(self) -> RecordMaker:
+        return _WRITTEN_RECORDS
+
+
+class _HostBlocks:
+    max_records = MAX_RECORDS
 
     @contextmanager
-    def record(self, key: BlockKey) -> Iterator[np.ndarray]:
-        yield self._record
+    def records(
+        self, keys: Sequence[BlockKey], sources: Sequence[HostBlock]
+    ) -> Iterator[list[np.ndarray]]:
+        records = []
+        for key, source in zip(keys, sources, strict=True):
+            record = page_aligned(key.layout.encode_bytes)
+            records.append(record[: encode(key, source.block, record)])
+        yield records
+
+
+class _WrittenRecords:
+    max_records = MAX_RECORDS
+
+    @contextmanager
+    def records(
+        self, keys: Sequence[BlockKey], sources: Sequence[WrittenRecord]
+    ) -> Iterator[list[np.ndarray]]:
+        yield [source.record for source in sources]
+
+
+_HOST_BLOCKS, _WRITTEN_RECORDS = _HostBlocks(), _WrittenRecords()

@@ -12,13 +12,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from prefixstore.block_key import RecordName
-from prefixstore.store.block_sources import RECORDS_AT_ONCE
+from prefixstore.store.block_sources import MAX_RECORDS, MAX_RECORDS_BYTES
 from prefixstore.store.config import StoreConfig
 from prefixstore.store.guarded_tier import GuardedTier
 from prefixstore.store.tier_writer import TierJob, TierWriter
@@ -44,6 +43,7 @@ class BlockWriter:
             for number in range(1, len(tiers))
         }
         self._is_blamed = False  # whether tier 0 is to blame if the thread fails now
+        self._unread: dict[WriteJob, None] = {}  # of those at hand, whose blocks may be read yet
         self._thread = threading.Thread(target=self._run, name="prefixstore-writer", daemon=True)
         self._thread.start()
 
@@ -99,35 +99,42 @@ class BlockWriter:
     # ---- in its thread -----------------------------------------------------------------------
 
     def _run(self) -> None:
-        while jobs := self._queue.take(RECORDS_AT_ONCE):
-            with ExitStack() as at_end:
-                at_end.callback(self._queue.finish)
-                for job in reversed(jobs):
-                    at_end.callback(_call, job.arrived)
-                try:
-                    self._write(jobs)
-                except Exception as error:  # a bug of a tier or a source must not end the writing
-                    logger.exception("%d blocks not written", len(jobs))
-                    if self._is_blamed and self._first is not None:
-                        self._first.mark_down(error)
+        while jobs := self._queue.take(MAX_RECORDS, MAX_RECORDS_BYTES):
+            self._unread = dict.fromkeys(jobs)
+            try:
+                self._write(jobs)
+            except Exception as error:  # a bug of a tier or a source must not end the writing
+                logger.exception("%d blocks not written", len(jobs))
+                if self._is_blamed and self._first is not None:
+                    self._first.mark_down(error)
+            self._let_go(list(self._unread))
+            for job in jobs:
+                _call(job.arrived)
+            self._queue.finish()
 
     def _write(self, jobs: Sequence[WriteJob]) -> None:
-        with ExitStack() as held:
-            for job in reversed(jobs):
-                held.callback(_call, job.done)
-            is_held = self._ask_first(jobs)
-            lacking = [job for job, held_there in zip(jobs, is_held, strict=True) if not held_there]
-            with ExitStack() as open_records:
-                records = [
-                    open_records.enter_context(job.source.record(job.key)) for job in lacking
-                ]
-                held.close()  # the blocks are read
-                kept = self._put_first(lacking, records)
-                for job, record, is_kept in zip(lacking, records, kept, strict=True):
-                    self._hand_on(job, None if is_kept else record)
-        for job, held_there in zip(jobs, is_held, strict=True):
-            if held_there:
-                self._hand_on(job, None)
+        is_held = self._ask_first(jobs)
+        held = [job for job, is_there in zip(jobs, is_held, strict=True) if is_there]
+        self._let_go(held)
+        for job in held:
+            self._hand_on(job, None)
+        for alike in _alike([job for job in jobs if job in self._unread]):
+            self._write_alike(alike)
+
+    def _write_alike(self, jobs: Sequence[WriteJob]) -> None:
+        """Make records of blocks that lie in one place, and put them where they belong."""
+        keys, sources = [job.key for job in jobs], [job.source for job in jobs]
+        with sources[0].maker.records(keys, sources) as records:
+            self._let_go(jobs)
+            kept = self._put_first(jobs, records)
+            for job, record, is_kept in zip(jobs, records, kept, strict=True):
+                self._hand_on(job, None if is_kept else record)
+
+    def _let_go(self, jobs: Sequence[WriteJob]) -> None:
+        """These blocks are not read any more."""
+        for job in jobs:
+            del self._unread[job]
+            _call(job.done)
 
     def _ask_first(self, jobs: Sequence[WriteJob]) -> list[bool]:
         """Whether tier 0 holds each block."""
@@ -172,6 +179,17 @@ class BlockWriter:
         max_bytes = job.key.layout.max_record_bytes
         for number in numbers:
             self.hand_on(number, TierJob(job.key.name, max_bytes, job.priority, copied))
+
+
+def _alike(jobs: Sequence[WriteJob]) -> Iterator[list[WriteJob]]:
+    """Jobs of one maker each, as many as it makes records of at a time."""
+    by_maker: dict[int, list[WriteJob]] = {}
+    for job in jobs:
+        by_maker.setdefault(id(job.source.maker), []).append(job)
+    for alike in by_maker.values():
+        at_once = alike[0].source.maker.max_records
+        for first in range(0, len(alike), at_once):
+            yield alike[first : first + at_once]
 
 
 def _call(callback: Callable[[], None]) -> None:

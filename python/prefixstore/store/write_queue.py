@@ -66,12 +66,18 @@ class WriteQueue:
             self._changed.notify_all()
             return True
 
-    def take(self, max_jobs: int) -> list[WriteJob]:
-        """The next jobs, waiting for one; none once the queue is closed and empty."""
+    def take(self, max_jobs: int, max_bytes: int) -> list[WriteJob]:
+        """The next jobs, waiting for one, however long; none once the queue is closed and empty."""
         with self._changed:
             self._changed.wait_for(lambda: bool(self._jobs) or self._is_closed)
-            self._running = [self._jobs.popleft() for _ in range(min(max_jobs, len(self._jobs)))]
-            return list(self._running)
+            taken: list[WriteJob] = []
+            while self._jobs and len(taken) < max_jobs:
+                max_bytes -= self._jobs[0].source.num_bytes
+                if taken and max_bytes < 0:
+                    break
+                taken.append(self._jobs.popleft())
+            self._running = taken
+            return list(taken)
 
     def finish(self) -> None:
         """The jobs that were taken are done with."""
