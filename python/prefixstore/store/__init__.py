@@ -2,13 +2,14 @@
 
 from prefixstore.store.breaker import BreakerConfig
 from prefixstore.store.config import StoreConfig, TierPolicy
-from prefixstore.store.loader import LoadObserver
+from prefixstore.store.loader import LoadObserver, LoadProgress
 from prefixstore.store.stats import StoreStats, TierUse
 from prefixstore.store.store import Store
 
 __all__ = [
     "BreakerConfig",
     "LoadObserver",
+    "LoadProgress",
     "Store",
     "StoreConfig",
     "StoreStats",

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
-import numpy as np
-
 from prefixstore.block_key import BlockKey
-from prefixstore.record_header import TRAILER_BYTES
 from prefixstore.store.block_sources import WrittenRecord
 from prefixstore.store.block_targets import BlockTarget, FetchedRecord
 from prefixstore.store.block_writer import BlockWriter
 from prefixstore.store.config import StoreConfig, TierPolicy
+from prefixstore.store.fetcher import Fetcher, Slabs, record_room
 from prefixstore.store.guarded_tier import Found, GuardedTier
 from prefixstore.store.in_flight import InFlight
 from prefixstore.store.stats import Counts
 from prefixstore.store.write_queue import WriteJob, noop
-from prefixstore.tiers.base import PAGE_BYTES, page_aligned, round_up
 
 BATCH_BYTES = 32 << 20  # of records that are fetched and then restored together
 
 LoadObserver = Callable[[str, int, int, float], None]
+LoadProgress = Callable[[Sequence[int]], bool]
 
 
 class Loader:
@@ -57,16 +54,20 @@ class Loader:
         self._config = config
         self.observer: LoadObserver | None = None  # see `Store.observe_loads`
         self._in_flight = InFlight()
-        self._scratch = threading.local()
+        self._slabs = Slabs()
 
     def load_many(
-        self, keys: Sequence[BlockKey], target: BlockTarget, deadline: float
+        self,
+        keys: Sequence[BlockKey],
+        target: BlockTarget,
+        deadline: float,
+        progress: LoadProgress | None = None,
     ) -> list[str | None]:
         """See `Store.load_many`."""
-        load = _Load(keys, target, deadline)
+        load = _Load(keys, target, deadline, progress)
         try:
             self._load(load, range(len(keys)))
-            if load.elsewhere:
+            if load.elsewhere and not load.is_stopped:
                 # Once the other threads are done, the fastest tier has what they found.
                 waited = sorted(load.elsewhere)
                 self._counts.add(num_coalesced=len(waited))
@@ -76,7 +77,9 @@ class Loader:
                 self._load(load, waited)
         finally:
             self._promote(load)
-        self._counts.add(num_loads=len(keys), num_misses=load.found.count(None))
+        num_misses = 0 if load.is_stopped else load.found.count(None)
+        num_found = len(keys) - load.found.count(None)
+        self._counts.add(num_loads=num_found + num_misses, num_misses=num_misses)
         self._tell(load)
         return load.found
 
@@ -87,38 +90,43 @@ class Loader:
                 observer(self._tiers[number].name, work.num_records, work.num_bytes, work.seconds)
 
     def _load(self, load: _Load, indices: Sequence[int]) -> None:
-        """Load these, in batches where they need buffers, and hand on what was found."""
-        if self._tiers and self._tiers[0].lends:
-            keys = [load.keys[i] for i in indices]
-            with load.timed(0), self._tiers[0].lend_many(keys) as lent:
-                self._restore(load, 0, indices, lent)  # what comes from there goes nowhere else
-            indices = [i for i in indices if load.found[i] is None]
-        longest = max((load.keys[i].layout.max_record_bytes for i in indices), default=1)
-        row_bytes = longest + TRAILER_BYTES  # so that protected records are opened where they lie
-        num_rows = max(1, BATCH_BYTES // row_bytes)
-        for first in range(0, len(indices), num_rows):
-            self._load_batch(load, indices[first : first + num_rows], row_bytes)
-            # Writing to faster tiers waits until all is loaded, as far as the queue could take it:
-            # it would take the processor and the memory from whoever waits for these blocks.
-            if sum(job.source.num_bytes for job in load.promotions) > self._config.queue_bytes:
-                self._promote(load)
-        self._promote(load)  # before this thread waits for another: that one may wait for this
-
-    def _load_batch(self, load: _Load, indices: Sequence[int], row_bytes: int) -> None:
-        """Ask tier after tier."""
+        """Ask tier after tier, each for all that the faster ones lack; hand on what was found."""
         for number, tier in enumerate(self._tiers):
-            if number == 0 and tier.lends:
-                continue
             missing = [i for i in indices if load.found[i] is None and i not in load.elsewhere]
             if number == 1 and load.coalesces:
                 missing = self._claim(load, missing)
-            if not missing:
+            if not missing or load.is_stopped:
                 continue
-            keys = [load.keys[i] for i in missing]
-            rows = self._take_slab(len(missing), row_bytes)
+            batches = _batches(load.keys, missing)
             with load.timed(number):
-                fetched = tier.fetch_many(keys, list(rows), load.deadline)
-                self._restore(load, number, missing, fetched)
+                if number == 0 and tier.lends:
+                    self._load_lent(load, batches)  # what comes from there goes nowhere else
+                else:
+                    self._load_fetched(load, number, batches)
+        self._promote(load)  # before this thread waits for another: that one may wait for this
+
+    def _load_lent(self, load: _Load, batches: Sequence[Sequence[int]]) -> None:
+        for batch in batches:
+            with self._tiers[0].lend_many([load.keys[i] for i in batch]) as lent:
+                self._restore(load, 0, batch, lent)
+            if not load.goes_on_after(batch):
+                return
+
+    def _load_fetched(self, load: _Load, number: int, batches: Sequence[Sequence[int]]) -> None:
+        """Fetch each batch in a thread of its own while the one before is decoded in this one."""
+        fetcher = Fetcher(self._tiers[number], load.keys, load.deadline, self._slabs)
+        with closing(fetcher.fetch_ahead(batches)) as fetched:
+            for batch, found, slab in fetched:
+                num_promotions = len(load.promotions)
+                self._restore(load, number, batch, found)
+                if len(load.promotions) == num_promotions:
+                    self._slabs.give_back(slab)  # otherwise it is theirs from now on
+                # Writing to faster tiers waits until all is loaded, as far as the queue could take
+                # it: it would take the processor and the memory from who waits for these blocks.
+                if sum(job.source.num_bytes for job in load.promotions) > self._config.queue_bytes:
+                    self._promote(load)
+                if not load.goes_on_after(batch):
+                    return
 
     def _restore(
         self, load: _Load, number: int, indices: Sequence[int], found: Sequence[Found | None]
@@ -155,13 +163,12 @@ class Loader:
         tiers = tuple(i for i in self._promoted_into if i < number)
         if tiers:
             name = record.key.name
-            source = WrittenRecord(record.data)  # no copy: the slab is theirs from now on
+            source = WrittenRecord(record.data)  # no copy: the slab is not used again
             arrived = noop
             if record.index in load.claimed:
                 load.claimed.discard(record.index)
                 arrived = self._in_flight.releaser(name)
             load.promotions.append(WriteJob(record.key, source, tiers, arrived=arrived))
-            self._scratch.slab = None
         self._reused(record.key, number)
 
     def _promote(self, load: _Load) -> None:
@@ -173,15 +180,6 @@ class Loader:
         load.promotions.clear()
         self._in_flight.release([load.keys[i].name for i in load.claimed])
         load.claimed.clear()
-
-    def _take_slab(self, num_rows: int, row_bytes: int) -> np.ndarray:
-        """This thread's buffer, as rows for one record each that start on pages."""
-        row_bytes = round_up(row_bytes, PAGE_BYTES)
-        num_bytes = num_rows * row_bytes
-        slab = getattr(self._scratch, "slab", None)
-        if slab is None or slab.nbytes < num_bytes:
-            slab = self._scratch.slab = page_aligned(num_bytes)
-        return slab[:num_bytes].reshape(num_rows, row_bytes)
 
 
 @dataclass
@@ -196,10 +194,18 @@ class _Work:
 class _Load:
     """One call of `load_many` on its way."""
 
-    def __init__(self, keys: Sequence[BlockKey], target: BlockTarget, deadline: float) -> None:
+    def __init__(
+        self,
+        keys: Sequence[BlockKey],
+        target: BlockTarget,
+        deadline: float,
+        progress: LoadProgress | None,
+    ) -> None:
         self.keys = keys
         self.target = target
         self.deadline = deadline
+        self.progress = progress
+        self.is_stopped = False
         self.coalesces = True
         self.found: list[str | None] = [None] * len(keys)
         self.promotions: list[WriteJob] = []
@@ -207,9 +213,23 @@ class _Load:
         self.elsewhere: set[int] = set()  # fetched by other threads just now
         self.work: defaultdict[int, _Work] = defaultdict(_Work)  # by tier that was asked
 
+    def goes_on_after(self, batch: Sequence[int]) -> bool:
+        """Say what of a batch was found; False if the caller has had enough."""
+        loaded = [i for i in batch if self.found[i] is not None]
+        if self.progress is not None and loaded:
+            self.is_stopped = not self.progress(loaded)
+        return not self.is_stopped
+
     @contextmanager
     def timed(self, number: int) -> Iterator[None]:
         """What runs inside is this tier's work."""
         started = time.perf_counter()
         yield
         self.work[number].seconds += time.perf_counter() - started
+
+
+def _batches(keys: Sequence[BlockKey], indices: Sequence[int]) -> list[Sequence[int]]:
+    """Cut into as many at a time as find room in a batch, whatever their order."""
+    longest = max(record_room(keys[i]) for i in indices)
+    num_rows = max(1, BATCH_BYTES // longest)
+    return [indices[first : first + num_rows] for first in range(0, len(indices), num_rows)]

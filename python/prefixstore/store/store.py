@@ -22,7 +22,7 @@ from prefixstore.store.block_targets import BlockTarget
 from prefixstore.store.block_writer import BlockWriter
 from prefixstore.store.config import StoreConfig, TierPolicy
 from prefixstore.store.guarded_tier import GuardedTier
-from prefixstore.store.loader import Loader, LoadObserver
+from prefixstore.store.loader import Loader, LoadObserver, LoadProgress
 from prefixstore.store.recent_names import RecentNames
 from prefixstore.store.stats import Counts, StoreStats
 from prefixstore.store.tier_writer import TierJob
@@ -114,20 +114,29 @@ class Store:
         return found
 
     def load_many(
-        self, keys: Sequence[BlockKey], target: BlockTarget, deadline: float | None = None
+        self,
+        keys: Sequence[BlockKey],
+        target: BlockTarget,
+        deadline: float | None = None,
+        progress: LoadProgress | None = None,
     ) -> list[str | None]:
         """Restore blocks, each from the fastest tier that has it right.
+
+        Of each tier they come in the order of `keys`, some 32 MiB at a time; the next are read
+        while these are decoded. Any order is as fast.
 
         Args:
             keys: What the records must agree with.
             target: Gets the blocks, by their index among `keys`; of a miss, garbage.
             deadline: What is not there by then is a miss; default see `StoreConfig`.
+            progress: Called in this thread whenever blocks have arrived, with their indices; where
+                it returns False no more are loaded, and the rest are None and no misses.
 
         Returns:
             For each the tier's name, or None: a miss, which does not stop the rest.
         """
         deadline = self.deadline() if deadline is None else deadline
-        return self._loader.load_many(keys, target, deadline)
+        return self._loader.load_many(keys, target, deadline, progress)
 
     def save(
         self,

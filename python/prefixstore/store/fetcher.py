@@ -1,0 +1,97 @@
+"""Reads records of a tier into buffers, one batch ahead of whoever decodes them.
+
+    fetching   | batch 0 | batch 1 | batch 2 |
+    decoding             | batch 0 | batch 1 | batch 2 |
+
+A disk or a server idles while its caller decodes, and the processor while it waits for them; so the
+two take turns on two buffers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from prefixstore.block_key import BlockKey
+from prefixstore.record_header import TRAILER_BYTES
+from prefixstore.store.guarded_tier import Found, GuardedTier
+from prefixstore.tiers.base import PAGE_BYTES, page_aligned, round_up
+
+_MAX_FREE = 4
+
+Fetched = tuple[Sequence[int], list[Found | None], np.ndarray]
+
+
+def record_room(key: BlockKey) -> int:
+    """Bytes that a record is read into: a protected one is opened where it lies."""
+    return round_up(key.layout.max_record_bytes + TRAILER_BYTES, PAGE_BYTES)
+
+
+class Slabs:
+    """Buffers that were used before: a new one costs a page fault every few pages. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+        self._lock = threading.Lock()
+
+    def take(self, num_bytes: int) -> np.ndarray:
+        """A buffer of that size at least, that starts on a page; the caller's."""
+        with self._lock:
+            for number in reversed(range(len(self._free))):  # the last may be in a cache yet
+                if self._free[number].nbytes >= num_bytes:
+                    return self._free.pop(number)
+        return page_aligned(num_bytes)
+
+    def give_back(self, slab: np.ndarray) -> None:
+        """Nobody reads or writes it any more."""
+        with self._lock:
+            self._free.append(slab)
+            if len(self._free) > _MAX_FREE:
+                del self._free[0]
+
+
+class Fetcher:
+    """Reads batches of one load from one tier.
+
+    Args:
+        tier: Where from.
+        keys: Of all blocks of the load.
+        deadline: What is not there by then is a miss.
+        slabs: Where buffers come from.
+    """
+
+    def __init__(
+        self, tier: GuardedTier, keys: Sequence[BlockKey], deadline: float, slabs: Slabs
+    ) -> None:
+        self._tier = tier
+        self._keys = keys
+        self._deadline = deadline
+        self._slabs = slabs
+
+    def fetch_ahead(self, batches: Sequence[Sequence[int]]) -> Generator[Fetched, None, None]:
+        """Each batch, what was found of it, and the slab it lies in, which is the caller's then.
+
+        Closing it early waits for the batch under way.
+        """
+        if len(batches) == 1:
+            yield self._fetch(batches[0])
+            return
+        # A thread for this load alone: a pool of them would have to outlive a fork, and loads
+        # would wait for each other's. Starting one takes 0.1 ms, a batch some milliseconds.
+        with ThreadPoolExecutor(1, thread_name_prefix="prefixstore-fetch") as thread:
+            ahead = thread.submit(self._fetch, batches[0])
+            for following in batches[1:]:
+                fetched = ahead.result()
+                ahead = thread.submit(self._fetch, following)
+                yield fetched
+            yield ahead.result()
+
+    def _fetch(self, batch: Sequence[int]) -> Fetched:
+        keys = [self._keys[i] for i in batch]
+        row_bytes = max(map(record_room, keys))
+        slab = self._slabs.take(len(keys) * row_bytes)
+        rows = slab[: len(keys) * row_bytes].reshape(len(keys), row_bytes)
+        return batch, self._tier.fetch_many(keys, list(rows), self._deadline), slab
