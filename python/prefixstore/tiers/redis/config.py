@@ -83,7 +83,7 @@ class RedisTierConfig:
         ttl_s: Seconds after which a record expires that is not pinned.
         refresh_ttl: Whether a hit begins them anew, give or take a sixteenth.
         part_bytes: Records longer than this are split into equal values of at most this length.
-        num_connections: Connections to each server that share a batch.
+        num_connections: Connections to each server that share a batch; one over a unix socket.
         connect_timeout_s: Longest that a connection may take to open.
         timeout_s: Longest that a call may take which names no deadline.
         name: In messages and statistics.

@@ -213,8 +213,10 @@ class Exchange(Generic[T]):
 
     def _open(self, lane: _Lane) -> None:
         num_bytes = sum(command.num_bytes for command in lane.waiting)
+        # Over a unix socket one keeps a server busy, which reads but one at a time.
+        most = self._servers.config.num_connections if lane.address.port else 1
         num_wanted = min(
-            self._servers.config.num_connections,
+            most,
             len(lane.waiting),
             max(1, num_bytes // _BYTES_PER_CONNECTION),
         )

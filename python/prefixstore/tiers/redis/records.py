@@ -20,6 +20,7 @@ import secrets
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from prefixstore.block_key import RecordName
 from prefixstore.errors import BlockCorrupted, TierError
@@ -51,14 +52,16 @@ class Keys:
         return f"{self.prefix}:{_SCHEMA}:{identity.hex()}:generation".encode()
 
     def pinned(self, identity: bytes, generation: bytes) -> bytes:
-        return b"%b:pinned" % self._of(identity, generation)
+        return b"%b:pinned" % _stem(self.prefix, identity, generation)
 
     def record(self, name: RecordName, generation: bytes) -> bytes:
         digest = name.block_hash.hex().encode()
-        return b"%b:{%b}" % (self._of(name.identity, generation), digest)
+        return b"%b:{%b}" % (_stem(self.prefix, name.identity, generation), digest)
 
-    def _of(self, identity: bytes, generation: bytes) -> bytes:
-        return f"{self.prefix}:{_SCHEMA}:{identity.hex()}:".encode() + generation
+
+@lru_cache(maxsize=256)  # every record of a call has the same
+def _stem(prefix: str, identity: bytes, generation: bytes) -> bytes:
+    return f"{prefix}:{_SCHEMA}:{identity.hex()}:".encode() + generation
 
 
 @dataclass(frozen=True)

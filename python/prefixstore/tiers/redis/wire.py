@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, TypeAlias
 
 from prefixstore.tiers.redis.config import Address
@@ -54,7 +55,8 @@ class Command:
 
     Attributes:
         args: Its words, the key second. One that is a tuple is one word made of several buffers,
-            which are not copied and must stay as they are until the reply is there.
+            flat; those that are no `bytes` are not copied and must stay as they are until the reply
+            is there.
         into: Buffers to be filled, in order, with a reply that is a string, which is then only
             counted. What they have no room for is read and dropped.
         address: The server; None for the one that holds the key.
@@ -88,8 +90,13 @@ class Command:
                 text.append(b"$%d\r\n%b\r\n" % (len(arg), arg))
                 continue
             text.append(b"$%d\r\n" % sum(map(len, arg)))
-            pieces += [b"".join(text), *(piece for piece in arg if len(piece))]
-            text = [b"\r\n"]
+            for piece in arg:
+                if isinstance(piece, bytes):  # a manifest: short
+                    text.append(piece)
+                elif len(piece):
+                    pieces += [b"".join(text), piece]
+                    text = []
+            text.append(b"\r\n")
         pieces.append(b"".join(text))
         return pieces
 
@@ -140,8 +147,7 @@ class Channel:
 
     def push(self, command: Command) -> None:
         """Queue a command; `flush` sends it."""
-        for piece in command.encode():
-            self._outgoing.append(memoryview(piece).cast("B"))
+        self._outgoing.extend(map(memoryview, command.encode()))
         self._awaiting.append(command)
         self._awaited_bytes += command.num_bytes
 
@@ -168,8 +174,7 @@ class Channel:
     def _send(self) -> int:
         outgoing = self._outgoing
         if not isinstance(self._sock, ssl.SSLSocket):
-            count = min(len(outgoing), _MAX_PIECES)
-            return self._sock.sendmsg([outgoing[i] for i in range(count)])
+            return self._sock.sendmsg(list(islice(outgoing, _MAX_PIECES)))
         # A TLS record for each small piece would cost more than the copy. A send that was refused
         # must be repeated with the same bytes, which therefore become the queue's first piece.
         if len(outgoing[0]) < _SMALL_BYTES and len(outgoing) > 1:
