@@ -163,8 +163,13 @@ def test_a_bug_reaches_the_caller_and_leaves_no_claim(tier, where: str) -> None:
 
 def test_after_the_deadline_the_rest_are_misses(tier) -> None:
     keys = make_keys(NUM_BLOCKS)
-    deadline = time.monotonic() + 0.2
-    target = Target(keys, lambda number: number == 1 and time.sleep(0.3))
+    deadline = time.monotonic() + 1.5
+
+    def outlast(number: int) -> None:
+        if number == 1:
+            time.sleep(max(0.0, deadline + 0.05 - time.monotonic()))
+
+    target = Target(keys, outlast)
     with Store([tier]) as store:
         found = store.load_many(keys, target, deadline)
         assert use_of(store, "tier").num_timeouts >= BATCH
