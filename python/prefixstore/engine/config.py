@@ -19,7 +19,8 @@ class EngineConfig:
             in chunks. Bounds how long a running answer waits for its next token.
         max_model_len: Tokens of a prompt and its answer; None for the model's context.
         batch_invariant: Give each request the same bits whatever else is in the batch, however its
-            prompt is cut; costs speed.
+            prompt is cut and wherever its prefix came from. None: where the model allows it and it
+            costs nothing, which is on a CPU without AMX.
         reuses_prefixes: Whether anything cached is reused; without it every prompt is computed, for
             comparison.
         restore_policy: "planned": what tiers hold is loaded as far as that is faster than computing
@@ -31,7 +32,7 @@ class EngineConfig:
     max_queued: int = 256
     max_batch_tokens: int = 512
     max_model_len: int | None = None
-    batch_invariant: bool = False
+    batch_invariant: bool | None = None
     reuses_prefixes: bool = True
     restore_policy: str = "planned"
     num_loaders: int = 4

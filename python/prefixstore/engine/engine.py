@@ -54,6 +54,7 @@ class Engine:
 
     Raises:
         ConfigError: If the bounds do not fit the model or the cache's pool.
+        UnsupportedError: If batch invariance is asked for and cannot be promised for the model.
     """
 
     def __init__(
@@ -72,6 +73,9 @@ class Engine:
         self.vocab_size: int = text_config.vocab_size
         self.max_model_len = _max_model_len(config, text_config, cache)
         self._eos_ids = _eos_ids(model, tokenizer)
+        self._runner = ModelRunner(
+            model, blocks.device.groups, blocks.block_size, config.batch_invariant
+        )
         self._changed = threading.Condition()  # its lock guards everything below
         self._planner = Planner(
             blocks.store.tier_names if blocks.store is not None else (),
@@ -82,7 +86,6 @@ class Engine:
         )
         self._restorer = Restorer(blocks, self._planner, config.num_loaders, self._changed)
         self._scheduler = Scheduler(blocks, self._restorer, config)
-        self._runner = ModelRunner(model, blocks.device.groups, blocks.block_size)
         self._requests: dict[str, Request] = {}  # not finished
         self._cancelled: set[str] = set()
         self._counts = EngineCounts()
@@ -237,6 +240,11 @@ class Engine:
             self._is_draining = True
             return self._changed.wait_for(lambda: not self._requests, timeout_s)
 
+    @property
+    def is_batch_invariant(self) -> bool:
+        """Whether answers are the same bits in any batch."""
+        return self._runner.is_batch_invariant
+
     def check(self) -> list[str]:
         """Recount every part; returns one line for each thing that is wrong."""
         with self._changed:
@@ -253,6 +261,7 @@ class Engine:
             self._changed.notify_all()
         self._thread.join()
         self._restorer.close()
+        self._runner.close()
         if self._owns_cache:
             self.cache.close()
 

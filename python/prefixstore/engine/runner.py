@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvkernels.nn import PagedGroup
+from kvkernels import UnsupportedError, native
+from kvkernels.nn import PagedGroup, batch_invariance
 from kvkernels.nn.module import PagedBatch
 from kvkernels.nn.transformers_batch import BatchCache
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,43 @@ class ModelRunner:
         model: In evaluation mode, with the attention of kvkernels.
         groups: All its layers.
         block_size: Tokens in a block.
+        batch_invariant: See `EngineConfig`.
+
+    Raises:
+        UnsupportedError: If `batch_invariant` is True and cannot be promised for the model.
     """
 
-    def __init__(self, model: Any, groups: Sequence[PagedGroup], block_size: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        groups: Sequence[PagedGroup],
+        block_size: int,
+        batch_invariant: bool | None = None,
+    ) -> None:
         self._model = model
         self._groups = tuple(groups)
         self._block_size = block_size
         self._device = groups[0].pool.device
+        self.is_batch_invariant = self._install(batch_invariant)
+
+    def close(self) -> None:
+        """Give the model back what was changed. May be called again."""
+        if self.is_batch_invariant:
+            self.is_batch_invariant = False
+            batch_invariance.uninstall(self._model)
+
+    def _install(self, batch_invariant: bool | None) -> bool:
+        costs_nothing = self._device.type == "cpu" and "amx" not in native.available_isas()
+        if not (costs_nothing if batch_invariant is None else batch_invariant):
+            return False
+        try:
+            batch_invariance.install(self._model)
+        except UnsupportedError as error:
+            if batch_invariant:
+                raise
+            logger.info("answers may depend on their batch in the last bits: %s", error)
+            return False
+        return True
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
