@@ -38,6 +38,7 @@ from prefixstore.settings import check_known
 logger = logging.getLogger(__name__)
 
 NUM_RECENT = 256  # reports of finished requests that are kept
+_MOSTLY = 0.9  # of a pass: as good as all of it
 _WEIGHTS_CHECK_S = 1.0  # how often the model's weights are compared with those the cache knows
 
 
@@ -312,7 +313,7 @@ class Engine:
                 if steps is None:
                     return
                 started = time.monotonic()
-                was_loading = self._restorer.is_loading
+                loading_s = self._restorer.loading_s(started)
                 self._restorer.note_computing(True)
                 chunks = [_chunk(step) for step in steps]
             try:
@@ -329,7 +330,8 @@ class Engine:
             with self._changed:
                 self._restorer.note_computing(False)
                 now = time.monotonic()
-                self._observe(steps, now - started, was_loading and self._restorer.is_loading)
+                loading_s = self._restorer.loading_s(now) - loading_s
+                self._observe(steps, now - started, loading_s)
                 self._advance(steps, tokens, now - started, now)
                 self._counts.num_steps += 1
                 self._counts.step_s += time.monotonic() - started
@@ -392,14 +394,18 @@ class Engine:
         assert restoring is not None
         plan, meeting = restoring.plan, restoring.meeting
         assert plan is not None and meeting is not None
+        self._restorer.note_done(restoring, now)
         reuse = request.end_prefill(now).reuse
         self._planner.finished(plan, restoring.measured_s, meeting.counts())
         if is_first:
             self.cache.blocks.count(reuse.num_prompt_tokens, reuse.tokens_by_tier)
 
-    def _observe(self, steps: Sequence[Step], seconds: float, is_loading: bool) -> None:
-        """Tell the planner what a pass over prompts took."""
-        if all(step.request.is_decoding for step in steps):
+    def _observe(self, steps: Sequence[Step], seconds: float, loading_s: float) -> None:
+        """Tell the planner what a pass over prompts took, blocks being loaded for some of it."""
+        is_loading = loading_s > _MOSTLY * seconds
+        is_alone = loading_s < (1 - _MOSTLY) * seconds
+        # One beside which blocks were loaded for a part of it tells neither speed.
+        if all(step.request.is_decoding for step in steps) or not (is_loading or is_alone):
             return
         num_new = sum(step.stop - step.start for step in steps)
         pairs = sum((step.stop - step.start) * (step.start + step.stop) / 2 for step in steps)

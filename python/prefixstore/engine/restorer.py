@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,7 +14,7 @@ from kvkernels import PoolFullError
 from prefixstore.block_cache import BlockCache
 from prefixstore.block_key import BlockKey
 from prefixstore.engine.restoring import Held, Restoring
-from prefixstore.planner import Planner
+from prefixstore.planner import Planner, RestorePlan
 from prefixstore.residency import first_block_needed, longest_prefix
 from prefixstore.store import Store
 
@@ -29,7 +29,8 @@ class Restorer:
 
     A look-up, and then one load after another, run in a thread of a small pool; the engine's thread
     meanwhile computes other requests, and this one from its front. A tier that hangs keeps a thread
-    and delays nobody: who waits too long computes.
+    and delays nobody: who waits too long computes. On a busy machine it may be the thread that had
+    to wait: so a look-up goes on, and an answer that comes late still saves what is left.
 
     Args:
         blocks: The model's.
@@ -51,6 +52,7 @@ class Restorer:
         self._changed = changed
         self._threads = ThreadPoolExecutor(num_loaders, thread_name_prefix="kv-loader")
         self._num_loading = 0
+        self._loading_since = self._loading_s = 0.0
         self._is_computing = False
         layouts = [pool_blocks.transfer.pool.layout for pool_blocks in blocks.pool_blocks]
         self._block_bytes = [layout.block_bytes for layout in layouts]
@@ -63,15 +65,17 @@ class Restorer:
         if store is None or restoring.num_device == restoring.num_whole:
             self._start(restoring, keys, [], now)
             return
-        self._threads.submit(self._run, store, restoring, keys)
+        self._threads.submit(self._run, store, restoring, keys, self._look_up_and_load)
 
-    def give_up_looking(
-        self, restoring: Restoring, keys: Sequence[Sequence[BlockKey]], now: float
-    ) -> bool:
-        """If the look-up took too long, begin computing; whether that is so."""
-        if now < self.look_up_until(restoring):
-            return False
-        self._start(restoring, keys, None, now)
+    def prepare(self, restoring: Restoring, keys: Sequence[Sequence[BlockKey]], now: float) -> bool:
+        """See that there is a plan for the next chunk; False while its look-up is waited for."""
+        if not restoring.is_planned:
+            if now < self.look_up_until(restoring):
+                return False
+            self._start(restoring, keys, None, now)
+        held = restoring.take_late_answer()
+        if held is not None:
+            self._restart(restoring, keys, held, now)
         return True
 
     def look_up_until(self, restoring: Restoring) -> float:
@@ -80,10 +84,15 @@ class Restorer:
         prefill_s = self._planner.prefill_s(left, restoring.num_tokens - left)
         return restoring.began + max(_LEAST_LOOKUP_S, _LOOKUP_SHARE * prefill_s)
 
-    @property
-    def is_loading(self) -> bool:
-        """Whether a load is under way."""
-        return self._num_loading > 0
+    def loading_s(self, now: float) -> float:
+        """Seconds until now in which some load was under way."""
+        return self._loading_s + (now - self._loading_since if self._num_loading else 0.0)
+
+    def note_done(self, restoring: Restoring, now: float) -> None:
+        """All of a prompt is there: a call that is still under way took too long."""
+        if restoring.call_under_way is not None:
+            numbers, began = restoring.call_under_way
+            self._observe_given_up(restoring, numbers, now - began, now)
 
     def note_computing(self, is_computing: bool) -> None:
         """Whether the model computes from now on."""
@@ -97,16 +106,15 @@ class Restorer:
 
     # ---- in a thread of the pool -------------------------------------------------------------
 
-    def _run(self, store: Store, restoring: Restoring, keys: Sequence[Sequence[BlockKey]]) -> None:
+    def _run(
+        self,
+        store: Store,
+        restoring: Restoring,
+        keys: Sequence[Sequence[BlockKey]],
+        work: Callable[[Store, Restoring, Sequence[Sequence[BlockKey]]], None],
+    ) -> None:
         try:
-            held = self._look_up(store, restoring, keys)
-            with self._changed:
-                if restoring.is_over or restoring.is_planned:  # it was not waited for
-                    return
-                self._start(restoring, keys, held, time.monotonic())
-                self._changed.notify_all()
-            while self._load_next(store, restoring, keys):
-                pass
+            work(store, restoring, keys)
         except Exception:
             # What a tier may do was handled below; this is a fault of ours. The prompt is computed.
             logger.exception("loading blocks failed")
@@ -117,14 +125,36 @@ class Restorer:
                 restoring.stop_loading(now)
                 self._changed.notify_all()
 
+    def _look_up_and_load(
+        self, store: Store, restoring: Restoring, keys: Sequence[Sequence[BlockKey]]
+    ) -> None:
+        if restoring.is_over:
+            return
+        restoring.deadline = store.deadline()
+        held = self._look_up(store, restoring, keys)
+        with self._changed:
+            if restoring.is_over:
+                return
+            if restoring.is_planned:  # it was not waited for; the next chunk begins with it
+                restoring.answer_late(held)
+                return
+            self._start(restoring, keys, held, time.monotonic())
+            self._changed.notify_all()
+        self._load_all(store, restoring, keys)
+
+    def _load_all(
+        self, store: Store, restoring: Restoring, keys: Sequence[Sequence[BlockKey]]
+    ) -> None:
+        while self._load_next(store, restoring, keys):
+            pass
+
     def _look_up(
         self, store: Store, restoring: Restoring, keys: Sequence[Sequence[BlockKey]]
     ) -> Held:
         """For each block after the cached ones the slowest tier that it needs, None if not held."""
         first, end = restoring.num_device, restoring.num_whole
         windows, size = self._blocks.device.windows, self._blocks.block_size
-        deadline = store.deadline()
-        answers = [store.contains_many(own[first:end], deadline) for own in keys]
+        answers = [store.contains_many(own[first:end], restoring.deadline) for own in keys]
         # Blocks of a sliding group count where the prefix that is there ends.
         available = [
             np.array([True] * first + [tier is not None for tier in own]) for own in answers
@@ -150,16 +180,31 @@ class Restorer:
         held: Held | None,
         now: float,
     ) -> None:
-        tiers = list(held or ())
-        plan = self._planner.plan(
-            restoring.num_tokens,
-            restoring.num_device,
-            tiers,
-            self._record_bytes(restoring.num_device, len(tiers)),
-            now,
-        )
+        plan = self._plan(restoring, restoring.num_device, held or (), now)
         missing = keys[0][restoring.num_device : restoring.num_whole]
         restoring.start(plan, held, self._blocks.were_published(missing), now)
+
+    def _restart(
+        self, restoring: Restoring, keys: Sequence[Sequence[BlockKey]], held: Held, now: float
+    ) -> None:
+        """Load what is left of a prompt that is being computed, if that is worth it."""
+        store = self._blocks.store
+        assert store is not None
+        first = restoring.num_present
+        left = held[first - restoring.num_device :]
+        plan = self._plan(restoring, first, left, now) if any(left) else None
+        has_loads = plan is not None and plan.num_load_blocks > 0
+        restoring.restart(plan if has_loads else None, held, now)
+        if has_loads:
+            restoring.sequence.cut(first)  # a block that was begun: it is computed anew or loaded
+            self._threads.submit(self._run, store, restoring, keys, self._load_all)
+
+    def _plan(self, restoring: Restoring, first: int, held: Held, now: float) -> RestorePlan:
+        """For the blocks from `first` on; `held` is of these."""
+        return self._planner.plan(
+            *(restoring.num_tokens, first, held, self._record_bytes(first, len(held)), now),
+            deadline_s=restoring.deadline - now,
+        )
 
     def _record_bytes(self, first: int, num_blocks: int) -> np.ndarray:
         """Bytes of each block in all groups that need it when the prefix ends after the last."""
@@ -184,14 +229,18 @@ class Restorer:
                 restoring.stop_loading(now, has_no_room=True)
                 self._changed.notify_all()
                 return False
+            self._loading_s, self._loading_since = self.loading_s(now), now
             self._num_loading += 1
         found: dict[int, str] = {}
         try:
-            found = self._load(store, keys, numbers, taken)
+            found = self._load(store, keys, numbers, taken, restoring.deadline)
         finally:
             with self._changed:
-                self._num_loading -= 1
                 done = time.monotonic()
+                self._loading_s, self._loading_since = self.loading_s(done), done
+                self._num_loading -= 1
+                if not found:
+                    self._observe_given_up(restoring, numbers, done - now, done)
                 kept = restoring.call_done(numbers, found, done - now, done)
                 self._keep(restoring, taken, set(kept))
                 self._changed.notify_all()
@@ -201,13 +250,14 @@ class Restorer:
         """Per group, a block for each of the numbers that it needs."""
         plan = restoring.plan
         assert plan is not None
-        end = restoring.num_device + plan.num_compute_blocks + plan.num_load_blocks
+        first = plan.costs.inputs.num_device_blocks
+        end = first + plan.num_compute_blocks + plan.num_load_blocks
         size = self._blocks.block_size
         taken: list[dict[int, int]] = []
         try:
             for group, window in enumerate(self._blocks.device.windows):
-                first = first_block_needed(end, size, window)
-                needed = [number for number in numbers if number >= first]
+                least = first_block_needed(end, size, window)
+                needed = [number for number in numbers if number >= least]
                 ids = restoring.sequence.take(group, len(needed))
                 taken.append(dict(zip(needed, ids, strict=True)))
         except PoolFullError:
@@ -221,11 +271,11 @@ class Restorer:
         keys: Sequence[Sequence[BlockKey]],
         numbers: range,
         taken: Sequence[dict[int, int]],
+        deadline: float,
     ) -> dict[int, str]:
         """Load blocks of all groups; the slowest tier of each block of which no part is missing."""
         ranks = {name: rank for rank, name in enumerate(store.tier_names)}
         found = dict.fromkeys(numbers, store.tier_names[0])
-        deadline = store.deadline()
         for group, (own, ids) in enumerate(zip(keys, taken, strict=True)):
             if not ids:
                 continue
@@ -251,3 +301,11 @@ class Restorer:
                 *(tier, num_bytes, num_records, seconds, time.monotonic()),
                 is_computing=self._is_computing,
             )
+
+    def _observe_given_up(
+        self, restoring: Restoring, numbers: range, seconds: float, now: float
+    ) -> None:
+        """A call gave nothing in so many seconds; a quick answer says nothing of the tier."""
+        if seconds > 0:
+            tier, num_bytes = restoring.expected_of(numbers)
+            self._planner.observe_given_up(tier, num_bytes, seconds, now)

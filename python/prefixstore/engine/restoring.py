@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -39,9 +40,12 @@ class Restoring:
 
     ::
 
-        look-up under way      held is None      nothing is computed yet, unless it takes too long
-        planned                meeting           computing from the front, loading from the back
+        look-up under way      nothing is computed yet
+        planned                computing from the front, loading from the back
         finished
+
+    A look-up that takes too long is not waited for: computing begins by a plan that loads nothing.
+    When the answer comes after all, what is left of the prompt gets a new plan.
 
     Not thread-safe: everything happens under the engine's lock.
 
@@ -60,12 +64,16 @@ class Restoring:
         self.num_device = sequence.num_reused
         self.lookup_s = self.load_s = 0.0
         self.is_over = False  # finished, cancelled or preempted: nothing more is wanted
+        self.deadline = math.inf  # after it the tiers are not waited for
         self._block_size = block_size
         self._began = self._planned = now
         self._finished = 0.0
         self._held: Held | None = None
         self._meeting: Meeting | None = None
         self._plan: RestorePlan | None = None
+        self._chunk = range(0)  # the last one to be computed
+        self._late_answer: Held | None = None
+        self._call: tuple[range, float] | None = None  # under way, and since when
         self._loaded: dict[int, str] = {}
         self._lost: set[int] = set()
         self._late: set[int] = set()
@@ -109,9 +117,38 @@ class Restoring:
     def began(self) -> float:
         return self._began
 
+    def answer_late(self, held: Held) -> None:
+        """The look-up was not waited for, and this is its answer."""
+        assert self.is_planned
+        self._late_answer = held
+
+    def take_late_answer(self) -> Held | None:
+        """The answer that came since, once."""
+        answer, self._late_answer = self._late_answer, None
+        return answer
+
+    @property
+    def num_present(self) -> int:
+        """Whole blocks at the front that are there; between two chunks."""
+        return max(self.num_device, self._chunk.stop // self._block_size)
+
+    def restart(self, plan: RestorePlan | None, held: Held, now: float) -> None:
+        """Go on from what is computed so far, now that it is known who holds what.
+
+        Args:
+            plan: Of what is left; None if there is nothing to load.
+            held: As for `start`.
+            now: When.
+        """
+        self._held = held
+        if plan is not None:
+            self._plan, self._meeting, self._planned = plan, Meeting(plan), now
+
     def next_chunk(self, now: float, max_tokens: int) -> range | None:
         """Tokens to compute now; see `Meeting.next_chunk`."""
-        return None if self._meeting is None else self._meeting.next_chunk(now, max_tokens)
+        chunk = None if self._meeting is None else self._meeting.next_chunk(now, max_tokens)
+        self._chunk = chunk or self._chunk
+        return chunk
 
     def chunk_done(self, now: float) -> None:
         assert self._meeting is not None
@@ -130,13 +167,30 @@ class Restoring:
         """Blocks to load now; see `Meeting.next_call`."""
         if self.is_over or self._meeting is None:
             return None
-        return self._meeting.next_call(now)
+        numbers = self._meeting.next_call(now)
+        self._call = None if numbers is None else (numbers, now)
+        return numbers
+
+    @property
+    def call_under_way(self) -> tuple[range, float] | None:
+        """Blocks that are being loaded, and since when."""
+        return self._call
+
+    def expected_of(self, numbers: range) -> tuple[str, int]:
+        """The tier that a call asks for these blocks, and their bytes there."""
+        assert self._plan is not None and self._held is not None
+        inputs = self._plan.costs.inputs
+        tier = self._held[numbers.stop - 1 - self.num_device]
+        assert tier is not None, "a block is loaded that no tier holds"
+        first = numbers.start - inputs.num_device_blocks
+        return tier, int(inputs.record_bytes[first : first + len(numbers)].sum())
 
     def call_done(
         self, numbers: range, found: dict[int, str], seconds: float, now: float
     ) -> Collection[int]:
         """A call is over that found these blocks, by the tiers; returns those to keep."""
         self.load_s += seconds
+        self._call = None
         if self.is_over or self._meeting is None:
             return ()
         missing = [number for number in numbers if number not in found]
@@ -211,4 +265,7 @@ class Restoring:
             return MissReason.UNREACHABLE
         if at >= len(self._held) or self._held[at] is None:
             return MissReason.EVICTED if self._was_published[at] else MissReason.NEW
+        assert self._plan is not None
+        if number < self._plan.costs.inputs.num_device_blocks:
+            return MissReason.LATE  # computed before the look-up's answer came
         return MissReason.NO_ROOM if self._has_no_room else MissReason.CHEAPER

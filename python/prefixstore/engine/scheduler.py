@@ -188,9 +188,7 @@ class Scheduler:
     def _next_chunk(self, request: Request, budget: int, now: float) -> range | None:
         restoring = request.restoring
         assert restoring is not None
-        if not restoring.is_planned and not self._restorer.give_up_looking(
-            restoring, request.keys, now
-        ):
+        if not self._restorer.prepare(restoring, request.keys, now):
             return None
         return restoring.next_chunk(now, budget)
 

@@ -93,6 +93,13 @@ class SequenceBlocks:
             if len(missing):
                 table[missing] = self.take(group, len(missing))
 
+    def cut(self, num_blocks: int) -> None:
+        """Keep the first blocks; what the others hold is to be written again."""
+        for table, spare in zip(self.tables, self._spare, strict=True):
+            rest = table[num_blocks:]
+            spare += rest[rest >= 0].tolist()
+            rest[:] = -1
+
     def place(self, group: int, block_ids: Mapping[int, int]) -> None:
         """Take over filled blocks, by their numbers."""
         for number, block_id in block_ids.items():

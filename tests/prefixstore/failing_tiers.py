@@ -1,0 +1,80 @@
+"""A tier that fails in every way a tier may, by chance or when told."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+
+from test_store import DictTier
+
+from prefixstore.errors import TierTimeout, TierUnavailable
+
+_DAMAGED_SHARE = 0.1  # of the records
+
+
+class FaultyTier(DictTier):
+    """Raises, stalls, loses and damages, by chance.
+
+    Args:
+        name: Of the tier.
+        seed: Of the chances.
+        stall_s: How long it stalls.
+    """
+
+    def __init__(self, name: str, seed: int, stall_s: float) -> None:
+        super().__init__(name, self._fail)
+        self._rng = random.Random(seed)
+        self._lock = threading.Lock()
+        self._stall_s = stall_s
+        self.num_faults = 0
+
+    def contains_many(self, names, *, deadline=None):
+        with self._lock:
+            self._lose()
+        return super().contains_many(names, deadline=deadline)
+
+    def _fail(self, call: str) -> None:
+        if call in ("check", "close"):
+            return
+        with self._lock:
+            kind = self._rng.choices(("", "stall", "timeout", "down"), (90, 4, 3, 3))[0]
+            self.num_faults += kind != ""
+        if kind == "stall":
+            time.sleep(self._stall_s)
+        if kind == "timeout":
+            raise TierTimeout(f"{self.name}: expected an answer in time, got none")
+        if kind == "down":
+            raise TierUnavailable(f"{self.name}: expected a tier, got none")
+
+    def _lose(self) -> None:
+        """Now and then a record is gone, though `contains_many` has just said it is there."""
+        names = list(self.records)
+        if names and self._rng.random() < 0.2:
+            self.num_faults += self.records.pop(self._rng.choice(names), None) is not None
+
+    def _read(self, name, out):
+        num_bytes = super()._read(name, out)
+        with self._lock:
+            is_damaged = num_bytes and self._rng.random() < _DAMAGED_SHARE
+            if is_damaged:
+                self.num_faults += 1
+                out[self._rng.randrange(num_bytes)] ^= 1 << self._rng.randrange(8)
+                num_bytes -= self._rng.randrange(2)  # cut off besides
+        return num_bytes
+
+
+class Gate:
+    """Makes calls of a `DictTier` wait until it is opened."""
+
+    def __init__(self, *calls: str) -> None:
+        self._calls = calls
+        self._opened = threading.Event()
+        self.entered = threading.Event()
+        self.open: Callable[[], None] = self._opened.set
+
+    def __call__(self, call: str) -> None:
+        if call in self._calls:
+            self.entered.set()
+            assert self._opened.wait(30), "the gate was not opened"

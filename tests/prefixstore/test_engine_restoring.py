@@ -1,0 +1,164 @@
+"""Prompts on their way from the tiers: late answers, slow and hanging tiers, what is learnt."""
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cached_models import BLOCK_SIZE, tiny_gemma3, tiny_llama
+from engines import GREEDY, Numbers, expected, prompt
+from failing_tiers import Gate
+from test_store import DictTier
+
+from prefixstore.cache import PrefixCache
+from prefixstore.config import CacheConfig
+from prefixstore.engine import Engine, EngineConfig
+from prefixstore.engine.scheduler import Step
+from prefixstore.errors import TierTimeout
+from prefixstore.store import Store, StoreConfig
+
+LENGTH = 30 * BLOCK_SIZE + 5
+
+
+@pytest.fixture(params=[tiny_llama, tiny_gemma3], ids=["llama", "gemma3"])
+def model(request):
+    torch.manual_seed(1)
+    return request.param()
+
+
+@pytest.fixture
+def tier():
+    return DictTier("slow")
+
+
+@pytest.fixture
+def open_engine(model, tier):
+    """Opens an engine over the tier alone; checks and closes it when the test is over."""
+    engines = []
+
+    def open_one(load_timeout_s=5.0, **settings):
+        store = Store([tier], StoreConfig(load_timeout_s=load_timeout_s))
+        config = CacheConfig(block_size=BLOCK_SIZE, pool_tokens=2048)
+        cache = PrefixCache.open(model, config, store=store)
+        settings = {"max_batch_tokens": 24, "restore_policy": "load", **settings}
+        engines.append(Engine(model, Numbers(), cache, EngineConfig(**settings)))
+        return engines[-1]
+
+    yield open_one
+    tier.fail = lambda call: None
+    for engine in engines:
+        assert engine.drain(60)
+        engine.close()
+        assert engine.check() == []
+        stats = engine.cache.stats()
+        engine.cache.close()
+        assert stats.pool_free_blocks + stats.index.num_blocks == stats.pool_blocks
+
+
+def warm(engine, tokens):
+    """Have the tier hold the prompt, and the pool nothing."""
+    engine.submit(tokens, GREEDY).result(60)
+    assert engine.cache.flush()
+    engine.cache.evict_pool()
+
+
+def watch(monkeypatch, owner, name, then):
+    """Have `then(its answer, its arguments)` run after each call of a method."""
+    method = getattr(owner, name)
+
+    def watched(*args, **kwargs):
+        answer = method(*args, **kwargs)
+        then(answer, args, kwargs)
+        return answer
+
+    monkeypatch.setattr(owner, name, watched)
+
+
+def test_an_answer_that_comes_late_saves_what_is_left(model, tier, open_engine, monkeypatch):
+    engine, tokens, gate = open_engine(), prompt(LENGTH), Gate("contains")
+    warm(engine, tokens)
+    has_answer = threading.Event()
+
+    def let_answer(_, args, __):
+        if args[0][0].stop >= 2 * BLOCK_SIZE:
+            gate.open()
+            assert has_answer.wait(30)
+
+    watch(monkeypatch, engine._restorer, "_look_up", lambda *_: has_answer.set())
+    watch(monkeypatch, engine._runner, "run", let_answer)
+    tier.fail = gate
+    output = engine.submit(tokens, GREEDY).result(60)
+    assert list(output.token_ids) == expected(model, tokens)
+    reuse = output.report.reuse
+    assert reuse.tokens_by_tier["slow"] >= 20 * BLOCK_SIZE
+    assert reuse.misses.keys() <= {"late"} and sum(reuse.misses.values()) >= 2 * BLOCK_SIZE
+
+
+def test_a_hanging_look_up_delays_no_answer(model, tier, open_engine):
+    engine, tokens, gate = open_engine(), prompt(LENGTH), Gate("contains")
+    warm(engine, tokens)
+    tier.fail = gate
+    output = engine.submit(tokens, GREEDY).result(60)
+    gate.open()
+    assert list(output.token_ids) == expected(model, tokens)
+    assert output.report.reuse.misses == {"unreachable": 30 * BLOCK_SIZE}
+
+
+def test_a_tier_that_gives_nothing_in_time_is_learnt_as_slow(model, tier, open_engine):
+    engine, tokens = open_engine(), prompt(LENGTH)
+    warm(engine, tokens)
+    before = engine.stats().planner.tiers["slow"]
+
+    def stall(call):
+        if call == "get":
+            time.sleep(0.1)
+            raise TierTimeout("slow: expected an answer in time, got none")
+
+    tier.fail = stall
+    output = engine.submit(tokens, GREEDY).result(60)
+    assert list(output.token_ids) == expected(model, tokens)
+    after = engine.stats().planner.tiers["slow"]
+    assert after.latency_s + 1e5 / after.bytes_per_s > 2 * (
+        before.latency_s + 1e5 / before.bytes_per_s
+    )
+
+
+def test_a_call_that_is_not_waited_for_is_learnt_while_it_hangs(model, tier, open_engine):
+    engine, tokens = open_engine(restore_policy="planned"), prompt(LENGTH)
+    warm(engine, tokens)
+    gate = Gate("get")
+    tier.fail = gate
+    before = engine.stats().planner.tiers["slow"]
+    output = engine.submit(tokens, GREEDY).result(60)
+    after = engine.stats().planner.tiers["slow"]
+    assert gate.entered.is_set(), "nothing was loaded"
+    gate.open()
+    assert list(output.token_ids) == expected(model, tokens)
+    assert after.latency_s > before.latency_s or after.bytes_per_s < before.bytes_per_s
+
+
+def test_what_the_store_gives_up_on_is_not_planned(tier, open_engine, monkeypatch):
+    engine, tokens = open_engine(load_timeout_s=0.3), prompt(LENGTH)
+    warm(engine, tokens)
+    deadlines = []
+    watch(monkeypatch, engine._planner, "plan", lambda _, __, named: deadlines.append(named))
+    engine.submit(tokens, GREEDY).result(60)
+    assert [0 < one["deadline_s"] <= 0.3 for one in deadlines] == [True]
+
+
+def test_a_pass_half_beside_a_load_tells_no_speed(tier, open_engine):
+    engine, tokens = open_engine(), prompt(LENGTH)
+    warm(engine, tokens)
+
+    def observe(loading_s):
+        request = SimpleNamespace(is_decoding=False)
+        engine._observe([Step(request, 0, 24)], 1.0, loading_s)
+        planner = engine.stats().planner
+        return planner.prefill.num_passes, planner.slowdown
+
+    before = observe(0.5)
+    assert observe(0.6) == before
+    assert observe(0.0) == (before[0] + 1, before[1])
+    beside = observe(1.0)
+    assert beside[0] == before[0] + 1 and beside[1] != before[1]
