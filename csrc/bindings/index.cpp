@@ -362,6 +362,15 @@ py::array evict(LockedTree& locked, std::size_t num_blocks) {
                  locked.num_groups());
 }
 
+py::array detach(LockedTree& locked, py::handle tokens, std::size_t num_kept, py::handle salt) {
+  const TokenView view(tokens);
+  const std::string_view salt_view = view_salt(salt);
+  return to_rows(locked.with_gil([&](RadixTree& tree) {
+    return tree.detach(view.tokens(), num_kept, salt_view);
+  }),
+                 locked.num_groups());
+}
+
 // (salt, first_block, tokens, block_ids, tick, num_pins), or None for a stale handle
 py::object describe(LockedTree& locked, std::uint64_t handle) {
   const auto run = locked.with_gil([&](RadixTree& tree) { return tree.describe(unpack(handle)); });
@@ -433,6 +442,7 @@ void bind_index(py::module_& module) {
       .def(py::init<std::uint32_t, std::uint32_t>(), py::arg("block_size"), py::arg("num_groups"))
       .def("match", &match)
       .def("insert", &insert)
+      .def("detach", &detach)
       .def("evict", &evict)
       .def("pin",
            [](LockedTree& locked, py::handle match) {

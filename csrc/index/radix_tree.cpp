@@ -245,6 +245,20 @@ RadixTree::NodeId RadixTree::add_root(std::string_view salt) {
   return entry->second;
 }
 
+RadixTree::NodeId RadixTree::add_detached_root(std::string_view salt, std::uint32_t first_block) {
+  const NodeId id = new_node();
+  try {
+    const auto entry = detached_.emplace(id, salt).first;
+    salts_.emplace(id, entry->second);
+  } catch (...) {
+    detached_.erase(id);
+    free_node(id);
+    throw;
+  }
+  nodes_[id].first_block = first_block;
+  return id;
+}
+
 RadixTree::NodeId RadixTree::new_node() {
   NodeId id = first_free_;
   if (id == kNoNode) {

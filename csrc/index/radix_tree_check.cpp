@@ -11,7 +11,7 @@ RadixTree::Stats RadixTree::stats() const {
   constexpr std::size_t kMallocBytes = 16;  // what glibc adds to an array, rounding included
   Stats stats;
   stats.num_blocks = num_blocks_;
-  stats.num_runs = num_nodes_ - roots_.size();
+  stats.num_runs = num_nodes_ - salts_.size();
   stats.num_salts = roots_.size();
   stats.num_pinned_runs = num_pinned_;
   stats.num_matches = num_matches_;
@@ -66,8 +66,13 @@ RadixTree::Outline RadixTree::outline() const {
   outline.clock = clock_;
   std::unordered_map<NodeId, std::uint32_t> numbers;  // of the salts, by their roots
   for (const auto& [root, salt] : salts_) {
+    // What was detached goes by the number of its salt, as long as that has something else.
+    if (detached_.count(root) > 0 && root_of(salt) != kNoNode) continue;
     numbers.emplace(root, static_cast<std::uint32_t>(outline.salts.size()));
     outline.salts.emplace_back(salt);
+  }
+  for (const auto& [root, salt] : detached_) {
+    if (root_of(salt) != kNoNode) numbers.emplace(root, numbers.at(root_of(salt)));
   }
   std::vector<std::int32_t> rows(nodes_.size(), -1);  // roots hold no blocks and have no row
   for (const Handle handle : outline.handles) {
@@ -126,8 +131,14 @@ std::vector<std::string> RadixTree::check() const {
     if (node.parent == kNoNode) {
       ++num_roots;
       const auto salt = salts_.find(id);
-      if (salt == salts_.end() || root_of(salt->second) != id) report(name + "root of no salt");
-      if (node.num_blocks != 0 || node.first_block != 0) report(name + "a root with blocks");
+      const bool is_detached = detached_.count(id) > 0;
+      if (salt == salts_.end() || (root_of(salt->second) == id) == is_detached) {
+        report(name + "root of no salt, or of one that it is detached from");
+      }
+      if (node.num_blocks != 0 || (node.first_block != 0 && !is_detached)) {
+        report(name + "a root with blocks");
+      }
+      if (is_detached && node.num_children != 1) report(name + "detached without its run");
       continue;
     }
     if (node.num_blocks == 0 || node.num_blocks > node.capacity) report(name + "wrong size");
@@ -164,7 +175,7 @@ std::vector<std::string> RadixTree::check() const {
   }
   expect("nodes", num_live, num_nodes_);
   expect("free nodes", num_free, nodes_.size() - num_live);
-  expect("salts", num_roots, roots_.size());
+  expect("salts", num_roots, roots_.size() + detached_.size());
   expect("salts of roots", num_roots, salts_.size());
   expect("blocks", num_blocks, num_blocks_);
   expect("blocks inserted less evicted", num_blocks, inserted_blocks_ - evicted_blocks_);

@@ -1,4 +1,4 @@
-// Pins, and which blocks go: the queue of leaves and how a leaf loses its tail.
+// Pins, and which blocks go: the queue of leaves, how a leaf loses its tail, and what is detached.
 #include <algorithm>
 #include <new>
 #include <stdexcept>
@@ -100,9 +100,41 @@ void RadixTree::remove_leaf(NodeId id) {
 
 void RadixTree::remove_root(NodeId id) {
   const auto salt = salts_.find(id);
-  roots_.erase(roots_.find(salt->second));
+  const auto detached = detached_.find(id);
+  if (detached == detached_.end()) {
+    roots_.erase(roots_.find(salt->second));
+  } else {
+    detached_.erase(detached);
+  }
   salts_.erase(salt);
   free_node(id);
+}
+
+std::vector<std::int32_t> RadixTree::detach(Tokens tokens, std::size_t num_kept,
+                                            std::string_view salt) {
+  const NodeId root = root_of(salt);
+  if (root == kNoNode || (num_kept + 1) * block_size_ > tokens.size()) return {};
+  const End end = follow(root, tokens.data(), num_kept);  // splits, so that a node begins there
+  if (end.num_blocks < num_kept) return {};
+  const NodeId id = find_child(end.node, tokens.data() + num_kept * block_size_);
+  if (id == kNoNode) return {};
+  std::vector<std::int32_t> ids(ids_of(nodes_[id]), ids_of(nodes_[id]) + num_groups_);
+  children_.reserve_one();
+  reserve_queue();
+  const NodeId detached = add_detached_root(salt, nodes_[id].first_block);
+
+  children_.erase(hash_of(end.node, tokens_of(nodes_[id])), id);
+  nodes_[id].parent = detached;
+  children_.insert(hash_of(detached, tokens_of(nodes_[id])), id);
+  nodes_[detached].num_children = 1;
+  Node& parent = nodes_[end.node];
+  --parent.num_children;
+  if (is_evictable(parent)) {
+    enqueue(end.node);
+  } else if (parent.num_blocks == 0 && parent.num_children == 0) {
+    remove_root(end.node);
+  }
+  return ids;
 }
 
 void RadixTree::reserve_queue() {

@@ -94,6 +94,34 @@ void test_outline_has_the_tree_without_its_tokens() {
   }
 }
 
+// The picture in radix_tree.h.
+void test_what_is_detached_is_out_of_reach() {
+  RadixTree tree(2, 1);
+  tree.insert(TokenIds{1, 2, 3, 4, 5, 6}, Ids{4, 5, 6}, "s");
+  tree.insert(TokenIds{1, 2, 3, 4, 7, 8}, Ids{4, 5, 9}, "s");
+  const auto pinned = tree.match(TokenIds{1, 2, 3, 4, 5, 6}, "s");
+  tree.pin(pinned.handle);
+
+  assert(tree.detach(TokenIds{1, 2, 3, 4}, 2, "s").empty());  // no third block
+  assert(tree.detach(TokenIds{9, 9, 3, 4}, 1, "s").empty());
+  assert(tree.detach(TokenIds{1, 2, 3, 4}, 1, "t").empty());
+  assert((tree.detach(TokenIds{1, 2, 3, 4}, 1, "s") == Ids{5}));
+  assert((tree.match(TokenIds{1, 2, 3, 4, 7, 8}, "s").block_ids == Ids{4}));
+  assert(tree.num_blocks() == 4 && tree.check().empty());
+  const auto outline = tree.outline();
+  assert(outline.salts.size() == 1 && outline.handles.size() == 4);
+
+  assert((tree.insert(TokenIds{1, 2, 3, 4}, Ids{4, 7}, "s") == Ids{4, -1}));  // in its place
+  assert((tree.detach(TokenIds{1, 2}, 0, "s") == Ids{4}));
+  assert(tree.match(TokenIds{1, 2}, "s").num_blocks == 0);
+  assert(tree.stats().num_salts == 0 && tree.outline().salts.size() == 2);
+
+  assert(tree.evict(10).size() == 3 && tree.check().empty());  // 9, 7 and 4: not what is pinned
+  tree.unpin(pinned.handle);
+  assert((tree.evict(10) == Ids{6, 5}));
+  assert(tree.num_blocks() == 0 && tree.stats().num_runs == 0 && tree.check().empty());
+}
+
 void test_refuses_what_it_cannot_do() {
   assert(refuses([] { RadixTree(0, 1); }));
   assert(refuses([] { RadixTree(1, 65536); }));
@@ -225,6 +253,7 @@ int main() {
   test_child_table_survives_collisions();
   test_split_keeps_the_lower_handle();
   test_outline_has_the_tree_without_its_tokens();
+  test_what_is_detached_is_out_of_reach();
   test_refuses_what_it_cannot_do();
   test_memory_follows_the_blocks();
   for (const std::uint32_t hash_mask : {0xffffffffu, 1u}) {

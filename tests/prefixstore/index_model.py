@@ -15,6 +15,7 @@ class IndexModel:
         self.block_size = block_size
         self.num_groups = num_groups
         self.clock = 0
+        self.num_detached = 0
         self.blocks: dict[tuple[bytes, tuple[int, ...]], Block] = {}
 
     def _path(self, tokens: list[int], salt: bytes) -> list[tuple[bytes, tuple[int, ...]]]:
@@ -44,6 +45,23 @@ class IndexModel:
                 for t, new, held in zip(is_taken, offered, block.ids, strict=True)
             ]
         return rejected
+
+    def detach(self, tokens: list[int], num_kept: int, salt: bytes) -> list[list[int]]:
+        """What is detached keeps its place under a name that nobody asks for."""
+        path = self._path(tokens, salt)
+        if len(path) <= num_kept or len(self.match(tokens[: num_kept * self.block_size], salt)) < (
+            num_kept
+        ):
+            return []
+        found = self.blocks.get(path[num_kept])
+        if found is None:
+            return []
+        self.num_detached += 1
+        hidden = salt + b"\0detached %d" % self.num_detached
+        top = path[num_kept][1]
+        for key in [key for key in self.blocks if key[0] == salt and key[1][: len(top)] == top]:
+            self.blocks[hidden, key[1]] = self.blocks.pop(key)
+        return [found.ids]
 
     def is_cached(self, block: Block) -> bool:
         return any(block is other for other in self.blocks.values())

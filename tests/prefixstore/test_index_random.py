@@ -85,8 +85,15 @@ class Pair:
         num_blocks = self.rng.choice([0, 1, 1, 2, 5, 40])
         assert self.index.evict(num_blocks).tolist() == self.model.evict(num_blocks)
 
+    def detach(self) -> None:
+        tokens, salt = self.prompt(), self.rng.choice(SALTS)
+        num_kept = self.rng.randint(0, 3)
+        ids = self.index.detach(tokens, num_kept, salt)
+        assert ids.tolist() == self.model.detach(tokens, num_kept, salt)
+
     def step(self) -> None:
         operations = [self.match, self.insert, self.insert, self.pin, self.unpin, self.evict]
+        operations = operations * 4 + [self.detach]
         if not self.matches:
             operations = [self.match]
         self.rng.choice(operations)()
@@ -100,7 +107,7 @@ class Pair:
             for i, ids in enumerate(run.block_ids)
         ]
         expected = [
-            (salt, len(tokens) - size, *tokens[-size:], *block.ids)
+            (salt.partition(b"\0detached")[0], len(tokens) - size, *tokens[-size:], *block.ids)
             for (salt, tokens), block in self.model.blocks.items()
         ]
         assert sorted(walked) == sorted(expected)

@@ -14,9 +14,17 @@
 //   root -- [a b|c d] -+- [e f]   node 7: block id 6, tick 1, pinned
 //                      +- [x y]   node 9: block id 9, tick 3
 //
+// detach(a b c d, 1) then takes block 5 and all after it out of reach: they move below a root of
+// their own that no salt leads to, keep handles and pins, and are evicted in their turn:
+//
+//   root -- [a b]                 node 10: block id 4
+//   (no salt) -- [c d] -+- [e f]  node 8: block id 5; node 7: block id 6, pinned
+//                       +- ...
+//
 // Invariants, all recounted by check():
-//  1. A node other than a root holds one block or more; a root (one per salt) holds none. The first
-//     blocks of siblings differ, so each sequence of blocks has one place.
+//  1. A node other than a root holds one block or more; a root (one per salt, and one for each
+//     detached run) holds none. The first blocks of siblings differ, so each sequence of blocks has
+//     one place. A root of a salt has no block before it; a detached one may.
 //  2. All blocks of a node were last touched at the same tick: a match or insert touches its whole
 //     path at one tick and splits where the path ends inside a node. Hence recency is exact for
 //     each block, and ticks never rise from a parent to its child.
@@ -81,7 +89,7 @@ class RadixTree {
   // Row i of each array is one node; parents come before their children.
   struct Outline {
     std::vector<Handle> handles;
-    std::vector<std::int32_t> parents;  // row of the node before it; -1: the first of its salt
+    std::vector<std::int32_t> parents;  // row of the node before it; -1: none is, see detach
     std::vector<std::uint32_t> salt_numbers, first_blocks, num_blocks, num_pins;
     std::vector<std::uint64_t> ticks;
     std::vector<std::string> salts;  // by number
@@ -116,6 +124,11 @@ class RadixTree {
 
   // Removes up to `num_blocks` blocks; returns their ids [n, num_groups] in order of eviction.
   std::vector<std::int32_t> evict(std::size_t num_blocks);
+
+  // Takes the block after the first `num_kept` of `tokens`, and all that is cached after it, out of
+  // reach: no match finds them and no insert meets them. Returns its ids [num_groups]; none if it
+  // is not cached.
+  std::vector<std::int32_t> detach(Tokens tokens, std::size_t num_kept, std::string_view salt);
 
   std::vector<Handle> runs() const;                  // all nodes, parents before their children
   std::optional<Run> describe(Handle handle) const;  // empty when it is stale
@@ -176,6 +189,7 @@ class RadixTree {
 
   NodeId root_of(std::string_view salt) const;
   NodeId add_root(std::string_view salt);
+  NodeId add_detached_root(std::string_view salt, std::uint32_t first_block);
   NodeId new_node();
   void free_node(NodeId id) noexcept;
   void add_child(NodeId parent, const std::uint32_t* tokens, const std::int32_t* ids,
@@ -211,7 +225,8 @@ class RadixTree {
   std::deque<Node> nodes_;  // by NodeId; never moves a node, never shrinks
   NodeId first_free_ = kNoNode;
   std::unordered_map<std::string, NodeId, SaltHash, std::equal_to<>> roots_;
-  std::unordered_map<NodeId, std::string_view> salts_;  // of the roots; views the keys of roots_
+  std::unordered_map<NodeId, std::string> detached_;    // roots that no salt leads to, and theirs
+  std::unordered_map<NodeId, std::string_view> salts_;  // of all roots; views strings of the above
   ChildTable children_;
   std::vector<Queued> queue_;  // a heap: the least recent leaf in front, see invariant 6
   std::size_t num_blocks_ = 0, num_nodes_ = 0, num_pinned_ = 0, capacity_blocks_ = 0;

@@ -38,7 +38,8 @@ class Outline:
 
     Attributes:
         handles: For `RadixIndex.tokens_of`, `[num_runs]`, uint64.
-        parents: Row of the node before it, always a lower one; -1 for the first of a salt, int32.
+        parents: Row of the node before it, always a lower one; -1 for the first of a salt, and of
+            what was detached, int32.
         salt_numbers: Its place in `salts`, uint32.
         first_blocks: Blocks before it on its path, uint32.
         num_blocks: Blocks it holds, uint32.
@@ -168,6 +169,24 @@ class RadixIndex:
             ValueError: If `num_blocks` is not an integer of 0 or more.
         """
         return self._tree.evict(_check_int("num_blocks", num_blocks, 0, 2**63 - 1))
+
+    def detach(self, tokens: Any, num_kept: int, salt: bytes = b"") -> np.ndarray:
+        """Take a block, and all that is cached after it, out of reach of `match` and `insert`.
+
+        Runs that are pinned stay so; what is detached is evicted in its turn, as if it were not.
+
+        Args:
+            tokens: A prompt; the block is the one after its first `num_kept` whole blocks.
+            num_kept: Blocks that stay.
+            salt: The namespace.
+
+        Returns:
+            The ids of the block, `[1, num_groups]`, int32; `[0, num_groups]` if it is not cached.
+
+        Raises:
+            ValueError: If an argument has a wrong type or value.
+        """
+        return self._tree.detach(tokens, _check_int("num_kept", num_kept, 0, 2**32 - 1), salt)
 
     def walk(self) -> Iterator[Run]:
         """Yield every run, each after those before it on its path.
