@@ -649,3 +649,28 @@ def test_breaker_pauses_grow_and_shrink_back():
     breaker.failed(error)
     now[0] += 1.01
     assert breaker.allows()  # the first pause is short again
+
+
+def test_what_is_quarantined_is_neither_loaded_nor_saved(make_store) -> None:
+    tier = DictTier("tier")
+    store, keys = make_store(tier), make_keys(3)
+    for key in keys:
+        tier.put(key.name, memoryview(make_record(key)))
+    store.quarantine(keys[1:2])
+    blocks = [np.empty(LAYOUT.block_bytes, np.uint8) for _ in keys]
+    assert store.contains_many(keys) == ["tier", None, "tier"]
+    assert store.load_many(keys, HostBlocks(blocks)) == ["tier", None, "tier"]
+    assert store.delete_many(keys[1:]) == []
+    assert list(tier.records) == [keys[0].block_hash]
+    done: list[int] = []
+    for number in (1, 2):
+        block = HostBlock(make_payload(keys[number]))
+        assert store.save(keys[number], block, lambda number=number: done.append(number))
+    assert store.flush(30)
+    assert sorted(done) == [1, 2]
+    assert list(tier.records) == [keys[0].block_hash, keys[2].block_hash]
+
+
+def test_tells_which_tiers_could_not_delete(make_store) -> None:
+    store = make_store(DictTier("good"), DictTier("bad", raises(TierUnavailable, "delete")))
+    assert store.delete_many(make_keys(2)) == ["bad"]

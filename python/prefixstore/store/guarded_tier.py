@@ -155,6 +155,10 @@ class GuardedTier:
         """So many records were not written, for want of room in the queue, time or the record."""
         self._counts.add(num_dropped=num_records)
 
+    def delete_many(self, names: Sequence[RecordName], deadline: float | None = None) -> bool:
+        """Forget records; False where the tier could not."""
+        return self._attempt(lambda: self._tier.delete_many(names, deadline=deadline)) is not None
+
     def delete_identity(self, identity: bytes) -> bool:
         """Forget all of an identity; False where the tier could not."""
 

@@ -16,6 +16,7 @@ from prefixstore.store.config import StoreConfig, TierPolicy
 from prefixstore.store.fetcher import Fetcher, Slabs, record_room
 from prefixstore.store.guarded_tier import Found, GuardedTier
 from prefixstore.store.in_flight import InFlight
+from prefixstore.store.recent_names import RecentNames
 from prefixstore.store.stats import Counts
 from prefixstore.store.write_queue import WriteJob, noop
 
@@ -34,6 +35,7 @@ class Loader:
         writer: Takes what is to go to faster tiers.
         counts: Of the store.
         reused: Called with each block that was found, and the number of its tier.
+        quarantined: Not to be loaded, whoever has it.
         config: Bounds.
     """
 
@@ -44,6 +46,7 @@ class Loader:
         writer: BlockWriter,
         counts: Counts,
         reused: Callable[[BlockKey, int], None],
+        quarantined: RecentNames,
         config: StoreConfig,
     ) -> None:
         self._tiers = tiers
@@ -51,6 +54,7 @@ class Loader:
         self._writer = writer
         self._counts = counts
         self._reused = reused
+        self._quarantined = quarantined
         self._config = config
         self.observer: LoadObserver | None = None  # see `Store.observe_loads`
         self._in_flight = InFlight()
@@ -66,7 +70,8 @@ class Loader:
         """See `Store.load_many`."""
         load = _Load(keys, target, deadline, progress)
         try:
-            self._load(load, range(len(keys)))
+            is_barred = self._quarantined.contains_many([key.name for key in keys])
+            self._load(load, [i for i, barred in enumerate(is_barred) if not barred])
             if load.elsewhere and not load.is_stopped:
                 # Once the other threads are done, the fastest tier has what they found.
                 waited = sorted(load.elsewhere)

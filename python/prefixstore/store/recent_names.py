@@ -44,6 +44,8 @@ class RecentNames:
             return is_new
 
     def contains_many(self, names: Sequence[RecordName]) -> list[bool]:
+        if not self._added_s:
+            return [False] * len(names)
         with self._lock:
             now = self._clock()
             return [self._holds(name, now) for name in names]

@@ -67,13 +67,14 @@ class Store:
         self._second_touch = self._numbers_of("write_second_touch")
         self._saved = RecentNames()  # a block that is saved again was used again
         self._reused = RecentNames(ttl_s=_REUSE_S)  # and has gone to the tiers that wait for that
+        self._quarantined = RecentNames()
         self._counts = Counts()
         self._is_closed = False
         self._connect_evictions(tiers)
         self._writer = BlockWriter(self._tiers, self._config)
         self._loader = Loader(
             *(self._tiers, self._policies, self._writer, self._counts),
-            *(self._found_again, self._config),
+            *(self._found_again, self._quarantined, self._config),
         )
         self.observe_loads(observer)
 
@@ -103,8 +104,9 @@ class Store:
         """For each key the name of the fastest tier that says it holds it, or None."""
         deadline = self.deadline() if deadline is None else deadline
         found: list[str | None] = [None] * len(keys)
+        is_barred = self._quarantined.contains_many([key.name for key in keys])
         for tier in self._tiers:
-            missing = [i for i, name in enumerate(found) if name is None]
+            missing = [i for i, name in enumerate(found) if name is None and not is_barred[i]]
             if not missing:
                 break
             answers = tier.contains_many([keys[i].name for i in missing], deadline)
@@ -172,7 +174,7 @@ class Store:
             if is_reuse or was_saved:
                 self._reused.add([key.name])
                 numbers = tuple(sorted(numbers + self._second_touch))
-        if not numbers:  # no tier wants it yet
+        if not numbers or self._quarantined.contains_many([key.name])[0]:  # no tier is to have it
             done()
             return True
         is_taken = self._writer.offer(WriteJob(key, source, numbers, priority, done))
@@ -210,6 +212,23 @@ class Store:
             [tier.name for tier, did in zip(self._tiers, column, strict=True) if did]
             for column in zip(*answers, strict=True)
         ] or [[] for _ in keys]
+
+    def quarantine(self, keys: Sequence[BlockKey]) -> None:
+        """Neither load nor save these again, as long as the last 65,536 of them are remembered.
+
+        What a record said was right and is wrong may come back from a tier that others fill, or
+        that does not delete. So it is for the life of this store, whatever is saved meanwhile.
+        """
+        self._quarantined.add([key.name for key in keys])
+
+    def delete_many(self, keys: Sequence[BlockKey], deadline: float | None = None) -> list[str]:
+        """Delete records from every tier.
+
+        Returns:
+            The names of the tiers that could not.
+        """
+        names = [key.name for key in keys]
+        return [tier.name for tier in self._tiers if not tier.delete_many(names, deadline)]
 
     def delete_identity(self, identity: bytes) -> list[str]:
         """Forget every record of an identity, see `stored_identity`.
