@@ -9,7 +9,9 @@ import torch
 from cached_models import BLOCK_SIZE, random_tokens
 from engines import GREEDY, Numbers, answer, expected, open_engine, prompt
 
+from kvkernels import PoolFullError
 from prefixstore.engine import Engine, EngineConfig, FinishReason, SamplingParams
+from prefixstore.engine.sequence import SequenceBlocks
 from prefixstore.errors import ConfigError, EngineClosed, EngineOverloaded
 
 LENGTHS = (5, 40, 100, 257, 16, 64, 1, 17)
@@ -235,6 +237,39 @@ def test_a_failing_pass_ends_its_requests_and_no_others(model):
             del model.forward
     assert broken.finish_reason == FinishReason.ERROR and "out of luck" in broken.error
     assert after.token_ids == before.token_ids
+
+
+def test_making_room_for_one_prompt_may_preempt_another(model, monkeypatch):
+    with open_engine(model, max_running=4) as engine:
+        scheduler, has_failed = engine._scheduler, threading.Event()
+        grow = SequenceBlocks.grow
+
+        def grow_once_in_vain(sequence, start, stop):
+            if len(scheduler.running) == 3 and start == 0 and not has_failed.is_set():
+                has_failed.set()
+                raise PoolFullError("num_blocks: expected none, got one")
+            grow(sequence, start, stop)
+
+        monkeypatch.setattr(SequenceBlocks, "grow", grow_once_in_vain)
+        prompts = [prompt(10, seed) for seed in range(3)]
+        with engine._changed:  # so that they are admitted together
+            handles = [engine.submit(tokens, GREEDY) for tokens in prompts]
+        outputs = [handle.result(60) for handle in handles]
+        assert has_failed.is_set() and engine.stats().num_preemptions == 1
+    for tokens, output in zip(prompts, outputs, strict=True):
+        assert list(output.token_ids) == expected(model, tokens)
+
+
+def test_a_fault_of_the_engine_leaves_nobody_waiting(model, monkeypatch):
+    with Engine.open(model, Numbers(), block_size=BLOCK_SIZE, pool_tokens=4096) as engine:
+        with engine._changed:
+            monkeypatch.setattr(engine._scheduler, "next_steps", lambda now: 1 / 0)
+            handle = engine.submit(prompt(40), GREEDY)
+        output = handle.result(60)
+        assert output.finish_reason == FinishReason.ERROR
+        assert output.error == "ZeroDivisionError: division by zero"
+        with pytest.raises(EngineClosed):
+            engine.submit(prompt(40))
 
 
 def test_changed_weights_end_the_requests(model):

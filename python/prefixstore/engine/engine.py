@@ -307,6 +307,22 @@ class Engine:
     # ---- the engine's thread -----------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._run_steps()
+        except Exception as error:
+            # A fault of ours: whose blocks are whose is not known any more. Nobody is left to wait.
+            logger.exception("the engine stopped")
+            with self._changed:
+                self._is_draining = True
+                for request in self._requests.values():
+                    report = request.report(time.monotonic())
+                    request.answer.end(
+                        FinishReason.ERROR, report, f"{type(error).__name__}: {error}"
+                    )
+                self._requests.clear()
+                self._changed.notify_all()
+
+    def _run_steps(self) -> None:
         while True:
             with self._changed:
                 steps = self._wait_steps()

@@ -166,6 +166,8 @@ class Scheduler:
         for request in [one for one in self.running if not one.is_decoding]:
             if budget <= 0:
                 break
+            if request not in self.running:  # preempted for the sake of one before it
+                continue
             chunk = self._next_chunk(request, budget, now)
             if chunk is not None and self._make_room(request, chunk.stop, chunk.start):
                 steps.append(Step(request, chunk.start, chunk.stop))
