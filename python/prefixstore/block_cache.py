@@ -65,6 +65,10 @@ class BlockCache:
         """Of the records under a salt."""
         return stored_identity(self._identity, salt, self._loss)
 
+    def record_codecs(self) -> set[str]:
+        """All that blocks may be written with."""
+        return {name for own in self._record_layouts for one in own for name in one.codecs}
+
     def keys(self, tokens: np.ndarray, salt: str) -> list[list[BlockKey]]:
         """Per group, the keys of the whole blocks of `tokens`."""
         keys: list[list[BlockKey]] = [[] for _ in self._record_layouts]
@@ -100,7 +104,8 @@ class BlockCache:
         Returns:
             The pinned run; None where other blocks of the same tokens were indexed before.
         """
-        self.device.insert(tokens, salt, block_ids)
+        num_indexed = self.device.insert(tokens, salt, block_ids)
+        computed = [number for number in computed if number < num_indexed]
         if keys is not None and len(computed):
             self._published.add([keys[0][number].name for number in computed])
         if self.store is not None and len(computed):
@@ -110,6 +115,30 @@ class BlockCache:
                     if block_ids[number, group] >= 0:
                         self._save(group, group_keys[number], int(block_ids[number, group]))
         return self.device.pin(tokens, salt, block_ids)
+
+    def quarantine(
+        self,
+        tokens: np.ndarray,
+        salt: str,
+        keys: Sequence[Sequence[BlockKey]],
+        num_kept: int,
+    ) -> list[BlockKey]:
+        """Use a block that was found wrong no more, nor those after it: they were computed on it.
+
+        Args:
+            tokens: The prompt, up to the block or further.
+            salt: The namespace.
+            keys: Per group, of the prompt's blocks.
+            num_kept: Blocks before the wrong one.
+
+        Returns:
+            The keys of what the tiers may hold of it, to be deleted there: that takes time.
+        """
+        self.device.detach(tokens, salt, num_kept)
+        wrong = [key for own in keys for key in own[num_kept:]]
+        if self.store is not None:
+            self.store.quarantine(wrong)
+        return wrong
 
     def were_published(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Whether this process has published blocks that it may have lost since; group 0's keys."""

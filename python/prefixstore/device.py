@@ -42,6 +42,7 @@ class DeviceBlocks:
         self._index = RadixIndex(block_size, len(self.groups))
         self._lock = threading.Lock()
         self._evicted_blocks = 0
+        self._detached: set[tuple[int, int]] = set()  # group and id: offered to nobody any more
         self._abandoned: deque[tuple[Sequence[BlockTables], Match]] = deque()
 
     @property
@@ -106,11 +107,34 @@ class DeviceBlocks:
                 table.release()
             self.unpin(match)
 
-    def insert(self, tokens: np.ndarray, salt: str, block_ids: np.ndarray) -> None:
-        """Index the whole blocks of `tokens`; the index takes a reference of those new to it."""
+    def insert(self, tokens: np.ndarray, salt: str, block_ids: np.ndarray) -> int:
+        """Index the whole blocks of `tokens`; the index takes a reference of those new to it.
+
+        Returns:
+            How many blocks: a detached one, and what follows it, stays out.
+        """
         with self._lock:
+            block_ids = block_ids[: self._num_attached(block_ids)]
             refused = self._index.insert(tokens, block_ids, salt.encode())
             self.share(np.where(refused >= 0, -1, block_ids))
+            return len(block_ids)
+
+    def detach(self, tokens: np.ndarray, salt: str, num_kept: int) -> None:
+        """Offer the block after the first `num_kept`, and all after it, to nobody any more.
+
+        Who reads them goes on, and what is computed on top of them is not indexed either.
+        """
+        with self._lock:
+            for ids in self._index.detach(tokens, num_kept, salt.encode()).tolist():
+                self._detached.update((group, one) for group, one in enumerate(ids) if one >= 0)
+
+    def _num_attached(self, block_ids: np.ndarray) -> int:
+        """Blocks before the first that was detached."""
+        if self._detached:
+            for number, ids in enumerate(block_ids.tolist()):
+                if not self._detached.isdisjoint(enumerate(ids)):
+                    return number
+        return len(block_ids)
 
     def reserve(self, group: int, num_blocks: int) -> list[int]:
         """Take blocks of one group, evicting the least recently used prefixes where needed.
@@ -203,5 +227,8 @@ class DeviceBlocks:
         with self._lock:
             victims = self._index.evict(max(1, num_blocks))
             self._evicted_blocks += len(victims)
+            if self._detached:  # their ids may come to mean other blocks
+                for ids in victims.tolist():
+                    self._detached.difference_update(enumerate(ids))
             self.release(victims)
         return len(victims) > 0

@@ -26,6 +26,9 @@ class EngineConfig:
         restore_policy: "planned": what tiers hold is loaded as far as that is faster than computing
             it; "load" and "recompute": always.
         num_loaders: Requests whose blocks are looked up and loaded at the same time.
+        audit_share: Of the requests whose prompts reused blocks, the share whose blocks are
+            computed once more and compared while the engine has nothing else to do; 0 for none.
+        audit_seed: Of the choice; None for another one each time.
     """
 
     max_running: int = 16
@@ -36,6 +39,8 @@ class EngineConfig:
     reuses_prefixes: bool = True
     restore_policy: str = "planned"
     num_loaders: int = 4
+    audit_share: float = 0.001
+    audit_seed: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_running", "max_batch_tokens", "num_loaders"):
@@ -44,6 +49,8 @@ class EngineConfig:
             raise ConfigError(
                 f"restore_policy: expected one of {POLICIES}, got {self.restore_policy!r}"
             )
+        if not isinstance(self.audit_share, (int, float)) or not 0 <= self.audit_share <= 1:
+            raise ConfigError(f"audit_share: expected 0 to 1, got {self.audit_share!r}")
         if self.max_model_len is not None:
             self._check_positive("max_model_len", self.max_model_len)
         if not isinstance(self.max_queued, int) or self.max_queued < 0:

@@ -21,6 +21,7 @@ import numpy as np
 from prefixstore.cache import PrefixCache
 from prefixstore.config import CacheConfig
 from prefixstore.engine.answer import Answer
+from prefixstore.engine.audit import Auditor
 from prefixstore.engine.config import EngineConfig
 from prefixstore.engine.handle import RequestHandle
 from prefixstore.engine.outputs import FinishReason, RequestOutput, RequestReport
@@ -86,7 +87,11 @@ class Engine:
             config=PlannerConfig(policy=config.restore_policy),
         )
         self._restorer = Restorer(blocks, self._planner, config.num_loaders, self._changed)
-        self._scheduler = Scheduler(blocks, self._restorer, config)
+        self._auditor = Auditor(
+            *(blocks, self._runner, self._check_weights),
+            *(config.audit_share, config.audit_seed),
+        )
+        self._scheduler = Scheduler(blocks, self._restorer, config, self._auditor.give_way)
         self._requests: dict[str, Request] = {}  # not finished
         self._cancelled: set[str] = set()
         self._counts = EngineCounts()
@@ -226,6 +231,9 @@ class Engine:
                 hit_tokens=dict(counts.hit_tokens),
                 miss_tokens=dict(counts.miss_tokens),
                 output_tokens=counts.output_tokens,
+                num_audits=self._auditor.num_audits,
+                audited_blocks=self._auditor.audited_blocks,
+                num_quarantined=self._auditor.num_quarantined,
                 planner=planner,
                 cache=cache,
             )
@@ -261,6 +269,7 @@ class Engine:
             self._is_draining = self._is_closed = True
             self._changed.notify_all()
         self._thread.join()
+        self._auditor.close()
         self._restorer.close()
         self._runner.close()
         if self._owns_cache:
@@ -328,6 +337,10 @@ class Engine:
                 steps = self._wait_steps()
                 if steps is None:
                     return
+            if not steps:
+                self._auditor.step()
+                continue
+            with self._changed:
                 started = time.monotonic()
                 loading_s = self._restorer.loading_s(started)
                 self._restorer.note_computing(True)
@@ -353,7 +366,7 @@ class Engine:
                 self._counts.step_s += time.monotonic() - started
 
     def _wait_steps(self) -> list[Step] | None:
-        """The next batch, once there is one; None when the engine is closed."""
+        """The next batch, or an empty one for an audit; None when the engine is closed."""
         while True:
             self._end_cancelled()
             if self._is_closed:
@@ -364,7 +377,7 @@ class Engine:
             if not self._has_changed_weights(now):
                 self._scheduler.admit(now)
                 steps = self._scheduler.next_steps(now)
-                if steps:
+                if steps or (not self._requests and self._auditor.has_work(now)):
                     return steps
             wake_at = self._scheduler.wake_at()
             self._changed.wait(None if wake_at is None else max(0.0, wake_at - time.monotonic()))
@@ -410,6 +423,8 @@ class Engine:
         assert restoring is not None
         plan, meeting = restoring.plan, restoring.meeting
         assert plan is not None and meeting is not None
+        if is_first:
+            self._auditor.offer(request, restoring.reused(), now)
         self._restorer.note_done(restoring, now)
         reuse = request.end_prefill(now).reuse
         self._planner.finished(plan, restoring.measured_s, meeting.counts())
@@ -449,14 +464,17 @@ class Engine:
         request.answer.end(reason, report, error)
         self._changed.notify_all()
 
+    def _check_weights(self) -> None:
+        if self.cache.served_model is not None:
+            self.cache.served_model.check_weights()
+
     def _has_changed_weights(self, now: float) -> bool:
         """End all requests if the model is not the one any more that the cache was opened for."""
-        served_model = self.cache.served_model
-        if served_model is None or now < self._weights_checked + _WEIGHTS_CHECK_S:
+        if now < self._weights_checked + _WEIGHTS_CHECK_S:
             return False
         self._weights_checked = now
         try:
-            served_model.check_weights()
+            self._check_weights()
         except ValueError as error:
             for request in list(self._requests.values()):
                 self._end(request, FinishReason.ERROR, str(error))

@@ -218,6 +218,10 @@ class Restoring:
     def plan(self) -> RestorePlan | None:
         return self._plan
 
+    def reused(self) -> dict[int, str]:
+        """Blocks that were not computed, and where each came from."""
+        return {**dict.fromkeys(range(self.num_device), DEVICE), **self._loaded}
+
     @property
     def meeting(self) -> Meeting | None:
         return self._meeting

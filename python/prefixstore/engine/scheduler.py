@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from kvkernels import PoolFullError
@@ -46,15 +46,23 @@ class Scheduler:
         blocks: The model's.
         restorer: Brings prompts in.
         config: Bounds.
+        give_way: Gives blocks back that no request needs; False if there are none.
     """
 
-    def __init__(self, blocks: BlockCache, restorer: Restorer, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        blocks: BlockCache,
+        restorer: Restorer,
+        config: EngineConfig,
+        give_way: Callable[[], bool],
+    ) -> None:
         self.queue: FairQueue[Request] = FairQueue(config.max_queued)
         self.running: list[Request] = []  # in the order of their admission
         self.num_preemptions = 0
         self._blocks = blocks
         self._restorer = restorer
         self._config = config
+        self._give_way = give_way
         self._held_back: deque[Request] = deque()  # others compute what they begin with
         self._retry_at = 0.0
 
@@ -107,6 +115,8 @@ class Scheduler:
             sequence.reserve(min(request.num_tokens + 1, request.max_tokens))
         except PoolFullError:
             sequence.release()
+            if self._give_way():
+                return self._try_admit(request, producing, now)
             if not self.running:
                 # Nobody here will give blocks back: the writer may, or a session.
                 self._blocks.device.wait_writers()
@@ -203,6 +213,8 @@ class Scheduler:
                 request.sequence.grow(start, stop)
                 return True
             except PoolFullError:
+                if self._give_way():
+                    continue
                 victim = self.running[-1]
                 self.preempt(victim)
                 if victim is request:

@@ -30,6 +30,10 @@ class EngineStats:
         hit_tokens: Prompt tokens reused, by tier.
         miss_tokens: Prompt tokens in whole blocks that were not, by the value of `MissReason`.
         output_tokens: Of all answers.
+        num_audits: Prompts whose reused blocks were computed once more to the end, or to the first
+            that was wrong.
+        audited_blocks: Compared for that.
+        num_quarantined: Blocks found wrong or computed on such, not used any more.
         planner: What it chose and believes.
         cache: Of the cache beneath.
     """
@@ -48,6 +52,9 @@ class EngineStats:
     hit_tokens: Mapping[str, int]
     miss_tokens: Mapping[str, int]
     output_tokens: int
+    num_audits: int
+    audited_blocks: int
+    num_quarantined: int
     planner: PlannerStats
     cache: CacheStats
 
