@@ -162,3 +162,11 @@ def test_a_pass_half_beside_a_load_tells_no_speed(tier, open_engine):
     assert observe(0.0) == (before[0] + 1, before[1])
     beside = observe(1.0)
     assert beside[0] == before[0] + 1 and beside[1] != before[1]
+
+
+def test_the_policy_to_load_loads_what_one_pass_would_compute(tier, open_engine, monkeypatch):
+    monkeypatch.setattr("prefixstore.engine.restorer._LEAST_LOOKUP_S", 30.0)
+    engine, tokens = open_engine(max_batch_tokens=512), prompt(5 * BLOCK_SIZE + 5)
+    warm(engine, tokens)
+    report = engine.submit(tokens, GREEDY).result(60).report
+    assert report.plan == "load"

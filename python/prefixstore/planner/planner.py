@@ -21,7 +21,7 @@ _NUM_KNOWN_PASSES = 5
 
 POLICIES = ("planned", "load", "recompute")
 # Whoever waits for all that is loaded takes computing for something that never ends.
-_ENDLESS_PREFILL = PrefillEstimate(pass_s=1e9)
+_ENDLESS_PREFILL = PrefillEstimate(token_s=1e6)  # not a pass: all may fit into one
 
 
 @dataclass(frozen=True)
