@@ -1,0 +1,181 @@
+"""A thousand requests on a pool too small for them, over failing tiers: nothing hangs or leaks."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from cached_models import BLOCK_SIZE, tiny_gemma3, tiny_llama
+from engines import Numbers, expected, prompt
+from failing_tiers import FaultyTier
+
+from prefixstore.cache import PrefixCache
+from prefixstore.config import CacheConfig
+from prefixstore.engine import Engine, EngineConfig, FinishReason, RequestHandle, SamplingParams
+from prefixstore.store import BreakerConfig, Store, StoreConfig
+from prefixstore.tiers.disk import DiskTier, DiskTierConfig
+from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
+
+NUM_REQUESTS = {"llama": 800, "gemma3": 200}
+MODELS = {"llama": tiny_llama, "gemma3": tiny_gemma3}
+POOL_TOKENS = 480
+MAX_TOKENS = 12
+RECORDS = 1 << 20  # bytes of each bounded tier: too few, so that records give way
+
+
+@dataclass
+class Prompt:
+    tokens: list[int]
+    answer: list[int]  # of the plain model, `MAX_TOKENS` of them
+
+
+def make_prompts(model, rng: random.Random) -> list[Prompt]:
+    """Trees of prompts: endings of a few beginnings, some of them whole turns longer."""
+    prompts = []
+    for tree in range(4):
+        root = prompt(rng.choice((BLOCK_SIZE - 1, 3 * BLOCK_SIZE, 100)), seed=tree)
+        for leaf in range(4):
+            tokens = root + prompt(rng.randint(1, 90), seed=100 + 10 * tree + leaf)
+            prompts.append(Prompt(tokens, expected(model, tokens, MAX_TOKENS)))
+            turn = tokens + prompts[-1].answer + prompt(5, seed=leaf)
+            prompts.append(Prompt(turn, expected(model, turn, MAX_TOKENS)))
+    return prompts
+
+
+class Client:
+    """Sends requests as it pleases, cancels some, and compares the answers to the others."""
+
+    def __init__(self, engine: Engine, prompts: list[Prompt], rng: random.Random) -> None:
+        self._engine = engine
+        self._prompts = prompts
+        self._rng = rng
+        self.num_cancelled = self.num_sampled = self.num_compared = 0
+
+    def run(self, num_requests: int) -> None:
+        handles: list[tuple[RequestHandle, Prompt, int, bool]] = []
+        for number in range(num_requests):
+            handles.append(self._submit(number))
+            if self._rng.random() < 0.08:
+                handles[self._rng.randrange(len(handles))][0].cancel()
+            while len(handles) > self._rng.randint(1, 24):
+                self._compare(*handles.pop(self._rng.randrange(len(handles))))
+            if self._rng.random() < 0.02:
+                self._engine.cache.evict_pool()
+        for one in handles:
+            self._compare(*one)
+
+    def _submit(self, number: int) -> tuple[RequestHandle, Prompt, int, bool]:
+        rng = self._rng
+        chosen, num_new, is_greedy = rng.choice(self._prompts), rng.randint(1, MAX_TOKENS), True
+        sampling = SamplingParams(max_tokens=num_new, temperature=0, ignore_eos=True)
+        if rng.random() < 0.2:
+            is_greedy = False
+            sampling = SamplingParams(
+                max_tokens=num_new, temperature=1.2, top_p=0.9, seed=number, ignore_eos=True
+            )
+        handle = self._engine.submit(
+            chosen.tokens,
+            sampling,
+            tenant=rng.choice("abc"),
+            salt=rng.choice(("", "", "", "other")),
+        )
+        return handle, chosen, num_new, is_greedy
+
+    def _compare(
+        self, handle: RequestHandle, chosen: Prompt, num_new: int, is_greedy: bool
+    ) -> None:
+        output = handle.result(60)
+        got = list(output.token_ids)
+        if output.finish_reason == FinishReason.CANCELLED:
+            self.num_cancelled += 1
+        else:
+            assert output.finish_reason == FinishReason.LENGTH, output.error
+            assert len(got) == num_new
+        if is_greedy:
+            assert got == chosen.answer[: len(got)]
+            self.num_compared += 1
+        self.num_sampled += not is_greedy
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def resident_bytes() -> int:
+    num_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return num_pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def wait_threads(num_threads: int) -> None:
+    """Threads that were joined may still be on their way out."""
+    ends_at = time.monotonic() + 10
+    while threading.active_count() > num_threads and time.monotonic() < ends_at:
+        time.sleep(0.01)
+    names = [thread.name for thread in threading.enumerate()]
+    assert len(names) <= num_threads, names
+
+
+def wait_audits(engine: Engine) -> None:
+    ends_at = time.monotonic() + 60
+    while engine._auditor.has_work(0.0):
+        assert time.monotonic() < ends_at, "an audit hangs"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_nothing_hangs_is_wrong_or_leaks(kind, tmp_path):
+    torch.manual_seed(3)
+    model, rng = MODELS[kind](), random.Random(kind)
+    prompts = make_prompts(model, rng)
+    num_threads, num_files = threading.active_count(), open_files()
+    faulty = FaultyTier("faulty", seed=5, stall_s=0.05)
+    store = Store(
+        [
+            MemoryTier(MemoryTierConfig(RECORDS)),
+            DiskTier(DiskTierConfig(tmp_path, RECORDS)),
+            faulty,
+        ],
+        StoreConfig(load_timeout_s=0.5, breaker=BreakerConfig(failures=20)),
+    )
+    cache = PrefixCache.open(
+        model, CacheConfig(block_size=BLOCK_SIZE, pool_tokens=POOL_TOKENS), store=store
+    )
+    config = EngineConfig(max_running=8, max_batch_tokens=48, max_queued=64, audit_share=0.2)
+    engine = Engine(model, Numbers(), cache, config)
+    client = Client(engine, prompts, rng)
+    client.run(NUM_REQUESTS[kind] // 3)
+    after_warming_up = resident_bytes()
+    client.run(NUM_REQUESTS[kind] - NUM_REQUESTS[kind] // 3)
+
+    assert engine.drain(60), "requests hang"
+    wait_audits(engine)
+    assert cache.flush()
+    assert engine.check() == []
+    stats = engine.stats()
+    assert stats.num_running == stats.num_queued == 0
+    assert sum(stats.num_finished.values()) == stats.num_submitted == NUM_REQUESTS[kind]
+    assert stats.num_finished["cancelled"] == client.num_cancelled > 0
+    assert stats.num_preemptions > 0 and faulty.num_faults > 0
+    assert stats.num_audits > 0 and stats.num_quarantined == 0
+    assert {"device", "memory"} <= stats.hit_tokens.keys()
+    assert client.num_compared > NUM_REQUESTS[kind] // 2 and client.num_sampled > 0
+    index = stats.cache.index
+    assert index.num_pinned_runs == 0
+    assert stats.cache.pool_free_blocks + index.num_blocks == stats.cache.pool_blocks
+    for group in cache.blocks.device.groups:
+        assert group.allocator.num_free >= stats.cache.pool_blocks - index.num_blocks
+    engine.cache.evict_pool()
+    free = [group.allocator.num_free for group in cache.blocks.device.groups]
+    assert free == [stats.cache.pool_blocks] * len(free)
+    engine.close()
+    cache.close()
+    wait_threads(num_threads)
+    assert open_files() <= num_files
+    # What a pool of allocators keeps is no leak; a request's blocks or answers would be far more.
+    assert resident_bytes() - after_warming_up < 32 << 20
