@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from prefixstore.testing import (
 )
 from prefixstore.testing.states import STATES
 
+OWN_ENGINE = Path(__file__).parents[2] / "docs" / "own_engine.py"
 NUM_NEW = 17  # more than a block: answers outgrow a pool that holds the prompts alone
 
 
@@ -127,6 +130,11 @@ def test_redis_is_a_tier_like_others(model, shared_servers):
     )
     assert report.is_good, report.to_text()
     assert {cell.tier for cell in report.cells} == {"redis"}
+
+
+def test_example_of_an_own_engine_is_checked(capsys):
+    runpy.run_path(str(OWN_ENGINE), run_name="__main__")
+    assert "7 cells of 3 prompts" in capsys.readouterr().out
 
 
 def test_an_engine_says_what_it_can():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from prefixstore.testing.cells import Cell
+from prefixstore.testing.states import STATES
 
 _MAX_FAULTS = 5  # of one cell that are printed; the JSON has all
 
@@ -97,6 +98,9 @@ class Report:
         num_run = sum(not cell.skipped for cell in self.cells)
         num_wrong = sum(bool(cell.faults) for cell in self.cells)
         verdict = "all as they must be" if self.is_good else f"{num_wrong} WRONG"
+        drifts = [cell.max_drift for cell in self.cells if cell.max_drift is not None]
+        if drifts:
+            verdict += f"; log-probabilities at most {max(drifts):.1e} off"
         return (
             f"{num_run} cells of {self.num_prompts} prompts ({self.prompt_tokens} tokens) and"
             f" {self.num_new} new tokens, in {self.seconds:.0f} s: {verdict}"
@@ -119,7 +123,11 @@ def _place(cell: Cell) -> str:
 
 def _states_table(adapter: str, cells: Sequence[Cell]) -> Table:
     columns = list(dict.fromkeys((cell.codec, cell.tier) for cell in cells))
-    states = list(dict.fromkeys(cell.state for cell in cells))
+    order = [state.name for state in STATES]
+    states = sorted(
+        dict.fromkeys(cell.state for cell in cells),
+        key=lambda name: order.index(name) if name in order else len(order),
+    )
     by_place = {(cell.codec, cell.tier, cell.state): cell for cell in cells}
     rows = [
         (state, *(_verdict(by_place.get((*column, state))) for column in columns))
