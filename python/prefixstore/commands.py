@@ -17,6 +17,7 @@ from prefixstore.records.key_command import make_key
 from prefixstore.records.store_commands import store
 from prefixstore.records.verify_command import verify_store
 from prefixstore.server.command import serve
+from prefixstore.testing.command import check
 
 
 class _Group(click.Group):
@@ -39,6 +40,7 @@ def kvkernels(verbose: bool) -> None:
 
 
 kvkernels.add_command(bench)
+kvkernels.add_command(check)
 kvkernels.add_command(demo)
 kvkernels.add_command(inspect_record)
 kvkernels.add_command(make_key)

@@ -176,3 +176,13 @@ def test_a_tier_is_not_probed_again_while_a_probe_is_out() -> None:
     planner = Planner(["disk"], 64, 512, config=PlannerConfig(margin_ratio=1.0))
     ask = (640, 0, ["disk"] * 8, [BLOCK_BYTES] * 8)
     assert [planner.plan(*ask, now).is_probe for now in (0.0, 9.0, 11.0)] == [True, False, True]
+
+
+@pytest.mark.parametrize("num_blocks", [1, NUM_BLOCKS])
+def test_the_policy_load_loads_whatever_it_costs(num_blocks):
+    planner = Planner(("disk",), 64, 1 << 20, config=PlannerConfig(policy="load"))
+    planner.observe_load("disk", 1, 1, 10.0, now=0.0)  # far slower than computing
+    plan = planner.plan(NUM_BLOCKS * 64 + 32, 0, ["disk"] * num_blocks, [1] * num_blocks, 1.0)
+    assert plan.mode == PlanMode.LOAD
+    assert plan.num_load_blocks == num_blocks
+    assert planner.prefill_s(64, 0) > 1e6  # nobody stops waiting for a look-up either

@@ -21,7 +21,8 @@ _NUM_KNOWN_PASSES = 5
 
 POLICIES = ("planned", "load", "recompute")
 # Whoever waits for all that is loaded takes computing for something that never ends.
-_ENDLESS_PREFILL = PrefillEstimate(token_s=1e6)  # not a pass: all may fit into one
+# By the token, not by the pass: what is left to compute takes a pass whatever is loaded.
+_ENDLESS_PREFILL = PrefillEstimate(pass_s=0.0, token_s=1e6, pair_s=0.0)
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class Planner:
     def prefill_s(self, num_new: int, context: int) -> float:
         """Expected seconds to compute `num_new` tokens of a prompt after `context` others."""
         with self._lock:
-            return self._prefill.snapshot().seconds(num_new, context, self._chunk_tokens)
+            return self._prefill_estimate().seconds(num_new, context, self._chunk_tokens)
 
     # ---- plans -------------------------------------------------------------------------------
 
@@ -194,7 +195,7 @@ class Planner:
             ) from None
         if self._config.policy == "recompute":
             numbers = [-1] * len(numbers)
-        is_planned = self._config.policy != "load"
+        waits_for_loads = self._config.policy == "load"
         with self._lock:
             inputs = PlanInputs(
                 num_tokens=num_tokens,
@@ -203,12 +204,12 @@ class Planner:
                 tiers=np.array(numbers, dtype=np.int64),
                 record_bytes=np.asarray(record_bytes, dtype=np.int64),
                 estimates=[self._tiers[name].snapshot() for name in self._names],
-                prefill=self._prefill.snapshot() if is_planned else _ENDLESS_PREFILL,
+                prefill=self._prefill_estimate(),
                 chunk_tokens=self._chunk_tokens,
                 slowdown=self._slowdown.factor,
                 has_windows=self._has_windows,
-                margin_s=self._config.margin_s,
-                margin_ratio=self._config.margin_ratio,
+                margin_s=0.0 if waits_for_loads else self._config.margin_s,
+                margin_ratio=0.0 if waits_for_loads else self._config.margin_ratio,
                 deadline_s=deadline_s,
             )
             plan = plan_restore(inputs)
@@ -235,6 +236,9 @@ class Planner:
         with self._lock:
             tiers = {name: rate.snapshot() for name, rate in self._tiers.items()}
             return self._counts.stats(tiers, self._prefill.snapshot(), self._slowdown.factor)
+
+    def _prefill_estimate(self) -> PrefillEstimate:
+        return _ENDLESS_PREFILL if self._config.policy == "load" else self._prefill.snapshot()
 
     def _rate(self, tier: str) -> TierRate:
         rate = self._tiers.get(tier)

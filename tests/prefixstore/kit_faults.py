@@ -1,0 +1,105 @@
+"""Faults planted in a cache, for the kit to notice: each a context manager that patches the code.
+
+Keys carry their positions, so attention does not mind in which order blocks, or tokens within a
+block, are read: what is to be noticed must lose or repeat some, or bring strange ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+
+from kvkernels import KVPool
+from prefixstore.cache import PrefixCache
+from prefixstore.device import DeviceBlocks
+from prefixstore.pool_blocks import PoolTarget
+
+Damage = Callable[[KVPool, list[int]], None]
+
+
+@contextlib.contextmanager
+def damaged_restores(damage: Damage) -> Iterator[None]:
+    """What is done to blocks right after they were restored from a tier."""
+    restore = PoolTarget.restore
+
+    def damaged(self: PoolTarget, records: Sequence[Any]) -> list[str | None]:
+        problems = restore(self, records)
+        damage(self._transfer.pool, self._block_ids[[one.index for one in records]].tolist())
+        return problems
+
+    with mock.patch.object(PoolTarget, "restore", damaged):
+        yield
+
+
+class BlockOfAnother:
+    """The last block is one that was restored in an earlier call, for another prompt."""
+
+    def __init__(self) -> None:
+        self._earlier: torch.Tensor | None = None
+
+    def __call__(self, pool: KVPool, block_ids: list[int]) -> None:
+        last = pool.data[block_ids[-1]].clone()
+        if self._earlier is not None:
+            pool.data[block_ids[-1]] = self._earlier
+        self._earlier = last
+
+
+def shift_tokens(pool: KVPool, block_ids: list[int]) -> None:
+    """Each token's KV stands one place further on; the first one's stays too."""
+    blocks = pool.data[block_ids]
+    blocks[..., 1:, :] = blocks[..., :-1, :].clone()
+    pool.data[block_ids] = blocks
+
+
+def empty_last_block(pool: KVPool, block_ids: list[int]) -> None:
+    """The last block is called restored and was not."""
+    pool.data[block_ids[-1]] = 0
+
+
+def round_to_bfloat16(pool: KVPool, block_ids: list[int]) -> None:
+    """Half of the bits are gone, though "raw" was promised."""
+    pool.data[block_ids] = pool.data[block_ids].to(torch.bfloat16).to(pool.data.dtype)
+
+
+@contextlib.contextmanager
+def dropped_last_block() -> Iterator[None]:
+    """The last block of each call is a miss."""
+    restore = PoolTarget.restore
+
+    def dropped(self: PoolTarget, records: Sequence[Any]) -> list[str | None]:
+        return [*restore(self, records)[:-1], "payload: dropped"]
+
+    with mock.patch.object(PoolTarget, "restore", dropped):
+        yield
+
+
+@contextlib.contextmanager
+def overwritten_on_device() -> Iterator[None]:
+    """The first block that the index finds was given to others, who wrote into it."""
+    find = DeviceBlocks.find
+
+    def overwritten(self: DeviceBlocks, tokens: Any, salt: str) -> Any:
+        match, block_ids = find(self, tokens, salt)
+        if len(block_ids):
+            data, after = self.groups[0].pool.data, int(block_ids[-1, 0]) + 1
+            data[block_ids[0, 0]] = data[after]
+        return match, block_ids
+
+    with mock.patch.object(DeviceBlocks, "find", overwritten):
+        yield
+
+
+@contextlib.contextmanager
+def ignored_salts() -> Iterator[None]:
+    """All tenants share one namespace."""
+    checked = PrefixCache.checked_prompt
+
+    def unsalted(self: PrefixCache, token_ids: Any, salt: str | None) -> Any:
+        return checked(self, token_ids, "")
+
+    with mock.patch.object(PrefixCache, "checked_prompt", unsalted):
+        yield
