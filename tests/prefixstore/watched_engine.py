@@ -10,6 +10,7 @@ from prefixstore.reuse_report import ReuseReport
 TABLES = ("num_finished", "hit_tokens", "miss_tokens")
 NUMBERS = ("num_submitted", "num_refused", "num_running", "num_queued", "num_preemptions")
 NUMBERS += ("num_steps", "step_s", "model_s", "prompt_tokens", "computed_tokens", "output_tokens")
+NUMBERS += ("num_audits", "audited_blocks", "num_quarantined")
 
 
 class WatchedEngine:
