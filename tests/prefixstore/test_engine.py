@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from cached_models import BLOCK_SIZE, random_tokens
+from cached_models import BLOCK_SIZE, random_tokens, tiny_gemma3
 from engines import GREEDY, Numbers, answer, expected, open_engine, prompt
 
 from kvkernels import PoolFullError
@@ -134,6 +134,23 @@ def test_a_pool_too_small_for_all_preempts_and_goes_on(model):
         assert list(output.token_ids) == expected(model, tokens, 80)
     preempted = [one.report for one in outputs if one.report.num_preemptions]
     assert preempted and all(report.times.preempted_s > 0 for report in preempted)
+
+
+def test_goes_on_when_others_than_requests_give_blocks_back():
+    torch.manual_seed(1)
+    model = tiny_gemma3()
+    with open_engine(model) as engine:
+        device = engine.cache.blocks.device
+        # A sliding group's blocks are not set aside: the request is admitted and finds none.
+        sliding = next(n for n, window in enumerate(device.windows) if window is not None)
+        allocator = device.groups[sliding].allocator
+        held = allocator.allocate(allocator.num_free - 1)
+        handle = engine.submit(prompt(100), GREEDY)
+        while not engine.stats().num_preemptions:
+            time.sleep(0.01)
+        allocator.release(held)
+        output = handle.result(20)
+    assert list(output.token_ids) == expected(model, prompt(100))
 
 
 def test_a_cancelled_request_ends_wherever_it_is(model):
@@ -283,8 +300,6 @@ def test_changed_weights_end_the_requests(model):
 
 
 def test_holds_no_more_of_a_sliding_window_than_it_needs():
-    from cached_models import tiny_gemma3
-
     torch.manual_seed(1)
     model = tiny_gemma3()
     held = []

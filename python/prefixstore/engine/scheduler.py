@@ -218,6 +218,9 @@ class Scheduler:
                 victim = self.running[-1]
                 self.preempt(victim)
                 if victim is request:
+                    # What holds the blocks is no request: the writer, or a session. Neither says
+                    # when it lets go of them.
+                    self._retry_at = time.monotonic() + _RETRY_S
                     return False
 
     def preempt(self, request: Request) -> None:
