@@ -69,6 +69,13 @@ def test_answers_of_an_engine_are_the_models_in_every_state(model):
         assert evicted.reused_share == whole / sum(map(len, prompts()))
 
 
+def test_an_engine_that_promises_bits_keeps_them(model):
+    adapter = EngineAdapter(model, Numbers(), batch_invariant=True)
+    plan = Plan(tiers=("disk",), num_new=NUM_NEW)
+    report = check_engines([adapter], ModelReference(model), prompts(), plan)
+    assert report.is_good, report.to_text()
+
+
 def test_answers_of_sessions_are_the_models_in_every_state(model):
     plan = Plan(tiers=("disk",), num_new=4, num_few=3)
     report = check_engines([CacheAdapter(model)], ModelReference(model), prompts(), plan)
