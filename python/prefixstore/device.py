@@ -144,18 +144,18 @@ class DeviceBlocks:
         """
         self.release_abandoned()
         allocator = self.groups[group].allocator
-        has_drained = False
+        has_evicted = has_drained = False
         while True:
             try:
                 return allocator.allocate(num_blocks)
             except PoolFullError:
-                num_free = allocator.num_free
-                has_evicted = self._evict(num_blocks - num_free)
                 # Evicted and yet not free: the writer reads them. Wait for it before more go.
-                if has_evicted and (allocator.num_free > num_free or has_drained):
-                    continue
-                if has_drained:
-                    raise
+                if not (has_evicted and not has_drained):
+                    has_evicted = self._evict(num_blocks - allocator.num_free)
+                    if has_evicted:
+                        continue
+                    if has_drained:
+                        raise
             self._drain()
             has_drained = True
 

@@ -14,6 +14,7 @@ from test_store import DictTier
 from prefixstore.cache import PrefixCache
 from prefixstore.config import CacheConfig
 from prefixstore.engine import Engine, EngineConfig
+from prefixstore.engine.restorer import Restorer
 from prefixstore.engine.scheduler import Step
 from prefixstore.errors import TierTimeout
 from prefixstore.store import Store, StoreConfig
@@ -75,7 +76,13 @@ def watch(monkeypatch, owner, name, then):
     monkeypatch.setattr(owner, name, watched)
 
 
+def wait_little(monkeypatch):
+    """Have look-ups waited for no longer than where the planner weighs them."""
+    monkeypatch.setattr(Restorer, "look_up_until", lambda self, restoring: restoring.began + 0.02)
+
+
 def test_an_answer_that_comes_late_saves_what_is_left(model, tier, open_engine, monkeypatch):
+    wait_little(monkeypatch)
     engine, tokens, gate = open_engine(), prompt(LENGTH), Gate("contains")
     warm(engine, tokens)
     has_answer = threading.Event()
@@ -95,7 +102,8 @@ def test_an_answer_that_comes_late_saves_what_is_left(model, tier, open_engine, 
     assert reuse.misses.keys() <= {"late"} and sum(reuse.misses.values()) >= 2 * BLOCK_SIZE
 
 
-def test_a_hanging_look_up_delays_no_answer(model, tier, open_engine):
+def test_a_hanging_look_up_delays_no_answer(model, tier, open_engine, monkeypatch):
+    wait_little(monkeypatch)
     engine, tokens, gate = open_engine(), prompt(LENGTH), Gate("contains")
     warm(engine, tokens)
     tier.fail = gate

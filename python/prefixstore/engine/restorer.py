@@ -65,6 +65,7 @@ class Restorer:
         if store is None or restoring.num_device == restoring.num_whole:
             self._start(restoring, keys, [], now)
             return
+        restoring.deadline = store.deadline()
         self._threads.submit(self._run, store, restoring, keys, self._look_up_and_load)
 
     def prepare(self, restoring: Restoring, keys: Sequence[Sequence[BlockKey]], now: float) -> bool:
@@ -79,10 +80,11 @@ class Restorer:
         return True
 
     def look_up_until(self, restoring: Restoring) -> float:
-        """When the look-up will have taken too long."""
+        """When the look-up will have taken too long; at the latest at the request's deadline."""
         left = restoring.num_tokens - restoring.num_device * self._blocks.block_size
         prefill_s = self._planner.prefill_s(left, restoring.num_tokens - left)
-        return restoring.began + max(_LEAST_LOOKUP_S, _LOOKUP_SHARE * prefill_s)
+        patience_s = max(_LEAST_LOOKUP_S, _LOOKUP_SHARE * prefill_s)
+        return min(restoring.began + patience_s, restoring.deadline)
 
     def loading_s(self, now: float) -> float:
         """Seconds until now in which some load was under way."""
@@ -130,7 +132,6 @@ class Restorer:
     ) -> None:
         if restoring.is_over:
             return
-        restoring.deadline = store.deadline()
         held = self._look_up(store, restoring, keys)
         with self._changed:
             if restoring.is_over:

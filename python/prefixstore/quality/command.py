@@ -73,7 +73,8 @@ def quality(
     make_writable("--out", out)
     console = Console()
     with console.status("Loading the model"):
-        path, loaded, tokenizer = load(model, DTYPES[dtype])
+        path = locate(model)
+        loaded, tokenizer = load(path, DTYPES[dtype])
     layout = layout_of(loaded)
     formats = make_formats(layout, codecs)
     content = read_text(text)
@@ -92,12 +93,18 @@ def quality(
     console.print(f"Plot: {out / 'quality.png'}\nFigures: {out / 'quality.json'}", soft_wrap=True)
 
 
-def load(name: str, dtype: torch.dtype) -> tuple[Path, Any, Any]:
-    """The folder of a model, the model and its tokenizer."""
-    from prefixstore.models import find_model, load_model, load_tokenizer
+def locate(name: str) -> Path:
+    """The folder of a model, made first if it is one that comes as a package."""
+    from prefixstore.models import find_model
 
-    path = find_model(name)
-    return path, load_model(path, dtype), load_tokenizer(path)
+    return find_model(name)
+
+
+def load(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A model and its tokenizer."""
+    from prefixstore.models import load_model, load_tokenizer
+
+    return load_model(path, dtype), load_tokenizer(path)
 
 
 def layout_of(model: Any) -> KVLayout:

@@ -17,7 +17,7 @@ from rich.text import Text
 from kvkernels import CODECS
 from prefixstore.demo.prompts import load_documents
 from prefixstore.errors import ConfigError
-from prefixstore.quality.command import DTYPES, load, read_text
+from prefixstore.quality.command import DTYPES, load, locate, read_text
 from prefixstore.testing.adapter import Adapter
 from prefixstore.testing.cache_adapter import CacheAdapter
 from prefixstore.testing.engine_adapter import EngineAdapter
@@ -112,7 +112,7 @@ def check(
     )
     console = Console()
     with console.status("Loading the model"):
-        _, loaded, tokenizer = load(model, DTYPES[dtype])
+        loaded, tokenizer = load(locate(model), DTYPES[dtype])
     prompts = _make_prompts(tokenizer, text, num_prompts, plan.block_size)
     ours: dict[str, Adapter] = {
         "session": CacheAdapter(loaded),
