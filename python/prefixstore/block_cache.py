@@ -192,9 +192,8 @@ class BlockCache:
 
     def _save(self, group: int, key: BlockKey, block_id: int, is_reuse: bool = False) -> None:
         assert self.store is not None
-        allocator = self.device.groups[group].allocator
-        allocator.share([block_id])  # until the writer has read it
-        done = partial(allocator.release, [block_id])
+        self.device.begin_write(group, block_id)
+        done = partial(self.device.end_write, group, block_id)
         source = self.pool_blocks[group].source(block_id)
         self.store.save(key, source, done, is_reuse=is_reuse)
 

@@ -11,7 +11,7 @@ that reads it, and one from each write to a tier that has not finished::
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -42,6 +42,8 @@ class DeviceBlocks:
         self._index = RadixIndex(block_size, len(self.groups))
         self._lock = threading.Lock()
         self._evicted_blocks = 0
+        self._writing: list[Counter[int]] = [Counter() for _ in self.groups]
+        self._writing_lock = threading.Lock()
         self._detached: set[tuple[int, int]] = set()  # group and id: offered to nobody any more
         self._abandoned: deque[tuple[Sequence[BlockTables], Match]] = deque()
 
@@ -144,18 +146,19 @@ class DeviceBlocks:
         """
         self.release_abandoned()
         allocator = self.groups[group].allocator
-        has_evicted = has_drained = False
+        has_drained = False
         while True:
             try:
                 return allocator.allocate(num_blocks)
             except PoolFullError:
                 # Evicted and yet not free: the writer reads them. Wait for it before more go.
-                if not (has_evicted and not has_drained):
-                    has_evicted = self._evict(num_blocks - allocator.num_free)
-                    if has_evicted:
-                        continue
-                    if has_drained:
-                        raise
+                missing = num_blocks - allocator.num_free
+                if not has_drained:
+                    missing -= self._num_leaving(group)
+                if missing > 0 and self._evict(missing):
+                    continue
+                if has_drained:
+                    raise
             self._drain()
             has_drained = True
 
@@ -174,6 +177,8 @@ class DeviceBlocks:
         allocator = self.groups[group].allocator
         missing = num_blocks - allocator.num_free
         if missing > 0:
+            missing -= self._num_leaving(group)
+        if missing > 0:
             self._evict(missing)
         return allocator.allocate(num_blocks)
 
@@ -186,6 +191,21 @@ class DeviceBlocks:
         if num_blocks:
             self._evict(num_blocks)
         return self._evicted_blocks - before
+
+    def begin_write(self, group: int, block_id: int) -> None:
+        """A writer holds a block until `end_write`."""
+        self.groups[group].allocator.share([block_id])
+        with self._writing_lock:
+            self._writing[group][block_id] += 1
+
+    def end_write(self, group: int, block_id: int) -> None:
+        """The writer has read it."""
+        with self._writing_lock:
+            writing = self._writing[group]
+            writing[block_id] -= 1
+            if writing[block_id] == 0:
+                del writing[block_id]
+        self.groups[group].allocator.release([block_id])
 
     def share(self, block_ids: np.ndarray) -> None:
         """Add a reference to each block of `[num_blocks, num_groups]`; -1 is skipped."""
@@ -222,6 +242,13 @@ class DeviceBlocks:
             for number, group in enumerate(self.groups):
                 problems += [f"pool {number}: {line}" for line in group.allocator.check()]
         return problems
+
+    def _num_leaving(self, group: int) -> int:
+        """Blocks that a writer alone still holds: they will soon be free."""
+        count = self.groups[group].allocator.ref_count
+        with self._writing_lock:
+            held = list(self._writing[group].items())
+        return sum(count(block_id) == num_writers for block_id, num_writers in held)
 
     def _evict(self, num_blocks: int) -> bool:
         with self._lock:
