@@ -60,8 +60,8 @@ def check(adapters, model, prompts, plan, record_property):
 def test_smollm2_answers_many_prompts_alike(record_property):
     path = prepare_smollm2()
     model, tokenizer = load_model(path, torch.float32), load_tokenizer(path)
-    prompts = questions(tokenizer, 20, chat=True) + documents(tokenizer, 3)
-    plan = Plan(tiers=("disk",), states=CHAINED, num_new=48, block_size=BLOCK_SIZE)
+    prompts = questions(tokenizer, 12, chat=True) + documents(tokenizer, 3)
+    plan = Plan(tiers=("disk",), states=CHAINED, num_new=40, block_size=BLOCK_SIZE)
     check([EngineAdapter(model, tokenizer)], model, prompts, plan, record_property)
     check([CacheAdapter(model)], model, prompts[:4], plan, record_property)
 
