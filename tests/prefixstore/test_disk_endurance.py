@@ -66,7 +66,8 @@ def test_a_day_of_churn_stays_within_disk_and_memory(tmp_path):
     stats = tier.stats()
     assert stats.written_bytes > 50 * CAPACITY
     assert min(stats.num_evictions, stats.num_expired, stats.num_hits) > 1000
-    assert max(memory) - memory[5] < 4 << 20
+    # What other tests left to this process is given back, and taken again, at times.
+    assert max(memory[6:]) - max(memory[:6]) < 4 << 20
     assert max(index) <= 2 * index[5]
     tier.close()
 

@@ -24,6 +24,7 @@ from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
 
 NUM_REQUESTS = {"llama": 800, "gemma3": 200}
 MODELS = {"llama": tiny_llama, "gemma3": tiny_gemma3}
+NUM_ALONE = 20  # of them
 POOL_TOKENS = 480
 MAX_TOKENS = 12
 RECORDS = 1 << 20  # bytes of each bounded tier: too few, so that records give way
@@ -69,6 +70,15 @@ class Client:
                 self._engine.cache.evict_pool()
         for one in handles:
             self._compare(*one)
+
+    def run_alone(self, num_requests: int) -> None:
+        """One prompt again and again, with nothing else to do: its blocks stay to be audited."""
+        chosen = max(self._prompts, key=lambda one: len(one.tokens))
+        sampling = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+        for _ in range(num_requests):
+            handle = self._engine.submit(chosen.tokens, sampling)
+            self._compare(handle, chosen, 1, True)
+            wait_audits(self._engine)
 
     def _submit(self, number: int) -> tuple[RequestHandle, Prompt, int, bool]:
         rng = self._rng
@@ -146,12 +156,13 @@ def test_nothing_hangs_is_wrong_or_leaks(kind, tmp_path):
     cache = PrefixCache.open(
         model, CacheConfig(block_size=BLOCK_SIZE, pool_tokens=POOL_TOKENS), store=store
     )
-    config = EngineConfig(max_running=8, max_batch_tokens=48, max_queued=64, audit_share=0.2)
+    config = EngineConfig(max_running=8, max_batch_tokens=48, max_queued=64, audit_share=0.5)
     engine = Engine(model, Numbers(), cache, config)
     client = Client(engine, prompts, rng)
     client.run(NUM_REQUESTS[kind] // 3)
     after_warming_up = resident_bytes()
-    client.run(NUM_REQUESTS[kind] - NUM_REQUESTS[kind] // 3)
+    client.run(NUM_REQUESTS[kind] - NUM_REQUESTS[kind] // 3 - NUM_ALONE)
+    client.run_alone(NUM_ALONE)
 
     assert engine.drain(60), "requests hang"
     wait_audits(engine)

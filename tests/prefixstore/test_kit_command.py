@@ -20,8 +20,8 @@ FEW = ("--prompts", "3", "--new-tokens", "2", "--state", "evicted", "--tier", "m
 
 @pytest.fixture(autouse=True)
 def _small_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = (Path("small"), tiny_model(), byte_tokenizer())
-    monkeypatch.setattr(command, "load", lambda name, dtype: loaded)
+    monkeypatch.setattr(command, "locate", Path)
+    monkeypatch.setattr(command, "load", lambda path, dtype: (tiny_model(), byte_tokenizer()))
 
 
 def run(*options: str) -> Result:
