@@ -22,6 +22,7 @@ _ISAS: dict[str, int] = dict(_kvkernels.attention_paths()) if is_available else 
 _isa = next(iter(_ISAS.values()), 0)
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3}
+_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
 def available_isas() -> tuple[str, ...]:
@@ -189,6 +190,53 @@ def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
         (input.data_ptr(), weight.data_ptr(), _address(bias), out.data_ptr()),
         (num_rows, in_features, weight.shape[0], input.stride(0), weight.stride(0)),
         _DTYPES[input.dtype],
+        _isa,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def rms_norm(
+    input: torch.Tensor, weight: torch.Tensor, eps: float, is_offset: bool
+) -> torch.Tensor:
+    """See `kvkernels.rms_norm`, for an input of two dimensions."""
+    out = input.new_empty(input.shape)
+    _kvkernels.rms_norm(
+        (input.data_ptr(), weight.data_ptr(), out.data_ptr()),
+        (*input.shape, input.stride(0)),
+        eps,
+        is_offset,
+        _DTYPES[input.dtype],
+        _isa,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def rotary_embedding(
+    input: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor
+) -> None:
+    """See `kvkernels.rotary_embedding`; the strides of `cos` and `sin` are equal."""
+    _kvkernels.rotary_embedding(
+        (input.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr()),
+        input.shape,
+        input.stride()[:3],
+        out.stride()[:3],
+        (cos.stride(0) if len(cos) > 1 else 0, cos.stride(1)),
+        _DTYPES[input.dtype],
+        _isa,
+        torch.get_num_threads(),
+    )
+
+
+def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """See `kvkernels.gated_activation`, for two dimensions."""
+    out = gate.new_empty(gate.shape)
+    _kvkernels.gated_activation(
+        (gate.data_ptr(), up.data_ptr(), out.data_ptr()),
+        (*gate.shape, gate.stride(0), up.stride(0)),
+        _ACTIVATIONS[activation],
+        _DTYPES[gate.dtype],
         _isa,
         torch.get_num_threads(),
     )

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 
 from kvkernels.errors import UnsupportedError
+from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward
 from kvkernels.ops import linear
 
 # PyTorch's loops over elements take two vectors of the widest kind at a time, and give a thread no
@@ -36,13 +36,6 @@ _GRAIN_ITEMS = 32768
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
-@dataclass
-class _Installed:
-    replaced: list[torch.nn.Module]
-    num_users: int = 1
-
-
-_installed: WeakKeyDictionary[torch.nn.Module, _Installed] = WeakKeyDictionary()
 _invariant_modules: WeakSet[torch.nn.Module] = WeakSet()
 
 
@@ -56,30 +49,13 @@ def install(model: torch.nn.Module) -> None:
         UnsupportedError: If the model has a layer for which this cannot be promised; it is left as
             it was.
     """
-    if model in _installed:
-        _installed[model].num_users += 1
-        return
-    _refuse_unserved(model)
-    forwards = {module: _find_forward(name, module) for name, module in model.named_modules()}
-    replaced = []
-    for module, forward in forwards.items():
-        if forward is not None:
-            vars(module)["forward"] = forward
-            replaced.append(module)
-    _invariant_modules.update(forwards)
-    _installed[model] = _Installed(replaced)
+    _patch.install(model)
+    _invariant_modules.update(model.modules())
 
 
 def uninstall(model: torch.nn.Module) -> None:
     """Give a model back the layers it had before `install`; without one, nothing changes."""
-    installed = _installed.get(model)
-    if installed is None:
-        return
-    installed.num_users -= 1
-    if installed.num_users == 0:
-        del _installed[model]
-        for module in installed.replaced:
-            del vars(module)["forward"]
+    if _patch.uninstall(model):
         _invariant_modules.difference_update(model.modules())
 
 
@@ -96,6 +72,12 @@ def batch_invariant(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 def is_batch_invariant(module: torch.nn.Module) -> bool:
     """Whether a module belongs to a model that `install` was called for."""
     return module in _invariant_modules
+
+
+def _find_forwards(model: torch.nn.Module) -> Forwards:
+    _refuse_unserved(model)
+    found = {module: _find_forward(name, module) for name, module in model.named_modules()}
+    return {module: forward for module, forward in found.items() if forward is not None}
 
 
 def _refuse_unserved(model: torch.nn.Module) -> None:
@@ -134,7 +116,7 @@ def _find_forward(name: str, module: torch.nn.Module) -> Callable[..., Any] | No
         forward = partial(_activate, module.forward)
     else:
         return None
-    if "forward" in vars(module):
+    if has_own_forward(module):
         raise UnsupportedError(
             f"model: expected layers with the forward of their class, got {name} with another"
         )
@@ -164,3 +146,6 @@ def _whole_vectors(size: int) -> int:
         if -(-size // num_parts) % _VECTOR_ITEMS == 0:
             return size
         size += _VECTOR_ITEMS
+
+
+_patch = ForwardPatch(_find_forwards)

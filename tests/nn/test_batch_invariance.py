@@ -8,7 +8,7 @@ import torch
 from packed_forward import PackedModel
 
 from kvkernels import UnsupportedError
-from kvkernels.nn import batch_invariance
+from kvkernels.nn import batch_invariance, fused_layers
 from kvkernels.nn.batch_invariance import batch_invariant
 from kvkernels.nn.transformers import paged_attention
 
@@ -54,6 +54,15 @@ def check_any_steps(packed, sizes, max_threads=3):
 @pytest.mark.usefixtures("_any_threads")
 def test_any_steps_give_the_same_bits(name, dtype):
     model = MODELS[name]().to(dtype)
+    with paged_attention(model), batch_invariant(model):
+        check_any_steps(make_packed(model, (130, 75, 41, 1)), SIZES)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("_any_threads")
+def test_any_steps_give_the_same_bits_with_fused_layers(name):
+    model = MODELS[name]().to(torch.bfloat16)
+    assert fused_layers.install(model) > 0
     with paged_attention(model), batch_invariant(model):
         check_any_steps(make_packed(model, (130, 75, 41, 1)), SIZES)
 

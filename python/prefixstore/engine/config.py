@@ -21,6 +21,8 @@ class EngineConfig:
         batch_invariant: Give each request the same bits whatever else is in the batch, however its
             prompt is cut and wherever its prefix came from. None: where the model allows it and it
             costs nothing, which is on a CPU without AMX.
+        fuses_layers: On a CPU, run norms, rotations and gates of the model in one pass each where
+            that gives the same numbers; see `kvkernels.nn.fused_layers`.
         reuses_prefixes: Whether anything cached is reused; without it every prompt is computed, for
             comparison.
         restore_policy: "planned": what tiers hold is loaded as far as that is faster than computing
@@ -36,6 +38,7 @@ class EngineConfig:
     max_batch_tokens: int = 512
     max_model_len: int | None = None
     batch_invariant: bool | None = None
+    fuses_layers: bool = True
     reuses_prefixes: bool = True
     restore_policy: str = "planned"
     num_loaders: int = 4

@@ -76,7 +76,8 @@ class Engine:
         self.max_model_len = _max_model_len(config, text_config, cache)
         self._eos_ids = _eos_ids(model, tokenizer)
         self._runner = ModelRunner(
-            model, blocks.device.groups, blocks.block_size, config.batch_invariant
+            *(model, blocks.device.groups, blocks.block_size),
+            *(config.batch_invariant, config.fuses_layers),
         )
         self._changed = threading.Condition()  # its lock guards everything below
         self._planner = Planner(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from kvkernels import UnsupportedError, native
-from kvkernels.nn import PagedGroup, batch_invariance
+from kvkernels.nn import PagedGroup, batch_invariance, fused_layers
 from kvkernels.nn.module import PagedBatch
 from kvkernels.nn.transformers_batch import BatchCache
 
@@ -47,6 +47,7 @@ class ModelRunner:
         groups: All its layers.
         block_size: Tokens in a block.
         batch_invariant: See `EngineConfig`.
+        fuses_layers: See `EngineConfig`.
 
     Raises:
         UnsupportedError: If `batch_invariant` is True and cannot be promised for the model.
@@ -58,18 +59,23 @@ class ModelRunner:
         groups: Sequence[PagedGroup],
         block_size: int,
         batch_invariant: bool | None = None,
+        fuses_layers: bool = True,
     ) -> None:
         self._model = model
         self._groups = tuple(groups)
         self._block_size = block_size
         self._device = groups[0].pool.device
         self.is_batch_invariant = self._install(batch_invariant)
+        self._has_fused_layers = fuses_layers and fused_layers.install(model) > 0
 
     def close(self) -> None:
         """Give the model back what was changed. May be called again."""
         if self.is_batch_invariant:
             self.is_batch_invariant = False
             batch_invariance.uninstall(self._model)
+        if self._has_fused_layers:
+            self._has_fused_layers = False
+            fused_layers.uninstall(self._model)
 
     def _install(self, batch_invariant: bool | None) -> bool:
         costs_nothing = self._device.type == "cpu" and "amx" not in native.available_isas()

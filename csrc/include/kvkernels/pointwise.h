@@ -1,0 +1,54 @@
+// What a model does between its matrix products. A row is the same bits whatever rows lie beside it
+// and for any number of threads. Every step that PyTorch would round to the dtype is rounded.
+#pragma once
+
+#include "kvkernels/attention.h"
+
+namespace kvkernels {
+
+// Strides are in elements; the last dimension of every tensor is dense. The dtype is that of all
+// tensors; not kFloat8.
+
+struct RmsNormArgs {
+  const void* input;   // [num_rows, size]
+  const void* weight;  // [size]
+  void* out;           // [num_rows, size], contiguous
+  int64_t num_rows, size;
+  int64_t input_stride;
+  DType dtype;
+  float eps;
+  bool is_offset;  // the factor is 1 + weight, and nothing is rounded before it
+};
+
+// A row over the root of the mean of its squares, times the weight.
+void rms_norm(const RmsNormArgs& args, AttentionPath path, int num_threads);
+
+struct RotaryArgs {
+  const void* input;      // [batch_size, num_heads, num_tokens, head_dim]
+  const void *cos, *sin;  // [batch_size, num_tokens, head_dim], of equal strides
+  void* out;              // like input
+  int64_t batch_size, num_heads, num_tokens, head_dim;
+  int64_t input_strides[3], out_strides[3];
+  int64_t angle_strides[2];
+  DType dtype;
+};
+
+// Rotary position embedding whose pairs lie half a head apart.
+void rotary_embedding(const RotaryArgs& args, AttentionPath path, int num_threads);
+
+// As in Python.
+enum class Activation : int { kSilu = 0, kGeluTanh = 1 };
+
+struct GatedActivationArgs {
+  const void *gate, *up;  // [num_rows, size]
+  void* out;              // [num_rows, size], contiguous
+  int64_t num_rows, size;
+  int64_t gate_stride, up_stride;
+  DType dtype;
+  Activation activation;
+};
+
+// activation(gate) * up
+void gated_activation(const GatedActivationArgs& args, AttentionPath path, int num_threads);
+
+}  // namespace kvkernels

@@ -1,0 +1,59 @@
+"""Forwards of a model's layers that are replaced for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+Forwards = dict[torch.nn.Module, Callable[..., Any]]
+
+
+@dataclass
+class _Patched:
+    modules: list[torch.nn.Module]
+    num_users: int = 1
+
+
+class ForwardPatch:
+    """Replaces the `forward` of some of a model's layers until the last user is done.
+
+    Args:
+        find: What to put in place of which layers' forwards; it may refuse a model by raising.
+    """
+
+    def __init__(self, find: Callable[[torch.nn.Module], Forwards]) -> None:
+        self._find = find
+        self._patched: WeakKeyDictionary[torch.nn.Module, _Patched] = WeakKeyDictionary()
+
+    def install(self, model: torch.nn.Module) -> int:
+        """Replace them, unless that is done; returns how many."""
+        patched = self._patched.get(model)
+        if patched is None:
+            forwards = self._find(model)
+            for module, forward in forwards.items():
+                vars(module)["forward"] = forward
+            patched = self._patched[model] = _Patched(list(forwards), num_users=0)
+        patched.num_users += 1
+        return len(patched.modules)
+
+    def uninstall(self, model: torch.nn.Module) -> bool:
+        """Give the layers of the last user's model back; whether this was it."""
+        patched = self._patched.get(model)
+        if patched is None:
+            return False
+        patched.num_users -= 1
+        if patched.num_users:
+            return False
+        del self._patched[model]
+        for module in patched.modules:
+            del vars(module)["forward"]
+        return True
+
+
+def has_own_forward(module: torch.nn.Module) -> bool:
+    """Whether something has replaced the forward of its class already."""
+    return "forward" in vars(module)

@@ -1,0 +1,195 @@
+"""A Hugging Face model's norms, rotations and gates in one pass each, on a CPU.
+
+PyTorch runs each of them as a row of small operations, every one of which reads and writes all its
+rows: in a small model they take as long as the matrix products. What replaces them is only what
+gives the same numbers: `install` tries each layer on numbers drawn at random, next to what it would
+put there, and leaves a layer alone that differs.
+
+::
+
+    *RMSNorm.forward                          kvkernels.rms_norm
+    apply_rotary_pos_emb, as a global         kvkernels.rotary_embedding
+    name in an attention layer's forward
+    act_fn(gate_proj(x)) * up_proj(x)         kvkernels.gated_activation
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+
+from kvkernels.checks import FLOAT_DTYPES
+from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward
+
+_NUM_TRIAL_ROWS = 16
+# The norm of the difference over the norm, in units of the dtype's precision, that another order of
+# summation or another place of rounding may make. Any other function is ten times as far off.
+_MOST_DISTANT = 4.0
+
+_ROTATE = "apply_rotary_pos_emb"
+_ACTIVATIONS = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+}
+
+
+def install(model: torch.nn.Module) -> int:
+    """Replace what can be replaced, until `uninstall`; returns how many layers that is.
+
+    A layer that lies on another device, is of another dtype, has been given a forward of its own,
+    or computes something else stays as it is. Installed twice, a model stays so until it is
+    uninstalled twice.
+    """
+    return _patch.install(model)
+
+
+def uninstall(model: torch.nn.Module) -> None:
+    """Give a model back the layers it had before `install`; without one, nothing changes."""
+    _patch.uninstall(model)
+
+
+@torch.inference_mode()
+def _find_forwards(model: torch.nn.Module) -> Forwards:
+    found = {
+        module: _find_forward(module) for module in model.modules() if not has_own_forward(module)
+    }
+    return {module: forward for module, forward in found.items() if forward is not None}
+
+
+def _find_forward(module: torch.nn.Module) -> Callable[..., Any] | None:
+    """What is to replace a module's `forward`; None to leave it."""
+    parameter = next(module.parameters(), None)
+    if parameter is None or parameter.device.type != "cpu" or parameter.dtype not in FLOAT_DTYPES:
+        return None
+    kind = type(module).__name__
+    if kind.endswith("RMSNorm"):
+        return _find_norm(module)
+    if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+        return _find_mlp(module)
+    if kind.endswith("Attention"):
+        return _find_attention(module)
+    return None
+
+
+# ---- norms -----------------------------------------------------------------------------------
+
+
+def _find_norm(module: torch.nn.Module) -> Callable[..., Any] | None:
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not isinstance(eps, float):
+        return None
+    rows = _draw(_NUM_TRIAL_ROWS, len(weight), dtype=weight.dtype)
+    expected = _try(module.forward, rows)
+    distances = {}
+    for is_offset in (False, True):
+        forward = partial(_norm, module, eps, is_offset)
+        distances[forward] = _distance(expected, forward(rows))
+    nearest = min(distances, key=distances.__getitem__)
+    return nearest if distances[nearest] < _MOST_DISTANT else None
+
+
+def _norm(
+    module: torch.nn.Module, eps: float, is_offset: bool, hidden_states: torch.Tensor
+) -> torch.Tensor:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return torch.ops.kvkernels.rms_norm.default(hidden_states, weight, eps, is_offset)
+
+
+# ---- gates -----------------------------------------------------------------------------------
+
+
+def _find_mlp(module: torch.nn.Module) -> Callable[..., Any] | None:
+    activation = _activation_name(module.act_fn)
+    in_features = getattr(module.gate_proj, "in_features", None)
+    if activation is None or not isinstance(in_features, int):
+        return None
+    rows = _draw(1, _NUM_TRIAL_ROWS, in_features, dtype=next(module.parameters()).dtype)
+    forward = partial(_mlp, module, activation)
+    distance = _distance(_try(module.forward, rows), _try(forward, rows))
+    return forward if distance < _MOST_DISTANT else None
+
+
+def _activation_name(act_fn: Any) -> str | None:
+    if isinstance(act_fn, torch.nn.GELU):
+        return "gelu_tanh" if act_fn.approximate == "tanh" else None
+    return _ACTIVATIONS.get(type(act_fn).__name__)
+
+
+def _mlp(module: Any, activation: str, x: torch.Tensor) -> torch.Tensor:
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    return module.down_proj(torch.ops.kvkernels.gated_activation.default(gate, up, activation))
+
+
+# ---- rotations -------------------------------------------------------------------------------
+
+
+def _find_attention(module: torch.nn.Module) -> Callable[..., Any] | None:
+    """The class's forward, in whose globals the function that rotates is another one."""
+    forward = type(module).forward
+    if not isinstance(forward, FunctionType) or _ROTATE not in forward.__code__.co_names:
+        return None
+    rotate, head_dim = forward.__globals__.get(_ROTATE), getattr(module, "head_dim", None)
+    if not callable(rotate) or not isinstance(head_dim, int) or head_dim % 2:
+        return None
+    dtype = next(module.parameters()).dtype
+    query, key = (_draw(1, _NUM_TRIAL_ROWS, n, head_dim, dtype=dtype) for n in (2, 1))
+    cos, sin = (_draw(1, _NUM_TRIAL_ROWS, head_dim, dtype=dtype) for _ in range(2))
+    args = (query.transpose(1, 2), key.transpose(1, 2), cos, sin)
+    rotated = _try(rotate, *args)
+    if not isinstance(rotated, tuple) or len(rotated) != 2:
+        return None
+    if any(_distance(*pair) > _MOST_DISTANT for pair in zip(rotated, _rotate(*args), strict=True)):
+        return None
+    rebound = FunctionType(
+        forward.__code__,
+        {**forward.__globals__, _ROTATE: _rotate},
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    rebound.__kwdefaults__ = forward.__kwdefaults__
+    return MethodType(rebound, module)
+
+
+def _rotate(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rotary_embedding = torch.ops.kvkernels.rotary_embedding.default
+    return rotary_embedding(query, cos, sin), rotary_embedding(key, cos, sin)
+
+
+# ---- trials ----------------------------------------------------------------------------------
+
+
+def _draw(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers that are the same in every process, and leave PyTorch's own generator alone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def _try(function: Callable[..., Any], *args: torch.Tensor) -> Any:
+    """What a layer makes of them; None if it wants other arguments."""
+    try:
+        return function(*args)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def _distance(expected: Any, actual: Any) -> float:
+    """Between two results that should be one: see `_MOST_DISTANT`."""
+    both = (expected, actual)
+    if not all(isinstance(one, torch.Tensor) for one in both) or expected.shape != actual.shape:
+        return torch.inf
+    difference = (actual.double() - expected.double()).norm() / expected.double().norm()
+    distance = float(difference) / torch.finfo(expected.dtype).eps
+    return distance if distance == distance else torch.inf  # NaN is no agreement
+
+
+_patch = ForwardPatch(_find_forwards)

@@ -1,0 +1,132 @@
+"""Fused layers: which are replaced, that the numbers stay, and what is left alone."""
+
+import copy
+
+import pytest
+import tiny_models
+import torch
+
+from kvkernels.nn import fused_layers
+
+# Replaced of each layer (norms, its gate, its rotation); besides, a norm at the end.
+NUM_REPLACED = {"llama": 2 + 1 + 1, "gemma2": 4 + 1 + 1, "gemma3": 6 + 1 + 1, "qwen2": 2 + 1 + 1}
+
+
+def logits_of(model):
+    tokens = torch.randint(0, 100, (2, 37), generator=torch.Generator().manual_seed(5))
+    with torch.inference_mode():
+        return model(tokens).logits.double()
+
+
+def replaced(model):
+    return [module for module in model.modules() if "forward" in vars(module)]
+
+
+def replaced_kinds(model):
+    fused_layers.install(model)
+    return {type(module).__name__ for module in replaced(model)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NUM_REPLACED)
+def test_a_model_stays_as_accurate_and_is_given_back(name, dtype):
+    model = tiny_models.MODELS[name]().to(dtype)
+    exact, before = logits_of(copy.deepcopy(model).double()), logits_of(model)
+    expected = NUM_REPLACED[name] * model.config.num_hidden_layers + 1
+    assert fused_layers.install(model) == len(replaced(model)) == expected
+    fused = logits_of(model)
+    fused_layers.uninstall(model)
+    assert not replaced(model)
+    assert torch.equal(logits_of(model), before)
+    assert (fused - exact).norm() <= 1.25 * (before - exact).norm()
+
+
+def test_is_installed_until_the_last_user_is_done():
+    model = tiny_models.llama()
+    num_replaced = fused_layers.install(model)
+    assert fused_layers.install(model) == num_replaced
+    fused_layers.uninstall(model)
+    assert len(replaced(model)) == num_replaced
+    fused_layers.uninstall(model)
+    assert not replaced(model)
+    fused_layers.uninstall(model)  # nothing happens
+
+
+def test_another_model_of_the_class_is_not_touched():
+    model, other = tiny_models.llama(), tiny_models.llama()
+    before = logits_of(other)
+    fused_layers.install(model)
+    assert not replaced(other)
+    assert torch.equal(logits_of(other), before)
+
+
+def test_weights_may_change_in_place():
+    model = tiny_models.llama()
+    fused_layers.install(model)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.mul_(1.5) if "norm" in name else weight.add_(0.01)
+    fused = logits_of(model)
+    fused_layers.uninstall(model)
+    torch.testing.assert_close(fused, logits_of(model), rtol=1e-4, atol=1e-4)
+
+
+def test_leaves_rotations_of_another_kind():
+    """gpt-oss: cosines of half a head, experts in place of gates."""
+    assert replaced_kinds(tiny_models.gpt_oss()) == {"GptOssRMSNorm"}
+
+
+def test_leaves_other_activations():
+    kinds = replaced_kinds(tiny_models.llama(hidden_act="relu"))
+    assert kinds == {"LlamaRMSNorm", "LlamaAttention"}
+
+
+def test_leaves_layers_with_a_forward_of_their_own():
+    model = tiny_models.llama()
+    mlp = model.model.layers[0].mlp
+    own = vars(mlp)["forward"] = mlp.forward
+    fused_layers.install(model)
+    fused_layers.uninstall(model)
+    assert vars(mlp)["forward"] is own
+
+
+class CenteredRMSNorm(torch.nn.Module):
+    """Takes the mean away first, whatever it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(32))
+        self.eps = 1e-6
+
+    def forward(self, rows):
+        rows = rows - rows.mean(-1, keepdim=True)
+        return rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+class GatedRMSNorm(CenteredRMSNorm):
+    """Wants another argument."""
+
+    def forward(self, rows, gate):
+        return super().forward(rows) * gate
+
+
+class SwappedMLP(torch.nn.Module):
+    """The activation is that of the other half."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj = torch.nn.Linear(32, 48), torch.nn.Linear(32, 48)
+        self.down_proj, self.act_fn = torch.nn.Linear(48, 32), torch.nn.SiLU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+
+def test_leaves_what_only_looks_alike():
+    model = torch.nn.ModuleList([CenteredRMSNorm(), GatedRMSNorm(), SwappedMLP()])
+    assert fused_layers.install(model) == 0
+
+
+def test_leaves_other_devices_and_dtypes():
+    assert fused_layers.install(tiny_models.llama().double()) == 0
+    assert fused_layers.install(tiny_models.llama().to("meta")) == 0
