@@ -34,11 +34,12 @@ constexpr int block_cols(int num_rows) {
 }
 
 // The next weights in memory, asked for ahead of the reader: the processor's own prefetch stops at
-// every page, and 16 rows are more streams than it follows.
+// every page, and 16 rows are more streams than it follows. All blocks of rows that go over the
+// same weights ask for a part of them, so that memory is busy all the time.
 struct Ahead {
   const char* line;
 
-  void advance(int64_t num_lines) {
+  [[gnu::always_inline]] void advance(int64_t num_lines) {
     for (int64_t i = 0; i < num_lines; ++i, line += 64) __builtin_prefetch(line, 0, 2);
   }
 };
@@ -65,7 +66,8 @@ template <typename L, int kRows, bool kIsWhole>
 }
 
 // totals[r * kCols + c] = row r * column c
-template <typename L, int kRows, bool kIsFirst>
+// Of the next weights it asks for one part in kParts; for none if that is 0.
+template <typename L, int kRows, int kParts>
 void multiply_block(const typename L::Item* const* rows, const typename L::Item* const* cols,
                     int64_t size, Ahead& ahead, float* totals) {
   typename L::Sum sums[L::kSums];
@@ -75,14 +77,14 @@ void multiply_block(const typename L::Item* const* rows, const typename L::Item*
   for (; i + L::kStep <= size; i += L::kStep) {
     add_step<L, kRows, true>(rows, cols, i, L::kStep, sums);
     constexpr int64_t kBytes = block_cols<L>(kRows) * L::kStep * sizeof(typename L::Item);
-    if constexpr (kIsFirst) ahead.advance(kBytes / 64);
+    if constexpr (kParts > 0) ahead.advance(std::max<int64_t>(1, kBytes / 64 / kParts));
   }
   if (i < size) add_step<L, kRows, false>(rows, cols, i, size - i, sums);
   L::reduce(sums, totals);
 }
 
 // kSums columns of a few rows.
-template <typename L, int kRows, bool kIsFirst>
+template <typename L, int kRows, int kParts>
 void multiply_rows(const LinearTile& tile, int64_t row, int64_t col, Ahead& ahead) {
   using Item = typename L::Item;
   constexpr int kCols = block_cols<L>(kRows);
@@ -100,7 +102,7 @@ void multiply_rows(const LinearTile& tile, int64_t row, int64_t col, Ahead& ahea
       cols[c] = static_cast<const Item*>(args.weight) + index * args.weight_stride;
     }
     alignas(64) float block[L::kSums];
-    multiply_block<L, kRows, kIsFirst>(rows, cols, args.in_features, ahead, block);
+    multiply_block<L, kRows, kParts>(rows, cols, args.in_features, ahead, block);
     for (int r = 0; r < kRows; ++r) std::copy_n(block + r * kCols, kCols, totals[r] + first);
   }
   const int64_t count = std::min<int64_t>(L::kSums, tile.col_end - col);
@@ -114,26 +116,34 @@ void multiply_rows(const LinearTile& tile, int64_t row, int64_t col, Ahead& ahea
 }
 
 template <typename L>
-using MultiplyRows = decltype(&multiply_rows<L, 1, true>);
-template <typename L>
-constexpr MultiplyRows<L> kMultiplyRows[2][kBlockRows] = {
-    {multiply_rows<L, 1, false>, multiply_rows<L, 2, false>, multiply_rows<L, 3, false>,
-     multiply_rows<L, 4, false>},
-    {multiply_rows<L, 1, true>, multiply_rows<L, 2, true>, multiply_rows<L, 3, true>,
-     multiply_rows<L, 4, true>}};
+using MultiplyRows = decltype(&multiply_rows<L, 1, 1>);
+template <typename L, int kParts>
+constexpr MultiplyRows<L> kOfRows[kBlockRows] = {
+    multiply_rows<L, 1, kParts>, multiply_rows<L, 2, kParts>, multiply_rows<L, 3, kParts>,
+    multiply_rows<L, 4, kParts>};
+
+// The first kParts blocks of rows ask for what comes next.
+template <typename L, int kParts>
+void multiply_tile_in_parts(const LinearTile& tile) {
+  const LinearArgs& args = *tile.args;
+  const auto* weight = static_cast<const typename L::Item*>(args.weight);
+  for (int64_t col = tile.col_begin; col < tile.col_end; col += L::kSums) {
+    Ahead ahead = {reinterpret_cast<const char*>(weight + (col + L::kSums) * args.weight_stride)};
+    int64_t block = 0;
+    for (int64_t row = tile.row_begin; row < tile.row_end; row += kBlockRows, ++block) {
+      const int64_t count = std::min<int64_t>(kBlockRows, tile.row_end - row);
+      const auto* of_rows = block < kParts ? kOfRows<L, kParts> : kOfRows<L, 0>;
+      of_rows[count - 1](tile, row, col, ahead);
+    }
+  }
+}
 
 template <typename L>
 void multiply_tile(const LinearTile& tile) {
-  const LinearArgs& args = *tile.args;
-  for (int64_t col = tile.col_begin; col < tile.col_end; col += L::kSums) {
-    const auto* next =
-        static_cast<const typename L::Item*>(args.weight) + (col + L::kSums) * args.weight_stride;
-    Ahead ahead = {reinterpret_cast<const char*>(next)};
-    for (int64_t row = tile.row_begin; row < tile.row_end; row += kBlockRows) {
-      const int64_t count = std::min<int64_t>(kBlockRows, tile.row_end - row);
-      kMultiplyRows<L>[row == tile.row_begin][count - 1](tile, row, col, ahead);
-    }
-  }
+  const int64_t num_rows = tile.row_end - tile.row_begin;
+  if (num_rows <= kBlockRows) return multiply_tile_in_parts<L, 1>(tile);
+  if (num_rows <= 3 * kBlockRows) return multiply_tile_in_parts<L, 2>(tile);
+  multiply_tile_in_parts<L, 4>(tile);
 }
 
 }  // namespace
