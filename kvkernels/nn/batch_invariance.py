@@ -124,7 +124,19 @@ def _find_forward(name: str, module: torch.nn.Module) -> Callable[..., Any] | No
 
 
 def _apply_linear(module: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
-    return linear(input, module.weight, module.bias)
+    weight, bias = module.weight, module.bias
+    fits = (
+        input.dtype == weight.dtype
+        and input.shape[-1] == weight.shape[1]
+        and weight.stride(1) == 1
+        and input.device == weight.device
+        and (bias is None or bias.dtype == weight.dtype)
+        and not torch.is_grad_enabled()
+    )
+    if not fits:
+        return linear(input, weight, bias)  # names what is wrong
+    # All that `linear` checks takes longer than this, and a step has hundreds of layers.
+    return torch.ops.kvkernels.linear.default(input, weight, bias)
 
 
 def _activate(forward: Callable[..., torch.Tensor], input: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,8 @@
 PyTorch runs each of them as a row of small operations, every one of which reads and writes all its
 rows: in a small model they take as long as the matrix products. What replaces them is only what
 gives the same numbers: `install` tries each layer on numbers drawn at random, next to what it would
-put there, and leaves a layer alone that differs.
+put there, and leaves a layer alone that differs. Where gradients are wanted, or tensors of other
+dtypes or devices come, the layer's own forward runs.
 
 ::
 
@@ -100,6 +101,8 @@ def _norm(
 ) -> torch.Tensor:
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
+    if not _are_served(weight, hidden_states) or hidden_states.shape[-1] != len(weight):
+        return type(module).forward(module, hidden_states)
     return torch.ops.kvkernels.rms_norm.default(hidden_states, weight, eps, is_offset)
 
 
@@ -125,7 +128,9 @@ def _activation_name(act_fn: Any) -> str | None:
 
 def _mlp(module: Any, activation: str, x: torch.Tensor) -> torch.Tensor:
     gate, up = module.gate_proj(x), module.up_proj(x)
-    return module.down_proj(torch.ops.kvkernels.gated_activation.default(gate, up, activation))
+    if _are_served(gate, up) and gate.shape == up.shape:
+        return module.down_proj(torch.ops.kvkernels.gated_activation.default(gate, up, activation))
+    return module.down_proj(module.act_fn(gate) * up)
 
 
 # ---- rotations -------------------------------------------------------------------------------
@@ -146,11 +151,12 @@ def _find_attention(module: torch.nn.Module) -> Callable[..., Any] | None:
     rotated = _try(rotate, *args)
     if not isinstance(rotated, tuple) or len(rotated) != 2:
         return None
-    if any(_distance(*pair) > _MOST_DISTANT for pair in zip(rotated, _rotate(*args), strict=True)):
+    fused = partial(_rotate, rotate)
+    if any(_distance(*pair) > _MOST_DISTANT for pair in zip(rotated, fused(*args), strict=True)):
         return None
     rebound = FunctionType(
         forward.__code__,
-        {**forward.__globals__, _ROTATE: _rotate},
+        {**forward.__globals__, _ROTATE: fused},
         forward.__name__,
         forward.__defaults__,
         forward.__closure__,
@@ -160,10 +166,29 @@ def _find_attention(module: torch.nn.Module) -> Callable[..., Any] | None:
 
 
 def _rotate(
-    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    rotate: Callable[..., Any],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *others: Any,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """The model's own `rotate`, or the same in one pass."""
+    tensors = (query, key, cos, sin)
+    if others or options or not _are_served(*tensors) or any(t.stride(-1) != 1 for t in tensors):
+        return rotate(*tensors, *others, **options)
     rotary_embedding = torch.ops.kvkernels.rotary_embedding.default
     return rotary_embedding(query, cos, sin), rotary_embedding(key, cos, sin)
+
+
+def _are_served(*tensors: torch.Tensor) -> bool:
+    dtype = tensors[0].dtype
+    return (
+        dtype in FLOAT_DTYPES
+        and not torch.is_grad_enabled()
+        and all(tensor.dtype == dtype and tensor.device.type == "cpu" for tensor in tensors)
+    )
 
 
 # ---- trials ----------------------------------------------------------------------------------

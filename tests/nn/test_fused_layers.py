@@ -71,6 +71,21 @@ def test_weights_may_change_in_place():
     torch.testing.assert_close(fused, logits_of(model), rtol=1e-4, atol=1e-4)
 
 
+def test_gradients_and_other_dtypes_go_through_the_layers_own_forward():
+    model = tiny_models.llama()
+    expected = logits_of(copy.deepcopy(model).double())
+    fused_layers.install(model)
+    tokens = torch.randint(0, 100, (2, 37), generator=torch.Generator().manual_seed(5))
+    model(tokens).logits.sum().backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+    # Hidden states of another dtype than a norm's weight.
+    norm = model.model.norm
+    rows = torch.randn(3, 64, dtype=torch.float64)
+    with torch.inference_mode():
+        assert torch.equal(norm(rows), type(norm).forward(norm, rows))
+        torch.testing.assert_close(logits_of(model.double()), expected)
+
+
 def test_leaves_rotations_of_another_kind():
     """gpt-oss: cosines of half a head, experts in place of gates."""
     assert replaced_kinds(tiny_models.gpt_oss()) == {"GptOssRMSNorm"}
