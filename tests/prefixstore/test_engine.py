@@ -192,6 +192,18 @@ def test_overload_is_answered_at_once(model):
             handle.cancel()
 
 
+def test_who_has_a_free_place_does_not_count_as_waiting(model):
+    """However late the engine's thread wakes up: here it waits for the lock all the time."""
+    with open_engine(model, max_running=2, max_queued=1) as engine:
+        with engine._changed:
+            handles = [engine.submit(prompt(40, i), GREEDY) for i in range(3)]
+            with pytest.raises(EngineOverloaded, match="expected at most 1 waiting"):
+                engine.submit(prompt(40, 4), GREEDY)
+        assert engine.stats().num_refused == 1
+        for handle in handles:
+            handle.result(60)
+
+
 def test_salts_share_nothing(model):
     with open_engine(model) as engine:
         answer(engine, prompt(100), salt="a")

@@ -56,7 +56,8 @@ class Scheduler:
         config: EngineConfig,
         give_way: Callable[[], bool],
     ) -> None:
-        self.queue: FairQueue[Request] = FairQueue(config.max_queued)
+        # Those for whom the batch has room pass through it too.
+        self.queue: FairQueue[Request] = FairQueue(config.max_queued + config.max_running)
         self.running: list[Request] = []  # in the order of their admission
         self.num_preemptions = 0
         self._blocks = blocks
