@@ -195,7 +195,7 @@ def test_overload_is_answered_at_once(model):
 def test_who_has_a_free_place_does_not_count_as_waiting(model):
     """However late the engine's thread wakes up: here it waits for the lock all the time."""
     with open_engine(model, max_running=2, max_queued=1) as engine:
-        with engine._changed:
+        with engine._loop.changed:
             handles = [engine.submit(prompt(40, i), GREEDY) for i in range(3)]
             with pytest.raises(EngineOverloaded, match="expected at most 1 waiting"):
                 engine.submit(prompt(40, 4), GREEDY)
@@ -270,7 +270,7 @@ def test_a_failing_pass_ends_its_requests_and_no_others(model):
 
 def test_making_room_for_one_prompt_may_preempt_another(model, monkeypatch):
     with open_engine(model, max_running=4) as engine:
-        scheduler, has_failed = engine._scheduler, threading.Event()
+        scheduler, has_failed = engine._loop.scheduler, threading.Event()
         grow = SequenceBlocks.grow
 
         def grow_once_in_vain(sequence, start, stop):
@@ -281,7 +281,7 @@ def test_making_room_for_one_prompt_may_preempt_another(model, monkeypatch):
 
         monkeypatch.setattr(SequenceBlocks, "grow", grow_once_in_vain)
         prompts = [prompt(10, seed) for seed in range(3)]
-        with engine._changed:  # so that they are admitted together
+        with engine._loop.changed:  # so that they are admitted together
             handles = [engine.submit(tokens, GREEDY) for tokens in prompts]
         outputs = [handle.result(60) for handle in handles]
         assert has_failed.is_set() and engine.stats().num_preemptions == 1
@@ -291,8 +291,8 @@ def test_making_room_for_one_prompt_may_preempt_another(model, monkeypatch):
 
 def test_a_fault_of_the_engine_leaves_nobody_waiting(model, monkeypatch):
     with Engine.open(model, Numbers(), block_size=BLOCK_SIZE, pool_tokens=4096) as engine:
-        with engine._changed:
-            monkeypatch.setattr(engine._scheduler, "next_steps", lambda now: 1 / 0)
+        with engine._loop.changed:
+            monkeypatch.setattr(engine._loop.scheduler, "next_steps", lambda now: 1 / 0)
             handle = engine.submit(prompt(40), GREEDY)
         output = handle.result(60)
         assert output.finish_reason == FinishReason.ERROR
@@ -320,8 +320,8 @@ def test_holds_no_more_of_a_sliding_window_than_it_needs():
             random_tokens(800)[0].tolist(), SamplingParams(max_tokens=50, temperature=0)
         )
         for _ in handle:
-            with engine._changed:
-                running = engine._scheduler.running
+            with engine._loop.changed:
+                running = engine._loop.scheduler.running
                 held += [(request.sequence.tables[1] >= 0).sum() for request in running]
     window_blocks = -(-40 // BLOCK_SIZE)
     assert held and max(held) <= window_blocks + 32 // BLOCK_SIZE + 1

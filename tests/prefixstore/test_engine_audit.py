@@ -79,7 +79,7 @@ def engine(model, lying):
 def idle(engine):
     """The counters once no audit is left."""
     ends_at = time.monotonic() + 60
-    while engine._auditor.has_work(0.0):
+    while engine._loop.auditor.has_work(0.0):
         assert time.monotonic() < ends_at, "an audit hangs"
         time.sleep(0.001)
     return engine.stats()
@@ -144,7 +144,7 @@ def test_a_run_that_is_detached_while_it_is_read_is_not_cached_again(model):
         blocks = engine.cache.blocks
         handle = engine.submit(tokens, sampling)
         next(iter(handle))
-        with engine._changed:
+        with engine._loop.changed:
             array = np.array(tokens, np.uint32)
             blocks.quarantine(array, "", blocks.keys(array, ""), WRONG)
         assert len(handle.result(60).token_ids) == 5 * BLOCK_SIZE
@@ -182,7 +182,7 @@ def test_a_request_waits_for_one_block_of_an_audit_at_most(model):
     tokens = prompt(1500)
     with open_engine(model, audit_share=1, memory_bytes=0) as engine:
         answer(engine, tokens)
-        run, passes, in_audit = engine._runner.run, [], threading.Event()
+        run, passes, in_audit = engine._loop.runner.run, [], threading.Event()
         is_told = threading.Event()
 
         def watched(chunks):
@@ -196,14 +196,14 @@ def test_a_request_waits_for_one_block_of_an_audit_at_most(model):
             return run(chunks)
 
         answer(engine, tokens)
-        engine._runner.run = watched
+        engine._loop.runner.run = watched
         assert in_audit.wait(30)
         handle = engine.submit(prompt(10, seed=5), GREEDY)
         is_told.set()
         handle.result(60)
         # It goes on only after all twelve tokens of the answer.
         assert passes[3:15] == ["request"] * 12
-        engine._runner.run = run
+        engine._loop.runner.run = run
         stats = idle(engine)
         assert (stats.num_audits, stats.num_quarantined) == (1, 0)
 
@@ -212,7 +212,7 @@ def test_an_audit_gives_its_blocks_to_a_request(model):
     tokens = prompt(600)
     with open_engine(model, audit_share=1, memory_bytes=0, pool_tokens=1280) as engine:
         answer(engine, tokens)
-        gate, run = Gate("audit"), engine._runner.run
+        gate, run = Gate("audit"), engine._loop.runner.run
         answer(engine, tokens)
 
         def watched(chunks):
@@ -220,10 +220,10 @@ def test_an_audit_gives_its_blocks_to_a_request(model):
                 gate("audit")
             return run(chunks)
 
-        engine._runner.run = watched
+        engine._loop.runner.run = watched
         assert gate.entered.wait(30), "no audit"
         handle = engine.submit(prompt(1200, seed=3), SamplingParams(max_tokens=4, temperature=0))
-        engine._runner.run = run
+        engine._loop.runner.run = run
         gate.open()
         output = handle.result(60)
         assert len(output.token_ids) == 4 and output.report.num_preemptions == 0
@@ -234,7 +234,7 @@ def test_closes_while_it_audits(model):
     engine = Engine.open(
         model, Numbers(), block_size=BLOCK_SIZE, pool_tokens=4096, audit_share=1, memory_bytes=0
     )
-    tokens, gate, run = prompt(1500), Gate("audit"), engine._runner.run
+    tokens, gate, run = prompt(1500), Gate("audit"), engine._loop.runner.run
     answer(engine, tokens)
     answer(engine, tokens)
 
@@ -242,7 +242,7 @@ def test_closes_while_it_audits(model):
         gate("audit")
         return run(chunks)
 
-    engine._runner.run = watched
+    engine._loop.runner.run = watched
     assert gate.entered.wait(30), "no audit"
     closing = threading.Thread(target=engine.close)
     closing.start()

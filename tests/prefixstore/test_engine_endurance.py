@@ -133,7 +133,7 @@ def wait_threads(num_threads: int) -> None:
 
 def wait_audits(engine: Engine) -> None:
     ends_at = time.monotonic() + 60
-    while engine._auditor.has_work(0.0):
+    while engine._loop.auditor.has_work(0.0):
         assert time.monotonic() < ends_at, "an audit hangs"
         time.sleep(0.01)
 

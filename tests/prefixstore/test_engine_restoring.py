@@ -92,8 +92,8 @@ def test_an_answer_that_comes_late_saves_what_is_left(model, tier, open_engine, 
             gate.open()
             assert has_answer.wait(30)
 
-    watch(monkeypatch, engine._restorer, "_look_up", lambda *_: has_answer.set())
-    watch(monkeypatch, engine._runner, "run", let_answer)
+    watch(monkeypatch, engine._loop.restorer, "_look_up", lambda *_: has_answer.set())
+    watch(monkeypatch, engine._loop.runner, "run", let_answer)
     tier.fail = gate
     output = engine.submit(tokens, GREEDY).result(60)
     assert list(output.token_ids) == expected(model, tokens)
@@ -150,7 +150,7 @@ def test_what_the_store_gives_up_on_is_not_planned(tier, open_engine, monkeypatc
     engine, tokens = open_engine(load_timeout_s=0.3), prompt(LENGTH)
     warm(engine, tokens)
     deadlines = []
-    watch(monkeypatch, engine._planner, "plan", lambda _, __, named: deadlines.append(named))
+    watch(monkeypatch, engine._loop.planner, "plan", lambda _, __, named: deadlines.append(named))
     engine.submit(tokens, GREEDY).result(60)
     assert [0 < one["deadline_s"] <= 0.3 for one in deadlines] == [True]
 
@@ -161,7 +161,7 @@ def test_a_pass_half_beside_a_load_tells_no_speed(tier, open_engine):
 
     def observe(loading_s):
         request = SimpleNamespace(is_decoding=False)
-        engine._observe([Step(request, 0, 24)], 1.0, loading_s)
+        engine._loop._observe([Step(request, 0, 24)], 1.0, loading_s)
         planner = engine.stats().planner
         return planner.prefill.num_passes, planner.slowdown
 

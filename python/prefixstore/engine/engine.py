@@ -1,4 +1,4 @@
-"""Continuous batching: one thread runs the model over all requests at once.
+"""What users meet: requests go in, answers come out, one thread runs the model over all of them.
 
 submit -> queue -> admitted -> restored and computed -> one token a step -> the answer ends
           fair_queue  scheduler  restorer, planner        runner, sampler    answer, handle
@@ -6,11 +6,7 @@ submit -> queue -> admitted -> restored and computed -> one token a step -> the 
 
 from __future__ import annotations
 
-import logging
 import secrets
-import threading
-import time
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from types import TracebackType
@@ -21,26 +17,15 @@ import numpy as np
 from prefixstore.cache import PrefixCache
 from prefixstore.config import CacheConfig
 from prefixstore.engine.answer import Answer
-from prefixstore.engine.audit import Auditor
 from prefixstore.engine.config import EngineConfig
 from prefixstore.engine.handle import RequestHandle
-from prefixstore.engine.outputs import FinishReason, RequestOutput, RequestReport
+from prefixstore.engine.loop import EngineLoop
+from prefixstore.engine.outputs import RequestOutput, RequestReport
 from prefixstore.engine.request import Request
-from prefixstore.engine.restorer import Restorer
-from prefixstore.engine.runner import Chunk, ModelRunner
-from prefixstore.engine.sampler import SampledToken, SamplingRow, sample_tokens
 from prefixstore.engine.sampling import SamplingParams
-from prefixstore.engine.scheduler import Scheduler, Step
-from prefixstore.engine.stats import EngineCounts, EngineStats
-from prefixstore.errors import ConfigError, EngineClosed, EngineOverloaded
-from prefixstore.planner import Planner, PlannerConfig
+from prefixstore.engine.stats import EngineStats
+from prefixstore.errors import ConfigError
 from prefixstore.settings import check_known
-
-logger = logging.getLogger(__name__)
-
-NUM_RECENT = 256  # reports of finished requests that are kept
-_MOSTLY = 0.9  # of a pass: as good as all of it
-_WEIGHTS_CHECK_S = 1.0  # how often the model's weights are compared with those the cache knows
 
 
 class Engine:
@@ -70,38 +55,12 @@ class Engine:
         self.tokenizer = tokenizer
         self.cache = cache
         self.config = config = config if config is not None else EngineConfig()
-        blocks = cache.blocks
         text_config = model.config.get_text_config()
         self.vocab_size: int = text_config.vocab_size
         self.max_model_len = _max_model_len(config, text_config, cache)
         self._eos_ids = _eos_ids(model, tokenizer)
-        self._runner = ModelRunner(
-            *(model, blocks.device.groups, blocks.block_size),
-            *(config.batch_invariant, config.fuses_layers),
-        )
-        self._changed = threading.Condition()  # its lock guards everything below
-        self._planner = Planner(
-            blocks.store.tier_names if blocks.store is not None else (),
-            blocks.block_size,
-            config.max_batch_tokens,
-            has_windows=any(window is not None for window in blocks.device.windows),
-            config=PlannerConfig(policy=config.restore_policy),
-        )
-        self._restorer = Restorer(blocks, self._planner, config.num_loaders, self._changed)
-        self._auditor = Auditor(
-            *(blocks, self._runner, self._check_weights),
-            *(config.audit_share, config.audit_seed),
-        )
-        self._scheduler = Scheduler(blocks, self._restorer, config, self._auditor.give_way)
-        self._requests: dict[str, Request] = {}  # not finished
-        self._cancelled: set[str] = set()
-        self._counts = EngineCounts()
-        self._recent: deque[RequestReport] = deque(maxlen=NUM_RECENT)
-        self._is_draining = self._is_closed = False
-        self._weights_checked = 0.0
         self._owns_cache = False
-        self._thread = threading.Thread(target=self._run, name="kv-engine", daemon=True)
-        self._thread.start()
+        self._loop = EngineLoop(model, cache, config)
 
     @classmethod
     def open(
@@ -197,8 +156,8 @@ class Engine:
             ),
             num_groups=len(self.cache.blocks.device.groups),
         )
-        with self._changed:
-            self._accept(request)
+        with self._loop.changed:
+            self._loop.roster.accept(request)
         return handle
 
     def generate(
@@ -214,9 +173,10 @@ class Engine:
     # ---- the engine as a whole ---------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        cache, planner = self.cache.stats(), self._planner.stats()
-        with self._changed:
-            counts, scheduler = self._counts, self._scheduler
+        loop = self._loop
+        cache, planner = self.cache.stats(), loop.planner.stats()
+        with loop.changed:
+            counts, scheduler, auditor = loop.roster.counts, loop.scheduler, loop.auditor
             return EngineStats(
                 num_submitted=counts.num_submitted,
                 num_refused=counts.num_refused,
@@ -232,47 +192,39 @@ class Engine:
                 hit_tokens=dict(counts.hit_tokens),
                 miss_tokens=dict(counts.miss_tokens),
                 output_tokens=counts.output_tokens,
-                num_audits=self._auditor.num_audits,
-                audited_blocks=self._auditor.audited_blocks,
-                num_quarantined=self._auditor.num_quarantined,
+                num_audits=auditor.num_audits,
+                audited_blocks=auditor.audited_blocks,
+                num_quarantined=auditor.num_quarantined,
                 planner=planner,
                 cache=cache,
             )
 
     def recent(self) -> list[RequestReport]:
         """The last finished requests, the newest last."""
-        with self._changed:
-            return list(self._recent)
+        with self._loop.changed:
+            return list(self._loop.roster.recent)
 
     def drain(self, timeout_s: float) -> bool:
         """Take on no more requests and wait for those there are; False if that takes longer."""
-        with self._changed:
-            self._is_draining = True
-            return self._changed.wait_for(lambda: not self._requests, timeout_s)
+        roster = self._loop.roster
+        with self._loop.changed:
+            roster.is_draining = True
+            return self._loop.changed.wait_for(lambda: not roster, timeout_s)
 
     @property
     def is_batch_invariant(self) -> bool:
         """Whether answers are the same bits in any batch."""
-        return self._runner.is_batch_invariant
+        return self._loop.runner.is_batch_invariant
 
     def check(self) -> list[str]:
         """Recount every part; returns one line for each thing that is wrong."""
-        with self._changed:
-            problems = [f"queue: {line}" for line in self._scheduler.queue.check()]
-            num_held = self._scheduler.num_waiting + len(self._scheduler.running)
-            if num_held != len(self._requests):
-                problems.append(f"engine: {len(self._requests)} requests, {num_held} in its lists")
+        with self._loop.changed:
+            problems = self._loop.roster.check()
         return problems + self.cache.check()
 
     def close(self) -> None:
         """Cancel what is under way and stop; `drain` first for an end without. May be repeated."""
-        with self._changed:
-            self._is_draining = self._is_closed = True
-            self._changed.notify_all()
-        self._thread.join()
-        self._auditor.close()
-        self._restorer.close()
-        self._runner.close()
+        self._loop.close()
         if self._owns_cache:
             self.cache.close()
 
@@ -287,212 +239,9 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _accept(self, request: Request) -> None:
-        if self._is_draining:
-            raise EngineClosed("engine: expected an open engine, got one that drains or is closed")
-        if request.request_id in self._requests:
-            raise ValueError(
-                f"request_id: expected one that does not run, got {request.request_id!r}"
-            )
-        if self._scheduler.num_waiting >= self.config.max_queued + self._num_free_places():
-            self._counts.num_refused += 1
-            raise EngineOverloaded(
-                f"engine: expected at most {self.config.max_queued} waiting requests, got one more"
-            )
-        self._scheduler.queue.push(request.tenant, request.max_tokens, request)
-        self._requests[request.request_id] = request
-        self._counts.num_submitted += 1
-        self._changed.notify_all()
-
-    def _num_free_places(self) -> int:
-        """Of the batch: who goes there at the next step does not wait."""
-        return self.config.max_running - len(self._scheduler.running)
-
     def _cancel(self, request_id: str) -> None:
-        with self._changed:
-            if request_id in self._requests:
-                self._cancelled.add(request_id)
-                self._changed.notify_all()
-
-    # ---- the engine's thread -----------------------------------------------------------------
-
-    def _run(self) -> None:
-        try:
-            self._run_steps()
-        except Exception as error:
-            # A fault of ours: whose blocks are whose is not known any more. Nobody is left to wait.
-            logger.exception("the engine stopped")
-            with self._changed:
-                self._is_draining = True
-                for request in self._requests.values():
-                    report = request.report(time.monotonic())
-                    request.answer.end(
-                        FinishReason.ERROR, report, f"{type(error).__name__}: {error}"
-                    )
-                self._requests.clear()
-                self._changed.notify_all()
-
-    def _run_steps(self) -> None:
-        while True:
-            with self._changed:
-                steps = self._wait_steps()
-                if steps is None:
-                    return
-            if not steps:
-                self._auditor.step()
-                continue
-            with self._changed:
-                started = time.monotonic()
-                loading_s = self._restorer.loading_s(started)
-                self._restorer.note_computing(True)
-                chunks = [_chunk(step) for step in steps]
-            try:
-                tokens = self._compute(steps, chunks)
-            except Exception as error:
-                # Nobody else sees it: the requests of this batch end, the others go on.
-                logger.exception("a forward pass failed")
-                with self._changed:
-                    for step in steps:
-                        self._end(
-                            step.request, FinishReason.ERROR, f"{type(error).__name__}: {error}"
-                        )
-                continue
-            with self._changed:
-                self._restorer.note_computing(False)
-                now = time.monotonic()
-                loading_s = self._restorer.loading_s(now) - loading_s
-                self._observe(steps, now - started, loading_s)
-                self._advance(steps, tokens, now - started, now)
-                self._counts.num_steps += 1
-                self._counts.step_s += time.monotonic() - started
-
-    def _wait_steps(self) -> list[Step] | None:
-        """The next batch, or an empty one for an audit; None when the engine is closed."""
-        while True:
-            self._end_cancelled()
-            if self._is_closed:
-                for request in list(self._requests.values()):
-                    self._end(request, FinishReason.CANCELLED)
-                return None
-            now = time.monotonic()
-            if not self._has_changed_weights(now):
-                self._scheduler.admit(now)
-                steps = self._scheduler.next_steps(now)
-                if steps or (not self._requests and self._auditor.has_work(now)):
-                    return steps
-            wake_at = self._scheduler.wake_at()
-            self._changed.wait(None if wake_at is None else max(0.0, wake_at - time.monotonic()))
-
-    def _compute(self, steps: Sequence[Step], chunks: Sequence[Chunk]) -> list[SampledToken]:
-        started = time.perf_counter()
-        logits = self._runner.run(chunks)
-        self._counts.model_s += time.perf_counter() - started
-        if logits is None:
-            return []
-        rows = [
-            SamplingRow(step.request.sampling, step.request.seed, step.request.num_output)
-            for step in steps
-            if step.wants_logits
-        ]
-        return sample_tokens(logits, rows)
-
-    def _advance(
-        self, steps: Sequence[Step], tokens: Sequence[SampledToken], seconds: float, now: float
-    ) -> None:
-        """The batch is computed: publish blocks, hand out tokens, end answers."""
-        sampled = iter(tokens)
-        for step in steps:
-            request = step.request
-            assert request.sequence is not None
-            request.num_computed = step.stop
-            self._counts.computed_tokens += step.stop - step.start
-            request.sequence.note_computed(step.start, step.stop)
-            request.sequence.publish(request.tokens, step.stop)
-            request.sequence.drop_passed(step.stop)
-            if request.restoring is not None:
-                request.clock.compute_s += seconds
-                request.restoring.chunk_done(now)
-                if request.restoring.is_done:
-                    self._end_prefill(request, now)
-            if step.wants_logits:
-                reason = request.push(next(sampled), now)
-                if reason is not None:
-                    self._end(request, reason)
-
-    def _end_prefill(self, request: Request, now: float) -> None:
-        restoring, is_first = request.restoring, request.num_output == 0
-        assert restoring is not None
-        plan, meeting = restoring.plan, restoring.meeting
-        assert plan is not None and meeting is not None
-        if is_first:
-            self._auditor.offer(request, restoring.reused(), now)
-        self._restorer.note_done(restoring, now)
-        reuse = request.end_prefill(now).reuse
-        self._planner.finished(plan, restoring.measured_s, meeting.counts())
-        if is_first:
-            self.cache.blocks.count(reuse.num_prompt_tokens, reuse.tokens_by_tier)
-
-    def _observe(self, steps: Sequence[Step], seconds: float, loading_s: float) -> None:
-        """Tell the planner what a pass over prompts took, blocks being loaded for some of it."""
-        is_loading = loading_s > _MOSTLY * seconds
-        is_alone = loading_s < (1 - _MOSTLY) * seconds
-        # One beside which blocks were loaded for a part of it tells neither speed.
-        if all(step.request.is_decoding for step in steps) or not (is_loading or is_alone):
-            return
-        num_new = sum(step.stop - step.start for step in steps)
-        pairs = sum((step.stop - step.start) * (step.start + step.stop) / 2 for step in steps)
-        # The context that one sequence with as many new tokens would have for as many pairs.
-        context = max(0, round(pairs / num_new - num_new / 2))
-        self._planner.observe_prefill(num_new, context, seconds, is_loading=is_loading)
-
-    def _end_cancelled(self) -> None:
-        for request_id in self._cancelled:
-            request = self._requests.get(request_id)
-            if request is not None:
-                self._end(request, FinishReason.CANCELLED)
-        self._cancelled.clear()
-
-    def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
-        """Give a request's blocks and place back, and its reader the end of the answer."""
-        if request.sequence is not None:
-            self._scheduler.stop(request)
-        else:
-            self._scheduler.remove_waiting(request)
-        del self._requests[request.request_id]
-        report = request.report(time.monotonic())
-        self._counts.add_finished(reason, report)
-        self._recent.append(report)
-        request.answer.end(reason, report, error)
-        self._changed.notify_all()
-
-    def _check_weights(self) -> None:
-        if self.cache.served_model is not None:
-            self.cache.served_model.check_weights()
-
-    def _has_changed_weights(self, now: float) -> bool:
-        """End all requests if the model is not the one any more that the cache was opened for."""
-        if now < self._weights_checked + _WEIGHTS_CHECK_S:
-            return False
-        self._weights_checked = now
-        try:
-            self._check_weights()
-        except ValueError as error:
-            for request in list(self._requests.values()):
-                self._end(request, FinishReason.ERROR, str(error))
-            return True
-        return False
-
-
-def _chunk(step: Step) -> Chunk:
-    request = step.request
-    assert request.sequence is not None
-    return Chunk(
-        tokens=request.tokens[step.start : step.stop].copy(),
-        start=step.start,
-        # Loads write into tables while the model runs: of other blocks, but of the same array.
-        tables=request.sequence.tables.copy(),
-        wants_logits=step.wants_logits,
-    )
+        with self._loop.changed:
+            self._loop.roster.cancel(request_id)
 
 
 def _max_model_len(config: EngineConfig, text_config: Any, cache: PrefixCache) -> int:

@@ -1,0 +1,237 @@
+"""The engine's thread: one forward pass after another over whatever there is to compute."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from prefixstore.cache import PrefixCache
+from prefixstore.engine.audit import Auditor
+from prefixstore.engine.config import EngineConfig
+from prefixstore.engine.outputs import FinishReason
+from prefixstore.engine.request import Request
+from prefixstore.engine.restorer import Restorer
+from prefixstore.engine.roster import Roster
+from prefixstore.engine.runner import Chunk, ModelRunner
+from prefixstore.engine.sampler import SampledToken, SamplingRow, sample_tokens
+from prefixstore.engine.scheduler import Scheduler, Step
+from prefixstore.planner import Planner, PlannerConfig
+
+logger = logging.getLogger(__name__)
+
+_MOSTLY = 0.9  # of a pass: as good as all of it
+_WEIGHTS_CHECK_S = 1.0  # how often the model's weights are compared with those the cache knows
+
+
+class EngineLoop:
+    """The parts of an engine, and the thread that has them work together.
+
+    ::
+
+        roster      who was accepted        scheduler  whose tokens come next
+        restorer    loads beside the model  runner     the model
+        auditor     when nothing else is to be done
+
+    Args:
+        model: The Hugging Face causal language model that `cache` was opened for.
+        cache: Whose blocks are reused and filled.
+        config: Bounds.
+
+    Attributes:
+        changed: Its lock guards all parts but the runner, which is the thread's; notified when
+            there may be something to do, and when a request has ended.
+
+    Raises:
+        UnsupportedError: If batch invariance is asked for and cannot be promised for the model.
+    """
+
+    def __init__(self, model: Any, cache: PrefixCache, config: EngineConfig) -> None:
+        self._cache = cache
+        blocks = cache.blocks
+        self.runner = ModelRunner(
+            *(model, blocks.device.groups, blocks.block_size),
+            *(config.batch_invariant, config.fuses_layers),
+        )
+        self.changed = threading.Condition()
+        self.planner = Planner(
+            blocks.store.tier_names if blocks.store is not None else (),
+            blocks.block_size,
+            config.max_batch_tokens,
+            has_windows=any(window is not None for window in blocks.device.windows),
+            config=PlannerConfig(policy=config.restore_policy),
+        )
+        self.restorer = Restorer(blocks, self.planner, config.num_loaders, self.changed)
+        self.auditor = Auditor(
+            *(blocks, self.runner, self._check_weights),
+            *(config.audit_share, config.audit_seed),
+        )
+        self.scheduler = Scheduler(blocks, self.restorer, config, self.auditor.give_way)
+        self.roster = Roster(self.scheduler, config, self.changed)
+        self._is_closed = False
+        self._weights_checked = 0.0
+        self._thread = threading.Thread(target=self._run, name="kv-engine", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Cancel what is under way and stop. May be repeated."""
+        with self.changed:
+            self.roster.is_draining = self._is_closed = True
+            self.changed.notify_all()
+        self._thread.join()
+        self.auditor.close()
+        self.restorer.close()
+        self.runner.close()
+
+    # ---- the engine's thread -----------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._run_steps()
+        except Exception as error:
+            # A fault of ours: whose blocks are whose is not known any more.
+            logger.exception("the engine stopped")
+            with self.changed:
+                self.roster.abandon(f"{type(error).__name__}: {error}")
+
+    def _run_steps(self) -> None:
+        while True:
+            with self.changed:
+                steps = self._wait_steps()
+                if steps is None:
+                    return
+            if not steps:
+                self.auditor.step()
+                continue
+            with self.changed:
+                started = time.monotonic()
+                loading_s = self.restorer.loading_s(started)
+                self.restorer.note_computing(True)
+                chunks = [_chunk(step) for step in steps]
+            try:
+                tokens = self._compute(steps, chunks)
+            except Exception as error:
+                # Nobody else sees it: the requests of this batch end, the others go on.
+                logger.exception("a forward pass failed")
+                with self.changed:
+                    for step in steps:
+                        self.roster.end(
+                            step.request, FinishReason.ERROR, f"{type(error).__name__}: {error}"
+                        )
+                continue
+            with self.changed:
+                self.restorer.note_computing(False)
+                now = time.monotonic()
+                loading_s = self.restorer.loading_s(now) - loading_s
+                self._observe(steps, now - started, loading_s)
+                self._advance(steps, tokens, now - started, now)
+                self.roster.counts.num_steps += 1
+                self.roster.counts.step_s += time.monotonic() - started
+
+    def _wait_steps(self) -> list[Step] | None:
+        """The next batch, or an empty one for an audit; None when the engine is closed."""
+        while True:
+            self.roster.end_cancelled()
+            if self._is_closed:
+                self.roster.end_all(FinishReason.CANCELLED)
+                return None
+            now = time.monotonic()
+            if not self._has_changed_weights(now):
+                self.scheduler.admit(now)
+                steps = self.scheduler.next_steps(now)
+                if steps or (not self.roster and self.auditor.has_work(now)):
+                    return steps
+            wake_at = self.scheduler.wake_at()
+            self.changed.wait(None if wake_at is None else max(0.0, wake_at - time.monotonic()))
+
+    def _compute(self, steps: Sequence[Step], chunks: Sequence[Chunk]) -> list[SampledToken]:
+        started = time.perf_counter()
+        logits = self.runner.run(chunks)
+        self.roster.counts.model_s += time.perf_counter() - started
+        if logits is None:
+            return []
+        rows = [
+            SamplingRow(step.request.sampling, step.request.seed, step.request.num_output)
+            for step in steps
+            if step.wants_logits
+        ]
+        return sample_tokens(logits, rows)
+
+    def _advance(
+        self, steps: Sequence[Step], tokens: Sequence[SampledToken], seconds: float, now: float
+    ) -> None:
+        """The batch is computed: publish blocks, hand out tokens, end answers."""
+        sampled = iter(tokens)
+        for step in steps:
+            request = step.request
+            assert request.sequence is not None
+            request.num_computed = step.stop
+            self.roster.counts.computed_tokens += step.stop - step.start
+            request.sequence.note_computed(step.start, step.stop)
+            request.sequence.publish(request.tokens, step.stop)
+            request.sequence.drop_passed(step.stop)
+            if request.restoring is not None:
+                request.clock.compute_s += seconds
+                request.restoring.chunk_done(now)
+                if request.restoring.is_done:
+                    self._end_prefill(request, now)
+            if step.wants_logits:
+                reason = request.push(next(sampled), now)
+                if reason is not None:
+                    self.roster.end(request, reason)
+
+    def _end_prefill(self, request: Request, now: float) -> None:
+        restoring, is_first = request.restoring, request.num_output == 0
+        assert restoring is not None
+        plan, meeting = restoring.plan, restoring.meeting
+        assert plan is not None and meeting is not None
+        if is_first:
+            self.auditor.offer(request, restoring.reused(), now)
+        self.restorer.note_done(restoring, now)
+        reuse = request.end_prefill(now).reuse
+        self.planner.finished(plan, restoring.measured_s, meeting.counts())
+        if is_first:
+            self._cache.blocks.count(reuse.num_prompt_tokens, reuse.tokens_by_tier)
+
+    def _observe(self, steps: Sequence[Step], seconds: float, loading_s: float) -> None:
+        """Tell the planner what a pass over prompts took, blocks being loaded for some of it."""
+        is_loading = loading_s > _MOSTLY * seconds
+        is_alone = loading_s < (1 - _MOSTLY) * seconds
+        # One beside which blocks were loaded for a part of it tells neither speed.
+        if all(step.request.is_decoding for step in steps) or not (is_loading or is_alone):
+            return
+        num_new = sum(step.stop - step.start for step in steps)
+        pairs = sum((step.stop - step.start) * (step.start + step.stop) / 2 for step in steps)
+        # The context that one sequence with as many new tokens would have for as many pairs.
+        context = max(0, round(pairs / num_new - num_new / 2))
+        self.planner.observe_prefill(num_new, context, seconds, is_loading=is_loading)
+
+    def _check_weights(self) -> None:
+        if self._cache.served_model is not None:
+            self._cache.served_model.check_weights()
+
+    def _has_changed_weights(self, now: float) -> bool:
+        """End all requests if the model is not the one any more that the cache was opened for."""
+        if now < self._weights_checked + _WEIGHTS_CHECK_S:
+            return False
+        self._weights_checked = now
+        try:
+            self._check_weights()
+        except ValueError as error:
+            self.roster.end_all(FinishReason.ERROR, str(error))
+            return True
+        return False
+
+
+def _chunk(step: Step) -> Chunk:
+    request = step.request
+    assert request.sequence is not None
+    return Chunk(
+        tokens=request.tokens[step.start : step.stop].copy(),
+        start=step.start,
+        # Loads write into tables while the model runs: of other blocks, but of the same array.
+        tables=request.sequence.tables.copy(),
+        wants_logits=step.wants_logits,
+    )
