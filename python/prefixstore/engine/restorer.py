@@ -13,6 +13,7 @@ import numpy as np
 from kvkernels import PoolFullError
 from prefixstore.block_cache import BlockCache
 from prefixstore.block_key import BlockKey
+from prefixstore.engine.load_call import LoadCall
 from prefixstore.engine.restoring import Held, Restoring
 from prefixstore.planner import Planner, RestorePlan
 from prefixstore.residency import first_block_needed, longest_prefix
@@ -225,7 +226,7 @@ class Restorer:
             if numbers is None:
                 return False
             try:
-                taken = self._take_blocks(restoring, numbers)
+                call = LoadCall(self._blocks, restoring, numbers)
             except PoolFullError:
                 restoring.stop_loading(now, has_no_room=True)
                 self._changed.notify_all()
@@ -234,7 +235,7 @@ class Restorer:
             self._num_loading += 1
         found: dict[int, str] = {}
         try:
-            found = self._load(store, keys, numbers, taken, restoring.deadline)
+            found = call.run(store, keys)
         finally:
             with self._changed:
                 done = time.monotonic()
@@ -243,58 +244,9 @@ class Restorer:
                 if not found:
                     self._observe_given_up(restoring, numbers, done - now, done)
                 kept = restoring.call_done(numbers, found, done - now, done)
-                self._keep(restoring, taken, set(kept))
+                call.keep(set(kept))
                 self._changed.notify_all()
         return True
-
-    def _take_blocks(self, restoring: Restoring, numbers: range) -> list[dict[int, int]]:
-        """Per group, a block for each of the numbers that it needs."""
-        plan = restoring.plan
-        assert plan is not None
-        first = plan.costs.inputs.num_device_blocks
-        end = first + plan.num_compute_blocks + plan.num_load_blocks
-        size = self._blocks.block_size
-        taken: list[dict[int, int]] = []
-        try:
-            for group, window in enumerate(self._blocks.device.windows):
-                least = first_block_needed(end, size, window)
-                needed = [number for number in numbers if number >= least]
-                ids = restoring.sequence.take(group, len(needed))
-                taken.append(dict(zip(needed, ids, strict=True)))
-        except PoolFullError:
-            self._keep(restoring, taken, set())
-            raise
-        return taken
-
-    def _load(
-        self,
-        store: Store,
-        keys: Sequence[Sequence[BlockKey]],
-        numbers: range,
-        taken: Sequence[dict[int, int]],
-        deadline: float,
-    ) -> dict[int, str]:
-        """Load blocks of all groups; the slowest tier of each block of which no part is missing."""
-        ranks = {name: rank for rank, name in enumerate(store.tier_names)}
-        found = dict.fromkeys(numbers, store.tier_names[0])
-        for group, (own, ids) in enumerate(zip(keys, taken, strict=True)):
-            if not ids:
-                continue
-            target = self._blocks.pool_blocks[group].target(list(ids.values()))
-            answers = store.load_many([own[number] for number in ids], target, deadline)
-            for number, tier in zip(ids, answers, strict=True):
-                if tier is None:
-                    found.pop(number, None)
-                elif number in found and ranks[tier] > ranks[found[number]]:
-                    found[number] = tier
-        return found
-
-    def _keep(self, restoring: Restoring, taken: Sequence[dict[int, int]], kept: set[int]) -> None:
-        """Blocks that were filled go to the sequence, others back to the pool."""
-        for group, ids in enumerate(taken):
-            restoring.sequence.place(group, {n: one for n, one in ids.items() if n in kept})
-            allocator = self._blocks.device.groups[group].allocator
-            allocator.release([one for number, one in ids.items() if number not in kept])
 
     def _observe(self, tier: str, num_records: int, num_bytes: int, seconds: float) -> None:
         if num_records and seconds > 0:

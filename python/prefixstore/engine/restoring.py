@@ -218,6 +218,13 @@ class Restoring:
     def plan(self) -> RestorePlan | None:
         return self._plan
 
+    @property
+    def load_end(self) -> int:
+        """Block behind the last one that the plan loads."""
+        assert self._plan is not None
+        first = self._plan.costs.inputs.num_device_blocks
+        return first + self._plan.num_compute_blocks + self._plan.num_load_blocks
+
     def reused(self) -> dict[int, str]:
         """Blocks that were not computed, and where each came from."""
         return {**dict.fromkeys(range(self.num_device), DEVICE), **self._loaded}
