@@ -82,38 +82,51 @@ class Eviction:
 
 
 class Restoration:
-    """Blocks on their way in. Made by `BlockTransfer.restore`.
+    """Blocks on their way in. Made by `BlockTransfer.restore` or `BlockTransfer.begin_restore`.
 
     Until `wait` has returned, the payloads must not change, and no one else may write the blocks.
+    One thread adds layers; any may wait for those that were added.
     """
 
-    def __init__(self, is_good: torch.Tensor) -> None:
-        self._is_good = is_good
-        self._steps: list[tuple[int, Done]] = []  # the layer after the step's last, and the step
-
-    def start(
-        self, lane: Lane, decode: Callable[[range], None], step: int, after: Done | None
+    def __init__(
+        self,
+        lane: Lane,
+        decode: Callable[[range], None],
+        is_good: torch.Tensor,
+        after: Done | None,
     ) -> None:
-        """For `BlockTransfer`."""
-        num_layers = self._is_good.shape[1]
-        submit = lane.run if step >= num_layers else lane.submit
-        for first in range(0, num_layers, step):
-            layers = range(first, min(first + step, num_layers))
-            self._steps.append((layers.stop, submit(partial(decode, layers), after)))
+        self._lane = lane
+        self._decode = decode
+        self._is_good = is_good
+        self._after = after
+        self._steps: list[tuple[range, Done]] = []  # layers, and their way into the pool
+
+    def add_layers(self, layers: range) -> None:
+        """The payloads of these layers are there: bring them into the pool, after those before.
+
+        A CPU decodes all layers before this returns, but a part of them in a thread beside.
+        """
+        is_whole = len(layers) == self._is_good.shape[1]
+        submit = self._lane.run if is_whole else self._lane.submit
+        self._steps.append((layers, submit(partial(self._decode, layers), self._after)))
 
     def wait_layer(self, layer: int) -> None:
         """Let what the caller does next find `layer` in the pool, where its checksum was right.
 
         On a GPU the caller's stream waits, not the caller.
+
+        Raises:
+            ValueError: If there is no such layer, or it was not added.
         """
-        for end, done in self._steps:
-            if 0 <= layer < end:
+        for layers, done in self._steps:
+            if layer in layers:
                 done.wait_on_stream()
                 return
-        raise ValueError(f"layer: expected 0 to {self._is_good.shape[1] - 1}, got {layer}")
+        num_layers = sum(len(layers) for layers, _ in self._steps)
+        raise ValueError(f"layer: expected one of the {num_layers} that were added, got {layer}")
 
     def wait(self) -> torch.Tensor:
-        """``[num_blocks, num_layers]``, bool: which layers were right, once all are there.
+        """``[num_blocks, num_layers]``, bool: which layers were right, once those added are there.
 
         What was not right was not written.
         """
@@ -237,11 +250,24 @@ class BlockTransfer:
         step = num_layers if layers_per_step is None else layers_per_step
         if not isinstance(step, int) or step < 1:
             raise ValueError(f"layers_per_step: expected a positive integer, got {step!r}")
-        is_good = self._route.new_flags(len(block_ids))
-        restoration = Restoration(is_good)
-        decode = self._route.decode(encoded, block_ids, is_good)
-        restoration.start(self._lane, decode, step, after)
+        restoration = self.begin_restore(encoded, block_ids, after=after)
+        for first in range(0, num_layers, step):
+            restoration.add_layers(range(first, min(first + step, num_layers)))
         return restoration
+
+    def begin_restore(
+        self, encoded: EncodedBlocks, block_ids: torch.Tensor, *, after: Done | None = None
+    ) -> Restoration:
+        """Bring payloads back whose layers are still to come: see `Restoration.add_layers`.
+
+        Args:
+            encoded: In host memory; of the payloads nothing is read before its layer is added.
+            block_ids: As for `restore`.
+            after: As for `restore`.
+        """
+        is_good = self._route.new_flags(len(block_ids))
+        decode = self._route.decode(encoded, block_ids, is_good)
+        return Restoration(self._lane, decode, is_good, after)
 
     def close(self) -> None:
         """Wait for what is on its way."""

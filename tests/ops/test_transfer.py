@@ -182,9 +182,9 @@ def test_a_layer_is_attended_to_while_later_ones_travel(
     restoration.wait_layer(3)
     assert torch.equal(target.data[[1, 0]], pool.data)
     assert restoration.wait().all()
-    with pytest.raises(ValueError, match="layer: expected 0 to 3, got 4"):
+    with pytest.raises(ValueError, match="layer: expected one of the 4 that were added, got 4"):
         restoration.wait_layer(4)
-    with pytest.raises(ValueError, match="layer: expected 0 to 3, got -1"):
+    with pytest.raises(ValueError, match="got -1"):
         restoration.wait_layer(-1)
 
 
