@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from kvkernels import EncodedBlocks, KVPool
-from kvkernels.transfer import BlockTransfer, Eviction, all_done
+from kvkernels.transfer import BlockTransfer, Eviction, Restoration, all_done
 from prefixstore.record import BlockKey, RecordLayout, write_header
 from prefixstore.store.block_sources import MAX_RECORDS, MAX_RECORDS_BYTES
 from prefixstore.store.block_targets import FetchedRecord
@@ -101,27 +101,40 @@ class PoolBlock:
 
 
 class PoolTarget:
-    """Blocks on their way in; see `BlockTarget`."""
+    """Blocks on their way in; see `BlockTarget` and `LayerTarget`."""
 
     def __init__(self, transfer: BlockTransfer, block_ids: Sequence[int]) -> None:
         self._transfer = transfer
         self._block_ids = torch.tensor(block_ids, dtype=torch.int64)
         self._free = transfer.mark()  # what still reads them was queued before
+        self._restorations: list[Restoration] = []
 
     def restore(self, records: Sequence[FetchedRecord]) -> list[str | None]:
-        problems: list[str | None] = []
-        for run in _runs(records):
-            for is_layer_good in self._restore_run(run):
-                wrong = (~is_layer_good).nonzero()[:, 0].tolist()
-                problems.append(
-                    f"payload: expected the table's checksums, got others in layers {wrong}"
-                    if wrong
-                    else None
-                )
-        return problems
+        self.begin(records)
+        self.add_layers(range(self._transfer.pool.layout.num_layers))
+        return self.end()
 
-    def _restore_run(self, records: list[FetchedRecord]) -> torch.Tensor:
-        """Restore records of one layout at equal distances: `[num_records, num_layers]`."""
+    def begin(self, records: Sequence[FetchedRecord]) -> None:
+        self._restorations = [self._begin_run(run) for run in _runs(records)]
+
+    def add_layers(self, layers: range) -> None:
+        for restoration in self._restorations:
+            restoration.add_layers(layers)
+
+    def wait_layer(self, layer: int) -> None:
+        """See `Restoration.wait_layer`; for any thread."""
+        for restoration in self._restorations:
+            restoration.wait_layer(layer)
+
+    def end(self) -> list[str | None]:
+        return [
+            _problem(is_layer_good)
+            for restoration in self._restorations
+            for is_layer_good in restoration.wait()
+        ]
+
+    def _begin_run(self, records: list[FetchedRecord]) -> Restoration:
+        """Restore records of one layout at equal distances."""
         layout = records[0].header.key.layout
         payload = records[0].data[layout.header_bytes :]
         step = _distance(records[0], records[1]) if len(records) > 1 else payload.nbytes
@@ -134,7 +147,15 @@ class PoolTarget:
             torch.zeros(len(records), dtype=torch.bool),
         )
         block_ids = self._block_ids[[record.index for record in records]]
-        return self._transfer.restore(encoded, block_ids, after=self._free).wait()
+        return self._transfer.begin_restore(encoded, block_ids, after=self._free)
+
+
+def _problem(is_layer_good: torch.Tensor) -> str | None:
+    """What is wrong with a record, in words."""
+    wrong = (~is_layer_good).nonzero()[:, 0].tolist()
+    if not wrong:
+        return None
+    return f"payload: expected the table's checksums, got others in layers {wrong}"
 
 
 def _runs(records: Sequence[FetchedRecord]) -> Iterator[list[FetchedRecord]]:

@@ -189,7 +189,15 @@ def check_header(record: Buffer, key: BlockKey) -> RecordHeader:
         ValueError: If `record` is not contiguous.
     """
     data = as_bytes("record", record)
-    header = read_header(data)
+    header = check_head(data, key)
+    if data.nbytes != header.key.layout.record_bytes:
+        raise corrupted("record", f"{header.key.layout.record_bytes} bytes", data.nbytes)
+    return header
+
+
+def check_head(record: Buffer, key: BlockKey) -> RecordHeader:
+    """`check_header` of what may end anywhere after the header."""
+    header = read_header(record)
     found = header.key
     if found.layout != key.layout and not key.layout.accepts(found.layout):
         raise corrupted("layout", key.layout, found.layout)
@@ -198,8 +206,6 @@ def check_header(record: Buffer, key: BlockKey) -> RecordHeader:
             raise corrupted(name, getattr(key, name).hex(), getattr(found, name).hex())
     if found.tokens.tobytes() != key.tokens.tobytes():
         raise BlockCorrupted("tokens: expected those of the key, got others")
-    if data.nbytes != found.layout.record_bytes:
-        raise corrupted("record", f"{found.layout.record_bytes} bytes", data.nbytes)
     return header
 
 

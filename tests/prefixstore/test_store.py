@@ -48,8 +48,11 @@ class DictTier(Tier):
         self.fail(call)
 
     def get_many(self, names, outs, *, offsets=None, deadline=None):
-        assert offsets is None
-        return [self._attempt("get", self._read, *item) for item in zip(names, outs, strict=True)]
+        if offsets is None:
+            items = zip(names, outs, strict=True)
+            return [self._attempt("get", self._read, *item) for item in items]
+        parts = zip(names, outs, offsets, strict=True)
+        return [self._attempt("get", self._read_part, *part) for part in parts]
 
     def put_many(self, names, records, *, priority=0, deadline=None):
         items = zip(names, records, strict=True)
@@ -92,6 +95,15 @@ class DictTier(Tier):
             return None
         out[: len(record)] = record
         return len(record)
+
+    def _read_part(self, name, out, offset):
+        record = bytearray(len(self.records.get(name.block_hash, b"")))
+        num_bytes = self._read(name, record)
+        if num_bytes is None:
+            return None
+        part = record[offset : min(offset + len(out), num_bytes)]
+        out[: len(part)] = part
+        return len(part)
 
     def _write(self, name, record):
         self.records.setdefault(name.block_hash, bytes(record))

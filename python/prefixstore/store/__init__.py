@@ -2,7 +2,8 @@
 
 from prefixstore.store.breaker import BreakerConfig
 from prefixstore.store.config import StoreConfig, TierPolicy
-from prefixstore.store.loader import LoadObserver, LoadProgress
+from prefixstore.store.load import LoadProgress
+from prefixstore.store.loader import LoadObserver
 from prefixstore.store.stats import StoreStats, TierUse
 from prefixstore.store.store import Store
 

@@ -41,6 +41,34 @@ class BlockTarget(Protocol):
         ...
 
 
+class LayerTarget(Protocol):
+    """Takes the blocks of records some layers at a time, of all records together."""
+
+    def begin(self, records: Sequence[FetchedRecord]) -> None:
+        """These are to come; nothing is read of them but their headers."""
+        ...
+
+    def add_layers(self, layers: range) -> None:
+        """The next layers of all records are there: verify and keep them."""
+        ...
+
+    def end(self) -> list[str | None]:
+        """For each record None, or what is wrong with it; they are not read after this returns."""
+        ...
+
+
+class LayerProgress(Protocol):
+    """Is told by the thread that loads how far it is."""
+
+    def add_layers(self, num_layers: int) -> None:
+        """The first so many layers of all blocks were given to the target."""
+        ...
+
+    def fail(self) -> None:
+        """Not all blocks will come."""
+        ...
+
+
 class HostBlocks:
     """Blocks in host memory.
 

@@ -90,6 +90,29 @@ class GuardedTier:
             for key, row, outcome in zip(keys, rows, outcomes, strict=True)
         ]
 
+    def fetch_parts(
+        self,
+        keys: Sequence[BlockKey],
+        outs: Sequence[np.ndarray],
+        offsets: Sequence[int],
+        deadline: float,
+    ) -> list[ReadOutcome]:
+        """Parts of records, see `Tier.get_many`; not verified, and no misses are counted."""
+        names, views = [key.name for key in keys], [out.data for out in outs]
+        outcomes = self._attempt(
+            lambda: self._tier.get_many(names, views, offsets=offsets, deadline=deadline)
+        )
+        return [None] * len(keys) if outcomes is None else outcomes
+
+    def count_misses(self, num_records: int) -> None:
+        """So many records did not come in parts."""
+        self._counts.add(num_misses=num_records)
+
+    @property
+    def gives_layers(self) -> bool:
+        """Whether layers of records come sooner than whole ones."""
+        return self._tier.gives_parts and not self._tier.lends
+
     @property
     def lends(self) -> bool:
         """Whether `lend_many` is there."""

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import closing
 
 from prefixstore.block_key import BlockKey
 from prefixstore.store.block_sources import WrittenRecord
-from prefixstore.store.block_targets import BlockTarget, FetchedRecord
+from prefixstore.store.block_targets import (
+    BlockTarget,
+    FetchedRecord,
+    LayerProgress,
+    LayerTarget,
+)
 from prefixstore.store.block_writer import BlockWriter
 from prefixstore.store.config import StoreConfig, TierPolicy
 from prefixstore.store.fetcher import Fetcher, Slabs, record_room
 from prefixstore.store.guarded_tier import Found, GuardedTier
 from prefixstore.store.in_flight import InFlight
+from prefixstore.store.layer_reader import LayerReader
+from prefixstore.store.load import Load, LoadProgress
 from prefixstore.store.recent_names import RecentNames
 from prefixstore.store.stats import Counts
 from prefixstore.store.write_queue import WriteJob, noop
@@ -23,7 +27,6 @@ from prefixstore.store.write_queue import WriteJob, noop
 BATCH_BYTES = 32 << 20  # of records that are fetched and then restored together
 
 LoadObserver = Callable[[str, int, int, float], None]
-LoadProgress = Callable[[Sequence[int]], bool]
 
 
 class Loader:
@@ -68,7 +71,7 @@ class Loader:
         progress: LoadProgress | None = None,
     ) -> list[str | None]:
         """See `Store.load_many`."""
-        load = _Load(keys, target, deadline, progress)
+        load = Load(keys, deadline, target, progress)
         try:
             is_barred = self._quarantined.contains_many([key.name for key in keys])
             self._load(load, [i for i, barred in enumerate(is_barred) if not barred])
@@ -88,13 +91,65 @@ class Loader:
         self._tell(load)
         return load.found
 
-    def _tell(self, load: _Load) -> None:
+    def load_layers(
+        self,
+        tier_name: str,
+        keys: Sequence[BlockKey],
+        target: LayerTarget,
+        steps: Sequence[range],
+        progress: LayerProgress,
+        deadline: float,
+    ) -> list[str | None]:
+        """See `Store.load_layers`."""
+        number = [tier.name for tier in self._tiers].index(tier_name)
+        load = Load(keys, deadline)
+        try:
+            with load.timed(number):
+                self._load_layers(load, number, target, steps, progress)
+        finally:
+            self._promote(load)
+        num_misses = load.found.count(None)
+        self._counts.add(num_loads=len(keys), num_misses=num_misses)
+        self._tell(load)
+        return load.found
+
+    def _load_layers(
+        self,
+        load: Load,
+        number: int,
+        target: LayerTarget,
+        steps: Sequence[range],
+        progress: LayerProgress,
+    ) -> None:
+        # Other threads that want these blocks fetch them, too: they want whole ones, and sooner.
+        row_bytes = max(map(record_room, load.keys))
+        slab = self._slabs.take(len(load.keys) * row_bytes)
+        rows = slab[: len(load.keys) * row_bytes].reshape(-1, row_bytes)
+        reader = LayerReader(self._tiers[number], load.keys, list(rows), load.deadline)
+        is_barred = self._quarantined.contains_many([key.name for key in load.keys])
+        wanted = [i for i, barred in enumerate(is_barred) if not barred]
+        records = reader.begin(wanted, steps[0].stop)
+        target.begin(records)  # nothing is read there before its layers are added
+        for layers in steps:
+            reader.read_to(layers.stop)
+            target.add_layers(layers)
+            if reader.num_whole == len(load.keys):
+                progress.add_layers(layers.stop)
+            else:
+                progress.fail()
+        for record, problem in zip(records, target.end(), strict=True):
+            if reader.is_whole(record):
+                self._judge(load, number, record, problem)
+        if not load.promotions:
+            self._slabs.give_back(slab)
+
+    def _tell(self, load: Load) -> None:
         observer = self.observer
         if observer is not None:
             for number, work in sorted(load.work.items()):
                 observer(self._tiers[number].name, work.num_records, work.num_bytes, work.seconds)
 
-    def _load(self, load: _Load, indices: Sequence[int]) -> None:
+    def _load(self, load: Load, indices: Sequence[int]) -> None:
         """Ask tier after tier, each for all that the faster ones lack; hand on what was found."""
         for number, tier in enumerate(self._tiers):
             missing = [i for i in indices if load.found[i] is None and i not in load.elsewhere]
@@ -110,14 +165,14 @@ class Loader:
                     self._load_fetched(load, number, batches)
         self._promote(load)  # before this thread waits for another: that one may wait for this
 
-    def _load_lent(self, load: _Load, batches: Sequence[Sequence[int]]) -> None:
+    def _load_lent(self, load: Load, batches: Sequence[Sequence[int]]) -> None:
         for batch in batches:
             with self._tiers[0].lend_many([load.keys[i] for i in batch]) as lent:
                 self._restore(load, 0, batch, lent)
             if not load.goes_on_after(batch):
                 return
 
-    def _load_fetched(self, load: _Load, number: int, batches: Sequence[Sequence[int]]) -> None:
+    def _load_fetched(self, load: Load, number: int, batches: Sequence[Sequence[int]]) -> None:
         """Fetch each batch in a thread of its own while the one before is decoded in this one."""
         fetcher = Fetcher(self._tiers[number], load.keys, load.deadline, self._slabs)
         with closing(fetcher.fetch_ahead(batches)) as fetched:
@@ -134,27 +189,32 @@ class Loader:
                     return
 
     def _restore(
-        self, load: _Load, number: int, indices: Sequence[int], found: Sequence[Found | None]
+        self, load: Load, number: int, indices: Sequence[int], found: Sequence[Found | None]
     ) -> None:
         """Verify what a tier had of these, and put it where it belongs."""
-        tier = self._tiers[number]
         records = [
             FetchedRecord(i, load.keys[i], one[0], one[1][: one[0].key.layout.record_bytes])
             for i, one in zip(indices, found, strict=True)
             if one is not None
         ]
+        assert load.target is not None
         problems = load.target.restore(records) if records else []
         for record, problem in zip(records, problems, strict=True):
-            if problem is not None:
-                tier.reject(record.key, problem)
-                continue
-            tier.accept(record.data.nbytes)
-            load.found[record.index] = tier.name
-            load.work[number].num_records += 1
-            load.work[number].num_bytes += record.data.nbytes
-            self._used(load, number, record)
+            self._judge(load, number, record, problem)
 
-    def _claim(self, load: _Load, indices: Sequence[int]) -> list[int]:
+    def _judge(self, load: Load, number: int, record: FetchedRecord, problem: str | None) -> None:
+        """A record's payload was verified."""
+        tier = self._tiers[number]
+        if problem is not None:
+            tier.reject(record.key, problem)
+            return
+        tier.accept(record.data.nbytes)
+        load.found[record.index] = tier.name
+        load.work[number].num_records += 1
+        load.work[number].num_bytes += record.data.nbytes
+        self._used(load, number, record)
+
+    def _claim(self, load: Load, indices: Sequence[int]) -> list[int]:
         """Those that no other thread is fetching; they are this one's now."""
         is_mine = self._in_flight.claim([load.keys[i].name for i in indices])
         mine = [i for i, is_own in zip(indices, is_mine, strict=True) if is_own]
@@ -163,7 +223,7 @@ class Loader:
         load.claimed.update(mine)
         return mine
 
-    def _used(self, load: _Load, number: int, record: FetchedRecord) -> None:
+    def _used(self, load: Load, number: int, record: FetchedRecord) -> None:
         """A record was right: which other tiers are to have it?"""
         tiers = tuple(i for i in self._promoted_into if i < number)
         if tiers:
@@ -176,7 +236,7 @@ class Loader:
             load.promotions.append(WriteJob(record.key, source, tiers, arrived=arrived))
         self._reused(record.key, number)
 
-    def _promote(self, load: _Load) -> None:
+    def _promote(self, load: Load) -> None:
         """Hand records on to faster tiers; claims end where the records arrive."""
         for job in load.promotions:
             if not self._writer.offer(job):
@@ -185,52 +245,6 @@ class Loader:
         load.promotions.clear()
         self._in_flight.release([load.keys[i].name for i in load.claimed])
         load.claimed.clear()
-
-
-@dataclass
-class _Work:
-    """What one tier gave to a load, and how long the load was at it."""
-
-    num_records: int = 0
-    num_bytes: int = 0
-    seconds: float = 0.0
-
-
-class _Load:
-    """One call of `load_many` on its way."""
-
-    def __init__(
-        self,
-        keys: Sequence[BlockKey],
-        target: BlockTarget,
-        deadline: float,
-        progress: LoadProgress | None,
-    ) -> None:
-        self.keys = keys
-        self.target = target
-        self.deadline = deadline
-        self.progress = progress
-        self.is_stopped = False
-        self.coalesces = True
-        self.found: list[str | None] = [None] * len(keys)
-        self.promotions: list[WriteJob] = []
-        self.claimed: set[int] = set()  # others wait for these
-        self.elsewhere: set[int] = set()  # fetched by other threads just now
-        self.work: defaultdict[int, _Work] = defaultdict(_Work)  # by tier that was asked
-
-    def goes_on_after(self, batch: Sequence[int]) -> bool:
-        """Say what of a batch was found; False if the caller has had enough."""
-        loaded = [i for i in batch if self.found[i] is not None]
-        if self.progress is not None and loaded:
-            self.is_stopped = not self.progress(loaded)
-        return not self.is_stopped
-
-    @contextmanager
-    def timed(self, number: int) -> Iterator[None]:
-        """What runs inside is this tier's work."""
-        started = time.perf_counter()
-        yield
-        self.work[number].seconds += time.perf_counter() - started
 
 
 def _batches(keys: Sequence[BlockKey], indices: Sequence[int]) -> list[Sequence[int]]:

@@ -18,11 +18,12 @@ import numpy as np
 from prefixstore.block_key import BlockKey, RecordName
 from prefixstore.errors import ConfigError
 from prefixstore.store.block_sources import BlockSource
-from prefixstore.store.block_targets import BlockTarget
+from prefixstore.store.block_targets import BlockTarget, LayerProgress, LayerTarget
 from prefixstore.store.block_writer import BlockWriter
 from prefixstore.store.config import StoreConfig, TierPolicy
 from prefixstore.store.guarded_tier import GuardedTier
-from prefixstore.store.loader import Loader, LoadObserver, LoadProgress
+from prefixstore.store.load import LoadProgress
+from prefixstore.store.loader import Loader, LoadObserver
 from prefixstore.store.recent_names import RecentNames
 from prefixstore.store.stats import Counts, StoreStats
 from prefixstore.store.tier_writer import TierJob
@@ -139,6 +140,38 @@ class Store:
         """
         deadline = self.deadline() if deadline is None else deadline
         return self._loader.load_many(keys, target, deadline, progress)
+
+    @property
+    def layered_tiers(self) -> list[str]:
+        """Names of the tiers that `load_layers` may ask."""
+        return [tier.name for tier in self._tiers if tier.gives_layers]
+
+    def load_layers(
+        self,
+        tier: str,
+        keys: Sequence[BlockKey],
+        target: LayerTarget,
+        steps: Sequence[range],
+        progress: LayerProgress,
+        deadline: float,
+    ) -> list[str | None]:
+        """Restore blocks from one tier, the first layers of all of them first.
+
+        A block is verified like one of `load_many`: each layer before it is written, and a block
+        with a wrong one is a miss.
+
+        Args:
+            tier: One of `layered_tiers`.
+            keys: What the records must agree with; of one layer group.
+            target: Gets the layers.
+            steps: All layers, in order: those of one step are read together, in one call.
+            progress: Told in this thread of each step.
+            deadline: What is not there by then is a miss.
+
+        Returns:
+            For each the tier's name, or None: a miss.
+        """
+        return self._loader.load_layers(tier, keys, target, steps, progress, deadline)
 
     def save(
         self,

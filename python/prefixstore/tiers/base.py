@@ -197,6 +197,11 @@ class Tier(ABC):
         """Give back what the tier holds open; any later call raises `TierUnavailable`."""
 
     @property
+    def gives_parts(self) -> bool:
+        """Whether a part of a record comes sooner than all of it."""
+        return True
+
+    @property
     def lends(self) -> bool:
         """Whether `lend_many` is there."""
         return False

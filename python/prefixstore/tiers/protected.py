@@ -91,6 +91,10 @@ class ProtectedTier(Tier):
                 outcomes[i] = outcome
         return outcomes
 
+    @property
+    def gives_parts(self) -> bool:
+        return False  # a part cannot be verified alone
+
     def put_many(
         self,
         names: Sequence[RecordName],

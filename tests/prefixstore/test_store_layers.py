@@ -1,0 +1,174 @@
+"""Blocks whose layers come a few at a time, those of all blocks together, each of them verified."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sample_blocks import make_keys
+from test_record_codecs import make_block, make_record, restore, with_infinity
+from test_store import DictTier, use_of
+
+from kvkernels import KVPool
+from prefixstore.errors import TierTimeout
+from prefixstore.keys import ProtectionConfig
+from prefixstore.pool_blocks import PoolBlocks, PoolTarget
+from prefixstore.record_layout import RecordLayout
+from prefixstore.store import Store
+from prefixstore.tiers.disk import DiskTier, DiskTierConfig
+from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
+from prefixstore.tiers.protected import ProtectedTier
+
+NUM_BLOCKS = 8
+RAW = (2, 5)  # written longer than the others, so that their layers lie elsewhere
+LAYOUT = RecordLayout(6, 1, 16, 16, "bfloat16", 0, ("q8",))
+STEPS = (range(2), range(2, 4), range(4, 6))
+KEYS = make_keys(NUM_BLOCKS, LAYOUT)
+RECORDS = [
+    bytes(make_record(key, with_infinity(LAYOUT) if n in RAW else make_block(LAYOUT, n)))
+    for n, key in enumerate(KEYS)
+]
+
+
+class Progress:
+    """What a load said of itself: layers, or None where it failed."""
+
+    def __init__(self, then: Callable[[int], None] = lambda num_layers: None) -> None:
+        self.seen: list[int | None] = []
+        self._then = then
+
+    def add_layers(self, num_layers: int) -> None:
+        self.seen.append(num_layers)
+        self._then(num_layers)
+
+    def fail(self) -> None:
+        self.seen.append(None)
+
+
+class Pool:
+    """Blocks of sevens, to be filled."""
+
+    def __init__(self) -> None:
+        self.pool = KVPool(LAYOUT.block_format.layout, NUM_BLOCKS)
+        self.pool.data.fill_(7.0)
+        self.blocks = PoolBlocks(self.pool, [LAYOUT])
+
+    def target(self) -> PoolTarget:
+        return self.blocks.target(range(NUM_BLOCKS))
+
+    def is_right(self, number: int) -> bool:
+        expected = restore(RECORDS[number], KEYS[number])
+        return np.array_equal(self.pool.block_data(number).numpy(), expected)
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    pool = Pool()
+    yield pool
+    pool.blocks.close()
+
+
+@pytest.fixture
+def tier() -> DictTier:
+    tier = DictTier("slow")
+    tier.records = {key.block_hash: r for key, r in zip(KEYS, RECORDS, strict=True)}
+    return tier
+
+
+def load(store: Store, pool: Pool, progress: Progress) -> list[str | None]:
+    return store.load_layers("slow", KEYS, pool.target(), STEPS, progress, math.inf)
+
+
+def test_layers_of_all_blocks_come_step_by_step(pool: Pool, tier: DictTier) -> None:
+    target = pool.target()
+
+    def look(num_layers: int) -> None:
+        target.wait_layer(num_layers - 1)
+        assert not (pool.pool.data[:, :num_layers] == 7.0).flatten(1).all(1).any()
+        assert (pool.pool.data[:, num_layers:] == 7.0).all()
+
+    fast, progress = DictTier("fast"), Progress(look)
+    with Store([fast, tier]) as store:
+        found = store.load_layers("slow", KEYS, target, STEPS, progress, math.inf)
+        assert found == ["slow"] * NUM_BLOCKS and progress.seen == [2, 4, 6]
+        assert all(pool.is_right(number) for number in range(NUM_BLOCKS))
+        assert use_of(store, "slow").num_hits == NUM_BLOCKS
+        assert store.flush(30)
+        assert fast.records == tier.records  # whole ones were promoted
+
+
+def test_a_disk_gives_layers(pool: Pool, tmp_path: Path) -> None:
+    """Their bytes begin and end anywhere in its pages."""
+    disk = DiskTier(DiskTierConfig(tmp_path, 1 << 20))
+    errors = disk.put_many([key.name for key in KEYS], [memoryview(one) for one in RECORDS])
+    assert errors == [None] * NUM_BLOCKS
+    progress = Progress()
+    with Store([disk]) as store:
+        deadline = time.monotonic() + 30
+        found = store.load_layers("disk", KEYS, pool.target(), STEPS, progress, deadline)
+    assert found == ["disk"] * NUM_BLOCKS and progress.seen == [2, 4, 6]
+    assert all(pool.is_right(number) for number in range(NUM_BLOCKS))
+
+
+@pytest.mark.parametrize("layer", range(6))
+@pytest.mark.parametrize("number", [0, *RAW])
+def test_a_damaged_layer_is_a_miss(pool: Pool, tier: DictTier, number: int, layer: int) -> None:
+    name = KEYS[number].block_hash
+    layout = LAYOUT.raw if number in RAW else LAYOUT
+    damaged = bytearray(RECORDS[number])
+    damaged[int(layout.layer_places[layer, 0]) + 9] ^= 1
+    tier.records[name] = bytes(damaged)
+    with Store([tier]) as store:
+        found = load(store, pool, Progress())
+        assert found == [None if n == number else "slow" for n in range(NUM_BLOCKS)]
+        assert use_of(store, "slow").num_corrupted == 1
+    assert name not in tier.records
+    assert (pool.pool.data[number, layer] == 7.0).all()
+    assert all(pool.is_right(n) for n in range(NUM_BLOCKS) if n != number)
+
+
+@pytest.mark.parametrize("num_bytes", [None, 50, 1200, len(RECORDS[0]) - 1])
+def test_a_record_that_is_not_whole_is_a_miss(
+    pool: Pool, tier: DictTier, num_bytes: int | None
+) -> None:
+    name = KEYS[0].block_hash
+    record = tier.records.pop(name)
+    if num_bytes is not None:
+        tier.records[name] = record[:num_bytes]
+    progress = Progress()
+    with Store([tier]) as store:
+        assert load(store, pool, progress) == [None] + ["slow"] * (NUM_BLOCKS - 1)
+        assert use_of(store, "slow").num_misses == 1
+    assert progress.seen[-1] is None
+    assert all(pool.is_right(number) for number in range(1, NUM_BLOCKS))
+
+
+def test_a_tier_that_fails_between_two_layers_loses_no_record(pool: Pool, tier: DictTier) -> None:
+    num_reads = 0
+
+    def fail(call: str) -> None:
+        nonlocal num_reads
+        num_reads += call == "get"
+        if num_reads > 2 * NUM_BLOCKS and call == "get":
+            raise TierTimeout("slow: expected an answer in time, got none")
+
+    tier.fail = fail
+    progress = Progress()
+    with Store([tier]) as store:
+        assert load(store, pool, progress) == [None] * NUM_BLOCKS
+        use = use_of(store, "slow")
+        assert (use.num_hits, use.num_misses, use.num_corrupted) == (0, NUM_BLOCKS, 0)
+    assert progress.seen == [2, None, None]
+    assert len(tier.records) == NUM_BLOCKS
+
+
+def test_layers_are_asked_of_tiers_that_give_them_sooner() -> None:
+    """Memory is decoded where it lies, and a part of a protected record cannot be verified."""
+    memory = MemoryTier(MemoryTierConfig(1 << 20))
+    protected = ProtectedTier(DictTier("protected"), ProtectionConfig(auth_key=bytes(range(32))))
+    with Store([memory, DictTier("slow"), protected]) as store:
+        assert store.layered_tiers == ["slow"]
