@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -36,13 +37,37 @@ class World:
 
 @dataclass
 class Work:
-    """A chunk or a call; `beside_s` of its time the other side was at work too."""
+    """A chunk or a call; `beside_s` of its time the other side was at work too.
+
+    In steps is what a call brings layer after layer, and a chunk that is computed beside it. That
+    one waits until `until`.
+    """
 
     seconds: float  # left, at full speed
     what: range
     started_at: float
+    num_steps: int = 1
+    until: float = float("inf")
     ended_at: float = float("nan")
     beside_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.step_s = self.seconds / self.num_steps
+
+    @property
+    def num_steps_left(self) -> int:
+        return math.ceil(self.seconds / self.step_s - 1e-9)
+
+    @property
+    def step_left_s(self) -> float:
+        """Of the step it is at."""
+        return self.seconds - (self.num_steps_left - 1) * self.step_s
+
+    def waits_for(self, call: Work | None) -> bool:
+        """Whether a chunk is as far as its layers."""
+        if call is None or self.num_steps == 1:
+            return False
+        return self.num_steps_left <= call.num_steps_left
 
     @property
     def took_s(self) -> float:
@@ -59,6 +84,7 @@ class Run:
         loaded: Times each block was loaded and kept, `[num_blocks]`.
         chunks: That were computed, tokens.
         calls: That were made, blocks.
+        voids: Chunks that were begun beside a call that did not bring all.
         given_up: The call that was cancelled, if one was.
     """
 
@@ -68,6 +94,7 @@ class Run:
     loaded: np.ndarray
     chunks: list[Work] = field(default_factory=list)
     calls: list[Work] = field(default_factory=list)
+    voids: list[range] = field(default_factory=list)
     given_up: Work | None = None
 
 
@@ -92,32 +119,43 @@ def simulate(plan: RestorePlan, world: World, step_s: float = float("inf")) -> R
             call.ended_at = now
             run.given_up, call = call, None
         if call is None and (blocks := meeting.next_call(now)) is not None:
-            call = Work(_load_s(inputs, world, blocks), blocks, now)
+            num_steps = meeting.num_layer_steps
+            call = Work(_load_s(inputs, world, blocks, num_steps), blocks, now, num_steps)
         if chunk is None and (tokens := meeting.next_chunk(now)) is not None:
-            seconds = world.prefill.seconds(len(tokens), tokens.start, len(tokens))
-            chunk = Work(seconds, tokens, now)
+            chunk = Work(_pass_s(world, tokens), tokens, now)
+        if chunk is None and (tokens := meeting.next_overlapped_chunk(now)) is not None:
+            assert call is not None
+            until = meeting.overdue_at(now)
+            chunk = Work(_pass_s(world, tokens), tokens, now, call.num_steps, until)
         if chunk is None and meeting.is_done:
             run.ttft_s = now
             return run
+        is_late = chunk is not None and chunk.waits_for(call) and now >= chunk.until
+        if chunk is not None and not meeting.is_chunk_valid and (call is None or is_late):
+            meeting.chunk_void(now)
+            run.voids.append(chunk.what)
+            chunk = None
+            continue
         load_speed = world.load_speed(now)  # a tier that stalls takes nothing from the model
-        is_beside = chunk is not None and call is not None and load_speed > 0
+        is_computing = chunk is not None and not chunk.waits_for(call)
+        is_beside = is_computing and call is not None and load_speed > 0
         slowdown = world.slowdown if is_beside else 1.0
         compute_speed = world.compute_speed(now) / slowdown
         load_speed /= slowdown
         waits = [step_s]
         if chunk is not None:
-            waits.append(chunk.seconds / compute_speed)
+            waits.append(chunk.step_left_s / compute_speed if is_computing else chunk.until - now)
         elif meeting.wake_at is not None:
             waits.append(meeting.wake_at - now)
         if call is not None and load_speed > 0:
-            waits.append(call.seconds / load_speed)
+            waits.append(call.step_left_s / load_speed)
         wait_s = min(waits)
         assert 0 <= wait_s < float("inf"), "nothing will ever happen"
         now += wait_s
         if chunk is not None and call is not None:
             chunk.beside_s += wait_s
             call.beside_s += wait_s
-        if chunk is not None:
+        if chunk is not None and is_computing:
             chunk.seconds -= wait_s * compute_speed
             if chunk.seconds <= 1e-12:
                 meeting.chunk_done(now)
@@ -135,11 +173,14 @@ def simulate(plan: RestorePlan, world: World, step_s: float = float("inf")) -> R
                 call = None
 
 
-def _load_s(inputs: PlanInputs, world: World, blocks: range) -> float:
+def _pass_s(world: World, tokens: range) -> float:
+    return world.prefill.seconds(len(tokens), tokens.start, len(tokens))
+
+
+def _load_s(inputs: PlanInputs, world: World, blocks: range, num_steps: int) -> float:
     first = inputs.num_device_blocks
-    return world.tier.seconds(
-        float(inputs.record_bytes[blocks.start - first : blocks.stop - first].sum())
-    )
+    num_bytes = float(inputs.record_bytes[blocks.start - first : blocks.stop - first].sum())
+    return world.tier.seconds(num_bytes) + (num_steps - 1) * world.tier.latency_s
 
 
 def recompute_s(inputs: PlanInputs, world: World) -> float:
@@ -166,6 +207,7 @@ def one_tier(
     num_device_blocks: int = 0,
     has_windows: bool = False,
     chunk_tokens: int = 512,
+    is_layered: bool = False,
 ) -> PlanInputs:
     """A prompt whose prefix lies in one tier."""
     num_blocks = num_prefix // 64
@@ -180,4 +222,5 @@ def one_tier(
         slowdown=slowdown,
         has_windows=has_windows,
         chunk_tokens=chunk_tokens,
+        is_layered=[is_layered],
     )

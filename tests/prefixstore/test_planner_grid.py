@@ -6,6 +6,7 @@ speeds that there really are.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from planner_simulation import World, load_s, one_tier, recompute_s, simulate
 
-from prefixstore.planner import PlanInputs, PrefillEstimate, TierEstimate, plan_restore
+from prefixstore.planner import PlanInputs, PlanMode, PrefillEstimate, TierEstimate, plan_restore
 
 GB_PER_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 LATENCIES_MS = (0.05, 0.5, 5, 50)
@@ -39,9 +40,14 @@ def restores(
     slowdown: float = 1.0,
     believed_slowdown: float | None = None,
     block_bytes: int = MIB,
+    is_layered: bool = False,
 ) -> Iterator[tuple[PlanInputs, World]]:
-    """Every cell: what is believed, and how things are. An error of 2: believed twice as slow."""
-    for gb_per_s, latency_ms, tokens_per_s, num_tokens in CELLS:
+    """Every cell: what is believed, and how things are. An error of 2: believed twice as slow.
+
+    Behind the prefix come 32 tokens. Where they may be computed beside the last load they are 256,
+    and every third cell is enough.
+    """
+    for gb_per_s, latency_ms, tokens_per_s, num_tokens in CELLS[:: 3 if is_layered else 1]:
         world = speeds(gb_per_s, latency_ms, tokens_per_s)
         world.slowdown = slowdown
         tier, model = world.tier, world.prefill
@@ -57,6 +63,8 @@ def restores(
             believed_model,
             block_bytes=block_bytes,
             slowdown=slowdown if believed_slowdown is None else believed_slowdown,
+            num_tail=256 if is_layered else 32,
+            is_layered=is_layered,
         )
         yield inputs, world
 
@@ -75,6 +83,22 @@ def test_is_never_slower_where_estimates_are_right(block_bytes: int, slowdown: f
     assert min(ratios) <= {1.0: 0.5, 1.4: 0.7, 2.0: 1.0}[slowdown]
 
 
+@pytest.mark.parametrize(("slowdown", "best"), [(1.0, 0.75), (1.4, 0.85), (2.0, 1.0)])
+def test_computes_beside_the_last_layers_where_that_is_faster(slowdown: float, best: float) -> None:
+    ratios = []
+    for inputs, world in restores(slowdown=slowdown, is_layered=True):
+        plan = plan_restore(inputs)
+        whole_blocks = dataclasses.replace(inputs, is_layered=[False])
+        seconds = simulate(plan, world).ttft_s
+        ratios.append(seconds / simulate(plan_restore(whole_blocks), world).ttft_s)
+        # Both ends may do better than the plan: where they meet follows what is left.
+        assert seconds <= 1.03 * plan.predicted_s
+        if plan.mode == PlanMode.LOAD and plan.num_load_blocks == len(inputs.tiers):
+            assert seconds >= 0.9 * plan.predicted_s
+    assert max(ratios) <= 1.03
+    assert min(ratios) <= best
+
+
 def test_meets_in_the_middle_where_loading_and_computing_are_as_fast() -> None:
     world = speeds(1, 0.5, 2000)
     for num_tokens in NUM_TOKENS:
@@ -85,15 +109,16 @@ def test_meets_in_the_middle_where_loading_and_computing_are_as_fast() -> None:
         )
 
 
+@pytest.mark.parametrize("is_layered", [False, True])
 @pytest.mark.parametrize(
     ("tier_error", "model_error", "bound"),
     [(2, 1, 2.0), (0.5, 1, 2.0), (1, 2, 2.0), (1, 0.5, 2.0), (2, 0.5, 3.5), (0.5, 2, 3.5)],
 )
 def test_loses_little_where_estimates_are_wrong_by_two(
-    tier_error: float, model_error: float, bound: float
+    tier_error: float, model_error: float, bound: float, is_layered: bool
 ) -> None:
     """One wrong estimate costs less than its own error; two against each other less than theirs."""
-    cells = restores(tier_error=tier_error, model_error=model_error)
+    cells = restores(tier_error=tier_error, model_error=model_error, is_layered=is_layered)
     assert max(ratio(*one) for one in cells) <= bound
 
 
@@ -103,11 +128,14 @@ def test_loses_little_where_the_slowdown_is_wrong(believed: float, bound: float)
     assert max(ratio(*one) for one in cells) <= bound
 
 
-@pytest.mark.parametrize(("slowdown", "bound"), [(1.0, 1.6), (1.4, 2.25)])
+@pytest.mark.parametrize(
+    ("slowdown", "is_layered", "bound"),
+    [(1.0, False, 1.6), (1.4, False, 2.25), (1.0, True, 1.9), (1.4, True, 2.25)],
+)
 def test_a_tier_that_never_answers_costs_about_as_much_as_computing_again(
-    slowdown: float, bound: float
+    slowdown: float, is_layered: bool, bound: float
 ) -> None:
-    for inputs, world in restores(slowdown=slowdown):
+    for inputs, world in restores(slowdown=slowdown, is_layered=is_layered):
         world.load_speed = lambda now: 0.0
         run = simulate(plan_restore(inputs), world)
         assert run.ttft_s <= bound * recompute_s(inputs, world)

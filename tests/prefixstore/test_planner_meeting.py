@@ -17,6 +17,7 @@ from prefixstore.planner.plan import PlanMode, plan_probe
 
 MODEL = PrefillEstimate(pass_s=5e-3, token_s=1e-3, pair_s=1e-7)
 FAST = TierEstimate(latency_s=1e-3, bytes_per_s=10e9, spread=0.1)
+BESIDE = TierEstimate(latency_s=1e-3, bytes_per_s=6e7, spread=0.1)
 EVEN = TierEstimate(latency_s=1e-3, bytes_per_s=1.5e7, spread=0.1)  # about as fast as the model
 
 
@@ -50,6 +51,7 @@ def restores(draw: st.DrawFn) -> tuple[PlanInputs, World]:
         chunk_tokens=draw(st.sampled_from([40, 64, 100, 512])),
         slowdown=draw(st.sampled_from([1.0, 1.5])),
         has_windows=draw(st.booleans()),
+        is_layered=[draw(st.booleans())],
     )
     tier = inputs.estimates[0]
     change_at = draw(st.floats(0, 2))
@@ -144,6 +146,64 @@ def test_computes_a_block_that_was_missing(has_windows: bool) -> None:
     assert run.loaded.tolist()[:16] == [
         0 if i == 5 or (has_windows and i < 5) else 1 for i in range(16)
     ]
+
+
+def beside_last_load(num_tail: int = 256) -> PlanInputs:
+    """Worth loading in one call, beside which what follows is computed in about the same time."""
+    return one_tier(1024, BESIDE, MODEL, num_tail=num_tail, is_layered=True)
+
+
+def test_computes_what_follows_beside_the_last_load() -> None:
+    inputs = beside_last_load()
+    plan = plan_restore(inputs)
+    run = simulate(plan, World(MODEL, BESIDE))
+    check_once(run, inputs)
+    assert [(call.what, call.num_steps) for call in run.calls] == [(range(16), 8)]
+    assert [chunk.what for chunk in run.chunks] == [range(1024, 1280)]
+    assert math.isclose(run.ttft_s, plan.predicted_s, rel_tol=0.03)
+    assert run.ttft_s < 0.7 * (run.calls[0].took_s + MODEL.seconds(256, 1024, 256))
+
+
+@pytest.mark.parametrize("num_missing", [1, 16])
+def test_what_was_computed_beside_a_block_that_did_not_come_counts_nothing(
+    num_missing: int,
+) -> None:
+    inputs = beside_last_load()
+    run = simulate(
+        plan_restore(inputs), World(MODEL, BESIDE, missing=frozenset(range(num_missing)))
+    )
+    check_once(run, inputs)
+    assert run.voids == [range(1024, 1280)]
+
+
+def test_what_is_computed_beside_a_load_that_stalls_is_given_up() -> None:
+    inputs = beside_last_load()
+    world = World(MODEL, BESIDE, load_speed=lambda now: 1.0 if now < 0.1 else 0.0)
+    run = simulate(plan_restore(inputs), world)
+    check_once(run, inputs)
+    assert run.given_up is not None and run.meeting.counts().is_given_up
+    assert run.ttft_s < 1.7 * recompute_s(inputs, world)
+
+
+def test_who_is_not_alone_waits_until_the_layers_come_sooner_than_they_are_needed() -> None:
+    inputs = beside_last_load(num_tail=100)
+    meeting = Meeting(plan_restore(inputs))
+    now = 0.0
+    while (call := meeting.next_call(now)) is not None and meeting.num_layer_steps == 1:
+        now += BESIDE.seconds(len(call) << 20)
+        meeting.call_done(now)
+    assert call is not None and meeting.next_chunk(now) is None
+    assert meeting.next_overlapped_chunk(now, is_alone=False) is None
+    wake_at = meeting.wake_at
+    assert wake_at is not None
+    over_at = now + BESIDE.seconds(len(call) << 20) + 7 * BESIDE.latency_s
+    pass_s = MODEL.seconds(100, 1024, 100)
+    assert math.isclose(wake_at, over_at - pass_s * 7 / 8)
+    assert meeting.next_overlapped_chunk(wake_at, is_alone=False) == range(1024, 1124)
+    meeting.call_done(over_at)
+    assert meeting.is_chunk_valid
+    meeting.chunk_done(over_at + pass_s / 8)
+    assert meeting.is_done
 
 
 def test_computes_the_rest_once_loading_is_stopped() -> None:

@@ -3,9 +3,9 @@
 from prefixstore.planner.costs import PlanInputs
 from prefixstore.planner.plan import PlanMode, RestorePlan, plan_restore
 from prefixstore.planner.planner import POLICIES, Planner, PlannerConfig
-from prefixstore.planner.progress import Meeting, MeetingCounts
+from prefixstore.planner.progress import Meeting
 from prefixstore.planner.rates import PrefillEstimate, PrefillRate, TierEstimate, TierRate
-from prefixstore.planner.stats import ModeStats, PlannerStats
+from prefixstore.planner.stats import MeetingCounts, ModeStats, PlannerStats
 
 __all__ = [
     "POLICIES",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prefixstore.planner.overlap import overlap_saved_s
 from prefixstore.planner.rates import PrefillEstimate, TierEstimate
 
 
@@ -38,6 +39,8 @@ class PlanInputs:
         margin_s: Seconds that loading must save, or nothing is loaded.
         margin_ratio: Share of the time of computing all that it must save.
         deadline_s: Seconds after which the store gives nothing any more.
+        is_layered: Of each of `estimates`, whether single layers of its records can be loaded; see
+            overlap.py. Empty where none's can.
     """
 
     num_tokens: int
@@ -53,6 +56,7 @@ class PlanInputs:
     margin_s: float = 2e-4
     margin_ratio: float = 0.03
     deadline_s: float = float("inf")
+    is_layered: Sequence[bool] = ()
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
@@ -88,6 +92,7 @@ class Costs:
         inputs: What they were made of.
         tiers: `[num_blocks]`: `inputs.tiers`, but -1 where a block is of no use.
         run_ends: Ends of the runs of blocks that one tier holds, ascending.
+        is_layered: Of each tier whether it gives single layers; False at -1.
     """
 
     def __init__(self, inputs: PlanInputs) -> None:
@@ -112,6 +117,8 @@ class Costs:
         seconds[self.run_ends - 1] += latency_s[self.tiers[self.run_ends - 1]]
         self._load = _running_sum(seconds)
         self._latency_s = latency_s
+        is_layered = inputs.is_layered or [False] * len(inputs.estimates)
+        self.is_layered = np.array([*is_layered, False])
         self._holes = None if is_held.all() else self._sum_holes(is_held)
 
     @property
@@ -128,18 +135,27 @@ class Costs:
         context = (inputs.num_device_blocks + end) * inputs.block_size
         return inputs.prefill.seconds(inputs.num_tokens - context, context, inputs.chunk_tokens)
 
+    def tail_pass_s(self, end: int) -> float:
+        """Of the forward pass over the tokens from block `end` on, by itself."""
+        inputs = self.inputs
+        context = (inputs.num_device_blocks + end) * inputs.block_size
+        num_new = min(inputs.chunk_tokens, inputs.num_tokens - context)
+        return inputs.prefill.seconds(num_new, context, num_new)
+
     def compute_s(self, first: int, end: int) -> float:
         """To compute blocks `first` to `end`, by itself."""
         return float(self._compute[end] - self._compute[first] + self._passes[end - first])
 
-    def load_s(self, first: int, end: int) -> float:
+    def load_s(self, first: int, end: int, num_layer_steps: int = 1) -> float:
         """To load blocks `first` to `end` by itself, the latency of the call that begins there too.
 
-        `end` may cut a run: the call that brings its first part has a latency of its own.
+        `end` may cut a run: the call that brings its first part has a latency of its own. So has
+        each further step of a call that brings layer after layer.
         """
         if first >= end:
             return 0.0
-        return float(self._load[end] - self._load[first]) + self._cut_latency_s(end)
+        steps_s = (num_layer_steps - 1) * float(self._latency_s[self.tiers[end - 1]])
+        return float(self._load[end] - self._load[first]) + self._cut_latency_s(end) + steps_s
 
     def split_s(
         self,
@@ -150,11 +166,16 @@ class Costs:
         load_scale: float = 1.0,
         compute_ready_s: float = 0.0,
         load_ready_s: float = 0.0,
+        pass_s: float = 0.0,
+        layered_tier: int = -1,
     ) -> np.ndarray:
         """Seconds until blocks `first` to `end` are all there, for every place where to meet.
 
         Computing begins at `first` and loading at `end`, at the same time. What no tier holds
         behind the split is computed when both are done.
+
+        What a pass that follows can do beside the last loads is taken off: the seconds are those
+        until it is over, less those that it takes by itself.
 
         Args:
             first: Block where computing begins.
@@ -163,23 +184,37 @@ class Costs:
             load_scale: And loading.
             compute_ready_s: Seconds until computing can begin here.
             load_ready_s: And loading.
+            pass_s: Of the forward pass that waits for these blocks alone; 0 if there is none.
+            layered_tier: Of the load that is to be over before loading can begin, if that brings
+                layers.
 
         Returns:
             `[end - first + 1]`: entry i computes i blocks and loads the rest; infinity where the
             load would miss the deadline.
         """
-        slowdown = self.inputs.slowdown
+        inputs, slowdown = self.inputs, self.inputs.slowdown
         compute = self._compute[first : end + 1] - self._compute[first]
         compute = compute_ready_s + compute_scale * (compute + self._passes[: end - first + 1])
         load = self._load[end] - self._load[first : end + 1]
         load[:-1] += self._cut_latency_s(end)
         load = load_ready_s + load_scale * load
         seconds = both_s(compute, load, slowdown)
+        waits_s = np.maximum(load - compute, 0.0)  # what is loaded beside no computing yet
         if self._holes is not None:
-            seconds += compute_scale * (self._holes[end] - self._holes[first : end + 1])
-        if self.inputs.deadline_s < float("inf"):
-            seconds[:-1][slowdown * load[:-1] > self.inputs.deadline_s] = float("inf")
+            holes_s = self._holes[end] - self._holes[first : end + 1]
+            seconds += compute_scale * holes_s
+            waits_s[holes_s > 0] = 0.0  # the pass waits for these, too
+        if pass_s > 0:
+            tiers = np.append(self.tiers[first:end], layered_tier)
+            seconds -= self._overlap_s(tiers, waits_s, pass_s)
+        if inputs.deadline_s < float("inf"):
+            seconds[:-1][slowdown * load[:-1] > inputs.deadline_s] = float("inf")
         return seconds
+
+    def _overlap_s(self, tiers: np.ndarray, waits_s: np.ndarray, pass_s: float) -> np.ndarray:
+        """What a pass does beside the last load, which is of these tiers."""
+        saved_s, _ = overlap_saved_s(waits_s, pass_s, self._latency_s[tiers], self.inputs.slowdown)
+        return np.where(self.is_layered[tiers], saved_s, 0.0)
 
     def _cut_latency_s(self, end: int) -> float:
         """Of a call that begins inside a run."""

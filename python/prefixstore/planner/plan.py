@@ -71,14 +71,14 @@ def plan_restore(inputs: PlanInputs) -> RestorePlan:
         return _load_nothing(costs, PlanMode.NONE, recompute_s, float("inf"))
     best_s, split, best_end = float("inf"), 0, 0
     for end in _ends(costs):
-        seconds = costs.split_s(0, end)
+        seconds = costs.split_s(0, end, pass_s=costs.tail_pass_s(end))
         seconds[-1] = float("inf")  # loads nothing
         seconds += costs.tail_s(end)
         first = int(seconds.argmin())
         if seconds[first] < best_s:
             best_s, split, best_end = float(seconds[first]), first, end
     last = int(costs.run_ends[-1])
-    load_s = float(costs.split_s(0, last)[0]) + costs.tail_s(last)
+    load_s = float(costs.split_s(0, last, pass_s=costs.tail_pass_s(last))[0]) + costs.tail_s(last)
     if recompute_s - best_s <= max(inputs.margin_s, inputs.margin_ratio * recompute_s):
         return _load_nothing(costs, PlanMode.RECOMPUTE, recompute_s, load_s)
     patience_s = (inputs.slowdown if split else 1.0) * load_patience_s(costs, split, best_end)
@@ -118,14 +118,16 @@ def plan_probe(plan: RestorePlan, num_blocks: int) -> RestorePlan:
     )
 
 
-def load_patience_s(costs: Costs, first: int, end: int, load_scale: float = 1.0) -> float:
+def load_patience_s(
+    costs: Costs, first: int, end: int, load_scale: float = 1.0, num_layer_steps: int = 1
+) -> float:
     """Seconds of a load of blocks `first` to `end`, by itself, after which it has disappointed.
 
     More than usual errors explain; yet no more than computing the blocks would take, or a quarter
     above what was expected, so that a load that never comes costs about as much as computing again.
     """
     inputs = costs.inputs
-    expected_s = load_scale * costs.load_s(first, end)
+    expected_s = load_scale * costs.load_s(first, end, num_layer_steps)
     spread = inputs.estimates[int(costs.tiers[end - 1])].spread
     longest_s = max(_LEAST_PATIENCE * expected_s, costs.compute_s(first, end))
     patience_s = max(_LEAST_PATIENCE, 1 + _PATIENCE_SPREADS * spread) * expected_s

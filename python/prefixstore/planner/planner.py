@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from prefixstore.planner.costs import PlanInputs
 from prefixstore.planner.plan import PlanMode, RestorePlan, plan_probe, plan_restore
-from prefixstore.planner.progress import MeetingCounts
 from prefixstore.planner.rates import PrefillEstimate, PrefillRate, Slowdown, TierRate
-from prefixstore.planner.stats import PlanCounts, PlannerStats
+from prefixstore.planner.stats import MeetingCounts, PlanCounts, PlannerStats
 
 # Passes beside a load say how much it slows them once so many passes are known; before, they are
 # better than a guess of the model's speed.
@@ -63,6 +62,7 @@ class Planner:
         block_size: Tokens in a block.
         chunk_tokens: Prompt tokens in one forward pass.
         has_windows: Whether some layer group has a sliding window, see `PlanInputs`.
+        layered_tiers: Those that single layers can be loaded from, beside a forward pass.
         config: Margins and probes.
     """
 
@@ -73,6 +73,7 @@ class Planner:
         chunk_tokens: int,
         *,
         has_windows: bool = False,
+        layered_tiers: Collection[str] = (),
         config: PlannerConfig | None = None,
     ) -> None:
         self._config = config if config is not None else PlannerConfig()
@@ -82,6 +83,9 @@ class Planner:
         self._block_size = block_size
         self._chunk_tokens = chunk_tokens
         self._has_windows = has_windows
+        # Who always loads is to be measured against: nothing is computed beside it.
+        is_planned = self._config.policy == "planned"
+        self._is_layered = [is_planned and name in layered_tiers for name in self._names]
         self._lock = threading.Lock()
         self._tiers = {name: TierRate() for name in self._names}
         self._probed_at: dict[str, float] = {}
@@ -211,6 +215,7 @@ class Planner:
                 margin_s=0.0 if waits_for_loads else self._config.margin_s,
                 margin_ratio=0.0 if waits_for_loads else self._config.margin_ratio,
                 deadline_s=deadline_s,
+                is_layered=self._is_layered,
             )
             plan = plan_restore(inputs)
             if plan.mode == PlanMode.RECOMPUTE and self._is_due(plan, now):

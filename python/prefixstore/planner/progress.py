@@ -10,44 +10,29 @@ very request has seen, so a wrong estimate costs little more than the first chun
 call. A load that is overdue does not hold computing up: the front takes blocks back from it, and
 what arrives too late is dropped.
 
-After each event ask `next_call` first, if no call is under way, then `next_chunk`.
+The last call may bring layer after layer of its blocks; then the tokens behind them may be begun
+beside it (overlap.py). What was computed so counts only if every layer came.
+
+After each event ask `next_call` first, if no call is under way, then `next_chunk`; where that has
+nothing, `next_overlapped_chunk`.
 
 Pure: the caller says what happened and when. Not thread-safe: the caller holds one lock.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
-from dataclasses import dataclass
 
 import numpy as np
 
-from prefixstore.planner.pace import Pace
-from prefixstore.planner.plan import RestorePlan, load_patience_s
+from prefixstore.planner.outlook import Outlook
+from prefixstore.planner.plan import RestorePlan
+from prefixstore.planner.stats import MeetingCounts
 
 _ABSENT, _COMPUTING, _LOADING, _PRESENT = range(4)
 
-# A call is large enough that its latency is 2 % of it: calls are where a load can turn.
-_LATENCIES_PER_CALL = 50.0
-_LEAST_CALL_S = 5e-3
 _CLOCK_S = 1e-6  # nobody wakes more precisely
-
-
-@dataclass(frozen=True)
-class MeetingCounts:
-    """What became of the blocks of one prompt.
-
-    Attributes:
-        num_computed_blocks: Whole blocks that were computed.
-        num_loaded_blocks: Blocks that were loaded and kept.
-        num_dropped_blocks: Blocks that were loaded for nothing: they came too late.
-        is_given_up: Blocks were computed that the load had promised and did not bring in time.
-    """
-
-    num_computed_blocks: int
-    num_loaded_blocks: int
-    num_dropped_blocks: int
-    is_given_up: bool
 
 
 class Meeting:
@@ -59,7 +44,6 @@ class Meeting:
 
     def __init__(self, plan: RestorePlan) -> None:
         self._plan = plan
-        self._costs = plan.costs
         self._inputs = inputs = plan.costs.inputs
         self._offset = inputs.num_device_blocks
         self._num_blocks = -(-inputs.num_tokens // inputs.block_size)
@@ -71,9 +55,12 @@ class Meeting:
         # A probe loads what was planned and no more.
         self._lowest_load = self._offset + (plan.num_compute_blocks if plan.is_probe else 0)
         self._is_loading_over = plan.num_load_blocks == 0
+        self._load_end = self._back
         self._chunk: range | None = None  # tokens
         self._call: range | None = None  # blocks
-        self._pace = Pace(inputs.slowdown)
+        self._num_steps = 1  # of the call
+        self._is_overlap_tried = False
+        self._outlook = Outlook(plan)
         self._num_computed = self._num_loaded = self._num_dropped = 0
         self._is_given_up = False
         self._wake_at: float | None = None
@@ -108,14 +95,71 @@ class Meeting:
             self._is_given_up = True
         claimed[:] = _COMPUTING
         self._chunk = range(start, stop)
-        seconds = inputs.prefill.seconds(stop - start, start, stop - start)
-        self._pace.begin(self._pace.compute, seconds, now)
+        self._outlook.begin_chunk(self._chunk, now)
         return self._chunk
 
-    def chunk_done(self, now: float) -> None:
-        """The chunk that `next_chunk` gave is computed."""
+    def next_overlapped_chunk(
+        self, now: float, max_tokens: int | None = None, *, is_alone: bool = True
+    ) -> range | None:
+        """Tokens behind the blocks of the call under way, to be computed while its layers come.
+
+        Each layer is to be waited for before it is attended to. `chunk_done` or `chunk_void` is to
+        follow, after the call.
+
+        Args:
+            now: As for `next_chunk`.
+            max_tokens: As for `next_chunk`.
+            is_alone: Nobody else waits for the forward pass. Else it is begun only once the layers
+                are expected to come sooner than it gets to them.
+
+        Returns:
+            The tokens' positions; None if there is no such call, or not now: see `wake_at`.
+        """
+        size, call = self._inputs.block_size, self._call
+        if call is None or self._num_steps == 1 or self._is_overlap_tried:
+            return None
+        if self.overdue_at(now) <= now:
+            return None
+        behind = call.stop + _num_leading(self._states[call.stop :] == _PRESENT)
+        if self._next_token != call.start * size or not (self._states_of_call() == _LOADING).all():
+            return None
+        max_tokens = self._inputs.chunk_tokens if max_tokens is None else max_tokens
+        chunk = range(behind * size, min(self._inputs.num_tokens, behind * size + max_tokens))
+        early_s = self._outlook.early_s(chunk, now)
+        if not is_alone and early_s > _CLOCK_S:
+            self._wake_at = min(self._wake_at or math.inf, now + early_s)
+            return None
+        self._is_overlap_tried = True
+        self._states[chunk.start // size : -(-chunk.stop // size)] = _COMPUTING
+        self._chunk = chunk
+        self._outlook.begin_chunk(chunk, now)
+        return chunk
+
+    def overdue_at(self, now: float) -> float:
+        """When the call under way will have disappointed, the model computing beside it."""
+        return now + self._inputs.slowdown * self._outlook.patience_left_s(now)
+
+    @property
+    def is_chunk_valid(self) -> bool:
+        """Whether all blocks before the chunk under way are there."""
         assert self._chunk is not None, "no chunk was begun"
-        self._pace.end(self._pace.compute, now)
+        return bool(
+            (self._states[: self._chunk.start // self._inputs.block_size] == _PRESENT).all()
+        )
+
+    def chunk_void(self, now: float) -> None:
+        """Not all came that the chunk of `next_overlapped_chunk` reads: it is computed again."""
+        assert self._chunk is not None, "no chunk was begun"
+        self._outlook.end_chunk(now, learns=False)
+        self._states[self._states == _COMPUTING] = _ABSENT
+        self._chunk = None
+
+    def chunk_done(self, now: float) -> None:
+        """The chunk that `next_chunk` or `next_overlapped_chunk` gave is computed."""
+        assert self._chunk is not None, "no chunk was begun"
+        # One that waited for layers says nothing of the model's speed.
+        is_overlapped = self._chunk.start > self._next_token
+        self._outlook.end_chunk(now, learns=not is_overlapped)
         size, stop = self._inputs.block_size, self._chunk.stop
         first, end = self._chunk.start // size, -(-stop // size)
         whole = self._num_blocks if stop == self._inputs.num_tokens else stop // size
@@ -133,7 +177,8 @@ class Meeting:
         `call_done` or `stop_loading` is to follow.
 
         Returns:
-            Block numbers, ascending; None if there is nothing more to load, now or later.
+            Block numbers, ascending; None if there is nothing more to load, now or later. For how
+            they are to be loaded see `num_layer_steps`.
         """
         assert self._call is None, "one call at a time"
         low = max(self._claimed_until(), self._lowest_load)
@@ -142,17 +187,20 @@ class Meeting:
         if self._is_loading_over or self._back <= low:
             self._is_loading_over = True
             return None
-        first = low if self._plan.is_probe else self._best_split(low, now)
-        first = self._call_start(first)
+        first = low if self._plan.is_probe else self._outlook.best_split(low, self._back, now)
         if first == self._back:
             self._is_loading_over = True  # computing the rest is faster
             return None
-        self._call = range(first, self._back)
-        self._back = first
+        self._call, self._num_steps = self._size_call(first)
+        self._back = self._call.start
         self._states_of_call()[:] = _LOADING
-        seconds = self._costs.load_s(first - self._offset, self._call.stop - self._offset)
-        self._pace.begin(self._pace.load, seconds, now)
+        self._outlook.begin_call(self._call, self._num_steps, now)
         return self._call
+
+    @property
+    def num_layer_steps(self) -> int:
+        """Of the call under way: 1 for whole blocks, else some layers of all of them at a time."""
+        return self._num_steps
 
     def call_done(self, now: float, missing: Collection[int] = ()) -> list[int]:
         """The call that `next_call` gave is over.
@@ -166,7 +214,7 @@ class Meeting:
         """
         assert self._call is not None, "no call was begun"
         # A miss is answered sooner than a hit, so it says nothing of the tier's speed.
-        self._pace.end(self._pace.load, now, learns=not missing)
+        self._outlook.end_call(now, learns=not missing)
         states = self._states_of_call()
         wanted = [block for block in self._call if self._states[block] == _LOADING]
         kept = [block for block in wanted if block not in missing]
@@ -186,7 +234,7 @@ class Meeting:
         self._is_loading_over = True
         if self._call is None:
             return
-        self._pace.end(self._pace.load, now, learns=False)
+        self._outlook.end_call(now, learns=False)
         states = self._states_of_call()
         states[states == _LOADING] = _ABSENT
         self._call = None
@@ -228,61 +276,39 @@ class Meeting:
             if self._is_loading_over or front >= self._back:
                 return limit
             is_begun = self._next_token % self._inputs.block_size > 0
-            end = min(limit, max(self._best_split(front, now), front + is_begun))
+            end = min(
+                limit, max(self._outlook.best_split(front, self._back, now), front + is_begun)
+            )
         if end == front and self._call is not None:
-            end = self._patient_until(front, limit, self._call, now)
+            end = self._patient_until(front, limit, now)
         return end
 
-    def _patient_until(self, front: int, limit: int, call: range, now: float) -> int:
-        """What the front may compute though waiting for `call` seemed better.
+    def _patient_until(self, front: int, limit: int, now: float) -> int:
+        """What the front may compute though waiting for the call under way seemed better.
 
         Nothing before the call is overdue. Then what takes half as long as was waited already: if
         the blocks arrive right after, the wait was half again as long, no more.
         """
-        load, scale = self._pace.load, self._pace.compute.scale
-        assert load.work is not None
-        self._pace.advance(now)
-        i = front - self._offset
-        half_s = (now - load.work.started_at) / 2
-        patience_s = load_patience_s(
-            self._costs, call.start - self._offset, call.stop - self._offset, load.scale
-        )
-        block_s = scale * self._costs.compute_s(i, i + 1)
-        left_s = max(patience_s - load.done_s(now), 2 * (block_s - half_s))
+        outlook = self._outlook
+        half_s = outlook.waited_s(now) / 2
+        block_s = outlook.compute_s(front, front + 1)
+        left_s = max(outlook.patience_left_s(now), 2 * (block_s - half_s))
         if left_s > _CLOCK_S:
             self._wake_at = now + left_s
             return front
         end = front + 1
-        while end < limit and scale * self._costs.compute_s(i, end + 1 - self._offset) <= half_s:
+        while end < limit and outlook.compute_s(front, end + 1) <= half_s:
             end += 1
         return end
 
-    def _best_split(self, low: int, now: float) -> int:
-        """Where computing from `low` and loading down from `back` are done first."""
-        self._pace.advance(now)
-        seconds = self._costs.split_s(
-            low - self._offset,
-            self._back - self._offset,
-            compute_scale=self._pace.compute.scale,
-            load_scale=self._pace.load.scale,
-            compute_ready_s=self._pace.compute.left_s(now),
-            load_ready_s=self._pace.load.left_s(now),
-        )
-        return low + int(seconds.argmin())
-
-    def _call_start(self, first: int) -> int:
-        """First block of the next call, which ends at `back` and begins at `first` or later."""
-        i, end = first - self._offset, self._back - self._offset
-        if i == end:
-            return first
-        tiers = self._costs.tiers
-        others = np.flatnonzero(tiers[i:end] != tiers[end - 1])
-        i += int(others[-1]) + 1 if len(others) else 0
-        tier = self._inputs.estimates[int(tiers[end - 1])]
-        longest_s = max(_LATENCIES_PER_CALL * tier.latency_s, _LEAST_CALL_S)
-        transfers = np.cumsum(self._inputs.record_bytes[i:end][::-1]) / tier.bytes_per_s
-        num_blocks = max(1, int(np.searchsorted(transfers, longest_s, side="right")))
-        return max(self._offset + i, self._back - num_blocks)
+    def _size_call(self, first: int) -> tuple[range, int]:
+        """The next call, which brings blocks from `first` on, and in how many steps of layers."""
+        behind = self._states[self._back : self._load_end]
+        if not self._plan.is_probe and (behind == _PRESENT).all():
+            num_steps = self._outlook.layer_steps(first, self._back)
+            if num_steps > 1:
+                return range(first, self._back), num_steps
+        return self._outlook.whole_call(first, self._back), 1
 
     def _states_of_call(self) -> np.ndarray:
         """A view of them."""
@@ -290,7 +316,7 @@ class Meeting:
         return self._states[self._call.start : self._call.stop]
 
     def _tier(self, block: int) -> int:
-        return int(self._costs.tiers[block - self._offset])
+        return int(self._plan.costs.tiers[block - self._offset])
 
     def _claimed_until(self) -> int:
         """First block that the front has not begun."""

@@ -8,10 +8,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prefixstore.planner.plan import PlanMode, RestorePlan
-from prefixstore.planner.progress import MeetingCounts
 from prefixstore.planner.rates import PrefillEstimate, TierEstimate
 
 _NUM_KEPT = 512  # errors of the newest plans of each mode
+
+
+@dataclass(frozen=True)
+class MeetingCounts:
+    """What became of the blocks of one prompt.
+
+    Attributes:
+        num_computed_blocks: Whole blocks that were computed.
+        num_loaded_blocks: Blocks that were loaded and kept.
+        num_dropped_blocks: Blocks that were loaded for nothing: they came too late.
+        is_given_up: Blocks were computed that the load had promised and did not bring in time.
+    """
+
+    num_computed_blocks: int
+    num_loaded_blocks: int
+    num_dropped_blocks: int
+    is_given_up: bool
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,103 @@
+"""How long what is left of one restore takes, with the speeds that this very request has seen.
+
+Blocks and tokens are counted from the prompt's start.
+"""
+
+from __future__ import annotations
+
+from prefixstore.planner.calls import call_start, layer_steps
+from prefixstore.planner.pace import Pace
+from prefixstore.planner.plan import RestorePlan, load_patience_s
+
+
+class Outlook:
+    """What is expected of a plan's costs and a request's pace.
+
+    Args:
+        plan: Of the request.
+    """
+
+    def __init__(self, plan: RestorePlan) -> None:
+        self._costs = plan.costs
+        self._inputs = inputs = plan.costs.inputs
+        self._offset = inputs.num_device_blocks
+        self._pace = Pace(inputs.slowdown)
+        # Of the forward pass that waits for nothing but the loads.
+        self._tail_pass_s = plan.costs.tail_pass_s(plan.num_compute_blocks + plan.num_load_blocks)
+        self._call = range(0)  # the last one
+        self._num_layer_steps = 1
+
+    # ---- what happens ------------------------------------------------------------------------
+
+    def begin_chunk(self, tokens: range, now: float) -> None:
+        self._pace.begin(self._pace.compute, self._pass_s(tokens), now)
+
+    def end_chunk(self, now: float, *, learns: bool = True) -> None:
+        """The chunk is over; without `learns` its time says nothing of the model."""
+        self._pace.end(self._pace.compute, now, learns=learns)
+
+    def begin_call(self, blocks: range, num_layer_steps: int, now: float) -> None:
+        self._call, self._num_layer_steps = blocks, num_layer_steps
+        first, end = blocks.start - self._offset, blocks.stop - self._offset
+        self._pace.begin(self._pace.load, self._costs.load_s(first, end, num_layer_steps), now)
+
+    def end_call(self, now: float, *, learns: bool = True) -> None:
+        """The call is over; without `learns` its time says nothing of the tier."""
+        self._pace.end(self._pace.load, now, learns=learns)
+
+    # ---- what is expected --------------------------------------------------------------------
+
+    def best_split(self, low: int, back: int, now: float) -> int:
+        """Where computing from block `low` and loading down from `back` are done first."""
+        self._pace.advance(now)
+        is_layered = self._pace.load.work is not None and self._num_layer_steps > 1
+        seconds = self._costs.split_s(
+            low - self._offset,
+            back - self._offset,
+            compute_scale=self._pace.compute.scale,
+            load_scale=self._pace.load.scale,
+            compute_ready_s=self._pace.compute.left_s(now),
+            load_ready_s=self._pace.load.left_s(now),
+            pass_s=self._pace.compute.scale * self._tail_pass_s,
+            layered_tier=int(self._costs.tiers[back - self._offset]) if is_layered else -1,
+        )
+        return low + int(seconds.argmin())
+
+    def whole_call(self, first: int, back: int) -> range:
+        """The next call of whole blocks, which ends at `back` and begins at `first` or later."""
+        start = call_start(self._costs, first - self._offset, back - self._offset)
+        return range(self._offset + start, back)
+
+    def layer_steps(self, first: int, back: int) -> int:
+        """In how many steps of layers blocks `first` to `back` are best brought; 1 for none."""
+        pass_s = self._pace.compute.scale * self._tail_pass_s
+        i, end = first - self._offset, back - self._offset
+        return layer_steps(self._costs, i, end, pass_s, self._pace.load.scale)
+
+    def compute_s(self, first: int, end: int) -> float:
+        """To compute these blocks, by itself."""
+        seconds = self._costs.compute_s(first - self._offset, end - self._offset)
+        return self._pace.compute.scale * seconds
+
+    def waited_s(self, now: float) -> float:
+        """Since the call under way began."""
+        assert self._pace.load.work is not None, "no call was begun"
+        return now - self._pace.load.work.started_at
+
+    def patience_left_s(self, now: float) -> float:
+        """Until the call under way will have disappointed, by itself."""
+        self._pace.advance(now)
+        first, end = self._call.start - self._offset, self._call.stop - self._offset
+        patience_s = load_patience_s(
+            self._costs, first, end, self._pace.load.scale, self._num_layer_steps
+        )
+        return patience_s - self._pace.load.done_s(now)
+
+    def early_s(self, tokens: range, now: float) -> float:
+        """How much too early a pass over these would be that never waits for the call's layers."""
+        self._pace.advance(now)
+        until_last_s = self._pass_s(tokens) * (1 - 1 / self._num_layer_steps)
+        return self._pace.load.left_s(now) - self._pace.compute.scale * until_last_s
+
+    def _pass_s(self, tokens: range) -> float:
+        return self._inputs.prefill.seconds(len(tokens), tokens.start, len(tokens))
