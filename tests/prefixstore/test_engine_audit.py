@@ -185,7 +185,7 @@ def test_a_request_waits_for_one_block_of_an_audit_at_most(model):
         run, passes, in_audit = engine._loop.runner.run, [], threading.Event()
         is_told = threading.Event()
 
-        def watched(chunks):
+        def watched(chunks, before_layer=None):
             if not any(chunk.wants_logits for chunk in chunks) and not is_told.is_set():
                 passes.append("audit")
                 if len(passes) == 3:
@@ -193,7 +193,7 @@ def test_a_request_waits_for_one_block_of_an_audit_at_most(model):
                     assert is_told.wait(30)
             elif is_told.is_set():
                 passes.append("audit" if not chunks[0].wants_logits else "request")
-            return run(chunks)
+            return run(chunks, before_layer)
 
         answer(engine, tokens)
         engine._loop.runner.run = watched
@@ -215,10 +215,10 @@ def test_an_audit_gives_its_blocks_to_a_request(model):
         gate, run = Gate("audit"), engine._loop.runner.run
         answer(engine, tokens)
 
-        def watched(chunks):
+        def watched(chunks, before_layer=None):
             if chunks[0].start == 30 * BLOCK_SIZE:
                 gate("audit")
-            return run(chunks)
+            return run(chunks, before_layer)
 
         engine._loop.runner.run = watched
         assert gate.entered.wait(30), "no audit"
@@ -238,9 +238,9 @@ def test_closes_while_it_audits(model):
     answer(engine, tokens)
     answer(engine, tokens)
 
-    def watched(chunks):
+    def watched(chunks, before_layer=None):
         gate("audit")
-        return run(chunks)
+        return run(chunks, before_layer)
 
     engine._loop.runner.run = watched
     assert gate.entered.wait(30), "no audit"

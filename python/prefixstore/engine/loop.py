@@ -6,12 +6,15 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
+from prefixstore.block_cache import BlockCache
 from prefixstore.cache import PrefixCache
 from prefixstore.engine.audit import Auditor
 from prefixstore.engine.config import EngineConfig
 from prefixstore.engine.outputs import FinishReason
+from prefixstore.engine.overlap import Overlap, PassIsVoid
 from prefixstore.engine.request import Request
 from prefixstore.engine.restorer import Restorer
 from prefixstore.engine.roster import Roster
@@ -61,6 +64,7 @@ class EngineLoop:
             blocks.block_size,
             config.max_batch_tokens,
             has_windows=any(window is not None for window in blocks.device.windows),
+            layered_tiers=_layered_tiers(blocks),
             config=PlannerConfig(policy=config.restore_policy),
         )
         self.restorer = Restorer(blocks, self.planner, config.num_loaders, self.changed)
@@ -110,12 +114,14 @@ class EngineLoop:
                 loading_s = self.restorer.loading_s(started)
                 self.restorer.note_computing(True)
                 chunks = [_chunk(step) for step in steps]
+                overlap = Overlap(steps, self.changed)
             try:
-                tokens = self._compute(steps, chunks)
+                valid, tokens = self._compute(steps, chunks, overlap)
             except Exception as error:
                 # Nobody else sees it: the requests of this batch end, the others go on.
                 logger.exception("a forward pass failed")
                 with self.changed:
+                    self.restorer.note_computing(False)
                     for step in steps:
                         self.roster.end(
                             step.request, FinishReason.ERROR, f"{type(error).__name__}: {error}"
@@ -126,7 +132,7 @@ class EngineLoop:
                 now = time.monotonic()
                 loading_s = self.restorer.loading_s(now) - loading_s
                 self._observe(steps, now - started, loading_s)
-                self._advance(steps, tokens, now - started, now)
+                self._advance(valid, tokens, now - started, now)
                 self.roster.counts.num_steps += 1
                 self.roster.counts.step_s += time.monotonic() - started
 
@@ -146,18 +152,28 @@ class EngineLoop:
             wake_at = self.scheduler.wake_at()
             self.changed.wait(None if wake_at is None else max(0.0, wake_at - time.monotonic()))
 
-    def _compute(self, steps: Sequence[Step], chunks: Sequence[Chunk]) -> list[SampledToken]:
+    def _compute(
+        self, steps: Sequence[Step], chunks: Sequence[Chunk], overlap: Overlap
+    ) -> tuple[list[Step], list[SampledToken]]:
+        """Run the model; the steps that count, and the next tokens of those that want one."""
         started = time.perf_counter()
-        logits = self.runner.run(chunks)
+        logits = None
+        with suppress(PassIsVoid):
+            logits = self.runner.run(chunks, overlap.before_layer)
         self.roster.counts.model_s += time.perf_counter() - started
+        with self.changed:
+            valid = overlap.valid_steps()
         if logits is None:
-            return []
-        rows = [
+            return valid, []
+        wanting = [step for step in steps if step.wants_logits]
+        # What read blocks that did not come has logits of no meaning, perhaps no numbers at all.
+        rows = [row for row, step in enumerate(wanting) if step in valid]
+        sampled = [
             SamplingRow(step.request.sampling, step.request.seed, step.request.num_output)
-            for step in steps
-            if step.wants_logits
+            for step in wanting
+            if step in valid
         ]
-        return sample_tokens(logits, rows)
+        return valid, sample_tokens(logits[rows], sampled) if rows else []
 
     def _advance(
         self, steps: Sequence[Step], tokens: Sequence[SampledToken], seconds: float, now: float
@@ -199,8 +215,11 @@ class EngineLoop:
         """Tell the planner what a pass over prompts took, blocks being loaded for some of it."""
         is_loading = loading_s > _MOSTLY * seconds
         is_alone = loading_s < (1 - _MOSTLY) * seconds
-        # One beside which blocks were loaded for a part of it tells neither speed.
-        if all(step.request.is_decoding for step in steps) or not (is_loading or is_alone):
+        # One that waited for loads, or beside which blocks were loaded for a part of it, tells
+        # neither speed.
+        if any(step.load is not None for step in steps) or not (is_loading or is_alone):
+            return
+        if all(step.request.is_decoding for step in steps):
             return
         num_new = sum(step.stop - step.start for step in steps)
         pairs = sum((step.stop - step.start) * (step.start + step.stop) / 2 for step in steps)
@@ -225,13 +244,25 @@ class EngineLoop:
         return False
 
 
+def _layered_tiers(blocks: BlockCache) -> Sequence[str]:
+    """From which layers can be loaded in the order in which the model attends to them.
+
+    Layers of several groups take turns, and of a sliding group not all blocks are loaded.
+    """
+    is_full = list(blocks.device.windows) == [None]
+    return blocks.store.layered_tiers if blocks.store is not None and is_full else ()
+
+
 def _chunk(step: Step) -> Chunk:
     request = step.request
     assert request.sequence is not None
+    # Loads write into tables while the model runs: of other blocks, but of the same array.
+    tables = request.sequence.tables.copy()
+    if step.load is not None:
+        step.load.show_in(tables)
     return Chunk(
         tokens=request.tokens[step.start : step.stop].copy(),
         start=step.start,
-        # Loads write into tables while the model runs: of other blocks, but of the same array.
-        tables=request.sequence.tables.copy(),
+        tables=tables,
         wants_logits=step.wants_logits,
     )

@@ -93,9 +93,9 @@ class Restorer:
 
     def note_done(self, restoring: Restoring, now: float) -> None:
         """All of a prompt is there: a call that is still under way took too long."""
-        if restoring.call_under_way is not None:
-            numbers, began = restoring.call_under_way
-            self._observe_given_up(restoring, numbers, now - began, now)
+        load = restoring.load_under_way
+        if load is not None:
+            self._observe_given_up(restoring, load.numbers, now - load.began, now)
 
     def note_computing(self, is_computing: bool) -> None:
         """Whether the model computes from now on."""
@@ -225,14 +225,18 @@ class Restorer:
             numbers = restoring.next_call(now)
             if numbers is None:
                 return False
+            assert restoring.meeting is not None
+            num_steps = restoring.meeting.num_layer_steps
             try:
-                call = LoadCall(self._blocks, restoring, numbers)
+                call = LoadCall(self._blocks, restoring, numbers, num_steps, now)
             except PoolFullError:
                 restoring.stop_loading(now, has_no_room=True)
                 self._changed.notify_all()
                 return False
+            restoring.begin_call(call)
             self._loading_s, self._loading_since = self.loading_s(now), now
             self._num_loading += 1
+            self._changed.notify_all()  # it may be overdue some day, or be computed beside
         found: dict[int, str] = {}
         try:
             found = call.run(store, keys)

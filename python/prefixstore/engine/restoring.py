@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from prefixstore.engine.load_call import LoadCall
 from prefixstore.engine.sequence import SequenceBlocks
 from prefixstore.planner import Meeting, RestorePlan
 from prefixstore.restore import DEVICE
@@ -73,7 +74,7 @@ class Restoring:
         self._plan: RestorePlan | None = None
         self._chunk = range(0)  # the last one to be computed
         self._late_answer: Held | None = None
-        self._call: tuple[range, float] | None = None  # under way, and since when
+        self._load: LoadCall | None = None
         self._loaded: dict[int, str] = {}
         self._lost: set[int] = set()
         self._late: set[int] = set()
@@ -150,6 +151,17 @@ class Restoring:
         self._chunk = chunk or self._chunk
         return chunk
 
+    def next_overlapped_chunk(self, now: float, max_tokens: int, *, is_alone: bool) -> range | None:
+        """Tokens to compute while blocks before them come; see `Meeting`."""
+        if self._load is None or self._meeting is None:
+            return None
+        return self._meeting.next_overlapped_chunk(now, max_tokens, is_alone=is_alone)
+
+    def overdue_at(self, now: float) -> float:
+        """When the load under way is not to be waited for any more."""
+        assert self._meeting is not None
+        return min(self._meeting.overdue_at(now), self.deadline)
+
     def chunk_done(self, now: float) -> None:
         assert self._meeting is not None
         self._meeting.chunk_done(now)
@@ -167,14 +179,16 @@ class Restoring:
         """Blocks to load now; see `Meeting.next_call`."""
         if self.is_over or self._meeting is None:
             return None
-        numbers = self._meeting.next_call(now)
-        self._call = None if numbers is None else (numbers, now)
-        return numbers
+        return self._meeting.next_call(now)
+
+    def begin_call(self, load: LoadCall) -> None:
+        """What `next_call` gave is being loaded."""
+        self._load = load
 
     @property
-    def call_under_way(self) -> tuple[range, float] | None:
-        """Blocks that are being loaded, and since when."""
-        return self._call
+    def load_under_way(self) -> LoadCall | None:
+        """What is being loaded."""
+        return self._load
 
     def expected_of(self, numbers: range) -> tuple[str, int]:
         """The tier that a call asks for these blocks, and their bytes there."""
@@ -190,7 +204,7 @@ class Restoring:
     ) -> Collection[int]:
         """A call is over that found these blocks, by the tiers; returns those to keep."""
         self.load_s += seconds
-        self._call = None
+        self._load = None
         if self.is_over or self._meeting is None:
             return ()
         missing = [number for number in numbers if number not in found]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,11 +91,14 @@ class ModelRunner:
         return True
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
+    def run(
+        self, chunks: Sequence[Chunk], before_layer: Callable[[int], None] | None = None
+    ) -> torch.Tensor | None:
         """Compute the chunks' tokens and store their KV.
 
         Args:
             chunks: At least one, none empty.
+            before_layer: See `BatchCache`.
 
         Returns:
             ``[num_wanted, vocab_size]``: logits after the chunks that want them, in order; None if
@@ -111,7 +114,9 @@ class ModelRunner:
         out = self._model(
             input_ids=self._tensor(tokens)[None],
             position_ids=self._tensor(positions)[None],
-            past_key_values=BatchCache(self._groups, self._batches(chunks, lengths, positions)),
+            past_key_values=BatchCache(
+                self._groups, self._batches(chunks, lengths, positions), before_layer
+            ),
             use_cache=True,
             # A model computes logits of one place at least.
             logits_to_keep=self._tensor(np.array(wanted or [0])),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from kvkernels import PoolFullError
 from prefixstore.block_cache import BlockCache
 from prefixstore.engine.config import EngineConfig
 from prefixstore.engine.fair_queue import FairQueue
+from prefixstore.engine.load_call import LoadCall
 from prefixstore.engine.request import Request
 from prefixstore.engine.restorer import Restorer
 from prefixstore.engine.restoring import Restoring
@@ -21,11 +23,18 @@ _RETRY_S = 0.02  # how soon a pool that was too full is tried again
 
 @dataclass(frozen=True)
 class Step:
-    """A request's part of the next forward pass: tokens `start` to `stop`."""
+    """A request's part of the next forward pass: tokens `start` to `stop`.
+
+    Attributes:
+        load: Brings blocks before them, layer after layer; None if all are there.
+        wait_until: When its layers are not waited for any more, of `time.monotonic`.
+    """
 
     request: Request
     start: int
     stop: int
+    load: LoadCall | None = None
+    wait_until: float = math.inf
 
     @property
     def wants_logits(self) -> bool:
@@ -179,10 +188,10 @@ class Scheduler:
                 break
             if request not in self.running:  # preempted for the sake of one before it
                 continue
-            chunk = self._next_chunk(request, budget, now)
-            if chunk is not None and self._make_room(request, chunk.stop, chunk.start):
-                steps.append(Step(request, chunk.start, chunk.stop))
-                budget -= len(chunk)
+            step = self._next_chunk(request, budget, now)
+            if step is not None and self._make_room(request, step.stop, step.start):
+                steps.append(step)
+                budget -= step.stop - step.start
         return [step for step in steps if step.request in self.running]
 
     def wake_at(self) -> float | None:
@@ -198,12 +207,20 @@ class Scheduler:
         known = [one for one in times if one is not None]
         return min(known) if known else None
 
-    def _next_chunk(self, request: Request, budget: int, now: float) -> range | None:
+    def _next_chunk(self, request: Request, budget: int, now: float) -> Step | None:
         restoring = request.restoring
         assert restoring is not None
         if not self._restorer.prepare(restoring, request.keys, now):
             return None
-        return restoring.next_chunk(now, budget)
+        chunk = restoring.next_chunk(now, budget)
+        if chunk is not None:
+            return Step(request, chunk.start, chunk.stop)
+        is_alone = len(self.running) == 1
+        chunk = restoring.next_overlapped_chunk(now, budget, is_alone=is_alone)
+        if chunk is None:
+            return None
+        wait_until = restoring.overdue_at(now)
+        return Step(request, chunk.start, chunk.stop, restoring.load_under_way, wait_until)
 
     def _make_room(self, request: Request, stop: int, start: int | None = None) -> bool:
         """Have blocks for tokens up to `stop`, preempting; False if it was itself preempted."""

@@ -1,0 +1,150 @@
+"""Prompts whose last tokens are computed while the layers before them come, one after another."""
+
+import threading
+
+import pytest
+import torch
+from cached_models import BLOCK_SIZE, tiny_llama
+from engines import GREEDY, Numbers, expected, prompt
+from test_engine_restoring import warm, watch
+from test_store import DictTier
+
+from prefixstore.cache import PrefixCache
+from prefixstore.config import CacheConfig
+from prefixstore.engine import Engine, EngineConfig, SamplingParams
+from prefixstore.engine.overlap import Overlap
+from prefixstore.engine.restoring import Restoring
+from prefixstore.planner import Meeting
+from prefixstore.store import Store, StoreConfig
+
+NUM_BLOCKS = 30
+TOKENS = prompt(NUM_BLOCKS * BLOCK_SIZE + 5)
+NUM_LAYERS = 3
+LAYER_BYTES = BLOCK_SIZE * 2 * 2 * 16 * 4  # keys and values, heads, head_dim, float32
+
+
+class LayerTier(DictTier):
+    """Says where it is asked to begin, before it gives parts of records."""
+
+    def __init__(self):
+        super().__init__("slow")
+        self.before_part = lambda offset: None
+
+    def get_many(self, names, outs, *, offsets=None, deadline=None):
+        if offsets is not None:
+            self.before_part(offsets[0])
+        return super().get_many(names, outs, offsets=offsets, deadline=deadline)
+
+
+@pytest.fixture
+def tier():
+    return LayerTier()
+
+
+@pytest.fixture
+def engine(tier):
+    """Holds `TOKENS` in its tier alone, and believes that loading them is well worth it."""
+    torch.manual_seed(1)
+    store = Store([tier], StoreConfig(load_timeout_s=20.0))
+    config = CacheConfig(block_size=BLOCK_SIZE, pool_tokens=2048)
+    model = tiny_llama()
+    cache = PrefixCache.open(model, config, store=store)
+    engine = Engine(model, Numbers(), cache, EngineConfig(max_batch_tokens=24))
+    warm(engine, TOKENS)
+    cache.blocks.device.groups[0].pool.data.fill_(float("nan"))
+    planner = engine._loop.planner
+    for num_tokens in (8, 16, 24) * 10:
+        planner.observe_prefill(num_tokens, 100, 5e-3 * num_tokens)
+        planner.observe_load("slow", 5000 * num_tokens, 10, 1e-3 + 4e-4 * num_tokens, 0.0)
+    yield engine
+    tier.before_part = lambda offset: None
+    assert engine.drain(60)
+    engine.close()
+    assert engine.check() == []
+    assert cache.flush()
+    stats = cache.stats()
+    cache.close()
+    assert stats.pool_free_blocks + stats.index.num_blocks == stats.pool_blocks
+
+
+def last_layer_of(tier):
+    """Where the last layer begins in a record; they are all of one length."""
+    (length,) = {len(record) for record in tier.records.values()}
+    return length - LAYER_BYTES
+
+
+@pytest.fixture
+def voids(monkeypatch):
+    """Passes that were computed for nothing."""
+    seen = []
+    watch(monkeypatch, Meeting, "chunk_void", lambda *_: seen.append(1))
+    return seen
+
+
+def test_the_first_layer_is_computed_before_the_last_one_has_come(tier, engine, voids):
+    is_computed, last = threading.Event(), last_layer_of(tier)
+    has_waited = []
+
+    def wait_for_the_model(offset):
+        if offset == last:
+            has_waited.append(is_computed.wait(10))
+
+    tier.before_part = wait_for_the_model
+    layer = engine.model.model.layers[0]
+    hook = layer.register_forward_hook(lambda *_: is_computed.set())
+    output = engine.submit(TOKENS, GREEDY).result(60)
+    hook.remove()
+    assert has_waited == [True]
+    assert not voids
+    assert list(output.token_ids) == expected(engine.model, TOKENS)
+    assert output.report.reuse.tokens_by_tier == {"slow": NUM_BLOCKS * BLOCK_SIZE}
+
+
+@pytest.mark.parametrize("layer", range(NUM_LAYERS))
+def test_a_damaged_layer_spoils_nothing_but_its_block(tier, engine, voids, layer, monkeypatch):
+    """What was computed on it is computed again; who shares the pass does not notice."""
+    number, is_begun, passes = 17, threading.Event(), []
+    watch(
+        *(monkeypatch, Overlap, "valid_steps"),
+        lambda valid, args, _: passes.append((len(args[0].steps), len(valid))),
+    )
+    watch(
+        *(monkeypatch, Restoring, "next_overlapped_chunk"),
+        lambda chunk, *_: is_begun.set() if chunk is not None else None,
+    )
+    tier.before_part = lambda offset: offset == last_layer_of(tier) and is_begun.wait(10)
+    ((*_, key),) = engine.cache.blocks.keys(
+        *engine.cache.checked_prompt(TOKENS[: (number + 1) * BLOCK_SIZE], None)
+    )
+    record = bytearray(tier.records[key.block_hash])
+    record[last_layer_of(tier) - (NUM_LAYERS - 1 - layer) * LAYER_BYTES + 100] ^= 1
+    tier.records[key.block_hash] = bytes(record)
+    other = engine.submit(prompt(20, seed=3), SamplingParams(max_tokens=60, temperature=0))
+    first_piece = next(iter(other))
+    output = engine.submit(TOKENS, GREEDY).result(60)
+    assert first_piece.text and list(output.token_ids) == expected(engine.model, TOKENS)
+    reuse = output.report.reuse
+    assert reuse.misses == {"lost": BLOCK_SIZE}
+    assert reuse.tokens_by_tier == {"slow": (NUM_BLOCKS - 1) * BLOCK_SIZE}
+    assert len(voids) == 1 and (2, 1) in passes
+    answer = list(other.result(60).token_ids)
+    assert answer == expected(engine.model, prompt(20, seed=3), num_new=60)
+    again = engine.submit(TOKENS, GREEDY).result(60)
+    assert again.token_ids == output.token_ids
+
+
+def test_a_layer_that_does_not_come_delays_nobody(tier, engine, voids):
+    is_asked, is_over, last = threading.Event(), threading.Event(), last_layer_of(tier)
+
+    def hang(offset):
+        if offset == last:
+            is_asked.set()
+            assert is_over.wait(30)
+
+    tier.before_part = hang
+    output = engine.submit(TOKENS, GREEDY).result(60)
+    assert is_asked.is_set()
+    is_over.set()
+    assert len(voids) == 1
+    assert list(output.token_ids) == expected(engine.model, TOKENS)
+    assert output.report.reuse.num_recomputed == len(TOKENS)
