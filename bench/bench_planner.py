@@ -41,10 +41,13 @@ class Cell:
 
 
 class Subject:
-    """One engine with one way to restore, on a tier of its own behind a link."""
+    """One engine with one way to restore, on a tier of its own behind a link.
 
-    def __init__(self, model: Any, tokenizer: Any, policy: str) -> None:
-        self.tier = ThrottledTier(MemoryTierConfig(1 << 30))
+    `gives_layers` says whether the last load may come layer after layer.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, policy: str, gives_layers: bool = True) -> None:
+        self.tier = ThrottledTier(MemoryTierConfig(1 << 30), gives_layers)
         store = Store([self.tier], StoreConfig(load_timeout_s=120.0))
         self.cache = PrefixCache.open(model, pool_tokens=8192, store=store)
         config = EngineConfig(restore_policy=policy)

@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from prefixstore.block_key import RecordName
 from prefixstore.errors import TierTimeout
 from prefixstore.tiers.base import ReadOutcome
-from prefixstore.tiers.memory import MemoryTier
+from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
 
 
 class ThrottledTier(MemoryTier):
     """Reads take as long as their bytes need on the link, one after another, or as memory takes.
+
+    Args:
+        config: Of the memory.
+        gives_parts: Whether layers of records may be asked for.
 
     Attributes:
         bytes_per_s: Of the link; may be set at any time.
@@ -19,9 +23,14 @@ class ThrottledTier(MemoryTier):
 
     bytes_per_s = float("inf")
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, config: MemoryTierConfig, gives_parts: bool = True) -> None:
+        super().__init__(config)
+        self._gives_parts = gives_parts
         self._link = threading.Lock()
+
+    @property
+    def gives_parts(self) -> bool:
+        return self._gives_parts
 
     @property
     def lends(self) -> bool:
