@@ -263,7 +263,9 @@ class BlockIdView {
 // and no Python code runs under the mutex, so the two cannot deadlock.
 class LockedTree {
  public:
-  LockedTree(std::uint32_t block_size, std::uint32_t num_groups) : tree_(block_size, num_groups) {}
+  LockedTree(std::uint32_t block_size, std::uint32_t num_groups,
+             std::vector<std::uint32_t> window_blocks)
+      : tree_(block_size, num_groups, std::move(window_blocks)) {}
 
   // These never change, so they need no lock.
   std::uint32_t block_size() const { return tree_.block_size(); }
@@ -327,11 +329,13 @@ RadixTree::Handle unpack(std::uint64_t packed) {
   return {static_cast<std::uint32_t>(packed), static_cast<std::uint32_t>(packed >> 32)};
 }
 
-RadixMatch match(LockedTree& locked, py::handle tokens, py::handle salt) {
+// By RadixTree::match or RadixTree::peek.
+template <auto find>
+RadixMatch find_run(LockedTree& locked, py::handle tokens, py::handle salt) {
   const TokenView view(tokens);
   const std::string_view salt_view = view_salt(salt);
   RadixTree::Match match =
-      locked.with_gil([&](RadixTree& tree) { return tree.match(view.tokens(), salt_view); });
+      locked.with_gil([&](RadixTree& tree) { return (tree.*find)(view.tokens(), salt_view); });
   return {locked.id(), match.num_blocks * locked.block_size(), std::move(match),
           locked.num_groups()};
 }
@@ -360,6 +364,11 @@ py::array evict(LockedTree& locked, std::size_t num_blocks) {
   const auto call = [&](RadixTree& tree) { return tree.evict(num_blocks); };
   return to_rows(num_blocks > kLong ? locked.without_gil(call) : locked.with_gil(call),
                  locked.num_groups());
+}
+
+py::array strip(LockedTree& locked, std::uint32_t group, std::size_t num_blocks) {
+  return to_rows(locked.with_gil([&](RadixTree& tree) { return tree.strip(group, num_blocks); }),
+                 1);
 }
 
 py::array detach(LockedTree& locked, py::handle tokens, std::size_t num_kept, py::handle salt) {
@@ -416,7 +425,8 @@ py::dict count(LockedTree& locked) {
                   "num_salts"_a = stats.num_salts, "num_pinned_runs"_a = stats.num_pinned_runs,
                   "num_matches"_a = stats.num_matches, "lookup_blocks"_a = stats.lookup_blocks,
                   "hit_blocks"_a = stats.hit_blocks, "inserted_blocks"_a = stats.inserted_blocks,
-                  "evicted_blocks"_a = stats.evicted_blocks, "token_bytes"_a = stats.token_bytes,
+                  "evicted_blocks"_a = stats.evicted_blocks,
+                  "stripped_blocks"_a = stats.stripped_blocks, "token_bytes"_a = stats.token_bytes,
                   "overhead_bytes"_a = stats.overhead_bytes);
 }
 
@@ -439,11 +449,15 @@ void bind_index(py::module_& module) {
         return "Match(num_tokens=" + std::to_string(self.num_tokens) + ")";
       });
   py::class_<LockedTree>(module, "RadixTree")
-      .def(py::init<std::uint32_t, std::uint32_t>(), py::arg("block_size"), py::arg("num_groups"))
-      .def("match", &match)
+      .def(py::init<std::uint32_t, std::uint32_t, std::vector<std::uint32_t>>(),
+           py::arg("block_size"), py::arg("num_groups"), py::arg("window_blocks"))
+      .def_property_readonly_static("NO_WINDOW", [](py::object) { return RadixTree::kNoWindow; })
+      .def("match", &find_run<&RadixTree::match>)
+      .def("peek", &find_run<&RadixTree::peek>)
       .def("insert", &insert)
       .def("detach", &detach)
       .def("evict", &evict)
+      .def("strip", &strip)
       .def("pin",
            [](LockedTree& locked, py::handle match) {
              const auto handle = handle_of(locked, match);

@@ -31,12 +31,21 @@ std::uint64_t random_seed() {
 
 }  // namespace
 
-RadixTree::RadixTree(std::uint32_t block_size, std::uint32_t num_groups, std::uint32_t hash_mask)
+RadixTree::RadixTree(std::uint32_t block_size, std::uint32_t num_groups,
+                     std::vector<std::uint32_t> window_blocks, std::uint32_t hash_mask)
     : block_size_(check_range("block_size", block_size, kMaxBlockSize)),
       num_groups_(check_range("num_groups", num_groups, kMaxGroups)),
+      window_blocks_(std::move(window_blocks)),
       hash_mask_(hash_mask),
       // Prompts come from strangers: with a known seed they could choose blocks that collide.
-      hash_seed_(random_seed()) {}
+      hash_seed_(random_seed()) {
+  if (!window_blocks_.empty() && window_blocks_.size() != num_groups_) {
+    throw std::invalid_argument("window_blocks: expected " + std::to_string(num_groups_) +
+                                " (one a group), got " + std::to_string(window_blocks_.size()));
+  }
+  const auto has_none = [](std::uint32_t window) { return window == kNoWindow; };
+  if (std::all_of(window_blocks_.begin(), window_blocks_.end(), has_none)) window_blocks_.clear();
+}
 
 // ---- following a path -----------------------------------------------------------------------
 
@@ -114,15 +123,17 @@ RadixTree::NodeId RadixTree::split(NodeId id, std::uint32_t num_upper) {
   children_.rename(hash_of(lower.parent, tokens_of(lower)), id, upper_id);
   upper.tick = lower.tick;
   upper.parent = lower.parent;
+  nodes_[upper.parent].children_xor ^= id ^ upper_id;
   upper.first_block = lower.first_block;
   upper.num_blocks = num_upper;
-  upper.num_children = 1;
   set_words(upper, std::move(upper_words), num_upper);
   lower.parent = upper_id;
+  add_to_parent(id);
   lower.first_block += num_upper;
   lower.num_blocks = num_lower;
   set_words(lower, std::move(lower_words), num_lower);
   children_.insert(hash_of(upper_id, tokens_of(lower)), id);
+  if (lower.holder != kNoNode) list_holder(upper_id);
   return upper_id;
 }
 
@@ -135,8 +146,20 @@ RadixTree::Match RadixTree::match(Tokens tokens, std::string_view salt) {
   const NodeId root = root_of(salt);
   if (root == kNoNode) return {};
   const End end = follow(root, tokens.data(), num_blocks);
-  if (end.node == root) return {};
+  if (end.node != root) nodes_[end.node].matched_tick = clock_;
+  hit_blocks_ += end.num_blocks;
+  return describe_end(end, root);
+}
 
+RadixTree::Match RadixTree::peek(Tokens tokens, std::string_view salt) {
+  const NodeId root = root_of(salt);
+  if (root == kNoNode) return {};
+  return describe_end(follow(root, tokens.data(), tokens.size() / block_size_), root);
+}
+
+// The run from a root to an end that follow() found, with a handle to it.
+RadixTree::Match RadixTree::describe_end(End end, NodeId root) {
+  if (end.node == root) return {};
   Match match{end.num_blocks, {end.node, nodes_[end.node].generation}, {}};
   match.block_ids.resize(end.num_blocks * num_groups_);
   for (NodeId id = end.node; id != root; id = nodes_[id].parent) {
@@ -145,7 +168,6 @@ RadixTree::Match RadixTree::match(Tokens tokens, std::string_view salt) {
                 match.block_ids.data() + std::size_t{node.first_block} * num_groups_);
   }
   nodes_[end.node].is_handed_out = true;
-  hit_blocks_ += end.num_blocks;
   return match;
 }
 
@@ -163,6 +185,7 @@ std::vector<std::int32_t> RadixTree::insert(Tokens tokens, std::span<const std::
   NodeId root = root_of(salt);
   if (root == kNoNode) root = add_root(salt);
   const End end = follow(root, tokens.data(), num_blocks);
+  NodeId last = end.node;
   if (end.num_blocks < num_blocks) {
     const std::uint32_t* rest = tokens.data() + end.num_blocks * block_size_;
     const std::int32_t* rest_ids = offered.data() + end.num_blocks * num_groups_;
@@ -171,11 +194,13 @@ std::vector<std::int32_t> RadixTree::insert(Tokens tokens, std::span<const std::
     if (is_evictable(node) && !node.is_handed_out) {
       extend(node, rest, rest_ids, num_blocks - end.num_blocks);
     } else {
-      add_child(end.node, rest, rest_ids, num_blocks - end.num_blocks);
+      last = add_child(end.node, rest, rest_ids, num_blocks - end.num_blocks);
     }
+    if (holds_windowed(nodes_[last])) list_holder(last);
     std::fill(offered.begin() + end.num_blocks * num_groups_, offered.end(), -1);
   }
   take_holes(end.node, offered);
+  settle(last);
   return offered;
 }
 
@@ -195,8 +220,8 @@ void RadixTree::extend(Node& node, const std::uint32_t* tokens, const std::int32
   inserted_blocks_ += num_blocks;
 }
 
-void RadixTree::add_child(NodeId parent, const std::uint32_t* tokens, const std::int32_t* ids,
-                          std::size_t num_blocks) {
+RadixTree::NodeId RadixTree::add_child(NodeId parent, const std::uint32_t* tokens,
+                                       const std::int32_t* ids, std::size_t num_blocks) {
   Words words = std::make_unique_for_overwrite<std::uint32_t[]>(num_blocks * words_per_block());
   children_.reserve_one();
   reserve_queue();
@@ -209,8 +234,8 @@ void RadixTree::add_child(NodeId parent, const std::uint32_t* tokens, const std:
   set_words(node, std::move(words), num_blocks);
   extend(node, tokens, ids, num_blocks);
   children_.insert(hash_of(parent, tokens), id);
-  ++nodes_[parent].num_children;
-  enqueue(id);
+  add_to_parent(id);
+  return id;
 }
 
 // Fills the -1 of the path that ends in `end` with ids on offer; what is taken becomes -1 there.
@@ -219,9 +244,13 @@ void RadixTree::take_holes(NodeId end, std::span<std::int32_t> offered) {
     const Node& node = nodes_[id];
     std::int32_t* held = ids_of(node);
     std::int32_t* rows = offered.data() + std::size_t{node.first_block} * num_groups_;
+    bool has_taken = false;
     for (std::size_t i = 0; i < std::size_t{node.num_blocks} * num_groups_; ++i) {
-      if (held[i] < 0) std::swap(held[i], rows[i]);
+      if (held[i] >= 0 || rows[i] < 0) continue;
+      std::swap(held[i], rows[i]);
+      has_taken = true;
     }
+    if (has_taken && holds_windowed(node)) list_holder(id);
   }
 }
 
@@ -264,6 +293,8 @@ RadixTree::NodeId RadixTree::new_node() {
   if (id == kNoNode) {
     if (nodes_.size() >= kNoNode) throw std::length_error("RadixTree: too many nodes");
     id = static_cast<NodeId>(nodes_.size());
+    // So that to list a node never fails later, when the tree has been changed.
+    if (has_windows() && holders_.capacity() <= id) holders_.reserve(16 + 2 * id);
     nodes_.emplace_back();
   } else {
     first_free_ = nodes_[id].parent;
@@ -274,12 +305,27 @@ RadixTree::NodeId RadixTree::new_node() {
   return id;
 }
 
+void RadixTree::add_to_parent(NodeId id) {
+  Node& parent = nodes_[nodes_[id].parent];
+  ++parent.num_children;
+  parent.children_xor ^= id;
+}
+
+void RadixTree::take_from_parent(NodeId id) {
+  Node& parent = nodes_[nodes_[id].parent];
+  --parent.num_children;
+  parent.children_xor ^= id;
+}
+
 void RadixTree::free_node(NodeId id) noexcept {
   Node& node = nodes_[id];
   set_words(node, nullptr, 0);
+  unlist_holder(id);
   const std::uint32_t next_generation = node.generation + 1;
+  const bool is_queued = node.is_queued;
   node = Node{};
   node.generation = next_generation;
+  node.is_queued = is_queued;  // the entry stays, and is early enough for the next node here
   node.parent = first_free_;
   first_free_ = id;
   --num_nodes_;

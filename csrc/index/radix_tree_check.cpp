@@ -19,11 +19,12 @@ RadixTree::Stats RadixTree::stats() const {
   stats.hit_blocks = hit_blocks_;
   stats.inserted_blocks = inserted_blocks_;
   stats.evicted_blocks = evicted_blocks_;
+  stats.stripped_blocks = stripped_blocks_;
   stats.token_bytes = num_blocks_ * block_size_ * sizeof(std::uint32_t);
   stats.overhead_bytes = capacity_blocks_ * words_per_block() * sizeof(std::uint32_t) -
                          stats.token_bytes + stats.num_runs * kMallocBytes +
                          nodes_.size() * sizeof(Node) + children_.size_bytes() +
-                         queue_.capacity() * sizeof(Queued);
+                         queue_.capacity() * sizeof(Queued) + holders_.capacity() * sizeof(NodeId);
   return stats;
 }
 
@@ -99,9 +100,12 @@ std::vector<std::string> RadixTree::check() const {
            std::to_string(kept));
   };
 
-  std::vector<std::uint32_t> children(nodes_.size(), 0);
-  for (const Node& node : nodes_) {
-    if (node.is_live && node.parent < nodes_.size()) ++children[node.parent];
+  std::vector<std::uint32_t> children(nodes_.size(), 0), children_xor(nodes_.size(), 0);
+  for (NodeId id = 0; id < nodes_.size(); ++id) {
+    const Node& node = nodes_[id];
+    if (!node.is_live || node.parent >= nodes_.size()) continue;
+    ++children[node.parent];
+    children_xor[node.parent] ^= id;
   }
   std::vector<std::uint64_t> queued_tick(nodes_.size(), 0);
   for (const Queued& entry : queue_) {
@@ -113,21 +117,26 @@ std::vector<std::string> RadixTree::check() const {
   if (!std::is_heap(queue_.begin(), queue_.end())) report("queue: not a heap");
 
   std::size_t num_live = 0, num_roots = 0, num_blocks = 0, num_pinned = 0, num_queued = 0;
-  std::size_t capacity = 0;
+  std::size_t capacity = 0, num_holders = 0;
   std::unordered_set<std::uint64_t> leaf_ticks;
   for (NodeId id = 0; id < nodes_.size(); ++id) {
     const Node& node = nodes_[id];
     const std::string name = "node " + std::to_string(id) + ": ";
     num_queued += node.is_queued;
     if (!node.is_live) {
-      if (node.is_queued || node.capacity != 0) report(name + "is free but not empty");
+      if (node.capacity != 0 || node.holder != kNoNode) report(name + "is free but not empty");
       continue;
     }
+    const bool is_listed = node.holder < holders_.size() && holders_[node.holder] == id;
+    num_holders += is_listed;
+    if (holds_windowed(node) && !is_listed) report(name + "holds what strip() does not find");
     ++num_live;
     num_blocks += node.num_blocks;
     num_pinned += node.num_pins > 0;
     capacity += node.capacity;
-    if (children[id] != node.num_children) report(name + "wrong number of children");
+    if (children[id] != node.num_children || children_xor[id] != node.children_xor) {
+      report(name + "wrong number of children, or others");
+    }
     if (node.parent == kNoNode) {
       ++num_roots;
       const auto salt = salts_.find(id);
@@ -143,7 +152,10 @@ std::vector<std::string> RadixTree::check() const {
     }
     if (node.num_blocks == 0 || node.num_blocks > node.capacity) report(name + "wrong size");
     if (node.num_pins > 0 && !node.is_handed_out) report(name + "pinned without a handle");
-    if (node.tick == 0 || node.tick > clock_) report(name + "touched in the future");
+    if (node.tick == 0 || node.tick > clock_ || node.matched_tick > node.tick) {
+      report(name + "touched in the future");
+    }
+    if (is_evictable(node) && num_unheld_at_end(node) > 0) report(name + "ends in nothing");
     const Node* parent = node.parent < nodes_.size() ? &nodes_[node.parent] : nullptr;
     if (parent == nullptr || !parent->is_live) {
       report(name + "has no live parent");
@@ -181,6 +193,7 @@ std::vector<std::string> RadixTree::check() const {
   expect("blocks inserted less evicted", num_blocks, inserted_blocks_ - evicted_blocks_);
   expect("pinned runs", num_pinned, num_pinned_);
   expect("queued nodes", num_queued, queue_.size());
+  expect("holders", num_holders, holders_.size());
   expect("entries of the child table", num_live - num_roots, children_.size());
   expect("capacity", capacity, capacity_blocks_);
   return problems;

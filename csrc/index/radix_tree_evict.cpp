@@ -33,7 +33,7 @@ void RadixTree::unpin(Handle handle) {
     --num_pinned_;
   }
   --node.num_pins;
-  if (is_evictable(node)) enqueue(handle.node);
+  settle(handle.node);
 }
 
 std::vector<std::int32_t> RadixTree::evict(std::size_t num_blocks) {
@@ -46,35 +46,35 @@ std::vector<std::int32_t> RadixTree::evict(std::size_t num_blocks) {
     queue_.pop_back();
     Node& node = nodes_[front.node];
     node.is_queued = false;
-    if (!is_evictable(node)) continue;  // queued again when its last child or pin goes
+    if (!is_evictable(node)) continue;  // freed, or queued again when its last child or pin goes
     if (front.tick != node.tick) {      // touched since it was queued
       enqueue(front.node);
       continue;
     }
     // All blocks of the node have its tick, which is the least: so its whole tail is next in line.
-    const std::size_t count = std::min<std::size_t>(wanted, node.num_blocks);
-    cut_tail(front.node, count, victims);
-    wanted -= count;
-    if (node.num_blocks > 0) {
-      enqueue(front.node);
-    } else {
-      remove_leaf(front.node);
+    std::size_t num_cut = 0;
+    for (; num_cut < node.num_blocks && wanted > 0; ++num_cut) {
+      const auto row = static_cast<std::uint32_t>(node.num_blocks - 1 - num_cut);
+      if (has_windows() && !is_held(node, row)) continue;  // as settle() does at an end
+      const std::int32_t* ids = ids_of(node) + std::size_t{row} * num_groups_;
+      victims.insert(victims.end(), ids, ids + num_groups_);
+      --wanted;
     }
+    cut_tail(front.node, num_cut);
+    settle(front.node);
   }
   return victims;
 }
 
-void RadixTree::cut_tail(NodeId id, std::size_t num_blocks, std::vector<std::int32_t>& victims) {
+void RadixTree::cut_tail(NodeId id, std::size_t num_blocks) {
   Node& node = nodes_[id];
   if (num_blocks == node.num_blocks) {  // unlinked while its tokens are there to be hashed
     children_.erase(hash_of(node.parent, tokens_of(node)), id);
   }
-  for (std::size_t i = 0; i < num_blocks; ++i) {
-    const std::int32_t* ids = ids_of(node) + std::size_t{--node.num_blocks} * num_groups_;
-    victims.insert(victims.end(), ids, ids + num_groups_);
-  }
+  node.num_blocks -= static_cast<std::uint32_t>(num_blocks);
   ++node.generation;
   node.is_handed_out = false;
+  node.matched_tick = 0;
   num_blocks_ -= num_blocks;
   evicted_blocks_ += num_blocks;
   if (node.num_blocks == 0 || node.num_blocks > node.capacity / 2) return;
@@ -85,17 +85,39 @@ void RadixTree::cut_tail(NodeId id, std::size_t num_blocks, std::vector<std::int
   }
 }
 
-// Unlinks a leaf that has lost its last block; its parent may become the next leaf.
-void RadixTree::remove_leaf(NodeId id) {
-  const NodeId parent_id = nodes_[id].parent;
-  free_node(id);
-  Node& parent = nodes_[parent_id];
-  --parent.num_children;
-  if (is_evictable(parent)) {
-    enqueue(parent_id);
-  } else if (parent.num_blocks == 0 && parent.num_children == 0) {
-    remove_root(parent_id);
+// Puts right what follows when a node may have become a leaf that can go: takes what no group holds
+// off its end, removes it if nothing is left, its parents likewise, and queues where that ends.
+// There is room for one more entry in the queue.
+void RadixTree::settle(NodeId id) {
+  while (nodes_[id].parent != kNoNode) {
+    Node& node = nodes_[id];
+    if (is_evictable(node)) {
+      const std::uint32_t num_unheld = num_unheld_at_end(node);
+      if (num_unheld > 0) cut_tail(id, num_unheld);
+    }
+    if (node.num_blocks > 0) {
+      if (is_evictable(node)) enqueue(id);
+      return;
+    }
+    const NodeId parent = node.parent;
+    take_from_parent(id);
+    free_node(id);
+    id = parent;
   }
+  if (nodes_[id].num_children == 0) remove_root(id);
+}
+
+// Blocks at the end of a node that no group holds: with windowed groups they lead to nothing.
+std::uint32_t RadixTree::num_unheld_at_end(const Node& node) const {
+  if (!has_windows()) return 0;
+  std::uint32_t num_rest = node.num_blocks;
+  while (num_rest > 0 && !is_held(node, num_rest - 1)) --num_rest;
+  return node.num_blocks - num_rest;
+}
+
+bool RadixTree::is_held(const Node& node, std::uint32_t row) const {
+  const std::int32_t* ids = ids_of(node) + std::size_t{row} * num_groups_;
+  return std::any_of(ids, ids + num_groups_, [](std::int32_t id) { return id >= 0; });
 }
 
 void RadixTree::remove_root(NodeId id) {
@@ -124,21 +146,17 @@ std::vector<std::int32_t> RadixTree::detach(Tokens tokens, std::size_t num_kept,
   const NodeId detached = add_detached_root(salt, nodes_[id].first_block);
 
   children_.erase(hash_of(end.node, tokens_of(nodes_[id])), id);
+  take_from_parent(id);
   nodes_[id].parent = detached;
+  add_to_parent(id);
   children_.insert(hash_of(detached, tokens_of(nodes_[id])), id);
-  nodes_[detached].num_children = 1;
-  Node& parent = nodes_[end.node];
-  --parent.num_children;
-  if (is_evictable(parent)) {
-    enqueue(end.node);
-  } else if (parent.num_blocks == 0 && parent.num_children == 0) {
-    remove_root(end.node);
-  }
+  settle(end.node);
   return ids;
 }
 
-void RadixTree::reserve_queue() {
-  if (queue_.size() == queue_.capacity()) queue_.reserve(16 + queue_.size() + queue_.size() / 4);
+void RadixTree::reserve_queue(std::size_t num_nodes) {
+  const std::size_t needed = queue_.size() + num_nodes;
+  if (needed > queue_.capacity()) queue_.reserve(16 + needed + needed / 4);
 }
 
 // Queues an evictable leaf, once; there is room for one more entry.

@@ -122,9 +122,32 @@ void test_what_is_detached_is_out_of_reach() {
   assert(tree.num_blocks() == 0 && tree.stats().num_runs == 0 && tree.check().empty());
 }
 
+// The picture in radix_tree.h; then what a strip leaves without any id is freed while it is queued.
+void test_strips_one_group() {
+  RadixTree tree(2, 2, {RadixTree::kNoWindow, 1});
+  const TokenIds prompt{1, 2, 3, 4, 5, 6};
+  tree.insert(prompt, Ids{4, 14, 5, 15, 6, 16}, "");
+  assert(tree.strip(1, 1) == Ids{14});
+  assert((tree.peek(prompt, "").block_ids == Ids{4, -1, 5, 15, 6, 16}));
+  assert((tree.strip(1, 9) == Ids{15, 16}));
+  assert(refuses([&] { tree.strip(0, 1); }) && refuses([&] { tree.strip(2, 1); }));
+  assert((tree.evict(9) == Ids{6, -1, 5, -1, 4, -1}) && tree.check().empty());
+
+  RadixTree windows_only(1, 1, {1});
+  for (std::uint32_t round = 0; round < 100; ++round) {
+    const TokenIds run{round, 7, 8};
+    windows_only.insert(run, Ids{1, 2, 3}, "");
+    assert(windows_only.strip(0, 3).size() == 3);
+    assert(windows_only.num_blocks() == 0 && windows_only.check().empty());
+  }
+  windows_only.insert(prompt, Ids{1, 2}, "");
+  assert((windows_only.evict(9) == Ids{2, 1}));  // past the entries of those that were freed
+}
+
 void test_refuses_what_it_cannot_do() {
   assert(refuses([] { RadixTree(0, 1); }));
   assert(refuses([] { RadixTree(1, 65536); }));
+  assert(refuses([] { RadixTree(1, 2, {1}); }));
   RadixTree tree(4, 1);
   assert(refuses([&] { tree.insert(TokenIds{1, 2, 3}, Ids{1}, ""); }));
   assert(refuses([&] { tree.pin({0, 0}); }));
@@ -159,7 +182,7 @@ void test_agrees_with_a_map(std::uint32_t hash_mask, std::uint32_t seed) {
     int num_pins;
   };
   constexpr std::uint32_t kBlockSize = 3;
-  RadixTree tree(kBlockSize, 1, hash_mask);
+  RadixTree tree(kBlockSize, 1, {}, hash_mask);
   std::map<TokenIds, Block> blocks;
   std::mt19937 rng(seed);
   std::uint64_t tick = 0;
@@ -254,6 +277,7 @@ int main() {
   test_split_keeps_the_lower_handle();
   test_outline_has_the_tree_without_its_tokens();
   test_what_is_detached_is_out_of_reach();
+  test_strips_one_group();
   test_refuses_what_it_cannot_do();
   test_memory_follows_the_blocks();
   for (const std::uint32_t hash_mask : {0xffffffffu, 1u}) {

@@ -211,6 +211,7 @@ def test_counts(index: RadixIndex) -> None:
         hit_blocks=1,
         inserted_blocks=2,
         evicted_blocks=1,
+        stripped_blocks=0,
         token_bytes=16,
         overhead_bytes=overhead,
     )

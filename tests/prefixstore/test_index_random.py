@@ -10,20 +10,29 @@ from tests.prefixstore.index_model import Block, IndexModel
 
 SALTS = (b"", b"a", b"a\0b")
 
-# block_size, num_groups, vocabulary: few tokens make many prompts share and split.
+# block_size, vocabulary, window_blocks of each group: few tokens make many prompts share and split.
 CASES = {
-    "one token a block": (1, 1, 2),
-    "two groups": (2, 2, 2),
-    "long runs": (3, 1, 1),
-    "mostly new": (4, 3, 50),
+    "one token a block": (1, 2, (None,)),
+    "two groups": (2, 2, (None, None)),
+    "long runs": (3, 1, (None,)),
+    "mostly new": (4, 50, (None, None, None)),
+    "a window": (2, 2, (None, 2)),
+    "long runs with a window": (1, 1, (None, 3)),
+    "mostly new with a window": (4, 50, (None, 2)),
+    "two windows": (1, 2, (None, 4, 1)),
+    "windows only": (2, 2, (3, 1)),
+    "no block but its own": (1, 2, (0,)),
 }
 
 
 class Pair:
-    def __init__(self, seed: int, block_size: int, num_groups: int, vocabulary: int) -> None:
+    def __init__(
+        self, seed: int, block_size: int, vocabulary: int, windows: tuple[int | None, ...]
+    ) -> None:
         self.rng = random.Random(seed)
-        self.index = RadixIndex(block_size, num_groups)
-        self.model = IndexModel(block_size, num_groups)
+        self.windowed = [group for group, one in enumerate(windows) if one is not None]
+        self.index = RadixIndex(block_size, len(windows), windows)
+        self.model = IndexModel(block_size, len(windows), windows if self.windowed else None)
         self.vocabulary = vocabulary
         self.last_id = 0
         self.matches: list[tuple[Match, list[Block]]] = []
@@ -45,7 +54,9 @@ class Pair:
 
     def match(self) -> None:
         tokens, salt = self.prompt(), self.rng.choice(SALTS)
-        match, run = self.index.match(tokens, salt), self.model.match(tokens, salt)
+        kind = self.rng.choice(("match", "match", "peek"))
+        match = getattr(self.index, kind)(tokens, salt)
+        run = getattr(self.model, kind)(tokens, salt)
         assert match.num_tokens == len(run) * self.model.block_size
         assert match.block_ids.shape == (len(run), self.model.num_groups)
         assert match.block_ids.tolist() == [block.ids for block in run]
@@ -79,7 +90,13 @@ class Pair:
             return
         self.index.unpin(match)
         if run:
-            run[-1].num_pins -= 1
+            self.model.unpin(run[-1])
+
+    def strip(self) -> None:
+        group, num_blocks = self.rng.choice(self.windowed), self.rng.choice([0, 1, 1, 2, 5, 40])
+        stripped = self.index.strip(group, num_blocks)
+        assert stripped.dtype == np.int32 and stripped.ndim == 1
+        assert stripped.tolist() == self.model.strip(group, num_blocks)
 
     def evict(self) -> None:
         num_blocks = self.rng.choice([0, 1, 1, 2, 5, 40])
@@ -93,7 +110,7 @@ class Pair:
 
     def step(self) -> None:
         operations = [self.match, self.insert, self.insert, self.pin, self.unpin, self.evict]
-        operations = operations * 4 + [self.detach]
+        operations = operations * 4 + [self.detach] + [self.strip] * (4 if self.windowed else 0)
         if not self.matches:
             operations = [self.match]
         self.rng.choice(operations)()
@@ -126,5 +143,6 @@ def test_agrees_with_the_model(case: str, seed: int) -> None:
     stats = pair.index.stats()
     assert stats.num_blocks == len(pair.model.blocks) == pair.index.num_blocks
     assert stats.evicted_blocks > 0
+    assert (stats.stripped_blocks > 0) == bool(pair.windowed)
     assert pair.index.evict(10**9).tolist() == pair.model.evict(10**9)  # all that is not pinned
     assert pair.index.check() == []

@@ -21,6 +21,13 @@
 //   (no salt) -- [c d] -+- [e f]  node 8: block id 5; node 7: block id 6, pinned
 //                       +- ...
 //
+// With two groups, of which the second has a window of one block, strip(1, n) takes its ids alone.
+// Below, each block with its ids. Prompts that end behind a block need the window before that place
+// and nothing else of the group, so what no end needs goes first:
+//
+//   root -- [a b|c d|e f]         ids 4/14 5/15 6/16; all that was inserted ends after block 6
+//   strip(1, 1)                   ids 4/-1 5/15 6/16; block 6 is as old, but its end needs it
+//
 // Invariants, all recounted by check():
 //  1. A node other than a root holds one block or more; a root (one per salt, and one for each
 //     detached run) holds none. The first blocks of siblings differ, so each sequence of blocks has
@@ -40,6 +47,10 @@
 //     node is evicted. A node whose handle was given out never grows at its end. So a handle stands
 //     for the same blocks as long as it is valid.
 //
+//  8. With windowed groups an unpinned leaf ends in a block that some group holds.
+//  9. Every node that holds an id of a windowed group is in holders_, once: as many as that group's
+//     pool has blocks at most, and strip() looks at no others.
+//
 // No operation walks the tree, but check(), runs() and outline(). One caller at a time: the binding
 // locks.
 #pragma once
@@ -52,6 +63,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -96,20 +108,28 @@ class RadixTree {
     std::uint64_t clock = 0;         // the latest tick
   };
 
+  static constexpr std::uint32_t kNoWindow = 0xffffffffu;
+
   struct Stats {
     std::size_t num_blocks = 0, num_runs = 0, num_salts = 0, num_pinned_runs = 0;
     std::uint64_t num_matches = 0, lookup_blocks = 0, hit_blocks = 0;
-    std::uint64_t inserted_blocks = 0, evicted_blocks = 0;
+    std::uint64_t inserted_blocks = 0, evicted_blocks = 0, stripped_blocks = 0;
     std::size_t token_bytes = 0, overhead_bytes = 0;  // token ids; all else
   };
 
-  // Throws std::invalid_argument unless the first two are in 1..65535. `hash_mask` is for tests:
-  // with few bits nearly all hashes collide, which costs time and nothing else.
+  // `window_blocks`: for each group, how many blocks before a place the next token there can see;
+  // kNoWindow for all, as for every group of an empty one. Throws std::invalid_argument unless the
+  // first two are in 1..65535 and it has as many entries as there are groups. `hash_mask` is for
+  // tests: with few bits nearly all hashes collide, which costs time and nothing else.
   RadixTree(std::uint32_t block_size, std::uint32_t num_groups,
-            std::uint32_t hash_mask = 0xffffffffu);
+            std::vector<std::uint32_t> window_blocks = {}, std::uint32_t hash_mask = 0xffffffffu);
 
   // Finds the longest cached run of whole blocks at the front of `tokens`, and touches it.
   Match match(Tokens tokens, std::string_view salt);
+
+  // As match, for who goes on with a run: it counts neither as a look-up, nor its end as a place
+  // where prompts end.
+  Match peek(Tokens tokens, std::string_view salt);
 
   // Caches the first blocks of `tokens`, one for each row of `block_ids` [num_blocks, num_groups].
   // Returns, in the same shape, the ids that were not taken because an id was there already; -1
@@ -124,6 +144,12 @@ class RadixTree {
 
   // Removes up to `num_blocks` blocks; returns their ids [n, num_groups] in order of eviction.
   std::vector<std::int32_t> evict(std::size_t num_blocks);
+
+  // Gives up `num_blocks` ids of a group that has a window, and returns them; the other groups keep
+  // theirs. First go ids that no end of a run needs, then the windows of the ends that were used
+  // least recently, each whole, so that there may be a few more. Where a pinned run ends its window
+  // stays. Throws std::invalid_argument if the group has no window.
+  std::vector<std::int32_t> strip(std::uint32_t group, std::size_t num_blocks);
 
   // Takes the block after the first `num_kept` of `tokens`, and all that is cached after it, out of
   // reach: no match finds them and no insert meets them. Returns its ids [num_groups]; none if it
@@ -147,7 +173,10 @@ class RadixTree {
   struct Node {
     Words words;
     std::uint64_t tick = 0;
-    NodeId parent = kNoNode;  // in a free node: the next free one
+    std::uint64_t matched_tick = 0;  // of the last match that ended where the node ends
+    NodeId parent = kNoNode;         // in a free node: the next free one
+    NodeId children_xor = 0;         // of an only child: its number
+    std::uint32_t holder = kNoNode;  // its place in holders_
     std::uint32_t first_block = 0;
     std::uint32_t num_blocks = 0;
     std::uint32_t capacity = 0;
@@ -155,7 +184,7 @@ class RadixTree {
     std::uint32_t num_pins = 0;
     std::uint32_t generation = 0;
     bool is_live = false;
-    bool is_queued = false;      // has an entry in queue_
+    bool is_queued = false;      // has an entry in queue_, maybe since before the node was freed
     bool is_handed_out = false;  // a handle of this generation exists
   };
 
@@ -168,6 +197,22 @@ class RadixTree {
   struct End {
     NodeId node;
     std::size_t num_blocks;
+  };
+
+  // An id that strip() may take.
+  struct Strippable {
+    std::uint64_t worth;  // when an end that needs it was used last; 0: no end needs it
+    std::uint64_t tick;   // of its node
+    std::uint32_t depth;  // blocks before it on its path
+    NodeId node;
+    friend bool operator<(const Strippable& a, const Strippable& b) {  // min-heap
+      return std::tie(a.worth, a.tick, a.depth) > std::tie(b.worth, b.tick, b.depth);
+    }
+  };
+
+  struct NeededBy {
+    std::uint32_t num_after;  // blocks from the end of a node to an end of runs
+    std::uint64_t worth;      // the highest of that end and those before it
   };
 
   std::uint32_t* tokens_of(const Node& node) const { return node.words.get(); }
@@ -192,8 +237,8 @@ class RadixTree {
   NodeId add_detached_root(std::string_view salt, std::uint32_t first_block);
   NodeId new_node();
   void free_node(NodeId id) noexcept;
-  void add_child(NodeId parent, const std::uint32_t* tokens, const std::int32_t* ids,
-                 std::size_t num_blocks);
+  NodeId add_child(NodeId parent, const std::uint32_t* tokens, const std::int32_t* ids,
+                   std::size_t num_blocks);
   void extend(Node& node, const std::uint32_t* tokens, const std::int32_t* ids,
               std::size_t num_blocks);
   void take_holes(NodeId end, std::span<std::int32_t> offered);
@@ -201,11 +246,28 @@ class RadixTree {
                    std::size_t capacity) const;
   void set_words(Node& node, Words words, std::size_t capacity);
 
-  void reserve_queue();
+  Match describe_end(End end, NodeId root);
+  void add_to_parent(NodeId id);
+  void take_from_parent(NodeId id);
+
+  void reserve_queue(std::size_t num_nodes = 1);
   void enqueue(NodeId id);
-  void cut_tail(NodeId id, std::size_t num_blocks, std::vector<std::int32_t>& victims);
-  void remove_leaf(NodeId id);
+  void cut_tail(NodeId id, std::size_t num_blocks);
+  void settle(NodeId id);
+  std::uint32_t num_unheld_at_end(const Node& node) const;
+  bool is_held(const Node& node, std::uint32_t row) const;
   void remove_root(NodeId id);
+
+  bool has_windows() const { return !window_blocks_.empty(); }
+  bool holds(const Node& node, std::uint32_t row, std::uint32_t group) const {
+    return ids_of(node)[std::size_t{row} * num_groups_ + group] >= 0;
+  }
+  bool holds_windowed(const Node& node) const;
+  void list_holder(NodeId id);
+  void unlist_holder(NodeId id);
+  std::uint64_t worth_of_end(const Node& node) const;
+  void find_ends(NodeId id, std::uint32_t reach, std::vector<NeededBy>& ends) const;
+  std::vector<Strippable> strippable(std::uint32_t group) const;
 
   const Node& resolve(Handle handle) const;
   Node& resolve(Handle handle) { return const_cast<Node&>(std::as_const(*this).resolve(handle)); }
@@ -219,6 +281,7 @@ class RadixTree {
 
   std::uint32_t block_size_;
   std::uint32_t num_groups_;
+  std::vector<std::uint32_t> window_blocks_;  // by group; empty if no group has a window
   std::uint32_t hash_mask_;
   std::uint64_t hash_seed_;
   std::uint64_t clock_ = 0;
@@ -228,10 +291,11 @@ class RadixTree {
   std::unordered_map<NodeId, std::string> detached_;    // roots that no salt leads to, and theirs
   std::unordered_map<NodeId, std::string_view> salts_;  // of all roots; views strings of the above
   ChildTable children_;
-  std::vector<Queued> queue_;  // a heap: the least recent leaf in front, see invariant 6
+  std::vector<Queued> queue_;    // a heap: the least recent leaf in front, see invariant 6
+  std::vector<NodeId> holders_;  // see invariant 9
   std::size_t num_blocks_ = 0, num_nodes_ = 0, num_pinned_ = 0, capacity_blocks_ = 0;
   std::uint64_t num_matches_ = 0, lookup_blocks_ = 0, hit_blocks_ = 0;
-  std::uint64_t inserted_blocks_ = 0, evicted_blocks_ = 0;
+  std::uint64_t inserted_blocks_ = 0, evicted_blocks_ = 0, stripped_blocks_ = 0;
 };
 
 }  // namespace kvkernels

@@ -1,6 +1,6 @@
 """The radix tree over token ids: which blocks hold the front of a prompt, and which to give up."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,7 @@ class Stats:
     hit_blocks: int  # those of them that were cached
     inserted_blocks: int
     evicted_blocks: int
+    stripped_blocks: int  # ids of one group that were given up alone
     token_bytes: int  # token ids of the cached blocks
     overhead_bytes: int  # all other memory of the tree
 
@@ -90,15 +91,26 @@ class RadixIndex:
     Args:
         block_size: Tokens in a block, 1 to 65535.
         num_groups: Layer groups; each block has one block id for each of them.
+        window_blocks: For each group how many blocks before a place the next token there can see,
+            None for all; None stands for a None for each. A group with a window can be stripped.
 
     Raises:
         ValueError: If an argument is out of range.
     """
 
-    def __init__(self, block_size: int, num_groups: int = 1) -> None:
+    def __init__(
+        self,
+        block_size: int,
+        num_groups: int = 1,
+        window_blocks: Sequence[int | None] | None = None,
+    ) -> None:
         self._block_size = _check_int("block_size", block_size, 1, 65535)
         self._num_groups = _check_int("num_groups", num_groups, 1, 65535)
-        self._tree = RadixTree(self._block_size, self._num_groups)
+        windows = [
+            RadixTree.NO_WINDOW if one is None else _check_int("window_blocks", one, 0, 2**32 - 2)
+            for one in window_blocks or ()
+        ]
+        self._tree = RadixTree(self._block_size, self._num_groups, windows)
 
     @property
     def block_size(self) -> int:
@@ -120,6 +132,15 @@ class RadixIndex:
             ValueError: If `tokens` is not a one-dimensional run of token ids, or `salt` not bytes.
         """
         return self._tree.match(tokens, salt)
+
+    def peek(self, tokens: Any, salt: bytes = b"") -> Match:
+        """As `match`, for who goes on with a run: it touches the run, but counts neither as a
+        look-up, nor its end as a place where prompts end.
+
+        Raises:
+            ValueError: As `match`.
+        """
+        return self._tree.peek(tokens, salt)
 
     def insert(self, tokens: Any, block_ids: Any, salt: bytes = b"") -> np.ndarray:
         """Cache the first `num_blocks` whole blocks of `tokens`, and touch them.
@@ -169,6 +190,27 @@ class RadixIndex:
             ValueError: If `num_blocks` is not an integer of 0 or more.
         """
         return self._tree.evict(_check_int("num_blocks", num_blocks, 0, 2**63 - 1))
+
+    def strip(self, group: int, num_blocks: int) -> np.ndarray:
+        """Give up ids of one group, which has a window; the other groups keep theirs.
+
+        A prompt whose match ends at some place needs the window before it and nothing else of the
+        group. A place counts as an end of prompts where a match ended, where no cached block comes
+        after it, or more than one. First go ids within no end's window, those of runs touched least
+        recently before others; then the windows of ends by when they were last used, each as a
+        whole. The window of an end that is pinned stays.
+
+        Blocks that no group holds any more are removed where nothing comes after them.
+
+        Returns:
+            `[n]`, int32: `num_blocks`, more where a window had to be given up whole, or all there
+            were; each is -1 in the index now.
+
+        Raises:
+            ValueError: If `group` has no window, or `num_blocks` is not an integer of 0 or more.
+        """
+        group = _check_int("group", group, 0, self._num_groups - 1)
+        return self._tree.strip(group, _check_int("num_blocks", num_blocks, 0, 2**63 - 1))[:, 0]
 
     def detach(self, tokens: Any, num_kept: int, salt: bytes = b"") -> np.ndarray:
         """Take a block, and all that is cached after it, out of reach of `match` and `insert`.

@@ -1,0 +1,124 @@
+// Giving up the ids of one windowed group: which no prompt needs, and which have gone unused
+// longest.
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+
+#include "kvkernels/radix_tree.h"
+
+namespace kvkernels {
+namespace {
+
+constexpr std::uint64_t kPinned = std::numeric_limits<std::uint64_t>::max();
+
+}  // namespace
+
+std::vector<std::int32_t> RadixTree::strip(std::uint32_t group, std::size_t num_blocks) {
+  if (group >= window_blocks_.size() || window_blocks_[group] == kNoWindow) {
+    throw std::invalid_argument("group: expected one with a window, got " + std::to_string(group));
+  }
+  std::vector<Strippable> heap = strippable(group);
+  std::make_heap(heap.begin(), heap.end());
+  std::vector<std::int32_t> victims;
+  std::vector<NodeId> touched;
+  victims.reserve(heap.size());
+  touched.reserve(heap.size());
+  reserve_queue(heap.size());
+
+  std::uint64_t worth = 0;
+  while (!heap.empty()) {
+    const Strippable next = heap.front();
+    // A part of a window is of no use: it goes whole. No two ends have the same worth.
+    if (victims.size() >= num_blocks && (next.worth == 0 || next.worth != worth)) break;
+    std::pop_heap(heap.begin(), heap.end());
+    heap.pop_back();
+    const Node& node = nodes_[next.node];
+    std::int32_t& id =
+        ids_of(node)[std::size_t{next.depth - node.first_block} * num_groups_ + group];
+    victims.push_back(std::exchange(id, -1));
+    worth = next.worth;
+    if (touched.empty() || touched.back() != next.node) touched.push_back(next.node);
+  }
+  for (const NodeId id : touched) {
+    if (!nodes_[id].is_live) continue;
+    if (!holds_windowed(nodes_[id])) unlist_holder(id);
+    settle(id);
+  }
+  stripped_blocks_ += victims.size();
+  return victims;
+}
+
+// All ids of a group but those that pinned ends need.
+std::vector<RadixTree::Strippable> RadixTree::strippable(std::uint32_t group) const {
+  const std::uint32_t window = window_blocks_[group];
+  std::vector<Strippable> found;
+  std::vector<NeededBy> ends;
+  for (const NodeId id : holders_) {
+    const Node& node = nodes_[id];
+    find_ends(id, window, ends);
+    std::size_t num_ends = ends.size();
+    // From the last block of the node on, further from its ends with each step.
+    for (std::uint32_t num_after = 0; num_after < node.num_blocks; ++num_after) {
+      while (num_ends > 0 && ends[num_ends - 1].num_after + num_after >= window) --num_ends;
+      const std::uint64_t worth = num_ends > 0 ? ends[num_ends - 1].worth : 0;
+      const std::uint32_t row = node.num_blocks - 1 - num_after;
+      if (worth != kPinned && holds(node, row, group)) {
+        found.push_back({worth, node.tick, node.first_block + row, id});
+      }
+    }
+  }
+  return found;
+}
+
+// The ends of runs where the node ends and fewer than `reach` blocks after that, as far as there is
+// one way to go on.
+void RadixTree::find_ends(NodeId id, std::uint32_t reach, std::vector<NeededBy>& ends) const {
+  ends.clear();
+  std::uint32_t num_after = 0;
+  std::uint64_t worth = 0;
+  while (num_after < reach) {
+    const Node& node = nodes_[id];
+    worth = std::max(worth, worth_of_end(node));
+    ends.push_back({num_after, worth});
+    if (node.num_children != 1) return;
+    id = node.children_xor;
+    num_after += nodes_[id].num_blocks;
+  }
+}
+
+// When somebody last went on from where a node ends: the next prompt may. Where one insert only
+// went on from another, as a sequence's do while it grows, nobody else is known to end.
+std::uint64_t RadixTree::worth_of_end(const Node& node) const {
+  if (node.num_pins > 0) return kPinned;
+  if (node.num_children == 0) return node.tick;
+  if (node.matched_tick > 0) return node.matched_tick;
+  return node.num_children > 1 ? node.tick : 0;
+}
+
+bool RadixTree::holds_windowed(const Node& node) const {
+  for (std::uint32_t group = 0; group < window_blocks_.size(); ++group) {
+    if (window_blocks_[group] == kNoWindow) continue;
+    for (std::uint32_t row = 0; row < node.num_blocks; ++row) {
+      if (holds(node, row, group)) return true;
+    }
+  }
+  return false;
+}
+
+void RadixTree::list_holder(NodeId id) {
+  if (nodes_[id].holder != kNoNode) return;
+  nodes_[id].holder = static_cast<std::uint32_t>(holders_.size());
+  holders_.push_back(id);
+}
+
+void RadixTree::unlist_holder(NodeId id) {
+  Node& node = nodes_[id];
+  if (node.holder == kNoNode) return;
+  const NodeId last = holders_.back();
+  holders_[node.holder] = last;
+  nodes_[last].holder = node.holder;
+  holders_.pop_back();
+  node.holder = kNoNode;
+}
+
+}  // namespace kvkernels
