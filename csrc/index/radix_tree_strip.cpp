@@ -1,15 +1,15 @@
 // Giving up the ids of one windowed group: which no prompt needs, and which have gone unused
 // longest.
 #include <algorithm>
-#include <limits>
 #include <stdexcept>
+#include <utility>
 
 #include "kvkernels/radix_tree.h"
 
 namespace kvkernels {
 namespace {
 
-constexpr std::uint64_t kPinned = std::numeric_limits<std::uint64_t>::max();
+constexpr std::uint64_t kPinned = std::uint64_t{1} << 63;  // more than any tick
 
 }  // namespace
 
@@ -48,7 +48,7 @@ std::vector<std::int32_t> RadixTree::strip(std::uint32_t group, std::size_t num_
   return victims;
 }
 
-// All ids of a group but those that pinned ends need.
+// All ids of a group.
 std::vector<RadixTree::Strippable> RadixTree::strippable(std::uint32_t group) const {
   const std::uint32_t window = window_blocks_[group];
   std::vector<Strippable> found;
@@ -62,7 +62,7 @@ std::vector<RadixTree::Strippable> RadixTree::strippable(std::uint32_t group) co
       while (num_ends > 0 && ends[num_ends - 1].num_after + num_after >= window) --num_ends;
       const std::uint64_t worth = num_ends > 0 ? ends[num_ends - 1].worth : 0;
       const std::uint32_t row = node.num_blocks - 1 - num_after;
-      if (worth != kPinned && holds(node, row, group)) {
+      if (holds(node, row, group)) {
         found.push_back({worth, node.tick, node.first_block + row, id});
       }
     }
@@ -87,9 +87,11 @@ void RadixTree::find_ends(NodeId id, std::uint32_t reach, std::vector<NeededBy>&
 }
 
 // When somebody last went on from where a node ends: the next prompt may. Where one insert only
-// went on from another, as a sequence's do while it grows, nobody else is known to end.
+// went on from another, as a sequence's do while it grows, nobody else is known to end. A pinned
+// end most likely is in use, so that to take its window frees nothing; but its sequence may have
+// passed it since.
 std::uint64_t RadixTree::worth_of_end(const Node& node) const {
-  if (node.num_pins > 0) return kPinned;
+  if (node.num_pins > 0) return kPinned | node.tick;
   if (node.num_children == 0) return node.tick;
   if (node.matched_tick > 0) return node.matched_tick;
   return node.num_children > 1 ? node.tick : 0;

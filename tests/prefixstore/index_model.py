@@ -101,7 +101,7 @@ class IndexModel:
         held = []
         for (salt, tokens), block in self.blocks.items():
             worth = self._worth((salt, tokens), group)
-            if block.ids[group] >= 0 and worth is not None:
+            if block.ids[group] >= 0:
                 held.append((worth, block.tick, len(tokens), block))
         victims: list[int] = []
         last_worth = 0
@@ -114,8 +114,8 @@ class IndexModel:
         self._forget_unheld()
         return victims
 
-    def _worth(self, key: tuple[bytes, tuple[int, ...]], group: int) -> int | None:
-        """When an end whose window has the block was used last; None if such an end is pinned."""
+    def _worth(self, key: tuple[bytes, tuple[int, ...]], group: int) -> int:
+        """When an end whose window has the block was used last; much more if it is pinned."""
         assert self.window_blocks is not None
         reach = self.window_blocks[group]
         assert reach is not None
@@ -123,14 +123,13 @@ class IndexModel:
         for _ in range(reach):
             block, after = self.blocks[key], self._after(key)
             if block.num_pins > 0:
-                return None
-            if not after:
-                return max(worth, block.tick)
-            if block.matched_tick == 0 and len(after) > 1:
-                return max(worth, block.tick)
-            worth = max(worth, block.matched_tick)
-            if len(after) > 1:
-                return worth
+                worth = max(worth, 2**63 + block.tick)
+            elif not after or (block.matched_tick == 0 and len(after) > 1):
+                worth = max(worth, block.tick)
+            else:
+                worth = max(worth, block.matched_tick)
+            if len(after) != 1:
+                break
             (key,) = after
         return worth
 

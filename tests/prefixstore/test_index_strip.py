@@ -62,12 +62,21 @@ def test_the_steps_of_a_growing_sequence_are_no_ends(index: RadixIndex) -> None:
         pinned = index.peek(tokens)
         index.pin(pinned)
     assert index.stats().num_runs == 7
-    # All but the pinned window go before the older end, which some prompt may yet continue.
+    # All but the window go before the older end, which some prompt may yet continue.
     assert index.strip(1, 4).tolist() == [105, 106, 107, 108]
-    assert index.strip(1, 9).tolist() == [101, 102]
+    assert index.strip(1, 1).tolist() == [101, 102]
     assert held(index, range(5, 11))[-2:] == [[9, 109], [10, 110]]
+
+
+def test_windows_of_pinned_ends_go_last(index: RadixIndex) -> None:
+    """Their sequences use them, unless they have passed them since."""
+    index.insert(prompt(1, 2), rows(1, 2))
+    pinned = index.peek(prompt(1, 2))
+    index.pin(pinned)
+    index.insert(prompt(5, 6), rows(5, 6))
+    assert index.strip(1, 1).tolist() == [105, 106]
+    assert index.strip(1, 1).tolist() == [101, 102]
     index.unpin(pinned)
-    assert index.strip(1, 9).tolist() == [109, 110]
 
 
 def test_where_a_match_ended_the_window_stays_longer(index: RadixIndex) -> None:

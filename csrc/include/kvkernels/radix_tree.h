@@ -147,8 +147,8 @@ class RadixTree {
 
   // Gives up `num_blocks` ids of a group that has a window, and returns them; the other groups keep
   // theirs. First go ids that no end of a run needs, then the windows of the ends that were used
-  // least recently, each whole, so that there may be a few more. Where a pinned run ends its window
-  // stays. Throws std::invalid_argument if the group has no window.
+  // least recently, each whole, so that there may be a few more; those of pinned ends last. Throws
+  // std::invalid_argument if the group has no window.
   std::vector<std::int32_t> strip(std::uint32_t group, std::size_t num_blocks);
 
   // Takes the block after the first `num_kept` of `tokens`, and all that is cached after it, out of

@@ -198,7 +198,7 @@ class RadixIndex:
         group. A place counts as an end of prompts where a match ended, where no cached block comes
         after it, or more than one. First go ids within no end's window, those of runs touched least
         recently before others; then the windows of ends by when they were last used, each as a
-        whole. The window of an end that is pinned stays.
+        whole, and those of pinned ends last.
 
         Blocks that no group holds any more are removed where nothing comes after them.
 
