@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
@@ -44,8 +44,12 @@ class BlockTables:
         """Blocks of each sequence."""
         return len(self.ids[0])
 
-    def grow(self, num_tokens: int) -> None:
+    def grow(self, num_tokens: int, kept: Collection[int] | None = None) -> None:
         """Reserve blocks until every sequence has room for `num_tokens`.
+
+        Args:
+            num_tokens: Of each sequence.
+            kept: Which new blocks get room, the ids of others being -1; None for all.
 
         Raises:
             PoolFullError: If the pool has too few; nothing changes then.
@@ -54,14 +58,18 @@ class BlockTables:
         have, need = self.num_blocks, -(-num_tokens // self.block_size)
         if need <= have:
             return
-        extra = need - have
+        wanted = [number for number in range(have, need) if kept is None or number in kept]
+        extra = len(wanted)
         fresh = self._reserve(extra * len(self.ids))
         if len(fresh) != extra * len(self.ids):
             raise ValueError(
                 f"reserve: expected {extra * len(self.ids)} block ids, got {len(fresh)}"
             )
         for sequence, ids in enumerate(self.ids):
-            ids.extend(fresh[sequence * extra : (sequence + 1) * extra])
+            ids += [-1] * (need - have)
+            own = fresh[sequence * extra : (sequence + 1) * extra]
+            for number, block_id in zip(wanted, own, strict=True):
+                ids[number] = block_id
         if need > self.table.shape[1]:
             self._write_table(2 * need)
         else:
@@ -79,6 +87,25 @@ class BlockTables:
             self.group.allocator.release(block_id for block_id in ids[keep:] if block_id >= 0)
             del ids[keep:]
         self._write_table(2 * keep + 1)
+
+    def drop_before(self, first: int) -> None:
+        """Give back the blocks before the `first`, which no later token sees."""
+        dropped = [block_id for ids in self.ids for block_id in ids[:first] if block_id >= 0]
+        if dropped:
+            self.group.allocator.release(dropped)
+            for ids in self.ids:
+                ids[:first] = [-1] * first
+            self.table[:, :first] = -1
+
+    def has_holes(self, num_tokens: int) -> bool:
+        """Whether some block for tokens from `num_tokens` on has no room."""
+        first = num_tokens // self.block_size
+        return any(block_id < 0 for ids in self.ids for block_id in ids[first:])
+
+    def first_seen(self, num_tokens: int) -> int:
+        """The first block that the token after `num_tokens` can see."""
+        window = self.group.window
+        return 0 if window is None else max(0, num_tokens - window + 1) // self.block_size
 
     def own_last_block(self, num_tokens: int) -> None:
         """Replace a partly used last block that has other owners too by a copy.
@@ -103,8 +130,7 @@ class BlockTables:
 
     def check_reach(self, num_tokens: int) -> None:
         """Raise ValueError unless all blocks that a token at `num_tokens` can see are held."""
-        window = self.group.window
-        first = 0 if window is None else max(0, num_tokens - window + 1) // self.block_size
+        first = self.first_seen(num_tokens)
         for sequence, ids in enumerate(self.ids):
             for index in range(first, -(-num_tokens // self.block_size)):
                 if ids[index] < 0:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
 from kvkernels.errors import UnsupportedError
 from kvkernels.nn.groups import PagedGroup
+from kvkernels.nn.long_pass import LongPass
 from kvkernels.nn.module import PagedBatch
 from kvkernels.nn.paged_kv import PagedKV, merge_tokens
 from kvkernels.ops import store_kv
+
+_NONE: Mapping[int, LongPass] = MappingProxyType({})
 
 
 class LayerStore:
@@ -50,6 +54,7 @@ class LayerStore:
         layer_idx: int,
         key_states: torch.Tensor,
         value_states: torch.Tensor,
+        long_passes: Mapping[int, LongPass] = _NONE,
     ) -> PagedKV:
         """Store a layer's new keys and values, ``[batch, num_kv_heads, num_new, head_dim]`` each.
 
@@ -58,6 +63,7 @@ class LayerStore:
             layer_idx: The model's layer.
             key_states: New keys.
             value_states: New values.
+            long_passes: By group, where the pool keeps a part of the pass only.
 
         Raises:
             UnsupportedError: If it is not the layer's turn.
@@ -71,14 +77,11 @@ class LayerStore:
         group_index, layer = self._places[layer_idx]
         group, batch = self._groups[group_index], batches[group_index]
         key_cache, value_cache = group.key_caches[layer], group.value_caches[layer]
-        store_kv(
-            merge_tokens(key_states),
-            merge_tokens(value_states),
-            key_cache,
-            value_cache,
-            batch.slot_mapping,
-        )
+        key, value = merge_tokens(key_states), merge_tokens(value_states)
+        store_kv(key, value, key_cache, value_cache, batch.slot_mapping)
         self._next_layer = layer_idx + 1
+        if group_index in long_passes:
+            return long_passes[group_index].store(layer, key, value)
         return PagedKV(key_cache, value_cache, batch, group.window)
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 
+from kvkernels.allocator import PoolFullError
 from kvkernels.errors import UnsupportedError
 from kvkernels.nn.block_tables import BlockTables
 from kvkernels.nn.groups import PagedGroup
 from kvkernels.nn.layer_store import LayerStore
+from kvkernels.nn.long_pass import LongPass
 from kvkernels.nn.module import PagedBatch
 from kvkernels.nn.paged_kv import PagedKV, equal_bounds
 from kvkernels.nn.transformers_compat import Cache, num_queries
@@ -30,6 +32,9 @@ class PagedCache(Cache):
                           and values, and attends -> the last layer's store counts the new tokens
                           and calls on_step
 
+    Of a forward pass that would take more blocks of a sliding group than it may or there are, only
+    the last window stays in the pool, and the one before each of `ends`; see `LongPass`.
+
     A forward pass that fails midway counts nothing; the next one starts over at the same place.
 
     Args:
@@ -43,6 +48,9 @@ class PagedCache(Cache):
         reserve: Called with a group's number and how many blocks it needs; returns their ids, one
             reference each. Default the allocator's `allocate`.
         on_step: Called with the cache after each forward pass has stored its tokens.
+        ends: Numbers of tokens after which other sequences may go on in another way.
+        max_pass_blocks: By sliding group, how many blocks a forward pass may take; without an entry
+            as many as there are.
 
     Raises:
         ValueError: If the groups do not make up a model's layers or the tables do not fit.
@@ -57,6 +65,8 @@ class PagedCache(Cache):
         block_tables: Sequence[Sequence[Sequence[int]]] | None = None,
         reserve: Callable[[int, int], list[int]] | None = None,
         on_step: Callable[[Any], None] | None = None,
+        ends: Sequence[int] = (),
+        max_pass_blocks: Mapping[int, int] | None = None,
     ) -> None:
         # The base class keeps its state in `layers`; here it is in the groups' block tables.
         super().__init__(layers=[])
@@ -66,9 +76,12 @@ class PagedCache(Cache):
             raise ValueError(f"batch_size: expected a positive integer, got {batch_size}")
         self._batch_size = batch_size
         self._on_step = on_step
+        self._ends = tuple(ends)
+        self._max_pass_blocks = dict(max_pass_blocks or {})
         self._num_tokens = num_cached_tokens
         self._is_released = False
         self._batches: list[PagedBatch] = []
+        self._long_passes: dict[int, LongPass] = {}
         if block_tables is None:
             block_tables = [[[] for _ in range(batch_size)] for _ in self.groups]
         _check_tables(self.groups, block_tables, batch_size, num_cached_tokens)
@@ -85,7 +98,10 @@ class PagedCache(Cache):
         return self._num_tokens
 
     def block_ids(self, group: int, sequence: int) -> list[int]:
-        """The blocks that hold the stored tokens, in order; the last may be partly filled."""
+        """The blocks that hold the stored tokens, in order; the last may be partly filled.
+
+        -1 where the window has passed, and the block is held no more.
+        """
         tables = self._tables[group]
         return tables.ids[sequence][: -(-self._num_tokens // tables.block_size)]
 
@@ -133,8 +149,11 @@ class PagedCache(Cache):
         if layer_idx == 0:
             self._begin_step(key_states)
             self._layers.begin()
-        handle = self._layers.store(self._batches, layer_idx, key_states, value_states)
+        handle = self._layers.store(
+            self._batches, layer_idx, key_states, value_states, self._long_passes
+        )
         if self._layers.is_done:
+            self._long_passes = {}
             self._num_tokens += key_states.shape[2]
             if self._on_step is not None:
                 self._on_step(self)
@@ -233,9 +252,10 @@ class PagedCache(Cache):
                 f" {batch_size}"
             )
         num_tokens = self._num_tokens + num_new
-        for tables in self._tables:
+        for group, tables in enumerate(self._tables):
             tables.own_last_block(self._num_tokens)
-            tables.grow(num_tokens)
+            most = self._max_pass_blocks.get(group, tables.group.pool.num_blocks)
+            _make_room(tables, self._num_tokens, num_tokens, self._ends, most)
         device = key_states.device
         seq_lens = torch.full((batch_size,), num_tokens, dtype=torch.int32, device=device)
         cu_seqlens_q = equal_bounds(batch_size, num_new, device)
@@ -248,6 +268,40 @@ class PagedCache(Cache):
             )
             for tables in self._tables
         ]
+        self._long_passes = {
+            group: LongPass(tables, batch, self._num_tokens, num_new)
+            for group, (tables, batch) in enumerate(zip(self._tables, self._batches, strict=True))
+            if tables.has_holes(self._num_tokens)
+        }
+
+
+def _make_room(
+    tables: BlockTables, num_tokens: int, num_after: int, ends: Sequence[int], max_blocks: int
+) -> None:
+    """Have blocks for the tokens from `num_tokens` to `num_after`, or for the windows that matter.
+
+    Raises:
+        PoolFullError: If the pool has not even that many.
+    """
+    if tables.has_holes(num_tokens):  # of a pass that failed
+        tables.shrink(num_tokens)
+    size, need = tables.block_size, -(-num_after // tables.block_size)
+    # Where the last whole block ends: whoever goes on from there needs the window before it.
+    kept = set(range(tables.first_seen(num_after // size * size), need))
+    num_new_blocks = (need - tables.num_blocks) * len(tables.ids)
+    if kept.issuperset(range(tables.num_blocks, need)):
+        tables.grow(num_after)
+        return
+    if num_new_blocks <= max_blocks:
+        try:
+            tables.grow(num_after)
+            return
+        except PoolFullError:
+            pass  # others hold it: so the windows alone
+    for end in ends:
+        if num_tokens < end <= num_after:
+            kept.update(range(tables.first_seen(end // size * size), end // size))
+    tables.grow(num_after, kept)
 
 
 def _check_tables(
