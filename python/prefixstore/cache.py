@@ -15,11 +15,11 @@ import torch
 from kvkernels import BlockAllocator, KVPool
 from kvkernels.nn import PagedGroup, layer_groups
 from prefixstore.block_cache import BlockCache
-from prefixstore.config import CacheConfig, physical_memory_bytes
-from prefixstore.errors import ConfigError
+from prefixstore.config import CacheConfig
 from prefixstore.identity import model_identity
 from prefixstore.index import Match, Outline
 from prefixstore.index import Stats as IndexStats
+from prefixstore.pool_sizes import pool_sizes
 from prefixstore.restore import DEVICE, RestoredPrefix, restore_prefix
 from prefixstore.reuse_report import ReuseReport
 from prefixstore.served_model import ServedModel
@@ -32,8 +32,29 @@ from prefixstore.tokens import as_tokens
 
 
 @dataclass(frozen=True)
+class PoolStats:
+    """The pool of one layer group, now.
+
+    Attributes:
+        window: Reach of the group's attention in tokens; None for all.
+        num_blocks: Blocks that it holds.
+        num_free: Those of them that nobody uses and no prefix is cached in.
+        num_bytes: Its memory.
+    """
+
+    window: int | None
+    num_blocks: int
+    num_free: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
 class CacheStats:
-    """Counters of a cache and its parts since it was opened."""
+    """Counters of a cache and its parts since it was opened.
+
+    `pools` has the layer groups, that which reaches furthest first; `pool_blocks` and
+    `pool_free_blocks` are of that.
+    """
 
     num_sessions: int
     prompt_tokens: int
@@ -41,6 +62,7 @@ class CacheStats:
     evicted_blocks: int
     pool_blocks: int
     pool_free_blocks: int
+    pools: tuple[PoolStats, ...]
     index: IndexStats
     store: StoreStats | None
 
@@ -96,9 +118,8 @@ class PrefixCache:
         check_known("settings", settings, [one.name for one in fields(CacheConfig)])
         config = replace(config or CacheConfig(), **settings)
         specs = layer_groups(model.config, config.block_size, model.dtype)
-        layouts = [spec.layout for spec in specs]
-        num_blocks = _pool_blocks(config, model.config, sum(x.block_bytes for x in layouts))
-        identity = model_identity(model, layouts)
+        sizes = pool_sizes(config, model.config, specs)
+        identity = model_identity(model, [spec.layout for spec in specs])
         served_model = ServedModel(model)
         try:
             groups = [
@@ -108,7 +129,7 @@ class PrefixCache:
                     layers=spec.layers,
                     window=spec.window,
                 )
-                for spec in specs
+                for spec, num_blocks in zip(specs, sizes, strict=True)
             ]
             store = _open_store(config, groups) if store is None else store
             return cls(groups, identity, config, store, served_model)
@@ -180,15 +201,24 @@ class PrefixCache:
     def stats(self) -> CacheStats:
         device, store = self.blocks.device, self.blocks.store
         device.release_abandoned()
-        allocators = [group.allocator for group in device.groups]
+        pools = tuple(
+            PoolStats(
+                window=group.window,
+                num_blocks=group.pool.num_blocks,
+                num_free=group.allocator.num_free,
+                num_bytes=group.pool.capacity_bytes,
+            )
+            for group in device.groups
+        )
         num_prompts, prompt_tokens, hit_tokens = self.blocks.counts()
         return CacheStats(
             num_sessions=num_prompts,
             prompt_tokens=prompt_tokens,
             hit_tokens=hit_tokens,
             evicted_blocks=device.evicted_blocks,
-            pool_blocks=allocators[0].num_blocks,
-            pool_free_blocks=min(allocator.num_free for allocator in allocators),
+            pool_blocks=pools[0].num_blocks,
+            pool_free_blocks=pools[0].num_free,
+            pools=pools,
             index=device.index_stats(),
             store=store.stats() if store else None,
         )
@@ -274,26 +304,6 @@ class PrefixCache:
             num_recomputed=len(tokens) - sum(by_tier.values()),
             restore_s=restore_s,
         )
-
-
-def _pool_blocks(config: CacheConfig, model_config: Any, bytes_per_block: int) -> int:
-    if config.pool_tokens is not None:
-        return -(-config.pool_tokens // config.block_size)
-    text_config = model_config.get_text_config()
-    context = getattr(text_config, "max_position_embeddings", None)
-    if context is None:
-        raise ConfigError(
-            "pool_tokens: expected a number, for the model's configuration names no"
-            " max_position_embeddings to choose one by; got None"
-        )
-    wanted = 4 * context // config.block_size
-    affordable = physical_memory_bytes() // 4 // bytes_per_block
-    if affordable == 0:
-        raise ConfigError(
-            f"pool_tokens: expected room for one block of {bytes_per_block} bytes in a quarter"
-            f" of the memory, got {physical_memory_bytes()} bytes of memory"
-        )
-    return max(1, min(wanted, affordable))
 
 
 def _open_store(config: CacheConfig, groups: Sequence[PagedGroup]) -> Store | None:

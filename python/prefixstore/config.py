@@ -48,6 +48,9 @@ class CacheConfig:
         block_size: Tokens in a block; one of 16, 32, 64, 128, 256.
         pool_tokens: Tokens the device pool holds, cached and in use together; None for four
             times the model's context, at most a quarter of the memory.
+        window_pool_tokens: Tokens it holds of layers with a sliding window, which see no more than
+            the last window of a sequence: at least two windows and two blocks, at most
+            `pool_tokens`. None for an eighth of those, at least 16 windows and what is computed.
         tiers: URLs of the tiers, fastest first, see tier_urls.py; in place of the next three.
         memory_bytes: Size of the host memory tier, at least 4096; 0 for none. Default 1 GiB.
         disk_path: Directory of the disk tier, shared by processes; None for none.
@@ -64,6 +67,7 @@ class CacheConfig:
 
     block_size: int = 64
     pool_tokens: int | None = None
+    window_pool_tokens: int | None = None
     tiers: Sequence[str] | None = None
     memory_bytes: int | None = None
     disk_path: str | Path | None = None
@@ -78,7 +82,7 @@ class CacheConfig:
             raise ConfigError(
                 f"block_size: expected one of 16, 32, 64, 128, 256, got {self.block_size!r}"
             )
-        for name in ("pool_tokens", "memory_bytes", "disk_bytes"):
+        for name in ("pool_tokens", "window_pool_tokens", "memory_bytes", "disk_bytes"):
             value = getattr(self, name)
             if not isinstance(value, int) and value is not None:
                 raise ConfigError(f"{name}: expected an integer, got {value!r}")
@@ -91,11 +95,12 @@ class CacheConfig:
                 raise ConfigError(f"codec: expected one of {tuple(CODECS)}, got {name!r}")
         if not isinstance(self.exact_blocks, int) or self.exact_blocks < 0:
             raise ConfigError(f"exact_blocks: expected 0 or more, got {self.exact_blocks!r}")
-        if self.pool_tokens is not None and self.pool_tokens < self.block_size:
-            raise ConfigError(
-                f"pool_tokens: expected at least one block of {self.block_size},"
-                f" got {self.pool_tokens!r}"
-            )
+        for name in ("pool_tokens", "window_pool_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < self.block_size:
+                raise ConfigError(
+                    f"{name}: expected at least one block of {self.block_size}, got {value!r}"
+                )
         if self.tiers is not None:
             self._check_tiers()
         if self.memory_bytes and self.memory_bytes < PAGE_BYTES:

@@ -20,7 +20,11 @@ from kvkernels import PoolFullError
 from kvkernels.nn import PagedGroup
 from kvkernels.nn.block_tables import BlockTables
 from prefixstore.index import Match, Outline, RadixIndex, Stats
-from prefixstore.residency import longest_prefix
+from prefixstore.residency import first_block_needed, longest_prefix, num_window_blocks
+
+# Of a pool of windows, one block in so many at most
+_WRITING_SHARE = 4  # waits to be written,
+_PASS_SHARE = 4  # or is taken by one forward pass, so that the windows of others stay.
 
 
 class DeviceBlocks:
@@ -39,7 +43,11 @@ class DeviceBlocks:
         self.groups = list(groups)
         self.block_size = block_size
         self._drain = drain
-        self._index = RadixIndex(block_size, len(self.groups))
+        reaches = [
+            None if window is None else num_window_blocks(block_size, window)
+            for window in self.windows
+        ]
+        self._index = RadixIndex(block_size, len(self.groups), reaches)
         self._lock = threading.Lock()
         self._evicted_blocks = 0
         self._writing: list[Counter[int]] = [Counter() for _ in self.groups]
@@ -65,13 +73,42 @@ class DeviceBlocks:
             self.share(match.block_ids)
             return match, match.block_ids
 
+    def find_usable(self, tokens: np.ndarray, salt: str) -> tuple[Match, np.ndarray]:
+        """As `find`, of the longest prefix that can be gone on from, and of what that takes.
+
+        Returns:
+            The match and `[num_blocks, num_groups]` int32, -1 where no later token can see the
+            block.
+        """
+        self.release_abandoned()
+        with self._lock:
+            match = self._index.match(tokens, salt.encode())
+            block_ids = match.block_ids
+            num_usable = self._num_usable(block_ids)
+            if num_usable < len(block_ids):
+                # Pinned where it is used: behind that place a window would be kept for nobody.
+                match = self._index.peek(tokens[: num_usable * self.block_size], salt.encode())
+                block_ids = block_ids[:num_usable]
+            for group, window in enumerate(self.windows):
+                block_ids[: first_block_needed(num_usable, self.block_size, window), group] = -1
+            self._index.pin(match)
+            self.share(block_ids)
+            return match, block_ids
+
+    def hold(self, tokens: np.ndarray, salt: str) -> Match:
+        """Pin what is indexed of a prefix, whose blocks the caller has references to."""
+        with self._lock:
+            match = self._index.peek(tokens, salt.encode())
+            self._index.pin(match)
+            return match
+
     def pin(self, tokens: np.ndarray, salt: str, block_ids: np.ndarray) -> Match | None:
         """Pin the indexed run of `tokens` if it is made of these very blocks, else None.
 
         What a session holds frees nothing when it is evicted; the index would forget it in vain.
         """
         with self._lock:
-            match = self._index.match(tokens, salt.encode())
+            match = self._index.peek(tokens, salt.encode())
             # Where a window has passed the caller holds none; whose block is there is no matter.
             is_held = block_ids >= 0
             if match.block_ids.shape != block_ids.shape or not np.array_equal(
@@ -88,8 +125,7 @@ class DeviceBlocks:
     def num_cached(self, tokens: np.ndarray, salt: str) -> int:
         """Blocks of the longest prefix that is usable now; nothing is held, so it may shrink."""
         with self._lock:
-            ids = self._index.match(tokens, salt.encode()).block_ids
-        return longest_prefix([group >= 0 for group in ids.T], self.block_size, self.windows)
+            return self._num_usable(self._index.peek(tokens, salt.encode()).block_ids)
 
     def abandon(self, tables: Sequence[BlockTables], match: Match) -> None:
         """Leave a session's references and pin to be given back by the next call that needs room.
@@ -139,7 +175,10 @@ class DeviceBlocks:
         return len(block_ids)
 
     def reserve(self, group: int, num_blocks: int) -> list[int]:
-        """Take blocks of one group, evicting the least recently used prefixes where needed.
+        """Take blocks of one group; where that needs room, the least recently used go.
+
+        Of a group with a window its own blocks go alone, see `RadixIndex.strip`. Of others whole
+        prefixes are evicted.
 
         Raises:
             PoolFullError: If sessions hold too many; nothing is taken then.
@@ -155,7 +194,7 @@ class DeviceBlocks:
                 missing = num_blocks - allocator.num_free
                 if not has_drained:
                     missing -= self._num_leaving(group)
-                if missing > 0 and self._evict(missing):
+                if missing > 0 and self._give_up(group, missing):
                     continue
                 if has_drained:
                     raise
@@ -175,11 +214,13 @@ class DeviceBlocks:
         """
         self.release_abandoned()
         allocator = self.groups[group].allocator
-        missing = num_blocks - allocator.num_free
-        if missing > 0:
-            missing -= self._num_leaving(group)
-        if missing > 0:
-            self._evict(missing)
+        while (missing := num_blocks - allocator.num_free) > 0:
+            # For what a writer has in hand a whole prefix is not evicted; a window is, for of these
+            # there are few, and who does not get one in time gives up its place.
+            if not self.holds_windows(group):
+                missing -= self._num_leaving(group)
+            if missing <= 0 or not self._give_up(group, missing):
+                break
         return allocator.allocate(num_blocks)
 
     def evict_all(self) -> int:
@@ -191,6 +232,33 @@ class DeviceBlocks:
         if num_blocks:
             self._evict(num_blocks)
         return self._evicted_blocks - before
+
+    def holds_windows(self, group: int) -> bool:
+        """Whether the group's pool is smaller than that of whole contexts, if there is any."""
+        sizes = [one.pool.num_blocks for one in self.groups if one.window is None]
+        own = self.groups[group]
+        return own.window is not None and own.pool.num_blocks not in sizes
+
+    def max_pass_blocks(self) -> dict[int, int]:
+        """By group whose pool holds windows: how much of it one long prompt may sweep through."""
+        return {
+            number: group.pool.num_blocks // _PASS_SHARE
+            for number, group in enumerate(self.groups)
+            if self.holds_windows(number)
+        }
+
+    def max_writing(self, group: int) -> int:
+        """Blocks of a group that may wait to be written.
+
+        A pool of windows is small, and serving must not wait until a slow tier has what is in it.
+        """
+        num_blocks = self.groups[group].pool.num_blocks
+        return num_blocks // _WRITING_SHARE if self.holds_windows(group) else num_blocks
+
+    def has_write_room(self, group: int) -> bool:
+        """Whether one more block may wait to be written."""
+        with self._writing_lock:
+            return len(self._writing[group]) < self.max_writing(group)
 
     def begin_write(self, group: int, block_id: int) -> None:
         """A writer holds a block until `end_write`."""
@@ -216,6 +284,11 @@ class DeviceBlocks:
         """Drop a reference of each block of `[num_blocks, num_groups]`; -1 is skipped."""
         for group, ids in zip(self.groups, block_ids.T, strict=True):
             group.allocator.release(ids[ids >= 0].tolist())
+
+    def drop(self, group: int, block_ids: np.ndarray) -> None:
+        """Drop a reference of each of some blocks of a group, in whose place -1 is put."""
+        self.groups[group].allocator.release(block_ids[block_ids >= 0].tolist())
+        block_ids[:] = -1
 
     @property
     def evicted_blocks(self) -> int:
@@ -249,6 +322,26 @@ class DeviceBlocks:
         with self._writing_lock:
             held = list(self._writing[group].items())
         return sum(count(block_id) == num_writers for block_id, num_writers in held)
+
+    def _num_usable(self, block_ids: np.ndarray) -> int:
+        """Blocks of the longest prefix of `[num_blocks, num_groups]` that can be gone on from."""
+        return longest_prefix([ids >= 0 for ids in block_ids.T], self.block_size, self.windows)
+
+    def _give_up(self, group: int, num_blocks: int) -> bool:
+        """Let the index give up blocks for the sake of a group; False if it has no more.
+
+        What a strip leaves of a group is pinned, so no eviction would free it. A run that lost its
+        window keeps its other blocks: it is evicted before the runs that are of use, which were
+        used later, and until then a tier or the next prompt may bring the window back.
+        """
+        if self.groups[group].window is None:
+            return self._evict(num_blocks)
+        with self._lock:
+            ids = self._index.strip(group, num_blocks).tolist()
+            if self._detached:  # they may come to mean other blocks
+                self._detached.difference_update((group, one) for one in ids)
+            self.groups[group].allocator.release(ids)
+        return len(ids) > 0
 
     def _evict(self, num_blocks: int) -> bool:
         with self._lock:

@@ -24,6 +24,11 @@ def first_block_needed(num_blocks: int, block_size: int, window: int | None) -> 
     return max(0, num_blocks * block_size - window + 1) // block_size
 
 
+def num_window_blocks(block_size: int, window: int) -> int:
+    """Blocks before the end of a block that the next token can see."""
+    return -(-(window - 1) // block_size)
+
+
 def longest_prefix(
     available: Sequence[np.ndarray], block_size: int, windows: Sequence[int | None]
 ) -> int:

@@ -25,11 +25,14 @@ class RestoredPrefix:
         match: The pinned run of the index.
         block_ids: `[num_blocks, num_groups]` int32; -1 where no later token can see the block.
         tiers: `[num_blocks]`, where each block lay.
+        num_found: Blocks of the prompt that were indexed, usable or not: other prompts went on
+            differently from there.
     """
 
     match: Match
     block_ids: np.ndarray
     tiers: list[str]
+    num_found: int
 
     @property
     def num_blocks(self) -> int:
@@ -64,13 +67,18 @@ def restore_prefix(
         raise
     device.release(block_ids[usable:])
     block_ids, tiers = block_ids[:usable], tiers[:usable]
-    if any(tier != DEVICE for tier in tiers):
-        prefix = tokens[: usable * device.block_size]
+    for group, window in enumerate(device.windows):
+        device.drop(
+            group, block_ids[: first_block_needed(usable, device.block_size, window), group]
+        )
+    is_loaded = any(tier != DEVICE for tier in tiers)
+    prefix = tokens[: usable * device.block_size]
+    if is_loaded:
         device.insert(prefix, salt, block_ids)
+    if is_loaded or usable < len(found):
         device.unpin(match)
-        match, again = device.find(prefix, salt)
-        device.release(again)
-    return RestoredPrefix(match, block_ids, tiers)
+        match = device.hold(prefix, salt)
+    return RestoredPrefix(match, block_ids, tiers, len(found))
 
 
 def _load_missing(

@@ -57,7 +57,10 @@ class Session(PagedCache):
             block_tables=[[ids.tolist()] for ids in restored.block_ids.T],
             reserve=device.reserve,
             on_step=Session._commit_stored,
+            ends=(restored.num_found * device.block_size,),
+            max_pass_blocks=device.max_pass_blocks(),
         )
+        self._last_step = self.num_tokens  # where it began
 
     def commit(self, token_ids: torch.Tensor | Sequence[int]) -> int:
         """Offer the whole blocks of `token_ids` stored so far to later sessions.
@@ -159,9 +162,13 @@ class Session(PagedCache):
     def end_step(self) -> None:
         """The forward pass that `check_step` announced is over, finished or not."""
         self._checked_step = None
+        self._drop_passed()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens, as `PagedCache.crop`; what follows may be other tokens."""
+        """Forget the last tokens, as `PagedCache.crop`; what follows may be other tokens.
+
+        With a sliding window those of the last forward pass, at most as many as the window has.
+        """
         super().crop(tokens_to_remove)
         self._checked_prompt = (self._checked_prompt[0], -1)
         self._tokens = self._tokens[: self.num_tokens]
@@ -202,7 +209,18 @@ class Session(PagedCache):
                 "past_key_values: expected a forward pass of the model the cache was opened for,"
                 " got one of another or of a part of it"
             )
+        self._drop_passed()
         super()._begin_step(key_states)
+        self._last_step = self.num_tokens
+
+    def _drop_passed(self) -> None:
+        """Between two forward passes: give back what the windows passed."""
+        size = self._device.block_size
+        for tables in self._tables:
+            if tables.group.window is not None:
+                # Some tokens of the last pass may be taken back, as `generate` does with guesses.
+                least = max(self._last_step, self.num_tokens - tables.group.window)
+                tables.drop_before(tables.first_seen(min(least, self.num_tokens) // size * size))
 
     def _commit_stored(self) -> None:
         if self._match is None:

@@ -148,7 +148,7 @@ class ScriptedEngine:
         index = Stats(*[0] * len(fields(Stats)))
         counters = dict.fromkeys(COUNTERS, 0) | {name: {} for name in TABLES}
         counters["num_running"] = len(self.running)
-        cache = CacheStats(0, 0, {}, 0, 0, 0, index, None)
+        cache = CacheStats(0, 0, {}, 0, 0, 0, (), index, None)
         planner = SimpleNamespace(modes={}, **dict.fromkeys(PLANNER, 0))
         return SimpleNamespace(**counters, planner=planner, cache=cache)
 

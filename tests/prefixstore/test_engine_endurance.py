@@ -26,6 +26,7 @@ NUM_REQUESTS = {"llama": 800, "gemma3": 200}
 MODELS = {"llama": tiny_llama, "gemma3": tiny_gemma3}
 NUM_ALONE = 20  # of them
 POOL_TOKENS = 480
+WINDOW_POOL_TOKENS = 320
 MAX_TOKENS = 12
 RECORDS = 1 << 20  # bytes of each bounded tier: too few, so that records give way
 
@@ -138,8 +139,12 @@ def wait_audits(engine: Engine) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_nothing_hangs_is_wrong_or_leaks(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "window_pool_tokens"),
+    [("llama", None), ("gemma3", None), ("gemma3", WINDOW_POOL_TOKENS)],
+    ids=["llama", "gemma3", "gemma3_few_windows"],
+)
+def test_nothing_hangs_is_wrong_or_leaks(kind, window_pool_tokens, tmp_path):
     torch.manual_seed(3)
     model, rng = MODELS[kind](), random.Random(kind)
     prompts = make_prompts(model, rng)
@@ -154,7 +159,11 @@ def test_nothing_hangs_is_wrong_or_leaks(kind, tmp_path):
         StoreConfig(load_timeout_s=0.5, breaker=BreakerConfig(failures=20)),
     )
     cache = PrefixCache.open(
-        model, CacheConfig(block_size=BLOCK_SIZE, pool_tokens=POOL_TOKENS), store=store
+        model,
+        CacheConfig(
+            block_size=BLOCK_SIZE, pool_tokens=POOL_TOKENS, window_pool_tokens=window_pool_tokens
+        ),
+        store=store,
     )
     config = EngineConfig(max_running=8, max_batch_tokens=48, max_queued=64, audit_share=0.5)
     engine = Engine(model, Numbers(), cache, config)
@@ -172,18 +181,20 @@ def test_nothing_hangs_is_wrong_or_leaks(kind, tmp_path):
     assert stats.num_running == stats.num_queued == 0
     assert sum(stats.num_finished.values()) == stats.num_submitted == NUM_REQUESTS[kind]
     assert stats.num_finished["cancelled"] == client.num_cancelled > 0
-    assert stats.num_preemptions > 0 and faulty.num_faults > 0
+    assert faulty.num_faults > 0
+    # Where windows are few, fewer are admitted, and so all of them stay.
+    assert stats.num_preemptions > 0 or window_pool_tokens is not None
     assert stats.num_audits > 0 and stats.num_quarantined == 0
     assert {"device", "memory"} <= stats.hit_tokens.keys()
     assert client.num_compared > NUM_REQUESTS[kind] // 2 and client.num_sampled > 0
     index = stats.cache.index
     assert index.num_pinned_runs == 0
     assert stats.cache.pool_free_blocks + index.num_blocks == stats.cache.pool_blocks
-    for group in cache.blocks.device.groups:
-        assert group.allocator.num_free >= stats.cache.pool_blocks - index.num_blocks
+    assert index.stripped_blocks > 0 or window_pool_tokens is None
+    for pool in stats.cache.pools:
+        assert pool.num_free >= pool.num_blocks - index.num_blocks
     engine.cache.evict_pool()
-    free = [group.allocator.num_free for group in cache.blocks.device.groups]
-    assert free == [stats.cache.pool_blocks] * len(free)
+    assert all(pool.num_free == pool.num_blocks for pool in cache.stats().pools)
     engine.close()
     cache.close()
     wait_threads(num_threads)

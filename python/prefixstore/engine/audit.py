@@ -133,9 +133,7 @@ class _Audit:
         """Go on, and give back what no later token can see."""
         self.number += 1
         for group, (window, table) in enumerate(zip(self._device.windows, self._own, strict=True)):
-            passed = table[: first_block_needed(self.number, self._size, window)]
-            self._device.groups[group].allocator.release(passed[passed >= 0].tolist())
-            passed[:] = -1
+            self._device.drop(group, table[: first_block_needed(self.number, self._size, window)])
 
     def release(self) -> None:
         self._device.release(np.ascontiguousarray(self._own.T))

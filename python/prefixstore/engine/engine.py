@@ -60,7 +60,7 @@ class Engine:
         self.max_model_len = _max_model_len(config, text_config, cache)
         self._eos_ids = _eos_ids(model, tokenizer)
         self._owns_cache = False
-        self._loop = EngineLoop(model, cache, config)
+        self._loop = EngineLoop(model, cache, config, self.max_model_len)
 
     @classmethod
     def open(
@@ -246,12 +246,19 @@ class Engine:
 
 def _max_model_len(config: EngineConfig, text_config: Any, cache: PrefixCache) -> int:
     context = getattr(text_config, "max_position_embeddings", None)
-    pool_tokens = cache.stats().pool_blocks * cache.config.block_size
+    # A sliding group holds a window of a sequence, however long that is.
+    pools = [pool.num_blocks for pool in cache.stats().pools if pool.window is None]
+    pool_tokens = min(pools) * cache.config.block_size if pools else None
     known = [one for one in (context, pool_tokens) if one is not None]
     wanted = config.max_model_len
+    if not known and wanted is None:
+        raise ConfigError(
+            "max_model_len: expected a number, for the model's configuration names no"
+            " max_position_embeddings; got None"
+        )
     if wanted is None:
         return min(known)
-    if wanted > min(known):
+    if known and wanted > min(known):
         raise ConfigError(
             f"max_model_len: expected at most {context} (the model's positions) and {pool_tokens}"
             f" (the pool's tokens), got {wanted}"

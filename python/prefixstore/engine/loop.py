@@ -21,6 +21,7 @@ from prefixstore.engine.roster import Roster
 from prefixstore.engine.runner import Chunk, ModelRunner
 from prefixstore.engine.sampler import SampledToken, SamplingRow, sample_tokens
 from prefixstore.engine.scheduler import Scheduler, Step
+from prefixstore.engine.window_budget import WindowBudget
 from prefixstore.planner import Planner, PlannerConfig
 
 logger = logging.getLogger(__name__)
@@ -42,18 +43,23 @@ class EngineLoop:
         model: The Hugging Face causal language model that `cache` was opened for.
         cache: Whose blocks are reused and filled.
         config: Bounds.
+        max_model_len: Tokens that a sequence may come to.
 
     Attributes:
         changed: Its lock guards all parts but the runner, which is the thread's; notified when
             there may be something to do, and when a request has ended.
 
     Raises:
+        ConfigError: If a sliding group's pool is too small for one sequence.
         UnsupportedError: If batch invariance is asked for and cannot be promised for the model.
     """
 
-    def __init__(self, model: Any, cache: PrefixCache, config: EngineConfig) -> None:
+    def __init__(
+        self, model: Any, cache: PrefixCache, config: EngineConfig, max_model_len: int
+    ) -> None:
         self._cache = cache
         blocks = cache.blocks
+        budget = WindowBudget(blocks, config.max_batch_tokens, max_model_len)
         self.runner = ModelRunner(
             *(model, blocks.device.groups, blocks.block_size),
             *(config.batch_invariant, config.fuses_layers),
@@ -72,7 +78,7 @@ class EngineLoop:
             *(blocks, self.runner, self._check_weights),
             *(config.audit_share, config.audit_seed),
         )
-        self.scheduler = Scheduler(blocks, self.restorer, config, self.auditor.give_way)
+        self.scheduler = Scheduler(blocks, self.restorer, config, budget, self.auditor.give_way)
         self.roster = Roster(self.scheduler, config, self.changed)
         self._is_closed = False
         self._weights_checked = 0.0

@@ -172,7 +172,9 @@ class Restorer:
             ]
             there = [tier for tier in needed if tier is not None]
             is_whole = len(there) == len(needed)
-            held.append(max(there, key=ranks.__getitem__) if is_whole else None)
+            # What no group needs is as good as there.
+            slowest = max(there, key=ranks.__getitem__, default=store.tier_names[0])
+            held.append(slowest if is_whole else None)
         return held
 
     def _start(

@@ -17,6 +17,7 @@ from prefixstore.engine.request import Request
 from prefixstore.engine.restorer import Restorer
 from prefixstore.engine.restoring import Restoring
 from prefixstore.engine.sequence import SequenceBlocks
+from prefixstore.engine.window_budget import WindowBudget
 
 _RETRY_S = 0.02  # how soon a pool that was too full is tried again
 
@@ -44,8 +45,9 @@ class Step:
 class Scheduler:
     """Decides; the engine does. Called under the engine's lock.
 
-    - A request is admitted when the pool has room for its whole prompt, so that prompts never wait
-      for each other's blocks. It waits too while another is computing what it begins with.
+    - A request is admitted when the pool has room for its whole prompt, and in sliding groups for
+      its window, so that prompts never wait for each other's blocks. It waits too while another is
+      computing what it begins with.
     - Running answers come first in every batch, one token each; prompts share what is left.
     - When an answer's next block finds no room, whoever was admitted last gives its blocks away:
       they are published, so they stay as long as there is room, and in the tiers. It goes on from
@@ -55,6 +57,7 @@ class Scheduler:
         blocks: The model's.
         restorer: Brings prompts in.
         config: Bounds.
+        budget: Of the sliding groups.
         give_way: Gives blocks back that no request needs; False if there are none.
     """
 
@@ -63,6 +66,7 @@ class Scheduler:
         blocks: BlockCache,
         restorer: Restorer,
         config: EngineConfig,
+        budget: WindowBudget,
         give_way: Callable[[], bool],
     ) -> None:
         # Those for whom the batch has room pass through it too.
@@ -72,6 +76,7 @@ class Scheduler:
         self._blocks = blocks
         self._restorer = restorer
         self._config = config
+        self._budget = budget
         self._give_way = give_way
         self._held_back: deque[Request] = deque()  # others compute what they begin with
         self._retry_at = 0.0
@@ -117,6 +122,8 @@ class Scheduler:
         return self._retry_at if self.num_waiting and self._retry_at else None
 
     def _try_admit(self, request: Request, producing: set[bytes], now: float) -> bool:
+        if not self._budget.has_room(self.running, request):
+            return False
         sequence = SequenceBlocks(
             *(self._blocks, request.tokens, request.salt, request.keys),
             request.max_tokens,

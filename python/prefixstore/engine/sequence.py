@@ -9,7 +9,7 @@ import numpy as np
 from prefixstore.block_cache import BlockCache
 from prefixstore.block_key import BlockKey
 from prefixstore.index import Match
-from prefixstore.residency import first_block_needed, longest_prefix
+from prefixstore.residency import first_block_needed
 
 
 class SequenceBlocks:
@@ -55,7 +55,8 @@ class SequenceBlocks:
     def reserve(self, num_tokens: int) -> None:
         """Set blocks aside, so that the sequence can come to hold so many tokens.
 
-        In sliding groups, whose blocks come back while it runs, nothing is set aside.
+        In sliding groups, whose blocks come back while it runs, nothing is set aside: there
+        `WindowBudget` sees to it.
 
         Raises:
             PoolFullError: If the pool has too few; those set aside so far stay so.
@@ -124,7 +125,8 @@ class SequenceBlocks:
         match = self._blocks.publish(prefix, self._salt, ids, computed, self._keys)
         self._computed = self._computed[len(computed) :]
         self.num_published = num_blocks
-        if match is not None:
+        # The old pin would keep a window that was passed, for nobody.
+        if match is not None or any(self._dropped):
             self._unpin()
             self._match = match
 
@@ -136,9 +138,7 @@ class SequenceBlocks:
         size = self._blocks.block_size
         for group, window in enumerate(self._device.windows):
             first = min(first_block_needed(num_stored // size, size, window), self.num_published)
-            passed = self.tables[group, self._dropped[group] : first]
-            self._device.groups[group].allocator.release(passed[passed >= 0].tolist())
-            passed[:] = -1
+            self._device.drop(group, self.tables[group, self._dropped[group] : first])
             self._dropped[group] = max(self._dropped[group], first)
 
     def release(self) -> None:
@@ -154,22 +154,10 @@ class SequenceBlocks:
         """Share the longest prefix on the device, leaving a token to compute; its whole blocks."""
         device, size = self._device, self._blocks.block_size
         whole = tokens[: (len(tokens) - 1) // size * size]
-        match, ids = device.find(whole, self._salt)
-        usable = 0
-        if len(ids):
-            usable = longest_prefix([group >= 0 for group in ids.T], size, device.windows)
-        # What the windows passed is not read any more: the sequence need not hold it.
-        for group, window in enumerate(device.windows):
-            first = first_block_needed(usable, size, window)
-            device.groups[group].allocator.release(
-                [block_id for block_id in ids[:first, group].tolist() if block_id >= 0]
-            )
-            ids[:first, group] = -1
-            self._dropped[group] = first
-        device.release(ids[usable:])
-        self.tables[:, :usable] = ids[:usable].T
-        self._match = match
-        return usable
+        self._match, ids = device.find_usable(whole, self._salt)
+        self._dropped = [first_block_needed(len(ids), size, window) for window in device.windows]
+        self.tables[:, : len(ids)] = ids.T
+        return len(ids)
 
     def _unpin(self) -> None:
         match, self._match = self._match, None

@@ -30,7 +30,12 @@ _ENGINE = {
     "max_batch_tokens": "max_batch_tokens",
     "max_model_len": "max_model_len",
 }
-_CACHE = {"codec": "codec", "pool_tokens": "pool_tokens", "block_size": "block_size"}
+_CACHE = {
+    "codec": "codec",
+    "pool_tokens": "pool_tokens",
+    "window_pool_tokens": "window_pool_tokens",
+    "block_size": "block_size",
+}
 
 
 @click.command()
@@ -61,6 +66,9 @@ _CACHE = {"codec": "codec", "pool_tokens": "pool_tokens", "block_size": "block_s
 )
 @click.option("--codec", help="How blocks are written into the tiers.  [default: raw]")
 @click.option("--pool-tokens", type=int, help="Tokens that the device pool holds.")
+@click.option(
+    "--window-pool-tokens", type=int, help="Those that it holds of layers with a sliding window."
+)
 @click.option("--block-size", type=int, help="Tokens of a block.  [default: 64]")
 @click.option("--max-running", type=int, help="Requests in one batch.")
 @click.option("--max-queued", type=int, help="Requests that wait; beyond them clients get 429.")

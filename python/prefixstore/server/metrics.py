@@ -152,6 +152,14 @@ def _planner_metrics(stats: PlannerStats) -> Iterator[Metric]:
 
 def _cache_metrics(stats: CacheStats) -> Iterator[Metric]:
     index = stats.index
+    windows = {str(one.window): one for one in stats.pools if one.window is not None}
+    sizes = {window: one.num_blocks for window, one in windows.items()}
+    text = "Blocks of the pool of layers with such a window."
+    yield _labelled("window_pool_blocks", text, "window", sizes, GaugeMetricFamily)
+    free = {window: one.num_free for window, one in windows.items()}
+    yield _labelled(
+        "window_pool_free_blocks", "Those that are free.", "window", free, GaugeMetricFamily
+    )
     yield from _gauges(
         _Named("pool_blocks", "Blocks of the device pool.", stats.pool_blocks),
         _Named("pool_free_blocks", "Those of them that are free.", stats.pool_free_blocks),
@@ -161,6 +169,11 @@ def _cache_metrics(stats: CacheStats) -> Iterator[Metric]:
     )
     yield from _counters(
         _Named("pool_evicted_blocks", "Blocks evicted from the pool.", stats.evicted_blocks),
+        _Named(
+            "pool_stripped_blocks",
+            "Blocks given up of layers with a window, their prefixes staying.",
+            stats.index.stripped_blocks,
+        ),
         _Named("index_lookup_blocks", "Whole blocks of all prompts.", index.lookup_blocks),
         _Named("index_hit_blocks", "Those of them found in the pool.", index.hit_blocks),
     )

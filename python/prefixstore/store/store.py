@@ -218,6 +218,10 @@ class Store:
             done()
         return is_taken
 
+    def note_dropped(self) -> None:
+        """Count a block that is not even handed over, for there was no room to keep it for that."""
+        self._counts.add(num_dropped=1)
+
     def touch(self, keys: Sequence[BlockKey]) -> list[int]:
         """Blocks were used again that did not have to be loaded.
 
