@@ -96,7 +96,8 @@ class _Audit:
         self.number = 0  # of the next block
         self._device, self._size = blocks.device, blocks.block_size
         tokens = job.request.tokens[: (max(job.reused) + 1) * self._size]
-        self._match, self.held = blocks.device.find(tokens, job.request.salt)
+        # Of a sliding group the last window, which is what was read of it.
+        self._match, self.held = blocks.device.find_usable(tokens, job.request.salt)
         # Evicted since: what is left is audited, up to the last block that was reused.
         left = [number for number in job.reused if number < len(self.held)]
         self.num_blocks = max(left, default=-1) + 1
