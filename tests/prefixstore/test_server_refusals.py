@@ -106,9 +106,13 @@ WRONG_OF_CHAT = [
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ({"max_completion_tokens": 301}, "max_completion_tokens"),
     ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
-    ({"logprobs": True}, "logprobs"),
-    ({"logprobs": 0}, "logprobs"),
+    *(({"logprobs": value}, "logprobs") for value in (0, 1, 1.0, "true", [True], {})),
     ({"top_logprobs": 2}, "top_logprobs"),
+    ({"logprobs": False, "top_logprobs": 2}, "top_logprobs"),
+    *(
+        ({"logprobs": True, "top_logprobs": value}, "top_logprobs")
+        for value in (-1, 21, 1 << 70, 1.5, True, "5", [5], float("nan"))
+    ),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"functions": [{}]}, "functions"),
@@ -137,7 +141,11 @@ WRONG_OF_TEXT = [
     ({"prompt": [1 << 40]}, "prompt"),
     ({"prompt": [1 << 70]}, "prompt"),
     ({"prompt": ""}, "prompt"),
-    ({"logprobs": 0}, "logprobs"),
+    *(
+        ({"logprobs": value}, "logprobs")
+        for value in (-1, 21, 1 << 70, 1.5, True, False, "5", [5], float("nan"))
+    ),
+    ({"logprobs": 0, "echo": True}, "logprobs"),
     ({"best_of": 2}, "best_of"),
     ({"suffix": "x"}, "suffix"),
     ({"echo": "yes"}, "echo"),

@@ -17,6 +17,7 @@ from prefixstore.server.errors import install_handlers
 from prefixstore.server.gate import Gate
 from prefixstore.server.keys import ApiKeys
 from prefixstore.server.lifecycle import Lifecycle
+from prefixstore.server.logprobs import TokenTexts
 from prefixstore.server.metrics import EngineCollector, Latencies
 from prefixstore.server.prompts import Prompt, PromptReader
 from prefixstore.server.responses import ChatForm, CompletionForm
@@ -54,6 +55,7 @@ def create_app(
         config=config,
         model_name=config.model_name or DEFAULT_MODEL_NAME,
         prompts=PromptReader(engine.tokenizer),
+        texts=TokenTexts(engine.tokenizer),
         latencies=Latencies(registry),
         lifecycle=lifecycle,
     )

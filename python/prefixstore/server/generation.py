@@ -18,6 +18,7 @@ from prefixstore.engine import (
     SamplingParams,
 )
 from prefixstore.server.keys import Caller
+from prefixstore.server.logprobs import LogprobReader, ShownToken, TokenTexts
 from prefixstore.server.metrics import Latencies
 from prefixstore.server.prompts import Prompt
 
@@ -45,21 +46,50 @@ class Job:
 
 @dataclass
 class Choice:
-    """One answer as far as it has come."""
+    """One answer as far as it has come.
+
+    Attributes:
+        job: What was asked.
+        reader: Pairs tokens with the text; None unless log-probabilities are asked for.
+        shown: The tokens of `text`, if there is a reader.
+    """
 
     job: Job
+    reader: LogprobReader | None = None
+    shown: list[ShownToken] = field(default_factory=list)
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     report: RequestReport | None = None
     error: str | None = None
 
-    def add(self, delta: OutputDelta) -> None:
+    def add(self, delta: OutputDelta) -> list[ShownToken]:
+        """Take the next piece; returns the tokens of its text."""
+        shown = [] if self.reader is None else self.reader.push(delta)
+        self.shown += shown
         self.text += delta.text
         self.token_ids.extend(delta.token_ids)
         self.finish_reason = delta.finish_reason
         self.report = delta.report
         self.error = delta.error
+        return shown
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What has come of a choice.
+
+    Attributes:
+        index: The number of the choice.
+        text: What is new.
+        shown: Its tokens, if log-probabilities are asked for.
+        finish_reason: In the last piece.
+    """
+
+    index: int
+    text: str = ""
+    shown: Sequence[ShownToken] = ()
+    finish_reason: FinishReason | None = None
 
 
 class Generation:
@@ -69,13 +99,23 @@ class Generation:
         choices: One for each job, in order.
     """
 
-    def __init__(self, handles: Sequence[RequestHandle], jobs: Sequence[Job]) -> None:
+    def __init__(
+        self, handles: Sequence[RequestHandle], jobs: Sequence[Job], texts: TokenTexts
+    ) -> None:
         self._handles = handles
-        self.choices = [Choice(job) for job in jobs]
+        self.choices = [
+            Choice(job, None if job.sampling.logprobs is None else LogprobReader(texts))
+            for job in jobs
+        ]
 
     @classmethod
     def submit(
-        cls, engine: Engine, jobs: Sequence[Job], caller: Caller, request_id: str
+        cls,
+        engine: Engine,
+        jobs: Sequence[Job],
+        caller: Caller,
+        request_id: str,
+        texts: TokenTexts,
     ) -> Generation:
         """Hand all jobs to the engine, or none.
 
@@ -99,15 +139,15 @@ class Generation:
             for handle in handles:
                 handle.cancel()
             raise
-        return cls(handles, jobs)
+        return cls(handles, jobs, texts)
 
-    async def deltas(self, latencies: Latencies) -> AsyncIterator[tuple[int, OutputDelta]]:
-        """Pieces of all answers as they come, each with the number of its choice."""
+    async def pieces(self, latencies: Latencies) -> AsyncIterator[Piece]:
+        """Pieces of all answers as they come."""
         clocks = [latencies.clock() for _ in self._handles]
         async for number, delta in _merge(self._handles):
-            self.choices[number].add(delta)
+            shown = self.choices[number].add(delta)
             clocks[number].observe(delta)
-            yield number, delta
+            yield Piece(number, delta.text, shown, delta.finish_reason)
 
     def cancel(self) -> None:
         """Let the engine drop what is not finished; answers that are stay as they are."""

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from prefixstore.engine import FinishReason, RequestReport
-from prefixstore.server.generation import Choice
+from prefixstore.server.generation import Choice, Piece
+from prefixstore.server.logprobs import ShownToken, TokenText
 
 DONE = b"data: [DONE]\n\n"
 
@@ -23,8 +24,8 @@ class AnswerForm(Protocol):
     def opening(self, index: int) -> dict[str, Any] | None:
         """The first piece of a stream's choice, before any text."""
 
-    def piece(self, index: int, text: str, reason: FinishReason | None) -> dict[str, Any]:
-        """A piece of a stream; `reason` in the last one of the choice."""
+    def piece(self, piece: Piece) -> dict[str, Any]:
+        """A piece of a stream."""
 
     def end(self, usage: dict[str, Any]) -> dict[str, Any]:
         """What a stream ends with if it was asked for its usage."""
@@ -42,6 +43,9 @@ class _Form:
     def _body(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "choices": choices}
 
+    def end(self, usage: dict[str, Any]) -> dict[str, Any]:
+        return {**self._body([]), "usage": usage}
+
 
 class ChatForm(_Form):
     """`chat.completion`, and `chat.completion.chunk` of a stream."""
@@ -56,7 +60,7 @@ class ChatForm(_Form):
                 {
                     "index": index,
                     "message": {"role": "assistant", "content": text, "refusal": None},
-                    "logprobs": None,
+                    "logprobs": _chat_logprobs(choice.shown) if choice.reader else None,
                     "finish_reason": _reason(choice.finish_reason),
                 }
                 for index, (text, choice) in enumerate(zip(texts, choices, strict=True))
@@ -64,19 +68,19 @@ class ChatForm(_Form):
         )
 
     def opening(self, index: int) -> dict[str, Any]:
-        return self._chunk(index, {"role": "assistant", "content": ""}, None)
+        return self._chunk(Piece(index), {"role": "assistant", "content": ""})
 
-    def piece(self, index: int, text: str, reason: FinishReason | None) -> dict[str, Any]:
-        return self._chunk(index, {"content": text} if text else {}, reason)
+    def piece(self, piece: Piece) -> dict[str, Any]:
+        return self._chunk(piece, {"content": piece.text} if piece.text else {})
 
-    def end(self, usage: dict[str, Any]) -> dict[str, Any]:
-        return {**self._body([]), "usage": usage}
-
-    def _chunk(
-        self, index: int, delta: dict[str, str], reason: FinishReason | None
-    ) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None}
-        return self._body([{**choice, "finish_reason": _reason(reason)}])
+    def _chunk(self, piece: Piece, delta: dict[str, str]) -> dict[str, Any]:
+        choice = {
+            "index": piece.index,
+            "delta": delta,
+            "logprobs": _chat_logprobs(piece.shown) if piece.shown else None,
+            "finish_reason": _reason(piece.finish_reason),
+        }
+        return self._body([choice])
 
 
 class CompletionForm(_Form):
@@ -88,7 +92,10 @@ class CompletionForm(_Form):
     def whole(self, texts: Sequence[str], choices: Sequence[Choice]) -> dict[str, Any]:
         return self._body(
             [
-                _text_choice(index, text, choice.finish_reason)
+                _text_choice(
+                    Piece(index, text, choice.shown, choice.finish_reason),
+                    has_logprobs=choice.reader is not None,
+                )
                 for index, (text, choice) in enumerate(zip(texts, choices, strict=True))
             ]
         )
@@ -96,11 +103,8 @@ class CompletionForm(_Form):
     def opening(self, index: int) -> None:
         return None
 
-    def piece(self, index: int, text: str, reason: FinishReason | None) -> dict[str, Any]:
-        return self._body([_text_choice(index, text, reason)])
-
-    def end(self, usage: dict[str, Any]) -> dict[str, Any]:
-        return {**self._body([]), "usage": usage}
+    def piece(self, piece: Piece) -> dict[str, Any]:
+        return self._body([_text_choice(piece, has_logprobs=bool(piece.shown))])
 
 
 def usage(choices: Sequence[Choice]) -> dict[str, Any]:
@@ -140,8 +144,45 @@ def event(body: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
 
 
-def _text_choice(index: int, text: str, reason: FinishReason | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": _reason(reason)}
+def _text_choice(piece: Piece, *, has_logprobs: bool) -> dict[str, Any]:
+    return {
+        "index": piece.index,
+        "text": piece.text,
+        "logprobs": _text_logprobs(piece.shown) if has_logprobs else None,
+        "finish_reason": _reason(piece.finish_reason),
+    }
+
+
+def _chat_logprobs(shown: Sequence[ShownToken]) -> dict[str, Any]:
+    content = [
+        {
+            **_chat_token(one.token, one.logprob),
+            "top_logprobs": [_chat_token(token, logprob) for token, logprob in one.top],
+        }
+        for one in shown
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _chat_token(token: TokenText, logprob: float) -> dict[str, Any]:
+    return {"token": token.text, "logprob": logprob, "bytes": list(token.data)}
+
+
+def _text_logprobs(shown: Sequence[ShownToken]) -> dict[str, Any]:
+    return {
+        "tokens": [one.token.text for one in shown],
+        "token_logprobs": [one.logprob for one in shown],
+        "top_logprobs": [_text_table(one) for one in shown],
+        "text_offset": [one.offset for one in shown],
+    }
+
+
+def _text_table(one: ShownToken) -> dict[str, float]:
+    """The most likely tokens and the answer's own; of several that read the same the likeliest."""
+    table: dict[str, float] = {}
+    for token, logprob in (*one.top, (one.token, one.logprob)):
+        table.setdefault(token.text, logprob)
+    return table
 
 
 def _reason(reason: FinishReason | None) -> str | None:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from pydantic_core import PydanticCustomError
 
 from prefixstore.engine import SamplingParams
+from prefixstore.engine.sampling import MAX_LOGPROBS
 from prefixstore.server.errors import UNSUPPORTED
 
 MAX_STOPS = 16
@@ -24,7 +25,6 @@ _UNSERVED_OF_CHAT: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "prediction": (),
@@ -34,14 +34,12 @@ _UNSERVED_OF_CHAT: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
 _UNSERVED_OF_COMPLETIONS: dict[str, tuple[Any, ...]] = {
     **_UNSERVED_OF_BOTH,
     "best_of": (1,),
-    "logprobs": (),
     "suffix": ("",),
 }
 
@@ -104,6 +102,11 @@ class _Generation(_Strict):
         """Of each prompt."""
         return 1 if self.n is None else self.n
 
+    @property
+    def num_logprobs(self) -> int | None:
+        """Most likely tokens to be told beside each of an answer; None for no log-probabilities."""
+        raise NotImplementedError
+
     def sampling(self, max_tokens: int, choice: int) -> SamplingParams:
         """How the answer `choice` of a prompt is sampled.
 
@@ -121,6 +124,7 @@ class _Generation(_Strict):
             seed=seed,
             stop=stop,
             ignore_eos=self.ignore_eos,
+            logprobs=self.num_logprobs,
         )
 
 
@@ -174,13 +178,14 @@ class ChatRequest(_Generation):
     metadata: dict[str, str] | None = Field(default=None, description="Taken, and not used.")
     prompt_cache_key: str | None = Field(default=None, description="Taken, and not used.")
     safety_identifier: str | None = Field(default=None, description="Taken, and not used.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
     audio: Any = None
     frequency_penalty: Any = None
     function_call: Any = None
     functions: Any = None
     logit_bias: Any = None
-    logprobs: Any = None
     modalities: Any = None
     parallel_tool_calls: Any = None
     prediction: Any = None
@@ -191,7 +196,6 @@ class ChatRequest(_Generation):
     store: Any = None
     tool_choice: Any = None
     tools: Any = None
-    top_logprobs: Any = None
     verbosity: Any = None
     web_search_options: Any = None
 
@@ -207,9 +211,20 @@ class ChatRequest(_Generation):
             raise ValueError("expected the same as max_tokens, or only one of them")
         return value
 
+    @field_validator("top_logprobs")
+    @classmethod
+    def _check_top_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("logprobs"):
+            raise ValueError("expected only with logprobs = true")
+        return value
+
     @property
     def wanted_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class CompletionRequest(_Generation):
@@ -219,11 +234,11 @@ class CompletionRequest(_Generation):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     echo: bool | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
     best_of: Any = None
     frequency_penalty: Any = None
     logit_bias: Any = None
-    logprobs: Any = None
     presence_penalty: Any = None
     suffix: Any = None
 
@@ -244,6 +259,18 @@ class CompletionRequest(_Generation):
     @classmethod
     def _check_unserved(cls, value: Any, info: ValidationInfo) -> Any:
         return _check_unserved(value, info, _UNSERVED_OF_COMPLETIONS)
+
+    @field_validator("logprobs")
+    @classmethod
+    def _check_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("echo"):
+            # Those of a prompt are not known where it is reused instead of computed.
+            raise ValueError("expected only without echo: a prompt's tokens have none")
+        return value
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

@@ -18,9 +18,11 @@ from prefixstore.server.generation import (
     Choice,
     Generation,
     Job,
+    Piece,
     unless_disconnected,
 )
 from prefixstore.server.lifecycle import Lifecycle
+from prefixstore.server.logprobs import TokenTexts
 from prefixstore.server.metrics import Latencies
 from prefixstore.server.prompts import Prompt, PromptReader
 from prefixstore.server.responses import DONE, AnswerForm, describe, event, usage
@@ -37,6 +39,7 @@ class Service:
     config: ServerConfig
     model_name: str
     prompts: PromptReader
+    texts: TokenTexts
     latencies: Latencies
     lifecycle: Lifecycle
 
@@ -95,7 +98,7 @@ class Service:
         caller, fields = request.state.caller, request.state.log_fields
         fields.update(answer_id=answer_id, stream=bool(body.stream))
         try:
-            generation = Generation.submit(self.engine, jobs, caller, answer_id)
+            generation = Generation.submit(self.engine, jobs, caller, answer_id, self.texts)
         except (ValueError, EngineOverloaded, EngineClosed) as error:
             raise self._refusal(error, body) from error
         self.lifecycle.add(generation)
@@ -154,8 +157,8 @@ class _Answering:
     log_fields: dict[str, Any]
 
     async def whole(self) -> dict[str, Any]:
-        async for number, _ in self.generation.deltas(self.service.latencies):
-            await self._settle(self.generation.choices[number])
+        async for piece in self.generation.pieces(self.service.latencies):
+            await self._settle(self.generation.choices[piece.index])
         choices = self.generation.choices
         texts = [echo + choice.text for echo, choice in zip(self.echoes, choices, strict=True)]
         return {**self.form.whole(texts, choices), "usage": usage(choices)}
@@ -167,13 +170,12 @@ class _Answering:
             if opening is not None:
                 yield event({**opening, **extra})
             if echo:
-                yield event({**self.form.piece(index, echo, None), **extra})
+                yield event({**self.form.piece(Piece(index, echo)), **extra})
         try:
-            async for index, delta in self.generation.deltas(self.service.latencies):
-                await self._settle(self.generation.choices[index])
-                if delta.text or delta.finish_reason is not None:
-                    piece = self.form.piece(index, delta.text, delta.finish_reason)
-                    yield event({**piece, **extra})
+            async for piece in self.generation.pieces(self.service.latencies):
+                await self._settle(self.generation.choices[piece.index])
+                if piece.text or piece.finish_reason is not None:
+                    yield event({**self.form.piece(piece), **extra})
         except ApiError as error:
             yield event(error.body)
             return
