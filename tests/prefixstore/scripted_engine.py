@@ -26,7 +26,7 @@ from prefixstore.session import ReuseReport
 
 COUNTERS = ("num_submitted", "num_refused", "num_running", "num_queued", "num_preemptions")
 COUNTERS += ("num_steps", "step_s", "model_s", "prompt_tokens", "computed_tokens")
-COUNTERS += ("output_tokens",)
+COUNTERS += ("output_tokens", "num_audits", "audited_blocks", "num_quarantined")
 TABLES = ("num_finished", "hit_tokens", "miss_tokens")
 PLANNER = ("num_probes", "num_given_up", "computed_blocks", "loaded_blocks", "dropped_blocks")
 

@@ -95,11 +95,14 @@ def test_only_reads(client, path) -> None:
 def test_overview_shows_pool_and_tiers(engine, model, ask) -> None:
     run(engine.cache, model, random_tokens(5 * BLOCK_SIZE + 1))
     assert engine.cache.flush()
-    engine.given.update(num_running=2, hit_tokens={"disk": 64, "device": 128}, num_queued=1)
+    audits = {"num_audits": 4, "audited_blocks": 3, "num_quarantined": 2}
+    hits = {"disk": 64, "device": 128}
+    engine.given.update(num_running=2, hit_tokens=hits, num_queued=1, **audits)
     time.sleep(sampler.SAMPLE_INTERVAL_S + 0.3)
     overview = ask("overview")
     assert overview["age_s"] < 2 * sampler.SAMPLE_INTERVAL_S
     assert (overview["num_running"], overview["num_queued"]) == (2, 1)
+    assert {name: overview[name] for name in audits} == audits
     assert overview["hit_tokens"] == {"device": 128, "disk": 64}
     assert overview["pool"] == {
         "block_size": BLOCK_SIZE,

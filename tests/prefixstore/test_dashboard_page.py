@@ -57,7 +57,7 @@ def busy_engine(engine):
     for i in range(30):
         engine.serve(make_report(i, {}, 7000, 5.0 + 0.1 * i, tenant=HOSTILE))
         engine.serve(make_report(i, {"device": 6400, "disk": 600}, 90, 0.1 + 0.01 * i, load_s=0.05))
-    engine.given["num_running"] = 3
+    engine.given |= {"num_running": 3, "num_audits": 2, "audited_blocks": 40, "num_quarantined": 5}
     modes = {"load": ModeStats(9, 8, 0.9, 1.0, 3.0, 0.1, 0.08, 0.2)}
     engine.given["planner"] = replace(engine.planner.stats(), modes=modes)
     return engine
@@ -183,6 +183,21 @@ def test_all_text_can_be_read(open_page, address, scheme) -> None:
     wait_filled(page)
     contrast, text = page.evaluate(LEAST_CONTRAST)
     assert contrast >= 4.5, text
+
+
+def test_audits_stand_below_the_tiers(open_page, serve, engine) -> None:
+    audited = WatchedEngine(engine.model, engine.cache)
+    audited.serve(make_report())
+    audited.given |= {"num_audits": 12, "audited_blocks": 340}
+    page = open_page(serve(audited))
+    note = page.locator("#tier-list .tier-note")
+    note.wait_for()
+    assert note.inner_text() == "12 prompts audited: 340 reused blocks computed again, none wrong"
+    assert note.locator(".tier-troubles").count() == 0
+    audited.given["num_quarantined"] = 1
+    trouble = note.locator(".tier-troubles")
+    trouble.wait_for()
+    assert trouble.inner_text() == "1 block quarantined: look at the log"
 
 
 def test_hostile_names_are_only_text(open_page, address) -> None:

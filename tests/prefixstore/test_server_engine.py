@@ -166,17 +166,22 @@ def test_refuses_prompts_that_the_model_cannot_have(start, prompt):
     assert error["message"].startswith("prompt: expected")
 
 
+def metrics_of(server):
+    """Name without its prefix and label of each sample, and its value."""
+    text = server.get("/metrics").text
+    return {
+        (sample.name.removeprefix("kvkernels_"), *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
 def test_metrics_are_the_engines_counters(start, tmp_path):
     server = start({"memory_bytes": None, "tiers": [f"disk://{tmp_path}/kv?max_bytes=16MiB"]})
     for _ in range(2):
         ask(server, CHAT)
     assert server.engine.cache.flush()
-    text = server.get("/metrics").text
-    values = {
-        (sample.name.removeprefix("kvkernels_"), *sample.labels.values()): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
+    values = metrics_of(server)
     stats = server.engine.stats()
     assert values[("requests_submitted_total",)] == stats.num_submitted == 2
     assert values[("requests_finished_total", "length")] == 2
@@ -190,6 +195,39 @@ def test_metrics_are_the_engines_counters(start, tmp_path):
     assert values[("tier_records", tier.name)] == tier.num_written
     for mode, of_mode in stats.planner.modes.items():
         assert values[("plans_total", mode)] == of_mode.num_plans
+
+
+def audit_counts(server):
+    values = metrics_of(server)
+    names = ("audits", "audited_blocks", "quarantined_blocks")
+    return {name: values[(f"{name}_total",)] for name in names}
+
+
+def cached_blocks(answer):
+    return answer["usage"]["prompt_tokens_details"]["cached_tokens"] // BLOCK_SIZE
+
+
+def test_metrics_count_audits_and_what_they_find(start):
+    """One honest audit, and one of a block that was changed where it lay."""
+    server = start({"audit_share": 1})
+    engine = server.engine
+    ask(server, CHAT)
+    assert audit_counts(server) == {"audits": 0, "audited_blocks": 0, "quarantined_blocks": 0}
+    num_blocks = cached_blocks(ask(server, CHAT))
+    wait_until(lambda: engine.stats().num_audits == 1)
+    assert audit_counts(server) == {
+        "audits": 1,
+        "audited_blocks": num_blocks,
+        "quarantined_blocks": 0,
+    }
+    (group,) = engine.cache.blocks.device.groups
+    group.pool.key_cache(0).neg_()
+    assert cached_blocks(ask(server, CHAT)) == num_blocks
+    wait_until(lambda: engine.stats().num_quarantined)
+    counts = audit_counts(server)
+    assert counts["audits"] == 2
+    assert counts["audited_blocks"] == num_blocks + 1
+    assert counts["quarantined_blocks"] == engine.stats().num_quarantined >= num_blocks
 
 
 class Process:

@@ -48,6 +48,9 @@ def overview(engine: Engine, sampler: Sampler) -> dict[str, Any]:
         "output_tokens": stats.output_tokens,
         "hit_tokens": _table(stats.hit_tokens),
         "miss_tokens": _table(stats.miss_tokens),
+        "num_audits": stats.num_audits,
+        "audited_blocks": stats.audited_blocks,
+        "num_quarantined": stats.num_quarantined,
         "pool": {
             "block_size": engine.cache.config.block_size,
             "num_blocks": cache.pool_blocks,

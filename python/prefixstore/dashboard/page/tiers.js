@@ -13,7 +13,17 @@ export function showTiers(overview) {
   if (overview.tiers.length === 0) {
     rows.push(el("li", { class: "tier-note", text: "Only the device pool: what leaves it is computed again. Give the cache a tier, such as memory://4GiB, to keep it." }));
   }
+  if (overview.num_audits > 0) rows.push(auditNote(overview));
   byId("tier-list").replaceChildren(...rows);
+}
+
+/** What was computed once more and compared, and what of it was wrong. */
+function auditNote({ num_audits: audits, audited_blocks: blocks, num_quarantined: wrong }) {
+  const done = `${plural(audits, "prompt")} audited: ${plural(blocks, "reused block")} computed again`;
+  if (wrong === 0) return el("li", { class: "tier-note", text: `${done}, none wrong` });
+  return el("li", { class: "tier-note" },
+    el("span", { text: `${done}; ` }),
+    el("span", { class: "tier-troubles", text: `${plural(wrong, "block")} quarantined: look at the log` }));
 }
 
 function poolRow(pool) {
