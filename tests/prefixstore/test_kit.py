@@ -11,9 +11,12 @@ import torch
 from cached_models import random_tokens, tiny_gemma3, tiny_llama
 from engines import Numbers
 
+from prefixstore.engine import Engine
 from prefixstore.errors import ConfigError
 from prefixstore.testing import (
     BFLOAT16_LIMITS,
+    FLOAT16_LIMITS,
+    FLOAT32_LIMITS,
     Ability,
     CacheAdapter,
     EngineAdapter,
@@ -69,11 +72,23 @@ def test_answers_of_an_engine_are_the_models_in_every_state(model):
         assert evicted.reused_share == whole / sum(map(len, prompts()))
 
 
-def test_an_engine_that_promises_bits_keeps_them(model):
+@pytest.mark.parametrize(
+    ("dtype", "codecs", "limits"),
+    [
+        (torch.float32, ("raw",), FLOAT32_LIMITS),
+        (torch.bfloat16, ("raw", "l12"), BFLOAT16_LIMITS),
+        (torch.float16, ("raw",), FLOAT16_LIMITS),
+    ],
+    ids=["float32", "bfloat16", "float16"],
+)
+def test_an_engine_that_promises_bits_keeps_them(model, dtype, codecs, limits):
+    model = model.to(dtype)
     adapter = EngineAdapter(model, Numbers(), batch_invariant=True)
-    plan = Plan(tiers=("disk",), num_new=NUM_NEW)
+    plan = Plan(codecs=codecs, tiers=("disk",), num_new=NUM_NEW, limits=limits)
     report = check_engines([adapter], ModelReference(model), prompts(), plan)
     assert report.is_good, report.to_text()
+    assert all(cell.is_bitwise for cell in report.cells if not cell.skipped)
+    assert "engine (bit for bit): equal answers" in report.to_text()
 
 
 def test_answers_of_sessions_are_the_models_in_every_state(model):
@@ -111,7 +126,7 @@ def test_a_report_reads_as_text_and_as_json(model):
         [EngineAdapter(model, Numbers())], ModelReference(model), prompts(), plan
     )
     text = report.to_text()
-    assert "engine: equal answers, reused tokens" in text
+    assert "equal answers, reused tokens" in text
     assert "restarted: not run: this tier does not outlive the engine" in text
     assert "2 cells of 4 prompts (275 tokens) and 2 new tokens" in text
     read = json.loads(report.to_json())
@@ -148,10 +163,14 @@ def test_an_engine_says_what_it_can():
     torch.manual_seed(1)
     model = tiny_llama()
     assert CacheAdapter(model).abilities == frozenset()
-    plain = EngineAdapter(model, Numbers())
+    plain = EngineAdapter(model, Numbers(), batch_invariant=False)
     assert plain.abilities == {Ability.BATCHES, Ability.PREEMPTS, Ability.CHUNKS}
     exact = EngineAdapter(model, Numbers(), batch_invariant=True)
     assert exact.abilities == plain.abilities | {Ability.BITWISE}
+    with Engine.open(model, Numbers(), pool_tokens=1024, memory_bytes=0) as engine:
+        is_default = engine.is_batch_invariant
+    default = EngineAdapter(model, Numbers())
+    assert default.abilities == (exact if is_default else plain).abilities
 
 
 @pytest.mark.parametrize(

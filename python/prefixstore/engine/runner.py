@@ -39,6 +39,32 @@ class Chunk:
         return self.start + len(self.tokens)
 
 
+def install_batch_invariance(model: Any, wanted: bool | None) -> bool:
+    """Make a model's results independent of batching, if that is wanted.
+
+    Args:
+        model: A Hugging Face causal language model.
+        wanted: See `EngineConfig.batch_invariant`.
+
+    Returns:
+        Whether they are now; then `kvkernels.nn.batch_invariance.uninstall` undoes it.
+
+    Raises:
+        UnsupportedError: If `wanted` is True and this cannot be promised for the model.
+    """
+    costs_nothing = model.device.type == "cpu" and "amx" not in native.available_isas()
+    if not (costs_nothing if wanted is None else wanted):
+        return False
+    try:
+        batch_invariance.install(model)
+    except UnsupportedError as error:
+        if wanted:
+            raise
+        logger.info("answers may depend on their batch in the last bits: %s", error)
+        return False
+    return True
+
+
 class ModelRunner:
     """A Hugging Face causal language model whose attention reads the pools.
 
@@ -65,7 +91,7 @@ class ModelRunner:
         self._groups = tuple(groups)
         self._block_size = block_size
         self._device = groups[0].pool.device
-        self.is_batch_invariant = self._install(batch_invariant)
+        self.is_batch_invariant = install_batch_invariance(model, batch_invariant)
         self._has_fused_layers = fuses_layers and fused_layers.install(model) > 0
 
     def close(self) -> None:
@@ -76,19 +102,6 @@ class ModelRunner:
         if self._has_fused_layers:
             self._has_fused_layers = False
             fused_layers.uninstall(self._model)
-
-    def _install(self, batch_invariant: bool | None) -> bool:
-        costs_nothing = self._device.type == "cpu" and "amx" not in native.available_isas()
-        if not (costs_nothing if batch_invariant is None else batch_invariant):
-            return False
-        try:
-            batch_invariance.install(self._model)
-        except UnsupportedError as error:
-            if batch_invariant:
-                raise
-            logger.info("answers may depend on their batch in the last bits: %s", error)
-            return False
-        return True
 
     @torch.inference_mode()
     def run(

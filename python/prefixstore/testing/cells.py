@@ -89,6 +89,7 @@ class Cell:
         max_drift: Largest distance of a token's log-probability from the model's; None if not known
             or not to be exact.
         loss: Where a lossy codec had a part in the answers.
+        is_bitwise: Whether every answer had to be, bit for bit, the first one to its prompt.
         faults: What is wrong, a line each.
         skipped: Why it was not run; empty if it was.
     """
@@ -103,6 +104,7 @@ class Cell:
     reused_share: float | None = None
     max_drift: float | None = None
     loss: Loss | None = None
+    is_bitwise: bool = False
     faults: tuple[str, ...] = ()
     skipped: str = ""
 

@@ -77,6 +77,12 @@ LIMITS = {
 @click.option("--new-tokens", "num_new", type=click.IntRange(2), default=32, show_default=True)
 @click.option("--dtype", type=click.Choice(tuple(DTYPES)), default="float32", show_default=True)
 @click.option(
+    "--batch-invariant/--no-batch-invariant",
+    default=None,
+    help="Whether the engine is to give the same bits in every state, compared without any rounding"
+    " allowed.  [default: where the model allows it and it costs nothing]",
+)
+@click.option(
     "--text",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A plain text in UTF-8 to cut prompts from.  [default: documents that come along]",
@@ -93,6 +99,7 @@ def check(
     num_prompts: int,
     num_new: int,
     dtype: str,
+    batch_invariant: bool | None,
     text: Path | None,
     json_path: Path | None,
 ) -> None:
@@ -116,7 +123,7 @@ def check(
     prompts = _make_prompts(tokenizer, text, num_prompts, plan.block_size)
     ours: dict[str, Adapter] = {
         "session": CacheAdapter(loaded),
-        "engine": EngineAdapter(loaded, tokenizer),
+        "engine": EngineAdapter(loaded, tokenizer, batch_invariant=batch_invariant),
     }
     adapters = [ours[way] for way in ways]
     report = _check_with_progress(adapters, ModelReference(loaded), prompts, plan, console)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvkernels.nn import batch_invariance
 from prefixstore.errors import EngineError
 from prefixstore.reuse_report import MissReason
 from prefixstore.testing.adapter import Ability, Answer, Setup, Tokens
@@ -22,17 +23,20 @@ class EngineAdapter:
     Args:
         model: A Hugging Face causal language model, in evaluation mode.
         tokenizer: Its tokenizer.
-        batch_invariant: See `EngineConfig`; answers are then compared bit for bit.
+        batch_invariant: See `EngineConfig`; where it holds, answers are compared bit for bit.
+
+    Raises:
+        UnsupportedError: If `batch_invariant` is True and cannot be promised for the model.
     """
 
     name = "engine"
 
-    def __init__(self, model: Any, tokenizer: Any, *, batch_invariant: bool = False) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, batch_invariant: bool | None = None) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        self._batch_invariant = batch_invariant
+        self._batch_invariant = _can_be_invariant(model, batch_invariant)
         self.abilities = frozenset({Ability.BATCHES, Ability.PREEMPTS, Ability.CHUNKS})
-        if batch_invariant:
+        if self._batch_invariant:
             self.abilities |= {Ability.BITWISE}
 
     def open(self, setup: Setup) -> EngineSubject:
@@ -71,6 +75,16 @@ class EngineSubject:
 
     def close(self) -> None:
         self._engine.close()
+
+
+def _can_be_invariant(model: Any, wanted: bool | None) -> bool:
+    """What an engine of this model will make of its setting."""
+    from prefixstore.engine.runner import install_batch_invariance
+
+    is_invariant = install_batch_invariance(model, wanted)
+    if is_invariant:
+        batch_invariance.uninstall(model)
+    return is_invariant
 
 
 def _answer(output: RequestOutput) -> Answer:

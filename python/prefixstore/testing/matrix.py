@@ -112,13 +112,14 @@ class _Judge:
     def _exact_cell(self, run: Run, state: State, asked: Sequence[Asked]) -> Cell:
         limits = self._plan.limits
         exact = self._exact[run.adapter.name]
+        is_bitwise = Ability.BITWISE in run.adapter.abilities
         faults, divergences, drifts = self._reached(state, asked), [], []
         for number, one in enumerate(asked):
             scores = self._reference.score(one.prompt, one.answer.tokens)
             faults += describe_wrong_answer(one, number, scores, limits)
             faults += describe_wrong_reuse(one, number)
             first = exact.setdefault(one.prompt, one.answer)
-            if Ability.BITWISE in run.adapter.abilities:
+            if is_bitwise:
                 faults += describe_other_bits(one, number, first)
             divergences.append(find_divergence(number, scores, limits))
             drifts.append(drift_of(one.answer, scores))
@@ -129,6 +130,7 @@ class _Judge:
             divergences=tuple(one for one in divergences if one is not None),
             reused_share=reused_share(asked),
             max_drift=max(known, default=None),
+            is_bitwise=is_bitwise,
             faults=tuple(faults),
         )
 

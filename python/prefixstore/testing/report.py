@@ -133,8 +133,9 @@ def _states_table(adapter: str, cells: Sequence[Cell]) -> Table:
         (state, *(_verdict(by_place.get((*column, state))) for column in columns))
         for state in states
     ]
+    is_bitwise = any(cell.is_bitwise for cell in cells)
     return Table(
-        f"{adapter}: equal answers, reused tokens",
+        f"{adapter}{' (bit for bit)' if is_bitwise else ''}: equal answers, reused tokens",
         ("state", *(f"{codec} {tier}" for codec, tier in columns)),
         tuple(rows),
     )
