@@ -19,7 +19,6 @@ class FaultyProxy:
         bytes_per_s: How fast answers pass; None for as they come.
         cut_after: A connection is cut after so many bytes of its answers; None for never.
         num_cuts: So many connections are cut.
-        num_open: Connections now.
         num_accepted: Connections so far.
     """
 
@@ -28,7 +27,8 @@ class FaultyProxy:
         self.bytes_per_s: int | None = None
         self.cut_after: int | None = None
         self.num_cuts = 1 << 30
-        self.num_open = self.num_accepted = 0
+        self.num_accepted = 0
+        self._slowed: set[socket.socket] = set()  # open, and asked while answers passed slowly
         self._target = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._lock = threading.Lock()
@@ -46,12 +46,15 @@ class FaultyProxy:
             thread.join()
         self._listener.close()
 
-    def wait_until_unused(self, timeout_s: float) -> bool:
-        """Whether all connections have ended by then."""
+    def wait_until_given_up(self, timeout_s: float) -> bool:
+        """Whether by then all connections have ended that were asked while answers passed slowly.
+
+        Others may stay open: a client keeps those it does not need at the moment.
+        """
         end = time.monotonic() + timeout_s
-        while self.num_open and time.monotonic() < end:
+        while self._slowed and time.monotonic() < end:
             time.sleep(0.01)
-        return self.num_open == 0
+        return not self._slowed
 
     def _accept(self) -> None:
         while not self._is_closed.is_set():
@@ -62,16 +65,13 @@ class FaultyProxy:
                 self._threads[-1].start()
 
     def _serve(self, client: socket.socket) -> None:
-        with self._lock:
-            self.num_open += 1
         try:
             with client, socket.create_connection(("127.0.0.1", self._target)) as server:
                 self._forward(client, server)
         except OSError:
             pass  # a side is gone, and with it this connection
         finally:
-            with self._lock:
-                self.num_open -= 1
+            self._slowed.discard(client)
 
     def _forward(self, client: socket.socket, server: socket.socket) -> None:
         num_answered, is_asked = 0, False
@@ -83,6 +83,8 @@ class FaultyProxy:
                     return
                 server.sendall(data)
                 is_asked = True
+                if self.bytes_per_s is not None:
+                    self._slowed.add(client)
             if server in readable:
                 self._is_closed.wait(self.latency_s if is_asked else 0.0)
                 is_asked = False

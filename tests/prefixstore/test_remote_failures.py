@@ -77,21 +77,32 @@ def after(seconds: float) -> float:
     return time.monotonic() + seconds
 
 
-def test_a_trickle_is_cut_off_at_the_deadline_and_touches_nothing_later(open_s3, proxy):
+def test_a_trickle_is_cut_off_at_the_deadline(open_s3, proxy):
     put_many(open_s3("trickle"), KEYS)
     tier = open_s3("trickle", {"endpoint": proxy.endpoint})
+    proxy.bytes_per_s = 10_000
+    taken_s = []
+    for _ in range(4):
+        begin = time.monotonic()
+        outcomes = tier.get_many(NAMES, views(buffers()), deadline=after(0.25))
+        taken_s.append(time.monotonic() - begin)
+        assert [type(outcome) for outcome in outcomes] == [TierTimeout] * len(KEYS)
+    assert min(taken_s) < 0.5  # what else runs here may hold up some, but not all
+
+
+def test_what_comes_after_the_deadline_touches_nothing(open_s3, proxy):
+    put_many(open_s3("given-up"), KEYS)
+    tier = open_s3("given-up", {"endpoint": proxy.endpoint})
     assert get(tier, KEYS[0]) == make_record(KEYS[0])
     proxy.bytes_per_s = 10_000
     outs = buffers()
-    begin = time.monotonic()
     outcomes = tier.get_many(NAMES, views(outs), deadline=after(0.5))
-    assert time.monotonic() - begin < 1.5
     assert [type(outcome) for outcome in outcomes] == [TierTimeout] * len(KEYS)
     contents = [bytes(out) for out in outs]
     proxy.bytes_per_s = None  # what is still on its way comes now
     time.sleep(0.5)
     assert [bytes(out) for out in outs] == contents
-    assert proxy.wait_until_unused(5)  # requests were given up, not left behind
+    assert proxy.wait_until_given_up(5)  # requests were not left behind
     assert tier.get_many(NAMES, views(outs)) == [BYTES] * len(KEYS)
     assert outs == [make_record(key) for key in KEYS]
 
