@@ -1,6 +1,8 @@
 """Shared fixtures: the device, dtypes, the error rule and seeded randomness."""
 
+import gc
 import os
+from collections.abc import Generator
 
 import torch
 
@@ -21,6 +23,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the longest tests, those with a time limit of their own, while others remain to run
     beside them."""
     items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Describe a failure with no garbage collection beside it.
+
+    pytest parses the source of what failed. Before 3.11.8, Python 3.11 does not stand it when
+    another parse begins within that one (python/cpython#106905): pytest then ends the session with
+    "AST constructor recursion depth mismatch" and shows no failure. A collection begins one where
+    it finds futures whose errors nobody asked for, as a browser leaves them, for their tracebacks
+    are logged; and while it runs, so may other threads.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
