@@ -67,8 +67,8 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     PROTECTION: ("numpy", "cryptography", *NAMES),
     # A tier sees bytes: no tensors, and never the store.
     ("prefixstore.tiers",): ("numpy", *NAMES, *PROTECTION),
-    REDIS: ("redis", "prefixstore.tiers.base", *NAMES),
-    REMOTE: ("obstore", "prefixstore.tiers.base", *NAMES),
+    REDIS: ("redis", "prefixstore.tiers.base", "prefixstore.tiers.outcomes", *NAMES),
+    REMOTE: ("obstore", "prefixstore.tiers.base", "prefixstore.tiers.outcomes", *NAMES),
     STORE: ("numpy", "prefixstore.tiers.base", *NAMES, *RECORD),
     PLANNER: ("numpy",),
     # Beside the cache: what a model's KV depends on, and models to try it with.

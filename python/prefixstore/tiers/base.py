@@ -64,7 +64,7 @@ class Swept:
 
 @dataclass
 class TierCounters:
-    """The counters behind `TierStats`; changed only under the tier's lock."""
+    """The counters behind `TierStats`; not locked, see `SharedCounters`."""
 
     num_hits: int = 0
     num_misses: int = 0

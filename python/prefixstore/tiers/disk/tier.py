@@ -17,7 +17,6 @@ system (SQLite's WAL needs shared memory between the processes).
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prefixstore.block_key import RecordName
@@ -27,7 +26,6 @@ from prefixstore.tiers.base import (
     ReadOutcome,
     Swept,
     Tier,
-    TierCounters,
     TierStats,
     check_priority,
     is_past,
@@ -40,6 +38,7 @@ from prefixstore.tiers.disk.files import Slab, SlabFiles
 from prefixstore.tiers.disk.opening import Directory
 from prefixstore.tiers.disk.slot_table import SlotRef
 from prefixstore.tiers.disk.transfers import Span, StillWriting, Transfers
+from prefixstore.tiers.outcomes import SharedCounters
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +58,7 @@ class DiskTier(Tier):
     def __init__(self, config: DiskTierConfig, clock: Callable[[], float] | None = None) -> None:
         self._config = config
         self._ttl_ns = None if config.ttl_s is None else int(config.ttl_s * 1e9)
-        self._counters = TierCounters()
-        self._counters_lock = threading.Lock()
+        self._counters = SharedCounters()
         self._files = SlabFiles(config.path, config.name, config.io)
         self._transfers = Transfers(self._files, config.name, config.num_threads)
         self._directory = Directory(config)
@@ -88,9 +86,7 @@ class DiskTier(Tier):
         outcomes, used = self._read_many(names, outs, offsets, deadline)
         refreshed_ns = self._ttl_ns if self._config.refresh_ttl else None
         self._index.touch(used, refreshed_ns)
-        counts = [outcome for outcome in outcomes if isinstance(outcome, int)]
-        num_misses = sum(outcome is None for outcome in outcomes)
-        self._count(num_hits=len(counts), read_bytes=sum(counts), num_misses=num_misses)
+        self._counters.add_reads(outcomes)
         return outcomes
 
     def peek(self, name: RecordName, out: memoryview) -> int | None:
@@ -131,7 +127,7 @@ class DiskTier(Tier):
         self, names: Sequence[RecordName], *, deadline: float | None = None
     ) -> list[bool]:
         hidden = self._index.unpublish_many(set(names), deadline)
-        self._count(num_deletes=len(hidden))
+        self._counters.add(num_deletes=len(hidden))
         self._wipe(hidden.values())
         return [hidden.pop(name, None) is not None for name in names]
 
@@ -142,7 +138,7 @@ class DiskTier(Tier):
         rebuilt index will find it.
         """
         hidden, num_deletes = self._index.unpublish_identity(identity)
-        self._count(num_deletes=num_deletes)
+        self._counters.add(num_deletes=num_deletes)
         self._wipe(hidden)
         self._remove_orphans()
 
@@ -163,8 +159,8 @@ class DiskTier(Tier):
 
     def stats(self) -> TierStats:
         num_records, used_bytes = self._index.totals()
-        with self._counters_lock:
-            return self._counters.stats(self._config.capacity_bytes, used_bytes, num_records)
+        counters = self._counters.copy()
+        return counters.stats(self._config.capacity_bytes, used_bytes, num_records)
 
     def check(self, fix: bool = False) -> list[str]:
         """Recount everything; what does not add up, in words. Empty when all is well.
@@ -191,7 +187,7 @@ class DiskTier(Tier):
         know.
         """
         num_expired, num_bytes = self._index.expire()
-        self._count(num_expired=num_expired)
+        self._counters.add(num_expired=num_expired)
         dead = self._index.take_dead()
         self._wipe(dead)
         orphans = self._remove_orphans()
@@ -256,7 +252,7 @@ class DiskTier(Tier):
         except TierFull as error:  # there is no room for the index itself
             return dict.fromkeys(records, error)
         refs = list(allocation.refs.values())
-        self._count(num_evictions=allocation.num_evicted, num_expired=allocation.num_expired)
+        self._counters.add(num_evictions=allocation.num_evicted, num_expired=allocation.num_expired)
         try:
             for slab in allocation.dropped:
                 self._files.remove(slab)
@@ -303,7 +299,7 @@ class DiskTier(Tier):
             self._index.abandon(refs)
             raise
         kept = [ref.record_bytes for ref in refs if ref.name in published]
-        self._count(num_puts=len(kept), written_bytes=sum(kept))
+        self._counters.add(num_puts=len(kept), written_bytes=sum(kept))
         lease_s = self._config.write_lease_s
         late = TierTimeout(f"{self.name}: expected a write within {lease_s} s, got more")
         return {ref.name: late for ref in refs if ref.name not in published}
@@ -342,11 +338,6 @@ class DiskTier(Tier):
             f" {self._config.capacity_bytes}, or within its identity's quota; what is there is too"
             " small, pinned, in use or of a higher priority"
         )
-
-    def _count(self, **increments: int) -> None:
-        with self._counters_lock:
-            for name, increment in increments.items():
-                setattr(self._counters, name, getattr(self._counters, name) + increment)
 
 
 def _span(ref: SlotRef, out: memoryview, start: int) -> Span:

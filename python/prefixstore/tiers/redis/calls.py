@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from prefixstore.block_key import RecordName
-from prefixstore.errors import TierError, TierTimeout, TierUnavailable
+from prefixstore.errors import TierError
 from prefixstore.tiers.redis.errors import ConnectionLost, PassingTrouble
 from prefixstore.tiers.redis.exchange import Exchange, Operation
 from prefixstore.tiers.redis.records import Keys, fetch_generation, make_generation
@@ -176,18 +176,3 @@ def _pause(pause_s: float, deadline: float) -> None:
     pause_s = min(pause_s, deadline - time.monotonic())
     if pause_s > 0:
         time.sleep(pause_s)
-
-
-def raise_first(outcomes: Sequence[T | TierError]) -> list[T]:
-    """The outcomes, none of which is an error; the first that is one is raised."""
-    for outcome in outcomes:
-        if isinstance(outcome, TierError):
-            raise outcome
-    return list(outcomes)  # type: ignore[arg-type]
-
-
-def raise_if_nothing_worked(outcomes: Sequence[object]) -> None:
-    """Raise what the whole call met, where no record met anything else."""
-    failures = [o for o in outcomes if isinstance(o, (TierUnavailable, TierTimeout))]
-    if failures and len(failures) == len(outcomes):
-        raise failures[0]

@@ -12,7 +12,8 @@ from typing import TypeVar
 
 from prefixstore.errors import BlockCorrupted, TierError
 from prefixstore.tiers.base import Held, Swept
-from prefixstore.tiers.redis.calls import Caller, raise_first
+from prefixstore.tiers.outcomes import raise_first
+from prefixstore.tiers.redis.calls import Caller
 from prefixstore.tiers.redis.config import Address, RedisTierConfig
 from prefixstore.tiers.redis.exchange import Operation
 from prefixstore.tiers.redis.records import (

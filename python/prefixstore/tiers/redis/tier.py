@@ -11,25 +11,23 @@ way.
 from __future__ import annotations
 
 import math
-import os
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from typing import TypeVar
 
 from prefixstore.block_key import RecordName
-from prefixstore.errors import TierError, TierUnavailable
+from prefixstore.errors import TierError, TierTimeout, TierUnavailable
 from prefixstore.tiers.base import (
     Held,
     ReadOutcome,
     Swept,
     Tier,
-    TierCounters,
     TierStats,
     check_priority,
 )
-from prefixstore.tiers.redis.calls import Call, Caller, raise_first, raise_if_nothing_worked
+from prefixstore.tiers.outcomes import SharedCounters, raise_first, raise_if_all
+from prefixstore.tiers.redis.calls import Call, Caller
 from prefixstore.tiers.redis.config import Address, RedisTierConfig
 from prefixstore.tiers.redis.exchange import Operation
 from prefixstore.tiers.redis.info import ServerUse, fetch_use
@@ -67,10 +65,9 @@ class RedisTier(Tier):
         self._keys = Keys(config.prefix)
         self._servers = open_servers(config)
         self._caller = Caller(self._servers, self._keys)
-        self._counters = TierCounters()
+        self._counters = SharedCounters()
         self._renewed: dict[bytes, float] = {}  # when this process last did, by key
         self._written: deque[bytes] = deque(maxlen=_SAMPLE)  # keys
-        self._lock, self._pid = threading.Lock(), os.getpid()
 
     @property
     def name(self) -> str:
@@ -94,10 +91,8 @@ class RedisTier(Tier):
 
         call: Call[int | None] = Call(names, start, absent=None)
         outcomes = self._caller.run(call, self._deadline(deadline))
-        hits = [outcome for outcome in outcomes if isinstance(outcome, int)]
-        num_misses = outcomes.count(None)
-        self._count(num_hits=len(hits), read_bytes=sum(hits), num_misses=num_misses)
-        raise_if_nothing_worked(outcomes)
+        self._counters.add_reads(outcomes)
+        raise_if_all(outcomes, TierUnavailable, TierTimeout)
         return outcomes
 
     def put_many(
@@ -120,9 +115,10 @@ class RedisTier(Tier):
         call: Call[bool] = Call(names, start, absent=deleted, begins=True)
         outcomes = self._caller.run(call, self._deadline(deadline))
         written = [i for i, outcome in enumerate(outcomes) if outcome is True]
-        self._count(num_puts=len(written), written_bytes=sum(len(views[i]) for i in written))
+        written_bytes = sum(len(views[i]) for i in written)
+        self._counters.add(num_puts=len(written), written_bytes=written_bytes)
         self._written.extend(keys[i] for i in written)
-        raise_if_nothing_worked(outcomes)
+        raise_if_all(outcomes, TierUnavailable, TierTimeout)
         return [outcome if isinstance(outcome, TierError) else None for outcome in outcomes]
 
     def contains_many(
@@ -139,7 +135,7 @@ class RedisTier(Tier):
             return delete_record(key, self._keys.pinned(names[i].identity, generation))
 
         deleted = self._run_all(Call(names, start, absent=False), deadline)
-        self._count(num_deletes=sum(deleted))
+        self._counters.add(num_deletes=sum(deleted))
         return deleted
 
     def delete_identity(self, identity: bytes) -> None:
@@ -176,8 +172,7 @@ class RedisTier(Tier):
         primaries = self._servers.primaries(deadline)
         pool = self._servers.pool
         use = ServerUse.sum(fetch_use(pool, address, deadline) for address in primaries)
-        with self._locked():
-            counters = TierCounters(**vars(self._counters))
+        counters = self._counters.copy()
         counters.num_evictions, counters.num_expired = use.num_evicted, use.num_expired
         return counters.stats(use.max_bytes, use.used_bytes, use.num_keys)
 
@@ -234,13 +229,3 @@ class RedisTier(Tier):
 
     def _deadline(self, deadline: float | None) -> float:
         return time.monotonic() + self._config.timeout_s if deadline is None else deadline
-
-    def _count(self, **increments: int) -> None:
-        with self._locked():
-            for name, increment in increments.items():
-                setattr(self._counters, name, getattr(self._counters, name) + increment)
-
-    def _locked(self) -> threading.Lock:
-        if self._pid != os.getpid():  # a forked process: the lock may have been held just then
-            self._lock, self._pid = threading.Lock(), os.getpid()
-        return self._lock

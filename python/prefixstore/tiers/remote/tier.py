@@ -21,10 +21,10 @@ from prefixstore.tiers.base import (
     ReadOutcome,
     Swept,
     Tier,
-    TierCounters,
     TierStats,
     check_priority,
 )
+from prefixstore.tiers.outcomes import SharedCounters, raise_first, raise_if_all
 from prefixstore.tiers.remote.config import RemoteTierConfig
 from prefixstore.tiers.remote.objects import Objects
 from prefixstore.tiers.remote.records import (
@@ -54,7 +54,7 @@ class RemoteTier(Tier):
         self._config = config
         self._records = Records(config.name, Objects(config), config.root, config.ttl_s)
         self._requests = Requests(config.name, config.max_requests, config.max_in_flight_bytes)
-        self._counters = TierCounters()
+        self._counters = SharedCounters()
         self._listed: dict[bytes, Held] = {}  # when `sweep` last counted
         self._lock = threading.Lock()
 
@@ -76,14 +76,9 @@ class RemoteTier(Tier):
             for name, out, start in zip(names, outs, starts, strict=True)
         ]
         outcomes = self._run(gets, deadline)
-        hits = [outcome for outcome in outcomes if isinstance(outcome, int)]
-        self._count(
-            num_hits=len(hits),
-            num_misses=outcomes.count(None),
-            num_expired=sum(get.is_expired for get in gets),
-            read_bytes=sum(hits),
-        )
-        _raise_if_unavailable(outcomes)
+        self._counters.add_reads(outcomes)
+        self._counters.add(num_expired=sum(get.is_expired for get in gets))
+        raise_if_all(outcomes, TierUnavailable)
         return outcomes
 
     def put_many(
@@ -101,8 +96,9 @@ class RemoteTier(Tier):
         ]
         outcomes = self._run(puts, deadline)
         written = [put for put, outcome in zip(puts, outcomes, strict=True) if outcome is True]
-        self._count(num_puts=len(written), written_bytes=sum(put.num_bytes for put in written))
-        _raise_if_unavailable(outcomes)
+        written_bytes = sum(put.num_bytes for put in written)
+        self._counters.add(num_puts=len(written), written_bytes=written_bytes)
+        raise_if_all(outcomes, TierUnavailable)
         return [outcome if isinstance(outcome, TierError) else None for outcome in outcomes]
 
     def contains_many(
@@ -114,7 +110,7 @@ class RemoteTier(Tier):
         """
         different = list(dict.fromkeys(names))
         answers = self._run([FindRecord(self._records, name) for name in different], deadline)
-        found = dict(zip(different, _all_answered(answers), strict=True))
+        found = dict(zip(different, raise_first(answers), strict=True))
         return [found[name] for name in names]
 
     def delete_many(
@@ -122,8 +118,8 @@ class RemoteTier(Tier):
     ) -> list[bool]:
         different = list(dict.fromkeys(names))
         answers = self._run([DeleteRecord(self._records, name) for name in different], deadline)
-        was_there = dict(zip(different, _all_answered(answers), strict=True))
-        self._count(num_deletes=sum(was_there.values()))
+        was_there = dict(zip(different, raise_first(answers), strict=True))
+        self._counters.add(num_deletes=sum(was_there.values()))
         return [was_there.pop(name, False) for name in names]
 
     def delete_identity(self, identity: bytes) -> None:
@@ -132,7 +128,7 @@ class RemoteTier(Tier):
         """
         survey = Survey(self._records, self._records.folder(identity), lambda info: True)
         num_deleted = self._run_survey(survey)
-        self._count(num_deletes=num_deleted)
+        self._counters.add(num_deletes=num_deleted)
 
     def pin_many(self, names: Sequence[RecordName], is_pinned: bool = True) -> list[bool]:
         """False for all: an object store evicts nothing, and what expires it decides by age alone.
@@ -156,7 +152,7 @@ class RemoteTier(Tier):
         with self._lock:
             num_records = sum(held.num_records for held in self._listed.values())
             used_bytes = sum(held.num_bytes for held in self._listed.values())
-            return self._counters.stats(0, used_bytes, num_records)
+        return self._counters.copy().stats(0, used_bytes, num_records)
 
     def check(self, fix: bool = False) -> list[str]:
         """List all and tell names that are none of ours and records that are too short to be any.
@@ -174,7 +170,7 @@ class RemoteTier(Tier):
         """List all and delete what is past its time. A rule of the store does it for less."""
         survey = Survey(self._records, self._records.root, self._records.is_expired)
         num_expired = self._run_survey(survey)
-        self._count(num_expired=num_expired)
+        self._counters.add(num_expired=num_expired)
         with self._lock:
             self._listed = survey.held
         return Swept(num_expired, num_bytes=survey.deleted_bytes)
@@ -189,26 +185,4 @@ class RemoteTier(Tier):
     def _run_survey(self, survey: Survey) -> int:
         until = time.monotonic() + self._config.sweep_timeout_s
         outcomes: list[int | TierError] = self._requests.run([survey], until)
-        return _all_answered(outcomes)[0]
-
-    def _count(self, **increments: int) -> None:
-        with self._lock:
-            for name, increment in increments.items():
-                setattr(self._counters, name, getattr(self._counters, name) + increment)
-
-
-def _raise_if_unavailable(outcomes: Sequence[object]) -> None:
-    """Raise what the whole call met: the store cannot be reached, or lets nobody in."""
-    failures = [outcome for outcome in outcomes if isinstance(outcome, TierUnavailable)]
-    if failures and len(failures) == len(outcomes):
-        raise failures[0]
-
-
-def _all_answered(outcomes: Sequence[T | TierError]) -> list[T]:
-    """The answers; the first error is raised."""
-    answers: list[T] = []
-    for outcome in outcomes:
-        if isinstance(outcome, TierError):
-            raise outcome
-        answers.append(outcome)
-    return answers
+        return raise_first(outcomes)[0]
