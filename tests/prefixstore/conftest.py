@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from s3_server import S3Server, find_weed
 from tier_kinds import make_any_tier, make_kind, make_tier, open_tiers
 
 from prefixstore.cache import PrefixCache
+from prefixstore.store import Store, StoreConfig
 
 __all__ = ["make_any_tier", "make_kind", "make_tier", "open_tiers"]
 
@@ -56,6 +58,21 @@ def open_cache(model):
     for cache in caches:
         assert cache.check() == []
         cache.close()
+
+
+@pytest.fixture
+def make_store() -> Iterator[Callable[..., Store]]:
+    """Makes a store; each is recounted and closed after the test."""
+    stores: list[Store] = []
+
+    def make(*tiers, **settings) -> Store:
+        stores.append(Store(tiers, StoreConfig(**settings)))
+        return stores[-1]
+
+    yield make
+    for store in stores:
+        assert store.check() == []
+        store.close()
 
 
 @pytest.fixture(scope="session")

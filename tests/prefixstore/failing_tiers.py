@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from test_store import DictTier
+from dict_tier import DictTier
 
 from prefixstore.errors import TierTimeout, TierUnavailable
 

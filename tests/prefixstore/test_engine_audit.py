@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from cached_models import BLOCK_SIZE, tiny_gemma3, tiny_llama
+from dict_tier import DictTier
 from engines import GREEDY, Numbers, answer, expected, open_engine, prompt
 from failing_tiers import Gate
-from test_store import DictTier
 
 from kvkernels import CODECS
 from prefixstore.cache import PrefixCache

@@ -5,9 +5,9 @@ import threading
 import pytest
 import torch
 from cached_models import BLOCK_SIZE, tiny_llama
+from dict_tier import DictTier
 from engines import GREEDY, Numbers, expected, prompt
 from test_engine_restoring import warm, watch
-from test_store import DictTier
 
 from prefixstore.cache import PrefixCache
 from prefixstore.config import CacheConfig

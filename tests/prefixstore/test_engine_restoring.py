@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cached_models import BLOCK_SIZE, tiny_gemma3, tiny_llama
+from dict_tier import DictTier
 from engines import GREEDY, Numbers, expected, prompt
 from failing_tiers import Gate
-from test_store import DictTier
 
 from prefixstore.cache import PrefixCache
 from prefixstore.config import CacheConfig

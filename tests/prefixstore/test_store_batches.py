@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from dict_tier import DictTier
 from sample_blocks import make_keys
+from stores import use_of
 from test_record_codecs import make_block, make_record, restore, with_infinity
-from test_store import DictTier, use_of
 
 import prefixstore.store.loader as loader
 from kvkernels import KVPool

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dict_tier import DictTier
 from sample_blocks import make_keys
+from stores import use_of
 from test_record_codecs import make_block, make_record, restore, with_infinity
-from test_store import DictTier, use_of
 
 from kvkernels import KVPool
 from prefixstore.errors import TierTimeout

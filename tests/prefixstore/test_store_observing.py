@@ -5,8 +5,8 @@ import time
 
 import numpy as np
 import pytest
+from dict_tier import DictTier, raises
 from sample_blocks import LAYOUT, make_keys, make_record
-from test_store import DictTier, raises
 
 from prefixstore.block_key import BlockKey
 from prefixstore.errors import TierUnavailable

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+from dict_tier import DictTier
 from sample_blocks import LAYOUT, make_keys, make_payload, make_record
-from test_store import DictTier, use_of
+from stores import use_of
 
 import prefixstore.store.loader as loader
 from prefixstore.block_key import BlockKey

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from dict_tier import DictTier, Gate
 from sample_blocks import LAYOUT, make_keys, make_payload, make_record
+from stores import use_of
 from test_record_codecs import make_record as make_record_of
-from test_store import DictTier, Gate, use_of
 
 from kvkernels import KVPool
 from prefixstore.pool_blocks import PoolBlocks

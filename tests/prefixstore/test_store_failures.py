@@ -1,0 +1,168 @@
+"""Tiers that raise, time out or have bugs: what it costs, and when they are asked again."""
+
+import logging
+import time
+
+import pytest
+from dict_tier import DictTier, fill, held, raises
+from sample_blocks import make_keys, make_payload
+from stores import load, save, use_of
+
+from prefixstore.errors import BlockCorrupted, TierFull, TierTimeout, TierUnavailable
+from prefixstore.store.block_sources import HostBlock
+from prefixstore.store.breaker import Breaker, BreakerConfig
+
+
+@pytest.mark.parametrize("error", [TierUnavailable, TierTimeout, TierFull, BlockCorrupted])
+def test_a_tier_that_raises_costs_only_its_hits(make_store, error):
+    broken, good = DictTier("broken", raises(error)), DictTier("good")
+    store = make_store(broken, good)
+    keys = make_keys(20)
+    save(store, keys)
+    assert [load(store, key) for key in keys] == ["good"] * 20
+    assert store.contains_many(keys) == ["good"] * 20
+    assert use_of(store, "broken").num_hits == 0
+    broken.fail = lambda call: None
+
+
+def test_a_failing_tier_is_left_alone_and_comes_back(make_store, caplog):
+    tier = DictTier("flaky")
+    config = BreakerConfig(failures=3, window_s=10, pause_s=0.2, max_pause_s=1)
+    store = make_store(tier, breaker=config)
+    (key,) = make_keys(1)
+    save(store, [key])
+    tier.fail = raises(TierUnavailable)
+    tier.calls.clear()
+    with caplog.at_level(logging.WARNING, "prefixstore"):
+        for _ in range(50):
+            assert load(store, key) is None
+        assert len(tier.calls) == 3
+        use = use_of(store, "flaky")
+        assert (use.is_down, use.num_errors, use.num_skipped) == (True, 3, 47)
+        tier.fail = lambda call: None
+        time.sleep(0.25)
+        assert load(store, key) == "flaky"
+    assert not use_of(store, "flaky").is_down
+    assert [record.message.split(":")[1] for record in caplog.records] == [
+        " down for 0.2 s",
+        " back",
+    ]
+
+
+def test_a_full_tier_is_still_read(make_store):
+    tier = DictTier("full")
+    store = make_store(tier, breaker=BreakerConfig(failures=1))
+    keys = make_keys(3)
+    save(store, keys[:1])
+    tier.fail = raises(TierFull, "put")
+    save(store, keys[1:])
+    assert load(store, keys[0]) == "full"
+    use = use_of(store, "full")
+    assert (use.num_full, use.num_errors, use.is_down) == (2, 0, False)
+
+
+def test_a_bug_in_a_tier_marks_it_down_and_writing_goes_on(make_store, caplog):
+    def fail(call: str) -> None:
+        if call == "put":
+            raise ZeroDivisionError("a bug")
+
+    buggy, good = DictTier("buggy", fail), DictTier("good")
+    store = make_store(good, buggy)
+    keys = make_keys(3)
+    save(store, keys)
+    assert [load(store, key) for key in keys] == ["good"] * 3
+    assert use_of(store, "buggy").is_down and not use_of(store, "good").is_down
+    assert "a bug" in caplog.text
+
+
+def test_a_bug_in_a_callback_does_not_end_the_writing(make_store, caplog):
+    tier = DictTier("dict")
+    store = make_store(tier)
+    first, second = make_keys(2)
+
+    def done() -> None:
+        raise ZeroDivisionError("in done")
+
+    assert store.save(first, HostBlock(make_payload(first)), done)
+    save(store, [second])
+    assert load(store, second) == "dict"
+    assert "in done" in caplog.text
+    assert not use_of(store, "dict").is_down
+
+
+def test_a_slower_tier_gets_what_the_fastest_does_not_take(make_store):
+    broken, slow = DictTier("broken", raises(TierUnavailable)), DictTier("slow")
+    store = make_store(broken, slow)
+    keys = make_keys(12)
+    save(store, keys)
+    assert held(slow, keys) == [True] * 12
+    assert [load(store, key) for key in keys] == ["slow"] * 12
+    broken.fail = lambda call: None
+
+
+def test_a_tier_that_is_down_drops_at_once(make_store):
+    fast, slow = DictTier("fast"), DictTier("slow", raises(TierUnavailable))
+    store = make_store(fast, slow, breaker=BreakerConfig(failures=1, pause_s=60))
+    keys = make_keys(50)
+    save(store, keys)
+    assert held(fast, keys) == [True] * 50
+    use = use_of(store, "slow")
+    assert (use.num_dropped, use.num_errors, use.is_down) == (50, 1, True)
+    slow.fail = lambda call: None
+
+
+def test_a_trial_whose_records_all_fail_brings_no_tier_back(make_store):
+    tier = DictTier("tier")
+    config = BreakerConfig(failures=2, window_s=60, pause_s=0.05, max_pause_s=0.05)
+    store = make_store(tier, breaker=config)
+    (key,) = make_keys(1)
+    fill(tier, [key])
+    tier.fail = raises(TierTimeout, "get")  # an outcome of the record, not of the call
+    for _ in range(2):
+        assert load(store, key) is None
+    assert use_of(store, "tier").is_down
+    for _ in range(3):
+        time.sleep(0.06)
+        assert load(store, key) is None
+        assert use_of(store, "tier").is_down
+    tier.fail = lambda call: None
+    time.sleep(0.06)
+    assert load(store, key) == "tier"
+    assert not use_of(store, "tier").is_down
+
+
+def test_a_timeout_counts_for_several_failures(make_store):
+    tier = DictTier("tier", raises(TierTimeout, "get"))
+    store = make_store(tier, breaker=BreakerConfig(failures=5, timeout_failures=3, pause_s=60))
+    (key,) = make_keys(1)
+    for is_down in (False, True):
+        assert load(store, key) is None
+        assert use_of(store, "tier").is_down is is_down
+    tier.fail = lambda call: None
+
+
+def test_breaker_pauses_grow_and_shrink_back():
+    now = [0.0]
+    breaker = Breaker("x", BreakerConfig(2, 10, 1, 4), clock=lambda: now[0])
+    error = TierUnavailable("x")
+    breaker.failed(error)
+    now[0] = 11
+    breaker.failed(error)
+    assert breaker.allows()  # two failures, but not within the window
+    breaker.failed(error)
+    assert not breaker.allows()
+    for pause in (1, 2, 4, 4):
+        now[0] += pause - 0.01
+        assert not breaker.allows()
+        now[0] += 0.02
+        assert breaker.allows()  # the trial
+        assert not breaker.allows()  # one at a time
+        breaker.failed(error)
+    now[0] += 5
+    assert breaker.allows()
+    breaker.succeeded()
+    assert breaker.allows() and breaker.allows()
+    breaker.failed(error)
+    breaker.failed(error)
+    now[0] += 1.01
+    assert breaker.allows()  # the first pause is short again

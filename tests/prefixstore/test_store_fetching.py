@@ -1,0 +1,169 @@
+"""What is asked of tiers and fetched once, however many want it, and who waits for it how long."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from dict_tier import DictTier, fill
+from sample_blocks import LAYOUT, load_block, make_keys
+from stores import load, save, use_of
+
+from prefixstore.errors import TierTimeout, TierUnavailable
+from prefixstore.store.config import TierPolicy
+from prefixstore.store.in_flight import InFlight
+from prefixstore.store.recent_names import RecentNames
+
+
+def test_absence_is_remembered_for_a_while(make_store):
+    slow = DictTier("slow")
+    store = make_store(slow, policies={"slow": TierPolicy(negative_ttl_s=60)})
+    keys = make_keys(4)
+    fill(slow, keys[:1])
+    for _ in range(5):
+        assert store.contains_many(keys) == ["slow", None, None, None]
+    assert slow.calls.count("contains") == 5  # for the one that is there
+    assert store.contains_many(keys[1:]) == [None] * 3
+    assert slow.calls.count("contains") == 5
+    save(store, keys[1:2])
+    assert store.contains_many(keys) == ["slow", "slow", None, None]
+
+
+def test_a_request_waits_no_longer_than_its_deadline(make_store):
+    """A tier keeps to the deadline that it is given, and it is given that of the request."""
+
+    class Slow(DictTier):
+        def get_many(self, names, outs, *, offsets=None, deadline=None):
+            time.sleep(max(0.0, deadline - time.monotonic()))
+            return [TierTimeout("slow")] * len(names)
+
+    fast, slow = DictTier("fast"), Slow("slow")
+    store = make_store(fast, slow, load_timeout_s=0.2)
+    keys = make_keys(4)
+    fill(slow, keys)
+    fill(fast, keys[:1])
+    started = time.monotonic()
+    assert [load(store, keys[0]), load(store, keys[1])] == ["fast", None]
+    assert 0.15 < time.monotonic() - started < 5
+    use = use_of(store, "slow")
+    assert (use.num_misses, use.num_errors, use.num_timeouts) == (1, 1, 1)
+
+
+def test_two_requests_fetch_a_record_once(make_store):
+    gate, fetched = threading.Event(), threading.Event()
+
+    def fail(call: str) -> None:
+        if call == "get":
+            fetched.set()
+            assert gate.wait(30)
+
+    fast, slow = DictTier("fast"), DictTier("slow", fail)
+    store = make_store(fast, slow)
+    keys = make_keys(3)
+    fill(slow, keys)
+    found: dict[str, list[str | None]] = {}
+
+    def request(name: str) -> None:
+        found[name] = [load(store, key) for key in keys[:1]]
+
+    threads = [threading.Thread(target=request, args=(name,)) for name in ("first", "second")]
+    threads[0].start()
+    assert fetched.wait(30)
+    threads[1].start()
+    while store.stats().num_coalesced == 0:
+        assert threads[1].is_alive()
+        time.sleep(0.001)
+    gate.set()
+    for thread in threads:
+        thread.join(30)
+    assert found == {"first": ["slow"], "second": ["fast"]}
+    assert slow.calls.count("get") == 1
+
+
+def test_who_waits_for_a_fetch_that_fails_tries_for_itself(make_store):
+    gate, fetched = threading.Event(), threading.Event()
+
+    def fail(call: str) -> None:
+        if call == "get" and not fetched.is_set():
+            fetched.set()
+            assert gate.wait(30)
+            raise TierUnavailable("cut off")
+
+    fast, slow = DictTier("fast"), DictTier("slow", fail)
+    store = make_store(fast, slow)
+    keys = make_keys(1)
+    fill(slow, keys)
+    found = []
+    first = threading.Thread(target=lambda: found.append(load(store, keys[0])))
+    first.start()
+    assert fetched.wait(30)
+    second = threading.Thread(target=lambda: found.append(load(store, keys[0])))
+    second.start()
+    while store.stats().num_coalesced == 0:
+        time.sleep(0.001)
+    gate.set()
+    first.join(30)
+    second.join(30)
+    assert sorted(found, key=str) == [None, "slow"]
+
+
+def test_claims_end_whatever_happens(make_store):
+    """A wrong buffer raises out of the load; the next one must not wait for it."""
+    fast, slow = DictTier("fast"), DictTier("slow")
+    store = make_store(fast, slow)
+    (key,) = make_keys(1)
+    fill(slow, [key])
+    with pytest.raises(ValueError, match="block_out: expected 3072 bytes"):
+        load_block(store, key, bytearray(3))
+    started = time.monotonic()
+    assert load(store, key) == "slow"
+    assert time.monotonic() - started < 2
+    assert store.stats().num_coalesced == 0
+
+
+def test_threads_that_want_the_same_never_wait_for_each_other_in_a_ring(make_store):
+    fast, slow = DictTier("fast"), DictTier("slow")
+    store = make_store(fast, slow, queue_bytes=LAYOUT.block_bytes)  # promotions are mostly dropped
+    keys = make_keys(64)
+    fill(slow, keys)
+    problems = []
+
+    def work(seed: int) -> None:
+        order = np.random.default_rng(seed).permutation(64)
+        for _ in range(5):
+            problems.extend(key for key in order if load(store, keys[key]) is None)
+
+    started = time.monotonic()
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert problems == []
+    assert time.monotonic() - started < 30
+
+
+def test_recent_names_are_bounded_and_age():
+    now = [0.0]
+    names = [key.name for key in make_keys(6)]
+    recent = RecentNames(capacity=4, ttl_s=10, clock=lambda: now[0])
+    assert recent.add(names[:4]) == [True] * 4
+    now[0] = 5
+    assert recent.add(names[2:5]) == [False, False, True]
+    assert recent.contains_many(names) == [False, True, True, True, True, False]
+    now[0] = 12
+    assert recent.contains_many(names) == [False, False, True, True, True, False]
+    recent.discard(names[2:4])
+    assert recent.contains_many(names) == [False, False, False, False, True, False]
+
+
+def test_a_claim_has_one_holder_and_wakes_all_who_wait():
+    names = [key.name for key in make_keys(3)]
+    in_flight = InFlight()
+    assert in_flight.claim(names[:2]) == [True, True]
+    assert in_flight.claim(names) == [False, False, True]
+    assert not in_flight.wait(names, time.monotonic() + 0.01)
+    in_flight.release(names[:2])
+    in_flight.releaser(names[2])()
+    assert in_flight.wait(names, time.monotonic())
+    assert in_flight.claim(names) == [True] * 3
