@@ -15,6 +15,10 @@ from prefixstore.server.config import ServerConfig
 from prefixstore.server.run import DrainingServer, listen
 
 MODEL = "tiny"
+PATHS = ("/v1/chat/completions", "/v1/completions")
+# The least that each takes.
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}]}
+TEXT = {"model": MODEL, "prompt": "Hello"}
 
 
 @dataclass
