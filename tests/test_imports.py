@@ -54,6 +54,7 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("kvkernels.transfer",): ("torch", "kvkernels"),
     # Only what is for Hugging Face models needs their library.
     (
+        "kvkernels.nn.pool_cache",
         "kvkernels.nn.transformers",
         "kvkernels.nn.transformers_batch",
         "kvkernels.nn.transformers_cache",

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from kvkernels.nn.groups import PagedGroup
-from kvkernels.nn.layer_store import LayerStore
 from kvkernels.nn.module import PagedBatch
 from kvkernels.nn.paged_kv import PagedKV
-from kvkernels.nn.transformers_compat import Cache, num_queries
+from kvkernels.nn.pool_cache import PoolCache
+from kvkernels.nn.transformers_compat import num_queries
 
 
-class BatchCache(Cache):
+class BatchCache(PoolCache):
     """Where the tokens of one forward pass lie: what continuous batching gives a model.
 
     The model is called with ``input_ids`` and ``position_ids`` of shape ``[1, num_tokens]``: the
@@ -43,14 +43,13 @@ class BatchCache(Cache):
         batches: Sequence[PagedBatch],
         before_layer: Callable[[int], None] | None = None,
     ) -> None:
-        super().__init__(layers=[])
+        super().__init__(groups)
         if len(batches) != len(groups):
             raise ValueError(f"batches: expected {len(groups)} (one a group), got {len(batches)}")
-        self._layers = LayerStore(groups)
         self._batches = tuple(batches)
         self._before_layer = before_layer
 
-    # Writes into views of one storage go astray in a compiled graph, see `PagedCache.update`.
+    # See `PoolCache`.
     @torch.compiler.disable
     def update(
         self,
@@ -88,34 +87,5 @@ class BatchCache(Cache):
     def get_mask_sizes(self, query: int | torch.Tensor, layer_idx: int) -> tuple[int, int]:
         return num_queries(query), 0
 
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1
-
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        return -1
-
-    def __len__(self) -> int:
-        return self._layers.num_layers
-
     def __repr__(self) -> str:
         return f"BatchCache(num_tokens={len(self._batches[0].slot_mapping)})"
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
-
-    @property
-    def is_initialized(self) -> bool:
-        return True
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        return [self._layers.group_of(layer).window is not None for layer in range(len(self))]
-
-    @property
-    def is_linear(self) -> list[bool]:
-        return [False] * len(self)
-
-    @property
-    def is_dummy(self) -> list[bool]:
-        return [False] * len(self)

@@ -12,14 +12,14 @@ from kvkernels.allocator import PoolFullError
 from kvkernels.errors import UnsupportedError
 from kvkernels.nn.block_tables import BlockTables
 from kvkernels.nn.groups import PagedGroup
-from kvkernels.nn.layer_store import LayerStore
 from kvkernels.nn.long_pass import LongPass
 from kvkernels.nn.module import PagedBatch
 from kvkernels.nn.paged_kv import PagedKV, equal_bounds
-from kvkernels.nn.transformers_compat import Cache, num_queries
+from kvkernels.nn.pool_cache import PoolCache
+from kvkernels.nn.transformers_compat import num_queries
 
 
-class PagedCache(Cache):
+class PagedCache(PoolCache):
     """The cache of one `generate` call or one chat, over pools shared by many.
 
     All sequences of the batch are equally long. The first `num_cached_tokens` tokens may be there
@@ -68,10 +68,8 @@ class PagedCache(Cache):
         ends: Sequence[int] = (),
         max_pass_blocks: Mapping[int, int] | None = None,
     ) -> None:
-        # The base class keeps its state in `layers`; here it is in the groups' block tables.
-        super().__init__(layers=[])
+        super().__init__(groups)
         self.groups = tuple(groups)
-        self._layers = LayerStore(self.groups)
         if batch_size < 1:
             raise ValueError(f"batch_size: expected a positive integer, got {batch_size}")
         self._batch_size = batch_size
@@ -125,10 +123,9 @@ class PagedCache(Cache):
 
     # ---- what models and `generate` call --------------------------------------------------------
 
-    # The compiler merges views of one storage that a graph writes, and a pool's layers interleave:
-    # writes would go astray. So the pool is written between graphs.
+    # See `PoolCache`.
     @torch.compiler.disable
-    def update(  # a handle in place of tensors, untouched by models
+    def update(
         self,
         key_states: torch.Tensor,
         value_states: torch.Tensor,
@@ -166,12 +163,6 @@ class PagedCache(Cache):
         """Keys that attention will see, and the position of the first."""
         return self._num_tokens + num_queries(query), 0
 
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1
-
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        return -1
-
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens: `-n` forgets n, a positive n keeps n, as in transformers 4.57.
 
@@ -206,9 +197,6 @@ class PagedCache(Cache):
             "PagedCache: expected a fixed batch, got a request to select from it"
         )
 
-    def __len__(self) -> int:
-        return self._layers.num_layers
-
     def __repr__(self) -> str:
         return f"PagedCache(num_tokens={self._num_tokens}, batch_size={self._batch_size})"
 
@@ -217,29 +205,8 @@ class PagedCache(Cache):
         return self._batch_size
 
     @property
-    def is_compileable(self) -> bool:
-        return False
-
-    @property
     def is_croppable(self) -> bool:
         return True
-
-    @property
-    def is_initialized(self) -> bool:
-        return True
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        layers = range(self._layers.num_layers)
-        return [self._layers.group_of(layer).window is not None for layer in layers]
-
-    @property
-    def is_linear(self) -> list[bool]:
-        return [False] * len(self)
-
-    @property
-    def is_dummy(self) -> list[bool]:
-        return [False] * len(self)
 
     def _begin_step(self, key_states: torch.Tensor) -> None:
         """Reserve room for the new tokens and lay out the step's index tensors, once a group."""
