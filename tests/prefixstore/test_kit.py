@@ -133,6 +133,16 @@ def test_a_report_reads_as_text_and_as_json(model):
     assert read["is_good"] and len(read["cells"]) == 3
 
 
+def test_short_answers_preempt_nobody_and_that_is_said(model):
+    plan = Plan(tiers=("memory",), states=("cold", "preempted"), num_new=16)
+    report = check_engines(
+        [EngineAdapter(model, Numbers())], ModelReference(model), prompts(), plan
+    )
+    assert report.is_good, report.to_text()
+    (cell,) = report.find(state="preempted")
+    assert cell.skipped == "needs answers of more than a block, 16 tokens; got 16"
+
+
 def test_a_tier_may_be_given_by_its_url(model, tmp_path):
     url = f"disk://{tmp_path}?max_bytes=64MiB&name=mine"
     plan = Plan(tiers=(url,), states=("cold", "restarted"), num_new=2)

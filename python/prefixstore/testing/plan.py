@@ -104,15 +104,17 @@ def plan_runs(adapters: Sequence[Adapter], plan: Plan) -> list[Run]:
                     for state in STATES
                     if state.name in plan.states and (is_first or not state.is_tierless)
                 ]
-                runs += _runs_of(adapter, codec, tier, wanted)
+                runs += _runs_of(adapter, codec, tier, wanted, plan)
     return runs
 
 
-def _runs_of(adapter: Adapter, codec: str, tier: str, wanted: Sequence[State]) -> list[Run]:
+def _runs_of(
+    adapter: Adapter, codec: str, tier: str, wanted: Sequence[State], plan: Plan
+) -> list[Run]:
     runs = []
     for opening in Opening:
         here = [state for state in wanted if state.opening == opening]
-        skipped = {state.name: _obstacle(state, adapter, tier) for state in here}
+        skipped = {state.name: _obstacle(state, adapter, tier, plan) for state in here}
         skipped = {name: why for name, why in skipped.items() if why}
         states = tuple(state for state in here if state.name not in skipped)
         if here:
@@ -120,13 +122,15 @@ def _runs_of(adapter: Adapter, codec: str, tier: str, wanted: Sequence[State]) -
     return runs
 
 
-def _obstacle(state: State, adapter: Adapter, tier: str) -> str:
+def _obstacle(state: State, adapter: Adapter, tier: str, plan: Plan) -> str:
     """Why an engine cannot be brought into a state; empty if it can."""
     missing = state.needs - adapter.abilities
     if missing:
         return f"{adapter.name} lacks {', '.join(sorted(one.value for one in missing))}"
     if state.needs_durable and is_volatile(tier):
         return "this tier does not outlive the engine"
+    if state.needs_blocks and plan.num_new <= plan.block_size:
+        return f"needs answers of more than a block, {plan.block_size} tokens; got {plan.num_new}"
     return ""
 
 
