@@ -6,7 +6,7 @@ No label has values that a client chooses: tiers, reasons, routes and statuses a
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,12 +17,17 @@ from prometheus_client.registry import Collector
 from prefixstore.cache import CacheStats
 from prefixstore.engine import Engine, EngineStats, OutputDelta
 from prefixstore.planner import PlannerStats
-from prefixstore.store import StoreStats
+from prefixstore.store import StoreStats, TierUse
 from prefixstore.tiers.base import TierStats
 
 _TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _INTER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _QUEUE_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60)
+# Fields of `TierStats`.
+_HELD_BY_TIERS = ("capacity_bytes", "used_bytes", "num_records")
+_DONE_BY_TIERS = ("num_evictions", "num_expired")
+
+_Family = type[CounterMetricFamily] | type[GaugeMetricFamily]
 
 
 @dataclass(frozen=True)
@@ -38,24 +43,15 @@ class Latencies:
     """Histograms of what clients wait for."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._ttft = Histogram(
-            "kvkernels_time_to_first_token_seconds",
-            "From a request's arrival at the engine to its first token.",
-            buckets=_TTFT_S,
-            registry=registry,
-        )
-        self._inter_token = Histogram(
-            "kvkernels_inter_token_seconds",
-            "Between pieces of an answer, as they reach the server.",
-            buckets=_INTER_TOKEN_S,
-            registry=registry,
-        )
-        self._queue = Histogram(
-            "kvkernels_queue_seconds",
-            "From a request's arrival at the engine to its admission.",
-            buckets=_QUEUE_S,
-            registry=registry,
-        )
+        def histogram(name: str, text: str, buckets_s: Sequence[float]) -> Histogram:
+            return Histogram(f"kvkernels_{name}", text, buckets=buckets_s, registry=registry)
+
+        text = "From a request's arrival at the engine to its first token."
+        self._ttft = histogram("time_to_first_token_seconds", text, _TTFT_S)
+        text = "Between pieces of an answer, as they reach the server."
+        self._inter_token = histogram("inter_token_seconds", text, _INTER_TOKEN_S)
+        text = "From a request's arrival at the engine to its admission."
+        self._queue = histogram("queue_seconds", text, _QUEUE_S)
 
     def clock(self) -> AnswerClock:
         """For the pieces of one answer."""
@@ -193,40 +189,41 @@ def _store_metrics(stats: StoreStats) -> Iterator[Metric]:
         _Named("store_queue_blocks", "Blocks that wait to be written.", stats.queue_entries),
         _Named("store_queue_bytes", "Bytes of these.", stats.queue_bytes),
     )
-    for field in fields(stats.tiers[0]) if stats.tiers else ():
-        if field.name in ("name", "is_down"):
-            continue
-        values = {use.name: getattr(use, field.name) for use in stats.tiers}
-        name = field.name.removeprefix("num_")
-        yield _labelled(f"tier_{name}", f"TierUse.{field.name} of a tier.", "tier", values)
+    names = [one.name for one in fields(TierUse) if one.name not in ("name", "is_down")]
+    tiers = [(use.name, use) for use in stats.tiers]
+    yield from _tier_fields("TierUse", tiers, names, CounterMetricFamily)
     up = {use.name: float(not use.is_down) for use in stats.tiers}
     yield _labelled("tier_up", "0 while a tier is left alone.", "tier", up, GaugeMetricFamily)
 
 
 def _tier_metrics(tiers: Mapping[str, TierStats | None]) -> Iterator[Metric]:
     """What tiers hold; one that gave no answer is left out."""
-    known = {name: stats for name, stats in tiers.items() if stats is not None}
-    for name in ("capacity_bytes", "used_bytes", "num_records"):
-        values = {tier: getattr(stats, name) for tier, stats in known.items()}
-        text = f"TierStats.{name} of a tier."
-        yield _labelled(
-            f"tier_{name.removeprefix('num_')}", text, "tier", values, GaugeMetricFamily
-        )
-    for name in ("num_evictions", "num_expired"):
-        values = {tier: getattr(stats, name) for tier, stats in known.items()}
-        yield _labelled(
-            f"tier_{name.removeprefix('num_')}", f"TierStats.{name} of a tier.", "tier", values
-        )
+    known = [(name, stats) for name, stats in tiers.items() if stats is not None]
+    yield from _tier_fields("TierStats", known, _HELD_BY_TIERS, GaugeMetricFamily)
+    yield from _tier_fields("TierStats", known, _DONE_BY_TIERS, CounterMetricFamily)
+
+
+def _tier_fields(
+    kind: str, tiers: Sequence[tuple[str, Any]], names: Iterable[str], family: _Family
+) -> Iterator[Metric]:
+    """A metric for each of some fields; `tiers` has a tier's name and its statistics."""
+    for name in names:
+        values = {tier: getattr(stats, name) for tier, stats in tiers}
+        text = f"{kind}.{name} of a tier."
+        yield _labelled(f"tier_{name.removeprefix('num_')}", text, "tier", values, family)
 
 
 def _counters(*all_named: _Named) -> Iterator[Metric]:
-    for one in all_named:
-        yield CounterMetricFamily(f"kvkernels_{one.name}", one.text, value=one.value)
+    return _unlabelled(CounterMetricFamily, all_named)
 
 
 def _gauges(*all_named: _Named) -> Iterator[Metric]:
+    return _unlabelled(GaugeMetricFamily, all_named)
+
+
+def _unlabelled(family: _Family, all_named: Iterable[_Named]) -> Iterator[Metric]:
     for one in all_named:
-        yield GaugeMetricFamily(f"kvkernels_{one.name}", one.text, value=one.value)
+        yield family(f"kvkernels_{one.name}", one.text, value=one.value)
 
 
 def _labelled(
@@ -234,7 +231,7 @@ def _labelled(
     text: str,
     label: str,
     values: Mapping[Any, float] | Iterable[tuple[Any, float]],
-    family: type[CounterMetricFamily] | type[GaugeMetricFamily] = CounterMetricFamily,
+    family: _Family = CounterMetricFamily,
 ) -> Metric:
     metric = family(f"kvkernels_{name}", text, labels=[label])
     for key, value in dict(values).items():
