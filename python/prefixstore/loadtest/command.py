@@ -61,9 +61,9 @@ def bench() -> None:
     """Measure a server."""
 
 
-@bench.command()
+@bench.command(context_settings={"show_default": True})
 @click.option("--url", required=True, help="Of the server: http://127.0.0.1:PORT/v1")
-@click.option("--name", default="server", show_default=True, help="What to call it.")
+@click.option("--name", default="server", help="What to call it.")
 @click.option(
     "--against",
     multiple=True,
@@ -87,15 +87,13 @@ def bench() -> None:
     "--workload",
     type=click.Choice(tuple(WORKLOADS)),
     default="agent",
-    show_default=True,
     help="Questions about the same documents, an airline's agent episodes, or short chats.",
 )
-@click.option("--requests", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--requests", type=click.IntRange(1), default=20)
 @click.option(
     "--concurrency",
     type=click.IntRange(1, 4096),
     default=1,
-    show_default=True,
     help="Closed loop: so many are asked at once.",
 )
 @click.option(
@@ -110,38 +108,33 @@ def bench() -> None:
     type=click.Choice(PHASES),
     multiple=True,
     default=("cold", "warm"),
-    show_default=True,
     help="Prompts nobody saw, the same again, and again after a restart (with --start).",
 )
 @click.option(
     "--rounds",
     type=click.IntRange(1),
     default=1,
-    show_default=True,
     help="Each begins cold, with the servers in the other order.",
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0)
 @click.option(
     "--prefix-tokens",
     type=click.IntRange(64),
     default=7000,
-    show_default=True,
     help="Prompt tokens that the agent loop's requests share, about.",
 )
 @click.option(
     "--context-tokens",
     type=click.IntRange(256),
     default=8192,
-    show_default=True,
     help="What the server takes; longer episodes are cut at a turn.",
 )
-@click.option("--max-tokens", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(1), default=32)
 @click.option("--ignore-eos", is_flag=True, help="Ask for all of them, where a server can.")
 @click.option(
     "--endpoint",
     type=click.Choice(ENDPOINTS),
     default="chat",
-    show_default=True,
     help="With text or token ids all servers get the same prompt, whatever their templates.",
 )
 @click.option(
@@ -156,7 +149,6 @@ def bench() -> None:
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("bench-out"),
-    show_default=True,
     help="Gets serve.json, serve.png and the logs of servers that were started.",
 )
 def serve(out: Path, api_key_file: Path | None, **options: Any) -> None:
