@@ -57,7 +57,7 @@ def test_answers_of_an_engine_are_the_models_in_every_state(model):
     steps = []
     report = check_engines([adapter], ModelReference(model), prompts(), plan, steps.append)
     assert report.is_good, report.to_text()
-    assert len(steps) == num_steps([adapter], plan)
+    assert len(steps) == num_steps([adapter], plan, prompts())
     run = {(cell.tier, cell.state) for cell in report.cells if not cell.skipped}
     of_memory = {state.name for state in STATES if not state.needs_durable}
     of_disk = {state.name for state in STATES if not state.is_tierless}
@@ -131,6 +131,16 @@ def test_a_report_reads_as_text_and_as_json(model):
     assert "2 cells of 4 prompts (275 tokens) and 2 new tokens" in text
     read = json.loads(report.to_json())
     assert read["is_good"] and len(read["cells"]) == 3
+
+
+def test_two_prompts_press_no_pool_and_that_is_said(model):
+    plan = Plan(tiers=("memory",), states=("cold", "pressed"), num_new=2)
+    report = check_engines(
+        [EngineAdapter(model, Numbers())], ModelReference(model), prompts()[:2], plan
+    )
+    assert report.is_good, report.to_text()
+    (cell,) = report.find(state="pressed")
+    assert cell.skipped == "needs more prompts: a pool for the longest holds them all"
 
 
 def test_short_answers_preempt_nobody_and_that_is_said(model):

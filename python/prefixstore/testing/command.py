@@ -176,7 +176,7 @@ def _check_with_progress(
         console=console,
     )
     with progress:
-        total = num_steps(adapters, plan)
+        total = num_steps(adapters, plan, prompts)
         bar = progress.add_task("starting", total=total)
         begun = 0
 

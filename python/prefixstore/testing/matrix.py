@@ -58,7 +58,7 @@ def check_engines(
     started = time.perf_counter()
     judge = _Judge(reference, plan)
     cells = []
-    for run in plan_runs(adapters, plan):
+    for run in plan_runs(adapters, plan, tokens):
         cells += _skipped(run)
         if run.states:
             outcome, faults = _run(run, plan, tokens, advance)
@@ -74,9 +74,10 @@ def check_engines(
     )
 
 
-def num_steps(adapters: Sequence[Adapter], plan: Plan) -> int:
+def num_steps(adapters: Sequence[Adapter], plan: Plan, prompts: Sequence[Sequence[int]]) -> int:
     """How often `check_engines` calls `advance`."""
-    return sum(len(run.states) for run in plan_runs(adapters, plan))
+    tokens = [tuple(prompt) for prompt in prompts]
+    return sum(len(run.states) for run in plan_runs(adapters, plan, tokens))
 
 
 def _run(

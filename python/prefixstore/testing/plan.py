@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, urlencode
@@ -92,7 +92,7 @@ class Run:
         return self.tier if self.tier in (MEMORY, DISK) else parse_tier_url(self.tier).name
 
 
-def plan_runs(adapters: Sequence[Adapter], plan: Plan) -> list[Run]:
+def plan_runs(adapters: Sequence[Adapter], plan: Plan, prompts: Sequence[Tokens]) -> list[Run]:
     """All that is to be run, "cold" first."""
     runs = []
     for adapter in adapters:
@@ -104,17 +104,34 @@ def plan_runs(adapters: Sequence[Adapter], plan: Plan) -> list[Run]:
                     for state in STATES
                     if state.name in plan.states and (is_first or not state.is_tierless)
                 ]
-                runs += _runs_of(adapter, codec, tier, wanted, plan)
+                runs += _runs_of(adapter, codec, tier, wanted, _too_few(plan, prompts))
     return runs
 
 
+def _too_few(plan: Plan, prompts: Sequence[Tokens]) -> dict[Opening, str]:
+    """Why prompts do not fill the pools that they are to fill, where that is so."""
+    why = {}
+    if _num_whole_blocks(prompts, plan.block_size) <= _pool_blocks(Opening.SMALL, plan, prompts):
+        why[Opening.SMALL] = "needs more prompts: a pool for the longest holds them all"
+    if plan.num_new <= plan.block_size:  # every prompt's last block may have room for its answer
+        why[Opening.TIGHT] = (
+            f"needs answers of more than a block, {plan.block_size} tokens; got {plan.num_new}"
+        )
+    return why
+
+
 def _runs_of(
-    adapter: Adapter, codec: str, tier: str, wanted: Sequence[State], plan: Plan
+    adapter: Adapter,
+    codec: str,
+    tier: str,
+    wanted: Sequence[State],
+    too_few: Mapping[Opening, str],
 ) -> list[Run]:
     runs = []
     for opening in Opening:
         here = [state for state in wanted if state.opening == opening]
-        skipped = {state.name: _obstacle(state, adapter, tier, plan) for state in here}
+        why = too_few.get(opening, "")
+        skipped = {state.name: _obstacle(state, adapter, tier) or why for state in here}
         skipped = {name: why for name, why in skipped.items() if why}
         states = tuple(state for state in here if state.name not in skipped)
         if here:
@@ -122,15 +139,13 @@ def _runs_of(
     return runs
 
 
-def _obstacle(state: State, adapter: Adapter, tier: str, plan: Plan) -> str:
+def _obstacle(state: State, adapter: Adapter, tier: str) -> str:
     """Why an engine cannot be brought into a state; empty if it can."""
     missing = state.needs - adapter.abilities
     if missing:
         return f"{adapter.name} lacks {', '.join(sorted(one.value for one in missing))}"
     if state.needs_durable and is_volatile(tier):
         return "this tier does not outlive the engine"
-    if state.needs_blocks and plan.num_new <= plan.block_size:
-        return f"needs answers of more than a block, {plan.block_size} tokens; got {plan.num_new}"
     return ""
 
 

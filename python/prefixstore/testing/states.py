@@ -34,8 +34,6 @@ class State:
         is_restored: Whether blocks come back from a tier, so that a lossy codec changes answers.
         is_tierless: Whether tiers have no part in it: it is run over the first one alone.
         needs_durable: Whether it needs a tier that outlives the engine.
-        needs_blocks: Whether it needs answers of more than a block, which every prompt's last one
-            may have room for.
         missed: Of all that was asked, why it was not in this state after all; empty if it was.
     """
 
@@ -46,7 +44,6 @@ class State:
     is_restored: bool = True
     is_tierless: bool = False
     needs_durable: bool = False
-    needs_blocks: bool = False
     missed: Callable[[Sequence[Asked]], str] = lambda asked: ""
 
 
@@ -200,7 +197,6 @@ STATES = (
     State(
         *("preempted", _preempted, Opening.TIGHT),
         needs=frozenset({Ability.PREEMPTS}),
-        needs_blocks=True,
         missed=_none_preempted,
     ),
     State(
