@@ -80,16 +80,21 @@ def dropped_last_block() -> Iterator[None]:
 @contextlib.contextmanager
 def overwritten_on_device() -> Iterator[None]:
     """The first block that the index finds was given to others, who wrote into it."""
-    find = DeviceBlocks.find
 
-    def overwritten(self: DeviceBlocks, tokens: Any, salt: str) -> Any:
-        match, block_ids = find(self, tokens, salt)
-        if len(block_ids):
-            data, after = self.groups[0].pool.data, int(block_ids[-1, 0]) + 1
-            data[block_ids[0, 0]] = data[after]
-        return match, block_ids
+    def overwriting(find: Callable[..., Any]) -> Callable[..., Any]:
+        def overwritten(self: DeviceBlocks, tokens: Any, salt: str) -> Any:
+            match, block_ids = find(self, tokens, salt)
+            if len(block_ids):
+                data, after = self.groups[0].pool.data, int(block_ids[-1, 0]) + 1
+                data[block_ids[0, 0]] = data[after]
+            return match, block_ids
 
-    with mock.patch.object(DeviceBlocks, "find", overwritten):
+        return overwritten
+
+    with (
+        mock.patch.object(DeviceBlocks, "find", overwriting(DeviceBlocks.find)),
+        mock.patch.object(DeviceBlocks, "find_usable", overwriting(DeviceBlocks.find_usable)),
+    ):
         yield
 
 
