@@ -1,6 +1,5 @@
 """A tier that cannot be wrong and fails as told, and ways to fail."""
 
-import threading
 from collections.abc import Callable
 
 from sample_blocks import make_record
@@ -95,17 +94,6 @@ class DictTier(Tier):
             return run(*args)
         except (TierFull, BlockCorrupted, TierTimeout) as error:
             return error
-
-
-class Gate:
-    """Stalls a tier's puts until opened."""
-
-    def __init__(self) -> None:
-        self.event = threading.Event()
-
-    def __call__(self, call: str) -> None:
-        if call == "put":
-            assert self.event.wait(30)
 
 
 def raises(error: type[TierError], *calls: str) -> Callable[[str], None]:

@@ -4,7 +4,8 @@ import os
 import threading
 import time
 
-from dict_tier import CAPACITY, DictTier, Gate, held
+from dict_tier import CAPACITY, DictTier, held
+from failing_tiers import Gate
 from sample_blocks import LAYOUT, make_keys, make_payload, make_record
 from stores import load, memory_and_disk, save, use_of
 
@@ -16,7 +17,7 @@ from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
 
 
 def test_a_stalled_tier_never_stalls_who_saves(make_store):
-    gate = Gate()
+    gate = Gate("put")
     store = make_store(DictTier("stalled", gate), queue_entries=4)
     keys = make_keys(20)
     done: list[int] = []
@@ -31,7 +32,7 @@ def test_a_stalled_tier_never_stalls_who_saves(make_store):
     assert (stats.num_saved, stats.num_dropped) == (sum(taken), 20 - sum(taken))
     assert {i for i, was_taken in enumerate(taken) if not was_taken} <= set(done)
     assert not store.flush(0.05)
-    gate.event.set()
+    gate.open()
     assert store.flush(30)
     assert sorted(done) == list(range(20))  # each exactly once
     loaded = [load(store, key) is not None for key in keys]
@@ -40,32 +41,32 @@ def test_a_stalled_tier_never_stalls_who_saves(make_store):
 
 
 def test_queue_is_bounded_in_bytes(make_store):
-    gate = Gate()
+    gate = Gate("put")
     store = make_store(DictTier("stalled", gate), queue_bytes=3 * LAYOUT.payload_bytes + 1)
     keys = make_keys(8)
     assert sum(store.save(key, HostBlock(make_payload(key))) for key in keys) == 3
     stats = store.stats()
     assert (stats.queue_entries, stats.queue_bytes) == (3, 3 * LAYOUT.payload_bytes)
-    gate.event.set()
+    gate.open()
     assert store.flush(30)
     assert store.stats().queue_bytes == 0
 
 
 def test_payload_may_change_after_done(make_store):
-    gate = Gate()
+    gate = Gate("put")
     store = make_store(DictTier("slow", gate))
     (key,) = make_keys(1)
     payload, is_done = make_payload(key), threading.Event()
     assert store.save(key, HostBlock(payload), is_done.set)
     assert is_done.wait(30)  # before the put, which the gate still holds
     payload[:] = 0
-    gate.event.set()
+    gate.open()
     assert store.flush(30)
     assert load(store, key) == "slow"
 
 
 def test_promotions_are_dropped_when_the_queue_is_full(make_store):
-    gate = Gate()
+    gate = Gate("put")
     fast, slow = DictTier("fast", gate), DictTier("slow")
     store = make_store(fast, slow, queue_entries=2)
     keys = make_keys(6)
@@ -73,13 +74,13 @@ def test_promotions_are_dropped_when_the_queue_is_full(make_store):
         slow.records[key.block_hash] = bytes(make_record(key))
     assert [load(store, key) for key in keys] == ["slow"] * 6
     assert store.stats().num_promotions_dropped == 4
-    gate.event.set()
+    gate.open()
     assert store.flush(30)
     assert len(fast.records) == 2
 
 
 def test_a_stalled_slower_tier_holds_no_block(make_store):
-    gate = Gate()
+    gate = Gate("put")
     fast, slow = DictTier("fast"), DictTier("slow", gate)
     store = make_store(fast, slow, queue_entries=8)
     keys = make_keys(30)
@@ -92,7 +93,7 @@ def test_a_stalled_slower_tier_holds_no_block(make_store):
     assert len(done) == 30
     assert held(fast, keys) == [True] * 30
     assert not store.flush(0.05)
-    gate.event.set()
+    gate.open()
     assert store.flush(30)
     use = use_of(store, "slow")
     assert use.num_written + use.num_dropped == 30
@@ -100,14 +101,14 @@ def test_a_stalled_slower_tier_holds_no_block(make_store):
 
 
 def test_what_the_fastest_tier_evicts_before_its_turn_is_not_lost(make_store):
-    gate = Gate()
+    gate = Gate("put")
     memory, slow = MemoryTier(MemoryTierConfig(8 * 4096)), DictTier("slow", gate)
     store = make_store(memory, slow, queue_bytes=300 * LAYOUT.record_bytes)
     keys = make_keys(300)
     for key in keys:
         assert store.save(key, HostBlock(make_payload(key)))
         assert store.wait_blocks(30)
-    gate.event.set()
+    gate.open()
     assert store.flush(30)
     assert memory.stats().num_records == 8
     assert sum(held(slow, keys)) + use_of(store, "slow").num_dropped == 300
@@ -115,14 +116,14 @@ def test_what_the_fastest_tier_evicts_before_its_turn_is_not_lost(make_store):
 
 
 def test_records_that_are_gone_when_their_turn_comes_are_counted(make_store):
-    gate = Gate()
+    gate = Gate("put")
     fast, slow = DictTier("fast"), DictTier("slow", gate)
     store = make_store(fast, slow)
     keys = make_keys(300)  # more than one batch
     save_all = [store.save(key, HostBlock(make_payload(key))) for key in keys]
     assert all(save_all) and store.wait_blocks(30)
     fast.records.clear()
-    gate.event.set()
+    gate.open()
     assert store.flush(30)
     use = use_of(store, "slow")
     assert use.num_dropped > 0
@@ -140,7 +141,7 @@ def test_close_writes_what_is_queued(tmp_path):
 
 
 def test_close_gives_up_on_a_stalled_tier(make_store):
-    gate = Gate()
+    gate = Gate("put")
     store = make_store(DictTier("stalled", gate), close_timeout_s=0.1)
     done: list[BlockKey] = []
     keys = make_keys(3)
@@ -151,7 +152,7 @@ def test_close_gives_up_on_a_stalled_tier(make_store):
     assert time.monotonic() - started < 10
     assert len(done) == 3
     assert 0 <= store.stats().num_dropped <= 2  # the rest was being written
-    gate.event.set()
+    gate.open()
 
 
 def test_after_close_everything_is_a_miss(tmp_path):

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dict_tier import DictTier, Gate
+from dict_tier import DictTier
+from failing_tiers import Gate
 from sample_blocks import LAYOUT, make_keys, make_payload, make_record
 from stores import use_of
 from test_record_codecs import make_record as make_record_of
@@ -54,15 +55,16 @@ def save_behind(store: Store, gate: Gate, keys, sources) -> list[int]:
     done: list[int] = []
     (first,) = make_keys(1, seed=99)
     assert store.save(first, HostBlock(make_payload(first)))
+    assert gate.entered.wait(30)
     for number, (key, source) in enumerate(zip(keys, sources, strict=True)):
         assert store.save(key, source, done=lambda number=number: done.append(number))
-    gate.event.set()
+    gate.open()
     assert store.flush(30)
     return done
 
 
 def test_records_are_made_together_by_maker() -> None:
-    gate, one, other = Gate(), Maker(), Maker()
+    gate, one, other = Gate("put"), Maker(), Maker()
     tier = DictTier("tier", gate)
     keys = make_keys(12)
     sources = [
@@ -77,7 +79,7 @@ def test_records_are_made_together_by_maker() -> None:
 
 def test_a_maker_that_fails_costs_what_it_had_at_hand(caplog: pytest.LogCaptureFixture) -> None:
     """The tier is not blamed, and the writing goes on."""
-    gate, maker = Gate(), Maker(fails_at=1)
+    gate, maker = Gate("put"), Maker(fails_at=1)
     tier = DictTier("tier", gate)
     keys = make_keys(12)
     with Store([tier]) as store:
@@ -92,7 +94,7 @@ def test_a_maker_that_fails_costs_what_it_had_at_hand(caplog: pytest.LogCaptureF
 
 
 def test_blocks_of_a_pool_with_several_codecs_in_one_call() -> None:
-    gate = Gate()
+    gate = Gate("put")
     tier = DictTier("tier", gate)
     keys = [
         key if number % 5 else replace(key, layout=CODED.raw)
@@ -134,7 +136,7 @@ def test_what_is_made_at_once_fits_the_slots() -> None:
 
 
 def test_a_block_saved_twice_at_once_is_one_record() -> None:
-    gate = Gate()
+    gate = Gate("put")
     tier = DictTier("tier", gate)
     (key,) = make_keys(1)
     sources = [HostBlock(make_payload(key)) for _ in range(3)]

@@ -48,6 +48,7 @@ class EngineAdapter:
             max_batch_tokens=setup.max_batch_tokens,
             batch_invariant=self._batch_invariant,
             restore_policy="load",
+            audit_share=0.0,  # an audit holds blocks that are to be evicted
         )
         return EngineSubject(Engine.open(self._model, self._tokenizer, config, cache_config(setup)))
 
