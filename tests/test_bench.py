@@ -217,7 +217,7 @@ def test_batch_invariance_bench(monkeypatch, capsys):
     layers = {line["layer"] for line in told if line["case"] == "tiny_layers"}
     assert {"lm_head", "model.rotary_emb", "model.layers.0.mlp.act_fn"} <= layers
     providers = [line["provider"] for line in told if line["case"] == "tiny_decode"]
-    assert providers == ["default", "batch_invariant"]
+    assert providers == ["default", "batch_invariant", "fused"]
 
 
 @pytest.mark.parametrize("name", ["near_put_64KiB", "near_get_1MiB", "near_contains_32_64KiB"])
