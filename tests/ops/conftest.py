@@ -1,7 +1,8 @@
-"""The implementations that tests of the codecs run on."""
+"""The implementations that tests of the ops run on."""
 
 import codec_blocks
 import pytest
+import torch
 
 import kvkernels
 from kvkernels import native
@@ -19,3 +20,25 @@ def codec_implementation(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
     else:
         with native.use_isa(request.param):
             yield request.param
+
+
+# Of the ops that run on the CPU alone.
+ISAS = native.available_isas() or ("reference",)
+
+
+@pytest.fixture(params=ISAS)
+def _isa(request):
+    if request.param == "reference":
+        yield
+        return
+    with native.use_isa(request.param):
+        yield
+
+
+@pytest.fixture
+def _one_thread():
+    """Whatever the machine: what is compared is run with one thread, then with three."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -6,7 +6,7 @@ from test_attention import DTYPES
 
 import kvkernels
 from accuracy import assert_as_accurate
-from kvkernels import UnsupportedError, native
+from kvkernels import UnsupportedError
 from kvkernels.reference import linear as reference
 
 # in_features, out_features
@@ -17,26 +17,7 @@ SHAPES = {
     "several rectangles": (96, 97),
     "SmolLM2 down": (1536, 576),
 }
-ISAS = native.available_isas() or ("reference",)
 NUM_ROWS = 150  # more than a rectangle has
-
-
-@pytest.fixture(params=ISAS)
-def _isa(request):
-    if request.param == "reference":
-        yield
-        return
-    with native.use_isa(request.param):
-        yield
-
-
-@pytest.fixture
-def _one_thread():
-    """Whatever the machine: what is compared below is run with one thread, then with three."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_layer(shape, dtype, num_rows=NUM_ROWS):

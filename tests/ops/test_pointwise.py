@@ -3,34 +3,15 @@
 import pytest
 import torch
 from test_attention import DTYPES
-from test_linear import ISAS
 
 import kvkernels
 from accuracy import assert_as_accurate
-from kvkernels import UnsupportedError, native
+from kvkernels import UnsupportedError
 from kvkernels.reference import pointwise as reference
 
 SIZES = (1, 7, 16, 100, 576)
 ACTIVATIONS = ("silu", "gelu_tanh")
 NUM_ROWS = 150
-
-
-@pytest.fixture(params=ISAS)
-def _isa(request):
-    if request.param == "reference":
-        yield
-        return
-    with native.use_isa(request.param):
-        yield
-
-
-@pytest.fixture
-def _one_thread():
-    """Whatever the machine: what is compared below is run with one thread, then with three."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def assert_rows_alone(function, *rows):
