@@ -46,11 +46,17 @@ void linear(const LinearArgs& args, AttentionPath path, int num_threads) {
       std::min<int64_t>({num_threads, num_tiles, 1 + work / kWorkPerThread / 4});
   std::atomic<int64_t> next{0};
   run_parallel(static_cast<int>(num_useful), [&] {
-    for (int64_t index = next++; index < num_tiles; index = next++) {
+    // A thread takes a tile while it works on the one before, whose end then asks for its weights.
+    int64_t index = next++;
+    while (index < num_tiles) {
+      const int64_t following = next++;
       const int64_t row = index % num_row_tiles * kTileRows;
       const int64_t col = index / num_row_tiles * tile_cols;
+      const int64_t next_col = following / num_row_tiles * tile_cols;
       multiply({&args, row, std::min(args.num_rows, row + kTileRows), col,
-                std::min(args.out_features, col + tile_cols)});
+                std::min(args.out_features, col + tile_cols),
+                following < num_tiles && next_col != col ? next_col : -1});
+      index = following;
     }
   });
 }

@@ -13,6 +13,9 @@ struct LinearTile {
   const LinearArgs* args;
   int64_t row_begin, row_end;
   int64_t col_begin, col_end;
+  // Where the columns begin that this thread multiplies after these; -1 if there are none, or the
+  // same ones.
+  int64_t next_col;
 };
 
 using LinearKernel = void (*)(const LinearTile& tile);

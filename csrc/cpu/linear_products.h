@@ -128,7 +128,11 @@ void multiply_tile_in_parts(const LinearTile& tile) {
   const LinearArgs& args = *tile.args;
   const auto* weight = static_cast<const typename L::Item*>(args.weight);
   for (int64_t col = tile.col_begin; col < tile.col_end; col += L::kSums) {
-    Ahead ahead = {reinterpret_cast<const char*>(weight + (col + L::kSums) * args.weight_stride)};
+    const bool is_last = col + L::kSums >= tile.col_end;
+    const int64_t next_col = !is_last ? col + L::kSums : tile.next_col;
+    // Where nothing follows, these columns are asked for once more, which costs next to nothing.
+    const int64_t wanted = next_col < 0 ? col : next_col;
+    Ahead ahead = {reinterpret_cast<const char*>(weight + wanted * args.weight_stride)};
     int64_t block = 0;
     for (int64_t row = tile.row_begin; row < tile.row_end; row += kBlockRows, ++block) {
       const int64_t count = std::min<int64_t>(kBlockRows, tile.row_end - row);
