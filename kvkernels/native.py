@@ -9,6 +9,7 @@ import torch
 
 from kvkernels.quantized_cache import QuantizedCache
 from kvkernels.scoring import Scoring
+from kvkernels.threads import num_threads
 
 try:
     import _kvkernels
@@ -92,7 +93,7 @@ def store_kv(
         [item * s for s in (*key.stride()[:2], *key_cache.stride()[:3])],
         [item * s for s in (*value.stride()[:2], *value_cache.stride()[:3])],
         slot_mapping.stride(0),
-        torch.get_num_threads(),
+        num_threads(),
     )
 
 
@@ -146,7 +147,7 @@ def paged_attention(
         _DTYPES[query.dtype],
         _DTYPES[key_cache.dtype],
         _isa,
-        torch.get_num_threads(),
+        num_threads(),
     )
     return out, lse
 
@@ -177,21 +178,31 @@ def merge_attention(
         head_dim,
         _DTYPES[out_a.dtype],
         _isa,
-        torch.get_num_threads(),
+        num_threads(),
     )
     return out, lse
 
 
+def has_even_rows(tensor: torch.Tensor) -> bool:
+    """Whether rows are dense and a constant stride apart, as the functions below want them."""
+    return tensor.is_contiguous() or (tensor.dim() == 2 and tensor.stride(1) == 1)
+
+
+def _row_stride(tensor: torch.Tensor) -> int:
+    return tensor.stride(0) if tensor.dim() == 2 else tensor.shape[-1]
+
+
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """See `kvkernels.linear`, for an input of two dimensions."""
-    num_rows, in_features = input.shape
-    out = input.new_empty((num_rows, weight.shape[0]))
+    """See `kvkernels.linear`, for an input that `has_even_rows`."""
+    out_features, in_features = weight.shape
+    out = input.new_empty((*input.shape[:-1], out_features))
+    num_rows = out.numel() // out_features if out_features else 0
     _kvkernels.linear(
         (input.data_ptr(), weight.data_ptr(), _address(bias), out.data_ptr()),
-        (num_rows, in_features, weight.shape[0], input.stride(0), weight.stride(0)),
+        (num_rows, in_features, out_features, _row_stride(input), weight.stride(0)),
         _DTYPES[input.dtype],
         _isa,
-        torch.get_num_threads(),
+        num_threads(),
     )
     return out
 
@@ -199,16 +210,17 @@ def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
 def rms_norm(
     input: torch.Tensor, weight: torch.Tensor, eps: float, is_offset: bool
 ) -> torch.Tensor:
-    """See `kvkernels.rms_norm`, for an input of two dimensions."""
+    """See `kvkernels.rms_norm`, for an input that `has_even_rows`, none of them empty."""
     out = input.new_empty(input.shape)
+    size = input.shape[-1]
     _kvkernels.rms_norm(
         (input.data_ptr(), weight.data_ptr(), out.data_ptr()),
-        (*input.shape, input.stride(0)),
+        (input.numel() // size, size, _row_stride(input)),
         eps,
         is_offset,
         _DTYPES[input.dtype],
         _isa,
-        torch.get_num_threads(),
+        num_threads(),
     )
     return out
 
@@ -225,20 +237,21 @@ def rotary_embedding(
         (cos.stride(0) if len(cos) > 1 else 0, cos.stride(1)),
         _DTYPES[input.dtype],
         _isa,
-        torch.get_num_threads(),
+        num_threads(),
     )
 
 
 def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    """See `kvkernels.gated_activation`, for two dimensions."""
+    """See `kvkernels.gated_activation`, for tensors as in `rms_norm`."""
     out = gate.new_empty(gate.shape)
+    size = gate.shape[-1]
     _kvkernels.gated_activation(
         (gate.data_ptr(), up.data_ptr(), out.data_ptr()),
-        (*gate.shape, gate.stride(0), up.stride(0)),
+        (gate.numel() // size, size, _row_stride(gate), _row_stride(up)),
         _ACTIVATIONS[activation],
         _DTYPES[gate.dtype],
         _isa,
-        torch.get_num_threads(),
+        num_threads(),
     )
     return out
 
@@ -295,5 +308,5 @@ def _run_codecs(
         ),
         _DTYPES[blocks.dtype],
         _isa,
-        torch.get_num_threads(),
+        num_threads(),
     )

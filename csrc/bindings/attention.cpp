@@ -10,7 +10,6 @@
 #include "kvkernels/attention.h"
 #include "kvkernels/cpu_features.h"
 #include "kvkernels/kv_cache.h"
-#include "kvkernels/memory.h"
 
 namespace kvkernels::bindings {
 namespace {
@@ -145,9 +144,6 @@ void bind_kernels(py::module_& module) {
   module.def("paged_attention", &paged_attention);
   module.def("merge_attention", &merge_attention);
   module.def("attention_paths", &attention_paths);
-  module.def("advise_huge_pages", [](uintptr_t data, int64_t num_bytes) {
-    kvkernels::advise_huge_pages(pointer<void>(data), num_bytes);
-  });
 }
 
 }  // namespace kvkernels::bindings

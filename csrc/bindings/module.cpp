@@ -5,6 +5,7 @@
 PYBIND11_MODULE(_kvkernels, module) {
   module.doc() = "C++ core of kvkernels and prefixstore; use it through those packages.";
   kvkernels::bindings::bind_kernels(module);
+  kvkernels::bindings::bind_system(module);
   kvkernels::bindings::bind_linear(module);
   kvkernels::bindings::bind_pointwise(module);
   kvkernels::bindings::bind_codecs(module);

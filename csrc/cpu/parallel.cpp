@@ -7,16 +7,25 @@
 
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
+#include <chrono>
 #include <cstring>
 #include <exception>
 #include <mutex>
 #include <string>
 #include <system_error>
 #include <thread>
+#include <utility>
 
 namespace kvkernels {
 namespace {
+
+void pause_thread() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
 
 // ---- the host's OpenMP runtime -------------------------------------------------------------
 
@@ -40,44 +49,67 @@ int note_openmp_library(dl_phdr_info* info, size_t, void* result) {
   return is_torchs;  // several runtimes may be loaded; PyTorch's is the one whose threads spin
 }
 
-GompParallel find_host_runtime() {
+struct HostRuntime {
+  GompParallel parallel = nullptr;
+  void (*set_num_threads)(int) = nullptr;  // of the calling thread's regions
+};
+
+HostRuntime find_host_runtime() {
   std::string path;
   dl_iterate_phdr(note_openmp_library, &path);
-  if (path.empty()) return nullptr;
+  if (path.empty()) return {};
   void* library = dlopen(path.c_str(), RTLD_NOLOAD | RTLD_LAZY);
-  if (library == nullptr) return nullptr;
-  return reinterpret_cast<GompParallel>(dlsym(library, "GOMP_parallel"));
+  if (library == nullptr) return {};
+  return {reinterpret_cast<GompParallel>(dlsym(library, "GOMP_parallel")),
+          reinterpret_cast<void (*)(int)>(dlsym(library, "omp_set_num_threads"))};
 }
 
 // ---- our own threads -----------------------------------------------------------------------
 
+// For how long an idle worker looks for work before it sleeps: longer than the pause between two
+// layers' calls, since waking a sleeping thread takes as long as a small call.
+constexpr auto kAwake = std::chrono::microseconds(200);
+// For how long it does so without offering its processor to others.
+constexpr auto kAlert = std::chrono::microseconds(20);
+
+// Waits until is_ready(); false if that took longer than kAwake.
+template <typename IsReady>
+bool look_out(const IsReady& is_ready) {
+  const auto begin = std::chrono::steady_clock::now();
+  while (true) {
+    for (int i = 0; i < 32; ++i) {
+      if (is_ready()) return true;
+      pause_thread();
+    }
+    const auto waited = std::chrono::steady_clock::now() - begin;
+    if (waited > kAwake) return false;
+    if (waited > kAlert) std::this_thread::yield();
+  }
+}
+
+// One caller's work at a time. Workers that come in time take a part in it; one that has not begun
+// when the caller has found nothing more to do is not waited for. So a caller is never held up by a
+// worker that the system has given no processor, as the end of an OpenMP region would be.
 class ThreadPool {
  public:
   void run(int num_threads, const std::function<void()>& body) {
     // A second caller at the same time works alone instead of waiting for the first one's work.
     std::unique_lock<std::mutex> alone(run_mutex_, std::try_to_lock);
     const int num_helpers = alone.owns_lock() ? start_workers(num_threads - 1) : 0;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (num_helpers > 0) {
-        body_ = &body;
-        num_wanted_ = num_pending_ = num_helpers;
-        ++generation_;
-      }
-    }
-    if (num_helpers > 0) start_.notify_all();
+    if (num_helpers > 0) offer(body, num_helpers);
     body();
-    if (num_helpers == 0) return;
-    std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return num_pending_ == 0; });
-    body_ = nullptr;
+    if (num_helpers > 0) withdraw();
   }
 
  private:
+  // The state: places that workers may still take, and those that are at work.
+  static constexpr uint32_t kPlace = 1u << 16, kAtWork = kPlace - 1;
+
   int start_workers(int num_wanted) {
+    num_wanted = std::min<int>(num_wanted, kAtWork);
     while (num_workers_ < num_wanted) {
       try {
-        std::thread(&ThreadPool::work, this, num_workers_, generation_).detach();
+        std::thread(&ThreadPool::work, this, num_offers_.load()).detach();
       } catch (const std::system_error&) {
         break;  // the process may have no more threads: fewer do the same work
       }
@@ -86,26 +118,50 @@ class ThreadPool {
     return std::min(num_workers_, num_wanted);
   }
 
-  void work(int index, uint64_t seen) {
-    std::unique_lock<std::mutex> lock(mutex_);
+  void offer(const std::function<void()>& body, int num_places) {
+    body_ = &body;
+    state_.store(static_cast<uint32_t>(num_places) * kPlace, std::memory_order_release);
+    num_offers_.fetch_add(1);
+    num_offers_.notify_all();
+  }
+
+  void withdraw() {
+    uint32_t state = state_.fetch_and(kAtWork, std::memory_order_acq_rel) & kAtWork;
+    const auto is_done = [&] {
+      state = state_.load(std::memory_order_acquire);
+      return state == 0;
+    };
+    while (!is_done() && !look_out(is_done)) state_.wait(state);
+  }
+
+  bool take_place() {
+    uint32_t state = state_.load(std::memory_order_relaxed);
+    while (state >= kPlace) {
+      if (state_.compare_exchange_weak(state, state - kPlace + 1, std::memory_order_acq_rel)) {
+        return true;
+      }
+    }
+    return false;
+  }
+
+  void work(uint32_t seen) {
+    const auto is_offered = [&] { return num_offers_.load(std::memory_order_acquire) != seen; };
     while (true) {
-      start_.wait(lock, [&] { return generation_ != seen; });
-      seen = generation_;
-      if (index >= num_wanted_) continue;
-      const std::function<void()>* body = body_;
-      lock.unlock();
-      (*body)();
-      lock.lock();
-      if (--num_pending_ == 0) done_.notify_one();
+      while (!is_offered() && !look_out(is_offered)) num_offers_.wait(seen);
+      seen = num_offers_.load(std::memory_order_acquire);
+      if (!take_place()) continue;
+      (*body_)();
+      state_.fetch_sub(1, std::memory_order_acq_rel);
+      state_.notify_one();
     }
   }
 
   std::mutex run_mutex_;  // held by the one caller that the workers serve
-  std::mutex mutex_;      // guards everything below but num_workers_, which run_mutex_ guards
-  std::condition_variable start_, done_;
+  int num_workers_ = 0;   // guarded by run_mutex_
+  // Written before a place is offered, read only by who has taken one.
   const std::function<void()>* body_ = nullptr;
-  uint64_t generation_ = 0;
-  int num_wanted_ = 0, num_pending_ = 0, num_workers_ = 0;
+  std::atomic<uint32_t> state_{0};
+  std::atomic<uint32_t> num_offers_{0};
 };
 
 // Both are replaced in a forked child: threads do not survive a fork, so the parent's pool would
@@ -128,15 +184,28 @@ ThreadPool& own_pool() {
   return *pool;
 }
 
-GompParallel host_runtime() {
-  static const GompParallel runtime = [] {
+const HostRuntime& host_runtime() {
+  static const HostRuntime runtime = [] {
     pthread_atfork(nullptr, nullptr, forget_threads);
     return find_host_runtime();
   }();
-  return g_is_forked ? nullptr : runtime;
+  return runtime;
+}
+
+thread_local bool t_prefers_own_threads = false;
+
+GompParallel host_parallel() {
+  const HostRuntime& runtime = host_runtime();
+  return g_is_forked || t_prefers_own_threads ? nullptr : runtime.parallel;
 }
 
 }  // namespace
+
+bool prefer_own_threads(bool is_wanted) { return std::exchange(t_prefers_own_threads, is_wanted); }
+
+void set_host_threads(int num_threads) {
+  if (const auto set_num_threads = host_runtime().set_num_threads) set_num_threads(num_threads);
+}
 
 void run_parallel(int num_threads, const std::function<void()>& body) {
   if (num_threads <= 1) {
@@ -154,7 +223,7 @@ void run_parallel(int num_threads, const std::function<void()>& body) {
       if (!error) error = std::current_exception();
     }
   };
-  if (const GompParallel gomp_parallel = host_runtime()) {
+  if (const GompParallel gomp_parallel = host_parallel()) {
     auto call = [](void* context) { (*static_cast<const std::function<void()>*>(context))(); };
     gomp_parallel(call, const_cast<std::function<void()>*>(&guarded), num_threads, 0);
   } else {

@@ -67,11 +67,10 @@ LIBRARY.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 def _linear_cpu(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    rows = input.reshape(-1, input.shape[-1])
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
+    if not native.has_even_rows(input):
+        input = input.contiguous()
     implementation = native if native.is_available else reference
-    return implementation.linear(rows, weight, bias).view(*input.shape[:-1], weight.shape[0])
+    return implementation.linear(input, weight, bias)
 
 
 @torch.library.register_fake("kvkernels::linear", lib=LIBRARY)

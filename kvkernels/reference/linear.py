@@ -6,6 +6,7 @@ import torch
 
 
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """See `kvkernels.linear`, for an input of two dimensions: each row alone."""
-    rows = [torch.nn.functional.linear(row, weight, bias) for row in input]
-    return torch.stack(rows) if rows else input.new_empty((0, weight.shape[0]))
+    """See `kvkernels.linear`: each row alone."""
+    rows = [torch.nn.functional.linear(row, weight, bias) for row in input[None].flatten(0, -2)]
+    shape = (*input.shape[:-1], weight.shape[0])
+    return torch.stack(rows).view(shape) if rows else input.new_empty(shape)

@@ -11,6 +11,16 @@ namespace kvkernels {
 // themselves (an atomic counter). Rethrows the first exception thrown by a body.
 void run_parallel(int num_threads, const std::function<void()>& body);
 
+// Whether run_parallel, when this thread calls it, is to use threads of our own where it would use
+// the host program's OpenMP runtime. Returns what held before. They share the processors worse with
+// OpenMP's threads, which keep looking for work for some milliseconds, and far better with all
+// others: for callers that leave OpenMP alone.
+bool prefer_own_threads(bool is_wanted);
+
+// How many threads the host program's OpenMP regions get that this thread begins. Nothing happens
+// where there is no OpenMP.
+void set_host_threads(int num_threads);
+
 // Calls body(begin, end) for consecutive ranges of at most `grain` items that cover [0, num_items).
 void parallel_ranges(int64_t num_items, int64_t grain, int num_threads,
                      const std::function<void(int64_t, int64_t)>& body);

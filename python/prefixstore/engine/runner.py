@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from kvkernels import UnsupportedError, native
 from kvkernels.nn import PagedGroup, batch_invariance, fused_layers
 from kvkernels.nn.module import PagedBatch
 from kvkernels.nn.transformers_batch import BatchCache
+from kvkernels.threads import own_threads
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +95,9 @@ class ModelRunner:
         self._device = groups[0].pool.device
         self.is_batch_invariant = install_batch_invariance(model, batch_invariant)
         self._has_fused_layers = fuses_layers and fused_layers.install(model) > 0
+        # A pass is then all but nothing else than our kernels.
+        is_ours = self.is_batch_invariant and self._has_fused_layers
+        self._threads = own_threads if is_ours else nullcontext
 
     def close(self) -> None:
         """Give the model back what was changed. May be called again."""
@@ -124,16 +129,16 @@ class ModelRunner:
         wanted = [
             int(end) - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.wants_logits
         ]
-        out = self._model(
-            input_ids=self._tensor(tokens)[None],
-            position_ids=self._tensor(positions)[None],
-            past_key_values=BatchCache(
-                self._groups, self._batches(chunks, lengths, positions), before_layer
-            ),
-            use_cache=True,
-            # A model computes logits of one place at least.
-            logits_to_keep=self._tensor(np.array(wanted or [0])),
-        )
+        cache = BatchCache(self._groups, self._batches(chunks, lengths, positions), before_layer)
+        with self._threads():
+            out = self._model(
+                input_ids=self._tensor(tokens)[None],
+                position_ids=self._tensor(positions)[None],
+                past_key_values=cache,
+                use_cache=True,
+                # A model computes logits of one place at least.
+                logits_to_keep=self._tensor(np.array(wanted or [0])),
+            )
         return out.logits[0] if wanted else None
 
     def _batches(

@@ -1,0 +1,99 @@
+"""Kernels on threads of their own: as many, the same bits, and only where they are wanted."""
+
+import os
+import threading
+
+import pytest
+import torch
+
+import kvkernels
+from kvkernels.threads import num_threads, own_threads
+
+
+@pytest.fixture(autouse=True)
+def _three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def apply_layer() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = torch.randn(40, 256, generator=generator), torch.randn(512, 256)
+    weight.normal_(generator=generator)
+    return kvkernels.linear(rows, weight)
+
+
+def test_kernels_keep_the_number_and_pytorch_gets_one():
+    with own_threads():
+        assert num_threads() == 3
+        assert torch.get_num_threads() == 1
+    assert num_threads() == torch.get_num_threads() == 3
+
+
+def test_blocks_within_blocks_end_with_the_outermost():
+    with own_threads():
+        with own_threads():
+            assert (num_threads(), torch.get_num_threads()) == (3, 1)
+        assert (num_threads(), torch.get_num_threads()) == (3, 1)
+    assert torch.get_num_threads() == 3
+
+
+def test_an_error_ends_it():
+    with pytest.raises(KeyError), own_threads():
+        raise KeyError
+    assert num_threads() == torch.get_num_threads() == 3
+
+
+def test_other_threads_are_not_concerned():
+    seen = []
+
+    def look() -> None:
+        seen.append((num_threads(), torch.get_num_threads()))
+
+    with own_threads():
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+    assert seen == [(3, 3)]
+
+
+def test_results_are_the_same_bits():
+    expected = apply_layer()
+    for _ in range(50):
+        with own_threads():
+            assert torch.equal(apply_layer(), expected)
+
+
+def test_several_callers_at_once_get_their_results():
+    expected = apply_layer()
+    wrong = []
+
+    def call_often() -> None:
+        with own_threads():
+            wrong.extend(not torch.equal(apply_layer(), expected) for _ in range(50))
+
+    threads = [threading.Thread(target=call_often) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wrong) == 200
+    assert not any(wrong)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_gets_threads_of_its_own():
+    expected = apply_layer()
+    with own_threads():
+        apply_layer()  # the parent's threads are there
+    child = os.fork()
+    if child == 0:
+        is_equal = False
+        try:
+            with own_threads():
+                is_equal = torch.equal(apply_layer(), expected)
+        finally:
+            os._exit(0 if is_equal else 1)
+    assert os.waitpid(child, 0)[1] == 0
