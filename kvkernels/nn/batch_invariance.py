@@ -23,6 +23,7 @@ from weakref import WeakSet
 
 import torch
 
+from kvkernels import native
 from kvkernels.errors import UnsupportedError
 from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward
 from kvkernels.ops import linear
@@ -125,18 +126,21 @@ def _find_forward(name: str, module: torch.nn.Module) -> Callable[..., Any] | No
 
 def _apply_linear(module: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
     weight, bias = module.weight, module.bias
-    fits = (
-        input.dtype == weight.dtype
+    # A pass has hundreds of layers, and in a small model the checks of `linear` and the ways of
+    # PyTorch to an operator take longer than many of them.
+    if (
+        type(input) is torch.Tensor
+        and input.dtype == weight.dtype
         and input.shape[-1] == weight.shape[1]
+        and input.is_contiguous()
         and weight.stride(1) == 1
         and input.device == weight.device
         and (bias is None or bias.dtype == weight.dtype)
         and not torch.is_grad_enabled()
-    )
-    if not fits:
-        return linear(input, weight, bias)  # names what is wrong
-    # All that `linear` checks takes longer than this, and a step has hundreds of layers.
-    return torch.ops.kvkernels.linear.default(input, weight, bias)
+        and native.is_available
+    ):
+        return native.linear(input, weight, bias)
+    return linear(input, weight, bias)
 
 
 def _activate(forward: Callable[..., torch.Tensor], input: torch.Tensor) -> torch.Tensor:

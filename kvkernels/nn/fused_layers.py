@@ -23,13 +23,19 @@ from typing import Any
 
 import torch
 
+from kvkernels import native
 from kvkernels.checks import FLOAT_DTYPES
 from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward
+from kvkernels.ops.pointwise import rotary_embedding_cpu
 
 _NUM_TRIAL_ROWS = 16
 # The norm of the difference over the norm, in units of the dtype's precision, that another order of
 # summation or another place of rounding may make. Any other function is ten times as far off.
 _MOST_DISTANT = 4.0
+
+_rms_norm: Callable[..., torch.Tensor] = torch.ops.kvkernels.rms_norm.default
+_gated_activation: Callable[..., torch.Tensor] = torch.ops.kvkernels.gated_activation.default
+_rotary_embedding: Callable[..., torch.Tensor] = torch.ops.kvkernels.rotary_embedding.default
 
 _ROTATE = "apply_rotary_pos_emb"
 _ACTIVATIONS = {
@@ -101,9 +107,11 @@ def _norm(
 ) -> torch.Tensor:
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
-    if not _are_served(weight, hidden_states) or hidden_states.shape[-1] != len(weight):
+    if not _are_served(hidden_states, weight) or hidden_states.shape[-1] != len(weight):
         return type(module).forward(module, hidden_states)
-    return torch.ops.kvkernels.rms_norm.default(hidden_states, weight, eps, is_offset)
+    if _goes_straight(hidden_states):
+        return native.rms_norm(hidden_states, weight, eps, is_offset)
+    return _rms_norm(hidden_states, weight, eps, is_offset)
 
 
 # ---- gates -----------------------------------------------------------------------------------
@@ -128,9 +136,11 @@ def _activation_name(act_fn: Any) -> str | None:
 
 def _mlp(module: Any, activation: str, x: torch.Tensor) -> torch.Tensor:
     gate, up = module.gate_proj(x), module.up_proj(x)
-    if _are_served(gate, up) and gate.shape == up.shape:
-        return module.down_proj(torch.ops.kvkernels.gated_activation.default(gate, up, activation))
-    return module.down_proj(module.act_fn(gate) * up)
+    if not _are_served(gate, up) or gate.shape != up.shape:
+        return module.down_proj(module.act_fn(gate) * up)
+    goes_straight = _goes_straight(gate) and _goes_straight(up)
+    gated = native.gated_activation if goes_straight else _gated_activation
+    return module.down_proj(gated(gate, up, activation))
 
 
 # ---- rotations -------------------------------------------------------------------------------
@@ -178,8 +188,9 @@ def _rotate(
     tensors = (query, key, cos, sin)
     if others or options or not _are_served(*tensors) or any(t.stride(-1) != 1 for t in tensors):
         return rotate(*tensors, *others, **options)
-    rotary_embedding = torch.ops.kvkernels.rotary_embedding.default
-    return rotary_embedding(query, cos, sin), rotary_embedding(key, cos, sin)
+    is_plain = all(type(tensor) is torch.Tensor for tensor in tensors)
+    rotate_one = rotary_embedding_cpu if is_plain else _rotary_embedding
+    return rotate_one(query, cos, sin), rotate_one(key, cos, sin)
 
 
 def _are_served(*tensors: torch.Tensor) -> bool:
@@ -189,6 +200,12 @@ def _are_served(*tensors: torch.Tensor) -> bool:
         and not torch.is_grad_enabled()
         and all(tensor.dtype == dtype and tensor.device.type == "cpu" for tensor in tensors)
     )
+
+
+def _goes_straight(tensor: torch.Tensor) -> bool:
+    """Whether the C++ kernels take it as it is. In a small model, the ways of PyTorch to an
+    operator take longer than many kernels."""
+    return native.is_available and type(tensor) is torch.Tensor and tensor.is_contiguous()
 
 
 # ---- trials ----------------------------------------------------------------------------------

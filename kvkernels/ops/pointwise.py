@@ -132,9 +132,8 @@ def _rms_norm_cpu(
 
 
 @torch.library.impl(LIBRARY, "rotary_embedding", "CPU")
-def _rotary_embedding_cpu(
-    input: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> torch.Tensor:
+def rotary_embedding_cpu(input: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """What the operator does, for callers that know their tensors."""
     if cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     batch_size, num_heads, num_tokens, head_dim = input.shape
