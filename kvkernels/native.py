@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -194,17 +194,26 @@ def _row_stride(tensor: torch.Tensor) -> int:
 
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """See `kvkernels.linear`, for an input that `has_even_rows`."""
-    out_features, in_features = weight.shape
-    out = input.new_empty((*input.shape[:-1], out_features))
-    num_rows = out.numel() // out_features if out_features else 0
+    return linear_layers(input, ((weight, bias),))[0]
+
+
+def linear_layers(
+    input: torch.Tensor, layers: Sequence[tuple[torch.Tensor, torch.Tensor | None]]
+) -> list[torch.Tensor]:
+    """What `linear` makes of one input with each of the weights and biases, in one call."""
+    features, leading = input.shape[-1], input.shape[:-1]
+    outs = [input.new_empty((*leading, weight.shape[0])) for weight, _ in layers]
     _kvkernels.linear(
-        (input.data_ptr(), weight.data_ptr(), _address(bias), out.data_ptr()),
-        (num_rows, in_features, out_features, _row_stride(input), weight.stride(0)),
+        (input.data_ptr(), leading.numel(), features, _row_stride(input)),
+        [
+            (weight.data_ptr(), _address(bias), out.data_ptr(), *weight.shape, weight.stride(0))
+            for (weight, bias), out in zip(layers, outs, strict=True)
+        ],
         _DTYPES[input.dtype],
         _isa,
         num_threads(),
     )
-    return out
+    return outs
 
 
 def rms_norm(

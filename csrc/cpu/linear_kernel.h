@@ -8,14 +8,14 @@
 
 namespace kvkernels {
 
-// Rows of the input against rows of the weight: a rectangle of the result.
+// Rows of the input against rows of a weight: a rectangle of a layer's result.
 struct LinearTile {
   const LinearArgs* args;
+  const LinearLayer* layer;
   int64_t row_begin, row_end;
   int64_t col_begin, col_end;
-  // Where the columns begin that this thread multiplies after these; -1 if there are none, or the
-  // same ones.
-  int64_t next_col;
+  // The weights that this thread multiplies after these.
+  const void* next;
 };
 
 using LinearKernel = void (*)(const LinearTile& tile);

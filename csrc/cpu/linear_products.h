@@ -89,6 +89,7 @@ void multiply_rows(const LinearTile& tile, int64_t row, int64_t col, Ahead& ahea
   using Item = typename L::Item;
   constexpr int kCols = block_cols<L>(kRows);
   const LinearArgs& args = *tile.args;
+  const LinearLayer& layer = *tile.layer;
   const Item* rows[kRows];
   for (int r = 0; r < kRows; ++r) {
     rows[r] = static_cast<const Item*>(args.input) + (row + r) * args.input_stride;
@@ -99,7 +100,7 @@ void multiply_rows(const LinearTile& tile, int64_t row, int64_t col, Ahead& ahea
     for (int c = 0; c < kCols; ++c) {
       // Columns past the last one repeat it, and are not stored.
       const int64_t index = std::min(col + first + c, tile.col_end - 1);
-      cols[c] = static_cast<const Item*>(args.weight) + index * args.weight_stride;
+      cols[c] = static_cast<const Item*>(layer.weight) + index * layer.weight_stride;
     }
     alignas(64) float block[L::kSums];
     multiply_block<L, kRows, kParts>(rows, cols, args.in_features, ahead, block);
@@ -107,11 +108,12 @@ void multiply_rows(const LinearTile& tile, int64_t row, int64_t col, Ahead& ahea
   }
   const int64_t count = std::min<int64_t>(L::kSums, tile.col_end - col);
   for (int r = 0; r < kRows; ++r) {
-    if (args.bias != nullptr) {
-      const auto* bias = static_cast<const Item*>(args.bias) + col;
+    if (layer.bias != nullptr) {
+      const auto* bias = static_cast<const Item*>(layer.bias) + col;
       for (int64_t c = 0; c < count; ++c) totals[r][c] += L::widen(bias[c]);
     }
-    L::store(totals[r], count, static_cast<Item*>(args.out) + (row + r) * args.out_features + col);
+    L::store(totals[r], count,
+             static_cast<Item*>(layer.out) + (row + r) * layer.out_features + col);
   }
 }
 
@@ -125,14 +127,13 @@ constexpr MultiplyRows<L> kOfRows[kBlockRows] = {
 // The first kParts blocks of rows ask for what comes next.
 template <typename L, int kParts>
 void multiply_tile_in_parts(const LinearTile& tile) {
-  const LinearArgs& args = *tile.args;
-  const auto* weight = static_cast<const typename L::Item*>(args.weight);
+  const LinearLayer& layer = *tile.layer;
+  const auto* weight = static_cast<const typename L::Item*>(layer.weight);
   for (int64_t col = tile.col_begin; col < tile.col_end; col += L::kSums) {
-    const bool is_last = col + L::kSums >= tile.col_end;
-    const int64_t next_col = !is_last ? col + L::kSums : tile.next_col;
-    // Where nothing follows, these columns are asked for once more, which costs next to nothing.
-    const int64_t wanted = next_col < 0 ? col : next_col;
-    Ahead ahead = {reinterpret_cast<const char*>(weight + wanted * args.weight_stride)};
+    const int64_t next_col = col + L::kSums;
+    const void* next =
+        next_col < tile.col_end ? weight + next_col * layer.weight_stride : tile.next;
+    Ahead ahead = {static_cast<const char*>(next)};
     int64_t block = 0;
     for (int64_t row = tile.row_begin; row < tile.row_end; row += kBlockRows, ++block) {
       const int64_t count = std::min<int64_t>(kBlockRows, tile.row_end - row);

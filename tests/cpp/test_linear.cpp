@@ -29,9 +29,17 @@ void check_layer(const Shape& shape, DType dtype, AttentionPath path, int num_th
   fill(input, num_rows * in_features, 7);
   fill(weight, out_features * in_features, 11);
   fill(bias, out_features, 5);
-  linear({input.as<void>(), weight.as<void>(), bias.as<void>(), out.as<void>(), num_rows,
-          in_features, out_features, in_features, in_features, dtype},
-         path, num_threads);
+  // Its rows in two layers, and after them the whole again, to which the sums are compared.
+  const int64_t half = out_features / 2;
+  const Guarded upper(num_rows * half * item), lower(num_rows * (out_features - half) * item);
+  const size_t rest = half * in_features * item;
+  const LinearLayer layers[] = {
+      {weight.as<void>(), bias.as<void>(), upper.as<void>(), half, in_features},
+      {weight.as<char>() + rest, bias.as<char>() + half * item, lower.as<void>(),
+       out_features - half, in_features},
+      {weight.as<void>(), bias.as<void>(), out.as<void>(), out_features, in_features}};
+  linear({input.as<void>(), layers, 3, num_rows, in_features, in_features, dtype}, path,
+         num_threads);
   for (int64_t row = 0; row < num_rows; ++row) {
     for (int64_t col = 0; col < out_features; ++col) {
       double sum = get(bias.as<void>(), dtype, col);
@@ -40,6 +48,10 @@ void check_layer(const Shape& shape, DType dtype, AttentionPath path, int num_th
                get(weight.as<void>(), dtype, col * in_features + i);
       }
       const double got = get(out.as<void>(), dtype, row * out_features + col);
+      const double part =
+          col < half ? get(upper.as<void>(), dtype, row * half + col)
+                     : get(lower.as<void>(), dtype, row * (out_features - half) + col - half);
+      CHECK(part == got);
       CHECK(std::abs(got - sum) <= std::max(1.0, std::abs(sum)) / 128);
     }
   }
