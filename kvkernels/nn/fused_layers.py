@@ -17,6 +17,7 @@ dtypes or devices come, the layer's own forward runs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -96,22 +97,28 @@ def _find_norm(module: torch.nn.Module) -> Callable[..., Any] | None:
     expected = _try(module.forward, rows)
     distances = {}
     for is_offset in (False, True):
-        forward = partial(_norm, module, eps, is_offset)
+        forward = FusedNorm(module, eps, is_offset)
         distances[forward] = _distance(expected, forward(rows))
     nearest = min(distances, key=distances.__getitem__)
     return nearest if distances[nearest] < _MOST_DISTANT else None
 
 
-def _norm(
-    module: torch.nn.Module, eps: float, is_offset: bool, hidden_states: torch.Tensor
-) -> torch.Tensor:
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    if not _are_served(hidden_states, weight) or hidden_states.shape[-1] != len(weight):
-        return type(module).forward(module, hidden_states)
-    if _goes_straight(hidden_states):
-        return native.rms_norm(hidden_states, weight, eps, is_offset)
-    return _rms_norm(hidden_states, weight, eps, is_offset)
+@dataclass(frozen=True, eq=False)
+class FusedNorm:
+    """In place of the forward of a norm; see `kvkernels.rms_norm`."""
+
+    module: torch.nn.Module
+    eps: float
+    is_offset: bool
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight = self.module.weight
+        assert isinstance(weight, torch.Tensor)
+        if not _are_served(hidden_states, weight) or hidden_states.shape[-1] != len(weight):
+            return type(self.module).forward(self.module, hidden_states)
+        if _goes_straight(hidden_states):
+            return native.rms_norm(hidden_states, weight, self.eps, self.is_offset)
+        return _rms_norm(hidden_states, weight, self.eps, self.is_offset)
 
 
 # ---- gates -----------------------------------------------------------------------------------
@@ -123,7 +130,7 @@ def _find_mlp(module: torch.nn.Module) -> Callable[..., Any] | None:
     if activation is None or not isinstance(in_features, int):
         return None
     rows = _draw(1, _NUM_TRIAL_ROWS, in_features, dtype=next(module.parameters()).dtype)
-    forward = partial(_mlp, module, activation)
+    forward = FusedMLP(module, activation)
     distance = _distance(_try(module.forward, rows), _try(forward, rows))
     return forward if distance < _MOST_DISTANT else None
 
@@ -134,13 +141,21 @@ def _activation_name(act_fn: Any) -> str | None:
     return _ACTIVATIONS.get(type(act_fn).__name__)
 
 
-def _mlp(module: Any, activation: str, x: torch.Tensor) -> torch.Tensor:
-    gate, up = module.gate_proj(x), module.up_proj(x)
-    if not _are_served(gate, up) or gate.shape != up.shape:
-        return module.down_proj(module.act_fn(gate) * up)
-    goes_straight = _goes_straight(gate) and _goes_straight(up)
-    gated = native.gated_activation if goes_straight else _gated_activation
-    return module.down_proj(gated(gate, up, activation))
+@dataclass(frozen=True, eq=False)
+class FusedMLP:
+    """In place of the forward of three linear layers; see `kvkernels.gated_activation`."""
+
+    module: Any
+    activation: str
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        module = self.module
+        gate, up = module.gate_proj(x), module.up_proj(x)
+        if not _are_served(gate, up) or gate.shape != up.shape:
+            return module.down_proj(module.act_fn(gate) * up)
+        goes_straight = _goes_straight(gate) and _goes_straight(up)
+        gated = native.gated_activation if goes_straight else _gated_activation
+        return module.down_proj(gated(gate, up, self.activation))
 
 
 # ---- rotations -------------------------------------------------------------------------------

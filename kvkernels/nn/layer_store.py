@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -31,6 +31,7 @@ class LayerStore:
         self._groups = tuple(groups)
         self._places = _layer_places(self._groups)
         self._next_layer = 0
+        self._first_calls: dict[int, Hashable] = {}  # by group
 
     @property
     def num_layers(self) -> int:
@@ -42,6 +43,7 @@ class LayerStore:
     def begin(self) -> None:
         """A forward pass begins: layer 0 is next."""
         self._next_layer = 0
+        self._first_calls.clear()
 
     @property
     def is_done(self) -> bool:
@@ -69,20 +71,56 @@ class LayerStore:
             UnsupportedError: If it is not the layer's turn.
             ValueError: If shapes or dtypes do not fit the pool, or a tensor requires grad.
         """
+        self._check_turn(layer_idx)
+        place = self._place(batches, layer_idx)
+        key, value = merge_tokens(key_states), merge_tokens(value_states)
+        store_kv(key, value, place.key_cache, place.value_cache, place.batch.slot_mapping)
+        self._next_layer = layer_idx + 1
+        group_index, layer = self._places[layer_idx]
+        if group_index in long_passes:
+            return long_passes[group_index].store(layer, key, value)
+        return place
+
+    def next_place(
+        self, batches: Sequence[PagedBatch], layer_idx: int, call: Hashable
+    ) -> PagedKV | None:
+        """Where a caller that checks nothing may store a layer's new keys and values itself.
+
+        That is where `store` and attention have checked the first layer of the group, and this one
+        differs in nothing.
+
+        Args:
+            batches: Of each group: where the new tokens go.
+            layer_idx: The model's layer.
+            call: What layers may differ in: shapes, dtypes, a window.
+
+        Returns:
+            None if `store` is to store the layer.
+
+        Raises:
+            UnsupportedError: If it is not the layer's turn.
+        """
+        self._check_turn(layer_idx)
+        group_index, layer = self._places[layer_idx]
+        if layer == 0:
+            self._first_calls[group_index] = call
+        elif self._first_calls.get(group_index) == call:
+            self._next_layer = layer_idx + 1
+            return self._place(batches, layer_idx)
+        return None
+
+    def _check_turn(self, layer_idx: int) -> None:
         if layer_idx != self._next_layer:
             raise UnsupportedError(
                 f"layer_idx: expected {self._next_layer} (every layer once, in order), got"
                 f" {layer_idx}"
             )
+
+    def _place(self, batches: Sequence[PagedBatch], layer_idx: int) -> PagedKV:
         group_index, layer = self._places[layer_idx]
-        group, batch = self._groups[group_index], batches[group_index]
+        group = self._groups[group_index]
         key_cache, value_cache = group.key_caches[layer], group.value_caches[layer]
-        key, value = merge_tokens(key_states), merge_tokens(value_states)
-        store_kv(key, value, key_cache, value_cache, batch.slot_mapping)
-        self._next_layer = layer_idx + 1
-        if group_index in long_passes:
-            return long_passes[group_index].store(layer, key, value)
-        return PagedKV(key_cache, value_cache, batch, group.window)
+        return PagedKV(key_cache, value_cache, batches[group_index], group.window)
 
 
 def _layer_places(groups: Sequence[PagedGroup]) -> list[tuple[int, int]]:

@@ -5,7 +5,7 @@ Importing this module imports transformers and changes nothing in it; `register`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -197,6 +197,23 @@ def attend(
     )
     assert isinstance(out, torch.Tensor)  # a pair only where the log-sum-exp was asked for
     return out.view(batch_size, num_new, num_heads, head_dim), None
+
+
+@contextmanager
+def observe_attention(
+    note: Callable[[torch.nn.Module, dict[str, Any]], None],
+) -> Iterator[None]:
+    """Be told inside a `with` block which layers attend, and the options they hand on."""
+
+    def observed(module: torch.nn.Module, *args: Any, **options: Any) -> Any:
+        note(module, options)
+        return attend(module, *args, **options)
+
+    AttentionInterface.register(IMPLEMENTATION, observed)
+    try:
+        yield
+    finally:
+        AttentionInterface.register(IMPLEMENTATION, attend)
 
 
 def _make_mask(

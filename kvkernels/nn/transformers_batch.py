@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,13 @@ class BatchCache(PoolCache):
             self._before_layer(layer_idx)
         handle = self._layers.store(self._batches, layer_idx, key_states, value_states)
         return handle, handle
+
+    def next_place(self, layer_idx: int, call: Hashable) -> PagedKV | None:
+        """See `LayerStore.next_place`; None if the layer is to go through `update`."""
+        place = self._layers.next_place(self._batches, layer_idx, call)
+        if place is not None and self._before_layer is not None:
+            self._before_layer(layer_idx)
+        return place
 
     @property
     def is_done(self) -> bool:

@@ -22,7 +22,8 @@ class EngineConfig:
             prompt is cut and wherever its prefix came from. None: where the model allows it and it
             costs nothing, which is on a CPU without AMX.
         fuses_layers: On a CPU, run norms, rotations and gates of the model in one pass each where
-            that gives the same numbers; see `kvkernels.nn.fused_layers`.
+            that gives the same numbers, and decoder layers in one function each where that gives
+            the same bits; see `kvkernels.nn.fused_layers` and `kvkernels.nn.decoder_layers`.
         reuses_prefixes: Whether anything cached is reused; without it every prompt is computed, for
             comparison.
         restore_policy: "planned": what tiers hold is loaded as far as that is faster than computing

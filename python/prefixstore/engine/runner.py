@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from kvkernels import UnsupportedError, native
-from kvkernels.nn import PagedGroup, batch_invariance, fused_layers
+from kvkernels.nn import PagedGroup, batch_invariance, decoder_layers, fused_layers
 from kvkernels.nn.module import PagedBatch
 from kvkernels.nn.transformers_batch import BatchCache
 from kvkernels.threads import own_threads
@@ -98,9 +98,13 @@ class ModelRunner:
         # A pass is then all but nothing else than our kernels.
         is_ours = self.is_batch_invariant and self._has_fused_layers
         self._threads = own_threads if is_ours else nullcontext
+        self._has_decoder_layers = is_ours and decoder_layers.install(model) > 0
 
     def close(self) -> None:
         """Give the model back what was changed. May be called again."""
+        if self._has_decoder_layers:
+            self._has_decoder_layers = False
+            decoder_layers.uninstall(self._model)
         if self.is_batch_invariant:
             self.is_batch_invariant = False
             batch_invariance.uninstall(self._model)

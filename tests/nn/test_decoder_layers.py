@@ -1,0 +1,177 @@
+"""Decoder layers in one function each: the same bits, and what is left to the layers' own."""
+
+import random
+from contextlib import contextmanager
+
+import pytest
+import tiny_models
+import torch
+from packed_forward import PackedModel
+
+from kvkernels.nn import batch_invariance, decoder_layers, fused_layers
+from kvkernels.nn.decoder_layers import FusedDecoderLayer
+from kvkernels.nn.transformers import PagedCache, paged_attention
+
+NAMES = ("llama", "gemma2", "gemma3", "qwen2")
+
+
+@contextmanager
+def with_kernels(model):
+    """What a model is to have before its decoder layers are replaced."""
+    with paged_attention(model), batch_invariance.batch_invariant(model):
+        fused_layers.install(model)
+        yield model
+        fused_layers.uninstall(model)
+
+
+def replaced(model):
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    return [forward for forward in forwards if isinstance(forward, FusedDecoderLayer)]
+
+
+def make_packed(model, lengths):
+    sequences = [torch.randint(0, 128, (length,)) for length in lengths]
+    num_blocks = sum(-(-length // tiny_models.BLOCK_SIZE) for length in lengths) + 1
+    groups = tiny_models.make_groups(model, num_blocks)
+    return PackedModel(model, groups, sequences)
+
+
+def run_steps(packed):
+    """Logits of prompts, pieces of prompts and single tokens, in batches of any size."""
+    steps = packed.random_steps(random.Random(0), (1, 1, 2, 3, 16, 33))
+    return [logits for step in steps for logits in packed.run(step)]
+
+
+def count_runs(monkeypatch):
+    runs = []
+    own_run = FusedDecoderLayer.run
+
+    def run(self, *args):
+        runs.append(self)
+        return own_run(self, *args)
+
+    monkeypatch.setattr(FusedDecoderLayer, "run", run)
+    return runs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_any_steps_give_the_bits_of_the_layers_own(name, dtype, monkeypatch):
+    model = tiny_models.MODELS[name]().to(dtype)
+    lengths = (70, 41, 1, 25)
+    with with_kernels(model):
+        torch.manual_seed(1)
+        expected = run_steps(make_packed(model, lengths))
+        assert decoder_layers.install(model) == model.config.num_hidden_layers
+        runs = count_runs(monkeypatch)
+        torch.manual_seed(1)
+        got = run_steps(make_packed(model, lengths))
+        assert set(runs) == set(replaced(model))
+        decoder_layers.uninstall(model)
+    assert len(got) == len(expected) > 10
+    assert all(map(torch.equal, got, expected))
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_is_installed_until_the_last_user_is_done():
+    model = tiny_models.llama()
+    with with_kernels(model):
+        assert decoder_layers.install(model) == decoder_layers.install(model) == 3
+        decoder_layers.uninstall(model)
+        assert len(replaced(model)) == 3
+        decoder_layers.uninstall(model)
+        assert not replaced(model)
+        decoder_layers.uninstall(model)  # nothing happens
+
+
+def test_other_passes_go_through_the_layers_own(monkeypatch):
+    model = tiny_models.gemma3()
+    tokens = torch.randint(0, 128, (2, 37))
+    with with_kernels(model):
+        with torch.inference_mode():
+            expected = model(tokens).logits
+        decoder_layers.install(model)
+        runs = count_runs(monkeypatch)
+        with torch.inference_mode():
+            assert torch.equal(model(tokens).logits, expected)
+            assert torch.equal(model(tokens, use_cache=True).logits, expected)
+            with PagedCache(tiny_models.make_groups(model), batch_size=2) as cache:
+                assert torch.equal(model(tokens, past_key_values=cache).logits, expected)
+        decoder_layers.uninstall(model)
+    assert not runs
+
+
+def test_weights_may_change_in_place():
+    model = tiny_models.llama()
+    with with_kernels(model):
+        decoder_layers.install(model)
+        packed = make_packed(model, (40,))
+        before = run_steps(packed)
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.mlp.up_proj.weight.mul_(1.5)
+        got = run_steps(packed)
+        decoder_layers.uninstall(model)
+        expected = run_steps(packed)
+    assert all(map(torch.equal, got, expected))
+    assert not any(map(torch.equal, got, before))
+
+
+def test_a_weight_of_another_shape_is_refused():
+    model = tiny_models.llama()
+    with with_kernels(model):
+        decoder_layers.install(model)
+        down = model.model.layers[1].mlp.down_proj
+        down.weight = torch.nn.Parameter(down.weight[:, 1:].contiguous(), requires_grad=False)
+        with pytest.raises(ValueError, match="weight: expected 96 features .*got 95"):
+            run_steps(make_packed(model, (5,)))
+        decoder_layers.uninstall(model)
+
+
+def with_a_scaled_branch(model):
+    """As in Granite: what a layer adds is scaled, by a number that no part of it shows."""
+    kind = type(model.model.layers[0])
+
+    class ScaledLayer(kind):
+        def forward(self, hidden_states, **options):
+            return hidden_states + 0.5 * (super().forward(hidden_states, **options) - hidden_states)
+
+    for layer in model.model.layers:
+        layer.__class__ = ScaledLayer
+
+
+def with_a_hook(model):
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda *args: None)
+
+
+def with_forwards_of_their_own(model):
+    for layer in model.model.layers:
+        vars(layer)["forward"] = layer.forward
+
+
+def with_another_activation(model):
+    for layer in model.model.layers:
+        layer.mlp.act_fn = torch.nn.ReLU()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [with_a_scaled_branch, with_a_hook, with_forwards_of_their_own, with_another_activation],
+)
+def test_leaves_what_only_looks_alike(change):
+    model = tiny_models.llama()
+    change(model)
+    with with_kernels(model):
+        assert decoder_layers.install(model) == 0
+        decoder_layers.uninstall(model)
+
+
+def test_leaves_models_whose_kernels_are_others():
+    model = tiny_models.llama()
+    with paged_attention(model):
+        assert decoder_layers.install(model) == 0
+        decoder_layers.uninstall(model)
+        with batch_invariance.batch_invariant(model):
+            assert decoder_layers.install(model) == 0
+            decoder_layers.uninstall(model)
