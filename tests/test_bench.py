@@ -20,6 +20,7 @@ from bench import (
     bench_remote,
     bench_restore,
     bench_shared_prefix,
+    bench_threads,
     bench_tiers,
     rates,
 )
@@ -193,6 +194,16 @@ def test_model_bench(monkeypatch, capsys):
     told = lines(capsys.readouterr())
     assert [line["provider"] for line in told] == list(bench_model_decode.PROVIDERS)
     assert told[0]["num_equal_tokens"] == 4 and told[0]["logits_error"] == 0
+
+
+def test_threads_bench(monkeypatch, capsys):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(vocab_size=1024, hidden_size=64, num_attention_heads=4)
+    model = transformers.LlamaForCausalLM(config).eval().to(torch.bfloat16)
+    monkeypatch.setattr(bench_threads, "prepare_smollm2", lambda: None)
+    monkeypatch.setattr(bench_threads, "load_model", lambda *_: model)
+    bench_threads.main("prefill_64_beside_1", num_rounds=1)
+    assert [line["provider"] for line in lines(capsys.readouterr())] == ["openmp", "kvkernels"]
 
 
 def test_batch_invariance_bench(monkeypatch, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,10 @@ class ModelRunner:
         batch_invariant: See `EngineConfig`.
         fuses_layers: See `EngineConfig`.
 
+    Attributes:
+        is_batch_invariant: Whether results depend on nothing but a sequence's own tokens.
+        threads: Makes the context that a pass runs in, and which says on whose threads.
+
     Raises:
         UnsupportedError: If `batch_invariant` is True and cannot be promised for the model.
     """
@@ -97,7 +101,9 @@ class ModelRunner:
         self._has_fused_layers = fuses_layers and fused_layers.install(model) > 0
         # A pass is then all but nothing else than our kernels.
         is_ours = self.is_batch_invariant and self._has_fused_layers
-        self._threads = own_threads if is_ours else nullcontext
+        self.threads: Callable[[], AbstractContextManager[None]] = (
+            own_threads if is_ours else nullcontext
+        )
         self._has_decoder_layers = is_ours and decoder_layers.install(model) > 0
 
     def close(self) -> None:
@@ -134,7 +140,7 @@ class ModelRunner:
             int(end) - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.wants_logits
         ]
         cache = BatchCache(self._groups, self._batches(chunks, lengths, positions), before_layer)
-        with self._threads():
+        with self.threads():
             out = self._model(
                 input_ids=self._tensor(tokens)[None],
                 position_ids=self._tensor(positions)[None],
