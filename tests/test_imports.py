@@ -33,7 +33,12 @@ PLANNER = ("prefixstore.residency", "prefixstore.planner")
 CACHE = ("prefixstore.cache", "prefixstore.config", "prefixstore.device", "prefixstore.restore")
 CACHE += ("prefixstore.session", "prefixstore.served_model", "prefixstore.pool_blocks")
 CACHE += ("prefixstore.block_cache", "prefixstore.reuse_report", "prefixstore.pool_sizes")
-CACHE += ("prefixstore.tokens", "prefixstore.codec_choice", "prefixstore.tier_urls")
+CACHE += (
+    "prefixstore.write_holds",
+    "prefixstore.tokens",
+    "prefixstore.codec_choice",
+    "prefixstore.tier_urls",
+)
 ENGINE = ("prefixstore.engine",)
 OUTERMOST = ("prefixstore.cli", "prefixstore.commands", "prefixstore.demo")
 OUTERMOST += ("prefixstore.quality", "prefixstore.records", "prefixstore.server")

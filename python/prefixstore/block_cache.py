@@ -192,11 +192,11 @@ class BlockCache:
 
     def _save(self, group: int, key: BlockKey, block_id: int, is_reuse: bool = False) -> None:
         assert self.store is not None
-        if not self.device.has_write_room(group):
+        if not self.device.writes.has_room(group):
             self.store.note_dropped()
             return
-        self.device.begin_write(group, block_id)
-        done = partial(self.device.end_write, group, block_id)
+        self.device.writes.begin(group, block_id)
+        done = partial(self.device.writes.end, group, block_id)
         source = self.pool_blocks[group].source(block_id)
         self.store.save(key, source, done, is_reuse=is_reuse)
 

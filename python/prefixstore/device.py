@@ -11,7 +11,7 @@ that reads it, and one from each write to a tier that has not finished::
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -21,10 +21,11 @@ from kvkernels.nn import PagedGroup
 from kvkernels.nn.block_tables import BlockTables
 from prefixstore.index import Match, Outline, RadixIndex, Stats
 from prefixstore.residency import first_block_needed, longest_prefix, num_window_blocks
+from prefixstore.write_holds import WriteHolds
 
-# Of a pool of windows, one block in so many at most
-_WRITING_SHARE = 4  # waits to be written,
-_PASS_SHARE = 4  # or is taken by one forward pass, so that the windows of others stay.
+# Of a pool of windows, one forward pass takes one block in so many at most, so that the windows of
+# others stay.
+_PASS_SHARE = 4
 
 
 class DeviceBlocks:
@@ -35,6 +36,9 @@ class DeviceBlocks:
         block_size: Tokens in a block.
         drain: Waits until pending writes have let go of their blocks; called once, when the pool
             is full and nothing can be evicted.
+
+    Attributes:
+        writes: What writers hold.
     """
 
     def __init__(
@@ -50,8 +54,7 @@ class DeviceBlocks:
         self._index = RadixIndex(block_size, len(self.groups), reaches)
         self._lock = threading.Lock()
         self._evicted_blocks = 0
-        self._writing: list[Counter[int]] = [Counter() for _ in self.groups]
-        self._writing_lock = threading.Lock()
+        self.writes = WriteHolds(self.groups, self.holds_windows)
         self._detached: set[tuple[int, int]] = set()  # group and id: offered to nobody any more
         self._abandoned: deque[tuple[Sequence[BlockTables], Match]] = deque()
 
@@ -193,7 +196,7 @@ class DeviceBlocks:
                 # Evicted and yet not free: the writer reads them. Wait for it before more go.
                 missing = num_blocks - allocator.num_free
                 if not has_drained:
-                    missing -= self._num_leaving(group)
+                    missing -= self.writes.num_leaving(group)
                 if missing > 0 and self._give_up(group, missing):
                     continue
                 if has_drained:
@@ -218,7 +221,7 @@ class DeviceBlocks:
             # For what a writer has in hand a whole prefix is not evicted; a window is, for of these
             # there are few, and who does not get one in time gives up its place.
             if not self.holds_windows(group):
-                missing -= self._num_leaving(group)
+                missing -= self.writes.num_leaving(group)
             if missing <= 0 or not self._give_up(group, missing):
                 break
         return allocator.allocate(num_blocks)
@@ -246,34 +249,6 @@ class DeviceBlocks:
             for number, group in enumerate(self.groups)
             if self.holds_windows(number)
         }
-
-    def max_writing(self, group: int) -> int:
-        """Blocks of a group that may wait to be written.
-
-        A pool of windows is small, and serving must not wait until a slow tier has what is in it.
-        """
-        num_blocks = self.groups[group].pool.num_blocks
-        return num_blocks // _WRITING_SHARE if self.holds_windows(group) else num_blocks
-
-    def has_write_room(self, group: int) -> bool:
-        """Whether one more block may wait to be written."""
-        with self._writing_lock:
-            return len(self._writing[group]) < self.max_writing(group)
-
-    def begin_write(self, group: int, block_id: int) -> None:
-        """A writer holds a block until `end_write`."""
-        self.groups[group].allocator.share([block_id])
-        with self._writing_lock:
-            self._writing[group][block_id] += 1
-
-    def end_write(self, group: int, block_id: int) -> None:
-        """The writer has read it."""
-        with self._writing_lock:
-            writing = self._writing[group]
-            writing[block_id] -= 1
-            if writing[block_id] == 0:
-                del writing[block_id]
-        self.groups[group].allocator.release([block_id])
 
     def share(self, block_ids: np.ndarray) -> None:
         """Add a reference to each block of `[num_blocks, num_groups]`; -1 is skipped."""
@@ -315,13 +290,6 @@ class DeviceBlocks:
             for number, group in enumerate(self.groups):
                 problems += [f"pool {number}: {line}" for line in group.allocator.check()]
         return problems
-
-    def _num_leaving(self, group: int) -> int:
-        """Blocks that a writer alone still holds: they will soon be free."""
-        count = self.groups[group].allocator.ref_count
-        with self._writing_lock:
-            held = list(self._writing[group].items())
-        return sum(count(block_id) == num_writers for block_id, num_writers in held)
 
     def _num_usable(self, block_ids: np.ndarray) -> int:
         """Blocks of the longest prefix of `[num_blocks, num_groups]` that can be gone on from."""

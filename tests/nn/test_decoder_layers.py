@@ -123,7 +123,7 @@ def test_a_weight_of_another_shape_is_refused():
         decoder_layers.install(model)
         down = model.model.layers[1].mlp.down_proj
         down.weight = torch.nn.Parameter(down.weight[:, 1:].contiguous(), requires_grad=False)
-        with pytest.raises(ValueError, match="weight: expected 96 features .*got 95"):
+        with pytest.raises(ValueError, match=r"weight: expected 96 features .*got 95"):
             run_steps(make_packed(model, (5,)))
         decoder_layers.uninstall(model)
 

@@ -40,7 +40,7 @@ class WindowBudget:
             if group.window is None or not blocks.device.holds_windows(number):
                 continue
             num_blocks = group.pool.num_blocks
-            usable = num_blocks - blocks.device.max_writing(number) * self._has_store
+            usable = num_blocks - blocks.device.writes.max_blocks(number) * self._has_store
             least = least_window_blocks(size, group.window, max_batch_tokens)
             if usable < min(least, -(-max_model_len // size)):
                 needed = -(-least * num_blocks // usable) * size
