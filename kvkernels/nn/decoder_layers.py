@@ -21,6 +21,7 @@ or arguments are others than in the trial, go through the layer's own forward.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,20 @@ from kvkernels.scoring import Scoring
 _NUM_TRIAL_TOKENS = 16
 # What an attention layer may hand to its attention function, and a replaced one hands on.
 _ATTENTION_OPTIONS = ("scaling", "sliding_window", "softcap")
+
+# All that the forwards of the layers above refer to. What refers to anything else may do something
+# that a trial of a few tokens does not show, such as scaling queries from some position on.
+_LAYER_NAMES = {
+    *("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),
+    *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+}
+_ATTENTION_NAMES = {
+    *("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "apply_rotary_pos_emb"),
+    *("head_dim", "shape", "view", "transpose", "reshape", "contiguous", "update", "layer_idx"),
+    *("ALL_ATTENTION_FUNCTIONS", "get_interface", "eager_attention_forward", "config"),
+    *("_attn_implementation", "attention_dropout", "training", "scaling", "sliding_window"),
+    *("attn_logit_softcapping", "getattr"),
+}
 
 # Of a module, by name. A bias may be None; a weight is there, or the trial had failed.
 Parameters = dict[str, Any]
@@ -287,9 +302,16 @@ def _may_be_replaced(module: torch.nn.Module) -> bool:
         and isinstance(attention, torch.nn.Module)
         # The rotation is `fused_layers`' own.
         and has_own_forward(attention)
+        and _names_in_forward(module) <= _LAYER_NAMES
+        and _names_in_forward(attention) <= _ATTENTION_NAMES
         # Somebody may have asked to be told of what goes on inside.
         and not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
     )
+
+
+def _names_in_forward(module: torch.nn.Module) -> set[str]:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return set(code.co_names) if code is not None else {"unknown"}
 
 
 def _observe(

@@ -175,3 +175,21 @@ def test_leaves_models_whose_kernels_are_others():
         with batch_invariance.batch_invariant(model):
             assert decoder_layers.install(model) == 0
             decoder_layers.uninstall(model)
+
+
+def test_leaves_what_shows_at_far_positions_only():
+    """Ministral 3 scales its queries, from a position on that no trial reaches."""
+    ministral = pytest.importorskip("transformers.models.ministral3")
+    config = ministral.Ministral3Config(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    model = ministral.modeling_ministral3.Ministral3ForCausalLM(config).eval()
+    with with_kernels(model):
+        assert decoder_layers.install(model) == 0
+        decoder_layers.uninstall(model)
