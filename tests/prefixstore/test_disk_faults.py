@@ -17,10 +17,22 @@ from disk_tiers import count_right, open_tier, put
 from sample_blocks import LARGE_LAYOUT, LAYOUT, load_block, make_keys, make_payload, make_record
 
 from prefixstore.errors import TierFull, TierTimeout, TierUnavailable
+from prefixstore.record import BlockKey
 from prefixstore.store import Store
 from prefixstore.store.block_sources import HostBlock
 from prefixstore.tiers.base import PAGE_BYTES, round_up
+from prefixstore.tiers.disk import DiskTier
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
+
+
+def put_batch(tier: DiskTier, keys: list[BlockKey]) -> tuple[list[BlockKey], list[BlockKey]]:
+    """Put all in one call; those that were kept, and those that there was no room for."""
+    outcomes = tier.put_many(
+        [key.name for key in keys], [memoryview(make_record(key)) for key in keys]
+    )
+    assert all(outcome is None or isinstance(outcome, TierFull) for outcome in outcomes)
+    kept = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome is None]
+    return kept, [key for key in keys if key not in kept]
 
 
 def test_a_truncated_slab_costs_only_its_own_records(tmp_path):
@@ -245,6 +257,59 @@ def test_a_full_disk_refuses_writes_and_keeps_what_it_has(small_disk):
     with pytest.raises(TierFull):
         put(tier, [keys[-1]])
     assert count_right(tier, keys[:num_put]) == num_put
+    tier.close()
+
+
+@pytest.mark.parametrize("num_records", [400, 2000])  # of 4 KiB each
+def test_a_batch_larger_than_the_disk_is_kept_in_part(small_disk, num_records):
+    keys = make_keys(num_records)
+    settings = {"slab_bytes": 32 * PAGE_BYTES, "capacity_bytes": 2 * num_records * PAGE_BYTES}
+    tier = open_tier(small_disk, **settings)
+    for _ in range(5):  # what was refused is refused again, and nothing wears out
+        kept, refused = put_batch(tier, keys)
+        assert len(kept) > 100 and refused
+        assert count_right(tier, kept) == len(kept) == tier.stats().num_records
+        assert count_right(tier, refused) == 0
+        assert tier.check() == []
+    tier.close()
+    tier = open_tier(small_disk, **settings)
+    assert count_right(tier, kept) == len(kept)
+    assert tier.check() == []
+    tier.close()
+
+
+def test_a_disk_that_was_full_takes_records_again(small_disk):
+    keys = make_keys(100)
+    tier = open_tier(small_disk, slab_bytes=32 * PAGE_BYTES)
+    (small_disk / "filler").write_bytes(bytes(600 << 10))
+    kept, refused = put_batch(tier, keys)
+    assert kept and refused
+    (small_disk / "filler").unlink()
+    assert put_batch(tier, keys) == (keys, [])
+    assert count_right(tier, keys) == 100
+    assert tier.check() == []
+    tier.close()
+
+
+def test_a_tier_at_its_bound_replaces_records_on_a_full_disk(small_disk):
+    old, new = make_keys(32), make_keys(32, seed=1)
+    tier = open_tier(small_disk, slab_bytes=32 * PAGE_BYTES, capacity_bytes=32 * PAGE_BYTES)
+    assert put_batch(tier, old) == (old, [])
+    status = os.statvfs(small_disk)
+    (small_disk / "filler").write_bytes(bytes(status.f_bavail * status.f_frsize - (64 << 10)))
+    assert put_batch(tier, new) == (new, [])
+    assert count_right(tier, new) == 32
+    assert tier.check() == []
+    tier.close()
+
+
+def test_a_batch_larger_than_the_tier_is_kept_in_part(tmp_path):
+    tier = open_tier(tmp_path, capacity_bytes=60 * PAGE_BYTES, slab_bytes=32 * PAGE_BYTES)
+    for seed in range(2):
+        kept, refused = put_batch(tier, make_keys(100, seed=seed))
+        assert (len(kept), len(refused)) == (60, 40)
+        assert count_right(tier, kept) == 60
+        assert tier.check() == []
     tier.close()
 
 

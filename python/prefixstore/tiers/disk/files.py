@@ -29,6 +29,7 @@ from prefixstore.block_key import BlockHash, RecordName
 from prefixstore.errors import BlockCorrupted, TierError, TierFull, TierUnavailable
 from prefixstore.record_header import MAX_HEADER_BYTES, read_fixed
 from prefixstore.tiers.base import PAGE_BYTES, page_aligned, round_up
+from prefixstore.tiers.disk.space import needs_room, reserve, room_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,6 @@ VERSION = 1
 _NAME = re.compile(r"slab-v(\d+)-(.*)")
 _NAME_V1 = re.compile(r"(\d+)-(\d+)x(\d+)\.kvb")
 _MAX_OPEN_FILES = 128
-_RESERVED_AT_ONCE = 16 << 20
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -96,6 +96,7 @@ class SlabFiles:
         self._may_fall_back = io == "auto"
         self._open_files: OrderedDict[int, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
+        self._growing = threading.Lock()  # so that no room is promised to two threads
 
     @property
     def is_direct(self) -> bool:
@@ -150,7 +151,7 @@ class SlabFiles:
         """Write the buffers, one after the other, making the file where there is none.
 
         Raises:
-            TierFull: If the file system has no room.
+            TierFull: If the file system has no room, but for what the index may need.
             TierUnavailable: If the file cannot be written, or was removed while open.
         """
 
@@ -163,14 +164,17 @@ class SlabFiles:
                 )
             end = offset + sum(buffer.nbytes for buffer in buffers)
             if file.is_direct and end > status.st_size:
-                end = min(round_up(end, _RESERVED_AT_ONCE), slab.num_bytes)
-                _reserve(file.fd, status.st_size, end)
-            num_written, rest = 0, buffers
-            while rest:
-                n = os.pwritev(file.fd, rest, offset + num_written)
-                num_written += n
-                rest = _after(rest, n)
-            return num_written
+                reserve(file.fd, status.st_size, end, slab.num_bytes)
+            if not needs_room(file.fd, offset, end):
+                return _write_all(file.fd, offset, buffers)
+            with self._growing:
+                if (room := room_bytes(file.fd)) < end - offset:
+                    raise TierFull(
+                        f"{self._tier_name}: {self._directory / slab.file_name}: expected room for"
+                        f" {end - offset} bytes on the file system, got {max(room, 0)} beside what"
+                        " is kept for the index"
+                    )
+                return _write_all(file.fd, offset, buffers)
 
         try:
             self._with_file(slab, os.O_RDWR | os.O_CREAT, write_all)
@@ -300,17 +304,10 @@ def _after(buffers: Sequence[memoryview], num_bytes: int) -> Sequence[memoryview
     return []
 
 
-def _reserve(fd: int, start: int, end: int) -> None:
-    """Give a file its next blocks at once, where there is ample room.
-
-    Direct writes that grow a file, or fill its holes, wait for each other: measured on ext4, four
-    threads that write a megabyte at a time get half as far. Where it cannot be done the file grows
-    as it is written, as far as there is room.
-    """
-    file_system = os.fstatvfs(fd)
-    if file_system.f_bavail * file_system.f_frsize < 2 * (end - start):
-        return  # what is left is needed for the index, too
-    try:
-        os.posix_fallocate(fd, start, end - start)
-    except OSError as error:
-        logger.info("%d bytes of a slab: not reserved: %s", end - start, error.strerror)
+def _write_all(fd: int, offset: int, buffers: Sequence[memoryview]) -> int:
+    num_written, rest = 0, buffers
+    while rest:
+        n = os.pwritev(fd, rest, offset + num_written)
+        num_written += n
+        rest = _after(rest, n)
+    return num_written

@@ -14,6 +14,7 @@ from __future__ import annotations
 import sqlite3
 
 from prefixstore.errors import TierUnavailable
+from prefixstore.tiers.disk.space import log_pages
 from prefixstore.tiers.disk.sql import Connection, IndexDamaged
 
 VERSION = 2
@@ -65,6 +66,7 @@ def prepare(connection: Connection, is_alone: bool) -> None:
 
     The index lives in WAL mode without a flush at each commit (`synchronous = NORMAL`): a killed
     process loses nothing, a power cut may lose the last commits but never the file's integrity.
+    Its log starts over before it fills what payload leaves free for it.
 
     Raises:
         IndexDamaged: If these are no tables of ours.
@@ -73,6 +75,7 @@ def prepare(connection: Connection, is_alone: bool) -> None:
     with connection.reading() as sql:
         sql.execute("PRAGMA journal_mode = WAL")
         sql.execute("PRAGMA synchronous = NORMAL")
+        sql.execute(f"PRAGMA wal_autocheckpoint = {log_pages(connection.path.parent)}")
     where = f"{connection.tier_name}: {connection.path}"
     with connection.writing() as sql:
         (version,) = sql.execute("PRAGMA user_version").fetchone()
