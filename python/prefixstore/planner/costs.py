@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefixstore.planner.overlap import overlap_saved_s
+from prefixstore.planner.overlap import layer_step_s, overlap_saved_s
 from prefixstore.planner.rates import PrefillEstimate, TierEstimate
 
 
@@ -41,6 +41,8 @@ class PlanInputs:
         deadline_s: Seconds after which the store gives nothing any more.
         is_layered: Of each of `estimates`, whether single layers of its records can be loaded; see
             overlap.py. Empty where none's can.
+        restore_bytes_per_s: How fast the cores that compute copy and decode records, whatever the
+            tier: so long they cannot compute. Infinity where others do that.
     """
 
     num_tokens: int
@@ -57,12 +59,17 @@ class PlanInputs:
     margin_ratio: float = 0.03
     deadline_s: float = float("inf")
     is_layered: Sequence[bool] = ()
+    restore_bytes_per_s: float = float("inf")
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
             raise ValueError(f"block_size: expected 1 or more, got {self.block_size}")
         if self.chunk_tokens < 1:
             raise ValueError(f"chunk_tokens: expected 1 or more, got {self.chunk_tokens}")
+        if not self.restore_bytes_per_s > 0:
+            raise ValueError(
+                f"restore_bytes_per_s: expected more than 0, got {self.restore_bytes_per_s}"
+            )
         if not self.slowdown >= 1:
             raise ValueError(f"slowdown: expected 1 or more, got {self.slowdown}")
         if self.num_device_blocks < 0:
@@ -117,6 +124,9 @@ class Costs:
         seconds[self.run_ends - 1] += latency_s[self.tiers[self.run_ends - 1]]
         self._load = _running_sum(seconds)
         self._latency_s = latency_s
+        # Of a load, while the cores wait for its bytes.
+        self._idle_share = 1 - np.minimum(1 / (inputs.restore_bytes_per_s * byte_s[:-1]), 1.0)
+        self._idle_share = np.append(self._idle_share, 0.0)
         is_layered = inputs.is_layered or [False] * len(inputs.estimates)
         self.is_layered = np.array([*is_layered, False])
         self._holes = None if is_held.all() else self._sum_holes(is_held)
@@ -149,12 +159,13 @@ class Costs:
     def load_s(self, first: int, end: int, num_layer_steps: int = 1) -> float:
         """To load blocks `first` to `end` by itself, the latency of the call that begins there too.
 
-        `end` may cut a run: the call that brings its first part has a latency of its own. So has
-        each further step of a call that brings layer after layer.
+        `end` may cut a run: the call that brings its first part has a latency of its own. Each
+        further step of a call that brings layer after layer costs one, and more: see overlap.py.
         """
         if first >= end:
             return 0.0
-        steps_s = (num_layer_steps - 1) * float(self._latency_s[self.tiers[end - 1]])
+        latency_s = self._latency_s[self.tiers[end - 1]]
+        steps_s = (num_layer_steps - 1) * float(layer_step_s(latency_s, end - first))
         return float(self._load[end] - self._load[first]) + self._cut_latency_s(end) + steps_s
 
     def split_s(
@@ -197,24 +208,38 @@ class Costs:
         compute = compute_ready_s + compute_scale * (compute + self._passes[: end - first + 1])
         load = self._load[end] - self._load[first : end + 1]
         load[:-1] += self._cut_latency_s(end)
-        load = load_ready_s + load_scale * load
+        own_load = load_scale * load
+        load = load_ready_s + own_load
         seconds = both_s(compute, load, slowdown)
         waits_s = np.maximum(load - compute, 0.0)  # what is loaded beside no computing yet
+        # of it the load to come may bring layers, but not the one under way before it
+        waits_s[:-1] = np.minimum(waits_s[:-1], own_load[:-1])
         if self._holes is not None:
             holes_s = self._holes[end] - self._holes[first : end + 1]
             seconds += compute_scale * holes_s
             waits_s[holes_s > 0] = 0.0  # the pass waits for these, too
         if pass_s > 0:
             tiers = np.append(self.tiers[first:end], layered_tier)
-            seconds -= self._overlap_s(tiers, waits_s, pass_s)
+            num_records = np.arange(end - first, -1, -1)
+            seconds -= self.overlap_s(tiers, waits_s, num_records, pass_s)[0]
         if inputs.deadline_s < float("inf"):
             seconds[:-1][slowdown * load[:-1] > inputs.deadline_s] = float("inf")
         return seconds
 
-    def _overlap_s(self, tiers: np.ndarray, waits_s: np.ndarray, pass_s: float) -> np.ndarray:
-        """What a pass does beside the last load, which is of these tiers."""
-        saved_s, _ = overlap_saved_s(waits_s, pass_s, self._latency_s[tiers], self.inputs.slowdown)
-        return np.where(self.is_layered[tiers], saved_s, 0.0)
+    def overlap_s(
+        self, tiers: np.ndarray, waits_s: np.ndarray, num_records: np.ndarray | int, pass_s: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What is saved where the last load brings layers, and in how many steps that is best.
+
+        Args:
+            tiers: `[n]`, of the load.
+            waits_s: `[n]`, that a pass waits for it and for nothing else.
+            num_records: `[n]` or one number, of the load.
+            pass_s: Of the pass, by itself.
+        """
+        idle_s = np.where(self.is_layered[tiers], self._idle_share[tiers] * waits_s, 0.0)
+        step_s = layer_step_s(self._latency_s[tiers], num_records)
+        return overlap_saved_s(idle_s, pass_s, step_s, self.inputs.slowdown)
 
     def _cut_latency_s(self, end: int) -> float:
         """Of a call that begins inside a run."""

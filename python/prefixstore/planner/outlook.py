@@ -68,11 +68,18 @@ class Outlook:
         start = call_start(self._costs, first - self._offset, back - self._offset)
         return range(self._offset + start, back)
 
-    def layer_steps(self, first: int, back: int) -> int:
-        """In how many steps of layers blocks `first` to `back` are best brought; 1 for none."""
-        pass_s = self._pace.compute.scale * self._tail_pass_s
-        i, end = first - self._offset, back - self._offset
-        return layer_steps(self._costs, i, end, pass_s, self._pace.load.scale)
+    def layer_steps(self, low: int, first: int, back: int, now: float) -> int:
+        """In how many steps of layers blocks `first` to `back` are best brought; 1 for none.
+
+        Those from `low` on are computed meanwhile.
+        """
+        self._pace.advance(now)
+        return layer_steps(
+            *(self._costs, first - self._offset, back - self._offset),
+            pass_s=self._pace.compute.scale * self._tail_pass_s,
+            compute_s=self._pace.compute.left_s(now) + self.compute_s(low, first),
+            load_scale=self._pace.load.scale,
+        )
 
     def compute_s(self, first: int, end: int) -> float:
         """To compute these blocks, by itself."""

@@ -63,6 +63,7 @@ class Planner:
         chunk_tokens: Prompt tokens in one forward pass.
         has_windows: Whether some layer group has a sliding window, see `PlanInputs`.
         layered_tiers: Those that single layers can be loaded from, beside a forward pass.
+        restore_bytes_per_s: See `PlanInputs`.
         config: Margins and probes.
     """
 
@@ -74,6 +75,7 @@ class Planner:
         *,
         has_windows: bool = False,
         layered_tiers: Collection[str] = (),
+        restore_bytes_per_s: float = float("inf"),
         config: PlannerConfig | None = None,
     ) -> None:
         self._config = config if config is not None else PlannerConfig()
@@ -83,6 +85,7 @@ class Planner:
         self._block_size = block_size
         self._chunk_tokens = chunk_tokens
         self._has_windows = has_windows
+        self._restore_bytes_per_s = restore_bytes_per_s
         # Who always loads is to be measured against: nothing is computed beside it.
         is_planned = self._config.policy == "planned"
         self._is_layered = [is_planned and name in layered_tiers for name in self._names]
@@ -216,6 +219,7 @@ class Planner:
                 margin_ratio=0.0 if waits_for_loads else self._config.margin_ratio,
                 deadline_s=deadline_s,
                 is_layered=self._is_layered,
+                restore_bytes_per_s=self._restore_bytes_per_s,
             )
             plan = plan_restore(inputs)
             if plan.mode == PlanMode.RECOMPUTE and self._is_due(plan, now):

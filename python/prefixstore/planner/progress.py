@@ -191,7 +191,7 @@ class Meeting:
         if first == self._back:
             self._is_loading_over = True  # computing the rest is faster
             return None
-        self._call, self._num_steps = self._size_call(first)
+        self._call, self._num_steps = self._size_call(low, first, now)
         self._back = self._call.start
         self._states_of_call()[:] = _LOADING
         self._outlook.begin_call(self._call, self._num_steps, now)
@@ -301,11 +301,14 @@ class Meeting:
             end += 1
         return end
 
-    def _size_call(self, first: int) -> tuple[range, int]:
-        """The next call, which brings blocks from `first` on, and in how many steps of layers."""
+    def _size_call(self, low: int, first: int, now: float) -> tuple[range, int]:
+        """The next call, which brings blocks from `first` on, and in how many steps of layers.
+
+        The front computes those from `low` on.
+        """
         behind = self._states[self._back : self._load_end]
         if not self._plan.is_probe and (behind == _PRESENT).all():
-            num_steps = self._outlook.layer_steps(first, self._back)
+            num_steps = self._outlook.layer_steps(low, first, self._back, now)
             if num_steps > 1:
                 return range(first, self._back), num_steps
         return self._outlook.whole_call(first, self._back), 1
