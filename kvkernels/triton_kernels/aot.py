@@ -3,7 +3,7 @@
 ``python -m kvkernels.triton_kernels.aot --arch 80 90 100`` prints one row a kernel and ends with
 status 1 if a kernel keeps registers in local memory or needs more shared memory than a program may
 have. What is compiled is what the launchers plan, on tensors without storage. All of it takes
-minutes; ``--every 7`` is a spread over every kind of kernel.
+minutes; ``--spread`` takes one shape of seven, every kind of kernel among them.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ _TYPE_NAMES = {
 _MULTIPROCESSORS = 128
 _HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 _RULES = ("soft_cap", "sinks", "alibi")
+_SPREAD = 7
 
 
 @dataclass(frozen=True)
@@ -238,10 +239,25 @@ def _disassemble(cubin: bytes) -> tuple[int, int, list[str]]:
     return registers, stack + local, instructions
 
 
+def choose(arches: Iterable[int], only: str = "") -> list[tuple[int, Shape]]:
+    """Architectures and their shapes whose text contains `only`."""
+    return [(arch, shape) for arch in arches for shape in shapes(arch) if only in str(shape)]
+
+
+def spread(chosen: list[tuple[int, Shape]]) -> list[tuple[int, Shape]]:
+    """One of seven; of all there are, every kind of kernel is among them."""
+    return chosen[::_SPREAD]
+
+
+def plan_shape(arch: int, shape: Shape) -> list[Launch]:
+    """The kernels of a call on an architecture."""
+    return plan(shape, Device(arch // 10, _MULTIPROCESSORS))
+
+
 def compile_shape(arch: int, shape: Shape) -> list[Usage]:
     """Compile the kernels of a call for an architecture and measure them."""
     usages = []
-    for launch in plan(shape, Device(arch // 10, _MULTIPROCESSORS)):
+    for launch in plan_shape(arch, shape):
         compiled = triton.compile(
             _source(launch), target=GPUTarget("cuda", arch, 32), options=launch.options
         )
@@ -292,14 +308,11 @@ def main() -> int:
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--only", default="", help="only shapes whose text contains this")
-    parser.add_argument("--every", type=int, default=1, help="only one of so many shapes")
+    parser.add_argument("--spread", action="store_true", help=f"only one of {_SPREAD} shapes")
     options = parser.parse_args()
-    wanted = [
-        (arch, shape)
-        for arch in options.arch
-        for shape in shapes(arch)
-        if options.only in str(shape)
-    ][:: options.every]
+    wanted = choose(options.arch, options.only)
+    if options.spread:
+        wanted = spread(wanted)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
         return report(pool.map(compile_shape, *zip(*wanted, strict=True)))

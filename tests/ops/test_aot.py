@@ -4,7 +4,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,24 +18,32 @@ FITTING = aot.Usage(
 CODED = ("keys", "values", "lossless")
 
 
-def test_a_spread_of_the_table_compiles_and_fits(
-    tmp_path: Path, record_property: Callable[[str, object], None]
-) -> None:
-    # A process of its own: in this one the kernels may be interpreted. A cache of its own: what
-    # was compiled before would not show that it still compiles.
-    command = [sys.executable, "-m", "kvkernels.triton_kernels.aot", "--every", "7"]
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    record_property("in_summary", done.stdout)
-    rows = [line.split() for line in done.stdout.splitlines()[1:-1]]
-    assert {row[0] for row in rows} == {str(arch) for arch in aot.SHARED_LIMITS}
+def test_a_spread_of_the_table_has_every_kind() -> None:
+    """It is what `.ci/run` compiles."""
+    chosen = aot.spread(aot.choose(sorted(aot.SHARED_LIMITS)))
+    assert {arch for arch, _ in chosen} == set(aot.SHARED_LIMITS)
+    launches = [launch for arch, shape in chosen for launch in aot.plan_shape(arch, shape)]
     kernels = ["store_kv", "merge", "decode", "prefill"]
     kernels += [f"{op}_{what}" for op in ("encode", "decode") for what in CODED]
     kernels += ["copy_channels_out", "copy_channels_in"]
-    assert {row[1] for row in rows} >= {f"{kernel}_kernel" for kernel in kernels}
-    words = {word for row in rows for word in row}
+    planned = {launch.kernel.__name__.strip("_") for launch in launches}
+    assert planned >= {f"{kernel}_kernel" for kernel in kernels}
+    words = {word for _, shape in chosen for word in str(shape).split()}
     assert words >= {"int8", "int4", "float8", "window", "soft_cap"}
+
+
+def test_the_command_compiles_what_fits(tmp_path: Path) -> None:
+    # A process of its own: in this one the kernels may be interpreted. A cache of its own: what
+    # was compiled before would not show that it still compiles.
+    shape = "decode bf16 d64 block 64 group 4 int4"
+    command = [sys.executable, "-m", "kvkernels.triton_kernels.aot", "--arch", "90"]
+    command += ["--only", shape, "--jobs", "1"]
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    _, row, total = done.stdout.splitlines()
+    assert row.split()[:2] == ["90", "decode_kernel"] and row.endswith(shape)
+    assert total == "1 kernels compiled, 0 refused"
 
 
 @pytest.mark.parametrize(
