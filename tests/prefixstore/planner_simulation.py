@@ -132,7 +132,7 @@ def simulate(plan: RestorePlan, world: World, step_s: float = float("inf")) -> R
             run.ttft_s = now
             return run
         is_late = chunk is not None and chunk.waits_for(call) and now >= chunk.until
-        if chunk is not None and not meeting.is_chunk_valid and (call is None or is_late):
+        if chunk is not None and (call is None or is_late) and not meeting.is_chunk_valid:
             meeting.chunk_void(now)
             run.voids.append(chunk.what)
             chunk = None

@@ -129,6 +129,7 @@ class Costs:
         self._idle_share = np.append(self._idle_share, 0.0)
         is_layered = inputs.is_layered or [False] * len(inputs.estimates)
         self.is_layered = np.array([*is_layered, False])
+        self._gives_layers = any(is_layered)
         self._holes = None if is_held.all() else self._sum_holes(is_held)
 
     @property
@@ -218,7 +219,7 @@ class Costs:
             holes_s = self._holes[end] - self._holes[first : end + 1]
             seconds += compute_scale * holes_s
             waits_s[holes_s > 0] = 0.0  # the pass waits for these, too
-        if pass_s > 0:
+        if pass_s > 0 and self._gives_layers:
             tiers = np.append(self.tiers[first:end], layered_tier)
             num_records = np.arange(end - first, -1, -1)
             seconds -= self.overlap_s(tiers, waits_s, num_records, pass_s)[0]

@@ -335,5 +335,6 @@ class Meeting:
 
 def _num_leading(flags: np.ndarray) -> int:
     """How many of them are set before the first that is not."""
-    unset = np.flatnonzero(~flags)
-    return int(unset[0]) if len(unset) else len(flags)
+    if flags.all():
+        return len(flags)
+    return int(flags.argmin())
