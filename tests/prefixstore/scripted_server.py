@@ -1,7 +1,8 @@
-"""Run as a program: serves a scripted engine until a signal; settings as JSON in argv[1]."""
+"""Serves a scripted engine until a signal, in a process of its own."""
 
 import json
-import sys
+import os
+from pathlib import Path
 
 from chat_model import chat_tokenizer
 from scripted_engine import ScriptedEngine
@@ -12,15 +13,13 @@ from prefixstore.server.request_log import log_json_lines
 from prefixstore.server.run import listen, serve_until_signal
 
 
-def main():
-    settings = json.loads(sys.argv[1])
-    engine = ScriptedEngine(chat_tokenizer(), **settings["engine"])
-    config = ServerConfig(port=0, model_name="tiny", **settings["server"])
+def serve(out: Path, log: Path, engine: dict, server: dict) -> None:
+    """What it prints goes to the file `out`, and what it logs to `log`."""
+    for number, path in ((1, out), (2, log)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    engine = ScriptedEngine(chat_tokenizer(), **engine)
+    config = ServerConfig(port=0, model_name="tiny", **server)
     log_json_lines()
     listener = listen(config)
     serve_until_signal(create_app(engine, config), engine, config, listener)
     print(json.dumps({"was_flushed": engine.was_flushed, "was_closed": engine.is_closed}))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,58 +1,72 @@
 """How a server ends: what it accepted is finished, and what it has to write is written."""
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import httpx
 import pytest
+from scripted_server import serve
 from serving import MODEL, wait_until
 
-PROGRAM = Path(__file__).with_name("scripted_server.py")
 TEXT = {"model": MODEL, "prompt": "Hello"}
 
 
 class Process:
-    """A server in a process of its own."""
+    """A server in a process of its own.
 
-    def __init__(self, engine=None, server=None):
-        settings = json.dumps({"engine": engine or {}, "server": server or {}})
-        self.process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), settings],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-        ready = json.loads(self.process.stdout.readline())
+    Args:
+        context: Makes the process.
+        folder: For what it writes.
+        engine: Arguments of a `ScriptedEngine`.
+        server: Arguments of a `ServerConfig`.
+    """
+
+    def __init__(self, context, folder, engine=None, server=None):
+        self._out, self._log = folder / "out", folder / "log"
+        arguments = (self._out, self._log, engine or {}, server or {})
+        self.process = context.Process(target=serve, args=arguments)
+        self.process.start()
+        wait_until(lambda: self._log.exists() and self._out.read_text().endswith("\n"), 60)
+        ready = json.loads(self._out.read_text())
         assert ready["event"] == "ready" and ready["pid"] == self.process.pid
         self.url = ready["url"]
 
     def signal(self, number=signal.SIGTERM):
-        self.process.send_signal(number)
+        os.kill(self.process.pid, number)
 
     def wait(self):
         """Exit status, what it printed after the first line, and its log lines."""
-        out, err = self.process.communicate(timeout=60)
-        return self.process.returncode, out, [json.loads(line) for line in err.splitlines()]
+        self.process.join(60)
+        out = self._out.read_text().partition("\n")[2]
+        lines = self._log.read_text().splitlines()
+        return self.process.exitcode, out, [json.loads(line) for line in lines]
 
     def kill(self):
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.communicate()
+        self.process.kill()
+        self.process.join()
+
+
+@pytest.fixture(scope="module")
+def context():
+    """Forks each server from one process that has imported all it needs: that takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["scripted_server"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        yield context
 
 
 @pytest.fixture
-def start():
+def start(context, tmp_path):
     processes = []
 
     def start_one(**settings):
-        processes.append(Process(**settings))
+        processes.append(Process(context, tmp_path, **settings))
         return processes[-1]
 
     yield start_one
