@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,6 +27,10 @@ class Scores:
     logprobs: np.ndarray
     first_logits: np.ndarray = field(repr=False)
 
+    def of_first(self, num_new: int) -> Scores:
+        """Of the answer's beginning."""
+        return Scores(self.gaps[:num_new], self.logprobs[:num_new], self.first_logits)
+
 
 class Reference(Protocol):
     """Judges answers; never while an engine is open."""
@@ -37,7 +42,8 @@ class ModelReference:
     """A Hugging Face model, with the attention that it has by itself.
 
     One pass over prompt and answer says of every token whether it is the greedy one: cheaper than
-    generating, independent of any cache, and what follows a tie is judged too.
+    generating, independent of any cache, and what follows a tie is judged too. The beginning of an
+    answer that was judged takes none.
 
     Args:
         model: In evaluation mode.
@@ -45,13 +51,15 @@ class ModelReference:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._known: dict[tuple[Tokens, Tokens], Scores] = {}
+        self._known: defaultdict[Tokens, dict[Tokens, Scores]] = defaultdict(dict)  # by prompt
 
     def score(self, prompt: Tokens, answer: Tokens) -> Scores:
-        key = (prompt, answer)
-        if key not in self._known:
-            self._known[key] = self._compute(prompt, answer)
-        return self._known[key]
+        known = self._known[prompt]
+        for other, scores in known.items():
+            if other[: len(answer)] == answer:
+                return scores.of_first(len(answer))
+        known[answer] = self._compute(prompt, answer)
+        return known[answer]
 
     @torch.inference_mode()
     def _compute(self, prompt: Tokens, answer: Tokens) -> Scores:
