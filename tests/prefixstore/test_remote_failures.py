@@ -102,9 +102,18 @@ def test_what_comes_after_the_deadline_touches_nothing(open_s3, proxy):
     proxy.bytes_per_s = None  # what is still on its way comes now
     time.sleep(0.5)
     assert [bytes(out) for out in outs] == contents
-    assert proxy.wait_until_given_up(5)  # requests were not left behind
     assert tier.get_many(NAMES, views(outs)) == [BYTES] * len(KEYS)
     assert outs == [make_record(key) for key in KEYS]
+
+
+def test_no_request_is_left_behind_after_the_deadline(open_s3, proxy):
+    put_many(open_s3("left-behind"), KEYS)
+    tier = open_s3("left-behind", {"endpoint": proxy.endpoint})
+    assert get(tier, KEYS[0]) == make_record(KEYS[0])
+    proxy.bytes_per_s = 10_000  # 8 s a record: none could be read to its end meanwhile
+    outcomes = tier.get_many(NAMES, views(buffers()), deadline=after(0.5))
+    assert [type(outcome) for outcome in outcomes] == [TierTimeout] * len(KEYS)
+    assert proxy.wait_until_given_up(5)
 
 
 def test_a_slow_server_costs_no_more_than_the_deadline(open_s3, proxy):
