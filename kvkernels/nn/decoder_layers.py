@@ -22,6 +22,7 @@ or arguments are others than in the trial, go through the layer's own forward.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,10 @@ from kvkernels.nn.fused_layers import FusedMLP, FusedNorm
 from kvkernels.nn.paged_kv import PagedKV
 from kvkernels.nn.transformers import SlidingMask, attend, observe_attention
 from kvkernels.nn.transformers_batch import BatchCache
+from kvkernels.ops import linear, rms_norm
 from kvkernels.scoring import Scoring
+
+logger = logging.getLogger(__name__)
 
 _NUM_TRIAL_TOKENS = 16
 # What an attention layer may hand to its attention function, and a replaced one hands on.
@@ -83,9 +87,10 @@ class _Linears:
         self._parameters: list[Parameters] = [module._parameters for module in modules]
 
     def __call__(self, input: torch.Tensor) -> list[torch.Tensor]:
-        return native.linear_layers(
-            input, [(own["weight"], own["bias"]) for own in self._parameters]
-        )
+        layers = [(own["weight"], own["bias"]) for own in self._parameters]
+        if all(weight.dtype == input.dtype for weight, _ in layers):
+            return native.linear_layers(input, layers)
+        return [linear(input, *layer) for layer in layers]  # names what is wrong
 
 
 class _Norm:
@@ -96,7 +101,11 @@ class _Norm:
         self._eps, self._is_offset = norm.eps, norm.is_offset
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
-        return native.rms_norm(input, self._parameters["weight"], self._eps, self._is_offset)
+        weight = self._parameters["weight"]
+        if weight.dtype == input.dtype and len(weight) == input.shape[-1]:
+            return native.rms_norm(input, weight, self._eps, self._is_offset)
+        # Names what is wrong.
+        return rms_norm(input, weight, self._eps, is_offset=self._is_offset)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -287,8 +296,10 @@ def _find_forwards(model: torch.nn.Module) -> Forwards:
         try:
             forward = FusedDecoderLayer(module, call)
             result = forward.run(call.hidden_states, None, call.options)
-        except (AttributeError, TypeError, KeyError, ValueError, RuntimeError):
-            continue  # it consists of other parts, or wants something else of them
+        except (AttributeError, TypeError, KeyError, ValueError, RuntimeError) as error:
+            # It consists of other parts, or wants something else of them.
+            logger.info("%s stays as it is: %s", type(module).__name__, error)
+            continue
         if type(call.result) is torch.Tensor and torch.equal(result, call.result):
             forwards[module] = forward
     return forwards

@@ -128,6 +128,17 @@ def test_a_weight_of_another_shape_is_refused():
         decoder_layers.uninstall(model)
 
 
+@pytest.mark.parametrize("name", ["mlp.down_proj", "post_attention_layernorm"])
+def test_a_weight_of_another_dtype_is_refused(name):
+    model = tiny_models.llama()
+    with with_kernels(model):
+        decoder_layers.install(model)
+        model.model.layers[1].get_submodule(name).bfloat16()
+        with pytest.raises(ValueError, match=r"weight: expected .*float32.*got .*bfloat16"):
+            run_steps(make_packed(model, (5,)))
+        decoder_layers.uninstall(model)
+
+
 def with_a_scaled_branch(model):
     """As in Granite: what a layer adds is scaled, by a number that no part of it shows."""
     kind = type(model.model.layers[0])
@@ -180,15 +191,7 @@ def test_leaves_models_whose_kernels_are_others():
 def test_leaves_what_shows_at_far_positions_only():
     """Ministral 3 scales its queries, from a position on that no trial reaches."""
     ministral = pytest.importorskip("transformers.models.ministral3")
-    config = ministral.Ministral3Config(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-    )
+    config = ministral.Ministral3Config(**tiny_models.SIZES, num_hidden_layers=2, head_dim=16)
     model = ministral.modeling_ministral3.Ministral3ForCausalLM(config).eval()
     with with_kernels(model):
         assert decoder_layers.install(model) == 0
