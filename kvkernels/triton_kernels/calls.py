@@ -121,10 +121,14 @@ class Call:
             key, value = key.view(torch.uint8), value.view(torch.uint8)
         in_halves = self.int4_cache is not None
         value_parts = cut_row(self.value_dim, in_halves)
-        layouts = [
-            (_codes_layout(name, cache, config.tile_n, value_parts) if cache is not None else ())
-            for name, cache in (("int8_cache", self.int8_cache), ("int4_cache", self.int4_cache))
-        ]
+        layouts = {
+            f"{kind.upper()}_LAYOUT": (
+                _codes_layout(f"{kind}_cache", cache, config.tile_n, value_parts)
+                if cache is not None
+                else ()
+            )
+            for kind, cache in (("int8", self.int8_cache), ("int4", self.int4_cache))
+        }
         return {
             "query_ptr": query,
             "float_cache": (key, value, *key.stride()[:3], *value.stride()[:3]),
@@ -149,7 +153,7 @@ class Call:
             "VALUE_PARTS": value_parts,
             "IS_LATENT": self.is_latent,
             "HAS_FLOAT8": device.arch >= 9,
-            "LAYOUTS": tuple(layouts),
+            **layouts,
             "TILE_M": config.tile_m,
             "TILE_N": config.tile_n,
             "HAS_WINDOW": scoring.window > 0,

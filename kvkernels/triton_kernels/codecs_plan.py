@@ -193,10 +193,21 @@ def _value_tile(side: SideFormat, layout: KVLayout) -> tuple[int, dict[str, int]
     group = triton.next_power_of_2(num_channels // side.num_groups)
     width = triton.next_power_of_2(num_channels * side.bits // 8)
     widest = max(groups * group, width * 8 // side.bits)
-    tokens = min(layout.block_size, max(1, _VALUE_ELEMENTS // widest))
+    # Before Triton 3.9 the compiler fails where groups are gathered from and do not give every
+    # thread one (triton-lang/triton#11600).
+    fewest = 32 * _NUM_WARPS // groups if groups > 1 else 1
+    tokens = max(fewest, _VALUE_ELEMENTS // widest)
+    tokens = min(layout.block_size, tokens)
     constants = {"TILE_M": tokens, "TILE_N": width, "TILE_GROUPS": groups}
     num_pieces = layout.num_kv_heads * layout.block_size // tokens
     return num_pieces, _code_constants(side) | constants
+
+
+def _num_value_warps(constants: dict[str, int]) -> int:
+    """Warps that have a group of a token for every thread; see `_value_tile`."""
+    if constants["TILE_GROUPS"] == 1:
+        return _NUM_WARPS
+    return max(1, min(_NUM_WARPS, constants["TILE_M"] * constants["TILE_GROUPS"] // 32))
 
 
 def _channel_tile(side: SideFormat, layout: KVLayout) -> tuple[int, dict[str, int]]:
@@ -274,8 +285,9 @@ def _plan_encode_side(
         num_warps = 2 * _NUM_WARPS if side.bits == 2 else _NUM_WARPS
         return work.launch(_encode_keys_kernel, layers, pieces, num_warps, **arguments, **constants)
     pieces, constants = _value_tile(side, layout)
+    num_warps = _num_value_warps(constants)
     constants["TILE_GROUP"] = triton.next_power_of_2(len(side.channels) // side.num_groups)
-    return work.launch(_encode_values_kernel, layers, pieces, **arguments, **constants)
+    return work.launch(_encode_values_kernel, layers, pieces, num_warps, **arguments, **constants)
 
 
 def plan_encode_raw(work: Work, sums: torch.Tensor) -> list[Launch]:
@@ -325,12 +337,13 @@ def _plan_decode_side(
         pieces, constants = _channel_tile(side, layout)
         arguments = flags | work.bits(side)
         return work.launch(_copy_channels_in_kernel, layers, pieces, **arguments, **constants)
-    kernel, tile = (
-        (_decode_keys_kernel, _key_tile) if side.is_key else (_decode_values_kernel, _value_tile)
-    )
-    pieces, constants = tile(side, layout)
     arguments = flags | work.elements(side)
-    return work.launch(kernel, layers, pieces, **arguments, **constants)
+    if side.is_key:
+        pieces, constants = _key_tile(side, layout)
+        return work.launch(_decode_keys_kernel, layers, pieces, **arguments, **constants)
+    pieces, constants = _value_tile(side, layout)
+    num_warps = _num_value_warps(constants)
+    return work.launch(_decode_values_kernel, layers, pieces, num_warps, **arguments, **constants)
 
 
 def holds_raw(work: Work) -> bool:

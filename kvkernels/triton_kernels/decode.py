@@ -73,7 +73,8 @@ def _decode_kernel(
     VALUE_PARTS: tl.constexpr,
     IS_LATENT: tl.constexpr,
     HAS_FLOAT8: tl.constexpr,
-    LAYOUTS: tl.constexpr,
+    INT8_LAYOUT: tl.constexpr,  # see `CodesLayout`
+    INT4_LAYOUT: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     MIN_SPLIT_TILES: tl.constexpr,
@@ -159,10 +160,11 @@ def _decode_kernel(
         VALUE_PARTS,
         IS_LATENT,
         HAS_FLOAT8,
-        LAYOUTS,
+        INT8_LAYOUT,
+        INT4_LAYOUT,
         TILE_N,
         True,
-        (RULES[0], RULES[1], False),
+        RULES,
         # Read once: leave the L2 to what is read again.
         "evict_first",
     )
@@ -245,6 +247,7 @@ def plan_decode(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device
             "max_splits": max_splits,
             "num_programs_at_once": at_once,
             **call.arguments(config, device),
+            "RULES": (*call.rules[:2], False),  # of a tree, one query needs a bit alone
             "MIN_SPLIT_TILES": split_tiles or _MIN_SPLIT_TILES,
             "SPLIT_TILES": split_tiles,
             "JOIN_SPLITS": triton.cdiv(rows_at_once, join_rows),

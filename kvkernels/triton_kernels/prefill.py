@@ -71,7 +71,8 @@ def _prefill_kernel(
     VALUE_PARTS: tl.constexpr,
     IS_LATENT: tl.constexpr,
     HAS_FLOAT8: tl.constexpr,
-    LAYOUTS: tl.constexpr,
+    INT8_LAYOUT: tl.constexpr,  # see `CodesLayout`
+    INT4_LAYOUT: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     RULES: tl.constexpr,
@@ -158,8 +159,8 @@ def _prefill_kernel(
             (row_lo, row_hi, positions, slopes, trees), lo, hi,
             sm_scale * 1.4426950408889634, (soft_cap, before, num_queries, tree_ptr),
             float_cache, int8_cache, int4_cache, kv_head.to(tl.int64), table_ptr,
-            BLOCK_SIZE, KEY_PARTS, VALUE_PARTS, IS_LATENT, HAS_FLOAT8, LAYOUTS, TILE_N,
-            phase != 1, RULES, "",
+            BLOCK_SIZE, KEY_PARTS, VALUE_PARTS, IS_LATENT, HAS_FLOAT8,
+            INT8_LAYOUT, INT4_LAYOUT, TILE_N, phase != 1, RULES, "",
         )  # fmt: skip
 
     norm, lse = finish(row_max, row_sum)
@@ -172,7 +173,7 @@ def _prefill_kernel(
 def _max_registers(call: Call, tile_m: int) -> int | None:
     """Where the assembler's own choice spills; see `Launch`."""
     is_small_float32 = call.query.dtype == torch.float32 and tile_m == 16
-    return 255 if call.is_quantized or is_small_float32 else None
+    return 255 if call.is_heavy or is_small_float32 else None
 
 
 def plan_prefill(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device) -> list[Launch]:

@@ -20,7 +20,16 @@ import triton
 import triton.language as tl
 
 from kvkernels.quantized_cache import KIND_SHIFT
-from kvkernels.triton_kernels.tiles import add_values, advance, load_block_ids, load_rows
+from kvkernels.triton_kernels.tiles import (
+    add_values,
+    advance,
+    at,
+    end_of,
+    first_of,
+    load_block_ids,
+    load_rows,
+    width_of,
+)
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 BLOCK_MASK = tl.constexpr((1 << KIND_SHIFT) - 1)
@@ -106,7 +115,7 @@ def _load_codes(
     """
     parts = ()
     for i in tl.static_range(0, len(PARTS), 8 // NUM_BITS):
-        codes = load_rows(base_ptr, offsets, keep, PARTS[i], True, EVICTION)
+        codes = load_rows(base_ptr, offsets, keep, PARTS, i, True, EVICTION)
         if NUM_BITS == 8:
             if _INTERPRETED or dtype == tl.float32:
                 parts = parts + (codes.to(dtype),)
@@ -140,8 +149,8 @@ def _load_keys(
     codes = _load_codes(codes_ptr, codes_rows, keep, PARTS, NUM_BITS, dtype, True, EVICTION)
     parts = ()
     for i in tl.static_range(len(PARTS)):
-        channels = PARTS[i][0] + tl.arange(0, PARTS[i][1])
-        words = tl.load(words_ptr + channels, mask=channels < PARTS[i][2], other=0)
+        channels = first_of(PARTS, i) + tl.arange(0, width_of(PARTS, i))
+        words = tl.load(words_ptr + channels, mask=channels < end_of(PARTS, i), other=0)
         scales, minima = _split_words(words)
         parts = parts + (_dequantize(codes[i], scales[None, :], minima[None, :], dtype),)
     return parts
@@ -159,14 +168,17 @@ def _load_values(
     parts = ()
     for i in tl.static_range(len(PARTS)):
         # A run of so many channels lies in one group, and the part is a whole number of runs.
-        firsts = PARTS[i][0] + RUNS[i] * tl.arange(0, PARTS[i][1] // RUNS[i])
+        firsts = tl.arange(0, width_of(PARTS, i) // at(RUNS, i))
+        firsts = first_of(PARTS, i) + at(RUNS, i) * firsts
         # Slots nobody sees may have scales of NaN, which a weight of zero would not silence.
-        inside = keep[:, None] & (firsts < PARTS[i][2])[None, :]
+        inside = keep[:, None] & (firsts < end_of(PARTS, i))[None, :]
         pointers = words_ptr + words_rows[:, None] + (firsts // GROUP)[None, :]
         words = tl.load(pointers, mask=inside, other=0, eviction_policy=EVICTION)
-        if PARTS[i][1] > RUNS[i]:
-            words = tl.broadcast_to(words[:, :, None], [TILE_N, PARTS[i][1] // RUNS[i], RUNS[i]])
-            words = tl.reshape(words, [TILE_N, PARTS[i][1]])
+        if width_of(PARTS, i) > at(RUNS, i):
+            words = tl.broadcast_to(
+                words[:, :, None], [TILE_N, width_of(PARTS, i) // at(RUNS, i), at(RUNS, i)]
+            )
+            words = tl.reshape(words, [TILE_N, width_of(PARTS, i)])
         scales, minima = _split_words(words)
         parts = parts + (_dequantize(codes[i], scales, minima, dtype),)
     return parts
@@ -199,6 +211,10 @@ def attend_codes(
     """`attend` for tokens whose blocks are all of one quantised kind."""
     TILE_N: tl.constexpr = LAYOUT[0]
     KEY_TOKENS: tl.constexpr = LAYOUT[1]
+    VALUE_CHANNELS: tl.constexpr = LAYOUT[2]
+    KEY_DIM: tl.constexpr = LAYOUT[3]
+    VALUE_DIM: tl.constexpr = LAYOUT[4]
+    RUNS: tl.constexpr = LAYOUT[5]
     key_ptr = cache[0] + kv_head * cache[5]
     key_words_ptr = cache[1] + kv_head * cache[7]
     value_ptr = cache[2] + kv_head * cache[9]
@@ -215,10 +231,10 @@ def attend_codes(
         next_entry = load_block_ids(table_ptr, start + TILE_N, lo, hi, BLOCK_SIZE, TILE_N)
         slots = tokens % BLOCK_SIZE
 
-        key_words = block * cache[6] + start % BLOCK_SIZE // KEY_TOKENS * LAYOUT[3]
+        key_words = block * cache[6] + start % BLOCK_SIZE // KEY_TOKENS * KEY_DIM
         k = _load_keys(
             key_ptr,
-            block * cache[4] + slots * (LAYOUT[3] * NUM_BITS // 8),
+            block * cache[4] + slots * (KEY_DIM * NUM_BITS // 8),
             key_words_ptr + key_words,
             keep,
             KEY_PARTS,
@@ -231,13 +247,13 @@ def attend_codes(
         )
         v = _load_values(
             value_ptr,
-            block * cache[8] + slots * (LAYOUT[4] * NUM_BITS // 8),
+            block * cache[8] + slots * (VALUE_DIM * NUM_BITS // 8),
             value_words_ptr,
-            block * cache[10] + slots * (LAYOUT[4] // LAYOUT[2]),
+            block * cache[10] + slots * (VALUE_DIM // VALUE_CHANNELS),
             keep,
             VALUE_PARTS,
-            LAYOUT[2],
-            LAYOUT[5],
+            VALUE_CHANNELS,
+            RUNS,
             NUM_BITS,
             dtype,
             EVICTION,

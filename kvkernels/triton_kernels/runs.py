@@ -57,7 +57,8 @@ def attend_cache(
     VALUE_PARTS: tl.constexpr,
     IS_LATENT: tl.constexpr,
     HAS_FLOAT8: tl.constexpr,
-    LAYOUTS: tl.constexpr,  # of int8 and int4; see `CodesLayout`
+    INT8_LAYOUT: tl.constexpr,  # see `CodesLayout`
+    INT4_LAYOUT: tl.constexpr,
     TILE_N: tl.constexpr,
     MASKED: tl.constexpr,
     RULES: tl.constexpr,
@@ -97,14 +98,14 @@ def attend_cache(
                     acc, row_max, row_sum = attend_codes(
                         half_q, acc, row_max, row_sum, token, end, rows, lo, hi, half_scale, rules,
                         int8_cache, kv_head, table_ptr, BLOCK_SIZE, KEY_PARTS, VALUE_PARTS,
-                        LAYOUTS[0], 8, RULES, EVICTION,
+                        INT8_LAYOUT, 8, RULES, EVICTION,
                     )  # fmt: skip
             else:
                 if int4_cache is not None:
                     acc, row_max, row_sum = attend_codes(
                         half_q, acc, row_max, row_sum, token, end, rows, lo, hi, half_scale, rules,
                         int4_cache, kv_head, table_ptr, BLOCK_SIZE, KEY_PARTS, VALUE_PARTS,
-                        LAYOUTS[1], 4, RULES, EVICTION,
+                        INT4_LAYOUT, 4, RULES, EVICTION,
                     )  # fmt: skip
             token = end
     return acc, row_max, row_sum

@@ -18,6 +18,28 @@ from kvkernels.triton_kernels.rules import apply_rules
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
+# What a tuple holds. Triton 3.6 takes an item that a kernel picks from one for a plain Python number,
+# which it neither passes on nor makes a shape of.
+@triton.constexpr_function
+def at(values, index):
+    return values[index]
+
+
+@triton.constexpr_function
+def first_of(parts, index):
+    return parts[index][0]
+
+
+@triton.constexpr_function
+def width_of(parts, index):
+    return parts[index][1]
+
+
+@triton.constexpr_function
+def end_of(parts, index):
+    return parts[index][2]
+
+
 @triton.jit
 def dot(a, b, acc):
     """`acc + a @ b` in fp32; every matrix product of the kernels comes through here."""
@@ -33,15 +55,19 @@ def load_rows(
     base_ptr,
     offsets,  # [num_rows], int64, in elements
     keep,  # [num_rows]; only looked at where MASKED
-    PART: tl.constexpr,  # channels from its end on are zero
+    PARTS: tl.constexpr,
+    INDEX: tl.constexpr,  # of the part; its channels from its end on are zero
     MASKED: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
     """One part of some rows, `[num_rows, width]`; zero where masked, whatever memory holds."""
-    channels = PART[0] + tl.arange(0, PART[1])
+    FIRST: tl.constexpr = first_of(PARTS, INDEX)
+    WIDTH: tl.constexpr = width_of(PARTS, INDEX)
+    END: tl.constexpr = end_of(PARTS, INDEX)
+    channels = FIRST + tl.arange(0, WIDTH)
     pointers = base_ptr + offsets[:, None] + channels[None, :]
-    if PART[0] + PART[1] > PART[2]:
-        inside = channels[None, :] < PART[2]
+    if FIRST + WIDTH > END:
+        inside = channels[None, :] < END
         if MASKED:
             inside = inside & keep[:, None]
         return tl.load(pointers, mask=inside, other=0.0, eviction_policy=EVICTION)
@@ -121,7 +147,7 @@ def load_parts(
     """
     parts = ()
     for i in tl.static_range(len(PARTS)):
-        part = load_rows(base_ptr, offsets, keep, PARTS[i], MASKED, EVICTION)
+        part = load_rows(base_ptr, offsets, keep, PARTS, i, MASKED, EVICTION)
         if part.dtype == tl.uint8:
             part = _from_float8(part, dtype, HAS_FLOAT8, IS_PURE)
         parts = parts + (part,)
@@ -138,9 +164,9 @@ def store_parts(
     PARTS: tl.constexpr,
 ):
     for i in tl.static_range(len(PARTS)):
-        channels = PARTS[i][0] + tl.arange(0, PARTS[i][1])
+        channels = first_of(PARTS, i) + tl.arange(0, width_of(PARTS, i))
         pointers = base_ptr + offsets[:, None] + channels[None, :]
-        mask = keep[:, None] & (channels[None, :] < PARTS[i][2])
+        mask = keep[:, None] & (channels[None, :] < end_of(PARTS, i))
         rows = parts[i] * factor[:, None]
         tl.store(pointers, rows.to(base_ptr.dtype.element_ty), mask=mask)
 
@@ -150,7 +176,7 @@ def zeros(TILE_M: tl.constexpr, PARTS: tl.constexpr):
     """Accumulators of a value's parts."""
     parts = ()
     for i in tl.static_range(len(PARTS)):
-        parts = parts + (tl.zeros([TILE_M, PARTS[i][1]], tl.float32),)
+        parts = parts + (tl.zeros([TILE_M, width_of(PARTS, i)], tl.float32),)
     return parts
 
 
