@@ -91,7 +91,7 @@ class Inputs:
     value_cache: torch.Tensor
     block_table: torch.Tensor
     seq_lens: torch.Tensor
-    cu_seqlens_q: torch.Tensor
+    cu_seqlens_q: torch.Tensor | None  # None for decode, which on a GPU has kernels of its own
     key: torch.Tensor  # [num_seqs, num_kv_heads, seq_len, head_dim], contiguous
     value: torch.Tensor
     mask: torch.Tensor | None  # None also where PyTorch's own causal mask serves
@@ -113,6 +113,7 @@ def make_inputs(case: Case) -> Inputs:
     num_tokens = case.num_seqs * case.num_queries
     is_extend = 1 < case.num_queries < case.seq_len
     ones = torch.ones(case.num_queries, case.seq_len, dtype=torch.bool)
+    sums = torch.arange(case.num_seqs + 1, dtype=torch.int32) * case.num_queries
     return Inputs(
         pool=pool,
         query=torch.randn(num_tokens, case.num_heads, case.head_dim, dtype=case.dtype),
@@ -120,7 +121,7 @@ def make_inputs(case: Case) -> Inputs:
         value_cache=value_cache,
         block_table=block_table,
         seq_lens=torch.full((case.num_seqs,), case.seq_len, dtype=torch.int32),
-        cu_seqlens_q=torch.arange(case.num_seqs + 1, dtype=torch.int32) * case.num_queries,
+        cu_seqlens_q=None if case.is_decode else sums,
         key=gather(key_cache, block_table),
         value=gather(value_cache, block_table),
         mask=ones.tril(case.seq_len - case.num_queries) if is_extend else None,
