@@ -1,6 +1,5 @@
-"""Times the kernels with device events, beside PyTorch's attention on contiguous tensors."""
+"""What is timed on a CUDA device: the caches' kernels here, and attention beside its peers."""
 
-import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -8,36 +7,30 @@ from typing import Any
 import torch
 
 import kvkernels
-from bench import attention_cases, bench_kv_cache, bench_shared_prefix
-from bench.attention_cases import Case
-from bench.attention_providers import attend_contiguous, attend_gathered, attend_paged
-from bench.harness import check_agreement
+from bench import bench_kv_cache, bench_shared_prefix
+from bench.gpu.attention_timing import (
+    CASES,
+    INVARIANT_CASE,
+    LATENT_CASES,
+    NARROW_CASES,
+    time_attention,
+    time_invariant,
+    time_latent,
+    time_narrow,
+    time_shared_prefix,
+)
+from bench.gpu.events import make_cold, time_both_ways, time_calls
+from bench.gpu.peers import flashinfer_peers, float8_peers
+from bench.gpu.rates import copy_rate, matmul_rate
+from bench.gpu.torch_peers import FLEX_PEERS, SDPA_PEERS
 from kvkernels import BlockFormat, EncodedBlocks, KVLayout, KVPool
-from kvkernels.quantized_cache import QuantizedCache, tag_blocks
-from kvkernels.reference.quantize import quantize_keys, quantize_values
 
-NUM_ROUNDS = 15
-# Inputs used in turn, so that none is in the cache when its turn comes.
-MAX_INPUTS = 24
+__all__ = ["copy_rate", "matmul_rate", "time_cases"]
 
-CASES = [
-    *attention_cases.CASES,
-    Case("decode_1x1k", 1, 1024, 1, 32, 8, 128),
-    Case("decode_1x8k", 1, 8192, 1, 32, 8, 128),
-    Case("decode_8x4k", 8, 4096, 1, 32, 8, 128),
-    Case("decode_8x32k", 8, 32768, 1, 32, 8, 128),
-    Case("decode_128x1k", 128, 1024, 1, 32, 8, 128),
-    Case("decode_8x4k_mha", 8, 4096, 1, 32, 32, 128),
-]
-PROVIDERS = {
-    "sdpa_contiguous": attend_contiguous,
-    "sdpa_gathered": attend_gathered,
-    "kvkernels": attend_paged,
-}
+# A name, and what to run for it.
+Step = tuple[str, Callable[[], dict[str, Any]]]
 
-NARROW_CASES = [
-    case for case in CASES if case.name in ("decode_4x8k", "decode_8x4k", "decode_8x32k")
-]
+NARROW_KINDS = ("float8", "int8", "int4")
 
 # Blocks that leave the device and come back: one layout, as many as are a good transfer.
 CODEC_LAYOUT = KVLayout(32, 8, 128)
@@ -46,113 +39,12 @@ TIMED_CODECS = ("raw", "l12", "q8", "q4")
 NUM_PROGRAMS = (4, 12, 32, None)
 
 
-def time_calls(calls: list[Callable[[], Any]]) -> float:
-    """Microseconds of one of the calls, which have run before: median over rounds of all."""
-    begins, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(NUM_ROUNDS)] for _ in "ab")
-    for begin, end in zip(begins, ends, strict=True):
-        begin.record()
-        for call in calls:
-            call()
-        end.record()
-    torch.cuda.synchronize()
-    times_ms = (begin.elapsed_time(end) for begin, end in zip(begins, ends, strict=True))
-    return 1e3 * statistics.median(times_ms) / len(calls)
-
-
-def time_provider(provider: Callable[[Any], Any], inputs: list[Any]) -> dict[str, float]:
-    """Microseconds of a call: as called from Python, and replayed from a graph without it."""
-    calls = [partial(provider, one) for one in inputs]
-    for call in calls:
-        call()
-    eager_us = time_calls(calls)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    return {"eager_us": eager_us, "graph_us": time_calls([graph.replay]) / len(calls)}
-
-
-def make_cold(make: Callable[[], Any], num_bytes: int) -> list[Any]:
-    """As many inputs as together are four times the device's cache."""
-    torch.cuda.empty_cache()  # what the case before took
-    cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-    count = min(MAX_INPUTS, -(-4 * cache_bytes // num_bytes))
-    with torch.device("cuda"):
-        return [make() for _ in range(count)]
-
-
-def copy_rate() -> dict[str, float]:
-    """Gigabytes a second of a copy within device memory, read and written."""
-    source = torch.ones(1 << 30, dtype=torch.int8, device="cuda")
-    target = torch.empty_like(source)
-    copy = partial(target.copy_, source)
-    copy()
-    return {"gbytes_per_s": 2 * source.numel() / time_calls([copy]) / 1e3}
-
-
-@torch.inference_mode()
-def time_attention(case: Case) -> dict[str, Any]:
-    inputs = make_cold(partial(attention_cases.make_inputs, case), case.num_kv_bytes)
-    results = {name: [run(inputs[0])] for name, run in PROVIDERS.items()}
-    # Only to notice that another thing is timed; what is right is for check.py to say.
-    check_agreement(results, "sdpa_contiguous", 0.1)
-    row: dict[str, Any] = {"num_kv_bytes": case.num_kv_bytes, "num_flops": case.num_flops}
-    for name, provider in PROVIDERS.items():
-        row[name] = times = time_provider(provider, inputs)
-        times["kv_gbytes_per_s"] = case.num_kv_bytes / times["graph_us"] / 1e3
-        times["tflops"] = case.num_flops / times["graph_us"] / 1e6
-    return row
-
-
-def _narrow(inputs: attention_cases.Inputs, kind: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of `paged_attention` with all blocks of a kind."""
-    keys, values, table = inputs.key_cache, inputs.value_cache, inputs.block_table
-    caches = {}
-    if kind == "float8":
-        keys, values = keys.to(torch.float8_e4m3fn), values.to(torch.float8_e4m3fn)
-    else:
-        bits, groups = 8, (1, 1)
-        if kind == "int4":
-            bits, groups = 4, (keys.shape[2] // 32, keys.shape[3] // 32)
-        caches[f"{kind}_cache"] = QuantizedCache(
-            *quantize_keys(keys, bits, groups[0]), *quantize_values(values, bits, groups[1])
-        )
-        table = tag_blocks(table, kind)
-        keys, values = keys[:1], values[:1]
-    return (inputs.query, keys, values, table, inputs.seq_lens), caches
-
-
-@torch.inference_mode()
-def time_narrow(case: Case, kind: str) -> dict[str, Any]:
-    """Decode over a cache of a narrow kind; compare with the row of the same case in bfloat16."""
-    made = make_cold(
-        lambda: _narrow(attention_cases.make_inputs(case), kind), case.num_kv_bytes // 4
-    )
-    num_bytes = sum(
-        part.numel() * part.element_size() for cache in made[0][1].values() for part in cache
-    )
-    num_bytes = num_bytes or case.num_kv_bytes // 2
-    times = time_provider(lambda one: kvkernels.paged_attention(*one[0], **one[1]), made)
-    rate = num_bytes / times["graph_us"] / 1e3
-    return {"num_kv_bytes": num_bytes, "kv_gbytes_per_s": rate, **times}
-
-
-@torch.inference_mode()
-def time_shared_prefix(case: bench_shared_prefix.Case) -> dict[str, Any]:
-    one_copy = case.num_flat_bytes // case.num_seqs
-    inputs = make_cold(partial(bench_shared_prefix.make_inputs, case), one_copy)
-    providers = bench_shared_prefix.PROVIDERS
-    check_agreement({name: [run(inputs[0])] for name, run in providers.items()}, "flat", 0.1)
-    return {name: time_provider(run, inputs) for name, run in providers.items()}
-
-
 @torch.inference_mode()
 def time_store(case: bench_kv_cache.Case) -> dict[str, Any]:
     inputs = make_cold(partial(bench_kv_cache.make_inputs, case), case.num_bytes)
     # Boolean indexing, as the reference does, waits for the device: it has no place in a graph.
     provider = bench_kv_cache.PROVIDERS["kvkernels"]
-    times = time_provider(provider, inputs)
+    times = time_both_ways([partial(provider, one) for one in inputs])
     return {"gbytes_per_s": case.num_bytes / times["graph_us"] / 1e3, **times}
 
 
@@ -203,18 +95,39 @@ def time_codec(codec: str, place: str) -> dict[str, Any]:
     return row
 
 
-def time_cases() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+def _attention_cases() -> Iterator[Step]:
+    """Beside what PyTorch has built in."""
+    for case in CASES:
+        yield case.name, partial(time_attention, case, SDPA_PEERS)
+    yield f"{INVARIANT_CASE.name}_invariant", partial(time_invariant, INVARIANT_CASE)
+    for latent_case in LATENT_CASES:
+        yield latent_case.name, partial(time_latent, latent_case)
+    for case in NARROW_CASES:
+        for kind in NARROW_KINDS:
+            yield f"{case.name}_{kind}", partial(time_narrow, case, kind, {})
+    for shared_case in bench_shared_prefix.CASES:
+        yield shared_case.name, partial(time_shared_prefix, shared_case)
+
+
+def _compiled_peer_cases() -> Iterator[Step]:
+    """Ours again, beside what is compiled for it. It comes last: a kernel of that kind that reads
+    where it must not would leave the device unusable to all that follows."""
+    for topic, peers in (("flashinfer", flashinfer_peers()), ("flex", FLEX_PEERS)):
+        for case in CASES:
+            if any(peer.serves(case) for peer in peers.values()):
+                yield f"{case.name}_{topic}", partial(time_attention, case, peers)
+    if peers := float8_peers():
+        for case in NARROW_CASES:
+            yield f"{case.name}_float8_flashinfer", partial(time_narrow, case, "float8", peers)
+
+
+def time_cases() -> Iterator[Step]:
     """Names and what to run, one at a time."""
+    yield from _attention_cases()
     for store_case in bench_kv_cache.CASES:
         yield f"store_{store_case.name}", partial(time_store, store_case)
-    for case in NARROW_CASES:
-        for kind in ("float8", "int8", "int4"):
-            yield f"{case.name}_{kind}", partial(time_narrow, case, kind)
     yield "transfer", time_transfer
     for codec in TIMED_CODECS:
         for place in ("device", "host"):
             yield f"codec_{codec}_{place}", partial(time_codec, codec, place)
-    for shared_case in bench_shared_prefix.CASES:
-        yield shared_case.name, partial(time_shared_prefix, shared_case)
-    for case in CASES:
-        yield case.name, partial(time_attention, case)
+    yield from _compiled_peer_cases()

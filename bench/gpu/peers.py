@@ -1,0 +1,111 @@
+"""The peers that are there, and what compiles their kernels before anything is timed.
+
+`python -m bench.gpu.peers NAME` compiles one of `builds`, whose result stays in a cache on disk.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import attention_cases
+from bench.gpu.flashinfer_peers import FLASHINFER_PEERS, FLOAT8_PEERS, MODULES, is_installed
+from bench.gpu.peer import Peer
+from bench.gpu.torch_peers import FLEX_PEERS
+
+# Of nvcc at once, in each build.
+NUM_JOBS = 6
+
+
+def flashinfer_peers() -> dict[str, Peer]:
+    return FLASHINFER_PEERS if is_installed() else {}
+
+
+def float8_peers() -> dict[str, Peer]:
+    """Over caches in float8."""
+    return FLOAT8_PEERS if is_installed() else {}
+
+
+@torch.inference_mode()
+def _compile_flex() -> None:
+    for case in attention_cases.CASES:
+        for peer in FLEX_PEERS.values():
+            if peer.serves(case):
+                with torch.device("cuda"):
+                    inputs = attention_cases.make_inputs(case)
+                peer.prepare(case, inputs)()
+    torch.cuda.synchronize()
+
+
+def _compile_module(name: str) -> None:
+    MODULES[name]().build(verbose=False)
+
+
+def builds() -> dict[str, Callable[[], Any]]:
+    """What there is to compile, the modules that most cases need first."""
+    found: dict[str, Callable[[], Any]] = {}
+    if is_installed():
+        found |= {f"flashinfer_{name}": partial(_compile_module, name) for name in MODULES}
+    return found | {"flex": _compile_flex}
+
+
+def digest(log: str) -> str:
+    """The first lines of a compiler's output that tell of errors, and its end."""
+    errors = [line[:200] for line in log.splitlines() if "error" in line.lower()][:4]
+    return "\n".join([*errors, log[-400:]])
+
+
+def prepare(limit_s: float = 240.0) -> dict[str, str]:
+    """Compile all that the peers need, in processes beside each other.
+
+    Whatever is not done within `limit_s` seconds ends then.
+
+    Returns:
+        What failed and the end of its output; empty if nothing did.
+    """
+    ends_at = time.monotonic() + limit_s
+    failed = {}
+    with tempfile.TemporaryDirectory() as folder:
+        logs = {name: Path(folder) / name for name in builds()}
+        processes = {name: _start(name, log) for name, log in logs.items()}
+        try:
+            for name, process in processes.items():
+                try:
+                    status = process.wait(max(0.0, ends_at - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    failed[name] = f"not done within {limit_s:.0f} s"
+                    continue
+                if status:
+                    failed[name] = digest(logs[name].read_text(errors="replace"))
+        finally:
+            for process in processes.values():
+                _end(process)
+    return failed
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End a build and its compilers, where it still goes on."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _start(name: str, log: Path) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "bench.gpu.peers", name]
+    environment = {"MAX_JOBS": str(NUM_JOBS)} | os.environ
+    with log.open("w") as file:
+        return subprocess.Popen(
+            command, stdout=file, stderr=file, env=environment, start_new_session=True
+        )
+
+
+if __name__ == "__main__":
+    builds()[sys.argv[1]]()
