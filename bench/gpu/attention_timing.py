@@ -164,7 +164,8 @@ def time_narrow(case: Case, kind: str, peers: Mapping[str, Peer]) -> dict[str, A
         partial(_attend, inputs, **caches) for inputs, caches in made
     ]
     times = time_both_ways(calls)
-    row = with_floor(times, _num_bytes(case, num_kv_bytes), case.num_flops, case.dtype)
+    floor = with_floor(times, _num_bytes(case, num_kv_bytes), case.num_flops, case.dtype)
+    row = {"case": f"{case.name}_{kind}", **floor}
     inputs = [one for one, _ in made]
     return row | {"peers": time_peers(peers, case, inputs, calls[0](), times["graph_us"])}
 
