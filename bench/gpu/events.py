@@ -37,6 +37,16 @@ def time_both_ways(calls: Sequence[Callable[[], Any]]) -> dict[str, float]:
     return {"eager_us": eager_us, "graph_us": time_calls([graph.replay]) / len(calls)}
 
 
+def replayed(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What a call, which has run before, gives when it is replayed from a graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    out.fill_(torch.nan)  # it stays so where the call launches on another stream
+    graph.replay()
+    return out.clone()  # the graph owns its memory
+
+
 def make_cold(make: Callable[[], Any], num_bytes: int) -> list[Any]:
     """As many inputs as together are four times the device's cache."""
     torch.cuda.empty_cache()  # what the case before took
