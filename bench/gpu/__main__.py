@@ -1,34 +1,42 @@
-"""Checks and times the kernels on a CUDA device; see run.sh."""
+"""Checks and times the kernels on a CUDA device; see run.sh.
 
+First everything that may run beside each other, on all processors, for most of its time goes into
+compiling: the C++ extension, the checks, a rehearsal of what is timed, the tests. Then the timings,
+alone on the device.
+"""
+
+from __future__ import annotations
+
+import argparse
 import importlib.util
 import json
+import os
 import platform
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
-from bench.gpu.check import CHECKS
-from bench.gpu.timing import copy_rate, time_cases
+from bench.gpu import peers
+from bench.gpu.steps import DEVICE_ERROR, steps
+from bench.gpu.summary import summarise
 
-# Seconds from the start: no timing begins, and no test goes on, after these.
-TIMING_ENDS_S = 270
-TESTS_END_S = 500
+PARTS = ("checks", "tests", "timings", "engine")
+REHEARSED = ("timings", "tune")
+# Seconds from the start: what runs beside each other ends, and then the timings.
+PREPARED_S = 270
+TIMED_S = 515
+STEP_S = 120
+LOGS = Path("build/gpu")
 TOPICS = ("attention", "attention_features", "codecs", "kv_cache", "splits", "triton_batches")
 TEST_FILES = [f"tests/ops/test_{topic}.py" for topic in TOPICS]
-# One process each: most of the time goes into compiling, on one core a process.
-TEST_SHARDS = (
-    "triton and float32",
-    "triton and bfloat16",
-    "triton and float16 and not bfloat16",
-    "(triton or splits or batches) and not float",
-)
+TESTS = "triton or splits or batches"
 
 
 def _commit() -> str | None:
@@ -40,93 +48,177 @@ def _commit() -> str | None:
         return None
 
 
+def _driver() -> str | None:
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError:
+        return None
+
+
 def describe_machine() -> dict[str, Any]:
     """What the figures depend on."""
     properties = torch.cuda.get_device_properties(0)
     return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "device": properties.name,
         "compute_capability": f"{properties.major}.{properties.minor}",
         "num_multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
         "l2_cache_bytes": properties.L2_cache_size,
+        "driver": _driver(),
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": _commit(),
+        "num_processors": os.cpu_count(),
+        "commit": os.environ.get("KVKERNELS_COMMIT") or _commit(),
     }
 
 
-def attempt(work: Callable[[], Any]) -> dict[str, Any]:
-    """Run `work`; one failure must not cost the rest of the run, so it becomes a row."""
-    begin = time.monotonic()
-    try:
-        row = work() or {}
-        row["ok"] = True
-    except Exception as error:
-        traceback.print_exc()
-        row = {"ok": False, "error": f"{type(error).__name__}: {error}"[:2000]}
-    return row | {"took_s": round(time.monotonic() - begin, 1)}
+class Run:
+    """The result so far, written after every step, so that a run cut short leaves what it had."""
+
+    def __init__(self, path: Path) -> None:
+        self.begin = time.monotonic()
+        self._path = path
+        self.result: dict[str, Any] = {"machine": describe_machine(), "is_complete": False}
+
+    def left_s(self, until_s: float) -> float:
+        return max(0.0, self.begin + until_s - time.monotonic())
+
+    def record(self, topic: str, row: dict[str, Any]) -> None:
+        row |= {"name": row["name"].rpartition("/")[2]}
+        self.result.setdefault(topic, []).append(row)
+        self.write()
+
+    def write(self) -> None:
+        self._path.write_text(json.dumps(self.result, indent=1) + "\n")
 
 
-def run_tests(begin: float) -> list[dict[str, Any]]:
-    """The Triton part of the tests, in processes beside each other."""
-    command = [sys.executable, "-m", "pytest", *TEST_FILES, "-q", "-p", "no:cacheprovider", "-k"]
-    logs = [Path(f"build/gpu-tests-{index}.log") for index in range(len(TEST_SHARDS))]
-    processes = []
-    for shard, log in zip(TEST_SHARDS, logs, strict=True):
-        with log.open("w") as file:
-            processes.append(subprocess.Popen([*command, shard], stdout=file, stderr=file))
-    rows = []
-    for shard, log, process in zip(TEST_SHARDS, logs, processes, strict=True):
+def topic_of(name: str) -> str:
+    return name.partition("/")[0]
+
+
+def run_logged(command: Sequence[str | Path], log: str, timeout_s: float) -> tuple[int | str, str]:
+    """Status of a process, or why there is none, and the end of what it printed."""
+    path = LOGS / f"{log.replace('/', '-')}.log"
+    with path.open("w") as file:
         try:
-            status = process.wait(max(0.0, begin + TESTS_END_S - time.monotonic()))
+            status: int | str = subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, timeout=timeout_s
+            ).returncode
         except subprocess.TimeoutExpired:
-            process.kill()
-            status = process.wait()
-        text = log.read_text()
-        print(text[-3000:])
-        rows.append({"name": shard, "ok": status == 0, "status": status, "end": text[-1500:]})
+            status = "no time left"
+    return status, path.read_text(errors="replace")[-2000:]
+
+
+def run_steps(names: Sequence[str], timeout_s: float, *flags: str) -> list[dict[str, Any]]:
+    """Rows of the steps, from one process, and another one behind every device error."""
+    end = time.monotonic() + timeout_s
+    rows: list[dict[str, Any]] = []
+    while len(rows) < len(names):
+        rest = names[len(rows) :]
+        file = LOGS / f"{rest[0].replace('/', '-')}.jsonl"
+        file.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "bench.gpu.steps", file, *rest, *flags]
+        status, text = run_logged(command, rest[0], max(0.1, end - time.monotonic()))
+        if file.exists():
+            rows += [json.loads(line) for line in file.read_text().splitlines()]
+        if len(rows) < len(names) and status != DEVICE_ERROR:
+            rows.append(
+                {"name": names[len(rows)], "ok": False, "status": status, "error": text[-600:]}
+            )
+        if isinstance(status, str):
+            rows += [
+                {"name": name, "ok": False, "error": "no time left"} for name in names[len(rows) :]
+            ]
     return rows
 
 
-def main() -> int:
-    """Write the result after every step, so that a run cut short leaves what it had."""
+def build_extension(run: Run) -> dict[str, Any]:
+    """The C++ extension, in place; what needs it is left out where it does not build."""
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    status, text = run_logged(command, "build", run.left_s(PREPARED_S))
+    row = {"name": "build", "ok": status == 0, "took_s": time.monotonic() - run.begin}
+    return row if status == 0 else row | {"error": text[-600:]}
+
+
+def run_tests(run: Run) -> dict[str, Any]:
+    """The Triton part of the tests."""
     begin = time.monotonic()
+    command = [sys.executable, "-m", "pytest", *TEST_FILES, "-q", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(max(2, (os.cpu_count() or 2) // 2))]
+    command += ["-k", TESTS, "--no-header", "-rfE", "--tb=line"]
+    status, text = run_logged(command, "tests", run.left_s(PREPARED_S))
+    took_s = round(time.monotonic() - begin, 1)
+    return {"name": TESTS, "ok": status == 0, "status": status, "took_s": took_s, "end": text}
+
+
+def prepare(run: Run, parts: Sequence[str], names: Sequence[str]) -> None:
+    """What may run beside each other, in processes of their own."""
+    with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) - 2)) as pool:
+        waiting = [("build", pool.submit(build_extension, run))]
+        if "timings" in parts:
+            waiting.append(("peers", pool.submit(_prepare_peers, run)))
+        if "tests" in parts and importlib.util.find_spec("pytest"):
+            waiting.append(("tests", pool.submit(run_tests, run)))
+        for name in names:
+            topic = topic_of(name)
+            if topic in parts and topic in ("checks", *REHEARSED):
+                flags = ["--rehearse"] if topic in REHEARSED else []
+                waiting.append((topic, pool.submit(_run_one, run, name, flags)))
+        for topic, future in waiting:
+            row = future.result()
+            if topic not in REHEARSED:  # those fail again, when they are timed
+                run.record(topic, row)
+            elif not row["ok"]:
+                print("rehearsal", json.dumps(row)[:500], flush=True)
+
+
+def _run_one(run: Run, name: str, flags: list[str]) -> dict[str, Any]:
+    timeout_s = min(STEP_S, run.left_s(PREPARED_S))
+    if timeout_s < 1:
+        return {"name": name, "ok": False, "error": "no time left"}
+    return run_steps([name], timeout_s, *flags)[0]
+
+
+def _prepare_peers(run: Run) -> dict[str, Any]:
+    failed = peers.prepare(run.left_s(PREPARED_S))
+    row = {"name": "peers", "ok": not failed, "took_s": round(time.monotonic() - run.begin, 1)}
+    return row | ({"error": json.dumps(failed)[:2000]} if failed else {})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--parts", nargs="*", choices=(*PARTS, "tune"), default=PARTS)
+    parser.add_argument("--only", default="", help="only steps whose name contains this")
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device", file=sys.stderr)
         return 2
-    path = Path(sys.argv[1])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Path("build").mkdir(exist_ok=True)
-    result: dict[str, Any] = {"machine": describe_machine(), "is_complete": False}
-
-    def record(topic: str, row: dict[str, Any]) -> None:
-        result.setdefault(topic, []).append(row)
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print(topic, json.dumps(row), flush=True)
-
-    print(json.dumps(result["machine"]), flush=True)
-    torch.manual_seed(0)
-    for name, check in CHECKS.items():
-        record("checks", {"name": name} | attempt(check))
-    record("copy", attempt(copy_rate))
-    for name, work in time_cases():
-        if time.monotonic() - begin > TIMING_ENDS_S:
-            record("timings", {"name": name, "ok": False, "error": "no time left"})
-            continue
-        record("timings", {"name": name} | attempt(work))
-    if importlib.util.find_spec("pytest"):
-        for row in run_tests(begin):
-            record("tests", row)
-    else:
-        result["tests_skipped"] = "pytest is not installed"
-    topics = ("checks", "copy", "timings", "tests")
-    rows = [row for topic in topics for row in result.get(topic, [])]
-    failed = [row.get("name", "copy") for row in rows if not row["ok"]]
-    result |= {"is_complete": True, "failed": failed, "took_s": time.monotonic() - begin}
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{len(rows)} steps, failed: {failed or 'none'}; wrote {path}")
+    options.file.parent.mkdir(parents=True, exist_ok=True)
+    LOGS.mkdir(parents=True, exist_ok=True)
+    run = Run(options.file)
+    print(json.dumps(run.result["machine"]), flush=True)
+    names = [name for name in steps() if options.only in name]
+    prepare(run, options.parts, names)
+    topics = ("rates", *(topic for topic in ("tune", "timings", "engine") if topic in options.parts))
+    chosen = [name for name in names if topic_of(name) in topics]
+    for name, row in zip(chosen, run_steps(chosen, run.left_s(TIMED_S)), strict=True):
+        run.record(topic_of(name), row)
+    rows = [row for value in run.result.values() if isinstance(value, list) for row in value]
+    failed = [row["name"] for row in rows if not row["ok"]]
+    run.result |= {
+        "is_complete": True,
+        "failed": failed,
+        "took_s": round(time.monotonic() - run.begin, 1),
+    }
+    run.write()
+    print(summarise(run.result))
+    print(f"{len(rows)} steps, failed: {failed or 'none'}; wrote {options.file}")
     return 1 if failed else 0
 
 

@@ -1,0 +1,84 @@
+"""Single steps of the run, each a row of its result: ``python -m bench.gpu.steps FILE NAME...``.
+
+Appends a row for each to FILE, a JSON document a line. A device error leaves a process that can do
+nothing more on the device, so the first one ends it with status 3; who started it starts another
+for the steps that are left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gpu import events
+from bench.gpu.check import CHECKS
+from bench.gpu.engine import engine_cases
+from bench.gpu.rates import copy_rate, matmul_rate
+from bench.gpu.timing import time_cases
+from bench.gpu.tune import tune_cases
+
+DEVICE_ERROR = 3
+Step = Callable[[], dict[str, Any] | None]
+
+
+def steps() -> dict[str, Step]:
+    """Every step by topic and name, as in ``checks/store``, in the order in which they run."""
+    named = {f"checks/{name}": check for name, check in CHECKS.items()}
+    named |= {"rates/copy": copy_rate, "rates/matmul": matmul_rate}
+    for topic, cases in (("timings", time_cases), ("engine", engine_cases), ("tune", tune_cases)):
+        named |= {f"{topic}/{name}": work for name, work in cases()}
+    return named
+
+
+def run_step(name: str, step: Step) -> dict[str, Any]:
+    """The step's row; a failure must not cost the steps behind it, so it becomes one too."""
+    begin = time.monotonic()
+    row: dict[str, Any] = {"name": name}
+    torch.manual_seed(0)
+    try:
+        row |= step() or {}
+        torch.cuda.synchronize()  # a late fault is this step's
+        row["ok"] = True
+    except Exception as error:
+        traceback.print_exc()
+        row |= {"ok": False, "error": f"{type(error).__name__}: {error}"[:2000]}
+    return row | {"took_s": round(time.monotonic() - begin, 1)}
+
+
+def is_device_lost() -> bool:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("names", nargs="+")
+    parser.add_argument("--rehearse", action="store_true", help="compile; the times mean nothing")
+    options = parser.parse_args()
+    if options.rehearse:
+        events.NUM_ROUNDS = 1
+    known = steps()
+    for name in options.names:
+        row = run_step(name, known[name])
+        with options.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+        if not row["ok"] and is_device_lost():
+            return DEVICE_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Times other launch configurations than the table's; what wins is written into the table by hand.
+
+Not part of a whole run: ``bench/gpu/run.sh FILE --parts tune``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from bench import attention_cases
+from bench.attention_providers import attend_paged
+from bench.gpu.attention_timing import CASES, attend_narrow, make_narrow
+from bench.gpu.events import make_cold, time_both_ways
+from kvkernels.triton_kernels import configs
+
+Tiles = tuple[int, ...]
+
+# tile_n, num_warps, num_stages, programs at once
+DECODE: tuple[Tiles, ...] = (
+    *((64, 4, 3, at_once) for at_once in (1, 2, 3, 4)),
+    *((64, 4, stages, 2) for stages in (2, 4, 5)),
+    *((128, 4, 2, 2), (128, 4, 3, 1), (128, 8, 3, 1), (128, 8, 2, 2)),
+    *((32, 4, 4, 3), (32, 2, 4, 4), (64, 2, 3, 3), (64, 8, 3, 2)),
+)
+CODES: tuple[Tiles, ...] = (
+    *((32, 4, stages, at_once) for stages in (3, 4, 5) for at_once in (2, 3, 4)),
+    *((64, 4, 3, 2), (64, 4, 4, 2), (64, 4, 3, 3), (64, 8, 3, 2), (32, 2, 4, 4), (64, 4, 2, 4)),
+)
+# tile_m, tile_n, num_warps, num_stages
+PREFILL: tuple[Tiles, ...] = (
+    *((128, 64, 8, stages) for stages in (2, 3, 4)),
+    *((128, 128, 8, stages) for stages in (2, 3)),
+    *((128, 64, 4, 2), (128, 64, 4, 3), (128, 32, 4, 4), (128, 128, 4, 2)),
+    *((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 4, 3), (128, 32, 8, 4)),
+)
+DECODE_CASES = ("decode_1x1k", "decode_1x32k", "decode_4x8k", "decode_8x4k", "decode_32x1k")
+PREFILL_CASES = ("prefill_2k_d128", "prefill_8k_d128", "extend_512_after_8k", "prefill_8k_d64")
+
+
+@contextmanager
+def replaced(table: dict[Any, Any], key: Any, value: Any) -> Iterator[None]:
+    before = table[key]
+    table[key] = value
+    try:
+        yield
+    finally:
+        table[key] = before
+
+
+def time_each(
+    candidates: tuple[Tiles, ...],
+    choose: Callable[[Tiles], Any],
+    calls: list[Callable[[], torch.Tensor]],
+) -> dict[str, Any]:
+    """Microseconds with each of the candidates, or why there are none; with the table's first."""
+    row: dict[str, Any] = {"table": time_both_ways(calls)["graph_us"]}
+    for tiles in candidates:
+        name = "x".join(map(str, tiles))
+        try:
+            with choose(tiles):
+                row[name] = time_both_ways(calls)["graph_us"]
+        except Exception as error:  # too large for the device: the others remain
+            row[name] = f"{type(error).__name__}: {error}"[:100]
+    return row
+
+
+@torch.inference_mode()
+def tune_decode(case: attention_cases.Case) -> dict[str, Any]:
+    inputs = make_cold(partial(attention_cases.make_inputs, case), case.num_kv_bytes)
+    key = (9, 2, case.head_dim)
+    return time_each(
+        DECODE,
+        lambda tiles: replaced(configs._DECODE, key, tiles),
+        [partial(attend_paged, one) for one in inputs],
+    )
+
+
+@torch.inference_mode()
+def tune_codes(case: attention_cases.Case, kind: str) -> dict[str, Any]:
+    made = make_cold(
+        lambda: make_narrow(attention_cases.make_inputs(case), kind), case.num_kv_bytes // 4
+    )
+    key = (9, 2, case.head_dim)
+    return time_each(
+        CODES,
+        lambda tiles: replaced(configs._DECODE_CODES, key, tiles),
+        [partial(attend_narrow, inputs, **caches) for inputs, caches in made],
+    )
+
+
+@torch.inference_mode()
+def tune_prefill(case: attention_cases.Case) -> dict[str, Any]:
+    inputs = make_cold(partial(attention_cases.make_inputs, case), case.num_kv_bytes)
+    key = (9, 2, case.head_dim)
+    return time_each(
+        PREFILL,
+        lambda tiles: replaced(configs._PREFILL, key, {tiles[0]: tiles[1:]}),
+        [partial(attend_paged, one) for one in inputs],
+    )
+
+
+def tune_cases() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Names and what to run, one at a time."""
+    by_name = {case.name: case for case in CASES}
+    for name in DECODE_CASES:
+        yield name, partial(tune_decode, by_name[name])
+    for name in PREFILL_CASES:
+        yield name, partial(tune_prefill, by_name[name])
+    for kind in ("int8", "int4"):
+        yield f"decode_4x8k_{kind}", partial(tune_codes, by_name["decode_4x8k"], kind)
