@@ -183,7 +183,11 @@ class EngineLoop:
             for step in wanting
             if step in valid
         ]
-        return valid, sample_tokens(logits[rows], sampled) if rows else []
+        if not rows:
+            return valid, []
+        # Indexing copies, and on a GPU waits for the copy of the index.
+        counting = logits if len(rows) == len(wanting) else logits[rows]
+        return valid, sample_tokens(counting, sampled)
 
     def _advance(
         self, steps: Sequence[Step], tokens: Sequence[SampledToken], seconds: float, now: float

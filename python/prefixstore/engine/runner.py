@@ -16,6 +16,7 @@ from kvkernels.nn import PagedGroup, batch_invariance, decoder_layers, fused_lay
 from kvkernels.nn.module import PagedBatch
 from kvkernels.nn.transformers_batch import BatchCache
 from kvkernels.threads import own_threads
+from prefixstore.engine.pass_inputs import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -132,44 +133,50 @@ class ModelRunner:
             ``[num_wanted, vocab_size]``: logits after the chunks that want them, in order; None if
             none does.
         """
-        lengths = np.array([len(chunk.tokens) for chunk in chunks])
-        positions = np.concatenate([np.arange(chunk.start, chunk.stop) for chunk in chunks])
         tokens = np.concatenate([chunk.tokens for chunk in chunks]).astype(np.int64)
-        ends = np.cumsum(lengths)
+        positions = np.concatenate([np.arange(chunk.start, chunk.stop) for chunk in chunks])
+        ends = np.cumsum([len(chunk.tokens) for chunk in chunks])
         wanted = [
             int(end) - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.wants_logits
         ]
-        cache = BatchCache(self._groups, self._batches(chunks, lengths, positions), before_layer)
+        # A model computes logits of one place at least.
+        arrays = [tokens, positions, np.array(wanted or [0]), *self._layout(chunks, positions)]
+        input_ids, position_ids, places, *layout = to_device(arrays, self._device)
+        cache = BatchCache(self._groups, self._batches(layout, len(tokens)), before_layer)
         with self.threads():
             out = self._model(
-                input_ids=self._tensor(tokens)[None],
-                position_ids=self._tensor(positions)[None],
+                input_ids=input_ids[None],
+                position_ids=position_ids[None],
                 past_key_values=cache,
                 use_cache=True,
-                # A model computes logits of one place at least.
-                logits_to_keep=self._tensor(np.array(wanted or [0])),
+                logits_to_keep=places,
             )
+        if self._device.type == "cuda":
+            # The planner learns from how long passes take, not from how long queueing them does.
+            torch.cuda.current_stream(self._device).synchronize()
         return out.logits[0] if wanted else None
 
-    def _batches(
-        self, chunks: Sequence[Chunk], lengths: np.ndarray, positions: np.ndarray
-    ) -> list[PagedBatch]:
+    def _layout(self, chunks: Sequence[Chunk], positions: np.ndarray) -> list[np.ndarray]:
+        """Lengths and their running sum, and each group's block table and slots: `PagedBatch`."""
+        lengths = [len(chunk.tokens) for chunk in chunks]
         seq_lens = np.array([chunk.stop for chunk in chunks], dtype=np.int32)
+        bounds = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+        arrays = [seq_lens, bounds]
         widths = -(-seq_lens // self._block_size)
         rows = np.repeat(np.arange(len(chunks)), lengths)
         blocks, offsets = np.divmod(positions, self._block_size)
-        bounds = None
-        if (lengths != 1).any():
-            bounds = self._tensor(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
-        lens = self._tensor(seq_lens)
-        batches = []
         for group in range(len(self._groups)):
             table = np.full((len(chunks), int(widths.max())), -1, dtype=np.int32)
             for row, (chunk, width) in enumerate(zip(chunks, widths.tolist(), strict=True)):
                 table[row, :width] = chunk.tables[group, :width]
-            slots = table[rows, blocks].astype(np.int64) * self._block_size + offsets
-            batches.append(PagedBatch(self._tensor(table), lens, bounds, self._tensor(slots)))
-        return batches
+            arrays += [table, table[rows, blocks].astype(np.int64) * self._block_size + offsets]
+        return arrays
 
-    def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device, non_blocking=True)
+    def _batches(self, layout: Sequence[torch.Tensor], num_tokens: int) -> list[PagedBatch]:
+        """Of each group, from what `_layout` made, on the device."""
+        seq_lens, bounds, *own = layout
+        cu_seqlens_q = None if len(seq_lens) == num_tokens else bounds  # one new token each
+        return [
+            PagedBatch(own[2 * group], seq_lens, cu_seqlens_q, own[2 * group + 1])
+            for group in range(len(self._groups))
+        ]
