@@ -161,7 +161,7 @@ class ModelRunner:
         lengths = [len(chunk.tokens) for chunk in chunks]
         seq_lens = np.array([chunk.stop for chunk in chunks], dtype=np.int32)
         bounds = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-        arrays = [seq_lens, bounds]
+        arrays: list[np.ndarray] = [seq_lens, bounds]
         widths = -(-seq_lens // self._block_size)
         rows = np.repeat(np.arange(len(chunks)), lengths)
         blocks, offsets = np.divmod(positions, self._block_size)
