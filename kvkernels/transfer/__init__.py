@@ -2,5 +2,6 @@
 
 from kvkernels.transfer.block_transfer import BlockTransfer, Eviction, Restoration
 from kvkernels.transfer.lanes import all_done
+from kvkernels.transfer.pinning import PinnedMemory
 
-__all__ = ["BlockTransfer", "Eviction", "Restoration", "all_done"]
+__all__ = ["BlockTransfer", "Eviction", "PinnedMemory", "Restoration", "all_done"]

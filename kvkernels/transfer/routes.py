@@ -94,7 +94,7 @@ class DeviceRoute:
     def encode(
         self, block_ids: torch.Tensor, block_format: BlockFormat, payloads: torch.Tensor
     ) -> Callable[[], EncodedBlocks]:
-        ids = block_ids.to(self._pool.device)
+        ids = _to_device(block_ids, self._pool.device)
         target = torch.empty_like(payloads, device=ids.device) if self._is_staged else payloads
         encoded = encode_blocks(
             self._pool, ids, block_format, payloads=target, num_programs=self._num_programs
@@ -120,9 +120,9 @@ class DeviceRoute:
         @functools.cache  # by the first layers' work, so on the lane
         def stage() -> tuple[EncodedBlocks, torch.Tensor]:
             payloads = torch.empty_like(encoded.payloads, device=device)
-            sums, is_raw = encoded.sums.to(device), encoded.is_raw.to(device)
+            sums, is_raw = (_to_device(one, device) for one in (encoded.sums, encoded.is_raw))
             staged = EncodedBlocks(encoded.block_format, payloads, sums, is_raw)
-            return staged, block_ids.to(device)
+            return staged, _to_device(block_ids, device)
 
         def decode_layers(layers: range) -> None:
             staged, ids = stage()
@@ -150,6 +150,11 @@ def _copy_rows(target: torch.Tensor, source: torch.Tensor, cut: slice) -> None:
     """Queue copies of the same bytes of each row; a row is one piece, all rows are not."""
     for target_row, source_row in zip(target, source, strict=True):
         target_row[cut].copy_(source_row[cut], non_blocking=True)
+
+
+def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Queue a copy out of pinned memory: out of other memory the caller would wait for the lane."""
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
+import torch
 
 from kvkernels.nn import PagedGroup
+from kvkernels.transfer import PinnedMemory
 from prefixstore.block_key import ROOT_HASH, BlockKey, chain_keys
 from prefixstore.codec_choice import describe_loss, record_layouts
 from prefixstore.config import CacheConfig
@@ -51,6 +53,7 @@ class BlockCache:
             PoolBlocks(group.pool, layouts)
             for group, layouts in zip(groups, self._record_layouts, strict=True)
         ]
+        self._pinned = _pin_lent_memory(groups, store)
         self._published = RecentNames()
         self._lock = threading.Lock()  # over the counters below
         self._num_prompts = 0
@@ -189,6 +192,8 @@ class BlockCache:
             self.store.close()
         for pool_blocks in self.pool_blocks:
             pool_blocks.close()
+        if self._pinned is not None:
+            self._pinned.close()
 
     def _save(self, group: int, key: BlockKey, block_id: int, is_reuse: bool = False) -> None:
         assert self.store is not None
@@ -203,3 +208,11 @@ class BlockCache:
     def _wait_blocks(self) -> bool:
         """Wait a while until the writer has let go of what blocks it can."""
         return self.store.wait_blocks(WRITER_WAIT_S) if self.store else True
+
+
+def _pin_lent_memory(groups: Sequence[PagedGroup], store: Store | None) -> PinnedMemory | None:
+    """Let a GPU copy the fastest tier's records from where they lie."""
+    memory = None if store is None else store.lent_memory
+    if memory is None or all(group.pool.device.type != "cuda" for group in groups):
+        return None
+    return PinnedMemory(torch.from_numpy(memory))

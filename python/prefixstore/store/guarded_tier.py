@@ -118,6 +118,11 @@ class GuardedTier:
         """Whether `lend_many` is there."""
         return self._tier.lends
 
+    @property
+    def lent_memory(self) -> np.ndarray | None:
+        """See `Tier.lent_memory`."""
+        return self._tier.lent_memory
+
     @contextmanager
     def lend_many(self, keys: Sequence[BlockKey]) -> Iterator[list[Found | None]]:
         """`fetch_many` of records where they lie, for as long as the context lasts."""

@@ -142,6 +142,11 @@ class Store:
         return self._loader.load_many(keys, target, deadline, progress)
 
     @property
+    def lent_memory(self) -> np.ndarray | None:
+        """Where records lie that are restored where they lie, uint8; None if they are not."""
+        return self._tiers[0].lent_memory if self._tiers else None
+
+    @property
     def layered_tiers(self) -> list[str]:
         """Names of the tiers that `load_layers` may ask."""
         return [tier.name for tier in self._tiers if tier.gives_layers]

@@ -212,6 +212,11 @@ class Tier(ABC):
         """Records where they lie, to be read inside the context, not written; marks them used."""
         raise NotImplementedError(f"{self.name}: lends nothing")
 
+    @property
+    def lent_memory(self) -> np.ndarray | None:
+        """All the memory that it lends from, uint8; None where that is not one piece."""
+        return None
+
     def on_evict(self, listener: EvictionListener) -> bool:
         """Tell `listener` of every record that gives way to another, before it does.
 

@@ -76,6 +76,9 @@ class Arena:
         num_slabs: How many slabs the arena has.
         slab_bytes: Of each, whole pages.
         quota_bytes: Of one identity; None for no bound.
+
+    Attributes:
+        memory: All of it, uint8.
     """
 
     def __init__(
@@ -89,7 +92,7 @@ class Arena:
         self._tier_name = tier_name
         self._slab_bytes = slab_bytes
         self._quota_bytes = quota_bytes
-        self._memory = page_aligned(num_slabs * slab_bytes)
+        self.memory = page_aligned(num_slabs * slab_bytes)
         self._slabs = [Slab(i * slab_bytes) for i in range(num_slabs)]
         # by slot size and priority; least recently used first, without what the user pinned
         self._lru: dict[int, dict[int, OrderedDict[BlockHash, Record]]] = {}
@@ -110,7 +113,7 @@ class Arena:
         self._keep_quota(name.identity, num_bytes)
         slab = self._find_slab(slot_bytes, priority)
         offset = slab.free_offsets.pop()
-        record = Record(name, priority, slab, offset, self._memory[offset : offset + num_bytes])
+        record = Record(name, priority, slab, offset, self.memory[offset : offset + num_bytes])
         slab.records.add(record)
         self._tenant_of(record).num_bytes += num_bytes
         self.pin(record)

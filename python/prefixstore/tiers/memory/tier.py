@@ -131,6 +131,10 @@ class MemoryTier(Tier):
                     if record is not None:
                         arena.unpin(record)
 
+    @property
+    def lent_memory(self) -> np.ndarray | None:
+        return self._arena.memory
+
     def put_many(
         self,
         names: Sequence[RecordName],
