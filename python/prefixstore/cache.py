@@ -154,6 +154,8 @@ class PrefixCache:
                 changed since it was opened.
         """
         tokens, salt = self.checked_prompt(token_ids, salt)
+        if self.served_model is not None:
+            self.served_model.check_weights_beyond()
         started = time.perf_counter()
         whole = tokens[: (len(tokens) - 1) // self.config.block_size * self.config.block_size]
         keys = self.blocks.keys(whole, salt)
@@ -173,13 +175,16 @@ class PrefixCache:
     def checked_prompt(
         self, token_ids: torch.Tensor | np.ndarray | Sequence[int], salt: str | None
     ) -> tuple[np.ndarray, str]:
-        """A prompt as `[num_tokens]` uint32, and its namespace; ValueError as for `session`."""
+        """A prompt as `[num_tokens]` uint32, and its namespace; ValueError as for `session`.
+
+        Of a GPU nothing is waited for, so a change of values alone is not seen in its weights.
+        """
         if self._is_closed:
             raise ValueError("session: expected an open cache, got a closed one")
         if salt is not None and not isinstance(salt, str):
             raise ValueError(f"salt: expected a string or None, got {salt!r}")
         if self.served_model is not None:
-            self.served_model.check_weights()
+            self.served_model.check_weights_at_hand()
         tokens = as_tokens("token_ids", token_ids)
         if len(tokens) == 0:
             raise ValueError("token_ids: expected at least one token, got none")

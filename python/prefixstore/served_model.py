@@ -61,7 +61,8 @@ class ServedModel:
         self._arguments = tuple(inspect.signature(model.forward).parameters)
         self._weights = _named_weights(model)
         self._samples = _weight_samples(self._weights.values())
-        self._states = self._weight_states()
+        self._places = self._weight_places()
+        self._values = {device: torch.cat(own) for device, own in self._samples.items()}
         self._hooks = (
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
@@ -74,18 +75,22 @@ class ServedModel:
 
     def check_weights(self) -> None:
         """Raise ValueError if a weight was written or replaced since the cache was opened."""
-        weights, before, now = _named_weights(self._model), self._states, self._weight_states()
-        is_same = (
+        self.check_weights_at_hand()
+        self.check_weights_beyond()
+
+    def check_weights_at_hand(self) -> None:
+        """The part of `check_weights` that does not wait for what is queued on a GPU."""
+        weights = _named_weights(self._model)
+        _refuse_change(
             weights.keys() == self._weights.keys()
             and all(weights[name] is weight for name, weight in self._weights.items())
-            and before[0] == now[0]
-            and all(map(torch.equal, before[1], now[1]))
+            and self._places == self._weight_places()
         )
-        if not is_same:
-            raise ValueError(
-                "model: expected the weights the cache was opened with, got changed ones; open"
-                " another cache"
-            )
+        self._check_values(device for device in self._samples if device.type == "cpu")
+
+    def check_weights_beyond(self) -> None:
+        """The other part of `check_weights`: the values that lie on a GPU."""
+        self._check_values(device for device in self._samples if device.type != "cpu")
 
     def close(self) -> None:
         """Give the model back the attention it had. May be called again."""
@@ -117,18 +122,23 @@ class ServedModel:
             num_new = len(inputs["cache_position"])
         session.check_prompt(token_ids, token_ids.shape[-1] if num_new is None else num_new)
 
-    def _weight_states(self) -> tuple[list[tuple[int, int]], list[torch.Tensor]]:
-        """Where each weight lies, how often it was written, and a few of its bytes.
+    def _check_values(self, devices: Iterable[torch.device]) -> None:
+        """Compare a few bytes of each weight on these devices.
 
         Reading all values would take as long as the digest did. Writing through `.data`, as
         merging an adapter does, leaves no other trace than the values.
         """
-        written = [
+        _refuse_change(
+            all(torch.equal(self._values[one], torch.cat(self._samples[one])) for one in devices)
+        )
+
+    def _weight_places(self) -> list[tuple[int, int]]:
+        """Where each weight lies, and how often it was written."""
+        return [
             # Tensors made in inference mode keep no version.
             (weight.data_ptr(), -1 if weight.is_inference() else weight._version)
             for weight in self._weights.values()
         ]
-        return written, [torch.cat(samples) for samples in self._samples]
 
     def _session_of(self, given: dict[str, Any]) -> WatchedSession | None:
         session = given.get("past_key_values")
@@ -193,7 +203,15 @@ def _named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return dict(chain(model.named_parameters(), model.named_buffers()))
 
 
-def _weight_samples(weights: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+def _refuse_change(is_same: bool) -> None:
+    if not is_same:
+        raise ValueError(
+            "model: expected the weights the cache was opened with, got changed ones; open"
+            " another cache"
+        )
+
+
+def _weight_samples(weights: Iterable[torch.Tensor]) -> dict[torch.device, list[torch.Tensor]]:
     """Views of some bytes in the middle of each weight, by device."""
     samples: dict[torch.device, list[torch.Tensor]] = {}
     for weight in weights:
@@ -202,4 +220,4 @@ def _weight_samples(weights: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]
             middle = flat.numel() // 2
             view = flat[middle : middle + _SAMPLE_SIZE].view(torch.uint8)
             samples.setdefault(weight.device, []).append(view)
-    return list(samples.values())
+    return samples
