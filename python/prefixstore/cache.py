@@ -320,8 +320,6 @@ def _open_store(config: CacheConfig, groups: Sequence[PagedGroup]) -> Store | No
 
 
 def _store_config(groups: Sequence[PagedGroup]) -> StoreConfig:
-    if any(group.pool.device.type != "cpu" for group in groups):
-        return StoreConfig()
     # The writer reads blocks where they lie: waiting costs no memory, so a whole pool may wait
     # and no block of a long prompt is dropped. A pool short of blocks waits for the writer.
     default = StoreConfig()

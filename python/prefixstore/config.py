@@ -62,7 +62,7 @@ class CacheConfig:
         exact_blocks: So many blocks at the start of a sequence are written without loss, whatever
             the codec: attention leans on the first tokens more than on others.
         store: Queues, deadlines, and when a failing tier is left alone. By default as many blocks
-            may wait to be written as the pool of a CPU holds.
+            may wait to be written as the pool holds.
     """
 
     block_size: int = 64
