@@ -125,7 +125,7 @@ def time_attention(case: Case, peers: Mapping[str, Peer]) -> dict[str, Any]:
     return row | {"peers": time_peers(peers, case, inputs, expected, times["graph_us"])}
 
 
-def _narrow(inputs: Inputs, kind: str) -> tuple[Inputs, dict[str, QuantizedCache]]:
+def make_narrow(inputs: Inputs, kind: str) -> tuple[Inputs, dict[str, QuantizedCache]]:
     """The inputs with all blocks of a kind, and the quantised caches that hold them."""
     keys, values = inputs.key_cache, inputs.value_cache
     if kind == "float8":
@@ -142,7 +142,7 @@ def _narrow(inputs: Inputs, kind: str) -> tuple[Inputs, dict[str, QuantizedCache
     return narrow, {f"{kind}_cache": cache}
 
 
-def _attend(inputs: Inputs, **options: Any) -> torch.Tensor:
+def attend_decode(inputs: Inputs, **options: Any) -> torch.Tensor:
     return kvkernels.paged_attention(
         *(inputs.query, inputs.key_cache, inputs.value_cache, inputs.block_table, inputs.seq_lens),
         **options,
@@ -153,14 +153,14 @@ def _attend(inputs: Inputs, **options: Any) -> torch.Tensor:
 def time_narrow(case: Case, kind: str, peers: Mapping[str, Peer]) -> dict[str, Any]:
     """Decode over a cache of a narrow kind; compare with the row of the same case in bfloat16."""
     made = make_cold(
-        lambda: _narrow(attention_cases.make_inputs(case), kind), case.num_kv_bytes // 4
+        lambda: make_narrow(attention_cases.make_inputs(case), kind), case.num_kv_bytes // 4
     )
     num_kv_bytes = case.num_kv_bytes // 2
     if kind != "float8":
         parts = (part for cache in made[0][1].values() for part in cache)
         num_kv_bytes = sum(part.numel() * part.element_size() for part in parts)
     calls: list[Callable[[], torch.Tensor]] = [
-        partial(_attend, inputs, **caches) for inputs, caches in made
+        partial(attend_decode, inputs, **caches) for inputs, caches in made
     ]
     times = time_both_ways(calls)
     floor = with_floor(times, _num_bytes(case, num_kv_bytes), case.num_flops, case.dtype)
@@ -173,8 +173,8 @@ def time_narrow(case: Case, kind: str, peers: Mapping[str, Peer]) -> dict[str, A
 def time_invariant(case: Case) -> dict[str, Any]:
     """Decode with the same bits in every batch, and how much longer than without it."""
     inputs = make_cold(partial(attention_cases.make_inputs, case), case.num_kv_bytes)
-    times = time_both_ways([partial(_attend, one, batch_invariant=True) for one in inputs])
-    plain = time_both_ways([partial(_attend, one) for one in inputs])
+    times = time_both_ways([partial(attend_decode, one, batch_invariant=True) for one in inputs])
+    plain = time_both_ways([partial(attend_decode, one) for one in inputs])
     num_bytes = _num_bytes(case, case.num_kv_bytes)
     row = with_floor(times, num_bytes, case.num_flops, case.dtype)
     return row | {"graph_over_plain": times["graph_us"] / plain["graph_us"]}

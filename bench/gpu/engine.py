@@ -241,25 +241,24 @@ def engine_cases(
     device: torch.device | str = "cuda", cases: Sequence[Case] = CASES
 ) -> Iterator[tuple[str, Callable[[], Row]]]:
     """Names and what to run, one at a time; one model lies on the device at a time."""
+    models: dict[str, Any] = {}
+
+    def with_model(work: Callable[..., Row], case: Case, *args: Any) -> Row:
+        if case.name not in models:
+            models.clear()
+            empty_device_cache()
+            models[case.name] = make_model(case, torch.device(device))
+        return work(case, models[case.name], *args)
+
     for case in cases:
-        models: list[Any] = []
-
-        def with_model(
-            work: Callable[..., Row], *args: Any, case: Case = case, models: list[Any] = models
-        ) -> Row:
-            if not models:
-                models.append(make_model(case, torch.device(device)))
-            return work(case, models[0], *args)
-
         for codec in LOSSLESS:
-            yield f"{case.name}_exact_{codec}", partial(with_model, check_answers, codec)
+            yield f"{case.name}_exact_{codec}", partial(with_model, check_answers, case, codec)
         for num_seqs in case.batches:
-            yield f"{case.name}_decode_{num_seqs}", partial(with_model, time_decode, num_seqs)
-        yield f"{case.name}_generate", partial(with_model, time_generate)
+            name = f"{case.name}_decode_{num_seqs}"
+            yield name, partial(with_model, time_decode, case, num_seqs)
+        yield f"{case.name}_generate", partial(with_model, time_generate, case)
         for num_tokens in case.prompt_lens:
             for codec in (None, *CODECS):
                 name = f"{case.name}_ttft_{num_tokens}_{codec or 'off'}"
-                yield name, partial(with_model, time_first_token, num_tokens, codec)
-        yield f"{case.name}_evictions", partial(with_model, time_beside_evictions)
-        models.clear()
-        empty_device_cache()
+                yield name, partial(with_model, time_first_token, case, num_tokens, codec)
+        yield f"{case.name}_evictions", partial(with_model, time_beside_evictions, case)

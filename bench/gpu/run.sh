@@ -1,10 +1,19 @@
 #!/usr/bin/env bash
-# Checks the Triton kernels on a machine with a CUDA device, times them, and writes one JSON file:
-#   bench/gpu/run.sh [file]        (default: build/gpu.json)
-# Needs python3 with torch, triton and numpy; pytest is used if it is there. Neither network nor the
-# C++ extension. Ends within 9 minutes: status 0 if all that ran was right, 2 without a device.
+# Builds what there is to build, checks the kernels on a machine with a CUDA device, times them and
+# the engine, and writes one JSON file:
+#   bench/gpu/run.sh [FILE] [--parts checks tests timings engine tune] [--only TEXT]
+# FILE is build/gpu.json if not given; without --parts all run but tune. Needs python3 with torch,
+# triton and numpy, and no network. Used if there: pytest and pytest-xdist; a C++ compiler, cmake,
+# ninja, pybind11 and transformers, which the engine needs; flashinfer, to be timed beside.
+# Ends within 9 minutes: status 0 if all that ran was right, 2 without a device.
 set -euo pipefail
-file=$(realpath -m "${1:-build/gpu.json}")
+file=build/gpu.json
+if [[ $# -gt 0 && $1 != --* ]]; then
+  file=$1
+  shift
+fi
+file=$(realpath -m "$file")
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-export PYTHONPATH=.:python:tests PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 TRITON_INTERPRET=0
-exec timeout --kill-after=10 525 "${PYTHON:-python3}" -m bench.gpu "$file"
+export PYTHONPATH=.:python:tests${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 TRITON_INTERPRET=0
+exec timeout --kill-after=10 545 "${PYTHON:-python3}" -m bench.gpu "$file" "$@"

@@ -8,6 +8,7 @@ for the steps that are left.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -20,7 +21,6 @@ import torch
 
 from bench.gpu import events
 from bench.gpu.check import CHECKS
-from bench.gpu.engine import engine_cases
 from bench.gpu.rates import copy_rate, matmul_rate
 from bench.gpu.timing import time_cases
 from bench.gpu.tune import tune_cases
@@ -29,12 +29,22 @@ DEVICE_ERROR = 3
 Step = Callable[[], dict[str, Any] | None]
 
 
+def has_engine() -> bool:
+    """Whether there is what the engine needs: the C++ extension, and transformers for models."""
+    importlib.invalidate_caches()  # the extension may just have been built
+    return all(importlib.util.find_spec(name) for name in ("_kvkernels", "redis", "transformers"))
+
+
 def steps() -> dict[str, Step]:
     """Every step by topic and name, as in ``checks/store``, in the order in which they run."""
     named = {f"checks/{name}": check for name, check in CHECKS.items()}
     named |= {"rates/copy": copy_rate, "rates/matmul": matmul_rate}
-    for topic, cases in (("timings", time_cases), ("engine", engine_cases), ("tune", tune_cases)):
-        named |= {f"{topic}/{name}": work for name, work in cases()}
+    named |= {f"timings/{name}": work for name, work in time_cases()}
+    named |= {f"tune/{name}": work for name, work in tune_cases()}
+    if has_engine():
+        from bench.gpu.engine import engine_cases
+
+        named |= {f"engine/{name}": work for name, work in engine_cases()}
     return named
 
 

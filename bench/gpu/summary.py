@@ -35,9 +35,9 @@ def summarise(result: dict[str, Any]) -> str:
 def _describe(result: dict[str, Any]) -> Iterator[str]:
     machine = result.get("machine", {})
     rates = [
-        f"{topic} {row[unit]:.0f} {unit}"
-        for topic, unit in (("copy", "gbytes_per_s"), ("matmul", "tflops"))
-        for row in _rows(result.get(topic))
+        f"{row['name']} {row[unit]:.0f} {unit}"
+        for row in _rows(result.get("rates"))
+        for unit in ("gbytes_per_s", "tflops")
         if unit in row
     ]
     versions = [

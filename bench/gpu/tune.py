@@ -14,7 +14,7 @@ import torch
 
 from bench import attention_cases
 from bench.attention_providers import attend_paged
-from bench.gpu.attention_timing import CASES, attend_narrow, make_narrow
+from bench.gpu.attention_timing import CASES, attend_decode, make_narrow
 from bench.gpu.events import make_cold, time_both_ways
 from kvkernels.triton_kernels import configs
 
@@ -89,7 +89,7 @@ def tune_codes(case: attention_cases.Case, kind: str) -> dict[str, Any]:
     return time_each(
         CODES,
         lambda tiles: replaced(configs._DECODE_CODES, key, tiles),
-        [partial(attend_narrow, inputs, **caches) for inputs, caches in made],
+        [partial(attend_decode, inputs, **caches) for inputs, caches in made],
     )
 
 

@@ -18,7 +18,7 @@ from kvkernels.triton_kernels.rules import apply_rules
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-# What a tuple holds. Triton 3.6 takes an item that a kernel picks from one for a plain Python number,
+# What a tuple holds. Triton 3.6 takes an item that a kernel picks from one for a plain number,
 # which it neither passes on nor makes a shape of.
 @triton.constexpr_function
 def at(values, index):

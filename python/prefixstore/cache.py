@@ -118,7 +118,7 @@ class PrefixCache:
         check_known("settings", settings, [one.name for one in fields(CacheConfig)])
         config = replace(config or CacheConfig(), **settings)
         specs = layer_groups(model.config, config.block_size, model.dtype)
-        sizes = pool_sizes(config, model.config, specs)
+        sizes = pool_sizes(config, model.config, specs, model.device)
         identity = model_identity(model, [spec.layout for spec in specs])
         served_model = ServedModel(model)
         try:

@@ -47,7 +47,7 @@ class CacheConfig:
     Attributes:
         block_size: Tokens in a block; one of 16, 32, 64, 128, 256.
         pool_tokens: Tokens the device pool holds, cached and in use together; None for four
-            times the model's context, at most a quarter of the memory.
+            times the model's context, at most a quarter of the memory there.
         window_pool_tokens: Tokens it holds of layers with a sliding window, which see no more than
             the last window of a sequence: at least two windows and two blocks, at most
             `pool_tokens`. None for an eighth of those, at least 16 windows and what is computed.

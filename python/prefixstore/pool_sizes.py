@@ -15,6 +15,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from kvkernels.nn import LayerGroupSpec
 from prefixstore.config import CacheConfig, physical_memory_bytes
 from prefixstore.errors import ConfigError
@@ -26,9 +28,18 @@ _CHUNK_TOKENS = 512  # and what is computed at a time
 
 
 def pool_sizes(
-    config: CacheConfig, model_config: Any, specs: Sequence[LayerGroupSpec]
+    config: CacheConfig,
+    model_config: Any,
+    specs: Sequence[LayerGroupSpec],
+    device: torch.device,
 ) -> list[int]:
     """Blocks of each group's pool.
+
+    Args:
+        config: What was chosen.
+        model_config: Of a Hugging Face model.
+        specs: Of its layer groups.
+        device: Where the pools are to lie: its memory bounds them.
 
     Raises:
         ConfigError: If the model's configuration names no context to choose a size by, the memory
@@ -50,14 +61,21 @@ def pool_sizes(
         return sum(n * spec.layout.block_bytes for n, spec in zip(sizes, specs, strict=True))
 
     # It rises with the number of blocks, so the most that the memory affords can be bisected.
-    budget = physical_memory_bytes() // 4
+    memory_bytes = _memory_bytes(device)
+    budget = memory_bytes // 4
     affordable = bisect_right(range(1, wanted + 1), budget, key=total_bytes)
     if affordable == 0:
         raise ConfigError(
             f"pool_tokens: expected room for one block of {total_bytes(1)} bytes in a quarter"
-            f" of the memory, got {physical_memory_bytes()} bytes of memory"
+            f" of the memory, got {memory_bytes} bytes of memory"
         )
     return _sizes(config, windows, affordable)
+
+
+def _memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return physical_memory_bytes()
 
 
 def least_window_blocks(block_size: int, window: int, chunk_tokens: int = 0) -> int:

@@ -79,7 +79,7 @@ def gemma3_270m():
 def sizes_of(model_config, **settings):
     config = CacheConfig(**settings)
     specs = layer_groups(model_config, config.block_size, torch.bfloat16)
-    sizes = pool_sizes(config, model_config, specs)
+    sizes = pool_sizes(config, model_config, specs, torch.device("cpu"))
     return sizes, [n * spec.layout.block_bytes for n, spec in zip(sizes, specs, strict=True)]
 
 
