@@ -1,4 +1,7 @@
-"""Random-weight models small enough for a test, and how to run them with a cache."""
+"""Random-weight models small enough for a test, and how to run them with a cache.
+
+All on a GPU where there is one, as the `device` fixture.
+"""
 
 import numpy as np
 import torch
@@ -6,6 +9,7 @@ import transformers
 
 BLOCK_SIZE = 16
 VOCABULARY = 97
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def tiny_llama():
@@ -20,7 +24,7 @@ def tiny_llama():
         max_position_embeddings=2048,
         tie_word_embeddings=False,
     )
-    return transformers.LlamaForCausalLM(config).eval()
+    return transformers.LlamaForCausalLM(config).eval().to(DEVICE)
 
 
 def tiny_gemma3():
@@ -37,12 +41,17 @@ def tiny_gemma3():
         layer_types=[f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding")],
         max_position_embeddings=2048,
     )
-    return transformers.Gemma3ForCausalLM(config).eval()
+    return transformers.Gemma3ForCausalLM(config).eval().to(DEVICE)
 
 
 def random_tokens(num_tokens, seed=0):
     rng = np.random.default_rng(seed)
-    return torch.from_numpy(rng.integers(3, VOCABULARY, (1, num_tokens)))
+    return as_row(rng.integers(3, VOCABULARY, num_tokens))
+
+
+def as_row(token_ids):
+    """`[1, num_tokens]`, as a model takes them."""
+    return torch.tensor(np.array(token_ids, np.int64)[None], device=DEVICE)
 
 
 @torch.no_grad()

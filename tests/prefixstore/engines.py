@@ -2,8 +2,7 @@
 
 import contextlib
 
-import torch
-from cached_models import BLOCK_SIZE, generate, random_tokens
+from cached_models import BLOCK_SIZE, as_row, generate, random_tokens
 
 from prefixstore.engine import Engine, SamplingParams
 
@@ -44,7 +43,7 @@ def prompt(num_tokens, seed=0):
 def expected(model, tokens, num_new=12):
     """What the model answers by itself, its end-of-sequence token one like all others."""
     model.generation_config.eos_token_id = None
-    return generate(model, torch.tensor([tokens]), num_new=num_new)
+    return generate(model, as_row(tokens), num_new=num_new)
 
 
 def answer(engine, tokens, sampling=GREEDY, **options):

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from cached_models import BLOCK_SIZE, generate, random_tokens, run
+from cached_models import BLOCK_SIZE, as_row, generate, random_tokens, run
 
 from kvkernels import PoolFullError
 from prefixstore.cache import PrefixCache
@@ -63,7 +63,7 @@ def test_committed_answers_are_reused(model, open_cache):
     tokens = random_tokens(50)
     with cache.session(tokens) as session:
         answer = generate(model, tokens, session, num_new=40)
-        whole = torch.cat([tokens, torch.tensor([answer])], dim=1)
+        whole = torch.cat([tokens, as_row(answer)], dim=1)
         assert session.commit(whole) == 80  # 89 tokens are stored, the last one never is
     follow_up = torch.cat([whole, random_tokens(9, seed=5)], dim=1)
     plain = generate(model, follow_up)

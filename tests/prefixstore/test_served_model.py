@@ -44,7 +44,7 @@ def replace_parameter(model):
 
 
 def replace_module(model):
-    model.model.layers[1] = type(model.model.layers[1])(model.config, 1)
+    model.model.layers[1] = type(model.model.layers[1])(model.config, 1).to(model.device)
 
 
 def assign_state(model):

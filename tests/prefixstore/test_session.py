@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from cached_models import VOCABULARY, generate, random_tokens, run
+from cached_models import VOCABULARY, as_row, generate, random_tokens, run
 
 from kvkernels.errors import UnsupportedError
 from kvkernels.nn.transformers import paged_attention
@@ -47,7 +47,7 @@ def test_a_session_refuses_what_is_not_its_own(model, open_cache):
     refused = partial(refusal, cache, model, tokens)
     expected = f"input_ids: expected the session's token {tokens[0, 7]} at 7, got 1"
     assert refused(input_ids=other) == expected
-    shifted = torch.arange(1, 41)[None]
+    shifted = torch.arange(1, 41, device=tokens.device)[None]
     expected = "position_ids: expected 0 to 39 with a session that holds 0 tokens, got 1 to 40"
     assert refused(input_ids=tokens, position_ids=shifted) == expected
     embeddings = model.get_input_embeddings()(tokens)
@@ -74,7 +74,7 @@ def test_a_session_is_not_generated_from_twice(model, open_cache):
             ValueError, match="more tokens than the 51 stored in the session, got 40"
         ):
             generate(model, tokens, session)
-        whole = torch.cat([tokens, torch.tensor([answer]), random_tokens(5, seed=3)], dim=1)
+        whole = torch.cat([tokens, as_row(answer), random_tokens(5, seed=3)], dim=1)
         assert_goes_on(model, session, whole)
 
 
@@ -112,7 +112,7 @@ def test_a_session_that_generates_without_use_of_it_is_refused(model, open_cache
 def test_a_conversation_goes_on_in_its_session_unless_it_was_edited(model, open_cache):
     tokens = random_tokens(40)
     with open_cache().session(tokens) as session:
-        answer = torch.tensor([generate(model, tokens, session)])
+        answer = as_row(generate(model, tokens, session))
         whole = torch.cat([tokens, answer, random_tokens(9, seed=3)], dim=1)
         for at in (3, 39, 44):
             edited = whole.clone()
@@ -127,7 +127,7 @@ def test_an_edited_token_far_back_is_seen_at_the_next_token_too(model, open_cach
     """Also where a generation goes on by one token, as each step of the last one did."""
     tokens = random_tokens(40)
     with open_cache().session(tokens) as session:
-        answer = torch.tensor([generate(model, tokens, session)])
+        answer = as_row(generate(model, tokens, session))
         edited = torch.cat([tokens, answer], dim=1)
         edited[0, 3] = (edited[0, 3] + 1) % VOCABULARY
         with pytest.raises(ValueError, match=r"input_ids: expected the session's token .* at 3"):
@@ -174,8 +174,8 @@ def test_new_tokens_may_come_alone(model, open_cache):
     with open_cache().session(tokens) as session:
         answer = generate(model, tokens, session)
         # The last token of an answer has not been run yet.
-        new = torch.cat([torch.tensor([answer[-1:]]), new], dim=1)
-        whole = torch.cat([tokens, torch.tensor([answer[:-1]]), new], dim=1)
+        new = torch.cat([as_row(answer[-1:]), new], dim=1)
+        whole = torch.cat([tokens, as_row(answer[:-1]), new], dim=1)
         expected = generate(model, whole)
         out = model.generate(
             new,
@@ -203,10 +203,10 @@ def test_beams_are_refused_by_name(model, open_cache):
 def test_a_session_keeps_its_own_copy_of_the_tokens(model, open_cache):
     cache = open_cache()
     tokens, other = random_tokens(64, seed=1), random_tokens(64, seed=2)
-    buffer = tokens[0].numpy().astype(np.uint32)
+    buffer = tokens[0].cpu().numpy().astype(np.uint32)
     with cache.session(buffer) as session, torch.no_grad():
         model(tokens[:, :40], past_key_values=session)
-        buffer[:40] = other[0, :40]
+        buffer[:40] = other[0, :40].cpu()
         model(tokens[:, 40:], past_key_values=session)
     assert cache.session(torch.cat([other[:, :40], tokens[:, 40:]], 1)).report.num_reused == 0
     assert cache.session(tokens).report.num_reused == 48
@@ -216,7 +216,7 @@ def test_a_session_passed_to_another_model_caches_nothing(model, open_cache):
     cache = open_cache()
     tokens = random_tokens(40)
     torch.manual_seed(2)
-    other = type(model)(model.config).eval()
+    other = type(model)(model.config).eval().to(model.device)
     with (
         paged_attention(other),
         cache.session(tokens) as session,
@@ -230,7 +230,7 @@ def test_a_session_passed_to_another_model_caches_nothing(model, open_cache):
 def test_a_failed_pass_does_not_open_the_session_to_another_model(model, open_cache):
     cache = open_cache()
     tokens = random_tokens(40)
-    other = type(model)(model.config).eval()
+    other = type(model)(model.config).eval().to(model.device)
 
     def fail(*_):
         raise RuntimeError("cancelled")
@@ -253,7 +253,7 @@ def test_commit_refuses_what_the_model_was_not_run_on(model, open_cache):
     cache = open_cache()
     tokens = random_tokens(40)
     with cache.session(tokens) as session:
-        answer = torch.tensor([generate(model, tokens, session, num_new=30)])
+        answer = as_row(generate(model, tokens, session, num_new=30))
         made_up = answer.clone()
         made_up[0, 11] = (answer[0, 11] + 1) % VOCABULARY
         with pytest.raises(ValueError, match=r"input_ids: expected the session's token .* at 51"):

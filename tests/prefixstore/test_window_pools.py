@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 import transformers
-from cached_models import BLOCK_SIZE, generate, random_tokens, run, tiny_gemma3, tiny_llama
+from cached_models import BLOCK_SIZE, DEVICE, generate, random_tokens, run, tiny_gemma3, tiny_llama
 from engines import GREEDY, Numbers, answer, expected, open_engine, prompt
 
 from kvkernels.nn import layer_groups
@@ -32,7 +32,7 @@ def sliding_only():
         sliding_window=WINDOW,
         max_position_embeddings=2048,
     )
-    return transformers.MistralForCausalLM(config).eval()
+    return transformers.MistralForCausalLM(config).eval().to(DEVICE)
 
 
 @pytest.fixture(params=[tiny_gemma3, sliding_only], ids=["gemma3", "sliding_only"])
@@ -276,7 +276,7 @@ def test_a_window_that_was_given_up_comes_back_from_a_tier():
         assert cache.flush()
         device = cache.blocks.device
         assert device._give_up(1, 99)
-        assert device.num_cached(random_tokens(230)[0, :224].numpy(), "") == 0
+        assert device.num_cached(random_tokens(230)[0, :224].cpu().numpy(), "") == 0
         warm, report = run(cache, model, tokens)
     assert warm == cold
     assert report.tokens_by_tier == {"device": 176, "memory": 48}
