@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -240,10 +241,10 @@ def _evicting(pool: KVPool, num_programs: int | None) -> Iterator[Callable[[], i
 def engine_cases(
     device: torch.device | str = "cuda", cases: Sequence[Case] = CASES
 ) -> Iterator[tuple[str, Callable[[], Row]]]:
-    """Names and what to run, one at a time; one model lies on the device at a time."""
+    """Names and what to run; one model at a time lies on the device, from its first row on."""
     models: dict[str, Any] = {}
 
-    def with_model(work: Callable[..., Row], case: Case, *args: Any) -> Row:
+    def run(case: Case, work: Callable[..., Row], *args: Any) -> Row:
         if case.name not in models:
             models.clear()
             empty_device_cache()
@@ -252,13 +253,11 @@ def engine_cases(
 
     for case in cases:
         for codec in LOSSLESS:
-            yield f"{case.name}_exact_{codec}", partial(with_model, check_answers, case, codec)
+            yield f"{case.name}_exact_{codec}", partial(run, case, check_answers, codec)
         for num_seqs in case.batches:
-            name = f"{case.name}_decode_{num_seqs}"
-            yield name, partial(with_model, time_decode, case, num_seqs)
-        yield f"{case.name}_generate", partial(with_model, time_generate, case)
-        for num_tokens in case.prompt_lens:
-            for codec in (None, *CODECS):
-                name = f"{case.name}_ttft_{num_tokens}_{codec or 'off'}"
-                yield name, partial(with_model, time_first_token, case, num_tokens, codec)
-        yield f"{case.name}_evictions", partial(with_model, time_beside_evictions, case)
+            yield f"{case.name}_decode_{num_seqs}", partial(run, case, time_decode, num_seqs)
+        yield f"{case.name}_generate", partial(run, case, time_generate)
+        for num_tokens, codec in product(case.prompt_lens, (None, *CODECS)):
+            name = f"{case.name}_ttft_{num_tokens}_{codec or 'off'}"
+            yield name, partial(run, case, time_first_token, num_tokens, codec)
+        yield f"{case.name}_evictions", partial(run, case, time_beside_evictions)
