@@ -222,6 +222,7 @@ def test_finds_an_import_that_is_not_allowed(module: str, source: str) -> None:
         ("import prefixstore.planner", ("torch", "kvkernels")),
         ("import prefixstore.tiers.disk, prefixstore.tiers.memory", ("torch", "kvkernels")),
         ("import prefixstore.tiers.protected", ("torch", "kvkernels", "cryptography")),
+        ("import prefixstore.tier_urls", ("triton", "transformers", "redis", "obstore")),
         ("import prefixstore.tiers.remote", ("torch", "kvkernels", "obstore")),
         ("import prefixstore.cli", ("click", "rich", "torch", "transformers")),
         (

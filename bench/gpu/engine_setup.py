@@ -57,9 +57,9 @@ class Case:
 
     @property
     def pool_blocks(self) -> int:
-        """Room for the largest batch, and for a prompt beside one that is cached."""
+        """Twice the room of the largest batch or prompt: nobody waits until others are evicted."""
         sequence = self.context + self.num_new + BLOCK_SIZE
-        num_tokens = max(max(self.batches) * sequence, 3 * max(self.prompt_lens))
+        num_tokens = 2 * max(max(self.batches) * sequence, *self.prompt_lens)
         return -(-num_tokens // BLOCK_SIZE)
 
 

@@ -23,7 +23,6 @@ from prefixstore.tiers.base import Tier
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
 from prefixstore.tiers.protected import ProtectedTier
-from prefixstore.tiers.redis import RedisTier
 from prefixstore.tiers.redis.config import RedisTierConfig
 from prefixstore.tiers.redis.url import SCHEMES as REDIS_SCHEMES
 from prefixstore.tiers.remote import RemoteTier
@@ -150,6 +149,8 @@ def _open_disk(url: TierUrl) -> Tier:
 
 
 def _open_redis(url: TierUrl) -> Tier:
+    from prefixstore.tiers.redis import RedisTier  # with the client library
+
     return RedisTier(RedisTierConfig.from_url(url.plain, name=url.name))
 
 
