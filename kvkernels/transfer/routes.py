@@ -88,8 +88,9 @@ class DeviceRoute:
         return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
 
     def new_flags(self, num_blocks: int) -> torch.Tensor:
-        shape = (num_blocks, self._pool.layout.num_layers)
-        return torch.zeros(shape, dtype=torch.bool, pin_memory=True)
+        # Layer by layer: of a layer's flags the copy is one piece, and nobody waits for it.
+        shape = (self._pool.layout.num_layers, num_blocks)
+        return torch.zeros(shape, dtype=torch.bool, pin_memory=True).T
 
     def encode(
         self, block_ids: torch.Tensor, block_format: BlockFormat, payloads: torch.Tensor
@@ -134,7 +135,8 @@ class DeviceRoute:
             found = decode_blocks(
                 staged, self._pool, ids, layers=layers, num_programs=self._num_programs
             )
-            is_good[:, layers.start : layers.stop].copy_(found, non_blocking=True)
+            of_layers = is_good.T[layers.start : layers.stop]
+            of_layers.copy_(found.T.contiguous(), non_blocking=True)
 
         return decode_layers
 
