@@ -20,7 +20,7 @@ from kvkernels import (
     KVLayout,
     KVPool,
 )
-from kvkernels.transfer import BlockTransfer, routes
+from kvkernels.transfer import BlockTransfer, PinnedMemory, routes
 from kvkernels.transfer.ring import Ring
 
 LAYOUT = KVLayout(4, 2, 64, 16)
@@ -312,3 +312,13 @@ def test_bad_arguments_are_named(make_transfer: MakeTransfer) -> None:
         ValueError, match="block_format: expected payloads of at most 128 bytes, got 192"
     ):
         make_transfer(KVPool(long.layout, 1)).evict(torch.tensor([0]), long)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_memory_of_others_is_pinned_until_it_is_closed():
+    memory = torch.zeros(1 << 20, dtype=torch.uint8)
+    pinned = PinnedMemory(memory)
+    assert pinned.is_pinned and memory.is_pinned()
+    for _ in range(2):
+        pinned.close()
+        assert not pinned.is_pinned and not memory.is_pinned()

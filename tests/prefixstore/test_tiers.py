@@ -240,10 +240,10 @@ def test_refuses_settings_out_of_range():
 
 def test_memory_arena_never_grows():
     tier = MemoryTier(MemoryTierConfig(64 * PAGE))
-    memory = tier._arena._memory
+    memory = tier.lent_memory
     for key in make_keys(200):
         put(tier, key)
-    assert tier._arena._memory is memory and memory.nbytes == 64 * PAGE
+    assert tier.lent_memory is memory and memory.nbytes == 64 * PAGE
     assert tier.check() == []
 
 
