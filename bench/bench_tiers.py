@@ -190,7 +190,7 @@ def make_holders(case: Case, num_records: int, directory: Path) -> dict[str, Hol
     if case.medium == "memory":
         tier = MemoryTier(MemoryTierConfig(capacity_bytes, slab_bytes))
         return {
-            "copy": Copies(tier._arena._memory, case),
+            "copy": Copies(tier.lent_memory, case),
             "kvkernels": TierHolder(tier, num_records, case.record_bytes),
         }
     holders: dict[str, Holder] = {
