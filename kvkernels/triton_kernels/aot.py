@@ -85,7 +85,7 @@ class Usage:
             return "spills"
         if self.shared_bytes > SHARED_LIMITS[self.arch]:
             return "too much shared memory"
-        if self.shape.op in ("decode", "prefill"):
+        if self.kernel in ("decode_kernel", "prefill_kernel"):
             if self.shape.dtype != "fp32" and not self.num_products:
                 return "no tensor cores"
             if "int4" in self.shape.kinds and self.shape.dtype != "fp32" and not self.num_lop3:
@@ -111,6 +111,9 @@ def shapes(arch: int) -> Iterator[Shape]:
     # fp16 shares its configurations with bf16; one head dim shows that it compiles.
     yield Shape("decode", "fp16", 128)
     yield Shape("prefill", "fp16", 128, num_queries=512)
+    # Where there is no need of splits in a prompt either.
+    for head_dim in (64, 128, 256):
+        yield Shape("prefill", "bf16", head_dim, num_queries=512, num_seqs=64)
     # One split, an odd block size, and more query heads to a key-value head than a tile has rows.
     yield Shape("decode", "bf16", 128, num_seqs=4096)
     yield Shape("decode", "bf16", 128, block_size=48, group=71)

@@ -23,7 +23,8 @@ class TileConfig:
         tile_n: Cached tokens a program looks at in one step.
         num_warps: Warps of a program.
         num_stages: Steps in flight.
-        programs_per_multiprocessor: How many fit at once, by shared memory.
+        programs_per_multiprocessor: Among how many a multiprocessor's share of the work is split;
+            not more than fit at once. Each more is one more partial result to join.
     """
 
     tile_m: int
@@ -42,7 +43,8 @@ def _width(head_dim: int) -> int:
 
 
 # (arch, bytes of an element, width of a head): tile_n, num_warps, num_stages, programs at once.
-# A step is 16 to 32 KB of keys and values, and two steps of each program are in flight.
+# A step is 16 to 32 KB of keys and values, and two steps of each program are in flight: enough, on
+# Hopper, for one program to draw a multiprocessor's share of the memory's bandwidth.
 _DECODE = {
     (8, 2, 64): (64, 4, 4, 2),
     (8, 2, 128): (64, 4, 3, 2),
@@ -52,14 +54,20 @@ _DECODE = {
     (8, 4, 256): (16, 8, 3, 2),
     (8, 2, 576): (32, 8, 2, 1),
     (8, 4, 576): (16, 8, 2, 1),
-    (9, 2, 64): (64, 4, 4, 3),
-    (9, 2, 128): (64, 4, 3, 3),
-    (9, 2, 256): (32, 4, 3, 2),
+    (9, 2, 64): (64, 4, 4, 1),
+    (9, 2, 128): (64, 4, 3, 1),
+    (9, 2, 256): (32, 4, 3, 1),
     (9, 4, 64): (32, 8, 3, 3),
     (9, 4, 128): (32, 8, 3, 2),
     (9, 4, 256): (16, 8, 3, 2),
     (9, 2, 576): (32, 8, 2, 2),
     (9, 4, 576): (16, 8, 2, 2),
+}
+
+# Where so many query heads share a key-value head, as of latent attention, that products are the
+# bound and not the memory: tile_m, and the rest as above.
+_DECODE_MANY_HEADS = {
+    (9, 2, 576): (64, 64, 8, 2, 1),
 }
 
 # Where blocks may be quantised: a step is a quarter to half as many bytes, so more are in flight.
@@ -93,7 +101,7 @@ _PREFILL = {
     (8, 4, 256): {16: (16, 8, 2), 32: (16, 8, 2)},
     (8, 2, 576): {16: (32, 8, 2)},
     (8, 4, 576): {16: (16, 8, 1)},
-    (9, 2, 64): {16: (64, 4, 3), 64: (64, 4, 3), 128: (128, 8, 3)},
+    (9, 2, 64): {16: (64, 4, 3), 64: (64, 4, 3), 128: (64, 4, 3)},
     (9, 2, 128): {16: (64, 4, 3), 64: (64, 4, 3), 128: (64, 8, 3)},
     (9, 2, 256): {16: (32, 4, 2), 64: (32, 8, 2), 128: (32, 8, 3)},
     (9, 4, 64): {16: (32, 8, 3), 32: (32, 8, 3)},
@@ -141,6 +149,8 @@ def decode_config(
     """Configuration of the decode kernel for `group` query heads to a key-value head."""
     served_as, itemsize, width = _row(arch, dtype, head_dim)
     table = _DECODE_CODES if is_quantized else _DECODE
+    if group > 32 and not is_quantized and (served_as, itemsize, width) in _DECODE_MANY_HEADS:
+        return TileConfig(*_DECODE_MANY_HEADS[served_as, itemsize, width])
     # Twice the rows spare a second read of the cache; float32 has no registers for them, and
     # Ampere no shared memory for latent queries as wide.
     is_narrow = group <= 16 or itemsize == 4 or (served_as == 8 and width > 256 and is_quantized)

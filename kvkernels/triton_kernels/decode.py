@@ -9,7 +9,8 @@
 The grid has room for `max_splits` splits and is made from shapes alone, so a captured graph stays
 right when lengths change. How many are used is decided on the device, from all lengths; the
 programs of the rest exit at once. A sequence with one split is written directly; of several, the
-program that ends last joins the partials, in the order of the splits whoever is last.
+program that ends last joins the partials, in the order of the splits whoever is last. Where they
+are too many for one program, as of latent attention, a second kernel joins them.
 """
 
 from __future__ import annotations
@@ -23,19 +24,26 @@ from kvkernels.triton_kernels.configs import TileConfig, decode_config
 from kvkernels.triton_kernels.counters import zeroed_counters
 from kvkernels.triton_kernels.launch import Device, Launch
 from kvkernels.triton_kernels.runs import attend_cache
-from kvkernels.triton_kernels.splits import arrive, count_splits, count_tiles, join_splits
+from kvkernels.triton_kernels.splits import (
+    MAX_SPLITS,
+    Partials,
+    arrive,
+    count_splits,
+    count_tiles,
+    join_splits,
+    plan_join,
+    shortest_split,
+    tile_of_join,
+)
 from kvkernels.triton_kernels.tiles import finish, load_parts, start_rows, store_parts, zeros
 
-# A split shorter than this costs more to combine than it gains.
-_MIN_SPLIT_TILES = 2
-_MAX_SPLITS = 128
 # Tokens of a split where the batch must not matter.
 _INVARIANT_SPLIT_TOKENS = 2048
 # Programs in the grid, as a multiple of those that run at once. More serve very unequal lengths
 # better, but each one that is not needed still has to start and exit.
 _GRID_FACTOR = 8
-# Elements of partial results that a program holds while it joins them.
-_JOIN_ELEMENTS = 4096
+# Elements of a split's result up to which the last program joins all of them.
+_MAX_JOIN_ELEMENTS = 2048
 
 
 @triton.jit(
@@ -54,6 +62,7 @@ def _decode_kernel(
     partial_out_ptr,  # [num_seqs, num_heads, max_splits, VALUE_DIM], fp32
     partial_lse_ptr,  # [num_seqs, num_heads, max_splits], natural logarithm
     counters_ptr,  # [num_seqs, programs of a sequence's split]: splits that have ended; zero
+    num_splits_ptr,  # [num_seqs, num_heads], is written for the kernel that joins
     sinks_ptr,  # [num_heads], or None
     slopes_ptr,  # [num_heads], or None
     tree_mask_ptr,  # [num_seqs], or None
@@ -80,7 +89,7 @@ def _decode_kernel(
     MIN_SPLIT_TILES: tl.constexpr,
     SPLIT_TILES: tl.constexpr,  # length of a split, or 0 to find it from all lengths
     JOIN_SPLITS: tl.constexpr,  # splits and rows that are joined in one step
-    JOIN_ROWS: tl.constexpr,
+    JOIN_ROWS: tl.constexpr,  # 0: another kernel joins
     RULES: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_LSE: tl.constexpr,
@@ -180,32 +189,43 @@ def _decode_kernel(
         partial = out_rows * max_splits + split
         store_parts(partial_out_ptr, partial * VALUE_DIM, is_head, acc, norm, VALUE_PARTS)
         tl.store(partial_lse_ptr + partial, lse, mask=is_head)
-        counter_ptr = counters_ptr + seq * tl.num_programs(1) + tl.program_id(1)
-        if arrive(counter_ptr, num_splits):
-            join_splits(
-                partial_out_ptr,
-                partial_lse_ptr,
-                out_ptr,
-                lse_ptr,
-                first_row + head_tile * TILE_M,
-                tl.minimum(GROUP - head_tile * TILE_M, TILE_M),
-                num_splits,
-                max_splits,
-                VALUE_DIM,
-                JOIN_SPLITS,
-                JOIN_ROWS,
-                HAS_LSE,
-            )
+        if JOIN_ROWS > 0:
+            counter_ptr = counters_ptr + seq * tl.num_programs(1) + tl.program_id(1)
+            if arrive(counter_ptr, num_splits):
+                for first in range(0, tl.minimum(GROUP - head_tile * TILE_M, TILE_M), JOIN_ROWS):
+                    joined = head_tile * TILE_M + first + tl.arange(0, JOIN_ROWS)
+                    join_splits(
+                        partial_out_ptr,
+                        partial_lse_ptr,
+                        out_ptr,
+                        lse_ptr,
+                        first_row + joined,
+                        joined < tl.minimum(GROUP, (head_tile + 1) * TILE_M),
+                        num_splits,
+                        num_splits,
+                        max_splits,
+                        VALUE_DIM,
+                        JOIN_SPLITS,
+                        JOIN_ROWS,
+                        HAS_LSE,
+                    )
+    if IS_SPLIT and JOIN_ROWS == 0 and split == 0:
+        tl.store(num_splits_ptr + out_rows, num_splits, mask=is_head)
 
 
 def _limit_splits(
-    config: TileConfig, device: Device, num_seqs: int, num_groups: int, max_tokens: int
+    config: TileConfig,
+    device: Device,
+    num_seqs: int,
+    num_groups: int,
+    max_tokens: int,
+    min_split_tiles: int,
 ) -> tuple[int, int]:
     """Splits that the grid has room for, and programs that run at once."""
     at_once = device.num_multiprocessors * config.programs_per_multiprocessor
     max_splits = min(
-        _MAX_SPLITS,
-        triton.cdiv(max_tokens, config.tile_n * _MIN_SPLIT_TILES),
+        MAX_SPLITS,
+        triton.cdiv(max_tokens, config.tile_n * min_split_tiles),
         triton.cdiv(at_once, num_groups),  # one sequence cannot use more
         triton.cdiv(_GRID_FACTOR * at_once, num_seqs * num_groups),
     )
@@ -213,9 +233,9 @@ def _limit_splits(
 
 
 def plan_decode(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device) -> list[Launch]:
-    """The launch for one query a sequence; `lse` of no elements is not written."""
+    """The launches for one query a sequence; `lse` of no elements is not written."""
     query, scoring = call.query, call.scoring
-    num_seqs, num_heads, head_dim = query.shape
+    num_seqs, _, head_dim = query.shape
     group, value_dim = call.group, call.value_dim
     config = call.fit_tile(
         decode_config(device.arch, query.dtype, head_dim, group, call.is_quantized)
@@ -224,15 +244,19 @@ def plan_decode(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device
     max_tokens = call.block_table.shape[1] * call.block_size
     if scoring.window:
         max_tokens = min(max_tokens, scoring.window + config.tile_n)
-    max_splits, at_once = _limit_splits(config, device, num_seqs, num_groups, max_tokens)
+    num_rows = min(group, config.tile_m)
     split_tiles = 0
+    min_split_tiles = shortest_split(num_rows, config.tile_n, call)
+    max_splits, at_once = _limit_splits(
+        config, device, num_seqs, num_groups, max_tokens, min_split_tiles
+    )
     if call.batch_invariant:
-        split_tiles = _INVARIANT_SPLIT_TOKENS // config.tile_n
+        split_tiles = min_split_tiles = _INVARIANT_SPLIT_TOKENS // config.tile_n
         max_splits = max(1, triton.cdiv(max_tokens, _INVARIANT_SPLIT_TOKENS))
-    is_split = max_splits > 1
-    partials = num_seqs * num_heads * max_splits if is_split else 0
-    rows_at_once = max(1, _JOIN_ELEMENTS // triton.next_power_of_2(value_dim))
-    join_rows = min(triton.next_power_of_2(group), config.tile_m, rows_at_once)
+    partials = Partials.like(out, max_splits)
+    splits_of_join, rows_of_join = tile_of_join(value_dim, num_rows)
+    joins_itself = num_rows * value_dim <= _MAX_JOIN_ELEMENTS
+    num_counters = num_seqs * num_groups if max_splits > 1 and joins_itself else 0
     decode = Launch(
         _decode_kernel,
         (num_seqs, num_groups, max_splits),
@@ -240,23 +264,26 @@ def plan_decode(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device
             "query_ptr": query,
             "out_ptr": out,
             "lse_ptr": lse,
-            "partial_out_ptr": query.new_empty(partials * value_dim, dtype=torch.float32),
-            "partial_lse_ptr": query.new_empty(partials, dtype=torch.float32),
-            "counters_ptr": zeroed_counters(num_seqs * num_groups if is_split else 0, query),
+            "partial_out_ptr": partials.out,
+            "partial_lse_ptr": partials.lse,
+            "counters_ptr": zeroed_counters(num_counters, query),
+            "num_splits_ptr": partials.num_splits,
             "num_seqs": num_seqs,
             "max_splits": max_splits,
             "num_programs_at_once": at_once,
             **call.arguments(config, device),
             "RULES": (*call.rules[:2], False),  # of a tree, one query needs a bit alone
-            "MIN_SPLIT_TILES": split_tiles or _MIN_SPLIT_TILES,
+            "MIN_SPLIT_TILES": min_split_tiles,
             "SPLIT_TILES": split_tiles,
-            "JOIN_SPLITS": triton.cdiv(rows_at_once, join_rows),
-            "JOIN_ROWS": join_rows,
+            "JOIN_SPLITS": splits_of_join,
+            "JOIN_ROWS": rows_of_join if joins_itself else 0,
             "HAS_LSE": lse.numel() > 0,
-            "IS_SPLIT": is_split,
+            "IS_SPLIT": max_splits > 1,
         },
         config.num_warps,
         config.num_stages,
         max_registers=255 if call.is_quantized else None,
     )
-    return [decode]
+    if max_splits == 1 or joins_itself:
+        return [decode]
+    return [decode, plan_join(partials, out, lse)]

@@ -9,6 +9,10 @@ tokens, for the query heads of one key-value head, and finds out on the device w
 
 Sequence s owns the programs from `cu_seqlens_q[s] // TILE_Q + s` up to the first of sequence s + 1:
 always enough, and the grid, `num_tokens // TILE_Q + num_seqs`, needs only shapes.
+
+Where so few programs would leave most of the device idle, as with a short question after a long
+document, the cached tokens are split as well. A second kernel joins the splits: a program has too
+many rows to join them as the last one of decode.py does.
 """
 
 from __future__ import annotations
@@ -22,6 +26,13 @@ from kvkernels.triton_kernels.configs import prefill_config
 from kvkernels.triton_kernels.launch import Device, Launch
 from kvkernels.triton_kernels.rules import tree_depths
 from kvkernels.triton_kernels.runs import attend_cache
+from kvkernels.triton_kernels.splits import (
+    MAX_SPLITS,
+    Partials,
+    count_query_splits,
+    plan_join,
+    shortest_split,
+)
 from kvkernels.triton_kernels.tiles import finish, load_parts, start_rows, store_parts, zeros
 
 # Query rows of a sequence that the tile is chosen for where the batch must not matter.
@@ -41,7 +52,10 @@ def _find_sequence(cu_seqlens_q_ptr, num_seqs, program, TILE_Q: tl.constexpr):
     return low
 
 
-@triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=INDEX_TENSORS)
+@triton.jit(
+    do_not_specialize=["max_splits", "num_programs_at_once", *CHANGING],
+    do_not_specialize_on_alignment=INDEX_TENSORS,
+)
 def _prefill_kernel(
     query_ptr,  # [num_tokens, num_heads, head_dim]
     float_cache,  # pointers and strides; see `Call`
@@ -52,11 +66,16 @@ def _prefill_kernel(
     cu_seqlens_q_ptr,  # [num_seqs + 1]
     out_ptr,  # [num_tokens, num_heads, VALUE_DIM], contiguous
     lse_ptr,  # [num_tokens, num_heads], contiguous
+    partial_out_ptr,  # [num_tokens, num_heads, max_splits, VALUE_DIM], fp32
+    partial_lse_ptr,  # [num_tokens, num_heads, max_splits], natural logarithm
+    num_splits_ptr,  # [num_tokens, num_heads], is written
     sinks_ptr,  # [num_heads], or None
     slopes_ptr,  # [num_heads], or None
     tree_mask_ptr,  # [num_tokens], or None
     num_seqs,
     num_heads,
+    max_splits,
+    num_programs_at_once,
     sm_scale,
     soft_cap,
     window,
@@ -78,7 +97,9 @@ def _prefill_kernel(
     RULES: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    MIN_SPLIT_TILES: tl.constexpr,
     HAS_LSE: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
 ):
     TILE_Q: tl.constexpr = TILE_M // GROUP_TILE
     HEAD_TILES: tl.constexpr = (GROUP + GROUP_TILE - 1) // GROUP_TILE
@@ -94,48 +115,22 @@ def _prefill_kernel(
     # int64: a sequence, token or block times a stride overflows int32 on large batches and caches.
     seq = seq.to(tl.int64)
 
-    # Row r is token r // GROUP_TILE and head r % GROUP_TILE of the tile.
-    row = tl.arange(0, TILE_M)
-    queries = first_query + row // GROUP_TILE
-    kv_head = tl.program_id(1) // HEAD_TILES
-    group_heads = tl.program_id(1) % HEAD_TILES * GROUP_TILE + row % GROUP_TILE
-    keep = (row < TILE_Q * GROUP_TILE) & (queries < num_queries) & (group_heads < GROUP)
-    tokens = (first_token + queries).to(tl.int64)
-    heads = kv_head * GROUP + group_heads
-    query_rows = tokens * stride_query_token + heads.to(tl.int64) * stride_query_head
-    q = load_parts(query_ptr, query_rows, keep, KEY_PARTS, True, "")
-    acc = zeros(TILE_M, VALUE_PARTS)
-    row_max, row_sum = start_rows(sinks_ptr, heads, keep, 0, TILE_M)
-    slopes = 0
-    if slopes_ptr is not None:
-        slopes = tl.load(slopes_ptr + heads, mask=keep, other=0.0) * 1.4426950408889634
-
-    # Tokens a row sees, then those that any and those that all rows of the program see.
+    # Tokens that any row of the program sees, and those that all rows see.
     before = seq_len - num_queries  # position of the sequence's first query
     first_position = before + first_query
     last_position = before + tl.minimum(first_query + TILE_Q, num_queries) - 1
-    positions = before + queries
-    trees = 0
-    tree_ptr = 0
-    row_hi = tl.zeros([TILE_M], tl.int32) + seq_len
     hi = seq_len
     all_hi = seq_len
     if tree_mask_ptr is not None:
-        tree_ptr = tree_mask_ptr + first_token
-        trees = tl.load(tree_ptr + queries, mask=keep, other=0)
-        positions = before + tree_depths(trees, queries, num_queries)
         first_position = before
         last_position = seq_len - 1
         all_hi = tl.maximum(before, 0)
     elif IS_CAUSAL:
-        row_hi = positions + 1
         hi = tl.maximum(last_position + 1, 0)
         all_hi = tl.maximum(first_position + 1, 0)
-    row_lo = tl.zeros([TILE_M], tl.int32)
     lo = 0
     all_lo = 0
     if HAS_WINDOW:
-        row_lo = positions - window + 1
         lo = tl.maximum(first_position - window + 1, 0)
         all_lo = tl.maximum(last_position - window + 1, 0)
     first_tile = lo // TILE_N
@@ -143,6 +138,62 @@ def _prefill_kernel(
     # Between these two no row needs a mask.
     full_first = tl.minimum((all_lo + TILE_N - 1) // TILE_N, last_tile)
     full_last = tl.maximum(all_hi // TILE_N, full_first)
+    split = 0
+    num_splits = 1
+    if IS_SPLIT:
+        split = tl.program_id(2)
+        num_tiles = last_tile - first_tile
+        # The cheap test first: most programs of a short sequence end here.
+        if split > 0 and split * MIN_SPLIT_TILES >= num_tiles:
+            return
+        num_splits, tiles_per_split = count_query_splits(
+            cu_seqlens_q_ptr,
+            seq_lens_ptr,
+            num_seqs,
+            num_tiles,
+            tl.num_programs(1),
+            num_programs_at_once,
+            max_splits,
+            TILE_Q,
+            TILE_N,
+            MIN_SPLIT_TILES,
+        )
+        if split >= num_splits:
+            return
+        first_tile += split * tiles_per_split
+        last_tile = tl.minimum(first_tile + tiles_per_split, last_tile)
+        full_first = tl.minimum(tl.maximum(full_first, first_tile), last_tile)
+        full_last = tl.minimum(tl.maximum(full_last, first_tile), last_tile)
+
+    # Row r is token r // GROUP_TILE and head r % GROUP_TILE of the tile.
+    row = tl.arange(0, TILE_M)
+    queries = first_query + row // GROUP_TILE
+    kv_head = tl.program_id(1) // HEAD_TILES
+    first_head = tl.program_id(1) % HEAD_TILES * GROUP_TILE
+    group_heads = first_head + row % GROUP_TILE
+    keep = (row < TILE_Q * GROUP_TILE) & (queries < num_queries) & (group_heads < GROUP)
+    tokens = (first_token + queries).to(tl.int64)
+    heads = kv_head * GROUP + group_heads
+    query_rows = tokens * stride_query_token + heads.to(tl.int64) * stride_query_head
+    q = load_parts(query_ptr, query_rows, keep, KEY_PARTS, True, "")
+    acc = zeros(TILE_M, VALUE_PARTS)
+    row_max, row_sum = start_rows(sinks_ptr, heads, keep, split, TILE_M)
+    slopes = 0
+    if slopes_ptr is not None:
+        slopes = tl.load(slopes_ptr + heads, mask=keep, other=0.0) * 1.4426950408889634
+    positions = before + queries
+    trees = 0
+    tree_ptr = 0
+    row_hi = tl.zeros([TILE_M], tl.int32) + seq_len
+    if tree_mask_ptr is not None:
+        tree_ptr = tree_mask_ptr + first_token
+        trees = tl.load(tree_ptr + queries, mask=keep, other=0)
+        positions = before + tree_depths(trees, queries, num_queries)
+    elif IS_CAUSAL:
+        row_hi = positions + 1
+    row_lo = tl.zeros([TILE_M], tl.int32)
+    if HAS_WINDOW:
+        row_lo = positions - window + 1
 
     table_ptr = block_table_ptr + seq * stride_table
     # 0: the window's edge; 1: seen by all rows; 2: the causal edge and the end of the sequence.
@@ -165,9 +216,31 @@ def _prefill_kernel(
 
     norm, lse = finish(row_max, row_sum)
     out_rows = tokens * num_heads + heads
-    store_parts(out_ptr, out_rows * VALUE_DIM, keep, acc, norm, VALUE_PARTS)
-    if HAS_LSE:
-        tl.store(lse_ptr + out_rows, lse, mask=keep)
+    if num_splits == 1:
+        store_parts(out_ptr, out_rows * VALUE_DIM, keep, acc, norm, VALUE_PARTS)
+        if HAS_LSE:
+            tl.store(lse_ptr + out_rows, lse, mask=keep)
+    else:
+        partial = out_rows * max_splits + split
+        store_parts(partial_out_ptr, partial * VALUE_DIM, keep, acc, norm, VALUE_PARTS)
+        tl.store(partial_lse_ptr + partial, lse, mask=keep)
+    if IS_SPLIT and split == 0:
+        tl.store(num_splits_ptr + out_rows, num_splits, mask=keep)
+
+
+def _max_splits(call: Call, tokens_of_split: int, num_programs: int, at_once: int) -> int:
+    """Splits that the grid has room for: 1 where the programs of one would fill the device."""
+    max_tokens = call.block_table.shape[1] * call.block_size
+    if call.scoring.window:
+        max_tokens = min(max_tokens, call.scoring.window + call.query.shape[0])
+    if call.batch_invariant or num_programs > at_once:
+        return 1
+    return min(
+        MAX_SPLITS,
+        triton.cdiv(max_tokens, tokens_of_split),
+        # Programs may be without queries, and the device then takes more splits of the others.
+        triton.cdiv(2 * at_once, num_programs),
+    )
 
 
 def _max_registers(call: Call, tile_m: int) -> int | None:
@@ -188,22 +261,39 @@ def plan_prefill(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Devic
     )
     group_tile = min(call.group, config.tile_m)
     tile_q = config.tile_m // group_tile
+    grid = (
+        num_tokens // tile_q + num_seqs,
+        call.num_kv_heads * triton.cdiv(call.group, group_tile),
+    )
+    # A tenth is left: a program more than there is room for would take as long as all others.
+    at_once = max(1, device.num_multiprocessors * 9 // 10)
+    min_split_tiles = shortest_split(config.tile_m, config.tile_n, call)
+    tokens_of_split = min_split_tiles * config.tile_n
+    max_splits = _max_splits(call, tokens_of_split, grid[0] * grid[1], at_once)
+    partials = Partials.like(out, max_splits)
     prefill = Launch(
         _prefill_kernel,
-        (num_tokens // tile_q + num_seqs, call.num_kv_heads * triton.cdiv(call.group, group_tile)),
+        (*grid, max_splits),
         {
             "cu_seqlens_q_ptr": call.cu_seqlens_q,
             "out_ptr": out,
             "lse_ptr": lse,
+            "partial_out_ptr": partials.out,
+            "partial_lse_ptr": partials.lse,
+            "num_splits_ptr": partials.num_splits,
             "num_seqs": num_seqs,
             "num_heads": num_heads,
+            "max_splits": max_splits,
+            "num_programs_at_once": at_once,
             **call.arguments(config, device),
             "GROUP_TILE": group_tile,
             "IS_CAUSAL": call.scoring.causal,
+            "MIN_SPLIT_TILES": min_split_tiles,
             "HAS_LSE": lse.numel() > 0,
+            "IS_SPLIT": max_splits > 1,
         },
         config.num_warps,
         config.num_stages,
         max_registers=_max_registers(call, config.tile_m),
     )
-    return [prefill]
+    return [prefill] if max_splits == 1 else [prefill, plan_join(partials, out, lse)]

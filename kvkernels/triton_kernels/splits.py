@@ -1,7 +1,39 @@
 """How a long sequence is cut into splits, and how their partial results become one again."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
+
+from kvkernels.triton_kernels.calls import Call
+from kvkernels.triton_kernels.launch import Launch
+
+# A split has two tiles at least, and reads twice what it writes: a shorter one costs more to join
+# than it gains.
+_MIN_SPLIT_TILES = 2
+_READ_TO_WRITTEN = 2
+MAX_SPLITS = 128
+# Elements of partial results that a program holds while it joins them.
+_JOIN_ELEMENTS = 8192
+_JOIN_SPLITS = 16  # of a row at least, in one step
+
+
+def shortest_split(num_rows: int, tile_n: int, call: Call) -> int:
+    """Tiles of the shortest split, of whose result there are so many rows."""
+    num_written = 4 * num_rows * call.value_dim
+    width = call.query.shape[2] + (0 if call.is_latent else call.value_dim)
+    num_read = tile_n * width * call.key_cache.element_size()
+    return max(_MIN_SPLIT_TILES, triton.cdiv(_READ_TO_WRITTEN * num_written, num_read))
+
+
+def tile_of_join(value_dim: int, num_rows: int) -> tuple[int, int]:
+    """Splits and rows that are joined in one step, where there are so many rows."""
+    parts = max(_JOIN_SPLITS, _JOIN_ELEMENTS // triton.next_power_of_2(value_dim))
+    rows = min(triton.next_power_of_2(num_rows), parts // _JOIN_SPLITS)
+    return parts // rows, rows
 
 
 @triton.jit
@@ -27,25 +59,60 @@ def count_splits(
     MIN_SPLIT_TILES: tl.constexpr,
     SPLIT_TILES: tl.constexpr,  # a fixed length, or 0
 ):
-    """Number of splits of a sequence, and their length in tiles.
+    """Number of splits of a sequence that asks one query, and their length in tiles."""
+    if SPLIT_TILES > 0:
+        return tl.maximum((num_tiles + SPLIT_TILES - 1) // SPLIT_TILES, 1), SPLIT_TILES
+    total = tl.full((), 0, tl.int64)
+    for first in range(0, num_seqs, 128):
+        seqs = first + tl.arange(0, 128)
+        lens = tl.load(seq_lens_ptr + seqs, mask=seqs < num_seqs, other=0)
+        _, tiles = count_tiles(lens, window, TILE_N, HAS_WINDOW)
+        total += tl.sum(tiles)
+    return cut(total * num_groups, num_tiles, num_programs_at_once, max_splits, MIN_SPLIT_TILES)
 
-    The length is the work of all sequences over the programs that run at once, and 10 %: they keep
-    a slightly unequal batch from spilling into a second round.
+
+@triton.jit
+def count_query_splits(
+    cu_seqlens_q_ptr,
+    seq_lens_ptr,
+    num_seqs,
+    num_tiles,  # that this program's queries see
+    num_groups,
+    num_programs_at_once,
+    max_splits,
+    TILE_Q: tl.constexpr,
+    TILE_N: tl.constexpr,
+    MIN_SPLIT_TILES: tl.constexpr,
+):
+    """`count_splits` for any number of queries a sequence, `TILE_Q` of which share a program.
+
+    What a causal mask or a window spares is left out of account: the splits are longer for it.
     """
-    tiles_per_split = SPLIT_TILES
-    if SPLIT_TILES == 0:
-        total = tl.full((), 0, tl.int64)
-        for first in range(0, num_seqs, 128):
-            seqs = first + tl.arange(0, 128)
-            lens = tl.load(seq_lens_ptr + seqs, mask=seqs < num_seqs, other=0)
-            _, tiles = count_tiles(lens, window, TILE_N, HAS_WINDOW)
-            total += tl.sum(tiles)
-        tenths = num_programs_at_once * 10
-        share = tl.cast((total * num_groups * 11 + tenths - 1) // tenths, tl.int32)
-        fit = (num_tiles + max_splits - 1) // max_splits
-        tiles_per_split = tl.maximum(tl.maximum(share, fit), MIN_SPLIT_TILES)
+    total = tl.full((), 0, tl.int64)
+    for first in range(0, num_seqs, 128):
+        seqs = first + tl.arange(0, 128)
+        is_seq = seqs < num_seqs
+        begins = tl.load(cu_seqlens_q_ptr + seqs, mask=is_seq, other=0)
+        ends = tl.load(cu_seqlens_q_ptr + seqs + 1, mask=is_seq, other=0)
+        lens = tl.load(seq_lens_ptr + seqs, mask=is_seq, other=0)
+        query_tiles = (ends - begins + TILE_Q - 1) // TILE_Q
+        total += tl.sum(query_tiles.to(tl.int64) * ((lens + TILE_N - 1) // TILE_N))
+    return cut(total * num_groups, num_tiles, num_programs_at_once, max_splits, MIN_SPLIT_TILES)
+
+
+@triton.jit
+def cut(total, num_tiles, num_programs_at_once, max_splits, MIN_SPLIT_TILES: tl.constexpr):
+    """Number of splits of some of all tiles, and their length.
+
+    The length is at most the share of all that one of the programs at once would have, and the
+    splits are equally long: what reads memory ends when the longest program does.
+    """
+    share = (total + num_programs_at_once - 1) // num_programs_at_once
+    share = tl.cast(tl.minimum(share, num_tiles), tl.int32)  # all of them may be more than it holds
+    fit = (num_tiles + max_splits - 1) // max_splits
+    tiles_per_split = tl.maximum(tl.maximum(share, fit), MIN_SPLIT_TILES)
     num_splits = tl.maximum((num_tiles + tiles_per_split - 1) // tiles_per_split, 1)
-    return num_splits, tiles_per_split
+    return num_splits, (num_tiles + num_splits - 1) // num_splits
 
 
 @triton.jit
@@ -62,53 +129,139 @@ def arrive(counter_ptr, num_splits):
 
 @triton.jit
 def join_splits(
-    partial_out_ptr,  # [num_heads of all sequences, max_splits, VALUE_DIM], fp32
-    partial_lse_ptr,  # [num_heads of all sequences, max_splits]
+    partial_out_ptr,  # [num_rows, max_splits, VALUE_DIM], fp32; a row is a head of a token
+    partial_lse_ptr,  # [num_rows, max_splits]
     out_ptr,
     lse_ptr,
-    first_row,  # rows first_row .. first_row + num_rows - 1 are joined
-    num_rows,
-    num_splits,
+    rows,  # [TILE_ROWS], int64
+    keep,  # [TILE_ROWS]: those that are joined
+    num_splits,  # of all rows, or [TILE_ROWS]
+    most_splits,  # of any row
     max_splits,
     VALUE_DIM: tl.constexpr,
     TILE_SPLITS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     HAS_LSE: tl.constexpr,
 ):
+    """Write the results of some rows out of those of their splits, in the order of the splits."""
     WIDTH: tl.constexpr = triton.next_power_of_2(VALUE_DIM)
     channels = tl.arange(0, WIDTH)
-    for first in range(0, num_rows, TILE_ROWS):
-        rows = first + tl.arange(0, TILE_ROWS)
-        keep = rows < num_rows
-        rows = first_row + rows
-        largest = tl.full([TILE_ROWS], -float("inf"), tl.float32)
-        total = tl.zeros([TILE_ROWS], tl.float32)
-        acc = tl.zeros([TILE_ROWS, WIDTH], tl.float32)
-        for start in range(0, num_splits, TILE_SPLITS):
-            splits = start + tl.arange(0, TILE_SPLITS)
-            used = (splits < num_splits)[:, None] & keep[None, :]
-            index = rows[None, :] * max_splits + splits[:, None]
-            # Another processor wrote them: the first-level cache may hold what was there before.
-            lses = tl.load(
-                partial_lse_ptr + index, mask=used, other=-float("inf"), cache_modifier=".cg"
-            )
-            parts = tl.load(
-                partial_out_ptr + index[:, :, None] * VALUE_DIM + channels[None, None, :],
-                mask=used[:, :, None] & (channels < VALUE_DIM)[None, None, :],
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            new = tl.maximum(largest, tl.max(lses, 0))
-            pivot = tl.where(new == -float("inf"), 0.0, new)
-            weights = tl.exp(lses - pivot[None, :])
-            rescale = tl.exp(largest - pivot)
-            total = total * rescale + tl.sum(weights, 0)
-            acc = acc * rescale[:, None] + tl.sum(parts * weights[:, :, None], 0)
-            largest = new
-        # Splits that saw nothing leave an output of zero and a log-sum-exp of minus infinity.
-        total = tl.where(total == 0.0, 1.0, total)
-        out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
-        inside = keep[:, None] & (channels < VALUE_DIM)[None, :]
-        tl.store(out_ptr + rows[:, None] * VALUE_DIM + channels[None, :], out, mask=inside)
-        if HAS_LSE:
-            tl.store(lse_ptr + rows, largest + tl.log(total), mask=keep)
+    counts = tl.zeros([TILE_ROWS], tl.int32) + num_splits
+    largest = tl.full([TILE_ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([TILE_ROWS], tl.float32)
+    acc = tl.zeros([TILE_ROWS, WIDTH], tl.float32)
+    for start in range(0, most_splits, TILE_SPLITS):
+        splits = start + tl.arange(0, TILE_SPLITS)
+        used = (splits[:, None] < counts[None, :]) & keep[None, :]
+        index = rows[None, :] * max_splits + splits[:, None]
+        # Another processor wrote them: the first-level cache may hold what was there before.
+        lses = tl.load(
+            partial_lse_ptr + index, mask=used, other=-float("inf"), cache_modifier=".cg"
+        )
+        parts = tl.load(
+            partial_out_ptr + index[:, :, None] * VALUE_DIM + channels[None, None, :],
+            mask=used[:, :, None] & (channels < VALUE_DIM)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        new = tl.maximum(largest, tl.max(lses, 0))
+        pivot = tl.where(new == -float("inf"), 0.0, new)
+        weights = tl.exp(lses - pivot[None, :])
+        rescale = tl.exp(largest - pivot)
+        total = total * rescale + tl.sum(weights, 0)
+        acc = acc * rescale[:, None] + tl.sum(parts * weights[:, :, None], 0)
+        largest = new
+    # Splits that saw nothing leave an output of zero and a log-sum-exp of minus infinity.
+    total = tl.where(total == 0.0, 1.0, total)
+    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    inside = keep[:, None] & (channels < VALUE_DIM)[None, :]
+    tl.store(out_ptr + rows[:, None] * VALUE_DIM + channels[None, :], out, mask=inside)
+    if HAS_LSE:
+        tl.store(lse_ptr + rows, largest + tl.log(total), mask=keep)
+
+
+@triton.jit(do_not_specialize=["num_rows", "max_splits"])
+def _join_kernel(
+    partial_out_ptr,
+    partial_lse_ptr,
+    out_ptr,
+    lse_ptr,
+    num_splits_ptr,  # [num_rows]: rows of one split are written already
+    num_rows,
+    max_splits,
+    VALUE_DIM: tl.constexpr,
+    TILE_SPLITS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+):
+    rows = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    counts = tl.load(num_splits_ptr + rows, mask=rows < num_rows, other=1)
+    most = tl.max(counts, 0)
+    if most > 1:
+        join_splits(
+            partial_out_ptr,
+            partial_lse_ptr,
+            out_ptr,
+            lse_ptr,
+            rows.to(tl.int64),
+            counts > 1,
+            counts,
+            most,
+            max_splits,
+            VALUE_DIM,
+            TILE_SPLITS,
+            TILE_ROWS,
+            HAS_LSE,
+        )
+
+
+@dataclass(frozen=True)
+class Partials:
+    """Where the splits of all rows leave their results; of no elements where there is one split.
+
+    Attributes:
+        out: ``[num_rows, max_splits, value_dim]``, float32.
+        lse: ``[num_rows, max_splits]``, float32.
+        num_splits: ``[num_rows]``, int32: how many of them a row has.
+        max_splits: Splits that there is room for.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    num_splits: torch.Tensor
+    max_splits: int
+
+    @classmethod
+    def like(cls, out: torch.Tensor, max_splits: int) -> Partials:
+        """Of the rows of ``out``, ``[num_tokens, num_heads, value_dim]``, on its device."""
+        num_rows = out.shape[0] * out.shape[1] if max_splits > 1 else 0
+        return cls(
+            out.new_empty(num_rows * max_splits * out.shape[2], dtype=torch.float32),
+            out.new_empty(num_rows * max_splits, dtype=torch.float32),
+            out.new_empty(num_rows, dtype=torch.int32),
+            max_splits,
+        )
+
+
+def plan_join(partials: Partials, out: torch.Tensor, lse: torch.Tensor) -> Launch:
+    """The launch that joins the splits of all rows once they are all there."""
+    num_rows, value_dim = out.shape[0] * out.shape[1], out.shape[2]
+    tile_splits, tile_rows = tile_of_join(value_dim, num_rows)
+    return Launch(
+        _join_kernel,
+        (triton.cdiv(num_rows, tile_rows),),
+        {
+            "partial_out_ptr": partials.out,
+            "partial_lse_ptr": partials.lse,
+            "out_ptr": out,
+            "lse_ptr": lse,
+            "num_splits_ptr": partials.num_splits,
+            "num_rows": num_rows,
+            "max_splits": partials.max_splits,
+            "VALUE_DIM": value_dim,
+            "TILE_SPLITS": tile_splits,
+            "TILE_ROWS": tile_rows,
+            "HAS_LSE": lse.numel() > 0,
+        },
+        num_warps=4,
+    )

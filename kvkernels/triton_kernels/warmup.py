@@ -35,8 +35,8 @@ def shapes_of_model(model: Shape) -> Iterator[Shape]:
         if "tree" not in model.rules:
             for num_seqs in _NUM_SEQS:
                 yield replace(asked, op="decode", num_seqs=num_seqs)
-        for num_queries in _NUM_QUERIES:
-            yield replace(asked, op="prefill", num_queries=num_queries)
+        for num_queries, num_seqs in product(_NUM_QUERIES, _NUM_SEQS):
+            yield replace(asked, op="prefill", num_queries=num_queries, num_seqs=num_seqs)
 
 
 def warm_up(model: Shape, device: torch.device | str = "cuda") -> int:

@@ -1,8 +1,9 @@
-"""The Triton decode kernel cuts long sequences as planned, and joins the parts again."""
+"""The Triton kernels cut long sequences as planned, and join the parts again."""
 
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from kvkernels.scoring import Scoring
 triton = pytest.importorskip("triton", reason="Triton is only on Linux")
 tl = pytest.importorskip("triton.language")
 decode = pytest.importorskip("kvkernels.triton_kernels.decode")
+prefill = pytest.importorskip("kvkernels.triton_kernels.prefill")
 launch = pytest.importorskip("kvkernels.triton_kernels.launch")
 splits = pytest.importorskip("kvkernels.triton_kernels.splits")
 calls = pytest.importorskip("kvkernels.triton_kernels.calls")
@@ -40,11 +42,11 @@ class Batch:
 
 
 BATCHES = [
-    Batch("many_splits", (500,), 8, 11),
+    Batch("many_splits", (500,), 8, 16),
     Batch("splits_without_end", (90,), 132, 3),
     Batch("one_split_each", (30, 32, 17), 2, 1),
     Batch("one_program_at_a_time", (300,), 1, 2),
-    Batch("very_unequal", (1, 400, 0, 33, 2, 0), 8, 9),
+    Batch("very_unequal", (1, 400, 0, 33, 2, 0), 8, 13),
     Batch("two_groups", (200, 90), 4, 3, heads=(2, 2)),
     Batch("window", (400, 30, 130), 8, 4, window=100),
     Batch("more_than_128_sequences", (*[0, 3] * 65, 200), 40, 5),
@@ -52,12 +54,13 @@ BATCHES = [
 ]
 
 
-def expected_length(
-    num_tiles: list[int], seq: int, num_groups: int, at_once: int, max_splits: int
+def expected_splits(
+    num_tiles: int, work: int, at_once: int, max_splits: int, shortest: int = 2
 ) -> int:
-    """Tiles of a split: all work over the programs that run at once, and 10 %; two at least."""
-    share = math.ceil(Fraction(11, 10) * sum(num_tiles) * num_groups / at_once)
-    return max(share, math.ceil(Fraction(num_tiles[seq], max_splits)), 2)
+    """How many splits of at most the share that each of the programs at once has of all work."""
+    share = math.ceil(Fraction(work, at_once))
+    longest = max(share, math.ceil(Fraction(num_tiles, max_splits)), shortest)
+    return max(1, math.ceil(Fraction(num_tiles, longest)))
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
@@ -86,10 +89,8 @@ def test_splits_as_planned_and_matches_reference(batch: Batch, device: torch.dev
         first = max(0, length - batch.window) // TILE_N if batch.window else 0
         num_tiles.append(math.ceil(length / TILE_N) - first)
     machine = planned["num_programs_at_once"], planned["max_splits"]
-    expected = [
-        max(1, math.ceil(count / expected_length(num_tiles, seq, batch.heads[1], *machine)))
-        for seq, count in enumerate(num_tiles)
-    ]
+    work = sum(num_tiles) * batch.heads[1]
+    expected = [expected_splits(count, work, *machine) for count in num_tiles]
     found = [1] * len(expected)
     if planned["IS_SPLIT"]:
         # A partial of a sequence with several splits was written, of one with a single not.
@@ -101,31 +102,88 @@ def test_splits_as_planned_and_matches_reference(batch: Batch, device: torch.dev
     assert max(found) == batch.most_splits
 
 
+# Sequences as (number of queries, length), float32 heads of 256: 32 rows and 16 tokens a tile.
+QUERIES = [
+    ("short_after_long", ((3, 700),), {}),
+    ("with_others", ((5, 900), (1, 40), (0, 30), (1, 500)), {}),
+    ("many_rows", ((40, 640),), {}),
+    ("window", ((4, 600), (1, 90)), {"window": 200}),
+    ("three_heads_of_a_tile", ((3, 500),), {"heads": (3, 1)}),
+    ("more_heads_than_a_tile", ((2, 500),), {"heads": (71, 1)}),
+    ("rules", ((7, 800), (2, 300)), {"rules": ("sinks", "alibi", "soft_cap")}),
+]
+
+
+@pytest.mark.parametrize(("name", "sequences", "options"), QUERIES, ids=lambda value: str(value))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_splits_of_few_queries_match_reference(
+    name: str,
+    sequences: tuple[tuple[int, int], ...],
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    heads, window = options.get("heads", (2, 1)), options.get("window", 0)
+    case = Case("", sequences, heads=heads, head_dim=256, window=window)
+    inputs = make_inputs(case, dtype, device)
+    rules: dict[str, Any] = {}
+    if "rules" in options:
+        rules = {"soft_cap": 5.0, "sinks": torch.randn(heads[0], device=device)}
+        rules["alibi_slopes"] = torch.rand(heads[0], device=device) / 8
+    scoring = Scoring(1 / 16, True, window, **rules)
+    out = torch.full_like(inputs.query, torch.nan, memory_format=torch.contiguous_format)
+    lse = torch.full(out.shape[:2], torch.nan, device=device)
+    call = calls.Call(*inputs.tensors(), scoring)
+    launches = prefill.plan_prefill(call, out, lse, launch.Device(9, 40))
+    planned = launches[0].arguments
+    assert planned["IS_SPLIT"] and len(launches) == 2
+    for scratch in ("partial_out_ptr", "partial_lse_ptr"):
+        planned[scratch].fill_(torch.nan)
+    planned["num_splits_ptr"].fill_(1 << 30)  # each is written, or the kernel that joins never ends
+    launch.run(launches, inputs.query)
+
+    exact = reference.paged_attention(*inputs.tensors(torch.float64), scoring, True)
+    rounded = reference.paged_attention(*inputs.tensors(), scoring, True)
+    assert_as_accurate(out, rounded[0], exact[0], "out")
+    assert_as_accurate(lse, rounded[1], exact[1], "lse")
+    found = planned["num_splits_ptr"].view(out.shape[:2])
+    assert (found == found[:, :1]).all()
+    assert found.max() > 1
+    # A partial of a token with several splits was written, of one with a single not; a split that
+    # saw nothing has a log-sum-exp of minus infinity.
+    partial = planned["partial_lse_ptr"].view(*out.shape[:2], -1)
+    written = (~partial.isnan()).sum(2)
+    assert torch.equal(written, torch.where(found > 1, found, 0).to(written.dtype))
+
+
 @triton.jit
 def _length_kernel(
     seq_lens_ptr, num_seqs, num_tiles, num_groups, at_once, max_splits, result_ptr,
     TILE_N: tl.constexpr,
 ):  # fmt: skip
-    _, length = _count_splits(
+    splits, length = _count_splits(
         seq_lens_ptr, num_seqs, num_tiles, num_groups, at_once, max_splits, 0, TILE_N, False, 2, 0
     )
-    tl.store(result_ptr, length)
+    tl.store(result_ptr, splits)
+    tl.store(result_ptr + 1, length)
 
 
 @pytest.mark.parametrize("num_groups", [1, 8])
 @pytest.mark.parametrize("at_once", [1, 264])
 @pytest.mark.parametrize(
     "seq_lens",
-    [[1], [0] * 5, [129] * 128, [1000] * 127 + [70000] * 3, [1 << 20] * 400],
-    ids=["one", "none", "one_load", "two_loads", "more_tiles_than_int32_holds_times_11"],
+    [[1], [0] * 5, [129] * 128, [1000] * 127 + [70000] * 3, [1 << 20] * 4400],
+    ids=["one", "none", "one_load", "two_loads", "more_tiles_than_int32_holds"],
 )
 def test_length_of_a_split(
     seq_lens: list[int], at_once: int, num_groups: int, device: torch.device
 ) -> None:
     num_tiles = [math.ceil(length / TILE_N) for length in seq_lens]
-    result = torch.zeros(1, dtype=torch.int32, device=device)
+    result = torch.zeros(2, dtype=torch.int32, device=device)
     lens = torch.tensor(seq_lens, dtype=torch.int32, device=device)
     _length_kernel[(1,)](
         lens, len(lens), num_tiles[-1], num_groups, at_once, 11, result, TILE_N=TILE_N
     )
-    assert result.item() == expected_length(num_tiles, len(lens) - 1, num_groups, at_once, 11)
+    count, length = result.tolist()
+    assert count == expected_splits(num_tiles[-1], sum(num_tiles) * num_groups, at_once, 11)
+    assert length == math.ceil(num_tiles[-1] / count)
