@@ -27,7 +27,7 @@ from bench.gpu import peers
 from bench.gpu.steps import DEVICE_ERROR, steps
 from bench.gpu.summary import summarise
 
-PARTS = ("checks", "tests", "timings", "engine")
+PARTS = ("checks", "peers", "tests", "timings", "engine")
 REHEARSED = ("timings", "tune")
 COMPILED_APART = ("_flashinfer", "_flex")  # by `peers.prepare`
 # Seconds from the start: what runs beside each other ends, and then the timings.
@@ -161,7 +161,7 @@ def prepare(run: Run, parts: Sequence[str], names: Sequence[str]) -> None:
     """What may run beside each other, in processes of their own."""
     with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) - 2)) as pool:
         waiting = [("build", pool.submit(build_extension, run))]
-        if "timings" in parts:
+        if "peers" in parts:
             waiting.append(("peers", pool.submit(_prepare_peers, run)))
         if "tests" in parts and importlib.util.find_spec("pytest"):
             waiting.append(("tests", pool.submit(run_tests, run)))
@@ -212,6 +212,8 @@ def main() -> int:
     )
     # Once more: the engine's are among them since the extension is built.
     chosen = [name for name in steps() if topic_of(name) in topics and options.only in name]
+    if "peers" not in options.parts:
+        chosen = [name for name in chosen if not name.endswith(COMPILED_APART)]
     for name, row in zip(chosen, run_steps(chosen, run.left_s(TIMED_S)), strict=True):
         run.record(topic_of(name), row)
     rows = [row for value in run.result.values() if isinstance(value, list) for row in value]

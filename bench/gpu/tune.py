@@ -14,32 +14,57 @@ import torch
 
 from bench import attention_cases
 from bench.attention_providers import attend_paged
-from bench.gpu.attention_timing import CASES, attend_decode, make_narrow
+from bench.gpu.attention_timing import (
+    CASES,
+    LATENT_CASES,
+    LatentCase,
+    attend_decode,
+    make_latent_inputs,
+    make_narrow,
+)
 from bench.gpu.events import make_cold, time_both_ways
+from kvkernels import paged_attention
 from kvkernels.triton_kernels import configs
 
 Tiles = tuple[int, ...]
 
 # tile_n, num_warps, num_stages, programs at once
-DECODE: tuple[Tiles, ...] = (
-    *((64, 4, 3, at_once) for at_once in (1, 2, 3, 4)),
-    *((64, 4, stages, 2) for stages in (2, 4, 5)),
-    *((128, 4, 2, 2), (128, 4, 3, 1), (128, 8, 3, 1), (128, 8, 2, 2)),
-    *((32, 4, 4, 3), (32, 2, 4, 4), (64, 2, 3, 3), (64, 8, 3, 2)),
-)
+DECODE: dict[int, tuple[Tiles, ...]] = {
+    64: (
+        *((64, 4, 4, 2), (128, 4, 3, 1), (128, 4, 4, 1), (128, 4, 3, 2), (64, 2, 4, 2)),
+        *((64, 8, 4, 1), (128, 8, 3, 1), (32, 4, 4, 2)),
+    ),
+    128: (
+        *((64, 4, 3, 2), (64, 4, 4, 1), (64, 4, 4, 2), (64, 4, 2, 2), (128, 4, 2, 1)),
+        *((128, 4, 2, 2), (128, 4, 3, 1), (64, 2, 3, 2), (32, 2, 4, 2), (64, 8, 3, 1)),
+    ),
+    256: (
+        *((32, 4, 3, 2), (64, 4, 2, 1), (64, 4, 3, 1), (32, 8, 3, 1), (64, 8, 2, 1)),
+        *((32, 4, 4, 1), (16, 4, 4, 2)),
+    ),
+}
 CODES: tuple[Tiles, ...] = (
-    *((32, 4, stages, at_once) for stages in (3, 4, 5) for at_once in (2, 3, 4)),
-    *((64, 4, 3, 2), (64, 4, 4, 2), (64, 4, 3, 3), (64, 8, 3, 2), (32, 2, 4, 4), (64, 4, 2, 4)),
+    *((32, 4, stages, at_once) for stages in (3, 4) for at_once in (1, 2, 3)),
+    *((64, 4, 3, 1), (64, 4, 3, 2), (64, 4, 4, 1), (64, 8, 3, 1), (32, 2, 4, 2)),
 )
 # tile_m, tile_n, num_warps, num_stages
 PREFILL: tuple[Tiles, ...] = (
-    *((128, 64, 8, stages) for stages in (2, 3, 4)),
-    *((128, 128, 8, stages) for stages in (2, 3)),
-    *((128, 64, 4, 2), (128, 64, 4, 3), (128, 32, 4, 4), (128, 128, 4, 2)),
-    *((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 4, 3), (128, 32, 8, 4)),
+    *((128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (128, 128, 8, 3)),
+    *((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 3), (64, 128, 8, 2)),
 )
-DECODE_CASES = ("decode_1x1k", "decode_1x32k", "decode_4x8k", "decode_8x4k", "decode_32x1k")
-PREFILL_CASES = ("prefill_2k_d128", "prefill_8k_d128", "extend_512_after_8k", "prefill_8k_d64")
+# tile_m, tile_n, num_warps, num_stages, programs at once
+MANY_HEADS: tuple[Tiles, ...] = (
+    *((64, 64, 8, 2, 2), (64, 32, 8, 3, 1), (64, 32, 8, 2, 1), (64, 16, 8, 2, 1)),
+    *((32, 32, 8, 2, 2), (32, 64, 8, 2, 1)),
+)
+DECODE_CASES = (
+    *("decode_1x1k", "decode_1x8k", "decode_1x32k", "decode_4x8k", "decode_8x4k", "decode_32x1k"),
+    *("decode_4x8k_9_3_d64", "decode_4x8k_14_2_d64", "decode_4x8k_4_1_d256"),
+)
+PREFILL_CASES = (
+    *("extend_16_of_8k", "extend_256_of_8k", "extend_512_after_8k"),
+    *("prefill_512_d128", "prefill_2k_d128", "prefill_2k_d64"),
+)
 
 
 @contextmanager
@@ -74,7 +99,7 @@ def tune_decode(case: attention_cases.Case) -> dict[str, Any]:
     inputs = make_cold(partial(attention_cases.make_inputs, case), case.num_kv_bytes)
     key = (9, 2, case.head_dim)
     return time_each(
-        DECODE,
+        DECODE[case.head_dim],
         lambda tiles: replaced(configs._DECODE, key, tiles),
         [partial(attend_paged, one) for one in inputs],
     )
@@ -104,6 +129,16 @@ def tune_prefill(case: attention_cases.Case) -> dict[str, Any]:
     )
 
 
+@torch.inference_mode()
+def tune_latent(case: LatentCase) -> dict[str, Any]:
+    inputs = make_cold(partial(make_latent_inputs, case), case.num_kv_bytes)
+    return time_each(
+        MANY_HEADS,
+        lambda tiles: replaced(configs._DECODE_MANY_HEADS, (9, 2, case.key_dim), tiles),
+        [partial(paged_attention, *one) for one in inputs],
+    )
+
+
 def tune_cases() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Names and what to run, one at a time."""
     by_name = {case.name: case for case in CASES}
@@ -112,4 +147,7 @@ def tune_cases() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     for name in PREFILL_CASES:
         yield name, partial(tune_prefill, by_name[name])
     for kind in ("int8", "int4"):
-        yield f"decode_4x8k_{kind}", partial(tune_codes, by_name["decode_4x8k"], kind)
+        for name in ("decode_4x8k", "decode_8x32k"):
+            yield f"{name}_{kind}", partial(tune_codes, by_name[name], kind)
+    for latent_case in LATENT_CASES:
+        yield latent_case.name, partial(tune_latent, latent_case)
