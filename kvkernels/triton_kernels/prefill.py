@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from kvkernels.triton_kernels.calls import CHANGING, INDEX_TENSORS, Call
-from kvkernels.triton_kernels.configs import prefill_config
+from kvkernels.triton_kernels.configs import TileConfig, prefill_config
 from kvkernels.triton_kernels.launch import Device, Launch
 from kvkernels.triton_kernels.rules import tree_depths
 from kvkernels.triton_kernels.runs import attend_cache
@@ -228,25 +228,29 @@ def _prefill_kernel(
         tl.store(num_splits_ptr + out_rows, num_splits, mask=keep)
 
 
-def _max_splits(call: Call, tokens_of_split: int, num_programs: int, at_once: int) -> int:
+def _max_splits(
+    call: Call, config: TileConfig, min_split_tiles: int, num_programs: int, at_once: int
+) -> int:
     """Splits that the grid has room for: 1 where the programs of one would fill the device."""
     max_tokens = call.block_table.shape[1] * call.block_size
     if call.scoring.window:
         max_tokens = min(max_tokens, call.scoring.window + call.query.shape[0])
-    if call.batch_invariant or num_programs > at_once:
+    # Codes and rules beside all the rows there may be leave no registers for more.
+    is_full = config.tile_m > 64 and (call.is_heavy or call.key_cache.itemsize == 1)
+    if call.batch_invariant or is_full or num_programs > at_once:
         return 1
     return min(
         MAX_SPLITS,
-        triton.cdiv(max_tokens, tokens_of_split),
+        triton.cdiv(max_tokens, min_split_tiles * config.tile_n),
         # Programs may be without queries, and the device then takes more splits of the others.
         triton.cdiv(2 * at_once, num_programs),
     )
 
 
-def _max_registers(call: Call, tile_m: int) -> int | None:
+def _max_registers(call: Call, tile_m: int, is_split: bool) -> int | None:
     """Where the assembler's own choice spills; see `Launch`."""
     is_small_float32 = call.query.dtype == torch.float32 and tile_m == 16
-    return 255 if call.is_heavy or is_small_float32 else None
+    return 255 if call.is_heavy or is_split or is_small_float32 else None
 
 
 def plan_prefill(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device) -> list[Launch]:
@@ -265,11 +269,9 @@ def plan_prefill(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Devic
         num_tokens // tile_q + num_seqs,
         call.num_kv_heads * triton.cdiv(call.group, group_tile),
     )
-    # A tenth is left: a program more than there is room for would take as long as all others.
-    at_once = max(1, device.num_multiprocessors * 9 // 10)
+    at_once = device.num_multiprocessors
     min_split_tiles = shortest_split(config.tile_m, config.tile_n, call)
-    tokens_of_split = min_split_tiles * config.tile_n
-    max_splits = _max_splits(call, tokens_of_split, grid[0] * grid[1], at_once)
+    max_splits = _max_splits(call, config, min_split_tiles, grid[0] * grid[1], at_once)
     partials = Partials.like(out, max_splits)
     prefill = Launch(
         _prefill_kernel,
@@ -294,6 +296,6 @@ def plan_prefill(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Devic
         },
         config.num_warps,
         config.num_stages,
-        max_registers=_max_registers(call, config.tile_m),
+        max_registers=_max_registers(call, config.tile_m, max_splits > 1),
     )
     return [prefill] if max_splits == 1 else [prefill, plan_join(partials, out, lse)]

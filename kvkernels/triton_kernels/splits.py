@@ -104,15 +104,19 @@ def count_query_splits(
 def cut(total, num_tiles, num_programs_at_once, max_splits, MIN_SPLIT_TILES: tl.constexpr):
     """Number of splits of some of all tiles, and their length.
 
-    The length is at most the share of all that one of the programs at once would have, and the
-    splits are equally long: what reads memory ends when the longest program does.
+    They are as many as have each the share of all that one of the programs at once would have, or
+    more: a program beyond those would wait for another to end. And they are equally long: all ends
+    when the longest does.
     """
     share = (total + num_programs_at_once - 1) // num_programs_at_once
     share = tl.cast(tl.minimum(share, num_tiles), tl.int32)  # all of them may be more than it holds
     fit = (num_tiles + max_splits - 1) // max_splits
-    tiles_per_split = tl.maximum(tl.maximum(share, fit), MIN_SPLIT_TILES)
-    num_splits = tl.maximum((num_tiles + tiles_per_split - 1) // tiles_per_split, 1)
-    return num_splits, (num_tiles + num_splits - 1) // num_splits
+    shortest = tl.maximum(tl.maximum(share, fit), MIN_SPLIT_TILES)
+    num_splits = tl.maximum(num_tiles // shortest, 1)
+    # Of less than two shares too: one program would take up to twice as long as all others.
+    num_splits = tl.where((num_splits == 1) & (num_tiles > shortest), 2, num_splits)
+    tiles_per_split = tl.maximum((num_tiles + num_splits - 1) // num_splits, 1)
+    return tl.maximum((num_tiles + tiles_per_split - 1) // tiles_per_split, 1), tiles_per_split
 
 
 @triton.jit

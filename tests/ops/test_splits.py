@@ -46,10 +46,10 @@ BATCHES = [
     Batch("splits_without_end", (90,), 132, 3),
     Batch("one_split_each", (30, 32, 17), 2, 1),
     Batch("one_program_at_a_time", (300,), 1, 2),
-    Batch("very_unequal", (1, 400, 0, 33, 2, 0), 8, 13),
-    Batch("two_groups", (200, 90), 4, 3, heads=(2, 2)),
+    Batch("very_unequal", (1, 400, 0, 33, 2, 0), 8, 9),
+    Batch("two_groups", (200, 90), 4, 2, heads=(2, 2)),
     Batch("window", (400, 30, 130), 8, 4, window=100),
-    Batch("more_than_128_sequences", (*[0, 3] * 65, 200), 40, 5),
+    Batch("more_than_128_sequences", (*[0, 3] * 65, 200), 40, 4),
     Batch("all_empty", (0, 0, 0), 8, 1),
 ]
 
@@ -57,10 +57,13 @@ BATCHES = [
 def expected_splits(
     num_tiles: int, work: int, at_once: int, max_splits: int, shortest: int = 2
 ) -> int:
-    """How many splits of at most the share that each of the programs at once has of all work."""
+    """How many splits of at least the share that each of the programs at once has of all work."""
     share = math.ceil(Fraction(work, at_once))
-    longest = max(share, math.ceil(Fraction(num_tiles, max_splits)), shortest)
-    return max(1, math.ceil(Fraction(num_tiles, longest)))
+    length = max(share, math.ceil(Fraction(num_tiles, max_splits)), shortest)
+    if num_tiles <= length:
+        return 1
+    length = math.ceil(Fraction(num_tiles, max(2, num_tiles // length)))
+    return math.ceil(Fraction(num_tiles, length))
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
@@ -186,4 +189,4 @@ def test_length_of_a_split(
     )
     count, length = result.tolist()
     assert count == expected_splits(num_tiles[-1], sum(num_tiles) * num_groups, at_once, 11)
-    assert length == math.ceil(num_tiles[-1] / count)
+    assert length == max(1, math.ceil(num_tiles[-1] / count))
