@@ -48,6 +48,10 @@ _MULTIPROCESSORS = 128
 _HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 _RULES = ("soft_cap", "sinks", "alibi")
 _SPREAD = 7
+# Bytes of local memory by kernel and tile. Triton 3.6 needs none there; 3.9 puts what does not change
+# aside before the loop and reads it again in each step. With 64 rows latent attention still takes
+# half the time that it takes with 32, which leave registers (on an H100).
+_SPILLS_ALLOWED = {("decode_kernel", "64x32"): 136}
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Usage:
     @property
     def fault(self) -> str:
         """Why the kernel is refused, or nothing."""
-        if self.local_bytes:
+        if self.local_bytes > _SPILLS_ALLOWED.get((self.kernel, self.tile), 0):
             return "spills"
         if self.shared_bytes > SHARED_LIMITS[self.arch]:
             return "too much shared memory"
