@@ -16,7 +16,7 @@ PACKAGES = {"kvkernels": ROOT / "kvkernels", "prefixstore": ROOT / "python" / "p
 
 # What a call consists of, as every implementation takes it.
 CONTRACT = ("kvkernels.scoring", "kvkernels.quantized_cache", "kvkernels.codecs")
-CONTRACT += ("kvkernels.layout", "kvkernels.checks")
+CONTRACT += ("kvkernels.layout", "kvkernels.checks", "kvkernels.signatures")
 NAMES = (
     "prefixstore.errors",
     "prefixstore.settings",

@@ -15,6 +15,9 @@ from kvkernels.ops.library import LIBRARY
 from kvkernels.quantized_cache import QuantizedCache
 from kvkernels.reference import attention as reference
 from kvkernels.scoring import Scoring
+from kvkernels.signatures import CheckedCalls
+
+_checked_merges = CheckedCalls()
 
 
 def paged_attention(
@@ -149,6 +152,16 @@ def merge_attention(
     Raises:
         ValueError: If shapes, dtypes, devices or strides disagree or a tensor requires grad.
     """
+    tensors = (out_a, lse_a, out_b, lse_b)
+    if not _checked_merges.has(tensors):
+        _check_merge(*tensors)
+        _checked_merges.add(tensors)
+    return torch.ops.kvkernels.merge_attention.default(out_a, lse_a, out_b, lse_b)
+
+
+def _check_merge(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> None:
     check_shape("out_a", out_a, (None, None, None))
     num_tokens, num_heads, head_dim = out_a.shape
     check_dtype("out_a", out_a, *FLOAT_DTYPES)
@@ -163,7 +176,6 @@ def merge_attention(
         check_inference(name, tensor)
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor, got {tensor.stride()}")
-    return torch.ops.kvkernels.merge_attention.default(out_a, lse_a, out_b, lse_b)
 
 
 LIBRARY.define(

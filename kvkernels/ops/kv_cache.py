@@ -13,6 +13,9 @@ from kvkernels.checks import (
 )
 from kvkernels.ops.library import LIBRARY
 from kvkernels.reference import kv_cache as reference
+from kvkernels.signatures import CheckedCalls
+
+_checked = CheckedCalls()
 
 
 def store_kv(
@@ -39,6 +42,20 @@ def store_kv(
         ValueError: If shapes, dtypes, devices or strides disagree, a tensor requires grad, or (on
             the CPU) a slot is out of range.
     """
+    tensors = (key, value, key_cache, value_cache, slot_mapping)
+    if not _checked.has(tensors):
+        _check(*tensors)
+        _checked.add(tensors)
+    torch.ops.kvkernels.store_kv.default(key, value, key_cache, value_cache, slot_mapping)
+
+
+def _check(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
     check_caches(key_cache, value_cache)
     _, num_kv_heads, _, head_dim = key_cache.shape
     check_shape("key", key, (None, num_kv_heads, head_dim))
@@ -52,7 +69,6 @@ def store_kv(
         check_inference(name, tensor)
         check_device(name, tensor, key_cache.device)
     check_device("slot_mapping", slot_mapping, key_cache.device)
-    torch.ops.kvkernels.store_kv.default(key, value, key_cache, value_cache, slot_mapping)
 
 
 LIBRARY.define(

@@ -8,9 +8,28 @@ from kvkernels.quantized_cache import QuantizedCache
 from kvkernels.scoring import Scoring
 from kvkernels.triton_kernels.calls import Call
 from kvkernels.triton_kernels.decode import plan_decode
-from kvkernels.triton_kernels.launch import device_of, run
+from kvkernels.triton_kernels.launch import device_of
 from kvkernels.triton_kernels.merge import plan_merge
 from kvkernels.triton_kernels.prefill import plan_prefill
+from kvkernels.triton_kernels.replay import Replays, addresses, signature
+
+_NUM_SCORING_NUMBERS = 4  # of the fields of `Scoring`, those before its tensors
+_NO_CACHE = (None,) * len(QuantizedCache._fields)
+_OUTPUTS = ("out_ptr", "lse_ptr")
+_attentions = Replays(
+    (
+        "query_ptr",
+        *["float_cache"] * 2,
+        "block_table_ptr",
+        "seq_lens_ptr",
+        "cu_seqlens_q_ptr",
+        *("sinks_ptr", "slopes_ptr", "tree_mask_ptr"),
+        *["int8_cache"] * 4,
+        *["int4_cache"] * 4,
+        *_OUTPUTS,
+    )
+)
+_merges = Replays(("out_a_ptr", "lse_a_ptr", "out_b_ptr", "lse_b_ptr", *_OUTPUTS))
 
 
 def paged_attention(
@@ -44,6 +63,19 @@ def paged_attention(
     lse = query.new_empty((num_tokens if return_lse else 0, num_heads), dtype=torch.float32)
     if query.numel() == 0:
         return out, lse
+    tensors = (
+        *(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q),
+        *scoring[_NUM_SCORING_NUMBERS:],
+        *(int8_cache or _NO_CACHE),
+        *(int4_cache or _NO_CACHE),
+    )
+    pointers = addresses(tensors)
+    has_one_start = pointers[1] == pointers[2]  # of keys and values; see `Call.is_latent`
+    numbers = (*scoring[:_NUM_SCORING_NUMBERS], return_lse, batch_invariant, has_one_start)
+    key = signature(tensors, pointers, numbers)
+    if replay := _attentions.find(key):
+        replay.run((*pointers, out.data_ptr(), lse.data_ptr()), query)
+        return out, lse
     call = Call(
         query,
         key_cache,
@@ -57,7 +89,7 @@ def paged_attention(
         batch_invariant,
     )
     plan = plan_decode if cu_seqlens_q is None else plan_prefill
-    run(plan(call, out, lse, device_of(query)), query)
+    _attentions.run(key, plan(call, out, lse, device_of(query)), query)
     return out, lse
 
 
@@ -66,6 +98,13 @@ def merge_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the union of two disjoint sets of keys; see `kvkernels.merge_attention`."""
     out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
-    if out.numel():
-        run(plan_merge(out_a, lse_a, out_b, lse_b, out, lse), out_a)
+    if out.numel() == 0:
+        return out, lse
+    tensors = (out_a, lse_a, out_b, lse_b)
+    pointers = addresses(tensors)
+    key = signature(tensors, pointers, ())
+    if replay := _merges.find(key):
+        replay.run((*pointers, out.data_ptr(), lse.data_ptr()), out_a)
+    else:
+        _merges.run(key, plan_merge(*tensors, out, lse), out_a)
     return out, lse

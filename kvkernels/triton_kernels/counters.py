@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import triton
 
 # One buffer for each device and stream: launches of one stream run one after another.
 _buffers: dict[tuple[int, int], torch.Tensor] = {}
@@ -13,13 +14,16 @@ _GRAPH_COUNTERS = 1 << 20
 
 
 def zeroed_counters(count: int, tensor: torch.Tensor) -> torch.Tensor:
-    """`count` int32 zeros on the device of `tensor`; who counts with them leaves zeros again."""
+    """At least `count` int32 zeros on the device of `tensor`, at a multiple of 16 bytes.
+
+    Who counts with them leaves zeros again.
+    """
     if count == 0 or tensor.is_meta:
         return tensor.new_empty(count, dtype=torch.int32)
     index = tensor.get_device()
     if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
         return _deal_to_graph(count, index, tensor)
-    stream = torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+    stream = triton.runtime.driver.active.get_current_stream(index) if tensor.is_cuda else 0
     buffer = _buffers.get((index, stream))
     if buffer is None or buffer.numel() < count:
         with torch.inference_mode(False):
@@ -27,12 +31,13 @@ def zeroed_counters(count: int, tensor: torch.Tensor) -> torch.Tensor:
             _buffers[index, stream] = buffer
             if tensor.is_cuda and index not in _graph_buffers:
                 _graph_buffers[index] = (tensor.new_zeros(_GRAPH_COUNTERS, dtype=torch.int32), 0)
-    return buffer[:count]
+    return buffer
 
 
 def _deal_to_graph(count: int, index: int, tensor: torch.Tensor) -> torch.Tensor:
     buffer, used = _graph_buffers.get(index, (None, 0))
     if buffer is None or used + count > buffer.numel():
         return tensor.new_zeros(count, dtype=torch.int32)  # a fill at every replay
-    _graph_buffers[index] = (buffer, used + count)
+    # A multiple of 16 bytes, since Triton compiles another kernel for any other address.
+    _graph_buffers[index] = (buffer, used + triton.cdiv(count, 4) * 4)
     return buffer[used : used + count]

@@ -21,7 +21,6 @@ import triton.language as tl
 
 from kvkernels.triton_kernels.calls import CHANGING, INDEX_TENSORS, Call
 from kvkernels.triton_kernels.configs import TileConfig, decode_config
-from kvkernels.triton_kernels.counters import zeroed_counters
 from kvkernels.triton_kernels.launch import Device, Launch
 from kvkernels.triton_kernels.runs import attend_cache
 from kvkernels.triton_kernels.splits import (
@@ -253,10 +252,11 @@ def plan_decode(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device
     if call.batch_invariant:
         split_tiles = min_split_tiles = _INVARIANT_SPLIT_TOKENS // config.tile_n
         max_splits = max(1, triton.cdiv(max_tokens, _INVARIANT_SPLIT_TOKENS))
-    partials = Partials.like(out, max_splits)
     splits_of_join, rows_of_join = tile_of_join(value_dim, num_rows)
     joins_itself = num_rows * value_dim <= _MAX_JOIN_ELEMENTS
-    num_counters = num_seqs * num_groups if max_splits > 1 and joins_itself else 0
+    partials = Partials.like(
+        out, max_splits, num_seqs * num_groups if max_splits > 1 and joins_itself else 0
+    )
     decode = Launch(
         _decode_kernel,
         (num_seqs, num_groups, max_splits),
@@ -266,8 +266,8 @@ def plan_decode(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device
             "lse_ptr": lse,
             "partial_out_ptr": partials.out,
             "partial_lse_ptr": partials.lse,
-            "counters_ptr": zeroed_counters(num_counters, query),
             "num_splits_ptr": partials.num_splits,
+            "counters_ptr": partials.counters,
             "num_seqs": num_seqs,
             "max_splits": max_splits,
             "num_programs_at_once": at_once,
@@ -283,6 +283,7 @@ def plan_decode(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device
         config.num_warps,
         config.num_stages,
         max_registers=255 if call.is_quantized else None,
+        scratch=partials.scratch,
     )
     if max_splits == 1 or joins_itself:
         return [decode]

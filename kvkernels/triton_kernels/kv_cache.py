@@ -6,9 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from kvkernels.triton_kernels.launch import Launch, largest_power_of_2, run
+from kvkernels.triton_kernels.launch import Launch, largest_power_of_2
+from kvkernels.triton_kernels.replay import Replays, addresses, signature
 
 _TILE_ELEMENTS = 2048
+_stores = Replays(("key_ptr", "value_ptr", "key_cache_ptr", "value_cache_ptr", "slot_mapping_ptr"))
 
 
 @triton.jit(do_not_specialize_on_alignment=["slot_mapping_ptr"])
@@ -113,5 +115,12 @@ def store_kv(
 
     Slots are not checked: looking at them would stop the stream.
     """
-    if key.numel():
-        run(plan_store_kv(key, value, key_cache, value_cache, slot_mapping), key)
+    if key.numel() == 0:
+        return
+    tensors = (key, value, key_cache, value_cache, slot_mapping)
+    pointers = addresses(tensors)
+    call = signature(tensors, pointers, ())
+    if replay := _stores.find(call):
+        replay.run(pointers, key)
+    else:
+        _stores.run(call, plan_store_kv(*tensors), key)

