@@ -9,13 +9,14 @@ from kvkernels.checks import FLOAT_DTYPES, check_device, check_dtype, check_infe
 from kvkernels.ops.attention_checks import (
     check_attention_inputs,
     check_index_values,
+    check_kinds,
     check_scoring,
 )
 from kvkernels.ops.library import LIBRARY
 from kvkernels.quantized_cache import QuantizedCache
 from kvkernels.reference import attention as reference
 from kvkernels.scoring import Scoring
-from kvkernels.signatures import CheckedCalls
+from kvkernels.signatures import CheckedCalls, is_checked_at_launch
 
 _checked_merges = CheckedCalls()
 
@@ -105,10 +106,12 @@ def paged_attention(
             the CPU; on a GPU looking would stop the stream) a length or a block id in use is out
             of range.
     """
-    check_attention_inputs(
-        *(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q),
-        *(int8_cache, int4_cache),
-    )
+    check_kinds(int8_cache, int4_cache)
+    if not is_checked_at_launch(query):
+        check_attention_inputs(
+            *(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q),
+            *(int8_cache, int4_cache),
+        )
     check_scoring(query, sm_scale, causal, window, soft_cap, sinks, alibi_slopes, tree_mask)
     out, lse = torch.ops.kvkernels.paged_attention.default(
         query,
@@ -152,16 +155,17 @@ def merge_attention(
     Raises:
         ValueError: If shapes, dtypes, devices or strides disagree or a tensor requires grad.
     """
-    tensors = (out_a, lse_a, out_b, lse_b)
-    if not _checked_merges.has(tensors):
-        _check_merge(*tensors)
-        _checked_merges.add(tensors)
+    if not is_checked_at_launch(out_a):
+        _check_merge(out_a, lse_a, out_b, lse_b)
     return torch.ops.kvkernels.merge_attention.default(out_a, lse_a, out_b, lse_b)
 
 
 def _check_merge(
     out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
 ) -> None:
+    tensors = (out_a, lse_a, out_b, lse_b)
+    if _checked_merges.has(tensors):
+        return
     check_shape("out_a", out_a, (None, None, None))
     num_tokens, num_heads, head_dim = out_a.shape
     check_dtype("out_a", out_a, *FLOAT_DTYPES)
@@ -176,6 +180,7 @@ def _check_merge(
         check_inference(name, tensor)
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor, got {tensor.stride()}")
+    _checked_merges.add(tensors)
 
 
 LIBRARY.define(
@@ -198,8 +203,9 @@ def _gather_arguments(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     inputs = arguments[:_NUM_INPUTS]
     scoring = Scoring(*arguments[_NUM_INPUTS : _NUM_INPUTS + _NUM_RULES])
     int8, int4, return_lse, batch_invariant = arguments[_NUM_INPUTS + _NUM_RULES :]
-    caches = (QuantizedCache(*cache) if cache else None for cache in (int8, int4))
-    return (*inputs, scoring, return_lse, *caches, batch_invariant)
+    int8_cache = QuantizedCache(*int8) if int8 else None
+    int4_cache = QuantizedCache(*int4) if int4 else None
+    return (*inputs, scoring, return_lse, int8_cache, int4_cache, batch_invariant)
 
 
 @torch.library.impl(LIBRARY, "paged_attention", "CPU")
@@ -215,7 +221,8 @@ def _paged_attention_cpu(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def _paged_attention_cuda(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     from kvkernels.triton_kernels import attention as triton_kernels
 
-    return triton_kernels.paged_attention(*_gather_arguments(arguments))
+    gathered = _gather_arguments(arguments)
+    return triton_kernels.paged_attention(*gathered, check=check_attention_inputs)
 
 
 @torch.library.register_fake("kvkernels::paged_attention", lib=LIBRARY)
@@ -241,7 +248,7 @@ def _merge_attention_cuda(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from kvkernels.triton_kernels import attention as triton_kernels
 
-    return triton_kernels.merge_attention(out_a, lse_a, out_b, lse_b)
+    return triton_kernels.merge_attention(out_a, lse_a, out_b, lse_b, check=_check_merge)
 
 
 @torch.library.register_fake("kvkernels::merge_attention", lib=LIBRARY)

@@ -21,6 +21,13 @@ from kvkernels.signatures import CheckedCalls
 _checked = CheckedCalls()
 
 
+def check_kinds(int8_cache: QuantizedCache | None, int4_cache: QuantizedCache | None) -> None:
+    """Raise ValueError unless what there is of quantised blocks is a `QuantizedCache`."""
+    for name, cache in (("int8_cache", int8_cache), ("int4_cache", int4_cache)):
+        if cache is not None and not isinstance(cache, QuantizedCache):
+            raise ValueError(f"{name}: expected a QuantizedCache, got {type(cache).__name__}")
+
+
 def check_attention_inputs(
     query: torch.Tensor,
     key_cache: torch.Tensor,
@@ -34,8 +41,8 @@ def check_attention_inputs(
     """Raise ValueError unless shapes, dtypes, devices and strides agree."""
     tensors = (
         *(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q),
-        *_parts("int8_cache", int8_cache),
-        *_parts("int4_cache", int4_cache),
+        *(int8_cache or (None,)),
+        *(int4_cache or (None,)),
     )
     if _checked.has(tensors):
         return
@@ -72,18 +79,10 @@ def check_attention_inputs(
             check_last_stride(name, tensor)
             check_device(name, tensor, query.device)
     if int8_cache is not None:
-        check_quantized_cache("int8_cache", int8_cache, key_cache, value_cache, 1)
+        _check_quantized_cache("int8_cache", int8_cache, key_cache, value_cache, 1)
     if int4_cache is not None:
-        check_quantized_cache("int4_cache", int4_cache, key_cache, value_cache, 2)
+        _check_quantized_cache("int4_cache", int4_cache, key_cache, value_cache, 2)
     _checked.add(tensors)
-
-
-def _parts(name: str, cache: QuantizedCache | None) -> tuple[torch.Tensor | None, ...]:
-    if cache is None:
-        return (None,)
-    if not isinstance(cache, QuantizedCache):
-        raise ValueError(f"{name}: expected a QuantizedCache, got {type(cache).__name__}")
-    return cache
 
 
 def _check_caches(query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
@@ -101,7 +100,7 @@ def _check_caches(query: torch.Tensor, key_cache: torch.Tensor, value_cache: tor
         raise ValueError("key_cache: expected at least one slot in a block, got block_size 0")
 
 
-def check_quantized_cache(
+def _check_quantized_cache(
     name: str,
     cache: QuantizedCache,
     key_cache: torch.Tensor,
@@ -109,8 +108,6 @@ def check_quantized_cache(
     codes_per_byte: int,
 ) -> None:
     """Raise ValueError unless `cache` holds blocks like those of the two caches."""
-    if not isinstance(cache, QuantizedCache):
-        raise ValueError(f"{name}: expected a QuantizedCache, got {type(cache).__name__}")
     num_kv_heads, block_size, head_dim = key_cache.shape[1:]
     value_dim = value_cache.shape[3]
     num_blocks = cache.key_codes.shape[0] if cache.key_codes.dim() else 0

@@ -13,7 +13,7 @@ from kvkernels.checks import (
 )
 from kvkernels.ops.library import LIBRARY
 from kvkernels.reference import kv_cache as reference
-from kvkernels.signatures import CheckedCalls
+from kvkernels.signatures import CheckedCalls, is_checked_at_launch
 
 _checked = CheckedCalls()
 
@@ -42,10 +42,8 @@ def store_kv(
         ValueError: If shapes, dtypes, devices or strides disagree, a tensor requires grad, or (on
             the CPU) a slot is out of range.
     """
-    tensors = (key, value, key_cache, value_cache, slot_mapping)
-    if not _checked.has(tensors):
-        _check(*tensors)
-        _checked.add(tensors)
+    if not is_checked_at_launch(key):
+        _check(key, value, key_cache, value_cache, slot_mapping)
     torch.ops.kvkernels.store_kv.default(key, value, key_cache, value_cache, slot_mapping)
 
 
@@ -56,6 +54,9 @@ def _check(
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> None:
+    tensors = (key, value, key_cache, value_cache, slot_mapping)
+    if _checked.has(tensors):
+        return
     check_caches(key_cache, value_cache)
     _, num_kv_heads, _, head_dim = key_cache.shape
     check_shape("key", key, (None, num_kv_heads, head_dim))
@@ -69,6 +70,7 @@ def _check(
         check_inference(name, tensor)
         check_device(name, tensor, key_cache.device)
     check_device("slot_mapping", slot_mapping, key_cache.device)
+    _checked.add(tensors)
 
 
 LIBRARY.define(
@@ -106,7 +108,7 @@ def _store_kv_cuda(
 ) -> None:
     from kvkernels.triton_kernels import kv_cache as triton_kernels
 
-    triton_kernels.store_kv(key, value, key_cache, value_cache, slot_mapping)
+    triton_kernels.store_kv(key, value, key_cache, value_cache, slot_mapping, check=_check)
 
 
 @torch.library.register_fake("kvkernels::store_kv", lib=LIBRARY)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from kvkernels.quantized_cache import QuantizedCache
@@ -13,6 +15,7 @@ from kvkernels.triton_kernels.merge import plan_merge
 from kvkernels.triton_kernels.prefill import plan_prefill
 from kvkernels.triton_kernels.replay import Replays, addresses, signature
 
+_NUM_INPUTS = 6  # of the tensors of a call, those before the scoring's and other kinds'
 _NUM_SCORING_NUMBERS = 4  # of the fields of `Scoring`, those before its tensors
 _NO_CACHE = (None,) * len(QuantizedCache._fields)
 _OUTPUTS = ("out_ptr", "lse_ptr")
@@ -44,6 +47,8 @@ def paged_attention(
     int8_cache: QuantizedCache | None = None,
     int4_cache: QuantizedCache | None = None,
     batch_invariant: bool = False,
+    *,
+    check: Callable[..., None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over a block-table cache; see `kvkernels.paged_attention`.
 
@@ -54,15 +59,13 @@ def paged_attention(
     without `cu_seqlens_q`, and in every batch of calls with it. Between the two it may differ: one
     query alone has kernels that split its keys.
 
+    `check` is given the tensors of the call but those of `scoring`, unless they are laid out like
+    those of a call before.
+
     Raises:
         UnsupportedError: If a head is wider than 576, blocks or scales are cut finer than the
             kernels' tiles, or the device is older than Ampere.
     """
-    num_tokens, num_heads, _ = query.shape
-    out = query.new_empty((num_tokens, num_heads, value_cache.shape[3]))
-    lse = query.new_empty((num_tokens if return_lse else 0, num_heads), dtype=torch.float32)
-    if query.numel() == 0:
-        return out, lse
     tensors = (
         *(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q),
         *scoring[_NUM_SCORING_NUMBERS:],
@@ -73,8 +76,16 @@ def paged_attention(
     has_one_start = pointers[1] == pointers[2]  # of keys and values; see `Call.is_latent`
     numbers = (*scoring[:_NUM_SCORING_NUMBERS], return_lse, batch_invariant, has_one_start)
     key = signature(tensors, pointers, numbers)
-    if replay := _attentions.find(key):
+    replay = _attentions.find(key)
+    if replay is None and check is not None:
+        check(*tensors[:_NUM_INPUTS], int8_cache, int4_cache)
+    num_tokens, num_heads, _ = query.shape
+    out = query.new_empty((num_tokens, num_heads, value_cache.shape[3]))
+    lse = query.new_empty((num_tokens if return_lse else 0, num_heads), dtype=torch.float32)
+    if replay is not None:
         replay.run((*pointers, out.data_ptr(), lse.data_ptr()), query)
+        return out, lse
+    if query.numel() == 0:
         return out, lse
     call = Call(
         query,
@@ -94,17 +105,26 @@ def paged_attention(
 
 
 def merge_attention(
-    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+    out_a: torch.Tensor,
+    lse_a: torch.Tensor,
+    out_b: torch.Tensor,
+    lse_b: torch.Tensor,
+    *,
+    check: Callable[..., None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over the union of two disjoint sets of keys; see `kvkernels.merge_attention`."""
-    out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
-    if out.numel() == 0:
-        return out, lse
+    """Attention over the union of two disjoint sets of keys; see `kvkernels.merge_attention`.
+
+    `check` is given the tensors, unless they are laid out like those of a call before.
+    """
     tensors = (out_a, lse_a, out_b, lse_b)
     pointers = addresses(tensors)
     key = signature(tensors, pointers, ())
-    if replay := _merges.find(key):
+    replay = _merges.find(key)
+    if replay is None and check is not None:
+        check(*tensors)
+    out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
+    if replay is not None:
         replay.run((*pointers, out.data_ptr(), lse.data_ptr()), out_a)
-    else:
+    elif out.numel():
         _merges.run(key, plan_merge(*tensors, out, lse), out_a)
     return out, lse

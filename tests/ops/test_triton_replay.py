@@ -172,7 +172,8 @@ class CompiledKernel:
 
 @pytest.mark.parametrize("change", ["query", *CHANGES])
 def test_a_replay_is_given_what_its_plan_says(change, device: torch.device, monkeypatch) -> None:
-    planned = []
+    planned: list[Any] = []
+    checked: list[tuple] = []
     kernel = CompiledKernel()
 
     def run(launches: list, tensor: torch.Tensor) -> list:
@@ -188,9 +189,10 @@ def test_a_replay_is_given_what_its_plan_says(change, device: torch.device, monk
     first, second = (make_call(device) for _ in range(2))
     first |= CHANGES.get(change, lambda _: {})(first)
     second |= CHANGES.get(change, lambda _: {})(second)
-    attention.paged_attention(**first)
+    attention.paged_attention(**first, check=lambda *inputs: checked.append(inputs))
     assert not kernel.launches
-    out, lse = attention.paged_attention(**second)
+    out, lse = attention.paged_attention(**second, check=lambda *inputs: checked.append(inputs))
+    assert len(checked) == 1
     num_launches = len(kernel.launches)
     assert len(planned) == num_launches == (2 if change == "queries" else 1)
     monkeypatch.setattr(replay, "_is_watched", lambda: True)
@@ -236,6 +238,20 @@ def test_later_calls_compute_what_they_are_given(device: torch.device) -> None:
         torch.testing.assert_close(lse, want_lse, rtol=1e-4, atol=1e-4)
         merged = attention.merge_attention(out, lse, out.clone(), lse.clone())
         torch.testing.assert_close(merged[0], out)
+
+
+def test_what_a_check_refuses_is_not_launched(device: torch.device, keys) -> None:
+    def refuse(*inputs: Any) -> None:
+        raise ValueError("query: no")
+
+    call = make_call(device)
+    with pytest.raises(ValueError, match="query: no"):
+        attention.paged_attention(**call, check=refuse)
+    with pytest.raises(ValueError, match="query: no"):
+        attention.merge_attention(*[call["query"]] * 4, check=refuse)
+    new = torch.zeros(5, NUM_KV_HEADS, HEAD_DIM, device=device)
+    with pytest.raises(ValueError, match="query: no"):
+        kv_cache.store_kv(new, new, call["key_cache"], call["value_cache"], new, check=refuse)
 
 
 def test_as_many_signatures_are_kept_as_there_is_room_for(monkeypatch, device) -> None:
