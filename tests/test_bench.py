@@ -10,6 +10,7 @@ from bench import (
     bench_batch_invariance,
     bench_index,
     bench_kv_cache,
+    bench_launch,
     bench_linear,
     bench_merge_attention,
     bench_model_decode,
@@ -169,6 +170,13 @@ def test_attention_bench_draws(small_attention, monkeypatch, tmp_path):
 def test_benches_of_the_other_ops(bench, case, baseline, capsys):
     bench.main(case, num_rounds=1)
     assert baseline in {line["provider"] for line in lines(capsys.readouterr())}
+
+
+def test_bench_of_launches(capsys):
+    pytest.importorskip("triton", reason="Triton is only on Linux")
+    bench_launch.main("_1", num_rounds=1)
+    cases = {line["case"] for line in lines(capsys.readouterr())}
+    assert {"store_1", "merge_1", "decode_1x1k", "decode_1x1k_int4"} <= cases
 
 
 def test_model_bench(monkeypatch, capsys):

@@ -107,6 +107,12 @@ def test_summary_shows_the_best_peer_and_what_failed() -> None:
     assert " ".join(line.split()) == "decode 40.0 20.0 copy 0.50 faster 50.0 0.75; slower 1.25"
 
 
+def test_summary_shows_what_calls_take_of_the_processor() -> None:
+    row = {"name": "overhead", "ok": True, "decode_1x1k": {"remembered_us": 31.4}}
+    lines = summarise({"timings": [row | {"store_1": {"remembered_us": 12.0}}]}).splitlines()
+    assert lines[-1].endswith(": decode_1x1k 31; store_1 12")
+
+
 def test_summary_stays_within_its_size() -> None:
     rows = [_attention_row(f"case_{i}" * 8, f"error {i} " * 30) for i in range(80)]
     rows += [{"name": f"late_{i}", "ok": False, "error": "no time left"} for i in range(80)]

@@ -97,7 +97,7 @@ def _short(peer: str) -> str:
 
 
 def _other_lines(timings: Iterable[Row]) -> Iterator[str]:
-    """Stores, transfers, codecs and shared prefixes, several on a line."""
+    """Stores, transfers, codecs, shared prefixes and overheads, several on a line."""
     items: dict[str, list[str]] = {}
     for row in timings:
         name, topic = row["name"], row["name"].split("_")[0]
@@ -108,6 +108,12 @@ def _other_lines(timings: Iterable[Row]) -> Iterator[str]:
             items.setdefault("shared prefix, flat over shared", []).append(f"{name} {ratio:.2f}")
         elif topic == "codec":
             items.setdefault("codecs, best GB/s", []).append(_codec_item(row))
+        elif topic == "overhead":
+            items["processor's us of a call"] = [
+                f"{case} {times['remembered_us']:.0f}"
+                for case, times in row.items()
+                if isinstance(times, dict)
+            ]
         elif topic == "transfer":
             items["transfer, GB/s"] = [
                 f"{key.removesuffix('_gbytes_per_s')} {value:.1f}"

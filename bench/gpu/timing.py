@@ -8,6 +8,7 @@ import torch
 
 import kvkernels
 from bench import bench_kv_cache, bench_shared_prefix
+from bench.bench_launch import time_launches
 from bench.gpu.attention_timing import (
     CASES,
     INVARIANT_CASE,
@@ -46,6 +47,11 @@ def time_store(case: bench_kv_cache.Case) -> dict[str, Any]:
     provider = bench_kv_cache.PROVIDERS["kvkernels"]
     times = time_both_ways([partial(provider, one) for one in inputs])
     return {"gbytes_per_s": case.num_bytes / times["graph_us"] / 1e3, **times}
+
+
+def time_overhead() -> dict[str, Any]:
+    """What a call takes of the processor, from Python, by case."""
+    return {row.pop("case"): row for row in time_launches()}
 
 
 def make_payloads(row_bytes: int, place: str) -> torch.Tensor:
@@ -126,6 +132,7 @@ def time_cases() -> Iterator[Step]:
     yield from _attention_cases()
     for store_case in bench_kv_cache.CASES:
         yield f"store_{store_case.name}", partial(time_store, store_case)
+    yield "overhead", time_overhead
     yield "transfer", time_transfer
     for codec in TIMED_CODECS:
         for place in ("device", "host"):
