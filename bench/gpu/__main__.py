@@ -35,7 +35,15 @@ PREPARED_S = 270
 TIMED_S = 515
 STEP_S = 120
 LOGS = Path("build/gpu")
-TOPICS = ("attention", "attention_features", "codecs", "kv_cache", "splits", "triton_batches")
+TOPICS = (
+    "attention",
+    "attention_features",
+    "codecs",
+    "kv_cache",
+    "splits",
+    "triton_batches",
+    "triton_replay",
+)
 TEST_FILES = [f"tests/ops/test_{topic}.py" for topic in TOPICS]
 TESTS = "triton or splits or batches"
 
