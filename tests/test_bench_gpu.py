@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from bench.attention_cases import Case, make_inputs
 from bench.attention_providers import attend_paged
-from bench.gpu import flashinfer_peers, peers
+from bench.gpu import flashinfer_peers, peers, tune
 from bench.gpu.attention_timing import CASES, INVARIANT_CASE, LATENT_CASES, make_latent_inputs
 from bench.gpu.peer import Peer
 from bench.gpu.summary import MAX_COLUMNS, MAX_ERROR_CHARS, MAX_LINES, summarise
@@ -105,6 +105,16 @@ def test_summary_shows_the_best_peer_and_what_failed() -> None:
     assert lines[3] == "FAILED timings prefill: " + "x" * MAX_ERROR_CHARS
     [line] = [line for line in lines[4:] if line.startswith("decode")]
     assert " ".join(line.split()) == "decode 40.0 20.0 copy 0.50 faster 50.0 0.75; slower 1.25"
+
+
+def test_tuning_forgets_what_was_planned_with_another_table(monkeypatch) -> None:
+    kept: dict[Any, Any] = {"before": None}
+    monkeypatch.setattr(tune.attention_replays, "_replays", kept)
+    table = {"row": 1}
+    with tune.replaced(table, "row", 2):
+        assert table == {"row": 2} and not kept
+        kept["with the other"] = None
+    assert table == {"row": 1} and not kept
 
 
 def test_summary_shows_what_calls_take_of_the_processor() -> None:

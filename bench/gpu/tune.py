@@ -25,6 +25,7 @@ from bench.gpu.attention_timing import (
 from bench.gpu.events import make_cold, time_both_ways
 from kvkernels import paged_attention
 from kvkernels.triton_kernels import configs
+from kvkernels.triton_kernels.attention import attention_replays
 
 Tiles = tuple[int, ...]
 
@@ -71,10 +72,12 @@ PREFILL_CASES = (
 def replaced(table: dict[Any, Any], key: Any, value: Any) -> Iterator[None]:
     before = table[key]
     table[key] = value
+    attention_replays.clear()
     try:
         yield
     finally:
         table[key] = before
+        attention_replays.clear()
 
 
 def time_each(

@@ -19,7 +19,7 @@ _NUM_INPUTS = 6  # of the tensors of a call, those before the scoring's and othe
 _NUM_SCORING_NUMBERS = 4  # of the fields of `Scoring`, those before its tensors
 _NO_CACHE = (None,) * len(QuantizedCache._fields)
 _OUTPUTS = ("out_ptr", "lse_ptr")
-_attentions = Replays(
+attention_replays = Replays(
     (
         "query_ptr",
         *["float_cache"] * 2,
@@ -32,7 +32,7 @@ _attentions = Replays(
         *_OUTPUTS,
     )
 )
-_merges = Replays(("out_a_ptr", "lse_a_ptr", "out_b_ptr", "lse_b_ptr", *_OUTPUTS))
+_merge_replays = Replays(("out_a_ptr", "lse_a_ptr", "out_b_ptr", "lse_b_ptr", *_OUTPUTS))
 
 
 def paged_attention(
@@ -76,7 +76,7 @@ def paged_attention(
     has_one_start = pointers[1] == pointers[2]  # of keys and values; see `Call.is_latent`
     numbers = (*scoring[:_NUM_SCORING_NUMBERS], return_lse, batch_invariant, has_one_start)
     key = signature(tensors, pointers, numbers)
-    replay = _attentions.find(key)
+    replay = attention_replays.find(key)
     if replay is None and check is not None:
         check(*tensors[:_NUM_INPUTS], int8_cache, int4_cache)
     num_tokens, num_heads, _ = query.shape
@@ -100,7 +100,7 @@ def paged_attention(
         batch_invariant,
     )
     plan = plan_decode if cu_seqlens_q is None else plan_prefill
-    _attentions.run(key, plan(call, out, lse, device_of(query)), query)
+    attention_replays.run(key, plan(call, out, lse, device_of(query)), query)
     return out, lse
 
 
@@ -119,12 +119,12 @@ def merge_attention(
     tensors = (out_a, lse_a, out_b, lse_b)
     pointers = addresses(tensors)
     key = signature(tensors, pointers, ())
-    replay = _merges.find(key)
+    replay = _merge_replays.find(key)
     if replay is None and check is not None:
         check(*tensors)
     out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
     if replay is not None:
         replay.run((*pointers, out.data_ptr(), lse.data_ptr()), out_a)
     elif out.numel():
-        _merges.run(key, plan_merge(*tensors, out, lse), out_a)
+        _merge_replays.run(key, plan_merge(*tensors, out, lse), out_a)
     return out, lse

@@ -124,6 +124,10 @@ class Replays:
         self.names = names
         self._replays: dict[Signature, Replay] = {}
 
+    def clear(self) -> None:
+        """Forget all, where what plans are made from has changed: a table, in tuning."""
+        self._replays.clear()
+
     def find(self, signature: Signature) -> Replay | None:
         """The launches of a call like this one; None if they must be planned."""
         return None if _is_watched() else self._replays.get(signature)
@@ -132,7 +136,7 @@ class Replays:
         """Queue launches on the device that holds `tensor`, and remember them."""
         kernels = run(launches, tensor)
         # Something else where kernels are interpreted, or compiled in the background.
-        if all(isinstance(kernel, CompiledKernel) for kernel in kernels):
+        if not _is_watched() and all(isinstance(kernel, CompiledKernel) for kernel in kernels):
             if len(self._replays) >= MAX_SIGNATURES:
                 self._replays.clear()
             self._replays[signature] = Replay(launches, kernels, self.names)

@@ -19,6 +19,7 @@ decode = pytest.importorskip("kvkernels.triton_kernels.decode")
 shapes = pytest.importorskip("kvkernels.triton_kernels.shapes")
 warmup = pytest.importorskip("kvkernels.triton_kernels.warmup")
 launch = pytest.importorskip("kvkernels.triton_kernels.launch")
+replay = pytest.importorskip("kvkernels.triton_kernels.replay")
 
 DECODES = ((1, 330), (1, 3), (1, 0), (1, 128), (1, 129))
 MIXED = ((3, 40), (1, 90), (20, 20), (0, 9), (9, 60))
@@ -47,6 +48,8 @@ def test_other_sequences_do_not_change_the_bits_where_asked(
     sequences: tuple, window: int, kinds: tuple, device: torch.device, monkeypatch
 ) -> None:
     monkeypatch.setattr(decode, "_INVARIANT_SPLIT_TOKENS", 128)
+    replays = replay.Replays(attention.attention_replays.names)
+    monkeypatch.setattr(attention, "attention_replays", replays)
     case = Case("", sequences, heads=(4, 2), window=window)
     inputs = make_inputs(case, torch.bfloat16, device)
     caches = quantize_some(inputs, kinds, 64, 64) if kinds else {}

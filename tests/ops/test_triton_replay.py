@@ -11,7 +11,7 @@ from kvkernels.quantized_cache import QuantizedCache
 from kvkernels.reference import attention as reference
 from kvkernels.scoring import Scoring
 
-pytest.importorskip("triton", reason="Triton is only on Linux")
+triton = pytest.importorskip("triton", reason="Triton is only on Linux")
 attention = pytest.importorskip("kvkernels.triton_kernels.attention")
 kv_cache = pytest.importorskip("kvkernels.triton_kernels.kv_cache")
 launch = pytest.importorskip("kvkernels.triton_kernels.launch")
@@ -183,8 +183,8 @@ def test_a_replay_is_given_what_its_plan_says(change, device: torch.device, monk
     monkeypatch.setattr(launch, "_INTERPRETED_DEVICE", launch.Device(9, 132))
     monkeypatch.setattr(replay, "CompiledKernel", CompiledKernel)
     monkeypatch.setattr(replay, "run", run)
-    replays = replay.Replays(attention._attentions.names)
-    monkeypatch.setattr(attention, "_attentions", replays)
+    replays = replay.Replays(attention.attention_replays.names)
+    monkeypatch.setattr(attention, "attention_replays", replays)
 
     first, second = (make_call(device) for _ in range(2))
     first |= CHANGES.get(change, lambda _: {})(first)
@@ -254,12 +254,34 @@ def test_what_a_check_refuses_is_not_launched(device: torch.device, keys) -> Non
         kv_cache.store_kv(new, new, call["key_cache"], call["value_cache"], new, check=refuse)
 
 
+def test_what_triton_is_told_to_look_at_is_planned_anew(monkeypatch, device) -> None:
+    planned: list[Any] = []
+
+    def run(launches: list, tensor: torch.Tensor) -> list:
+        planned.extend(launches)
+        return [CompiledKernel()] * len(launches)
+
+    monkeypatch.setattr(replay, "CompiledKernel", CompiledKernel)
+    monkeypatch.setattr(replay, "run", run)
+    replays = replay.Replays(attention.attention_replays.names)
+    monkeypatch.setattr(attention, "attention_replays", replays)
+    call = make_call(device)
+    for is_debug, num_planned in ((True, 1), (True, 2), (False, 3), (False, 3), (True, 4)):
+        monkeypatch.setattr(triton.knobs.runtime, "debug", is_debug)
+        attention.paged_attention(**call)
+        assert len(planned) == num_planned
+    monkeypatch.setattr(triton.knobs.runtime, "debug", False)
+    replays.clear()
+    attention.paged_attention(**call)
+    assert len(planned) == 5
+
+
 def test_as_many_signatures_are_kept_as_there_is_room_for(monkeypatch, device) -> None:
     monkeypatch.setattr(replay, "CompiledKernel", CompiledKernel)
     monkeypatch.setattr(replay, "MAX_SIGNATURES", 3)
     monkeypatch.setattr(replay, "run", lambda launches, _: [CompiledKernel()] * len(launches))
-    replays = replay.Replays(attention._attentions.names)
-    monkeypatch.setattr(attention, "_attentions", replays)
+    replays = replay.Replays(attention.attention_replays.names)
+    monkeypatch.setattr(attention, "attention_replays", replays)
     for num_seqs in range(1, 9):
         attention.paged_attention(**make_call(device, num_seqs))
         assert 1 <= len(replays._replays) <= 3
