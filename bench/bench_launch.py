@@ -110,7 +110,7 @@ def _time_call(call: Call) -> float:
 
 
 def time_launches(case_filter: str = "", num_rounds: int = 15) -> Iterator[dict[str, Any]]:
-    """A row for each call whose name contains `case_filter`: medians, and the least."""
+    """A row for each call whose name contains `case_filter`: medians and least of the rounds."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.inference_mode(), _launches() as ops:
         with torch.device(device):  # not while timing: it looks at each call of PyTorch
@@ -129,6 +129,7 @@ def time_launches(case_filter: str = "", num_rounds: int = 15) -> Iterator[dict[
                 "remembered_us": statistics.median(remembered),
                 "remembered_min_us": min(remembered),
                 "planned_us": statistics.median(planned),
+                "planned_min_us": min(planned),
             }
 
 
