@@ -48,9 +48,9 @@ _MULTIPROCESSORS = 128
 _HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 _RULES = ("soft_cap", "sinks", "alibi")
 _SPREAD = 7
-# Bytes of local memory by kernel and tile. Triton 3.6 needs none there; 3.9 puts what does not change
-# aside before the loop and reads it again in each step. With 64 rows latent attention still takes
-# half the time that it takes with 32, which leave registers (on an H100).
+# Bytes of local memory by kernel and tile. Triton 3.6 needs none; 3.9 puts what stays the same
+# aside before the loop and reads it in each step. With 64 rows latent attention still takes half
+# the time that it takes with 32, which leave registers (on an H100).
 _SPILLS_ALLOWED = {("decode_kernel", "64x32"): 136}
 
 
