@@ -90,6 +90,13 @@ _DECODE_CODES = {
     (9, 4, 576): (16, 8, 2, 1),
 }
 
+# The same for heads of exactly so many channels and up to 16 query heads to each. One warp to a
+# program: no sums over warps and no barriers, which with 16 rows of queries are most of a step.
+_DECODE_CODES_ALONE = {
+    (9, 2, 64): (64, 1, 3, 8),
+    (9, 2, 128): (32, 1, 3, 8),
+}
+
 # (arch, bytes of an element, width of a head): for each tile_m its tile_n, num_warps, num_stages.
 # float32 products run on the ordinary units, which hold operands in registers: small tiles.
 _PREFILL = {
@@ -148,6 +155,9 @@ def decode_config(
 ) -> TileConfig:
     """Configuration of the decode kernel for `group` query heads to a key-value head."""
     served_as, itemsize, width = _row(arch, dtype, head_dim)
+    alone = _DECODE_CODES_ALONE.get((min(served_as, 9), itemsize, head_dim))
+    if is_quantized and alone is not None and group <= 16:
+        return TileConfig(16, *alone)
     table = _DECODE_CODES if is_quantized else _DECODE
     if group > 32 and not is_quantized and (served_as, itemsize, width) in _DECODE_MANY_HEADS:
         return TileConfig(*_DECODE_MANY_HEADS[served_as, itemsize, width])

@@ -86,6 +86,7 @@ def _decode_kernel(
     INT4_LAYOUT: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
+    FLOAT_TILE_N: tl.constexpr,  # of floats among codes; divides TILE_N
     MIN_SPLIT_TILES: tl.constexpr,
     SPLIT_TILES: tl.constexpr,  # length of a split, or 0 to find it from all lengths
     JOIN_SPLITS: tl.constexpr,  # splits and rows that are joined in one step
@@ -172,6 +173,7 @@ def _decode_kernel(
         INT8_LAYOUT,
         INT4_LAYOUT,
         TILE_N,
+        FLOAT_TILE_N,
         True,
         RULES,
         # Read once: leave the L2 to what is read again.
@@ -272,6 +274,8 @@ def plan_decode(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device
             "max_splits": max_splits,
             "num_programs_at_once": at_once,
             **call.arguments(config, device),
+            # One warp alone has no registers for as many floats as codes.
+            "FLOAT_TILE_N": min(config.tile_n, 16) if config.num_warps == 1 else config.tile_n,
             "RULES": (*call.rules[:2], False),  # of a tree, one query needs a bit alone
             "MIN_SPLIT_TILES": min_split_tiles,
             "SPLIT_TILES": split_tiles,
