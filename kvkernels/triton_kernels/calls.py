@@ -105,23 +105,43 @@ class Call:
         )
 
     @property
-    def in_pairs(self) -> bool:
-        """Whether codes are loaded as pairs: for one query a sequence, if they lie as such.
+    def is_float8(self) -> bool:
+        return self.key_cache.dtype == torch.float8_e4m3fn
+
+    @property
+    def _serves_pairs(self) -> bool:
+        """Whether the kernel loads bytes as pairs where they lie as such; see `pairs`.
 
         More rows than those of decode take operands from shared memory, where they are floats;
         and with float32 or wider heads, pairs of tiles take more registers than there are.
         """
+        is_decode = self.cu_seqlens_q is None
+        return is_decode and self.query.dtype != torch.float32 and self.query.shape[2] <= 256
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether codes are loaded as pairs, and scales of keys with them."""
         caches = [cache for cache in (self.int8_cache, self.int4_cache) if cache is not None]
-        fits = self.query.dtype != torch.float32 and self.query.shape[2] <= 256
-        if not caches or self.cu_seqlens_q is not None or not fits:
-            return False
-        pairs = [part for cache in caches for part in (cache.key_codes, cache.value_codes)]
-        quads = [cache.key_scales for cache in caches]  # scale and minimum of two channels
-        return all(
-            count % size == 0
-            for parts, size in ((pairs, 2), (quads, 4))
-            for part in parts
-            for count in (part.storage_offset(), *part.stride()[:2], part[0, 0, 0].numel())
+        return (
+            bool(caches)
+            and self._serves_pairs
+            and all(
+                _lies_in_words(cache.key_codes, 2)
+                and _lies_in_words(cache.value_codes, 2)
+                and _lies_in_words(cache.key_scales, 4)  # scale and minimum of two channels
+                for cache in caches
+            )
+        )
+
+    def _has_float8_pairs(self, device: Device) -> bool:
+        """Whether float8 is loaded as pairs, which Ampere would convert bit by bit."""
+        return (
+            self.is_float8
+            and device.arch >= 9
+            and self._serves_pairs
+            and not self.is_latent
+            and _lies_in_words(self.key_cache, 2)
+            and _lies_in_words(self.value_cache, 2)
         )
 
     def fit_tile(self, config: TileConfig) -> TileConfig:
@@ -139,14 +159,15 @@ class Call:
     def arguments(self, config: TileConfig, device: Device) -> dict[str, Any]:
         """Arguments that the kernels share, by name."""
         query, key, value, scoring = self.query, self.key_cache, self.value_cache, self.scoring
-        if key.dtype == torch.float8_e4m3fn:  # Ampere's compiler does not know the type
-            key, value = key.view(torch.uint8), value.view(torch.uint8)
-        in_pairs = self.in_pairs
+        in_pairs, floats_in_pairs = self.in_pairs, self._has_float8_pairs(device)
+        if self.is_float8:  # Ampere's compiler does not know the type
+            integer = torch.int16 if floats_in_pairs else torch.uint8
+            key, value = key.view(integer), value.view(integer)
         # Of pairs, narrow parts take fewer registers, where they are as many channels in all.
         is_even = query.shape[2] == largest_power_of_2(query.shape[2]) >= 64
-        in_halves = self.int4_cache is not None or (in_pairs and is_even)
+        in_halves = self.int4_cache is not None or ((in_pairs or floats_in_pairs) and is_even)
         # A part of pairs is cut in two, and a product takes at least 16 channels.
-        least = 32 if in_pairs else 16
+        least = 32 if in_pairs or floats_in_pairs else 16
         value_parts = cut_row(self.value_dim, in_halves, least)
         layouts = {
             f"{kind.upper()}_LAYOUT": (
@@ -186,6 +207,12 @@ class Call:
             "HAS_WINDOW": scoring.window > 0,
             "RULES": self.rules,
         }
+
+
+def _lies_in_words(part: torch.Tensor, size: int) -> bool:
+    """Whether so many neighbouring elements of a row are one word of memory."""
+    counts = (part.storage_offset(), *part.stride()[:3], part[0, 0, 0].numel())
+    return all(count % size == 0 for count in counts)
 
 
 def _codes_layout(

@@ -96,6 +96,10 @@ _DECODE_CODES_ALONE = {
     (9, 2, 64): (64, 1, 3, 8),
     (9, 2, 128): (32, 1, 3, 8),
 }
+_DECODE_FLOAT8_ALONE = {
+    (9, 2, 64): (64, 1, 3, 8),
+    (9, 2, 128): (32, 1, 3, 8),
+}
 
 # (arch, bytes of an element, width of a head): for each tile_m its tile_n, num_warps, num_stages.
 # float32 products run on the ordinary units, which hold operands in registers: small tiles.
@@ -151,13 +155,20 @@ def _row(arch: int, dtype: torch.dtype, head_dim: int) -> tuple[int, int, int]:
 
 
 def decode_config(
-    arch: int, dtype: torch.dtype, head_dim: int, group: int, is_quantized: bool = False
+    arch: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    group: int,
+    is_quantized: bool = False,
+    is_float8: bool = False,
 ) -> TileConfig:
     """Configuration of the decode kernel for `group` query heads to a key-value head."""
     served_as, itemsize, width = _row(arch, dtype, head_dim)
-    alone = _DECODE_CODES_ALONE.get((min(served_as, 9), itemsize, head_dim))
-    if is_quantized and alone is not None and group <= 16:
-        return TileConfig(16, *alone)
+    if group <= 16 and (is_quantized or is_float8):
+        alone = _DECODE_CODES_ALONE if is_quantized else _DECODE_FLOAT8_ALONE
+        row = alone.get((min(served_as, 9), itemsize, head_dim))
+        if row is not None:
+            return TileConfig(16, *row)
     table = _DECODE_CODES if is_quantized else _DECODE
     if group > 32 and not is_quantized and (served_as, itemsize, width) in _DECODE_MANY_HEADS:
         return TileConfig(*_DECODE_MANY_HEADS[served_as, itemsize, width])

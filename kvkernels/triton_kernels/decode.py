@@ -240,7 +240,7 @@ def plan_decode(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device
     num_seqs, _, head_dim = query.shape
     group, value_dim = call.group, call.value_dim
     config = call.fit_tile(
-        decode_config(device.arch, query.dtype, head_dim, group, call.is_quantized)
+        decode_config(device.arch, query.dtype, head_dim, group, call.is_quantized, call.is_float8)
     )
     num_groups = call.num_kv_heads * triton.cdiv(group, config.tile_m)
     max_tokens = call.block_table.shape[1] * call.block_size

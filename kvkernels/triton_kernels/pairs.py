@@ -54,26 +54,6 @@ fma.rn.f16x2 $3, $3, sixteenth, offset;
 
 
 @triton.jit
-def split_parts(parts):
-    """Each part as two: its even channels, then its odd ones."""
-    pairs = ()
-    for i in tl.static_range(len(parts)):
-        even, odd = tl.split(tl.reshape(parts[i], [parts[i].shape[0], parts[i].shape[1] // 2, 2]))
-        pairs = pairs + (even, odd)
-    return pairs
-
-
-@triton.jit
-def join_parts(pairs):
-    """What `split_parts` split."""
-    parts = ()
-    for i in tl.static_range(0, len(pairs), 2):
-        both = tl.join(pairs[i], pairs[i + 1])
-        parts = parts + (tl.reshape(both, [pairs[i].shape[0], 2 * pairs[i].shape[1]]),)
-    return parts
-
-
-@triton.jit
 def _load_words(
     base_ptr,
     PARTS: tl.constexpr,

@@ -20,20 +20,17 @@ import triton
 import triton.language as tl
 
 from kvkernels.quantized_cache import KIND_SHIFT
-from kvkernels.triton_kernels.pairs import (
-    join_parts,
-    load_key_pairs,
-    load_value_pairs,
-    split_parts,
-)
+from kvkernels.triton_kernels.pairs import load_key_pairs, load_value_pairs
 from kvkernels.triton_kernels.tiles import (
     add_values,
     advance,
     at,
     end_of,
     first_of,
+    join_parts,
     load_block_ids,
     load_rows,
+    split_parts,
     width_of,
 )
 

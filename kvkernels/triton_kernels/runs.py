@@ -71,7 +71,7 @@ def attend_cache(
     float_scale = scale
     half_q, half_scale = as_half(q, scale)
     # float8, one byte an element, goes through float16 like codes do: it is exact there.
-    if cache[0].dtype.element_ty.primitive_bitwidth == 8:
+    if cache[0].dtype.element_ty == tl.uint8 or cache[0].dtype.element_ty == tl.int16:
         float_q = half_q
         float_scale = half_scale
     if int8_cache is None and int4_cache is None:
