@@ -10,7 +10,7 @@ The grid has room for `max_splits` splits and is made from shapes alone, so a ca
 right when lengths change. How many are used is decided on the device, from all lengths; the
 programs of the rest exit at once. A sequence with one split is written directly; of several, the
 program that ends last joins the partials, in the order of the splits whoever is last. Where they
-are too many for one program, as of latent attention, a second kernel joins them.
+are too many for one program, as of latent attention or for one warp, a second kernel joins them.
 """
 
 from __future__ import annotations
@@ -257,7 +257,8 @@ def plan_decode(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device
         max_splits = max(1, triton.cdiv(max_tokens, _INVARIANT_SPLIT_TOKENS))
     partials = Partials.like(out, max_splits)
     splits_of_join, rows_of_join = tile_of_join(value_dim, num_rows)
-    joins_itself = num_rows * value_dim <= _MAX_JOIN_ELEMENTS
+    # One warp would take as long to join what many left it as to attend to its split.
+    joins_itself = config.num_warps > 1 and num_rows * value_dim <= _MAX_JOIN_ELEMENTS
     num_counters = num_seqs * num_groups if max_splits > 1 and joins_itself else 0
     decode = Launch(
         _decode_kernel,
