@@ -91,11 +91,12 @@ _DECODE_CODES = {
 }
 
 # The same for heads of exactly so many channels and up to 16 query heads to each. One warp to a
-# program: no sums over warps and no barriers, which with 16 rows of queries are most of a step.
+# program: no sums over warps and no barriers, which with 8 or 16 rows are most of a step.
 _DECODE_CODES_ALONE = {
     (9, 2, 64): (64, 1, 3, 8),
     (9, 2, 128): (32, 1, 3, 8),
 }
+# And for float8.
 _DECODE_FLOAT8_ALONE = {
     (9, 2, 64): (64, 1, 3, 8),
     (9, 2, 128): (32, 1, 3, 8),
@@ -168,7 +169,7 @@ def decode_config(
         alone = _DECODE_CODES_ALONE if is_quantized else _DECODE_FLOAT8_ALONE
         row = alone.get((min(served_as, 9), itemsize, head_dim))
         if row is not None:
-            return TileConfig(16, *row)
+            return TileConfig(8 if group <= 8 else 16, *row)
     table = _DECODE_CODES if is_quantized else _DECODE
     if group > 32 and not is_quantized and (served_as, itemsize, width) in _DECODE_MANY_HEADS:
         return TileConfig(*_DECODE_MANY_HEADS[served_as, itemsize, width])

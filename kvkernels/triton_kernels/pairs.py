@@ -61,15 +61,18 @@ def _load_words(
     ROW_WORDS: tl.constexpr,
     TILE_N: tl.constexpr,
     EVICTION: tl.constexpr,
+    AS_COLUMNS: tl.constexpr,
 ):
-    """A part of a tile's codes, `[TILE_N, width / 2]`."""
+    """A part of a tile's codes, `[TILE_N, width / 2]`, or the other way around."""
     FIRST: tl.constexpr = first_of(PARTS, INDEX) // 2
     WIDTH: tl.constexpr = width_of(PARTS, INDEX) // 2
     END: tl.constexpr = end_of(PARTS, INDEX) // 2
-    columns = FIRST + tl.arange(0, WIDTH)
-    pointers = base_ptr + (tl.arange(0, TILE_N)[:, None] * ROW_WORDS + columns[None, :])
+    columns = tl.expand_dims(FIRST + tl.arange(0, WIDTH), 1 if AS_COLUMNS else 0)
+    rows = tl.expand_dims(tl.arange(0, TILE_N) * ROW_WORDS, 0 if AS_COLUMNS else 1)
+    pointers = base_ptr + (rows + columns)
     if FIRST + WIDTH > END:
-        return tl.load(pointers, mask=(columns < END)[None, :], other=0, eviction_policy=EVICTION)
+        inside = (columns < END) & (rows >= 0)
+        return tl.load(pointers, mask=inside, other=0, eviction_policy=EVICTION)
     return tl.load(pointers, eviction_policy=EVICTION)
 
 
@@ -82,12 +85,13 @@ def _load_codes(
     TILE_N: tl.constexpr,
     dtype: tl.constexpr,
     EVICTION: tl.constexpr,
+    AS_COLUMNS: tl.constexpr,
 ):
     """Codes as floats, in the order of `split_parts`."""
     pairs = ()
     for i in tl.static_range(0, len(PARTS), 8 // NUM_BITS):
         # Of 4 bits, a part and the one after it share bytes.
-        words = _load_words(base_ptr, PARTS, i, ROW_WORDS, TILE_N, EVICTION)
+        words = _load_words(base_ptr, PARTS, i, ROW_WORDS, TILE_N, EVICTION, AS_COLUMNS)
         if _INTERPRETED or dtype == tl.float32:
             bits = words.to(tl.int32)
             if NUM_BITS == 8:
@@ -150,6 +154,20 @@ def _dequantize(codes, scales, minima, dtype: tl.constexpr):
 
 
 @triton.jit
+def _repeat(words, NUM_TIMES: tl.constexpr, AS_COLUMNS: tl.constexpr):
+    """Each word so many times in a row, or one below another."""
+    FIRST: tl.constexpr = words.shape[0]
+    SECOND: tl.constexpr = words.shape[1]
+    if AS_COLUMNS:
+        words = tl.broadcast_to(words[:, None, :], [FIRST, NUM_TIMES, SECOND])
+        words = tl.reshape(words, [FIRST * NUM_TIMES, SECOND])
+    else:
+        words = tl.broadcast_to(words[:, :, None], [FIRST, SECOND, NUM_TIMES])
+        words = tl.reshape(words, [FIRST, SECOND * NUM_TIMES])
+    return words
+
+
+@triton.jit
 def load_key_pairs(
     codes_ptr,  # of the tile's first token, int16
     words_ptr,  # int64: scale and minimum of an even channel, then of the odd one after it
@@ -162,7 +180,7 @@ def load_key_pairs(
 ):
     """Keys of a tile whose tokens share scales, in the order of `split_parts`."""
     codes = _load_codes(
-        codes_ptr, PARTS, KEY_DIM * NUM_BITS // 16, NUM_BITS, TILE_N, dtype, EVICTION
+        codes_ptr, PARTS, KEY_DIM * NUM_BITS // 16, NUM_BITS, TILE_N, dtype, EVICTION, False
     )
     pairs = ()
     for i in tl.static_range(len(PARTS)):
@@ -189,26 +207,26 @@ def load_value_pairs(
     TILE_N: tl.constexpr,
     dtype: tl.constexpr,
     EVICTION: tl.constexpr,
+    AS_COLUMNS: tl.constexpr,  # [width / 2, TILE_N] instead of [TILE_N, width / 2]
 ):
     """Values of a tile, in the order of `split_parts`."""
     codes = _load_codes(
-        codes_ptr, PARTS, VALUE_DIM * NUM_BITS // 16, NUM_BITS, TILE_N, dtype, EVICTION
+        codes_ptr, PARTS, VALUE_DIM * NUM_BITS // 16, NUM_BITS, TILE_N, dtype, EVICTION, AS_COLUMNS
     )
-    rows = tl.arange(0, TILE_N) * (VALUE_DIM // GROUP)
+    rows = tl.expand_dims(tl.arange(0, TILE_N) * (VALUE_DIM // GROUP), 0 if AS_COLUMNS else 1)
+    # Slots nobody sees may have scales of NaN, which a weight of zero would not silence.
+    keep = tl.expand_dims(keep, 0 if AS_COLUMNS else 1)
     pairs = ()
     for i in tl.static_range(len(PARTS)):
         # A run of so many channels lies in one group, and the part is a whole number of runs.
         firsts = tl.arange(0, width_of(PARTS, i) // at(RUNS, i))
         firsts = first_of(PARTS, i) + at(RUNS, i) * firsts
-        # Slots nobody sees may have scales of NaN, which a weight of zero would not silence.
-        inside = keep[:, None] & (firsts < end_of(PARTS, i))[None, :]
-        pointers = words_ptr + (rows[:, None] + (firsts // GROUP)[None, :])
+        firsts = tl.expand_dims(firsts, 1 if AS_COLUMNS else 0)
+        inside = keep & (firsts < end_of(PARTS, i))
+        pointers = words_ptr + (rows + firsts // GROUP)
         words = tl.load(pointers, mask=inside, other=0, eviction_policy=EVICTION)
         if width_of(PARTS, i) > at(RUNS, i):
-            words = tl.broadcast_to(
-                words[:, :, None], [TILE_N, width_of(PARTS, i) // at(RUNS, i), at(RUNS, i) // 2]
-            )
-            words = tl.reshape(words, [TILE_N, width_of(PARTS, i) // 2])
+            words = _repeat(words, at(RUNS, i) // 2, AS_COLUMNS)
         scales, minima = _split_words(words, dtype)
         pairs = pairs + (
             _dequantize(codes[2 * i], scales, minima, dtype),

@@ -27,10 +27,12 @@ from kvkernels.triton_kernels.tiles import (
     at,
     end_of,
     first_of,
+    is_swapped,
     join_parts,
     load_block_ids,
     load_rows,
     split_parts,
+    swap_parts,
     width_of,
 )
 
@@ -227,6 +229,10 @@ def attend_codes(
     if IN_PAIRS:
         q = split_parts(q)
         acc = split_parts(acc)
+    IS_SWAPPED: tl.constexpr = is_swapped(q[0].shape[0])
+    if IS_SWAPPED:
+        q = swap_parts(q)
+        acc = swap_parts(acc)
     first_tile = first_token // TILE_N
     last_tile = (last_token + TILE_N - 1) // TILE_N
     next_entry = load_block_ids(table_ptr, first_tile * TILE_N, lo, hi, BLOCK_SIZE, TILE_N)
@@ -257,14 +263,14 @@ def attend_codes(
                 EVICTION,
             )
         p, acc, row_max, row_sum = advance(
-            q, k, acc, row_max, row_sum, scale, rows, rules, tokens, True, RULES
+            q, k, acc, row_max, row_sum, scale, rows, rules, tokens, True, RULES, IS_SWAPPED
         )
         if IN_PAIRS:
             v = load_value_pairs(
                 value_ptr + block * cache[8] + slot * (VALUE_DIM * NUM_BITS // 16),
                 value_words_ptr + block * cache[10] + slot * (VALUE_DIM // VALUE_CHANNELS),
                 keep, VALUE_PARTS, VALUE_DIM, VALUE_CHANNELS, RUNS, NUM_BITS, TILE_N, dtype,
-                EVICTION,
+                EVICTION, IS_SWAPPED,
             )  # fmt: skip
         else:
             v = _load_values(
@@ -280,7 +286,11 @@ def attend_codes(
                 dtype,
                 EVICTION,
             )
-        acc = add_values(p, v, acc)
+            if IS_SWAPPED:
+                v = swap_parts(v)
+        acc = add_values(p, v, acc, IS_SWAPPED)
+    if IS_SWAPPED:
+        acc = swap_parts(acc)
     if IN_PAIRS:
         acc = join_parts(acc)
     return acc, row_max, row_sum

@@ -47,6 +47,16 @@ def halved(parts):
     return tuple((first // 2, width // 2, end // 2) for first, width, end in parts)
 
 
+@triton.constexpr_function
+def is_swapped(num_rows):
+    """Whether products have tokens, and channels of values, as rows, and queries as columns.
+
+    A product has 16 rows but 8 columns at least: so up to 8 queries waste half as much, and take
+    half the registers.
+    """
+    return num_rows < 16
+
+
 @triton.jit
 def dot(a, b, acc):
     """`acc + a @ b` in fp32; every matrix product of the kernels comes through here."""
@@ -66,20 +76,23 @@ def load_rows(
     INDEX: tl.constexpr,  # of the part; its channels from its end on are zero
     MASKED: tl.constexpr,
     EVICTION: tl.constexpr,
+    AS_COLUMNS: tl.constexpr = False,  # [width, num_rows] instead
 ):
     """One part of some rows, `[num_rows, width]`; zero where masked, whatever memory holds."""
     FIRST: tl.constexpr = first_of(PARTS, INDEX)
     WIDTH: tl.constexpr = width_of(PARTS, INDEX)
     END: tl.constexpr = end_of(PARTS, INDEX)
-    channels = FIRST + tl.arange(0, WIDTH)
-    pointers = base_ptr + offsets[:, None] + channels[None, :]
+    channels = tl.expand_dims(FIRST + tl.arange(0, WIDTH), 1 if AS_COLUMNS else 0)
+    offsets = tl.expand_dims(offsets, 0 if AS_COLUMNS else 1)
+    keep = tl.expand_dims(keep, 0 if AS_COLUMNS else 1)
+    pointers = base_ptr + offsets + channels
     if FIRST + WIDTH > END:
-        inside = channels[None, :] < END
+        inside = channels < END
         if MASKED:
-            inside = inside & keep[:, None]
+            inside = inside & keep
         return tl.load(pointers, mask=inside, other=0.0, eviction_policy=EVICTION)
     if MASKED:
-        return tl.load(pointers, mask=keep[:, None], other=0.0, eviction_policy=EVICTION)
+        return tl.load(pointers, mask=keep, other=0.0, eviction_policy=EVICTION)
     return tl.load(pointers, eviction_policy=EVICTION)
 
 
@@ -94,6 +107,7 @@ def load_parts(
     dtype: tl.constexpr = None,  # of the result, where float8 is loaded as bytes or pairs
     HAS_FLOAT8: tl.constexpr = False,  # whether the machine converts it
     IS_PURE: tl.constexpr = True,
+    AS_COLUMNS: tl.constexpr = False,
 ):
     """Rows as a tuple with one tile a part.
 
@@ -102,7 +116,7 @@ def load_parts(
     """
     parts = ()
     for i in tl.static_range(len(PARTS)):
-        part = load_rows(base_ptr, offsets, keep, PARTS, i, MASKED, EVICTION)
+        part = load_rows(base_ptr, offsets, keep, PARTS, i, MASKED, EVICTION, AS_COLUMNS)
         if part.dtype == tl.int16:
             even, odd = from_float8_pairs(part, dtype)
             parts = parts + (even, odd)
@@ -160,6 +174,15 @@ def join_parts(pairs):
 
 
 @triton.jit
+def swap_parts(parts):
+    """Each part with its rows as columns."""
+    swapped = ()
+    for i in tl.static_range(len(parts)):
+        swapped = swapped + (tl.trans(parts[i]),)
+    return swapped
+
+
+@triton.jit
 def load_block_ids(
     table_ptr,  # of this sequence, [max_blocks_per_seq]
     start,  # first token of the tile, a multiple of TILE_N
@@ -208,11 +231,18 @@ def advance(
     tokens,  # [TILE_N]
     MASKED: tl.constexpr,
     RULES: tl.constexpr,
+    IS_SWAPPED: tl.constexpr = False,  # q and acc are [width, TILE_M]; see `is_swapped`
 ):
     """Weights of a tile, and the state rescaled for it; values remain to be added."""
-    scores = tl.zeros([q[0].shape[0], k[0].shape[0]], tl.float32)
-    for i in tl.static_range(len(q)):
-        scores = dot(q[i], tl.trans(k[i]), scores)
+    if IS_SWAPPED:
+        swapped = tl.zeros([k[0].shape[0], q[0].shape[1]], tl.float32)
+        for i in tl.static_range(len(q)):
+            swapped = dot(k[i], q[i], swapped)
+        scores = tl.trans(swapped)
+    else:
+        scores = tl.zeros([q[0].shape[0], k[0].shape[0]], tl.float32)
+        for i in tl.static_range(len(q)):
+            scores = dot(q[i], tl.trans(k[i]), scores)
     scores = apply_rules(scores, scale, rows, rules, tokens, MASKED, RULES)
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     # A row that has seen nothing yet: -inf - -inf would be NaN.
@@ -222,17 +252,20 @@ def advance(
     row_sum = row_sum * rescale + tl.sum(p, 1)
     scaled = ()
     for i in tl.static_range(len(acc)):
-        scaled = scaled + (acc[i] * rescale[:, None],)
+        scaled = scaled + (acc[i] * tl.expand_dims(rescale, 0 if IS_SWAPPED else 1),)
     return p, scaled, new_max, row_sum
 
 
 @triton.jit
-def add_values(p, v, acc):
+def add_values(p, v, acc, IS_SWAPPED: tl.constexpr = False):
     """`acc` with weights times values added, part by part."""
     p = p.to(v[0].dtype)
     total = ()
     for i in tl.static_range(len(acc)):
-        total = total + (dot(p, v[i], acc[i]),)
+        if IS_SWAPPED:
+            total = total + (dot(v[i], tl.trans(p), acc[i]),)
+        else:
+            total = total + (dot(p, v[i], acc[i]),)
     return total
 
 
@@ -267,9 +300,13 @@ def attend(
     IN_PAIRS: tl.constexpr = key_ptr.dtype.element_ty == tl.int16
     KEY_WORDS: tl.constexpr = halved(KEY_PARTS) if IN_PAIRS else KEY_PARTS
     VALUE_WORDS: tl.constexpr = halved(VALUE_PARTS) if IN_PAIRS else VALUE_PARTS
+    IS_SWAPPED: tl.constexpr = is_swapped(q[0].shape[0])
     if IN_PAIRS:
         q = split_parts(q)
         acc = split_parts(acc)
+    if IS_SWAPPED:
+        q = swap_parts(q)
+        acc = swap_parts(acc)
     next_block = load_block_ids(table_ptr, first_tile * TILE_N, lo, hi, BLOCK_SIZE, TILE_N)
     for tile in range(first_tile, last_tile):
         start = tile * TILE_N
@@ -299,7 +336,7 @@ def attend(
             HAS_FLOAT8,
         )  # fmt: skip
         p, acc, row_max, row_sum = advance(
-            q, k, acc, row_max, row_sum, scale, rows, rules, tokens, MASKED, RULES
+            q, k, acc, row_max, row_sum, scale, rows, rules, tokens, MASKED, RULES, IS_SWAPPED
         )
         # Values of slots nobody sees are loaded as zero: a weight of zero would not silence a NaN.
         if IS_LATENT:
@@ -307,9 +344,11 @@ def attend(
         else:
             v = load_parts(
                 value_tile, value_rows, keep, VALUE_WORDS, MASKED, EVICTION, dtype, HAS_FLOAT8,
-                False,
+                False, IS_SWAPPED,
             )  # fmt: skip
-            acc = add_values(p, v, acc)
+            acc = add_values(p, v, acc, IS_SWAPPED)
+    if IS_SWAPPED:
+        acc = swap_parts(acc)
     if IN_PAIRS:
         acc = join_parts(acc)
     return acc, row_max, row_sum
