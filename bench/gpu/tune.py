@@ -44,7 +44,7 @@ DECODE: dict[int, tuple[Tiles, ...]] = {
         *((32, 4, 4, 1), (16, 4, 4, 2)),
     ),
 }
-# Of codes and of float8; those of four warps are what they had before they had one.
+# Of codes and of float8, for up to 8 query heads to a key-value head.
 CODES: tuple[Tiles, ...] = (
     *((32, 1, 3, at_once) for at_once in (4, 6, 8, 9, 10, 11)),
     *((32, 1, 2, 8), (32, 1, 4, 6), (32, 1, 4, 8), (64, 1, 3, 4), (64, 1, 3, 6), (64, 1, 2, 8)),

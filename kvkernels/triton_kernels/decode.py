@@ -287,7 +287,7 @@ def plan_decode(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device
         },
         config.num_warps,
         config.num_stages,
-        max_registers=255 if call.is_quantized else None,
+        max_registers=255 if call.is_quantized or call.is_float8 else None,
     )
     if max_splits == 1 or joins_itself:
         return [decode]
