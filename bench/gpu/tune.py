@@ -38,15 +38,18 @@ DECODE: dict[int, tuple[Tiles, ...]] = {
     128: (
         *((64, 4, 3, 2), (64, 4, 4, 1), (64, 4, 4, 2), (64, 4, 2, 2), (128, 4, 2, 1)),
         *((128, 4, 2, 2), (128, 4, 3, 1), (64, 2, 3, 2), (32, 2, 4, 2), (64, 8, 3, 1)),
+        *((32, 1, 3, 6), (32, 1, 3, 3)),
     ),
     256: (
         *((32, 4, 3, 2), (64, 4, 2, 1), (64, 4, 3, 1), (32, 8, 3, 1), (64, 8, 2, 1)),
         *((32, 4, 4, 1), (16, 4, 4, 2)),
     ),
 }
+# Of codes and of float8, for up to 8 query heads to a key-value head.
 CODES: tuple[Tiles, ...] = (
-    *((32, 4, stages, at_once) for stages in (3, 4) for at_once in (1, 2, 3)),
-    *((64, 4, 3, 1), (64, 4, 3, 2), (64, 4, 4, 1), (64, 8, 3, 1), (32, 2, 4, 2)),
+    *((32, 1, 3, at_once) for at_once in (4, 6, 8, 9, 10, 11)),
+    *((32, 1, 2, 8), (32, 1, 4, 6), (32, 1, 4, 8), (64, 1, 3, 4), (64, 1, 3, 6), (64, 1, 2, 8)),
+    *((32, 4, 5, 3), (64, 4, 3, 3), (32, 2, 3, 4), (64, 2, 3, 4)),
 )
 # tile_m, tile_n, num_warps, num_stages
 PREFILL: tuple[Tiles, ...] = (
@@ -114,9 +117,10 @@ def tune_codes(case: attention_cases.Case, kind: str) -> dict[str, Any]:
         lambda: make_narrow(attention_cases.make_inputs(case), kind), case.num_kv_bytes // 4
     )
     key = (9, 2, case.head_dim)
+    table = configs._DECODE_FLOAT8_ALONE if kind == "float8" else configs._DECODE_CODES_ALONE
     return time_each(
         CODES,
-        lambda tiles: replaced(configs._DECODE_CODES, key, tiles),
+        lambda tiles: replaced(table, key, tiles),
         [partial(attend_decode, inputs, **caches) for inputs, caches in made],
     )
 
@@ -149,7 +153,7 @@ def tune_cases() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         yield name, partial(tune_decode, by_name[name])
     for name in PREFILL_CASES:
         yield name, partial(tune_prefill, by_name[name])
-    for kind in ("int8", "int4"):
+    for kind in ("float8", "int8", "int4"):
         for name in ("decode_4x8k", "decode_8x32k"):
             yield f"{name}_{kind}", partial(tune_codes, by_name[name], kind)
     for latent_case in LATENT_CASES:

@@ -12,7 +12,7 @@ from kvkernels.errors import UnsupportedError
 from kvkernels.quantized_cache import QuantizedCache
 from kvkernels.scoring import Scoring
 from kvkernels.triton_kernels.configs import TileConfig
-from kvkernels.triton_kernels.launch import Device, cut_row
+from kvkernels.triton_kernels.launch import Device, cut_row, largest_power_of_2
 
 _MIN_TILE_N = 16  # what a product of matrices takes at least
 # Arguments of the kernels that change from call to call of one model.
@@ -30,6 +30,7 @@ class CodesLayout(NamedTuple):
         key_dim: Width of a key.
         value_dim: Width of a value.
         runs: For each part of a value, channels of which a run lies within one group.
+        in_pairs: Whether codes and the scales of keys are loaded two at a time; see `pairs`.
     """
 
     tile_n: int
@@ -38,6 +39,7 @@ class CodesLayout(NamedTuple):
     key_dim: int
     value_dim: int
     runs: tuple[int, ...]
+    in_pairs: bool
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,46 @@ class Call:
             and key.data_ptr() == value.data_ptr()
         )
 
+    @property
+    def is_float8(self) -> bool:
+        return self.key_cache.dtype == torch.float8_e4m3fn
+
+    @property
+    def _serves_pairs(self) -> bool:
+        """Whether the kernel loads bytes as pairs where they lie as such; see `pairs`.
+
+        More rows than those of decode take operands from shared memory, where they are floats;
+        and with float32 or wider heads, pairs of tiles take more registers than there are.
+        """
+        is_decode = self.cu_seqlens_q is None
+        return is_decode and self.query.dtype != torch.float32 and self.query.shape[2] <= 256
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether codes are loaded as pairs, and scales of keys with them."""
+        caches = [cache for cache in (self.int8_cache, self.int4_cache) if cache is not None]
+        return (
+            bool(caches)
+            and self._serves_pairs
+            and all(
+                _lies_in_words(cache.key_codes, 2)
+                and _lies_in_words(cache.value_codes, 2)
+                and _lies_in_words(cache.key_scales, 4)  # scale and minimum of two channels
+                for cache in caches
+            )
+        )
+
+    def _has_float8_pairs(self, device: Device) -> bool:
+        """Whether float8 is loaded as pairs, which Ampere would convert bit by bit."""
+        return (
+            self.is_float8
+            and device.arch >= 9
+            and self._serves_pairs
+            and not self.is_latent
+            and _lies_in_words(self.key_cache, 2)
+            and _lies_in_words(self.value_cache, 2)
+        )
+
     def fit_tile(self, config: TileConfig) -> TileConfig:
         """The configuration with tiles that lie in one block, where blocks are of several kinds."""
         if not self.is_quantized:
@@ -117,13 +159,19 @@ class Call:
     def arguments(self, config: TileConfig, device: Device) -> dict[str, Any]:
         """Arguments that the kernels share, by name."""
         query, key, value, scoring = self.query, self.key_cache, self.value_cache, self.scoring
-        if key.dtype == torch.float8_e4m3fn:  # Ampere's compiler does not know the type
-            key, value = key.view(torch.uint8), value.view(torch.uint8)
-        in_halves = self.int4_cache is not None
-        value_parts = cut_row(self.value_dim, in_halves)
+        in_pairs, floats_in_pairs = self.in_pairs, self._has_float8_pairs(device)
+        if self.is_float8:  # Ampere's compiler does not know the type
+            integer = torch.int16 if floats_in_pairs else torch.uint8
+            key, value = key.view(integer), value.view(integer)
+        # Of pairs, narrow parts take fewer registers, where they are as many channels in all.
+        is_even = query.shape[2] == largest_power_of_2(query.shape[2]) >= 64
+        in_halves = self.int4_cache is not None or ((in_pairs or floats_in_pairs) and is_even)
+        # A part of pairs is cut in two, and a product takes at least 16 channels.
+        least = 32 if in_pairs or floats_in_pairs else 16
+        value_parts = cut_row(self.value_dim, in_halves, least)
         layouts = {
             f"{kind.upper()}_LAYOUT": (
-                _codes_layout(f"{kind}_cache", cache, config.tile_n, value_parts)
+                _codes_layout(f"{kind}_cache", cache, config.tile_n, value_parts, in_pairs)
                 if cache is not None
                 else ()
             )
@@ -132,8 +180,8 @@ class Call:
         return {
             "query_ptr": query,
             "float_cache": (key, value, *key.stride()[:3], *value.stride()[:3]),
-            "int8_cache": _codes_arguments(self.int8_cache),
-            "int4_cache": _codes_arguments(self.int4_cache),
+            "int8_cache": _codes_arguments(self.int8_cache, in_pairs),
+            "int4_cache": _codes_arguments(self.int4_cache, in_pairs),
             "block_table_ptr": self.block_table,
             "seq_lens_ptr": self.seq_lens,
             "sinks_ptr": scoring.sinks,
@@ -149,7 +197,7 @@ class Call:
             "GROUP": self.group,
             "BLOCK_SIZE": self.block_size,
             "VALUE_DIM": self.value_dim,
-            "KEY_PARTS": cut_row(query.shape[2], in_halves),
+            "KEY_PARTS": cut_row(query.shape[2], in_halves, least),
             "VALUE_PARTS": value_parts,
             "IS_LATENT": self.is_latent,
             "HAS_FLOAT8": device.arch >= 9,
@@ -161,8 +209,18 @@ class Call:
         }
 
 
+def _lies_in_words(part: torch.Tensor, size: int) -> bool:
+    """Whether so many neighbouring elements of a row are one word of memory."""
+    counts = (part.storage_offset(), *part.stride()[:3], part[0, 0, 0].numel())
+    return all(count % size == 0 for count in counts)
+
+
 def _codes_layout(
-    name: str, cache: QuantizedCache, tile_n: int, value_parts: tuple[tuple[int, int, int], ...]
+    name: str,
+    cache: QuantizedCache,
+    tile_n: int,
+    value_parts: tuple[tuple[int, int, int], ...],
+    in_pairs: bool,
 ) -> CodesLayout:
     key_groups, key_dim = cache.key_scales.shape[2:4]
     block_size, value_groups = cache.value_scales.shape[2:4]
@@ -181,17 +239,21 @@ def _codes_layout(
         key_dim,
         value_dim,
         tuple(math.gcd(first, width, channels) for first, width, _ in value_parts),
+        in_pairs,
     )
 
 
-def _codes_arguments(cache: QuantizedCache | None) -> tuple[Any, ...] | None:
+def _codes_arguments(cache: QuantizedCache | None, in_pairs: bool) -> tuple[Any, ...] | None:
     """Pointers, then the strides of blocks and heads of each; a scale and a minimum are a word."""
     if cache is None:
         return None
-    parts = (
+    parts = [
         cache.key_codes,
         cache.key_scales.view(torch.int32).squeeze(-1),
         cache.value_codes,
         cache.value_scales.view(torch.int32).squeeze(-1),
-    )
+    ]
+    if in_pairs:
+        for index, dtype in ((0, torch.int16), (1, torch.int64), (2, torch.int16)):
+            parts[index] = parts[index].view(dtype)
     return (*parts, *(stride for part in parts for stride in part.stride()[:2]))

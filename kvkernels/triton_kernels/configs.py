@@ -90,6 +90,18 @@ _DECODE_CODES = {
     (9, 4, 576): (16, 8, 2, 1),
 }
 
+# The same for heads of exactly so many channels and up to 8 query heads to each. One warp to a
+# program: no sums over warps and no barriers, which with 8 rows are most of a step.
+_DECODE_CODES_ALONE = {
+    (9, 2, 64): (64, 1, 3, 8),
+    (9, 2, 128): (32, 1, 3, 8),
+}
+# And for float8.
+_DECODE_FLOAT8_ALONE = {
+    (9, 2, 64): (64, 1, 3, 8),
+    (9, 2, 128): (32, 1, 3, 8),
+}
+
 # (arch, bytes of an element, width of a head): for each tile_m its tile_n, num_warps, num_stages.
 # float32 products run on the ordinary units, which hold operands in registers: small tiles.
 _PREFILL = {
@@ -144,10 +156,20 @@ def _row(arch: int, dtype: torch.dtype, head_dim: int) -> tuple[int, int, int]:
 
 
 def decode_config(
-    arch: int, dtype: torch.dtype, head_dim: int, group: int, is_quantized: bool = False
+    arch: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    group: int,
+    is_quantized: bool = False,
+    is_float8: bool = False,
 ) -> TileConfig:
     """Configuration of the decode kernel for `group` query heads to a key-value head."""
     served_as, itemsize, width = _row(arch, dtype, head_dim)
+    if group <= 8 and (is_quantized or is_float8):
+        alone = _DECODE_CODES_ALONE if is_quantized else _DECODE_FLOAT8_ALONE
+        row = alone.get((min(served_as, 9), itemsize, head_dim))
+        if row is not None:
+            return TileConfig(8, *row)
     table = _DECODE_CODES if is_quantized else _DECODE
     if group > 32 and not is_quantized and (served_as, itemsize, width) in _DECODE_MANY_HEADS:
         return TileConfig(*_DECODE_MANY_HEADS[served_as, itemsize, width])

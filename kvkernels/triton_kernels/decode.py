@@ -10,7 +10,7 @@ The grid has room for `max_splits` splits and is made from shapes alone, so a ca
 right when lengths change. How many are used is decided on the device, from all lengths; the
 programs of the rest exit at once. A sequence with one split is written directly; of several, the
 program that ends last joins the partials, in the order of the splits whoever is last. Where they
-are too many for one program, as of latent attention, a second kernel joins them.
+are too many for one program, as of latent attention or for one warp, a second kernel joins them.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ def _decode_kernel(
     INT4_LAYOUT: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
+    FLOAT_TILE_N: tl.constexpr,  # of floats among codes; divides TILE_N
     MIN_SPLIT_TILES: tl.constexpr,
     SPLIT_TILES: tl.constexpr,  # length of a split, or 0 to find it from all lengths
     JOIN_SPLITS: tl.constexpr,  # splits and rows that are joined in one step
@@ -171,6 +172,7 @@ def _decode_kernel(
         INT8_LAYOUT,
         INT4_LAYOUT,
         TILE_N,
+        FLOAT_TILE_N,
         True,
         RULES,
         # Read once: leave the L2 to what is read again.
@@ -237,7 +239,7 @@ def plan_decode(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device
     num_seqs, _, head_dim = query.shape
     group, value_dim = call.group, call.value_dim
     config = call.fit_tile(
-        decode_config(device.arch, query.dtype, head_dim, group, call.is_quantized)
+        decode_config(device.arch, query.dtype, head_dim, group, call.is_quantized, call.is_float8)
     )
     num_groups = call.num_kv_heads * triton.cdiv(group, config.tile_m)
     max_tokens = call.block_table.shape[1] * call.block_size
@@ -253,7 +255,8 @@ def plan_decode(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device
         split_tiles = min_split_tiles = _INVARIANT_SPLIT_TOKENS // config.tile_n
         max_splits = max(1, triton.cdiv(max_tokens, _INVARIANT_SPLIT_TOKENS))
     splits_of_join, rows_of_join = tile_of_join(value_dim, num_rows)
-    joins_itself = num_rows * value_dim <= _MAX_JOIN_ELEMENTS
+    # One warp would take as long to join what many left it as to attend to its split.
+    joins_itself = config.num_warps > 1 and num_rows * value_dim <= _MAX_JOIN_ELEMENTS
     partials = Partials.like(
         out, max_splits, num_seqs * num_groups if max_splits > 1 and joins_itself else 0
     )
@@ -272,6 +275,8 @@ def plan_decode(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device
             "max_splits": max_splits,
             "num_programs_at_once": at_once,
             **call.arguments(config, device),
+            # One warp alone has no registers for as many floats as codes.
+            "FLOAT_TILE_N": min(config.tile_n, 16) if config.num_warps == 1 else config.tile_n,
             "RULES": (*call.rules[:2], False),  # of a tree, one query needs a bit alone
             "MIN_SPLIT_TILES": min_split_tiles,
             "SPLIT_TILES": split_tiles,
@@ -282,7 +287,7 @@ def plan_decode(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device
         },
         config.num_warps,
         config.num_stages,
-        max_registers=255 if call.is_quantized else None,
+        max_registers=255 if call.is_quantized or call.is_float8 else None,
         scratch=partials.scratch,
     )
     if max_splits == 1 or joins_itself:

@@ -112,9 +112,9 @@ def largest_power_of_2(value: int) -> int:
     return 1 << (value.bit_length() - 1)
 
 
-def cut_row(width: int, in_halves: bool) -> tuple[tuple[int, int, int], ...]:
-    """Parts of a row of `width` channels: the first channel, a power of two that is at least 16,
-    and the channel after the last.
+def cut_row(width: int, in_halves: bool, least: int = 16) -> tuple[tuple[int, int, int], ...]:
+    """Parts of a row of `width` channels: the first channel, a power of two that is at least
+    `least`, and the channel after the last.
 
     Tiles must be powers of two: 80 = 64 + 16, 96 = 64 + 32 and 192 = 128 + 64 waste nothing, where
     one tile would be 128 or 256 wide. In halves, as bytes of two 4-bit codes have it, a part of the
@@ -122,12 +122,12 @@ def cut_row(width: int, in_halves: bool) -> tuple[tuple[int, int, int], ...]:
     registers than two with some channels of zeros.
     """
     half = width // 2 if in_halves else width
-    main = max(16, largest_power_of_2(half))
+    main = max(least, largest_power_of_2(half))
     if half == main:
         cuts = [(0, main)]
-    elif half < 16 or (in_halves and half <= 128):
-        cuts = [(0, max(16, triton.next_power_of_2(half)))]
+    elif half < least or (in_halves and half <= 128):
+        cuts = [(0, max(least, triton.next_power_of_2(half)))]
     else:
-        cuts = [(0, main), (main, max(16, triton.next_power_of_2(half - main)))]
+        cuts = [(0, main), (main, max(least, triton.next_power_of_2(half - main)))]
     starts = (0, half) if in_halves else (0,)
     return tuple((start + first, size, start + half) for first, size in cuts for start in starts)

@@ -211,7 +211,7 @@ def _prefill_kernel(
             sm_scale * 1.4426950408889634, (soft_cap, before, num_queries, tree_ptr),
             float_cache, int8_cache, int4_cache, kv_head.to(tl.int64), table_ptr,
             BLOCK_SIZE, KEY_PARTS, VALUE_PARTS, IS_LATENT, HAS_FLOAT8,
-            INT8_LAYOUT, INT4_LAYOUT, TILE_N, phase != 1, RULES, "",
+            INT8_LAYOUT, INT4_LAYOUT, TILE_N, TILE_N, phase != 1, RULES, "",
         )  # fmt: skip
 
     norm, lse = finish(row_max, row_sum)

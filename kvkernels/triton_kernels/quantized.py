@@ -20,14 +20,19 @@ import triton
 import triton.language as tl
 
 from kvkernels.quantized_cache import KIND_SHIFT
+from kvkernels.triton_kernels.pairs import load_key_pairs, load_value_pairs
 from kvkernels.triton_kernels.tiles import (
     add_values,
     advance,
     at,
     end_of,
     first_of,
+    is_swapped,
+    join_parts,
     load_block_ids,
     load_rows,
+    split_parts,
+    swap_parts,
     width_of,
 )
 
@@ -215,11 +220,19 @@ def attend_codes(
     KEY_DIM: tl.constexpr = LAYOUT[3]
     VALUE_DIM: tl.constexpr = LAYOUT[4]
     RUNS: tl.constexpr = LAYOUT[5]
+    IN_PAIRS: tl.constexpr = LAYOUT[6]
     key_ptr = cache[0] + kv_head * cache[5]
     key_words_ptr = cache[1] + kv_head * cache[7]
     value_ptr = cache[2] + kv_head * cache[9]
     value_words_ptr = cache[3] + kv_head * cache[11]
     dtype: tl.constexpr = q[0].dtype
+    if IN_PAIRS:
+        q = split_parts(q)
+        acc = split_parts(acc)
+    IS_SWAPPED: tl.constexpr = is_swapped(q[0].shape[0])
+    if IS_SWAPPED:
+        q = swap_parts(q)
+        acc = swap_parts(acc)
     first_tile = first_token // TILE_N
     last_tile = (last_token + TILE_N - 1) // TILE_N
     next_entry = load_block_ids(table_ptr, first_tile * TILE_N, lo, hi, BLOCK_SIZE, TILE_N)
@@ -229,34 +242,55 @@ def attend_codes(
         keep = (tokens >= lo) & (tokens < hi)
         block = (next_entry & BLOCK_MASK).to(tl.int64)
         next_entry = load_block_ids(table_ptr, start + TILE_N, lo, hi, BLOCK_SIZE, TILE_N)
+        slot = start % BLOCK_SIZE
         slots = tokens % BLOCK_SIZE
 
-        key_words = block * cache[6] + start % BLOCK_SIZE // KEY_TOKENS * KEY_DIM
-        k = _load_keys(
-            key_ptr,
-            block * cache[4] + slots * (KEY_DIM * NUM_BITS // 8),
-            key_words_ptr + key_words,
-            keep,
-            KEY_PARTS,
-            NUM_BITS,
-            dtype,
-            EVICTION,
-        )
+        if IN_PAIRS:
+            k = load_key_pairs(
+                key_ptr + block * cache[4] + slot * (KEY_DIM * NUM_BITS // 16),
+                key_words_ptr + block * cache[6] + slot // KEY_TOKENS * (KEY_DIM // 2),
+                KEY_PARTS, KEY_DIM, NUM_BITS, TILE_N, dtype, EVICTION,
+            )  # fmt: skip
+        else:
+            k = _load_keys(
+                key_ptr,
+                block * cache[4] + slots * (KEY_DIM * NUM_BITS // 8),
+                key_words_ptr + block * cache[6] + slot // KEY_TOKENS * KEY_DIM,
+                keep,
+                KEY_PARTS,
+                NUM_BITS,
+                dtype,
+                EVICTION,
+            )
         p, acc, row_max, row_sum = advance(
-            q, k, acc, row_max, row_sum, scale, rows, rules, tokens, True, RULES
+            q, k, acc, row_max, row_sum, scale, rows, rules, tokens, True, RULES, IS_SWAPPED
         )
-        v = _load_values(
-            value_ptr,
-            block * cache[8] + slots * (VALUE_DIM * NUM_BITS // 8),
-            value_words_ptr,
-            block * cache[10] + slots * (VALUE_DIM // VALUE_CHANNELS),
-            keep,
-            VALUE_PARTS,
-            VALUE_CHANNELS,
-            RUNS,
-            NUM_BITS,
-            dtype,
-            EVICTION,
-        )
-        acc = add_values(p, v, acc)
+        if IN_PAIRS:
+            v = load_value_pairs(
+                value_ptr + block * cache[8] + slot * (VALUE_DIM * NUM_BITS // 16),
+                value_words_ptr + block * cache[10] + slot * (VALUE_DIM // VALUE_CHANNELS),
+                keep, VALUE_PARTS, VALUE_DIM, VALUE_CHANNELS, RUNS, NUM_BITS, TILE_N, dtype,
+                EVICTION, IS_SWAPPED,
+            )  # fmt: skip
+        else:
+            v = _load_values(
+                value_ptr,
+                block * cache[8] + slots * (VALUE_DIM * NUM_BITS // 8),
+                value_words_ptr,
+                block * cache[10] + slots * (VALUE_DIM // VALUE_CHANNELS),
+                keep,
+                VALUE_PARTS,
+                VALUE_CHANNELS,
+                RUNS,
+                NUM_BITS,
+                dtype,
+                EVICTION,
+            )
+            if IS_SWAPPED:
+                v = swap_parts(v)
+        acc = add_values(p, v, acc, IS_SWAPPED)
+    if IS_SWAPPED:
+        acc = swap_parts(acc)
+    if IN_PAIRS:
+        acc = join_parts(acc)
     return acc, row_max, row_sum

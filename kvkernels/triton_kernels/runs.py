@@ -60,6 +60,7 @@ def attend_cache(
     INT8_LAYOUT: tl.constexpr,  # see `CodesLayout`
     INT4_LAYOUT: tl.constexpr,
     TILE_N: tl.constexpr,
+    FLOAT_TILE_N: tl.constexpr,  # of floats among codes
     MASKED: tl.constexpr,
     RULES: tl.constexpr,
     EVICTION: tl.constexpr,
@@ -70,7 +71,7 @@ def attend_cache(
     float_scale = scale
     half_q, half_scale = as_half(q, scale)
     # float8, one byte an element, goes through float16 like codes do: it is exact there.
-    if cache[0].dtype.element_ty.primitive_bitwidth == 8:
+    if cache[0].dtype.element_ty == tl.uint8 or cache[0].dtype.element_ty == tl.int16:
         float_q = half_q
         float_scale = half_scale
     if int8_cache is None and int4_cache is None:
@@ -88,10 +89,10 @@ def attend_cache(
             kind, end = _find_run(table_ptr, token, last, BLOCK_SIZE)
             if kind == _FLOAT:
                 acc, row_max, row_sum = attend(
-                    float_q, acc, row_max, row_sum, token // TILE_N,
-                    (end + TILE_N - 1) // TILE_N, rows, lo, hi, float_scale, rules, cache,
-                    table_ptr, BLOCK_SIZE, KEY_PARTS, VALUE_PARTS, IS_LATENT, HAS_FLOAT8, TILE_N,
-                    True, RULES, EVICTION,
+                    float_q, acc, row_max, row_sum, token // FLOAT_TILE_N,
+                    (end + FLOAT_TILE_N - 1) // FLOAT_TILE_N, rows, lo, hi, float_scale, rules,
+                    cache, table_ptr, BLOCK_SIZE, KEY_PARTS, VALUE_PARTS, IS_LATENT, HAS_FLOAT8,
+                    FLOAT_TILE_N, True, RULES, EVICTION,
                 )  # fmt: skip
             elif kind == _INT8:
                 if int8_cache is not None:

@@ -12,6 +12,7 @@ are tuples with one tile a part; `kvkernels.triton_kernels.launch.cut_row` choos
 import triton
 import triton.language as tl
 
+from kvkernels.triton_kernels.float8 import from_float8, from_float8_pairs
 from kvkernels.triton_kernels.rules import apply_rules
 
 # The interpreter's dot takes bf16 operands for 16-bit integers (Triton 3.6 to 3.9).
@@ -40,6 +41,22 @@ def end_of(parts, index):
     return parts[index][2]
 
 
+@triton.constexpr_function
+def halved(parts):
+    """The parts in words of two channels."""
+    return tuple((first // 2, width // 2, end // 2) for first, width, end in parts)
+
+
+@triton.constexpr_function
+def is_swapped(num_rows):
+    """Whether products have tokens, and channels of values, as rows, and queries as columns.
+
+    A product has 16 rows but 8 columns at least: so up to 8 queries waste half as much, and take
+    half the registers.
+    """
+    return num_rows < 16
+
+
 @triton.jit
 def dot(a, b, acc):
     """`acc + a @ b` in fp32; every matrix product of the kernels comes through here."""
@@ -59,73 +76,24 @@ def load_rows(
     INDEX: tl.constexpr,  # of the part; its channels from its end on are zero
     MASKED: tl.constexpr,
     EVICTION: tl.constexpr,
+    AS_COLUMNS: tl.constexpr = False,  # [width, num_rows] instead
 ):
     """One part of some rows, `[num_rows, width]`; zero where masked, whatever memory holds."""
     FIRST: tl.constexpr = first_of(PARTS, INDEX)
     WIDTH: tl.constexpr = width_of(PARTS, INDEX)
     END: tl.constexpr = end_of(PARTS, INDEX)
-    channels = FIRST + tl.arange(0, WIDTH)
-    pointers = base_ptr + offsets[:, None] + channels[None, :]
+    channels = tl.expand_dims(FIRST + tl.arange(0, WIDTH), 1 if AS_COLUMNS else 0)
+    offsets = tl.expand_dims(offsets, 0 if AS_COLUMNS else 1)
+    keep = tl.expand_dims(keep, 0 if AS_COLUMNS else 1)
+    pointers = base_ptr + offsets + channels
     if FIRST + WIDTH > END:
-        inside = channels[None, :] < END
+        inside = channels < END
         if MASKED:
-            inside = inside & keep[:, None]
+            inside = inside & keep
         return tl.load(pointers, mask=inside, other=0.0, eviction_policy=EVICTION)
     if MASKED:
-        return tl.load(pointers, mask=keep[:, None], other=0.0, eviction_policy=EVICTION)
+        return tl.load(pointers, mask=keep, other=0.0, eviction_policy=EVICTION)
     return tl.load(pointers, eviction_policy=EVICTION)
-
-
-_FLOAT8 = tl.constexpr("""{
-.reg .b16 low, high;
-mov.b32 {low, high}, $2;
-cvt.rn.f16x2.e4m3x2 $0, low;
-cvt.rn.f16x2.e4m3x2 $1, high;
-}""")
-# For Ampere. The exponent's bias is 7 where float16 has 15, so the bits mean a 256th. All bits set
-# are a NaN: of all numbers only they overflow when multiplied by 36000 (0x7865), and 0 times
-# infinity is a NaN.
-_FLOAT8_BY_BITS = tl.constexpr("""{
-.reg .b32 low, high, sign, test, factor, most, zero;
-mov.b32 factor, 0x5C005C00;
-mov.b32 most, 0x78657865;
-mov.b32 zero, 0;
-prmt.b32 low, $2, 0, 0x1404;
-prmt.b32 high, $2, 0, 0x3424;
-and.b32 sign, low, 0x80008000;
-and.b32 low, low, 0x7F007F00;
-shr.u32 low, low, 1;
-or.b32 low, low, sign;
-mul.f16x2 test, low, most;
-mul.f16x2 test, test, zero;
-fma.rn.f16x2 $0, low, factor, test;
-and.b32 sign, high, 0x80008000;
-and.b32 high, high, 0x7F007F00;
-shr.u32 high, high, 1;
-or.b32 high, high, sign;
-mul.f16x2 test, high, most;
-mul.f16x2 test, test, zero;
-fma.rn.f16x2 $1, high, factor, test;
-}""")
-
-
-@triton.jit
-def _from_float8(bits, dtype: tl.constexpr, HAS_FLOAT8: tl.constexpr, IS_PURE: tl.constexpr):
-    """float8_e4m3fn, given as bytes, by way of float16, in which it is exact."""
-    if _INTERPRETED:
-        magnitude = (bits & 0x7F).to(tl.int16)
-        half = (magnitude << 7).to(tl.float16, bitcast=True) * 256.0
-        half = tl.where(magnitude == 0x7F, float("nan"), half).to(tl.float16)
-        half = tl.where(bits >= 0x80, -half, half)
-    elif HAS_FLOAT8:
-        half = tl.inline_asm_elementwise(
-            _FLOAT8, "=&r,=&r,r", [bits], tl.float16, is_pure=IS_PURE, pack=4
-        )
-    else:
-        half = tl.inline_asm_elementwise(
-            _FLOAT8_BY_BITS, "=&r,=&r,r", [bits], tl.float16, is_pure=IS_PURE, pack=4
-        )
-    return half.to(dtype)
 
 
 @triton.jit
@@ -136,9 +104,10 @@ def load_parts(
     PARTS: tl.constexpr,
     MASKED: tl.constexpr,
     EVICTION: tl.constexpr,
-    dtype: tl.constexpr = None,  # of the result, where bytes of float8 are loaded
+    dtype: tl.constexpr = None,  # of the result, where float8 is loaded as bytes or pairs
     HAS_FLOAT8: tl.constexpr = False,  # whether the machine converts it
     IS_PURE: tl.constexpr = True,
+    AS_COLUMNS: tl.constexpr = False,
 ):
     """Rows as a tuple with one tile a part.
 
@@ -147,10 +116,14 @@ def load_parts(
     """
     parts = ()
     for i in tl.static_range(len(PARTS)):
-        part = load_rows(base_ptr, offsets, keep, PARTS, i, MASKED, EVICTION)
-        if part.dtype == tl.uint8:
-            part = _from_float8(part, dtype, HAS_FLOAT8, IS_PURE)
-        parts = parts + (part,)
+        part = load_rows(base_ptr, offsets, keep, PARTS, i, MASKED, EVICTION, AS_COLUMNS)
+        if part.dtype == tl.int16:
+            even, odd = from_float8_pairs(part, dtype)
+            parts = parts + (even, odd)
+        elif part.dtype == tl.uint8:
+            parts = parts + (from_float8(part, dtype, HAS_FLOAT8, IS_PURE),)
+        else:
+            parts = parts + (part,)
     return parts
 
 
@@ -178,6 +151,35 @@ def zeros(TILE_M: tl.constexpr, PARTS: tl.constexpr):
     for i in tl.static_range(len(PARTS)):
         parts = parts + (tl.zeros([TILE_M, width_of(PARTS, i)], tl.float32),)
     return parts
+
+
+@triton.jit
+def split_parts(parts):
+    """Each part as two: its even channels, then its odd ones."""
+    pairs = ()
+    for i in tl.static_range(len(parts)):
+        even, odd = tl.split(tl.reshape(parts[i], [parts[i].shape[0], parts[i].shape[1] // 2, 2]))
+        pairs = pairs + (even, odd)
+    return pairs
+
+
+@triton.jit
+def join_parts(pairs):
+    """What `split_parts` split."""
+    parts = ()
+    for i in tl.static_range(0, len(pairs), 2):
+        both = tl.join(pairs[i], pairs[i + 1])
+        parts = parts + (tl.reshape(both, [pairs[i].shape[0], 2 * pairs[i].shape[1]]),)
+    return parts
+
+
+@triton.jit
+def swap_parts(parts):
+    """Each part with its rows as columns."""
+    swapped = ()
+    for i in tl.static_range(len(parts)):
+        swapped = swapped + (tl.trans(parts[i]),)
+    return swapped
 
 
 @triton.jit
@@ -229,11 +231,18 @@ def advance(
     tokens,  # [TILE_N]
     MASKED: tl.constexpr,
     RULES: tl.constexpr,
+    IS_SWAPPED: tl.constexpr = False,  # q and acc are [width, TILE_M]; see `is_swapped`
 ):
     """Weights of a tile, and the state rescaled for it; values remain to be added."""
-    scores = tl.zeros([q[0].shape[0], k[0].shape[0]], tl.float32)
-    for i in tl.static_range(len(q)):
-        scores = dot(q[i], tl.trans(k[i]), scores)
+    if IS_SWAPPED:
+        swapped = tl.zeros([k[0].shape[0], q[0].shape[1]], tl.float32)
+        for i in tl.static_range(len(q)):
+            swapped = dot(k[i], q[i], swapped)
+        scores = tl.trans(swapped)
+    else:
+        scores = tl.zeros([q[0].shape[0], k[0].shape[0]], tl.float32)
+        for i in tl.static_range(len(q)):
+            scores = dot(q[i], tl.trans(k[i]), scores)
     scores = apply_rules(scores, scale, rows, rules, tokens, MASKED, RULES)
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     # A row that has seen nothing yet: -inf - -inf would be NaN.
@@ -243,17 +252,20 @@ def advance(
     row_sum = row_sum * rescale + tl.sum(p, 1)
     scaled = ()
     for i in tl.static_range(len(acc)):
-        scaled = scaled + (acc[i] * rescale[:, None],)
+        scaled = scaled + (acc[i] * tl.expand_dims(rescale, 0 if IS_SWAPPED else 1),)
     return p, scaled, new_max, row_sum
 
 
 @triton.jit
-def add_values(p, v, acc):
+def add_values(p, v, acc, IS_SWAPPED: tl.constexpr = False):
     """`acc` with weights times values added, part by part."""
     p = p.to(v[0].dtype)
     total = ()
     for i in tl.static_range(len(acc)):
-        total = total + (dot(p, v[i], acc[i]),)
+        if IS_SWAPPED:
+            total = total + (dot(v[i], tl.trans(p), acc[i]),)
+        else:
+            total = total + (dot(p, v[i], acc[i]),)
     return total
 
 
@@ -285,6 +297,16 @@ def attend(
     """Softmax attention over a run of tiles of floats; returns acc, row_max and row_sum."""
     key_ptr, value_ptr, key_block, key_slot, value_block, value_slot = cache
     dtype: tl.constexpr = q[0].dtype
+    IN_PAIRS: tl.constexpr = key_ptr.dtype.element_ty == tl.int16
+    KEY_WORDS: tl.constexpr = halved(KEY_PARTS) if IN_PAIRS else KEY_PARTS
+    VALUE_WORDS: tl.constexpr = halved(VALUE_PARTS) if IN_PAIRS else VALUE_PARTS
+    IS_SWAPPED: tl.constexpr = is_swapped(q[0].shape[0])
+    if IN_PAIRS:
+        q = split_parts(q)
+        acc = split_parts(acc)
+    if IS_SWAPPED:
+        q = swap_parts(q)
+        acc = swap_parts(acc)
     next_block = load_block_ids(table_ptr, first_tile * TILE_N, lo, hi, BLOCK_SIZE, TILE_N)
     for tile in range(first_tile, last_tile):
         start = tile * TILE_N
@@ -294,22 +316,41 @@ def attend(
         # as a stage of their own and keep half as many keys and values in flight.
         block = next_block.to(tl.int64)
         next_block = load_block_ids(table_ptr, start + TILE_N, lo, hi, BLOCK_SIZE, TILE_N)
-        slots = (tokens % BLOCK_SIZE).to(tl.int64)
-        key_rows = block * key_block + slots * key_slot
-        value_rows = block * value_block + slots * value_slot
+        key_tile = key_ptr
+        value_tile = value_ptr
+        if IN_PAIRS and BLOCK_SIZE % TILE_N == 0:
+            # Addresses of the tile, plus what never changes from tile to tile.
+            slot = (start % BLOCK_SIZE).to(tl.int64)
+            key_tile += block * key_block + slot * key_slot
+            value_tile += block * value_block + slot * value_slot
+            key_rows = tl.arange(0, TILE_N).to(tl.int64) * key_slot
+            value_rows = tl.arange(0, TILE_N).to(tl.int64) * value_slot
+        else:
+            slots = (tokens % BLOCK_SIZE).to(tl.int64)
+            key_rows = block * key_block + slots * key_slot
+            value_rows = block * value_block + slots * value_slot
 
-        k = load_parts(key_ptr, key_rows, keep, KEY_PARTS, MASKED, EVICTION, dtype, HAS_FLOAT8)
+        # Scores of tokens nobody sees are replaced, whatever their keys are.
+        k = load_parts(
+            key_tile, key_rows, keep, KEY_WORDS, MASKED and not IN_PAIRS, EVICTION, dtype,
+            HAS_FLOAT8,
+        )  # fmt: skip
         p, acc, row_max, row_sum = advance(
-            q, k, acc, row_max, row_sum, scale, rows, rules, tokens, MASKED, RULES
+            q, k, acc, row_max, row_sum, scale, rows, rules, tokens, MASKED, RULES, IS_SWAPPED
         )
         # Values of slots nobody sees are loaded as zero: a weight of zero would not silence a NaN.
         if IS_LATENT:
             acc = add_values(p, k, acc)
         else:
             v = load_parts(
-                value_ptr, value_rows, keep, VALUE_PARTS, MASKED, EVICTION, dtype, HAS_FLOAT8, False
-            )
-            acc = add_values(p, v, acc)
+                value_tile, value_rows, keep, VALUE_WORDS, MASKED, EVICTION, dtype, HAS_FLOAT8,
+                False, IS_SWAPPED,
+            )  # fmt: skip
+            acc = add_values(p, v, acc, IS_SWAPPED)
+    if IS_SWAPPED:
+        acc = swap_parts(acc)
+    if IN_PAIRS:
+        acc = join_parts(acc)
     return acc, row_max, row_sum
 
 

@@ -307,6 +307,29 @@ def test_scales_of_any_sign(
     assert_as_accurate(lse, rounded[1], exact[1], "lse")
 
 
+@every_implementation()
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_codes_at_odd_addresses(
+    implementation: Implementation, kind: str, device: torch.device
+) -> None:
+    """Which no pool of ours has, and which a kernel cannot load two at a time."""
+    inputs = make_inputs(Case("", ((1, 100),), block_size=32), torch.float16, device)
+    cache = quantize_some(inputs, (kind,), 64, 64)[f"{kind}_cache"]
+    odd = []
+    for codes in (cache.key_codes, cache.value_codes):
+        moved = torch.empty(codes.numel() + 1, dtype=torch.uint8, device=device)[1:]
+        odd.append(moved.view(codes.shape).copy_(codes))
+    moved_cache = cache._replace(key_codes=odd[0], value_codes=odd[1])
+    arguments = (*inputs.tensors(), Scoring(0.125), True)
+    expected = reference.paged_attention(*arguments, **{f"{kind}_cache": cache})
+    exact = reference.paged_attention(
+        *inputs.tensors(torch.float64), Scoring(0.125), True, **{f"{kind}_cache": cache}
+    )
+    found = implementation.paged_attention(*arguments, **{f"{kind}_cache": moved_cache})
+    assert_as_accurate(found[0], expected[0], exact[0], "out")
+    assert_as_accurate(found[1], expected[1], exact[1], "lse")
+
+
 def test_example_of_quantised_blocks(capsys: pytest.CaptureFixture[str]) -> None:
     path = Path(__file__).parents[2] / "docs" / "quantized_blocks.py"
     runpy.run_path(str(path), run_name="__main__")
