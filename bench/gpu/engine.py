@@ -26,10 +26,13 @@ from bench.gpu.engine_setup import (
     make_model,
     make_prompt,
     open_engine,
+    results,
+    submit,
 )
 from kvkernels import BlockFormat, KVPool
 from kvkernels.transfer import BlockTransfer
 from prefixstore.engine import Engine, RequestOutput
+from prefixstore.engine.decode_graphs import NUM_FORWARD_PASSES
 
 CODECS = ("raw", "l12", "q8", "q4")
 LOSSLESS = ("raw", "l12")
@@ -115,15 +118,17 @@ def _read_bytes(engine: Engine) -> int:
 # ---- decode steps ----------------------------------------------------------------------------
 
 
-def time_decode(case: Case, model: Any, num_seqs: int) -> Row:
+def time_decode(case: Case, model: Any, num_seqs: int, cuda_graphs: bool) -> Row:
     """Milliseconds of a decode step, and of it the engine's beside the model's forward pass."""
     prompts = [make_prompt(case, case.context + 1, seed) for seed in range(num_seqs)]
-    with open_engine(case, model) as engine:
-        answer(engine, prompts, 4)
-        answer(engine, prompts, 4)  # now every prompt is cached but for its last token
+    with open_engine(case, model, cuda_graphs=cuda_graphs) as engine:
+        _warm_up(engine, prompts)
+        handles = submit(engine, prompts, case.num_new // 2)
+        next(iter(handles[-1]))  # until then the batch grows
         before = engine.stats()
-        outputs = answer(engine, prompts, case.num_new)
+        outputs = results(handles)
         after = engine.stats()
+        shapes = engine.graph_shapes
     step_ms = _step_ms(outputs)
     num_steps = after.num_steps - before.num_steps
     model_ms = 1e3 * (after.model_s - before.model_s) / num_steps
@@ -132,7 +137,15 @@ def time_decode(case: Case, model: Any, num_seqs: int) -> Row:
         "model_ms": model_ms,
         "engine_ms": step_ms - model_ms,
         "tokens_per_s": 1e3 * num_seqs / step_ms,
+        "graph_shapes": " ".join(f"{shape.num_seqs}x{shape.num_blocks}" for shape in shapes),
     }
+
+
+def _warm_up(engine: Engine, prompts: Sequence[list[int]]) -> None:
+    """Have every prompt in the pool but for its last token, and decode passes recorded."""
+    answer(engine, prompts, 4)
+    num_passes = 2 * NUM_FORWARD_PASSES if engine.config.cuda_graphs else 0
+    answer(engine, prompts, num_passes + 4)  # of which the first do not have all of the prompts
 
 
 def _step_ms(outputs: Sequence[RequestOutput]) -> float:
@@ -191,8 +204,7 @@ def time_beside_evictions(case: Case, model: Any) -> Row:
     prompts = [make_prompt(case, case.context + 1, seed) for seed in range(num_seqs)]
     row: Row = {"num_seqs": num_seqs}
     with open_engine(case, model) as engine:
-        for _ in range(2):
-            answer(engine, prompts, 4)
+        _warm_up(engine, prompts)
         pool = engine.cache.blocks.device.groups[0].pool
         row["alone_ms"] = _step_ms(answer(engine, prompts, case.num_new))
         for num_programs in NUM_PROGRAMS:
@@ -257,7 +269,9 @@ def engine_cases(
         for codec in LOSSLESS:
             yield f"{case.name}_exact_{codec}", partial(run, case, check_answers, codec)
         for num_seqs in case.batches:
-            yield f"{case.name}_decode_{num_seqs}", partial(run, case, time_decode, num_seqs)
+            name = f"{case.name}_decode_{num_seqs}"
+            yield name, partial(run, case, time_decode, num_seqs, True)
+            yield f"{name}_eager", partial(run, case, time_decode, num_seqs, False)
         yield f"{case.name}_generate", partial(run, case, time_generate)
         for num_tokens, codec in product(case.prompt_lens, (None, *CODECS)):
             name = f"{case.name}_ttft_{num_tokens}_{codec or 'off'}"
