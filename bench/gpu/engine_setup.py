@@ -6,6 +6,7 @@ Needs transformers and the C++ extension, whose radix tree finds prefixes; no fi
 from __future__ import annotations
 
 import gc
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -145,6 +146,23 @@ def open_engine(
             cuda_graphs=cuda_graphs,
         )
         yield stack.enter_context(Engine(model, Numbers(), cache, bounds))
+
+
+@contextmanager
+def warnings_of(name: str) -> Iterator[list[str]]:
+    """What a logger and those below it warn of meanwhile."""
+    messages: list[str] = []
+
+    class Note(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    logger, handler = logging.getLogger(name), Note(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
 
 
 def empty_device_cache() -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvkernels import UnsupportedError
+
+# To begin a graph waits for the device, which is not allowed while another one is recorded.
+_one_at_a_time = threading.Lock()
 
 
 class Recorder(Protocol):
@@ -50,7 +55,6 @@ class CudaGraphRecorder:
         """
         caller = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(caller)
-        graph = torch.cuda.CUDAGraph()
         try:
             # `torch.cuda.graph` sets the stream, too, but if it fails it leaves it like that.
             with torch.cuda.stream(self._stream):
@@ -58,14 +62,27 @@ class CudaGraphRecorder:
                 with WithoutWaiting(self._device):
                     function()
                 function()
-                # Other threads may allocate and copy meanwhile: on other streams.
-                with torch.cuda.graph(
-                    graph, self._pool, self._stream, capture_error_mode="thread_local"
-                ):
-                    function()
+                with _one_at_a_time:
+                    graph = self._capture(function)
         finally:
             caller.wait_stream(self._stream)
         return graph.replay
+
+    def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may allocate and copy meanwhile: on other streams.
+            with torch.cuda.graph(
+                graph, self._pool, self._stream, capture_error_mode="thread_local"
+            ):
+                function()
+        except RuntimeError:
+            # Before 2.12 a graph that cannot be ended leaves the allocator believing that it goes
+            # on: no memory would be given back to the device any more. Later it knows, and says so.
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+            raise
+        return graph
 
 
 def find_recorder(device: torch.device) -> Recorder | None:
@@ -76,8 +93,7 @@ def find_recorder(device: torch.device) -> Recorder | None:
 class WithoutWaiting(TorchDispatchMode):
     """Inside it, an operator that has the processor wait for the device raises UnsupportedError.
 
-    A graph cannot hold that. An attempt to record it fails as well, but until version 2.12 leaves
-    PyTorch's allocator believing that it went on for good.
+    A graph cannot hold that. An attempt to record it fails as well, but leaves more behind.
 
     Args:
         device: Where the work is done.
