@@ -92,8 +92,9 @@ class DecodeGraphs:
 
     @property
     def shapes(self) -> list[DecodeShape]:
-        """Those that are replayed."""
-        return [shape for shape, one in self._decodes.items() if one.replay is not None]
+        """Those that are replayed. Any thread may ask."""
+        decodes = list(self._decodes.items())
+        return [shape for shape, one in decodes if one.replay is not None]
 
     def run(
         self, arrays: Sequence[np.ndarray], before_layer: BeforeLayer | None = None
@@ -102,7 +103,7 @@ class DecodeGraphs:
 
         Args:
             arrays: What `lay_out` made of chunks of one token each.
-            before_layer: See `BatchCache`; nobody is called from inside a replay, so none is.
+            before_layer: See `BatchCache`. A replay calls nobody, so the model runs then.
 
         Returns:
             ``[num_seqs, vocab_size]``, good until the next pass.
