@@ -16,7 +16,8 @@ import torch
 from bench.harness import print_line, spread, time_alternating
 from kvkernels.threads import own_threads
 from prefixstore.cache import PrefixCache
-from prefixstore.engine.runner import Chunk, ModelRunner
+from prefixstore.engine.pass_layout import Chunk
+from prefixstore.engine.runner import ModelRunner
 from prefixstore.models import load_model, prepare_smollm2
 
 

@@ -26,10 +26,14 @@ from bench.gpu.engine_setup import (
     make_model,
     make_prompt,
     open_engine,
+    results,
+    submit,
+    warnings_of,
 )
 from kvkernels import BlockFormat, KVPool
 from kvkernels.transfer import BlockTransfer
 from prefixstore.engine import Engine, RequestOutput
+from prefixstore.engine.decode_graphs import NUM_FORWARD_PASSES
 
 CODECS = ("raw", "l12", "q8", "q4")
 LOSSLESS = ("raw", "l12")
@@ -62,6 +66,24 @@ def check_answers(case: Case, model: Any, codec: str) -> Row:
     pairs = list(zip(computed.token_ids, restored.token_ids, strict=True))
     num_equal = next((i for i, (one, other) in enumerate(pairs) if one != other), len(pairs))
     return {"num_new": len(pairs), "num_equal_to_computed": num_equal, "is_exact": True}
+
+
+def check_graphs(case: Case, model: Any) -> Row:
+    """Replayed passes give the bits of the model's own, which have the same shapes."""
+    prompts = [make_prompt(case, case.context + 1, 0)]
+    with open_engine(case, model) as engine:
+        answer(engine, prompts, 1)  # from now on all but the last token is cached
+        (run,) = answer(engine, prompts, NUM_FORWARD_PASSES, logprobs=1)
+        (replayed,) = answer(engine, prompts, NUM_FORWARD_PASSES + 1, logprobs=1)
+        shapes = _graph_shapes(engine)
+    assert run.logprobs is not None and replayed.logprobs is not None
+    if run.logprobs != replayed.logprobs[:-1]:
+        raise AssertionError(f"expected {run.logprobs}, got {replayed.logprobs}")
+    return {"num_new": NUM_FORWARD_PASSES, "is_exact": True, "graph_shapes": shapes}
+
+
+def _graph_shapes(engine: Engine) -> str:
+    return " ".join(f"{shape.num_seqs}x{shape.num_blocks}" for shape in engine.graph_shapes)
 
 
 def time_first_token(case: Case, model: Any, num_tokens: int, codec: str | None) -> Row:
@@ -115,15 +137,20 @@ def _read_bytes(engine: Engine) -> int:
 # ---- decode steps ----------------------------------------------------------------------------
 
 
-def time_decode(case: Case, model: Any, num_seqs: int) -> Row:
+def time_decode(case: Case, model: Any, num_seqs: int, cuda_graphs: bool) -> Row:
     """Milliseconds of a decode step, and of it the engine's beside the model's forward pass."""
     prompts = [make_prompt(case, case.context + 1, seed) for seed in range(num_seqs)]
-    with open_engine(case, model) as engine:
-        answer(engine, prompts, 4)
-        answer(engine, prompts, 4)  # now every prompt is cached but for its last token
+    with (
+        warnings_of("prefixstore") as warnings,
+        open_engine(case, model, cuda_graphs=cuda_graphs) as engine,
+    ):
+        _warm_up(engine, prompts)
+        handles = submit(engine, prompts, case.num_new // 2)
+        next(iter(handles[-1]))  # until then the batch grows
         before = engine.stats()
-        outputs = answer(engine, prompts, case.num_new)
+        outputs = results(handles)
         after = engine.stats()
+        shapes = _graph_shapes(engine)
     step_ms = _step_ms(outputs)
     num_steps = after.num_steps - before.num_steps
     model_ms = 1e3 * (after.model_s - before.model_s) / num_steps
@@ -132,7 +159,16 @@ def time_decode(case: Case, model: Any, num_seqs: int) -> Row:
         "model_ms": model_ms,
         "engine_ms": step_ms - model_ms,
         "tokens_per_s": 1e3 * num_seqs / step_ms,
+        "graph_shapes": shapes,
+        **({"warnings": " | ".join(warnings)} if warnings else {}),
     }
+
+
+def _warm_up(engine: Engine, prompts: Sequence[list[int]]) -> None:
+    """Have every prompt in the pool but for its last token, and decode passes recorded."""
+    answer(engine, prompts, 4)
+    num_passes = 2 * NUM_FORWARD_PASSES if engine.config.cuda_graphs else 0
+    answer(engine, prompts, num_passes + 4)  # of which the first do not have all of the prompts
 
 
 def _step_ms(outputs: Sequence[RequestOutput]) -> float:
@@ -191,8 +227,7 @@ def time_beside_evictions(case: Case, model: Any) -> Row:
     prompts = [make_prompt(case, case.context + 1, seed) for seed in range(num_seqs)]
     row: Row = {"num_seqs": num_seqs}
     with open_engine(case, model) as engine:
-        for _ in range(2):
-            answer(engine, prompts, 4)
+        _warm_up(engine, prompts)
         pool = engine.cache.blocks.device.groups[0].pool
         row["alone_ms"] = _step_ms(answer(engine, prompts, case.num_new))
         for num_programs in NUM_PROGRAMS:
@@ -256,8 +291,11 @@ def engine_cases(
     for case in cases:
         for codec in LOSSLESS:
             yield f"{case.name}_exact_{codec}", partial(run, case, check_answers, codec)
+        yield f"{case.name}_exact_graphs", partial(run, case, check_graphs)
         for num_seqs in case.batches:
-            yield f"{case.name}_decode_{num_seqs}", partial(run, case, time_decode, num_seqs)
+            name = f"{case.name}_decode_{num_seqs}"
+            yield name, partial(run, case, time_decode, num_seqs, True)
+            yield f"{name}_eager", partial(run, case, time_decode, num_seqs, False)
         yield f"{case.name}_generate", partial(run, case, time_generate)
         for num_tokens, codec in product(case.prompt_lens, (None, *CODECS)):
             name = f"{case.name}_ttft_{num_tokens}_{codec or 'off'}"

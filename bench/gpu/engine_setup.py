@@ -6,6 +6,7 @@ Needs transformers and the C++ extension, whose radix tree finds prefixes; no fi
 from __future__ import annotations
 
 import gc
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +21,13 @@ from kvkernels import BlockAllocator, KVPool
 from kvkernels.nn import PagedGroup, layer_groups
 from prefixstore.cache import PrefixCache
 from prefixstore.config import CacheConfig
-from prefixstore.engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from prefixstore.engine import (
+    Engine,
+    EngineConfig,
+    RequestHandle,
+    RequestOutput,
+    SamplingParams,
+)
 from prefixstore.served_model import ServedModel
 from prefixstore.store import Store, StoreConfig
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
@@ -108,7 +115,9 @@ def make_prompt(case: Case, num_tokens: int, seed: int) -> list[int]:
 
 
 @contextmanager
-def open_engine(case: Case, model: Any, codec: str | None = None) -> Iterator[Engine]:
+def open_engine(
+    case: Case, model: Any, codec: str | None = None, cuda_graphs: bool = True
+) -> Iterator[Engine]:
     """An engine that always loads what its host memory tier holds; without a codec it has no tier.
 
     `PrefixCache.open` would digest the weights, which takes longer than all that is timed here.
@@ -134,8 +143,26 @@ def open_engine(case: Case, model: Any, codec: str | None = None) -> Iterator[En
             max_model_len=max(*case.prompt_lens, case.context + case.num_new) + 2 * BLOCK_SIZE,
             restore_policy="load",
             audit_share=0.0,
+            cuda_graphs=cuda_graphs,
         )
         yield stack.enter_context(Engine(model, Numbers(), cache, bounds))
+
+
+@contextmanager
+def warnings_of(name: str) -> Iterator[list[str]]:
+    """What a logger and those below it warn of meanwhile."""
+    messages: list[str] = []
+
+    class Note(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    logger, handler = logging.getLogger(name), Note(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
 
 
 def empty_device_cache() -> None:
@@ -148,8 +175,20 @@ def answer(
     engine: Engine, prompts: Sequence[list[int]], num_new: int, logprobs: int | None = None
 ) -> list[RequestOutput]:
     """Greedy answers to prompts that are submitted together."""
+    return results(submit(engine, prompts, num_new, logprobs))
+
+
+def submit(
+    engine: Engine, prompts: Sequence[list[int]], num_new: int, logprobs: int | None = None
+) -> list[RequestHandle]:
+    """Ask for what `answer` returns."""
     sampling = SamplingParams(num_new, temperature=0, ignore_eos=True, logprobs=logprobs)
-    outputs = engine.generate(prompts, sampling)
+    return [engine.submit(prompt, sampling) for prompt in prompts]
+
+
+def results(handles: Sequence[RequestHandle]) -> list[RequestOutput]:
+    """The answers, once they are there; RuntimeError if one failed."""
+    outputs = [handle.result() for handle in handles]
     for output in outputs:
         if output.error is not None:
             raise RuntimeError(output.error)

@@ -78,6 +78,7 @@ def test_options_come_before_the_file(serve):
         *("--tier", "memory://2GiB", "--tier", "disk:///var/kv", "--codec", "q8"),
         *("--pool-tokens", "4096", "--block-size", "16", "--model-name", "m"),
         *("--drain-timeout", "5", "--api-keys", "keys.toml", "--allow-anonymous"),
+        "--no-cuda-graphs",
     )
     assert config.server == ServerConfig(
         host="::1",
@@ -89,7 +90,7 @@ def test_options_come_before_the_file(serve):
         max_body_bytes=1 << 20,
     )
     assert config.engine == EngineConfig(
-        max_running=2, max_batch_tokens=64, max_queued=3, max_model_len=1000
+        max_running=2, max_batch_tokens=64, max_queued=3, max_model_len=1000, cuda_graphs=False
     )
     assert config.cache.tier_urls == ["memory://2GiB", "disk:///var/kv"]
     assert (config.cache.codec, config.cache.pool_tokens) == ("q8", 4096)

@@ -25,8 +25,9 @@ import torch
 from kvkernels import PoolFullError
 from prefixstore.block_cache import BlockCache
 from prefixstore.block_key import BlockKey
+from prefixstore.engine.pass_layout import Chunk
 from prefixstore.engine.request import Request
-from prefixstore.engine.runner import Chunk, ModelRunner
+from prefixstore.engine.runner import ModelRunner
 from prefixstore.residency import first_block_needed
 
 logger = logging.getLogger(__name__)

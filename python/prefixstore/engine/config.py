@@ -24,6 +24,8 @@ class EngineConfig:
         fuses_layers: On a CPU, run norms, rotations and gates of the model in one pass each where
             that gives the same numbers, and decoder layers in one function each where that gives
             the same bits; see `kvkernels.nn.fused_layers` and `kvkernels.nn.decoder_layers`.
+        cuda_graphs: On a GPU, record passes in which every sequence has one new token, and replay
+            them; see `prefixstore.engine.decode_graphs`.
         reuses_prefixes: Whether anything cached is reused; without it every prompt is computed, for
             comparison.
         restore_policy: "planned": what tiers hold is loaded as far as that is faster than computing
@@ -40,6 +42,7 @@ class EngineConfig:
     max_model_len: int | None = None
     batch_invariant: bool | None = None
     fuses_layers: bool = True
+    cuda_graphs: bool = True
     reuses_prefixes: bool = True
     restore_policy: str = "planned"
     num_loaders: int = 4

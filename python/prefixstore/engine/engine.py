@@ -21,6 +21,7 @@ from prefixstore.engine.config import EngineConfig
 from prefixstore.engine.handle import RequestHandle
 from prefixstore.engine.loop import EngineLoop
 from prefixstore.engine.outputs import RequestOutput, RequestReport
+from prefixstore.engine.pass_layout import DecodeShape
 from prefixstore.engine.request import Request
 from prefixstore.engine.sampling import SamplingParams
 from prefixstore.engine.stats import EngineStats
@@ -215,6 +216,11 @@ class Engine:
     def is_batch_invariant(self) -> bool:
         """Whether answers are the same bits in any batch."""
         return self._loop.runner.is_batch_invariant
+
+    @property
+    def graph_shapes(self) -> list[DecodeShape]:
+        """Of the decode passes that are replayed from CUDA graphs by now."""
+        return self._loop.runner.graph_shapes
 
     def check(self) -> list[str]:
         """Recount every part; returns one line for each thing that is wrong."""

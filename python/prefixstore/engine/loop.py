@@ -16,10 +16,11 @@ from prefixstore.engine.audit import Auditor
 from prefixstore.engine.config import EngineConfig
 from prefixstore.engine.outputs import FinishReason
 from prefixstore.engine.overlap import Overlap, PassIsVoid
+from prefixstore.engine.pass_layout import Chunk
 from prefixstore.engine.request import Request
 from prefixstore.engine.restorer import Restorer
 from prefixstore.engine.roster import Roster
-from prefixstore.engine.runner import Chunk, ModelRunner
+from prefixstore.engine.runner import ModelRunner
 from prefixstore.engine.sampler import SampledToken, SamplingRow, sample_tokens
 from prefixstore.engine.scheduler import Scheduler, Step
 from prefixstore.engine.window_budget import WindowBudget
@@ -65,7 +66,7 @@ class EngineLoop:
         budget = WindowBudget(blocks, config.max_batch_tokens, max_model_len)
         self.runner = ModelRunner(
             *(model, blocks.device.groups, blocks.block_size),
-            *(config.batch_invariant, config.fuses_layers),
+            *(config.batch_invariant, config.fuses_layers, config.cuda_graphs),
         )
         self.changed = threading.Condition()
         self.planner = Planner(

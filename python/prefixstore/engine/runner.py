@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,30 +15,12 @@ from kvkernels.nn import PagedGroup, batch_invariance, decoder_layers, fused_lay
 from kvkernels.nn.module import PagedBatch
 from kvkernels.nn.transformers_batch import BatchCache
 from kvkernels.threads import own_threads
+from prefixstore.engine.decode_graphs import BeforeLayer, DecodeGraphs
+from prefixstore.engine.graph_recorder import find_recorder
 from prefixstore.engine.pass_inputs import to_device
+from prefixstore.engine.pass_layout import Chunk, DecodeShape, lay_out, make_batches
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """New tokens of one sequence.
-
-    Attributes:
-        tokens: ``[num_new]``, uint32.
-        start: Position of the first.
-        tables: ``[num_groups, num_blocks]``, int32: the sequence's blocks.
-        wants_logits: Whether the token after them is to be chosen.
-    """
-
-    tokens: np.ndarray
-    start: int
-    tables: np.ndarray
-    wants_logits: bool
-
-    @property
-    def stop(self) -> int:
-        return self.start + len(self.tokens)
 
 
 def install_batch_invariance(model: Any, wanted: bool | None) -> bool:
@@ -77,6 +58,7 @@ class ModelRunner:
         block_size: Tokens in a block.
         batch_invariant: See `EngineConfig`.
         fuses_layers: See `EngineConfig`.
+        cuda_graphs: See `EngineConfig`.
 
     Attributes:
         is_batch_invariant: Whether results depend on nothing but a sequence's own tokens.
@@ -93,6 +75,7 @@ class ModelRunner:
         block_size: int,
         batch_invariant: bool | None = None,
         fuses_layers: bool = True,
+        cuda_graphs: bool = True,
     ) -> None:
         self._model = model
         self._groups = tuple(groups)
@@ -106,9 +89,17 @@ class ModelRunner:
             own_threads if is_ours else nullcontext
         )
         self._has_decoder_layers = is_ours and decoder_layers.install(model) > 0
+        recorder = find_recorder(self._device) if cuda_graphs else None
+        self._graphs = (
+            DecodeGraphs(self._forward_decode, len(self._groups), self._device, recorder)
+            if recorder is not None
+            else None
+        )
 
     def close(self) -> None:
         """Give the model back what was changed. May be called again."""
+        if self._graphs is not None:
+            self._graphs.close()
         if self._has_decoder_layers:
             self._has_decoder_layers = False
             decoder_layers.uninstall(self._model)
@@ -119,9 +110,14 @@ class ModelRunner:
             self._has_fused_layers = False
             fused_layers.uninstall(self._model)
 
+    @property
+    def graph_shapes(self) -> list[DecodeShape]:
+        """Of the passes that are replayed from CUDA graphs."""
+        return [] if self._graphs is None else self._graphs.shapes
+
     @torch.inference_mode()
     def run(
-        self, chunks: Sequence[Chunk], before_layer: Callable[[int], None] | None = None
+        self, chunks: Sequence[Chunk], before_layer: BeforeLayer | None = None
     ) -> torch.Tensor | None:
         """Compute the chunks' tokens and store their KV.
 
@@ -130,53 +126,65 @@ class ModelRunner:
             before_layer: See `BatchCache`.
 
         Returns:
-            ``[num_wanted, vocab_size]``: logits after the chunks that want them, in order; None if
-            none does.
+            ``[num_wanted, vocab_size]``: logits after the chunks that want them, in order, good
+            until the next run; None if none does.
         """
-        tokens = np.concatenate([chunk.tokens for chunk in chunks]).astype(np.int64)
-        positions = np.concatenate([np.arange(chunk.start, chunk.stop) for chunk in chunks])
+        arrays = lay_out(chunks, len(self._groups), self._block_size)
         ends = np.cumsum([len(chunk.tokens) for chunk in chunks])
         wanted = [
             int(end) - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.wants_logits
         ]
+        is_decode = len(chunks) == len(arrays[0])
+        if self._graphs is not None and is_decode:
+            logits = self._graphs.run(arrays, before_layer)
+            if 0 < len(wanted) < len(chunks):
+                logits = logits[wanted]
+        else:
+            logits = self._forward(arrays, wanted, is_decode, before_layer)
+        if self._device.type == "cuda":
+            # The planner learns from how long passes take, not from how long queueing them does.
+            torch.cuda.current_stream(self._device).synchronize()
+        return logits if wanted else None
+
+    def _forward(
+        self,
+        arrays: Sequence[np.ndarray],
+        wanted: Sequence[int],
+        is_decode: bool,
+        before_layer: BeforeLayer | None,
+    ) -> torch.Tensor:
         # A model computes logits of one place at least.
-        arrays = [tokens, positions, np.array(wanted or [0]), *self._layout(chunks, positions)]
-        input_ids, position_ids, places, *layout = to_device(arrays, self._device)
-        cache = BatchCache(self._groups, self._batches(layout, len(tokens)), before_layer)
+        places = np.array(wanted or [0])
+        tensors = to_device([*arrays, places], self._device)
+        input_ids, position_ids, seq_lens, bounds, *own, places_there = tensors
+        batches = make_batches(seq_lens, None if is_decode else bounds, own)
+        return self._call_model(input_ids, position_ids, batches, places_there, before_layer)
+
+    def _forward_decode(
+        self, tensors: Sequence[torch.Tensor], before_layer: BeforeLayer | None
+    ) -> torch.Tensor:
+        """See `decode_graphs.Forward`."""
+        input_ids, position_ids, seq_lens, *own = tensors
+        batches = make_batches(seq_lens, None, own)
+        return self._call_model(input_ids, position_ids, batches, 0, before_layer)
+
+    def _call_model(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        batches: Sequence[PagedBatch],
+        logits_to_keep: int | torch.Tensor,
+        before_layer: BeforeLayer | None,
+    ) -> torch.Tensor:
+        """Logits of the places ``logits_to_keep``, or with 0 of all."""
+        cache = BatchCache(self._groups, batches, before_layer)
         with self.threads():
             out = self._model(
                 input_ids=input_ids[None],
                 position_ids=position_ids[None],
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=places,
+                logits_to_keep=logits_to_keep,
             )
-        if self._device.type == "cuda":
-            # The planner learns from how long passes take, not from how long queueing them does.
-            torch.cuda.current_stream(self._device).synchronize()
-        return out.logits[0] if wanted else None
-
-    def _layout(self, chunks: Sequence[Chunk], positions: np.ndarray) -> list[np.ndarray]:
-        """Lengths and their running sum, and each group's block table and slots: `PagedBatch`."""
-        lengths = [len(chunk.tokens) for chunk in chunks]
-        seq_lens = np.array([chunk.stop for chunk in chunks], dtype=np.int32)
-        bounds = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-        arrays: list[np.ndarray] = [seq_lens, bounds]
-        widths = -(-seq_lens // self._block_size)
-        rows = np.repeat(np.arange(len(chunks)), lengths)
-        blocks, offsets = np.divmod(positions, self._block_size)
-        for group in range(len(self._groups)):
-            table = np.full((len(chunks), int(widths.max())), -1, dtype=np.int32)
-            for row, (chunk, width) in enumerate(zip(chunks, widths.tolist(), strict=True)):
-                table[row, :width] = chunk.tables[group, :width]
-            arrays += [table, table[rows, blocks].astype(np.int64) * self._block_size + offsets]
-        return arrays
-
-    def _batches(self, layout: Sequence[torch.Tensor], num_tokens: int) -> list[PagedBatch]:
-        """Of each group, from what `_layout` made, on the device."""
-        seq_lens, bounds, *own = layout
-        cu_seqlens_q = None if len(seq_lens) == num_tokens else bounds  # one new token each
-        return [
-            PagedBatch(own[2 * group], seq_lens, cu_seqlens_q, own[2 * group + 1])
-            for group in range(len(self._groups))
-        ]
+        logits: torch.Tensor = out.logits[0]
+        return logits

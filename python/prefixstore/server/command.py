@@ -29,6 +29,7 @@ _ENGINE = {
     "max_queued": "max_queued",
     "max_batch_tokens": "max_batch_tokens",
     "max_model_len": "max_model_len",
+    "cuda_graphs": "cuda_graphs",
 }
 _CACHE = {
     "codec": "codec",
@@ -74,6 +75,14 @@ _CACHE = {
 @click.option("--max-queued", type=int, help="Requests that wait; beyond them clients get 429.")
 @click.option("--max-batch-tokens", type=int, help="Tokens of one forward pass.")
 @click.option("--max-model-len", type=int, help="Tokens of a prompt and its answer.")
+@click.option(
+    "--no-cuda-graphs",
+    "cuda_graphs",
+    is_flag=True,
+    flag_value=False,
+    default=None,
+    help="Run the model in every step, and replay none.",
+)
 @click.option(
     "--drain-timeout",
     type=float,
