@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -204,22 +205,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
     parser.add_argument("--parts", nargs="*", choices=(*PARTS, "tune"), default=PARTS)
-    parser.add_argument("--only", default="", help="only steps whose name contains this")
+    parser.add_argument("--only", default="", help="only steps whose name this expression finds")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device", file=sys.stderr)
         return 2
     options.file.parent.mkdir(parents=True, exist_ok=True)
     LOGS.mkdir(parents=True, exist_ok=True)
+    wanted = re.compile(options.only)
     run = Run(options.file)
     print(json.dumps(run.result["machine"]), flush=True)
-    prepare(run, options.parts, [name for name in steps() if options.only in name])
+    prepare(run, options.parts, [name for name in steps() if wanted.search(name)])
     topics = (
         "rates",
         *(topic for topic in ("tune", "timings", "engine") if topic in options.parts),
     )
     # Once more: the engine's are among them since the extension is built.
-    chosen = [name for name in steps() if topic_of(name) in topics and options.only in name]
+    chosen = [name for name in steps() if topic_of(name) in topics and wanted.search(name)]
     if "peers" not in options.parts:
         chosen = [name for name in chosen if not name.endswith(COMPILED_APART)]
     for name, row in zip(chosen, run_steps(chosen, run.left_s(TIMED_S)), strict=True):

@@ -24,17 +24,10 @@ def _prefill_module(backend: str, kv_dtype: torch.dtype) -> Any:
     return gen_batch_prefill_module(backend, BF16, kv_dtype, BF16, *PLAIN, False)
 
 
-def _decode_module() -> Any:
-    from flashinfer.jit.attention import gen_batch_decode_module
-
-    return gen_batch_decode_module(BF16, BF16, BF16, *PLAIN)
-
-
 # Decode on tensor cores is the prefill kernel of FlashAttention 2.
 MODULES: dict[str, Callable[[], Any]] = {
     "fa2": partial(_prefill_module, "fa2", BF16),
     "fa3": partial(_prefill_module, "fa3", BF16),
-    "decode": _decode_module,
     "fa2_float8": partial(_prefill_module, "fa2", FLOAT8),
 }
 
@@ -89,7 +82,7 @@ def _prepare_decode(module: str, layout: str, case: Case, inputs: Inputs) -> Cal
         _workspace(),
         layout,
         use_cuda_graph=True,
-        use_tensor_cores=module != "decode",
+        use_tensor_cores=True,
         paged_kv_indptr_buffer=sums,
         paged_kv_indices_buffer=ids,
         paged_kv_last_page_len_buffer=last_lens,
@@ -142,9 +135,6 @@ FLASHINFER_PEERS = {
         partial(_prepare_decode, "fa2", "NHD"),
         f"blocks with tokens before heads, {PLANNED}",
         _serves_decode,
-    ),
-    "flashinfer_cuda_cores": Peer(
-        partial(_prepare_decode, "decode", "HND"), f"blocks, {PLANNED}", _serves_decode
     ),
     "flashinfer_fa3": Peer(partial(_prepare_prefill, "fa3"), f"blocks, {PLANNED}", _serves_prefill),
     "flashinfer_fa2": Peer(partial(_prepare_prefill, "fa2"), f"blocks, {PLANNED}", _serves_prefill),

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds what there is to build, checks the kernels on a machine with a CUDA device, times them and
 # the engine, and writes one JSON file:
-#   bench/gpu/run.sh [FILE] [--parts checks peers tests timings engine tune] [--only TEXT]
+#   bench/gpu/run.sh [FILE] [--parts checks peers tests timings engine tune] [--only REGEX]
 # FILE is build/gpu.json if not given; without --parts all run but tune. Needs python3 with torch,
 # triton and numpy, and no network. Used if there: pytest and pytest-xdist; a C++ compiler, cmake,
 # ninja, pybind11 and transformers, which the engine needs; flashinfer, to be timed beside.
