@@ -153,6 +153,11 @@ class BlockFormat:
         """The name of each layer's codec."""
         return tuple(layer.codec.name for layer in self.layers)
 
+    def cut(self, layers: range) -> slice:
+        """The bytes of a payload that hold some neighbouring layers, at least one."""
+        first, last = self.layers[layers[0]], self.layers[layers[-1]]
+        return slice(first.offset, last.offset + last.num_bytes)
+
     @cached_property
     def table(self) -> torch.Tensor:
         """``[num_layers, 23]``, int64, for kernels: where layers lie and how they are written.

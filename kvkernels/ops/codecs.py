@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,7 +112,8 @@ def decode_blocks(
     """Write payloads into blocks of a pool, each layer once its checksum has been found right.
 
     Args:
-        encoded: What `encode_blocks` gave, or a tier brought back. For a pool on a GPU, all on its
+        encoded: What `encode_blocks` gave, or a tier brought back; rows need lie only as far apart
+            as `layers` are long, since nothing else is read. For a pool on a GPU, all on its
             device, or the payloads in pinned memory of the host, from which they are read twice.
         pool: Gets the blocks; of the format's layout.
         block_ids: ``[num_blocks]``, int64, distinct: where they go.
@@ -144,7 +146,11 @@ def decode_blocks(
     if device.type == "cuda":
         from kvkernels.triton_kernels import codecs as triton_kernels
 
-        _check_payloads(encoded.payloads, num_blocks, block_format.payload_bytes, device)
+        held = [block_format]
+        if encoded.payloads.shape[-1] >= block_format.raw.payload_bytes:
+            held.append(block_format.raw)
+        span = _span(held, layers)
+        _check_payloads(encoded.payloads, num_blocks, block_format.payload_bytes, device, span)
         is_good = torch.empty(num_blocks, num_layers, dtype=torch.bool, device=device)
         tensors = (encoded.payloads, encoded.sums.contiguous(), encoded.is_raw.contiguous())
         ids = block_ids.contiguous()
@@ -180,7 +186,9 @@ def _decode_alike(
     layers: range,
 ) -> torch.Tensor:
     """Decode blocks that are all written in `block_format`."""
-    _check_payloads(encoded.payloads, len(block_ids), block_format.payload_bytes, pool.data.device)
+    span = _span([block_format], layers)
+    device = pool.data.device
+    _check_payloads(encoded.payloads, len(block_ids), block_format.payload_bytes, device, span)
     is_good = torch.empty(len(block_ids), len(layers), dtype=torch.bool)
     cut = slice(layers.start, layers.stop)
     _decode(
@@ -216,8 +224,14 @@ def _check_num_programs(num_programs: int | None) -> None:
 
 
 def _check_payloads(
-    payloads: torch.Tensor, num_blocks: int, row_bytes: int, device: torch.device
+    payloads: torch.Tensor,
+    num_blocks: int,
+    row_bytes: int,
+    device: torch.device,
+    distance: int | None = None,
 ) -> None:
+    """Rows of so many bytes or more, that far apart or more; default as far as they are long."""
+    distance = row_bytes if distance is None else distance
     check_shape("payloads", payloads, (num_blocks, None))
     check_dtype("payloads", payloads, torch.uint8)
     if device.type != "cuda" or not payloads.is_pinned():
@@ -227,9 +241,9 @@ def _check_payloads(
         raise ValueError(
             f"payloads: expected rows of {row_bytes} bytes or more, got {payloads.shape[1]}"
         )
-    if num_blocks > 1 and payloads.stride(0) < row_bytes:
+    if num_blocks > 1 and payloads.stride(0) < distance:
         raise ValueError(
-            f"payloads: expected rows that lie {row_bytes} bytes apart or more, got"
+            f"payloads: expected rows that lie {distance} bytes apart or more, got"
             f" {payloads.stride(0)}"
         )
     if payloads.data_ptr() % 4 or payloads.stride(0) % 4:  # they hold words
@@ -237,6 +251,13 @@ def _check_payloads(
             "payloads: expected rows that start at multiples of 4 bytes, got address"
             f" {payloads.data_ptr():#x} and rows {payloads.stride(0)} bytes apart"
         )
+
+
+def _span(block_formats: Sequence[BlockFormat], layers: range) -> int:
+    """Bytes from where the first of some layers begins to where the last one ends."""
+    cuts = [one.cut(layers) for one in block_formats if layers]
+    starts, ends = [cut.start for cut in cuts], [cut.stop for cut in cuts]
+    return max(ends, default=0) - min(starts, default=0)
 
 
 def _encode(

@@ -13,7 +13,7 @@ Both run on a lane beside the model (`lanes.py`), and these orders hold:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
 
@@ -250,21 +250,34 @@ class BlockTransfer:
         step = num_layers if layers_per_step is None else layers_per_step
         if not isinstance(step, int) or step < 1:
             raise ValueError(f"layers_per_step: expected a positive integer, got {step!r}")
-        restoration = self.begin_restore(encoded, block_ids, after=after)
+        restoration = self.begin_restore([encoded], block_ids, after=after)
         for first in range(0, num_layers, step):
             restoration.add_layers(range(first, min(first + step, num_layers)))
         return restoration
 
     def begin_restore(
-        self, encoded: EncodedBlocks, block_ids: torch.Tensor, *, after: Done | None = None
+        self,
+        encoded: Sequence[EncodedBlocks],
+        block_ids: torch.Tensor,
+        *,
+        after: Done | None = None,
     ) -> Restoration:
         """Bring payloads back whose layers are still to come: see `Restoration.add_layers`.
 
         Args:
-            encoded: In host memory; of the payloads nothing is read before its layer is added.
-            block_ids: As for `restore`.
+            encoded: One part or more of one format, in host memory; a part's payloads lie at equal
+                distances, and to a GPU those that lie close together travel in one piece. Nothing
+                is read of them before its layer is added.
+            block_ids: As for `restore`, for the payloads of all parts in their order.
             after: As for `restore`.
+
+        Raises:
+            ValueError: If parts have several formats, or there is not an id for each payload.
         """
+        check_shape("block_ids", block_ids, (sum(len(part.is_raw) for part in encoded),))
+        formats = {part.block_format.codecs: part.block_format for part in encoded}
+        if len(formats) != 1:
+            raise ValueError(f"encoded: expected parts of one format, got {[*formats.values()]}")
         is_good = self._route.new_flags(len(block_ids))
         decode = self._route.decode(encoded, block_ids, is_good)
         return Restoration(self._lane, decode, is_good, after)

@@ -6,7 +6,9 @@ All of it runs on a lane; on a GPU it only queues work there.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Protocol
 
 import torch
@@ -15,6 +17,7 @@ from kvkernels import native
 from kvkernels.codecs import BlockFormat
 from kvkernels.ops.codecs import EncodedBlocks, decode_blocks, encode_blocks
 from kvkernels.pool import KVPool
+from kvkernels.transfer.staging import STAGE_BYTES, Staging
 
 
 class Route(Protocol):
@@ -35,7 +38,7 @@ class Route(Protocol):
         ...
 
     def decode(
-        self, encoded: EncodedBlocks, block_ids: torch.Tensor, is_good: torch.Tensor
+        self, encoded: Sequence[EncodedBlocks], block_ids: torch.Tensor, is_good: torch.Tensor
     ) -> Callable[[range], None]:
         """What restores some layers from host memory, and says in `is_good` which were right."""
         ...
@@ -60,11 +63,14 @@ class HostRoute:
         return lambda: encoded
 
     def decode(
-        self, encoded: EncodedBlocks, block_ids: torch.Tensor, is_good: torch.Tensor
+        self, encoded: Sequence[EncodedBlocks], block_ids: torch.Tensor, is_good: torch.Tensor
     ) -> Callable[[range], None]:
         def decode_layers(layers: range) -> None:
-            found = decode_blocks(encoded, self._pool, block_ids, layers=layers)
-            is_good[:, layers.start : layers.stop] = found
+            lengths = [len(part.is_raw) for part in encoded]
+            parts = zip(encoded, block_ids.split(lengths), is_good.split(lengths), strict=True)
+            for part, ids, flags in parts:
+                found = decode_blocks(part, self._pool, ids, layers=layers)
+                flags[:, layers.start : layers.stop] = found
 
         return decode_layers
 
@@ -83,14 +89,16 @@ class DeviceRoute:
         self._pool = pool
         self._is_staged = is_staged
         self._num_programs = num_programs
+        self._staging = Staging(pool.device, min(STAGE_BYTES, pool.data.nbytes))
+        self._lock = threading.Lock()  # of what is staged: several threads restore blocks
 
     def new_slots(self, shape: tuple[int, int]) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        return _pinned(shape, torch.uint8)
 
     def new_flags(self, num_blocks: int) -> torch.Tensor:
         # Layer by layer: of a layer's flags the copy is one piece, and nobody waits for it.
         shape = (self._pool.layout.num_layers, num_blocks)
-        return torch.zeros(shape, dtype=torch.bool, pin_memory=True).T
+        return _pinned(shape, torch.bool).zero_().T
 
     def encode(
         self, block_ids: torch.Tensor, block_format: BlockFormat, payloads: torch.Tensor
@@ -114,29 +122,33 @@ class DeviceRoute:
         return finish
 
     def decode(
-        self, encoded: EncodedBlocks, block_ids: torch.Tensor, is_good: torch.Tensor
+        self, encoded: Sequence[EncodedBlocks], block_ids: torch.Tensor, is_good: torch.Tensor
     ) -> Callable[[range], None]:
-        device = self._pool.device
+        block_format = encoded[0].block_format
+        num_blocks, num_layers = is_good.shape
 
         @functools.cache  # by the first layers' work, so on the lane
-        def stage() -> tuple[EncodedBlocks, torch.Tensor]:
-            payloads = torch.empty_like(encoded.payloads, device=device)
-            sums, is_raw = (_to_device(one, device) for one in (encoded.sums, encoded.is_raw))
-            staged = EncodedBlocks(encoded.block_format, payloads, sums, is_raw)
-            return staged, _to_device(block_ids, device)
+        def upload() -> tuple[torch.Tensor, ...]:
+            flags = torch.empty(num_layers, num_blocks, dtype=torch.bool, device=self._pool.device)
+            return *_upload(encoded, block_ids, self._pool.device), flags
 
         def decode_layers(layers: range) -> None:
-            staged, ids = stage()
-            for row in range(len(block_ids)):
-                parts = encoded.format_of(row).layers[layers.start : layers.stop]
-                cut = slice(parts[0].offset, parts[-1].offset + parts[-1].num_bytes)
-                one = slice(row, row + 1)
-                _copy_rows(staged.payloads[one], encoded.payloads[one], cut)
-            found = decode_blocks(
-                staged, self._pool, ids, layers=layers, num_programs=self._num_programs
-            )
-            of_layers = is_good.T[layers.start : layers.stop]
-            of_layers.copy_(found.T.contiguous(), non_blocking=True)
+            with self._lock:
+                ids, sums, is_raw, flags = upload()
+                chosen = slice(layers.start, layers.stop)
+                with closing(self._staging.chunks(encoded, layers)) as chunks:
+                    for rows, payloads in chunks:
+                        own = slice(rows.start, rows.stop)
+                        staged = EncodedBlocks(block_format, payloads, sums[own], is_raw[own])
+                        found = decode_blocks(
+                            staged,
+                            self._pool,
+                            ids[own],
+                            layers=layers,
+                            num_programs=self._num_programs,
+                        )
+                        flags[chosen, own] = found.T
+                is_good.T[chosen].copy_(flags[chosen], non_blocking=True)
 
         return decode_layers
 
@@ -159,7 +171,26 @@ def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def _upload(
+    encoded: Sequence[EncodedBlocks], block_ids: torch.Tensor, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, sums and `is_raw` of all parts, queued as one copy."""
+    sums = torch.cat([part.sums for part in encoded])
+    is_raw = torch.cat([part.is_raw for part in encoded])
+    parts = [block_ids, sums, is_raw]
+    packed = _pinned((sum(part.nbytes for part in parts),), torch.uint8)
+    torch.cat([part.flatten().view(torch.uint8) for part in parts], out=packed)
+    copies = packed.to(device, non_blocking=True).split([part.nbytes for part in parts])
+    ids, sums_there, is_raw_there = (
+        copy.view(part.dtype).view(part.shape) for copy, part in zip(copies, parts, strict=True)
+    )
+    return ids, sums_there, is_raw_there
+
+
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
     """Queue a copy into host memory that the device writes by itself."""
-    target = torch.empty_like(tensor, device="cpu", pin_memory=True)
-    return target.copy_(tensor, non_blocking=True)
+    return _pinned(tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
+
+
+def _pinned(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, pin_memory=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -11,7 +14,7 @@ import torch
 
 from kvkernels import EncodedBlocks, KVPool
 from kvkernels.transfer import BlockTransfer, Eviction, Restoration, all_done
-from prefixstore.record import BlockKey, RecordLayout, write_header
+from prefixstore.record import BlockKey, RecordLayout, stack_sums, write_header
 from prefixstore.store.block_sources import MAX_RECORDS, MAX_RECORDS_BYTES
 from prefixstore.store.block_targets import FetchedRecord
 
@@ -107,59 +110,89 @@ class PoolTarget:
         self._transfer = transfer
         self._block_ids = torch.tensor(block_ids, dtype=torch.int64)
         self._free = transfer.mark()  # what still reads them was queued before
-        self._restorations: list[Restoration] = []
+        self._ways: list[_Way] = []
 
-    def restore(self, records: Sequence[FetchedRecord]) -> list[str | None]:
-        self.begin(records)
-        self.add_layers(range(self._transfer.pool.layout.num_layers))
-        return self.end()
+    def start(self, records: Sequence[FetchedRecord]) -> Callable[[], list[str | None]]:
+        ways = self._begin(records)
+        layers = range(self._transfer.pool.layout.num_layers)
+        for way in ways:
+            way.restoration.add_layers(layers)
+        return partial(_problems, ways)
 
     def begin(self, records: Sequence[FetchedRecord]) -> None:
-        self._restorations = [self._begin_run(run) for run in _runs(records)]
+        self._ways = self._begin(records)
 
     def add_layers(self, layers: range) -> None:
-        for restoration in self._restorations:
-            restoration.add_layers(layers)
+        for way in self._ways:
+            way.restoration.add_layers(layers)
 
     def wait_layer(self, layer: int) -> None:
         """See `Restoration.wait_layer`; for any thread."""
-        for restoration in self._restorations:
-            restoration.wait_layer(layer)
+        for way in self._ways:
+            way.restoration.wait_layer(layer)
 
     def end(self) -> list[str | None]:
+        return _problems(self._ways)
+
+    def _begin(self, records: Sequence[FetchedRecord]) -> list[_Way]:
+        """Restore records of each layout together, in the order in which they lie in memory."""
+        alike: defaultdict[RecordLayout, list[int]] = defaultdict(list)
+        for place, record in enumerate(records):
+            alike[record.header.key.layout].append(place)
         return [
-            _problem(is_layer_good)
-            for restoration in self._restorations
-            for is_layer_good in restoration.wait()
+            self._begin_alike(records, sorted(places, key=lambda i: _address(records[i])))
+            for places in alike.values()
         ]
 
-    def _begin_run(self, records: list[FetchedRecord]) -> Restoration:
-        """Restore records of one layout at equal distances."""
-        layout = records[0].header.key.layout
-        payload = records[0].data[layout.header_bytes :]
-        step = _distance(records[0], records[1]) if len(records) > 1 else payload.nbytes
-        shape = (len(records), payload.nbytes)
-        rows = np.lib.stride_tricks.as_strided(payload, shape, (step, 1))
-        encoded = EncodedBlocks(
-            layout.block_format,
-            torch.from_numpy(rows),
-            torch.stack([record.header.sums for record in records]),
-            torch.zeros(len(records), dtype=torch.bool),
-        )
-        block_ids = self._block_ids[[record.index for record in records]]
-        return self._transfer.begin_restore(encoded, block_ids, after=self._free)
+    def _begin_alike(self, records: Sequence[FetchedRecord], places: list[int]) -> _Way:
+        chosen = [records[place] for place in places]
+        encoded = [_encoded(run) for run in _runs(chosen)]
+        block_ids = self._block_ids[[record.index for record in chosen]]
+        restoration = self._transfer.begin_restore(encoded, block_ids, after=self._free)
+        return _Way(places, restoration)
 
 
-def _problem(is_layer_good: torch.Tensor) -> str | None:
+@dataclass(frozen=True)
+class _Way:
+    """Records on their way in together: which of those given, and what became of them."""
+
+    places: list[int]
+    restoration: Restoration
+
+
+def _problems(ways: Sequence[_Way]) -> list[str | None]:
+    """What is wrong with each record, once they are there."""
+    found: dict[int, str | None] = {}
+    for way in ways:
+        is_good = way.restoration.wait()
+        is_whole = is_good.all(1).tolist()
+        for place, is_right, of_layers in zip(way.places, is_whole, is_good, strict=True):
+            found[place] = None if is_right else _problem(of_layers)
+    return [found[place] for place in range(len(found))]
+
+
+def _problem(is_layer_good: torch.Tensor) -> str:
     """What is wrong with a record, in words."""
     wrong = (~is_layer_good).nonzero()[:, 0].tolist()
-    if not wrong:
-        return None
     return f"payload: expected the table's checksums, got others in layers {wrong}"
 
 
+def _encoded(run: Sequence[FetchedRecord]) -> EncodedBlocks:
+    """The payloads of records of one layout at equal distances, where they lie."""
+    layout = run[0].header.key.layout
+    payload = run[0].data[layout.header_bytes :]
+    distance = _distance(run[0], run[1]) if len(run) > 1 else payload.nbytes
+    rows = np.lib.stride_tricks.as_strided(payload, (len(run), payload.nbytes), (distance, 1))
+    return EncodedBlocks(
+        layout.block_format,
+        torch.from_numpy(rows),
+        stack_sums([record.header for record in run]),
+        torch.zeros(len(run), dtype=torch.bool),
+    )
+
+
 def _runs(records: Sequence[FetchedRecord]) -> Iterator[list[FetchedRecord]]:
-    """Records of one layout at equal distances, so that a call decodes them where they lie."""
+    """Records at equal distances, so that a call decodes them where they lie."""
     run: list[FetchedRecord] = []
     for record in records:
         if run and not _continues(run, record):
@@ -171,12 +204,14 @@ def _runs(records: Sequence[FetchedRecord]) -> Iterator[list[FetchedRecord]]:
 
 
 def _continues(run: list[FetchedRecord], record: FetchedRecord) -> bool:
-    if record.header.key.layout != run[-1].header.key.layout:
-        return False
     step = _distance(run[-1], record)
     return step >= record.data.nbytes and (len(run) == 1 or step == _distance(run[0], run[1]))
 
 
 def _distance(first: FetchedRecord, second: FetchedRecord) -> int:
     """Bytes from where one lies to where the other does."""
-    return second.data.ctypes.data - first.data.ctypes.data
+    return _address(second) - _address(first)
+
+
+def _address(record: FetchedRecord) -> int:
+    return record.data.ctypes.data

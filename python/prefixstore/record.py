@@ -16,6 +16,7 @@ are right: that takes a key, see protection.py.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -57,6 +58,7 @@ __all__ = [
     "encode",
     "hash_block",
     "read_header",
+    "stack_sums",
     "verify",
     "write_header",
 ]
@@ -82,11 +84,12 @@ class RecordHeader:
     key: BlockKey
     table: np.ndarray
 
-    @property
-    def sums(self) -> torch.Tensor:
-        """``[num_layers, 2]``, int64: the bits of each layer's sum and weighted sum."""
-        words = self.table.view("<i8").reshape(-1, TABLE_ENTRY_BYTES // 8)[:, 1:]
-        return torch.from_numpy(words.copy())
+
+def stack_sums(headers: Sequence[RecordHeader]) -> torch.Tensor:
+    """``[num_records, num_layers, 2]``, int64: the bits of each layer's sum and weighted sum."""
+    tables = np.frombuffer(b"".join(header.table.tobytes() for header in headers), "<i8")
+    words = tables.reshape(len(headers), -1, TABLE_ENTRY_BYTES // 8)
+    return torch.from_numpy(words[..., 1:].copy())
 
 
 def encode(key: BlockKey, block: Buffer, out: Buffer) -> int:
@@ -167,7 +170,7 @@ def decode(record: Buffer, key: BlockKey, block_out: Buffer) -> None:
     encoded = EncodedBlocks(
         layout.block_format,
         _as_tensor(data)[None, layout.header_bytes :],
-        header.sums[None],
+        stack_sums([header]),
         torch.zeros(1, dtype=torch.bool),
     )
     is_good = decode_blocks(encoded, _as_pool(layout, target), _FIRST)[0]

@@ -24,14 +24,19 @@ Damage = Callable[[KVPool, list[int]], None]
 @contextlib.contextmanager
 def damaged_restores(damage: Damage) -> Iterator[None]:
     """What is done to blocks right after they were restored from a tier."""
-    restore = PoolTarget.restore
+    start = PoolTarget.start
 
-    def damaged(self: PoolTarget, records: Sequence[Any]) -> list[str | None]:
-        problems = restore(self, records)
-        damage(self._transfer.pool, self._block_ids[[one.index for one in records]].tolist())
-        return problems
+    def damaged(self: PoolTarget, records: Sequence[Any]) -> Callable[[], list[str | None]]:
+        finish = start(self, records)
 
-    with mock.patch.object(PoolTarget, "restore", damaged):
+        def finish_damaged() -> list[str | None]:
+            problems = finish()
+            damage(self._transfer.pool, self._block_ids[[one.index for one in records]].tolist())
+            return problems
+
+        return finish_damaged
+
+    with mock.patch.object(PoolTarget, "start", damaged):
         yield
 
 
@@ -68,12 +73,13 @@ def round_to_bfloat16(pool: KVPool, block_ids: list[int]) -> None:
 @contextlib.contextmanager
 def dropped_last_block() -> Iterator[None]:
     """The last block of each call is a miss."""
-    restore = PoolTarget.restore
+    start = PoolTarget.start
 
-    def dropped(self: PoolTarget, records: Sequence[Any]) -> list[str | None]:
-        return [*restore(self, records)[:-1], "payload: dropped"]
+    def dropped(self: PoolTarget, records: Sequence[Any]) -> Callable[[], list[str | None]]:
+        finish = start(self, records)
+        return lambda: [*finish()[:-1], "payload: dropped"]
 
-    with mock.patch.object(PoolTarget, "restore", dropped):
+    with mock.patch.object(PoolTarget, "start", dropped):
         yield
 
 

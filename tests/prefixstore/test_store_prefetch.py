@@ -29,6 +29,7 @@ NUM_BLOCKS, BATCH = 12, 3
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     (key,) = make_keys(1)
     monkeypatch.setattr(loader, "BATCH_BYTES", BATCH * record_room(key))
+    monkeypatch.setattr(loader, "LENT_BATCH_BYTES", BATCH * key.layout.record_bytes)
 
 
 class Target(HostBlocks):
@@ -40,10 +41,10 @@ class Target(HostBlocks):
         self._num_batches = 0
         super().__init__(self.blocks)
 
-    def restore(self, records: Sequence[FetchedRecord]) -> list[str | None]:
+    def start(self, records: Sequence[FetchedRecord]) -> Callable[[], list[str | None]]:
         self._num_batches += 1
         self._before(self._num_batches - 1)
-        return super().restore(records)
+        return super().start(records)
 
     def check(self, found: Sequence[str | None]) -> None:
         """What was found is right."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,10 +33,11 @@ class FetchedRecord:
 class BlockTarget(Protocol):
     """Takes the blocks of records, by the index with which they were asked for."""
 
-    def restore(self, records: Sequence[FetchedRecord]) -> list[str | None]:
-        """Verify and keep each; for each None, or what is wrong with it.
+    def start(self, records: Sequence[FetchedRecord]) -> Callable[[], list[str | None]]:
+        """Begin to verify and keep each.
 
-        What is wrong may have been written in part. The records are not read after this returns.
+        What is returned waits until that is done, and says of each None, or what is wrong with it.
+        What is wrong may have been written in part. The records are read until then, no longer.
         """
         ...
 
@@ -84,8 +85,9 @@ class HostBlocks:
         if any(block.readonly for block in self._blocks):
             raise ValueError("blocks: expected writable buffers, got a read-only one")
 
-    def restore(self, records: Sequence[FetchedRecord]) -> list[str | None]:
-        return [self._restore(record) for record in records]
+    def start(self, records: Sequence[FetchedRecord]) -> Callable[[], list[str | None]]:
+        problems = [self._restore(record) for record in records]
+        return lambda: problems
 
     def _restore(self, record: FetchedRecord) -> str | None:
         try:

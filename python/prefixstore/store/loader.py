@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 
 from prefixstore.block_key import BlockKey
 from prefixstore.store.block_sources import WrittenRecord
@@ -25,6 +25,9 @@ from prefixstore.store.stats import Counts
 from prefixstore.store.write_queue import WriteJob, noop
 
 BATCH_BYTES = 32 << 20  # of records that are fetched and then restored together
+LENT_BATCH_BYTES = (
+    64 << 20
+)  # the same of those that are read where they lie: a millisecond to a GPU
 
 LoadObserver = Callable[[str, int, int, float], None]
 
@@ -157,20 +160,37 @@ class Loader:
                 missing = self._claim(load, missing)
             if not missing or load.is_stopped:
                 continue
-            batches = _batches(load.keys, missing)
             with load.timed(number):
                 if number == 0 and tier.lends:
-                    self._load_lent(load, batches)  # what comes from there goes nowhere else
+                    # What comes from there goes nowhere else.
+                    batches = _batches(load.keys, missing, _record_bytes, LENT_BATCH_BYTES)
+                    self._load_lent(load, batches)
                 else:
+                    batches = _batches(load.keys, missing, record_room, BATCH_BYTES)
                     self._load_fetched(load, number, batches)
         self._promote(load)  # before this thread waits for another: that one may wait for this
 
     def _load_lent(self, load: Load, batches: Sequence[Sequence[int]]) -> None:
-        for batch in batches:
-            with self._tiers[0].lend_many([load.keys[i] for i in batch]) as lent:
-                self._restore(load, 0, batch, lent)
-            if not load.goes_on_after(batch):
-                return
+        """Have a batch under way while the next is borrowed and its headers are verified."""
+        with ExitStack() as before:
+            for number, batch in enumerate(batches):
+                with ExitStack() as own:
+                    own.enter_context(self._under_way(load, batch))
+                    before.close()
+                    if number and not load.goes_on_after(batches[number - 1]):
+                        return
+                    before.enter_context(own.pop_all())
+        load.goes_on_after(batches[-1])
+
+    @contextmanager
+    def _under_way(self, load: Load, batch: Sequence[int]) -> Iterator[None]:
+        """A borrowed batch; at the end it is there, and given back."""
+        with self._tiers[0].lend_many([load.keys[i] for i in batch]) as lent:
+            finish = self._start(load, 0, batch, lent)
+            try:
+                yield
+            finally:
+                finish()
 
     def _load_fetched(self, load: Load, number: int, batches: Sequence[Sequence[int]]) -> None:
         """Fetch each batch in a thread of its own while the one before is decoded in this one."""
@@ -178,7 +198,7 @@ class Loader:
         with closing(fetcher.fetch_ahead(batches)) as fetched:
             for batch, found, slab in fetched:
                 num_promotions = len(load.promotions)
-                self._restore(load, number, batch, found)
+                self._start(load, number, batch, found)()
                 if len(load.promotions) == num_promotions:
                     self._slabs.give_back(slab)  # otherwise it is theirs from now on
                 # Writing to faster tiers waits until all is loaded, as far as the queue could take
@@ -188,19 +208,26 @@ class Loader:
                 if not load.goes_on_after(batch):
                     return
 
-    def _restore(
+    def _start(
         self, load: Load, number: int, indices: Sequence[int], found: Sequence[Found | None]
-    ) -> None:
-        """Verify what a tier had of these, and put it where it belongs."""
+    ) -> Callable[[], None]:
+        """Begin to put what a tier had of these where it belongs, verified; finish it later."""
         records = [
             FetchedRecord(i, load.keys[i], one[0], one[1][: one[0].key.layout.record_bytes])
             for i, one in zip(indices, found, strict=True)
             if one is not None
         ]
         assert load.target is not None
-        problems = load.target.restore(records) if records else []
-        for record, problem in zip(records, problems, strict=True):
-            self._judge(load, number, record, problem)
+        wait = load.target.start(records) if records else None
+
+        def finish() -> None:
+            problems = wait() if wait else ()
+            if load.is_stopped:  # meanwhile: it is not wanted any more
+                return
+            for record, problem in zip(records, problems, strict=True):
+                self._judge(load, number, record, problem)
+
+        return finish
 
     def _judge(self, load: Load, number: int, record: FetchedRecord, problem: str | None) -> None:
         """A record's payload was verified."""
@@ -247,8 +274,17 @@ class Loader:
         load.claimed.clear()
 
 
-def _batches(keys: Sequence[BlockKey], indices: Sequence[int]) -> list[Sequence[int]]:
+def _record_bytes(key: BlockKey) -> int:
+    return key.layout.record_bytes
+
+
+def _batches(
+    keys: Sequence[BlockKey],
+    indices: Sequence[int],
+    bytes_of: Callable[[BlockKey], int],
+    batch_bytes: int,
+) -> list[Sequence[int]]:
     """Cut into as many at a time as find room in a batch, whatever their order."""
-    longest = max(record_room(keys[i]) for i in indices)
-    num_rows = max(1, BATCH_BYTES // longest)
+    longest = max(bytes_of(keys[i]) for i in indices)
+    num_rows = max(1, batch_bytes // longest)
     return [indices[first : first + num_rows] for first in range(0, len(indices), num_rows)]

@@ -125,8 +125,8 @@ class Store:
     ) -> list[str | None]:
         """Restore blocks, each from the fastest tier that has it right.
 
-        Of each tier they come in the order of `keys`, some 32 MiB at a time; the next are read
-        while these are decoded. Any order is as fast.
+        Of each tier they come in the order of `keys`, some 32 or 64 MiB at a time; the next are
+        read while these are decoded. Any order is as fast.
 
         Args:
             keys: What the records must agree with.
