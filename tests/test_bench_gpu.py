@@ -17,6 +17,8 @@ from bench.gpu.peer import Peer
 from bench.gpu.summary import MAX_COLUMNS, MAX_ERROR_CHARS, MAX_LINES, summarise
 from bench.gpu.timing import time_cases
 from bench.gpu.torch_peers import FLEX_CASES, SDPA_PEERS, prepare_flex
+from bench.gpu.transfer_timing import time_evict, time_restore
+from kvkernels import KVLayout
 
 SMALL_CASES = [
     Case("decode", 3, 192, 1, 8, 2, 64),
@@ -73,6 +75,13 @@ def test_latent_values_are_the_first_channels_of_the_keys() -> None:
     assert keys.numel() * keys.element_size() == LATENT_CASES[1].num_kv_bytes
     assert (query.shape, values.shape[3], values.stride()) == ((1, 128, 576), 512, keys.stride())
     assert table.shape == (1, 128) and lens.shape == (1,)
+
+
+@pytest.mark.parametrize("codec", ["raw", "l12", "q4"])
+def test_blocks_leave_and_come_back_at_some_rate(codec: str) -> None:
+    layout = KVLayout(12, 1, 64, 16)
+    for row in (time_restore(layout, codec, 3, "cpu"), time_evict(layout, codec, 3, "cpu")):
+        assert min(row.values()) > 0
 
 
 def test_a_build_that_takes_too_long_is_ended() -> None:

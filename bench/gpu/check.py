@@ -247,7 +247,7 @@ def check_transfer(codec: str, is_staged: bool) -> None:
     block_format = BlockFormat(layout, codec)
     ids = torch.arange(0, 64, 8)
     outwards = BlockTransfer(pool, num_slots=16, headroom=256, is_staged=is_staged, num_programs=12)
-    inwards = BlockTransfer(target, num_programs=12)
+    inwards = BlockTransfer(target)
     for seed in range(20):
         torch.manual_seed(seed)
         numbers = torch.randn(pool.data.shape, device=DEVICE, dtype=BF16)

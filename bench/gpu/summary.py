@@ -114,6 +114,10 @@ def _other_lines(timings: Iterable[Row]) -> Iterator[str]:
                 for case, times in row.items()
                 if isinstance(times, dict)
             ]
+        elif "share_of_link" in row:
+            items.setdefault("records on their way, GB/s and share of the link", []).append(
+                f"{name[9:]} {row['gbytes_per_s']:.0f} {100 * row['share_of_link']:.0f}%"
+            )
         elif topic == "transfer":
             items["transfer, GB/s"] = [
                 f"{key.removesuffix('_gbytes_per_s')} {value:.1f}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from bench.gpu.events import make_cold, time_both_ways, time_calls
 from bench.gpu.peers import flashinfer_peers, float8_peers
 from bench.gpu.rates import copy_rate, matmul_rate
 from bench.gpu.torch_peers import FLEX_PEERS, SDPA_PEERS
+from bench.gpu.transfer_timing import time_evict, time_restore
 from kvkernels import BlockFormat, EncodedBlocks, KVLayout, KVPool
 
 __all__ = ["copy_rate", "matmul_rate", "time_cases"]
@@ -38,6 +40,7 @@ CODEC_LAYOUT = KVLayout(32, 8, 128)
 NUM_BLOCKS = 16
 TIMED_CODECS = ("raw", "l12", "q8", "q4")
 NUM_PROGRAMS = (4, 12, 32, None)
+NUM_MOVED = (16, 128)  # blocks at a time, on their way between pool and host
 
 
 @torch.inference_mode()
@@ -137,4 +140,8 @@ def time_cases() -> Iterator[Step]:
     for codec in TIMED_CODECS:
         for place in ("device", "host"):
             yield f"codec_{codec}_{place}", partial(time_codec, codec, place)
+    for way, time in (("restore", time_restore), ("evict", time_evict)):
+        for codec, num_blocks in product(TIMED_CODECS, NUM_MOVED):
+            name = f"transfer_{way}_{codec}_{num_blocks}"
+            yield name, partial(time, CODEC_LAYOUT, codec, num_blocks)
     yield from _compiled_peer_cases()

@@ -168,9 +168,10 @@ class Staging:
         # and the new ones are not while the lane may be using what they are made of.
         lane.wait_stream(self._copying)
         self._buffers = []
-        self._buffers = [
-            torch.empty(wanted, dtype=torch.uint8, device=self._device) for _ in self._emptied
-        ]
+        with torch.inference_mode(False):  # for those who come after, in whatever mode
+            self._buffers = [
+                torch.empty(wanted, dtype=torch.uint8, device=self._device) for _ in self._emptied
+            ]
         self._copying.wait_stream(lane)
 
 
