@@ -146,7 +146,8 @@ class BlockTransfer:
         payload_bytes: The longest payload; default that of a raw block.
         is_staged: On a GPU: encode into its own memory and copy that, rather than let the kernel
             write host memory.
-        num_programs: On a GPU: as many programs at most encode and decode; default all that help.
+        num_programs: On a GPU: as many programs at most encode; default all that help. Nobody waits
+            for what leaves, but for what comes: decoding has no bound.
 
     Raises:
         ValueError: If a number is out of range.

@@ -82,7 +82,7 @@ class DeviceRoute:
         pool: The pool.
         is_staged: Encode into memory of the GPU, and copy that; otherwise the kernel writes host
             memory.
-        num_programs: As many programs at most encode and decode; None for all that help.
+        num_programs: As many programs at most encode; None for all that help.
     """
 
     def __init__(self, pool: KVPool, is_staged: bool, num_programs: int | None) -> None:
@@ -140,13 +140,7 @@ class DeviceRoute:
                     for rows, payloads in chunks:
                         own = slice(rows.start, rows.stop)
                         staged = EncodedBlocks(block_format, payloads, sums[own], is_raw[own])
-                        found = decode_blocks(
-                            staged,
-                            self._pool,
-                            ids[own],
-                            layers=layers,
-                            num_programs=self._num_programs,
-                        )
+                        found = decode_blocks(staged, self._pool, ids[own], layers=layers)
                         flags[chosen, own] = found.T
                 is_good.T[chosen].copy_(flags[chosen], non_blocking=True)
 

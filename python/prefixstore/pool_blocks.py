@@ -19,6 +19,10 @@ from prefixstore.store.block_sources import MAX_RECORDS, MAX_RECORDS_BYTES
 from prefixstore.store.block_targets import FetchedRecord
 
 _MIN_SLOTS = 4
+# Of a GPU that encode what leaves, so that they take few multiprocessors from who computes: on an
+# H100 beside a batch that decodes with a model of 8 billion weights, 12 leave it 1.06 times as slow
+# at 22 GB/s of blocks; all of them 1.9 times at 73 GB/s, more than any tier takes.
+_EVICT_PROGRAMS = 12
 
 
 class PoolBlocks:
@@ -37,6 +41,7 @@ class PoolBlocks:
             num_slots=min(max(MAX_RECORDS_BYTES // longest, _MIN_SLOTS), MAX_RECORDS),
             headroom=self._headroom,
             payload_bytes=max(layout.payload_bytes for layout in layouts),
+            num_programs=_EVICT_PROGRAMS,
         )
 
     def source(self, block_id: int) -> PoolBlock:
