@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -14,7 +15,7 @@ from kvkernels.reference import attention as reference
 from kvkernels.reference import kv_cache as reference_kv_cache
 from kvkernels.reference.quantize import quantize_keys, quantize_values
 from kvkernels.scoring import Scoring
-from kvkernels.transfer import BlockTransfer
+from kvkernels.transfer import BlockTransfer, routes
 
 DEVICE = torch.device("cuda")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -241,13 +242,17 @@ def check_codecs(codec: str) -> None:
 
 
 def check_transfer(codec: str, is_staged: bool) -> None:
-    """Out beside the stream that wrote the blocks and overwrites them, and in layer by layer."""
+    """Out beside the stream that wrote the blocks and overwrites them, and in, some layers or all.
+
+    What comes in passes through buffers of two blocks, and so each of them several times.
+    """
     layout = KVLayout(6, 4, 128, 64, BF16)
     pool, target = (KVPool(layout, 64, DEVICE) for _ in range(2))
     block_format = BlockFormat(layout, codec)
     ids = torch.arange(0, 64, 8)
     outwards = BlockTransfer(pool, num_slots=16, headroom=256, is_staged=is_staged, num_programs=12)
-    inwards = BlockTransfer(target)
+    with mock.patch.object(routes, "STAGE_BYTES", 2 * layout.block_bytes):
+        inwards = BlockTransfer(target)
     for seed in range(20):
         torch.manual_seed(seed)
         numbers = torch.randn(pool.data.shape, device=DEVICE, dtype=BF16)
@@ -257,7 +262,8 @@ def check_transfer(codec: str, is_staged: bool) -> None:
             encoded = eviction.wait()
             pool.data.fill_(torch.nan)  # they may be written now
             target.data.fill_(torch.nan)
-            restoration = inwards.restore(encoded, ids, layers_per_step=2, after=inwards.mark())
+            step = (2, 5, None)[seed % 3]
+            restoration = inwards.restore(encoded, ids, layers_per_step=step, after=inwards.mark())
             for layer in range(layout.num_layers):
                 restoration.wait_layer(layer)
                 got = target.data[ids.to(DEVICE), layer]
