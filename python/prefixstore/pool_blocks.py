@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -141,27 +142,32 @@ class PoolTarget:
 
     def _begin(self, records: Sequence[FetchedRecord]) -> list[_Way]:
         """Restore records of each layout together, in the order in which they lie in memory."""
-        alike: defaultdict[RecordLayout, list[int]] = defaultdict(list)
-        for place, record in enumerate(records):
+        alike: defaultdict[RecordLayout, list[_Place]] = defaultdict(list)
+        for number, record in enumerate(records):
+            place = _Place(record.data.ctypes.data, number, record)
             alike[record.header.key.layout].append(place)
-        return [
-            self._begin_alike(records, sorted(places, key=lambda i: _address(records[i])))
-            for places in alike.values()
-        ]
+        return [self._begin_alike(sorted(places)) for places in alike.values()]
 
-    def _begin_alike(self, records: Sequence[FetchedRecord], places: list[int]) -> _Way:
-        chosen = [records[place] for place in places]
-        encoded = [_encoded(run) for run in _runs(chosen)]
-        block_ids = self._block_ids[[record.index for record in chosen]]
+    def _begin_alike(self, places: list[_Place]) -> _Way:
+        encoded = [_encoded(run) for run in _runs(places)]
+        block_ids = self._block_ids[[place.record.index for place in places]]
         restoration = self._transfer.begin_restore(encoded, block_ids, after=self._free)
-        return _Way(places, restoration)
+        return _Way([place.number for place in places], restoration)
+
+
+class _Place(NamedTuple):
+    """Where a record lies, and which of those given it is."""
+
+    address: int
+    number: int
+    record: FetchedRecord
 
 
 @dataclass(frozen=True)
 class _Way:
-    """Records on their way in together: which of those given, and what became of them."""
+    """Records on their way in together: which of those given, and what becomes of them."""
 
-    places: list[int]
+    numbers: list[int]
     restoration: Restoration
 
 
@@ -171,9 +177,9 @@ def _problems(ways: Sequence[_Way]) -> list[str | None]:
     for way in ways:
         is_good = way.restoration.wait()
         is_whole = is_good.all(1).tolist()
-        for place, is_right, of_layers in zip(way.places, is_whole, is_good, strict=True):
-            found[place] = None if is_right else _problem(of_layers)
-    return [found[place] for place in range(len(found))]
+        for number, is_right, of_layers in zip(way.numbers, is_whole, is_good, strict=True):
+            found[number] = None if is_right else _problem(of_layers)
+    return [found[number] for number in range(len(found))]
 
 
 def _problem(is_layer_good: torch.Tensor) -> str:
@@ -182,41 +188,37 @@ def _problem(is_layer_good: torch.Tensor) -> str:
     return f"payload: expected the table's checksums, got others in layers {wrong}"
 
 
-def _encoded(run: Sequence[FetchedRecord]) -> EncodedBlocks:
+def _encoded(run: Sequence[_Place]) -> EncodedBlocks:
     """The payloads of records of one layout at equal distances, where they lie."""
-    layout = run[0].header.key.layout
-    payload = run[0].data[layout.header_bytes :]
-    distance = _distance(run[0], run[1]) if len(run) > 1 else payload.nbytes
+    first = run[0].record
+    layout = first.header.key.layout
+    payload = first.data[layout.header_bytes :]
+    distance = run[1].address - run[0].address if len(run) > 1 else payload.nbytes
     rows = np.lib.stride_tricks.as_strided(payload, (len(run), payload.nbytes), (distance, 1))
     return EncodedBlocks(
         layout.block_format,
         torch.from_numpy(rows),
-        stack_sums([record.header for record in run]),
+        stack_sums([place.record.header for place in run]),
         torch.zeros(len(run), dtype=torch.bool),
     )
 
 
-def _runs(records: Sequence[FetchedRecord]) -> Iterator[list[FetchedRecord]]:
+def _runs(places: Sequence[_Place]) -> Iterator[list[_Place]]:
     """Records at equal distances, so that a call decodes them where they lie."""
-    run: list[FetchedRecord] = []
-    for record in records:
-        if run and not _continues(run, record):
+    run: list[_Place] = []
+    for place in places:
+        if run and not _continues(run, place):
             yield run
             run = []
-        run.append(record)
+        run.append(place)
     if run:
         yield run
 
 
-def _continues(run: list[FetchedRecord], record: FetchedRecord) -> bool:
-    step = _distance(run[-1], record)
-    return step >= record.data.nbytes and (len(run) == 1 or step == _distance(run[0], run[1]))
-
-
-def _distance(first: FetchedRecord, second: FetchedRecord) -> int:
-    """Bytes from where one lies to where the other does."""
-    return _address(second) - _address(first)
-
-
-def _address(record: FetchedRecord) -> int:
-    return record.data.ctypes.data
+def _continues(run: Sequence[_Place], place: _Place) -> bool:
+    """Whether a record lies as far behind a run as its records do, and in the same memory."""
+    data, before = place.record.data, run[-1].record.data
+    distance = place.address - run[-1].address
+    if distance < before.nbytes or data.base is None or data.base is not before.base:
+        return False
+    return len(run) == 1 or distance == run[1].address - run[0].address
