@@ -172,11 +172,15 @@ def _upload(
     sums = torch.cat([part.sums for part in encoded])
     is_raw = torch.cat([part.is_raw for part in encoded])
     parts = [block_ids, sums, is_raw]
-    packed = _pinned((sum(part.nbytes for part in parts),), torch.uint8)
-    torch.cat([part.flatten().view(torch.uint8) for part in parts], out=packed)
-    copies = packed.to(device, non_blocking=True).split([part.nbytes for part in parts])
+    lengths = [part.nbytes for part in parts]
+    packed = _pinned((sum(lengths),), torch.uint8)
+    for target, part in zip(packed.split(lengths), parts, strict=True):
+        target.view(part.dtype).copy_(part.flatten())
     ids, sums_there, is_raw_there = (
-        copy.view(part.dtype).view(part.shape) for copy, part in zip(copies, parts, strict=True)
+        target.view(part.dtype).view(part.shape)
+        for target, part in zip(
+            packed.to(device, non_blocking=True).split(lengths), parts, strict=True
+        )
     )
     return ids, sums_there, is_raw_there
 
