@@ -102,23 +102,23 @@ class RecordLayout:
         """Bytes of the block as it lies in the pool."""
         return self.block_format.layout.block_bytes
 
-    @property
+    @cached_property
     def payload_bytes(self) -> int:
         """Bytes of all layers as they are written."""
         return self.block_format.payload_bytes
 
-    @property
+    @cached_property
     def table_end(self) -> int:
         """Bytes before the list of codecs, or the padding where one codec serves all layers."""
         return FIXED_BYTES + 4 * self.block_size + TABLE_ENTRY_BYTES * self.num_layers
 
-    @property
+    @cached_property
     def header_bytes(self) -> int:
         """Bytes before the payload: header, token ids, layer table, codecs and padding."""
         num_listed = self.num_layers if len(self.codecs) > 1 else 0
         return -(-(self.table_end + num_listed) // ALIGNMENT) * ALIGNMENT
 
-    @property
+    @cached_property
     def record_bytes(self) -> int:
         """Bytes of the whole record."""
         return self.header_bytes + self.payload_bytes
