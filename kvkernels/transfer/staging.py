@@ -83,15 +83,20 @@ def copy_rows(
 
 def _copy_part(target: torch.Tensor, part: EncodedBlocks, rows: slice, cut: Cut) -> None:
     source, is_raw = part.payloads[rows], part.is_raw[rows].tolist()
-    coded = cut.own[0]
-    if source.stride(0) == cut.stride and not any(is_raw):
-        shape = ((len(is_raw) - 1) * cut.stride + coded.stop - coded.start,)
-        pieces = [one[:, coded].as_strided(shape, (1,)) for one in (target, source)]
-        pieces[0].copy_(pieces[1], non_blocking=True)
-        return
-    for target_row, source_row, is_one_raw in zip(target, source, is_raw, strict=True):
-        own = cut.own[is_one_raw]
-        target_row[own].copy_(source_row[own], non_blocking=True)
+    if any(is_raw):
+        pairs = [
+            (target_row[cut.own[is_one_raw]], source_row[cut.own[is_one_raw]])
+            for target_row, source_row, is_one_raw in zip(target, source, is_raw, strict=True)
+        ]
+    else:
+        target, source = target[:, cut.own[0]], source[:, cut.own[0]]
+        if source.stride(0) == cut.stride:  # all of them, with what lies between
+            shape = ((len(is_raw) - 1) * cut.stride + source.shape[1],)
+            pairs = [(target.as_strided(shape, (1,)), source.as_strided(shape, (1,)))]
+        else:
+            pairs = list(zip(target, source, strict=True))
+    for target_piece, source_piece in pairs:
+        target_piece.copy_(source_piece, non_blocking=True)
 
 
 class Staging:
