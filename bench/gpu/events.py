@@ -1,18 +1,26 @@
 """Times calls with device events, on inputs that are not in the device's cache."""
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 NUM_ROUNDS = 15
+# An idle device's clocks are low: one that was timed at once took up to a fifth longer.
+WARM_UP_S = 0.02
 # Inputs used in turn, so that none is in the cache when its turn comes.
 MAX_INPUTS = 24
 
 
 def time_calls(calls: Sequence[Callable[[], Any]]) -> float:
     """Microseconds of one of the calls, which have run before: median over rounds of all."""
+    begin_s = time.monotonic()
+    while time.monotonic() < begin_s + WARM_UP_S:
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
     begins, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(NUM_ROUNDS)] for _ in "ab")
     for begin, end in zip(begins, ends, strict=True):
         begin.record()
