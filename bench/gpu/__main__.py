@@ -13,11 +13,13 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,22 @@ def topic_of(name: str) -> str:
     return name.partition("/")[0]
 
 
+class Ended(Exception):
+    """The process is asked to end: what has been measured shall not be lost."""
+
+
+@contextmanager
+def ended_by_signal() -> Iterator[None]:
+    def end(*_: Any) -> None:
+        raise Ended
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run_logged(command: Sequence[str | Path], log: str, timeout_s: float) -> tuple[int | str, str]:
     """Status of a process, or why there is none, and the end of what it printed."""
     path = LOGS / f"{log.replace('/', '-')}.log"
@@ -124,17 +142,19 @@ def run_logged(command: Sequence[str | Path], log: str, timeout_s: float) -> tup
 
 
 def run_steps(names: Sequence[str], timeout_s: float, *flags: str) -> list[dict[str, Any]]:
-    """Rows of the steps, from one process, and another one behind every device error."""
+    """Rows of the steps, from one process, and another one behind every device error.
+
+    They stand in a file beside the logs as soon as there are any, whatever ends this process.
+    """
     end = time.monotonic() + timeout_s
     rows: list[dict[str, Any]] = []
     while len(rows) < len(names):
         rest = names[len(rows) :]
-        file = LOGS / f"{rest[0].replace('/', '-')}.jsonl"
+        file = rows_file(rest[0])
         file.unlink(missing_ok=True)
         command = [sys.executable, "-m", "bench.gpu.steps", file, *rest, *flags]
         status, text = run_logged(command, rest[0], max(0.1, end - time.monotonic()))
-        if file.exists():
-            rows += [json.loads(line) for line in file.read_text().splitlines()]
+        rows += read_rows(file)
         if len(rows) < len(names) and status != DEVICE_ERROR:
             rows.append(
                 {"name": names[len(rows)], "ok": False, "status": status, "error": text[-600:]}
@@ -144,6 +164,15 @@ def run_steps(names: Sequence[str], timeout_s: float, *flags: str) -> list[dict[
                 {"name": name, "ok": False, "error": "no time left"} for name in names[len(rows) :]
             ]
     return rows
+
+
+def rows_file(first: str) -> Path:
+    """Where a process that begins with this step leaves its rows, one a line."""
+    return LOGS / f"{first.replace('/', '-')}.jsonl"
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def build_extension(run: Run) -> dict[str, Any]:
@@ -157,10 +186,11 @@ def build_extension(run: Run) -> dict[str, Any]:
 def run_tests(run: Run) -> dict[str, Any]:
     """The Triton part of the tests."""
     begin = time.monotonic()
-    command = [sys.executable, "-m", "pytest", *TEST_FILES, "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *TEST_FILES, "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(max(2, (os.cpu_count() or 2) // 2))]
-    command += ["-k", TESTS, "--no-header", "-rfE", "--tb=line"]
+    # By name, for a run that is cut short.
+    command += ["-k", TESTS, "--no-header", "-v", "-rfE", "--tb=line"]
     status, text = run_logged(command, "tests", run.left_s(PREPARED_S))
     took_s = round(time.monotonic() - begin, 1)
     return {"name": TESTS, "ok": status == 0, "status": status, "took_s": took_s, "end": text}
@@ -224,12 +254,18 @@ def main() -> int:
     chosen = [name for name in steps() if topic_of(name) in topics and wanted.search(name)]
     if "peers" not in options.parts:
         chosen = [name for name in chosen if not name.endswith(COMPILED_APART)]
-    for name, row in zip(chosen, run_steps(chosen, run.left_s(TIMED_S)), strict=True):
-        run.record(topic_of(name), row)
+    with ended_by_signal():
+        try:
+            timed = run_steps(chosen, run.left_s(TIMED_S))
+        except Ended:
+            timed = read_rows(rows_file(chosen[0]))
+            print("ended before its time", file=sys.stderr)
+    for row in timed:
+        run.record(topic_of(row["name"]), row)
     rows = [row for value in run.result.values() if isinstance(value, list) for row in value]
     failed = [row["name"] for row in rows if not row["ok"]]
     run.result |= {
-        "is_complete": True,
+        "is_complete": len(timed) == len(chosen),
         "failed": failed,
         "took_s": round(time.monotonic() - run.begin, 1),
     }

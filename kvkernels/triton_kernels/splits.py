@@ -114,8 +114,8 @@ def cut(total, num_tiles, num_programs_at_once, max_splits, MIN_SPLIT_TILES: tl.
     fit = (num_tiles + max_splits - 1) // max_splits
     shortest = tl.maximum(tl.maximum(share, fit), MIN_SPLIT_TILES)
     num_splits = tl.maximum(num_tiles // shortest, 1)
-    # Of less than two shares too: one program would take up to twice as long as all others.
-    num_splits = tl.where((num_splits == 1) & (num_tiles > shortest), 2, num_splits)
+    # Of a share and a half too: one program would take up to twice as long as all others.
+    num_splits = tl.where((num_splits == 1) & (2 * num_tiles > 3 * shortest), 2, num_splits)
     tiles_per_split = tl.maximum((num_tiles + num_splits - 1) // num_splits, 1)
     return tl.maximum((num_tiles + tiles_per_split - 1) // tiles_per_split, 1), tiles_per_split
 

@@ -60,7 +60,7 @@ def expected_splits(
     """How many splits of at least the share that each of the programs at once has of all work."""
     share = math.ceil(Fraction(work, at_once))
     length = max(share, math.ceil(Fraction(num_tiles, max_splits)), shortest)
-    if num_tiles <= length:
+    if 2 * num_tiles <= 3 * length:
         return 1
     length = math.ceil(Fraction(num_tiles, max(2, num_tiles // length)))
     return math.ceil(Fraction(num_tiles, length))
