@@ -22,6 +22,7 @@ import triton.language as tl
 from kvkernels.triton_kernels.calls import CHANGING, INDEX_TENSORS, Call
 from kvkernels.triton_kernels.configs import TileConfig, decode_config
 from kvkernels.triton_kernels.launch import Device, Launch
+from kvkernels.triton_kernels.parts import load_parts, store_parts, zeros
 from kvkernels.triton_kernels.runs import attend_cache
 from kvkernels.triton_kernels.splits import (
     MAX_SPLITS,
@@ -34,7 +35,7 @@ from kvkernels.triton_kernels.splits import (
     shortest_split,
     tile_of_join,
 )
-from kvkernels.triton_kernels.tiles import finish, load_parts, start_rows, store_parts, zeros
+from kvkernels.triton_kernels.tiles import finish, start_rows
 
 # Tokens of a split where the batch must not matter.
 _INVARIANT_SPLIT_TOKENS = 2048

@@ -22,7 +22,7 @@ plus what never changes from tile to tile.
 import triton
 import triton.language as tl
 
-from kvkernels.triton_kernels.tiles import at, end_of, first_of, width_of
+from kvkernels.triton_kernels.parts import at, end_of, first_of, width_of
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 

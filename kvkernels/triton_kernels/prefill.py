@@ -24,6 +24,7 @@ import triton.language as tl
 from kvkernels.triton_kernels.calls import CHANGING, INDEX_TENSORS, Call
 from kvkernels.triton_kernels.configs import TileConfig, prefill_config
 from kvkernels.triton_kernels.launch import Device, Launch
+from kvkernels.triton_kernels.parts import load_parts, store_parts, zeros
 from kvkernels.triton_kernels.rules import tree_depths
 from kvkernels.triton_kernels.runs import attend_cache
 from kvkernels.triton_kernels.splits import (
@@ -33,7 +34,7 @@ from kvkernels.triton_kernels.splits import (
     plan_join,
     shortest_split,
 )
-from kvkernels.triton_kernels.tiles import finish, load_parts, start_rows, store_parts, zeros
+from kvkernels.triton_kernels.tiles import finish, start_rows
 
 # Query rows of a sequence that the tile is chosen for where the batch must not matter.
 _INVARIANT_ROWS = 64

@@ -21,20 +21,17 @@ import triton.language as tl
 
 from kvkernels.quantized_cache import KIND_SHIFT
 from kvkernels.triton_kernels.pairs import load_key_pairs, load_value_pairs
-from kvkernels.triton_kernels.tiles import (
-    add_values,
-    advance,
+from kvkernels.triton_kernels.parts import (
     at,
     end_of,
     first_of,
-    is_swapped,
     join_parts,
-    load_block_ids,
     load_rows,
     split_parts,
     swap_parts,
     width_of,
 )
+from kvkernels.triton_kernels.tiles import add_values, advance, is_swapped, load_block_ids
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 BLOCK_MASK = tl.constexpr((1 << KIND_SHIFT) - 1)
