@@ -91,8 +91,7 @@ def overwritten_on_device() -> Iterator[None]:
         def overwritten(self: DeviceBlocks, tokens: Any, salt: str) -> Any:
             match, block_ids = find(self, tokens, salt)
             if len(block_ids):
-                data, after = self.groups[0].pool.data, int(block_ids[-1, 0]) + 1
-                data[block_ids[0, 0]] = data[after]
+                self.groups[0].pool.data[block_ids[0, 0]].normal_()
             return match, block_ids
 
         return overwritten
