@@ -16,7 +16,7 @@ import torch
 import kvkernels
 from bench.gpu import events
 from kvkernels import BlockFormat, EncodedBlocks, KVLayout, KVPool
-from kvkernels.transfer import BlockTransfer
+from kvkernels.transfer import BlockTransfer, Restoration
 
 MAX_ROUNDS = 7
 LAYERS_PER_STEP = 8
@@ -97,10 +97,13 @@ def time_restore(
     parts = _scatter(encoded)
     with closing(BlockTransfer(pool)) as transfer:
 
+        def check(restoration: Restoration) -> None:
+            if not (is_good := restoration.wait()).all():
+                bad, total = int((~is_good).sum()), is_good.numel()
+                raise RuntimeError(f"{codec}: expected all {total} layers right, got {bad} wrong")
+
         def restore(layers_per_step: int | None) -> None:
-            restoration = transfer.restore(encoded, ids, layers_per_step=layers_per_step)
-            if not restoration.wait().all():
-                raise RuntimeError(f"{codec}: a layer with other sums")
+            check(transfer.restore(encoded, ids, layers_per_step=layers_per_step))
 
         def restore_first_layer() -> None:
             restoration = transfer.restore(encoded, ids, layers_per_step=LAYERS_PER_STEP)
@@ -111,8 +114,7 @@ def time_restore(
         def restore_scattered() -> None:
             restoration = transfer.begin_restore(parts, ids)
             restoration.add_layers(range(layout.num_layers))
-            if not restoration.wait().all():
-                raise RuntimeError(f"{codec}: a layer with other sums")
+            check(restoration)
 
         seconds = {
             "": _median_s(partial(restore, None), device),

@@ -237,7 +237,7 @@ def _max_splits(
     if call.scoring.window:
         max_tokens = min(max_tokens, call.scoring.window + call.query.shape[0])
     # Codes and rules beside all the rows there may be leave no registers for more.
-    is_full = config.tile_m > 64 and (call.is_heavy or call.key_cache.itemsize == 1)
+    is_full = config.tile_m > 64 and (call.is_heavy or call.is_float8)
     if call.batch_invariant or is_full or num_programs > at_once:
         return 1
     return min(
@@ -255,7 +255,7 @@ def _max_registers(call: Call, tile_m: int, is_split: bool) -> int | None:
 
 
 def plan_prefill(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device) -> list[Launch]:
-    """The launch for queries that `cu_seqlens_q` deals out; `lse` of no elements is not written."""
+    """The launches for queries that `cu_seqlens_q` deals out; an empty `lse` is not written."""
     query, num_seqs = call.query, call.seq_lens.shape[0]
     num_tokens, num_heads, head_dim = query.shape
     num_rows = triton.cdiv(num_tokens, num_seqs) * call.group
