@@ -26,8 +26,6 @@ from bench.gpu.engine_setup import (
     make_model,
     make_prompt,
     open_engine,
-    results,
-    submit,
     warnings_of,
 )
 from kvkernels import BlockFormat, KVPool
@@ -138,17 +136,19 @@ def _read_bytes(engine: Engine) -> int:
 
 
 def time_decode(case: Case, model: Any, num_seqs: int, cuda_graphs: bool) -> Row:
-    """Milliseconds of a decode step, and of it the engine's beside the model's forward pass."""
+    """Milliseconds of a decode step, and of it the engine's beside the model's forward pass.
+
+    The model's are of all steps, also of the first few, which do not have the whole batch yet: the
+    engine is faster than whoever would wait for the last prompt to be in it.
+    """
     prompts = [make_prompt(case, case.context + 1, seed) for seed in range(num_seqs)]
     with (
         warnings_of("prefixstore") as warnings,
         open_engine(case, model, cuda_graphs=cuda_graphs) as engine,
     ):
         _warm_up(engine, prompts)
-        handles = submit(engine, prompts, case.num_new // 2)
-        next(iter(handles[-1]))  # until then the batch grows
         before = engine.stats()
-        outputs = results(handles)
+        outputs = answer(engine, prompts, case.num_new)
         after = engine.stats()
         shapes = _graph_shapes(engine)
     step_ms = _step_ms(outputs)

@@ -24,7 +24,6 @@ from prefixstore.config import CacheConfig
 from prefixstore.engine import (
     Engine,
     EngineConfig,
-    RequestHandle,
     RequestOutput,
     SamplingParams,
 )
@@ -174,20 +173,9 @@ def empty_device_cache() -> None:
 def answer(
     engine: Engine, prompts: Sequence[list[int]], num_new: int, logprobs: int | None = None
 ) -> list[RequestOutput]:
-    """Greedy answers to prompts that are submitted together."""
-    return results(submit(engine, prompts, num_new, logprobs))
-
-
-def submit(
-    engine: Engine, prompts: Sequence[list[int]], num_new: int, logprobs: int | None = None
-) -> list[RequestHandle]:
-    """Ask for what `answer` returns."""
+    """Greedy answers to prompts that are submitted together; RuntimeError if one failed."""
     sampling = SamplingParams(num_new, temperature=0, ignore_eos=True, logprobs=logprobs)
-    return [engine.submit(prompt, sampling) for prompt in prompts]
-
-
-def results(handles: Sequence[RequestHandle]) -> list[RequestOutput]:
-    """The answers, once they are there; RuntimeError if one failed."""
+    handles = [engine.submit(prompt, sampling) for prompt in prompts]
     outputs = [handle.result() for handle in handles]
     for output in outputs:
         if output.error is not None:
