@@ -81,7 +81,8 @@ class KVLayout:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
         if latent_dim is not None:
             num_kv_heads, head_dim = 1, latent_dim + config.qk_rope_head_dim
-        own_dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+        # Asking for the older name where there is the newer one logs a warning.
+        own_dtype = getattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", None)
         return cls(
             num_layers=num_layers if num_layers is not None else config.num_hidden_layers,
             num_kv_heads=num_kv_heads,

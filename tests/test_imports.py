@@ -24,6 +24,7 @@ NAMES = (
     "prefixstore.block_key",
 )
 NAMES += ("prefixstore.record_header", "prefixstore.index", "prefixstore.keys")
+AT_EXIT = ("prefixstore.at_exit",)
 PROTECTION = ("prefixstore.protection",)
 RECORD = ("prefixstore.record", "prefixstore.record_layout")
 REDIS = ("prefixstore.tiers.redis",)
@@ -75,7 +76,7 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("prefixstore.tiers",): ("numpy", *NAMES, *PROTECTION),
     REDIS: ("redis", "prefixstore.tiers.base", "prefixstore.tiers.outcomes", *NAMES),
     REMOTE: ("obstore", "prefixstore.tiers.base", "prefixstore.tiers.outcomes", *NAMES),
-    STORE: ("numpy", "prefixstore.tiers.base", *NAMES, *RECORD),
+    STORE: ("numpy", "prefixstore.tiers.base", *NAMES, *RECORD, *AT_EXIT),
     PLANNER: ("numpy",),
     # Beside the cache: what a model's KV depends on, and models to try it with.
     ("prefixstore.identity",): ("torch", "numpy", "kvkernels", "prefixstore.errors"),
@@ -92,6 +93,7 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
         *("torch", "numpy", "kvkernels", "prefixstore.cache", "prefixstore.config"),
         *NAMES,
         *RECORD,
+        *AT_EXIT,
         *STORE,
         *PLANNER,
         *CACHE,

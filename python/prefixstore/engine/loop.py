@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from prefixstore.at_exit import close_at_exit
 from prefixstore.block_cache import BlockCache
 from prefixstore.cache import PrefixCache
 from prefixstore.engine.audit import Auditor
@@ -89,6 +90,7 @@ class EngineLoop:
         self._weights_checked = 0.0
         self._thread = threading.Thread(target=self._run, name="kv-engine", daemon=True)
         self._thread.start()
+        close_at_exit(self.close)
 
     def close(self) -> None:
         """Cancel what is under way and stop. May be repeated."""

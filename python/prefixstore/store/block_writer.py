@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from prefixstore.at_exit import close_at_exit
 from prefixstore.block_key import RecordName
 from prefixstore.store.block_sources import MAX_RECORDS, MAX_RECORDS_BYTES
 from prefixstore.store.config import StoreConfig
@@ -46,6 +47,7 @@ class BlockWriter:
         self._unread: dict[WriteJob, None] = {}  # of those at hand, whose blocks may be read yet
         self._thread = threading.Thread(target=self._run, name="prefixstore-writer", daemon=True)
         self._thread.start()
+        close_at_exit(self.close)
 
     def offer(self, job: WriteJob) -> bool:
         """Queue a block; False if it does not fit, the queue is closed or the process forked."""
