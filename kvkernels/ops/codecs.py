@@ -62,9 +62,11 @@ def encode_blocks(
         pool: Holds the blocks, full of numbers in every slot.
         block_ids: ``[num_blocks]``, int64, which blocks; on the pool's device.
         block_format: How; of the pool's layout.
-        payloads: Where: ``[num_blocks, row_bytes]``, uint8, last stride 1, rows wide enough for
-            raw blocks (``block_format.raw.payload_bytes``); on the pool's device, or of a pool on a
-            GPU in pinned memory of the host. Default a new tensor.
+        payloads: Where: ``[num_blocks, row_bytes]``, uint8, last stride 1, rows of
+            ``block_format.payload_bytes`` or more; on the pool's device, or of a pool on a GPU in
+            pinned memory of the host. Default a new tensor. In rows too narrow for raw blocks
+            (``block_format.raw.payload_bytes``) a block that must be raw is not written: all that
+            is right of it is its `is_raw`.
         num_programs: On a GPU, at most so many programs run at once, each on one multiprocessor,
             so that others remain to whoever computes beside; default no bound.
 
@@ -76,10 +78,10 @@ def encode_blocks(
     _check_num_programs(num_programs)
     device = pool.data.device
     num_blocks, num_layers = len(block_ids), len(block_format.layers)
-    row_bytes = max(block_format.payload_bytes, block_format.raw.payload_bytes)
     if payloads is None:
+        row_bytes = max(block_format.payload_bytes, block_format.raw.payload_bytes)
         payloads = torch.empty(num_blocks, row_bytes, dtype=torch.uint8, device=device)
-    _check_payloads(payloads, num_blocks, row_bytes, device)
+    _check_payloads(payloads, num_blocks, block_format.payload_bytes, device)
     sums = torch.empty(num_blocks, num_layers, 2, dtype=torch.int64, device=device)
     if device.type == "cuda":
         from kvkernels.triton_kernels import codecs as triton_kernels
@@ -93,6 +95,8 @@ def encode_blocks(
     is_good = torch.empty(num_blocks, num_layers, dtype=torch.bool)
     _encode(pool, block_ids.contiguous(), block_format, payloads, sums, is_good)
     encoded = EncodedBlocks(block_format, payloads, sums, ~is_good.all(1))
+    if payloads.shape[1] < block_format.raw.payload_bytes:
+        return encoded
     for index in encoded.is_raw.nonzero()[:, 0].tolist():
         one = slice(index, index + 1)
         raw = block_format.raw

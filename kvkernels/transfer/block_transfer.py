@@ -25,7 +25,7 @@ from kvkernels.ops.codecs import EncodedBlocks
 from kvkernels.pool import KVPool
 from kvkernels.transfer.lanes import Done, Lane, lane_of
 from kvkernels.transfer.ring import Ring
-from kvkernels.transfer.routes import route_of
+from kvkernels.transfer.routes import HostRoute, route_of
 
 _PAGE_BYTES = 4096
 
@@ -34,12 +34,13 @@ class Eviction:
     """Blocks on their way out. Made by `BlockTransfer.evict`; a context that ends in `release`.
 
     Attributes:
-        slots: ``[num_blocks, slot_bytes]``, uint8: headroom and payload of each.
+        slots: ``[num_blocks, slot_bytes]``, uint8: headroom and payload of each; of `evict_into`
+            the payloads alone.
     """
 
-    def __init__(self, slots: torch.Tensor, give_back: Callable[[], None]) -> None:
+    def __init__(self, slots: torch.Tensor, give_back: Callable[[], None] | None = None) -> None:
         self.slots = slots
-        self._give_back: Callable[[], None] | None = give_back
+        self._give_back = give_back
         self._done: Done | None = None
         self._finish: Callable[[], EncodedBlocks] | None = None
 
@@ -202,9 +203,7 @@ class BlockTransfer:
             ValueError: If there are more blocks than slots, a payload is longer than a slot, or an
                 argument is not as `encode_blocks` wants it.
         """
-        check_shape("block_ids", block_ids, (None,))
-        check_dtype("block_ids", block_ids, torch.int64)
-        num_blocks = len(block_ids)
+        num_blocks = _num_ids(block_ids)
         if not 1 <= num_blocks <= self.num_slots:
             raise ValueError(f"block_ids: expected 1 to {self.num_slots}, got {num_blocks}")
         if block_format.payload_bytes > self._payload_bytes:
@@ -217,6 +216,45 @@ class BlockTransfer:
         slots = self._slots[first : first + num_blocks]
         payloads = slots[:, self._headroom : self._headroom + self._payload_bytes]
         eviction = Eviction(slots, partial(self._ring.give_back, first))
+        return self._start(eviction, block_ids, block_format, payloads, after)
+
+    @property
+    def can_evict_into(self) -> bool:
+        """Whether `evict_into` is there: of a pool in host memory."""
+        return isinstance(self._route, HostRoute)
+
+    def evict_into(
+        self,
+        block_ids: torch.Tensor,
+        block_format: BlockFormat,
+        payloads: torch.Tensor,
+        after: Done | None = None,
+    ) -> Eviction:
+        """Encode blocks where the caller wants them, rather than into slots.
+
+        Args:
+            block_ids: As for `evict`, but as many as there are `payloads`.
+            block_format: As for `evict`.
+            payloads: In host memory, as for `encode_blocks`.
+            after: As for `evict`.
+
+        Raises:
+            ValueError: If this is not there for the pool, or an argument is not as `encode_blocks`
+                wants it.
+        """
+        if not self.can_evict_into:
+            raise ValueError(f"pool: expected one in host memory, got one on {self.pool.device}")
+        _num_ids(block_ids)
+        return self._start(Eviction(payloads), block_ids, block_format, payloads, after)
+
+    def _start(
+        self,
+        eviction: Eviction,
+        block_ids: torch.Tensor,
+        block_format: BlockFormat,
+        payloads: torch.Tensor,
+        after: Done | None,
+    ) -> Eviction:
         encode = partial(self._route.encode, block_ids, block_format, payloads)
         try:
             eviction.start(self._lane, encode, after)
@@ -286,3 +324,9 @@ class BlockTransfer:
     def close(self) -> None:
         """Wait for what is on its way."""
         self._lane.close()
+
+
+def _num_ids(block_ids: torch.Tensor) -> int:
+    check_shape("block_ids", block_ids, (None,))
+    check_dtype("block_ids", block_ids, torch.int64)
+    return len(block_ids)

@@ -42,8 +42,9 @@ def encode_blocks(
         blocks: ``[num_blocks, *block_shape]``, a pool's data.
         block_ids: ``[num_rows]``, int64, contiguous.
         block_format: How.
-        payloads: ``[num_rows, row_bytes]``, uint8, last stride 1, rows a multiple of 4 bytes apart
-            and wide enough for raw blocks; on the device, or in pinned memory of the host.
+        payloads: ``[num_rows, row_bytes]``, uint8, last stride 1, rows a multiple of 4 bytes apart;
+            on the device, or in pinned memory of the host. Where they are too narrow for raw
+            blocks, such are not written.
         sums: ``[num_rows, num_layers, 2]``, int64, contiguous, is written.
         is_raw: ``[num_rows]``, bool, contiguous, is written.
         num_programs: At most so many run at once and take multiprocessors from others; None for no
@@ -55,7 +56,7 @@ def encode_blocks(
     sums.zero_()
     is_raw.zero_()
     run(plan_encode(work, sums), blocks)
-    if set(block_format.codecs) != {"raw"}:
+    if set(block_format.codecs) != {"raw"} and holds_raw(work):
         sums.masked_fill_(is_raw[:, None, None], 0)
         run(plan_encode_raw(work, sums), blocks)
 

@@ -91,6 +91,40 @@ class PoolBlocks:
             write_header(key, written, sums, record)
             yield record
 
+    @property
+    def writes_anywhere(self) -> bool:
+        """See `RecordMaker`."""
+        return self.transfer.can_evict_into
+
+    def write(
+        self,
+        keys: Sequence[BlockKey],
+        sources: Sequence[PoolBlock],
+        places: Sequence[np.ndarray],
+    ) -> list[bool]:
+        """See `RecordMaker`."""
+        alike: defaultdict[RecordLayout, list[_Place]] = defaultdict(list)
+        for number, (key, data) in enumerate(zip(keys, places, strict=True)):
+            alike[key.layout].append(_Place(data.ctypes.data, number, data))
+        is_written = [False] * len(keys)
+        for layout, unsorted in alike.items():
+            for run in _runs(sorted(unsorted)):
+                numbers = [place.number for place in run]
+                eviction = self.transfer.evict_into(
+                    torch.tensor([sources[number].block_id for number in numbers]),
+                    layout.block_format,
+                    _payloads(run, layout),
+                    all_done([sources[number].written for number in numbers]),
+                )
+                encoded = eviction.wait()
+                for place, is_raw, sums in zip(
+                    run, encoded.is_raw.tolist(), encoded.sums, strict=True
+                ):
+                    if not is_raw:
+                        write_header(keys[place.number], layout, sums, place.data)
+                        is_written[place.number] = True
+        return is_written
+
     def close(self) -> None:
         """Wait for what is on its way."""
         self.transfer.close()
@@ -144,23 +178,27 @@ class PoolTarget:
         """Restore records of each layout together, in the order in which they lie in memory."""
         alike: defaultdict[RecordLayout, list[_Place]] = defaultdict(list)
         for number, record in enumerate(records):
-            place = _Place(record.data.ctypes.data, number, record)
+            place = _Place(record.data.ctypes.data, number, record.data)
             alike[record.header.key.layout].append(place)
-        return [self._begin_alike(sorted(places)) for places in alike.values()]
+        return [
+            self._begin_alike(layout, sorted(places), records) for layout, places in alike.items()
+        ]
 
-    def _begin_alike(self, places: list[_Place]) -> _Way:
-        encoded = [_encoded(run) for run in _runs(places)]
-        block_ids = self._block_ids[[place.record.index for place in places]]
+    def _begin_alike(
+        self, layout: RecordLayout, places: list[_Place], records: Sequence[FetchedRecord]
+    ) -> _Way:
+        encoded = [_encoded(run, layout, records) for run in _runs(places)]
+        block_ids = self._block_ids[[records[place.number].index for place in places]]
         restoration = self._transfer.begin_restore(encoded, block_ids, after=self._free)
         return _Way([place.number for place in places], restoration)
 
 
 class _Place(NamedTuple):
-    """Where a record lies, and which of those given it is."""
+    """Where a record lies or is to lie, and which of those given it is."""
 
     address: int
     number: int
-    record: FetchedRecord
+    data: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -188,23 +226,28 @@ def _problem(is_layer_good: torch.Tensor) -> str:
     return f"payload: expected the table's checksums, got others in layers {wrong}"
 
 
-def _encoded(run: Sequence[_Place]) -> EncodedBlocks:
-    """The payloads of records of one layout at equal distances, where they lie."""
-    first = run[0].record
-    layout = first.header.key.layout
-    payload = first.data[layout.header_bytes :]
-    distance = run[1].address - run[0].address if len(run) > 1 else payload.nbytes
-    rows = np.lib.stride_tricks.as_strided(payload, (len(run), payload.nbytes), (distance, 1))
+def _encoded(
+    run: Sequence[_Place], layout: RecordLayout, records: Sequence[FetchedRecord]
+) -> EncodedBlocks:
+    """The payloads of a run, where they lie."""
     return EncodedBlocks(
         layout.block_format,
-        torch.from_numpy(rows),
-        stack_sums([place.record.header for place in run]),
+        _payloads(run, layout),
+        stack_sums([records[place.number].header for place in run]),
         torch.zeros(len(run), dtype=torch.bool),
     )
 
 
+def _payloads(run: Sequence[_Place], layout: RecordLayout) -> torch.Tensor:
+    """``[num_records, payload_bytes]``, uint8: those of records of one layout in a run."""
+    payload = run[0].data[layout.header_bytes : layout.record_bytes]
+    distance = run[1].address - run[0].address if len(run) > 1 else payload.nbytes
+    rows = np.lib.stride_tricks.as_strided(payload, (len(run), payload.nbytes), (distance, 1))
+    return torch.from_numpy(rows)
+
+
 def _runs(places: Sequence[_Place]) -> Iterator[list[_Place]]:
-    """Records at equal distances, so that a call decodes them where they lie."""
+    """Records at equal distances, so that a call reads or writes them where they lie."""
     run: list[_Place] = []
     for place in places:
         if run and not _continues(run, place):
@@ -217,7 +260,7 @@ def _runs(places: Sequence[_Place]) -> Iterator[list[_Place]]:
 
 def _continues(run: Sequence[_Place], place: _Place) -> bool:
     """Whether a record lies as far behind a run as its records do, and in the same memory."""
-    data, before = place.record.data, run[-1].record.data
+    data, before = place.data, run[-1].data
     distance = place.address - run[-1].address
     if distance < before.nbytes or data.base is None or data.base is not before.base:
         return False

@@ -37,7 +37,7 @@ def test_bad_arguments_are_named() -> None:
         kvkernels.encode_blocks(pool, torch.arange(3), block_format)
     with refuses("block_ids: expected dtype torch.int64, got torch.int32"):
         kvkernels.encode_blocks(pool, ids.int(), block_format)
-    row_bytes = block_format.raw.payload_bytes
+    row_bytes = block_format.payload_bytes
     with refuses(f"payloads: expected rows of {row_bytes} bytes or more, got 64"):
         payloads = torch.empty(2, 64, dtype=torch.uint8)
         kvkernels.encode_blocks(pool, ids, block_format, payloads=payloads)

@@ -264,6 +264,25 @@ def test_rows_may_be_wider_and_lie_apart(codec_implementation: str) -> None:
     assert (whole[:, 64 + block_format.payload_bytes :] == 170).all()
 
 
+@pytest.mark.parametrize("codec", LOSSY)
+def test_rows_too_narrow_for_raw_blocks_do_not_take_them(
+    codec: str, codec_implementation: str
+) -> None:
+    pool = make_pool(KVLayout(2, 1, 64, 16), 3)
+    pool.data[1, 1, 1, 0, 5, 63] = torch.inf
+    block_format = BlockFormat(pool.layout, codec)
+    num_bytes = block_format.payload_bytes
+    whole = torch.full((3, num_bytes + 64), 170, dtype=torch.uint8)
+    ids = torch.arange(3)
+    narrow = kvkernels.encode_blocks(pool, ids, block_format, payloads=whole[:, :num_bytes])
+    assert narrow.is_raw.tolist() == [False, True, False]
+    assert (whole[:, num_bytes:] == 170).all()
+    wide = encode(pool, codec)
+    for row in (0, 2):
+        assert torch.equal(narrow.payload(row), wide.payload(row))
+        assert torch.equal(narrow.sums[row], wide.sums[row])
+
+
 @pytest.mark.parametrize("num_programs", [1, 3])
 @pytest.mark.parametrize("codecs", [["k8v4", "raw", "k8v4"], ["l12", "l12", "q2"]], ids=str)
 def test_few_programs_write_the_same(

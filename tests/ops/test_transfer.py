@@ -97,6 +97,28 @@ def test_out_and_in_again(codec: str, layout: KVLayout, make_transfer: MakeTrans
     assert (target.data[[0, 4]] == 0).all()
 
 
+@pytest.mark.parametrize("codec", CODECS)
+def test_out_into_memory_of_others(codec: str, make_transfer: MakeTransfer) -> None:
+    pool = make_pool(5)
+    transfer = make_transfer(pool, num_slots=1)  # of which none is needed
+    ids, block_format = torch.tensor([3, 0, 4]), BlockFormat(LAYOUT, codec)
+    wanted = kvkernels.encode_blocks(pool, ids, block_format)
+    whole = torch.full((3, block_format.payload_bytes + 64), 170, dtype=torch.uint8)
+    payloads = whole[:, : block_format.payload_bytes]
+    if not transfer.can_evict_into:
+        with pytest.raises(ValueError, match="pool: expected one in host memory, got one on cuda"):
+            transfer.evict_into(ids, block_format, payloads)
+        return
+    with transfer.evict_into(ids, block_format, payloads) as eviction:
+        encoded = eviction.wait()
+    assert torch.equal(encoded.sums, wanted.sums) and not encoded.is_raw.any()
+    for index in range(3):
+        assert torch.equal(payloads[index], wanted.payload(index))
+    assert (whole[:, block_format.payload_bytes :] == 170).all()
+    with pytest.raises(ValueError, match=r"payloads: expected shape \[2, any\], got \[3, "):
+        transfer.evict_into(ids[:2], block_format, payloads).wait()
+
+
 def test_blocks_are_read_after_what_wrote_them(make_transfer: MakeTransfer) -> None:
     pool, gate = make_pool(1), Gate()
     block_format = BlockFormat(LAYOUT, "raw")

@@ -41,9 +41,7 @@ def test_blocks_of_an_engine_that_nobody_closed_are_kept(tmp_path):
     torch.manual_seed(0)
     with open_engine(tiny_llama(), tiers=(tier,), restore_policy="load") as engine:
         report = answer(engine, prompt(50 * BLOCK_SIZE)).report
-    assert (
-        report.reuse.tokens_by_tier["disk"] == 49 * BLOCK_SIZE
-    )  # all but that of the last token
+    assert report.reuse.tokens_by_tier["disk"] == 49 * BLOCK_SIZE  # all but that of the last token
 
 
 @pytest.fixture

@@ -222,14 +222,22 @@ def test_pressure_leaves_what_open_sessions_hold_in_the_index(model, open_cache)
         again.release()
 
 
+def delay_puts(monkeypatch, wait):
+    """Have a memory tier wait before it takes records, whichever way they come."""
+
+    def late(take):
+        def wait_and_take(*arguments, **options):
+            wait()
+            return take(*arguments, **options)
+
+        return wait_and_take
+
+    monkeypatch.setattr(MemoryTier, "put_many", late(MemoryTier.put_many))
+    monkeypatch.setattr(MemoryTier, "reserve_many", late(MemoryTier.reserve_many))
+
+
 def test_pressure_waits_for_writes_before_it_evicts_more(model, open_cache, monkeypatch):
-    put_many = MemoryTier.put_many
-
-    def slow_put(*arguments, **options):
-        time.sleep(0.02)
-        return put_many(*arguments, **options)
-
-    monkeypatch.setattr(MemoryTier, "put_many", slow_put)
+    delay_puts(monkeypatch, lambda: time.sleep(0.02))
     cache = open_cache(pool_tokens=40 * BLOCK_SIZE, memory_bytes=1 << 24)
     run(cache, model, random_tokens(30 * BLOCK_SIZE + 1, seed=1), num_new=2)
     run(cache, model, random_tokens(12 * BLOCK_SIZE, seed=3), num_new=2)
@@ -238,13 +246,7 @@ def test_pressure_waits_for_writes_before_it_evicts_more(model, open_cache, monk
 
 def test_no_block_is_dropped_while_the_writer_is_slow(model, open_cache, monkeypatch):
     may_write = threading.Event()
-    put_many = MemoryTier.put_many
-
-    def slow_put(*arguments, **options):
-        may_write.wait(60)
-        return put_many(*arguments, **options)
-
-    monkeypatch.setattr(MemoryTier, "put_many", slow_put)
+    delay_puts(monkeypatch, lambda: may_write.wait(60))
     cache = open_cache(pool_tokens=20_000, memory_bytes=1 << 28)
     for seed in range(9):  # more blocks than a store queues by default
         run(cache, model, random_tokens(2000, seed=seed), num_new=1)

@@ -19,6 +19,8 @@ from prefixstore.record_layout import RecordLayout
 from prefixstore.store import Store, StoreConfig
 from prefixstore.store.block_sources import MAX_RECORDS_BYTES, HostBlock, WrittenRecord
 from prefixstore.store.write_queue import WriteJob, WriteQueue
+from prefixstore.tiers.base import PAGE_BYTES
+from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
 
 NUM_BLOCKS = 24
 CODED = RecordLayout(3, 1, 16, 16, "bfloat16", 0, ("q8",))
@@ -111,6 +113,90 @@ def test_blocks_of_a_pool_with_several_codecs_in_one_call() -> None:
     for number, key in enumerate(keys):
         block = pool.block_data(number).numpy()
         assert tier.records[key.block_hash] == make_record_of(key, block), number
+
+
+class GatedMemory(MemoryTier):
+    """Asked what it holds, waits at a gate; knows what it was given by `put_many`."""
+
+    def __init__(self, gate: Gate, capacity_bytes: int) -> None:
+        super().__init__(MemoryTierConfig(capacity_bytes, 16 * PAGE_BYTES))
+        self._gate = gate
+        self.put_names: list[bytes] = []
+
+    def contains_many(self, names, *, deadline=None):
+        self._gate("contains")
+        return super().contains_many(names, deadline=deadline)
+
+    def put_many(self, names, records, *, priority=0, deadline=None):
+        self.put_names += [name.block_hash for name in names]
+        return super().put_many(names, records, priority=priority, deadline=deadline)
+
+
+def test_records_are_made_where_the_memory_tier_keeps_them() -> None:
+    """Those that turn out longer, raw, go the other way; slower tiers get all of them."""
+    gate = Gate("contains")
+    memory, slow = GatedMemory(gate, 1 << 20), DictTier("slow")
+    keys = [
+        key if number % 5 else replace(key, layout=CODED.raw)
+        for number, key in enumerate(make_keys(NUM_BLOCKS, CODED))
+    ]
+    pool = KVPool(CODED.block_format.layout, NUM_BLOCKS)
+    pool.data.copy_(torch.randn(pool.data.shape))
+    pool.data[7, 0, 0, 0, 0, 0] = torch.inf  # written raw
+    pool_blocks = PoolBlocks(pool, [CODED, CODED.raw])
+    with Store([memory, slow]) as store:
+        done = save_behind(store, gate, keys, map(pool_blocks.source, range(NUM_BLOCKS)))
+        assert sorted(done) == list(range(NUM_BLOCKS))
+        assert use_of(store, "memory").num_written == use_of(store, "slow").num_written == 25
+        records = {
+            key.block_hash: make_record_of(key, pool.block_data(number).numpy())
+            for number, key in enumerate(keys)
+        }
+        assert {name: slow.records[name] for name in records} == records
+        written_bytes = use_of(store, "memory").written_bytes - LAYOUT.record_bytes
+        assert written_bytes == sum(map(len, records.values()))
+        if pool.device.type == "cpu":  # one was saved to hold the writer up
+            assert memory.put_names[1:] == [keys[7].block_hash]
+        for key in keys:
+            out = memoryview(bytearray(key.layout.max_record_bytes))
+            assert out[: memory.get(key.name, out)] == records[key.block_hash]
+        assert store.check() == []
+    pool_blocks.close()
+
+
+def test_more_blocks_than_the_memory_tier_has_slots_are_all_written() -> None:
+    gate = Gate("contains")
+    memory, slow = GatedMemory(gate, 16 * PAGE_BYTES), DictTier("slow")
+    keys = make_keys(NUM_BLOCKS, CODED)
+    pool = KVPool(CODED.block_format.layout, NUM_BLOCKS)
+    pool.data.copy_(torch.randn(pool.data.shape))
+    pool_blocks = PoolBlocks(pool, [CODED])
+    with Store([memory, slow]) as store:
+        save_behind(store, gate, keys, map(pool_blocks.source, range(NUM_BLOCKS)))
+        use = use_of(store, "memory")
+        assert (use.num_written, use.num_full, use.num_errors) == (25, 0, 0)
+        assert len(slow.records) == 25
+        assert memory.stats().num_records == 16
+        assert store.check() == []
+    pool_blocks.close()
+
+
+def test_a_pool_that_fails_costs_what_it_had_at_hand(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate("contains")
+    memory = GatedMemory(gate, 1 << 20)
+    keys = make_keys(NUM_BLOCKS, CODED)
+    pool_blocks = PoolBlocks(KVPool(CODED.block_format.layout, NUM_BLOCKS), [CODED])
+    for name in ("write", "records"):
+        monkeypatch.setattr(pool_blocks, name, lambda *_: 1 // 0)
+    with Store([memory]) as store:
+        done = save_behind(store, gate, keys, map(pool_blocks.source, range(NUM_BLOCKS)))
+        assert sorted(done) == list(range(NUM_BLOCKS))
+        assert "division" in caplog.text and not use_of(store, "memory").is_down
+        assert memory.stats().num_records == 1
+        assert store.check() == []
+    pool_blocks.close()
 
 
 def test_a_queue_gives_as_many_as_fit_into_a_batch() -> None:

@@ -8,7 +8,7 @@ from sample_blocks import LARGE_LAYOUT, LAYOUT, make_keys, make_record
 from tier_kinds import SLOT, get, held, put, put_many, stored_bytes
 
 from prefixstore.block_key import chain_keys
-from prefixstore.errors import BlockCorrupted, TierFull, TierTimeout
+from prefixstore.errors import BlockCorrupted, TierFull, TierTimeout, TierUnavailable
 from prefixstore.record_header import TRAILER_BYTES
 from prefixstore.tiers.base import Held, Swept
 
@@ -226,3 +226,93 @@ def test_an_identity_keeps_to_its_quota(make_tier):
     assert isinstance(outcome, TierFull)
     put(tier, other[3])
     assert tier.list_identities()[mine[0].identity].num_bytes == 4 * stored_bytes(tier, LAYOUT)
+
+
+@pytest.fixture
+def memory(make_kind):
+    """The tier that records are made in; four slots of theirs, and no other slab."""
+    return make_kind("memory", 4 * SLOT, 4 * SLOT)
+
+
+def reserve(tier, keys, priority=0):
+    sizes = [key.layout.record_bytes for key in keys]
+    return tier.reserve_many([key.name for key in keys], sizes, priority=priority)
+
+
+def fill(places, keys):
+    for place, key in zip(places, keys, strict=True):
+        place[:] = make_record(key)
+
+
+def test_records_made_in_a_tier_are_there_once_they_are_whole(memory):
+    keys = make_keys(3)
+    with reserve(memory, keys) as places:
+        assert [place.size for place in places] == [BYTES] * 3
+        fill(places, keys)
+        assert held(memory, keys) == [False] * 3
+    assert [get(memory, key) for key in keys] == [make_record(key) for key in keys]
+    stats = memory.stats()
+    assert (stats.num_puts, stats.written_bytes, stats.num_records) == (3, 3 * BYTES, 3)
+
+
+def test_a_place_that_is_given_back_is_free(memory):
+    keys = make_keys(4)
+    for _ in range(3):
+        with reserve(memory, keys) as places:
+            fill(places, keys)
+            places[:] = [None] * 4
+    with reserve(memory, keys) as places:
+        fill(places, keys)
+        places[:3] = [None] * 3
+    assert held(memory, keys) == [False] * 3 + [True]
+    assert memory.stats().num_evictions == 0
+
+
+def test_after_an_exception_nothing_was_made(memory):
+    keys = make_keys(4)
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError), reserve(memory, keys) as places:
+            fill(places, keys)
+            raise ZeroDivisionError
+    assert held(memory, keys) == [False] * 4
+
+
+def test_no_place_is_given_twice_nor_without_room(memory):
+    kept, *keys = make_keys(7)
+    put(memory, kept)
+    with reserve(memory, [kept, *keys[:2], keys[0]]) as places:
+        assert [place is None for place in places] == [True, False, False, False]
+        fill(places[1:], [*keys[:2], keys[0]])
+        with reserve(memory, keys[2:]) as others:  # one is free for an eviction, the rest in use
+            assert [place is None for place in others] == [False, True, True, True]
+            fill(others[:1], keys[2:3])
+        put(memory, keys[1])  # somebody was faster
+    assert held(memory, keys) == [True, True, False, False, False, False]
+    assert [get(memory, key) for key in keys[:2]] == [make_record(key) for key in keys[:2]]
+
+
+def test_places_keep_to_priorities_and_quota(make_kind):
+    tier = make_kind("memory", 4 * SLOT, 4 * SLOT, quota_bytes=2 * BYTES)
+    important, *keys = make_keys(4)
+    put_many(tier, [important], priority=1)
+    with reserve(tier, keys) as places:  # the important one gives way to its own identity's quota
+        assert [place is None for place in places] == [False, False, True]
+        fill(places[:2], keys[:2])
+    assert held(tier, keys) == [True, True, False]
+    other = make_kind("memory", SLOT, SLOT)
+    put_many(other, [important], priority=1)
+    with reserve(other, keys[:1]) as places:
+        assert places == [None]
+    with reserve(other, keys[:1], priority=1) as places:
+        fill(places, keys[:1])
+    assert held(other, [important, keys[0]]) == [False, True]
+
+
+def test_a_tier_may_be_closed_while_records_are_made_in_it(memory, open_tiers):
+    keys = make_keys(2)
+    with reserve(memory, keys) as places:
+        memory.close()
+        fill(places, keys)
+    open_tiers.clear()
+    with pytest.raises(TierUnavailable), reserve(memory, keys):
+        pass

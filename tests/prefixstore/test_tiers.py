@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sample_blocks import LARGE_LAYOUT, LAYOUT, make_keys, make_record
-from tier_kinds import LARGE_SLOT, PAGE, SLOT, get, put, stored_bytes
+from tier_kinds import LARGE_SLOT, PAGE, SLOT, get, put, put_in_place, stored_bytes
 
 from prefixstore.errors import BlockCorrupted, ConfigError, TierFull, TierUnavailable
 from prefixstore.tiers.base import Tier
@@ -155,7 +155,7 @@ def run_random_operations(tier: Tier, seed: int, is_roomy: bool) -> dict[bytes, 
         key = keys[random.integers(len(keys))]
         match random.integers(4):
             case 0 | 1:
-                put(tier, key)
+                (put_in_place if tier.reserves and random.integers(2) else put)(tier, key)
                 model[key.block_hash] = records[key.block_hash]
                 assert tier.contains(key.name)
             case 2:
@@ -201,7 +201,7 @@ def test_threads_only_ever_see_whole_records(make_any_tier):
             for _ in range(150):
                 key = keys[random.integers(len(keys))]
                 if random.integers(3) == 0:
-                    put(tier, key)
+                    (put_in_place if tier.reserves and random.integers(2) else put)(tier, key)
                 elif (got := get(tier, key)) is not None:
                     num_hits[thread] += 1
                     if got != records[key.block_hash]:

@@ -112,5 +112,14 @@ def put_many(tier: Tier, keys: list[BlockKey], priority: int = 0) -> None:
     assert outcomes == [None] * len(keys)
 
 
+def put_in_place(tier: Tier, key: BlockKey) -> None:
+    """`put`, of a tier that reserves; as a store does."""
+    with tier.reserve_many([key.name], [key.layout.record_bytes]) as places:
+        if places[0] is not None:
+            places[0][:] = make_record(key)
+    if places[0] is None:
+        put(tier, key)
+
+
 def held(tier: Tier, keys: list[BlockKey]) -> list[bool]:
     return tier.contains_many([key.name for key in keys])

@@ -34,6 +34,21 @@ class RecordMaker(Protocol):
         """
         ...
 
+    @property
+    def writes_anywhere(self) -> bool:
+        """Whether `write` is there."""
+        ...
+
+    def write(
+        self, keys: Sequence[BlockKey], sources: Sequence[Any], places: Sequence[np.ndarray]
+    ) -> list[bool]:
+        """Make records in places of `key.layout.record_bytes` each; then the blocks are free.
+
+        Returns:
+            For each whether it is there. What a codec does not hold makes a longer record.
+        """
+        ...
+
 
 class BlockSource(Protocol):
     """A block that can be written as a record."""
@@ -86,9 +101,19 @@ class WrittenRecord:
         return _WRITTEN_RECORDS
 
 
-class _HostBlocks:
-    max_records = MAX_RECORDS
+class _Elsewhere:
+    """What makes records only in memory of its own."""
 
+    max_records = MAX_RECORDS
+    writes_anywhere = False
+
+    def write(
+        self, keys: Sequence[BlockKey], sources: Sequence[Any], places: Sequence[np.ndarray]
+    ) -> list[bool]:
+        raise NotImplementedError
+
+
+class _HostBlocks(_Elsewhere):
     @contextmanager
     def records(
         self, keys: Sequence[BlockKey], sources: Sequence[HostBlock]
@@ -100,9 +125,7 @@ class _HostBlocks:
         yield records
 
 
-class _WrittenRecords:
-    max_records = MAX_RECORDS
-
+class _WrittenRecords(_Elsewhere):
     @contextmanager
     def records(
         self, keys: Sequence[BlockKey], sources: Sequence[WrittenRecord]

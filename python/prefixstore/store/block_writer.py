@@ -125,12 +125,46 @@ class BlockWriter:
 
     def _write_alike(self, jobs: Sequence[WriteJob]) -> None:
         """Make records of blocks that lie in one place, and put them where they belong."""
+        jobs = self._write_in_place(jobs)
+        if not jobs:
+            return
         keys, sources = [job.key for job in jobs], [job.source for job in jobs]
         with sources[0].maker.records(keys, sources) as records:
             self._let_go(jobs)
             kept = self._put_first(jobs, records)
             for job, record, is_kept in zip(jobs, records, kept, strict=True):
                 self._hand_on(job, None if is_kept else record)
+
+    def _write_in_place(self, jobs: Sequence[WriteJob]) -> Sequence[WriteJob]:
+        """Make records where tier 0 keeps them; returns the jobs that are to be done otherwise."""
+        first, maker = self._first, jobs[0].source.maker
+        chosen = [job for job in jobs if 0 in job.tiers]
+        if not chosen or first is None or not first.reserves or not maker.writes_anywhere:
+            return jobs
+        names = [job.key.name for job in chosen]
+        sizes = [job.key.layout.record_bytes for job in chosen]
+        done: dict[WriteJob, None] = {}
+        self._is_blamed = True
+        with first.reserve_many(names, sizes, chosen[0].priority) as places:
+            self._is_blamed = False
+            there = [(i, place) for i, place in enumerate(places) if place is not None]
+            if there:
+                is_written = maker.write(
+                    [chosen[i].key for i, _ in there],
+                    [chosen[i].source for i, _ in there],
+                    [place for _, place in there],
+                )
+                for (i, _), is_there in zip(there, is_written, strict=True):
+                    if is_there:
+                        done[chosen[i]] = None
+                    else:
+                        places[i] = None
+                self._let_go(list(done))
+            self._is_blamed = True
+        self._is_blamed = False
+        for job in done:
+            self._hand_on(job, None)
+        return [job for job in jobs if job not in done]
 
     def _let_go(self, jobs: Sequence[WriteJob]) -> None:
         """These blocks are not read any more."""
@@ -184,11 +218,11 @@ class BlockWriter:
 
 
 def _alike(jobs: Sequence[WriteJob]) -> Iterator[list[WriteJob]]:
-    """Jobs of one maker each, as many as it makes records of at a time."""
-    by_maker: dict[int, list[WriteJob]] = {}
+    """Jobs of one maker and priority each, as many as it makes records of at a time."""
+    by_kind: dict[tuple[int, int], list[WriteJob]] = {}
     for job in jobs:
-        by_maker.setdefault(id(job.source.maker), []).append(job)
-    for alike in by_maker.values():
+        by_kind.setdefault((id(job.source.maker), job.priority), []).append(job)
+    for alike in by_kind.values():
         at_once = alike[0].source.maker.max_records
         for first in range(0, len(alike), at_once):
             yield alike[first : first + at_once]

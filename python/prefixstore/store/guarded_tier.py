@@ -175,6 +175,29 @@ class GuardedTier:
                 kept[i] = error is None
         return kept
 
+    @property
+    def reserves(self) -> bool:
+        """Whether `reserve_many` is there."""
+        return self._tier.reserves
+
+    @contextmanager
+    def reserve_many(
+        self, names: Sequence[RecordName], sizes: Sequence[int], priority: int
+    ) -> Iterator[list[np.ndarray | None]]:
+        """See `Tier.reserve_many`; what is not made there is for `put_many`."""
+        with ExitStack() as reserved:
+            reservation = self._tier.reserve_many(names, sizes, priority=priority)
+            places = self._attempt(lambda: reserved.enter_context(reservation))
+            places = [None] * len(names) if places is None else places
+            yield places
+        written = [i for i, place in enumerate(places) if place is not None]
+        if self._absent is not None:
+            self._absent.discard(names[i] for i in written)
+        num_bytes = sum(sizes[i] for i in written)
+        self._counts.add(num_written=len(written), written_bytes=num_bytes)
+        if len(written) == len(names):
+            self._set_full(None)
+
     def count_present(self, num_records: int) -> None:
         """So many records that were to be written were there already."""
         self._counts.add(num_present=num_records)

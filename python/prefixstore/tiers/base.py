@@ -217,6 +217,23 @@ class Tier(ABC):
         """All the memory that it lends from, uint8; None where that is not one piece."""
         return None
 
+    @property
+    def reserves(self) -> bool:
+        """Whether `reserve_many` is there."""
+        return False
+
+    def reserve_many(
+        self, names: Sequence[RecordName], sizes: Sequence[int], *, priority: int = 0
+    ) -> AbstractContextManager[list[np.ndarray | None]]:
+        """Memory of the tier to make records in, instead of copying them into it.
+
+        Yields for each an array of uint8, as long as its record is to be, to be filled inside the
+        context; None where there is none, and `put` is to be called. At the context's end the tier
+        has all whose place still stands in the list: who sets one to None gives it back. After an
+        exception it has none of them.
+        """
+        raise NotImplementedError(f"{self.name}: reserves nothing")
+
     def on_evict(self, listener: EvictionListener) -> bool:
         """Tell `listener` of every record that gives way to another, before it does.
 

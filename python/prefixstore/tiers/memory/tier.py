@@ -149,6 +149,36 @@ class MemoryTier(Tier):
             for name, record in zip(names, records, strict=True)
         ]
 
+    @property
+    def reserves(self) -> bool:
+        return True
+
+    @contextmanager
+    def reserve_many(
+        self, names: Sequence[RecordName], sizes: Sequence[int], *, priority: int = 0
+    ) -> Iterator[list[np.ndarray | None]]:
+        check_priority(priority)
+        with self._locked():
+            arena = self._arena  # that of the records, also where the tier is closed meanwhile
+            reserved = [
+                self._try_allocate(name, size, priority)
+                for name, size in zip(names, sizes, strict=True)
+            ]
+        places = [None if record is None else record.data for record in reserved]
+        is_whole = False
+        try:
+            yield places
+            is_whole = True
+        finally:
+            with self._lock:
+                for record, place in zip(reserved, places, strict=True):
+                    if record is None:
+                        continue
+                    if is_whole and place is not None:
+                        self._publish(arena, record)
+                    else:
+                        arena.unpin(record)
+
     def contains_many(
         self, names: Sequence[RecordName], *, deadline: float | None = None
     ) -> list[bool]:
@@ -243,9 +273,7 @@ class MemoryTier(Tier):
             return error
         np.copyto(entry.data, _as_array(record))
         with self._lock:
-            if arena.publish(entry, self._clock() + self._ttl_s):
-                self._counters.num_puts += 1
-                self._counters.written_bytes += record.nbytes
+            self._publish(arena, entry)
         return None
 
     @contextmanager
@@ -271,6 +299,21 @@ class MemoryTier(Tier):
             return record
         self._expire(record)
         return None
+
+    def _try_allocate(self, name: RecordName, size: int, priority: int) -> Record | None:
+        """A slot for a record; None if it is there already, or for want of room."""
+        if self._find(name.block_hash) is not None:
+            return None
+        try:
+            return self._arena.allocate(name, size, priority)
+        except TierFull:
+            return None
+
+    def _publish(self, arena: Arena, record: Record) -> None:
+        """Enter a record that is whole."""
+        if arena.publish(record, self._clock() + self._ttl_s):
+            self._counters.num_puts += 1
+            self._counters.written_bytes += record.data.size
 
     def _take(self, block_hash: BlockHash) -> Record | None:
         """The record, pinned and marked used; a hit or a miss."""
