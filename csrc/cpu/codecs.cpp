@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "cpu/codec_paths.h"
+#include "cpu/streaming_copy.h"
 #include "kvkernels/cpu_features.h"
 #include "kvkernels/parallel.h"
 
@@ -121,7 +122,7 @@ void decode_blocks(const CodecArgs& args, AttentionPath path, int num_threads) {
         found.sum == args.sums[index].sum && found.weighted == args.sums[index].weighted;
     if (!args.is_good[index]) return;
     if (is_copy(args, format)) {  // This does not read the pool first.
-      copy_with_checksum(layer.payload, layer.items, format.num_bytes);
+      copy_streaming(layer.payload, layer.items, format.num_bytes);
       return;
     }
     for (int64_t i = 0; i < format.num_sides; ++i) {

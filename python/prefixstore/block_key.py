@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, NewType
 
 import numpy as np
@@ -67,7 +68,7 @@ class BlockKey:
                 f"tokens: expected uint32 {list(shape)}, got {tokens.dtype} {list(tokens.shape)}"
             )
 
-    @property
+    @cached_property
     def name(self) -> RecordName:
         """What tiers call its record."""
         return RecordName(self.identity, self.block_hash)

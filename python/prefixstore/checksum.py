@@ -45,6 +45,21 @@ def crc32c(data: Buffer, crc: int = 0) -> int:
     return _slow_crc32c(data, crc)
 
 
+def crc32c_rows(rows: np.ndarray) -> np.ndarray:
+    """``[num_rows]``, uint32: the CRC-32C of each row of ``[num_rows, num_bytes]``, uint8.
+
+    Raises:
+        ValueError: If `rows` is not such an array, or not contiguous.
+    """
+    if _kvkernels is not None:
+        return _kvkernels.crc32c_rows(rows)
+    if rows.ndim != 2 or rows.dtype != np.uint8 or not rows.flags.c_contiguous:
+        raise ValueError(
+            f"rows: expected contiguous rows of uint8, got {rows.dtype} {list(rows.shape)}"
+        )
+    return np.array([_slow_crc32c(row) for row in rows], np.uint32)
+
+
 def checksum_words(data: Buffer) -> tuple[int, int]:
     """The pair (sum, weighted) of `data`.
 

@@ -15,7 +15,7 @@ import torch
 
 from kvkernels import EncodedBlocks, KVPool
 from kvkernels.transfer import BlockTransfer, Eviction, Restoration, all_done
-from prefixstore.record import BlockKey, RecordLayout, stack_sums, write_header
+from prefixstore.record import BlockKey, RecordLayout, stack_sums, write_headers
 from prefixstore.store.block_sources import MAX_RECORDS, MAX_RECORDS_BYTES
 from prefixstore.store.block_targets import FetchedRecord
 
@@ -78,18 +78,21 @@ class PoolBlocks:
 
     def _finish(
         self, keys: Sequence[BlockKey], layout: RecordLayout, eviction: Eviction
-    ) -> Iterator[np.ndarray]:
+    ) -> list[np.ndarray]:
         """Put headers before payloads, once these are there."""
         encoded = eviction.wait()
-        slots = eviction.slots.numpy()
-        for key, is_raw, sums, slot in zip(
-            keys, encoded.is_raw.tolist(), encoded.sums, slots, strict=True
-        ):
-            written = layout.raw if is_raw else layout
+        slots, is_raw = eviction.slots.numpy(), encoded.is_raw
+        records: dict[int, np.ndarray] = {}
+        for written, chosen in ((layout, ~is_raw), (layout.raw, is_raw)):
             start = self._headroom - written.header_bytes
-            record = slot[start : start + written.record_bytes]
-            write_header(key, written, sums, record)
-            yield record
+            own = {
+                number: slots[number, start : start + written.record_bytes]
+                for number in chosen.nonzero()[:, 0].tolist()
+            }
+            own_keys = [keys[number] for number in own]
+            write_headers(own_keys, written, encoded.sums[chosen], [*own.values()])
+            records |= own
+        return [records[number] for number in range(len(keys))]
 
     @property
     def writes_anywhere(self) -> bool:
@@ -105,25 +108,33 @@ class PoolBlocks:
         """See `RecordMaker`."""
         alike: defaultdict[RecordLayout, list[_Place]] = defaultdict(list)
         for number, (key, data) in enumerate(zip(keys, places, strict=True)):
-            alike[key.layout].append(_Place(data.ctypes.data, number, data))
-        is_written = [False] * len(keys)
+            alike[key.layout].append(_place(number, data))
+        written: set[int] = set()
         for layout, unsorted in alike.items():
             for run in _runs(sorted(unsorted)):
-                numbers = [place.number for place in run]
-                eviction = self.transfer.evict_into(
-                    torch.tensor([sources[number].block_id for number in numbers]),
-                    layout.block_format,
-                    _payloads(run, layout),
-                    all_done([sources[number].written for number in numbers]),
-                )
-                encoded = eviction.wait()
-                for place, is_raw, sums in zip(
-                    run, encoded.is_raw.tolist(), encoded.sums, strict=True
-                ):
-                    if not is_raw:
-                        write_header(keys[place.number], layout, sums, place.data)
-                        is_written[place.number] = True
-        return is_written
+                written.update(self._write_run(keys, sources, layout, run))
+        return [number in written for number in range(len(keys))]
+
+    def _write_run(
+        self,
+        keys: Sequence[BlockKey],
+        sources: Sequence[PoolBlock],
+        layout: RecordLayout,
+        run: Sequence[_Place],
+    ) -> list[int]:
+        """Make records of one layout; returns which of those given are there."""
+        own = [sources[place.number] for place in run]
+        block_ids = torch.tensor([source.block_id for source in own])
+        written = all_done([source.written for source in own])
+        payloads = _payloads(run, layout)
+        eviction = self.transfer.evict_into(block_ids, layout.block_format, payloads, written)
+        encoded = eviction.wait()
+        is_there = ~encoded.is_raw  # raw ones would be longer
+        there = [place for place, is_own in zip(run, is_there.tolist(), strict=True) if is_own]
+        numbers = [place.number for place in there]
+        data = [place.data for place in there]
+        write_headers([keys[number] for number in numbers], layout, encoded.sums[is_there], data)
+        return numbers
 
     def close(self) -> None:
         """Wait for what is on its way."""
@@ -178,8 +189,7 @@ class PoolTarget:
         """Restore records of each layout together, in the order in which they lie in memory."""
         alike: defaultdict[RecordLayout, list[_Place]] = defaultdict(list)
         for number, record in enumerate(records):
-            place = _Place(record.data.ctypes.data, number, record.data)
-            alike[record.header.key.layout].append(place)
+            alike[record.header.key.layout].append(_place(number, record.data))
         return [
             self._begin_alike(layout, sorted(places), records) for layout, places in alike.items()
         ]
@@ -199,6 +209,10 @@ class _Place(NamedTuple):
     address: int
     number: int
     data: np.ndarray
+
+
+def _place(number: int, data: np.ndarray) -> _Place:
+    return _Place(data.__array_interface__["data"][0], number, data)
 
 
 @dataclass(frozen=True)

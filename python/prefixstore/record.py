@@ -15,9 +15,7 @@ are right: that takes a key, see protection.py.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -31,18 +29,23 @@ from prefixstore.block_key import (
     chain_keys,
     hash_block,
 )
-from prefixstore.checksum import Buffer, as_bytes, checksum_words, crc32c
+from prefixstore.checksum import Buffer, as_bytes, checksum_words
 from prefixstore.errors import BlockCorrupted
 from prefixstore.record_header import (
-    CRC_OFFSET,
-    FIXED,
     FIXED_BYTES,
-    MAGIC,
     PROTECTIONS,
-    VERSION,
     FixedHeader,
     corrupted,
     read_fixed,
+)
+from prefixstore.record_headers import (
+    CODEC_LIST,
+    DTYPE_CODES,
+    TABLE_ENTRY,
+    RecordHeader,
+    codec_code,
+    codec_list,
+    header_form,
 )
 from prefixstore.record_layout import TABLE_ENTRY_BYTES, RecordLayout
 
@@ -54,35 +57,18 @@ __all__ = [
     "RecordLayout",
     "chain_keys",
     "check_header",
+    "check_headers",
     "decode",
     "encode",
     "hash_block",
     "read_header",
     "stack_sums",
     "verify",
-    "write_header",
+    "write_headers",
 ]
 
-CODEC_LIST = 255  # a codec for each layer, in a list of their own
-DTYPE_CODES = {"float32": 1, "float16": 2, "bfloat16": 3}
 _DTYPE_NAMES = {code: name for name, code in DTYPE_CODES.items()}
 _CODEC_NAMES = {codec.code: name for name, codec in CODECS.items()}
-
-_TABLE_ENTRY = np.dtype([("offset", "<u4"), ("bytes", "<u4"), ("sum", "<u8"), ("weighted", "<u8")])
-assert _TABLE_ENTRY.itemsize == TABLE_ENTRY_BYTES
-
-
-@dataclass(frozen=True, eq=False)
-class RecordHeader:
-    """What a record says of itself; `key` is to be compared, not trusted.
-
-    Attributes:
-        key: Layout, identity, hashes and tokens.
-        table: ``[num_layers]`` with fields offset and bytes (in the record), sum, weighted.
-    """
-
-    key: BlockKey
-    table: np.ndarray
 
 
 def stack_sums(headers: Sequence[RecordHeader]) -> torch.Tensor:
@@ -125,28 +111,29 @@ def encode(key: BlockKey, block: Buffer, out: Buffer) -> int:
             whole = np.frombuffer(record, np.uint8)
             start = written.header_bytes
             whole[start : start + num_bytes] = whole[header_bytes : header_bytes + num_bytes]
-    write_header(key, written, encoded.sums[0], record)
+    write_headers([key], written, encoded.sums, [np.frombuffer(record, np.uint8)])
     return written.record_bytes
 
 
-def write_header(key: BlockKey, layout: RecordLayout, sums: torch.Tensor, record: Buffer) -> None:
-    """Write all before the payload.
+def write_headers(
+    keys: Sequence[BlockKey],
+    layout: RecordLayout,
+    sums: torch.Tensor,
+    records: Sequence[np.ndarray],
+) -> None:
+    """Write all before the payloads.
 
     Args:
-        key: What the block is.
-        layout: How its payload is written: `key.layout` or `key.layout.raw`.
-        sums: ``[num_layers, 2]``, int64: the checksums of the payload's layers.
-        record: Its first `layout.header_bytes` are written.
+        keys: What the blocks are.
+        layout: How their payloads are written: for each `key.layout` or `key.layout.raw`.
+        sums: ``[num_records, num_layers, 2]``, int64: the checksums of the payloads' layers.
+        records: Uint8; of each the first `layout.header_bytes` are written.
     """
-    target = as_bytes("record", record)
-    header_bytes, tokens_end = layout.header_bytes, FIXED_BYTES + 4 * layout.block_size
-    table = np.empty((layout.num_layers, TABLE_ENTRY_BYTES // 8), "<i8")
-    table[:, 0], table[:, 1:] = layout.layer_places.view("<i8")[:, 0], sums.numpy()
-    FIXED.pack_into(target, 0, *_fixed_fields(key, layout))
-    target[FIXED_BYTES:tokens_end] = key.tokens.astype("<u4", copy=False).tobytes()
-    rest = table.tobytes() + _codec_list(layout)
-    target[tokens_end:header_bytes] = rest.ljust(header_bytes - tokens_end, b"\0")
-    struct.pack_into("<I", target, CRC_OFFSET, crc32c(target[:header_bytes]))
+    if not keys:
+        return
+    rows = header_form(layout).write(keys, sums.numpy())
+    for record, row in zip(records, rows, strict=True):
+        record[: layout.header_bytes] = row
 
 
 def decode(record: Buffer, key: BlockKey, block_out: Buffer) -> None:
@@ -196,6 +183,35 @@ def check_header(record: Buffer, key: BlockKey) -> RecordHeader:
     if data.nbytes != header.key.layout.record_bytes:
         raise corrupted("record", f"{header.key.layout.record_bytes} bytes", data.nbytes)
     return header
+
+
+def check_headers(
+    records: Sequence[np.ndarray], keys: Sequence[BlockKey]
+) -> list[RecordHeader | BlockCorrupted]:
+    """`check_header` of many records, each contiguous; an error is in its place."""
+    found: dict[int, RecordHeader | BlockCorrupted] = {}
+    for layout in dict.fromkeys(key.layout for key in keys):
+        alike = [
+            number
+            for number, (record, key) in enumerate(zip(records, keys, strict=True))
+            if key.layout == layout and record.nbytes == layout.record_bytes
+        ]
+        if not alike:
+            continue
+        form = header_form(layout)
+        rows = np.stack([records[number][: layout.header_bytes] for number in alike])
+        is_right = form.are_right(rows, [keys[number] for number in alike])
+        for number, is_own, table in zip(alike, is_right, form.tables(rows), strict=True):
+            if is_own:
+                found[number] = RecordHeader(keys[number], table)
+    # What is left is damaged, another's, or written in another way that does as well.
+    for number, (record, key) in enumerate(zip(records, keys, strict=True)):
+        if number not in found:
+            try:
+                found[number] = check_header(record, key)
+            except BlockCorrupted as error:
+                found[number] = error
+    return [found[number] for number in range(len(records))]
 
 
 def check_head(record: Buffer, key: BlockKey) -> RecordHeader:
@@ -269,7 +285,7 @@ def read_header(record: Buffer) -> RecordHeader:
     except ValueError as error:
         raise BlockCorrupted(str(error)) from None
     for name, expected in (
-        ("codec", _codec_code(layout)),
+        ("codec", codec_code(layout)),
         ("flags", 0),
         ("reserved", bytes(10)),
         ("num_tokens", layout.block_size),
@@ -302,53 +318,17 @@ def _read_codecs(data: memoryview, fixed: FixedHeader) -> tuple[str, ...]:
 
 
 def _read_table(data: memoryview, layout: RecordLayout) -> np.ndarray:
-    table = np.frombuffer(
-        data, _TABLE_ENTRY, layout.num_layers, FIXED_BYTES + 4 * layout.block_size
-    )
+    table = np.frombuffer(data, TABLE_ENTRY, layout.num_layers, FIXED_BYTES + 4 * layout.block_size)
     places = table.view("<u4").reshape(-1, TABLE_ENTRY_BYTES // 4)[:, :2]
     if places.tobytes() != layout.layer_places.tobytes():
         raise BlockCorrupted(
             f"layer table: expected adjoining layers of {layout.payload_bytes} bytes in all,"
             " got others"
         )
-    padding = data[layout.table_end + len(_codec_list(layout)) : layout.header_bytes]
+    padding = data[layout.table_end + len(codec_list(layout)) : layout.header_bytes]
     if any(padding):
         raise BlockCorrupted("padding: expected zeros, got other bytes")
     return table
-
-
-def _codec_code(layout: RecordLayout) -> int:
-    return CODECS[layout.codecs[0]].code if len(layout.codecs) == 1 else CODEC_LIST
-
-
-def _codec_list(layout: RecordLayout) -> bytes:
-    """The codes of the layers' codecs, where one does not serve all."""
-    codes = [CODECS[name].code for name in layout.codecs]
-    return bytes(codes) if len(codes) > 1 else b""
-
-
-def _fixed_fields(key: BlockKey, layout: RecordLayout) -> FixedHeader:
-    return FixedHeader(
-        magic=MAGIC,
-        version=VERSION,
-        header_bytes=layout.header_bytes,
-        codec=_codec_code(layout),
-        dtype=DTYPE_CODES[layout.dtype],
-        flags=0,
-        num_layers=layout.num_layers,
-        num_kv_heads=layout.num_kv_heads,
-        head_dim=layout.head_dim,
-        block_size=layout.block_size,
-        num_tokens=layout.block_size,
-        layer_group=layout.layer_group,
-        payload_bytes=layout.payload_bytes,
-        identity=key.identity,
-        block_hash=key.block_hash,
-        parent_hash=key.parent_hash,
-        crc=0,
-        latent_dim=layout.latent_dim or 0,
-        reserved=bytes(10),
-    )
 
 
 _find_layout = lru_cache(maxsize=64)(RecordLayout)  # its checks took a fifth of read_header

@@ -44,6 +44,28 @@ def test_crc32c_continues_where_it_stopped(checksums):
         assert checksums.crc32c(data[cut:], checksums.crc32c(data[:cut])) == checksums.crc32c(data)
 
 
+@pytest.mark.parametrize("shape", [(0, 64), (1, 1), (5, 0), (7, 130)], ids=str)
+def test_crc32c_of_rows(checksums, shape):
+    rows = random_bytes(shape[0] * shape[1]).reshape(shape)
+    sums = checksums.crc32c_rows(rows)
+    assert sums.dtype == np.uint32
+    assert sums.tolist() == [checksums.crc32c(row) for row in rows]
+
+
+def test_rows_of_other_kinds_are_refused(checksums):
+    rows = np.zeros((4, 8), np.uint8)
+    for wrong, told in (
+        (rows[0], r"uint8 \[8\]"),
+        (rows.view("<u4"), r"uint32 \[4, 2\]"),
+        (rows[:, ::2], r"uint8 \[4, 4\]"),
+        (rows.T, r"uint8 \[8, 4\]"),
+    ):
+        with pytest.raises(
+            ValueError, match="rows: expected contiguous rows of uint8, got " + told
+        ):
+            checksums.crc32c_rows(wrong)
+
+
 @pytest.mark.parametrize("num_bytes", SIZES)
 def test_sums_are_the_definition(checksums, num_bytes):
     data = random_bytes(num_bytes)

@@ -26,6 +26,7 @@ from prefixstore.record import (
     BlockKey,
     RecordLayout,
     chain_keys,
+    check_headers,
     decode,
     encode,
     hash_block,
@@ -353,3 +354,13 @@ def test_documented_reader_refuses_what_we_refuse(reader, offset, tmp_path):
     result = run_reader(reader, bytes(record), tmp_path)
     assert result.returncode == 1
     assert "not a valid record" in result.stderr
+
+
+@pytest.mark.parametrize("byte", range(LAYOUT.header_bytes))
+def test_a_flipped_bit_of_a_header_is_found_among_many(byte):
+    keys = make_keys(3)
+    records = [np.frombuffer(make_record(key), np.uint8).copy() for key in keys]
+    records[1][byte] ^= 1 << byte % 8
+    first, wrong, last = check_headers(records, keys)
+    assert isinstance(wrong, BlockCorrupted)
+    assert first.key is keys[0] and last.key is keys[2]

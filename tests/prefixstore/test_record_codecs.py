@@ -14,7 +14,14 @@ from test_record import is_refused, with_right_crc
 from kvkernels import CODECS, KVPool, decode_blocks, encode_blocks
 from kvkernels.reference import codecs as reference
 from prefixstore.errors import BlockCorrupted
-from prefixstore.record import BlockKey, decode, encode, read_header
+from prefixstore.record import (
+    BlockKey,
+    check_header,
+    check_headers,
+    decode,
+    encode,
+    read_header,
+)
 from prefixstore.record_layout import DTYPES, RecordLayout
 
 SHAPE = (2, 1, 16, 32)  # layers, heads, head_dim, block_size
@@ -220,3 +227,27 @@ def test_ten_thousand_hostile_records_are_refused_or_give_the_declared_bytes() -
         assert torch.equal(found.nan_to_num(1.0), want.nan_to_num(1.0))
         assert torch.equal(found.isnan(), want.isnan())
     assert num_refused > 5000 and num_decoded > 1000
+
+
+def test_headers_of_many_are_those_of_each():
+    """Right, damaged, another's, of another length, written raw: each in its place."""
+    layouts = MIXED, RecordLayout(*SHAPE, "bfloat16", 0, ("raw",))
+    pairs = zip(*(make_keys(8, layout) for layout in layouts), strict=True)
+    keys = [key for pair in pairs for key in pair]
+    records = []
+    for number, key in enumerate(keys):
+        written = replace(key, layout=key.layout.raw) if number in (4, 10) else key
+        record = np.array(make_record(written, make_block(key.layout)))
+        records.append(record[:-4] if number == 6 else record)
+    for number, byte in ((2, 3), (3, 40), (8, 100), (9, 300)):
+        records[number][byte] ^= 1
+    records[12], records[14] = records[14], records[12]
+    for number, header in enumerate(check_headers(records, keys)):
+        try:
+            expected = check_header(records[number], keys[number])
+        except BlockCorrupted as error:
+            assert isinstance(header, BlockCorrupted) and str(header) == str(error), number
+            continue
+        assert header.key.layout == expected.key.layout, number
+        assert header.table.tolist() == expected.table.tolist(), number
+    assert check_headers([], []) == []

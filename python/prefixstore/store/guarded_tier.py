@@ -11,7 +11,7 @@ import numpy as np
 
 from prefixstore.block_key import BlockKey, RecordName
 from prefixstore.errors import BlockCorrupted, TierError, TierFull, TierTimeout
-from prefixstore.record import RecordHeader, check_header
+from prefixstore.record import RecordHeader, check_headers
 from prefixstore.store.breaker import Breaker, BreakerConfig
 from prefixstore.store.recent_names import RecentNames
 from prefixstore.store.stats import Counts, TierUse
@@ -85,10 +85,11 @@ class GuardedTier:
         if outcomes is None:
             self._counts.add(num_misses=len(keys))
             return [None] * len(keys)
-        return [
-            self._read(key, row, outcome)
-            for key, row, outcome in zip(keys, rows, outcomes, strict=True)
+        records = [
+            row[:outcome] if isinstance(outcome, int) else outcome
+            for row, outcome in zip(rows, outcomes, strict=True)
         ]
+        return self._verified(keys, records)
 
     def fetch_parts(
         self,
@@ -129,14 +130,11 @@ class GuardedTier:
         with ExitStack() as lent:
             names = [key.name for key in keys]
             records = self._attempt(lambda: lent.enter_context(self._tier.lend_many(names)))
-            yield [
-                self._verified(key, record)
-                for key, record in zip(keys, records or [None] * len(keys), strict=True)
-            ]
+            yield self._verified(keys, records or [None] * len(keys))
 
-    def accept(self, num_bytes: int) -> None:
-        """A record of so many bytes was right."""
-        self._counts.add(num_hits=1, read_bytes=num_bytes)
+    def accept(self, num_records: int, num_bytes: int) -> None:
+        """So many records, of so many bytes in all, were right."""
+        self._counts.add(num_hits=num_records, read_bytes=num_bytes)
 
     def reject(self, key: BlockKey, problem: str) -> None:
         """A record was wrong: it is deleted from the tier, and a miss."""
@@ -277,23 +275,27 @@ class GuardedTier:
             self._set_full(full[-1] if full else None)
         return outcomes
 
-    def _read(self, key: BlockKey, row: np.ndarray, outcome: ReadOutcome) -> Found | None:
-        """What `get_many` brought, its header verified; None for a miss, which is counted."""
-        if isinstance(outcome, BlockCorrupted):
-            self.reject(key, str(outcome))
-            return None
-        is_there = outcome is not None and not isinstance(outcome, TierError)
-        return self._verified(key, row[:outcome] if is_there else None)
-
-    def _verified(self, key: BlockKey, record: np.ndarray | None) -> Found | None:
-        if record is None:
-            self._counts.add(num_misses=1)
-            return None
-        try:
-            return check_header(record, key), record
-        except BlockCorrupted as error:
-            self.reject(key, str(error))
-            return None
+    def _verified(
+        self, keys: Sequence[BlockKey], records: Sequence[np.ndarray | TierError | None]
+    ) -> list[Found | None]:
+        """Records whose headers are right; the others are misses, which are counted."""
+        there = [i for i, record in enumerate(records) if isinstance(record, np.ndarray)]
+        whole = [record for record in records if isinstance(record, np.ndarray)]
+        found: list[Found | None] = [None] * len(keys)
+        wrong = {i: one for i, one in enumerate(records) if isinstance(one, BlockCorrupted)}
+        for i, record, header in zip(
+            there, whole, check_headers(whole, [keys[i] for i in there]), strict=True
+        ):
+            if isinstance(header, BlockCorrupted):
+                wrong[i] = header
+            else:
+                found[i] = header, record
+        for i, error in wrong.items():
+            self.reject(keys[i], str(error))
+        num_misses = found.count(None) - len(wrong)
+        if num_misses:
+            self._counts.add(num_misses=num_misses)
+        return found
 
     def _attempt(self, call: Callable[[], T]) -> T | None:
         """The call's answer; None if the tier is down or failed."""

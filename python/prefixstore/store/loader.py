@@ -140,9 +140,9 @@ class Loader:
                 progress.add_layers(layers.stop)
             else:
                 progress.fail()
-        for record, problem in zip(records, target.end(), strict=True):
-            if reader.is_whole(record):
-                self._judge(load, number, record, problem)
+        problems = target.end()
+        whole = [i for i, record in enumerate(records) if reader.is_whole(record)]
+        self._judge(load, number, [records[i] for i in whole], [problems[i] for i in whole])
         if not load.promotions:
             self._slabs.give_back(slab)
 
@@ -224,22 +224,32 @@ class Loader:
             problems = wait() if wait else ()
             if load.is_stopped:  # meanwhile: it is not wanted any more
                 return
-            for record, problem in zip(records, problems, strict=True):
-                self._judge(load, number, record, problem)
+            self._judge(load, number, records, problems)
 
         return finish
 
-    def _judge(self, load: Load, number: int, record: FetchedRecord, problem: str | None) -> None:
-        """A record's payload was verified."""
-        tier = self._tiers[number]
-        if problem is not None:
-            tier.reject(record.key, problem)
-            return
-        tier.accept(record.data.nbytes)
-        load.found[record.index] = tier.name
-        load.work[number].num_records += 1
-        load.work[number].num_bytes += record.data.nbytes
-        self._used(load, number, record)
+    def _judge(
+        self,
+        load: Load,
+        number: int,
+        records: Sequence[FetchedRecord],
+        problems: Sequence[str | None],
+    ) -> None:
+        """Payloads of a tier's records were verified."""
+        tier, work = self._tiers[number], load.work[number]
+        right = []
+        for record, problem in zip(records, problems, strict=True):
+            if problem is None:
+                right.append(record)
+            else:
+                tier.reject(record.key, problem)
+        num_bytes = sum(record.data.nbytes for record in right)
+        tier.accept(len(right), num_bytes)
+        work.num_records += len(right)
+        work.num_bytes += num_bytes
+        for record in right:
+            load.found[record.index] = tier.name
+            self._used(load, number, record)
 
     def _claim(self, load: Load, indices: Sequence[int]) -> list[int]:
         """Those that no other thread is fetching; they are this one's now."""

@@ -42,22 +42,6 @@ class Slab:
 
 
 @dataclass(eq=False)
-class Record:
-    """A record in its slot."""
-
-    name: RecordName
-    priority: int
-    slab: Slab
-    offset: int
-    data: np.ndarray  # its bytes in the arena
-    num_pins: int = 0  # copies that are using the slot, and one of the user's
-    is_kept: bool = False  # pinned by the user
-    is_published: bool = False
-    last_used: int = 0
-    expires_s: float = math.inf
-
-
-@dataclass(eq=False)
 class Tenant:
     """What one identity has: the bytes of its slots, and its records in the table.
 
@@ -66,6 +50,24 @@ class Tenant:
 
     num_bytes: int = 0
     records: OrderedDict[BlockHash, Record] = field(default_factory=OrderedDict)  # by use
+
+
+@dataclass(eq=False)
+class Record:
+    """A record in its slot."""
+
+    name: RecordName
+    priority: int
+    slab: Slab
+    offset: int
+    data: np.ndarray  # its bytes in the arena
+    tenant: Tenant
+    order: OrderedDict[BlockHash, Record] = field(default_factory=OrderedDict)  # of its like
+    num_pins: int = 0  # copies that are using the slot, and one of the user's
+    is_kept: bool = False  # pinned by the user
+    is_published: bool = False
+    last_used: int = 0
+    expires_s: float = math.inf
 
 
 class Arena:
@@ -113,9 +115,10 @@ class Arena:
         self._keep_quota(name.identity, num_bytes)
         slab = self._find_slab(slot_bytes, priority)
         offset = slab.free_offsets.pop()
-        record = Record(name, priority, slab, offset, self.memory[offset : offset + num_bytes])
+        data = self.memory[offset : offset + num_bytes]
+        record = Record(name, priority, slab, offset, data, self._tenant_of(name.identity))
         slab.records.add(record)
-        self._tenant_of(record).num_bytes += num_bytes
+        record.tenant.num_bytes += num_bytes
         self.pin(record)
         return record
 
@@ -127,8 +130,10 @@ class Arena:
             return False
         record.is_published = True
         self.records[block_hash] = record
-        self._order_of(record)[block_hash] = record
-        self._tenant_of(record).records[block_hash] = record
+        record.order = self._order_of(record)
+        record.order[block_hash] = record
+        record.tenant = self._tenant_of(record.name.identity)
+        record.tenant.records[block_hash] = record
         record.slab.num_by_priority[record.priority] += 1
         self.used_bytes += record.data.size
         self.touch(record, expires_s)
@@ -141,8 +146,8 @@ class Arena:
             self.keep(record, False)
         record.is_published = False
         del self.records[record.name.block_hash]
-        del self._order_of(record)[record.name.block_hash]
-        del self._tenant_of(record).records[record.name.block_hash]
+        del record.order[record.name.block_hash]
+        del record.tenant.records[record.name.block_hash]
         record.slab.num_by_priority[record.priority] -= 1
         self.used_bytes -= record.data.size
         if record.num_pins == 0:
@@ -153,9 +158,10 @@ class Arena:
         self._clock += 1
         record.last_used = record.slab.last_used = self._clock
         record.expires_s = expires_s
-        self._tenant_of(record).records.move_to_end(record.name.block_hash)
+        block_hash = record.name.block_hash
+        record.tenant.records.move_to_end(block_hash)
         if not record.is_kept:
-            self._order_of(record).move_to_end(record.name.block_hash)
+            record.order.move_to_end(block_hash)
 
     def pin(self, record: Record) -> None:
         """Keep the slot as it is: a copy uses it."""
@@ -175,10 +181,10 @@ class Arena:
             return
         record.is_kept = is_kept
         if is_kept:
-            del self._order_of(record)[record.name.block_hash]
+            del record.order[record.name.block_hash]
             self.pin(record)
         else:
-            self._order_of(record)[record.name.block_hash] = record
+            record.order[record.name.block_hash] = record
             self.touch(record, record.expires_s)
             self.unpin(record)
 
@@ -196,7 +202,8 @@ class Arena:
             slab.num_pins = sum(record.num_pins for record in slab.records)
             slab.num_by_priority.clear()
             for record in slab.records:
-                self._tenant_of(record).num_bytes += record.data.size
+                record.tenant = self._tenant_of(record.name.identity)
+                record.tenant.num_bytes += record.data.size
             busy = {record.offset for record in slab.records}
             slab.free_offsets = [offset for offset in self._offsets(slab) if offset not in busy]
 
@@ -214,13 +221,17 @@ class Arena:
     def _free(self, record: Record) -> None:
         record.slab.records.discard(record)
         record.slab.free_offsets.append(record.offset)
-        tenant = self._tenant_of(record)
+        tenant = record.tenant
         tenant.num_bytes -= record.data.size
-        if not tenant.num_bytes and not tenant.records:
-            del self.tenants[record.name.identity]
+        identity = record.name.identity
+        if not tenant.num_bytes and not tenant.records and self.tenants.get(identity) is tenant:
+            del self.tenants[identity]
 
-    def _tenant_of(self, record: Record) -> Tenant:
-        return self.tenants.setdefault(record.name.identity, Tenant())
+    def _tenant_of(self, identity: bytes) -> Tenant:
+        tenant = self.tenants.get(identity)
+        if tenant is None:
+            tenant = self.tenants[identity] = Tenant()
+        return tenant
 
     def _order_of(self, record: Record) -> OrderedDict[BlockHash, Record]:
         by_priority = self._lru.setdefault(record.slab.slot_bytes, {})
