@@ -14,7 +14,7 @@ from prefixstore.record import encode
 from prefixstore.tiers.base import page_aligned
 
 MAX_RECORDS = 256  # that are made and written together
-MAX_RECORDS_BYTES = 32 << 20  # of their blocks
+MAX_RECORDS_BYTES = 32 << 20  # of them in memory of their maker
 
 
 class RecordMaker(Protocol):
