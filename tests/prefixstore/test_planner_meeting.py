@@ -237,8 +237,27 @@ def test_computes_the_rest_once_loading_is_stopped() -> None:
     assert meeting.next_call(0.0) is not None
     meeting.stop_loading(0.001)
     assert meeting.next_call(0.001) is None
-    assert meeting.next_chunk(0.001) == range(512)
+    assert meeting.next_chunk(0.001) == range(384)
     assert meeting.counts().is_given_up
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "chunks"),
+    [
+        (2000, [1056]),
+        (1056, [1056]),
+        (1024, [576, 480]),  # not 1024 and 32
+        (500, [384, 384, 288]),
+        (48, [48] * 22),
+    ],
+)
+def test_chunks_are_even_and_no_more_than_have_to_be(max_tokens: int, chunks: list[int]) -> None:
+    meeting = Meeting(plan_restore(one_tier(1024, TierEstimate(latency_s=100.0), MODEL)))
+    lengths = []
+    while (chunk := meeting.next_chunk(0.0, max_tokens)) is not None:
+        lengths.append(len(chunk))
+        meeting.chunk_done(0.0)
+    assert lengths == chunks
 
 
 def test_chunks_are_no_longer_than_the_caller_has_room_for() -> None:

@@ -16,7 +16,8 @@ class EngineConfig:
         max_running: Requests in one batch.
         max_queued: Requests that wait; beyond them a request is refused at once.
         max_batch_tokens: Tokens of one forward pass: those of running answers first, then prompts
-            in chunks. Bounds how long a running answer waits for its next token.
+            in chunks. Bounds how long a running answer waits for its next token. Default 512, and
+            what a question after as many of a prefix takes.
         max_model_len: Tokens of a prompt and its answer; None for the model's context.
         batch_invariant: Give each request the same bits whatever else is in the batch, however its
             prompt is cut and wherever its prefix came from. None: where the model allows it and it
@@ -38,7 +39,7 @@ class EngineConfig:
 
     max_running: int = 16
     max_queued: int = 256
-    max_batch_tokens: int = 512
+    max_batch_tokens: int = 576
     max_model_len: int | None = None
     batch_invariant: bool | None = None
     fuses_layers: bool = True

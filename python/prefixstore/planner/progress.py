@@ -70,6 +70,9 @@ class Meeting:
     def next_chunk(self, now: float, max_tokens: int | None = None) -> range | None:
         """Tokens to be computed now; `chunk_done` is to follow.
 
+        What is more than one chunk is cut evenly: a short last one would take nearly as long as one
+        of half the length.
+
         Args:
             now: On the clock of all these calls.
             max_tokens: At most so many; None for a chunk of the plan.
@@ -87,9 +90,12 @@ class Meeting:
         inputs, size = self._inputs, self._inputs.block_size
         start = self._next_token
         max_tokens = inputs.chunk_tokens if max_tokens is None else max_tokens
-        stop = min(end * size, inputs.num_tokens, start + max_tokens)
-        if stop <= start:
+        limit = min(end * size, inputs.num_tokens)
+        if limit <= start or max_tokens <= 0:
             return None
+        num_chunks = -(-(limit - start) // max_tokens)
+        share = -(-(limit - start) // num_chunks)
+        stop = min(-(-(start + share) // size) * size, start + max_tokens, limit)
         claimed = self._states[start // size : -(-stop // size)]
         if not self._plan.is_probe and (claimed == _LOADING).any():
             self._is_given_up = True
