@@ -138,8 +138,8 @@ def _read_bytes(engine: Engine) -> int:
 def time_decode(case: Case, model: Any, num_seqs: int, cuda_graphs: bool) -> Row:
     """Milliseconds of a decode step, and of it the engine's beside the model's forward pass.
 
-    The model's are of all steps, also of the first few, which do not have the whole batch yet: the
-    engine is faster than whoever would wait for the last prompt to be in it.
+    The model's are of all steps, also of the first few, which do not have the whole batch yet: a
+    small answer would be over before anybody knows that the last prompt is in it.
     """
     prompts = [make_prompt(case, case.context + 1, seed) for seed in range(num_seqs)]
     with (

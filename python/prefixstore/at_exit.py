@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import concurrent.futures.thread  # noqa: F401 - so that it asks before this does
+import itertools
 import logging
 import os
 import threading
@@ -24,16 +25,20 @@ def close_at_exit(close: Callable[[], Any]) -> None:
     Whoever asked last is called first. The object is not kept alive by this; its method may be
     called though it was called before.
     """
-    _registered[:] = [(pid, method) for pid, method in _registered if method() is not None]
-    _registered.append((os.getpid(), weakref.WeakMethod(close)))
+    key = next(_numbers)
+    reference = weakref.WeakMethod(close, lambda _: _registered.pop(key, None))
+    _registered[key] = os.getpid(), reference
 
 
-_registered: list[tuple[int, weakref.WeakMethod[Callable[[], Any]]]] = []
+# In the order of registration. What is done to it takes one step each, so threads need no lock, and
+# a forked process does not inherit one that is held.
+_registered: dict[int, tuple[int, weakref.WeakMethod[Callable[[], Any]]]] = {}
+_numbers = itertools.count()
 
 
 def _close_all() -> None:
     while _registered:
-        pid, reference = _registered.pop()
+        _, (pid, reference) = _registered.popitem()
         close = reference()
         if close is None or pid != os.getpid():
             continue

@@ -26,8 +26,9 @@ from prefixstore.store.write_queue import WriteJob, WriteQueue
 
 logger = logging.getLogger(__name__)
 
-# Of blocks that are taken from the queue together. All of Python has left the processor's caches
-# when they are written, so of half as many each took a tenth longer.
+# Of blocks that are taken from the queue together. Writing them drives everything else out of the
+# processor's caches, so what is done once for a batch is slow: with half as many a block takes a
+# twentieth longer.
 _BATCH_BYTES = 64 << 20
 
 
