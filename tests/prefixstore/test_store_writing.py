@@ -14,6 +14,7 @@ from stores import use_of
 from test_record_codecs import make_record as make_record_of
 
 from kvkernels import KVPool
+from prefixstore.block_key import BlockKey
 from prefixstore.pool_blocks import PoolBlocks
 from prefixstore.record_layout import RecordLayout
 from prefixstore.store import Store, StoreConfig
@@ -95,16 +96,22 @@ def test_a_maker_that_fails_costs_what_it_had_at_hand(caplog: pytest.LogCaptureF
         assert store.check() == []
 
 
-def test_blocks_of_a_pool_with_several_codecs_in_one_call() -> None:
-    gate = Gate("put")
-    tier = DictTier("tier", gate)
+def make_coded_pool() -> tuple[list[BlockKey], KVPool]:
+    """Blocks of which every fifth is asked for raw, and one, number 7, has to be."""
     keys = [
         key if number % 5 else replace(key, layout=CODED.raw)
         for number, key in enumerate(make_keys(NUM_BLOCKS, CODED))
     ]
     pool = KVPool(CODED.block_format.layout, NUM_BLOCKS)
     pool.data.copy_(torch.randn(pool.data.shape))
-    pool.data[7, 0, 0, 0, 0, 0] = torch.inf  # written raw
+    pool.data[7, 0, 0, 0, 0, 0] = torch.inf
+    return keys, pool
+
+
+def test_blocks_of_a_pool_with_several_codecs_in_one_call() -> None:
+    gate = Gate("put")
+    tier = DictTier("tier", gate)
+    keys, pool = make_coded_pool()
     pool_blocks = PoolBlocks(pool, [CODED, CODED.raw])
     with Store([tier]) as store:
         done = save_behind(store, gate, keys, map(pool_blocks.source, range(NUM_BLOCKS)))
@@ -136,13 +143,7 @@ def test_records_are_made_where_the_memory_tier_keeps_them() -> None:
     """Those that turn out longer, raw, go the other way; slower tiers get all of them."""
     gate = Gate("contains")
     memory, slow = GatedMemory(gate, 1 << 20), DictTier("slow")
-    keys = [
-        key if number % 5 else replace(key, layout=CODED.raw)
-        for number, key in enumerate(make_keys(NUM_BLOCKS, CODED))
-    ]
-    pool = KVPool(CODED.block_format.layout, NUM_BLOCKS)
-    pool.data.copy_(torch.randn(pool.data.shape))
-    pool.data[7, 0, 0, 0, 0, 0] = torch.inf  # written raw
+    keys, pool = make_coded_pool()
     pool_blocks = PoolBlocks(pool, [CODED, CODED.raw])
     with Store([memory, slow]) as store:
         done = save_behind(store, gate, keys, map(pool_blocks.source, range(NUM_BLOCKS)))

@@ -110,7 +110,7 @@ class _Elsewhere:
     def write(
         self, keys: Sequence[BlockKey], sources: Sequence[Any], places: Sequence[np.ndarray]
     ) -> list[bool]:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}: writes nowhere else")
 
 
 class _HostBlocks(_Elsewhere):

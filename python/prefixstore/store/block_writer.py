@@ -156,19 +156,18 @@ class BlockWriter:
         self._is_blamed = True
         with first.reserve_many(names, sizes, chosen[0].priority) as places:
             self._is_blamed = False
-            there = [(i, place) for i, place in enumerate(places) if place is not None]
-            if there:
-                is_written = maker.write(
-                    [chosen[i].key for i, _ in there],
-                    [chosen[i].source for i, _ in there],
-                    [place for _, place in there],
-                )
-                for (i, _), is_there in zip(there, is_written, strict=True):
-                    if is_there:
-                        done[chosen[i]] = None
-                    else:
-                        places[i] = None
-                self._let_go(list(done))
+            given = [(i, place) for i, place in enumerate(places) if place is not None]
+            is_written = maker.write(
+                [chosen[i].key for i, _ in given],
+                [chosen[i].source for i, _ in given],
+                [place for _, place in given],
+            )
+            for (i, _), is_there in zip(given, is_written, strict=True):
+                if is_there:
+                    done[chosen[i]] = None
+                else:
+                    places[i] = None
+            self._let_go(list(done))
             self._is_blamed = True
         self._is_blamed = False
         for job in done:
