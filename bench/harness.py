@@ -99,10 +99,12 @@ def time_alternating(
     round before reversed. Each run takes the next of the inputs: none finds what the one before
     has read.
 
-    The probes also push code and page tables out of the caches, so where a round is short enough
-    for that to matter, all providers run untimed behind them. Those `with_own_threads` run after a
-    pause: for milliseconds after a run OpenMP's threads spin, and would take the processors from
-    them. After CASE_LIMIT_S no round begins, but MIN_ROUNDS are run (or as many as were asked for).
+    The probes push code and page tables out of the caches, and what a provider wrote must leave
+    them before the next one's inputs find room. So where a round is short enough for that to
+    matter, each timed run follows an untimed one of the same provider. Those `with_own_threads`
+    run after a pause: for milliseconds after a run OpenMP's threads spin, and would take the
+    processors from them. After CASE_LIMIT_S no round begins, but MIN_ROUNDS are run (or as many as
+    were asked for).
     """
     probes = probes or {}
     names = list(providers)
@@ -114,12 +116,11 @@ def time_alternating(
         if round_index >= MIN_ROUNDS and time.perf_counter() > ends_at:
             break
         taken = {name: _seconds_of(probe) for name, probe in probes.items()}
-        if probes and round_s < SHORT_ROUND_S:
-            for name in names:
-                providers[name](next(next_inputs))
         for name in names:
             if name in with_own_threads:
                 time.sleep(SPIN_S)
+            if probes and round_s < SHORT_ROUND_S:
+                providers[name](next(next_inputs))
             taken[name] = _seconds_of(partial(providers[name], next(next_inputs)))
         round_s = sum(taken[name] for name in names)
         if round_index >= 0:
