@@ -54,10 +54,12 @@ void round_weights(float* weights, int64_t num_weights) {
 
 using Rows16 = CacheRows<uint16_t>;
 
-// Adds the products of 32 elements from `i` on, of which kIsWhole says whether all are there.
+// Adds the products of 32 elements from `i` on, of which kIsWhole says whether all are there, and
+// asks for as many at `ahead`; returns what follows there.
 template <int kRows, int kTokens, bool kIsWhole>
-inline void add_key_products(const float* query, int64_t head_dim, const uint16_t* const* keys,
-                             int64_t i, __m512* sums) {
+inline const char* add_key_products(const float* query, int64_t head_dim,
+                                    const uint16_t* const* keys, int64_t i, const char* ahead,
+                                    __m512* sums) {
   __m512i q[kRows];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) q[r] = _mm512_load_si512(query + r * head_dim + i / 2);
@@ -65,11 +67,13 @@ inline void add_key_products(const float* query, int64_t head_dim, const uint16_
   for (int t = 0; t < kTokens; ++t) {
     const __m512i key =
         kIsWhole ? _mm512_loadu_si512(keys[t] + i) : load_some(keys[t] + i, head_dim - i);
+    ahead = Prefetch::ask<kIsWhole ? 64 : 32>(ahead);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       sums[r * kTokens + t] = add_products(sums[r * kTokens + t], q[r], key);
     }
   }
+  return ahead;
 }
 
 template <int kRows>
@@ -83,13 +87,15 @@ void score_pairs(const float* query, int64_t head_dim, const Rows16& keys, Prefe
     for (int t = 0; t < kTokens; ++t) rows[t] = keys.row(first + t);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) sums[i] = _mm512_setzero_ps();
+    const char* ahead = next.take(kTokens * head_dim * 2, rows[0]);
     int64_t i = 0;
     for (; i + 32 <= head_dim; i += 32) {
-      add_key_products<kRows, kTokens, true>(query, head_dim, rows, i, sums);
+      ahead = add_key_products<kRows, kTokens, true>(query, head_dim, rows, i, ahead, sums);
     }
-    if (i < head_dim) add_key_products<kRows, kTokens, false>(query, head_dim, rows, i, sums);
+    if (i < head_dim) {
+      add_key_products<kRows, kTokens, false>(query, head_dim, rows, i, ahead, sums);
+    }
     store_scores<kRows>(sums, first, scores);
-    next.advance(kTokens * head_dim * 2);
   }
 }
 

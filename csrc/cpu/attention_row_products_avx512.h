@@ -50,7 +50,9 @@ template <typename E, int kRows>
 void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E::Item>& keys,
                 Prefetch& next, int64_t num_keys, float* scores) {
   constexpr int kTokens = kRows == 1 ? 16 : kRows == 2 ? 8 : 4;
+  constexpr int64_t kItemBytes = sizeof(typename E::Item);
   for (int64_t first = 0; first < num_keys; first += kTokens) {
+    const char* ahead = next.take(kTokens * head_dim * kItemBytes, keys.row(first));
     __m512 sums[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) sums[i] = _mm512_setzero_ps();
@@ -66,6 +68,7 @@ void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E
       for (int t = 0; t < kTokens; ++t) {
         __m512 a, b;
         E::load_pair(keys.row(first + t) + i, a, b);
+        ahead = Prefetch::ask<32 * kItemBytes>(ahead);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
           sums[r * kTokens + t] = _mm512_fmadd_ps(q[2 * r], a, sums[r * kTokens + t]);
@@ -77,6 +80,7 @@ void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E
 #pragma GCC unroll 16
       for (int t = 0; t < kTokens; ++t) {
         const __m512 a = E::load(keys.row(first + t) + i);
+        ahead = Prefetch::ask<16 * kItemBytes>(ahead);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
           const __m512 q = _mm512_load_ps(query + r * head_dim + i);
@@ -85,7 +89,6 @@ void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E
       }
     }
     store_scores<kRows>(sums, first, scores);
-    next.advance(kTokens * head_dim * static_cast<int64_t>(sizeof(typename E::Item)));
   }
 }
 

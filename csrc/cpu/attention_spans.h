@@ -121,32 +121,64 @@ class Prefetch {
     allowed_ += num_bytes;
   }
 
+  // As advance(), for a reader that will itself ask for each line as it reads another: a burst of
+  // requests fills the buffers for misses, and what is read then waits for one. Returns the next
+  // `num_bytes` in one piece or, where there are none, `instead`, which may be asked for in vain.
+  const char* take(int64_t num_bytes, const void* instead) {
+    const bool is_near = num_bytes <= allowed_ + kLead - asked_;
+    if (is_near && (left_ > 0 || begin_segment()) && num_bytes <= left_) {
+      const char* lines = line_;
+      pass(num_bytes);
+      return lines;
+    }
+    advance(num_bytes);
+    return static_cast<const char*>(instead);
+  }
+
+  // Asks for what begins there; returns what follows.
+  template <int64_t kBytes>
+  static const char* ask(const char* lines) {
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(lines + i, 0, 2);
+    return lines + kBytes;
+  }
+
   // Asks for the next `num_bytes`, but not for what lies further ahead of the reader than kLead.
   void advance(int64_t num_bytes) {
     num_bytes = std::min(num_bytes, allowed_ + kLead - asked_);
     while (num_bytes > 0) {
-      if (left_ <= 0) {
-        if (next_ == segments_.size()) return;
-        line_ = segments_[next_].data;
-        left_ = segments_[next_].num_bytes;
-        ++next_;
-      }
+      if (left_ <= 0 && !begin_segment()) return;
       const int64_t part = std::min(left_, num_bytes);
-      for (int64_t i = 0; i < part; i += 64) __builtin_prefetch(line_ + i, 0, 2);
-      line_ += part;
-      left_ -= part;
+      for (int64_t i = 0; i < part; i += 64) ask<64>(line_ + i);
+      pass(part);
       num_bytes -= part;
-      asked_ += part;
     }
   }
 
  private:
-  static constexpr int64_t kLead = 32 << 10;
+  // Enough to keep the buffers for misses full. With 32 KiB two cores of Zen 4 decoded a tenth
+  // slower, with 8 KiB as fast.
+  static constexpr int64_t kLead = 12 << 10;
 
   struct Segment {
     const char* data;
     int64_t num_bytes;
   };
+
+  bool begin_segment() {
+    if (next_ == segments_.size()) return false;
+    line_ = segments_[next_].data;
+    left_ = segments_[next_].num_bytes;
+    ++next_;
+    return true;
+  }
+
+  void pass(int64_t num_bytes) {
+    line_ += num_bytes;
+    left_ -= num_bytes;
+    asked_ += num_bytes;
+  }
+
   std::vector<Segment> segments_;
   size_t next_ = 0;  // among the segments
   const char* line_ = nullptr;
