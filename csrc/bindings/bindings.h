@@ -19,5 +19,6 @@ void bind_pointwise(pybind11::module_& module);
 void bind_codecs(pybind11::module_& module);
 void bind_checksums(pybind11::module_& module);
 void bind_index(pybind11::module_& module);
+void bind_resp(pybind11::module_& module);
 
 }  // namespace kvkernels::bindings

@@ -11,4 +11,5 @@ PYBIND11_MODULE(_kvkernels, module) {
   kvkernels::bindings::bind_codecs(module);
   kvkernels::bindings::bind_checksums(module);
   kvkernels::bindings::bind_index(module);
+  kvkernels::bindings::bind_resp(module);
 }

@@ -2,11 +2,21 @@
 
 import socket
 import threading
+import time
 
 import numpy as np
 import pytest
 
-from prefixstore.tiers.redis.wire import Channel, Command, ErrorReply, StreamError
+from prefixstore.tiers.redis.wire import (
+    UNANSWERED,
+    Channel,
+    Command,
+    ErrorReply,
+    RespBatch,
+    StreamError,
+    run_batch,
+    take_turn,
+)
 
 GET = (b"GET", b"key")
 
@@ -19,10 +29,17 @@ def ends():
         yield Channel(ours), theirs
 
 
+def receive(channel: Channel) -> list:
+    channel.receive()
+    return [reply for _, reply in channel.take_answers()]
+
+
 def receive_all(channel: Channel, count: int) -> list:
     replies = []
     while len(replies) < count:
-        replies += [reply for _, reply in channel.receive()]
+        take_turn([channel], 10)
+        assert not channel.failure
+        replies += [reply for _, reply in channel.take_answers()]
     return replies
 
 
@@ -56,7 +73,7 @@ def test_reads_replies_in_whatever_pieces(ends, sent, expected, step):
     both = sent + b":1\r\n"
     for begin in range(0, len(both), step):
         other.sendall(both[begin : begin + step])
-        replies += [same(reply) for _, reply in channel.receive()]
+        replies += map(same, receive(channel))
     assert replies == [expected, 1]
     assert channel.num_awaited == 0
 
@@ -80,10 +97,9 @@ def test_fills_buffers_and_drops_what_has_no_room(ends, num_bytes):
 
 def test_sends_several_buffers_as_one_word_and_nothing_is_copied(ends):
     channel, other = ends
-    large = memoryview(np.random.default_rng(1).bytes(3 << 20))
-    command = Command((b"SET", b"key", (b"head", large, b""), b"NX"))
-    assert any(piece is large for piece in command.encode())
-    channel.push(command)
+    large = bytearray(np.random.default_rng(1).bytes(3 << 20))
+    channel.push(Command((b"SET", b"key", (b"head", memoryview(large), b""), b"NX")))
+    large[0] ^= 1
     received = bytearray()
     expected = b"*4\r\n$3\r\nSET\r\n$3\r\nkey\r\n$%d\r\nhead%b\r\n$2\r\nNX\r\n"
     expected %= (4 + len(large), large)
@@ -118,7 +134,7 @@ def test_refuses_what_is_not_the_protocol(ends, sent):
     other.shutdown(socket.SHUT_WR)
     with pytest.raises(StreamError, match=r"expected|asked"):
         for _ in range(3):
-            list(channel.receive())
+            channel.receive()
 
 
 def test_says_when_the_other_side_is_gone(ends):
@@ -130,8 +146,80 @@ def test_says_when_the_other_side_is_gone(ends):
     other.close()
     with pytest.raises(StreamError, match="closed the connection"):
         for _ in range(3):
-            list(channel.receive())
+            channel.receive()
     assert len(channel.abandon()) == 1 and channel.num_awaited == 0
     channel.push(Command((b"SET", b"key", (bytes(1 << 20),))))
     with pytest.raises(StreamError, match="while sending"):
         channel.flush()
+
+
+def test_tickets_come_back_with_their_replies(ends):
+    channel, other = ends
+    tickets = [object() for _ in range(3)]
+    for ticket in tickets:
+        channel.push(Command(GET), ticket)
+    other.sendall(b":1\r\n-ERR\r\n$-1\r\n")
+    take_turn([channel], 10)
+    assert [(ticket, same(reply)) for ticket, reply in channel.take_answers()] == [
+        (tickets[0], 1),
+        (tickets[1], "ERR"),
+        (tickets[2], None),
+    ]
+    assert channel.take_answers() == []
+
+
+def batch_of(num_commands: int, num_lanes: int = 1) -> tuple[RespBatch, list[bytearray]]:
+    batch, outs = RespBatch(), [bytearray(4) for _ in range(num_commands)]
+    for i, out in enumerate(outs):
+        batch.add(i % num_lanes, GET, [memoryview(out)], len(out))
+    return batch, outs
+
+
+def test_runs_a_batch_on_several_lanes():
+    pairs = [socket.socketpair() for _ in range(2)]
+    channels = [Channel(ours) for ours, _ in pairs]
+    batch, outs = batch_of(5, num_lanes=2)
+    for i, (_, theirs) in enumerate(pairs):
+        theirs.sendall(b"".join(b"$4\r\nab%d%d\r\n" % (i, k) for k in range(3 - i)))
+    assert run_batch(batch, [[channel] for channel in channels], 10) == [4] * 5
+    assert outs == [b"ab00", b"ab10", b"ab01", b"ab11", b"ab02"]
+    assert not any(channel.failure or channel.num_awaited for channel in channels)
+    for pair in pairs:
+        for end in pair:
+            end.close()
+
+
+@pytest.mark.parametrize("ending", ["closed", "silent", "not the protocol"])
+def test_a_batch_says_what_was_not_answered_and_lets_go_of_the_buffers(ends, ending):
+    channel, other = ends
+    batch, outs = batch_of(3)
+    other.sendall(b"$4\r\nabcd\r\n$4\r\nxy")
+    if ending == "closed":
+        other.shutdown(socket.SHUT_WR)
+    elif ending == "not the protocol":
+        other.sendall(b"zz, it seems\r\n")
+    begin = time.monotonic()
+    assert run_batch(batch, [[channel]], 0.2) == [4, UNANSWERED, UNANSWERED]
+    assert time.monotonic() - begin < 5
+    assert channel.failure and channel.num_awaited == 0
+    del batch
+    for out in outs:
+        out.append(0)  # a BufferError while anybody might still write there
+
+
+def test_a_lane_without_channels_has_no_answers(ends):
+    channel, other = ends
+    other.sendall(b"$4\r\nabcd\r\n" * 2)
+    batch, _ = batch_of(4, num_lanes=2)
+    assert run_batch(batch, [[channel], []], 10) == [4, UNANSWERED, 4, UNANSWERED]
+    assert not channel.failure
+
+
+def test_refuses_words_that_are_no_buffers_and_queues_nothing(ends):
+    channel, _ = ends
+    for words in [(b"GET", "key"), (b"SET", b"key", (b"a", 5))]:
+        with pytest.raises((TypeError, RuntimeError)):
+            channel.push(Command(words))
+    with pytest.raises(BufferError):
+        channel.push(Command(GET, [memoryview(b"read only")]))
+    assert channel.num_awaited == 0 and not channel.has_output

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from prefixstore.block_key import RecordName
 from prefixstore.errors import TierError
-from prefixstore.tiers.redis.errors import ConnectionLost, PassingTrouble
+from prefixstore.tiers.redis.batch import CommandBatch
+from prefixstore.tiers.redis.bulk import UNSETTLED, Bulk, Unsettled
+from prefixstore.tiers.redis.errors import ConnectionLost, PassingTrouble, tier_error
 from prefixstore.tiers.redis.exchange import Exchange, Operation
 from prefixstore.tiers.redis.records import Keys, fetch_generation, make_generation
 from prefixstore.tiers.redis.servers import Servers
+from prefixstore.tiers.redis.wire import ErrorReply
 
 T = TypeVar("T")
 Generations: TypeAlias = "dict[bytes, bytes | TierError | None]"  # by identity
@@ -36,12 +39,31 @@ class Call(Generic[T]):
         start: The operation on the record of that index, whose key and generation are given.
         absent: What to answer for a record whose identity holds nothing.
         begins: Whether an identity without a generation gets one.
+        bulk: What settles most records with one command for each, where there is such a thing.
     """
 
     names: Sequence[RecordName]
     start: Callable[[int, bytes, bytes], Operation[T]]
     absent: T | TierError
     begins: bool = False
+    bulk: Bulk[T] | None = None
+
+
+@dataclass
+class _Findings(Generic[T]):
+    """What one try of a call has found out.
+
+    Attributes:
+        keys: Of the records that are tried, by their index in the call.
+        identities: Theirs.
+        generations: That those identities have now.
+        outcomes: Of the operations on the records, by index.
+    """
+
+    keys: dict[int, bytes]
+    identities: list[bytes]
+    generations: Generations = field(default_factory=dict)
+    outcomes: dict[int, T | TierError] = field(default_factory=dict)
 
 
 class Caller:
@@ -113,28 +135,78 @@ class Caller:
                 ready.append(i)
             else:
                 outcomes[i] = call.absent if generation is None else generation
-        identities = list(dict.fromkeys(call.names[i].identity for i in ready))
-        checks = [fetch_generation(self._keys.generation(identity)) for identity in identities]
-        operations = [self._start(call, i, known) for i in ready]
-        found: list[Any] = self.exchange([*checks, *operations], deadline)
-        current = dict(zip(identities, found, strict=False))
-        stale = {identity for identity in identities if self._is_stale(identity, current, known)}
-        for i, outcome in zip(ready, found[len(identities) :], strict=True):
+        found: _Findings[T] = _Findings(
+            keys={i: self._record_key(call.names[i], known) for i in ready},
+            identities=list(dict.fromkeys(call.names[i].identity for i in ready)),
+        )
+        if call.bulk is not None and self._servers.can_batch:
+            self._run_bulk(call.bulk, found, deadline)
+        self._run_rest(call, known, found, deadline)
+        current = found.generations
+        stale = {i for i in found.identities if self._is_stale(i, current, known)}
+        for i in ready:
             identity = call.names[i].identity
-            if isinstance(current[identity], TierError):
-                outcome = current[identity]  # it may have been deleted: nobody can say
-            outcomes[i] = call.absent if identity in stale else outcome
+            generation = current[identity]
+            if isinstance(generation, TierError):
+                outcomes[i] = generation  # it may have been deleted: nobody can say
+            else:
+                outcomes[i] = call.absent if identity in stale else found.outcomes[i]
         return [
             i
             for i in pending
             if call.names[i].identity in stale or isinstance(outcomes[i], PassingTrouble)
         ]
 
-    def _start(self, call: Call[T], index: int, known: Generations) -> Operation[T]:
-        name = call.names[index]
+    def _run_bulk(self, bulk: Bulk[T], found: _Findings[T], deadline: float) -> None:
+        """One command for each record and generation; fills in what that tells."""
+        batch = CommandBatch(self._servers, deadline)
+        for identity in found.identities:
+            batch.add((b"GET", self._keys.generation(identity)))
+        places = [bulk.add(batch, i, key) for i, key in found.keys.items()]
+        replies = [self._meaning(reply) for reply in batch.run()]
+        for identity, reply in zip(found.identities, replies, strict=False):
+            if reply is not UNSETTLED:
+                found.generations[identity] = reply
+        indices, own = list(found.keys), [replies[place] for place in places]
+        for i, reply, outcome in zip(indices, own, bulk.settle(indices, own), strict=True):
+            if isinstance(reply, TierError):
+                found.outcomes[i] = reply
+            elif not isinstance(outcome, Unsettled):
+                found.outcomes[i] = outcome
+
+    def _run_rest(
+        self, call: Call[T], known: Generations, found: _Findings[T], deadline: float
+    ) -> None:
+        """An operation for each record and generation that nothing is known of; fills in."""
+        identities = [i for i in found.identities if i not in found.generations]
+        rest = [i for i in found.keys if i not in found.outcomes]
+        if not identities and not rest:
+            return
+        operations: list[Operation[Any]] = [
+            fetch_generation(self._keys.generation(identity)) for identity in identities
+        ]
+        for i in rest:
+            generation = known[call.names[i].identity]
+            assert isinstance(generation, bytes)
+            operations.append(call.start(i, found.keys[i], generation))
+        outcomes = self.exchange(operations, deadline)
+        found.generations.update(zip(identities, outcomes, strict=False))
+        found.outcomes.update(zip(rest, outcomes[len(identities) :], strict=True))
+
+    def _meaning(self, reply: Any) -> Any:
+        """A reply as it is, the error it stands for, or `UNSETTLED` where another server is to be
+        asked.
+        """
+        if not isinstance(reply, ErrorReply):
+            return reply
+        if self._servers.redirected(reply) is not None:
+            return UNSETTLED
+        return tier_error(self._servers.config.name, reply)
+
+    def _record_key(self, name: RecordName, known: Generations) -> bytes:
         generation = known[name.identity]
         assert isinstance(generation, bytes)
-        return call.start(index, self._keys.record(name, generation), generation)
+        return self._keys.record(name, generation)
 
     def _is_stale(self, identity: bytes, current: Generations, known: Generations) -> bool:
         """Whether an identity has another generation now than it was known to have."""

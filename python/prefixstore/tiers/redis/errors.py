@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from prefixstore.errors import BlockCorrupted, TierError, TierFull, TierUnavailable
+from prefixstore.errors import (
+    BlockCorrupted,
+    TierError,
+    TierFull,
+    TierTimeout,
+    TierUnavailable,
+)
 from prefixstore.tiers.redis.wire import ErrorReply
 
 # What another try, perhaps at another server, may get over.
@@ -15,6 +21,11 @@ class PassingTrouble(TierUnavailable):
 
 class ConnectionLost(PassingTrouble):
     """A connection ended during a call; what it had been sent may or may not have been done."""
+
+
+def no_answer(tier_name: str) -> TierTimeout:
+    """The time is over."""
+    return TierTimeout(f"{tier_name}: expected an answer before the deadline, got none")
 
 
 def tier_error(tier_name: str, reply: ErrorReply) -> TierError:

@@ -8,19 +8,18 @@ A connection takes the next command that waits when it has few under way, so a s
 
 from __future__ import annotations
 
-import select
 import time
 from collections import deque
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from prefixstore.errors import TierError, TierTimeout
+from prefixstore.errors import TierError
 from prefixstore.tiers.redis.config import Address
-from prefixstore.tiers.redis.errors import ConnectionLost, tier_error
+from prefixstore.tiers.redis.errors import ConnectionLost, no_answer, tier_error
 from prefixstore.tiers.redis.pool import PooledChannel
 from prefixstore.tiers.redis.servers import Servers
-from prefixstore.tiers.redis.wire import Command, ErrorReply, Reply, StreamError
+from prefixstore.tiers.redis.wire import Command, ErrorReply, Reply, take_turn
 
 T = TypeVar("T")
 Operation: TypeAlias = Generator[list[Command], list[Any], T]
@@ -30,7 +29,6 @@ Operation: TypeAlias = Generator[list[Command], list[Any], T]
 _WINDOW_BYTES = 2 << 20
 _MIN_COMMANDS = 2
 _MAX_COMMANDS = 256
-_BYTES_PER_CONNECTION = 1 << 20  # less is not worth another connection
 _MAX_REDIRECTS = 5
 # Begun at once, for each server. An operation goes on before another begins, so that a server that
 # gets full while long records are written has whole ones, and not the first parts of all.
@@ -39,7 +37,7 @@ _MIN_ACTIVE_COMMANDS = 8
 _MAX_ACTIVE_COMMANDS = 1024
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Running(Generic[T]):
     operation: Operation[T]
     index: int
@@ -47,10 +45,11 @@ class _Running(Generic[T]):
     num_missing: int = 0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Job:
     """A command under way, and where its reply belongs."""
 
+    command: Command
     running: _Running[Any]
     index: int
     num_redirects: int = 0
@@ -60,7 +59,7 @@ class _Job:
 @dataclass(eq=False)
 class _Lane:
     address: Address
-    waiting: deque[Command] = field(default_factory=deque)
+    waiting: deque[_Job] = field(default_factory=deque)
     channels: list[PooledChannel] = field(default_factory=list)
 
 
@@ -77,28 +76,25 @@ class Exchange(Generic[T]):
         self._name = servers.config.name
         self._deadline = deadline
         self._unstarted: deque[_Running[T]] = deque()
-        self._jobs: dict[Command, _Job] = {}
-        self._active_bytes = 0
+        self._num_active = self._active_bytes = 0  # of commands without their reply
         self._lanes: dict[Address, _Lane] = {}
-        self._lane_of: dict[int, tuple[_Lane, PooledChannel]] = {}
-        self._poll = select.poll()
-        self._events: dict[PooledChannel, int] = {}  # what is waited for
         self._outcomes: list[T | TierError] = []
 
     def run(self, operations: Iterable[Operation[T]]) -> list[T | TierError]:
         """What each returned, or why it did not."""
         running = [_Running(operation, i) for i, operation in enumerate(operations)]
-        late = TierTimeout(f"{self._name}: expected an answer before the deadline, got none")
-        self._outcomes = [late] * len(running)
+        self._outcomes = [no_answer(self._name)] * len(running)
         try:
             self._unstarted.extend(running)
             while self._start_more():
-                is_awaiting = self._write()
+                awaiting = self._hand_out()
                 remaining = self._deadline - time.monotonic()
                 if remaining <= 0:
                     break
-                for fd, _ in self._poll.poll(remaining * 1e3) if is_awaiting else ():
-                    self._read(*self._lane_of[fd])
+                if awaiting:
+                    take_turn([channel for _, channel in awaiting], remaining)
+                for lane, channel in awaiting:
+                    self._collect(lane, channel)
         finally:
             for lane in self._lanes.values():
                 for channel in lane.channels:
@@ -113,11 +109,11 @@ class Exchange(Generic[T]):
         """Begin as many operations as keep the connections busy; False when all are done."""
         max_bytes = _ACTIVE_BYTES * max(1, len(self._lanes))
         while self._unstarted and (
-            len(self._jobs) < _MIN_ACTIVE_COMMANDS
-            or (len(self._jobs) < _MAX_ACTIVE_COMMANDS and self._active_bytes < max_bytes)
+            self._num_active < _MIN_ACTIVE_COMMANDS
+            or (self._num_active < _MAX_ACTIVE_COMMANDS and self._active_bytes < max_bytes)
         ):
             self._resume(self._unstarted.popleft(), None)
-        return bool(self._jobs)
+        return self._num_active > 0
 
     def _resume(self, running: _Running[T], error: TierError | None) -> None:
         """Let an operation go on with its replies, and send what it asks for next."""
@@ -137,41 +133,40 @@ class Exchange(Generic[T]):
             return
         running.replies = [None] * len(commands)
         running.num_missing = len(commands)
-        for index, command in enumerate(commands):
-            self._jobs[command] = _Job(running, index)
-            self._active_bytes += command.num_bytes
-        if is_new:
-            for command in commands:
-                self._route(command, is_first=False)
-        else:
-            for command in reversed(commands):
-                self._route(command, is_first=True)
+        jobs = [_Job(command, running, index) for index, command in enumerate(commands)]
+        self._num_active += len(jobs)
+        self._active_bytes += sum(command.num_bytes for command in commands)
+        for job in jobs if is_new else reversed(jobs):
+            self._route(job, is_first=not is_new)
 
-    def _route(self, command: Command, is_first: bool) -> None:
+    def _route(self, job: _Job, is_first: bool) -> None:
         """Let a command wait for its server; before all others where it `is_first`."""
-        address = command.address
+        address = job.command.address
         try:
             if address is None:
-                address = self._servers.address_of(command.key, self._deadline)
+                address = self._servers.address_of(job.command.key, self._deadline)
         except TierError as error:
-            self._answer(command, error)
+            self._answer(job, error)
             return
-        waiting = self._lanes.setdefault(address, _Lane(address)).waiting
+        waiting = self._lane(address).waiting
         if is_first:
-            waiting.appendleft(command)
+            waiting.appendleft(job)
         else:
-            waiting.append(command)
+            waiting.append(job)
 
-    def _answer(self, command: Command, reply: Reply | TierError) -> None:
-        job = self._jobs.get(command)
-        if job is None:  # an ASKING
-            return
+    def _lane(self, address: Address) -> _Lane:
+        lane = self._lanes.get(address)
+        if lane is None:
+            lane = self._lanes[address] = _Lane(address)
+        return lane
+
+    def _answer(self, job: _Job, reply: Reply | TierError) -> None:
         if isinstance(reply, ErrorReply):
-            if self._redirect(command, job, reply):
+            if self._redirect(job, reply):
                 return
-            reply = None if command.is_optional else tier_error(self._name, reply)
-        del self._jobs[command]
-        self._active_bytes -= command.num_bytes
+            reply = None if job.command.is_optional else tier_error(self._name, reply)
+        self._num_active -= 1
+        self._active_bytes -= job.command.num_bytes
         running = job.running
         running.replies[job.index] = reply
         running.num_missing -= 1
@@ -179,94 +174,76 @@ class Exchange(Generic[T]):
             errors = [reply for reply in running.replies if isinstance(reply, TierError)]
             self._resume(running, errors[0] if errors else None)
 
-    def _redirect(self, command: Command, job: _Job, reply: ErrorReply) -> bool:
+    def _redirect(self, job: _Job, reply: ErrorReply) -> bool:
         """Send a command on to the server that another one named."""
         address = self._servers.redirected(reply)
         if address is None or job.num_redirects == _MAX_REDIRECTS:
             return False
         job.num_redirects += 1
         job.is_asking = reply.code == "ASK"
-        self._lanes.setdefault(address, _Lane(address)).waiting.appendleft(command)
+        self._lane(address).waiting.appendleft(job)
         return True
 
     # ---- connections ---------------------------------------------------------------------------
 
-    def _write(self) -> bool:
-        """Open what is needed and send what fits; whether any replies are to come."""
-        is_awaiting = False
+    def _hand_out(self) -> list[tuple[_Lane, PooledChannel]]:
+        """Give the connections, which are opened where needed, commands that wait; those that
+        replies are to come from.
+        """
+        awaiting = []
         for lane in list(self._lanes.values()):
             if lane.waiting and not lane.channels:
                 self._open(lane)
-            for channel in list(lane.channels):
-                try:
-                    self._fill(lane, channel)
-                    channel.flush()
-                except StreamError as error:
-                    self._lose(lane, channel, error)
-                    continue
-                events = select.POLLIN | (select.POLLOUT if channel.has_output else 0)
-                if self._events.get(channel) != events:
-                    self._poll.register(channel, events)
-                    self._events[channel] = events
-                is_awaiting = is_awaiting or channel.num_awaited > 0
-        return is_awaiting
+            for channel in lane.channels:
+                self._fill(lane, channel)
+                if channel.num_awaited:
+                    awaiting.append((lane, channel))
+        return awaiting
 
     def _open(self, lane: _Lane) -> None:
-        num_bytes = sum(command.num_bytes for command in lane.waiting)
-        # Over a unix socket one keeps a server busy, which reads but one at a time.
-        most = self._servers.config.num_connections if lane.address.port else 1
-        num_wanted = min(
-            most,
-            len(lane.waiting),
-            max(1, num_bytes // _BYTES_PER_CONNECTION),
-        )
+        num_bytes = sum(job.command.num_bytes for job in lane.waiting)
         try:
-            for _ in range(num_wanted):
-                channel = self._servers.pool.borrow(lane.address, self._deadline)
-                lane.channels.append(channel)
-                self._lane_of[channel.fileno()] = lane, channel
+            lane.channels = self._servers.borrow(
+                lane.address, len(lane.waiting), num_bytes, self._deadline
+            )
         except TierError as error:
-            if not lane.channels:  # fewer than wanted will do
-                self._fail_waiting(lane, error)
+            self._fail_waiting(lane, error)
 
-    def _fill(self, lane: _Lane, channel: PooledChannel) -> bool:
-        """Give a connection commands that wait, as far as it has few under way; False if none."""
-        if channel.num_awaited >= _MIN_COMMANDS and channel.awaited_bytes > _WINDOW_BYTES // 2:
-            return False  # several small ones leave together, later
-        has_more = bool(lane.waiting)
+    def _fill(self, lane: _Lane, channel: PooledChannel) -> None:
+        """Give a connection commands that wait, as far as it has few under way."""
+        num_awaited, awaited_bytes = channel.num_awaited, channel.awaited_bytes
         while lane.waiting and (
-            channel.num_awaited < _MIN_COMMANDS
-            or (channel.num_awaited < _MAX_COMMANDS and channel.awaited_bytes < _WINDOW_BYTES)
+            num_awaited < _MIN_COMMANDS
+            or (num_awaited < _MAX_COMMANDS and awaited_bytes < _WINDOW_BYTES)
         ):
-            command = lane.waiting.popleft()
-            if self._jobs[command].is_asking:
+            job = lane.waiting.popleft()
+            if job.is_asking:
                 channel.push(Command((b"ASKING",)))
-            channel.push(command)
-        return has_more
+            channel.push(job.command, job)
+            num_awaited += 1
+            awaited_bytes += job.command.num_bytes
 
-    def _read(self, lane: _Lane, channel: PooledChannel) -> None:
-        try:
-            for command, reply in channel.receive():
-                self._answer(command, reply)
-                if self._fill(lane, channel):
-                    channel.flush()
-        except StreamError as error:
-            self._lose(lane, channel, error)
+    def _collect(self, lane: _Lane, channel: PooledChannel) -> None:
+        """Let the operations go on whose replies have come."""
+        for job, reply in channel.take_answers():
+            if job is not None:  # an ASKING has none
+                self._answer(job, reply)
+        if channel.failure:
+            self._lose(lane, channel)
 
-    def _lose(self, lane: _Lane, channel: PooledChannel, error: StreamError) -> None:
+    def _lose(self, lane: _Lane, channel: PooledChannel) -> None:
         """What a connection that ended leaves unanswered has failed."""
         lane.channels.remove(channel)
-        if self._events.pop(channel, None) is not None:
-            self._poll.unregister(channel)
-        lost = ConnectionLost(f"{self._name}: {lane.address}: {error}")
-        for command in channel.abandon():
-            self._answer(command, lost)
+        lost = ConnectionLost(f"{self._name}: {lane.address}: {channel.failure}")
+        for job in channel.abandon():
+            if job is not None:
+                self._answer(job, lost)
         channel.close()
         if not lane.channels:
             self._fail_waiting(lane, lost)
 
     def _fail_waiting(self, lane: _Lane, error: TierError) -> None:
-        commands = list(lane.waiting)
+        jobs = list(lane.waiting)
         lane.waiting.clear()
-        for command in commands:
-            self._answer(command, error)
+        for job in jobs:
+            self._answer(job, error)

@@ -21,7 +21,14 @@ from redis.retry import Retry
 from prefixstore.errors import TierError, TierTimeout, TierUnavailable
 from prefixstore.tiers.redis.config import Address, RedisTierConfig
 from prefixstore.tiers.redis.errors import ConnectionLost, PassingTrouble, tier_error
-from prefixstore.tiers.redis.wire import Channel, Command, ErrorReply, Reply, StreamError
+from prefixstore.tiers.redis.wire import (
+    Channel,
+    Command,
+    ErrorReply,
+    Reply,
+    StreamError,
+    take_turn,
+)
 
 MAX_IDLE = 16  # to each server: more threads than this at once open connections anew
 
@@ -87,8 +94,8 @@ class Pool:
             raise self._translated(error, address) from error
 
     def give_back(self, channel: PooledChannel) -> None:
-        """One that awaits no reply; any other is closed."""
-        is_in_step = channel.num_awaited == 0 and not channel.has_output
+        """One that is whole and awaits no reply; any other is closed."""
+        is_in_step = channel.num_awaited == 0 and not channel.has_output and not channel.failure
         with self._lock:
             idle = self._idle[channel.address]
             if is_in_step and len(idle) < MAX_IDLE and not self._is_closed:
@@ -158,17 +165,15 @@ class Pool:
 
 def _exchange(channel: Channel, command: Command, deadline: float) -> Reply:
     channel.push(command)
-    poll = select.poll()
-    poll.register(channel)
     while True:
-        channel.flush()
-        for _, reply in channel.receive():
+        for _, reply in channel.take_answers():
             return reply
+        if channel.failure:
+            raise StreamError(channel.failure)
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             raise TimeoutError
-        poll.modify(channel, select.POLLIN | (select.POLLOUT if channel.has_output else 0))
-        poll.poll(remaining * 1e3)
+        take_turn([channel], remaining)
 
 
 def data_connect(config: RedisTierConfig) -> Connect:

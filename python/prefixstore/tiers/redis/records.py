@@ -29,10 +29,11 @@ from prefixstore.tiers.redis.exchange import Operation
 from prefixstore.tiers.redis.wire import Command
 
 _SCHEMA = 1
-_MAGIC = b"KVR1"
-_MANIFEST = struct.Struct("<4sIQQ8s")
-MANIFEST_BYTES = _MANIFEST.size
-_LAST_OF_MANIFEST = b"%d" % (MANIFEST_BYTES - 1)
+MAGIC = b"KVR1"
+MANIFEST = struct.Struct("<4sIQQ8s")
+MANIFEST_BYTES = MANIFEST.size
+WRITE_ID_BYTES = 8
+MANIFEST_RANGE = (b"0", b"%d" % (MANIFEST_BYTES - 1))  # of GETRANGE
 
 
 def new_generation() -> bytes:
@@ -76,7 +77,9 @@ class Manifest:
     def of_new(cls, record_bytes: int, max_part_bytes: int) -> Manifest:
         """Of a record to be written: of as few parts as may be, all of about one length."""
         num_parts = max(1, -(-record_bytes // max_part_bytes))
-        return cls(record_bytes, max(1, -(-record_bytes // num_parts)), secrets.token_bytes(8))
+        return cls(
+            record_bytes, max(1, -(-record_bytes // num_parts)), secrets.token_bytes(WRITE_ID_BYTES)
+        )
 
     @property
     def num_parts(self) -> int:
@@ -88,8 +91,8 @@ class Manifest:
         return min(self.record_bytes, self.part_bytes)
 
     def encode(self) -> bytes:
-        return _MANIFEST.pack(
-            _MAGIC, self.num_parts, self.record_bytes, self.part_bytes, self.write_id
+        return MANIFEST.pack(
+            MAGIC, self.num_parts, self.record_bytes, self.part_bytes, self.write_id
         )
 
     def part_keys(self, key: bytes) -> list[bytes]:
@@ -116,8 +119,8 @@ def read_manifest(head: bytes | bytearray, num_bytes: int) -> Manifest | None:
     if num_bytes == 0:
         return None
     if num_bytes >= MANIFEST_BYTES:
-        magic, num_parts, record_bytes, part_bytes, write_id = _MANIFEST.unpack(head)
-        if magic == _MAGIC and part_bytes > 0:
+        magic, num_parts, record_bytes, part_bytes, write_id = MANIFEST.unpack(head)
+        if magic == MAGIC and part_bytes > 0:
             manifest = Manifest(record_bytes, part_bytes, write_id)
             if manifest.num_parts == num_parts:
                 return manifest
@@ -127,7 +130,7 @@ def read_manifest(head: bytes | bytearray, num_bytes: int) -> Manifest | None:
 def fetch_manifest(key: bytes) -> Operation[Manifest | None]:
     """The manifest alone."""
     head = bytearray(MANIFEST_BYTES)
-    command = Command((b"GETRANGE", key, b"0", _LAST_OF_MANIFEST), [memoryview(head)])
+    command = Command((b"GETRANGE", key, *MANIFEST_RANGE), [memoryview(head)])
     (num_bytes,) = yield [command]
     return read_manifest(head, num_bytes)
 
@@ -150,7 +153,7 @@ def read_record(
         BlockCorrupted: If it is longer than `out`, or has no manifest.
     """
     head = bytearray(MANIFEST_BYTES)
-    commands = [Command((b"GET", key), [memoryview(head), out]), *_renewals([key], config, renews)]
+    commands = [Command((b"GET", key), [memoryview(head), out]), *renewals([key], config, renews)]
     num_bytes, *_ = yield commands
     manifest = read_manifest(head, num_bytes or 0)
     if manifest is None:
@@ -173,7 +176,7 @@ def read_record(
         Command((b"GET", part_key), [out[begin:end]])
         for part_key, (begin, end) in zip(keys, ranges, strict=True)
     ]
-    replies = yield [*reads, *_renewals(keys, config, renews)]
+    replies = yield [*reads, *renewals(keys, config, renews)]
     wanted = [end - begin for begin, end in ranges]
     return manifest.record_bytes if replies[: len(reads)] == wanted else None
 
@@ -195,7 +198,7 @@ def read_range(
         wanted.append(end - begin)
     if not reads:
         return 0
-    replies = yield [*reads, *_renewals(keys, config, renews)]
+    replies = yield [*reads, *renewals(keys, config, renews)]
     return sum(wanted) if replies[: len(reads)] == wanted else None
 
 
@@ -207,7 +210,7 @@ def _ranges(manifest: Manifest, begin: int, end: int) -> Iterator[tuple[int, int
             yield part, max(begin, part_begin), min(end, part_end)
 
 
-def _renewals(keys: list[bytes], config: RedisTierConfig, renews: bool) -> list[Command]:
+def renewals(keys: list[bytes], config: RedisTierConfig, renews: bool) -> list[Command]:
     """Begin the time to live of keys anew; GT leaves alone those that are pinned."""
     if not renews:
         return []
@@ -215,8 +218,16 @@ def _renewals(keys: list[bytes], config: RedisTierConfig, renews: bool) -> list[
     return [Command((b"EXPIRE", key, ttl, b"GT"), is_optional=True) for key in keys]
 
 
-def write_record(key: bytes, record: memoryview, config: RedisTierConfig) -> Operation[bool]:
+def write_record(
+    key: bytes, record: memoryview, config: RedisTierConfig, is_known: bool = False
+) -> Operation[bool]:
     """Keep a record; False where one of that name was there, whole, already.
+
+    Args:
+        key: The record's.
+        record: Its bytes.
+        config: The tier's.
+        is_known: Whether something of that name is known to be there.
 
     Raises:
         TierFull: If the server has no room; what was written of it is taken back.
@@ -231,9 +242,10 @@ def write_record(key: bytes, record: memoryview, config: RedisTierConfig) -> Ope
                 Command((b"SET", part_key, (record[begin:end],), *ttl))
                 for part_key, (begin, end) in zip(keys, ranges, strict=True)
             ]
-        (reply,) = yield [Command((b"SET", key, head, *ttl, b"NX"))]
-        if reply is not None:
-            return True
+        if not is_known:
+            (reply,) = yield [Command((b"SET", key, head, *ttl, b"NX"))]
+            if reply is not None:
+                return True
         if not (yield from _holds_readable(key)):
             yield [Command((b"SET", key, head, *ttl))]
             return True

@@ -10,8 +10,10 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from prefixstore.errors import TierError, TierUnavailable
 from prefixstore.tiers.redis.config import Address, RedisTierConfig, Topology
-from prefixstore.tiers.redis.pool import Pool, data_connect, sentinel_connect
+from prefixstore.tiers.redis.pool import Pool, PooledChannel, data_connect, sentinel_connect
 from prefixstore.tiers.redis.wire import ErrorReply, Reply
+
+_BYTES_PER_CONNECTION = 1 << 20  # less is not worth another connection
 
 _REDIRECT = re.compile(r"(?P<code>MOVED|ASK) (?P<slot>\d+) (?P<host>.*):(?P<port>\d+)")
 
@@ -22,6 +24,11 @@ class Servers(ABC):
     def __init__(self, config: RedisTierConfig) -> None:
         self.config = config
         self.pool = Pool(config.name, data_connect(config))
+
+    @property
+    def can_batch(self) -> bool:
+        """Whether the extension can move the bytes: those of TLS it cannot."""
+        return self.config.tls is None
 
     @abstractmethod
     def address_of(self, key: bytes, deadline: float) -> Address:
@@ -42,6 +49,27 @@ class Servers(ABC):
     def redirected(self, reply: ErrorReply) -> Address | None:
         """The server that another one sends us to; None where it does not."""
         return None
+
+    def borrow(
+        self, address: Address, num_commands: int, num_bytes: int, deadline: float
+    ) -> list[PooledChannel]:
+        """As many connections to a server as are worth it for so many commands that move so much;
+        fewer if it has no more, but one at least. To be given back to the pool.
+
+        Raises:
+            TierError: If there is none to be had.
+        """
+        # Over a unix socket one keeps a server busy, which reads but one at a time.
+        most = self.config.num_connections if address.port else 1
+        num_wanted = min(most, num_commands, max(1, num_bytes // _BYTES_PER_CONNECTION))
+        channels: list[PooledChannel] = []
+        try:
+            while len(channels) < num_wanted:
+                channels.append(self.pool.borrow(address, deadline))
+        except TierError:
+            if not channels:
+                raise
+        return channels
 
     def close(self) -> None:
         self.pool.close()

@@ -1,7 +1,8 @@
 """Records in a Redis or Valkey that machines share: one server, Sentinel or a cluster.
 
     get_many -> Caller      under each identity's generation, tried again where that may help
-             -> Exchange    many operations beside each other on many connections, one deadline
+             -> CommandBatch   one command for each record, while all goes well
+             -> Exchange    the rest: operations beside each other on many connections, one deadline
              -> Channel     RESP to and from the caller's memory
 
 How records lie there: see records.py. The server bounds its memory and chooses what gives
@@ -27,6 +28,7 @@ from prefixstore.tiers.base import (
     check_priority,
 )
 from prefixstore.tiers.outcomes import SharedCounters, raise_first, raise_if_all
+from prefixstore.tiers.redis.bulk import BulkLooks, BulkReads, BulkWrites
 from prefixstore.tiers.redis.calls import Call, Caller
 from prefixstore.tiers.redis.config import Address, RedisTierConfig
 from prefixstore.tiers.redis.exchange import Operation
@@ -89,7 +91,11 @@ class RedisTier(Tier):
                 return read_record(key, views[i], self._config, renews)
             return read_range(key, views[i], offsets[i], self._config, renews)
 
-        call: Call[int | None] = Call(names, start, absent=None)
+        bulk = None
+        if offsets is None and self._are_single(views):
+            is_due = self._is_to_be_renewed if self._config.refresh_ttl else None
+            bulk = BulkReads(views, self._config, is_due)
+        call: Call[int | None] = Call(names, start, absent=None, bulk=bulk)
         outcomes = self._caller.run(call, self._deadline(deadline))
         self._counters.add_reads(outcomes)
         raise_if_all(outcomes, TierUnavailable, TierTimeout)
@@ -109,10 +115,12 @@ class RedisTier(Tier):
 
         def start(i: int, key: bytes, generation: bytes) -> Operation[bool]:
             keys[i] = key
-            return write_record(key, views[i], self._config)
+            is_known = bulk is not None and i in bulk.known
+            return write_record(key, views[i], self._config, is_known)
 
+        bulk = BulkWrites(views, self._config, keys) if self._are_single(views) else None
         deleted = TierUnavailable(f"{self.name}: the identity was deleted again and again")
-        call: Call[bool] = Call(names, start, absent=deleted, begins=True)
+        call: Call[bool] = Call(names, start, absent=deleted, begins=True, bulk=bulk)
         outcomes = self._caller.run(call, self._deadline(deadline))
         written = [i for i, outcome in enumerate(outcomes) if outcome is True]
         written_bytes = sum(len(views[i]) for i in written)
@@ -125,7 +133,12 @@ class RedisTier(Tier):
         self, names: Sequence[RecordName], *, deadline: float | None = None
     ) -> list[bool]:
         """Whether `get_many` would find them; to the server's own choice of victims it is a use."""
-        call: Call[bool] = Call(names, lambda i, key, generation: holds(key), absent=False)
+        call: Call[bool] = Call(
+            names,
+            lambda i, key, generation: holds(key),
+            absent=False,
+            bulk=BulkLooks(len(names)),
+        )
         return self._run_all(call, deadline)
 
     def delete_many(
@@ -207,6 +220,10 @@ class RedisTier(Tier):
         """An answer for each record; the first error is raised."""
         outcomes = self._caller.run(call, self._deadline(deadline))
         return raise_first(outcomes)
+
+    def _are_single(self, records: Sequence[memoryview]) -> bool:
+        """Whether records of at most these lengths have one part each."""
+        return max(map(len, records), default=0) <= self._config.part_bytes
 
     def _is_to_be_renewed(self, key: bytes) -> bool:
         """Whether a hit begins the record's time anew; not if that was done a short while ago, for

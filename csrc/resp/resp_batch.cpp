@@ -1,0 +1,81 @@
+// Many commands on the connections of one or several servers.
+#include <chrono>
+#include <memory>
+#include <utility>
+
+#include "kvkernels/resp.h"
+
+namespace kvkernels {
+namespace {
+
+// Under way on one connection, and never fewer than kMinCommands. More keeps no connection busier,
+// but makes a server hold more replies at once, and they fall out of its caches.
+constexpr int64_t kWindowBytes = 2 << 20;
+constexpr size_t kMinCommands = 2, kMaxCommands = 256;
+
+bool takes_more(const RespChannel& channel) {
+  if (!channel.failure().empty()) return false;
+  return channel.num_awaited() < kMinCommands ||
+         (channel.num_awaited() < kMaxCommands && channel.awaited_bytes() < kWindowBytes);
+}
+
+// A command's owner, and which request it is.
+struct Numbered {
+  RespOwner owner;
+  size_t index;
+};
+
+void send(RespRequest& request, size_t index, RespChannel& channel) {
+  const RespOwner owner = request.command.owner;
+  for (const RespRequest::Piece& piece : request.pieces) {
+    if (piece.data != nullptr) {
+      channel.send_memory(piece.data, piece.size, owner);
+    } else {
+      channel.send_text(piece.text);
+    }
+  }
+  request.pieces.clear();
+  request.command.owner = std::make_shared<Numbered>(Numbered{owner, index});
+  channel.push(std::move(request.command));
+}
+
+}  // namespace
+
+bool RespBatch::run(const std::vector<std::vector<RespChannel*>>& lanes, double timeout_s) {
+  using Clock = std::chrono::steady_clock;
+  const auto ends_at = Clock::now() + std::chrono::duration<double>(timeout_s);
+  if (is_answered_.empty()) {
+    replies_.resize(requests_.size());
+    is_answered_.resize(requests_.size());
+    waiting_.resize(lanes.size());
+    for (size_t i = 0; i < requests_.size(); ++i) waiting_.at(requests_[i].lane).push_back(i);
+  }
+  std::vector<RespChannel*> busy;
+  while (true) {
+    busy.clear();
+    for (size_t lane = 0; lane < lanes.size(); ++lane) {
+      std::deque<size_t>& waiting = waiting_[lane];
+      for (RespChannel* channel : lanes[lane]) {
+        for (; !waiting.empty() && takes_more(*channel); waiting.pop_front()) {
+          send(requests_[waiting.front()], waiting.front(), *channel);
+        }
+        if (channel->failure().empty() && channel->num_awaited() > 0) busy.push_back(channel);
+      }
+    }
+    if (busy.empty()) return true;
+    const std::chrono::duration<double> left = ends_at - Clock::now();
+    const RespTurn turn = take_turn(busy, left.count());
+    for (RespChannel* channel : busy) {
+      for (RespAnswer& answer : channel->take_answers()) {
+        const size_t index = static_cast<Numbered*>(answer.owner.get())->index;
+        replies_[index] = std::move(answer.reply);
+        is_answered_[index] = 1;
+        owners_.push_back(std::move(answer.owner));
+      }
+    }
+    if (turn == RespTurn::kTimedOut) return true;
+    if (turn == RespTurn::kInterrupted) return false;
+  }
+}
+
+}  // namespace kvkernels
