@@ -77,6 +77,64 @@ def test_reads_parts_of_records(tier):
     assert tier.get_many([name] * 2, beyond, offsets=[4 * PART + 90, 5 * PART]) == [10, 0]
 
 
+SMALL = [1, 300, PART - 50, PART]  # records of one part, and so of one command each
+
+
+def test_reads_many_small_records_and_misses_at_once(tier):
+    names, absent = make_names(200), make_names(100)
+    records = [random_bytes(SMALL[i % 4], i) for i in range(200)]
+    assert put(tier, names, records) == [None] * 200
+    mixed = [name for pair in zip(names, absent * 2, strict=True) for name in pair]
+    expected = [found for record in records for found in (record, None)]
+    assert get(tier, mixed, PART) == expected
+    assert tier.contains_many(mixed) == [found is not None for found in expected]
+    assert put(tier, names, records) == [None] * 200  # they are there
+
+
+@pytest.mark.parametrize("begin", [0, 1, 299, 300, PART - 60])
+def test_reads_a_range_of_many_small_records(tier, begin):
+    names, absent = make_names(4), make_names(1)
+    records = [random_bytes(size, size) for size in SMALL]
+    put(tier, names, records)
+    expected = [record[begin : begin + 50] for record in records]
+    assert get(tier, [*names, *absent], 50, offsets=[begin] * 5) == [*expected, None]
+
+
+def test_small_reads_find_records_that_others_wrote_in_parts(tier, server, client):
+    (name,), record = make_names(1), random_bytes(3 * PART + 5)
+    put(tier, [name], [record])
+    large = open_tier(server.url, prefix=tier._config.prefix, part_bytes=16 * PART)
+    keys = [record_key(client, name), *part_keys(client, name)]
+    for read in [{}, {"offsets": [2 * PART]}]:
+        for key in keys:
+            client.expire(key, 100)
+        large._renewed.clear()
+        begin = read.get("offsets", [0])[0]
+        assert get(large, [name], len(record), **read) == [record[begin:]]
+        assert all(client.ttl(key) > 86390 for key in keys)
+    assert large.contains_many([name]) == [True]
+    large.close()
+
+
+@pytest.mark.parametrize("damage", [b"", b"KVR", b"x" * 40])
+def test_small_reads_say_what_is_no_record(tier, client, damage):
+    (name,) = make_names(1)
+    put(tier, [name], [bytes(100)])
+    client.set(record_key(client, name), damage)
+    for read in [{}, {"offsets": [10]}]:
+        outcome = tier.get_many([name], [memoryview(bytearray(50))], **read)[0]
+        assert outcome is None if damage == b"" else isinstance(outcome, BlockCorrupted)
+    put(tier, [name], [bytes(100)])
+    assert get(tier, [name], 100) == [bytes(100)]
+
+
+def test_a_record_longer_than_the_memory_for_it_is_refused(tier):
+    (name,) = make_names(1)
+    put(tier, [name], [bytes(100)])
+    (outcome,) = tier.get_many([name], [memoryview(bytearray(99))])
+    assert isinstance(outcome, BlockCorrupted)
+
+
 def test_writes_from_memory_of_any_type_and_reads_into_it(tier):
     (name,) = make_names(1)
     words = memoryview(random_bytes(2 * PART)).cast("I")

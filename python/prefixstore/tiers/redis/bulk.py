@@ -62,6 +62,10 @@ class _Manifests:
         is_single = magic == MAGIC and num_parts == 1 and 0 < part_bytes >= record_bytes
         return record_bytes if is_single else -1
 
+    def is_missing(self, index: int) -> bool:
+        """Whether nothing was read."""
+        return not any(self.head(index))
+
 
 class BulkReads(Bulk["int | None"]):
     """Whole records, each into its buffer, if they have one part.
@@ -69,14 +73,14 @@ class BulkReads(Bulk["int | None"]):
     Args:
         outs: A buffer for each record of the call.
         config: The tier's.
-        is_due: Whether a hit begins the time of that key anew; None for never.
+        is_due: Whether a hit begins the time of that key anew.
     """
 
     def __init__(
         self,
         outs: Sequence[memoryview],
         config: RedisTierConfig,
-        is_due: Callable[[bytes], bool] | None,
+        is_due: Callable[[bytes], bool],
     ) -> None:
         self._outs = outs
         self._config = config
@@ -86,9 +90,8 @@ class BulkReads(Bulk["int | None"]):
     def add(self, batch: CommandBatch, index: int, key: bytes) -> int:
         out = self._outs[index]
         where = batch.add((b"GET", key), (self._manifests.head(index), out), len(out))
-        if self._is_due is not None:
-            for command in renewals([key], self._config, self._is_due(key)):
-                batch.add(command.args)
+        for command in renewals([key], self._config, self._is_due(key)):
+            batch.add(command.args)
         return where
 
     def settle(
@@ -102,6 +105,55 @@ class BulkReads(Bulk["int | None"]):
             length = self._manifests.single_bytes(index)
             is_whole = reply == MANIFEST_BYTES + length and 0 <= length <= len(self._outs[index])
             settled.append(length if is_whole else UNSETTLED)
+        return settled
+
+
+class BulkRanges(Bulk["int | None"]):
+    """Bytes of records from an offset on, if they have one part: the manifest and the bytes in one
+    round trip.
+
+    Args:
+        outs: A buffer for each record of the call.
+        offsets: Where in its record each begins.
+        config: The tier's.
+        is_due: As in `BulkReads`.
+    """
+
+    def __init__(
+        self,
+        outs: Sequence[memoryview],
+        offsets: Sequence[int],
+        config: RedisTierConfig,
+        is_due: Callable[[bytes], bool],
+    ) -> None:
+        self._outs = outs
+        self._offsets = offsets
+        self._config = config
+        self._is_due = is_due
+        self._manifests = _Manifests(len(outs))
+
+    def add(self, batch: CommandBatch, index: int, key: bytes) -> int:
+        out, begin = self._outs[index], MANIFEST_BYTES + self._offsets[index]
+        batch.add((b"GETRANGE", key, *MANIFEST_RANGE), (self._manifests.head(index),))
+        words = (b"GETRANGE", key, b"%d" % begin, b"%d" % (begin + len(out) - 1))
+        where = batch.add(words, (out,), len(out))
+        for command in renewals([key], self._config, self._is_due(key)):
+            batch.add(command.args)
+        return where
+
+    def settle(
+        self, indices: Sequence[int], replies: Sequence[BatchReply]
+    ) -> list[Settled[int | None]]:
+        settled: list[Settled[int | None]] = []
+        for index, reply in zip(indices, replies, strict=True):
+            length = self._manifests.single_bytes(index)
+            wanted = min(length - self._offsets[index], len(self._outs[index]))
+            if length >= 0 and reply == wanted:
+                settled.append(wanted)
+            elif reply == 0 and self._manifests.is_missing(index):
+                settled.append(None)
+            else:
+                settled.append(UNSETTLED)
         return settled
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from prefixstore.block_key import RecordName
@@ -28,7 +28,7 @@ from prefixstore.tiers.base import (
     check_priority,
 )
 from prefixstore.tiers.outcomes import SharedCounters, raise_first, raise_if_all
-from prefixstore.tiers.redis.bulk import BulkLooks, BulkReads, BulkWrites
+from prefixstore.tiers.redis.bulk import Bulk, BulkLooks, BulkRanges, BulkReads, BulkWrites
 from prefixstore.tiers.redis.calls import Call, Caller
 from prefixstore.tiers.redis.config import Address, RedisTierConfig
 from prefixstore.tiers.redis.exchange import Operation
@@ -84,17 +84,19 @@ class RedisTier(Tier):
         deadline: float | None = None,
     ) -> list[ReadOutcome]:
         views = [memoryview(out).cast("B") for out in outs]
+        due: set[bytes] = set()  # of a record that is asked for twice, both times
+
+        def is_due(key: bytes) -> bool:
+            if self._is_to_be_renewed(key):
+                due.add(key)
+            return key in due
 
         def start(i: int, key: bytes, generation: bytes) -> Operation[int | None]:
-            renews = self._is_to_be_renewed(key)
             if offsets is None:
-                return read_record(key, views[i], self._config, renews)
-            return read_range(key, views[i], offsets[i], self._config, renews)
+                return read_record(key, views[i], self._config, is_due(key))
+            return read_range(key, views[i], offsets[i], self._config, is_due(key))
 
-        bulk = None
-        if offsets is None and self._are_single(views):
-            is_due = self._is_to_be_renewed if self._config.refresh_ttl else None
-            bulk = BulkReads(views, self._config, is_due)
+        bulk = self._bulk_of(views, offsets, is_due)
         call: Call[int | None] = Call(names, start, absent=None, bulk=bulk)
         outcomes = self._caller.run(call, self._deadline(deadline))
         self._counters.add_reads(outcomes)
@@ -220,6 +222,21 @@ class RedisTier(Tier):
         """An answer for each record; the first error is raised."""
         outcomes = self._caller.run(call, self._deadline(deadline))
         return raise_first(outcomes)
+
+    def _bulk_of(
+        self,
+        outs: Sequence[memoryview],
+        offsets: Sequence[int] | None,
+        is_due: Callable[[bytes], bool],
+    ) -> Bulk[int | None] | None:
+        """How to read records that have one part each; None where some have more for certain."""
+        begins = offsets or [0] * len(outs)
+        ends = [begin + len(out) for begin, out in zip(begins, outs, strict=True)]
+        if max(ends, default=0) > self._config.part_bytes or not all(outs):
+            return None
+        if offsets is None:
+            return BulkReads(outs, self._config, is_due)
+        return BulkRanges(outs, offsets, self._config, is_due)
 
     def _are_single(self, records: Sequence[memoryview]) -> bool:
         """Whether records of at most these lengths have one part each."""
