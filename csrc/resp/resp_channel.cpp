@@ -329,6 +329,10 @@ std::vector<RespOwner> RespChannel::abandon() {
   awaited_bytes_ = 0;
   output_.clear();
   num_sent_ = 0;
+  // What may still come belongs to nobody: whatever it is, the next reply is one too many.
+  in_string_ = false;
+  frames_.clear();
+  begin_ = end_ = num_scanned_ = 0;
   return owners;
 }
 

@@ -161,7 +161,17 @@ void test_channels_that_fail() {
   CHECK(batch.is_answered(0) && !batch.is_answered(1));
   CHECK(!batch.is_answered(2) && !batch.is_answered(3));
   CHECK(!closed.failure().empty());
+  ends[1].write("$10\r\n0123");  // half a reply to nobody, as it will turn out
+  silent.receive(1 << 20);
   CHECK(silent.abandon().size() == 2);
+  ends[1].write("456789\r\n");
+  bool is_refused = false;
+  try {
+    silent.receive(1 << 20);
+  } catch (const RespStreamError&) {
+    is_refused = true;
+  }
+  CHECK(is_refused);
 }
 
 void test_sends_more_than_a_socket_takes() {
