@@ -74,7 +74,8 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     PROTECTION: ("numpy", "cryptography", *NAMES),
     # A tier sees bytes: no tensors, and never the store.
     ("prefixstore.tiers",): ("numpy", *NAMES, *PROTECTION),
-    REDIS: ("redis", "prefixstore.tiers.base", "prefixstore.tiers.outcomes", *NAMES),
+    # Its bytes are moved by the extension.
+    REDIS: ("redis", "_kvkernels", "prefixstore.tiers.base", "prefixstore.tiers.outcomes", *NAMES),
     REMOTE: ("obstore", "prefixstore.tiers.base", "prefixstore.tiers.outcomes", *NAMES),
     STORE: ("numpy", "prefixstore.tiers.base", *NAMES, *RECORD, *AT_EXIT),
     PLANNER: ("numpy",),

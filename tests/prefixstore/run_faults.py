@@ -1,6 +1,6 @@
 """Breaks tiers while requests go on, and prints what the requests saw.
 
-python tests/faults/run.py [--seconds 10] [--only redis] [--json FILE]
+python tests/prefixstore/run_faults.py [--seconds 10] [--only redis] [--json FILE]
 """
 
 from __future__ import annotations
