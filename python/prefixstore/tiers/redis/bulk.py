@@ -90,8 +90,7 @@ class BulkReads(Bulk["int | None"]):
     def add(self, batch: CommandBatch, index: int, key: bytes) -> int:
         out = self._outs[index]
         where = batch.add((b"GET", key), (self._manifests.head(index), out), len(out))
-        for command in renewals([key], self._config, self._is_due(key)):
-            batch.add(command.args)
+        self._renew(batch, key)
         return where
 
     def settle(
@@ -107,8 +106,12 @@ class BulkReads(Bulk["int | None"]):
             settled.append(length if is_whole else UNSETTLED)
         return settled
 
+    def _renew(self, batch: CommandBatch, key: bytes) -> None:
+        for command in renewals([key], self._config, self._is_due(key)):
+            batch.add(command.args)
 
-class BulkRanges(Bulk["int | None"]):
+
+class BulkRanges(BulkReads):
     """Bytes of records from an offset on, if they have one part: the manifest and the bytes in one
     round trip.
 
@@ -126,19 +129,15 @@ class BulkRanges(Bulk["int | None"]):
         config: RedisTierConfig,
         is_due: Callable[[bytes], bool],
     ) -> None:
-        self._outs = outs
+        super().__init__(outs, config, is_due)
         self._offsets = offsets
-        self._config = config
-        self._is_due = is_due
-        self._manifests = _Manifests(len(outs))
 
     def add(self, batch: CommandBatch, index: int, key: bytes) -> int:
         out, begin = self._outs[index], MANIFEST_BYTES + self._offsets[index]
         batch.add((b"GETRANGE", key, *MANIFEST_RANGE), (self._manifests.head(index),))
         words = (b"GETRANGE", key, b"%d" % begin, b"%d" % (begin + len(out) - 1))
         where = batch.add(words, (out,), len(out))
-        for command in renewals([key], self._config, self._is_due(key)):
-            batch.add(command.args)
+        self._renew(batch, key)
         return where
 
     def settle(
