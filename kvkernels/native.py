@@ -39,7 +39,8 @@ def use_isa(name: str) -> Iterator[None]:
     a dtype or head_dim, the next lower one does.
 
     Args:
-        name: One of `available_isas()`. "amx_emulated" does what "amx" does in plain C++.
+        name: One of `available_isas()`. "amx_emulated" does what "amx" does without its
+            instructions, on processors with AVX512-BF16.
 
     Raises:
         ValueError: If this processor does not have it.

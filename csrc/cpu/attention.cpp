@@ -21,8 +21,9 @@ constexpr float kLn2 = 0.69314718055994530942f;
 
 const AttentionKernel& find_kernel(AttentionPath path, DType dtype, HeadDims dims) {
   const AttentionKernel* kernel = nullptr;
-  if (path == AttentionPath::kAmxEmulated) kernel = amx_emulated_kernel(dtype, dims);
 #if defined(__x86_64__)
+  const bool may_emulate = path == AttentionPath::kAmxEmulated && best_isa() >= Isa::kAvx512Bf16;
+  if (may_emulate) kernel = amx_emulated_kernel(dtype, dims);
   const bool may_use_amx = path == AttentionPath::kAmx && best_isa() >= Isa::kAmx;
   if (may_use_amx) kernel = amx_kernel(dtype, dims);
   const bool may_use_bf16 = path == AttentionPath::kAvx512Bf16 && best_isa() >= Isa::kAvx512Bf16;
@@ -214,13 +215,13 @@ float* thread_scratch(int slot, int64_t num_floats) {
 bool has_attention_path(AttentionPath path) {
   switch (path) {
     case AttentionPath::kPortable:
-    case AttentionPath::kAmxEmulated:
       return true;
     case AttentionPath::kAvx2:
       return best_isa() >= Isa::kAvx2;
     case AttentionPath::kAvx512:
       return best_isa() >= Isa::kAvx512;
     case AttentionPath::kAvx512Bf16:
+    case AttentionPath::kAmxEmulated:
       return best_isa() >= Isa::kAvx512Bf16;
     case AttentionPath::kAmx:
       return best_isa() >= Isa::kAmx;

@@ -1,6 +1,4 @@
 // The matrix-tile attention on the AMX instructions of Intel processors since Sapphire Rapids.
-#include <immintrin.h>
-
 #include "cpu/attention_amx_kernel.h"
 
 namespace kvkernels {
@@ -13,15 +11,16 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// In memory as a constant: GCC 12 takes the instruction to read the first 8 bytes alone, and might
+// not store the rest of one on the stack.
+constexpr TileConfig kConfig;
+
 // Linux gives the permission for tiles to a process, once (best_isa() asks), but their shape is a
 // register of each thread: it is set for each piece of work and released after it, because threads
 // with tiles in use have more state to save at every switch.
 class AmxTiles {
  public:
-  AmxTiles() {
-    const TileConfig config;
-    _tile_loadconfig(&config);
-  }
+  AmxTiles() { _tile_loadconfig(&kConfig); }
   ~AmxTiles() { _tile_release(); }
   AmxTiles(const AmxTiles&) = delete;
   AmxTiles& operator=(const AmxTiles&) = delete;
@@ -55,10 +54,7 @@ class AmxTiles {
 }  // namespace
 
 const AttentionKernel* amx_kernel(DType dtype, HeadDims dims) {
-  if (dtype != DType::kBFloat16 || !dims.are_multiples_of(kStep)) return nullptr;
-  static const AttentionKernel* const rows = avx512_kernel(dtype, dims);
-  static const AttentionKernel kernel = {kTileRows, 0, attend<AmxTiles>, rows->narrow, rows->widen};
-  return &kernel;
+  return tile_kernel<AmxTiles>(dtype, dims);
 }
 
 }  // namespace kvkernels

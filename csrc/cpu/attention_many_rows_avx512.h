@@ -293,22 +293,11 @@ void add_values(const Work& work, int64_t row, int64_t count, int64_t begin, int
   }
 }
 
-// Lets all that the item reads be asked for ahead. With many rows each tile of keys is multiplied
-// for so long that the processor's own prefetch does.
-inline void plan_reading(const AttentionTile& tile, Prefetch& next) {
-  Spans keys, values;
-  for (int64_t begin = tile.key_begin, end; begin < tile.key_end; begin = end) {
-    end = key_tile_end(tile, begin);
-    find_spans(tile, begin, end, keys, values);
-    next.add_tile(keys, values, 1);
-  }
-}
-
 template <typename L>
 void attend_many_rows(const AttentionTile& tile, const TileResult& result) {
   Work work;
   start_rows<L>(tile, result, work);
-  if (work.count <= kFewRows) plan_reading(tile, work.next);
+  if (work.count <= kFewRows) work.next = plan_reading(tile, kTileKeys);
   const int64_t tile_bytes =
       kTileKeys * (work.head_dim + work.value_dim) * sizeof(typename L::Item);
   const int64_t first = tile.key_begin / kTileKeys * kTileKeys;

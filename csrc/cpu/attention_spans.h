@@ -186,5 +186,19 @@ class Prefetch {
   int64_t allowed_ = 0, asked_ = 0;
 };
 
+// All that an item of one head reads, which goes through its keys so many at a time, up to
+// multiples of that. For few rows: with many each tile of keys is multiplied for so long that the
+// processor's own prefetch does.
+inline Prefetch plan_reading(const AttentionTile& tile, int64_t tile_keys) {
+  Prefetch all;
+  Spans keys, values;
+  for (int64_t begin = tile.key_begin, end; begin < tile.key_end; begin = end) {
+    end = std::min((begin / tile_keys + 1) * tile_keys, tile.key_end);
+    find_spans(tile, begin, end, keys, values);
+    all.add_tile(keys, values, 1);
+  }
+  return all;
+}
+
 }  // namespace
 }  // namespace kvkernels

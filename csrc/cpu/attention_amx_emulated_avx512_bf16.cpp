@@ -1,6 +1,7 @@
-// The matrix-tile attention with its instructions emulated in plain C++: shows on any machine that
-// what attention_amx.cpp does with them is right. Slow.
+// The matrix-tile attention with its instructions emulated in plain C++: shows on processors
+// without them that what attention_amx.cpp does with them is right. Slow.
 #include "cpu/attention_amx_kernel.h"
+#include "cpu/float_bits.h"
 
 namespace kvkernels {
 namespace {
@@ -47,11 +48,7 @@ class EmulatedTiles {
 }  // namespace
 
 const AttentionKernel* amx_emulated_kernel(DType dtype, HeadDims dims) {
-  if (dtype != DType::kBFloat16 || !dims.are_multiples_of(kStep)) return nullptr;
-  static const AttentionKernel* const rows = portable_kernel(dtype);
-  static const AttentionKernel kernel = {kTileRows, 0, attend<EmulatedTiles>, rows->narrow,
-                                         rows->widen};
-  return &kernel;
+  return tile_kernel<EmulatedTiles>(dtype, dims);
 }
 
 }  // namespace kvkernels
