@@ -4,6 +4,7 @@ import os
 import threading
 import time
 
+import pytest
 from dict_tier import CAPACITY, DictTier, held
 from failing_tiers import Gate
 from sample_blocks import LAYOUT, make_keys, make_payload, make_record
@@ -111,8 +112,69 @@ def test_what_the_fastest_tier_evicts_before_its_turn_is_not_lost(make_store):
     gate.open()
     assert store.flush(30)
     assert memory.stats().num_records == 8
-    assert sum(held(slow, keys)) + use_of(store, "slow").num_dropped == 300
-    assert use_of(store, "slow").num_dropped <= 1  # one that was being taken just then
+    assert held(slow, keys) == [True] * 300
+    assert use_of(store, "slow").num_dropped == 0
+
+
+def save_each(store: Store, keys: list[BlockKey]) -> None:
+    """Save blocks so that the fastest tier has each before the next comes."""
+    for key in keys:
+        assert store.save(key, HostBlock(make_payload(key)))
+        assert store.wait_blocks(30)
+
+
+@pytest.mark.parametrize("num_fitting", [0, 1, 2])
+def test_what_is_evicted_after_it_was_taken_and_before_it_was_read_is_not_lost(
+    make_store, num_fitting: int
+):
+    gate = Gate("contains")  # the slower tier is asked between the two
+    memory, slow = MemoryTier(MemoryTierConfig(4 * 4096)), DictTier("slow", gate)
+    queue_bytes = max(num_fitting * LAYOUT.record_bytes, LAYOUT.payload_bytes)
+    store = make_store(memory, slow, queue_bytes=queue_bytes)
+    keys = make_keys(6)
+    save_each(store, keys[:1])
+    assert gate.entered.wait(30)
+    save_each(store, keys[1:])  # the first, taken, and the second, queued, have to go
+    assert [memory.contains(key.name) for key in keys] == [False, False, True, True, True, True]
+    assert store.check() == []
+    gate.open()
+    assert store.flush(30)
+    is_rescued = [number < num_fitting for number in range(2)]
+    assert held(slow, keys) == [*is_rescued, True, True, True, True]
+    assert [slow.records.get(key.block_hash) for key in keys[:num_fitting]] == [
+        make_record(key) for key in keys[:num_fitting]
+    ]
+    assert use_of(store, "slow").num_dropped == 2 - num_fitting
+
+
+def test_what_was_read_takes_no_room_when_it_is_evicted(make_store):
+    gate = Gate("put")
+    memory, slow = MemoryTier(MemoryTierConfig(4 * 4096)), DictTier("slow", gate)
+    store = make_store(memory, slow, queue_bytes=LAYOUT.record_bytes)
+    keys = make_keys(6)
+    save_each(store, keys[:1])
+    assert gate.entered.wait(30)
+    save_each(store, keys[1:])  # the first, which is being written, and the second have to go
+    assert [memory.contains(key.name) for key in keys] == [False, False, True, True, True, True]
+    gate.open()
+    assert store.flush(30)
+    assert held(slow, keys) == [True] * 6
+
+
+def test_a_record_queued_again_while_it_is_being_read_is_not_lost(make_store):
+    """Whichever of the two gets the bytes."""
+    gate = Gate("contains")
+    memory, slow = MemoryTier(MemoryTierConfig(4 * 4096)), DictTier("slow", gate)
+    store = make_store(memory, slow)
+    keys = make_keys(5)
+    save_each(store, keys[:1])
+    assert gate.entered.wait(30)
+    save_each(store, [keys[0], *keys[1:]])
+    assert [memory.contains(key.name) for key in keys] == [False, True, True, True, True]
+    assert store.check() == []
+    gate.open()
+    assert store.flush(30)
+    assert held(slow, keys) == [True] * 5
 
 
 def test_records_that_are_gone_when_their_turn_comes_are_counted(make_store):

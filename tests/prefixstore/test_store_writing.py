@@ -165,7 +165,8 @@ def test_records_are_made_where_the_memory_tier_keeps_them() -> None:
     pool_blocks.close()
 
 
-def test_more_blocks_than_the_memory_tier_has_slots_are_all_written() -> None:
+@pytest.mark.parametrize("kind", ["pool", "host"])
+def test_more_blocks_than_the_memory_tier_has_slots_are_all_written(kind: str) -> None:
     gate = Gate("contains")
     memory, slow = GatedMemory(gate, 16 * PAGE_BYTES), DictTier("slow")
     keys = make_keys(NUM_BLOCKS, CODED)
@@ -173,7 +174,13 @@ def test_more_blocks_than_the_memory_tier_has_slots_are_all_written() -> None:
     pool.data.copy_(torch.randn(pool.data.shape))
     pool_blocks = PoolBlocks(pool, [CODED])
     with Store([memory, slow]) as store:
-        save_behind(store, gate, keys, map(pool_blocks.source, range(NUM_BLOCKS)))
+        sources = [
+            HostBlock(pool.block_data(number).numpy())
+            if kind == "host"
+            else pool_blocks.source(number)
+            for number in range(NUM_BLOCKS)
+        ]
+        save_behind(store, gate, keys, sources)
         use = use_of(store, "memory")
         assert (use.num_written, use.num_full, use.num_errors) == (25, 0, 0)
         assert len(slow.records) == 25

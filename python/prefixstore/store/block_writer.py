@@ -50,6 +50,7 @@ class BlockWriter:
         }
         self._is_blamed = False  # whether tier 0 is to blame if the thread fails now
         self._unread: dict[WriteJob, None] = {}  # of those at hand, whose blocks may be read yet
+        self._not_evicted: set[RecordName] = set()  # of those put into tier 0 last
         self._thread = threading.Thread(target=self._run, name="prefixstore-writer", daemon=True)
         self._thread.start()
         close_at_exit(self.close)
@@ -64,6 +65,8 @@ class BlockWriter:
 
     def rescue(self, number: int, name: RecordName, record: np.ndarray) -> None:
         """A tier gives a record up; those after this number may still wait for it."""
+        if number == 0:
+            self._not_evicted.discard(name)
         for slower, writer in self._writers.items():
             if slower > number:
                 writer.rescue(name, record)
@@ -202,16 +205,20 @@ class BlockWriter:
         kept = [False] * len(jobs)
         if not chosen:
             return kept
+        names = [jobs[i].key.name for i in chosen]
+        self._not_evicted = set(names)
         self._is_blamed = True
         outcomes = self._first.put_many(
-            [jobs[i].key.name for i in chosen],
+            names,
             [records[i] for i in chosen],
             [jobs[i].priority for i in chosen],
             time.monotonic() + self._config.write_timeout_s,
         )
         self._is_blamed = False
-        for i, is_kept in zip(chosen, outcomes, strict=True):
-            kept[i] = is_kept
+        for i, name, is_kept in zip(chosen, names, outcomes, strict=True):
+            # Nothing else evicts from tier 0, but the last of them may have taken the place of the
+            # first, for which no writer of a slower tier was waiting yet.
+            kept[i] = is_kept and name in self._not_evicted
         return kept
 
     def _hand_on(self, job: WriteJob, record: np.ndarray | None) -> None:

@@ -162,7 +162,7 @@ class GuardedTier:
         priorities: Sequence[int],
         deadline: float,
     ) -> list[bool]:
-        """Write records; for each whether the tier has it now. Counts why not."""
+        """Write records; for each whether the tier took it. Counts why not."""
         kept = [False] * len(names)
         for priority in dict.fromkeys(priorities):
             chosen = [i for i, own in enumerate(priorities) if own == priority]

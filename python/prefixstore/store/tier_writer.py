@@ -2,8 +2,8 @@
 
 Nobody waits for it, and it holds no block and, as a rule, no record: what is queued is a name, and
 when its turn comes the record is read from a faster tier, which keeps it anyhow. If that tier gives
-it up before, it hands the bytes over (`rescue`), as far as there is room for them; one that is gone
-all the same is dropped, and counted.
+it up before it was read, it hands the bytes over (`rescue`), as far as there is room for them; one
+that is gone all the same is dropped, and counted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +38,7 @@ class TierJob:
         name: What it is called.
         max_bytes: It is no longer than that.
         priority: Of the record.
-        record: Its bytes, for as long as it is queued; None where a faster tier keeps them.
+        record: Its bytes, until it is written; None where a faster tier keeps them.
     """
 
     name: RecordName
@@ -68,8 +68,9 @@ class TierWriter:
         self._faster = list(faster)
         self._config = config
         self._jobs: deque[TierJob] = deque()
-        self._elsewhere: dict[RecordName, TierJob] = {}  # those of them that hold no record
         self._running: list[TierJob] = []
+        # those of both that hold no record and have yet to read it; of one name, the last
+        self._elsewhere: dict[RecordName, TierJob] = {}
         self._held_bytes = 0
         self._is_closed = False
         self._changed = threading.Condition()
@@ -96,7 +97,10 @@ class TierWriter:
         return False
 
     def rescue(self, name: RecordName, record: np.ndarray) -> None:
-        """A faster tier gives a record up: keep it if it is queued. It is lent for this call."""
+        """A faster tier gives a record up: keep it if it is yet to be read.
+
+        It is lent for this call, which comes under that tier's lock.
+        """
         with self._changed:
             job = self._elsewhere.get(name)
             if job is not None and self._fits(record.nbytes):
@@ -106,6 +110,12 @@ class TierWriter:
 
     def _fits(self, num_bytes: int) -> bool:
         return self._held_bytes + num_bytes <= self._config.queue_bytes
+
+    def _forget(self, jobs: Iterable[TierJob]) -> None:
+        """Rescue nothing for these any more."""
+        for job in jobs:
+            if self._elsewhere.get(job.name) is job:
+                del self._elsewhere[job.name]
 
     def wait_empty(self, deadline: float) -> bool:
         """Wait until nothing is queued or being written; False once it is past the deadline."""
@@ -125,7 +135,7 @@ class TierWriter:
         self.wait_empty(deadline)
         with self._changed:
             dropped, self._jobs = self._jobs, deque()
-            self._elsewhere.clear()
+            self._forget(dropped)
             self._held_bytes -= sum(job.held_bytes for job in dropped)
             self._changed.notify_all()
         self.tier.count_dropped(len(dropped))
@@ -147,6 +157,7 @@ class TierWriter:
         while jobs := self._take():
             self._write_or_log(jobs)
             with self._changed:
+                self._forget(jobs)  # where they did not come to be read
                 self._running = []
                 self._held_bytes -= sum(job.held_bytes for job in jobs)
                 self._changed.notify_all()
@@ -169,7 +180,6 @@ class TierWriter:
                 if jobs and num_bytes > BATCH_BYTES:
                     break
                 jobs.append(self._jobs.popleft())
-                self._elsewhere.pop(jobs[-1].name, None)
             self._running = jobs
             return jobs
 
@@ -182,6 +192,8 @@ class TierWriter:
         lacking = [job for job, is_there in zip(jobs, answers, strict=True) if not is_there]
         self.tier.count_present(len(jobs) - len(lacking))
         records = self._collect(lacking, deadline)
+        with self._changed:
+            self._forget(jobs)  # before the write: it may take long, and needs no second copy
         found = [
             (job, record)
             for job, record in zip(lacking, records, strict=True)
@@ -212,4 +224,8 @@ class TierWriter:
             found = tier.read_many([jobs[i].name for i in wanted], rows, deadline)
             for i, record in zip(wanted, found, strict=True):
                 records[i] = record
-        return records
+        # A tier hands over what it gives up before it forgets it: what was not found is here now.
+        return [
+            job.record if record is None else record
+            for job, record in zip(jobs, records, strict=True)
+        ]

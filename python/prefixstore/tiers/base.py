@@ -140,6 +140,8 @@ class Tier(ABC):
     ) -> list[TierError | None]:
         """Keep records, evicting others for them. When this returns, `get_many` finds them.
 
+        Where there is room for a part of them, the later may take the place of the earlier.
+
         Args:
             names: What they are called.
             records: Their bytes, contiguous; not read after this returns.
