@@ -132,7 +132,7 @@ FAULTS = [
     Fault("float8 exponent off by one", CSRC + "float_formats.h",
           "((127u - 7) << 23)", "((127u - 8) << 23)"),
     # ---- products with codes
-    Fault("excess of unsigned codes kept", CSRC + "attention_codes_avx512_vnni.cpp",
+    Fault("excess of unsigned codes kept", CSRC + "attention_codes_rounding_avx512.h",
           "return _mm512_slli_epi32(total, kBits);", "return _mm512_slli_epi32(total, 0);",
           isa="avx512"),
     Fault("whole numbers of eight bits", CSRC + "attention_codes_avx512_vnni.cpp",
