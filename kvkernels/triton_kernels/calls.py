@@ -14,6 +14,7 @@ from kvkernels.scoring import Scoring
 from kvkernels.triton_kernels.configs import TileConfig
 from kvkernels.triton_kernels.launch import Device, cut_row, largest_power_of_2
 
+_MAX_FLOAT32_SUM = 64  # products that are added one after another
 _MIN_TILE_N = 16  # what a product of matrices takes at least
 # Arguments of the kernels that change from call to call of one model.
 CHANGING = ["num_seqs", "stride_table", "window"]
@@ -103,6 +104,12 @@ class Call:
             and key.stride() == value.stride()
             and key.data_ptr() == value.data_ptr()
         )
+
+    @property
+    def _widest_key_part(self) -> int | None:
+        """Of float32, whose sums are over a part each: rounding errors grow with their length."""
+        is_long = self.query.dtype == torch.float32 and not self.is_latent
+        return _MAX_FLOAT32_SUM if is_long else None
 
     @property
     def is_float8(self) -> bool:
@@ -197,7 +204,7 @@ class Call:
             "GROUP": self.group,
             "BLOCK_SIZE": self.block_size,
             "VALUE_DIM": self.value_dim,
-            "KEY_PARTS": cut_row(query.shape[2], in_halves, least),
+            "KEY_PARTS": cut_row(query.shape[2], in_halves, least, self._widest_key_part),
             "VALUE_PARTS": value_parts,
             "IS_LATENT": self.is_latent,
             "HAS_FLOAT8": device.arch >= 9,

@@ -112,14 +112,16 @@ def largest_power_of_2(value: int) -> int:
     return 1 << (value.bit_length() - 1)
 
 
-def cut_row(width: int, in_halves: bool, least: int = 16) -> tuple[tuple[int, int, int], ...]:
+def cut_row(
+    width: int, in_halves: bool, least: int = 16, most: int | None = None
+) -> tuple[tuple[int, int, int], ...]:
     """Parts of a row of `width` channels: the first channel, a power of two that is at least
     `least`, and the channel after the last.
 
     Tiles must be powers of two: 80 = 64 + 16, 96 = 64 + 32 and 192 = 128 + 64 waste nothing, where
     one tile would be 128 or 256 wide. In halves, as bytes of two 4-bit codes have it, a part of the
     first is followed by the same part of the second; there, four narrow products take more
-    registers than two with some channels of zeros.
+    registers than two with some channels of zeros. Of `most`, a power of two, none is wider.
     """
     half = width // 2 if in_halves else width
     main = max(least, largest_power_of_2(half))
@@ -129,5 +131,7 @@ def cut_row(width: int, in_halves: bool, least: int = 16) -> tuple[tuple[int, in
         cuts = [(0, max(least, triton.next_power_of_2(half)))]
     else:
         cuts = [(0, main), (main, max(least, triton.next_power_of_2(half - main)))]
+    if most is not None:
+        cuts = [(first + i, min(size, most)) for first, size in cuts for i in range(0, size, most)]
     starts = (0, half) if in_halves else (0,)
     return tuple((start + first, size, start + half) for first, size in cuts for start in starts)

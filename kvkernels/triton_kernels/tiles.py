@@ -31,7 +31,12 @@ def dot(a, b, acc):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     # ieee: float32 operands would otherwise be rounded to tf32; 16-bit ones are not affected.
-    return tl.dot(a, b, acc, input_precision="ieee")
+    if a.dtype == tl.float32:
+        # One product after another is added, and rounding errors grow with the length of a sum: so
+        # each tile has its own. The compiler would join it with the addition, but not where a
+        # number of products with a lesser precision is given; for float32 it means nothing else.
+        return acc + tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=32)
+    return tl.dot(a, b, acc)
 
 
 @triton.jit
