@@ -196,10 +196,7 @@ class SlotIndex:
         with self._writing(deadline) as sql:
             now = self.now()
             expires_at = None if ttl_ns is None else now + ttl_ns
-            twins = slot_table.ready_among(sql, [ref.name for ref in refs])
-            slot_table.release_written(sql, [ref for ref in refs if ref.name in twins])
-            own = [ref for ref in refs if ref.name not in twins]
-            published = twins | slot_table.publish(sql, own, priority, now, expires_at)
+            published = slot_table.publish(sql, refs, priority, now, expires_at)
             slab_table.touch_slabs(sql, {ref.slab.slab_id for ref in refs}, now, priority)
         return published
 

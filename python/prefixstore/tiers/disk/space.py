@@ -67,6 +67,11 @@ def log_pages(directory: Path) -> int:
     return min(_LOG_PAGES, _kept_bytes(os.statvfs(directory)) // (4 * PAGE_BYTES))
 
 
+def is_small(directory: Path) -> bool:
+    """Whether less is kept for the index than it is meant to have."""
+    return _kept_bytes(os.statvfs(directory)) < _INDEX_BYTES
+
+
 def _kept_bytes(file_system: os.statvfs_result) -> int:
     size = file_system.f_blocks * file_system.f_frsize
     return min(_INDEX_BYTES, size // _SMALLEST_INDEX_PART)

@@ -12,16 +12,22 @@ system (SQLite's WAL needs shared memory between the processes).
 
     get_many    one look-up -> transfers (transfers.py) -> one look-up: are they still there?
     put_many    one transaction takes the slots -> transfers -> one transaction publishes
+
+Much at once is put in portions: while some are being transferred, the slots of the next are taken,
+and those before are published.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from prefixstore.block_key import RecordName
 from prefixstore.errors import BlockCorrupted, TierError, TierFull, TierTimeout
 from prefixstore.tiers.base import (
+    PAGE_BYTES,
     Held,
     ReadOutcome,
     Swept,
@@ -29,18 +35,41 @@ from prefixstore.tiers.base import (
     TierStats,
     check_priority,
     is_past,
+    round_up,
     too_late,
 )
 from prefixstore.tiers.disk import slab_table
 from prefixstore.tiers.disk.check import Checker
 from prefixstore.tiers.disk.config import DiskTierConfig as DiskTierConfig
 from prefixstore.tiers.disk.files import Slab, SlabFiles
+from prefixstore.tiers.disk.index import Allocation
 from prefixstore.tiers.disk.opening import Directory
 from prefixstore.tiers.disk.slot_table import SlotRef
-from prefixstore.tiers.disk.transfers import Span, StillWriting, Transfers
+from prefixstore.tiers.disk.space import is_small
+from prefixstore.tiers.disk.transfers import Span, StillWriting, Transfers, Writing
 from prefixstore.tiers.outcomes import SharedCounters
 
 logger = logging.getLogger(__name__)
+
+# Of records that share two transactions. Enough to keep a disk busy with, and few enough that the
+# first transaction and the last, beside which nothing is transferred, are short.
+_PORTION_BYTES = 4 << 20
+_PUTS_AT_ONCE = 3  # portions: one is transferred, one waits for that, one is published
+
+
+@dataclass
+class _Put:
+    """A portion of records on its way to the disk.
+
+    Attributes:
+        records: All of them, by name.
+        allocation: Of which some have a slot.
+        writing: Those, in order.
+    """
+
+    records: Mapping[RecordName, memoryview]
+    allocation: Allocation
+    writing: Writing
 
 
 class DiskTier(Tier):
@@ -62,6 +91,8 @@ class DiskTier(Tier):
         self._files = SlabFiles(config.path, config.name, config.io)
         self._transfers = Transfers(self._files, config.name, config.num_threads)
         self._directory = Directory(config)
+        # On a small file system the index is to take its room for all before payload takes any.
+        self._portion_bytes = None if is_small(config.path) else _PORTION_BYTES
         clock_ns = None if clock is None else lambda: int(clock() * 1e9)
         try:
             self._index = self._directory.open_index(self._files, self._transfers, clock_ns)
@@ -109,7 +140,7 @@ class DiskTier(Tier):
             return [too_late(self.name)] * len(names)
         missing: dict[RecordName, memoryview] = {}
         for name, record in zip(names, records, strict=True):
-            missing.setdefault(name, record.cast("B"))
+            missing.setdefault(name, record if _is_flat(record) else record.cast("B"))
         held = self._index.find_many(missing, deadline)
         self._index.touch(held.values(), self._ttl_ns)
         for name in held:
@@ -246,12 +277,28 @@ class DiskTier(Tier):
         self, records: Mapping[RecordName, memoryview], priority: int, deadline: float | None
     ) -> dict[RecordName, TierError]:
         """Keep records that are not there; returns why, of those that could not be kept."""
-        sizes = {name: record.nbytes for name, record in records.items()}
+        errors: dict[RecordName, TierError] = {}
+        puts: deque[_Put] = deque()
         try:
-            allocation = self._index.allocate_many(sizes, priority, deadline)
-        except TierFull as error:  # there is no room for the index itself
-            return dict.fromkeys(records, error)
-        refs = list(allocation.refs.values())
+            for portion in _portions(records, self._portion_bytes):
+                if len(puts) == _PUTS_AT_ONCE:
+                    errors |= self._end_put(puts.popleft(), priority, deadline)
+                try:
+                    puts.append(self._begin_put(portion, priority, deadline))
+                except TierFull as error:  # there is no room for the index itself
+                    errors |= dict.fromkeys(portion, error)
+        finally:  # the threads read the caller's memory until each is over
+            for put in puts:
+                errors |= self._end_put(put, priority, deadline)
+        return errors
+
+    def _begin_put(
+        self, records: Mapping[RecordName, memoryview], priority: int, deadline: float | None
+    ) -> _Put:
+        """Take slots, and let the threads write to them."""
+        sizes = {name: record.nbytes for name, record in records.items()}
+        allocation = self._index.allocate_many(sizes, priority, deadline)
+        refs = allocation.refs.values()
         self._counters.add(num_evictions=allocation.num_evicted, num_expired=allocation.num_expired)
         try:
             for slab in allocation.dropped:
@@ -259,29 +306,26 @@ class DiskTier(Tier):
         except TierError:
             self._index.abandon([*refs, *allocation.dead])
             raise
-        errors = self._transfer(refs, records, deadline)
-        errors |= self._publish([r for r in refs if r.name not in errors], priority, deadline)
-        for name in records.keys() - allocation.refs.keys():
-            errors[name] = self._no_room(sizes[name], priority)
-        try:
-            self._wipe(allocation.dead)
-        except TierError as error:  # no reason to fail a put
-            logger.warning("slots of writers that died stay out of use for now: %s", error)
-        return errors
-
-    def _transfer(
-        self,
-        refs: Sequence[SlotRef],
-        records: Mapping[RecordName, memoryview],
-        deadline: float | None,
-    ) -> dict[RecordName, TierError]:
-        """Write to slots that were allocated; gives up those that could not be written."""
         spans = [Span(ref.slab, ref.offset, records[ref.name]) for ref in refs]
-        outcomes = self._transfers.write_many(spans, deadline)
+        return _Put(records, allocation, self._transfers.begin_writing(spans, deadline))
+
+    def _end_put(
+        self, put: _Put, priority: int, deadline: float | None
+    ) -> dict[RecordName, TierError]:
+        """Publish what was written, and give up the slots of what was not; returns why not."""
+        refs = list(put.allocation.refs.values())
+        outcomes = self._transfers.end_writing(put.writing)
         errors = {ref.name: e for ref, e in zip(refs, outcomes, strict=True) if e is not None}
         # where the kernel is still writing, the slot stays taken until its lease is over
         failed = [name for name, error in errors.items() if not isinstance(error, StillWriting)]
         self._index.abandon([ref for ref in refs if ref.name in failed])
+        errors |= self._publish([r for r in refs if r.name not in errors], priority, deadline)
+        for name in put.records.keys() - put.allocation.refs.keys():
+            errors[name] = self._no_room(put.records[name].nbytes, priority)
+        try:
+            self._wipe(put.allocation.dead)
+        except TierError as error:  # no reason to fail a put
+            logger.warning("slots of writers that died stay out of use for now: %s", error)
         return errors
 
     def _publish(
@@ -344,3 +388,26 @@ def _span(ref: SlotRef, out: memoryview, start: int) -> Span:
     """What `out` takes of a record from `start` on."""
     num_bytes = min(out.nbytes, max(ref.record_bytes - start, 0))
     return Span(ref.slab, ref.offset + start, out.cast("B")[:num_bytes])
+
+
+def _is_flat(record: memoryview) -> bool:
+    return record.ndim == 1 and record.format == "B"
+
+
+def _portions(
+    records: Mapping[RecordName, memoryview], portion_bytes: int | None
+) -> Iterator[Mapping[RecordName, memoryview]]:
+    """All of them, so many bytes at a time or a little more; None for all at once."""
+    if portion_bytes is None:
+        yield records
+        return
+    portion: dict[RecordName, memoryview] = {}
+    num_bytes = 0
+    for name, record in records.items():
+        portion[name] = record
+        num_bytes += round_up(record.nbytes, PAGE_BYTES)
+        if num_bytes >= portion_bytes:
+            yield portion
+            portion, num_bytes = {}, 0
+    if portion:
+        yield portion

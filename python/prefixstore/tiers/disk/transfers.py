@@ -21,7 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -69,6 +69,15 @@ class _Job:
 _Transfer = Callable[[_Job, list[_Part]], list[int]]
 
 
+class Writing(NamedTuple):
+    """Spans that are being written, see `Transfers.begin_writing`."""
+
+    num_spans: int
+    jobs: list[_Job]
+    futures: list[Future[None]]
+    deadline: float | None
+
+
 class StillWriting(TierTimeout):
     """The deadline came while the kernel was writing: the slot must not be used yet."""
 
@@ -108,8 +117,24 @@ class Transfers:
 
         Spans begin on pages; what follows one up to the end of its page is overwritten, too.
         """
-        outcomes: list[TierError | None] = [None] * len(spans)
-        for part, result in self._run(spans, self._write, deadline):
+        return self._written(len(spans), self._run(spans, self._write, deadline))
+
+    def begin_writing(self, spans: Sequence[Span], deadline: float | None = None) -> Writing:
+        """`write_many`, but its outcomes are fetched by `end_writing`, and only once."""
+        jobs = list(_cut(spans, self._job_bytes(spans)))
+        return Writing(len(spans), jobs, self._submit(jobs, self._write, deadline), deadline)
+
+    def end_writing(self, writing: Writing) -> list[TierError | None]:
+        """Wait until that is done, or its deadline; for each span what `write_many` says of it."""
+        return self._written(
+            writing.num_spans, self._wait(writing.jobs, writing.futures, writing.deadline)
+        )
+
+    def _written(
+        self, num_spans: int, results: Iterator[tuple[_Part, int | TierError]]
+    ) -> list[TierError | None]:
+        outcomes: list[TierError | None] = [None] * num_spans
+        for part, result in results:
             is_news = outcomes[part.number] is None or isinstance(result, StillWriting)
             if isinstance(result, TierError) and is_news:
                 outcomes[part.number] = result
@@ -152,6 +177,15 @@ class Transfers:
     ) -> Iterator[tuple[_Part, int | TierError]]:
         """Do all, but for what is not begun by the deadline; wait no longer than that."""
         jobs = list(_cut(spans, self._job_bytes(spans)))
+        if deadline is None and len(jobs) == 1:
+            self._do(jobs[0], transfer)
+            return self._wait(jobs, [], deadline)
+        return self._wait(jobs, self._submit(jobs, transfer, deadline), deadline)
+
+    def _submit(
+        self, jobs: Sequence[_Job], transfer: _Transfer, deadline: float | None
+    ) -> list[Future[None]]:
+        """Let the threads do the jobs, but for what is not begun by the deadline."""
         waiting = deque(jobs)
 
         def work() -> None:
@@ -162,13 +196,15 @@ class Transfers:
                     return
                 self._do(job, transfer)
 
-        if deadline is None and len(jobs) <= 1:
-            work()
-        else:
-            futures = [self._threads.submit(work) for _ in range(min(self._num_threads, len(jobs)))]
-            timeout_s = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-            for future in wait(futures, timeout_s).done:
-                future.result()  # only a bug of ours is raised here
+        return [self._threads.submit(work) for _ in range(min(self._num_threads, len(jobs)))]
+
+    def _wait(
+        self, jobs: Sequence[_Job], futures: Sequence[Future[None]], deadline: float | None
+    ) -> Iterator[tuple[_Part, int | TierError]]:
+        """Wait for the jobs, no longer than until the deadline; what came of each part."""
+        timeout_s = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+        for future in wait(futures, timeout_s).done:
+            future.result()  # only a bug of ours is raised here
         for job in jobs:
             yield from zip(job.parts, self._results(job), strict=True)
 
