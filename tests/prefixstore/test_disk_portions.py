@@ -112,3 +112,28 @@ def test_what_another_published_meanwhile_stands(tmp_path, records) -> None:
     for tier in tiers:
         assert num_kept(tier, names, records) == NUM_RECORDS == tier.stats().num_records
         tier.close()
+
+
+def test_all_portions_are_waited_for_where_publishing_fails(tier, records, monkeypatch) -> None:
+    """Nobody reads the caller's memory afterwards."""
+    ended: list[int] = []
+    end = Transfers.end_writing
+
+    def noting(self, writing):
+        outcomes = end(self, writing)
+        ended.append(len(outcomes))
+        return outcomes
+
+    def failing(*_):
+        raise TierTimeout("too late")
+
+    monkeypatch.setattr(Transfers, "end_writing", noting)
+    monkeypatch.setattr(SlotIndex, "publish_many", failing)
+    names, views = make_names(NUM_RECORDS), [record.data for record in records]
+    with pytest.raises(TierTimeout):
+        tier.put_many(names, views)
+    assert ended == [2] * 3  # as many as were under way
+    monkeypatch.undo()
+    assert num_kept(tier, names, records) == 0
+    assert tier.put_many(names, views) == [None] * NUM_RECORDS
+    assert num_kept(tier, names, records) == NUM_RECORDS

@@ -56,7 +56,7 @@ class Mark(NamedTuple):
     expires_at: int | None
 
 
-def for_each(sql: sqlite3.Connection, statement: str, rows: Sequence[Sequence[object]]) -> int:
+def _for_each(sql: sqlite3.Connection, statement: str, rows: Sequence[Sequence[object]]) -> int:
     """Execute a statement with each row of values; how many rows of the table it changed.
 
     Most of what a transaction takes along is empty most of the time, and a statement without rows
@@ -171,10 +171,10 @@ def take_identity(sql: sqlite3.Connection, identity: bytes, now: int) -> tuple[l
 def take(sql: sqlite3.Connection, refs: Sequence[SlotRef], now: int) -> list[SlotRef]:
     """Hide slots from everybody else, under a new ticket and lease.
 
-    They were looked up in this transaction. Records that were written together go together: a
-    statement for each run of neighbours takes a third less time than one for each slot.
+    They were looked up in this transaction. Records that were written together go together, so
+    there is one statement for each run of neighbours.
     """
-    for_each(
+    _for_each(
         sql,
         "UPDATE slots SET state = 1, ticket = ticket + 1, rank = 0, last_used = ?,"
         " expires_at = NULL, identity = NULL, block_hash = NULL"
@@ -209,7 +209,7 @@ def publish(
 
     Where another slot has a record of the same block already, that one stands, and this is freed.
     """
-    num_published = for_each(
+    num_published = _for_each(
         sql,
         "UPDATE OR IGNORE slots SET state = 2, rank = ?, last_used = ?, record_bytes = ?,"
         f" expires_at = ?, identity = ?, block_hash = ? WHERE {_SLOT} AND state = 1",
@@ -224,7 +224,7 @@ def publish(
 
 def release_wiped(sql: sqlite3.Connection, refs: Iterable[SlotRef]) -> None:
     """Free slots where no record lies any more."""
-    for_each(
+    _for_each(
         sql,
         f"UPDATE slots SET state = 0, last_used = 0 WHERE {_SLOT} AND state = 1",
         [ref.place for ref in refs],
@@ -233,7 +233,7 @@ def release_wiped(sql: sqlite3.Connection, refs: Iterable[SlotRef]) -> None:
 
 def _release_written(sql: sqlite3.Connection, refs: Iterable[SlotRef]) -> None:
     """Free slots that were written to for nothing; they keep the names of what lies there."""
-    for_each(
+    _for_each(
         sql,
         "UPDATE slots SET state = 0, last_used = 0, identity = ?, block_hash = ?"
         f" WHERE {_SLOT} AND state = 1",
@@ -243,7 +243,7 @@ def _release_written(sql: sqlite3.Connection, refs: Iterable[SlotRef]) -> None:
 
 def set_pinned(sql: sqlite3.Connection, names: Iterable[RecordName], is_pinned: bool) -> None:
     change, is_due = (PINNED, "rank < 8") if is_pinned else (-PINNED, "rank >= 8")
-    for_each(
+    _for_each(
         sql,
         f"UPDATE slots SET rank = rank + {change} WHERE state = 2 AND block_hash = ? AND {is_due}",
         [(name.block_hash,) for name in names],
@@ -252,7 +252,7 @@ def set_pinned(sql: sqlite3.Connection, names: Iterable[RecordName], is_pinned: 
 
 def end_leases(sql: sqlite3.Connection, refs: Iterable[SlotRef]) -> None:
     """Let the writers count as dead."""
-    for_each(
+    _for_each(
         sql,
         f"UPDATE slots SET last_used = 0 WHERE {_SLOT} AND state = 1",
         [ref.place for ref in refs],
@@ -261,7 +261,7 @@ def end_leases(sql: sqlite3.Connection, refs: Iterable[SlotRef]) -> None:
 
 def mark_used(sql: sqlite3.Connection, marks: Mapping[Place, Mark]) -> None:
     """Enter when records were used, of those that are still there."""
-    for_each(
+    _for_each(
         sql,
         "UPDATE slots SET last_used = max(last_used, ?), expires_at = ifnull(?, expires_at)"
         f" WHERE {_SLOT} AND state = 2",

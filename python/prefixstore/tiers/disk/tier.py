@@ -11,23 +11,17 @@ than the cache wins. Every reader must verify what it gets. The directory must b
 system (SQLite's WAL needs shared memory between the processes).
 
     get_many    one look-up -> transfers (transfers.py) -> one look-up: are they still there?
-    put_many    one transaction takes the slots -> transfers -> one transaction publishes
-
-Much at once is put in portions: while some are being transferred, the slots of the next are taken,
-and those before are published.
+    put_many    slots are taken -> transfers -> records are published (writer.py)
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from prefixstore.block_key import RecordName
-from prefixstore.errors import BlockCorrupted, TierError, TierFull, TierTimeout
+from prefixstore.errors import BlockCorrupted, TierError
 from prefixstore.tiers.base import (
-    PAGE_BYTES,
     Held,
     ReadOutcome,
     Swept,
@@ -35,41 +29,19 @@ from prefixstore.tiers.base import (
     TierStats,
     check_priority,
     is_past,
-    round_up,
     too_late,
 )
 from prefixstore.tiers.disk import slab_table
 from prefixstore.tiers.disk.check import Checker
 from prefixstore.tiers.disk.config import DiskTierConfig as DiskTierConfig
 from prefixstore.tiers.disk.files import Slab, SlabFiles
-from prefixstore.tiers.disk.index import Allocation
 from prefixstore.tiers.disk.opening import Directory
 from prefixstore.tiers.disk.slot_table import SlotRef
-from prefixstore.tiers.disk.space import is_small
-from prefixstore.tiers.disk.transfers import Span, StillWriting, Transfers, Writing
+from prefixstore.tiers.disk.transfers import Span, Transfers
+from prefixstore.tiers.disk.writer import RecordWriter
 from prefixstore.tiers.outcomes import SharedCounters
 
 logger = logging.getLogger(__name__)
-
-# Of records that share two transactions. Enough to keep a disk busy with, and few enough that the
-# first transaction and the last, beside which nothing is transferred, are short.
-_PORTION_BYTES = 4 << 20
-_PUTS_AT_ONCE = 3  # portions: one is transferred, one waits for that, one is published
-
-
-@dataclass
-class _Put:
-    """A portion of records on its way to the disk.
-
-    Attributes:
-        records: All of them, by name.
-        allocation: Of which some have a slot.
-        writing: Those, in order.
-    """
-
-    records: Mapping[RecordName, memoryview]
-    allocation: Allocation
-    writing: Writing
 
 
 class DiskTier(Tier):
@@ -91,14 +63,15 @@ class DiskTier(Tier):
         self._files = SlabFiles(config.path, config.name, config.io)
         self._transfers = Transfers(self._files, config.name, config.num_threads)
         self._directory = Directory(config)
-        # On a small file system the index is to take its room for all before payload takes any.
-        self._portion_bytes = None if is_small(config.path) else _PORTION_BYTES
         clock_ns = None if clock is None else lambda: int(clock() * 1e9)
         try:
             self._index = self._directory.open_index(self._files, self._transfers, clock_ns)
         except BaseException:
             self._directory.close()
             raise
+        self._writer = RecordWriter(
+            config, self._index, self._files, self._transfers, self._counters
+        )
 
     @property
     def name(self) -> str:
@@ -145,7 +118,7 @@ class DiskTier(Tier):
         self._index.touch(held.values(), self._ttl_ns)
         for name in held:
             del missing[name]
-        errors = self._write_many(missing, priority, deadline) if missing else {}
+        errors = self._writer.write(missing, priority, deadline) if missing else {}
         return [errors.get(name) for name in names]
 
     def contains_many(
@@ -159,7 +132,7 @@ class DiskTier(Tier):
     ) -> list[bool]:
         hidden = self._index.unpublish_many(set(names), deadline)
         self._counters.add(num_deletes=len(hidden))
-        self._wipe(hidden.values())
+        self._writer.wipe(hidden.values())
         return [hidden.pop(name, None) is not None for name in names]
 
     def delete_identity(self, identity: bytes) -> None:
@@ -170,7 +143,7 @@ class DiskTier(Tier):
         """
         hidden, num_deletes = self._index.unpublish_identity(identity)
         self._counters.add(num_deletes=num_deletes)
-        self._wipe(hidden)
+        self._writer.wipe(hidden)
         self._remove_orphans()
 
     def pin_many(self, names: Sequence[RecordName], is_pinned: bool = True) -> list[bool]:
@@ -207,7 +180,7 @@ class DiskTier(Tier):
         for slab in checker.dropped:
             self._files.remove(slab)
         if fix:
-            self._wipe(checker.wrong)
+            self._writer.wipe(checker.wrong)
             self._remove_orphans()
         return checker.problems
 
@@ -220,7 +193,7 @@ class DiskTier(Tier):
         num_expired, num_bytes = self._index.expire()
         self._counters.add(num_expired=num_expired)
         dead = self._index.take_dead()
-        self._wipe(dead)
+        self._writer.wipe(dead)
         orphans = self._remove_orphans()
         num_bytes += sum(ref.slab.slot_bytes for ref in dead)
         num_bytes += sum(slab.num_bytes for slab in orphans)
@@ -273,97 +246,6 @@ class DiskTier(Tier):
                     used.append(ref)
         return outcomes, used
 
-    def _write_many(
-        self, records: Mapping[RecordName, memoryview], priority: int, deadline: float | None
-    ) -> dict[RecordName, TierError]:
-        """Keep records that are not there; returns why, of those that could not be kept."""
-        errors: dict[RecordName, TierError] = {}
-        puts: deque[_Put] = deque()
-        try:
-            for portion in _portions(records, self._portion_bytes):
-                if len(puts) == _PUTS_AT_ONCE:
-                    errors |= self._end_put(puts.popleft(), priority, deadline)
-                try:
-                    puts.append(self._begin_put(portion, priority, deadline))
-                except TierFull as error:  # there is no room for the index itself
-                    errors |= dict.fromkeys(portion, error)
-        finally:  # the threads read the caller's memory until each is over
-            for put in puts:
-                errors |= self._end_put(put, priority, deadline)
-        return errors
-
-    def _begin_put(
-        self, records: Mapping[RecordName, memoryview], priority: int, deadline: float | None
-    ) -> _Put:
-        """Take slots, and let the threads write to them."""
-        sizes = {name: record.nbytes for name, record in records.items()}
-        allocation = self._index.allocate_many(sizes, priority, deadline)
-        refs = allocation.refs.values()
-        self._counters.add(num_evictions=allocation.num_evicted, num_expired=allocation.num_expired)
-        try:
-            for slab in allocation.dropped:
-                self._files.remove(slab)
-        except TierError:
-            self._index.abandon([*refs, *allocation.dead])
-            raise
-        spans = [Span(ref.slab, ref.offset, records[ref.name]) for ref in refs]
-        return _Put(records, allocation, self._transfers.begin_writing(spans, deadline))
-
-    def _end_put(
-        self, put: _Put, priority: int, deadline: float | None
-    ) -> dict[RecordName, TierError]:
-        """Publish what was written, and give up the slots of what was not; returns why not."""
-        refs = list(put.allocation.refs.values())
-        outcomes = self._transfers.end_writing(put.writing)
-        errors = {ref.name: e for ref, e in zip(refs, outcomes, strict=True) if e is not None}
-        # where the kernel is still writing, the slot stays taken until its lease is over
-        failed = [name for name, error in errors.items() if not isinstance(error, StillWriting)]
-        self._index.abandon([ref for ref in refs if ref.name in failed])
-        errors |= self._publish([r for r in refs if r.name not in errors], priority, deadline)
-        for name in put.records.keys() - put.allocation.refs.keys():
-            errors[name] = self._no_room(put.records[name].nbytes, priority)
-        try:
-            self._wipe(put.allocation.dead)
-        except TierError as error:  # no reason to fail a put
-            logger.warning("slots of writers that died stay out of use for now: %s", error)
-        return errors
-
-    def _publish(
-        self, refs: Sequence[SlotRef], priority: int, deadline: float | None
-    ) -> dict[RecordName, TierError]:
-        """Let readers find what was written; returns why not, of those that are lost."""
-        if not refs:
-            return {}
-        try:
-            published = self._index.publish_many(refs, priority, self._ttl_ns, deadline)
-        except TierFull as error:
-            self._index.abandon(refs)
-            return {ref.name: error for ref in refs}
-        except TierError:
-            self._index.abandon(refs)
-            raise
-        kept = [ref.record_bytes for ref in refs if ref.name in published]
-        self._counters.add(num_puts=len(kept), written_bytes=sum(kept))
-        lease_s = self._config.write_lease_s
-        late = TierTimeout(f"{self.name}: expected a write within {lease_s} s, got more")
-        return {ref.name: late for ref in refs if ref.name not in published}
-
-    def _wipe(self, refs: Iterable[SlotRef]) -> None:
-        """Wipe and release slots that are this call's own.
-
-        Raises:
-            TierError: If one cannot be wiped; it stays taken until its lease is over, and is then
-                tried again.
-        """
-        refs = list(refs)
-        if not refs:
-            return
-        errors = self._transfers.wipe_many([(ref.slab, ref.offset) for ref in refs])
-        self._index.release([r for r, error in zip(refs, errors, strict=True) if error is None])
-        for error in errors:
-            if error is not None:
-                raise error
-
     def _remove_orphans(self) -> list[Slab]:
         """Delete the files that the index does not know; returns them.
 
@@ -376,13 +258,6 @@ class DiskTier(Tier):
                 self._files.remove(slab)
         return orphans
 
-    def _no_room(self, num_bytes: int, priority: int) -> TierFull:
-        return TierFull(
-            f"{self.name}: expected room for {num_bytes} bytes of priority {priority} within"
-            f" {self._config.capacity_bytes}, or within its identity's quota; what is there is too"
-            " small, pinned, in use or of a higher priority"
-        )
-
 
 def _span(ref: SlotRef, out: memoryview, start: int) -> Span:
     """What `out` takes of a record from `start` on."""
@@ -392,22 +267,3 @@ def _span(ref: SlotRef, out: memoryview, start: int) -> Span:
 
 def _is_flat(record: memoryview) -> bool:
     return record.ndim == 1 and record.format == "B"
-
-
-def _portions(
-    records: Mapping[RecordName, memoryview], portion_bytes: int | None
-) -> Iterator[Mapping[RecordName, memoryview]]:
-    """All of them, so many bytes at a time or a little more; None for all at once."""
-    if portion_bytes is None:
-        yield records
-        return
-    portion: dict[RecordName, memoryview] = {}
-    num_bytes = 0
-    for name, record in records.items():
-        portion[name] = record
-        num_bytes += round_up(record.nbytes, PAGE_BYTES)
-        if num_bytes >= portion_bytes:
-            yield portion
-            portion, num_bytes = {}, 0
-    if portion:
-        yield portion

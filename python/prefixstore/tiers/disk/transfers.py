@@ -117,7 +117,7 @@ class Transfers:
 
         Spans begin on pages; what follows one up to the end of its page is overwritten, too.
         """
-        return self._written(len(spans), self._run(spans, self._write, deadline))
+        return self.end_writing(self.begin_writing(spans, deadline))
 
     def begin_writing(self, spans: Sequence[Span], deadline: float | None = None) -> Writing:
         """`write_many`, but its outcomes are fetched by `end_writing`, and only once."""
@@ -126,15 +126,8 @@ class Transfers:
 
     def end_writing(self, writing: Writing) -> list[TierError | None]:
         """Wait until that is done, or its deadline; for each span what `write_many` says of it."""
-        return self._written(
-            writing.num_spans, self._wait(writing.jobs, writing.futures, writing.deadline)
-        )
-
-    def _written(
-        self, num_spans: int, results: Iterator[tuple[_Part, int | TierError]]
-    ) -> list[TierError | None]:
-        outcomes: list[TierError | None] = [None] * num_spans
-        for part, result in results:
+        outcomes: list[TierError | None] = [None] * writing.num_spans
+        for part, result in self._wait(writing.jobs, writing.futures, writing.deadline):
             is_news = outcomes[part.number] is None or isinstance(result, StillWriting)
             if isinstance(result, TierError) and is_news:
                 outcomes[part.number] = result

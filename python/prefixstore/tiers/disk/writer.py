@@ -1,0 +1,202 @@
+"""Writes records into the disk tier: takes slots, lets payload be transferred, publishes it.
+
+    portion 1   slots | transfer ........... | publish
+    portion 2          slots |   transfer ............ | publish
+    portion 3                 slots |       transfer ............ | publish
+
+Much at once goes in portions: transactions of the index run beside transfers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from prefixstore.block_key import RecordName
+from prefixstore.errors import TierError, TierFull, TierTimeout
+from prefixstore.tiers.base import PAGE_BYTES, round_up
+from prefixstore.tiers.disk.config import DiskTierConfig
+from prefixstore.tiers.disk.files import SlabFiles
+from prefixstore.tiers.disk.index import Allocation, SlotIndex
+from prefixstore.tiers.disk.slot_table import SlotRef
+from prefixstore.tiers.disk.space import is_small
+from prefixstore.tiers.disk.transfers import Span, StillWriting, Transfers, Writing
+from prefixstore.tiers.outcomes import SharedCounters
+
+logger = logging.getLogger(__name__)
+
+# Of records that share two transactions. Enough to keep a disk busy with, and few enough that the
+# first transaction and the last, beside which nothing is transferred, are short.
+_PORTION_BYTES = 4 << 20
+_PUTS_AT_ONCE = 3  # portions: one is transferred, one waits for that, one is published
+
+
+@dataclass
+class _Put:
+    """A portion of records on its way to the disk.
+
+    Attributes:
+        records: All of them, by name.
+        allocation: Of which some have a slot.
+        writing: Those, in order.
+    """
+
+    records: Mapping[RecordName, memoryview]
+    allocation: Allocation
+    writing: Writing
+
+
+class RecordWriter:
+    """The tier's way in. Thread-safe.
+
+    Args:
+        config: The tier's.
+        index: Where slots are taken and records published.
+        files: Of which dropped slabs are removed.
+        transfers: Moves the payload.
+        counters: The tier's.
+    """
+
+    def __init__(
+        self,
+        config: DiskTierConfig,
+        index: SlotIndex,
+        files: SlabFiles,
+        transfers: Transfers,
+        counters: SharedCounters,
+    ) -> None:
+        self._config = config
+        self._index = index
+        self._files = files
+        self._transfers = transfers
+        self._counters = counters
+        self._ttl_ns = None if config.ttl_s is None else int(config.ttl_s * 1e9)
+        # On a small file system the index is to take its room for all before payload takes any.
+        self._portion_bytes = None if is_small(config.path) else _PORTION_BYTES
+
+    def write(
+        self, records: Mapping[RecordName, memoryview], priority: int, deadline: float | None
+    ) -> dict[RecordName, TierError]:
+        """Keep records that are not there; returns why, of those that could not be kept."""
+        errors: dict[RecordName, TierError] = {}
+        puts: deque[_Put] = deque()
+        how = priority, deadline
+
+        def end(put: _Put) -> None:
+            errors.update(self._end_put(put, *how))
+
+        try:
+            for portion in _portions(records, self._portion_bytes):
+                if len(puts) == _PUTS_AT_ONCE:
+                    end(puts.popleft())
+                try:
+                    puts.append(self._begin_put(portion, *how))
+                except TierFull as error:  # there is no room for the index itself
+                    errors |= dict.fromkeys(portion, error)
+        finally:
+            # The threads read the caller's memory: each is waited for, whatever came of another.
+            with ExitStack() as rest:
+                for put in reversed(puts):
+                    rest.callback(end, put)
+        return errors
+
+    def _begin_put(
+        self, records: Mapping[RecordName, memoryview], priority: int, deadline: float | None
+    ) -> _Put:
+        """Take slots, and let the threads write to them."""
+        sizes = {name: record.nbytes for name, record in records.items()}
+        allocation = self._index.allocate_many(sizes, priority, deadline)
+        refs = allocation.refs.values()
+        self._counters.add(num_evictions=allocation.num_evicted, num_expired=allocation.num_expired)
+        try:
+            for slab in allocation.dropped:
+                self._files.remove(slab)
+        except TierError:
+            self._index.abandon([*refs, *allocation.dead])
+            raise
+        spans = [Span(ref.slab, ref.offset, records[ref.name]) for ref in refs]
+        return _Put(records, allocation, self._transfers.begin_writing(spans, deadline))
+
+    def _end_put(
+        self, put: _Put, priority: int, deadline: float | None
+    ) -> dict[RecordName, TierError]:
+        """Publish what was written, and give up the slots of what was not; returns why not."""
+        refs = list(put.allocation.refs.values())
+        outcomes = self._transfers.end_writing(put.writing)
+        errors = {ref.name: e for ref, e in zip(refs, outcomes, strict=True) if e is not None}
+        # where the kernel is still writing, the slot stays taken until its lease is over
+        failed = [name for name, error in errors.items() if not isinstance(error, StillWriting)]
+        self._index.abandon([ref for ref in refs if ref.name in failed])
+        errors |= self._publish([r for r in refs if r.name not in errors], priority, deadline)
+        for name in put.records.keys() - put.allocation.refs.keys():
+            errors[name] = self._no_room(put.records[name].nbytes, priority)
+        try:
+            self.wipe(put.allocation.dead)
+        except TierError as error:  # no reason to fail a put
+            logger.warning("slots of writers that died stay out of use for now: %s", error)
+        return errors
+
+    def _publish(
+        self, refs: Sequence[SlotRef], priority: int, deadline: float | None
+    ) -> dict[RecordName, TierError]:
+        """Let readers find what was written; returns why not, of those that are lost."""
+        if not refs:
+            return {}
+        try:
+            published = self._index.publish_many(refs, priority, self._ttl_ns, deadline)
+        except TierFull as error:
+            self._index.abandon(refs)
+            return {ref.name: error for ref in refs}
+        except TierError:
+            self._index.abandon(refs)
+            raise
+        kept = [ref.record_bytes for ref in refs if ref.name in published]
+        self._counters.add(num_puts=len(kept), written_bytes=sum(kept))
+        lease_s = self._config.write_lease_s
+        late = TierTimeout(f"{self._config.name}: expected a write within {lease_s} s, got more")
+        return {ref.name: late for ref in refs if ref.name not in published}
+
+    def wipe(self, refs: Iterable[SlotRef]) -> None:
+        """Wipe and release slots that are this call's own.
+
+        Raises:
+            TierError: If one cannot be wiped; it stays taken until its lease is over, and is then
+                tried again.
+        """
+        refs = list(refs)
+        if not refs:
+            return
+        errors = self._transfers.wipe_many([(ref.slab, ref.offset) for ref in refs])
+        self._index.release([r for r, error in zip(refs, errors, strict=True) if error is None])
+        for error in errors:
+            if error is not None:
+                raise error
+
+    def _no_room(self, num_bytes: int, priority: int) -> TierFull:
+        return TierFull(
+            f"{self._config.name}: expected room for {num_bytes} bytes of priority {priority}"
+            f" within {self._config.capacity_bytes}, or within its identity's quota; what is there"
+            " is too small, pinned, in use or of a higher priority"
+        )
+
+
+def _portions(
+    records: Mapping[RecordName, memoryview], portion_bytes: int | None
+) -> Iterator[Mapping[RecordName, memoryview]]:
+    """All of them, so many bytes at a time or a little more; None for all at once."""
+    if portion_bytes is None:
+        yield records
+        return
+    portion: dict[RecordName, memoryview] = {}
+    num_bytes = 0
+    for name, record in records.items():
+        portion[name] = record
+        num_bytes += round_up(record.nbytes, PAGE_BYTES)
+        if num_bytes >= portion_bytes:
+            yield portion
+            portion, num_bytes = {}, 0
+    if portion:
+        yield portion
