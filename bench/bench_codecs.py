@@ -106,7 +106,7 @@ def main(case_filter: str = "", num_rounds: int = 15) -> None:
                 continue
             names = list(CODECS)
             if what == "encode":
-                names += [codec + WITHOUT_SUMS for codec in ("raw", "q8", "q4")]
+                names += [codec + WITHOUT_SUMS for codec in CODECS]
             inputs = make_cold(partial(make_inputs, case.layout, names), case.num_bytes)
             providers = {"copy": partial(run_on_own, "copy", copy)}
             for own in names:

@@ -96,6 +96,11 @@ using Byte = unsigned char;
 
 #if defined(__x86_64__)
 bool use_avx512() { return best_isa() >= Isa::kAvx512; }
+
+bool use_avx512_vnni() {
+  static const bool has_vnni = __builtin_cpu_supports("avx512vnni");
+  return has_vnni && use_avx512();
+}
 #endif
 
 }  // namespace
@@ -109,6 +114,7 @@ std::uint32_t crc32c(const void* data, std::size_t size, std::uint32_t crc) {
 
 WordSums checksum_words(const void* data, std::size_t size) {
 #if defined(__x86_64__)
+  if (use_avx512_vnni()) return avx512_vnni::checksum_words(data, size);
   if (use_avx512()) return avx512::checksum_words(data, size);
 #endif
   return portable::checksum_words(data, size);

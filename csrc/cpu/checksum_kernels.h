@@ -1,4 +1,4 @@
-// The two forms of checksum.h, beside each other so that a test can run both on one machine.
+// The forms of checksum.h, beside each other so that a test can run all on one machine.
 #pragma once
 
 #include "kvkernels/checksum.h"
@@ -19,3 +19,10 @@ WordSums checksum_words(const void* data, std::size_t size);
 WordSums copy_with_checksum(const void* source, void* target, std::size_t size);
 
 }  // namespace kvkernels::avx512
+
+// Only where there is AVX512-VNNI besides. A copy waits for memory however it sums.
+namespace kvkernels::avx512_vnni {
+
+WordSums checksum_words(const void* data, std::size_t size);
+
+}  // namespace kvkernels::avx512_vnni
