@@ -23,6 +23,7 @@ from bench import (
     bench_shared_prefix,
     bench_threads,
     bench_tiers,
+    harness,
     rates,
 )
 from bench.attention_cases import Case
@@ -30,6 +31,7 @@ from bench.attention_cases import Case
 
 @pytest.fixture(autouse=True)
 def small_probes(monkeypatch):
+    monkeypatch.setattr(harness, "last_level_cache_bytes", lambda: 1 << 20)
     monkeypatch.setattr(rates, "READ_BUFFER_BYTES", 1 << 20)
     monkeypatch.setattr(rates, "MATMUL_SIZE", 64)
 

@@ -63,9 +63,9 @@ def test_smollm2_answers_many_prompts_alike(record_property):
     model, tokenizer = load_model(path, torch.float32), load_tokenizer(path)
     prompts = questions(tokenizer, 12, chat=True) + documents(tokenizer, 3)
     reference = ModelReference(model)
-    plan = Plan(tiers=("disk",), states=CHAINED, num_new=40, block_size=BLOCK_SIZE)
+    plan = Plan(tiers=("disk",), states=CHAINED, num_new=24, block_size=BLOCK_SIZE)
     check(EngineAdapter(model, tokenizer), reference, prompts, plan, record_property)
-    plan = dataclasses.replace(plan, num_new=24)
+    plan = dataclasses.replace(plan, num_new=16)
     check(CacheAdapter(model), reference, prompts[:4], plan, record_property)
 
 
@@ -76,7 +76,7 @@ def test_real_models_answer_alike_in_every_state(prepare, record_property):
     model, tokenizer = load_model(path, torch.float32), load_tokenizer(path)
     prompts = documents(tokenizer, 3) + questions(tokenizer, 2, chat=False)
     reference = ModelReference(model)
-    plan = Plan(tiers=("disk",), num_new=20, num_few=2, block_size=BLOCK_SIZE)
+    plan = Plan(tiers=("disk",), num_new=12, num_few=2, block_size=BLOCK_SIZE)
     check(EngineAdapter(model, tokenizer), reference, prompts, plan, record_property)
     plan = Plan(tiers=("memory",), states=CHAINED, num_new=10, block_size=BLOCK_SIZE)
     check(CacheAdapter(model), reference, prompts[:3], plan, record_property)
