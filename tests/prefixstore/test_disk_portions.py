@@ -36,13 +36,20 @@ def num_kept(tier: DiskTier, names, records) -> int:
     return len(kept)
 
 
-def test_a_large_batch_takes_a_few_transactions_a_portion(tier, records) -> None:
-    names = make_names(NUM_RECORDS)
+@pytest.mark.parametrize(
+    ("num_bytes", "num_records", "num_portions"),
+    [(2 * MIB - 704, 10, 5), (MIB, 9, 3), (64 * 1024, 256, 2), (64 * 1024, 257, 3)],
+)
+def test_a_large_batch_takes_two_transactions_a_portion(
+    tier, num_bytes, num_records, num_portions
+) -> None:
+    names = make_names(num_records)
+    records = [make_bytes(num_bytes, number) for number in range(num_records)]
     statements: list[str] = []
     tier._index._writer._sql.set_trace_callback(statements.append)
-    assert tier.put_many(names, [record.data for record in records]) == [None] * NUM_RECORDS
-    assert sum(s.startswith("BEGIN") for s in statements) == 2 * 5
-    assert num_kept(tier, names, records) == NUM_RECORDS
+    assert tier.put_many(names, [record.data for record in records]) == [None] * num_records
+    assert sum(s.startswith("BEGIN") for s in statements) == 2 * num_portions
+    assert num_kept(tier, names, records) == num_records
 
 
 def test_the_next_portion_is_allocated_while_one_is_written(tier, records, monkeypatch) -> None:

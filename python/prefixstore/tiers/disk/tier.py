@@ -114,8 +114,9 @@ class DiskTier(Tier):
         missing: dict[RecordName, memoryview] = {}
         for name, record in zip(names, records, strict=True):
             missing.setdefault(name, record if _is_flat(record) else record.cast("B"))
-        held = self._index.find_many(missing, deadline)
-        self._index.touch(held.values(), self._ttl_ns)
+        held = self._index.names_among(missing, deadline)
+        if held:
+            self._index.touch(self._index.find_many(held, deadline).values(), self._ttl_ns)
         for name in held:
             del missing[name]
         errors = self._writer.write(missing, priority, deadline) if missing else {}

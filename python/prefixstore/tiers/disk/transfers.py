@@ -313,32 +313,33 @@ def _attempt(job: _Job, parts: list[_Part], transfer: _Transfer) -> list[int | T
 def _cut(spans: Sequence[Span], job_bytes: int) -> Iterator[_Job]:
     """Jobs of that size at most that cover the spans, in the order of the files."""
     job: _Job | None = None
+    job_start = job_end = 0  # in the file, whole pages
     for number in sorted(range(len(spans)), key=lambda n: (spans[n].slab.slab_id, spans[n].offset)):
         slab = spans[number].slab
         for part in _pieces(number, spans[number], job_bytes):
-            if job is not None and job.slab == slab and _follows(job.parts, part, job_bytes):
+            start = part.offset // PAGE_BYTES * PAGE_BYTES
+            end = round_up(part.offset + part.data.nbytes, PAGE_BYTES)
+            is_next = start == job_end and end - job_start <= job_bytes
+            if job is not None and is_next and job.slab == slab:
                 job.parts.append(part)
-                continue
-            if job is not None:
-                yield job
-            job = _Job(slab, [part])
+            else:
+                if job is not None:
+                    yield job
+                job, job_start = _Job(slab, [part]), start
+            job_end = end
     if job is not None:
         yield job
 
 
 def _pieces(number: int, span: Span, job_bytes: int) -> Iterator[_Part]:
     begin, first_page = 0, span.offset // PAGE_BYTES * PAGE_BYTES
+    if span.offset + span.data.nbytes - first_page <= job_bytes:
+        yield _Part(number, span.offset, span.data)
+        return
     while begin < max(span.data.nbytes, 1):
         end = min(first_page + job_bytes - span.offset, span.data.nbytes)
         yield _Part(number, span.offset + begin, span.data[begin:end])
         begin, first_page = max(end, 1), first_page + job_bytes
-
-
-def _follows(parts: list[_Part], part: _Part, job_bytes: int) -> bool:
-    """Whether it begins on the page after the last of the parts, and is not too much for a job."""
-    start, end = _pages_of(parts)
-    own_start, own_end = _pages_of([part])
-    return own_start == end and own_end - start <= job_bytes
 
 
 def _pages_of(parts: list[_Part]) -> tuple[int, int]:

@@ -29,8 +29,12 @@ from prefixstore.tiers.outcomes import SharedCounters
 logger = logging.getLogger(__name__)
 
 # Of records that share two transactions. Enough to keep a disk busy with, and few enough that the
-# first transaction and the last, beside which nothing is transferred, are short.
+# first transaction and the last, beside which nothing is transferred, are short. Of small records
+# the index, which takes as long for each as for a large one, is what others wait for; together they
+# change fewer of its pages. Records of 64 KiB went a tenth faster in twice as much.
 _PORTION_BYTES = 4 << 20
+_SMALL_PORTION_BYTES = 8 << 20
+_SMALL_BYTES = 128 << 10
 _PUTS_AT_ONCE = 3  # portions: one is transferred, one waits for that, one is published
 
 
@@ -75,7 +79,7 @@ class RecordWriter:
         self._counters = counters
         self._ttl_ns = None if config.ttl_s is None else int(config.ttl_s * 1e9)
         # On a small file system the index is to take its room for all before payload takes any.
-        self._portion_bytes = None if is_small(config.path) else _PORTION_BYTES
+        self._has_portions = not is_small(config.path)
 
     def write(
         self, records: Mapping[RecordName, memoryview], priority: int, deadline: float | None
@@ -89,7 +93,7 @@ class RecordWriter:
             errors.update(self._end_put(put, *how))
 
         try:
-            for portion in _portions(records, self._portion_bytes):
+            for portion in _portions(records) if self._has_portions else [records]:
                 if len(puts) == _PUTS_AT_ONCE:
                     end(puts.popleft())
                 try:
@@ -184,18 +188,16 @@ class RecordWriter:
 
 
 def _portions(
-    records: Mapping[RecordName, memoryview], portion_bytes: int | None
+    records: Mapping[RecordName, memoryview],
 ) -> Iterator[Mapping[RecordName, memoryview]]:
-    """All of them, so many bytes at a time or a little more; None for all at once."""
-    if portion_bytes is None:
-        yield records
-        return
+    """All of them, in their order; each portion ends with the record that fills it."""
     portion: dict[RecordName, memoryview] = {}
     num_bytes = 0
     for name, record in records.items():
         portion[name] = record
         num_bytes += round_up(record.nbytes, PAGE_BYTES)
-        if num_bytes >= portion_bytes:
+        is_small = num_bytes < _SMALL_BYTES * len(portion)
+        if num_bytes >= (_SMALL_PORTION_BYTES if is_small else _PORTION_BYTES):
             yield portion
             portion, num_bytes = {}, 0
     if portion:
