@@ -9,9 +9,7 @@
 //   output:             O [16 rows, value_dim] += P [16 rows, 64 keys] * V, pairs of keys of V side
 //   by side, interleaved for each tile of keys once and used by all rows. P is transposed back.
 //
-// Tiles is a class that holds 8 tile registers of 16 rows of 64 bytes:
-//   zero<T>(), load<T>(source, stride in bytes), store<T>(target, stride in bytes)
-//   dot<C, A, B>(): C[m][n] += sum over k < 32 of A[m][k] * B[k / 2][2 n + k % 2]
+// Tiles is a class as in tiles_amx.h.
 #pragma once
 
 #include <cstring>
@@ -20,6 +18,7 @@
 #include "cpu/attention_scores.h"
 #include "cpu/attention_spans.h"
 #include "cpu/attention_unpack_avx512.h"
+#include "cpu/simd_avx512_bf16.h"
 
 namespace kvkernels {
 namespace {
@@ -283,14 +282,6 @@ struct Seen {
     return _mm512_mask_cmplt_epi32_mask(_mm512_cmpge_epi32_mask(keys, first), keys, last);
   }
 };
-
-// Two rounded vectors of weights in pairs, a lane of 32 bits each.
-__m512 round_pairs(__m512 even, __m512 odd) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
-                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const auto rounded = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
-  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, rounded));
-}
 
 // Turns the scores of a group's rows with the keys from `begin` on into weights, and the running
 // maxima and sums with them; scales what was summed up before.

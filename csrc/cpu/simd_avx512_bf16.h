@@ -1,0 +1,18 @@
+// Rounding to bfloat16 in one instruction. Only for files compiled for AVX512-BF16.
+#pragma once
+
+#include "cpu/simd_avx512.h"
+
+namespace kvkernels {
+namespace {
+
+// Two rounded vectors in pairs, a lane of 32 bits each.
+inline __m512 round_pairs(__m512 even, __m512 odd) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const auto rounded = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, rounded));
+}
+
+}  // namespace
+}  // namespace kvkernels
