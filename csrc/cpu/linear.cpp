@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "cpu/attention_kernel.h"
 #include "cpu/linear_kernel.h"
 #include "kvkernels/cpu_features.h"
 #include "kvkernels/parallel.h"
@@ -16,6 +17,11 @@ namespace {
 constexpr int64_t kTileRows = 128, kTileCols = 64;
 // With few rows all time goes into reading the weight, which narrow rectangles share out evenly.
 constexpr int64_t kFewRows = 16, kFewRowsTileCols = 32;
+// Packed rows make use of a copy of their weights, so more of them share it.
+constexpr int64_t kPackedTileRows = 256;
+// So many rows are packed at a time: that bounds the memory for it, and costs one more reading of
+// the weights for each.
+constexpr int64_t kPackedRows = 1024;
 // Multiplications that take some 20 microseconds; for fewer no thread is woken. A weight of so many
 // elements takes as long to read.
 constexpr int64_t kWorkPerThread = 256 << 10;
@@ -23,9 +29,15 @@ constexpr int64_t kWorkPerThread = 256 << 10;
 LinearKernel find_kernel(AttentionPath path, DType dtype) {
 #if defined(__x86_64__)
   const bool is_plain = path == AttentionPath::kPortable || path == AttentionPath::kAmxEmulated;
-  if (path == AttentionPath::kAvx512Bf16 && best_isa() >= Isa::kAvx512Bf16) {
-    if (const LinearKernel kernel = avx512_bf16_linear(dtype)) return kernel;
+  LinearKernel kernel = {nullptr};
+  if (path == AttentionPath::kAmx && best_isa() >= Isa::kAmx) {
+    kernel = amx_linear(dtype);
+  } else if (path == AttentionPath::kAmxEmulated && best_isa() >= Isa::kAvx512Bf16) {
+    kernel = amx_emulated_linear(dtype);
+  } else if (path == AttentionPath::kAvx512Bf16 && best_isa() >= Isa::kAvx512Bf16) {
+    kernel = avx512_bf16_linear(dtype);
   }
+  if (kernel.multiply != nullptr) return kernel;
   if (!is_plain && path != AttentionPath::kAvx2 && best_isa() >= Isa::kAvx512) {
     return avx512_linear(dtype);
   }
@@ -34,13 +46,18 @@ LinearKernel find_kernel(AttentionPath path, DType dtype) {
   return portable_linear(dtype);
 }
 
-// The rectangles of all layers of a call, in the order of the weights in memory.
+// The rectangles of all layers of a call, of the rows [row_begin, row_end), in the order of the
+// weights in memory.
 class Tiles {
  public:
-  Tiles(const LinearArgs& args)
+  Tiles(const LinearArgs& args, int64_t row_begin, int64_t row_end, const uint16_t* packed)
       : args_(args),
-        num_cols_(args.num_rows <= kFewRows ? kFewRowsTileCols : kTileCols),
-        num_row_tiles_((args.num_rows + kTileRows - 1) / kTileRows) {
+        packed_(packed),
+        row_begin_(row_begin),
+        row_end_(row_end),
+        num_rows_(packed == nullptr ? kTileRows : kPackedTileRows),
+        num_cols_(row_end - row_begin <= kFewRows ? kFewRowsTileCols : kTileCols),
+        num_row_tiles_((row_end - row_begin + num_rows_ - 1) / num_rows_) {
     for (int64_t i = 0; i < args.num_layers; ++i) count_ += count_of(args.layers[i]);
   }
 
@@ -52,12 +69,14 @@ class Tiles {
       index -= count;
       ++layer;
     }
-    const int64_t row = index % num_row_tiles_ * kTileRows;
+    const int64_t offset = index % num_row_tiles_ * num_rows_, row = row_begin_ + offset;
     const int64_t col = index / num_row_tiles_ * num_cols_;
-    return {&args_, layer,
-            row,    std::min(args_.num_rows, row + kTileRows),
-            col,    std::min(layer->out_features, col + num_cols_),
-            nullptr};
+    const uint16_t* packed =
+        packed_ == nullptr ? nullptr : packed_ + offset / kGroupRows * packed_group_size(args_);
+    return {&args_,  layer,
+            row,     std::min(row_end_, row + num_rows_),
+            col,     std::min(layer->out_features, col + num_cols_),
+            nullptr, packed};
   }
 
   const void* weights_of(const LinearTile& tile) const {
@@ -72,23 +91,39 @@ class Tiles {
   }
 
   const LinearArgs& args_;
-  const int64_t num_cols_, num_row_tiles_;
+  const uint16_t* packed_;
+  const int64_t row_begin_, row_end_, num_rows_, num_cols_, num_row_tiles_;
   int64_t count_ = 0;
 };
 
-int64_t count_work(const LinearArgs& args) {
+int64_t count_work(const LinearArgs& args, int64_t num_rows) {
   int64_t num_cols = 0;
   for (int64_t i = 0; i < args.num_layers; ++i) num_cols += args.layers[i].out_features;
-  return std::max<int64_t>(args.num_rows, 4) * args.in_features * num_cols;
+  return std::max<int64_t>(num_rows, 4) * args.in_features * num_cols;
 }
 
-}  // namespace
+const uint16_t* pack_rows(const LinearArgs& args, const LinearKernel& kernel, int64_t row_begin,
+                          int64_t row_end, int num_threads) {
+  const int64_t num_groups = (row_end - row_begin + kGroupRows - 1) / kGroupRows;
+  const int64_t group_size = packed_group_size(args);
+  // An element is half a float. Other slots belong to kernels and to attention.
+  auto* packed = reinterpret_cast<uint16_t*>(thread_scratch(2, num_groups * group_size / 2));
+  const int64_t grain = std::max<int64_t>(1, kWorkPerThread / 4 / group_size);
+  parallel_ranges(num_groups, grain, num_threads, [&](int64_t begin, int64_t end) {
+    kernel.pack(args, row_begin + begin * kGroupRows,
+                std::min(row_end, row_begin + end * kGroupRows), packed + begin * group_size);
+  });
+  return packed;
+}
 
-void linear(const LinearArgs& args, AttentionPath path, int num_threads) {
-  const LinearKernel multiply = find_kernel(path, args.dtype);
-  const Tiles tiles(args);
+void multiply_rows(const LinearArgs& args, const LinearKernel& kernel, int64_t row_begin,
+                   int64_t row_end, int num_threads) {
+  const uint16_t* packed =
+      kernel.pack == nullptr ? nullptr : pack_rows(args, kernel, row_begin, row_end, num_threads);
+  const Tiles tiles(args, row_begin, row_end, packed);
+  const int64_t work = count_work(args, row_end - row_begin);
   const int64_t num_useful =
-      std::min<int64_t>({num_threads, tiles.count(), 1 + count_work(args) / kWorkPerThread / 4});
+      std::min<int64_t>({num_threads, tiles.count(), 1 + work / kWorkPerThread / 4});
   std::atomic<int64_t> next{0};
   run_parallel(static_cast<int>(num_useful), [&] {
     // A thread takes a tile while it works on the one before, whose end then asks for its weights.
@@ -98,10 +133,20 @@ void linear(const LinearArgs& args, AttentionPath path, int num_threads) {
       LinearTile tile = tiles.find(index);
       // Where nothing follows, its own weights are asked for once more: that costs next to nothing.
       tile.next = tiles.weights_of(following < tiles.count() ? tiles.find(following) : tile);
-      multiply(tile);
+      kernel.multiply(tile);
       index = following;
     }
   });
+}
+
+}  // namespace
+
+void linear(const LinearArgs& args, AttentionPath path, int num_threads) {
+  const LinearKernel kernel = find_kernel(path, args.dtype);
+  const int64_t most = kernel.pack == nullptr ? args.num_rows : kPackedRows;
+  for (int64_t row = 0; row < args.num_rows; row += most) {
+    multiply_rows(args, kernel, row, std::min(args.num_rows, row + most), num_threads);
+  }
 }
 
 }  // namespace kvkernels

@@ -46,11 +46,11 @@ struct Lanes8 {
 LinearKernel avx2_linear(DType dtype) {
   switch (dtype) {
     case DType::kFloat32:
-      return multiply_tile<Lanes8<Float32>>;
+      return {multiply_tile<Lanes8<Float32>>};
     case DType::kFloat16:
-      return multiply_tile<Lanes8<Float16>>;
+      return {multiply_tile<Lanes8<Float16>>};
     default:
-      return multiply_tile<Lanes8<BFloat16>>;
+      return {multiply_tile<Lanes8<BFloat16>>};
   }
 }
 

@@ -34,11 +34,11 @@ struct WidenedLanes : Lanes16<E> {
 LinearKernel avx512_linear(DType dtype) {
   switch (dtype) {
     case DType::kFloat32:
-      return multiply_tile<WidenedLanes<Float32>>;
+      return {multiply_tile<WidenedLanes<Float32>>};
     case DType::kFloat16:
-      return multiply_tile<WidenedLanes<Float16>>;
+      return {multiply_tile<WidenedLanes<Float16>>};
     default:
-      return multiply_tile<WidenedLanes<BFloat16>>;
+      return {multiply_tile<WidenedLanes<BFloat16>>};
   }
 }
 

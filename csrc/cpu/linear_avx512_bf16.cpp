@@ -22,7 +22,7 @@ struct PairLanes : Lanes16<BFloat16> {
 }  // namespace
 
 LinearKernel avx512_bf16_linear(DType dtype) {
-  return dtype == DType::kBFloat16 ? multiply_tile<PairLanes> : nullptr;
+  return {dtype == DType::kBFloat16 ? multiply_tile<PairLanes> : nullptr};
 }
 
 }  // namespace kvkernels

@@ -54,11 +54,11 @@ struct PlainLanes {
 LinearKernel portable_linear(DType dtype) {
   switch (dtype) {
     case DType::kFloat32:
-      return multiply_tile<PlainLanes<float>>;
+      return {multiply_tile<PlainLanes<float>>};
     case DType::kFloat16:
-      return multiply_tile<PlainLanes<Float16>>;
+      return {multiply_tile<PlainLanes<Float16>>};
     default:
-      return multiply_tile<PlainLanes<BFloat16>>;
+      return {multiply_tile<PlainLanes<BFloat16>>};
   }
 }
 

@@ -11,10 +11,13 @@ from kvkernels.reference import linear as reference
 
 # in_features, out_features
 SHAPES = {
+    "no features": (0, 3),
     "smallest": (1, 1),
     "odd": (33, 5),
+    "almost a vector": (31, 17),
     "one vector": (32, 16),
     "several rectangles": (96, 97),
+    "SmolLM2 up": (576, 1536),
     "SmolLM2 down": (1536, 576),
 }
 NUM_ROWS = 150  # more than a rectangle has
@@ -51,18 +54,50 @@ def test_a_row_is_the_same_bits_in_any_batch(shape, dtype):
             assert torch.equal(part, whole[first : first + count]), (count, first)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("_isa", "_one_thread")
+def test_a_row_is_the_same_bits_among_very_many(dtype):
+    rows, weight, bias = make_layer("odd", dtype, num_rows=1100)  # more than are packed at a time
+    whole = kvkernels.linear(rows, weight, bias)
+    torch.set_num_threads(2)
+    assert torch.equal(kvkernels.linear(rows, weight, bias), whole)
+    for first in (0, 1000, 1020, 1099):
+        part = kvkernels.linear(rows[first : first + 30], weight, bias)
+        assert torch.equal(part, whole[first : first + 30]), first
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 3, 17, 150])
+@pytest.mark.parametrize("shape", ["odd", "several rectangles"])
 @pytest.mark.usefixtures("_isa")
-def test_takes_views_and_more_dimensions():
-    rows, weight, _ = make_layer("odd", torch.float32, num_rows=12)
+def test_what_is_not_finite_stays_in_its_row_and_column(shape, num_rows, dtype):
+    rows, weight, bias = make_layer(shape, dtype, num_rows)
+    expected = kvkernels.linear(rows, weight, bias)
+    for value in (torch.nan, torch.inf):
+        odd_rows, odd_weight = rows.clone(), weight.clone()
+        odd_rows[num_rows // 2] = value
+        odd_weight[3] = value
+        got = kvkernels.linear(odd_rows, odd_weight, bias)
+        assert not got[num_rows // 2].isfinite().any()
+        assert not got[:, 3].isfinite().any()
+        others = [row for row in range(num_rows) if row != num_rows // 2]
+        columns = [column for column in range(len(weight)) if column != 3]
+        assert torch.equal(got[others][:, columns], expected[others][:, columns])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("_isa")
+def test_takes_views_and_more_dimensions(dtype):
+    rows, weight, _ = make_layer("odd", dtype, num_rows=12)
     expected = kvkernels.linear(rows, weight)
-    wide = torch.full((12, 40), torch.nan)
+    wide = torch.full((12, 40), torch.nan, dtype=dtype)
     wide[:, :33] = rows
     assert torch.equal(kvkernels.linear(wide[:, :33], weight), expected)
-    columns = torch.full((33, 12, 2), torch.nan)
+    columns = torch.full((33, 12, 2), torch.nan, dtype=dtype)
     columns[..., 0] = rows.T
     assert torch.equal(kvkernels.linear(columns[..., 0].T, weight), expected)
     assert torch.equal(kvkernels.linear(rows.view(3, 4, 33), weight), expected.view(3, 4, 5))
-    wide_weight = torch.full((5, 40), torch.nan)
+    wide_weight = torch.full((5, 40), torch.nan, dtype=dtype)
     wide_weight[:, :33] = weight
     assert torch.equal(kvkernels.linear(rows, wide_weight[:, :33]), expected)
     assert kvkernels.linear(rows[:0], weight).shape == (0, 5)
