@@ -28,13 +28,13 @@ class Case:
         return num_items * self.dtype.itemsize
 
 
-# Two layers of SmolLM2-135M, in both directions.
+# Two layers of SmolLM2-135M, in both directions, and one of a model of some billions of parameters.
 CASES = [
     Case(f"{name}_x{num_rows}{suffix}", num_rows, *features, dtype)
     for dtype, suffix in ((torch.bfloat16, ""), (torch.float32, "_fp32"))
     for name, features in (("up", (576, 1536)), ("down", (1536, 576)))
     for num_rows in (1, 4, 16, 512)
-]
+] + [Case(f"square_x{num_rows}", num_rows, 4096, 4096) for num_rows in (1, 4, 16, 512)]
 
 PROVIDERS = {
     "pytorch": lambda inputs: torch.nn.functional.linear(*inputs),
