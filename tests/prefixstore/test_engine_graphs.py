@@ -73,11 +73,6 @@ in_any_batch = pytest.mark.skipif(
 )
 
 
-def open_invariant(model, **settings):
-    """An engine that gives the same bits in any batch; not all processors do by default."""
-    return open_engine(model, batch_invariant=True, **settings)
-
-
 @pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
 def model(request):
     torch.manual_seed(1)
@@ -110,11 +105,11 @@ def answers(engine, num_requests=6):
 
 @in_any_batch
 def test_replays_answer_with_the_bits_of_the_model(model, use):
-    with open_invariant(model, cuda_graphs=False) as engine:
+    with open_engine(model, cuda_graphs=False) as engine:
         plain = answers(engine)
         assert engine.graph_shapes == []
     recorder = use(SameAgain())
-    with open_invariant(model) as engine:
+    with open_engine(model) as engine:
         assert answers(engine) == plain
         shapes = engine.graph_shapes
     assert recorder.num_recorded == len(shapes) >= 3
@@ -129,7 +124,7 @@ def test_replays_go_on_beside_preempted_requests(use):
     outputs = []
     for recorder in (None, SameAgain()):
         use(recorder)
-        with open_invariant(model, pool_tokens=320, max_running=6) as engine:
+        with open_engine(model, pool_tokens=320, max_running=6) as engine:
             outputs.append(answers(engine, 5))
             assert engine.stats().num_preemptions > 0
     assert outputs[0] == outputs[1]
@@ -158,10 +153,10 @@ def test_restored_and_pooled_prompts_are_answered_alike(model, use):
     ("recorder", "message"), [(Raising(), "not permitted"), (Stale(), "other logits")]
 )
 def test_what_cannot_be_trusted_is_dropped_with_one_warning(model, use, caplog, recorder, message):
-    with open_invariant(model, cuda_graphs=False) as engine:
+    with open_engine(model, cuda_graphs=False) as engine:
         plain = answers(engine)
     use(recorder)
-    with caplog.at_level(logging.WARNING), open_invariant(model) as engine:
+    with caplog.at_level(logging.WARNING), open_engine(model) as engine:
         assert answers(engine) == plain
         assert engine.graph_shapes == []
     assert [message in record.getMessage() for record in caplog.records] == [True]
@@ -187,12 +182,12 @@ def test_cuda_graphs_give_the_bits_of_passes_of_the_same_shapes(model, use, capl
 def test_a_model_that_waits_for_the_device_is_never_recorded(use, caplog):
     torch.manual_seed(1)
     model, recorder = tiny_llama(), use(NeverWaiting())
-    with open_invariant(model) as engine:
+    with open_engine(model) as engine:
         plain = answers(engine, 3)
     num_recorded = recorder.num_recorded
     assert num_recorded >= 2
     model.lm_head.register_forward_pre_hook(lambda module, args: args[0].max().item() and None)
-    with caplog.at_level(logging.WARNING), open_invariant(model) as engine:
+    with caplog.at_level(logging.WARNING), open_engine(model) as engine:
         assert answers(engine, 3) == plain
     assert recorder.num_recorded == num_recorded
     (record,) = caplog.records
@@ -219,10 +214,10 @@ def test_a_shape_is_recorded_when_it_comes_often(use):
 @in_any_batch
 def test_a_sequence_that_grows_goes_on_in_a_wider_shape(model, use):
     tokens = prompt(495)  # of the 512 that the narrowest table holds
-    with open_invariant(model, cuda_graphs=False) as engine:
+    with open_engine(model, cuda_graphs=False) as engine:
         plain = answer(engine, tokens, SAMPLING)
     use(SameAgain())
-    with open_invariant(model) as engine:
+    with open_engine(model) as engine:
         replayed = answer(engine, tokens, SAMPLING)
         assert engine.graph_shapes == [(1, 32), (1, 128)]
     assert (replayed.token_ids, replayed.logprobs) == (plain.token_ids, plain.logprobs)

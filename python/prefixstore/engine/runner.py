@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvkernels import UnsupportedError, native
+from kvkernels import UnsupportedError
 from kvkernels.nn import PagedGroup, batch_invariance, decoder_layers, fused_layers
 from kvkernels.nn.module import PagedBatch
 from kvkernels.nn.transformers_batch import BatchCache
@@ -36,7 +36,7 @@ def install_batch_invariance(model: Any, wanted: bool | None) -> bool:
     Raises:
         UnsupportedError: If `wanted` is True and this cannot be promised for the model.
     """
-    costs_nothing = model.device.type == "cpu" and "amx" not in native.available_isas()
+    costs_nothing = model.device.type == "cpu"
     if not (costs_nothing if wanted is None else wanted):
         return False
     try:
