@@ -1,4 +1,4 @@
-"""Faults to plant in the attention kernels, of the kind people make. Each must fail some test."""
+"""Faults to plant in the kernels, of the kind people make. Each must fail some test."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ CSRC = "csrc/cpu/"
 OPS = ("tests/ops/test_attention.py", "tests/ops/test_attention_features.py")
 CHECKS = ("tests/ops/test_attention_checks.py",)
 INVARIANCE = ("tests/ops/test_attention_invariance.py",)
+LINEAR = ("tests/ops/test_linear.py",)
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,18 @@ FAULTS = [
           "const int64_t first = tile.key_begin;", isa="avx512", files=INVARIANCE),
     Fault("few rows on a kernel of their own", CSRC + "attention_avx512.cpp",
           " && !tile.args->batch_invariant", "", isa="avx512", files=INVARIANCE),
+    # ---- linear layers
+    Fault("features after the last multiplied", CSRC + "linear_amx_kernel.h",
+          "end = work.num_whole_steps;", "end = work.num_steps;", files=LINEAR),
+    Fault("copies of weights begin anew", CSRC + "linear_amx_kernel.h",
+          "const uint16_t* source = weight + step * kStep;",
+          "const uint16_t* source = weight + (step - begin) * kStep;", files=LINEAR),
+    Fault("few rows on products of another order", CSRC + "linear.cpp",
+          "const LinearKernel kernel = find_kernel(path, args.dtype);",
+          "const LinearKernel kernel = args.num_rows == 1 ? portable_linear(args.dtype)"
+          " : find_kernel(path, args.dtype);", files=LINEAR),
+    Fault("last row of a block packed as zeros", CSRC + "linear_amx_kernel.h",
+          "rows[n] = n < count ?", "rows[n] = n + 1 < count ?", files=LINEAR),
     # ---- checks
     Fault("block ids not checked", CSRC + "attention_plan.cpp",
           "is_good &= index < 3 && id < counts[index < 3 ? index : 0];", "", files=CHECKS),
