@@ -16,6 +16,7 @@ SHAPES = {
     "odd": (33, 5),
     "almost a vector": (31, 17),
     "one vector": (32, 16),
+    "a vector and a rest": (33, 49),
     "several rectangles": (96, 97),
     "SmolLM2 up": (576, 1536),
     "SmolLM2 down": (1536, 576),
@@ -68,7 +69,7 @@ def test_a_row_is_the_same_bits_among_very_many(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_rows", [1, 3, 17, 150])
-@pytest.mark.parametrize("shape", ["odd", "several rectangles"])
+@pytest.mark.parametrize("shape", ["odd", "a vector and a rest", "several rectangles"])
 @pytest.mark.usefixtures("_isa")
 def test_what_is_not_finite_stays_in_its_row_and_column(shape, num_rows, dtype):
     rows, weight, bias = make_layer(shape, dtype, num_rows)
@@ -86,9 +87,11 @@ def test_what_is_not_finite_stays_in_its_row_and_column(shape, num_rows, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ["odd", "a vector and a rest"])
 @pytest.mark.usefixtures("_isa")
-def test_takes_views_and_more_dimensions(dtype):
-    rows, weight, _ = make_layer("odd", dtype, num_rows=12)
+def test_takes_views_and_more_dimensions(shape, dtype):
+    rows, weight, _ = make_layer(shape, dtype, num_rows=12)
+    out_features = len(weight)
     expected = kvkernels.linear(rows, weight)
     wide = torch.full((12, 40), torch.nan, dtype=dtype)
     wide[:, :33] = rows
@@ -96,11 +99,11 @@ def test_takes_views_and_more_dimensions(dtype):
     columns = torch.full((33, 12, 2), torch.nan, dtype=dtype)
     columns[..., 0] = rows.T
     assert torch.equal(kvkernels.linear(columns[..., 0].T, weight), expected)
-    assert torch.equal(kvkernels.linear(rows.view(3, 4, 33), weight), expected.view(3, 4, 5))
-    wide_weight = torch.full((5, 40), torch.nan, dtype=dtype)
+    assert torch.equal(kvkernels.linear(rows.view(3, 4, 33), weight), expected.view(3, 4, -1))
+    wide_weight = torch.full((out_features, 40), torch.nan, dtype=dtype)
     wide_weight[:, :33] = weight
     assert torch.equal(kvkernels.linear(rows, wide_weight[:, :33]), expected)
-    assert kvkernels.linear(rows[:0], weight).shape == (0, 5)
+    assert kvkernels.linear(rows[:0], weight).shape == (0, out_features)
 
 
 @pytest.mark.parametrize(
