@@ -3,11 +3,12 @@
 // for files compiled for AVX512-BF16. In an anonymous namespace: each file that includes this gets
 // its own copy, compiled with that file's flags.
 //
-//   scores, transposed: S^T [64 keys, 16 rows] = K [keys, head_dim] * Q^T. A key is a row of the A
+//   scores, transposed: S^T [128 keys, 16 rows] = K [keys, head_dim] * Q^T. A key is a row of the A
 //   operand as it lies in the cache, at any stride, so no cache layout needs repacking; Q^T is
 //   packed once, pairs of head_dim side by side. The softmax then has a row of the query to a lane.
-//   output:             O [16 rows, value_dim] += P [16 rows, 64 keys] * V, pairs of keys of V side
-//   by side, interleaved for each tile of keys once and used by all rows. P is transposed back.
+//   output:             O [16 rows, value_dim] += P [16 rows, 128 keys] * V, pairs of keys of V
+//   side by side, interleaved for each tile of keys once and used by all rows. P is transposed
+//   back.
 //
 // Tiles is a class as in tiles_amx.h.
 #pragma once
@@ -23,11 +24,14 @@
 namespace kvkernels {
 namespace {
 
+// Worked on at a time: the output is read and written once for them, which takes longer than their
+// products if they are few. In halves of it, prompts of 2k and 8k tokens took a tenth longer.
+constexpr int64_t kKeys = 128;
 constexpr int64_t kLanes = 16;      // query rows side by side
 constexpr int64_t kTileRows = 128;  // query rows that share the packed values
 constexpr int64_t kStep = 32;       // what one dot sums over
 constexpr int64_t kTileBytes = 64;  // a row of a tile
-constexpr int64_t kParts = kTileKeys / kLanes, kHalves = kTileKeys / kStep;
+constexpr int64_t kParts = kKeys / kLanes, kHalves = kKeys / kStep;
 
 // Up to so many rows the kernel that reads each element once, with no tiles, is faster: a tile
 // always has 16 rows.
@@ -42,11 +46,11 @@ struct Work {
   bool adjusts;  // whether scores need more than a scale
   float scale;
   uint16_t* query;     // [num_groups, head_dim / 32, 16, kLanes, 2]
-  uint16_t* keys;      // [kTileKeys, head_dim]: copies of keys that do not lie in one block
-  uint16_t* values;    // [value_dim / 16, kTileKeys / 2, 16, 2]
-  uint16_t* unpacked;  // [kTileKeys, value_dim]
+  uint16_t* keys;      // [kKeys, head_dim]: copies of keys that do not lie in one block
+  uint16_t* values;    // [value_dim / 16, kKeys / 2, 16, 2]
+  uint16_t* unpacked;  // [kKeys, value_dim]
   uint16_t* weights;   // [2, kHalves, kLanes, kStep], of two groups
-  float* scores;       // [2, kTileKeys, kLanes]
+  float* scores;       // [2, kKeys, kLanes]
   float* out;          // [num_groups, value_dim / 16, kLanes, 16]
   float* scales;       // two rows
   Prefetch next;       // where rows are few, what the item will read
@@ -91,8 +95,8 @@ void start(const AttentionTile& tile, Work& work) {
   work.scale = work.adjusts ? 1.0f : tile.args->sm_scale * kLog2E;
   const int64_t num_rows = work.num_groups * kLanes;
   const int64_t query_size = num_rows * work.head_dim, out_size = num_rows * work.value_dim;
-  const int64_t key_size = kTileKeys * work.head_dim, value_size = kTileKeys * work.value_dim;
-  const int64_t score_size = 2 * kTileKeys * kLanes;
+  const int64_t key_size = kKeys * work.head_dim, value_size = kKeys * work.value_dim;
+  const int64_t score_size = 2 * kKeys * kLanes;
   const int64_t num_halves = query_size + key_size + 2 * value_size + score_size;
   const int64_t scales_size = 2 * std::max(work.head_dim, work.value_dim);
   work.scores = thread_scratch(1, num_halves / 2 + score_size + out_size + scales_size);
@@ -104,6 +108,11 @@ void start(const AttentionTile& tile, Work& work) {
   work.unpacked = work.values + value_size;
   work.weights = work.unpacked + value_size;
   for (int64_t group = 0; group < work.num_groups; ++group) start_group(tile, group, work);
+}
+
+// The end of the tile of keys that starts at `begin`, at a multiple of kKeys.
+int64_t end_of_keys(const AttentionTile& tile, int64_t begin) {
+  return std::min((begin / kKeys + 1) * kKeys, tile.key_end);
 }
 
 // ---- keys and values -----------------------------------------------------------------------
@@ -145,8 +154,8 @@ __m512i load_or_zero(const uint16_t* row, int64_t i) {
 // Pairs of values side by side. What lies past the last key becomes 0, never NaN.
 void interleave_values(const uint16_t* cache, int64_t num_keys, const int64_t* offsets,
                        Work& work) {
-  constexpr int64_t kTileSize = kTileKeys * kLanes;
-  for (int64_t t = 0; t < kTileKeys; t += 2) {
+  constexpr int64_t kTileSize = kKeys * kLanes;
+  for (int64_t t = 0; t < kKeys; t += 2) {
     uint16_t* target = work.values + t * kLanes;
     const uint16_t* even = t < num_keys ? cache + offsets[t] : nullptr;
     const uint16_t* odd = t + 1 < num_keys ? cache + offsets[t + 1] : nullptr;
@@ -163,7 +172,7 @@ void interleave_values(const uint16_t* cache, int64_t num_keys, const int64_t* o
 // packs their values.
 void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, KeyRows* keys, Work& work) {
   const PagedAttentionArgs& args = *tile.args;
-  int64_t key_offsets[kTileKeys], value_offsets[kTileKeys];
+  int64_t key_offsets[kKeys], value_offsets[kKeys];
   const int64_t count = end - begin, first = std::max<int64_t>(tile.key_begin - begin, 0);
   const int64_t row_bytes = work.head_dim * static_cast<int64_t>(sizeof(uint16_t));
   work.next.advance(count * row_bytes);
@@ -178,7 +187,7 @@ void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, KeyRows* k
     return;
   }
   using Unpacker = Avx512Unpacker<BFloat16>;
-  std::memset(work.keys, 0, kTileKeys * row_bytes);
+  std::memset(work.keys, 0, kKeys * row_bytes);
   unpack_keys<Unpacker>(tile, 0, begin + first, end, work.scales,
                         work.keys + first * work.head_dim);
   for (int64_t part = 0; part < kParts; ++part) {
@@ -196,26 +205,29 @@ void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, KeyRows* k
 // Of one group: each dot has the same 16 rows.
 template <typename Tiles>
 void score_group(Tiles& tiles, const Work& work, int64_t group, const KeyRows* keys) {
-  tiles.template zero<0>();
-  tiles.template zero<1>();
-  tiles.template zero<2>();
-  tiles.template zero<3>();
   const uint16_t* query = work.query + group * kLanes * work.head_dim;
-  for (int64_t i = 0; i < work.head_dim; i += kStep) {
-    tiles.template load<7>(query + i * kLanes, kTileBytes);
-    tiles.template load<4>(keys[0].first + i, keys[0].stride);
-    tiles.template dot<0, 4, 7>();
-    tiles.template load<5>(keys[1].first + i, keys[1].stride);
-    tiles.template dot<1, 5, 7>();
-    tiles.template load<6>(keys[2].first + i, keys[2].stride);
-    tiles.template dot<2, 6, 7>();
-    tiles.template load<4>(keys[3].first + i, keys[3].stride);
-    tiles.template dot<3, 4, 7>();
+  for (int64_t part = 0; part < kParts; part += 4) {
+    tiles.template zero<0>();
+    tiles.template zero<1>();
+    tiles.template zero<2>();
+    tiles.template zero<3>();
+    for (int64_t i = 0; i < work.head_dim; i += kStep) {
+      tiles.template load<7>(query + i * kLanes, kTileBytes);
+      tiles.template load<4>(keys[part].first + i, keys[part].stride);
+      tiles.template dot<0, 4, 7>();
+      tiles.template load<5>(keys[part + 1].first + i, keys[part + 1].stride);
+      tiles.template dot<1, 5, 7>();
+      tiles.template load<6>(keys[part + 2].first + i, keys[part + 2].stride);
+      tiles.template dot<2, 6, 7>();
+      tiles.template load<4>(keys[part + 3].first + i, keys[part + 3].stride);
+      tiles.template dot<3, 4, 7>();
+    }
+    float* scores = work.scores + part * kLanes * kLanes;
+    tiles.template store<0>(scores, kTileBytes);
+    tiles.template store<1>(scores + kLanes * kLanes, kTileBytes);
+    tiles.template store<2>(scores + 2 * kLanes * kLanes, kTileBytes);
+    tiles.template store<3>(scores + 3 * kLanes * kLanes, kTileBytes);
   }
-  tiles.template store<0>(work.scores, kTileBytes);
-  tiles.template store<1>(work.scores + kLanes * kLanes, kTileBytes);
-  tiles.template store<2>(work.scores + 2 * kLanes * kLanes, kTileBytes);
-  tiles.template store<3>(work.scores + 3 * kLanes * kLanes, kTileBytes);
 }
 
 // Of two neighbouring groups: each load serves two dots.
@@ -241,14 +253,14 @@ void score_groups(Tiles& tiles, const Work& work, int64_t group, const KeyRows* 
     float* scores = work.scores + part * kLanes * kLanes;
     tiles.template store<0>(scores, kTileBytes);
     tiles.template store<2>(scores + kLanes * kLanes, kTileBytes);
-    tiles.template store<1>(scores + kTileKeys * kLanes, kTileBytes);
-    tiles.template store<3>(scores + (kTileKeys + kLanes) * kLanes, kTileBytes);
+    tiles.template store<1>(scores + kKeys * kLanes, kTileBytes);
+    tiles.template store<3>(scores + (kKeys + kLanes) * kLanes, kTileBytes);
   }
 }
 
 // Scores lie keys by rows; the rules take one row at a time.
 void adjust_group(const Work& work, int64_t group, int64_t begin, int64_t num_keys, float* scores) {
-  alignas(64) float by_row[kLanes][kTileKeys];
+  alignas(64) float by_row[kLanes][kKeys];
   for (int64_t part = 0; part < kParts; ++part) {
     __m512 block[kLanes];
     for (int64_t t = 0; t < kLanes; ++t) {
@@ -292,7 +304,7 @@ void weigh_group(Work& work, int64_t group, int64_t begin, const float* scores, 
                                 _mm512_load_si512(work.last + row)};
   const __m512 scales = _mm512_set1_ps(work.scale), lowest = _mm512_set1_ps(-infinity());
   __m512 top[4] = {lowest, lowest, lowest, lowest};
-  for (int64_t t = 0; t < kTileKeys; t += 4) {
+  for (int64_t t = 0; t < kKeys; t += 4) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const __m512 score = _mm512_load_ps(scores + (t + i) * kLanes);
@@ -399,14 +411,13 @@ void attend_groups(Tiles& tiles, Work& work, int64_t group, int64_t begin, int64
     score_group(tiles, work, group, keys);
   }
   for (int64_t i = 0; i < kGroups; ++i) {
-    float* scores = work.scores + i * kTileKeys * kLanes;
+    float* scores = work.scores + i * kKeys * kLanes;
     if (work.adjusts) adjust_group(work, group + i, begin, end - begin, scores);
     // Ranges only move up from row to row, so the first and the last row bound them.
     const int64_t row = (group + i) * kLanes;
-    const bool is_masked =
-        work.first[row + kLanes - 1] > begin || work.last[row] < begin + kTileKeys;
+    const bool is_masked = work.first[row + kLanes - 1] > begin || work.last[row] < begin + kKeys;
     const auto weigh = is_masked ? weigh_group<true> : weigh_group<false>;
-    weigh(work, group + i, begin, scores, work.weights + i * kTileKeys * kLanes);
+    weigh(work, group + i, begin, scores, work.weights + i * kKeys * kLanes);
   }
   add_values<kGroups>(tiles, work, group);
 }
@@ -432,12 +443,12 @@ template <typename Tiles>
 void attend_head(Tiles& tiles, const AttentionTile& tile, const TileResult& result) {
   Work work;
   start(tile, work);
-  if (work.num_groups == 1) work.next = plan_reading(tile, kTileKeys);
+  if (work.num_groups == 1) work.next = plan_reading(tile, kKeys);
   const int64_t tile_bytes =
-      kTileKeys * (work.head_dim + work.value_dim) * static_cast<int64_t>(sizeof(uint16_t));
-  const int64_t first = tile.key_begin / kTileKeys * kTileKeys;
+      kKeys * (work.head_dim + work.value_dim) * static_cast<int64_t>(sizeof(uint16_t));
+  const int64_t first = tile.key_begin / kKeys * kKeys;
   for (int64_t begin = first, end; begin < tile.key_end; begin = end) {
-    end = key_tile_end(tile, begin);
+    end = end_of_keys(tile, begin);
     // Groups before the first end, and groups from the last on begin, outside these keys.
     int64_t group = 0, last = work.num_groups;
     while (group < last && work.last[group * kLanes + kLanes - 1] <= begin) ++group;

@@ -11,7 +11,7 @@ namespace {
 
 // Stretches of memory of the first head; the same of head h lie h * head_stride further.
 struct Spans {
-  static constexpr int kMaxSpans = 128;  // of 64 keys: rows or blocks of codes, and their scales
+  static constexpr int kMaxSpans = 256;  // of 128 keys: rows or blocks of codes, and their scales
 
   struct Span {
     const char* data;

@@ -157,7 +157,7 @@ FAULTS = [
     Fault("rows of tiles not rescaled", CSRC + "attention_amx_kernel.h",
           "_mm512_mul_ps(_mm512_load_ps(lanes), factor)", "_mm512_load_ps(lanes)",
           isa="amx_emulated"),
-    Fault("pairs of weights swapped", CSRC + "attention_amx_kernel.h",
+    Fault("pairs of weights swapped", CSRC + "simd_avx512_bf16.h",
           "_mm512_cvtne2ps_pbh(odd, even)", "_mm512_cvtne2ps_pbh(even, odd)",
           isa="amx_emulated"),
     # ---- the same bits in any cut
