@@ -1,0 +1,95 @@
+// A tile of keys and values for the matrix-tile attention: keys are found where they lie, or
+// copied, and values packed.
+#pragma once
+
+#include "cpu/attention_amx_work.h"
+#include "cpu/attention_unpack_avx512.h"
+
+namespace kvkernels {
+namespace {
+
+// Where 16 keys lie as rows of a tile.
+struct KeyRows {
+  const uint16_t* first;
+  int64_t stride;  // in bytes
+};
+
+// Finds the keys that start at 16 * part of the tile; copies them where they do not lie evenly
+// spaced, or are not all in [first, num_keys): other slots are never read.
+KeyRows find_keys(const AttentionTile& tile, const Work& work, int64_t part, int64_t first,
+                  int64_t num_keys, const int64_t* offsets, int64_t first_slot) {
+  const auto* cache = static_cast<const uint16_t*>(tile.args->key_cache);
+  const int64_t begin = part * kLanes, block_size = tile.args->block_size;
+  const bool is_whole = begin >= first && begin + kLanes <= num_keys;
+  if (is_whole && (first_slot + begin) % block_size + kLanes <= block_size) {
+    return {cache + offsets[begin],
+            tile.args->key_slot_stride * static_cast<int64_t>(sizeof(uint16_t))};
+  }
+  const int64_t row_bytes = work.head_dim * static_cast<int64_t>(sizeof(uint16_t));
+  uint16_t* copy = work.keys + begin * work.head_dim;
+  for (int64_t t = 0; t < kLanes; ++t) {
+    uint16_t* target = copy + t * work.head_dim;
+    if (begin + t < num_keys) {
+      std::memcpy(target, cache + offsets[begin + t], row_bytes);
+    } else {
+      std::memset(target, 0, row_bytes);
+    }
+  }
+  return {copy, row_bytes};
+}
+
+__m512i load_or_zero(const uint16_t* row, int64_t i) {
+  return row == nullptr ? _mm512_setzero_si512() : _mm512_loadu_si512(row + i);
+}
+
+// Pairs of values side by side. What lies past the last key becomes 0, never NaN.
+void interleave_values(const uint16_t* cache, int64_t num_keys, const int64_t* offsets,
+                       Work& work) {
+  constexpr int64_t kTileSize = kKeys * kLanes;
+  for (int64_t t = 0; t < kKeys; t += 2) {
+    uint16_t* target = work.values + t * kLanes;
+    const uint16_t* even = t < num_keys ? cache + offsets[t] : nullptr;
+    const uint16_t* odd = t + 1 < num_keys ? cache + offsets[t + 1] : nullptr;
+    for (int64_t i = 0; i < work.value_dim; i += kStep, target += 2 * kTileSize) {
+      const __m512i a = load_or_zero(even, i), b = load_or_zero(odd, i);
+      _mm512_store_si512(target, _mm512_unpacklo_epi16(a, b));
+      _mm512_store_si512(target + kTileSize, _mm512_unpackhi_epi16(a, b));
+    }
+    work.next.advance(2 * work.value_dim * static_cast<int64_t>(sizeof(uint16_t)));
+  }
+}
+
+// Finds or unpacks the keys of the tile of keys [begin, end), as far as they are the item's, and
+// packs their values.
+void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, KeyRows* keys, Work& work) {
+  const PagedAttentionArgs& args = *tile.args;
+  int64_t key_offsets[kKeys], value_offsets[kKeys];
+  const int64_t count = end - begin, first = std::max<int64_t>(tile.key_begin - begin, 0);
+  const int64_t row_bytes = work.head_dim * static_cast<int64_t>(sizeof(uint16_t));
+  work.next.advance(count * row_bytes);
+  if (lies_plain(tile, begin + first, end)) {
+    find_rows(tile, begin + first, end, key_offsets + first, value_offsets + first);
+    repeat_first_row(key_offsets, first);
+    repeat_first_row(value_offsets, first);
+    for (int64_t part = 0; part < kParts; ++part) {
+      keys[part] = find_keys(tile, work, part, first, count, key_offsets, begin % args.block_size);
+    }
+    interleave_values(static_cast<const uint16_t*>(args.value_cache), count, value_offsets, work);
+    return;
+  }
+  using Unpacker = Avx512Unpacker<BFloat16>;
+  std::memset(work.keys, 0, kKeys * row_bytes);
+  unpack_keys<Unpacker>(tile, 0, begin + first, end, work.scales,
+                        work.keys + first * work.head_dim);
+  for (int64_t part = 0; part < kParts; ++part) {
+    keys[part] = {work.keys + part * kLanes * work.head_dim, row_bytes};
+  }
+  unpack_values<Unpacker>(tile, 0, begin + first, end, work.scales,
+                          work.unpacked + first * work.value_dim);
+  for (int64_t t = first; t < count; ++t) value_offsets[t] = t * work.value_dim;
+  repeat_first_row(value_offsets, first);
+  interleave_values(work.unpacked, count, value_offsets, work);
+}
+
+}  // namespace
+}  // namespace kvkernels

@@ -1,0 +1,106 @@
+// What the matrix-tile attention (attention_amx_kernel.h) works on. In an anonymous namespace, like
+// all of it.
+#pragma once
+
+#include <cstring>
+
+#include "cpu/attention_avx512.h"
+#include "cpu/attention_scores.h"
+#include "cpu/attention_spans.h"
+
+namespace kvkernels {
+namespace {
+
+// Worked on at a time: the output is read and written once for them, which takes longer than their
+// products if they are few. In halves of it, prompts of 2k and 8k tokens took a tenth longer.
+constexpr int64_t kKeys = 128;
+constexpr int64_t kLanes = 16;      // query rows side by side
+constexpr int64_t kTileRows = 128;  // query rows that share the packed values
+constexpr int64_t kStep = 32;       // what one dot sums over
+constexpr int64_t kTileBytes = 64;  // a row of a tile
+constexpr int64_t kParts = kKeys / kLanes, kHalves = kKeys / kStep;
+
+// Up to so many rows the kernel that reads each element once, with no tiles, is faster: a tile
+// always has 16 rows.
+constexpr int64_t kFewRowsBesideTiles = 4;
+
+// One item's rows, in groups of kLanes, and the tile of keys that is being worked on. `out` lies in
+// tiles, and of 32 neighbouring channels the first tile holds those at 0 to 3 of every 8: the order
+// that unpacking pairs gives.
+struct Work {
+  const AttentionTile* tile;
+  int64_t count, num_groups, head_dim, value_dim;
+  bool adjusts;  // whether scores need more than a scale
+  float scale;
+  uint16_t* query;     // [num_groups, head_dim / 32, 16, kLanes, 2]
+  uint16_t* keys;      // [kKeys, head_dim]: copies of keys that do not lie in one block
+  uint16_t* values;    // [value_dim / 16, kKeys / 2, 16, 2]
+  uint16_t* unpacked;  // [kKeys, value_dim]
+  uint16_t* weights;   // [2, kHalves, kLanes, kStep], of two groups
+  float* scores;       // [2, kKeys, kLanes]
+  float* out;          // [num_groups, value_dim / 16, kLanes, 16]
+  float* scales;       // two rows
+  Prefetch next;       // where rows are few, what the item will read
+  alignas(64) float max[kTileRows], sum[kTileRows];
+  alignas(64) int32_t first[kTileRows], last[kTileRows];  // the keys [first, last) that a row sees
+};
+
+void start_group(const AttentionTile& tile, int64_t group, Work& work) {
+  const int64_t first_row = group * kLanes;
+  const auto* query = static_cast<const uint16_t*>(tile.args->query);
+  const uint16_t* sources[kLanes];
+  for (int64_t n = 0; n < kLanes; ++n) {
+    const int64_t row = first_row + n;
+    // Rows past the last are zeros that see what the last one sees.
+    const int64_t real = std::min(row, work.count - 1);
+    sources[n] = row < work.count ? query + query_offset(tile, tile.row_begin + row) : nullptr;
+    const KeyRange seen = visible_keys(tile, tile.row_begin + real);
+    work.first[row] = static_cast<int32_t>(seen.begin);
+    work.last[row] = static_cast<int32_t>(seen.end);
+    work.max[row] = -infinity();
+    work.sum[row] = 0;
+  }
+  uint16_t* target = work.query + first_row * work.head_dim;
+  for (int64_t i = 0; i < work.head_dim; i += kStep, target += kLanes * kStep) {
+    __m512 rows[kLanes];
+    for (int64_t n = 0; n < kLanes; ++n) {
+      rows[n] = sources[n] != nullptr ? _mm512_loadu_ps(sources[n] + i) : _mm512_setzero_ps();
+    }
+    transpose_16x16(rows);
+    for (int64_t n = 0; n < kLanes; ++n) _mm512_store_ps(target + n * kStep, rows[n]);
+  }
+  std::memset(work.out + first_row * work.value_dim, 0, kLanes * work.value_dim * sizeof(float));
+}
+
+void start(const AttentionTile& tile, Work& work) {
+  work.tile = &tile;
+  work.count = tile.row_end - tile.row_begin;
+  work.num_groups = (work.count + kLanes - 1) / kLanes;
+  work.head_dim = tile.args->head_dim;
+  work.value_dim = tile.args->value_dim;
+  work.adjusts = adjusts_scores(*tile.args);
+  work.scale = work.adjusts ? 1.0f : tile.args->sm_scale * kLog2E;
+  const int64_t num_rows = work.num_groups * kLanes;
+  const int64_t query_size = num_rows * work.head_dim, out_size = num_rows * work.value_dim;
+  const int64_t key_size = kKeys * work.head_dim, value_size = kKeys * work.value_dim;
+  const int64_t score_size = 2 * kKeys * kLanes;
+  const int64_t num_halves = query_size + key_size + 2 * value_size + score_size;
+  const int64_t scales_size = 2 * std::max(work.head_dim, work.value_dim);
+  work.scores = thread_scratch(1, num_halves / 2 + score_size + out_size + scales_size);
+  work.out = work.scores + score_size;
+  work.scales = work.out + out_size;
+  work.query = reinterpret_cast<uint16_t*>(work.scales + scales_size);
+  work.keys = work.query + query_size;
+  work.values = work.keys + key_size;
+  work.unpacked = work.values + value_size;
+  work.weights = work.unpacked + value_size;
+  for (int64_t group = 0; group < work.num_groups; ++group) start_group(tile, group, work);
+}
+
+// The end of the tile of keys that starts at `begin`, at a multiple of kKeys.
+int64_t end_of_keys(const AttentionTile& tile, int64_t begin) {
+  return std::min((begin / kKeys + 1) * kKeys, tile.key_end);
+}
+
+}  // namespace
+}  // namespace kvkernels
