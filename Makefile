@@ -43,7 +43,7 @@ cpp-test: $(VENV)/.base  ## the C++ tests under sanitizers of memory, of undefin
 	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="$(SANITIZED_FLAGS)" \
 	    -DKVKERNELS_TESTS=ON -DKVKERNELS_SANITIZE=$$sanitizers; \
 	  $(BIN)/cmake --build $$build; \
-	  $(BIN)/ctest --test-dir $$build --output-on-failure; \
+	  $(BIN)/ctest --test-dir $$build --output-on-failure --parallel 2; \
 	done
 
 FUZZ_SECONDS ?= 600
