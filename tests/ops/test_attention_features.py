@@ -206,7 +206,8 @@ def check(implementation: Implementation, feature: Feature, dtype: torch.dtype, 
 def test_matches_reference(
     implementation: Implementation, feature: Feature, dtype: torch.dtype, device: torch.device
 ) -> None:
-    if implementation.is_slow and not feature.case.is_small:
+    # One of the types of 16 bits shows what the other would.
+    if implementation.is_slow and (not feature.case.is_small or dtype == torch.float16):
         pytest.skip("too long for the interpreter")
     check(implementation, feature, dtype, device)
 

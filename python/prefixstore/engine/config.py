@@ -21,7 +21,7 @@ class EngineConfig:
         max_model_len: Tokens of a prompt and its answer; None for the model's context.
         batch_invariant: Give each request the same bits whatever else is in the batch, however its
             prompt is cut and wherever its prefix came from. None: where the model allows it and it
-            costs nothing, which is on a CPU.
+            costs next to nothing, which is on a CPU.
         fuses_layers: On a CPU, run norms, rotations and gates of the model in one pass each where
             that gives the same numbers, and decoder layers in one function each where that gives
             the same bits; see `kvkernels.nn.fused_layers` and `kvkernels.nn.decoder_layers`.
