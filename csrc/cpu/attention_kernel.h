@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cpu/thread_scratch.h"
 #include "kvkernels/attention.h"
 
 namespace kvkernels {
@@ -58,10 +59,6 @@ const AttentionKernel* avx512_kernel(DType dtype, HeadDims dims);
 const AttentionKernel* avx512_bf16_kernel(DType dtype, HeadDims dims);
 const AttentionKernel* amx_kernel(DType dtype, HeadDims dims);
 const AttentionKernel* amx_emulated_kernel(DType dtype, HeadDims dims);
-
-// Memory of the calling thread, 64-byte aligned, uninitialised, valid until the next call with the
-// same slot. Slot 1 is the kernels', the others are the scheduler's.
-float* thread_scratch(int slot, int64_t num_floats);
 
 constexpr float kLog2E = 1.44269504088896340736f;
 

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <atomic>
 
-#include "cpu/attention_kernel.h"
 #include "cpu/linear_kernel.h"
+#include "cpu/thread_scratch.h"
 #include "kvkernels/cpu_features.h"
 #include "kvkernels/parallel.h"
 

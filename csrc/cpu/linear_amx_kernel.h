@@ -16,9 +16,10 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/attention_kernel.h"
+#include "cpu/linear_ahead.h"
 #include "cpu/linear_kernel.h"
 #include "cpu/simd_avx512_bf16.h"
+#include "cpu/thread_scratch.h"
 
 namespace kvkernels {
 namespace {
@@ -65,16 +66,6 @@ struct Columns {
   int64_t stride, step;  // from column to column in bytes, from step to step in elements
 };
 
-// The next weights in memory, asked for ahead of the reader, so many lines at each step.
-struct Ahead {
-  const char* line;
-  int64_t num_lines;
-
-  [[gnu::always_inline]] void advance() {
-    for (int64_t i = 0; i < num_lines; ++i, line += 64) __builtin_prefetch(line, 0, 2);
-  }
-};
-
 // What a thread works on: some columns against all rows of a rectangle.
 struct Work {
   const LinearTile* tile;
@@ -84,6 +75,7 @@ struct Work {
   uint16_t* copies;    // [2, kCopiedSteps, 16, kStep]
   float* sums;         // [num_blocks, 2 groups, 2 columns, kTileSize]
   Ahead ahead;
+  int64_t lines_a_step;  // that each block of rows asks for
 };
 
 void start(const LinearTile& tile, Work& work) {
@@ -93,6 +85,8 @@ void start(const LinearTile& tile, Work& work) {
   work.num_steps = num_packed_steps(args);
   work.group_size = packed_group_size(args);
   work.num_blocks = (tile.row_end - tile.row_begin + kBlockRows - 1) / kBlockRows;
+  // A step of 32 columns is as many lines, of which each block has its share.
+  work.lines_a_step = (kBlockCols + work.num_blocks - 1) / work.num_blocks;
   const int64_t sums_size = work.num_blocks * kBlockRows * kBlockCols;
   work.sums = thread_scratch(1, sums_size + kCopiedSteps * kPackedSize);
   work.copies = reinterpret_cast<uint16_t*>(work.sums + sums_size);
@@ -162,7 +156,7 @@ void multiply_block(Tiles& tiles, const Columns* columns, const uint16_t* rows, 
     one += size;
     two += size;
     rows += kPackedSize;
-    ahead.advance();
+    ahead.advance(work.lines_a_step);
   }
   work.ahead = ahead;
   tiles.template store<0>(sums, kTileBytes);
@@ -260,9 +254,7 @@ void multiply_tile(const LinearTile& tile) {
     const int64_t next_col = col + kBlockCols;
     const void* next =
         next_col < tile.col_end ? weight + next_col * tile.layer->weight_stride : tile.next;
-    // Each block of rows asks for its share of the lines of 32 columns.
-    work.ahead = {static_cast<const char*>(next),
-                  (kBlockCols + work.num_blocks - 1) / work.num_blocks};
+    work.ahead = {static_cast<const char*>(next)};
     if (col + kLanes < tile.col_end) {
       multiply_columns<2>(tiles, col, work);
     } else {

@@ -20,6 +20,7 @@
 
 #include <algorithm>
 
+#include "cpu/linear_ahead.h"
 #include "cpu/linear_kernel.h"
 
 namespace kvkernels {
@@ -32,17 +33,6 @@ template <typename L>
 constexpr int block_cols(int num_rows) {
   return L::kSums / (num_rows == 3 ? 4 : num_rows);
 }
-
-// The next weights in memory, asked for ahead of the reader: the processor's own prefetch stops at
-// every page, and 16 rows are more streams than it follows. All blocks of rows that go over the
-// same weights ask for a part of them, so that memory is busy all the time.
-struct Ahead {
-  const char* line;
-
-  [[gnu::always_inline]] void advance(int64_t num_lines) {
-    for (int64_t i = 0; i < num_lines; ++i, line += 64) __builtin_prefetch(line, 0, 2);
-  }
-};
 
 // Adds the products of kStep elements, from `i` on, to the sums.
 template <typename L, int kRows, bool kIsWhole>

@@ -62,8 +62,8 @@ def make_kind(request, tmp_path, open_tiers) -> Callable[..., Tier]:
         else:
             server = request.getfixturevalue("shared_servers")(medium)
             # A busy machine is to make no call late.
-            own = {"prefix": f"contract-{secrets.token_hex(8)}", "timeout_s": 30.0}
-            options = {**own, **options}
+            prefix = f"contract-{secrets.token_hex(8)}"
+            options = {"prefix": prefix, "timeout_s": 30.0, **options}
             tier = RedisTier(RedisTierConfig.from_url(server.url, **options))
         if protection:
             tier = ProtectedTier(tier, ProtectionConfig(**{KEY_NAMES[protection[0]]: bytes(32)}))

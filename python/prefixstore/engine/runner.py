@@ -36,8 +36,8 @@ def install_batch_invariance(model: Any, wanted: bool | None) -> bool:
     Raises:
         UnsupportedError: If `wanted` is True and this cannot be promised for the model.
     """
-    costs_nothing = model.device.type == "cpu"
-    if not (costs_nothing if wanted is None else wanted):
+    is_due = model.device.type == "cpu" if wanted is None else wanted
+    if not is_due:
         return False
     try:
         batch_invariance.install(model)
