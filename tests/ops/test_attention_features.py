@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from attention_inputs import DECODE, DTYPES, MIXED, Case, Inputs, make_inputs
 from implementations import Implementation, every_implementation
-from test_attention import DECODE, DTYPES, MIXED, Case, Inputs, make_inputs
 
 from accuracy import assert_as_accurate
 from kvkernels.layout import KVLayout

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from attention_inputs import DTYPES, Case, Inputs, make_inputs
 from implementations import Implementation
-from test_attention import DTYPES, Case, Inputs, make_inputs
 from test_attention_features import Feature, make_scoring, quantize_some
 from test_attention_properties import on_every_cpu_path
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from attention_inputs import DTYPES, Case, Inputs, make_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from implementations import IMPLEMENTATIONS, Implementation
-from test_attention import DTYPES, Case, Inputs, make_inputs
 from test_attention_features import Feature, check, make_scoring, quantize_some
 
 from accuracy import assert_as_accurate

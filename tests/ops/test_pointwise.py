@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_attention import DTYPES
+from attention_inputs import DTYPES
 
 import kvkernels
 from accuracy import assert_as_accurate

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_attention import Case, make_inputs
+from attention_inputs import Case, make_inputs
 
 from accuracy import assert_as_accurate
 from kvkernels.reference import attention as reference

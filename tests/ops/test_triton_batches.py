@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from test_attention import Case, Inputs, make_inputs
+from attention_inputs import Case, Inputs, make_inputs
 from test_attention_features import quantize_some
 
 from accuracy import assert_as_accurate
