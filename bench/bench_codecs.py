@@ -1,18 +1,18 @@
 """Writing blocks as payloads and back, codec by codec, beside a plain copy of the blocks."""
 
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from bench.harness import make_cold, run_case
+from bench.harness import make_cold, print_line, run_case, spread, time_alternating
 from kvkernels import CODECS, BlockFormat, EncodedBlocks, KVLayout, KVPool, native
 from kvkernels import decode_blocks as decode
 from kvkernels import encode_blocks as encode
 
 NUM_BLOCKS = 16
-WITHOUT_SUMS = "_without_sums"
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,7 @@ Inputs = dict[str, Blocks]  # by provider: none finds what another left in the c
 def make_inputs(layout: KVLayout, providers: Iterable[str]) -> Inputs:
     inputs = {}
     for name in ("copy", *providers):
-        codec = name.removesuffix(WITHOUT_SUMS)
-        inputs[name] = make_blocks(layout, codec if codec in CODECS else "raw")
+        inputs[name] = make_blocks(layout, name if name in CODECS else "raw")
     return inputs
 
 
@@ -90,26 +89,50 @@ def run_on_own(name: str, run: Callable[[Blocks], None], inputs: Inputs) -> None
     run(inputs[name])
 
 
-def run_encode_without_sums(blocks: Blocks) -> None:
-    """What checksums cost: the time that this saves."""
+def run_native_encode(with_sums: bool, blocks: Blocks) -> None:
+    """The kernels alone, so that sums are all that differs."""
     encoded = blocks.encoded
+    sums = encoded.sums if with_sums else None
     is_good = torch.empty(encoded.sums.shape[:2], dtype=torch.bool)
-    tensors = (blocks.ids, encoded.block_format.table, encoded.payloads, None, is_good)
+    tensors = (blocks.ids, encoded.block_format.table, encoded.payloads, sums, is_good)
     native.encode_blocks(blocks.pool.data, *tensors)
 
 
+def run_codecs(what: str, case: Case, num_rounds: int) -> None:
+    copy, run = RUNS[what]
+    inputs = make_cold(partial(make_inputs, case.layout, CODECS), case.num_bytes)
+    providers = {"copy": partial(run_on_own, "copy", copy)}
+    providers |= {codec: partial(run_on_own, codec, run) for codec in CODECS}
+    run_case(f"{what}_{case.name}", providers, inputs, num_rounds, case.num_bytes)
+
+
+def run_checksums(case: Case, num_rounds: int) -> None:
+    """What share of its time each codec spends on checksums, from pairs of runs."""
+    for codec in CODECS:
+        inputs = make_cold(partial(make_blocks, case.layout, codec), case.num_bytes)
+        providers = {
+            "with": partial(run_native_encode, True),
+            "without": partial(run_native_encode, False),
+        }
+        seconds = time_alternating(providers, inputs, num_rounds)
+        pairs = zip(seconds["with"], seconds["without"], strict=True)
+        shares = [1 - without / with_sums for with_sums, without in pairs]
+        print_line(
+            case=f"checksums_{case.name}",
+            provider=codec,
+            share_of_time=statistics.median(shares),
+            p10_share=statistics.quantiles(shares, n=10)[0],
+            p90_share=statistics.quantiles(shares, n=10)[-1],
+            **spread(seconds["with"]),
+        )
+
+
 def main(case_filter: str = "", num_rounds: int = 15) -> None:
-    for what, (copy, run) in RUNS.items():
+    for what in (*RUNS, "checksums"):
         for case in CASES:
-            name = f"{what}_{case.name}"
-            if case_filter not in name:
+            if case_filter not in f"{what}_{case.name}":
                 continue
-            names = list(CODECS)
-            if what == "encode":
-                names += [codec + WITHOUT_SUMS for codec in CODECS]
-            inputs = make_cold(partial(make_inputs, case.layout, names), case.num_bytes)
-            providers = {"copy": partial(run_on_own, "copy", copy)}
-            for own in names:
-                runs = run_encode_without_sums if own.endswith(WITHOUT_SUMS) else run
-                providers[own] = partial(run_on_own, own, runs)
-            run_case(name, providers, inputs, num_rounds, case.num_bytes)
+            if what == "checksums":
+                run_checksums(case, num_rounds)
+            else:
+                run_codecs(what, case, num_rounds)
