@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <optional>
 #include <type_traits>
 
 #include "cpu/codec_paths.h"
@@ -45,24 +44,26 @@ void encode_keys(const std::byte* items, const Tile& tile, int64_t num_groups, u
   using Range = typename E::Range;
   constexpr int kCount = kParts<kBits>;
   const int64_t width = tile.dim / kCount, group_size = tile.size / num_groups;
-  const int64_t item_bytes = tile.size * tile.stride * E::kBytes;
-  Ahead ahead(items + item_bytes, kCount * kLanes * E::kBytes, codes + tile.size * width, kLanes);
+  const int64_t row_bytes = tile.stride * E::kBytes;
+  Ahead ahead(items + tile.size * row_bytes, kCount * kLanes * E::kBytes, codes + tile.size * width,
+              kLanes);
   for (int64_t group = 0; group < num_groups; ++group, pairs += 2 * tile.dim) {
     for (int64_t c = 0; c < width; c += kLanes) {
       const int64_t count = std::min(kLanes, width - c);
-      const auto place = [&](int64_t t, int part) {
-        return items + ((group * group_size + t) * tile.stride + part * width + c) * E::kBytes;
-      };
+      const std::byte* const from = items + (group * group_size * tile.stride + c) * E::kBytes;
+      const std::byte* row = from;
+      const auto place = [&](int part) { return row + part * width * E::kBytes; };
       Range least[kCount], greatest[kCount];
 #pragma GCC unroll 4
       for (int part = 0; part < kCount; ++part) {
-        least[part] = greatest[part] = E::read_range(place(0, part), count);
+        least[part] = greatest[part] = E::read_range(place(part), count);
       }
       for (int64_t t = 1; t < group_size; ++t) {
         ahead.touch();
+        row += row_bytes;
 #pragma GCC unroll 4
         for (int part = 0; part < kCount; ++part) {
-          const Range v = E::read_range(place(t, part), count);
+          const Range v = E::read_range(place(part), count);
           least[part] = E::least(least[part], v);
           greatest[part] = E::greatest(greatest[part], v);
         }
@@ -78,14 +79,16 @@ void encode_keys(const std::byte* items, const Tile& tile, int64_t num_groups, u
         has_top |= steps[part].has_top;
       }
       const auto write = [&](auto has_top_constant) {
-        for (int64_t t = 0; t < group_size; ++t) {
+        row = from;
+        uint8_t* to = codes + group * group_size * width + c;
+        for (int64_t t = 0; t < group_size; ++t, row += row_bytes, to += width) {
           Words packed = no_words();
 #pragma GCC unroll 4
           for (int part = 0; part < kCount; ++part) {
-            const Floats v = E::read(place(t, part), count);
+            const Floats v = E::read(place(part), count);
             packed = either(packed, to_code<kBits, has_top_constant>(v, steps[part], part));
           }
-          store_bytes(codes + (group * group_size + t) * width + c, packed, count);
+          store_bytes(to, packed, count);
         }
       };
       if (has_top) {
@@ -125,40 +128,39 @@ void decode_keys(const uint8_t* codes, const uint16_t* pairs, const Tile& tile, 
   }
 }
 
-// Numbers of each of a token's groups, to be looked up for kLanes channels at a time.
+// Whether kLanes neighbouring channels of values, from a multiple of kLanes on, lie in one group
+// and in one part of a row of codes.
+inline bool share_groups(int64_t width, int64_t num_groups, int64_t group_size) {
+  return width % kLanes == 0 && (num_groups == 1 || group_size % kLanes == 0);
+}
+
+// What codes of some tokens' values are found with, and values of codes: of each of their sets.
+struct ValueSets {
+  int64_t num_groups, group_size;
+  float low[kMaxCodecDim + kLanes], inverse[kMaxCodecDim + kLanes], top[kMaxCodecDim + kLanes];
+  float scale[kMaxCodecDim + kLanes];
+};
+
+// Numbers of each of a token's groups, to be looked up for kLanes channels at a time, where those
+// may lie in several.
 class ByChannel {
  public:
-  ByChannel(int64_t num_groups, int64_t group_size)
-      : num_groups_(num_groups),
-        group_size_(group_size),
-        is_even_(group_size % kLanes == 0 || num_groups == 1) {
-    for (int64_t channel = 0; is_even_ && channel < num_groups * group_size; channel += kLanes) {
-      group_of_[channel / kLanes] = static_cast<int16_t>(channel / group_size);
-    }
-  }
+  explicit ByChannel(const ValueSets& sets)
+      : num_groups_(sets.num_groups), group_size_(sets.group_size) {}
 
   // The groups of the token that follows.
   void begin(const float* groups) {
-    groups_ = groups;
-    if (is_even_) return;
     for (int64_t group = 0; group < num_groups_; ++group) {
       std::fill_n(channels_ + group * group_size_, group_size_, groups[group]);
     }
   }
 
   Floats at(int64_t channel, int64_t count) const {
-    if (is_even_) return all(groups_[group_of_[channel / kLanes]]);
     return load_floats(channels_ + channel, count);
   }
 
-  // For parts of rows that do not start at multiples of kLanes: a vector may lie in two groups.
-  void allow_any_channel() { is_even_ = false; }
-
  private:
   int64_t num_groups_, group_size_;
-  bool is_even_;
-  const float* groups_ = nullptr;
-  int16_t group_of_[kMaxCodecDim / kLanes + 1];
   float channels_[kMaxCodecDim + kLanes];
 };
 
@@ -187,62 +189,135 @@ inline void find_ranges(const std::byte* items, int64_t num_sets, int64_t group_
   highest = E::floats(greatest_of_each(high));
 }
 
+// Columns of kLanes channels: a column is in the same group of every token.
+template <DType kType, int kBits, bool kHasTop>
+void encode_columns(const std::byte* items, int64_t num_tokens, int64_t width,
+                    const ValueSets& sets, uint8_t* codes) {
+  using E = Elements<kType>;
+  constexpr int kCount = kParts<kBits>;
+  for (int64_t c = 0; c < width; c += kLanes) {
+    int64_t groups[kCount];
+    for (int part = 0; part < kCount; ++part) groups[part] = (part * width + c) / sets.group_size;
+    for (int64_t t = 0; t < num_tokens; ++t) {
+      Words packed = no_words();
+#pragma GCC unroll 4
+      for (int part = 0; part < kCount; ++part) {
+        const int64_t channel = (t * kCount + part) * width + c;
+        const int64_t set = t * sets.num_groups + groups[part];
+        Steps steps = {all(sets.low[set]), all(sets.inverse[set]), {}, true};
+        if (kHasTop) steps.top = all(sets.top[set]);
+        const Floats v = E::read(items + channel * E::kBytes, kLanes);
+        packed = either(packed, to_code<kBits, kHasTop>(v, steps, part));
+      }
+      store_bytes(codes + t * width + c, packed, kLanes);
+    }
+  }
+}
+
+// Rows of any width, in groups of any size.
+template <DType kType, int kBits, bool kHasTop>
+void encode_rows(const std::byte* items, int64_t num_tokens, int64_t width, const ValueSets& sets,
+                 uint8_t* codes) {
+  using E = Elements<kType>;
+  constexpr int kCount = kParts<kBits>;
+  ByChannel lows(sets), inverses(sets), tops(sets);
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    lows.begin(sets.low + t * sets.num_groups);
+    inverses.begin(sets.inverse + t * sets.num_groups);
+    if (kHasTop) tops.begin(sets.top + t * sets.num_groups);
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const int64_t count = std::min(kLanes, width - c);
+      Words packed = no_words();
+#pragma GCC unroll 4
+      for (int part = 0; part < kCount; ++part) {
+        const int64_t channel = part * width + c;
+        const Floats v = E::read(items + (t * kCount * width + channel) * E::kBytes, count);
+        Steps steps = {lows.at(channel, count), inverses.at(channel, count), {}, true};
+        if (kHasTop) steps.top = tops.at(channel, count);
+        packed = either(packed, to_code<kBits, kHasTop>(v, steps, part));
+      }
+      store_bytes(codes + t * width + c, packed, count);
+    }
+  }
+}
+
 // Tokens of values are dense: there are no more channels than those that are written.
 template <DType kType, int kBits>
 void encode_values(const std::byte* items, const Tile& tile, int64_t num_groups, uint8_t* codes,
                    uint16_t* pairs, Words& magnitudes) {
   using E = Elements<kType>;
-  constexpr int kCount = kParts<kBits>;
-  const int64_t width = tile.dim / kCount, group_size = tile.dim / num_groups;
+  const int64_t width = tile.dim / kParts<kBits>, group_size = tile.dim / num_groups;
+  const bool in_columns = share_groups(width, num_groups, group_size);
   // As many whole tokens as their sets fill lanes, or one.
   const int64_t batch = std::max<int64_t>(1, kLanes / num_groups);
-  float low[kMaxCodecDim + kLanes], inverse[kMaxCodecDim + kLanes];  // of the sets of a batch
-  float top[kMaxCodecDim + kLanes];
-  ByChannel lows(num_groups, group_size), inverses(num_groups, group_size);
-  if (width % kLanes != 0) lows.allow_any_channel(), inverses.allow_any_channel();
+  ValueSets sets;
+  sets.num_groups = num_groups, sets.group_size = group_size;
   for (int64_t token = 0; token < tile.size; token += batch) {
     const int64_t num_tokens = std::min(batch, tile.size - token);
     const int64_t num_sets = num_tokens * num_groups;
+    const std::byte* from = items + token * tile.dim * E::kBytes;
     bool has_top = false;
     for (int64_t set = 0; set < num_sets; set += kLanes) {
-      const int64_t count = std::min(kLanes, num_sets - set), first = token * num_groups + set;
+      const int64_t count = std::min(kLanes, num_sets - set);
       Floats lowest, highest;
-      find_ranges<kType>(items + first * group_size * E::kBytes, count, group_size, lowest,
-                         highest);
+      find_ranges<kType>(from + set * group_size * E::kBytes, count, group_size, lowest, highest);
       magnitudes = larger_magnitude(larger_magnitude(magnitudes, lowest), highest);
-      const Steps steps = find_scales<kType>(lowest, highest, kBits, pairs + 2 * first, count);
-      store_floats(low + set, steps.low);
-      store_floats(inverse + set, steps.inverse);
-      store_floats(top + set, steps.top);
+      const Steps steps =
+          find_scales<kType>(lowest, highest, kBits, pairs + 2 * (token * num_groups + set), count);
+      store_floats(sets.low + set, steps.low);
+      store_floats(sets.inverse + set, steps.inverse);
+      store_floats(sets.top + set, steps.top);
       has_top |= steps.has_top;
     }
-    const auto write = [&](auto has_top_constant) {
-      std::optional<ByChannel> tops;
-      if (has_top_constant) tops.emplace(num_groups, group_size);
-      if (has_top_constant && width % kLanes != 0) tops->allow_any_channel();
-      for (int64_t t = token; t < token + num_tokens; ++t) {
-        lows.begin(low + (t - token) * num_groups);
-        inverses.begin(inverse + (t - token) * num_groups);
-        if (has_top_constant) tops->begin(top + (t - token) * num_groups);
-        for (int64_t c = 0; c < width; c += kLanes) {
-          const int64_t count = std::min(kLanes, width - c);
-          Words packed = no_words();
+    const auto encode =
+        in_columns
+            ? (has_top ? encode_columns<kType, kBits, true> : encode_columns<kType, kBits, false>)
+            : (has_top ? encode_rows<kType, kBits, true> : encode_rows<kType, kBits, false>);
+    encode(from, num_tokens, width, sets, codes + token * width);
+  }
+}
+
+template <DType kType, int kBits>
+void decode_columns(const uint8_t* codes, int64_t num_tokens, int64_t width, const ValueSets& sets,
+                    std::byte* items) {
+  using E = Elements<kType>;
+  constexpr int kCount = kParts<kBits>;
+  for (int64_t c = 0; c < width; c += kLanes) {
+    int64_t groups[kCount];
+    for (int part = 0; part < kCount; ++part) groups[part] = (part * width + c) / sets.group_size;
+    for (int64_t t = 0; t < num_tokens; ++t) {
+      const Words packed = load_bytes(codes + t * width + c, kLanes);
 #pragma GCC unroll 4
-          for (int part = 0; part < kCount; ++part) {
-            const int64_t channel = part * width + c;
-            const Floats v = E::read(items + (t * tile.dim + channel) * E::kBytes, count);
-            Steps steps = {lows.at(channel, count), inverses.at(channel, count), {}, true};
-            if (has_top_constant) steps.top = tops->at(channel, count);
-            packed = either(packed, to_code<kBits, has_top_constant>(v, steps, part));
-          }
-          store_bytes(codes + t * width + c, packed, count);
-        }
+      for (int part = 0; part < kCount; ++part) {
+        const int64_t channel = (t * kCount + part) * width + c;
+        const int64_t set = t * sets.num_groups + groups[part];
+        const Floats v =
+            restore(all(sets.low[set]), all(sets.scale[set]), code_from<kBits>(packed, part));
+        E::write(items + channel * E::kBytes, v, kLanes);
       }
-    };
-    if (has_top) {
-      write(std::true_type());
-    } else {
-      write(std::false_type());
+    }
+  }
+}
+
+template <DType kType, int kBits>
+void decode_rows(const uint8_t* codes, int64_t num_tokens, int64_t width, const ValueSets& sets,
+                 std::byte* items) {
+  using E = Elements<kType>;
+  constexpr int kCount = kParts<kBits>;
+  ByChannel lows(sets), scales(sets);
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    lows.begin(sets.low + t * sets.num_groups);
+    scales.begin(sets.scale + t * sets.num_groups);
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const int64_t count = std::min(kLanes, width - c);
+      const Words packed = load_bytes(codes + t * width + c, count);
+#pragma GCC unroll 4
+      for (int part = 0; part < kCount; ++part) {
+        const int64_t channel = part * width + c;
+        const Floats v = restore(lows.at(channel, count), scales.at(channel, count),
+                                 code_from<kBits>(packed, part));
+        E::write(items + (t * kCount * width + channel) * E::kBytes, v, count);
+      }
     }
   }
 }
@@ -250,13 +325,11 @@ void encode_values(const std::byte* items, const Tile& tile, int64_t num_groups,
 template <DType kType, int kBits>
 void decode_values(const uint8_t* codes, const uint16_t* pairs, const Tile& tile,
                    int64_t num_groups, std::byte* items) {
-  using E = Elements<kType>;
-  constexpr int kCount = kParts<kBits>;
-  const int64_t width = tile.dim / kCount, group_size = tile.dim / num_groups;
+  const int64_t width = tile.dim / kParts<kBits>, group_size = tile.dim / num_groups;
+  const bool in_columns = share_groups(width, num_groups, group_size);
   const int64_t batch = std::max<int64_t>(1, kLanes / num_groups);
-  float low[kMaxCodecDim + kLanes], scale[kMaxCodecDim + kLanes];
-  ByChannel lows(num_groups, group_size), scales(num_groups, group_size);
-  if (width % kLanes != 0) lows.allow_any_channel(), scales.allow_any_channel();
+  ValueSets sets;
+  sets.num_groups = num_groups, sets.group_size = group_size;
   for (int64_t token = 0; token < tile.size; token += batch) {
     const int64_t num_tokens = std::min(batch, tile.size - token);
     const int64_t num_sets = num_tokens * num_groups;
@@ -264,24 +337,12 @@ void decode_values(const uint8_t* codes, const uint16_t* pairs, const Tile& tile
       Floats steps, least;
       load_pairs(pairs + 2 * (token * num_groups + set), std::min(kLanes, num_sets - set), steps,
                  least);
-      store_floats(scale + set, steps);
-      store_floats(low + set, least);
+      store_floats(sets.scale + set, steps);
+      store_floats(sets.low + set, least);
     }
-    for (int64_t t = token; t < token + num_tokens; ++t) {
-      lows.begin(low + (t - token) * num_groups);
-      scales.begin(scale + (t - token) * num_groups);
-      for (int64_t c = 0; c < width; c += kLanes) {
-        const int64_t count = std::min(kLanes, width - c);
-        const Words packed = load_bytes(codes + t * width + c, count);
-#pragma GCC unroll 4
-        for (int part = 0; part < kCount; ++part) {
-          const int64_t channel = part * width + c;
-          const Floats v = restore(lows.at(channel, count), scales.at(channel, count),
-                                   code_from<kBits>(packed, part));
-          E::write(items + (t * tile.dim + channel) * E::kBytes, v, count);
-        }
-      }
-    }
+    const auto decode = in_columns ? decode_columns<kType, kBits> : decode_rows<kType, kBits>;
+    decode(codes + token * width, num_tokens, width, sets,
+           items + token * tile.dim * Elements<kType>::kBytes);
   }
 }
 

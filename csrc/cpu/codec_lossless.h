@@ -29,9 +29,13 @@ inline bool split_row(const uint16_t* __restrict row, const uint16_t* __restrict
 }
 
 bool encode_lossless(const uint16_t* items, const Tile& tile, const Lossless& out) {
+  constexpr int64_t kLineItems = 32;
   uint16_t tops[kMaxCodecDim] = {};
   for (int64_t t = 0; t < tile.size; ++t) {
     const uint16_t* row = items + t * tile.dim;
+    // The next head, or the next side.
+    const uint16_t* ahead = row + tile.size * tile.dim;
+    for (int64_t c = 0; c < tile.dim; c += kLineItems) __builtin_prefetch(ahead + c, 0, 2);
     for (int64_t c = 0; c < tile.dim; ++c) {
       const uint16_t exponent = (row[c] >> 7) & 255;
       tops[c] = tops[c] > exponent ? tops[c] : exponent;
