@@ -1,0 +1,130 @@
+// Codes of keys: tokens of a channel share a scale. In terms of lanes as codec_scales.h is.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cpu/codec_paths.h"
+#include "cpu/codec_scales.h"
+
+namespace kvkernels {
+namespace {
+
+// Byte j of a row of codes holds those of the channels j, j + width, j + 2 * width, ... where
+// `width` bytes make a row.
+template <int kBits>
+constexpr int kParts = 8 / kBits;
+
+// Fetches what comes next, a little at a time: columns are not read in the order of memory.
+class Ahead {
+ public:
+  Ahead(const std::byte* items, int64_t item_step, const uint8_t* codes, int64_t code_step)
+      : items_(items), codes_(codes), item_step_(item_step), code_step_(code_step) {}
+
+  void touch() {
+    __builtin_prefetch(items_, 0, 2);
+    __builtin_prefetch(codes_, 1, 2);
+    items_ += item_step_;
+    codes_ += code_step_;
+  }
+
+ private:
+  const std::byte* items_;
+  const uint8_t* codes_;
+  int64_t item_step_, code_step_;
+};
+
+// Encoding adds the ranges it finds to `magnitudes`.
+template <DType kType, int kBits>
+void encode_keys(const std::byte* items, const Tile& tile, int64_t num_groups, uint8_t* codes,
+                 uint16_t* pairs, Words& magnitudes) {
+  using E = Elements<kType>;
+  using Range = typename E::Range;
+  constexpr int kCount = kParts<kBits>;
+  const int64_t width = tile.dim / kCount, group_size = tile.size / num_groups;
+  const int64_t row_bytes = tile.stride * E::kBytes;
+  Ahead ahead(items + tile.size * row_bytes, kCount * kLanes * E::kBytes, codes + tile.size * width,
+              kLanes);
+  for (int64_t group = 0; group < num_groups; ++group, pairs += 2 * tile.dim) {
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const int64_t count = std::min(kLanes, width - c);
+      const std::byte* const from = items + (group * group_size * tile.stride + c) * E::kBytes;
+      const std::byte* row = from;
+      const auto place = [&](int part) { return row + part * width * E::kBytes; };
+      Range least[kCount], greatest[kCount];
+#pragma GCC unroll 4
+      for (int part = 0; part < kCount; ++part) {
+        least[part] = greatest[part] = E::read_range(place(part), count);
+      }
+      for (int64_t t = 1; t < group_size; ++t) {
+        ahead.touch();
+        row += row_bytes;
+#pragma GCC unroll 4
+        for (int part = 0; part < kCount; ++part) {
+          const Range v = E::read_range(place(part), count);
+          least[part] = E::least(least[part], v);
+          greatest[part] = E::greatest(greatest[part], v);
+        }
+      }
+      Steps steps[kCount];
+      bool has_top = false;
+#pragma GCC unroll 4
+      for (int part = 0; part < kCount; ++part) {
+        const Floats lowest = E::floats(least[part]), highest = E::floats(greatest[part]);
+        magnitudes = larger_magnitude(larger_magnitude(magnitudes, lowest), highest);
+        steps[part] =
+            find_scales<kType>(lowest, highest, kBits, pairs + 2 * (part * width + c), count);
+        has_top |= steps[part].has_top;
+      }
+      const auto write = [&](auto has_top_constant) {
+        row = from;
+        uint8_t* to = codes + group * group_size * width + c;
+        for (int64_t t = 0; t < group_size; ++t, row += row_bytes, to += width) {
+          Words packed = no_words();
+#pragma GCC unroll 4
+          for (int part = 0; part < kCount; ++part) {
+            const Floats v = E::read(place(part), count);
+            packed = either(packed, to_code<kBits, has_top_constant>(v, steps[part], part));
+          }
+          store_bytes(to, packed, count);
+        }
+      };
+      if (has_top) {
+        write(std::true_type());
+      } else {
+        write(std::false_type());
+      }
+    }
+  }
+}
+
+template <DType kType, int kBits>
+void decode_keys(const uint8_t* codes, const uint16_t* pairs, const Tile& tile, int64_t num_groups,
+                 std::byte* items) {
+  using E = Elements<kType>;
+  constexpr int kCount = kParts<kBits>;
+  const int64_t width = tile.dim / kCount, group_size = tile.size / num_groups;
+  for (int64_t group = 0; group < num_groups; ++group, pairs += 2 * tile.dim) {
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const int64_t count = std::min(kLanes, width - c);
+      Floats scale[kCount], low[kCount];
+#pragma GCC unroll 4
+      for (int part = 0; part < kCount; ++part) {
+        load_pairs(pairs + 2 * (part * width + c), count, scale[part], low[part]);
+      }
+      const uint8_t* from = codes + group * group_size * width + c;
+      std::byte* to = items + (group * group_size * tile.stride + c) * E::kBytes;
+      for (int64_t t = 0; t < group_size; ++t, from += width, to += tile.stride * E::kBytes) {
+        const Words packed = load_bytes(from, count);
+#pragma GCC unroll 4
+        for (int part = 0; part < kCount; ++part) {
+          const Floats v = restore(low[part], scale[part], code_from<kBits>(packed, part));
+          E::write(to + part * width * E::kBytes, v, count);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace kvkernels

@@ -1,0 +1,232 @@
+// Codes of values: channels of a token share a scale. In terms of lanes as codec_scales.h is.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/codec_keys.h"
+#include "cpu/codec_paths.h"
+#include "cpu/codec_scales.h"
+
+namespace kvkernels {
+namespace {
+
+// Whether kLanes neighbouring channels of values, from a multiple of kLanes on, lie in one group
+// and in one part of a row of codes.
+inline bool share_groups(int64_t width, int64_t num_groups, int64_t group_size) {
+  return width % kLanes == 0 && (num_groups == 1 || group_size % kLanes == 0);
+}
+
+// What codes of some tokens' values are found with, and values of codes: of each of their sets.
+struct ValueSets {
+  int64_t num_groups, group_size;
+  float low[kMaxCodecDim + kLanes], inverse[kMaxCodecDim + kLanes], top[kMaxCodecDim + kLanes];
+  float scale[kMaxCodecDim + kLanes];
+};
+
+// Numbers of each of a token's groups, to be looked up for kLanes channels at a time, where those
+// may lie in several.
+class ByChannel {
+ public:
+  explicit ByChannel(const ValueSets& sets)
+      : num_groups_(sets.num_groups), group_size_(sets.group_size) {}
+
+  // The groups of the token that follows.
+  void begin(const float* groups) {
+    for (int64_t group = 0; group < num_groups_; ++group) {
+      std::fill_n(channels_ + group * group_size_, group_size_, groups[group]);
+    }
+  }
+
+  Floats at(int64_t channel, int64_t count) const {
+    return load_floats(channels_ + channel, count);
+  }
+
+ private:
+  int64_t num_groups_, group_size_;
+  float channels_[kMaxCodecDim + kLanes];
+};
+
+// Lowest and highest of up to kLanes sets of neighbouring items, `group_size` each.
+template <DType kType>
+inline void find_ranges(const std::byte* items, int64_t num_sets, int64_t group_size,
+                        Floats& lowest, Floats& highest) {
+  using E = Elements<kType>;
+  using Range = typename E::Range;
+  Range low[kLanes], high[kLanes];
+  for (int64_t set = 0; set < kLanes; ++set) {
+    const std::byte* first = items + std::min(set, num_sets - 1) * group_size * E::kBytes;
+    Range a = E::read_range(first, std::min(group_size, kLanes));
+    if (group_size < kLanes) a = E::repeat_first(a, group_size);
+    Range b = a;
+    for (int64_t i = kLanes; i < group_size; i += kLanes) {
+      // The last ones may overlap those before.
+      const Range v = E::read_range(first + std::min(i, group_size - kLanes) * E::kBytes, kLanes);
+      a = E::least(a, v);
+      b = E::greatest(b, v);
+    }
+    low[set] = a;
+    high[set] = b;
+  }
+  lowest = E::floats(least_of_each(low));
+  highest = E::floats(greatest_of_each(high));
+}
+
+// Columns of kLanes channels: a column is in the same group of every token.
+template <DType kType, int kBits, bool kHasTop>
+void encode_columns(const std::byte* items, int64_t num_tokens, int64_t width,
+                    const ValueSets& sets, uint8_t* codes) {
+  using E = Elements<kType>;
+  constexpr int kCount = kParts<kBits>;
+  for (int64_t c = 0; c < width; c += kLanes) {
+    int64_t groups[kCount];
+    for (int part = 0; part < kCount; ++part) groups[part] = (part * width + c) / sets.group_size;
+    for (int64_t t = 0; t < num_tokens; ++t) {
+      Words packed = no_words();
+#pragma GCC unroll 4
+      for (int part = 0; part < kCount; ++part) {
+        const int64_t channel = (t * kCount + part) * width + c;
+        const int64_t set = t * sets.num_groups + groups[part];
+        Steps steps = {all(sets.low[set]), all(sets.inverse[set]), {}, true};
+        if (kHasTop) steps.top = all(sets.top[set]);
+        const Floats v = E::read(items + channel * E::kBytes, kLanes);
+        packed = either(packed, to_code<kBits, kHasTop>(v, steps, part));
+      }
+      store_bytes(codes + t * width + c, packed, kLanes);
+    }
+  }
+}
+
+// Rows of any width, in groups of any size.
+template <DType kType, int kBits, bool kHasTop>
+void encode_rows(const std::byte* items, int64_t num_tokens, int64_t width, const ValueSets& sets,
+                 uint8_t* codes) {
+  using E = Elements<kType>;
+  constexpr int kCount = kParts<kBits>;
+  ByChannel lows(sets), inverses(sets), tops(sets);
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    lows.begin(sets.low + t * sets.num_groups);
+    inverses.begin(sets.inverse + t * sets.num_groups);
+    if (kHasTop) tops.begin(sets.top + t * sets.num_groups);
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const int64_t count = std::min(kLanes, width - c);
+      Words packed = no_words();
+#pragma GCC unroll 4
+      for (int part = 0; part < kCount; ++part) {
+        const int64_t channel = part * width + c;
+        const Floats v = E::read(items + (t * kCount * width + channel) * E::kBytes, count);
+        Steps steps = {lows.at(channel, count), inverses.at(channel, count), {}, true};
+        if (kHasTop) steps.top = tops.at(channel, count);
+        packed = either(packed, to_code<kBits, kHasTop>(v, steps, part));
+      }
+      store_bytes(codes + t * width + c, packed, count);
+    }
+  }
+}
+
+// Tokens of values are dense: there are no more channels than those that are written.
+template <DType kType, int kBits>
+void encode_values(const std::byte* items, const Tile& tile, int64_t num_groups, uint8_t* codes,
+                   uint16_t* pairs, Words& magnitudes) {
+  using E = Elements<kType>;
+  const int64_t width = tile.dim / kParts<kBits>, group_size = tile.dim / num_groups;
+  const bool in_columns = share_groups(width, num_groups, group_size);
+  // As many whole tokens as their sets fill lanes, or one.
+  const int64_t batch = std::max<int64_t>(1, kLanes / num_groups);
+  ValueSets sets;
+  sets.num_groups = num_groups, sets.group_size = group_size;
+  for (int64_t token = 0; token < tile.size; token += batch) {
+    const int64_t num_tokens = std::min(batch, tile.size - token);
+    const int64_t num_sets = num_tokens * num_groups;
+    const std::byte* from = items + token * tile.dim * E::kBytes;
+    bool has_top = false;
+    for (int64_t set = 0; set < num_sets; set += kLanes) {
+      const int64_t count = std::min(kLanes, num_sets - set);
+      Floats lowest, highest;
+      find_ranges<kType>(from + set * group_size * E::kBytes, count, group_size, lowest, highest);
+      magnitudes = larger_magnitude(larger_magnitude(magnitudes, lowest), highest);
+      const Steps steps =
+          find_scales<kType>(lowest, highest, kBits, pairs + 2 * (token * num_groups + set), count);
+      store_floats(sets.low + set, steps.low);
+      store_floats(sets.inverse + set, steps.inverse);
+      store_floats(sets.top + set, steps.top);
+      has_top |= steps.has_top;
+    }
+    const auto encode =
+        in_columns
+            ? (has_top ? encode_columns<kType, kBits, true> : encode_columns<kType, kBits, false>)
+            : (has_top ? encode_rows<kType, kBits, true> : encode_rows<kType, kBits, false>);
+    encode(from, num_tokens, width, sets, codes + token * width);
+  }
+}
+
+template <DType kType, int kBits>
+void decode_columns(const uint8_t* codes, int64_t num_tokens, int64_t width, const ValueSets& sets,
+                    std::byte* items) {
+  using E = Elements<kType>;
+  constexpr int kCount = kParts<kBits>;
+  for (int64_t c = 0; c < width; c += kLanes) {
+    int64_t groups[kCount];
+    for (int part = 0; part < kCount; ++part) groups[part] = (part * width + c) / sets.group_size;
+    for (int64_t t = 0; t < num_tokens; ++t) {
+      const Words packed = load_bytes(codes + t * width + c, kLanes);
+#pragma GCC unroll 4
+      for (int part = 0; part < kCount; ++part) {
+        const int64_t channel = (t * kCount + part) * width + c;
+        const int64_t set = t * sets.num_groups + groups[part];
+        const Floats v =
+            restore(all(sets.low[set]), all(sets.scale[set]), code_from<kBits>(packed, part));
+        E::write(items + channel * E::kBytes, v, kLanes);
+      }
+    }
+  }
+}
+
+template <DType kType, int kBits>
+void decode_rows(const uint8_t* codes, int64_t num_tokens, int64_t width, const ValueSets& sets,
+                 std::byte* items) {
+  using E = Elements<kType>;
+  constexpr int kCount = kParts<kBits>;
+  ByChannel lows(sets), scales(sets);
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    lows.begin(sets.low + t * sets.num_groups);
+    scales.begin(sets.scale + t * sets.num_groups);
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const int64_t count = std::min(kLanes, width - c);
+      const Words packed = load_bytes(codes + t * width + c, count);
+#pragma GCC unroll 4
+      for (int part = 0; part < kCount; ++part) {
+        const int64_t channel = part * width + c;
+        const Floats v = restore(lows.at(channel, count), scales.at(channel, count),
+                                 code_from<kBits>(packed, part));
+        E::write(items + (t * kCount * width + channel) * E::kBytes, v, count);
+      }
+    }
+  }
+}
+
+template <DType kType, int kBits>
+void decode_values(const uint8_t* codes, const uint16_t* pairs, const Tile& tile,
+                   int64_t num_groups, std::byte* items) {
+  const int64_t width = tile.dim / kParts<kBits>, group_size = tile.dim / num_groups;
+  const bool in_columns = share_groups(width, num_groups, group_size);
+  const int64_t batch = std::max<int64_t>(1, kLanes / num_groups);
+  ValueSets sets;
+  sets.num_groups = num_groups, sets.group_size = group_size;
+  for (int64_t token = 0; token < tile.size; token += batch) {
+    const int64_t num_tokens = std::min(batch, tile.size - token);
+    const int64_t num_sets = num_tokens * num_groups;
+    for (int64_t set = 0; set < num_sets; set += kLanes) {
+      Floats steps, least;
+      load_pairs(pairs + 2 * (token * num_groups + set), std::min(kLanes, num_sets - set), steps,
+                 least);
+      store_floats(sets.scale + set, steps);
+      store_floats(sets.low + set, least);
+    }
+    const auto decode = in_columns ? decode_columns<kType, kBits> : decode_rows<kType, kBits>;
+    decode(codes + token * width, num_tokens, width, sets,
+           items + token * tile.dim * Elements<kType>::kBytes);
+  }
+}
+
+}  // namespace
+}  // namespace kvkernels
