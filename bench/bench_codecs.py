@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from bench.harness import make_cold, print_line, run_case, spread, time_alternating
+from bench.harness import make_cold, print_line, run_case, spread, tails, time_alternating
 from kvkernels import CODECS, BlockFormat, EncodedBlocks, KVLayout, KVPool, native
 from kvkernels import decode_blocks as decode
 from kvkernels import encode_blocks as encode
@@ -117,12 +117,13 @@ def run_checksums(case: Case, num_rounds: int) -> None:
         seconds = time_alternating(providers, inputs, num_rounds)
         pairs = zip(seconds["with"], seconds["without"], strict=True)
         shares = [1 - without / with_sums for with_sums, without in pairs]
+        low, high = tails(shares)
         print_line(
             case=f"checksums_{case.name}",
             provider=codec,
             share_of_time=statistics.median(shares),
-            p10_share=statistics.quantiles(shares, n=10)[0],
-            p90_share=statistics.quantiles(shares, n=10)[-1],
+            p10_share=low,
+            p90_share=high,
             **spread(seconds["with"]),
         )
 

@@ -138,14 +138,20 @@ def _seconds_of(call: Callable[[], Any]) -> float:
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
     """The median and, of so many runs, the 10th and 90th percentiles."""
-    ordered = sorted(1e3 * value for value in seconds)
-    last = len(ordered) - 1
+    low, high = tails(seconds)
     return {
-        "median_ms": statistics.median(ordered),
-        "p10_ms": ordered[round(0.1 * last)],
-        "p90_ms": ordered[round(0.9 * last)],
-        "num_rounds": len(ordered),
+        "median_ms": 1e3 * statistics.median(seconds),
+        "p10_ms": 1e3 * low,
+        "p90_ms": 1e3 * high,
+        "num_rounds": len(seconds),
     }
+
+
+def tails(values: Sequence[float]) -> tuple[float, float]:
+    """The 10th and the 90th percentile, each one of the values; of a single one, that."""
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return ordered[round(0.1 * last)], ordered[round(0.9 * last)]
 
 
 def figures(

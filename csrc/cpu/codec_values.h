@@ -10,15 +10,17 @@
 namespace kvkernels {
 namespace {
 
-// Whether kLanes neighbouring channels of values, from a multiple of kLanes on, lie in one group
-// and in one part of a row of codes.
-inline bool share_groups(int64_t width, int64_t num_groups, int64_t group_size) {
-  return width % kLanes == 0 && (num_groups == 1 || group_size % kLanes == 0);
-}
-
 // What codes of some tokens' values are found with, and values of codes: of each of their sets.
 struct ValueSets {
+  ValueSets(int64_t dim, int64_t width, int64_t count)
+      : num_groups(count),
+        group_size(dim / count),
+        batch(std::max<int64_t>(1, kLanes / count)),
+        in_columns(width % kLanes == 0 && (count == 1 || group_size % kLanes == 0)) {}
+
   int64_t num_groups, group_size;
+  int64_t batch;    // tokens at a time: as many whole ones as their sets fill lanes, or one
+  bool in_columns;  // whether kLanes channels lie in one group and in one part of a row of codes
   float low[kMaxCodecDim + kLanes], inverse[kMaxCodecDim + kLanes], top[kMaxCodecDim + kLanes];
   float scale[kMaxCodecDim + kLanes];
 };
@@ -128,21 +130,18 @@ template <DType kType, int kBits>
 void encode_values(const std::byte* items, const Tile& tile, int64_t num_groups, uint8_t* codes,
                    uint16_t* pairs, Words& magnitudes) {
   using E = Elements<kType>;
-  const int64_t width = tile.dim / kParts<kBits>, group_size = tile.dim / num_groups;
-  const bool in_columns = share_groups(width, num_groups, group_size);
-  // As many whole tokens as their sets fill lanes, or one.
-  const int64_t batch = std::max<int64_t>(1, kLanes / num_groups);
-  ValueSets sets;
-  sets.num_groups = num_groups, sets.group_size = group_size;
-  for (int64_t token = 0; token < tile.size; token += batch) {
-    const int64_t num_tokens = std::min(batch, tile.size - token);
+  const int64_t width = tile.dim / kParts<kBits>;
+  ValueSets sets(tile.dim, width, num_groups);
+  for (int64_t token = 0; token < tile.size; token += sets.batch) {
+    const int64_t num_tokens = std::min(sets.batch, tile.size - token);
     const int64_t num_sets = num_tokens * num_groups;
     const std::byte* from = items + token * tile.dim * E::kBytes;
     bool has_top = false;
     for (int64_t set = 0; set < num_sets; set += kLanes) {
       const int64_t count = std::min(kLanes, num_sets - set);
       Floats lowest, highest;
-      find_ranges<kType>(from + set * group_size * E::kBytes, count, group_size, lowest, highest);
+      find_ranges<kType>(from + set * sets.group_size * E::kBytes, count, sets.group_size, lowest,
+                         highest);
       magnitudes = larger_magnitude(larger_magnitude(magnitudes, lowest), highest);
       const Steps steps =
           find_scales<kType>(lowest, highest, kBits, pairs + 2 * (token * num_groups + set), count);
@@ -152,7 +151,7 @@ void encode_values(const std::byte* items, const Tile& tile, int64_t num_groups,
       has_top |= steps.has_top;
     }
     const auto encode =
-        in_columns
+        sets.in_columns
             ? (has_top ? encode_columns<kType, kBits, true> : encode_columns<kType, kBits, false>)
             : (has_top ? encode_rows<kType, kBits, true> : encode_rows<kType, kBits, false>);
     encode(from, num_tokens, width, sets, codes + token * width);
@@ -207,13 +206,10 @@ void decode_rows(const uint8_t* codes, int64_t num_tokens, int64_t width, const 
 template <DType kType, int kBits>
 void decode_values(const uint8_t* codes, const uint16_t* pairs, const Tile& tile,
                    int64_t num_groups, std::byte* items) {
-  const int64_t width = tile.dim / kParts<kBits>, group_size = tile.dim / num_groups;
-  const bool in_columns = share_groups(width, num_groups, group_size);
-  const int64_t batch = std::max<int64_t>(1, kLanes / num_groups);
-  ValueSets sets;
-  sets.num_groups = num_groups, sets.group_size = group_size;
-  for (int64_t token = 0; token < tile.size; token += batch) {
-    const int64_t num_tokens = std::min(batch, tile.size - token);
+  const int64_t width = tile.dim / kParts<kBits>;
+  ValueSets sets(tile.dim, width, num_groups);
+  for (int64_t token = 0; token < tile.size; token += sets.batch) {
+    const int64_t num_tokens = std::min(sets.batch, tile.size - token);
     const int64_t num_sets = num_tokens * num_groups;
     for (int64_t set = 0; set < num_sets; set += kLanes) {
       Floats steps, least;
@@ -222,7 +218,7 @@ void decode_values(const uint8_t* codes, const uint16_t* pairs, const Tile& tile
       store_floats(sets.scale + set, steps);
       store_floats(sets.low + set, least);
     }
-    const auto decode = in_columns ? decode_columns<kType, kBits> : decode_rows<kType, kBits>;
+    const auto decode = sets.in_columns ? decode_columns<kType, kBits> : decode_rows<kType, kBits>;
     decode(codes + token * width, num_tokens, width, sets,
            items + token * tile.dim * Elements<kType>::kBytes);
   }
