@@ -1,0 +1,76 @@
+"""Makes Triton's interpreter spend less of its time beside the kernels.
+
+It does the same; half of the time that tests of codecs took went into two things:
+
+- Each call of one jitted function by another replaced the functions of `triton.language` again,
+  and looked through the module's members for them. Once in a launch is enough.
+- Each addition and multiplication of integers was checked for overflow in some ten steps of the
+  interpreter. Here NumPy checks it in one.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+import triton
+from triton.language.semantic import TritonSemantic
+
+_OPERATORS = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}
+
+
+def make_quick() -> None:
+    """Once in a process; without effect where kernels are compiled."""
+    if not triton.knobs.runtime.interpret:
+        return
+    from triton.runtime import interpreter
+
+    _patch_once_in_a_launch(interpreter)
+    _check_overflow_at_once(interpreter)
+
+
+def _patch_once_in_a_launch(interpreter: Any) -> None:
+    patch, restore = interpreter._patch_lang, interpreter._LangPatchScope.restore
+    patched: set[str] = set()
+
+    @functools.cache
+    def used_modules(function: FunctionType) -> frozenset[str]:
+        modules = filter(inspect.ismodule, function.__globals__.values())
+        names = (module.__name__ for module in modules)
+        return frozenset(name for name in names if name.startswith("triton.language"))
+
+    def patch_lang(function: FunctionType) -> Any:
+        modules = used_modules(function)
+        if modules <= patched:
+            return interpreter._LangPatchScope()
+        patched.update(modules)
+        return patch(function)
+
+    # Only a kernel's scope is ever restored, at the end of its launch.
+    def restore_all(scope: Any) -> None:
+        patched.clear()
+        restore(scope)
+
+    interpreter._patch_lang = patch_lang
+    interpreter._LangPatchScope.restore = restore_all
+
+
+def _check_overflow_at_once(interpreter: Any) -> None:
+    def check(semantic: TritonSemantic, left: Any, right: Any, operation: Any) -> None:
+        bits = left.type.scalar.int_bitwidth
+        if bits >= 64 or not semantic.builder.options.sanitize_overflow:
+            return
+        limits = left.type.scalar.get_int_min_value(), left.type.scalar.get_int_max_value()
+        # Two numbers of 32 bits have their sum, difference and, where both are signed or small,
+        # their product in 64; as in Triton's own check, a larger one wraps.
+        name = operation.__name__
+        wide = (value.handle.data.astype(np.int64) for value in (left, right))
+        exact = _OPERATORS[name](*wide)
+        if exact.min() < limits[0] or exact.max() > limits[1]:
+            raise AssertionError(f"int{bits} overflow detected for operation {name}")
+
+    TritonSemantic.binary_op_sanitize_overflow_impl = check
