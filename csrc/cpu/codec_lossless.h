@@ -5,15 +5,12 @@
 #include <cstdint>
 
 #include "cpu/codec_paths.h"
+#if defined(__AVX512BW__)
+#include "cpu/codec_lossless_avx512.h"
+#endif
 
 namespace kvkernels {
 namespace {
-
-struct Lossless {
-  uint8_t *low, *exponents;
-  uint32_t* escapes;
-  uint8_t* tops;
-};
 
 // Signs, mantissas and distances of a row of exponents; whether one lies too far away.
 inline bool split_row(const uint16_t* __restrict row, const uint16_t* __restrict tops, int64_t dim,
@@ -28,7 +25,7 @@ inline bool split_row(const uint16_t* __restrict row, const uint16_t* __restrict
   return far != 0;
 }
 
-bool encode_lossless(const uint16_t* items, const Tile& tile, const Lossless& out) {
+inline bool encode_any(const uint16_t* items, const Tile& tile, const Lossless& out) {
   constexpr int64_t kLineItems = 32;
   uint16_t tops[kMaxCodecDim] = {};
   for (int64_t t = 0; t < tile.size; ++t) {
@@ -75,7 +72,7 @@ inline void join_row(const uint8_t* __restrict low, const uint8_t* __restrict ni
   }
 }
 
-void decode_lossless(const Lossless& in, const Tile& tile, uint16_t* items) {
+inline void decode_any(const Lossless& in, const Tile& tile, uint16_t* items) {
   const int64_t half = tile.dim / 2;
   uint16_t tops[kMaxCodecDim];
   for (int64_t c = 0; c < tile.dim; ++c) tops[c] = in.tops[c];
@@ -85,6 +82,9 @@ void decode_lossless(const Lossless& in, const Tile& tile, uint16_t* items) {
     join_row<0>(low, nibbles, tops, half, row);
     join_row<4>(low + half, nibbles, tops + half, half, row + half);
   }
+}
+
+inline void put_escapes(const Lossless& in, const Tile& tile, uint16_t* items) {
   for (int64_t i = 0; i < kNumEscapes; ++i) {
     const uint32_t place = in.escapes[i] & 0xffffff;
     // Also where a record is not what an encoder wrote.
@@ -92,6 +92,26 @@ void decode_lossless(const Lossless& in, const Tile& tile, uint16_t* items) {
     const uint32_t exponent = in.escapes[i] >> 24;
     items[place] = static_cast<uint16_t>((items[place] & 0x807f) | exponent << 7);
   }
+}
+
+// False if the codec cannot hold the items.
+inline bool encode_head(const uint16_t* items, const Tile& tile, const Lossless& out) {
+#if defined(__AVX512BW__)
+  NoSums no_sums;
+  if (tile.dim == 64) return encode_vectors<1>(items, tile, out, no_sums);
+  if (tile.dim == 128) return encode_vectors<2>(items, tile, out, no_sums);
+  if (tile.dim == 256) return encode_vectors<4>(items, tile, out, no_sums);
+#endif
+  return encode_any(items, tile, out);
+}
+
+inline void decode_head(const Lossless& in, const Tile& tile, uint16_t* items) {
+#if defined(__AVX512BW__)
+  if (tile.dim == 64) return decode_vectors<1>(in, tile, items);
+  if (tile.dim == 128) return decode_vectors<2>(in, tile, items);
+  if (tile.dim == 256) return decode_vectors<4>(in, tile, items);
+#endif
+  decode_any(in, tile, items);
 }
 
 // Without loss all of a row is written: there are no channels beside it.
@@ -109,8 +129,8 @@ inline bool encode_lossless(const Side& side, const std::byte* items, std::byte*
   const auto* numbers = reinterpret_cast<const uint16_t*>(items);
   bool is_good = true;
   for (int64_t head = 0; head < side.num_heads; ++head) {
-    is_good &= encode_lossless(numbers + head * tile.size * tile.dim, tile,
-                               lossless_parts(side, layer, head));
+    is_good &=
+        encode_head(numbers + head * tile.size * tile.dim, tile, lossless_parts(side, layer, head));
   }
   return is_good;
 }
@@ -119,8 +139,10 @@ inline void decode_lossless(const Side& side, const std::byte* layer, std::byte*
   const Tile tile = side.tile();
   auto* numbers = reinterpret_cast<uint16_t*>(items);
   for (int64_t head = 0; head < side.num_heads; ++head) {
-    decode_lossless(lossless_parts(side, const_cast<std::byte*>(layer), head), tile,
-                    numbers + head * tile.size * tile.dim);
+    const Lossless parts = lossless_parts(side, const_cast<std::byte*>(layer), head);
+    uint16_t* head_items = numbers + head * tile.size * tile.dim;
+    decode_head(parts, tile, head_items);
+    put_escapes(parts, tile, head_items);
   }
 }
 

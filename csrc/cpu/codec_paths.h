@@ -22,16 +22,33 @@ struct Side {
   int64_t num_rows() const { return num_heads * block_size; }
   int64_t num_items() const { return num_rows() * format.num_channels; }
   Tile tile() const { return {block_size, format.num_channels, head_dim}; }
+  // Where its lossless codes end, which are of all channels.
+  int64_t lossless_end() const { return format.parts[3] + num_heads * head_dim; }
+};
+
+// Where the parts of one head's lossless codes lie.
+struct Lossless {
+  uint8_t *low, *exponents;
+  uint32_t* escapes;
+  uint8_t* tops;
 };
 
 struct CodecKernels {
   // False if the codec cannot hold the items.
   bool (*encode)(const Side& side, const std::byte* items, std::byte* layer);
   void (*decode)(const Side& side, const std::byte* layer, std::byte* items);
+  // Where sums can be taken on the way, else null: of which sides, and `encode` that also adds the
+  // sums of what it writes, of words counted from the layer's start.
+  bool (*can_sum)(const Side& side) = nullptr;
+  bool (*encode_and_sum)(const Side& side, const std::byte* items, std::byte* layer,
+                         WordSums& sums) = nullptr;
 };
 
 CodecKernels portable_codec_kernels(DType dtype);
 CodecKernels avx2_codec_kernels(DType dtype);
 CodecKernels avx512_codec_kernels(DType dtype);
+
+// avx512_codec_kernels(); only where there is AVX512-VNNI too.
+CodecKernels avx512_vnni_codec_kernels(DType dtype);
 
 }  // namespace kvkernels

@@ -16,9 +16,10 @@ constexpr int64_t kGrainBytes = 128 << 10;  // of the pool: some 10 microseconds
 
 CodecKernels find_kernels(AttentionPath path, DType dtype) {
 #if defined(__x86_64__)
+  static const bool has_vnni = __builtin_cpu_supports("avx512vnni");
   if (path != AttentionPath::kPortable && path != AttentionPath::kAmxEmulated) {
     if (path != AttentionPath::kAvx2 && best_isa() >= Isa::kAvx512) {
-      return avx512_codec_kernels(dtype);
+      return has_vnni ? avx512_vnni_codec_kernels(dtype) : avx512_codec_kernels(dtype);
     }
     if (best_isa() >= Isa::kAvx2) return avx2_codec_kernels(dtype);
   }
@@ -76,18 +77,30 @@ std::byte* find_items(const CodecArgs& args, const Layer& layer, const SideForma
 int64_t end_of(const Side& side, int64_t item_bytes) {
   const SideFormat& format = side.format;
   if (format.bits == kRawBits) return format.parts[0] + side.num_items() * item_bytes;
-  if (format.bits == kLosslessBits) return format.parts[3] + side.num_heads * format.num_channels;
+  if (format.bits == kLosslessBits) return side.lossless_end();
   const int64_t sets = format.is_key ? format.num_channels : side.block_size;
   return format.parts[1] + side.num_heads * format.num_groups * sets * 4;
 }
 
-// Zeros behind a side, up to the next or to the layer's end.
-void fill_gap(const CodecArgs& args, const Layer& layer, int64_t index) {
+// Side `index`, and zeros behind it up to the next or to the layer's end. Adds the sums of both,
+// unless `sums` is null. False if the codec cannot hold the side.
+bool encode_side(const CodecArgs& args, const CodecKernels& kernels, const Layer& layer,
+                 int64_t index, WordSums* sums) {
   const LayerFormat& format = layer.format;
-  const int64_t begin = end_of(find_side(args, format.sides[index]), item_bytes(args));
+  const Side side = find_side(args, format.sides[index]);
+  const std::byte* items = find_items(args, layer, side.format);
+  const bool is_summing = sums != nullptr && kernels.can_sum != nullptr && kernels.can_sum(side);
+  const bool is_good = is_summing ? kernels.encode_and_sum(side, items, layer.payload, *sums)
+                                  : kernels.encode(side, items, layer.payload);
+  if (!is_good) return false;
+  const int64_t begin = side.format.parts[0], end = end_of(side, item_bytes(args));
   const bool is_last = index + 1 == format.num_sides;
-  const int64_t end = is_last ? format.num_bytes : format.sides[index + 1].parts[0];
-  std::memset(layer.payload + begin, 0, end - begin);
+  const int64_t next = is_last ? format.num_bytes : format.sides[index + 1].parts[0];
+  std::memset(layer.payload + end, 0, next - end);
+  if (sums != nullptr && !is_summing) {
+    append_sums(checksum_words(layer.payload + begin, next - begin), begin / 4, *sums);
+  }
+  return true;
 }
 
 }  // namespace
@@ -101,15 +114,11 @@ void encode_blocks(const CodecArgs& args, AttentionPath path, int num_threads) {
       args.sums[index] = copy_with_checksum(layer.items, layer.payload, format.num_bytes);
       return;
     }
-    for (int64_t i = 0; i < format.num_sides; ++i) {
-      const SideFormat& side = format.sides[i];
-      if (!kernels.encode(find_side(args, side), find_items(args, layer, side), layer.payload)) {
-        args.is_good[index] = false;
-        return;
-      }
-      fill_gap(args, layer, i);
+    WordSums* sums = args.sums != nullptr ? args.sums + index : nullptr;
+    if (sums != nullptr) *sums = {0, 0};
+    for (int64_t i = 0; i < format.num_sides && args.is_good[index]; ++i) {
+      args.is_good[index] = encode_side(args, kernels, layer, i, sums);
     }
-    if (args.sums != nullptr) args.sums[index] = checksum_words(layer.payload, format.num_bytes);
   });
 }
 

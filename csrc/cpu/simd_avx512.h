@@ -2,14 +2,8 @@
 // AVX-512.
 #pragma once
 
-// GCC 12 takes the undefined lanes of its own intrinsics for a mistake (GCC bug 105593).
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-
 #include "cpu/attention_kernel.h"
+#include "cpu/intrinsics_avx512.h"
 
 namespace kvkernels {
 namespace {

@@ -14,6 +14,12 @@ struct WordSums {
   std::uint64_t weighted;  // of (i + 1) * w_i
 };
 
+// Adds the sums of words that begin at word `first_word` of a buffer.
+inline void append_sums(const WordSums& part, std::size_t first_word, WordSums& sums) {
+  sums.sum += part.sum;
+  sums.weighted += part.weighted + first_word * part.sum;
+}
+
 // CRC-32C (Castagnoli) of `size` bytes. `crc` continues an earlier call; 0 starts.
 std::uint32_t crc32c(const void* data, std::size_t size, std::uint32_t crc = 0);
 
