@@ -6,7 +6,7 @@
 What is decoded and encoded again must give the same bytes, but of float32 blocks. "Coarse" are
 blocks with a scale or minimum below float16's normal numbers, 6e-5.
 
-To be run by hand: Triton's interpreter, where there is no GPU, takes most of an hour. Ends with
+To be run by hand: Triton's interpreter, where there is no GPU, takes half an hour. Ends with
 status 1 at the first byte that differs.
 """
 
@@ -25,6 +25,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
 from codec_blocks import decode_by_triton, encode_by_triton
+from quick_interpreter import make_quick
 
 import kvkernels
 from kvkernels import CODECS, BlockFormat, KVLayout, KVPool, native
@@ -198,6 +199,7 @@ def main() -> int:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--only", nargs="+", default=list(implementations()))
     options = parser.parse_args()
+    make_quick()
     tallies = {codec: Tally() for codec in CODECS}
     pools = list(random_pools(options.random))
     if options.real:
