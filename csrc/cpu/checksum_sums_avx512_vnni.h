@@ -45,6 +45,15 @@ inline __m256i half(__m512i v, bool is_upper) {
   return is_upper ? _mm512_extracti64x4_epi64(v, 1) : _mm512_castsi512_si256(v);
 }
 
+// Modulo 2^64, where the intrinsic adds numbers with a sign.
+inline std::uint64_t add_lanes(__m512i v) {
+  const __m256i four = _mm256_add_epi64(half(v, false), half(v, true));
+  const __m128i two =
+      _mm_add_epi64(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
+  return static_cast<std::uint64_t>(_mm_cvtsi128_si64(two)) +
+         static_cast<std::uint64_t>(_mm_extract_epi64(two, 1));
+}
+
 struct ByteSums {
   __m512i first = _mm512_setzero_si512(), inner = first, outer = first;
 
@@ -84,8 +93,7 @@ struct ByteSums {
       sum = _mm512_add_epi64(sum, _mm512_sllv_epi64(bytes, shifts));
       weighted = _mm512_add_epi64(weighted, _mm512_sllv_epi64(places, shifts));
     }
-    return {static_cast<std::uint64_t>(_mm512_reduce_add_epi64(sum)),
-            static_cast<std::uint64_t>(_mm512_reduce_add_epi64(weighted))};
+    return {add_lanes(sum), add_lanes(weighted)};
   }
 };
 
