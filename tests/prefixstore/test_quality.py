@@ -13,7 +13,7 @@ from demo_stand_ins import byte_tokenizer, tiny_model
 from kvkernels import CODECS, BlockFormat
 from prefixstore.commands import kvkernels
 from prefixstore.quality import command
-from prefixstore.quality.restored import compute_prefix, restore
+from prefixstore.quality.restored import compute_prefix, fill_cache, restore
 
 WORDS = "The harbour lies north of the town, and the boats come in with the tide. "
 
@@ -76,24 +76,40 @@ def test_refuses_what_is_no_model(small_model: Path) -> None:
     assert "MODEL: expected a folder with a config.json" in " ".join(result.output.split())
 
 
-def test_a_cache_restored_as_it_is_is_the_same() -> None:
+def test_what_comes_back_to_the_bit_is_computed_with_once() -> None:
     model = tiny_model().to(torch.bfloat16).eval()
     prefix = compute_prefix(model, torch.arange(128) % 100)
-    own, _ = restore(prefix, None)
-    raw, num_raw = restore(prefix, BlockFormat(prefix.pool.layout, "raw"))
-    assert num_raw == 0
-    for one, other in zip(own.layers, raw.layers, strict=True):
-        assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
+    layout = prefix.pool.layout
+    formats = {"own": None, **{name: BlockFormat(layout, name) for name in ("raw", "q8", "l12")}}
+    restored = restore(prefix, formats)
+    assert restored.rows == {"own": 0, "raw": 0, "q8": 1, "l12": 0}
+    assert restored.num_raw == {"own": 0, "raw": 0, "q8": 0, "l12": 0}
+    assert torch.equal(restored.data[0], prefix.pool.data)
     with pytest.raises(ValueError, match="tokens: expected a multiple of 64, got 100"):
         compute_prefix(model, torch.arange(100))
 
 
+def test_a_cache_holds_each_content_in_a_row_of_its_own() -> None:
+    model = tiny_model().float().eval()
+    tokens = torch.arange(128) % 100
+    prefix = compute_prefix(model, tokens)
+    other = torch.randn_like(prefix.pool.data)
+    cache, alone = fill_cache([other, prefix.pool.data]), fill_cache([prefix.pool.data])
+    for both, one in zip(cache.layers, alone.layers, strict=True):
+        assert torch.equal(both.keys[1:], one.keys) and torch.equal(both.values[1:], one.values)
+    with torch.inference_mode():
+        wanted = model(input_ids=torch.cat([tokens, torch.tensor([7])])[None]).logits[0, -1]
+        got = model(input_ids=torch.tensor([[7], [7]]), past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(got[1], wanted)
+    assert not torch.allclose(got[0], wanted)
+
+
 def test_kv_may_be_rounded_to_16_bits() -> None:
     prefix = compute_prefix(tiny_model().float().eval(), torch.arange(128) % 100)
-    own, _ = restore(prefix, None)
-    for dtype in (torch.bfloat16, torch.float16):
-        rounded, num_raw = restore(prefix, dtype)
-        assert num_raw == 0
-        for one, other in zip(own.layers, rounded.layers, strict=True):
-            assert torch.equal(one.keys.to(dtype).float(), other.keys)
-            assert not torch.equal(one.keys, other.keys)
+    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+    restored = restore(prefix, {"own": None, **dtypes})
+    assert set(restored.num_raw.values()) == {0}
+    assert restored.rows == {"own": 0, "bfloat16": 1, "float16": 2}
+    for name, dtype in dtypes.items():
+        got = restored.data[restored.rows[name]]
+        assert torch.equal(got, prefix.pool.data.to(dtype).float())

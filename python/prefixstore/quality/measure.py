@@ -11,7 +11,14 @@ from typing import Any
 import torch
 
 from prefixstore.errors import ConfigError
-from prefixstore.quality.restored import BLOCK_SIZE, Prefix, Stored, compute_prefix, restore
+from prefixstore.quality.restored import (
+    BLOCK_SIZE,
+    Restored,
+    Stored,
+    compute_prefix,
+    fill_cache,
+    restore,
+)
 
 OWN = "own"  # the model's KV as it is
 ANSWER_TOKENS = 12
@@ -95,69 +102,73 @@ def measure(
         advance(f"chunk {index + 1}")
         chunk = tokens[index * length : (index + 1) * length]
         prefix = compute_prefix(model, chunk[: plan.prefix_tokens])
-        _score(model, prefix, chunk[plan.prefix_tokens :], formats, tallies)
+        restored = restore(prefix, formats)
+        _score(model, restored, chunk[plan.prefix_tokens :], tallies)
+        for name, num_raw in restored.num_raw.items():
+            tallies[name].num_raw += num_raw
+            tallies[name].num_blocks += prefix.pool.num_blocks
         if index < plan.num_greedy:
-            _diverge(model, prefix, chunk[plan.prefix_tokens :], formats, tallies, plan)
+            _diverge(model, restored, chunk[plan.prefix_tokens :], tallies, plan)
     for needle in make_needles(tokenizer, tokens, plan):
         advance(f"needle at {needle.depth:.0%}")
-        prefix = compute_prefix(model, needle.prefix)
-        for name, stored in formats.items():
-            cache, _ = restore(prefix, stored)
-            answer = _go_on(model, cache, needle.question, ANSWER_TOKENS)
-            tallies[name].num_needles += needle.answer in tokenizer.decode(answer)
+        restored = restore(compute_prefix(model, needle.prefix), formats)
+        answers = _go_on(model, restored, needle.question, ANSWER_TOKENS)
+        for name, row in restored.rows.items():
+            tallies[name].num_needles += needle.answer in tokenizer.decode(answers[row])
     return tallies
 
 
 @torch.inference_mode()
-def _score(
-    model: Any, prefix: Prefix, scored: torch.Tensor, formats: Formats, tallies: dict[str, Tally]
-) -> None:
+def _score(model: Any, restored: Restored, scored: torch.Tensor, tallies: dict[str, Tally]) -> None:
     """Predict each token of `scored` but the first from all before it."""
     targets = scored[1:]
     own: torch.Tensor | None = None
-    for name, stored in formats.items():
-        cache, num_raw = restore(prefix, stored)
-        logits = model(input_ids=scored[None], past_key_values=cache, use_cache=True).logits[0]
+    for row, data in enumerate(restored.data):
+        # one by one: the logits of all would take most of the memory
+        logits = model(
+            input_ids=scored[None], past_key_values=fill_cache([data]), use_cache=True
+        ).logits[0]
         log_probs = logits[:-1].float().log_softmax(-1)
         own = log_probs if own is None else own
-        tally = tallies[name]
-        tally.nll -= log_probs.gather(1, targets[:, None]).sum().item()
-        tally.num_tokens += len(targets)
-        tally.kl.append((own.exp() * (own - log_probs)).sum(-1))
-        tally.num_agreeing += int((own.argmax(-1) == log_probs.argmax(-1)).sum())
-        tally.num_raw += num_raw
-        tally.num_blocks += prefix.pool.num_blocks
+        nll = -log_probs.gather(1, targets[:, None]).sum().item()
+        kl = (own.exp() * (own - log_probs)).sum(-1)
+        num_agreeing = int((own.argmax(-1) == log_probs.argmax(-1)).sum())
+        for tally in (tallies[name] for name, its in restored.rows.items() if its == row):
+            tally.nll += nll
+            tally.num_tokens += len(targets)
+            tally.kl.append(kl)
+            tally.num_agreeing += num_agreeing
 
 
 def _diverge(
     model: Any,
-    prefix: Prefix,
+    restored: Restored,
     following: torch.Tensor,
-    formats: Formats,
     tallies: dict[str, Tally],
     plan: Plan,
 ) -> None:
     """Count the greedy tokens that are the same as without the codec."""
-    own: torch.Tensor | None = None
-    for name, stored in formats.items():
-        cache, _ = restore(prefix, stored)
-        answer = _go_on(model, cache, following[:1], plan.greedy_tokens)
-        own = answer if own is None else own
-        differs = (answer != own).nonzero()
+    answers = _go_on(model, restored, following[:1], plan.greedy_tokens)
+    for name, row in restored.rows.items():
+        differs = (answers[row] != answers[0]).nonzero()
         tallies[name].divergence.append(int(differs[0]) if len(differs) else plan.greedy_tokens)
 
 
 @torch.inference_mode()
-def _go_on(model: Any, cache: Any, tokens: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """`[num_tokens]`: the model's choices behind the cache and `tokens`."""
-    chosen: list[torch.Tensor] = []
+def _go_on(model: Any, restored: Restored, tokens: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """`[len(restored.data), num_tokens]`: the model's choices behind each prefix and `tokens`.
+
+    Of all at once: a step reads every weight, for however many rows.
+    """
+    cache, chosen = fill_cache(restored.data), []
+    tokens = tokens.expand(len(restored.data), -1)
     for _ in range(num_tokens):
         logits = model(
-            input_ids=tokens[None], past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
         ).logits
-        tokens = logits[0, -1].argmax()[None]
+        tokens = logits[:, -1].argmax(-1, keepdim=True)
         chosen.append(tokens)
-    return torch.cat(chosen)
+    return torch.cat(chosen, dim=1)
 
 
 @dataclass(frozen=True)

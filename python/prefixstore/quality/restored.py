@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,24 +54,59 @@ def new_cache() -> Any:
     return DynamicCache()
 
 
-@torch.inference_mode()
-def restore(prefix: Prefix, stored: Stored | None) -> tuple[Any, int]:
-    """A cache of the prefix that was stored and read again, or of the prefix as it is.
+@dataclass(frozen=True)
+class Restored:
+    """A prefix as each of several formats gives it back.
 
-    Also how many of its blocks the codec did not hold, and were written raw.
+    Attributes:
+        data: Distinct contents of the prefix's pool; the first is the prefix as it is.
+        rows: Which of `data` each format gave, by the format's name.
+        num_raw: Blocks that the codec did not hold, and were written raw, by the format's name.
     """
-    data, num_raw = prefix.pool.data, 0
+
+    data: list[torch.Tensor]
+    rows: dict[str, int]
+    num_raw: dict[str, int]
+
+
+@torch.inference_mode()
+def restore(prefix: Prefix, formats: Mapping[str, Stored | None]) -> Restored:
+    """Store a prefix in every format, and read it again; None leaves it as it is."""
+    restored = Restored([prefix.pool.data], {}, {})
+    for name, stored in formats.items():
+        data, restored.num_raw[name] = _store_and_read(prefix.pool, stored)
+        same = (i for i, other in enumerate(restored.data) if _are_same_bits(data, other))
+        row = next(same, len(restored.data))
+        if row == len(restored.data):
+            restored.data.append(data)
+        restored.rows[name] = row
+    return restored
+
+
+def _store_and_read(pool: KVPool, stored: Stored | None) -> tuple[torch.Tensor, int]:
+    """What comes back, and how many blocks were written raw."""
+    if stored is None:
+        return pool.data, 0
     if isinstance(stored, torch.dtype):
-        data = data.to(stored).to(data.dtype)
-    elif stored is not None:
-        target = KVPool(prefix.pool.layout, prefix.pool.num_blocks)
-        ids = torch.arange(prefix.pool.num_blocks)
-        encoded = encode_blocks(prefix.pool, ids, stored)
-        if not decode_blocks(encoded, target, ids).all():
-            raise RuntimeError("expected blocks with the sums just written, got others")
-        data, num_raw = target.data, int(encoded.is_raw.sum())
+        return pool.data.to(stored).to(pool.data.dtype), 0
+    target = KVPool(pool.layout, pool.num_blocks)
+    ids = torch.arange(pool.num_blocks)
+    encoded = encode_blocks(pool, ids, stored)
+    if not decode_blocks(encoded, target, ids).all():
+        raise RuntimeError("expected blocks with the sums just written, got others")
+    return target.data, int(encoded.is_raw.sum())
+
+
+def _are_same_bits(data: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(data.view(torch.uint8), other.view(torch.uint8))
+
+
+def fill_cache(contents: Sequence[torch.Tensor]) -> Any:
+    """A cache with a row for each of a prefix's contents."""
     cache = new_cache()
-    for layer in range(prefix.pool.layout.num_layers):
-        keys, values = data[:, layer].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, None]
-        cache.update(keys.contiguous(), values.contiguous(), layer)
-    return cache, num_raw
+    for layer in range(contents[0].shape[1]):
+        # of each [num_blocks, 2, num_heads, BLOCK_SIZE, head_dim]
+        sides = [data[:, layer].permute(1, 2, 0, 3, 4).flatten(2, 3) for data in contents]
+        keys, values = torch.stack(sides, dim=1)
+        cache.update(keys, values, layer)
+    return cache
