@@ -60,19 +60,25 @@ class CommandBatch:
         """
         key = words[1]
         assert isinstance(key, bytes)
-        address, error = None, None
-        try:
-            address = self._servers.address_of(key, self._deadline)
-        except TierError as failure:
-            error = failure
-        lane = self._lanes.get(address)
-        if lane is None:
-            lane = self._lanes[address] = _Lane(len(self._lanes), address, error=error)
+        lane = self._lane_to(key)
         lane.num_commands += 1
         lane.num_bytes += num_bytes
         self._batch.add(lane.index, words, into, num_bytes)
         self._lane_of.append(lane)
         return len(self._lane_of) - 1
+
+    def _lane_to(self, key: bytes) -> _Lane:
+        address, error = None, None
+        try:
+            address = self._servers.address_of(key, self._deadline)
+        except TierError as failure:
+            error = failure
+        if self._lane_of and address is self._lane_of[-1].address:  # as nearly always
+            return self._lane_of[-1]
+        lane = self._lanes.get(address)
+        if lane is None:
+            lane = self._lanes[address] = _Lane(len(self._lanes), address, error=error)
+        return lane
 
     def run(self) -> list[BatchReply]:
         """The reply to each command, or why there is none."""

@@ -107,8 +107,9 @@ class BulkReads(Bulk["int | None"]):
         return settled
 
     def _renew(self, batch: CommandBatch, key: bytes) -> None:
-        for command in renewals([key], self._config, self._is_due(key)):
-            batch.add(command.args)
+        if self._is_due(key):
+            for command in renewals([key], self._config, renews=True):
+                batch.add(command.args)
 
 
 class BulkRanges(BulkReads):

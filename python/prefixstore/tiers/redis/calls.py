@@ -128,23 +128,22 @@ class Caller:
         """Fills in outcomes; returns the records that are worth another try."""
         wanted = {call.names[i].identity for i in pending}
         known = self._known_generations(wanted, call.begins, deadline)
-        ready = []
+        keys: dict[int, bytes] = {}
         for i in pending:
-            generation = known[call.names[i].identity]
+            name = call.names[i]
+            generation = known[name.identity]
             if isinstance(generation, bytes):
-                ready.append(i)
+                keys[i] = self._keys.record(name, generation)
             else:
                 outcomes[i] = call.absent if generation is None else generation
-        found: _Findings[T] = _Findings(
-            keys={i: self._record_key(call.names[i], known) for i in ready},
-            identities=list(dict.fromkeys(call.names[i].identity for i in ready)),
-        )
+        identities = [i for i in known if isinstance(known[i], bytes)]
+        found: _Findings[T] = _Findings(keys, identities)
         if call.bulk is not None and self._servers.can_batch:
             self._run_bulk(call.bulk, found, deadline)
         self._run_rest(call, known, found, deadline)
         current = found.generations
         stale = {i for i in found.identities if self._is_stale(i, current, known)}
-        for i in ready:
+        for i in keys:
             identity = call.names[i].identity
             generation = current[identity]
             if isinstance(generation, TierError):
@@ -202,11 +201,6 @@ class Caller:
         if self._servers.redirected(reply) is not None:
             return UNSETTLED
         return tier_error(self._servers.config.name, reply)
-
-    def _record_key(self, name: RecordName, known: Generations) -> bytes:
-        generation = known[name.identity]
-        assert isinstance(generation, bytes)
-        return self._keys.record(name, generation)
 
     def _is_stale(self, identity: bytes, current: Generations, known: Generations) -> bool:
         """Whether an identity has another generation now than it was known to have."""

@@ -68,7 +68,7 @@ class RedisTier(Tier):
         self._servers = open_servers(config)
         self._caller = Caller(self._servers, self._keys)
         self._counters = SharedCounters()
-        self._renewed: dict[bytes, float] = {}  # when this process last did, by key
+        self._renewed: dict[bytes, float] = {}  # when that is due again, by key
         self._written: deque[bytes] = deque(maxlen=_SAMPLE)  # keys
 
     @property
@@ -85,9 +85,10 @@ class RedisTier(Tier):
     ) -> list[ReadOutcome]:
         views = [memoryview(out).cast("B") for out in outs]
         due: set[bytes] = set()  # of a record that is asked for twice, both times
+        now = time.monotonic()
 
         def is_due(key: bytes) -> bool:
-            if self._is_to_be_renewed(key):
+            if self._is_to_be_renewed(key, now):
                 due.add(key)
             return key in due
 
@@ -242,17 +243,15 @@ class RedisTier(Tier):
         """Whether records of at most these lengths have one part each."""
         return max(map(len, records), default=0) <= self._config.part_bytes
 
-    def _is_to_be_renewed(self, key: bytes) -> bool:
+    def _is_to_be_renewed(self, key: bytes, now: float) -> bool:
         """Whether a hit begins the record's time anew; not if that was done a short while ago, for
         it costs a command for each read of a record, and those that are read most need it least.
         """
-        now = time.monotonic()
-        due = self._renewed.get(key, -math.inf) + self._config.ttl_s * _RENEWAL_SHARE
-        if not self._config.refresh_ttl or now < due:
+        if not self._config.refresh_ttl or now < self._renewed.get(key, -math.inf):
             return False
         if len(self._renewed) >= _MAX_REMEMBERED:
             self._renewed.clear()
-        self._renewed[key] = now
+        self._renewed[key] = now + self._config.ttl_s * _RENEWAL_SHARE
         return True
 
     def _start_walk(self) -> tuple[Sweeper, list[Address]]:
