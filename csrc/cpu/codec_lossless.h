@@ -89,9 +89,16 @@ inline void put_escapes(const Lossless& in, const Tile& tile, uint16_t* items) {
     const uint32_t place = in.escapes[i] & 0xffffff;
     // Also where a record is not what an encoder wrote.
     if (in.escapes[i] == kUnusedEscape || place >= tile.size * tile.dim) continue;
-    const uint32_t exponent = in.escapes[i] >> 24;
-    items[place] = static_cast<uint16_t>((items[place] & 0x807f) | exponent << 7);
+    const uint32_t exponent = in.escapes[i] >> 24, low = in.low[place];
+    items[place] = static_cast<uint16_t>((low & 0x80) << 8 | exponent << 7 | (low & 0x7f));
   }
+}
+
+// Before stores of other kinds, and before other threads look.
+inline void finish_streaming() {
+#if defined(__AVX512BW__)
+  _mm_sfence();
+#endif
 }
 
 // False if the codec cannot hold the items.
@@ -138,12 +145,15 @@ inline bool encode_lossless(const Side& side, const std::byte* items, std::byte*
 inline void decode_lossless(const Side& side, const std::byte* layer, std::byte* items) {
   const Tile tile = side.tile();
   auto* numbers = reinterpret_cast<uint16_t*>(items);
-  for (int64_t head = 0; head < side.num_heads; ++head) {
-    const Lossless parts = lossless_parts(side, const_cast<std::byte*>(layer), head);
-    uint16_t* head_items = numbers + head * tile.size * tile.dim;
-    decode_head(parts, tile, head_items);
-    put_escapes(parts, tile, head_items);
-  }
+  const auto for_each_head = [&](const auto& visit) {
+    for (int64_t head = 0; head < side.num_heads; ++head) {
+      visit(lossless_parts(side, const_cast<std::byte*>(layer), head),
+            numbers + head * tile.size * tile.dim);
+    }
+  };
+  for_each_head([&](const Lossless& in, uint16_t* rows) { decode_head(in, tile, rows); });
+  finish_streaming();
+  for_each_head([&](const Lossless& in, uint16_t* rows) { put_escapes(in, tile, rows); });
 }
 
 }  // namespace

@@ -13,7 +13,31 @@
 namespace kvkernels {
 namespace {
 
-constexpr int64_t kVectorChannels = 64;
+constexpr int64_t kVectorChannels = 64, kVectorBytes = 64;
+
+// Whether vectors may be written there past the cache. What is written is not read soon: payload
+// leaves the processor, and a restored pool is more than its caches hold. So no line is read only
+// to be overwritten.
+inline bool can_stream(const void* target) {
+  return reinterpret_cast<std::uintptr_t>(target) % kVectorBytes == 0;
+}
+
+template <bool kStreams>
+void put(void* target, __m512i v) {
+  if constexpr (kStreams) {
+    _mm512_stream_si512(static_cast<__m512i*>(target), v);
+  } else {
+    _mm512_storeu_si512(target, v);
+  }
+}
+template <bool kStreams>
+void put(void* target, __m256i v) {
+  if constexpr (kStreams) {
+    _mm256_stream_si256(static_cast<__m256i*>(target), v);
+  } else {
+    _mm256_storeu_si256(static_cast<__m256i*>(target), v);
+  }
+}
 
 // Quadwords of packed bytes in the order of channels, and the other way.
 inline __m512i in_order(__m512i packed) {
@@ -92,8 +116,9 @@ inline bool add_escapes(const uint16_t* row, int64_t first_item, __mmask64 is_fa
   return true;
 }
 
-// For who takes the sums of what is written later.
+// For who takes the sums of what is written later, out of the cache.
 struct NoSums {
+  static constexpr bool kMayStream = false;
   void begin_row() {}
   void take_low(__m512i, int) {}
   void take_nibbles(__m512i, int) {}
@@ -101,8 +126,8 @@ struct NoSums {
 
 // Rows of kVectors * 64 channels. False if the codec cannot hold them. `sums` takes every vector
 // that is written of a row, the last one of nibbles with zeros behind them where they fill half.
-template <int kVectors, typename Sums>
-bool encode_vectors(const uint16_t* items, const Tile& tile, const Lossless& out, Sums& sums) {
+template <int kVectors, bool kStreams, typename Sums>
+bool encode_rows(const uint16_t* items, const Tile& tile, const Lossless& out, Sums& sums) {
   __m512i tops[kVectors];
   find_tops<kVectors>(items, tile, tops);
   for (int v = 0; v < kVectors; ++v) {
@@ -120,7 +145,7 @@ bool encode_vectors(const uint16_t* items, const Tile& tile, const Lossless& out
       parts[v] = split(items + i + kVectorChannels * v, tops[v]);
       any_far |= parts[v].is_far;
       const __m512i low = in_order(parts[v].low);
-      _mm512_storeu_si512(out.low + i + kVectorChannels * v, low);
+      put<kStreams>(out.low + i + kVectorChannels * v, low);
       sums.take_low(low, v);
     }
     // A byte holds a channel and the one half a row behind it.
@@ -129,13 +154,13 @@ bool encode_vectors(const uint16_t* items, const Tile& tile, const Lossless& out
       const __m512i half_behind = _mm512_bsrli_epi128(parts[0].deltas, 8);
       const __m512i pairs = in_order(join_nibbles(parts[0].deltas, half_behind));
       const __m256i packed = _mm512_castsi512_si256(pairs);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(nibbles), packed);
+      put<kStreams>(nibbles, packed);
       sums.take_nibbles(_mm512_zextsi256_si512(packed), 0);
     } else {
       for (int v = 0; v < kVectors / 2; ++v) {
         const __m512i half_behind = parts[v + kVectors / 2].deltas;
         const __m512i pairs = in_order(join_nibbles(parts[v].deltas, half_behind));
-        _mm512_storeu_si512(nibbles + kVectorChannels * v, pairs);
+        put<kStreams>(nibbles + kVectorChannels * v, pairs);
         sums.take_nibbles(pairs, v);
       }
     }
@@ -150,21 +175,32 @@ bool encode_vectors(const uint16_t* items, const Tile& tile, const Lossless& out
   return true;
 }
 
+template <int kVectors, typename Sums>
+bool encode_vectors(const uint16_t* items, const Tile& tile, const Lossless& out, Sums& sums) {
+  if constexpr (Sums::kMayStream) {
+    if (can_stream(out.low) && can_stream(out.exponents)) {
+      return encode_rows<kVectors, true>(items, tile, out, sums);
+    }
+  }
+  return encode_rows<kVectors, false>(items, tile, out, sums);
+}
+
 // 64 numbers of signs and mantissas, and of distances; both packed.
-inline void join(__m512i low, __m512i deltas, __m512i tops, uint16_t* items) {
+template <bool kStreams>
+void join(__m512i low, __m512i deltas, __m512i tops, uint16_t* items) {
   const __mmask64 is_near = _mm512_cmpneq_epi8_mask(deltas, _mm512_set1_epi8(15));
   const __m512i exponents = _mm512_maskz_sub_epi8(is_near, tops, deltas);
   const __m512i sign = _mm512_set1_epi8(-128);
   // Shifts of words carry bits across bytes, but only to or from bits that the sign replaces.
   const __m512i high = select(sign, low, _mm512_srli_epi16(exponents, 1));
   const __m512i rest = select(sign, _mm512_slli_epi16(exponents, 7), low);
-  _mm512_storeu_si512(items, _mm512_unpacklo_epi8(rest, high));
-  _mm512_storeu_si512(items + 32, _mm512_unpackhi_epi8(rest, high));
+  put<kStreams>(items, _mm512_unpacklo_epi8(rest, high));
+  put<kStreams>(items + 32, _mm512_unpackhi_epi8(rest, high));
 }
 
 // Rows of kVectors * 64 channels, without those that lie too far away.
-template <int kVectors>
-void decode_vectors(const Lossless& in, const Tile& tile, uint16_t* items) {
+template <int kVectors, bool kStreams>
+void decode_rows(const Lossless& in, const Tile& tile, uint16_t* items) {
   const __m512i nibble = _mm512_set1_epi8(15);
   __m512i tops[kVectors];
   for (int v = 0; v < kVectors; ++v) {
@@ -188,9 +224,16 @@ void decode_vectors(const Lossless& in, const Tile& tile, uint16_t* items) {
     }
     for (int v = 0; v < kVectors; ++v) {
       const int64_t first = i + kVectorChannels * v;
-      join(out_of_order(_mm512_loadu_si512(in.low + first)), deltas[v], tops[v], items + first);
+      join<kStreams>(out_of_order(_mm512_loadu_si512(in.low + first)), deltas[v], tops[v],
+                     items + first);
     }
   }
+}
+
+template <int kVectors>
+void decode_vectors(const Lossless& in, const Tile& tile, uint16_t* items) {
+  can_stream(items) ? decode_rows<kVectors, true>(in, tile, items)
+                    : decode_rows<kVectors, false>(in, tile, items);
 }
 
 }  // namespace

@@ -33,10 +33,12 @@ struct Lossless {
   uint8_t* tops;
 };
 
+using CodecDecode = void (*)(const Side& side, const std::byte* layer, std::byte* items);
+
 struct CodecKernels {
   // False if the codec cannot hold the items.
   bool (*encode)(const Side& side, const std::byte* items, std::byte* layer);
-  void (*decode)(const Side& side, const std::byte* layer, std::byte* items);
+  CodecDecode decode;
   // Where sums can be taken on the way, else null: of which sides, and `encode` that also adds the
   // sums of what it writes, of words counted from the layer's start.
   bool (*can_sum)(const Side& side) = nullptr;
@@ -50,5 +52,8 @@ CodecKernels avx512_codec_kernels(DType dtype);
 
 // avx512_codec_kernels(); only where there is AVX512-VNNI too.
 CodecKernels avx512_vnni_codec_kernels(DType dtype);
+
+// To bfloat16; only where there is AVX512-BF16.
+CodecDecode avx512_bf16_codec_decode();
 
 }  // namespace kvkernels

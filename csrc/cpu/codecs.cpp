@@ -14,12 +14,21 @@ namespace {
 
 constexpr int64_t kGrainBytes = 128 << 10;  // of the pool: some 10 microseconds of work
 
+#if defined(__x86_64__)
+CodecKernels find_avx512_kernels(AttentionPath path, DType dtype) {
+  static const bool has_vnni = __builtin_cpu_supports("avx512vnni");
+  CodecKernels kernels = has_vnni ? avx512_vnni_codec_kernels(dtype) : avx512_codec_kernels(dtype);
+  const bool has_bf16 = path != AttentionPath::kAvx512 && best_isa() >= Isa::kAvx512Bf16;
+  if (has_bf16 && dtype == DType::kBFloat16) kernels.decode = avx512_bf16_codec_decode();
+  return kernels;
+}
+#endif
+
 CodecKernels find_kernels(AttentionPath path, DType dtype) {
 #if defined(__x86_64__)
-  static const bool has_vnni = __builtin_cpu_supports("avx512vnni");
   if (path != AttentionPath::kPortable && path != AttentionPath::kAmxEmulated) {
     if (path != AttentionPath::kAvx2 && best_isa() >= Isa::kAvx512) {
-      return has_vnni ? avx512_vnni_codec_kernels(dtype) : avx512_codec_kernels(dtype);
+      return find_avx512_kernels(path, dtype);
     }
     if (best_isa() >= Isa::kAvx2) return avx2_codec_kernels(dtype);
   }

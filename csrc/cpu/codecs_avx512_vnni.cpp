@@ -12,6 +12,7 @@ using avx512_vnni::ByteSums;
 
 // The sums of heads whose rows adjoin: of signs and mantissas, and of distances. A row is a group.
 struct RowSums {
+  static constexpr bool kMayStream = true;
   ByteSums low, nibbles;
 
   void begin_row() {
@@ -46,6 +47,7 @@ bool encode_with_sums(const Side& side, const std::byte* items, std::byte* layer
     append_sums(rows.nibbles.finish(num_rows, kRowBytes / 8),
                 (side.format.parts[1] + first_byte / 2) / 4, sums);
   }
+  finish_streaming();
   const int64_t rest = side.format.parts[2];
   append_sums(checksum_words(layer + rest, side.lossless_end() - rest), rest / 4, sums);
   return is_good;

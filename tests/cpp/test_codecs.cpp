@@ -179,8 +179,8 @@ class Blocks {
 };
 
 void check(const Shape& shape, int64_t key_bits, int64_t value_bits, int64_t group) {
-  const AttentionPath paths[] = {AttentionPath::kAvx512, AttentionPath::kAvx2,
-                                 AttentionPath::kPortable};
+  const AttentionPath paths[] = {AttentionPath::kAvx512Bf16, AttentionPath::kAvx512,
+                                 AttentionPath::kAvx2, AttentionPath::kPortable};
   Blocks blocks(shape, key_bits, value_bits, group);
   blocks.fill_with_numbers();
   std::vector<uint8_t> encoded, decoded;

@@ -23,8 +23,8 @@ LOSSY_AND_DTYPES = [(codec, dtype) for codec in LOSSY for dtype in DTYPES]
 if not native.is_available:
     IMPLEMENTATIONS = ["reference"]
 else:
-    # The others share these three.
-    ISAS = ("avx512", "avx2", "portable")
+    # The others share these four.
+    ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
     IMPLEMENTATIONS = [isa for isa in ISAS if isa in native.available_isas()]
 if importlib.util.find_spec("triton"):  # which is only on Linux
     IMPLEMENTATIONS.append("triton")

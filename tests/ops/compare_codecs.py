@@ -52,7 +52,7 @@ def implementations() -> dict[str, tuple[Any, Callable[..., Any], Callable[..., 
     """By name: a context, and the two ops in it."""
     found = {
         isa: (native.use_isa, kvkernels.encode_blocks, kvkernels.decode_blocks)
-        for isa in ("avx512", "avx2", "portable")
+        for isa in ("avx512_bf16", "avx512", "avx2", "portable")
         if isa in native.available_isas()
     }
     return found | {"triton": (nullcontext, encode_by_triton, decode_by_triton)}
