@@ -6,6 +6,7 @@
 #include "cpu/codec_paths.h"
 #include "cpu/codec_scales.h"
 #include "cpu/codec_values.h"
+#include "cpu/streaming_copy.h"
 
 namespace kvkernels {
 namespace {
@@ -67,11 +68,17 @@ void decode_codes(const Side& side, const std::byte* layer, std::byte* items) {
   const int64_t num_pairs = groups * (side.format.is_key ? tile.dim : tile.size);
   const auto* codes = reinterpret_cast<const uint8_t*>(layer + side.format.parts[0]);
   const auto* pairs = reinterpret_cast<const uint16_t*>(layer + side.format.parts[1]);
-  const auto decode = side.format.is_key ? decode_keys<kType, kBits> : decode_values<kType, kBits>;
+  using E = Elements<kType>;
+  const auto decode_key_head =
+      can_stream<E>(items, tile.stride * E::kBytes, tile.dim / kParts<kBits>)
+          ? decode_keys<kType, kBits, E::kLineVectors>
+          : decode_keys<kType, kBits, 0>;
+  const auto decode = side.format.is_key ? decode_key_head : decode_values<kType, kBits>;
   for (int64_t head = 0; head < side.num_heads; ++head) {
     decode(codes + head * num_codes, pairs + head * num_pairs * 2, tile, groups,
-           items + head * tile.size * tile.stride * Elements<kType>::kBytes);
+           items + head * tile.size * tile.stride * E::kBytes);
   }
+  finish_streaming();
 }
 
 }  // namespace

@@ -10,6 +10,8 @@
 namespace kvkernels {
 namespace {
 
+constexpr int64_t kLineBytes = 64;
+
 // Byte j of a row of codes holds those of the channels j, j + width, j + 2 * width, ... where
 // `width` bytes make a row.
 template <int kBits>
@@ -98,28 +100,54 @@ void encode_keys(const std::byte* items, const Tile& tile, int64_t num_groups, u
   }
 }
 
-template <DType kType, int kBits>
+// Whether whole lines of items, which are not read soon, may be written past the cache: none is
+// read only to be overwritten then. `width` items adjoin.
+template <typename E>
+bool can_stream(const std::byte* items, int64_t row_bytes, int64_t width) {
+  if constexpr (E::kLineVectors == 0) return false;
+  const int64_t unaligned = reinterpret_cast<std::uintptr_t>(items) | row_bytes | width * E::kBytes;
+  return unaligned % kLineBytes == 0;
+}
+
+// kVectors times kLanes channels at a time; lines where those are some.
+template <DType kType, int kBits, int kVectors>
 void decode_keys(const uint8_t* codes, const uint16_t* pairs, const Tile& tile, int64_t num_groups,
                  std::byte* items) {
   using E = Elements<kType>;
   constexpr int kCount = kParts<kBits>;
+  constexpr int64_t kStep = std::max(kVectors, 1) * kLanes;
   const int64_t width = tile.dim / kCount, group_size = tile.size / num_groups;
   for (int64_t group = 0; group < num_groups; ++group, pairs += 2 * tile.dim) {
-    for (int64_t c = 0; c < width; c += kLanes) {
+    for (int64_t c = 0; c < width; c += kStep) {
       const int64_t count = std::min(kLanes, width - c);
-      Floats scale[kCount], low[kCount];
+      Floats scale[kCount][kStep / kLanes], low[kCount][kStep / kLanes];
 #pragma GCC unroll 4
       for (int part = 0; part < kCount; ++part) {
-        load_pairs(pairs + 2 * (part * width + c), count, scale[part], low[part]);
+#pragma GCC unroll 2
+        for (int v = 0; v < kStep / kLanes; ++v) {
+          load_pairs(pairs + 2 * (part * width + c + v * kLanes), count, scale[part][v],
+                     low[part][v]);
+        }
       }
       const uint8_t* from = codes + group * group_size * width + c;
       std::byte* to = items + (group * group_size * tile.stride + c) * E::kBytes;
       for (int64_t t = 0; t < group_size; ++t, from += width, to += tile.stride * E::kBytes) {
-        const Words packed = load_bytes(from, count);
+        Words packed[kStep / kLanes];
+#pragma GCC unroll 2
+        for (int v = 0; v < kStep / kLanes; ++v) packed[v] = load_bytes(from + v * kLanes, count);
 #pragma GCC unroll 4
         for (int part = 0; part < kCount; ++part) {
-          const Floats v = restore(low[part], scale[part], code_from<kBits>(packed, part));
-          E::write(to + part * width * E::kBytes, v, count);
+          Floats out[kStep / kLanes];
+#pragma GCC unroll 2
+          for (int v = 0; v < kStep / kLanes; ++v) {
+            out[v] = restore(low[part][v], scale[part][v], code_from<kBits>(packed[v], part));
+          }
+          std::byte* place = to + part * width * E::kBytes;
+          if constexpr (kVectors > 0) {
+            E::stream_line(place, out);
+          } else {
+            E::write(place, out[0], count);
+          }
         }
       }
     }

@@ -143,6 +143,10 @@ inline Ordered greatest_of_each(const Ordered* v) {
   return combine_each(v, [](Ordered a, Ordered b) { return _mm256_max_epi16(a, b); });
 }
 
+inline void stream(std::byte* to, __m512i line) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), line);
+}
+
 // Elements of the pool.
 template <DType kType>
 struct Elements;
@@ -150,6 +154,7 @@ struct Elements;
 template <typename E, int64_t kSize>
 struct ElementsOf {
   static constexpr int64_t kBytes = kSize;
+  static constexpr int kLineVectors = 64 / (kLanes * kSize);  // that make a line
   static Floats read(const std::byte* from, int64_t count) {
     const auto* items = reinterpret_cast<const typename E::Item*>(from);
     return count >= kLanes ? E::load(items) : E::masked_load(items, first_lanes(count));
@@ -161,6 +166,7 @@ struct ElementsOf {
 template <>
 struct Elements<DType::kFloat32> : ElementsOf<Float32, 4> {
   static Floats round(Floats v) { return v; }
+  static void stream_line(std::byte* to, const Floats* v) { stream(to, _mm512_castps_si512(v[0])); }
 
   // What ranges are found of, and whether that shows what is no number.
   using Range = Floats;
@@ -178,6 +184,13 @@ struct Elements<DType::kFloat32> : ElementsOf<Float32, 4> {
 
 template <typename E>
 struct Elements16 : ElementsOf<E, 2> {
+  static void stream_line(std::byte* to, const Floats* v) {
+    alignas(64) uint16_t items[2 * kLanes];
+    E::store(items, v[0], 0xffff);
+    E::store(items + kLanes, v[1], 0xffff);
+    stream(to, _mm512_load_si512(items));
+  }
+
   using Range = Ordered;
   static constexpr bool kRangesSeeAll = true;
   static Range read_range(const std::byte* from, int64_t count) {
@@ -210,6 +223,9 @@ struct Elements<DType::kBFloat16> : Elements16<BFloat16> {
     } else {
       _mm256_mask_storeu_epi16(to, first_lanes(count), bits);
     }
+  }
+  static void stream_line(std::byte* to, const Floats* v) {
+    stream(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v[1], v[0])));
   }
 #endif
   static Floats round(Floats v) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cpu/codec_paths.h"
+#include "cpu/streaming_copy.h"
 #if defined(__AVX512BW__)
 #include "cpu/codec_lossless_avx512.h"
 #endif
@@ -92,13 +93,6 @@ inline void put_escapes(const Lossless& in, const Tile& tile, uint16_t* items) {
     const uint32_t exponent = in.escapes[i] >> 24, low = in.low[place];
     items[place] = static_cast<uint16_t>((low & 0x80) << 8 | exponent << 7 | (low & 0x7f));
   }
-}
-
-// Before stores of other kinds, and before other threads look.
-inline void finish_streaming() {
-#if defined(__AVX512BW__)
-  _mm_sfence();
-#endif
 }
 
 // False if the codec cannot hold the items.

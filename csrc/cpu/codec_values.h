@@ -158,23 +158,41 @@ void encode_values(const std::byte* items, const Tile& tile, int64_t num_groups,
   }
 }
 
-template <DType kType, int kBits>
+// As in `decode_keys`.
+template <DType kType, int kBits, int kVectors>
 void decode_columns(const uint8_t* codes, int64_t num_tokens, int64_t width, const ValueSets& sets,
                     std::byte* items) {
   using E = Elements<kType>;
   constexpr int kCount = kParts<kBits>;
-  for (int64_t c = 0; c < width; c += kLanes) {
-    int64_t groups[kCount];
-    for (int part = 0; part < kCount; ++part) groups[part] = (part * width + c) / sets.group_size;
+  constexpr int64_t kStep = std::max(kVectors, 1) * kLanes;
+  for (int64_t c = 0; c < width; c += kStep) {
+    int64_t groups[kCount][kStep / kLanes];
+    for (int part = 0; part < kCount; ++part) {
+      for (int v = 0; v < kStep / kLanes; ++v) {
+        groups[part][v] = (part * width + c + v * kLanes) / sets.group_size;
+      }
+    }
     for (int64_t t = 0; t < num_tokens; ++t) {
-      const Words packed = load_bytes(codes + t * width + c, kLanes);
+      Words packed[kStep / kLanes];
+#pragma GCC unroll 2
+      for (int v = 0; v < kStep / kLanes; ++v) {
+        packed[v] = load_bytes(codes + t * width + c + v * kLanes, kLanes);
+      }
 #pragma GCC unroll 4
       for (int part = 0; part < kCount; ++part) {
-        const int64_t channel = (t * kCount + part) * width + c;
-        const int64_t set = t * sets.num_groups + groups[part];
-        const Floats v =
-            restore(all(sets.low[set]), all(sets.scale[set]), code_from<kBits>(packed, part));
-        E::write(items + channel * E::kBytes, v, kLanes);
+        Floats out[kStep / kLanes];
+#pragma GCC unroll 2
+        for (int v = 0; v < kStep / kLanes; ++v) {
+          const int64_t set = t * sets.num_groups + groups[part][v];
+          out[v] =
+              restore(all(sets.low[set]), all(sets.scale[set]), code_from<kBits>(packed[v], part));
+        }
+        std::byte* place = items + ((t * kCount + part) * width + c) * E::kBytes;
+        if constexpr (kVectors > 0) {
+          E::stream_line(place, out);
+        } else {
+          E::write(place, out[0], kLanes);
+        }
       }
     }
   }
@@ -207,6 +225,10 @@ template <DType kType, int kBits>
 void decode_values(const uint8_t* codes, const uint16_t* pairs, const Tile& tile,
                    int64_t num_groups, std::byte* items) {
   const int64_t width = tile.dim / kParts<kBits>;
+  using E = Elements<kType>;
+  const auto in_columns = can_stream<E>(items, tile.dim * E::kBytes, width)
+                              ? decode_columns<kType, kBits, E::kLineVectors>
+                              : decode_columns<kType, kBits, 0>;
   ValueSets sets(tile.dim, width, num_groups);
   for (int64_t token = 0; token < tile.size; token += sets.batch) {
     const int64_t num_tokens = std::min(sets.batch, tile.size - token);
@@ -218,7 +240,7 @@ void decode_values(const uint8_t* codes, const uint16_t* pairs, const Tile& tile
       store_floats(sets.scale + set, steps);
       store_floats(sets.low + set, least);
     }
-    const auto decode = sets.in_columns ? decode_columns<kType, kBits> : decode_rows<kType, kBits>;
+    const auto decode = sets.in_columns ? in_columns : decode_rows<kType, kBits>;
     decode(codes + token * width, num_tokens, width, sets,
            items + token * tile.dim * Elements<kType>::kBytes);
   }

@@ -1,4 +1,4 @@
-// A copy of what lies in the cache to where it is not read soon.
+// Stores past the cache, to where nothing is read soon.
 #pragma once
 
 #include <cstddef>
@@ -11,8 +11,15 @@
 
 namespace kvkernels {
 
-// Streaming stores do not read the target's lines first. They need whole lines; small copies are
-// likely to be read again soon and stay in the cache.
+// Before stores of other kinds to what was streamed, and before other threads look.
+inline void finish_streaming() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// A copy of what lies in the cache. Streaming stores do not read the target's lines first. They
+// need whole lines; small copies are likely to be read again soon and stay in the cache.
 inline void copy_streaming(const std::byte* source, std::byte* target, int64_t num_bytes) {
 #if defined(__x86_64__)
   constexpr int64_t kLineBytes = 64, kStreamFrom = 16 * 1024;
@@ -24,7 +31,7 @@ inline void copy_streaming(const std::byte* source, std::byte* target, int64_t n
                          _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + at)));
       }
     }
-    _mm_sfence();
+    finish_streaming();
     std::memcpy(target + whole, source + whole, num_bytes - whole);
     return;
   }
