@@ -139,6 +139,7 @@ struct Elements;
 template <typename E, int64_t kSize>
 struct ElementsOf {
   static constexpr int64_t kBytes = kSize;
+  static constexpr bool kHasPairs = false;
   static constexpr int kLineVectors = 0;  // nothing is streamed
   using Item = typename E::Item;
   static Floats read(const std::byte* from, int64_t count) {

@@ -117,6 +117,10 @@ inline Ordered order(__m256i bits) {
   const __m256i magnitude = _mm256_set1_epi16(0x7fff);
   return _mm256_ternarylogic_epi64(bits, _mm256_srai_epi16(bits, 15), magnitude, 0x78);
 }
+inline __m512i order(__m512i bits) {
+  const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+  return _mm512_ternarylogic_epi64(bits, _mm512_srai_epi16(bits, 15), magnitude, 0x78);
+}
 
 template <typename Combine>
 inline Ordered combine_each(const Ordered* v, const Combine& combine) {
@@ -154,6 +158,7 @@ struct Elements;
 template <typename E, int64_t kSize>
 struct ElementsOf {
   static constexpr int64_t kBytes = kSize;
+  static constexpr bool kHasPairs = kSize == 2;               // of lanes, see Elements16
   static constexpr int kLineVectors = 64 / (kLanes * kSize);  // that make a line
   static Floats read(const std::byte* from, int64_t count) {
     const auto* items = reinterpret_cast<const typename E::Item*>(from);
@@ -184,6 +189,25 @@ struct Elements<DType::kFloat32> : ElementsOf<Float32, 4> {
 
 template <typename E>
 struct Elements16 : ElementsOf<E, 2> {
+  // Twice as many at a time. What ranges are found of lies in order, and numbers as `load_pair` has
+  // them.
+  using PairRange = __m512i;
+  static PairRange read_pair_range(const std::byte* from) {
+    return order(_mm512_loadu_si512(from));
+  }
+  static PairRange least(PairRange a, PairRange b) { return _mm512_min_epi16(a, b); }
+  static PairRange greatest(PairRange a, PairRange b) { return _mm512_max_epi16(a, b); }
+  static Ordered first_half(PairRange v) { return _mm512_castsi512_si256(v); }
+  static Ordered last_half(PairRange v) { return _mm512_extracti64x4_epi64(v, 1); }
+  static void read_pair(const std::byte* from, Floats& a, Floats& b) {
+    E::load_pair(reinterpret_cast<const uint16_t*>(from), a, b);
+  }
+  static void arrange(Floats& a, Floats& b) { E::arrange(a, b); }
+  static void store_codes(uint8_t* to, Words a, Words b) {
+    store_bytes(to, a, kLanes);
+    store_bytes(to + kLanes, b, kLanes);
+  }
+
   static void stream_line(std::byte* to, const Floats* v) {
     alignas(64) uint16_t items[2 * kLanes];
     E::store(items, v[0], 0xffff);
@@ -213,6 +237,12 @@ struct Elements<DType::kFloat16> : Elements16<Float16> {
 };
 template <>
 struct Elements<DType::kBFloat16> : Elements16<BFloat16> {
+  // Even ones and odd ones.
+  static void store_codes(uint8_t* to, Words a, Words b) {
+    const Words words = either(a, _mm512_slli_epi32(b, 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtusepi16_epi8(words));
+  }
+
 #if defined(__AVX512BF16__)
   // The instruction takes numbers below float32's normal ones for zero. Of codes come none: all are
   // multiples of float16's least number.

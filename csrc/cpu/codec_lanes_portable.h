@@ -150,6 +150,7 @@ struct Elements;
 template <typename Item>
 struct ElementsOf {
   static constexpr int64_t kBytes = sizeof(Item);
+  static constexpr bool kHasPairs = false;
   static constexpr int kLineVectors = 0;  // nothing is streamed
   static Floats read(const std::byte* from, int64_t count) {
     Item items[kLanes] = {};

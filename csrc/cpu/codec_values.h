@@ -16,11 +16,13 @@ struct ValueSets {
       : num_groups(count),
         group_size(dim / count),
         batch(std::max<int64_t>(1, kLanes / count)),
-        in_columns(width % kLanes == 0 && (count == 1 || group_size % kLanes == 0)) {}
+        in_columns(width % kLanes == 0 && (count == 1 || group_size % kLanes == 0)),
+        in_pairs(width % (2 * kLanes) == 0 && (count == 1 || group_size % (2 * kLanes) == 0)) {}
 
   int64_t num_groups, group_size;
   int64_t batch;    // tokens at a time: as many whole ones as their sets fill lanes, or one
   bool in_columns;  // whether kLanes channels lie in one group and in one part of a row of codes
+  bool in_pairs;    // whether twice as many do
   float low[kMaxCodecDim + kLanes], inverse[kMaxCodecDim + kLanes], top[kMaxCodecDim + kLanes];
   float scale[kMaxCodecDim + kLanes];
 };
@@ -57,6 +59,19 @@ inline void find_ranges(const std::byte* items, int64_t num_sets, int64_t group_
   Range low[kLanes], high[kLanes];
   for (int64_t set = 0; set < kLanes; ++set) {
     const std::byte* first = items + std::min(set, num_sets - 1) * group_size * E::kBytes;
+    if constexpr (E::kHasPairs) {
+      if (group_size % (2 * kLanes) == 0) {
+        auto least = E::read_pair_range(first), greatest = least;
+        for (int64_t i = 2 * kLanes; i < group_size; i += 2 * kLanes) {
+          const auto v = E::read_pair_range(first + i * E::kBytes);
+          least = E::least(least, v);
+          greatest = E::greatest(greatest, v);
+        }
+        low[set] = E::least(E::first_half(least), E::last_half(least));
+        high[set] = E::greatest(E::first_half(greatest), E::last_half(greatest));
+        continue;
+      }
+    }
     Range a = E::read_range(first, std::min(group_size, kLanes));
     if (group_size < kLanes) a = E::repeat_first(a, group_size);
     Range b = a;
@@ -73,12 +88,44 @@ inline void find_ranges(const std::byte* items, int64_t num_sets, int64_t group_
   highest = E::floats(greatest_of_each(high));
 }
 
+// `encode_columns` with twice as many channels.
+template <DType kType, int kBits, bool kHasTop>
+void encode_pairs(const std::byte* items, int64_t num_tokens, int64_t width, const ValueSets& sets,
+                  uint8_t* codes) {
+  using E = Elements<kType>;
+  constexpr int kCount = kParts<kBits>;
+  for (int64_t c = 0; c < width; c += 2 * kLanes) {
+    int64_t groups[kCount];
+    for (int part = 0; part < kCount; ++part) groups[part] = (part * width + c) / sets.group_size;
+    for (int64_t t = 0; t < num_tokens; ++t) {
+      Words a = no_words(), b = no_words();
+#pragma GCC unroll 4
+      for (int part = 0; part < kCount; ++part) {
+        const int64_t channel = (t * kCount + part) * width + c;
+        const int64_t set = t * sets.num_groups + groups[part];
+        Steps steps = {all(sets.low[set]), all(sets.inverse[set]), {}, true};
+        if (kHasTop) steps.top = all(sets.top[set]);
+        Floats x, y;
+        E::read_pair(items + channel * E::kBytes, x, y);
+        a = either(a, to_code<kBits, kHasTop>(x, steps, part));
+        b = either(b, to_code<kBits, kHasTop>(y, steps, part));
+      }
+      E::store_codes(codes + t * width + c, a, b);
+    }
+  }
+}
+
 // Columns of kLanes channels: a column is in the same group of every token.
 template <DType kType, int kBits, bool kHasTop>
 void encode_columns(const std::byte* items, int64_t num_tokens, int64_t width,
                     const ValueSets& sets, uint8_t* codes) {
   using E = Elements<kType>;
   constexpr int kCount = kParts<kBits>;
+  if constexpr (E::kHasPairs) {
+    if (sets.in_pairs) {
+      return encode_pairs<kType, kBits, kHasTop>(items, num_tokens, width, sets, codes);
+    }
+  }
   for (int64_t c = 0; c < width; c += kLanes) {
     int64_t groups[kCount];
     for (int part = 0; part < kCount; ++part) groups[part] = (part * width + c) / sets.group_size;
