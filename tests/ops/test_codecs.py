@@ -274,7 +274,7 @@ def test_rows_may_be_wider_and_lie_apart(codec_implementation: str) -> None:
 def test_rows_and_pools_may_begin_anywhere(
     codec: str, head_dim: int, start: int, codec_implementation: str
 ) -> None:
-    if codec_implementation == "triton" and start not in (0, 32):
+    if codec_implementation == "triton" and (start, head_dim) not in ((0, 64), (32, 64)):
         pytest.skip("too much for the interpreter")
     pool = make_pool(KVLayout(2, 2, head_dim, 32), 3)
     pool.data[1, 0, 0, 1, 3, 5] = 2.0**-30  # an escape
