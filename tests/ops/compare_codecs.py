@@ -22,9 +22,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import torch
+
+# As in conftest.py, before the first import of triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from codec_blocks import decode_by_triton, encode_by_triton
 from quick_interpreter import make_quick
 
@@ -88,10 +91,10 @@ def random_pools(num_blocks: int, seed: int) -> Iterator[KVPool]:
 def real_pools(num_blocks: int, model_name: str, text: Path, dtype: str) -> Iterator[KVPool]:
     """Single layers of the blocks that a model makes of a text."""
     from prefixstore.quality.command import DTYPES as MODEL_DTYPES
-    from prefixstore.quality.command import load
+    from prefixstore.quality.command import load, locate
     from prefixstore.quality.restored import compute_prefix
 
-    _, model, tokenizer = load(model_name, MODEL_DTYPES[dtype])
+    model, tokenizer = load(locate(model_name), MODEL_DTYPES[dtype])
     tokens = tokenizer(text.read_text(), return_tensors="pt").input_ids[0]
     remaining = num_blocks
     for start in range(0, len(tokens) - 1024, 1024):
