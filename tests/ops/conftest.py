@@ -1,18 +1,14 @@
 """The implementations that tests of the ops run on."""
 
-import importlib.util
-
 import codec_blocks
 import pytest
+import quick_interpreter
 import torch
 
 import kvkernels
 from kvkernels import native
 
-if importlib.util.find_spec("triton"):  # which is only on Linux
-    import quick_interpreter
-
-    quick_interpreter.make_quick()
+quick_interpreter.make_quick()
 
 
 @pytest.fixture(params=codec_blocks.IMPLEMENTATIONS)

@@ -11,20 +11,24 @@ It does the same; half of the time that tests of codecs took went into two thing
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 import operator
 from types import FunctionType
 from typing import Any
 
 import numpy as np
-import triton
-from triton.language.semantic import TritonSemantic
 
 _OPERATORS = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}
 
 
+@functools.cache
 def make_quick() -> None:
-    """Once in a process; without effect where kernels are compiled."""
+    """Once in a process; without effect where kernels are compiled, or where Triton is not."""
+    if importlib.util.find_spec("triton") is None:  # it is only on Linux
+        return
+    import triton
+
     if not triton.knobs.runtime.interpret:
         return
     from triton.runtime import interpreter
@@ -60,7 +64,7 @@ def _patch_once_in_a_launch(interpreter: Any) -> None:
 
 
 def _check_overflow_at_once(interpreter: Any) -> None:
-    def check(semantic: TritonSemantic, left: Any, right: Any, operation: Any) -> None:
+    def check(semantic: Any, left: Any, right: Any, operation: Any) -> None:
         bits = left.type.scalar.int_bitwidth
         if bits >= 64 or not semantic.builder.options.sanitize_overflow:
             return
@@ -73,4 +77,4 @@ def _check_overflow_at_once(interpreter: Any) -> None:
         if exact.min() < limits[0] or exact.max() > limits[1]:
             raise AssertionError(f"int{bits} overflow detected for operation {name}")
 
-    TritonSemantic.binary_op_sanitize_overflow_impl = check
+    interpreter.TritonSemantic.binary_op_sanitize_overflow_impl = check
