@@ -6,8 +6,8 @@
 What is decoded and encoded again must give the same bytes, but of float32 blocks. "Coarse" are
 blocks with a scale or minimum below float16's normal numbers, 6e-5.
 
-To be run by hand: Triton's interpreter, where there is no GPU, takes an hour on one core, and has
-several processes share the work by `--only triton --seed N`. Ends with
+To be run by hand. Where there is no GPU, Triton's interpreter takes an hour of one core for 10,000
+blocks a codec: `--only triton` and a `--seed` each let several processes share them. Ends with
 status 1 at the first byte that differs.
 """
 
