@@ -53,9 +53,14 @@ bool encode_codes(const Side& side, const std::byte* items, std::byte* layer) {
   const int64_t num_pairs = groups * (side.format.is_key ? tile.dim : tile.size);
   auto* codes = reinterpret_cast<uint8_t*>(layer + side.format.parts[0]);
   auto* pairs = reinterpret_cast<uint16_t*>(layer + side.format.parts[1]);
-  const auto encode = side.format.is_key ? encode_keys<kType, kBits> : encode_values<kType, kBits>;
+  using E = Elements<kType>;
+  constexpr int kMost = kMostVectors<E>;
+  const auto encode_key_head = tile.dim / kParts<kBits> % (kMost * kLanes) == 0
+                                   ? encode_keys<kType, kBits, kMost>
+                                   : encode_keys<kType, kBits, 1>;
+  const auto encode = side.format.is_key ? encode_key_head : encode_values<kType, kBits>;
   for (int64_t head = 0; head < side.num_heads; ++head) {
-    encode(items + head * tile.size * tile.stride * Elements<kType>::kBytes, tile, groups,
+    encode(items + head * tile.size * tile.stride * E::kBytes, tile, groups,
            codes + head * num_codes, pairs + head * num_pairs * 2, magnitudes);
   }
   return largest_lane(magnitudes) <= kLargest;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cpu/codec_items.h"
 #include "cpu/codec_paths.h"
 #include "cpu/codec_scales.h"
 
@@ -36,103 +37,22 @@ class Ahead {
   int64_t item_step_, code_step_;
 };
 
-// Steps of neighbouring lanes, in the order in which pairs are read.
-template <typename E>
-void arrange(Steps& a, Steps& b) {
-  E::arrange(a.low, b.low);
-  E::arrange(a.inverse, b.inverse);
-  E::arrange(a.top, b.top);
-}
-
-// `encode_keys` where pairs of lanes fill `width`.
-template <DType kType, int kBits>
-void encode_keys_in_pairs(const std::byte* items, const Tile& tile, int64_t num_groups,
-                          uint8_t* codes, uint16_t* pairs, Words& magnitudes) {
+// kVectors times kLanes channels at a time, which width is a multiple of where those are two. Adds
+// the ranges it finds to `magnitudes`.
+template <DType kType, int kBits, int kVectors>
+void encode_keys(const std::byte* items, const Tile& tile, int64_t num_groups, uint8_t* codes,
+                 uint16_t* pairs, Words& magnitudes) {
   using E = Elements<kType>;
-  using Range = typename E::PairRange;
+  using Row = Items<E, kVectors>;
+  using Range = typename Row::Range;
   constexpr int kCount = kParts<kBits>;
-  constexpr int64_t kStep = 2 * kLanes;
+  constexpr int64_t kStep = kVectors * kLanes;
   const int64_t width = tile.dim / kCount, group_size = tile.size / num_groups;
   const int64_t row_bytes = tile.stride * E::kBytes;
   Ahead ahead(items + tile.size * row_bytes, kCount * kStep * E::kBytes, codes + tile.size * width,
               kStep);
   for (int64_t group = 0; group < num_groups; ++group, pairs += 2 * tile.dim) {
     for (int64_t c = 0; c < width; c += kStep) {
-      const std::byte* const from = items + (group * group_size * tile.stride + c) * E::kBytes;
-      const std::byte* row = from;
-      const auto place = [&](int part) { return row + part * width * E::kBytes; };
-      Range least[kCount], greatest[kCount];
-#pragma GCC unroll 4
-      for (int part = 0; part < kCount; ++part) {
-        least[part] = greatest[part] = E::read_pair_range(place(part));
-      }
-      for (int64_t t = 1; t < group_size; ++t) {
-        ahead.touch();
-        row += row_bytes;
-#pragma GCC unroll 4
-        for (int part = 0; part < kCount; ++part) {
-          const Range v = E::read_pair_range(place(part));
-          least[part] = E::least(least[part], v);
-          greatest[part] = E::greatest(greatest[part], v);
-        }
-      }
-      Steps first[kCount], last[kCount];
-      bool has_top = false;
-      for (int part = 0; part < kCount; ++part) {
-        const auto find = [&](auto lowest_of_16, auto highest_of_16, int64_t channel) {
-          const Floats lowest = E::floats(lowest_of_16), highest = E::floats(highest_of_16);
-          magnitudes = larger_magnitude(larger_magnitude(magnitudes, lowest), highest);
-          return find_scales<kType>(lowest, highest, kBits, pairs + 2 * channel, kLanes);
-        };
-        const int64_t channel = part * width + c;
-        first[part] = find(E::first_half(least[part]), E::first_half(greatest[part]), channel);
-        last[part] =
-            find(E::last_half(least[part]), E::last_half(greatest[part]), channel + kLanes);
-        has_top |= first[part].has_top || last[part].has_top;
-        arrange<E>(first[part], last[part]);
-      }
-      const auto write = [&](auto has_top_constant) {
-        row = from;
-        uint8_t* to = codes + group * group_size * width + c;
-        for (int64_t t = 0; t < group_size; ++t, row += row_bytes, to += width) {
-          Words a = no_words(), b = no_words();
-#pragma GCC unroll 4
-          for (int part = 0; part < kCount; ++part) {
-            Floats x, y;
-            E::read_pair(place(part), x, y);
-            a = either(a, to_code<kBits, has_top_constant>(x, first[part], part));
-            b = either(b, to_code<kBits, has_top_constant>(y, last[part], part));
-          }
-          E::store_codes(to, a, b);
-        }
-      };
-      if (has_top) {
-        write(std::true_type());
-      } else {
-        write(std::false_type());
-      }
-    }
-  }
-}
-
-// Encoding adds the ranges it finds to `magnitudes`.
-template <DType kType, int kBits>
-void encode_keys(const std::byte* items, const Tile& tile, int64_t num_groups, uint8_t* codes,
-                 uint16_t* pairs, Words& magnitudes) {
-  using E = Elements<kType>;
-  using Range = typename E::Range;
-  constexpr int kCount = kParts<kBits>;
-  const int64_t width = tile.dim / kCount, group_size = tile.size / num_groups;
-  if constexpr (E::kHasPairs) {
-    if (width % (2 * kLanes) == 0) {
-      return encode_keys_in_pairs<kType, kBits>(items, tile, num_groups, codes, pairs, magnitudes);
-    }
-  }
-  const int64_t row_bytes = tile.stride * E::kBytes;
-  Ahead ahead(items + tile.size * row_bytes, kCount * kLanes * E::kBytes, codes + tile.size * width,
-              kLanes);
-  for (int64_t group = 0; group < num_groups; ++group, pairs += 2 * tile.dim) {
-    for (int64_t c = 0; c < width; c += kLanes) {
       const int64_t count = std::min(kLanes, width - c);
       const std::byte* const from = items + (group * group_size * tile.stride + c) * E::kBytes;
       const std::byte* row = from;
@@ -140,39 +60,50 @@ void encode_keys(const std::byte* items, const Tile& tile, int64_t num_groups, u
       Range least[kCount], greatest[kCount];
 #pragma GCC unroll 4
       for (int part = 0; part < kCount; ++part) {
-        least[part] = greatest[part] = E::read_range(place(part), count);
+        least[part] = greatest[part] = Row::read_range(place(part), count);
       }
       for (int64_t t = 1; t < group_size; ++t) {
         ahead.touch();
         row += row_bytes;
 #pragma GCC unroll 4
         for (int part = 0; part < kCount; ++part) {
-          const Range v = E::read_range(place(part), count);
+          const Range v = Row::read_range(place(part), count);
           least[part] = E::least(least[part], v);
           greatest[part] = E::greatest(greatest[part], v);
         }
       }
-      Steps steps[kCount];
+      Steps steps[kCount][kVectors];
       bool has_top = false;
-#pragma GCC unroll 4
       for (int part = 0; part < kCount; ++part) {
-        const Floats lowest = E::floats(least[part]), highest = E::floats(greatest[part]);
-        magnitudes = larger_magnitude(larger_magnitude(magnitudes, lowest), highest);
-        steps[part] =
-            find_scales<kType>(lowest, highest, kBits, pairs + 2 * (part * width + c), count);
-        has_top |= steps[part].has_top;
+        Floats lowest[kVectors], highest[kVectors];
+        Row::to_floats(least[part], lowest);
+        Row::to_floats(greatest[part], highest);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) {
+          magnitudes = larger_magnitude(larger_magnitude(magnitudes, lowest[v]), highest[v]);
+          uint16_t* to = pairs + 2 * (part * width + c + v * kLanes);
+          steps[part][v] = find_scales<kType>(lowest[v], highest[v], kBits, to, count);
+          has_top |= steps[part][v].has_top;
+        }
+        Row::arrange(steps[part]);
       }
       const auto write = [&](auto has_top_constant) {
         row = from;
         uint8_t* to = codes + group * group_size * width + c;
         for (int64_t t = 0; t < group_size; ++t, row += row_bytes, to += width) {
-          Words packed = no_words();
+          Words packed[kVectors];
+          std::fill_n(packed, kVectors, no_words());
 #pragma GCC unroll 4
           for (int part = 0; part < kCount; ++part) {
-            const Floats v = E::read(place(part), count);
-            packed = either(packed, to_code<kBits, has_top_constant>(v, steps[part], part));
+            Floats v[kVectors];
+            Row::read(place(part), count, v);
+#pragma GCC unroll 2
+            for (int i = 0; i < kVectors; ++i) {
+              packed[i] =
+                  either(packed[i], to_code<kBits, has_top_constant>(v[i], steps[part][i], part));
+            }
           }
-          store_bytes(to, packed, count);
+          Row::store_codes(to, packed, count);
         }
       };
       if (has_top) {

@@ -258,11 +258,7 @@ struct Elements<DType::kBFloat16> : Elements16<BFloat16> {
     stream(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v[1], v[0])));
   }
 #endif
-  static Floats round(Floats v) {
-    alignas(64) uint16_t bits[kLanes];
-    BFloat16::store(bits, v, 0xffff);
-    return BFloat16::load(bits);
-  }
+  static Floats round(Floats v) { return BFloat16::round(v); }
 };
 
 }  // namespace

@@ -88,59 +88,33 @@ inline void find_ranges(const std::byte* items, int64_t num_sets, int64_t group_
   highest = E::floats(greatest_of_each(high));
 }
 
-// `encode_columns` with twice as many channels.
-template <DType kType, int kBits, bool kHasTop>
-void encode_pairs(const std::byte* items, int64_t num_tokens, int64_t width, const ValueSets& sets,
-                  uint8_t* codes) {
-  using E = Elements<kType>;
-  constexpr int kCount = kParts<kBits>;
-  for (int64_t c = 0; c < width; c += 2 * kLanes) {
-    int64_t groups[kCount];
-    for (int part = 0; part < kCount; ++part) groups[part] = (part * width + c) / sets.group_size;
-    for (int64_t t = 0; t < num_tokens; ++t) {
-      Words a = no_words(), b = no_words();
-#pragma GCC unroll 4
-      for (int part = 0; part < kCount; ++part) {
-        const int64_t channel = (t * kCount + part) * width + c;
-        const int64_t set = t * sets.num_groups + groups[part];
-        Steps steps = {all(sets.low[set]), all(sets.inverse[set]), {}, true};
-        if (kHasTop) steps.top = all(sets.top[set]);
-        Floats x, y;
-        E::read_pair(items + channel * E::kBytes, x, y);
-        a = either(a, to_code<kBits, kHasTop>(x, steps, part));
-        b = either(b, to_code<kBits, kHasTop>(y, steps, part));
-      }
-      E::store_codes(codes + t * width + c, a, b);
-    }
-  }
-}
-
-// Columns of kLanes channels: a column is in the same group of every token.
-template <DType kType, int kBits, bool kHasTop>
+// Columns of kVectors times kLanes channels: a column is in the same group of every token.
+template <DType kType, int kBits, int kVectors, bool kHasTop>
 void encode_columns(const std::byte* items, int64_t num_tokens, int64_t width,
                     const ValueSets& sets, uint8_t* codes) {
   using E = Elements<kType>;
+  using Row = Items<E, kVectors>;
   constexpr int kCount = kParts<kBits>;
-  if constexpr (E::kHasPairs) {
-    if (sets.in_pairs) {
-      return encode_pairs<kType, kBits, kHasTop>(items, num_tokens, width, sets, codes);
-    }
-  }
-  for (int64_t c = 0; c < width; c += kLanes) {
+  for (int64_t c = 0; c < width; c += kVectors * kLanes) {
     int64_t groups[kCount];
     for (int part = 0; part < kCount; ++part) groups[part] = (part * width + c) / sets.group_size;
     for (int64_t t = 0; t < num_tokens; ++t) {
-      Words packed = no_words();
+      Words packed[kVectors];
+      std::fill_n(packed, kVectors, no_words());
 #pragma GCC unroll 4
       for (int part = 0; part < kCount; ++part) {
         const int64_t channel = (t * kCount + part) * width + c;
         const int64_t set = t * sets.num_groups + groups[part];
         Steps steps = {all(sets.low[set]), all(sets.inverse[set]), {}, true};
         if (kHasTop) steps.top = all(sets.top[set]);
-        const Floats v = E::read(items + channel * E::kBytes, kLanes);
-        packed = either(packed, to_code<kBits, kHasTop>(v, steps, part));
+        Floats v[kVectors];
+        Row::read(items + channel * E::kBytes, kLanes, v);
+#pragma GCC unroll 2
+        for (int i = 0; i < kVectors; ++i) {
+          packed[i] = either(packed[i], to_code<kBits, kHasTop>(v[i], steps, part));
+        }
       }
-      store_bytes(codes + t * width + c, packed, kLanes);
+      Row::store_codes(codes + t * width + c, packed, kLanes);
     }
   }
 }
@@ -172,6 +146,14 @@ void encode_rows(const std::byte* items, int64_t num_tokens, int64_t width, cons
   }
 }
 
+template <DType kType, int kBits, bool kHasTop>
+auto choose_encoder(const ValueSets& sets) {
+  constexpr int kMost = kMostVectors<Elements<kType>>;
+  if (kMost > 1 && sets.in_pairs) return encode_columns<kType, kBits, kMost, kHasTop>;
+  return sets.in_columns ? encode_columns<kType, kBits, 1, kHasTop>
+                         : encode_rows<kType, kBits, kHasTop>;
+}
+
 // Tokens of values are dense: there are no more channels than those that are written.
 template <DType kType, int kBits>
 void encode_values(const std::byte* items, const Tile& tile, int64_t num_groups, uint8_t* codes,
@@ -197,10 +179,8 @@ void encode_values(const std::byte* items, const Tile& tile, int64_t num_groups,
       store_floats(sets.top + set, steps.top);
       has_top |= steps.has_top;
     }
-    const auto encode =
-        sets.in_columns
-            ? (has_top ? encode_columns<kType, kBits, true> : encode_columns<kType, kBits, false>)
-            : (has_top ? encode_rows<kType, kBits, true> : encode_rows<kType, kBits, false>);
+    const auto encode = has_top ? choose_encoder<kType, kBits, true>(sets)
+                                : choose_encoder<kType, kBits, false>(sets);
     encode(from, num_tokens, width, sets, codes + token * width);
   }
 }

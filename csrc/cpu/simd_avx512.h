@@ -75,13 +75,21 @@ struct BFloat16 {
     a = _mm512_permutex2var_ps(first, even, b);
     b = _mm512_permutex2var_ps(first, odd, b);
   }
-  static void store(Item* p, __m512 v, __mmask16 mask) {
+  // The nearest bfloat16 in the upper half of each word; the lower half means nothing.
+  static __m512i nearest(__m512 v) {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i tie = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(tie, _mm512_set1_epi32(0x7fff)));
+    const __m512i rounded =
+        _mm512_add_epi32(bits, _mm512_add_epi32(tie, _mm512_set1_epi32(0x7fff)));
     const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    rounded = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
-    _mm256_mask_storeu_epi16(p, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    return _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+  }
+  static void store(Item* p, __m512 v, __mmask16 mask) {
+    const __m512i words = _mm512_srli_epi32(nearest(v), 16);
+    _mm256_mask_storeu_epi16(p, mask, _mm512_cvtepi32_epi16(words));
+  }
+  static __m512 round(__m512 v) {
+    return _mm512_castsi512_ps(_mm512_and_si512(nearest(v), _mm512_set1_epi32(-65536)));
   }
   static __m512 masked_load(const Item* p, __mmask16 mask) {
     return widen(_mm256_maskz_loadu_epi16(mask, p));
