@@ -205,10 +205,16 @@ void take_turn(const std::vector<Channel*>& channels, double timeout_s) {
 // channel then waits for a reply, or may be asked for one, that nobody else knows of.
 class Batch {
  public:
-  void add(std::size_t lane, const py::sequence& words, const py::object& into, int64_t num_bytes) {
-    auto held = std::make_shared<Held>();
-    auto pieces = encode(words, *held);
-    batch_.add({lane, std::move(pieces), make_command(into, num_bytes, held)});
+  // Commands of a lane: of each its words, `into` and `num_bytes`.
+  void add(std::size_t lane, const py::sequence& commands) {
+    for (const py::handle one : commands) {
+      const auto command = py::cast<py::tuple>(one);
+      if (command.size() != 3) throw py::value_error("commands: expected three parts of each");
+      auto held = std::make_shared<Held>();
+      auto pieces = encode(command[0], *held);
+      batch_.add(
+          {lane, std::move(pieces), make_command(command[1], command[2].cast<int64_t>(), held)});
+    }
   }
 
   // Of each command the reply, or `unanswered`.
@@ -285,8 +291,7 @@ void bind_resp(py::module_& module) {
       .def_property_readonly("failure", [](Channel& self) { return self.core().failure(); });
   py::class_<Batch>(module, "RespBatch")
       .def(py::init<>())
-      .def("add", &Batch::add, py::arg("lane"), py::arg("words"), py::arg("into"),
-           py::arg("num_bytes"))
+      .def("add", &Batch::add, py::arg("lane"), py::arg("commands"))
       .def("run", &Batch::run, py::arg("lanes"), py::arg("timeout_s"), py::arg("make_error"),
            py::arg("unanswered"));
   module.def("resp_take_turn", &take_turn, py::arg("channels"), py::arg("timeout_s"));

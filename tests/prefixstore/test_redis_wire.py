@@ -171,7 +171,7 @@ def test_tickets_come_back_with_their_replies(ends):
 def batch_of(num_commands: int, num_lanes: int = 1) -> tuple[RespBatch, list[bytearray]]:
     batch, outs = RespBatch(), [bytearray(4) for _ in range(num_commands)]
     for i, out in enumerate(outs):
-        batch.add(i % num_lanes, GET, [memoryview(out)], len(out))
+        batch.add(i % num_lanes, [(GET, [memoryview(out)], len(out))])
     return batch, outs
 
 

@@ -18,6 +18,8 @@ from prefixstore.tiers.redis.servers import Servers
 from prefixstore.tiers.redis.wire import UNANSWERED, Reply, RespBatch, Word, run_batch
 
 BatchReply: TypeAlias = "Reply | TierError"
+BatchCommand: TypeAlias = "tuple[Sequence[Word], Sequence[memoryview] | None, int]"
+"""Words and buffers as in `Command`, the key second, and about how much it moves, to or fro."""
 
 
 @dataclass(eq=False)
@@ -48,26 +50,22 @@ class CommandBatch:
         self._lanes: dict[Address | None, _Lane] = {}
         self._lane_of: list[_Lane] = []
 
-    def add(
-        self, words: Sequence[Word], into: Sequence[memoryview] | None = None, num_bytes: int = 0
-    ) -> int:
-        """Have a command run, as in `Command`; where among all replies its own will be.
+    def add(self, commands: Sequence[BatchCommand]) -> None:
+        """Have commands run; among all replies theirs follow those to the ones before."""
+        if not self._servers.has_one_address:
+            for command in commands:
+                self._add_to(self._lane_to(command[0][1]), [command])
+        elif commands:
+            self._add_to(self._lane_to(commands[0][0][1]), commands)
 
-        Args:
-            words: The key second.
-            into: Buffers for a reply that is a string.
-            num_bytes: About how much it moves, to or fro.
-        """
-        key = words[1]
+    def _add_to(self, lane: _Lane, commands: Sequence[BatchCommand]) -> None:
+        lane.num_commands += len(commands)
+        lane.num_bytes += sum([num_bytes for _, _, num_bytes in commands])
+        self._batch.add(lane.index, commands)
+        self._lane_of.extend([lane] * len(commands))
+
+    def _lane_to(self, key: Word) -> _Lane:
         assert isinstance(key, bytes)
-        lane = self._lane_to(key)
-        lane.num_commands += 1
-        lane.num_bytes += num_bytes
-        self._batch.add(lane.index, words, into, num_bytes)
-        self._lane_of.append(lane)
-        return len(self._lane_of) - 1
-
-    def _lane_to(self, key: bytes) -> _Lane:
         address, error = None, None
         try:
             address = self._servers.address_of(key, self._deadline)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Generic, TypeAlias, TypeVar
 
-from prefixstore.tiers.redis.batch import BatchReply, CommandBatch
+from prefixstore.tiers.redis.batch import BatchCommand, BatchReply
 from prefixstore.tiers.redis.config import RedisTierConfig
 from prefixstore.tiers.redis.records import (
     MAGIC,
@@ -37,11 +37,13 @@ class Bulk(ABC, Generic[T]):
     """One command for each of a call's records."""
 
     @abstractmethod
-    def add(self, batch: CommandBatch, index: int, key: bytes) -> int:
-        """Add the command for a record; where its reply will be."""
+    def commands(self, keys: Mapping[int, bytes]) -> list[BatchCommand]:
+        """A command for each record, given its key by its index in the call; then others, whose
+        replies nobody waits for.
+        """
 
     @abstractmethod
-    def settle(self, indices: Sequence[int], replies: Sequence[BatchReply]) -> list[Settled[T]]:
+    def settle(self, indices: Iterable[int], replies: Sequence[BatchReply]) -> list[Settled[T]]:
         """What each record's reply means. Those that are errors are the caller's."""
 
 
@@ -53,6 +55,12 @@ class _Manifests:
 
     def head(self, index: int) -> memoryview:
         return self._bytes[index * MANIFEST_BYTES : (index + 1) * MANIFEST_BYTES]
+
+    def commands(self, keys: Mapping[int, bytes]) -> list[BatchCommand]:
+        """What reads them."""
+        return [
+            ((b"GETRANGE", key, *MANIFEST_RANGE), (self.head(i),), 0) for i, key in keys.items()
+        ]
 
     def single_bytes(self, index: int) -> int:
         """The length of a record that has one part; -1 for all others."""
@@ -87,14 +95,15 @@ class BulkReads(Bulk["int | None"]):
         self._is_due = is_due
         self._manifests = _Manifests(len(outs))
 
-    def add(self, batch: CommandBatch, index: int, key: bytes) -> int:
-        out = self._outs[index]
-        where = batch.add((b"GET", key), (self._manifests.head(index), out), len(out))
-        self._renew(batch, key)
-        return where
+    def commands(self, keys: Mapping[int, bytes]) -> list[BatchCommand]:
+        outs, head = self._outs, self._manifests.head
+        reads: list[BatchCommand] = [
+            ((b"GET", key), (head(i), outs[i]), len(outs[i])) for i, key in keys.items()
+        ]
+        return reads + self._renewals(keys.values())
 
     def settle(
-        self, indices: Sequence[int], replies: Sequence[BatchReply]
+        self, indices: Iterable[int], replies: Sequence[BatchReply]
     ) -> list[Settled[int | None]]:
         settled: list[Settled[int | None]] = []
         for index, reply in zip(indices, replies, strict=True):
@@ -106,10 +115,9 @@ class BulkReads(Bulk["int | None"]):
             settled.append(length if is_whole else UNSETTLED)
         return settled
 
-    def _renew(self, batch: CommandBatch, key: bytes) -> None:
-        if self._is_due(key):
-            for command in renewals([key], self._config, renews=True):
-                batch.add(command.args)
+    def _renewals(self, keys: Iterable[bytes]) -> list[BatchCommand]:
+        due = [key for key in keys if self._is_due(key)]
+        return [(command.args, None, 0) for command in renewals(due, self._config, renews=True)]
 
 
 class BulkRanges(BulkReads):
@@ -133,16 +141,16 @@ class BulkRanges(BulkReads):
         super().__init__(outs, config, is_due)
         self._offsets = offsets
 
-    def add(self, batch: CommandBatch, index: int, key: bytes) -> int:
-        out, begin = self._outs[index], MANIFEST_BYTES + self._offsets[index]
-        batch.add((b"GETRANGE", key, *MANIFEST_RANGE), (self._manifests.head(index),))
-        words = (b"GETRANGE", key, b"%d" % begin, b"%d" % (begin + len(out) - 1))
-        where = batch.add(words, (out,), len(out))
-        self._renew(batch, key)
-        return where
+    def commands(self, keys: Mapping[int, bytes]) -> list[BatchCommand]:
+        reads: list[BatchCommand] = []
+        for i, key in keys.items():
+            out, begin = self._outs[i], MANIFEST_BYTES + self._offsets[i]
+            words = (b"GETRANGE", key, b"%d" % begin, b"%d" % (begin + len(out) - 1))
+            reads.append((words, (out,), len(out)))
+        return reads + self._manifests.commands(keys) + self._renewals(keys.values())
 
     def settle(
-        self, indices: Sequence[int], replies: Sequence[BatchReply]
+        self, indices: Iterable[int], replies: Sequence[BatchReply]
     ) -> list[Settled[int | None]]:
         settled: list[Settled[int | None]] = []
         for index, reply in zip(indices, replies, strict=True):
@@ -167,10 +175,10 @@ class BulkLooks(Bulk[bool]):
     def __init__(self, num_records: int) -> None:
         self._manifests = _Manifests(num_records)
 
-    def add(self, batch: CommandBatch, index: int, key: bytes) -> int:
-        return batch.add((b"GETRANGE", key, *MANIFEST_RANGE), (self._manifests.head(index),))
+    def commands(self, keys: Mapping[int, bytes]) -> list[BatchCommand]:
+        return self._manifests.commands(keys)
 
-    def settle(self, indices: Sequence[int], replies: Sequence[BatchReply]) -> list[Settled[bool]]:
+    def settle(self, indices: Iterable[int], replies: Sequence[BatchReply]) -> list[Settled[bool]]:
         settled: list[Settled[bool]] = []
         for index, reply in zip(indices, replies, strict=True):
             is_there = reply == MANIFEST_BYTES and self._manifests.single_bytes(index) >= 0
@@ -194,16 +202,19 @@ class BulkWrites(Bulk[bool]):
         self._keys = keys
         self._records = records
         self._options = (b"EX", b"%d" % config.ttl_s, b"NX")
-        self._write_ids = secrets.token_bytes(WRITE_ID_BYTES * len(records))
 
-    def add(self, batch: CommandBatch, index: int, key: bytes) -> int:
-        self._keys[index] = key
-        record = self._records[index]
-        begin = index * WRITE_ID_BYTES
-        write_id = self._write_ids[begin : begin + WRITE_ID_BYTES]
-        head = MANIFEST.pack(MAGIC, 1, len(record), max(1, len(record)), write_id)
-        return batch.add((b"SET", key, (head, record), *self._options), None, len(record))
+    def commands(self, keys: Mapping[int, bytes]) -> list[BatchCommand]:
+        self._keys.update(keys)
+        records, options, pack = self._records, self._options, MANIFEST.pack
+        write_ids = secrets.token_bytes(WRITE_ID_BYTES * len(records))
+        writes: list[BatchCommand] = []
+        for i, key in keys.items():
+            num_bytes = len(records[i])
+            write_id = write_ids[i * WRITE_ID_BYTES : (i + 1) * WRITE_ID_BYTES]
+            head = pack(MAGIC, 1, num_bytes, num_bytes or 1, write_id)
+            writes.append(((b"SET", key, (head, records[i]), *options), None, num_bytes))
+        return writes
 
-    def settle(self, indices: Sequence[int], replies: Sequence[BatchReply]) -> list[Settled[bool]]:
+    def settle(self, indices: Iterable[int], replies: Sequence[BatchReply]) -> list[Settled[bool]]:
         self.known.update(i for i, reply in zip(indices, replies, strict=True) if reply is None)
         return [True if reply == b"OK" else UNSETTLED for reply in replies]

@@ -128,49 +128,52 @@ class Caller:
         """Fills in outcomes; returns the records that are worth another try."""
         wanted = {call.names[i].identity for i in pending}
         known = self._known_generations(wanted, call.begins, deadline)
-        keys: dict[int, bytes] = {}
-        for i in pending:
-            name = call.names[i]
-            generation = known[name.identity]
-            if isinstance(generation, bytes):
-                keys[i] = self._keys.record(name, generation)
-            else:
-                outcomes[i] = call.absent if generation is None else generation
-        identities = [i for i in known if isinstance(known[i], bytes)]
-        found: _Findings[T] = _Findings(keys, identities)
+        generations = {i: found for i, found in known.items() if isinstance(found, bytes)}
+        keys = self._keys.records(((i, call.names[i]) for i in pending), generations)
+        if len(keys) < len(pending):
+            for i in set(pending).difference(keys):
+                why = known[call.names[i].identity]
+                outcomes[i] = why if isinstance(why, TierError) else call.absent
+        found: _Findings[T] = _Findings(keys, list(generations))
         if call.bulk is not None and self._servers.can_batch:
             self._run_bulk(call.bulk, found, deadline)
         self._run_rest(call, known, found, deadline)
+        for i in keys:
+            outcomes[i] = found.outcomes[i]
         current = found.generations
         stale = {i for i in found.identities if self._is_stale(i, current, known)}
-        for i in keys:
-            identity = call.names[i].identity
-            generation = current[identity]
-            if isinstance(generation, TierError):
-                outcomes[i] = generation  # it may have been deleted: nobody can say
-            else:
-                outcomes[i] = call.absent if identity in stale else found.outcomes[i]
+        # One that may have been deleted: nobody can say.
+        unsure = {i: why for i, why in current.items() if isinstance(why, TierError)}
+        if stale or unsure:
+            for i in keys:
+                identity = call.names[i].identity
+                if identity in unsure:
+                    outcomes[i] = unsure[identity]
+                elif identity in stale:
+                    outcomes[i] = call.absent
         return [
             i
             for i in pending
-            if call.names[i].identity in stale or isinstance(outcomes[i], PassingTrouble)
+            if isinstance(outcomes[i], PassingTrouble)
+            or (stale and call.names[i].identity in stale)
         ]
 
     def _run_bulk(self, bulk: Bulk[T], found: _Findings[T], deadline: float) -> None:
         """One command for each record and generation; fills in what that tells."""
         batch = CommandBatch(self._servers, deadline)
-        for identity in found.identities:
-            batch.add((b"GET", self._keys.generation(identity)))
-        places = [bulk.add(batch, i, key) for i, key in found.keys.items()]
-        replies = [self._meaning(reply) for reply in batch.run()]
+        batch.add([((b"GET", self._keys.generation(i)), None, 0) for i in found.identities])
+        batch.add(bulk.commands(found.keys))
+        replies = batch.run()
+        num_identities = len(found.identities)
         for identity, reply in zip(found.identities, replies, strict=False):
-            if reply is not UNSETTLED:
-                found.generations[identity] = reply
-        indices, own = list(found.keys), [replies[place] for place in places]
-        for i, reply, outcome in zip(indices, own, bulk.settle(indices, own), strict=True):
-            if isinstance(reply, TierError):
-                found.outcomes[i] = reply
-            elif not isinstance(outcome, Unsettled):
+            generation = self._meaning(reply)
+            if generation is not UNSETTLED:
+                found.generations[identity] = generation
+        own = replies[num_identities : num_identities + len(found.keys)]
+        for i, reply, settled in zip(found.keys, own, bulk.settle(found.keys, own), strict=True):
+            is_error = isinstance(reply, ErrorReply | TierError)
+            outcome = self._meaning(reply) if is_error else settled
+            if not isinstance(outcome, Unsettled):
                 found.outcomes[i] = outcome
 
     def _run_rest(

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import secrets
 import struct
-from collections.abc import Iterator
+from binascii import hexlify
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -56,8 +57,22 @@ class Keys:
         return b"%b:pinned" % _stem(self.prefix, identity, generation)
 
     def record(self, name: RecordName, generation: bytes) -> bytes:
-        digest = name.block_hash.hex().encode()
-        return b"%b:{%b}" % (_stem(self.prefix, name.identity, generation), digest)
+        stem = _stem(self.prefix, name.identity, generation)
+        return b"%b:{%b}" % (stem, hexlify(name.block_hash))
+
+    def records(
+        self, names: Iterable[tuple[int, RecordName]], generations: Mapping[bytes, bytes]
+    ) -> dict[int, bytes]:
+        """Those of numbered records by number, where their identity's generation is given."""
+        stems = {
+            identity: _stem(self.prefix, identity, generation)
+            for identity, generation in generations.items()
+        }
+        return {
+            number: b"%b:{%b}" % (stems[identity], hexlify(block_hash))
+            for number, (identity, block_hash) in names
+            if identity in stems
+        }
 
 
 @lru_cache(maxsize=256)  # every record of a call has the same

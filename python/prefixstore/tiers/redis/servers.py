@@ -19,7 +19,13 @@ _REDIRECT = re.compile(r"(?P<code>MOVED|ASK) (?P<slot>\d+) (?P<host>.*):(?P<port
 
 
 class Servers(ABC):
-    """The servers of a tier and the connections to them."""
+    """The servers of a tier and the connections to them.
+
+    Attributes:
+        has_one_address: Whether all keys have the same server at any time.
+    """
+
+    has_one_address = True
 
     def __init__(self, config: RedisTierConfig) -> None:
         self.config = config
@@ -128,6 +134,8 @@ class _SentinelServers(Servers):
 
 class _ClusterServers(Servers):
     """Many primaries, each of some of 16,384 slots."""
+
+    has_one_address = False
 
     def __init__(self, config: RedisTierConfig) -> None:
         super().__init__(config)
