@@ -37,6 +37,8 @@ from kvkernels.codecs import NUM_ESCAPES, UNUSED_ESCAPE
 from kvkernels.reference import codecs as reference
 
 BATCH = 20  # blocks at a time
+PREFIX = 1024  # tokens of a text that a model computes at once
+PER_PREFIX = 200  # blocks of those that are compared
 SMALLEST_NORMAL = torch.finfo(torch.float16).smallest_normal
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -88,8 +90,10 @@ def random_pools(num_blocks: int, seed: int) -> Iterator[KVPool]:
         yield pool
 
 
-def real_pools(num_blocks: int, model_name: str, text: Path, dtype: str) -> Iterator[KVPool]:
-    """Single layers of the blocks that a model makes of a text."""
+def real_pools(
+    num_blocks: int, seed: int, model_name: str, text: Path, dtype: str
+) -> Iterator[KVPool]:
+    """Single layers of the blocks that a model makes of a text; of another part for each seed."""
     from prefixstore.quality.command import DTYPES as MODEL_DTYPES
     from prefixstore.quality.command import load, locate
     from prefixstore.quality.restored import compute_prefix
@@ -97,16 +101,19 @@ def real_pools(num_blocks: int, model_name: str, text: Path, dtype: str) -> Iter
     model, tokenizer = load(locate(model_name), MODEL_DTYPES[dtype])
     tokens = tokenizer(text.read_text(), return_tensors="pt").input_ids[0]
     remaining = num_blocks
-    for start in range(0, len(tokens) - 1024, 1024):
-        pool = compute_prefix(model, tokens[start : start + 1024]).pool
+    first = seed * -(-num_blocks // PER_PREFIX) * PREFIX
+    for start in range(first, len(tokens) - PREFIX, PREFIX):
+        pool = compute_prefix(model, tokens[start : start + PREFIX]).pool
         layers = pool.data.flatten(0, 1)[:, None]  # every layer a block of its own
         order = torch.randperm(len(layers), generator=torch.Generator().manual_seed(start))
         layout = KVLayout(1, *pool.data.shape[3:4], *pool.data.shape[5:], 64, pool.layout.dtype)
-        for chosen in order[:200].split(BATCH):
+        for chosen in order[:PER_PREFIX].split(BATCH):
             if remaining <= 0:
                 return
             remaining -= len(chosen)
             yield KVPool.over(layout, layers[chosen].contiguous())
+    if remaining > 0:
+        raise ValueError(f"--text: expected {remaining} blocks' more of it after token {first}")
 
 
 def compare(pool: KVPool, codec: str, tally: Tally, chosen: list[str]) -> None:
@@ -197,7 +204,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--random", type=int, default=0, help="random blocks per codec")
-    parser.add_argument("--seed", type=int, default=0, help="of the random blocks")
+    parser.add_argument("--seed", type=int, default=0, help="of numbers, and part of the text")
     parser.add_argument("--real", type=int, default=0, help="blocks of a model per codec")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="bfloat16")
@@ -208,7 +215,7 @@ def main() -> int:
     tallies = {codec: Tally() for codec in CODECS}
     pools = list(random_pools(options.random, options.seed))
     if options.real:
-        pools += real_pools(options.real, options.model, options.text, options.dtype)
+        pools += real_pools(options.real, options.seed, options.model, options.text, options.dtype)
     for number, pool in enumerate(pools):
         for codec, tally in tallies.items():
             wanted = torch.bfloat16 if codec == "l12" else pool.layout.dtype
