@@ -141,7 +141,7 @@ def tune_latent(case: LatentCase) -> dict[str, Any]:
     inputs = make_cold(partial(make_latent_inputs, case), case.num_kv_bytes)
     return time_each(
         MANY_HEADS,
-        lambda tiles: replaced(configs._DECODE_MANY_HEADS, (9, 2, case.key_dim), tiles),
+        lambda tiles: replaced(configs._DECODE_MANY_HEADS, (9, 2, case.key_dim), (1, *tiles)),
         [partial(paged_attention, *one) for one in inputs],
     )
 

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,10 @@ def shapes(arch: int) -> Iterator[Shape]:
     # Where there is no need of splits in a prompt either.
     for head_dim in (64, 128, 256):
         yield Shape("prefill", "bf16", head_dim, num_queries=512, num_seqs=64)
+    # Of head dim 64, the largest tile takes as many.
+    many = Shape("prefill", "bf16", 64, num_queries=512, num_seqs=64)
+    yield replace(many, block_size=16, window=4096)
+    yield replace(many, is_float8=True)
     # One split, an odd block size, and more query heads to a key-value head than a tile has rows.
     yield Shape("decode", "bf16", 128, num_seqs=4096)
     yield Shape("decode", "bf16", 128, block_size=48, group=71)

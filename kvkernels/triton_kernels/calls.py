@@ -94,6 +94,14 @@ class Call:
         )
 
     @property
+    def scales_last(self) -> bool:
+        """Whether scores are scaled when their exponents are taken: the largest one is known before
+        only if the scale keeps their order, and nothing else may follow the scale.
+        """
+        has_cap, has_slopes, _ = self.rules
+        return self.scoring.sm_scale > 0 and not has_cap and not has_slopes
+
+    @property
     def is_latent(self) -> bool:
         """Whether values are the first part of the keys: then one load serves both."""
         key, value = self.key_cache, self.value_cache
@@ -212,7 +220,7 @@ class Call:
             "TILE_M": config.tile_m,
             "TILE_N": config.tile_n,
             "HAS_WINDOW": scoring.window > 0,
-            "RULES": self.rules,
+            "RULES": (*self.rules, self.scales_last),
         }
 
 

@@ -64,10 +64,12 @@ _DECODE = {
     (9, 4, 576): (16, 8, 2, 2),
 }
 
-# Where so many query heads share a key-value head, as of latent attention, that products are the
-# bound and not the memory: tile_m, and the rest as above.
+# From so many query heads to a key-value head on: these, tile_m, and the rest as above. Of latent
+# attention products are the bound then, and not the memory; wide heads need more warps for it.
 _DECODE_MANY_HEADS = {
-    (9, 2, 576): (64, 32, 8, 3, 1),
+    (9, 2, 256): (17, 32, 64, 8, 3, 1),
+    (9, 2, 576): (33, 64, 32, 8, 3, 1),
+    (10, 2, 256): (17, 32, 64, 8, 3, 1),
 }
 
 # Where blocks may be quantised: a step is a quarter to half as many bytes, so more are in flight.
@@ -145,6 +147,12 @@ _PREFILL_HEAVY = {
     (10, 2, 128): {16: (64, 4, 3), 64: (32, 8, 3)},
 }
 
+# Tiles, by row and tile_m, that pay only from so many query rows a multiprocessor on: a program
+# takes longer than with the next smaller tile, and the last ones leave the device half empty.
+_LEAST_ROWS = {
+    ((9, 2, 64), 128): 1024,
+}
+
 
 def _row(arch: int, dtype: torch.dtype, head_dim: int) -> tuple[int, int, int]:
     """The key of a row; Blackwell's 10 falls back to 9 where it has no row of its own."""
@@ -171,8 +179,9 @@ def decode_config(
         if row is not None:
             return TileConfig(8, *row)
     table = _DECODE_CODES if is_quantized else _DECODE
-    if group > 32 and not is_quantized and (served_as, itemsize, width) in _DECODE_MANY_HEADS:
-        return TileConfig(*_DECODE_MANY_HEADS[served_as, itemsize, width])
+    least_group, *many = _DECODE_MANY_HEADS.get((served_as, itemsize, width), (group + 1,))
+    if group >= least_group and not is_quantized:
+        return TileConfig(*many)
     # Twice the rows spare a second read of the cache; float32 has no registers for them, and
     # Ampere no shared memory for latent queries as wide.
     is_narrow = group <= 16 or itemsize == 4 or (served_as == 8 and width > 256 and is_quantized)
@@ -181,16 +190,30 @@ def decode_config(
 
 
 def prefill_config(
-    arch: int, dtype: torch.dtype, head_dim: int, num_rows: int, is_heavy: bool = False
+    arch: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    num_rows: int,
+    is_heavy: bool = False,
+    rows_per_multiprocessor: int | None = None,
 ) -> TileConfig:
     """Configuration of the prefill kernel for about `num_rows` query rows a sequence.
 
     `is_heavy` says that blocks may be quantised, or that scores have rules beside a window.
+    `rows_per_multiprocessor` are those of the whole call, None for any number.
     """
     served_as, itemsize, width = row = _row(arch, dtype, head_dim)
     as_hopper = (min(served_as, 9), itemsize, width)
     entries = _PREFILL_BLACKWELL.get(row) or _PREFILL[as_hopper]
+    least_rows = _LEAST_ROWS
     if is_heavy:
         entries = _PREFILL_HEAVY.get(row) or _PREFILL_HEAVY.get(as_hopper) or entries
-    tile_m = next((size for size in sorted(entries) if num_rows <= size), max(entries))
+        least_rows = {}
+    sizes = [
+        size
+        for size in sorted(entries)
+        if rows_per_multiprocessor is None
+        or rows_per_multiprocessor >= least_rows.get((row, size), 0)
+    ]
+    tile_m = next((size for size in sizes if num_rows <= size), max(sizes))
     return TileConfig(tile_m, *entries[tile_m])

@@ -278,7 +278,8 @@ def plan_decode(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device
             **call.arguments(config, device),
             # One warp alone has no registers for as many floats as codes.
             "FLOAT_TILE_N": min(config.tile_n, 16) if config.num_warps == 1 else config.tile_n,
-            "RULES": (*call.rules[:2], False),  # of a tree, one query needs a bit alone
+            # Of a tree, one query needs a bit alone.
+            "RULES": (*call.rules[:2], False, call.scales_last),
             "MIN_SPLIT_TILES": min_split_tiles,
             "SPLIT_TILES": split_tiles,
             "JOIN_SPLITS": splits_of_join,

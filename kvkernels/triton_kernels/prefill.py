@@ -259,10 +259,13 @@ def plan_prefill(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Devic
     query, num_seqs = call.query, call.seq_lens.shape[0]
     num_tokens, num_heads, head_dim = query.shape
     num_rows = triton.cdiv(num_tokens, num_seqs) * call.group
+    rows_per_multiprocessor: int | None = num_tokens * num_heads // device.num_multiprocessors
     if call.batch_invariant:
-        num_rows = _INVARIANT_ROWS
+        num_rows, rows_per_multiprocessor = _INVARIANT_ROWS, None
     config = call.fit_tile(
-        prefill_config(device.arch, query.dtype, head_dim, num_rows, call.is_heavy)
+        prefill_config(
+            device.arch, query.dtype, head_dim, num_rows, call.is_heavy, rows_per_multiprocessor
+        )
     )
     group_tile = min(call.group, config.tile_m)
     tile_q = config.tile_m // group_tile

@@ -79,7 +79,7 @@ def as_half(q, scale):
         parts = ()
         for i in tl.static_range(len(q)):
             parts = parts + ((q[i].to(tl.float32) * factor[:, None]).to(tl.float16),)
-        scale = scale * (exponent << 23).to(tl.float32, bitcast=True)[:, None]
+        scale = scale * (exponent << 23).to(tl.float32, bitcast=True)
     return parts, scale
 
 

@@ -3,8 +3,9 @@
 `rows` says of each row, `[TILE_M]` where not 0: (first token seen, token after the last one seen,
 the row's own position, ALiBi's slope times log2 of e, tree mask). `rules` says of the whole call:
 (soft cap, position of the sequence's first new token, number of new tokens, pointer to their tree
-masks). `RULES` says at compile time which of these are used: (soft cap, ALiBi, tree masks). See
-`kvkernels.scoring.Scoring` for their meaning.
+masks). `RULES` says at compile time which of these are used: (soft cap, ALiBi, tree masks), and
+last whether the scale is left to who takes the exponents, as may be where it is positive and comes
+before nothing else. See `kvkernels.scoring.Scoring` for their meaning.
 """
 
 import triton
@@ -39,23 +40,34 @@ def _tanh(x):
 
 
 @triton.jit
+def as_column(scale):
+    """A scalar as it is, or `[TILE_M]` for scores of that many rows."""
+    scale = tl.cast(scale, tl.float32)  # the interpreter has numbers of Python for scalars
+    if len(scale.shape) > 0:
+        scale = scale[:, None]
+    return scale
+
+
+@triton.jit
 def apply_rules(
     scores,  # [TILE_M, TILE_N], as the product gave them
-    scale,  # scalar or [TILE_M, 1], times log2 of e
+    scale,  # a scalar or [TILE_M], times log2 of e
     rows,
     rules,
     tokens,  # [TILE_N]
     MASKED: tl.constexpr,
     RULES: tl.constexpr,
 ):
-    """Exponents in base 2; minus infinity where a row does not see a token."""
+    """Exponents in base 2, to be scaled yet if `RULES` says so; minus infinity where a row does not
+    see a token.
+    """
     row_lo, row_hi, position, slope, tree = rows
     soft_cap, first_new, num_new, tree_ptr = rules
     if RULES[0]:
-        scores = _tanh(scores * (scale / (soft_cap * 1.4426950408889634)))
+        scores = _tanh(scores * (as_column(scale) / (soft_cap * 1.4426950408889634)))
         scores *= soft_cap * 1.4426950408889634
-    else:
-        scores *= scale
+    elif not RULES[3]:
+        scores *= as_column(scale)
     keys_at = tokens
     seen = None
     if MASKED:

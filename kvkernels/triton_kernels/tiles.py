@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from kvkernels.triton_kernels.parts import halved, join_parts, load_parts, split_parts, swap_parts
-from kvkernels.triton_kernels.rules import apply_rules
+from kvkernels.triton_kernels.rules import apply_rules, as_column
 
 # The interpreter's dot takes bf16 operands for 16-bit integers (Triton 3.6 to 3.9).
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -22,6 +22,15 @@ def is_swapped(num_rows):
     half the registers.
     """
     return num_rows < 16
+
+
+@triton.constexpr_function
+def keeps_offsets(num_rows, value_parts):
+    """Whether accumulators leave registers for what is the same in every tile's addresses.
+
+    Of the instructions of a long prompt's loop a quarter would else reckon those.
+    """
+    return num_rows * sum(width for _, width, _ in value_parts) <= 1 << 14
 
 
 @triton.jit
@@ -101,10 +110,16 @@ def advance(
         for i in tl.static_range(len(q)):
             scores = dot(q[i], tl.trans(k[i]), scores)
     scores = apply_rules(scores, scale, rows, rules, tokens, MASKED, RULES)
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    largest = tl.max(scores, 1)
+    if RULES[3]:
+        largest *= scale
+    new_max = tl.maximum(row_max, largest)
     # A row that has seen nothing yet: -inf - -inf would be NaN.
     pivot = tl.where(new_max == -float("inf"), 0.0, new_max) if MASKED else new_max
-    p = tl.exp2(scores - pivot[:, None])
+    if RULES[3]:
+        p = tl.exp2(scores * as_column(scale) - pivot[:, None])  # one multiply-add an element
+    else:
+        p = tl.exp2(scores - pivot[:, None])
     rescale = tl.exp2(row_max - pivot)
     row_sum = row_sum * rescale + tl.sum(p, 1)
     scaled = ()
@@ -137,7 +152,7 @@ def attend(
     rows,  # what each row sees; see `apply_rules`
     lo,  # tokens outside lo .. hi - 1 are seen by no row and not read
     hi,
-    scale,  # of scores, times log2 of e
+    scale,  # of scores, a scalar or [TILE_M], times log2 of e
     rules,
     cache,  # of this key-value head; see `select_head`
     table_ptr,  # of this sequence, [max_blocks_per_seq]
@@ -158,6 +173,7 @@ def attend(
     KEY_WORDS: tl.constexpr = halved(KEY_PARTS) if IN_PAIRS else KEY_PARTS
     VALUE_WORDS: tl.constexpr = halved(VALUE_PARTS) if IN_PAIRS else VALUE_PARTS
     IS_SWAPPED: tl.constexpr = is_swapped(q[0].shape[0])
+    KEEPS_OFFSETS: tl.constexpr = keeps_offsets(q[0].shape[0], VALUE_PARTS)
     if IN_PAIRS:
         q = split_parts(q)
         acc = split_parts(acc)
@@ -175,7 +191,7 @@ def attend(
         next_block = load_block_ids(table_ptr, start + TILE_N, lo, hi, BLOCK_SIZE, TILE_N)
         key_tile = key_ptr
         value_tile = value_ptr
-        if IN_PAIRS and BLOCK_SIZE % TILE_N == 0:
+        if BLOCK_SIZE % TILE_N == 0 and (IN_PAIRS or KEEPS_OFFSETS):
             # Addresses of the tile, plus what never changes from tile to tile.
             slot = (start % BLOCK_SIZE).to(tl.int64)
             key_tile += block * key_block + slot * key_slot
