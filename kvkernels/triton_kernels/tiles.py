@@ -25,12 +25,13 @@ def is_swapped(num_rows):
 
 
 @triton.constexpr_function
-def keeps_offsets(num_rows, value_parts):
-    """Whether accumulators leave registers for what is the same in every tile's addresses.
-
-    Of the instructions of a long prompt's loop a quarter would else reckon those.
+def keeps_offsets(num_rows, value_parts, is_converted):
+    """Whether accumulators, and bytes that become floats, leave registers for what is the same in
+    every tile's addresses. Of the instructions of a long prompt's loop a quarter would else reckon
+    those.
     """
-    return num_rows * sum(width for _, width, _ in value_parts) <= 1 << 14
+    num_elements = num_rows * sum(width for _, width, _ in value_parts)
+    return num_elements <= (1 << 13 if is_converted else 1 << 14)
 
 
 @triton.jit
@@ -173,7 +174,9 @@ def attend(
     KEY_WORDS: tl.constexpr = halved(KEY_PARTS) if IN_PAIRS else KEY_PARTS
     VALUE_WORDS: tl.constexpr = halved(VALUE_PARTS) if IN_PAIRS else VALUE_PARTS
     IS_SWAPPED: tl.constexpr = is_swapped(q[0].shape[0])
-    KEEPS_OFFSETS: tl.constexpr = keeps_offsets(q[0].shape[0], VALUE_PARTS)
+    KEEPS_OFFSETS: tl.constexpr = keeps_offsets(
+        q[0].shape[0], VALUE_PARTS, key_ptr.dtype.element_ty == tl.uint8
+    )
     if IN_PAIRS:
         q = split_parts(q)
         acc = split_parts(acc)
