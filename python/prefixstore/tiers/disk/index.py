@@ -178,8 +178,8 @@ class SlotIndex:
                 slots += room.slots
                 allocation.num_evicted += room.num_evicted
                 allocation.dropped += room.dropped
-                for name, slot in zip(names, slots, strict=False):
-                    allocation.refs[name] = slot._replace(name=name, record_bytes=sizes[name])
+                for name, (slab, slot, ticket, *_) in zip(names, slots, strict=False):
+                    allocation.refs[name] = SlotRef(slab, slot, ticket, name, sizes[name])
         return allocation
 
     def publish_many(

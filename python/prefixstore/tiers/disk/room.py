@@ -14,7 +14,7 @@ from prefixstore.block_key import RecordName
 from prefixstore.tiers.disk import slab_table, slot_table
 from prefixstore.tiers.disk.files import Slab
 from prefixstore.tiers.disk.slab_table import Limits
-from prefixstore.tiers.disk.slot_table import NOBODY, SlotRef
+from prefixstore.tiers.disk.slot_table import SlotRef
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _evict(sql: sqlite3.Connection, wanted: Demand, num_slots: int, room: Room) 
         room.num_evicted += slab_table.drop_slab(sql, slab)
         room.dropped.append(slab)
         return True
-    refs = [SlotRef(Slab(*slab), slot, ticket, NOBODY, 0) for _, _, *slab, slot, ticket in victims]
+    refs = slot_table.refs_of(row[2:] for row in victims)
     room.slots += slot_table.take(sql, refs, wanted.now)
     room.num_evicted += len(refs)
     return bool(refs)

@@ -56,6 +56,16 @@ class Mark(NamedTuple):
     expires_at: int | None
 
 
+def refs_of(rows: Iterable[tuple[int, int, int, int, int]]) -> list[SlotRef]:
+    """Slots out of rows of slab_id, slot_bytes, num_slots, slot and ticket; of nobody yet."""
+    slabs: dict[int, Slab] = {}
+    refs = []
+    for slab_id, slot_bytes, num_slots, slot, ticket in rows:
+        slab = slabs.get(slab_id) or slabs.setdefault(slab_id, Slab(slab_id, slot_bytes, num_slots))
+        refs.append(SlotRef(slab, slot, ticket, NOBODY, 0))
+    return refs
+
+
 def _for_each(sql: sqlite3.Connection, statement: str, rows: Sequence[Sequence[object]]) -> int:
     """Execute a statement with each row of values; how many rows of the table it changed.
 
@@ -79,11 +89,12 @@ def find(sql: sqlite3.Connection, hashes: Sequence[BlockHash], now: int) -> Iter
         " record_bytes, expires_at FROM slots JOIN slabs USING (slab_id)"
         f" WHERE state = 2 AND block_hash IN ({','.join('?' * len(hashes))}) AND {_IS_IN_TIME}"
     )
-    for *slab, slot, ticket, identity, block_hash, size, expires_at in sql.execute(
+    slabs: dict[int, Slab] = {}
+    for slab_id, slot_bytes, num_slots, slot, ticket, *name, size, expires_at in sql.execute(
         query, (*hashes, now)
     ):
-        name = RecordName(identity, block_hash)
-        yield SlotRef(Slab(*slab), slot, ticket, name, size, expires_at)
+        slab = slabs.get(slab_id) or slabs.setdefault(slab_id, Slab(slab_id, slot_bytes, num_slots))
+        yield SlotRef(slab, slot, ticket, RecordName(*name), size, expires_at)
 
 
 def names_among(sql: sqlite3.Connection, hashes: Sequence[BlockHash], now: int) -> set[RecordName]:
@@ -139,8 +150,7 @@ def take_free(sql: sqlite3.Connection, slot_bytes: int, num_wanted: int, now: in
     for slab_id, _, num_slots, *_ in rows:
         if num_slots is None:
             raise IndexDamaged(f"expected a free slot in a known slab, got one in {slab_id}")
-    refs = [SlotRef(Slab(*slab), slot, ticket, NOBODY, 0) for *slab, slot, ticket in rows]
-    return take(sql, refs, now)
+    return take(sql, refs_of(rows), now)
 
 
 def take_dead(sql: sqlite3.Connection, lease_end: int, now: int) -> list[SlotRef]:
@@ -153,7 +163,7 @@ def take_dead(sql: sqlite3.Connection, lease_end: int, now: int) -> list[SlotRef
             " WHERE slots.slot_bytes = ? AND state = 1 AND rank = 0 AND slots.last_used < ?",
             (slot_bytes, lease_end),
         )
-        refs += [SlotRef(Slab(*slab), slot, ticket, NOBODY, 0) for *slab, slot, ticket in rows]
+        refs += refs_of(rows)
     return take(sql, refs, now)
 
 
@@ -164,7 +174,7 @@ def take_identity(sql: sqlite3.Connection, identity: bytes, now: int) -> tuple[l
         " JOIN slabs USING (slab_id) WHERE identity = ? AND state != 1",
         (identity,),
     ).fetchall()
-    refs = [SlotRef(Slab(*slab), slot, ticket, NOBODY, 0) for *slab, slot, ticket, _ in rows]
+    refs = refs_of(row[:-1] for row in rows)
     return take(sql, refs, now), sum(row[-1] == READY for row in rows)
 
 
@@ -182,8 +192,8 @@ def take(sql: sqlite3.Connection, refs: Sequence[SlotRef], now: int) -> list[Slo
         [(now, *run) for run in _runs(refs)],
     )
     return [
-        SlotRef(ref.slab, ref.slot, ref.ticket + 1, ref.name, ref.record_bytes, ref.expires_at)
-        for ref in refs
+        SlotRef(slab, slot, ticket + 1, name, num_bytes, expires_at)
+        for slab, slot, ticket, name, num_bytes, expires_at in refs
     ]
 
 
@@ -213,7 +223,10 @@ def publish(
         sql,
         "UPDATE OR IGNORE slots SET state = 2, rank = ?, last_used = ?, record_bytes = ?,"
         f" expires_at = ?, identity = ?, block_hash = ? WHERE {_SLOT} AND state = 1",
-        [(priority, now, ref.record_bytes, expires_at, *ref.name, *ref.place) for ref in refs],
+        [
+            (priority, now, num_bytes, expires_at, *name, slab.slab_id, slot, ticket)
+            for slab, slot, ticket, name, num_bytes, _ in refs
+        ],
     )
     names = {ref.name for ref in refs}
     if num_published == len(refs):

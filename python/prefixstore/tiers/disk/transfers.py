@@ -314,13 +314,14 @@ def _cut(spans: Sequence[Span], job_bytes: int) -> Iterator[_Job]:
     """Jobs of that size at most that cover the spans, in the order of the files."""
     job: _Job | None = None
     job_start = job_end = 0  # in the file, whole pages
-    for number in sorted(range(len(spans)), key=lambda n: (spans[n].slab.slab_id, spans[n].offset)):
+    places = [(slab.slab_id, offset) for slab, offset, _ in spans]
+    for number in sorted(range(len(spans)), key=places.__getitem__):
         slab = spans[number].slab
         for part in _pieces(number, spans[number], job_bytes):
             start = part.offset // PAGE_BYTES * PAGE_BYTES
             end = round_up(part.offset + part.data.nbytes, PAGE_BYTES)
             is_next = start == job_end and end - job_start <= job_bytes
-            if job is not None and is_next and job.slab == slab:
+            if job is not None and is_next and (job.slab is slab or job.slab == slab):
                 job.parts.append(part)
             else:
                 if job is not None:
@@ -331,15 +332,18 @@ def _cut(spans: Sequence[Span], job_bytes: int) -> Iterator[_Job]:
         yield job
 
 
-def _pieces(number: int, span: Span, job_bytes: int) -> Iterator[_Part]:
-    begin, first_page = 0, span.offset // PAGE_BYTES * PAGE_BYTES
-    if span.offset + span.data.nbytes - first_page <= job_bytes:
-        yield _Part(number, span.offset, span.data)
-        return
-    while begin < max(span.data.nbytes, 1):
-        end = min(first_page + job_bytes - span.offset, span.data.nbytes)
-        yield _Part(number, span.offset + begin, span.data[begin:end])
+def _pieces(number: int, span: Span, job_bytes: int) -> list[_Part]:
+    _, offset, data = span
+    first_page = offset // PAGE_BYTES * PAGE_BYTES
+    num_bytes = data.nbytes
+    if offset + num_bytes - first_page <= job_bytes:
+        return [_Part(number, offset, data)]
+    pieces, begin = [], 0
+    while begin < max(num_bytes, 1):
+        end = min(first_page + job_bytes - offset, num_bytes)
+        pieces.append(_Part(number, offset + begin, data[begin:end]))
         begin, first_page = max(end, 1), first_page + job_bytes
+    return pieces
 
 
 def _pages_of(parts: list[_Part]) -> tuple[int, int]:

@@ -121,7 +121,9 @@ class RecordWriter:
         except TierError:
             self._index.abandon([*refs, *allocation.dead])
             raise
-        spans = [Span(ref.slab, ref.offset, records[ref.name]) for ref in refs]
+        spans = [
+            Span(slab, slot * slab.slot_bytes, records[name]) for slab, slot, _, name, *_ in refs
+        ]
         return _Put(records, allocation, self._transfers.begin_writing(spans, deadline))
 
     def _end_put(
