@@ -113,6 +113,8 @@ def advance(
     scores = apply_rules(scores, scale, rows, rules, tokens, MASKED, RULES)
     largest = tl.max(scores, 1)
     if RULES[3]:
+        # Zero, as a smaller one may come out, would make NaN of minus infinity.
+        scale = tl.maximum(tl.cast(scale, tl.float32), 1e-37)
         largest *= scale
     new_max = tl.maximum(row_max, largest)
     # A row that has seen nothing yet: -inf - -inf would be NaN.

@@ -44,7 +44,7 @@ def test_odd_sizes_match_reference_on_the_cpu(
 
 
 @every_implementation()
-@pytest.mark.parametrize("sm_scale", [0.0, 1.0, -0.3])
+@pytest.mark.parametrize("sm_scale", [0.0, 1.0, -0.3, 1e-50])
 def test_sm_scale(implementation: Implementation, sm_scale: float, device: torch.device) -> None:
     inputs = make_inputs(Case("scale", MIXED, head_dim=16), torch.float32, device)
     options = (Scoring(sm_scale, True, 0), True)
