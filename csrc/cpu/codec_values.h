@@ -10,17 +10,20 @@
 namespace kvkernels {
 namespace {
 
+// Of sets whose scales are found at a time: while one vector waits for a quotient, so does another.
+constexpr int64_t kSetVectors = 2;
+
 // What codes of some tokens' values are found with, and values of codes: of each of their sets.
 struct ValueSets {
   ValueSets(int64_t dim, int64_t width, int64_t count)
       : num_groups(count),
         group_size(dim / count),
-        batch(std::max<int64_t>(1, kLanes / count)),
+        batch(std::max<int64_t>(1, kSetVectors * kLanes / count)),
         in_columns(width % kLanes == 0 && (count == 1 || group_size % kLanes == 0)),
         in_pairs(width % (2 * kLanes) == 0 && (count == 1 || group_size % (2 * kLanes) == 0)) {}
 
   int64_t num_groups, group_size;
-  int64_t batch;    // tokens at a time: as many whole ones as their sets fill lanes, or one
+  int64_t batch;    // tokens at a time: as many whole ones as their sets fill such vectors
   bool in_columns;  // whether kLanes channels lie in one group and in one part of a row of codes
   bool in_pairs;    // whether twice as many do
   float low[kMaxCodecDim + kLanes], inverse[kMaxCodecDim + kLanes], top[kMaxCodecDim + kLanes];
