@@ -321,7 +321,7 @@ def _cut(spans: Sequence[Span], job_bytes: int) -> Iterator[_Job]:
             start = part.offset // PAGE_BYTES * PAGE_BYTES
             end = round_up(part.offset + part.data.nbytes, PAGE_BYTES)
             is_next = start == job_end and end - job_start <= job_bytes
-            if job is not None and is_next and (job.slab is slab or job.slab == slab):
+            if job is not None and is_next and job.slab == slab:
                 job.parts.append(part)
             else:
                 if job is not None:
