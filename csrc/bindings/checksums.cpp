@@ -6,33 +6,13 @@
 #include <string>
 
 #include "bindings/bindings.h"
+#include "bindings/bytes.h"
 #include "kvkernels/checksum.h"
 
 namespace kvkernels::bindings {
 namespace {
 
 namespace py = pybind11;
-
-// Contiguous bytes of any Python buffer; it cannot be freed or resized while this lives.
-class Bytes {
- public:
-  explicit Bytes(const py::object& data) {
-    if (PyObject_GetBuffer(data.ptr(), &view_, PyBUF_SIMPLE) != 0) {
-      PyErr_Clear();
-      const std::string kind = Py_TYPE(data.ptr())->tp_name;
-      throw py::value_error("data: expected a contiguous buffer, got " + kind);
-    }
-  }
-  ~Bytes() { PyBuffer_Release(&view_); }
-  Bytes(const Bytes&) = delete;
-  Bytes& operator=(const Bytes&) = delete;
-
-  const void* data() const { return view_.buf; }
-  std::size_t size() const { return static_cast<std::size_t>(view_.len); }
-
- private:
-  Py_buffer view_;
-};
 
 std::uint32_t crc32c(const py::object& data, std::uint32_t crc) {
   const Bytes bytes(data);

@@ -8,7 +8,7 @@ worth least is of the lowest priority, and of that has been idle longest.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from prefixstore.tiers.disk.files import FoundRecord, Slab
@@ -45,7 +45,8 @@ def expire(sql: sqlite3.Connection, now: int) -> tuple[int, int]:
         " AND rank < 8",
         (now,),
     ).fetchall()
-    sql.executemany(_EVICT, [row[:2] for row in rows])
+    if rows:
+        sql.executemany(_EVICT, [row[:2] for row in rows])
     return len(rows), sum(row[2] for row in rows)
 
 
@@ -132,8 +133,13 @@ def total_bytes(sql: sqlite3.Connection) -> int:
     return sql.execute("SELECT ifnull(sum(slot_bytes * num_slots), 0) FROM slabs").fetchone()[0]
 
 
-def slot_sizes(sql: sqlite3.Connection) -> Sequence[int]:
-    return [row[0] for row in sql.execute("SELECT DISTINCT slot_bytes FROM slabs")]
+def slot_sizes(sql: sqlite3.Connection) -> Iterator[int]:
+    """Each once, by one look-up in the order of use: there are few sizes, and may be many slabs."""
+    query = "SELECT min(slot_bytes) FROM slots WHERE slot_bytes > ?"
+    (slot_bytes,) = sql.execute(query, (0,)).fetchone()
+    while slot_bytes is not None:
+        yield slot_bytes
+        (slot_bytes,) = sql.execute(query, (slot_bytes,)).fetchone()
 
 
 def slabs_to_drop(

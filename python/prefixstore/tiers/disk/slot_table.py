@@ -12,12 +12,14 @@ from typing import NamedTuple
 from prefixstore.block_key import BlockHash, RecordName
 from prefixstore.tiers.disk import slab_table
 from prefixstore.tiers.disk.files import Slab
+from prefixstore.tiers.disk.runs import runs_of
 from prefixstore.tiers.disk.schema import LOWEST_PRIORITY, PINNED, READY
 from prefixstore.tiers.disk.sql import IndexDamaged
 
 _MAX_SQL_VALUES = 500
 NOBODY = RecordName(b"", BlockHash(b""))  # the name in a slot that is taken, but not for a record
 _SLOT = "slab_id = ? AND slot = ? AND ticket = ?"
+_RUN = "slab_id = ? AND slot BETWEEN ? AND ?"
 _IS_IN_TIME = "(expires_at IS NULL OR expires_at > ? OR rank >= 8)"
 
 
@@ -181,31 +183,23 @@ def take_identity(sql: sqlite3.Connection, identity: bytes, now: int) -> tuple[l
 def take(sql: sqlite3.Connection, refs: Sequence[SlotRef], now: int) -> list[SlotRef]:
     """Hide slots from everybody else, under a new ticket and lease.
 
-    They were looked up in this transaction. Records that were written together go together, so
-    there is one statement for each run of neighbours.
+    They were looked up in this transaction.
     """
+    if not refs:
+        return []
     _for_each(
         sql,
         "UPDATE slots SET state = 1, ticket = ticket + 1, rank = 0, last_used = ?,"
-        " expires_at = NULL, identity = NULL, block_hash = NULL"
-        " WHERE slab_id = ? AND slot BETWEEN ? AND ?",
-        [(now, *run) for run in _runs(refs)],
+        f" expires_at = NULL, identity = NULL, block_hash = NULL WHERE {_RUN}",
+        [
+            (now, *run.place)
+            for run in runs_of((slab.slab_id, slot, (), None) for slab, slot, *_ in refs)
+        ],
     )
     return [
         SlotRef(slab, slot, ticket + 1, name, num_bytes, expires_at)
         for slab, slot, ticket, name, num_bytes, expires_at in refs
     ]
-
-
-def _runs(refs: Iterable[SlotRef]) -> list[tuple[int, int, int]]:
-    """Slab, first slot and last of neighbours among them."""
-    runs: list[tuple[int, int, int]] = []
-    for slab_id, slot in sorted((ref.slab.slab_id, ref.slot) for ref in refs):
-        if runs and runs[-1][0] == slab_id and runs[-1][2] + 1 == slot:
-            runs[-1] = (slab_id, runs[-1][1], slot)
-        else:
-            runs.append((slab_id, slot, slot))
-    return runs
 
 
 def publish(
@@ -219,14 +213,27 @@ def publish(
 
     Where another slot has a record of the same block already, that one stands, and this is freed.
     """
+    rows = (
+        (
+            slab.slab_id,
+            slot,
+            (ticket, num_bytes, name.identity, len(name.block_hash)),
+            name.block_hash,
+        )
+        for slab, slot, ticket, name, num_bytes, _ in refs
+    )
+    values = []
+    for run in runs_of(rows):
+        ticket, num_bytes, identity, hash_bytes = run.common
+        hashes = b"".join(run.payload), run.first, hash_bytes, hash_bytes
+        record = priority, now, expires_at, num_bytes, identity, *hashes
+        values.append((*record, *run.place, ticket))
     num_published = _for_each(
         sql,
-        "UPDATE OR IGNORE slots SET state = 2, rank = ?, last_used = ?, record_bytes = ?,"
-        f" expires_at = ?, identity = ?, block_hash = ? WHERE {_SLOT} AND state = 1",
-        [
-            (priority, now, num_bytes, expires_at, *name, slab.slab_id, slot, ticket)
-            for slab, slot, ticket, name, num_bytes, _ in refs
-        ],
+        "UPDATE OR IGNORE slots SET state = 2, rank = ?, last_used = ?, expires_at = ?,"
+        " record_bytes = ?, identity = ?, block_hash = substr(?, (slot - ?) * ? + 1, ?)"
+        f" WHERE {_RUN} AND ticket = ? AND state = 1",
+        values,
     )
     names = {ref.name for ref in refs}
     if num_published == len(refs):
@@ -274,11 +281,14 @@ def end_leases(sql: sqlite3.Connection, refs: Iterable[SlotRef]) -> None:
 
 def mark_used(sql: sqlite3.Connection, marks: Mapping[Place, Mark]) -> None:
     """Enter when records were used, of those that are still there."""
+    rows = (
+        (slab_id, slot, (*mark, ticket), None) for (slab_id, slot, ticket), mark in marks.items()
+    )
     _for_each(
         sql,
         "UPDATE slots SET last_used = max(last_used, ?), expires_at = ifnull(?, expires_at)"
-        f" WHERE {_SLOT} AND state = 2",
-        [(*mark, *place) for place, mark in marks.items()],
+        f" WHERE {_RUN} AND ticket = ? AND state = 2",
+        [(*run.common[:-1], *run.place, run.common[-1]) for run in runs_of(rows)],
     )
     last_used: dict[int, int] = {}
     for place, mark in marks.items():

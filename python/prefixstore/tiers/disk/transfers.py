@@ -31,7 +31,13 @@ from prefixstore.errors import TierError, TierTimeout
 from prefixstore.tiers.base import PAGE_BYTES, is_past, page_aligned, round_up, too_late
 from prefixstore.tiers.disk.files import Slab, SlabFiles
 
+try:
+    import _kvkernels
+except ImportError:
+    _kvkernels = None
+
 _WIPED_AT_ONCE = 1024
+_ZEROS = memoryview(bytes(PAGE_BYTES))
 # Few and large requests: with one megabyte each, writing was a tenth slower than with four. But
 # every thread is to have one. In pages this is as many buffers as a system call takes.
 JOB_BYTES = 4 << 20
@@ -261,7 +267,7 @@ class Transfers:
             for part, page in zip(parts, last_pages, strict=True):
                 rest = part.data.nbytes % PAGE_BYTES
                 page[:rest] = part.data[part.data.nbytes - rest :]
-                page[rest:] = bytes(PAGE_BYTES - rest)
+                page[rest:] = _ZEROS[rest:]
         else:
             start, end = _pages_of(parts)
             buffer = self._buffer()[: end - start]
@@ -276,9 +282,7 @@ class Transfers:
     def _can_go_straight(self, parts: list[_Part]) -> bool:
         if any(part.offset % PAGE_BYTES for part in parts):
             return False
-        return not self._files.is_direct or not any(
-            _address(part.data) % PAGE_BYTES for part in parts
-        )
+        return not self._files.is_direct or _begin_on_pages([part.data for part in parts])
 
     def _straight_buffers(self, parts: list[_Part]) -> tuple[list[memoryview], list[memoryview]]:
         """What one system call moves, and a page for the last bytes of each part."""
@@ -366,5 +370,7 @@ def _as_array(data: memoryview) -> np.ndarray:
     return np.frombuffer(data, np.uint8)
 
 
-def _address(data: memoryview) -> int:
-    return _as_array(data).__array_interface__["data"][0]
+def _begin_on_pages(buffers: list[memoryview]) -> bool:
+    if _kvkernels is not None:
+        return _kvkernels.all_begin_at_multiples(buffers, PAGE_BYTES)
+    return not any(_as_array(buffer).ctypes.data % PAGE_BYTES for buffer in buffers)
