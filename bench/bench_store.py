@@ -3,7 +3,8 @@
 A run saves a batch of new blocks out of a pool and waits until the tier has them, or loads a batch
 into it. `tier` moves the same records between the tier and plain memory in one call, and neither
 encodes nor verifies. All places are full before anything is timed. Records are raw, and of a disk
-they are read past the page cache.
+they are read past the page cache. `disk_spill` saves into memory and waits until the disk behind
+it has the records, too.
 """
 
 from __future__ import annotations
@@ -69,8 +70,9 @@ class Case:
 CASES = [
     Case(medium, what, size)
     for medium in ("memory", "disk", "unix", "tcp")
-    for what in ("save", "load")
+    for what in ("save", "load", "spill")
     for size in LAYOUTS
+    if medium == "disk" or what != "spill"
 ]
 
 
@@ -138,7 +140,11 @@ def run(case: Case, num_rounds: int) -> None:
     with tempfile.TemporaryDirectory(prefix="kvk") as path, ExitStack() as stack:
         tier = open_tier(case, NUM_BATCHES * case.batch_size, Path(path), stack)
         config = StoreConfig(queue_bytes=1 << 30, queue_entries=1 << 20)
-        store = stack.enter_context(Store([tier], config))
+        tiers: list[Tier] = [tier]
+        if case.what == "spill":
+            slab_bytes = case.batch_size * case.row_bytes
+            tiers.insert(0, MemoryTier(MemoryTierConfig(2 * slab_bytes, slab_bytes)))
+        store = stack.enter_context(Store(tiers, config))
         for keys in batches:
             for number, key in enumerate(keys):
                 encode(key, blocks.pool.block_data(number).numpy(), rows[number])

@@ -123,6 +123,23 @@ def save_each(store: Store, keys: list[BlockKey]) -> None:
         assert store.wait_blocks(30)
 
 
+def test_a_batch_is_read_while_another_is_written(make_store):
+    gate = Gate("put")
+    fast, slow = DictTier("fast"), DictTier("slow", gate)
+    store = make_store(fast, slow)
+    keys = make_keys(2)
+    save_each(store, keys[:1])
+    assert gate.entered.wait(30)
+    save_each(store, keys[1:])
+    deadline = time.monotonic() + 30
+    while fast.calls.count("get") < 2 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert fast.calls.count("get") == 2 and not slow.records
+    gate.open()
+    assert store.flush(30)
+    assert held(slow, keys) == [True] * 2
+
+
 @pytest.mark.parametrize("num_fitting", [0, 1, 2])
 def test_what_is_evicted_after_it_was_taken_and_before_it_was_read_is_not_lost(
     make_store, num_fitting: int

@@ -1,4 +1,4 @@
-"""Writes records into one of the slower tiers, in a thread of its own.
+"""Writes records into one of the slower tiers, in threads of its own.
 
 Nobody waits for it, and it holds no block and, as a rule, no record: what is queued is a name, and
 when its turn comes the record is read from a faster tier, which keeps it anyhow. If that tier gives
@@ -21,13 +21,15 @@ import numpy as np
 from prefixstore.block_key import RecordName
 from prefixstore.record_header import TRAILER_BYTES
 from prefixstore.store.config import StoreConfig
+from prefixstore.store.fetcher import Slabs
 from prefixstore.store.guarded_tier import GuardedTier
-from prefixstore.tiers.base import PAGE_BYTES, page_aligned, round_up
+from prefixstore.tiers.base import PAGE_BYTES, round_up
 
 logger = logging.getLogger(__name__)
 
 BATCH_BYTES = 16 << 20  # of records that are written together
 _MAX_BATCH = 256
+_NUM_THREADS = 2  # one reads its batch from a faster tier while the other's is written
 
 
 @dataclass(eq=False)
@@ -53,7 +55,7 @@ class TierJob:
 
 
 class TierWriter:
-    """The bounded queue before a tier, and the thread that empties it.
+    """The bounded queue before a tier, and the threads that empty it.
 
     Args:
         tier: Where records go.
@@ -68,18 +70,20 @@ class TierWriter:
         self._faster = list(faster)
         self._config = config
         self._jobs: deque[TierJob] = deque()
-        self._running: list[TierJob] = []
+        self._running: set[TierJob] = set()
         # those of both that hold no record and have yet to read it; of one name, the last
         self._elsewhere: dict[RecordName, TierJob] = {}
         self._held_bytes = 0
         self._is_closed = False
         self._changed = threading.Condition()
-        self._pid = os.getpid()  # a fork takes the queue along and leaves the thread behind
-        self._slab = page_aligned(0)
-        self._thread = threading.Thread(
-            target=self._run, name=f"prefixstore-writer-{tier.name}", daemon=True
-        )
-        self._thread.start()
+        self._pid = os.getpid()  # a fork takes the queue along and leaves the threads behind
+        self._slabs = Slabs()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"prefixstore-writer-{tier.name}", daemon=True)
+            for _ in range(_NUM_THREADS)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def offer(self, job: TierJob) -> bool:
         """Queue a record; False, and counted, where the queue is full or closed."""
@@ -139,7 +143,9 @@ class TierWriter:
             self._held_bytes -= sum(job.held_bytes for job in dropped)
             self._changed.notify_all()
         self.tier.count_dropped(len(dropped))
-        self._thread.join(timeout=1.0)  # only a tier that hangs keeps it; it is a daemon
+        end = time.monotonic() + 1.0
+        for thread in self._threads:  # only a tier that hangs keeps one; they are daemons
+            thread.join(max(0.0, end - time.monotonic()))
 
     def check(self) -> list[str]:
         """What does not add up, in words."""
@@ -151,14 +157,14 @@ class TierWriter:
                 f"{self.tier.name}: writer: expected {held_bytes} bytes, got {self._held_bytes}"
             ]
 
-    # ---- in its thread -----------------------------------------------------------------------
+    # ---- in its threads ----------------------------------------------------------------------
 
     def _run(self) -> None:
         while jobs := self._take():
             self._write_or_log(jobs)
             with self._changed:
                 self._forget(jobs)  # where they did not come to be read
-                self._running = []
+                self._running.difference_update(jobs)
                 self._held_bytes -= sum(job.held_bytes for job in jobs)
                 self._changed.notify_all()
 
@@ -180,7 +186,7 @@ class TierWriter:
                 if jobs and num_bytes > BATCH_BYTES:
                     break
                 jobs.append(self._jobs.popleft())
-            self._running = jobs
+            self._running.update(jobs)
             return jobs
 
     def _write(self, jobs: Sequence[TierJob]) -> None:
@@ -191,7 +197,10 @@ class TierWriter:
             return
         lacking = [job for job, is_there in zip(jobs, answers, strict=True) if not is_there]
         self.tier.count_present(len(jobs) - len(lacking))
-        records = self._collect(lacking, deadline)
+        # so that protected records are opened where they lie
+        sizes = [round_up(job.max_bytes + TRAILER_BYTES, PAGE_BYTES) for job in lacking]
+        slab = self._slabs.take(sum(sizes))
+        records = self._collect(lacking, np.split(slab, np.cumsum(sizes))[:-1], deadline)
         with self._changed:
             self._forget(jobs)  # before the write: it may take long, and needs no second copy
         found = [
@@ -207,21 +216,20 @@ class TierWriter:
                 [job.priority for job, _ in found],
                 deadline,
             )
+        self._slabs.give_back(slab)
 
-    def _collect(self, jobs: Sequence[TierJob], deadline: float) -> list[np.ndarray | None]:
-        """The bytes of each record, from its job or the fastest tier that has it."""
+    def _collect(
+        self, jobs: Sequence[TierJob], rows: Sequence[np.ndarray], deadline: float
+    ) -> list[np.ndarray | None]:
+        """The bytes of each record, from its job or the fastest tier that has it: in its row."""
         records = [job.record for job in jobs]
-        # so that protected records are opened where they lie
-        sizes = [round_up(job.max_bytes + TRAILER_BYTES, PAGE_BYTES) for job in jobs]
-        ends = np.cumsum(sizes).tolist()
-        if jobs and self._slab.nbytes < ends[-1]:
-            self._slab = page_aligned(ends[-1])
         for tier in self._faster:
             wanted = [i for i, record in enumerate(records) if record is None]
             if not wanted:
                 break
-            rows = [self._slab[ends[i] - sizes[i] : ends[i]] for i in wanted]
-            found = tier.read_many([jobs[i].name for i in wanted], rows, deadline)
+            found = tier.read_many(
+                [jobs[i].name for i in wanted], [rows[i] for i in wanted], deadline
+            )
             for i, record in zip(wanted, found, strict=True):
                 records[i] = record
         # A tier hands over what it gives up before it forgets it: what was not found is here now.
