@@ -15,7 +15,7 @@ from sample_blocks import LAYOUT, make_keys, make_record
 from prefixstore.block_key import BlockHash, RecordName
 from prefixstore.errors import TierError, TierFull, TierTimeout, TierUnavailable
 from prefixstore.tiers.base import PAGE_BYTES, page_aligned, round_up
-from prefixstore.tiers.disk import DiskTier
+from prefixstore.tiers.disk import DiskTier, transfers
 from prefixstore.tiers.disk.transfers import JOB_BYTES
 
 CAPACITY = 256 << 20
@@ -57,6 +57,20 @@ def get_all(
         out[:outcome].tobytes() if isinstance(outcome, int) else outcome
         for out, outcome in zip(outs, outcomes, strict=True)
     ]
+
+
+@pytest.mark.parametrize("has_extension", [True, False])
+def test_memory_on_pages_is_told_from_other_memory(monkeypatch, has_extension):
+    if not has_extension:
+        monkeypatch.setattr(transfers, "_kvkernels", None)
+    on_pages = [aligned(size).data for size in (1, PAGE_BYTES, 70_000)]
+    on_pages[1] = on_pages[1].toreadonly()
+    assert transfers._begin_on_pages(on_pages)
+    assert transfers._begin_on_pages([])
+    for place in range(4):
+        assert not transfers._begin_on_pages(
+            [*on_pages[:place], crooked(10).data, *on_pages[place:]]
+        )
 
 
 @pytest.mark.parametrize("deadline_s", [None, 60])
