@@ -27,6 +27,7 @@ NAMES += ("prefixstore.record_header", "prefixstore.index", "prefixstore.keys")
 AT_EXIT = ("prefixstore.at_exit",)
 PROTECTION = ("prefixstore.protection",)
 RECORD = ("prefixstore.record", "prefixstore.record_headers", "prefixstore.record_layout")
+DISK = ("prefixstore.tiers.disk",)
 REDIS = ("prefixstore.tiers.redis",)
 REMOTE = ("prefixstore.tiers.remote",)
 STORE = ("prefixstore.store",)
@@ -74,7 +75,8 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     PROTECTION: ("numpy", "cryptography", *NAMES),
     # A tier sees bytes: no tensors, and never the store.
     ("prefixstore.tiers",): ("numpy", *NAMES, *PROTECTION),
-    # Its bytes are moved by the extension.
+    # The extension tells where buffers begin, and moves the bytes of Redis.
+    DISK: ("numpy", "_kvkernels", "prefixstore.tiers.base", "prefixstore.tiers.outcomes", *NAMES),
     REDIS: ("redis", "_kvkernels", "prefixstore.tiers.base", "prefixstore.tiers.outcomes", *NAMES),
     REMOTE: ("obstore", "prefixstore.tiers.base", "prefixstore.tiers.outcomes", *NAMES),
     STORE: ("numpy", "prefixstore.tiers.base", *NAMES, *RECORD, *AT_EXIT),
