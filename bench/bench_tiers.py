@@ -199,10 +199,15 @@ def make_holders(case: Case, num_records: int, directory: Path) -> dict[str, Hol
     }
     if case.what == "get":
         holders["buffered_file_cold"] = ColdFile(directory / "cold_file", num_records, case, 0)
-    kinds = {"kvkernels": TierHolder, "kvkernels_with_deadline": WaitingTierHolder}
+    kinds = {
+        "kvkernels": (TierHolder, "auto"),
+        "kvkernels_with_deadline": (WaitingTierHolder, "auto"),
+        "kvkernels_buffered": (TierHolder, "buffered"),  # like buffered_file, out of a warm cache
+    }
     for name in ["kvkernels"] if case.what == "put" else kinds:
-        disk = DiskTier(DiskTierConfig(directory / name, capacity_bytes, slab_bytes))
-        holders[name] = kinds[name](disk, num_records, case.record_bytes)
+        kind, io = kinds[name]
+        disk = DiskTier(DiskTierConfig(directory / name, capacity_bytes, slab_bytes, io=io))
+        holders[name] = kind(disk, num_records, case.record_bytes)
     return holders
 
 

@@ -18,11 +18,12 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from prefixstore.block_key import RecordName
+from prefixstore.block_key import BlockHash, RecordName
 from prefixstore.errors import TierError
 from prefixstore.tiers.base import PAGE_BYTES, round_up
 from prefixstore.tiers.disk import slab_table, slot_table
@@ -34,6 +35,8 @@ from prefixstore.tiers.disk.slot_table import Mark, Place, SlotRef
 from prefixstore.tiers.disk.sql import Connection
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _MAX_MARKS = 10_000  # some 3 MB
 _NS = 1_000_000_000
@@ -88,21 +91,38 @@ class SlotIndex:
         self, names: Iterable[RecordName], deadline: float | None = None
     ) -> dict[RecordName, SlotRef]:
         """Those that are there and not past their time."""
-        found = {}
-        for hashes in slot_table.batches_of_hashes(names):
-            with self._reader.reading(deadline) as sql:
-                for ref in slot_table.find(sql, hashes, self.now()):
-                    found[ref.name] = ref
-        return found
+        now = self.now()
+        refs = self._look_up(lambda sql, hashes: slot_table.find(sql, hashes, now), names, deadline)
+        return {ref.name: ref for ref in refs}
 
     def names_among(
         self, names: Iterable[RecordName], deadline: float | None = None
     ) -> set[RecordName]:
         """The names of `find_many`."""
-        found: set[RecordName] = set()
+        now = self.now()
+        return set(
+            self._look_up(
+                lambda sql, hashes: slot_table.names_among(sql, hashes, now), names, deadline
+            )
+        )
+
+    def places_among(
+        self, names: Iterable[RecordName], deadline: float | None = None
+    ) -> set[Place]:
+        """Where those lie that are there, in time or past it."""
+        return set(self._look_up(slot_table.places_among, names, deadline))
+
+    def _look_up(
+        self,
+        look: Callable[[sqlite3.Connection, Sequence[BlockHash]], Iterable[T]],
+        names: Iterable[RecordName],
+        deadline: float | None,
+    ) -> list[T]:
+        """What it finds of the names, as many at a time as a statement takes."""
+        found: list[T] = []
         for hashes in slot_table.batches_of_hashes(names):
             with self._reader.reading(deadline) as sql:
-                found |= slot_table.names_among(sql, hashes, self.now())
+                found += look(sql, hashes)
         return found
 
     def list_records(self) -> list[tuple[RecordName, int]]:

@@ -136,10 +136,9 @@ def total_bytes(sql: sqlite3.Connection) -> int:
 def slot_sizes(sql: sqlite3.Connection) -> Iterator[int]:
     """Each once, by one look-up in the order of use: there are few sizes, and may be many slabs."""
     query = "SELECT min(slot_bytes) FROM slots WHERE slot_bytes > ?"
-    (slot_bytes,) = sql.execute(query, (0,)).fetchone()
-    while slot_bytes is not None:
+    slot_bytes = 0
+    while (slot_bytes := sql.execute(query, (slot_bytes,)).fetchone()[0]) is not None:
         yield slot_bytes
-        (slot_bytes,) = sql.execute(query, (slot_bytes,)).fetchone()
 
 
 def slabs_to_drop(

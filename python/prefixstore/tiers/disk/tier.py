@@ -237,11 +237,10 @@ class DiskTier(Tier):
             spans.append(_span(ref, out, start or 0))
         results = self._transfers.read_many(spans, deadline)
         # an eviction shows in the index before the slot is overwritten: still there means intact
-        intact = self._index.find_many([ref.name for _, ref in asked], deadline)
+        intact = self._index.places_among([ref.name for _, ref in asked], deadline)
         used = []
         for (number, ref), result in zip(asked, results, strict=True):
-            now = intact.get(ref.name)
-            if now is not None and now.place == ref.place:
+            if ref.place in intact:
                 outcomes[number] = result
                 if isinstance(result, int):
                     used.append(ref)
