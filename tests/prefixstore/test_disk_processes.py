@@ -180,23 +180,56 @@ def test_processes_share_a_directory(tmp_path, make_process):
     tier.close()
 
 
-def test_a_reader_overtaken_by_an_eviction_reports_a_miss(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_own_write", [False, True])
+@pytest.mark.parametrize("num_slots", [1, 2])
+def test_a_reader_overtaken_by_an_eviction_reports_a_miss(
+    tmp_path, monkeypatch, is_own_write, num_slots
+):
     first, second = make_keys(2)
-    reader = open_tier(tmp_path, capacity_bytes=4096)
-    writer = open_tier(tmp_path, capacity_bytes=4096)
+    reader = open_tier(tmp_path, capacity_bytes=4096 * num_slots)
+    other = open_tier(tmp_path, capacity_bytes=4096 * num_slots)
+    writer = reader if is_own_write else other
     put(writer, [first])
     read = reader._files.read
 
     def slow_read(slab, slot, out):
-        put(writer, [second])  # takes the only slot between look-up and read
+        put(writer, [second])  # takes the only slot between look-up and read, or the other one
         return read(slab, slot, out)
 
     monkeypatch.setattr(reader._files, "read", slow_read)
-    assert reader.get(first.name, memoryview(bytearray(LAYOUT.record_bytes))) is None
+    outcome = reader.get(first.name, memoryview(bytearray(LAYOUT.record_bytes)))
+    assert outcome == (None if num_slots == 1 else LAYOUT.record_bytes)
     monkeypatch.undo()
     assert count_right(reader, [second]) == 1
     reader.close()
-    writer.close()
+    other.close()
+
+
+def test_records_are_looked_up_again_only_after_a_change(tmp_path, monkeypatch):
+    first, second = make_keys(2)
+    tier, other = open_tier(tmp_path), open_tier(tmp_path)
+    put(tier, [first])
+    looked_up = []
+    places_among = tier._index.places_among
+
+    def counted(names, deadline):
+        looked_up.extend(names)
+        return places_among(names, deadline)
+
+    monkeypatch.setattr(tier._index, "places_among", counted)
+    assert count_right(tier, [first]) == count_right(tier, [first]) == 1
+    assert looked_up == []
+    read = tier._files.read
+
+    def slow_read(slab, slot, out):
+        put(other, [second])
+        return read(slab, slot, out)
+
+    monkeypatch.setattr(tier._files, "read", slow_read)
+    assert count_right(tier, [first]) == 1
+    assert looked_up == [first.name]
+    tier.close()
+    other.close()
 
 
 def test_a_writer_past_its_lease_publishes_nothing(tmp_path, monkeypatch):

@@ -87,6 +87,13 @@ class SlotIndex:
 
     # ---- look-ups ----------------------------------------------------------------------------
 
+    def version(self, deadline: float | None = None) -> int:
+        """A number that every transaction changes, of this process and of others: between two
+        calls with the same result nobody changed anything."""
+        # for SQLite this leaves out the connection's own, and that of the look-ups makes none
+        with self._reader.reading(deadline) as sql:
+            return sql.execute("PRAGMA data_version").fetchone()[0]
+
     def find_many(
         self, names: Iterable[RecordName], deadline: float | None = None
     ) -> dict[RecordName, SlotRef]:

@@ -10,7 +10,8 @@ a power cut a torn record fails its checksums and is a miss. Flushing every reco
 than the cache wins. Every reader must verify what it gets. The directory must be on a local file
 system (SQLite's WAL needs shared memory between the processes).
 
-    get_many    one look-up -> transfers (transfers.py) -> one look-up: are they still there?
+    get_many    one look-up -> transfers (transfers.py) -> are they still there? One more look-up,
+                where anything at all has changed in the index meanwhile
     put_many    slots are taken -> transfers -> records are published (writer.py)
 """
 
@@ -220,6 +221,7 @@ class DiskTier(Tier):
         """The outcomes, and which records they are of where that is a number of bytes."""
         outcomes: list[ReadOutcome] = [None] * len(names)
         starts: Sequence[int | None] = [None] * len(names) if offsets is None else offsets
+        version = self._index.version(deadline)
         found = self._index.find_many(names, deadline)
         asked: list[tuple[int, SlotRef]] = []
         spans = []
@@ -237,10 +239,12 @@ class DiskTier(Tier):
             spans.append(_span(ref, out, start or 0))
         results = self._transfers.read_many(spans, deadline)
         # an eviction shows in the index before the slot is overwritten: still there means intact
-        intact = self._index.places_among([ref.name for _, ref in asked], deadline)
+        intact = None
+        if self._index.version(deadline) != version:
+            intact = self._index.places_among([ref.name for _, ref in asked], deadline)
         used = []
         for (number, ref), result in zip(asked, results, strict=True):
-            if ref.place in intact:
+            if intact is None or ref.place in intact:
                 outcomes[number] = result
                 if isinstance(result, int):
                     used.append(ref)
