@@ -13,6 +13,7 @@
 // Tiles is a class as in tiles_amx.h.
 #pragma once
 
+#include "cpu/attention_amx_few_rows.h"
 #include "cpu/attention_amx_keys.h"
 #include "cpu/attention_amx_softmax.h"
 #include "cpu/attention_amx_work.h"
@@ -134,10 +135,6 @@ void attend_groups(Tiles& tiles, Work& work, int64_t group, int64_t begin, int64
   for (int64_t i = 0; i < kGroups; ++i) {
     float* scores = work.scores + i * kKeys * kLanes;
     if (work.adjusts) adjust_group(work, group + i, begin, end - begin, scores);
-    // Ranges only move up from row to row, so the first and the last row bound them.
-    const int64_t row = (group + i) * kLanes;
-    const bool is_masked = work.first[row + kLanes - 1] > begin || work.last[row] < begin + kKeys;
-    const auto weigh = is_masked ? weigh_group<true> : weigh_group<false>;
     weigh(work, group + i, begin, scores, work.weights + i * kKeys * kLanes);
   }
   add_values<kGroups>(tiles, work, group);
@@ -157,27 +154,35 @@ void finish(const Work& work, const TileResult& result) {
     }
     result.max[row] = work.max[row];
     result.sum[row] = work.sum[row];
+    for (int64_t set = 1; set < work.num_sets; ++set) {
+      result.sum[row] += work.sum[row + set * (kLanes / work.num_sets)];
+    }
   }
 }
 
 template <typename Tiles>
-void attend_head(Tiles& tiles, const AttentionTile& tile, const TileResult& result) {
+void attend_head(Tiles& tiles, const AttentionTile& tile, Prefetch& next,
+                 const TileResult& result) {
   Work work;
   start(tile, work);
-  if (work.num_groups == 1) work.next = plan_reading(tile, kKeys);
-  const int64_t tile_bytes =
-      kKeys * (work.head_dim + work.value_dim) * static_cast<int64_t>(sizeof(uint16_t));
   const int64_t first = tile.key_begin / kKeys * kKeys;
   for (int64_t begin = first, end; begin < tile.key_end; begin = end) {
     end = end_of_keys(tile, begin);
     // Groups before the first end, and groups from the last on begin, outside these keys.
     int64_t group = 0, last = work.num_groups;
-    while (group < last && work.last[group * kLanes + kLanes - 1] <= begin) ++group;
-    while (last > group && work.first[(last - 1) * kLanes] >= end) --last;
-    if (group == last) continue;
+    if (last > 1) {
+      while (group < last && work.last[group * kLanes + kLanes - 1] <= begin) ++group;
+      while (last > group && work.first[(last - 1) * kLanes] >= end) --last;
+      if (group == last) continue;
+    }
     KeyRows keys[kParts];
-    work.next.begin(tile_bytes);
-    load_tile(tile, begin, end, keys, work);
+    ValueRows values;
+    find_tile(tile, begin, end, work, keys, values);
+    if (work.num_groups == 1) {
+      attend_few_rows(tiles, work, begin, end, keys, values, next);
+      continue;
+    }
+    interleave_values(values, work);
     for (; group + 2 <= last; group += 2) attend_groups<2>(tiles, work, group, begin, end, keys);
     if (group < last) attend_groups<1>(tiles, work, group, begin, end, keys);
   }
@@ -198,11 +203,13 @@ void attend(const AttentionTile& tile, const TileResult* results) {
     return;
   }
   Tiles tiles;  // configures the registers, and releases them at the end
+  Prefetch next(tile_bytes(*tile.args));
+  if (num_rows <= kLanes) plan_reading(tile, kKeys, next);
   for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
     AttentionTile one = tile;
     one.kv_head += head;
     one.num_kv_heads = 1;
-    attend_head(tiles, one, results[head]);
+    attend_head(tiles, one, next, results[head]);
   }
 }
 

@@ -1,5 +1,5 @@
-// A tile of keys and values for the matrix-tile attention: keys are found where they lie, or
-// copied, and values packed.
+// A tile of keys and values for the matrix-tile attention: found where they lie, or copied, and
+// values packed.
 #pragma once
 
 #include "cpu/attention_amx_work.h"
@@ -38,35 +38,41 @@ KeyRows find_keys(const AttentionTile& tile, const Work& work, int64_t part, int
   return {copy, row_bytes};
 }
 
-__m512i load_or_zero(const uint16_t* row, int64_t i) {
-  return row == nullptr ? _mm512_setzero_si512() : _mm512_loadu_si512(row + i);
+// Where the values of a tile of keys lie; those of keys that there are not are zeros.
+struct ValueRows {
+  const uint16_t* row[kKeys];
+};
+
+void find_values(const uint16_t* cache, const int64_t* offsets, int64_t num_keys, const Work& work,
+                 ValueRows& values) {
+  for (int64_t t = 0; t < num_keys; ++t) values.row[t] = cache + offsets[t];
+  for (int64_t t = num_keys; t < kKeys; ++t) values.row[t] = work.zeros;
 }
 
-// Pairs of values side by side. What lies past the last key becomes 0, never NaN.
-void interleave_values(const uint16_t* cache, int64_t num_keys, const int64_t* offsets,
-                       Work& work) {
-  constexpr int64_t kTileSize = kKeys * kLanes;
+// 32 channels of two neighbouring values, in pairs.
+void interleave(const ValueRows& values, int64_t t, int64_t channel, uint16_t* target) {
+  const __m512i a = _mm512_loadu_si512(values.row[t] + channel);
+  const __m512i b = _mm512_loadu_si512(values.row[t + 1] + channel);
+  _mm512_store_si512(target + t * kLanes, _mm512_unpacklo_epi16(a, b));
+  _mm512_store_si512(target + (kKeys + t) * kLanes, _mm512_unpackhi_epi16(a, b));
+}
+
+// Puts pairs of values side by side, row after row.
+void interleave_values(const ValueRows& values, Work& work) {
   for (int64_t t = 0; t < kKeys; t += 2) {
-    uint16_t* target = work.values + t * kLanes;
-    const uint16_t* even = t < num_keys ? cache + offsets[t] : nullptr;
-    const uint16_t* odd = t + 1 < num_keys ? cache + offsets[t + 1] : nullptr;
-    for (int64_t i = 0; i < work.value_dim; i += kStep, target += 2 * kTileSize) {
-      const __m512i a = load_or_zero(even, i), b = load_or_zero(odd, i);
-      _mm512_store_si512(target, _mm512_unpacklo_epi16(a, b));
-      _mm512_store_si512(target + kTileSize, _mm512_unpackhi_epi16(a, b));
+    for (int64_t i = 0; i < work.value_dim; i += kStep) {
+      interleave(values, t, i, work.values + i * kKeys);
     }
-    work.next.advance(2 * work.value_dim * static_cast<int64_t>(sizeof(uint16_t)));
   }
 }
 
-// Finds or unpacks the keys of the tile of keys [begin, end), as far as they are the item's, and
-// packs their values.
-void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, KeyRows* keys, Work& work) {
+// Finds or unpacks the keys and values of [begin, end), as far as they are the item's.
+void find_tile(const AttentionTile& tile, int64_t begin, int64_t end, Work& work, KeyRows* keys,
+               ValueRows& values) {
   const PagedAttentionArgs& args = *tile.args;
   int64_t key_offsets[kKeys], value_offsets[kKeys];
   const int64_t count = end - begin, first = std::max<int64_t>(tile.key_begin - begin, 0);
   const int64_t row_bytes = work.head_dim * static_cast<int64_t>(sizeof(uint16_t));
-  work.next.advance(count * row_bytes);
   if (lies_plain(tile, begin + first, end)) {
     find_rows(tile, begin + first, end, key_offsets + first, value_offsets + first);
     repeat_first_row(key_offsets, first);
@@ -74,7 +80,7 @@ void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, KeyRows* k
     for (int64_t part = 0; part < kParts; ++part) {
       keys[part] = find_keys(tile, work, part, first, count, key_offsets, begin % args.block_size);
     }
-    interleave_values(static_cast<const uint16_t*>(args.value_cache), count, value_offsets, work);
+    find_values(static_cast<const uint16_t*>(args.value_cache), value_offsets, count, work, values);
     return;
   }
   using Unpacker = Avx512Unpacker<BFloat16>;
@@ -88,7 +94,7 @@ void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, KeyRows* k
                           work.unpacked + first * work.value_dim);
   for (int64_t t = first; t < count; ++t) value_offsets[t] = t * work.value_dim;
   repeat_first_row(value_offsets, first);
-  interleave_values(work.unpacked, count, value_offsets, work);
+  find_values(work.unpacked, value_offsets, count, work, values);
 }
 
 }  // namespace

@@ -22,6 +22,10 @@ void adjust_group(const Work& work, int64_t group, int64_t begin, int64_t num_ke
     adjust_scores(*work.tile, work.tile->row_begin + group * kLanes + n, 0, begin, num_keys,
                   by_row[n]);
   }
+  const int64_t set_lanes = kLanes / work.num_sets;
+  for (int64_t n = set_lanes; n < kLanes; ++n) {
+    std::memcpy(by_row[n], by_row[n % set_lanes], sizeof(by_row[n]));
+  }
   for (int64_t part = 0; part < kParts; ++part) {
     __m512 block[kLanes];
     for (int64_t n = 0; n < kLanes; ++n) block[n] = _mm512_load_ps(by_row[n] + part * kLanes);
@@ -30,6 +34,27 @@ void adjust_group(const Work& work, int64_t group, int64_t begin, int64_t num_ke
       _mm512_store_ps(scores + (part * kLanes + t) * kLanes, block[t]);
     }
   }
+}
+
+// With up to 8 rows each has a lane in both of two sets of lanes, and set s goes through the keys
+// from s * kKeys / 2 on: half as many vectors of scores.
+template <int kSets>
+constexpr int64_t kSetKeys = kKeys / kSets;
+template <int kSets>
+constexpr int64_t kSetLanes = kLanes / kSets;
+
+// The scores of one key of each set.
+template <int kSets>
+__m512 load_scores(const float* scores, int64_t key) {
+  const __m512 first = _mm512_load_ps(scores + key * kLanes);
+  if constexpr (kSets == 1) return first;
+  return _mm512_mask_load_ps(first, 0xff00, scores + (kSetKeys<kSets> + key) * kLanes);
+}
+
+// The larger of each row's lanes, in both of them.
+template <int kSets>
+__m512 max_of_sets(__m512 v) {
+  return kSets == 1 ? v : _mm512_max_ps(v, _mm512_shuffle_f32x4(v, v, 0x4e));
 }
 
 // Which lanes' rows see a key. kIsMasked is false where all see all, to the same bits.
@@ -46,24 +71,25 @@ struct Seen {
 
 // Turns the scores of a group's rows with the keys from `begin` on into weights, and the running
 // maxima and sums with them; scales what was summed up before.
-template <bool kIsMasked>
+template <bool kIsMasked, int kSets>
 void weigh_group(Work& work, int64_t group, int64_t begin, const float* scores, uint16_t* weights) {
   const int64_t row = group * kLanes;
   const Seen<kIsMasked> seen = {_mm512_load_si512(work.first + row),
                                 _mm512_load_si512(work.last + row)};
   const __m512 scales = _mm512_set1_ps(work.scale), lowest = _mm512_set1_ps(-infinity());
   __m512 top[4] = {lowest, lowest, lowest, lowest};
-  for (int64_t t = 0; t < kKeys; t += 4) {
+  for (int64_t t = 0; t < kSetKeys<kSets>; t += 4) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const __m512 score = _mm512_load_ps(scores + (t + i) * kLanes);
+      const __m512 score = load_scores<kSets>(scores, t + i);
       top[i] =
           _mm512_max_ps(top[i], _mm512_mask_mul_ps(lowest, seen.at(begin + t + i), score, scales));
     }
   }
   const __m512 old_max = _mm512_load_ps(work.max + row);
-  const __m512 new_max = _mm512_max_ps(
-      old_max, _mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3])));
+  const __m512 tile_max =
+      _mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3]));
+  const __m512 new_max = _mm512_max_ps(old_max, max_of_sets<kSets>(tile_max));
   _mm512_store_ps(work.max + row, new_max);
   // Where every score is minus infinity so far, the weights must come out as 0, not as NaN.
   const __m512 base =
@@ -71,13 +97,14 @@ void weigh_group(Work& work, int64_t group, int64_t begin, const float* scores, 
   const __m512 decay = exp2_lanes(_mm512_sub_ps(old_max, base));
   __m512 sums[4] = {_mm512_mul_ps(_mm512_load_ps(work.sum + row), decay)};
   sums[1] = sums[2] = sums[3] = _mm512_setzero_ps();
-  for (int64_t half = 0; half < kHalves; ++half) {
+  constexpr int64_t kSetHalves = kHalves / kSets;
+  for (int64_t half = 0; half < kSetHalves; ++half) {
     __m512 pairs[kLanes];
 #pragma GCC unroll 16
     for (int64_t j = 0; j < kLanes; ++j) {
       const int64_t key = half * kStep + 2 * j;
-      const __m512 even = _mm512_load_ps(scores + key * kLanes);
-      const __m512 odd = _mm512_load_ps(scores + (key + 1) * kLanes);
+      const __m512 even = load_scores<kSets>(scores, key);
+      const __m512 odd = load_scores<kSets>(scores, key + 1);
       const __m512 a = _mm512_maskz_mov_ps(seen.at(begin + key),
                                            exp2_lanes(_mm512_fmsub_ps(even, scales, base)));
       const __m512 b = _mm512_maskz_mov_ps(seen.at(begin + key + 1),
@@ -88,7 +115,8 @@ void weigh_group(Work& work, int64_t group, int64_t begin, const float* scores, 
     }
     transpose_16x16(pairs);
     for (int64_t n = 0; n < kLanes; ++n) {
-      _mm512_store_ps(weights + (half * kLanes + n) * kStep, pairs[n]);
+      const int64_t part = n / kSetLanes<kSets> * kSetHalves + half, row = n % kSetLanes<kSets>;
+      _mm512_store_ps(weights + (part * kLanes + row) * kStep, pairs[n]);
     }
   }
   _mm512_store_ps(work.sum + row,
@@ -97,13 +125,25 @@ void weigh_group(Work& work, int64_t group, int64_t begin, const float* scores, 
   alignas(64) float factors[kLanes];
   _mm512_store_ps(factors, decay);
   float* out = work.out + row * work.value_dim;
-  for (int64_t n = 0; n < kLanes; ++n) {
+  for (int64_t n = 0; n < kSetLanes<kSets>; ++n) {
     const __m512 factor = _mm512_set1_ps(factors[n]);
     for (int64_t i = 0; i < work.value_dim; i += kLanes) {
       float* lanes = out + i * kLanes + n * kLanes;
       _mm512_store_ps(lanes, _mm512_mul_ps(_mm512_load_ps(lanes), factor));
     }
   }
+}
+
+// weigh_group for what the group sees of the keys from `begin` on.
+void weigh(Work& work, int64_t group, int64_t begin, const float* scores, uint16_t* weights) {
+  // Ranges only move up from row to row, so the first and the last row bound them.
+  const int64_t row = group * kLanes, last_set = kKeys - kKeys / work.num_sets;
+  const bool is_masked =
+      work.first[row + kLanes - 1] + last_set > begin || work.last[row] < begin + kKeys;
+  const auto weigh_these = work.num_sets == 2
+                               ? (is_masked ? weigh_group<true, 2> : weigh_group<false, 2>)
+                               : (is_masked ? weigh_group<true, 1> : weigh_group<false, 1>);
+  weigh_these(work, group, begin, scores, weights);
 }
 
 }  // namespace

@@ -20,8 +20,8 @@ constexpr int64_t kStep = 32;       // what one dot sums over
 constexpr int64_t kTileBytes = 64;  // a row of a tile
 constexpr int64_t kParts = kKeys / kLanes, kHalves = kKeys / kStep;
 
-// Up to so many rows the kernel that reads each element once, with no tiles, is faster: a tile
-// always has 16 rows.
+// Up to so many rows the kernel that reads each element once, with no tiles, is as fast as memory,
+// or faster than this: a tile always has 16 rows.
 constexpr int64_t kFewRowsBesideTiles = 4;
 
 // One item's rows, in groups of kLanes, and the tile of keys that is being worked on. `out` lies in
@@ -30,35 +30,37 @@ constexpr int64_t kFewRowsBesideTiles = 4;
 struct Work {
   const AttentionTile* tile;
   int64_t count, num_groups, head_dim, value_dim;
-  bool adjusts;  // whether scores need more than a scale
+  int64_t num_sets;  // of lanes, see attention_amx_softmax.h
+  bool adjusts;      // whether scores need more than a scale
   float scale;
   uint16_t* query;     // [num_groups, head_dim / 32, 16, kLanes, 2]
   uint16_t* keys;      // [kKeys, head_dim]: copies of keys that do not lie in one block
   uint16_t* values;    // [value_dim / 16, kKeys / 2, 16, 2]
   uint16_t* unpacked;  // [kKeys, value_dim]
+  uint16_t* zeros;     // [value_dim]: the value of a key that there is not
   uint16_t* weights;   // [2, kHalves, kLanes, kStep], of two groups
   float* scores;       // [2, kKeys, kLanes]
   float* out;          // [num_groups, value_dim / 16, kLanes, 16]
   float* scales;       // two rows
-  Prefetch next;       // where rows are few, what the item will read
   alignas(64) float max[kTileRows], sum[kTileRows];
   alignas(64) int32_t first[kTileRows], last[kTileRows];  // the keys [first, last) that a row sees
 };
 
 void start_group(const AttentionTile& tile, int64_t group, Work& work) {
-  const int64_t first_row = group * kLanes;
+  const int64_t first_row = group * kLanes, set_lanes = kLanes / work.num_sets;
   const auto* query = static_cast<const uint16_t*>(tile.args->query);
   const uint16_t* sources[kLanes];
   for (int64_t n = 0; n < kLanes; ++n) {
-    const int64_t row = first_row + n;
+    const int64_t lane = first_row + n, row = first_row + n % set_lanes;
     // Rows past the last are zeros that see what the last one sees.
     const int64_t real = std::min(row, work.count - 1);
     sources[n] = row < work.count ? query + query_offset(tile, tile.row_begin + row) : nullptr;
     const KeyRange seen = visible_keys(tile, tile.row_begin + real);
-    work.first[row] = static_cast<int32_t>(seen.begin);
-    work.last[row] = static_cast<int32_t>(seen.end);
-    work.max[row] = -infinity();
-    work.sum[row] = 0;
+    const int64_t first_key = n / set_lanes * (kKeys / work.num_sets);  // of the lane's set
+    work.first[lane] = static_cast<int32_t>(seen.begin - first_key);
+    work.last[lane] = static_cast<int32_t>(seen.end - first_key);
+    work.max[lane] = -infinity();
+    work.sum[lane] = 0;
   }
   uint16_t* target = work.query + first_row * work.head_dim;
   for (int64_t i = 0; i < work.head_dim; i += kStep, target += kLanes * kStep) {
@@ -76,6 +78,8 @@ void start(const AttentionTile& tile, Work& work) {
   work.tile = &tile;
   work.count = tile.row_end - tile.row_begin;
   work.num_groups = (work.count + kLanes - 1) / kLanes;
+  // With two, the order in which a row's weights are summed up goes by how many rows there are.
+  work.num_sets = work.count <= kLanes / 2 && !tile.args->batch_invariant ? 2 : 1;
   work.head_dim = tile.args->head_dim;
   work.value_dim = tile.args->value_dim;
   work.adjusts = adjusts_scores(*tile.args);
@@ -84,7 +88,7 @@ void start(const AttentionTile& tile, Work& work) {
   const int64_t query_size = num_rows * work.head_dim, out_size = num_rows * work.value_dim;
   const int64_t key_size = kKeys * work.head_dim, value_size = kKeys * work.value_dim;
   const int64_t score_size = 2 * kKeys * kLanes;
-  const int64_t num_halves = query_size + key_size + 2 * value_size + score_size;
+  const int64_t num_halves = query_size + key_size + 2 * value_size + work.value_dim + score_size;
   const int64_t scales_size = 2 * std::max(work.head_dim, work.value_dim);
   work.scores = thread_scratch(1, num_halves / 2 + score_size + out_size + scales_size);
   work.out = work.scores + score_size;
@@ -93,7 +97,9 @@ void start(const AttentionTile& tile, Work& work) {
   work.keys = work.query + query_size;
   work.values = work.keys + key_size;
   work.unpacked = work.values + value_size;
-  work.weights = work.unpacked + value_size;
+  work.zeros = work.unpacked + value_size;
+  work.weights = work.zeros + work.value_dim;
+  std::memset(work.zeros, 0, (work.value_dim + score_size) * sizeof(uint16_t));
   for (int64_t group = 0; group < work.num_groups; ++group) start_group(tile, group, work);
 }
 

@@ -297,7 +297,7 @@ template <typename L>
 void attend_many_rows(const AttentionTile& tile, const TileResult& result) {
   Work work;
   start_rows<L>(tile, result, work);
-  if (work.count <= kFewRows) work.next = plan_reading(tile, kTileKeys);
+  if (work.count <= kFewRows) plan_reading(tile, kTileKeys, work.next);
   const int64_t tile_bytes =
       kTileKeys * (work.head_dim + work.value_dim) * sizeof(typename L::Item);
   const int64_t first = tile.key_begin / kTileKeys * kTileKeys;

@@ -86,6 +86,13 @@ CASES = [
     Case("many_chunks_extend", ((3, 3000), (40, 7000)), heads=(2, 1), is_small=False),
     Case("many_chunks_window", ((1, 3000), (4, 2500)), heads=(2, 1), window=1030, is_small=False),
     Case("rows_5_to_7", ((5, 90), (6, 80), (7, 70)), heads=(2, 2), is_small=False),
+    # Few rows, but more than decoding of small groups has, through several tiles of keys.
+    Case("rows_5_d32", ((1, 150), (1, 300)), heads=(5, 1), head_dim=32, is_small=False),
+    Case("rows_7", ((1, 700), (1, 129), (1, 128)), heads=(14, 2), block_size=64, is_small=False),
+    Case("rows_8_d96", ((2, 260), (2, 33)), heads=(4, 1), head_dim=96, is_small=False),
+    Case("rows_16_d128", ((2, 400), (1, 70)), heads=(8, 1), head_dim=128, is_small=False),
+    Case("rows_8_d160", ((1, 300),), heads=(8, 1), head_dim=160, is_small=False),
+    Case("rows_8_window", ((1, 700), (2, 300)), heads=(8, 2), window=100, is_small=False),
     Case("huge_block", ((1, 900), (4, 700)), block_size=1024, is_small=False),
 ]
 # Only the CPU kernels, and only those in plain C++, serve these.
