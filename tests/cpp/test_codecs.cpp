@@ -194,7 +194,7 @@ void check(const Shape& shape, int64_t key_bits, int64_t value_bits, int64_t gro
     CHECK(decoded.empty() || bytes == decoded);
     decoded = bytes;
   }
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < 3; ++i) {
     blocks.fill_payloads();
     for (const AttentionPath path : paths) blocks.decode(path);
   }

@@ -186,7 +186,7 @@ def test_a_file_system_without_direct_transfers_is_used_through_the_page_cache(
 
 
 def test_a_batch_takes_a_few_statements(tmp_path):
-    """Two look-ups for a batch that is read; one and two transactions for one that is written."""
+    """One look-up for a batch that is read; one and two transactions for one that is written."""
     tier = open_tier(tmp_path)
     names = make_names(100)
     statements: list[str] = []
@@ -198,7 +198,7 @@ def test_a_batch_takes_a_few_statements(tmp_path):
     assert len(looked_up) == 1
     statements.clear()
     get_all(tier, names, 3000)
-    assert [s.partition(" ")[0] for s in statements] == ["SELECT"] * 2
+    assert [s.partition(" ")[0] for s in statements] == ["PRAGMA", "SELECT", "PRAGMA"]
     statements.clear()
     assert all(tier.delete_many(names))
     assert sum(s.startswith("BEGIN") for s in statements) == 2
@@ -220,6 +220,48 @@ def test_neighbours_move_in_one_system_call(tmp_path, monkeypatch):
     assert not any(tier.put_many(names, [make_bytes(3000, n).data for n in range(100)]))
     assert None not in get_all(tier, names, 3000)
     assert calls == [0, 0]
+    tier.close()
+
+
+def test_who_reads_without_a_deadline_is_one_of_the_threads(tmp_path, monkeypatch):
+    tier = open_tier(tmp_path, num_threads=2, capacity_bytes=4 * JOB_BYTES)
+    names = make_names(2)
+    records = [make_bytes(JOB_BYTES, n) for n in range(2)]
+    assert not any(tier.put_many(names, [record.data for record in records]))
+    both, readers = threading.Barrier(2, timeout=10), set()
+    read = tier._files.read
+
+    def read_together(*args):
+        readers.add(threading.current_thread().name)
+        both.wait()
+        return read(*args)
+
+    monkeypatch.setattr(tier._files, "read", read_together)
+    assert get_all(tier, names, JOB_BYTES) == [record.tobytes() for record in records]
+    assert len(readers) == 2 and threading.current_thread().name in readers
+    tier.close()
+
+
+def test_an_interrupted_reader_waits_for_the_other_threads(tmp_path, monkeypatch):
+    tier = open_tier(tmp_path, num_threads=2, capacity_bytes=4 * JOB_BYTES)
+    names = make_names(2)
+    assert not any(tier.put_many(names, [make_bytes(JOB_BYTES, n).data for n in range(2)]))
+    read, has_begun, ended = tier._files.read, threading.Event(), []
+
+    def interrupted_read(*args):
+        if threading.current_thread() is threading.main_thread():
+            assert has_begun.wait(10)
+            raise KeyboardInterrupt
+        has_begun.set()
+        time.sleep(0.2)
+        ended.append(read(*args))
+        return ended[-1]
+
+    monkeypatch.setattr(tier._files, "read", interrupted_read)
+    with pytest.raises(KeyboardInterrupt):
+        get_all(tier, names, JOB_BYTES)
+    assert ended == [JOB_BYTES]
+    monkeypatch.undo()
     tier.close()
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -174,17 +174,33 @@ class Transfers:
     def _run(
         self, spans: Sequence[Span], transfer: _Transfer, deadline: float | None
     ) -> Iterator[tuple[_Part, int | TierError]]:
-        """Do all, but for what is not begun by the deadline; wait no longer than that."""
+        """Do all, but for what is not begun by the deadline; wait no longer than that.
+
+        Without one the caller is one of the threads: one less has to be woken, and waited for.
+        """
         jobs = list(_cut(spans, self._job_bytes(spans)))
-        if deadline is None and len(jobs) == 1:
-            self._do(jobs[0], transfer)
-            return self._wait(jobs, [], deadline)
-        return self._wait(jobs, self._submit(jobs, transfer, deadline), deadline)
+        if deadline is not None:
+            return self._wait(jobs, self._submit(jobs, transfer, deadline), deadline)
+        work = self._worker(jobs, transfer, deadline)
+        futures = self._start(work, min(self._num_threads, len(jobs)) - 1)
+        try:
+            work()
+        finally:  # whatever is raised: nobody writes to the caller's memory from here on
+            for future in futures:
+                future.exception()
+        return self._wait(jobs, futures, deadline)
 
     def _submit(
         self, jobs: Sequence[_Job], transfer: _Transfer, deadline: float | None
     ) -> list[Future[None]]:
         """Let the threads do the jobs, but for what is not begun by the deadline."""
+        work = self._worker(jobs, transfer, deadline)
+        return self._start(work, min(self._num_threads, len(jobs)))
+
+    def _worker(
+        self, jobs: Sequence[_Job], transfer: _Transfer, deadline: float | None
+    ) -> Callable[[], None]:
+        """What each of some threads is to do: one job after the other, until none is left."""
         waiting = deque(jobs)
 
         def work() -> None:
@@ -195,14 +211,19 @@ class Transfers:
                     return
                 self._do(job, transfer)
 
-        return [self._threads.submit(work) for _ in range(min(self._num_threads, len(jobs)))]
+        return work
+
+    def _start(self, work: Callable[[], None], num_threads: int) -> list[Future[None]]:
+        return [self._threads.submit(work) for _ in range(num_threads)]
 
     def _wait(
         self, jobs: Sequence[_Job], futures: Sequence[Future[None]], deadline: float | None
     ) -> Iterator[tuple[_Part, int | TierError]]:
         """Wait for the jobs, no longer than until the deadline; what came of each part."""
-        timeout_s = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-        for future in wait(futures, timeout_s).done:
+        done: Iterable[Future[None]] = futures
+        if deadline is not None:
+            done = wait(futures, max(deadline - time.monotonic(), 0.0)).done
+        for future in done:
             future.result()  # only a bug of ours is raised here
         for job in jobs:
             yield from zip(job.parts, self._results(job), strict=True)
