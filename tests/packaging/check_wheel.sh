@@ -8,7 +8,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 echo "wheel: $(basename "$wheel"), $(stat -c %s "$wheel") bytes"
 "${PYTHON:-python3}" -m venv "$work/env"
-"$work/env/bin/python" -m pip install --quiet --disable-pip-version-check \
+"$work/env/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
   -c "$here/constraints.txt" torch "$wheel"
 cd "$work"
 "$work/env/bin/python" - <<'PYTHON'
