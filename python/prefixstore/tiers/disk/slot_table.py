@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 from prefixstore.block_key import BlockHash, RecordName
@@ -60,12 +61,8 @@ class Mark(NamedTuple):
 
 def refs_of(rows: Iterable[tuple[int, int, int, int, int]]) -> list[SlotRef]:
     """Slots out of rows of slab_id, slot_bytes, num_slots, slot and ticket; of nobody yet."""
-    slabs: dict[int, Slab] = {}
-    refs = []
-    for slab_id, slot_bytes, num_slots, slot, ticket in rows:
-        slab = slabs.get(slab_id) or slabs.setdefault(slab_id, Slab(slab_id, slot_bytes, num_slots))
-        refs.append(SlotRef(slab, slot, ticket, NOBODY, 0))
-    return refs
+    slab_of = cache(Slab)
+    return [SlotRef(slab_of(*slab), slot, ticket, NOBODY, 0) for *slab, slot, ticket in rows]
 
 
 def _for_each(sql: sqlite3.Connection, statement: str, rows: Sequence[Sequence[object]]) -> int:
@@ -91,11 +88,10 @@ def find(sql: sqlite3.Connection, hashes: Sequence[BlockHash], now: int) -> Iter
         " record_bytes, expires_at FROM slots JOIN slabs USING (slab_id)"
         f" WHERE state = 2 AND block_hash IN ({','.join('?' * len(hashes))}) AND {_IS_IN_TIME}"
     )
-    slabs: dict[int, Slab] = {}
-    for slab_id, slot_bytes, num_slots, slot, ticket, *name, size, expires_at in sql.execute(
-        query, (*hashes, now)
-    ):
-        slab = slabs.get(slab_id) or slabs.setdefault(slab_id, Slab(slab_id, slot_bytes, num_slots))
+    slab_of = cache(Slab)
+    for row in sql.execute(query, (*hashes, now)):
+        slab_id, slot_bytes, num_slots, slot, ticket, *name, size, expires_at = row
+        slab = slab_of(slab_id, slot_bytes, num_slots)
         yield SlotRef(slab, slot, ticket, RecordName(*name), size, expires_at)
 
 
