@@ -27,7 +27,7 @@ import torch
 
 from bench.harness import check_agreement, print_line, run_case, spread
 from prefixstore.block_key import BlockHash, RecordName
-from prefixstore.tiers.base import PAGE_BYTES, Tier, page_aligned, round_up
+from prefixstore.tiers.base import PAGE_BYTES, ReadOutcome, Tier, page_aligned, round_up
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
 
@@ -173,9 +173,22 @@ class WaitingTierHolder(TierHolder):
 
     def get(self, numbers: range, rows: np.ndarray) -> None:
         names = self._names[numbers.start : numbers.stop]
-        deadline = time.monotonic() + 60
-        outcomes = self._tier.get_many(names, [row.data for row in rows], deadline=deadline)
+        outcomes = self._get([row.data for row in rows], names, time.monotonic() + 60)
         assert outcomes == [self._record_bytes] * len(names), outcomes
+
+    def _get(
+        self, outs: list[memoryview], names: list[RecordName], deadline: float
+    ) -> list[ReadOutcome]:
+        return self._tier.get_many(names, outs, deadline=deadline)
+
+
+class AbandoningTierHolder(WaitingTierHolder):
+    """As the store reads: it would let go of memory that was not read in time."""
+
+    def _get(
+        self, outs: list[memoryview], names: list[RecordName], deadline: float
+    ) -> list[ReadOutcome]:
+        return self._tier.get_or_abandon_many(names, outs, deadline=deadline)
 
 
 def make_names(num_names: int) -> list[RecordName]:
@@ -202,6 +215,7 @@ def make_holders(case: Case, num_records: int, directory: Path) -> dict[str, Hol
     kinds = {
         "kvkernels": (TierHolder, "auto"),
         "kvkernels_with_deadline": (WaitingTierHolder, "auto"),
+        "kvkernels_as_store": (AbandoningTierHolder, "auto"),
         "kvkernels_buffered": (TierHolder, "buffered"),  # like buffered_file, out of a warm cache
     }
     for name in ["kvkernels"] if case.what == "put" else kinds:

@@ -73,11 +73,12 @@ def test_memory_on_pages_is_told_from_other_memory(monkeypatch, has_extension):
         )
 
 
+@pytest.mark.parametrize("method", ["get_many", "get_or_abandon_many"])
 @pytest.mark.parametrize("deadline_s", [None, 60])
 @pytest.mark.parametrize("make_out", [aligned, crooked])
 @pytest.mark.parametrize("make_in", [aligned, crooked])
 @pytest.mark.parametrize("io", ["auto", "buffered"])
-def test_any_memory_will_do(tmp_path, io, make_in, make_out, deadline_s):
+def test_any_memory_will_do(tmp_path, io, make_in, make_out, deadline_s, method):
     tier = open_tier(tmp_path, capacity_bytes=CAPACITY, io=io)
     names = make_names(2 * len(SIZES))
     records = [make_bytes(size, seed) for seed, size in enumerate(SIZES + SIZES[::-1])]
@@ -87,7 +88,8 @@ def test_any_memory_will_do(tmp_path, io, make_in, make_out, deadline_s):
     memory = [make_out(record.size + 5000) for record in records]
     for out in memory:
         out[:] = 0xEE
-    outcomes = tier.get_many(names, [out.data for out in memory], deadline=deadline)
+    get = getattr(tier, method)
+    outcomes = get(names, [out.data for out in memory], deadline=deadline)
     assert outcomes == [record.size for record in records]
     for record, out in zip(records, memory, strict=True):
         assert np.array_equal(out[: record.size], record)
@@ -381,6 +383,29 @@ def test_a_read_that_hangs_is_left_behind_at_the_deadline(tmp_path, monkeypatch)
     time.sleep(0.1)
     assert (outs[2] == 0xEE).all()
     assert get_all(tier, names, MIB) == [record.tobytes() for record in records]
+    tier.close()
+
+
+def test_an_abandoned_buffer_may_be_written_to_later_and_is_not_read_through_another(
+    tmp_path, monkeypatch
+):
+    tier = open_tier(tmp_path, slab_bytes=8 << 20, capacity_bytes=16 << 20)
+    names = make_names(4)
+    records = [make_bytes(MIB, n) for n in range(4)]
+    assert not any(tier.put_many(names, [record.data for record in records]))
+    hanging = Hanging(monkeypatch, "preadv", 2 * MIB)
+    monkeypatch.setattr(tier._transfers, "_read_through", None)
+    outs = [page_aligned(MIB) for _ in names]
+    deadline = time.monotonic() + 0.3
+    outcomes = tier.get_or_abandon_many(names, [out.data for out in outs], deadline=deadline)
+    assert time.monotonic() - deadline < 5
+    assert isinstance(outcomes.pop(2), TierTimeout)
+    assert outcomes == [MIB] * 3
+    assert all(np.array_equal(outs[n], records[n]) for n in (0, 1, 3))
+    hanging.may_go_on.set()
+    assert hanging.is_over.wait(60)
+    tier._transfers._threads.shutdown()
+    assert np.array_equal(outs[2], records[2])
     tier.close()
 
 

@@ -17,7 +17,7 @@ from prefixstore.block_key import BlockKey
 from prefixstore.errors import TierTimeout, TierUnavailable
 from prefixstore.store import Store
 from prefixstore.store.block_targets import FetchedRecord, HostBlocks
-from prefixstore.store.fetcher import Slabs, record_room
+from prefixstore.store.fetcher import Slab, Slabs, record_room
 from prefixstore.tiers.base import is_past
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
@@ -285,15 +285,63 @@ def test_two_loads_of_the_same_blocks_of_which_one_is_stopped(tier) -> None:
 def test_buffers_are_used_again_and_few_are_kept() -> None:
     slabs = Slabs()
     first, second = slabs.take(5000), slabs.take(9000)
-    assert first.ctypes.data % 4096 == second.ctypes.data % 4096 == 0
+    assert first.memory.ctypes.data % 4096 == second.memory.ctypes.data % 4096 == 0
     slabs.give_back(first)
     slabs.give_back(second)
     assert slabs.take(6000) is second
     assert slabs.take(6000) is not first
     assert slabs.take(4000) is first
     for _ in range(9):
-        slabs.give_back(np.empty(10, np.uint8))
+        slabs.give_back(Slab(np.empty(10, np.uint8)))
     assert len(slabs._free) == 4
+
+
+def test_abandoned_buffers_are_not_used_again() -> None:
+    slabs = Slabs()
+    slab = slabs.take(5000)
+    slab.abandon()
+    slabs.give_back(slab)
+    assert slabs.take(5000) is not slab
+
+
+@pytest.mark.parametrize("how", ["one outcome", "all of it", "nothing"])
+def test_what_came_too_late_is_written_to_no_buffer_in_use(tier, how) -> None:
+    """A tier that goes on reading after the deadline writes to memory that nobody has any more."""
+    keys = make_keys(NUM_BLOCKS)[:2]
+    late: list[memoryview] = []
+
+    def get_or_abandon_many(names, outs, *, deadline):
+        outcomes = tier.get_many(names, outs)
+        if how == "nothing":
+            return outcomes
+        late.extend(outs[1:])
+        if how == "all of it":
+            raise TierTimeout("late")
+        return [outcomes[0], TierTimeout("late")]
+
+    tier.get_or_abandon_many = get_or_abandon_many
+    with Store([tier]) as store:
+        first = Target(keys, nothing)
+        found = store.load_many(keys, first)
+        assert (
+            found
+            == {
+                "one outcome": ["tier", None],
+                "all of it": [None, None],
+                "nothing": ["tier", "tier"],
+            }[how]
+        )
+        first.check(found)
+        del tier.get_or_abandon_many
+        free = store._loader._slabs._free
+        assert len(free) == (1 if how == "nothing" else 0)
+        if how != "all of it":  # then the tier is left alone for a while
+            second = Target(keys, nothing)
+            found = store.load_many(keys, second)
+            for out in late:
+                out[:] = bytes(out.nbytes)
+            assert found == ["tier", "tier"]
+            second.check(found)
 
 
 def test_promoted_records_keep_their_buffers(tier) -> None:

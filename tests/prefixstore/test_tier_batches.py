@@ -167,8 +167,22 @@ def test_nothing_begins_after_the_deadline(make_tier):
     assert [type(outcome) for outcome in outcomes] == [TierTimeout] * 2
     outcomes = tier.put_many(names, [memoryview(make_record(key)) for key in keys], deadline=past)
     assert [type(outcome) for outcome in outcomes] == [TierTimeout] * 2
+    outcomes = tier.get_or_abandon_many(names, buffers(2), deadline=past)
+    assert [type(outcome) for outcome in outcomes] == [TierTimeout] * 2
     future = time.monotonic() + 60
     assert tier.get_many(names, buffers(2), deadline=future) == [BYTES] * 2
+
+
+def test_who_abandons_late_buffers_gets_the_same_in_time(make_tier):
+    tier = make_tier(64 * SLOT)
+    keys = make_keys(4)
+    put_many(tier, keys[:3])
+    names, outs = [key.name for key in keys], buffers(4)
+    outcomes = tier.get_or_abandon_many(names, outs, deadline=time.monotonic() + 60)
+    assert outcomes == [BYTES] * 3 + [None]
+    for key, out in zip(keys[:3], outs, strict=False):
+        assert bytes(out[:BYTES]) == make_record(key)
+    assert tier.get_or_abandon_many(names[:1], buffers(1)) == [BYTES]
 
 
 def test_records_expire_unless_they_are_pinned(make_tier):

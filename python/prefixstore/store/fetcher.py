@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,35 +23,49 @@ from prefixstore.tiers.base import PAGE_BYTES, page_aligned, round_up
 
 _MAX_FREE = 4
 
-Fetched = tuple[Sequence[int], list[Found | None], np.ndarray]
-
 
 def record_room(key: BlockKey) -> int:
     """Bytes that a record is read into: a protected one is opened where it lies."""
     return round_up(key.layout.max_record_bytes + TRAILER_BYTES, PAGE_BYTES)
 
 
+@dataclass(eq=False)
+class Slab:
+    """Memory that records are read into, uint8; it begins on a page."""
+
+    memory: np.ndarray
+    is_abandoned: bool = False  # a tier may write to it at any time
+
+    def abandon(self) -> None:
+        self.is_abandoned = True
+
+
 class Slabs:
     """Buffers that were used before: a new one costs a page fault every few pages. Thread-safe."""
 
     def __init__(self) -> None:
-        self._free: list[np.ndarray] = []
+        self._free: list[Slab] = []
         self._lock = threading.Lock()
 
-    def take(self, num_bytes: int) -> np.ndarray:
-        """A buffer of that size at least, that starts on a page; the caller's."""
+    def take(self, num_bytes: int) -> Slab:
+        """One of that size at least; the caller's."""
         with self._lock:
             for number in reversed(range(len(self._free))):  # the last may be in a cache yet
-                if self._free[number].nbytes >= num_bytes:
+                if self._free[number].memory.nbytes >= num_bytes:
                     return self._free.pop(number)
-        return page_aligned(num_bytes)
+        return Slab(page_aligned(num_bytes))
 
-    def give_back(self, slab: np.ndarray) -> None:
-        """Nobody reads or writes it any more."""
+    def give_back(self, slab: Slab) -> None:
+        """Nobody reads or writes it any more, unless it is abandoned: then it is let go."""
+        if slab.is_abandoned:
+            return
         with self._lock:
             self._free.append(slab)
             if len(self._free) > _MAX_FREE:
                 del self._free[0]
+
+
+Fetched = tuple[Sequence[int], list[Found | None], Slab]
 
 
 class Fetcher:
@@ -93,5 +108,6 @@ class Fetcher:
         keys = [self._keys[i] for i in batch]
         row_bytes = max(map(record_room, keys))
         slab = self._slabs.take(len(keys) * row_bytes)
-        rows = slab[: len(keys) * row_bytes].reshape(len(keys), row_bytes)
-        return batch, self._tier.fetch_many(keys, list(rows), self._deadline), slab
+        rows = slab.memory[: len(keys) * row_bytes].reshape(len(keys), row_bytes)
+        found = self._tier.fetch_many(keys, list(rows), self._deadline, slab.abandon)
+        return batch, found, slab

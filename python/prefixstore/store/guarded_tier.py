@@ -68,7 +68,8 @@ class GuardedTier:
         self,
         keys: Sequence[BlockKey],
         rows: Sequence[np.ndarray],
-        deadline: float | None = None,
+        deadline: float,
+        abandon: Callable[[], None],
     ) -> list[Found | None]:
         """Read records and verify their headers; wrong ones are deleted from the tier.
 
@@ -78,10 +79,10 @@ class GuardedTier:
             keys: What they must agree with.
             rows: For each `key.layout.max_record_bytes` or more; the records are read into these.
             deadline: Of `time.monotonic()`.
+            abandon: Called where the tier may write to rows later: none is to be used again that
+                does not hold a record now.
         """
-        names = [key.name for key in keys]
-        outs = [row.data for row in rows]
-        outcomes = self._attempt(lambda: self._tier.get_many(names, outs, deadline=deadline))
+        outcomes = self._get_many([key.name for key in keys], rows, deadline, abandon)
         if outcomes is None:
             self._counts.add(num_misses=len(keys))
             return [None] * len(keys)
@@ -143,11 +144,14 @@ class GuardedTier:
         self._attempt(lambda: self._tier.delete(key.name))
 
     def read_many(
-        self, names: Sequence[RecordName], rows: Sequence[np.ndarray], deadline: float
+        self,
+        names: Sequence[RecordName],
+        rows: Sequence[np.ndarray],
+        deadline: float,
+        abandon: Callable[[], None],
     ) -> list[np.ndarray | None]:
-        """Records to be handed on as they are; not verified, and no hits."""
-        outs = [row.data for row in rows]
-        outcomes = self._attempt(lambda: self._tier.get_many(names, outs, deadline=deadline))
+        """Records to be handed on as they are; not verified, and no hits. See `fetch_many`."""
+        outcomes = self._get_many(names, rows, deadline, abandon)
         if outcomes is None:
             return [None] * len(names)
         return [
@@ -247,6 +251,28 @@ class GuardedTier:
         """Leave the tier alone for a pause: it did what no tier may do."""
         self._counts.add(num_errors=1)
         self._breaker.trip(error)
+
+    def _get_many(
+        self,
+        names: Sequence[RecordName],
+        rows: Sequence[np.ndarray],
+        deadline: float,
+        abandon: Callable[[], None],
+    ) -> list[ReadOutcome] | None:
+        """The outcomes, counted; None where the tier gave none."""
+
+        def get() -> list[ReadOutcome]:
+            outs = [row.data for row in rows]
+            try:
+                outcomes = self._tier.get_or_abandon_many(names, outs, deadline=deadline)
+            except TierError:
+                abandon()
+                raise
+            if any(isinstance(outcome, TierTimeout) for outcome in outcomes):
+                abandon()
+            return outcomes
+
+        return self._attempt(get)
 
     def _put_alike(
         self,

@@ -127,7 +127,7 @@ class Loader:
         # Other threads that want these blocks fetch them, too: they want whole ones, and sooner.
         row_bytes = max(map(record_room, load.keys))
         slab = self._slabs.take(len(load.keys) * row_bytes)
-        rows = slab[: len(load.keys) * row_bytes].reshape(-1, row_bytes)
+        rows = slab.memory[: len(load.keys) * row_bytes].reshape(-1, row_bytes)
         reader = LayerReader(self._tiers[number], load.keys, list(rows), load.deadline)
         is_barred = self._quarantined.contains_many([key.name for key in load.keys])
         wanted = [i for i, barred in enumerate(is_barred) if not barred]

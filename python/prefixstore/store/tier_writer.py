@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -200,7 +200,8 @@ class TierWriter:
         # so that protected records are opened where they lie
         sizes = [round_up(job.max_bytes + TRAILER_BYTES, PAGE_BYTES) for job in lacking]
         slab = self._slabs.take(sum(sizes))
-        records = self._collect(lacking, np.split(slab, np.cumsum(sizes))[:-1], deadline)
+        rows = np.split(slab.memory, np.cumsum(sizes))[:-1]
+        records = self._collect(lacking, rows, deadline, slab.abandon)
         with self._changed:
             self._forget(jobs)  # before the write: it may take long, and needs no second copy
         found = [
@@ -219,7 +220,11 @@ class TierWriter:
         self._slabs.give_back(slab)
 
     def _collect(
-        self, jobs: Sequence[TierJob], rows: Sequence[np.ndarray], deadline: float
+        self,
+        jobs: Sequence[TierJob],
+        rows: Sequence[np.ndarray],
+        deadline: float,
+        abandon: Callable[[], None],
     ) -> list[np.ndarray | None]:
         """The bytes of each record, from its job or the fastest tier that has it: in its row."""
         records = [job.record for job in jobs]
@@ -228,7 +233,7 @@ class TierWriter:
             if not wanted:
                 break
             found = tier.read_many(
-                [jobs[i].name for i in wanted], [rows[i] for i in wanted], deadline
+                [jobs[i].name for i in wanted], [rows[i] for i in wanted], deadline, abandon
             )
             for i, record in zip(wanted, found, strict=True):
                 records[i] = record

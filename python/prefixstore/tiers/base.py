@@ -129,6 +129,21 @@ class Tier(ABC):
             the contents are garbage.
         """
 
+    def get_or_abandon_many(
+        self,
+        names: Sequence[RecordName],
+        outs: Sequence[memoryview],
+        *,
+        deadline: float | None = None,
+    ) -> list[ReadOutcome]:
+        """`get_many` of whole records, by who lets go of buffers that came to nothing in time.
+
+        To a buffer whose outcome is a `TierTimeout` the tier may write at any later time, and to
+        all of them where this raises: nobody may use them again. Where a read that was begun cannot
+        be called off, as of a disk, this spares copying every record once more.
+        """
+        return self.get_many(names, outs, deadline=deadline)
+
     @abstractmethod
     def put_many(
         self,

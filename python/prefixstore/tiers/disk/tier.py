@@ -44,6 +44,8 @@ from prefixstore.tiers.outcomes import SharedCounters
 
 logger = logging.getLogger(__name__)
 
+_Read = Callable[[Sequence[Span], float | None], list[int | TierError]]
+
 
 class DiskTier(Tier):
     """A bounded tier in a directory; of the lowest priority, least recently used records give way.
@@ -86,17 +88,22 @@ class DiskTier(Tier):
         offsets: Sequence[int] | None = None,
         deadline: float | None = None,
     ) -> list[ReadOutcome]:
-        if is_past(deadline):
-            return [too_late(self.name)] * len(names)
-        outcomes, used = self._read_many(names, outs, offsets, deadline)
-        refreshed_ns = self._ttl_ns if self._config.refresh_ttl else None
-        self._index.touch(used, refreshed_ns)
-        self._counters.add_reads(outcomes)
-        return outcomes
+        starts: Sequence[int | None] = [None] * len(names) if offsets is None else offsets
+        return self._get_many(names, outs, starts, deadline, self._transfers.read_many)
+
+    def get_or_abandon_many(
+        self,
+        names: Sequence[RecordName],
+        outs: Sequence[memoryview],
+        *,
+        deadline: float | None = None,
+    ) -> list[ReadOutcome]:
+        read = self._transfers.read_or_abandon_many
+        return self._get_many(names, outs, [None] * len(names), deadline, read)
 
     def peek(self, name: RecordName, out: memoryview) -> int | None:
         """`get` for who only looks: the record does not count as used."""
-        ((outcome,), _) = self._read_many([name], [out], None, None)
+        ((outcome,), _) = self._read_many([name], [out], [None], None, self._transfers.read_many)
         if isinstance(outcome, TierError):
             raise outcome
         return outcome
@@ -211,16 +218,36 @@ class DiskTier(Tier):
 
     # ---- helpers -----------------------------------------------------------------------------
 
+    def _get_many(
+        self,
+        names: Sequence[RecordName],
+        outs: Sequence[memoryview],
+        starts: Sequence[int | None],
+        deadline: float | None,
+        read: _Read,
+    ) -> list[ReadOutcome]:
+        if is_past(deadline):
+            return [too_late(self.name)] * len(names)
+        outcomes, used = self._read_many(names, outs, starts, deadline, read)
+        refreshed_ns = self._ttl_ns if self._config.refresh_ttl else None
+        self._index.touch(used, refreshed_ns)
+        self._counters.add_reads(outcomes)
+        return outcomes
+
     def _read_many(
         self,
         names: Sequence[RecordName],
         outs: Sequence[memoryview],
-        offsets: Sequence[int] | None,
+        starts: Sequence[int | None],
         deadline: float | None,
+        read: _Read,
     ) -> tuple[list[ReadOutcome], list[SlotRef]]:
-        """The outcomes, and which records they are of where that is a number of bytes."""
+        """The outcomes, and which records they are of where that is a number of bytes.
+
+        Args:
+            starts: Of parts, the byte of the record to begin at; None for whole records.
+        """
         outcomes: list[ReadOutcome] = [None] * len(names)
-        starts: Sequence[int | None] = [None] * len(names) if offsets is None else offsets
         version = self._index.version(deadline)
         found = self._index.find_many(names, deadline)
         asked: list[tuple[int, SlotRef]] = []
@@ -237,7 +264,7 @@ class DiskTier(Tier):
                 continue
             asked.append((number, ref))
             spans.append(_span(ref, out, start or 0))
-        results = self._transfers.read_many(spans, deadline)
+        results = read(spans, deadline)
         # an eviction shows in the index before the slot is overwritten: still there means intact
         intact = None
         if self._index.version(deadline) != version:

@@ -10,9 +10,9 @@ of the thread's own. All else is copied through the thread's buffer.
 
 A read that hangs in the kernel cannot be called off. So where there is a deadline all is read into
 the threads' own buffers and copied while the caller still waits: after the deadline nothing writes
-to the caller's memory, and a thread that hangs costs its place only. The copy runs while other
-threads read; beside a disk it is lost in the noise. A write that hangs may read
-the caller's memory later, but only into a slot that no reader will be shown.
+to the caller's memory, and a thread that hangs costs its place only. That copy takes a sixth of the
+time; it is spared with a caller that lets go of memory that was not read in time. A write that
+hangs may read the caller's memory later, but only into a slot that no reader will be shown.
 """
 
 from __future__ import annotations
@@ -109,6 +109,17 @@ class Transfers:
     ) -> list[int | TierError]:
         """Bytes read of each, fewer where its file is missing or ends; or why it was not read."""
         transfer = self._read_straight if deadline is None else self._read_through
+        return self._read_many(spans, transfer, deadline)
+
+    def read_or_abandon_many(
+        self, spans: Sequence[Span], deadline: float | None = None
+    ) -> list[int | TierError]:
+        """`read_many`, but what is still being read at the deadline goes on being read."""
+        return self._read_many(spans, self._read_straight, deadline)
+
+    def _read_many(
+        self, spans: Sequence[Span], transfer: _Transfer, deadline: float | None
+    ) -> list[int | TierError]:
         outcomes: list[int | TierError] = [0] * len(spans)
         for part, result in self._run(spans, transfer, deadline):
             before = outcomes[part.number]
