@@ -129,7 +129,8 @@ def load_all(store: Store, blocks: Blocks, keys: list[BlockKey]) -> None:
 
 def get_all(tier: Tier, rows: np.ndarray, keys: list[BlockKey]) -> None:
     outs = [row.data for row in rows]
-    outcomes = tier.get_many([key.name for key in keys], outs, deadline=time.monotonic() + 60)
+    names, deadline = [key.name for key in keys], time.monotonic() + 60
+    outcomes = tier.get_or_abandon_many(names, outs, deadline=deadline)
     assert outcomes == [key.layout.record_bytes for key in keys], outcomes
 
 
