@@ -1,10 +1,10 @@
-// The matrix-tile attention for one group of rows, as decoding has them: at the speed of memory. In
-// an anonymous namespace, like all of it.
+// The matrix-tile attention for one group of rows, as decoding has them. In an anonymous namespace,
+// like all of it.
 //
 // A tile of keys is used once, so what counts is that memory never rests: each step asks for as
-// much of the next tile of keys as it reads of this one. Tile registers are not renamed: a load
-// waits for the products that read the register before. So what many products share, the query and
-// then the weights, stays in tiles 4 to 7.
+// much of the next tile of keys as it reads of this one. A load of a tile register appears to wait
+// for the products that read it before (a load and a product in turns took twice the longer of the
+// two). So what many products share, the query and then the weights, stays in tiles 4 to 7.
 #pragma once
 
 #include "cpu/attention_amx_keys.h"

@@ -5,6 +5,7 @@ import fcntl
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -406,6 +407,44 @@ def test_an_abandoned_buffer_may_be_written_to_later_and_is_not_read_through_ano
     assert hanging.is_over.wait(60)
     tier._transfers._threads.shutdown()
     assert np.array_equal(outs[2], records[2])
+    tier.close()
+
+
+def test_what_may_yet_be_written_to_is_told_of_even_if_the_record_is_gone(tmp_path, monkeypatch):
+    tier = open_tier(tmp_path, slab_bytes=8 << 20, capacity_bytes=16 << 20)
+    names = make_names(4)
+    assert not any(tier.put_many(names, [make_bytes(MIB, n).data for n in range(4)]))
+    hanging = Hanging(monkeypatch, "preadv", 2 * MIB)
+    deleting = threading.Timer(0.1, lambda: tier._index.unpublish_many(set(names)))
+    deleting.start()
+    outs = [page_aligned(MIB).data for _ in names]
+    outcomes = tier.get_or_abandon_many(names, outs, deadline=time.monotonic() + 0.5)
+    deleting.join()
+    assert isinstance(outcomes.pop(2), TierTimeout)
+    assert outcomes == [None] * 3
+    hanging.may_go_on.set()
+    assert hanging.is_over.wait(60)
+    tier.close()
+
+
+def test_threads_that_hang_keep_no_memory_but_what_they_read_into(tmp_path, monkeypatch):
+    tier = open_tier(tmp_path, num_threads=1, slab_bytes=8 << 20, capacity_bytes=16 << 20)
+    names = make_names(2)
+    assert not any(tier.put_many(names, [make_bytes(JOB_BYTES, n).data for n in range(2)]))
+    hanging = Hanging(monkeypatch, "preadv", 0)
+    kept = []
+    for _ in range(2):  # the second call waits for the only thread
+        outs = [page_aligned(JOB_BYTES) for _ in names]
+        kept += [weakref.ref(out) for out in outs]
+        deadline = time.monotonic() + 0.2
+        outcomes = tier.get_or_abandon_many(names, [out.data for out in outs], deadline=deadline)
+        assert all(isinstance(outcome, TierTimeout) for outcome in outcomes)
+        del outs
+    assert [out() is not None for out in kept] == [True, False, False, False]
+    hanging.may_go_on.set()
+    assert hanging.is_over.wait(60)
+    tier._transfers._threads.shutdown()
+    assert not any(out() is not None for out in kept)
     tier.close()
 
 

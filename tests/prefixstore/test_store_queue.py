@@ -5,12 +5,13 @@ import threading
 import time
 
 import pytest
-from dict_tier import CAPACITY, DictTier, held
+from dict_tier import CAPACITY, DictTier, fill, held
 from failing_tiers import Gate
 from sample_blocks import LAYOUT, make_keys, make_payload, make_record
 from stores import load, memory_and_disk, save, use_of
 
 from prefixstore.block_key import BlockKey
+from prefixstore.errors import TierTimeout
 from prefixstore.store import Store
 from prefixstore.store.block_sources import HostBlock
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
@@ -138,6 +139,23 @@ def test_a_batch_is_read_while_another_is_written(make_store):
     gate.open()
     assert store.flush(30)
     assert held(slow, keys) == [True] * 2
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_nothing_is_read_into_memory_that_a_late_tier_may_write_to(make_store, is_late):
+    first, second, slow = (DictTier(name) for name in ("first", "second", "slow"))
+    if is_late:
+        first.get_or_abandon_many = lambda names, outs, *, deadline: [TierTimeout("late")]
+    else:
+        first.get_or_abandon_many = lambda names, outs, *, deadline: [None]
+    store = make_store(first, second, slow)
+    keys = make_keys(1)
+    fill(second, keys)
+    assert store.save(keys[0], HostBlock(make_payload(keys[0])))
+    assert store.flush(30)
+    assert second.calls.count("get") == (0 if is_late else 1)
+    assert held(slow, keys) == [not is_late]
+    assert use_of(store, "slow").num_dropped == is_late
 
 
 @pytest.mark.parametrize("num_fitting", [0, 1, 2])

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ import numpy as np
 from prefixstore.block_key import RecordName
 from prefixstore.record_header import TRAILER_BYTES
 from prefixstore.store.config import StoreConfig
-from prefixstore.store.fetcher import Slabs
+from prefixstore.store.fetcher import Slab, Slabs
 from prefixstore.store.guarded_tier import GuardedTier
 from prefixstore.tiers.base import PAGE_BYTES, round_up
 
@@ -201,7 +201,7 @@ class TierWriter:
         sizes = [round_up(job.max_bytes + TRAILER_BYTES, PAGE_BYTES) for job in lacking]
         slab = self._slabs.take(sum(sizes))
         rows = np.split(slab.memory, np.cumsum(sizes))[:-1]
-        records = self._collect(lacking, rows, deadline, slab.abandon)
+        records = self._collect(lacking, rows, deadline, slab)
         with self._changed:
             self._forget(jobs)  # before the write: it may take long, and needs no second copy
         found = [
@@ -224,16 +224,17 @@ class TierWriter:
         jobs: Sequence[TierJob],
         rows: Sequence[np.ndarray],
         deadline: float,
-        abandon: Callable[[], None],
+        slab: Slab,
     ) -> list[np.ndarray | None]:
         """The bytes of each record, from its job or the fastest tier that has it: in its row."""
         records = [job.record for job in jobs]
         for tier in self._faster:
             wanted = [i for i, record in enumerate(records) if record is None]
-            if not wanted:
+            # Into a row that a tier may yet write to no other may read. (It took all the time.)
+            if not wanted or slab.is_abandoned:
                 break
             found = tier.read_many(
-                [jobs[i].name for i in wanted], [rows[i] for i in wanted], deadline, abandon
+                [jobs[i].name for i in wanted], [rows[i] for i in wanted], deadline, slab.abandon
             )
             for i, record in zip(wanted, found, strict=True):
                 records[i] = record

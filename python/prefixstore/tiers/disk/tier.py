@@ -21,7 +21,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from prefixstore.block_key import RecordName
-from prefixstore.errors import BlockCorrupted, TierError
+from prefixstore.errors import BlockCorrupted, TierError, TierTimeout
 from prefixstore.tiers.base import (
     Held,
     ReadOutcome,
@@ -271,7 +271,8 @@ class DiskTier(Tier):
             intact = self._index.places_among([ref.name for _, ref in asked], deadline)
         used = []
         for (number, ref), result in zip(asked, results, strict=True):
-            if intact is None or ref.place in intact:
+            # (what may yet be written to is told of even if the record is gone)
+            if intact is None or ref.place in intact or isinstance(result, TierTimeout):
                 outcomes[number] = result
                 if isinstance(result, int):
                     used.append(ref)

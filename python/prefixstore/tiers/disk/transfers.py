@@ -114,7 +114,10 @@ class Transfers:
     def read_or_abandon_many(
         self, spans: Sequence[Span], deadline: float | None = None
     ) -> list[int | TierError]:
-        """`read_many`, but what is still being read at the deadline goes on being read."""
+        """`read_many`, but what is still being read at the deadline goes on being read.
+
+        Memory that was not yet being read into is let go of; a thread that hangs keeps its own.
+        """
         return self._read_many(spans, self._read_straight, deadline)
 
     def _read_many(
@@ -237,7 +240,8 @@ class Transfers:
         for future in done:
             future.result()  # only a bug of ours is raised here
         for job in jobs:
-            yield from zip(job.parts, self._results(job), strict=True)
+            parts = job.parts
+            yield from zip(parts, self._results(job), strict=True)
 
     def _job_bytes(self, spans: Sequence[Span]) -> int:
         total_bytes = sum(round_up(span.data.nbytes, PAGE_BYTES) for span in spans)
@@ -259,11 +263,13 @@ class Transfers:
             if job.results is not None:
                 return job.results
             job.is_abandoned = True
-            error = too_late(self._tier_name)
-            if job.is_begun:
+            error, num_parts = too_late(self._tier_name), len(job.parts)
+            if not job.is_begun:
+                job.parts = []  # the memory: threads that hang may leave the job waiting for long
+            else:
                 where = f"{self._tier_name}: {job.slab.file_name}"
                 error = StillWriting(f"{where}: expected an answer before the deadline, got none")
-            return [error] * len(job.parts)
+            return [error] * num_parts
 
     # ---- transfers ---------------------------------------------------------------------------
 
