@@ -36,9 +36,10 @@ from prefixstore.tiers.disk import slab_table
 from prefixstore.tiers.disk.check import Checker
 from prefixstore.tiers.disk.config import DiskTierConfig as DiskTierConfig
 from prefixstore.tiers.disk.files import Slab, SlabFiles
+from prefixstore.tiers.disk.jobs import Span
 from prefixstore.tiers.disk.opening import Directory
 from prefixstore.tiers.disk.slot_table import SlotRef
-from prefixstore.tiers.disk.transfers import Span, Transfers
+from prefixstore.tiers.disk.transfers import Transfers
 from prefixstore.tiers.disk.writer import RecordWriter
 from prefixstore.tiers.outcomes import SharedCounters
 

@@ -22,7 +22,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +29,7 @@ import numpy as np
 from prefixstore.errors import TierError, TierTimeout
 from prefixstore.tiers.base import PAGE_BYTES, is_past, page_aligned, round_up, too_late
 from prefixstore.tiers.disk.files import Slab, SlabFiles
+from prefixstore.tiers.disk.jobs import Job, Part, Span, cut, pages_of, share_of, whole_pages
 
 try:
     import _kvkernels
@@ -44,42 +44,14 @@ JOB_BYTES = 4 << 20
 _LEAST_JOB_BYTES = 512 << 10
 
 
-class Span(NamedTuple):
-    """Bytes of one slab, and the memory that they come from or go to."""
-
-    slab: Slab
-    offset: int  # in the slab's file
-    data: memoryview  # flat bytes
-
-
-class _Part(NamedTuple):
-    """A span, or a piece of a long one."""
-
-    number: int  # of the span
-    offset: int
-    data: memoryview
-
-
-@dataclass
-class _Job:
-    """Parts of one slab, each on the pages after those of the one before."""
-
-    slab: Slab
-    parts: list[_Part]
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    results: list[int | TierError] | None = None  # bytes of each part; None until it is over
-    is_begun: bool = False
-    is_abandoned: bool = False  # nobody waits for it any more
-
-
-_Transfer = Callable[[_Job, list[_Part]], list[int]]
+_Transfer = Callable[[Job, list[Part]], list[int]]
 
 
 class Writing(NamedTuple):
     """Spans that are being written, see `Transfers.begin_writing`."""
 
     num_spans: int
-    jobs: list[_Job]
+    jobs: list[Job]
     futures: list[Future[None]]
     deadline: float | None
 
@@ -141,7 +113,7 @@ class Transfers:
 
     def begin_writing(self, spans: Sequence[Span], deadline: float | None = None) -> Writing:
         """`write_many`, but its outcomes are fetched by `end_writing`, and only once."""
-        jobs = list(_cut(spans, self._job_bytes(spans)))
+        jobs = list(cut(spans, self._job_bytes(spans)))
         return Writing(len(spans), jobs, self._submit(jobs, self._write, deadline), deadline)
 
     def end_writing(self, writing: Writing) -> list[TierError | None]:
@@ -187,12 +159,12 @@ class Transfers:
 
     def _run(
         self, spans: Sequence[Span], transfer: _Transfer, deadline: float | None
-    ) -> Iterator[tuple[_Part, int | TierError]]:
+    ) -> Iterator[tuple[Part, int | TierError]]:
         """Do all, but for what is not begun by the deadline; wait no longer than that.
 
         Without one the caller is one of the threads: one less has to be woken, and waited for.
         """
-        jobs = list(_cut(spans, self._job_bytes(spans)))
+        jobs = list(cut(spans, self._job_bytes(spans)))
         if deadline is not None:
             return self._wait(jobs, self._submit(jobs, transfer, deadline), deadline)
         work = self._worker(jobs, transfer, deadline)
@@ -205,14 +177,14 @@ class Transfers:
         return self._wait(jobs, futures, deadline)
 
     def _submit(
-        self, jobs: Sequence[_Job], transfer: _Transfer, deadline: float | None
+        self, jobs: Sequence[Job], transfer: _Transfer, deadline: float | None
     ) -> list[Future[None]]:
         """Let the threads do the jobs, but for what is not begun by the deadline."""
         work = self._worker(jobs, transfer, deadline)
         return self._start(work, min(self._num_threads, len(jobs)))
 
     def _worker(
-        self, jobs: Sequence[_Job], transfer: _Transfer, deadline: float | None
+        self, jobs: Sequence[Job], transfer: _Transfer, deadline: float | None
     ) -> Callable[[], None]:
         """What each of some threads is to do: one job after the other, until none is left."""
         waiting = deque(jobs)
@@ -231,8 +203,8 @@ class Transfers:
         return [self._threads.submit(work) for _ in range(num_threads)]
 
     def _wait(
-        self, jobs: Sequence[_Job], futures: Sequence[Future[None]], deadline: float | None
-    ) -> Iterator[tuple[_Part, int | TierError]]:
+        self, jobs: Sequence[Job], futures: Sequence[Future[None]], deadline: float | None
+    ) -> Iterator[tuple[Part, int | TierError]]:
         """Wait for the jobs, no longer than until the deadline; what came of each part."""
         done: Iterable[Future[None]] = futures
         if deadline is not None:
@@ -248,7 +220,7 @@ class Transfers:
         share = round_up(total_bytes // self._num_threads, PAGE_BYTES)
         return min(max(share, _LEAST_JOB_BYTES), JOB_BYTES)
 
-    def _do(self, job: _Job, transfer: _Transfer) -> None:
+    def _do(self, job: Job, transfer: _Transfer) -> None:
         with job.lock:
             if job.is_abandoned:
                 return
@@ -257,7 +229,7 @@ class Transfers:
         with job.lock:
             job.results = results
 
-    def _results(self, job: _Job) -> list[int | TierError]:
+    def _results(self, job: Job) -> list[int | TierError]:
         """What the job did; nobody waits for it from now on."""
         with job.lock:  # a copy into the caller's memory ends first
             if job.results is not None:
@@ -273,25 +245,25 @@ class Transfers:
 
     # ---- transfers ---------------------------------------------------------------------------
 
-    def _read_straight(self, job: _Job, parts: list[_Part]) -> list[int]:
+    def _read_straight(self, job: Job, parts: list[Part]) -> list[int]:
         """Read into the callers' memory."""
         if not self._can_go_straight(parts):
             return self._read_through(job, parts)
         buffers, last_pages = self._straight_buffers(parts)
         num_read = self._files.read(job.slab, parts[0].offset, buffers)
-        counts = [_share(part, parts[0].offset, num_read) for part in parts]
+        counts = [share_of(part, parts[0].offset, num_read) for part in parts]
         for part, page, count in zip(parts, last_pages, counts, strict=True):
-            whole = _whole_pages(part.data.nbytes)
+            whole = whole_pages(part.data.nbytes)
             if count > whole:
                 part.data[whole:count] = page[: count - whole]
         return counts
 
-    def _read_through(self, job: _Job, parts: list[_Part]) -> list[int]:
+    def _read_through(self, job: Job, parts: list[Part]) -> list[int]:
         """Read whole pages into this thread's buffer, and copy while somebody waits for it."""
-        start, end = _pages_of(parts)
+        start, end = pages_of(parts)
         buffer = self._buffer()
         num_read = self._files.read(job.slab, start, [buffer[: end - start].data])
-        counts = [_share(part, start, num_read) for part in parts]
+        counts = [share_of(part, start, num_read) for part in parts]
         with job.lock:
             if not job.is_abandoned:
                 for part, count in zip(parts, counts, strict=True):
@@ -299,7 +271,7 @@ class Transfers:
                     np.copyto(_as_array(part.data)[:count], buffer[begin : begin + count])
         return counts
 
-    def _write(self, job: _Job, parts: list[_Part]) -> list[int]:
+    def _write(self, job: Job, parts: list[Part]) -> list[int]:
         if self._can_go_straight(parts):
             buffers, last_pages = self._straight_buffers(parts)
             for part, page in zip(parts, last_pages, strict=True):
@@ -307,7 +279,7 @@ class Transfers:
                 page[:rest] = part.data[part.data.nbytes - rest :]
                 page[rest:] = _ZEROS[rest:]
         else:
-            start, end = _pages_of(parts)
+            start, end = pages_of(parts)
             buffer = self._buffer()[: end - start]
             for part in parts:
                 begin, length = part.offset - start, part.data.nbytes
@@ -317,18 +289,18 @@ class Transfers:
         self._files.write(job.slab, parts[0].offset, buffers)
         return [part.data.nbytes for part in parts]
 
-    def _can_go_straight(self, parts: list[_Part]) -> bool:
+    def _can_go_straight(self, parts: list[Part]) -> bool:
         if any(part.offset % PAGE_BYTES for part in parts):
             return False
         return not self._files.is_direct or _begin_on_pages([part.data for part in parts])
 
-    def _straight_buffers(self, parts: list[_Part]) -> tuple[list[memoryview], list[memoryview]]:
+    def _straight_buffers(self, parts: list[Part]) -> tuple[list[memoryview], list[memoryview]]:
         """What one system call moves, and a page for the last bytes of each part."""
         own = self._buffer().data
         pages = [own[i * PAGE_BYTES : (i + 1) * PAGE_BYTES] for i in range(len(parts))]
         buffers = []
         for part, page in zip(parts, pages, strict=True):
-            whole = _whole_pages(part.data.nbytes)
+            whole = whole_pages(part.data.nbytes)
             if whole:
                 buffers.append(part.data[:whole])
             if whole < part.data.nbytes:
@@ -342,7 +314,7 @@ class Transfers:
         return self._own.buffer
 
 
-def _attempt(job: _Job, parts: list[_Part], transfer: _Transfer) -> list[int | TierError]:
+def _attempt(job: Job, parts: list[Part], transfer: _Transfer) -> list[int | TierError]:
     """One system call for all; where that fails one for each, so that each has its own outcome."""
     try:
         return [*transfer(job, parts)]
@@ -350,58 +322,6 @@ def _attempt(job: _Job, parts: list[_Part], transfer: _Transfer) -> list[int | T
         if len(parts) == 1:
             return [error]
         return [_attempt(job, [part], transfer)[0] for part in parts]
-
-
-def _cut(spans: Sequence[Span], job_bytes: int) -> Iterator[_Job]:
-    """Jobs of that size at most that cover the spans, in the order of the files."""
-    job: _Job | None = None
-    job_start = job_end = 0  # in the file, whole pages
-    places = [(slab.slab_id, offset) for slab, offset, _ in spans]
-    for number in sorted(range(len(spans)), key=places.__getitem__):
-        slab = spans[number].slab
-        for part in _pieces(number, spans[number], job_bytes):
-            start = part.offset // PAGE_BYTES * PAGE_BYTES
-            end = round_up(part.offset + part.data.nbytes, PAGE_BYTES)
-            is_next = start == job_end and end - job_start <= job_bytes
-            if job is not None and is_next and job.slab == slab:
-                job.parts.append(part)
-            else:
-                if job is not None:
-                    yield job
-                job, job_start = _Job(slab, [part]), start
-            job_end = end
-    if job is not None:
-        yield job
-
-
-def _pieces(number: int, span: Span, job_bytes: int) -> list[_Part]:
-    _, offset, data = span
-    first_page = offset // PAGE_BYTES * PAGE_BYTES
-    num_bytes = data.nbytes
-    if offset + num_bytes - first_page <= job_bytes:
-        return [_Part(number, offset, data)]
-    pieces, begin = [], 0
-    while begin < max(num_bytes, 1):
-        end = min(first_page + job_bytes - offset, num_bytes)
-        pieces.append(_Part(number, offset + begin, data[begin:end]))
-        begin, first_page = max(end, 1), first_page + job_bytes
-    return pieces
-
-
-def _pages_of(parts: list[_Part]) -> tuple[int, int]:
-    """Where in the file their first page begins and the last one ends."""
-    last = parts[-1]
-    start = parts[0].offset // PAGE_BYTES * PAGE_BYTES
-    return start, round_up(last.offset + last.data.nbytes, PAGE_BYTES)
-
-
-def _share(part: _Part, start: int, num_bytes: int) -> int:
-    """How much of a part lies in so many bytes from `start` on."""
-    return min(max(num_bytes - (part.offset - start), 0), part.data.nbytes)
-
-
-def _whole_pages(num_bytes: int) -> int:
-    return num_bytes // PAGE_BYTES * PAGE_BYTES
 
 
 def _as_array(data: memoryview) -> np.ndarray:

@@ -21,9 +21,10 @@ from prefixstore.tiers.base import PAGE_BYTES, round_up
 from prefixstore.tiers.disk.config import DiskTierConfig
 from prefixstore.tiers.disk.files import SlabFiles
 from prefixstore.tiers.disk.index import Allocation, SlotIndex
+from prefixstore.tiers.disk.jobs import Span
 from prefixstore.tiers.disk.slot_table import SlotRef
 from prefixstore.tiers.disk.space import is_small
-from prefixstore.tiers.disk.transfers import Span, StillWriting, Transfers, Writing
+from prefixstore.tiers.disk.transfers import StillWriting, Transfers, Writing
 from prefixstore.tiers.outcomes import SharedCounters
 
 logger = logging.getLogger(__name__)
