@@ -1,0 +1,155 @@
+"""The disk tier at a deadline: what is not begun, and what hangs in the kernel."""
+
+import os
+import threading
+import time
+import weakref
+
+import numpy as np
+from disk_tiers import MIB, count_right, get_all, make_bytes, make_names, open_tier, put
+from sample_blocks import LAYOUT, make_keys, make_record
+
+from prefixstore.errors import TierTimeout
+from prefixstore.tiers.base import page_aligned
+from prefixstore.tiers.disk.transfers import JOB_BYTES
+
+
+def test_nothing_is_begun_after_the_deadline(tmp_path):
+    tier = open_tier(tmp_path)
+    first, second = make_keys(2)
+    put(tier, [first])
+    past = time.monotonic() - 1
+    (outcome,) = get_all(tier, [first.name], LAYOUT.record_bytes, past)
+    assert isinstance(outcome, TierTimeout)
+    (outcome,) = tier.put_many([second.name], [memoryview(make_record(second))], deadline=past)
+    assert isinstance(outcome, TierTimeout)
+    assert not tier.contains(second.name)
+    assert count_right(tier, [first]) == 1
+    tier.close()
+
+
+class Hanging:
+    """A system call that hangs at one offset until it is let go."""
+
+    def __init__(self, monkeypatch, call: str, offset: int) -> None:
+        self._transfer = getattr(os, call)
+        self._offset = offset
+        self.may_go_on = threading.Event()
+        self.is_over = threading.Event()
+        monkeypatch.setattr(os, call, self)
+
+    def __call__(self, fd, buffers, offset):
+        if offset != self._offset:
+            return self._transfer(fd, buffers, offset)
+        assert self.may_go_on.wait(60)
+        try:
+            return self._transfer(fd, buffers, offset)
+        finally:
+            self.is_over.set()
+
+
+def test_a_read_that_hangs_is_left_behind_at_the_deadline(tmp_path, monkeypatch):
+    """And does not write into the caller's memory when it ends at last."""
+    tier = open_tier(tmp_path, slab_bytes=8 << 20, capacity_bytes=16 << 20)
+    names = make_names(4)
+    records = [make_bytes(MIB, n) for n in range(4)]
+    assert not any(tier.put_many(names, [record.data for record in records]))
+    hanging = Hanging(monkeypatch, "preadv", 2 * MIB)
+    outs = [page_aligned(MIB) for _ in names]
+    for out in outs:
+        out[:] = 0xEE
+    started = time.monotonic()
+    outcomes = tier.get_many(names, [out.data for out in outs], deadline=started + 0.3)
+    assert time.monotonic() - started < 5
+    assert isinstance(outcomes.pop(2), TierTimeout)
+    assert outcomes == [MIB] * 3
+    hanging.may_go_on.set()
+    assert hanging.is_over.wait(60)
+    time.sleep(0.1)
+    assert (outs[2] == 0xEE).all()
+    assert get_all(tier, names, MIB) == [record.tobytes() for record in records]
+    tier.close()
+
+
+def test_an_abandoned_buffer_may_be_written_to_later_and_is_not_read_through_another(
+    tmp_path, monkeypatch
+):
+    tier = open_tier(tmp_path, slab_bytes=8 << 20, capacity_bytes=16 << 20)
+    names = make_names(4)
+    records = [make_bytes(MIB, n) for n in range(4)]
+    assert not any(tier.put_many(names, [record.data for record in records]))
+    hanging = Hanging(monkeypatch, "preadv", 2 * MIB)
+    monkeypatch.setattr(tier._transfers, "_read_through", None)
+    outs = [page_aligned(MIB) for _ in names]
+    deadline = time.monotonic() + 0.3
+    outcomes = tier.get_or_abandon_many(names, [out.data for out in outs], deadline=deadline)
+    assert time.monotonic() - deadline < 5
+    assert isinstance(outcomes.pop(2), TierTimeout)
+    assert outcomes == [MIB] * 3
+    assert all(np.array_equal(outs[n], records[n]) for n in (0, 1, 3))
+    hanging.may_go_on.set()
+    assert hanging.is_over.wait(60)
+    tier._transfers._threads.shutdown()
+    assert np.array_equal(outs[2], records[2])
+    tier.close()
+
+
+def test_what_may_yet_be_written_to_is_told_of_even_if_the_record_is_gone(tmp_path, monkeypatch):
+    tier = open_tier(tmp_path, slab_bytes=8 << 20, capacity_bytes=16 << 20)
+    names = make_names(4)
+    assert not any(tier.put_many(names, [make_bytes(MIB, n).data for n in range(4)]))
+    hanging = Hanging(monkeypatch, "preadv", 2 * MIB)
+    deleting = threading.Timer(0.1, lambda: tier._index.unpublish_many(set(names)))
+    deleting.start()
+    outs = [page_aligned(MIB).data for _ in names]
+    outcomes = tier.get_or_abandon_many(names, outs, deadline=time.monotonic() + 0.5)
+    deleting.join()
+    assert isinstance(outcomes.pop(2), TierTimeout)
+    assert outcomes == [None] * 3
+    hanging.may_go_on.set()
+    assert hanging.is_over.wait(60)
+    tier.close()
+
+
+def test_threads_that_hang_keep_no_memory_but_what_they_read_into(tmp_path, monkeypatch):
+    tier = open_tier(tmp_path, num_threads=1, slab_bytes=8 << 20, capacity_bytes=16 << 20)
+    names = make_names(2)
+    assert not any(tier.put_many(names, [make_bytes(JOB_BYTES, n).data for n in range(2)]))
+    hanging = Hanging(monkeypatch, "preadv", 0)
+    kept = []
+    for _ in range(2):  # the second call waits for the only thread
+        outs = [page_aligned(JOB_BYTES) for _ in names]
+        kept += [weakref.ref(out) for out in outs]
+        deadline = time.monotonic() + 0.2
+        outcomes = tier.get_or_abandon_many(names, [out.data for out in outs], deadline=deadline)
+        assert all(isinstance(outcome, TierTimeout) for outcome in outcomes)
+        del outs
+    assert [out() is not None for out in kept] == [True, False, False, False]
+    hanging.may_go_on.set()
+    assert hanging.is_over.wait(60)
+    tier._transfers._threads.shutdown()
+    assert not any(out() is not None for out in kept)
+    tier.close()
+
+
+def test_a_write_that_hangs_is_left_behind_and_never_shown(tmp_path, monkeypatch):
+    settings = {"capacity_bytes": 4 * MIB, "slab_bytes": 4 * MIB}
+    tier = open_tier(tmp_path, write_lease_s=1, **settings)
+    names = make_names(8)
+    records = [make_bytes(MIB, n) for n in range(8)]
+    views = [record.data for record in records]
+    hanging = Hanging(monkeypatch, "pwritev", 2 * MIB)
+    outcomes = tier.put_many(names[:4], views[:4], deadline=time.monotonic() + 0.3)
+    assert isinstance(outcomes.pop(2), TierTimeout)
+    assert outcomes == [None] * 3
+    assert tier.contains_many(names[:4]) == [True, True, False, True]
+    assert not any(tier.put_many(names[4:7], views[4:7]))  # its slot is not used meanwhile
+    hanging.may_go_on.set()
+    assert hanging.is_over.wait(60)
+    assert get_all(tier, names[4:7], MIB) == [view.tobytes() for view in views[4:7]]
+    assert not tier.contains(names[2])
+    time.sleep(1.1)
+    assert tier.sweep().num_orphans == 1
+    assert not tier.put_many(names[7:], views[7:])[0]
+    assert tier.stats().num_records == 4
+    tier.close()
