@@ -15,9 +15,6 @@ READ_BUFFER_BYTES = 256 << 20
 NUM_READ_BUFFERS = 3
 MATMUL_SIZE = 2048
 
-# PyTorch multiplies float16 a hundred times slower on a CPU that has no instructions for it.
-MATMUL_DTYPES = {torch.float16: torch.float32}
-
 
 @dataclass(frozen=True)
 class Rates:
@@ -41,6 +38,16 @@ def _read_buffers(num_bytes: int) -> list[torch.Tensor]:
     return [buffer.fill_(1.0) for buffer in buffers]
 
 
+def matmul_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What PyTorch multiplies at the machine's rate in place of this dtype.
+
+    It takes a hundred times as long for 16-bit floats where it has no kernels for them: for
+    float16 on most processors, for bfloat16 on those without AVX-512.
+    """
+    has_kernels = dtype == torch.bfloat16 and "avx512" in native.available_isas()
+    return dtype if has_kernels or dtype.itemsize > 2 else torch.float32
+
+
 @cache
 def _matrices(size: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.randn(size, size).to(dtype) for _ in range(3)]
@@ -50,13 +57,13 @@ def make_probes(dtype: torch.dtype | None = None) -> dict[str, Callable[[], Any]
     """What takes turns with the providers of a case.
 
     `torch.sum` over float32 does nothing but read. With `dtype`, `torch.matmul` of square
-    matrices is among them, in that dtype or the one MATMUL_DTYPES names for it.
+    matrices is among them, in that dtype or the one that `matmul_dtype` gives for it.
     """
     probes = {}
     for number, buffer in enumerate(_read_buffers(READ_BUFFER_BYTES)):
         probes[f"read_{number}"] = buffer.sum
     if dtype is not None:
-        a, b, out = _matrices(MATMUL_SIZE, MATMUL_DTYPES.get(dtype, dtype))
+        a, b, out = _matrices(MATMUL_SIZE, matmul_dtype(dtype))
         probes["matmul"] = partial(torch.matmul, a, b, out=out)
     return probes
 

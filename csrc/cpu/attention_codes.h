@@ -27,8 +27,23 @@ struct Ahead {
   void operator()(int64_t num_bytes) const { advance(prefetch, num_bytes); }
 };
 
+// The shape of a quantised cache.
+struct CodeShape {
+  int64_t block_size, head_dim, value_dim, key_groups, value_groups;
+  bool is_int4;
+
+  // Whether slots of 16 neighbours share a key's scale, and so many channels a value's: of 4-bit
+  // codes also those of the same bytes' halves.
+  bool has_groups_of(int64_t num_channels) const {
+    const bool is_whole = value_dim / value_groups % num_channels == 0 &&
+                          (!is_int4 || value_dim / 2 % num_channels == 0);
+    return block_size / key_groups % 16 == 0 && (value_groups == 1 || is_whole);
+  }
+};
+
 // Each asks for about as much of what is read next as it reads.
 struct CodeKernels {
+  bool (*suits)(const CodeShape& shape);
   // scores[r * kCodeRowStride + t] = query row r * key t; may write up to the next 16 keys.
   void (*score)(const CodeRun& keys, const float* query, int64_t num_rows, float* scores,
                 const Ahead& next);
@@ -37,16 +52,8 @@ struct CodeKernels {
               const Ahead& next);
 };
 
-// Whether a cache's shape suits the kernels: slots of 16 neighbours share a key's scale, and 32
-// neighbouring channels of a byte's half a value's.
-inline bool suits_codes(int64_t block_size, int64_t head_dim, int64_t value_dim, int64_t key_groups,
-                        int64_t value_groups, bool is_int4) {
-  const int64_t group_size = value_dim / value_groups;
-  const bool is_whole =
-      value_groups == 1 || (group_size % 32 == 0 && (!is_int4 || value_dim / 2 % 32 == 0));
-  return head_dim <= kMaxCodeDim && value_dim <= kMaxCodeDim && head_dim % 16 == 0 &&
-         value_dim % 16 == 0 && block_size / key_groups % 16 == 0 && is_whole;
-}
+// For processors with AVX2.
+const CodeKernels* avx2_code_kernels();
 
 // Null where the processor has no such instructions.
 const CodeKernels* avx512_vnni_code_kernels();

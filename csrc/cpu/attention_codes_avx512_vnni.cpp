@@ -251,11 +251,16 @@ void add(const CodeRun& values, const float* weights, int64_t num_rows, float* s
   (values.is_int4 ? add_run<true> : add_run<false>)(values, weights, num_rows, sums, next);
 }
 
+bool suits(const CodeShape& shape) {
+  return shape.head_dim <= kMaxCodeDim && shape.value_dim <= kMaxCodeDim &&
+         shape.head_dim % 16 == 0 && shape.value_dim % 16 == 0 && shape.has_groups_of(32);
+}
+
 }  // namespace
 
 const CodeKernels* avx512_vnni_code_kernels() {
   static const bool has_vnni = __builtin_cpu_supports("avx512vnni");
-  static const CodeKernels kernels = {score, add};
+  static const CodeKernels kernels = {suits, score, add};
   return has_vnni ? &kernels : nullptr;
 }
 

@@ -1,7 +1,8 @@
 // Decode with AVX2: goes once through a long run of keys for few query rows.
 #pragma once
 
-#include "cpu/attention_codes_avx2.h"
+#include "cpu/attention_code_runs.h"
+#include "cpu/attention_products_avx2.h"
 #include "cpu/attention_scores.h"
 
 namespace kvkernels {
@@ -15,7 +16,7 @@ enum class Form { kPlain, kCodes, kUnpacked };
 struct Tile {
   int64_t begin, end;  // of the sequence; no keys where they are equal
   Form form;
-  BlockKind kind;                              // of codes
+  CodeRuns codes;
   int64_t keys[kTileKeys], values[kTileKeys];  // offsets of rows, in elements or codes
   Spans key_spans, value_spans;
 
@@ -30,15 +31,12 @@ inline void find_tile(const AttentionTile& tile, int64_t begin, Tile& found) {
   const int64_t num_keys = found.num_keys();
   find_spans(tile, found.begin, found.end, found.key_spans, found.value_spans);
   if (num_keys == 0) return;
-  found.kind = block_entry(tile.blocks[begin / tile.args->block_size]).kind;
   if (lies_plain(tile, begin, found.end)) {
     found.form = Form::kPlain;
     find_rows(tile, begin, found.end, found.keys, found.values);
-  } else if (suits_codes(tile, begin, found.end)) {
-    found.form = Form::kCodes;
-    find_code_rows(tile, begin, found.end, found.keys, found.values);
   } else {
-    found.form = Form::kUnpacked;
+    find_code_runs(tile, begin, found.end, avx2_code_kernels(), found.codes);
+    found.form = found.codes.count > 0 ? Form::kCodes : Form::kUnpacked;
     for (int64_t token = 0; token < num_keys; ++token) {
       found.keys[token] = token * tile.args->head_dim;
       found.values[token] = token * tile.args->value_dim;
@@ -50,7 +48,8 @@ inline void find_tile(const AttentionTile& tile, int64_t begin, Tile& found) {
 // One head's rows and what was summed up for them so far.
 struct Rows {
   int64_t count, head_dim, value_dim;
-  float* query;   // [count, head_dim]
+  float* query;   // [count, head_dim], in the order of the element type's pairs, like out
+  float* floats;  // [count, head_dim]: the query in order
   float* out;     // [count, value_dim]
   float* sum;     // [count, 8]
   float* scores;  // [count, kTileKeys]; then weights
@@ -58,7 +57,7 @@ struct Rows {
 };
 
 inline int64_t scratch_size(int64_t count, const PagedAttentionArgs& args) {
-  return count * (args.head_dim + args.value_dim + 8 + kTileKeys);
+  return count * (2 * args.head_dim + args.value_dim + 8 + kTileKeys);
 }
 
 template <typename E>
@@ -67,7 +66,8 @@ void start_rows(const AttentionTile& tile, int64_t head, float* scratch, Rows& r
   rows.head_dim = tile.args->head_dim;
   rows.value_dim = tile.args->value_dim;
   rows.query = scratch;
-  rows.out = rows.query + rows.count * rows.head_dim;
+  rows.floats = rows.query + rows.count * rows.head_dim;
+  rows.out = rows.floats + rows.count * rows.head_dim;
   rows.sum = rows.out + rows.count * rows.value_dim;
   rows.scores = rows.sum + rows.count * 8;
   std::fill_n(rows.out, rows.count * rows.value_dim, 0.0f);
@@ -76,9 +76,9 @@ void start_rows(const AttentionTile& tile, int64_t head, float* scratch, Rows& r
   for (int64_t r = 0; r < rows.count; ++r) {
     const auto* query = static_cast<const typename E::Item*>(tile.args->query) +
                         query_offset(tile, tile.row_begin + r, head);
-    for (int64_t i = 0; i < rows.head_dim; i += 8) {
-      _mm256_storeu_ps(rows.query + r * rows.head_dim + i, E::load(query + i));
-    }
+    float* floats = rows.floats + r * rows.head_dim;
+    for (int64_t i = 0; i < rows.head_dim; i += 8) _mm256_storeu_ps(floats + i, E::load(query + i));
+    pair_row<E>(floats, rows.head_dim, rows.query + r * rows.head_dim);
   }
 }
 
@@ -108,11 +108,13 @@ class FewRows {
     const int64_t num_heads = tile.num_kv_heads;
     const int64_t rows_size = scratch_size(tile.row_end - tile.row_begin, args_);
     const int64_t wide_dim = std::max(args_.head_dim, args_.value_dim);
-    float* scratch = thread_scratch(1, num_heads * rows_size + (kTileKeys + 2) * wide_dim);
+    float* scratch =
+        thread_scratch(1, num_heads * rows_size + (kFewRows + kTileKeys + 2) * wide_dim);
     for (int64_t head = 0; head < num_heads; ++head) {
       start_rows<E>(tile, head, scratch + head * rows_size, rows_[head]);
     }
-    unpacked_ = scratch + num_heads * rows_size;
+    sums_ = scratch + num_heads * rows_size;
+    unpacked_ = sums_ + kFewRows * wide_dim;
     scales_ = unpacked_ + kTileKeys * wide_dim;
   }
 
@@ -126,9 +128,10 @@ class FewRows {
     }
     for (int64_t head = 0; head < tile_.num_kv_heads; ++head) {
       const Rows& rows = rows_[head];
-      std::copy_n(rows.out, rows.count * rows.value_dim, results[head].out);
       std::copy_n(rows.max, rows.count, results[head].max);
       for (int64_t r = 0; r < rows.count; ++r) {
+        const int64_t place = r * rows.value_dim;
+        unpair_row<E>(rows.out + place, rows.value_dim, results[head].out + place);
         results[head].sum[r] = sum_lanes(_mm256_loadu_ps(rows.sum + 8 * r));
       }
     }
@@ -148,11 +151,11 @@ class FewRows {
       score_all<E>(rows.query, rows.count, rows.head_dim, {cache, now.keys}, prefetch_,
                    now.num_keys(), rows.scores);
     } else if (now.form == Form::kCodes) {
-      const CodeTile codes = {tile_, head, now.begin, now.end, now.kind, now.keys};
-      score_codes(codes, rows.query, rows.count, unpacked_, prefetch_, rows.scores);
+      score_code_runs(tile_, head, now.codes, *avx2_code_kernels(), rows.floats, rows.count,
+                      prefetch_, rows.scores);
     } else {
       unpack_keys<Avx2Unpacker<E>>(tile_, head, now.begin, now.end, scales_, unpacked_);
-      score_all<Float32>(rows.query, rows.count, rows.head_dim, {unpacked_, now.keys}, prefetch_,
+      score_all<Float32>(rows.floats, rows.count, rows.head_dim, {unpacked_, now.keys}, prefetch_,
                          now.num_keys(), rows.scores);
     }
     weigh_head(tile_, head, now, rows);
@@ -160,20 +163,27 @@ class FewRows {
 
   void add_values(const Tile& now, int64_t head) {
     Rows& rows = rows_[head];
-    const int64_t dim = rows.value_dim;
     prefetch_.begin(now.value_spans.num_bytes);
     if (now.form == Form::kPlain) {
       const auto* cache =
           static_cast<const Item*>(args_.value_cache) + head * args_.value_head_stride;
       add_all<E>(rows.scores, rows.count, rows.decay, {cache, now.values}, prefetch_,
-                 now.num_keys(), dim, dim, rows.out);
-    } else if (now.form == Form::kCodes) {
-      const CodeTile codes = {tile_, head, now.begin, now.end, now.kind, now.values};
-      add_codes(codes, rows.scores, rows.count, rows.decay, unpacked_, prefetch_, rows.out);
+                 now.num_keys(), rows.value_dim, rows.out);
+      return;
+    }
+    std::fill_n(sums_, rows.count * rows.value_dim, 0.0f);
+    if (now.form == Form::kCodes) {
+      add_code_runs(tile_, head, now.codes, *avx2_code_kernels(), rows.scores, rows.count,
+                    prefetch_, sums_);
     } else {
+      constexpr float kNoDecay[kFewRows] = {1, 1, 1, 1, 1, 1, 1, 1};
       unpack_values<Avx2Unpacker<E>>(tile_, head, now.begin, now.end, scales_, unpacked_);
-      add_all<Float32>(rows.scores, rows.count, rows.decay, {unpacked_, now.values}, prefetch_,
-                       now.num_keys(), dim, dim, rows.out);
+      add_all<Float32>(rows.scores, rows.count, kNoDecay, {unpacked_, now.values}, prefetch_,
+                       now.num_keys(), rows.value_dim, sums_);
+    }
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const int64_t place = r * rows.value_dim;
+      add_row<E>(sums_ + place, rows.value_dim, rows.decay[r], rows.out + place);
     }
   }
 
@@ -181,6 +191,7 @@ class FewRows {
   const PagedAttentionArgs& args_;
   Rows rows_[kMaxTileHeads];
   Prefetch prefetch_;
+  float* sums_;      // [kFewRows, the larger dim]: of values, in order
   float* unpacked_;  // [kTileKeys, the larger dim]: keys or values of one head, or its scales
   float* scales_;    // two rows
 };

@@ -5,7 +5,7 @@
 // own.
 #pragma once
 
-#include "cpu/attention_codes.h"
+#include "cpu/attention_code_runs.h"
 #include "cpu/attention_row_products_avx512.h"
 #include "cpu/attention_scores.h"
 
@@ -15,39 +15,14 @@ namespace {
 // One tile of keys: where its rows start, for the first head, if they are used where they lie, and
 // what of memory it takes.
 struct Tile {
-  static constexpr int kMaxRuns = kTileKeys / 16;
-
   int64_t begin, end;  // of the sequence; no keys where they are equal
   bool is_plain;
-  int num_code_runs;  // where all its blocks hold codes of one kind that suit CodeKernels, else 0
-  Run code_runs[kMaxRuns];
+  CodeRuns codes;
   int64_t keys[kTileKeys], values[kTileKeys];  // offsets; dense rows where it is not plain
   Spans key_spans, value_spans;
 
   int64_t num_keys() const { return end - begin; }
 };
-
-// The kernels for the codes of a kind of block, or null.
-inline const CodeKernels* code_kernels(const PagedAttentionArgs& args, BlockKind kind) {
-  const QuantizedCache& cache = quantized_cache(args, kind);
-  // Their whole numbers of 16 bits keep more than 16-bit floats do, but less than float32.
-  const bool suits = kind != BlockKind::kFloat && args.dtype != DType::kFloat32 &&
-                     suits_codes(args.block_size, args.head_dim, args.value_dim, cache.key_groups,
-                                 cache.value_groups, kind == BlockKind::kInt4);
-  return suits ? avx512_vnni_code_kernels() : nullptr;
-}
-
-inline void find_code_runs(const AttentionTile& tile, Tile& found) {
-  found.num_code_runs = 0;
-  const BlockKind kind = block_entry(tile.blocks[found.begin / tile.args->block_size]).kind;
-  if (code_kernels(*tile.args, kind) == nullptr) return;
-  bool is_one_kind = true;
-  for_each_run(tile, found.begin, found.end, [&](const Run& run) {
-    is_one_kind &= run.block.kind == kind;
-    found.code_runs[found.num_code_runs++] = run;
-  });
-  if (!is_one_kind) found.num_code_runs = 0;
-}
 
 // Finds the keys and values from `begin` on. The rest of the offsets repeat the last row, so that
 // loops over a fixed number of rows read nothing that is not part of the sequence.
@@ -58,8 +33,10 @@ inline void find_tile(const AttentionTile& tile, int64_t begin, Tile& found) {
   find_spans(tile, found.begin, found.end, found.key_spans, found.value_spans);
   if (num_keys == 0) return;
   found.is_plain = lies_plain(tile, begin, found.end);
-  found.num_code_runs = 0;
-  if (!found.is_plain) find_code_runs(tile, found);
+  found.codes.count = 0;
+  if (!found.is_plain) {
+    find_code_runs(tile, begin, found.end, avx512_vnni_code_kernels(), found.codes);
+  }
   if (found.is_plain) {
     find_rows(tile, begin, found.end, found.keys, found.values);
   } else {
@@ -166,54 +143,14 @@ void add_head(const Tile& now, const CacheRows<typename R::Item>& values, Prefet
   }
 }
 
-inline Ahead ahead_of(Prefetch& next) {
-  return {&next, [](void* prefetch, int64_t num_bytes) {
-            static_cast<Prefetch*>(prefetch)->advance(num_bytes);
-          }};
-}
-
-inline CodeRun code_run(const Part& part, const Run& run, const PagedAttentionArgs& args,
-                        int64_t kv_head, int64_t dim, int64_t groups) {
-  return {part.codes_of(run.block.id, kv_head),
-          part.scales_of(run.block.id, kv_head),
-          run.block.kind == BlockKind::kInt4,
-          run.slot,
-          run.count,
-          dim,
-          groups,
-          args.block_size};
-}
-
-// score_head and add_head for a tile of codes.
-inline void score_codes(const AttentionTile& tile, int64_t head, const Tile& now, Prefetch& next,
-                        Rows& rows) {
-  const PagedAttentionArgs& args = *tile.args;
-  const BlockKind kind = now.code_runs[0].block.kind;
-  const QuantizedCache& cache = quantized_cache(args, kind);
-  for (int i = 0; i < now.num_code_runs; ++i) {
-    const Run& run = now.code_runs[i];
-    code_kernels(args, kind)
-        ->score(code_run({cache.key_codes, cache.key_scales}, run, args, tile.kv_head + head,
-                         args.head_dim, cache.key_groups),
-                rows.floats, rows.count, rows.scores + run.first, ahead_of(next));
-  }
-}
-
+// add_head for a tile of codes.
 template <typename R>
 void add_codes(const AttentionTile& tile, int64_t head, const Tile& now, Prefetch& next,
                Rows& rows) {
-  const PagedAttentionArgs& args = *tile.args;
-  const BlockKind kind = now.code_runs[0].block.kind;
-  const QuantizedCache& cache = quantized_cache(args, kind);
   alignas(64) float sums[kFewRows * kMaxCodeDim];
   std::fill_n(sums, rows.count * rows.value_dim, 0.0f);
-  for (int i = 0; i < now.num_code_runs; ++i) {
-    const Run& run = now.code_runs[i];
-    code_kernels(args, kind)
-        ->add(code_run({cache.value_codes, cache.value_scales}, run, args, tile.kv_head + head,
-                       args.value_dim, cache.value_groups),
-              rows.scores + run.first, rows.count, sums, ahead_of(next));
-  }
+  add_code_runs(tile, head, now.codes, *avx512_vnni_code_kernels(), rows.scores, rows.count, next,
+                sums);
   for (int64_t r = 0; r < rows.count; ++r) {
     R::add_row(sums + r * rows.value_dim, rows.decay[r], rows.out + r * rows.value_dim,
                rows.value_dim);
@@ -261,8 +198,10 @@ class FewRows {
   void add(const Tile& now) {
     for (int64_t head = 0; head < tile_.num_kv_heads; ++head) {
       prefetch_.begin(now.key_spans.num_bytes);
-      if (now.num_code_runs > 0) {
-        score_codes(tile_, head, now, prefetch_, rows_[head]);
+      if (now.codes.count > 0) {
+        const Rows& rows = rows_[head];
+        score_code_runs(tile_, head, now.codes, *avx512_vnni_code_kernels(), rows.floats,
+                        rows.count, prefetch_, rows.scores);
       } else {
         score_head<R>(now, keys(now, head), prefetch_, rows_[head]);
       }
@@ -270,7 +209,7 @@ class FewRows {
     }
     for (int64_t head = 0; head < tile_.num_kv_heads; ++head) {
       prefetch_.begin(now.value_spans.num_bytes);
-      if (now.num_code_runs > 0) {
+      if (now.codes.count > 0) {
         add_codes<R>(tile_, head, now, prefetch_, rows_[head]);
       } else {
         add_head<R>(now, values(now, head), prefetch_, rows_[head]);

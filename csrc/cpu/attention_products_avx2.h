@@ -2,7 +2,8 @@
 //
 // Every key and value is read once and used for up to four rows at a time. Dot products run along
 // head_dim, so a key is a plain row: up to 8 sums (rows x keys) hide the latency of a
-// multiplication and are then added across lanes together. E is an element type of simd_avx2.h.
+// multiplication and are then added across lanes together. E is an element type of simd_avx2.h;
+// rows of floats beside it (queries, sums of values) are in the order of its pairs.
 #pragma once
 
 #include <cstring>
@@ -25,6 +26,49 @@ struct CacheRows {
   const Item* row(int64_t token) const { return cache + offsets[token]; }
 };
 
+// Brings a row of floats into the order of E's pairs; its last vector may be a single one.
+template <typename E>
+void pair_row(const float* row, int64_t dim, float* paired) {
+  int64_t i = 0;
+  for (; i + 16 <= dim; i += 16) {
+    __m256 a = _mm256_loadu_ps(row + i), b = _mm256_loadu_ps(row + i + 8);
+    E::pair(a, b);
+    _mm256_storeu_ps(paired + i, a);
+    _mm256_storeu_ps(paired + i + 8, b);
+  }
+  if (i < dim) _mm256_storeu_ps(paired + i, _mm256_loadu_ps(row + i));
+}
+
+// And back.
+template <typename E>
+void unpair_row(const float* paired, int64_t dim, float* row) {
+  int64_t i = 0;
+  for (; i + 16 <= dim; i += 16) {
+    __m256 a = _mm256_loadu_ps(paired + i), b = _mm256_loadu_ps(paired + i + 8);
+    E::unpair(a, b);
+    _mm256_storeu_ps(row + i, a);
+    _mm256_storeu_ps(row + i + 8, b);
+  }
+  if (i < dim) _mm256_storeu_ps(row + i, _mm256_loadu_ps(paired + i));
+}
+
+// paired[i] = paired[i] * decay + row[i], each in its order.
+template <typename E>
+void add_row(const float* row, int64_t dim, float decay, float* paired) {
+  const __m256 factor = _mm256_set1_ps(decay);
+  const auto add = [&](__m256 sum, float* p) {
+    _mm256_storeu_ps(p, _mm256_fmadd_ps(_mm256_loadu_ps(p), factor, sum));
+  };
+  int64_t i = 0;
+  for (; i + 16 <= dim; i += 16) {
+    __m256 a = _mm256_loadu_ps(row + i), b = _mm256_loadu_ps(row + i + 8);
+    E::pair(a, b);
+    add(a, paired + i);
+    add(b, paired + i + 8);
+  }
+  if (i < dim) add(_mm256_loadu_ps(row + i), paired + i);
+}
+
 // scores[r][t] = query row r * key t, for t < num_keys rounded up to 8. Asks for as much of `next`
 // as it reads.
 template <typename E, int kRows>
@@ -35,16 +79,33 @@ void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E
     __m256 sums[kSums];
 #pragma GCC unroll 8
     for (int i = 0; i < kSums; ++i) sums[i] = _mm256_setzero_ps();
-    for (int64_t i = 0; i < head_dim; i += 8) {
-      __m256 q[kRows];
+    int64_t i = 0;
+    for (; i + 16 <= head_dim; i += 16) {
+      __m256 key[kTokens][2];
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) {
+        E::load_pair(keys.row(first + t) + i, key[t][0], key[t][1]);
+      }
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) q[r] = _mm256_loadu_ps(query + r * head_dim + i);
+        for (int r = 0; r < kRows; ++r) {
+          const __m256 q = _mm256_loadu_ps(query + r * head_dim + i + 8 * half);
+#pragma GCC unroll 8
+          for (int t = 0; t < kTokens; ++t) {
+            sums[r * kTokens + t] = _mm256_fmadd_ps(q, key[t][half], sums[r * kTokens + t]);
+          }
+        }
+      }
+    }
+    if (i < head_dim) {
 #pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t) {
         const __m256 key = E::load(keys.row(first + t) + i);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
-          sums[r * kTokens + t] = _mm256_fmadd_ps(q[r], key, sums[r * kTokens + t]);
+          const __m256 q = _mm256_loadu_ps(query + r * head_dim + i);
+          sums[r * kTokens + t] = _mm256_fmadd_ps(q, key, sums[r * kTokens + t]);
         }
       }
     }
@@ -78,9 +139,14 @@ void add_value_panel(const float* weights, const float* decay,
     if (t % kAhead == 0) {
       next.advance(kAhead * 8 * kVectors * static_cast<int64_t>(sizeof(typename E::Item)));
     }
+    const auto* value = values.row(t) + first;
     __m256 v[kVectors];
+    if constexpr (kVectors == 1) {
+      v[0] = E::load(value);
+    } else {
 #pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) v[i] = E::load(values.row(t) + first + 8 * i);
+      for (int i = 0; i < kVectors; i += 2) E::load_pair(value + 8 * i, v[i], v[i + 1]);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const __m256 weight = _mm256_set1_ps(weights[r * kTileKeys + t]);
@@ -97,16 +163,19 @@ void add_value_panel(const float* weights, const float* decay,
   }
 }
 
-// The same for `count` channels; rows of out are value_dim apart.
+// The same for all of value_dim, whose last vector may be a single one.
 template <typename E, int kRows>
 void add_values(const float* weights, const float* decay, const CacheRows<typename E::Item>& values,
-                Prefetch& next, int64_t num_keys, int64_t count, int64_t value_dim, float* out) {
+                Prefetch& next, int64_t num_keys, int64_t value_dim, float* out) {
   constexpr int kVectors = kRows <= 2 ? 4 : 2;
   int64_t i = 0;
-  for (; i + 8 * kVectors <= count; i += 8 * kVectors) {
+  for (; i + 8 * kVectors <= value_dim; i += 8 * kVectors) {
     add_value_panel<E, kRows, kVectors>(weights, decay, values, next, num_keys, value_dim, i, out);
   }
-  for (; i < count; i += 8) {
+  for (; i + 16 <= value_dim; i += 16) {
+    add_value_panel<E, kRows, 2>(weights, decay, values, next, num_keys, value_dim, i, out);
+  }
+  if (i < value_dim) {
     add_value_panel<E, kRows, 1>(weights, decay, values, next, num_keys, value_dim, i, out);
   }
 }
@@ -139,12 +208,12 @@ void score_all(const float* query, int64_t num_rows, int64_t head_dim,
 template <typename E>
 void add_all(const float* weights, int64_t num_rows, const float* decay,
              const CacheRows<typename E::Item>& values, Prefetch& next, int64_t num_keys,
-             int64_t num_channels, int64_t value_dim, float* out) {
+             int64_t value_dim, float* out) {
   constexpr decltype(&add_values<E, 1>) kKernels[kBatch] = {add_values<E, 1>, add_values<E, 2>,
                                                             add_values<E, 3>, add_values<E, 4>};
   for_each_batch(num_rows, [&](int64_t r, int64_t count) {
-    kKernels[count - 1](weights + r * kTileKeys, decay + r, values, next, num_keys, num_channels,
-                        value_dim, out + r * value_dim);
+    kKernels[count - 1](weights + r * kTileKeys, decay + r, values, next, num_keys, value_dim,
+                        out + r * value_dim);
   });
 }
 

@@ -8,10 +8,15 @@
 namespace kvkernels {
 namespace {
 
-// Element types: `load` widens 8 neighbours, `store` rounds them.
+// Element types: `load` widens 8 neighbours, `store` rounds them. `load_pair` widens 16 of them in
+// whatever order takes least; `pair` brings two vectors of neighbours into that order, `unpair` out
+// of it.
 struct Float32 {
   using Item = float;
   static __m256 load(const Item* p) { return _mm256_loadu_ps(p); }
+  static void load_pair(const Item* p, __m256& a, __m256& b) { a = load(p), b = load(p + 8); }
+  static void pair(__m256&, __m256&) {}
+  static void unpair(__m256&, __m256&) {}
   static void store(Item* p, __m256 v) { _mm256_storeu_ps(p, v); }
 };
 
@@ -20,6 +25,9 @@ struct Float16 {
   static __m256 load(const Item* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
+  static void load_pair(const Item* p, __m256& a, __m256& b) { a = load(p), b = load(p + 8); }
+  static void pair(__m256&, __m256&) {}
+  static void unpair(__m256&, __m256&) {}
   static void store(Item* p, __m256 v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
@@ -30,6 +38,25 @@ struct BFloat16 {
   static __m256 load(const Item* p) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  // First those at even places, then those at odd ones: half the instructions.
+  static void load_pair(const Item* p, __m256& a, __m256& b) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    a = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+    b = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(-0x10000)));
+  }
+  static void pair(__m256& a, __m256& b) {
+    const auto in_order = [](__m256 halves) {
+      return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(halves), 0xd8));
+    };
+    const __m256 even = in_order(_mm256_shuffle_ps(a, b, 0x88));
+    b = in_order(_mm256_shuffle_ps(a, b, 0xdd));
+    a = even;
+  }
+  static void unpair(__m256& a, __m256& b) {
+    const __m256 low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+    a = _mm256_permute2f128_ps(low, high, 0x20);
+    b = _mm256_permute2f128_ps(low, high, 0x31);
   }
   static void store(Item* p, __m256 v) {
     const __m256i bits = _mm256_castps_si256(v);

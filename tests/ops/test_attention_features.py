@@ -77,6 +77,7 @@ def _features() -> list[Feature]:
         Feature("heads_8", replace(long, heads=(32, 8), head_dim=128), kinds=("int4", "int8")),
         Feature("tokens_first", replace(mixed, layout="tokens_first"), kinds=("int4", "float")),
         Feature("d72", replace(mixed, head_dim=72), kinds=("int4", "int8")),
+        Feature("d96", replace(mixed, head_dim=96), kinds=("int4", "int8")),
         Feature("all_few_rows", replace(long, heads=(8, 1)), 3.0, True, True),
         Feature("few_rows_int8", replace(long, heads=(12, 1)), kinds=("int8", "float")),
         Feature("tree", Case("", TREES), tree=True),

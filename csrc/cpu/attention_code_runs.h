@@ -1,0 +1,87 @@
+// Tiles of keys whose blocks hold codes, as the kernels of attention_codes.h take them.
+#pragma once
+
+#include "cpu/attention_codes.h"
+#include "cpu/attention_spans.h"
+
+namespace kvkernels {
+namespace {
+
+// The blocks of a tile; none where they are not all codes of one kind that suit the kernels.
+struct CodeRuns {
+  static constexpr int kMaxRuns = kCodeRowStride / 16;
+
+  int count = 0;
+  Run runs[kMaxRuns];
+
+  BlockKind kind() const { return runs[0].block.kind; }
+};
+
+inline void find_code_runs(const AttentionTile& tile, int64_t begin, int64_t end,
+                           const CodeKernels* kernels, CodeRuns& found) {
+  const PagedAttentionArgs& args = *tile.args;
+  found.count = 0;
+  const BlockKind kind = block_entry(tile.blocks[begin / args.block_size]).kind;
+  // The kernels' whole numbers of 16 bits keep more than 16-bit floats do, but less than float32.
+  if (kernels == nullptr || kind == BlockKind::kFloat || args.dtype == DType::kFloat32) return;
+  const QuantizedCache& cache = quantized_cache(args, kind);
+  if (!kernels->suits({args.block_size, args.head_dim, args.value_dim, cache.key_groups,
+                       cache.value_groups, kind == BlockKind::kInt4})) {
+    return;
+  }
+  bool is_one_kind = true;
+  for_each_run(tile, begin, end, [&](const Run& run) {
+    is_one_kind &= run.block.kind == kind;
+    found.runs[found.count++] = run;
+  });
+  if (!is_one_kind) found.count = 0;
+}
+
+inline Ahead ahead_of(Prefetch& next) {
+  return {&next, [](void* prefetch, int64_t num_bytes) {
+            static_cast<Prefetch*>(prefetch)->advance(num_bytes);
+          }};
+}
+
+inline CodeRun code_run(const Part& part, const Run& run, const PagedAttentionArgs& args,
+                        int64_t kv_head, int64_t dim, int64_t groups) {
+  return {part.codes_of(run.block.id, kv_head),
+          part.scales_of(run.block.id, kv_head),
+          run.block.kind == BlockKind::kInt4,
+          run.slot,
+          run.count,
+          dim,
+          groups,
+          args.block_size};
+}
+
+// scores[r][t] = query row r * key t, for one of the tile's heads.
+inline void score_code_runs(const AttentionTile& tile, int64_t head, const CodeRuns& keys,
+                            const CodeKernels& kernels, const float* query, int64_t num_rows,
+                            Prefetch& next, float* scores) {
+  const PagedAttentionArgs& args = *tile.args;
+  const QuantizedCache& cache = quantized_cache(args, keys.kind());
+  for (int i = 0; i < keys.count; ++i) {
+    const Run& run = keys.runs[i];
+    kernels.score(code_run({cache.key_codes, cache.key_scales}, run, args, tile.kv_head + head,
+                           args.head_dim, cache.key_groups),
+                  query, num_rows, scores + run.first, ahead_of(next));
+  }
+}
+
+// sums[r][i] += sum over t of weights[r][t] * value t, for one of the tile's heads.
+inline void add_code_runs(const AttentionTile& tile, int64_t head, const CodeRuns& values,
+                          const CodeKernels& kernels, const float* weights, int64_t num_rows,
+                          Prefetch& next, float* sums) {
+  const PagedAttentionArgs& args = *tile.args;
+  const QuantizedCache& cache = quantized_cache(args, values.kind());
+  for (int i = 0; i < values.count; ++i) {
+    const Run& run = values.runs[i];
+    kernels.add(code_run({cache.value_codes, cache.value_scales}, run, args, tile.kv_head + head,
+                         args.value_dim, cache.value_groups),
+                weights + run.first, num_rows, sums, ahead_of(next));
+  }
+}
+
+}  // namespace
+}  // namespace kvkernels

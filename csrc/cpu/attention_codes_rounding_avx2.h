@@ -1,0 +1,281 @@
+// Rows of floats, folded with the scales of codes and rounded to whole numbers of 16 bits: what
+// sums of products with codes are exact with (see attention_codes_avx512_vnni.cpp). Only for files
+// compiled for AVX2.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/attention_codes.h"
+#include "cpu/simd_avx2.h"
+
+namespace kvkernels {
+namespace {
+
+constexpr int kMaxBatch = 4;  // rows that share a vector of codes
+constexpr int kSums = 8;      // of products at a time: half of the registers
+constexpr int64_t kMaxKeys = kCodeRowStride, kMaxGroups = kMaxCodeDim / 32;
+
+// |x| <= kLargest keeps 256 products with codes up to 255 within 31 bits.
+constexpr float kLargest = 32767;
+
+// Sums of products are taken with codes around 0: what is rounded is then small.
+constexpr float middle_code(bool is_int4) { return is_int4 ? 8.0f : 128.0f; }
+
+// Sums over channels are found 8 together: so many keys are scored at once with so many rows.
+constexpr int keys_at_once(int num_rows) { return num_rows == 1 ? 8 : num_rows == 2 ? 4 : 2; }
+
+// A row of codes goes in pieces of 16 channels: of 4-bit codes first those in the low halves of 16
+// bytes, then those in their high halves.
+template <bool kIsInt4>
+int64_t first_channel(int64_t piece, int64_t dim) {
+  return kIsInt4 ? piece % 2 * (dim / 2) + piece / 2 * 16 : piece * 16;
+}
+
+inline int64_t bytes_of_row(bool is_int4, int64_t dim) { return is_int4 ? dim / 2 : dim; }
+
+inline __m256 abs_lanes(__m256 v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
+
+// Lane i of the result is the sum over the lanes of v[i].
+inline __m256i sum_lanes_of_8(const __m256i* v) {
+  const __m256i low =
+      _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
+  const __m256i high =
+      _mm256_hadd_epi32(_mm256_hadd_epi32(v[4], v[5]), _mm256_hadd_epi32(v[6], v[7]));
+  return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20),
+                          _mm256_permute2x128_si256(low, high, 0x31));
+}
+
+inline int32_t sum_lanes(__m256i v) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+
+// float16 pairs of scale and minimum.
+struct Scales {
+  __m256 scale, middle;  // middle: minimum + c * scale
+};
+
+inline Scales widen_scales(__m256i pairs, float c) {
+  const __m256i apart = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,  //
+                                         0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+  const __m256i halves = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(pairs, apart), 0xd8);
+  const __m256 scale = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+  const __m256 minimum = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+  return {scale, _mm256_fmadd_ps(_mm256_set1_ps(c), scale, minimum)};
+}
+
+// 1 / v, and 0 for 0.
+inline __m256 inverse_of(__m256 v) {
+  const __m256 is_some = _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ);
+  return _mm256_and_ps(is_some, _mm256_div_ps(_mm256_set1_ps(1.0f), v));
+}
+
+// Writes 16 numbers, and adds them to `total`.
+inline void round(__m256 a, __m256 b, int16_t* numbers, __m256i& total) {
+  const __m256i both = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
+  const __m256i x = _mm256_permute4x64_epi64(both, 0xd8);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(numbers), x);
+  total = _mm256_add_epi32(total, _mm256_madd_epi16(x, _mm256_set1_epi16(1)));
+}
+
+// Times the codes' middle: what unsigned codes add to the sum of products.
+template <bool kIsInt4>
+__m256i excess_of(__m256i total) {
+  constexpr int kBits = kIsInt4 ? 3 : 7;
+  static_assert(1 << kBits == static_cast<int>(middle_code(kIsInt4)));
+  return _mm256_slli_epi32(total, kBits);
+}
+
+struct alignas(32) RoundedQuery {
+  int16_t x[kMaxBatch][kMaxCodeDim];  // piece by piece
+  // score = (sum of products - excess) * unit + base; each row's as often as there are keys at a
+  // time.
+  int32_t excess[kSums];
+  float unit[kSums], base[kSums];
+};
+
+// Rounds rows of the query, folded with the scales of a group of keys.
+template <bool kIsInt4, int kRows>
+void round_query(const float* query, int64_t dim, const uint16_t* pairs, RoundedQuery& rounded) {
+  alignas(32) float folded[kMaxBatch][kMaxCodeDim];
+  __m256 largest[kRows], base[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) largest[r] = base[r] = _mm256_setzero_ps();
+  for (int64_t i = 0; i < dim; i += 8) {
+    const int64_t channel = first_channel<kIsInt4>(i / 16, dim) + i % 16;
+    const auto* lanes = reinterpret_cast<const __m256i*>(pairs + 2 * channel);
+    const Scales scales = widen_scales(_mm256_loadu_si256(lanes), middle_code(kIsInt4));
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const __m256 q = _mm256_loadu_ps(query + r * dim + channel);
+      const __m256 x = _mm256_mul_ps(q, scales.scale);
+      _mm256_store_ps(folded[r] + i, x);
+      largest[r] = _mm256_max_ps(largest[r], abs_lanes(x));
+      base[r] = _mm256_fmadd_ps(q, scales.middle, base[r]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    const float top = max_lane(largest[r]);
+    const __m256 factor = _mm256_mul_ps(inverse_of(_mm256_set1_ps(top)), _mm256_set1_ps(kLargest));
+    __m256i total = _mm256_setzero_si256();
+    for (int64_t i = 0; i < dim; i += 16) {
+      const float* x = folded[r] + i;
+      round(_mm256_mul_ps(_mm256_load_ps(x), factor), _mm256_mul_ps(_mm256_load_ps(x + 8), factor),
+            rounded.x[r] + i, total);
+    }
+    constexpr int kKeys = keys_at_once(kRows);
+    std::fill_n(rounded.excess + r * kKeys, kKeys, sum_lanes(excess_of<kIsInt4>(total)));
+    std::fill_n(rounded.unit + r * kKeys, kKeys, top / kLargest);
+    std::fill_n(rounded.base + r * kKeys, kKeys, sum_lanes(base[r]));
+  }
+}
+
+// Scale, in units of its own, and middle of one group of channels, key by key; 0 past the last key.
+struct alignas(32) KeyScales {
+  float scale[kMaxGroups][kMaxKeys], middle[kMaxGroups][kMaxKeys];
+  float unit[kMaxGroups];  // of numbers up to kLargest
+};
+
+// Keys are rounded 16 together.
+inline int64_t whole_vectors(int64_t num_keys) { return (num_keys + 15) / 16 * 16; }
+
+// Transposes 8 keys' pairs of four groups, as heads of 128 have them.
+inline void transpose_four_groups(const uint32_t* pairs, __m256i* groups) {
+  __m256i v[4], t[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    v[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs) + i);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    t[2 * i] = _mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+  }
+  // The even keys are in the low half now, the odd ones in the high half.
+  const __m256i order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
+#pragma GCC unroll 4
+  for (int group = 0; group < 4; ++group) {
+    const __m256i both = group % 2 == 0 ? _mm256_unpacklo_epi64(t[group / 2], t[2 + group / 2])
+                                        : _mm256_unpackhi_epi64(t[group / 2], t[2 + group / 2]);
+    groups[group] = _mm256_permutevar8x32_epi32(both, order);
+  }
+}
+
+inline void spread_scales(const CodeRun& run, float c, KeyScales& spread) {
+  alignas(32) uint32_t words[8 * kMaxGroups];
+  __m256 largest[kMaxGroups];
+  for (__m256& one : largest) one = _mm256_setzero_ps();
+  for (int64_t t = 0; t < whole_vectors(run.count); t += 8) {
+    const int64_t num_words = std::clamp<int64_t>(run.count - t, 0, 8) * run.groups;
+    if (num_words < 8 * run.groups) std::fill_n(words, 8 * run.groups, 0);
+    std::memcpy(words, run.scales + 2 * (run.slot + t) * run.groups, 4 * num_words);
+    __m256i groups[kMaxGroups];
+    if (run.groups == 4) {
+      transpose_four_groups(words, groups);
+    } else {
+      const auto stride = static_cast<int32_t>(run.groups);
+      const __m256i lanes = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+      const __m256i places = _mm256_mullo_epi32(lanes, _mm256_set1_epi32(stride));
+      for (int64_t group = 0; group < run.groups; ++group) {
+        groups[group] =
+            _mm256_i32gather_epi32(reinterpret_cast<const int*>(words + group), places, 4);
+      }
+    }
+    for (int64_t group = 0; group < run.groups; ++group) {
+      const Scales scales = widen_scales(groups[group], c);
+      _mm256_store_ps(spread.scale[group] + t, scales.scale);
+      _mm256_store_ps(spread.middle[group] + t, scales.middle);
+      largest[group] = _mm256_max_ps(largest[group], abs_lanes(scales.scale));
+    }
+  }
+  for (int64_t group = 0; group < run.groups; ++group) {
+    const float top = max_lane(largest[group]);
+    spread.unit[group] = top / kLargest;
+    const __m256 factor = _mm256_mul_ps(inverse_of(_mm256_set1_ps(top)), _mm256_set1_ps(kLargest));
+    for (int64_t t = 0; t < whole_vectors(run.count); t += 8) {
+      float* lanes = spread.scale[group] + t;
+      _mm256_store_ps(lanes, _mm256_mul_ps(_mm256_load_ps(lanes), factor));
+    }
+  }
+}
+
+constexpr int64_t kMaxSets = kMaxBatch * kMaxGroups;
+
+// Set r * groups + g: row r's for group g of channels.
+struct alignas(32) RoundedWeights {
+  int16_t x[kMaxSets][kMaxKeys];
+  int32_t excess[kMaxSets];
+  float unit[kMaxSets], base[kMaxSets];
+};
+
+// Rows of weights over their largest, and 0 past the last key.
+struct alignas(32) ScaledWeights {
+  float weights[kMaxBatch][kMaxKeys], largest[kMaxBatch];
+};
+
+inline void scale_weights(const float* weights, int64_t num_rows, int64_t num_keys,
+                          ScaledWeights& scaled) {
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const float* row = weights + r * kCodeRowStride;
+    float* target = scaled.weights[r];
+    std::copy_n(row, num_keys, target);
+    std::fill(target + num_keys, target + whole_vectors(num_keys), 0.0f);
+    __m256 top = _mm256_setzero_ps();
+    for (int64_t t = 0; t < num_keys; t += 8) top = _mm256_max_ps(top, _mm256_load_ps(target + t));
+    scaled.largest[r] = max_lane(top);
+    const __m256 factor = inverse_of(_mm256_set1_ps(scaled.largest[r]));
+    for (int64_t t = 0; t < num_keys; t += 8) {
+      _mm256_store_ps(target + t, _mm256_mul_ps(_mm256_load_ps(target + t), factor));
+    }
+  }
+}
+
+// What is rounded is a weight times a scale. Its unit goes by the largest weight times the largest
+// scale, a bound that costs a pass less than the largest product.
+template <bool kIsInt4>
+void round_weights(const float* weights, int64_t num_rows, const CodeRun& run,
+                   const KeyScales& scales, RoundedWeights& rounded) {
+  ScaledWeights scaled;
+  scale_weights(weights, num_rows, run.count, scaled);
+  __m256 base[kMaxSets];
+  __m256i total[kMaxSets];
+  for (int64_t r = 0; r < num_rows; ++r) {
+    for (int64_t group = 0; group < run.groups; ++group) {
+      const int64_t set = r * run.groups + group;
+      __m256 sum = _mm256_setzero_ps();
+      __m256i numbers = _mm256_setzero_si256();
+      for (int64_t t = 0; t < run.count; t += 16) {
+        const float *scale = scales.scale[group] + t, *middle = scales.middle[group] + t;
+        const __m256 a = _mm256_load_ps(scaled.weights[r] + t);
+        const __m256 b = _mm256_load_ps(scaled.weights[r] + t + 8);
+        sum = _mm256_fmadd_ps(a, _mm256_load_ps(middle), sum);
+        sum = _mm256_fmadd_ps(b, _mm256_load_ps(middle + 8), sum);
+        round(_mm256_mul_ps(a, _mm256_load_ps(scale)), _mm256_mul_ps(b, _mm256_load_ps(scale + 8)),
+              rounded.x[set] + t, numbers);
+      }
+      base[set] = sum;
+      total[set] = numbers;
+      rounded.unit[set] = scaled.largest[r] * scales.unit[group];
+    }
+  }
+  const int64_t num_sets = num_rows * run.groups;
+  for (int64_t set = num_sets; set % 8 != 0; ++set) {
+    base[set] = _mm256_setzero_ps();
+    total[set] = _mm256_setzero_si256();
+  }
+  for (int64_t set = 0; set < num_sets; set += 8) {
+    _mm256_store_ps(rounded.base + set, sum_lanes_of_8(base + set));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(rounded.excess + set),
+                       excess_of<kIsInt4>(sum_lanes_of_8(total + set)));
+  }
+  for (int64_t r = 0; r < num_rows; ++r) {
+    for (int64_t group = 0; group < run.groups; ++group) {
+      rounded.base[r * run.groups + group] *= scaled.largest[r];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace kvkernels
