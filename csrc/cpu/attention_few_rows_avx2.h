@@ -78,7 +78,7 @@ void start_rows(const AttentionTile& tile, int64_t head, float* scratch, Rows& r
                         query_offset(tile, tile.row_begin + r, head);
     float* floats = rows.floats + r * rows.head_dim;
     for (int64_t i = 0; i < rows.head_dim; i += 8) _mm256_storeu_ps(floats + i, E::load(query + i));
-    pair_row<E>(floats, rows.head_dim, rows.query + r * rows.head_dim);
+    arrange_row<E>(floats, rows.head_dim, rows.query + r * rows.head_dim);
   }
 }
 
@@ -131,7 +131,7 @@ class FewRows {
       std::copy_n(rows.max, rows.count, results[head].max);
       for (int64_t r = 0; r < rows.count; ++r) {
         const int64_t place = r * rows.value_dim;
-        unpair_row<E>(rows.out + place, rows.value_dim, results[head].out + place);
+        restore_row<E>(rows.out + place, rows.value_dim, results[head].out + place);
         results[head].sum[r] = sum_lanes(_mm256_loadu_ps(rows.sum + 8 * r));
       }
     }

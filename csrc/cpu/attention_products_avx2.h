@@ -28,11 +28,11 @@ struct CacheRows {
 
 // Brings a row of floats into the order of E's pairs; its last vector may be a single one.
 template <typename E>
-void pair_row(const float* row, int64_t dim, float* paired) {
+void arrange_row(const float* row, int64_t dim, float* paired) {
   int64_t i = 0;
   for (; i + 16 <= dim; i += 16) {
     __m256 a = _mm256_loadu_ps(row + i), b = _mm256_loadu_ps(row + i + 8);
-    E::pair(a, b);
+    E::arrange(a, b);
     _mm256_storeu_ps(paired + i, a);
     _mm256_storeu_ps(paired + i + 8, b);
   }
@@ -41,11 +41,11 @@ void pair_row(const float* row, int64_t dim, float* paired) {
 
 // And back.
 template <typename E>
-void unpair_row(const float* paired, int64_t dim, float* row) {
+void restore_row(const float* paired, int64_t dim, float* row) {
   int64_t i = 0;
   for (; i + 16 <= dim; i += 16) {
     __m256 a = _mm256_loadu_ps(paired + i), b = _mm256_loadu_ps(paired + i + 8);
-    E::unpair(a, b);
+    E::restore(a, b);
     _mm256_storeu_ps(row + i, a);
     _mm256_storeu_ps(row + i + 8, b);
   }
@@ -62,7 +62,7 @@ void add_row(const float* row, int64_t dim, float decay, float* paired) {
   int64_t i = 0;
   for (; i + 16 <= dim; i += 16) {
     __m256 a = _mm256_loadu_ps(row + i), b = _mm256_loadu_ps(row + i + 8);
-    E::pair(a, b);
+    E::arrange(a, b);
     add(a, paired + i);
     add(b, paired + i + 8);
   }
@@ -84,7 +84,8 @@ void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E
       __m256 key[kTokens][2];
 #pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t) {
-        E::load_pair(keys.row(first + t) + i, key[t][0], key[t][1]);
+        key[t][0] = E::template load_half<0>(keys.row(first + t) + i);
+        key[t][1] = E::template load_half<1>(keys.row(first + t) + i);
       }
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
@@ -145,7 +146,10 @@ void add_value_panel(const float* weights, const float* decay,
       v[0] = E::load(value);
     } else {
 #pragma GCC unroll 4
-      for (int i = 0; i < kVectors; i += 2) E::load_pair(value + 8 * i, v[i], v[i + 1]);
+      for (int i = 0; i < kVectors; i += 2) {
+        v[i] = E::template load_half<0>(value + 8 * i);
+        v[i + 1] = E::template load_half<1>(value + 8 * i);
+      }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {

@@ -13,12 +13,14 @@ struct WidenedLanes : Lanes16<E> {
   };
   static constexpr int64_t kStep = 32;
 
+  template <int>
   static Vector load(const Item* p) {
     Vector v;
     E::load_pair(p, v.a, v.b);
     return v;
   }
 
+  template <int>
   static Vector load(const Item* p, int64_t count) {
     return {E::masked_load(p, first_lanes(count)),
             count > 16 ? E::masked_load(p + 16, first_lanes(count - 16)) : _mm512_setzero_ps()};

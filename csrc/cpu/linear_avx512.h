@@ -10,11 +10,16 @@ namespace {
 template <typename E>
 struct Lanes16 {
   using Item = typename E::Item;
+  using Row = Item;
   using Sum = __m512;
-  static constexpr int kSums = 16;
+  static constexpr int kVectors = 1, kPanelCols = 16, kBlockRows = 4, kMaxSums = 16;
+
+  static int64_t rows_of_block(int64_t left) { return std::min<int64_t>(left, kBlockRows); }
+  static constexpr int block_cols(int num_rows) { return 16 / (num_rows == 3 ? 4 : num_rows); }
 
   static Sum zero() { return _mm512_setzero_ps(); }
 
+  template <int>
   [[gnu::always_inline]] static void reduce(const Sum* sums, float* totals) {
     _mm512_storeu_ps(totals, sum_lanes_of_16(sums));
   }

@@ -8,8 +8,12 @@ struct PairLanes : Lanes16<BFloat16> {
   using Vector = __m512i;
   static constexpr int64_t kStep = 32;
 
-  static Vector load(const Item* p) { return _mm512_loadu_si512(p); }
+  template <int>
+  static Vector load(const Item* p) {
+    return _mm512_loadu_si512(p);
+  }
 
+  template <int>
   static Vector load(const Item* p, int64_t count) {
     return _mm512_maskz_loadu_epi16((uint32_t{1} << count) - 1, p);
   }

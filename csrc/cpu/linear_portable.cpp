@@ -9,21 +9,27 @@ namespace {
 template <typename T>
 struct PlainLanes {
   using Item = T;
+  using Row = T;
   static constexpr int64_t kStep = 8;
-  static constexpr int kSums = 4;
+  static constexpr int kVectors = 1, kPanelCols = 4, kBlockRows = 4, kMaxSums = 4;
   struct Vector {
     float lanes[kStep];
   };
   using Sum = Vector;
 
+  static int64_t rows_of_block(int64_t left) { return std::min<int64_t>(left, kBlockRows); }
+  static constexpr int block_cols(int num_rows) { return 4 / (num_rows == 3 ? 4 : num_rows); }
+
   static Sum zero() { return {}; }
 
+  template <int>
   static Vector load(const Item* p) {
     Vector v;
     for (int64_t i = 0; i < kStep; ++i) v.lanes[i] = to_float(p[i]);
     return v;
   }
 
+  template <int>
   static Vector load(const Item* p, int64_t count) {
     Vector v = {};
     for (int64_t i = 0; i < count; ++i) v.lanes[i] = to_float(p[i]);
@@ -35,8 +41,9 @@ struct PlainLanes {
     return sum;
   }
 
+  template <int kCount>
   static void reduce(const Sum* sums, float* totals) {
-    for (int s = 0; s < kSums; ++s) {
+    for (int s = 0; s < kCount; ++s) {
       totals[s] = 0;
       for (int64_t i = 0; i < kStep; ++i) totals[s] += sums[s].lanes[i];
     }

@@ -8,46 +8,74 @@
 // twice.
 //
 // L is a class with
-//   Item, Sum       of an operand in memory; a vector of partial sums
-//   kStep           elements that one `add` takes
-//   kSums           sums that `reduce` adds up over their lanes together
+//   Item, Row       an element of a weight; of a row of the input as it is multiplied
+//   Sum             a vector of partial sums
+//   kStep           elements that are multiplied at a time, in kVectors vectors
+//   kPanelCols      columns that are stored together
+//   kBlockRows, rows_of_block(n)  rows of a block at most, and if n are left
+//   block_cols(n)   columns of a block of n rows: as many as the registers take
+//   kMaxSums        of a block
 //   zero()          a Sum
-//   load(p, n)      a Vector of kStep elements, of which only the first n are there
-//   load(p)         the same where all are there
+//   load<V>(p)      vector V of kStep elements of a row
+//   load<V>(p, n)   the same where only the first n are there
 //   add(sum, a, b)  sum + a * b, lane by lane
-//   reduce(sums, totals), store(totals, count, out), widen(bias)
+//   reduce<N>(sums, totals)  adds up N sums, each over its lanes
+//   store(totals, count, out), widen(bias)
+// and, where Row is not Item, load_item<V>(p), load_item<V>(p, n): the same of a weight, and
+// widen_row(items, n, row): the row as it is multiplied, padded to whole steps.
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
+#include <utility>
 
 #include "cpu/linear_ahead.h"
 #include "cpu/linear_kernel.h"
+#include "cpu/thread_scratch.h"
 
 namespace kvkernels {
 namespace {
 
-constexpr int kBlockRows = 4;
+// Rows that were widened stay in the L2 cache while they meet the columns of a tile.
+constexpr int64_t kWidenedBytes = 256 << 10;
+// If so many meet a panel of columns, that is widened before, too, unless it is so large that the
+// L2 cache could not feed both.
+constexpr int64_t kRowsForWideCols = 12, kWideColsBytes = 64 << 10;
 
-// Columns of a block: so many that a block has about kSums sums.
+// Rows of one of the two operands.
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+
+  const T* row(int64_t index) const { return data + index * stride; }
+};
+
 template <typename L>
-constexpr int block_cols(int num_rows) {
-  return L::kSums / (num_rows == 3 ? 4 : num_rows);
+constexpr bool kWidensRows = !std::is_same_v<typename L::Row, typename L::Item>;
+
+template <typename L, int kVector, typename T, typename... Count>
+[[gnu::always_inline]] inline auto load(const T* p, Count... count) {
+  if constexpr (std::is_same_v<T, typename L::Row>) {
+    return L::template load<kVector>(p, count...);
+  } else {
+    return L::template load_item<kVector>(p, count...);
+  }
 }
 
-// Adds the products of kStep elements, from `i` on, to the sums.
-template <typename L, int kRows, bool kIsWhole>
-[[gnu::always_inline]] inline void add_step(const typename L::Item* const* rows,
-                                            const typename L::Item* const* cols, int64_t i,
-                                            int64_t count, typename L::Sum* sums) {
-  constexpr int kCols = block_cols<L>(kRows);
-  typename L::Vector row[kRows];
+// Adds the products of one vector of each, from `i` on, to the sums. `count` is empty, or how many
+// elements are left.
+template <typename L, int kRows, int kVector, typename Col, typename... Count>
+[[gnu::always_inline]] inline void add_vector(const typename L::Row* const* rows,
+                                              const Col* const* cols, int64_t i,
+                                              typename L::Sum* sums, Count... count) {
+  constexpr int kCols = L::block_cols(kRows);
+  decltype(load<L, kVector>(rows[0])) row[kRows];
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-    row[r] = kIsWhole ? L::load(rows[r] + i) : L::load(rows[r] + i, count);
-  }
+  for (int r = 0; r < kRows; ++r) row[r] = load<L, kVector>(rows[r] + i, count...);
 #pragma GCC unroll 16
   for (int c = 0; c < kCols; ++c) {
-    const auto col = kIsWhole ? L::load(cols[c] + i) : L::load(cols[c] + i, count);
+    const auto col = load<L, kVector>(cols[c] + i, count...);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       sums[r * kCols + c] = L::add(sums[r * kCols + c], row[r], col);
@@ -55,48 +83,52 @@ template <typename L, int kRows, bool kIsWhole>
   }
 }
 
-// totals[r * kCols + c] = row r * column c
-// Of the next weights it asks for one part in kParts; for none if that is 0.
-template <typename L, int kRows, int kParts>
-void multiply_block(const typename L::Item* const* rows, const typename L::Item* const* cols,
-                    int64_t size, Ahead& ahead, float* totals) {
-  typename L::Sum sums[L::kSums];
-#pragma GCC unroll 16
-  for (int i = 0; i < L::kSums; ++i) sums[i] = L::zero();
-  int64_t i = 0;
-  for (; i + L::kStep <= size; i += L::kStep) {
-    add_step<L, kRows, true>(rows, cols, i, L::kStep, sums);
-    constexpr int64_t kBytes = block_cols<L>(kRows) * L::kStep * sizeof(typename L::Item);
-    if constexpr (kParts > 0) ahead.advance(std::max<int64_t>(1, kBytes / 64 / kParts));
-  }
-  if (i < size) add_step<L, kRows, false>(rows, cols, i, size - i, sums);
-  L::reduce(sums, totals);
+template <typename L, int kRows, typename Col, typename... Count>
+[[gnu::always_inline]] inline void add_step(const typename L::Row* const* rows,
+                                            const Col* const* cols, int64_t i,
+                                            typename L::Sum* sums, Count... count) {
+  add_vector<L, kRows, 0>(rows, cols, i, sums, count...);
+  if constexpr (L::kVectors == 2) add_vector<L, kRows, 1>(rows, cols, i, sums, count...);
 }
 
-// kSums columns of a few rows.
-template <typename L, int kRows, int kParts>
-void multiply_rows(const LinearTile& tile, int64_t row, int64_t col, Ahead& ahead) {
-  using Item = typename L::Item;
-  constexpr int kCols = block_cols<L>(kRows);
-  const LinearArgs& args = *tile.args;
-  const LinearLayer& layer = *tile.layer;
-  const Item* rows[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    rows[r] = static_cast<const Item*>(args.input) + (row + r) * args.input_stride;
+// totals[r * kCols + c] = row r * column c
+// Of the next weights it asks for one part in kParts; for none if that is 0.
+template <typename L, int kRows, int kParts, typename Col>
+void multiply_block(const typename L::Row* const* rows, const Col* const* cols, int64_t size,
+                    Ahead& ahead, float* totals) {
+  typename L::Sum sums[L::kMaxSums];
+#pragma GCC unroll 16
+  for (int i = 0; i < L::kMaxSums; ++i) sums[i] = L::zero();
+  int64_t i = 0;
+  for (; i + L::kStep <= size; i += L::kStep) {
+    add_step<L, kRows>(rows, cols, i, sums);
+    constexpr int64_t kBytes = L::block_cols(kRows) * L::kStep * sizeof(typename L::Item);
+    if constexpr (kParts > 0) ahead.advance(std::max<int64_t>(1, kBytes / 64 / kParts));
   }
-  alignas(64) float totals[kRows][L::kSums];
-  for (int first = 0; first < L::kSums && col + first < tile.col_end; first += kCols) {
-    const Item* cols[kCols];
-    for (int c = 0; c < kCols; ++c) {
-      // Columns past the last one repeat it, and are not stored.
-      const int64_t index = std::min(col + first + c, tile.col_end - 1);
-      cols[c] = static_cast<const Item*>(layer.weight) + index * layer.weight_stride;
-    }
-    alignas(64) float block[L::kSums];
-    multiply_block<L, kRows, kParts>(rows, cols, args.in_features, ahead, block);
+  if (i < size) add_step<L, kRows>(rows, cols, i, sums, size - i);
+  L::template reduce<kRows * L::block_cols(kRows)>(sums, totals);
+}
+
+// kPanelCols columns, from the layer's `col` on, of a few rows, from its `row` on. `size` is
+// in_features, or more where both operands are padded.
+template <typename L, int kRows, int kParts, typename Col>
+void multiply_rows(const LinearTile& tile, const Rows<typename L::Row>& input, int64_t row,
+                   const Rows<Col>& weight, int64_t col, int64_t size, Ahead& ahead) {
+  using Item = typename L::Item;
+  constexpr int kCols = L::block_cols(kRows);
+  const LinearLayer& layer = *tile.layer;
+  const int64_t count = std::min<int64_t>(L::kPanelCols, tile.col_end - col);
+  const typename L::Row* rows[kRows];
+  for (int r = 0; r < kRows; ++r) rows[r] = input.row(r);
+  alignas(64) float totals[kRows][L::kPanelCols];
+  for (int first = 0; first < count; first += kCols) {
+    const Col* cols[kCols];
+    // Columns past the last one repeat it, and are not stored.
+    for (int c = 0; c < kCols; ++c) cols[c] = weight.row(std::min<int64_t>(first + c, count - 1));
+    alignas(64) float block[L::kMaxSums];
+    multiply_block<L, kRows, kParts>(rows, cols, size, ahead, block);
     for (int r = 0; r < kRows; ++r) std::copy_n(block + r * kCols, kCols, totals[r] + first);
   }
-  const int64_t count = std::min<int64_t>(L::kSums, tile.col_end - col);
   for (int r = 0; r < kRows; ++r) {
     if (layer.bias != nullptr) {
       const auto* bias = static_cast<const Item*>(layer.bias) + col;
@@ -107,38 +139,101 @@ void multiply_rows(const LinearTile& tile, int64_t row, int64_t col, Ahead& ahea
   }
 }
 
-template <typename L>
-using MultiplyRows = decltype(&multiply_rows<L, 1, 1>);
-template <typename L, int kParts>
-constexpr MultiplyRows<L> kOfRows[kBlockRows] = {
-    multiply_rows<L, 1, kParts>, multiply_rows<L, 2, kParts>, multiply_rows<L, 3, kParts>,
-    multiply_rows<L, 4, kParts>};
+template <typename L, typename Col>
+using MultiplyRows = decltype(&multiply_rows<L, 1, 1, Col>);
+template <typename L, int kParts, typename Col, int... kRows>
+MultiplyRows<L, Col> of_rows(int64_t num_rows, std::integer_sequence<int, kRows...>) {
+  constexpr MultiplyRows<L, Col> kKernels[] = {multiply_rows<L, kRows + 1, kParts, Col>...};
+  return kKernels[num_rows - 1];
+}
 
-// The first kParts blocks of rows ask for what comes next.
+// All rows from `row_begin` on with a panel of columns. The first kParts blocks of rows ask for
+// what comes next.
+template <typename L, int kParts, typename Col>
+void multiply_panel(const LinearTile& tile, const Rows<typename L::Row>& input, int64_t row_begin,
+                    int64_t row_end, const Rows<Col>& weight, int64_t col, int64_t size,
+                    Ahead ahead) {
+  constexpr auto kAll = std::make_integer_sequence<int, L::kBlockRows>();
+  int64_t block = 0;
+  for (int64_t row = row_begin, count; row < row_end; row += count, ++block) {
+    count = L::rows_of_block(row_end - row);
+    const auto multiply =
+        block < kParts ? of_rows<L, kParts, Col>(count, kAll) : of_rows<L, 0, Col>(count, kAll);
+    multiply(tile, {input.row(row - row_begin), input.stride}, row, weight, col, size, ahead);
+  }
+}
+
 template <typename L, int kParts>
-void multiply_tile_in_parts(const LinearTile& tile) {
+void multiply_in_parts(const LinearTile& tile, const Rows<typename L::Row>& input,
+                       int64_t row_begin, int64_t row_end, typename L::Row* wide_cols) {
   const LinearLayer& layer = *tile.layer;
-  const auto* weight = static_cast<const typename L::Item*>(layer.weight);
-  for (int64_t col = tile.col_begin; col < tile.col_end; col += L::kSums) {
-    const int64_t next_col = col + L::kSums;
-    const void* next =
-        next_col < tile.col_end ? weight + next_col * layer.weight_stride : tile.next;
-    Ahead ahead = {static_cast<const char*>(next)};
-    int64_t block = 0;
-    for (int64_t row = tile.row_begin; row < tile.row_end; row += kBlockRows, ++block) {
-      const int64_t count = std::min<int64_t>(kBlockRows, tile.row_end - row);
-      const auto* of_rows = block < kParts ? kOfRows<L, kParts> : kOfRows<L, 0>;
-      of_rows[count - 1](tile, row, col, ahead);
+  const Rows<typename L::Item> weight = {static_cast<const typename L::Item*>(layer.weight),
+                                         layer.weight_stride};
+  for (int64_t col = tile.col_begin; col < tile.col_end; col += L::kPanelCols) {
+    const int64_t next_col = col + L::kPanelCols;
+    const void* next = next_col < tile.col_end ? weight.row(next_col) : tile.next;
+    const Ahead ahead = {static_cast<const char*>(next)};
+    const Rows<typename L::Item> panel = {weight.row(col), weight.stride};
+    const int64_t size = tile.args->in_features;
+    if constexpr (kWidensRows<L>) {
+      const int64_t panel_bytes = L::kPanelCols * input.stride * sizeof(typename L::Row);
+      if (row_end - row_begin >= kRowsForWideCols && panel_bytes <= kWideColsBytes) {
+        for (int64_t c = 0; c < std::min<int64_t>(L::kPanelCols, tile.col_end - col); ++c) {
+          L::widen_row(panel.row(c), size, wide_cols + c * input.stride);
+        }
+        const Rows<typename L::Row> wide = {wide_cols, input.stride};
+        multiply_panel<L, kParts>(tile, input, row_begin, row_end, wide, col, input.stride, ahead);
+        continue;
+      }
     }
+    multiply_panel<L, kParts>(tile, input, row_begin, row_end, panel, col, size, ahead);
+  }
+}
+
+template <typename L>
+void multiply(const LinearTile& tile, const Rows<typename L::Row>& input, int64_t row_begin,
+              int64_t row_end, typename L::Row* wide_cols) {
+  const int64_t num_rows = row_end - row_begin;
+  if (num_rows <= L::kBlockRows) {
+    multiply_in_parts<L, 1>(tile, input, row_begin, row_end, wide_cols);
+  } else if (num_rows <= 3 * L::kBlockRows) {
+    multiply_in_parts<L, 2>(tile, input, row_begin, row_end, wide_cols);
+  } else {
+    multiply_in_parts<L, 4>(tile, input, row_begin, row_end, wide_cols);
+  }
+}
+
+// Widens the rows in memory that it keeps in the caches, and goes on with those.
+template <typename L>
+void multiply_widened(const LinearTile& tile) {
+  const LinearArgs& args = *tile.args;
+  const auto* input = static_cast<const typename L::Item*>(args.input);
+  const int64_t stride = (args.in_features + L::kStep - 1) / L::kStep * L::kStep;
+  const int64_t row_bytes = std::max<int64_t>(stride * sizeof(typename L::Row), 1);
+  const int64_t num_blocks = std::max<int64_t>(kWidenedBytes / row_bytes / L::kBlockRows, 1);
+  const int64_t step = std::min(num_blocks * L::kBlockRows, tile.row_end - tile.row_begin);
+  float* wide_cols = thread_scratch(1, (L::kPanelCols + step) * stride);
+  float* rows = wide_cols + L::kPanelCols * stride;
+  for (int64_t begin = tile.row_begin, end; begin < tile.row_end; begin = end) {
+    end = std::min(begin + step, tile.row_end);
+    for (int64_t row = begin; row < end; ++row) {
+      L::widen_row(input + row * args.input_stride, args.in_features,
+                   rows + (row - begin) * stride);
+    }
+    multiply<L>(tile, {rows, stride}, begin, end, wide_cols);
   }
 }
 
 template <typename L>
 void multiply_tile(const LinearTile& tile) {
-  const int64_t num_rows = tile.row_end - tile.row_begin;
-  if (num_rows <= kBlockRows) return multiply_tile_in_parts<L, 1>(tile);
-  if (num_rows <= 3 * kBlockRows) return multiply_tile_in_parts<L, 2>(tile);
-  multiply_tile_in_parts<L, 4>(tile);
+  if constexpr (kWidensRows<L>) {
+    multiply_widened<L>(tile);
+  } else {
+    const LinearArgs& args = *tile.args;
+    const auto* input = static_cast<const typename L::Item*>(args.input);
+    multiply<L>(tile, {input + tile.row_begin * args.input_stride, args.input_stride},
+                tile.row_begin, tile.row_end, nullptr);
+  }
 }
 
 }  // namespace

@@ -8,15 +8,18 @@
 namespace kvkernels {
 namespace {
 
-// Element types: `load` widens 8 neighbours, `store` rounds them. `load_pair` widens 16 of them in
-// whatever order takes least; `pair` brings two vectors of neighbours into that order, `unpair` out
-// of it.
+// Element types: `load` widens 8 neighbours, `store` rounds them. `load_half` 0 and 1 together
+// widen 16 of them in whatever order takes least; `arrange` brings two vectors of neighbours into
+// that order, `restore` out of it.
 struct Float32 {
   using Item = float;
   static __m256 load(const Item* p) { return _mm256_loadu_ps(p); }
-  static void load_pair(const Item* p, __m256& a, __m256& b) { a = load(p), b = load(p + 8); }
-  static void pair(__m256&, __m256&) {}
-  static void unpair(__m256&, __m256&) {}
+  template <int kHalf>
+  static __m256 load_half(const Item* p) {
+    return load(p + 8 * kHalf);
+  }
+  static void arrange(__m256&, __m256&) {}
+  static void restore(__m256&, __m256&) {}
   static void store(Item* p, __m256 v) { _mm256_storeu_ps(p, v); }
 };
 
@@ -25,9 +28,12 @@ struct Float16 {
   static __m256 load(const Item* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
-  static void load_pair(const Item* p, __m256& a, __m256& b) { a = load(p), b = load(p + 8); }
-  static void pair(__m256&, __m256&) {}
-  static void unpair(__m256&, __m256&) {}
+  template <int kHalf>
+  static __m256 load_half(const Item* p) {
+    return load(p + 8 * kHalf);
+  }
+  static void arrange(__m256&, __m256&) {}
+  static void restore(__m256&, __m256&) {}
   static void store(Item* p, __m256 v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
@@ -39,13 +45,14 @@ struct BFloat16 {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
-  // First those at even places, then those at odd ones: half the instructions.
-  static void load_pair(const Item* p, __m256& a, __m256& b) {
+  // Those at even places, then those at odd ones: half the instructions.
+  template <int kHalf>
+  static __m256 load_half(const Item* p) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    a = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
-    b = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(-0x10000)));
+    return _mm256_castsi256_ps(kHalf == 0 ? _mm256_slli_epi32(bits, 16)
+                                          : _mm256_and_si256(bits, _mm256_set1_epi32(-0x10000)));
   }
-  static void pair(__m256& a, __m256& b) {
+  static void arrange(__m256& a, __m256& b) {
     const auto in_order = [](__m256 halves) {
       return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(halves), 0xd8));
     };
@@ -53,7 +60,7 @@ struct BFloat16 {
     b = in_order(_mm256_shuffle_ps(a, b, 0xdd));
     a = even;
   }
-  static void unpair(__m256& a, __m256& b) {
+  static void restore(__m256& a, __m256& b) {
     const __m256 low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
     a = _mm256_permute2f128_ps(low, high, 0x20);
     b = _mm256_permute2f128_ps(low, high, 0x31);

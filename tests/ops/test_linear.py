@@ -17,6 +17,8 @@ SHAPES = {
     "almost a vector": (31, 17),
     "one vector": (32, 16),
     "a vector and a rest": (33, 49),
+    "less than half a vector": (5, 9),
+    "more than rows are widened of at once": (4107, 9),
     "several rectangles": (96, 97),
     "SmolLM2 up": (576, 1536),
     "SmolLM2 down": (1536, 576),
