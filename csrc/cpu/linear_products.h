@@ -163,6 +163,9 @@ void multiply_panel(const LinearTile& tile, const Rows<typename L::Row>& input, 
   }
 }
 
+// The next weights are asked for in so many parts at most, where there are many rows.
+constexpr int kMostParts = 4;
+
 template <typename L, int kParts>
 void multiply_in_parts(const LinearTile& tile, const Rows<typename L::Row>& input,
                        int64_t row_begin, int64_t row_end, typename L::Row* wide_cols) {
@@ -175,7 +178,8 @@ void multiply_in_parts(const LinearTile& tile, const Rows<typename L::Row>& inpu
     const Ahead ahead = {static_cast<const char*>(next)};
     const Rows<typename L::Item> panel = {weight.row(col), weight.stride};
     const int64_t size = tile.args->in_features;
-    if constexpr (kWidensRows<L>) {
+    if constexpr (kWidensRows<L> && kParts == kMostParts) {
+      static_assert(kRowsForWideCols > 3 * L::kBlockRows);
       const int64_t panel_bytes = L::kPanelCols * input.stride * sizeof(typename L::Row);
       if (row_end - row_begin >= kRowsForWideCols && panel_bytes <= kWideColsBytes) {
         for (int64_t c = 0; c < std::min<int64_t>(L::kPanelCols, tile.col_end - col); ++c) {
@@ -199,7 +203,7 @@ void multiply(const LinearTile& tile, const Rows<typename L::Row>& input, int64_
   } else if (num_rows <= 3 * L::kBlockRows) {
     multiply_in_parts<L, 2>(tile, input, row_begin, row_end, wide_cols);
   } else {
-    multiply_in_parts<L, 4>(tile, input, row_begin, row_end, wide_cols);
+    multiply_in_parts<L, kMostParts>(tile, input, row_begin, row_end, wide_cols);
   }
 }
 
