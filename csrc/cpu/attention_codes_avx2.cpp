@@ -215,9 +215,10 @@ void add(const CodeRun& values, const float* weights, int64_t num_rows, float* s
 }
 
 bool suits(const CodeShape& shape) {
-  const int64_t unit = shape.is_int4 ? 32 : 16;
+  const int64_t unit = shape.is_int4 ? 2 * kPieceChannels : kPieceChannels;
   return shape.head_dim <= kMaxCodeDim && shape.value_dim <= kMaxCodeDim &&
-         shape.head_dim % unit == 0 && shape.value_dim % unit == 0 && shape.has_groups_of(16);
+         shape.head_dim % unit == 0 && shape.value_dim % unit == 0 &&
+         shape.has_groups_of(kPieceChannels);
 }
 
 }  // namespace

@@ -12,9 +12,10 @@
 namespace kvkernels {
 namespace {
 
-constexpr int kMaxBatch = 4;  // rows that share a vector of codes
-constexpr int kSums = 8;      // of products at a time: half of the registers
-constexpr int64_t kMaxKeys = kCodeRowStride, kMaxGroups = kMaxCodeDim / 32;
+constexpr int kMaxBatch = 4;            // rows that share a vector of codes
+constexpr int kSums = 8;                // of products at a time: half of the registers
+constexpr int64_t kPieceChannels = 16;  // of a row of codes that are multiplied together
+constexpr int64_t kMaxKeys = kCodeRowStride, kMaxGroups = kMaxCodeDim / kPieceChannels;
 
 // |x| <= kLargest keeps 256 products with codes up to 255 within 31 bits.
 constexpr float kLargest = 32767;
@@ -58,11 +59,8 @@ struct Scales {
 };
 
 inline Scales widen_scales(__m256i pairs, float c) {
-  const __m256i apart = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,  //
-                                         0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
-  const __m256i halves = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(pairs, apart), 0xd8);
-  const __m256 scale = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
-  const __m256 minimum = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+  __m256 scale, minimum;
+  widen_float16_pairs(pairs, scale, minimum);
   return {scale, _mm256_fmadd_ps(_mm256_set1_ps(c), scale, minimum)};
 }
 
@@ -146,8 +144,9 @@ inline int64_t whole_vectors(int64_t num_keys) { return (num_keys + 15) / 16 * 1
 inline void transpose_four_groups(const uint32_t* pairs, __m256i* groups) {
   __m256i v[4], t[4];
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)
+  for (int i = 0; i < 4; ++i) {
     v[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs) + i);
+  }
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
     t[2 * i] = _mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]);

@@ -17,7 +17,7 @@ struct Tile {
   int64_t begin, end;  // of the sequence; no keys where they are equal
   Form form;
   CodeRuns codes;
-  int64_t keys[kTileKeys], values[kTileKeys];  // offsets of rows, in elements or codes
+  int64_t keys[kTileKeys], values[kTileKeys];  // offsets of rows, in elements; not of codes
   Spans key_spans, value_spans;
 
   int64_t num_keys() const { return end - begin; }
@@ -78,7 +78,7 @@ void start_rows(const AttentionTile& tile, int64_t head, float* scratch, Rows& r
                         query_offset(tile, tile.row_begin + r, head);
     float* floats = rows.floats + r * rows.head_dim;
     for (int64_t i = 0; i < rows.head_dim; i += 8) _mm256_storeu_ps(floats + i, E::load(query + i));
-    arrange_row<E>(floats, rows.head_dim, rows.query + r * rows.head_dim);
+    copy_pairs(floats, rows.head_dim, rows.query + r * rows.head_dim, E::arrange);
   }
 }
 
@@ -131,7 +131,7 @@ class FewRows {
       std::copy_n(rows.max, rows.count, results[head].max);
       for (int64_t r = 0; r < rows.count; ++r) {
         const int64_t place = r * rows.value_dim;
-        restore_row<E>(rows.out + place, rows.value_dim, results[head].out + place);
+        copy_pairs(rows.out + place, rows.value_dim, results[head].out + place, E::restore);
         results[head].sum[r] = sum_lanes(_mm256_loadu_ps(rows.sum + 8 * r));
       }
     }
@@ -192,7 +192,7 @@ class FewRows {
   Rows rows_[kMaxTileHeads];
   Prefetch prefetch_;
   float* sums_;      // [kFewRows, the larger dim]: of values, in order
-  float* unpacked_;  // [kTileKeys, the larger dim]: keys or values of one head, or its scales
+  float* unpacked_;  // [kTileKeys, the larger dim]: keys or values of one head
   float* scales_;    // two rows
 };
 

@@ -26,30 +26,18 @@ struct CacheRows {
   const Item* row(int64_t token) const { return cache + offsets[token]; }
 };
 
-// Brings a row of floats into the order of E's pairs; its last vector may be a single one.
-template <typename E>
-void arrange_row(const float* row, int64_t dim, float* paired) {
+// Calls change(a, b) on each two vectors of a row of floats on their way to another row. The last
+// vector may be a single one.
+template <typename Change>
+void copy_pairs(const float* from, int64_t dim, float* to, const Change& change) {
   int64_t i = 0;
   for (; i + 16 <= dim; i += 16) {
-    __m256 a = _mm256_loadu_ps(row + i), b = _mm256_loadu_ps(row + i + 8);
-    E::arrange(a, b);
-    _mm256_storeu_ps(paired + i, a);
-    _mm256_storeu_ps(paired + i + 8, b);
+    __m256 a = _mm256_loadu_ps(from + i), b = _mm256_loadu_ps(from + i + 8);
+    change(a, b);
+    _mm256_storeu_ps(to + i, a);
+    _mm256_storeu_ps(to + i + 8, b);
   }
-  if (i < dim) _mm256_storeu_ps(paired + i, _mm256_loadu_ps(row + i));
-}
-
-// And back.
-template <typename E>
-void restore_row(const float* paired, int64_t dim, float* row) {
-  int64_t i = 0;
-  for (; i + 16 <= dim; i += 16) {
-    __m256 a = _mm256_loadu_ps(paired + i), b = _mm256_loadu_ps(paired + i + 8);
-    E::restore(a, b);
-    _mm256_storeu_ps(row + i, a);
-    _mm256_storeu_ps(row + i + 8, b);
-  }
-  if (i < dim) _mm256_storeu_ps(row + i, _mm256_loadu_ps(paired + i));
+  if (i < dim) _mm256_storeu_ps(to + i, _mm256_loadu_ps(from + i));
 }
 
 // paired[i] = paired[i] * decay + row[i], each in its order.

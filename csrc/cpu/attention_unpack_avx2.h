@@ -15,10 +15,11 @@ struct Avx2Unpacker {
   static void widen_scales(const uint16_t* pairs, int64_t count, float* scales, float* minimums) {
     int64_t i = 0;
     for (; i + 8 <= count; i += 8) {
-      const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs + 2 * i));
-      _mm256_storeu_ps(scales + i,
-                       widen_low_halves(_mm256_and_si256(both, _mm256_set1_epi32(0xffff))));
-      _mm256_storeu_ps(minimums + i, widen_low_halves(_mm256_srli_epi32(both, 16)));
+      __m256 scale, minimum;
+      widen_float16_pairs(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs + 2 * i)),
+                          scale, minimum);
+      _mm256_storeu_ps(scales + i, scale);
+      _mm256_storeu_ps(minimums + i, minimum);
     }
     for (; i < count; ++i) {
       scales[i] = _cvtsh_ss(pairs[2 * i]);
@@ -62,12 +63,6 @@ struct Avx2Unpacker {
  private:
   static __m128i load_bytes(const uint8_t* p) {
     return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  }
-
-  // Eight float16 that lie in the low halves of lanes of 32 bits whose high halves are 0.
-  static __m256 widen_low_halves(__m256i halves) {
-    return _mm256_cvtph_ps(
-        _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1)));
   }
 
   static void scale(__m128i codes, int64_t i, const float* scales, const float* minimums,

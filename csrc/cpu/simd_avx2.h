@@ -79,6 +79,15 @@ struct BFloat16 {
   }
 };
 
+// The first and the second float16 of 8 pairs.
+inline void widen_float16_pairs(__m256i pairs, __m256& first, __m256& second) {
+  const __m256i apart = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,  //
+                                         0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+  const __m256i halves = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(pairs, apart), 0xd8);
+  first = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+  second = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+}
+
 // 2^x for x <= 0, minus infinity included; NaN stays NaN. Results below 2^-127 are 0.
 inline __m256 exp2_lanes(__m256 x) {
   // maxps gives its second operand where either is NaN.

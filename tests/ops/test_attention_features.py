@@ -314,6 +314,31 @@ def test_scales_of_any_sign(
 
 @every_implementation()
 @pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_many_scales_of_few_channels(
+    implementation: Implementation, kind: str, device: torch.device
+) -> None:
+    """More than a pool of ours has: what stands in a cache may come from others."""
+    case = Case("", ((1, 64),), head_dim=256, block_size=32)
+    inputs = make_inputs(case, torch.float16, device)
+    values = inputs.value_cache.cpu().clone()  # which quantising poisons
+    cache = quantize_some(inputs, (kind,), 256, 256)[f"{kind}_cache"]
+    bits, scales = 8 if kind == "int8" else 4, []
+    for block in range(len(values)):
+        codes, few = quantize_values(values[block], bits, 16)
+        cache.value_codes[len(values) - block] = codes.to(device)
+        scales.append(few)
+    scales.append(torch.zeros_like(scales[0]))  # of block 0, which is nobody's
+    cache = cache._replace(value_scales=torch.stack(scales[::-1]).to(device))
+    arguments, options = (Scoring(0.0625), True), {f"{kind}_cache": cache}
+    exact = reference.paged_attention(*inputs.tensors(torch.float64), *arguments, **options)
+    rounded = reference.paged_attention(*inputs.tensors(), *arguments, **options)
+    out, lse = implementation.paged_attention(*inputs.tensors(), *arguments, **options)
+    assert_as_accurate(out, rounded[0], exact[0], "out")
+    assert_as_accurate(lse, rounded[1], exact[1], "lse")
+
+
+@every_implementation()
+@pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_codes_at_odd_addresses(
     implementation: Implementation, kind: str, device: torch.device
 ) -> None:
