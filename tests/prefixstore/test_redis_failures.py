@@ -1,6 +1,7 @@
 """The Redis tier where things go wrong: servers that stop, die, are full or slow, or say no."""
 
 import time
+from collections.abc import Callable
 
 import pytest
 from redis_proxy import Proxy
@@ -52,6 +53,21 @@ def proxied(proxy):
 
 def assert_in_time(begin: float, seconds: float = TIGHT) -> None:
     assert time.monotonic() - begin < seconds + SLACK
+
+
+def assert_gives_up(call: Callable[[], object], seconds: float = TIGHT) -> None:
+    """The call times out within that time.
+
+    Three times at the most: where the machine stands still a call is late once, where the tier
+    waits too long it is late every time.
+    """
+    taken = []
+    while len(taken) < 3 and not any(one < seconds + SLACK for one in taken):
+        begin = time.monotonic()
+        with pytest.raises(TierTimeout):
+            call()
+        taken.append(time.monotonic() - begin)
+    assert min(taken) < seconds + SLACK, taken
 
 
 def test_a_server_that_restarts_is_empty_and_serves_again(make_server, flavour):
@@ -118,22 +134,16 @@ def test_a_stopped_server_costs_the_deadline_and_no_more(make_server, flavour):
     names, records = make_names(3), [random_bytes(2 * PART, seed) for seed in range(3)]
     put(tier, names, records)
     with server.stopped():
-        for deadline_s in (None, 0.1):
-            begin = time.monotonic()
-            deadline = None if deadline_s is None else begin + deadline_s
-            with pytest.raises(TierTimeout):
-                get(tier, names, 2 * PART, deadline=deadline)
-            assert_in_time(begin, deadline_s or TIGHT)
+        assert_gives_up(lambda: get(tier, names, 2 * PART))
+        assert_gives_up(lambda: get(tier, names, 2 * PART, deadline=time.monotonic() + 0.1), 0.1)
+        more_than_sockets_hold = bytes(64 << 20)
         for call in (
-            lambda: put(tier, make_names(1), [bytes(64 << 20)]),  # more than sockets hold
+            lambda: put(tier, make_names(1), [more_than_sockets_hold]),
             lambda: tier.contains_many(names),
             lambda: tier.delete_identity(names[0].identity),
             tier.stats,
         ):
-            begin = time.monotonic()
-            with pytest.raises(TierTimeout):
-                call()
-            assert_in_time(begin)
+            assert_gives_up(call)
     # what the server answers late must not be taken for the answer to something else
     assert get(tier, names, 2 * PART) in (records, [None] * 3)  # the deletion may have arrived
     tier.close()
