@@ -89,7 +89,7 @@ def test_an_abandoned_buffer_may_be_written_to_later_and_is_not_read_through_ano
     assert all(np.array_equal(outs[n], records[n]) for n in (0, 1, 3))
     hanging.may_go_on.set()
     assert hanging.is_over.wait(60)
-    tier._transfers._threads.shutdown()
+    tier._transfers._threads.close(wait=True)
     assert np.array_equal(outs[2], records[2])
     tier.close()
 
@@ -127,7 +127,7 @@ def test_threads_that_hang_keep_no_memory_but_what_they_read_into(tmp_path, monk
     assert [out() is not None for out in kept] == [True, False, False, False]
     hanging.may_go_on.set()
     assert hanging.is_over.wait(60)
-    tier._transfers._threads.shutdown()
+    tier._transfers._threads.close(wait=True)
     assert not any(out() is not None for out in kept)
     tier.close()
 

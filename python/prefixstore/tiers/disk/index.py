@@ -92,15 +92,29 @@ class SlotIndex:
         calls with the same result nobody changed anything."""
         # for SQLite this leaves out the connection's own, and that of the look-ups makes none
         with self._reader.reading(deadline) as sql:
-            return sql.execute("PRAGMA data_version").fetchone()[0]
+            return _data_version(sql)
 
     def find_many(
         self, names: Iterable[RecordName], deadline: float | None = None
     ) -> dict[RecordName, SlotRef]:
         """Those that are there and not past their time."""
+        return self.find_at_version(names, deadline)[0]
+
+    def find_at_version(
+        self, names: Iterable[RecordName], deadline: float | None = None
+    ) -> tuple[dict[RecordName, SlotRef], int | None]:
+        """`find_many`, and the `version` from before; None where nobody is looked for."""
         now = self.now()
-        refs = self._look_up(lambda sql, hashes: slot_table.find(sql, hashes, now), names, deadline)
-        return {ref.name: ref for ref in refs}
+        version: int | None = None
+
+        def look(sql: sqlite3.Connection, hashes: Sequence[BlockHash]) -> Iterator[SlotRef]:
+            nonlocal version
+            if version is None:
+                version = _data_version(sql)
+            return slot_table.find(sql, hashes, now)
+
+        refs = self._look_up(look, names, deadline)
+        return {ref.name: ref for ref in refs}, version
 
     def names_among(
         self, names: Iterable[RecordName], deadline: float | None = None
@@ -309,6 +323,10 @@ class SlotIndex:
             for place, mark in marks.items():
                 if self._marks.get(place) == mark:
                     del self._marks[place]
+
+
+def _data_version(sql: sqlite3.Connection) -> int:
+    return sql.execute("PRAGMA data_version").fetchone()[0]
 
 
 def _pop_dead(dead: list[SlotRef], slot_bytes: int, at_most: int) -> list[SlotRef]:

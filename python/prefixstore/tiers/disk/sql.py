@@ -32,19 +32,13 @@ class Connection:
                 path, timeout=timeout_s, isolation_level=None, check_same_thread=False
             )
 
-    @contextmanager
-    def reading(self, deadline: float | None = None) -> Iterator[sqlite3.Connection]:
+    def reading(self, deadline: float | None = None) -> _Turn:
         """For single SELECTs.
 
         Raises:
             TierTimeout: If there is no turn within the tier's timeout, or by the deadline.
         """
-        sql = self._acquire(self._patience_s(deadline))
-        try:
-            with self._errors():
-                yield sql
-        finally:
-            self._lock.release()
+        return _Turn(self, self._patience_s(deadline))
 
     @contextmanager
     def writing(self, deadline: float | None = None) -> Iterator[sqlite3.Connection]:
@@ -55,19 +49,15 @@ class Connection:
                 in the way: what is half done can then be ended.
         """
         patience_s = self._patience_s(deadline)
-        sql = self._acquire(patience_s)
-        try:
-            with self._errors():
-                self._set_busy_timeout(sql, patience_s)
-                sql.execute("BEGIN IMMEDIATE")
-                try:
-                    yield sql
-                    sql.execute("COMMIT")
-                finally:
-                    if sql.in_transaction:
-                        sql.execute("ROLLBACK")
-        finally:
-            self._lock.release()
+        with _Turn(self, patience_s) as sql:
+            self._set_busy_timeout(sql, patience_s)
+            sql.execute("BEGIN IMMEDIATE")
+            try:
+                yield sql
+                sql.execute("COMMIT")
+            finally:
+                if sql.in_transaction:
+                    sql.execute("ROLLBACK")
 
     def close(self) -> None:
         with self._lock:
@@ -103,9 +93,15 @@ class Connection:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except Exception as error:
+            self._raise_translated(error)
+            raise
+
+    def _raise_translated(self, error: BaseException | None) -> None:
+        """Raise in our own words what SQLite raised."""
+        if isinstance(error, sqlite3.Error):
             raise self._translated(error) from error
-        except UnicodeDecodeError as error:  # SQLite's own message quotes the damaged bytes
+        if isinstance(error, UnicodeDecodeError):  # SQLite's own message quotes the damaged bytes
             raise IndexDamaged(f"{self.tier_name}: {self.path}: {error}") from error
 
     def _translated(self, error: sqlite3.Error) -> TierError:
@@ -119,3 +115,22 @@ class Connection:
         if is_other or not isinstance(error, sqlite3.DatabaseError):
             return TierUnavailable(message)
         return IndexDamaged(message)
+
+
+class _Turn:
+    """Has the connection to itself while entered; what SQLite raises is raised in our own words.
+
+    A class, for every look-up takes one: as two generators it took 25 microseconds more whenever
+    records had just been copied, which leaves nothing of this code in the processor's caches.
+    """
+
+    def __init__(self, connection: Connection, patience_s: float) -> None:
+        self._connection = connection
+        self._patience_s = patience_s
+
+    def __enter__(self) -> sqlite3.Connection:
+        return self._connection._acquire(self._patience_s)
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._connection._lock.release()
+        self._connection._raise_translated(error)

@@ -249,8 +249,7 @@ class DiskTier(Tier):
             starts: Of parts, the byte of the record to begin at; None for whole records.
         """
         outcomes: list[ReadOutcome] = [None] * len(names)
-        version = self._index.version(deadline)
-        found = self._index.find_many(names, deadline)
+        found, version = self._index.find_at_version(names, deadline)
         asked: list[tuple[int, SlotRef]] = []
         spans = []
         for number, (name, out, start) in enumerate(zip(names, outs, starts, strict=True)):
@@ -265,6 +264,8 @@ class DiskTier(Tier):
                 continue
             asked.append((number, ref))
             spans.append(_span(ref, out, start or 0))
+        if not asked:
+            return outcomes, []
         results = read(spans, deadline)
         # an eviction shows in the index before the slot is overwritten: still there means intact
         intact = None

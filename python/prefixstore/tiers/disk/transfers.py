@@ -18,17 +18,15 @@ hangs may read the caller's memory later, but only into a slot that no reader wi
 from __future__ import annotations
 
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from prefixstore.errors import TierError, TierTimeout
-from prefixstore.tiers.base import PAGE_BYTES, is_past, page_aligned, round_up, too_late
+from prefixstore.tiers.base import PAGE_BYTES, page_aligned, round_up, too_late
 from prefixstore.tiers.disk.files import Slab, SlabFiles
+from prefixstore.tiers.disk.job_threads import JobBatch, JobThreads
 from prefixstore.tiers.disk.jobs import Job, Part, Span, cut, pages_of, share_of, whole_pages
 
 try:
@@ -51,9 +49,7 @@ class Writing(NamedTuple):
     """Spans that are being written, see `Transfers.begin_writing`."""
 
     num_spans: int
-    jobs: list[Job]
-    futures: list[Future[None]]
-    deadline: float | None
+    batch: JobBatch
 
 
 class StillWriting(TierTimeout):
@@ -73,7 +69,7 @@ class Transfers:
         self._files = files
         self._tier_name = tier_name
         self._num_threads = num_threads
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix=f"{tier_name}-io")
+        self._threads = JobThreads(num_threads, f"{tier_name}-io")
         self._own = threading.local()
 
     def read_many(
@@ -113,13 +109,14 @@ class Transfers:
 
     def begin_writing(self, spans: Sequence[Span], deadline: float | None = None) -> Writing:
         """`write_many`, but its outcomes are fetched by `end_writing`, and only once."""
-        jobs = list(cut(spans, self._job_bytes(spans)))
-        return Writing(len(spans), jobs, self._submit(jobs, self._write, deadline), deadline)
+        batch = self._batch(spans, self._write, deadline)
+        self._threads.help(batch, len(batch.jobs))
+        return Writing(len(spans), batch)
 
     def end_writing(self, writing: Writing) -> list[TierError | None]:
         """Wait until that is done, or its deadline; for each span what `write_many` says of it."""
         outcomes: list[TierError | None] = [None] * writing.num_spans
-        for part, result in self._wait(writing.jobs, writing.futures, writing.deadline):
+        for part, result in self._wait(writing.batch):
             is_news = outcomes[part.number] is None or isinstance(result, StillWriting)
             if isinstance(result, TierError) and is_news:
                 outcomes[part.number] = result
@@ -153,7 +150,7 @@ class Transfers:
 
     def close(self) -> None:
         """End the threads, each after what it is doing."""
-        self._threads.shutdown(wait=False)
+        self._threads.close()
 
     # ---- jobs and threads --------------------------------------------------------------------
 
@@ -164,54 +161,24 @@ class Transfers:
 
         Without one the caller is one of the threads: one less has to be woken, and waited for.
         """
+        batch = self._batch(spans, transfer, deadline)
+        if deadline is not None:
+            self._threads.help(batch, len(batch.jobs))
+        else:
+            self._threads.help(batch, min(self._num_threads, len(batch.jobs)) - 1)
+            batch.work()
+        return self._wait(batch)
+
+    def _batch(
+        self, spans: Sequence[Span], transfer: _Transfer, deadline: float | None
+    ) -> JobBatch:
         jobs = list(cut(spans, self._job_bytes(spans)))
-        if deadline is not None:
-            return self._wait(jobs, self._submit(jobs, transfer, deadline), deadline)
-        work = self._worker(jobs, transfer, deadline)
-        futures = self._start(work, min(self._num_threads, len(jobs)) - 1)
-        try:
-            work()
-        finally:  # whatever is raised: nobody writes to the caller's memory from here on
-            for future in futures:
-                future.exception()
-        return self._wait(jobs, futures, deadline)
+        return JobBatch(jobs, lambda job: self._do(job, transfer), deadline)
 
-    def _submit(
-        self, jobs: Sequence[Job], transfer: _Transfer, deadline: float | None
-    ) -> list[Future[None]]:
-        """Let the threads do the jobs, but for what is not begun by the deadline."""
-        work = self._worker(jobs, transfer, deadline)
-        return self._start(work, min(self._num_threads, len(jobs)))
-
-    def _worker(
-        self, jobs: Sequence[Job], transfer: _Transfer, deadline: float | None
-    ) -> Callable[[], None]:
-        """What each of some threads is to do: one job after the other, until none is left."""
-        waiting = deque(jobs)
-
-        def work() -> None:
-            while not is_past(deadline):
-                try:
-                    job = waiting.popleft()
-                except IndexError:
-                    return
-                self._do(job, transfer)
-
-        return work
-
-    def _start(self, work: Callable[[], None], num_threads: int) -> list[Future[None]]:
-        return [self._threads.submit(work) for _ in range(num_threads)]
-
-    def _wait(
-        self, jobs: Sequence[Job], futures: Sequence[Future[None]], deadline: float | None
-    ) -> Iterator[tuple[Part, int | TierError]]:
+    def _wait(self, batch: JobBatch) -> Iterator[tuple[Part, int | TierError]]:
         """Wait for the jobs, no longer than until the deadline; what came of each part."""
-        done: Iterable[Future[None]] = futures
-        if deadline is not None:
-            done = wait(futures, max(deadline - time.monotonic(), 0.0)).done
-        for future in done:
-            future.result()  # only a bug of ours is raised here
-        for job in jobs:
+        batch.wait()
+        for job in batch.jobs:
             parts = job.parts
             yield from zip(parts, self._results(job), strict=True)
 
