@@ -10,8 +10,11 @@ from disk_tiers import MIB, count_right, get_all, make_bytes, make_names, open_t
 from sample_blocks import LAYOUT, make_keys, make_record
 
 from prefixstore.errors import TierTimeout
+from prefixstore.keys import ProtectionConfig
+from prefixstore.record_header import TRAILER_BYTES
 from prefixstore.tiers.base import page_aligned
 from prefixstore.tiers.disk.transfers import JOB_BYTES
+from prefixstore.tiers.protected import ProtectedTier
 
 
 def test_nothing_is_begun_after_the_deadline(tmp_path):
@@ -91,6 +94,34 @@ def test_an_abandoned_buffer_may_be_written_to_later_and_is_not_read_through_ano
     assert hanging.is_over.wait(60)
     tier._transfers._threads.close(wait=True)
     assert np.array_equal(outs[2], records[2])
+    tier.close()
+
+
+def test_under_a_key_abandoned_buffers_are_not_read_through_another_either(tmp_path, monkeypatch):
+    disk = open_tier(tmp_path)
+    tier = ProtectedTier(disk, ProtectionConfig(bytes(32)))
+    (key,) = make_keys(1)
+    put(tier, [key])
+    num_bytes = LAYOUT.record_bytes
+    out, tight = page_aligned(num_bytes + TRAILER_BYTES), page_aligned(num_bytes)
+
+    def ask(out, seconds):
+        deadline = time.monotonic() + seconds
+        (outcome,) = tier.get_or_abandon_many([key.name], [out.data], deadline=deadline)
+        return outcome
+
+    # without room for the trailer it comes by way of the tier's own memory, which it keeps
+    assert ask(tight, 60) == num_bytes and tight.tobytes() == bytes(make_record(key))
+    monkeypatch.setattr(disk._transfers, "_read_through", None)
+    assert ask(out, 60) == num_bytes and out[:num_bytes].tobytes() == bytes(make_record(key))
+    hanging = Hanging(monkeypatch, "preadv", 0)
+    out[:] = 0
+    assert isinstance(ask(out, 0.2), TierTimeout)
+    assert not out.any()
+    hanging.may_go_on.set()
+    assert hanging.is_over.wait(60)
+    disk._transfers._threads.close(wait=True)
+    assert out.any()
     tier.close()
 
 

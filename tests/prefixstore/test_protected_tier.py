@@ -19,7 +19,7 @@ from prefixstore.record_header import AUTHENTICATED, SEALED, TRAILER_BYTES
 from prefixstore.record_layout import RecordLayout
 from prefixstore.store import Store
 from prefixstore.store.block_sources import HostBlock
-from prefixstore.tiers import protected
+from prefixstore.tiers import scratch
 from prefixstore.tiers.base import ReadOutcome, Tier
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
@@ -319,7 +319,7 @@ def test_a_store_reads_each_record_once(guarded, below):
 
 def test_batches_larger_than_the_scratch_memory(guarded, monkeypatch):
     tier, _ = guarded
-    monkeypatch.setattr(protected, "_BATCH_BYTES", 20_000)
+    monkeypatch.setattr(scratch, "BATCH_BYTES", 20_000)
     keys = make_keys(7) + make_keys(2, LARGE_LAYOUT) + make_keys(3, seed=1)
     put_many(tier, keys)
     outs = [memoryview(bytearray(key.layout.record_bytes)) for key in keys]
