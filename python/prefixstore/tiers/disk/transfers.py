@@ -10,8 +10,8 @@ of the thread's own. All else is copied through the thread's buffer.
 
 A read that hangs in the kernel cannot be called off. So where there is a deadline all is read into
 the threads' own buffers and copied while the caller still waits: after the deadline nothing writes
-to the caller's memory, and a thread that hangs costs its place only. That copy takes a sixth of the
-time; it is spared with a caller that lets go of memory that was not read in time. A write that
+to the caller's memory, and a thread that hangs costs its place only. That copy takes a sixth to a
+third of the time; it is spared with a caller that lets go of memory not read in time. A write that
 hangs may read the caller's memory later, but only into a slot that no reader will be shown.
 """
 
