@@ -18,6 +18,7 @@ void bind_linear(pybind11::module_& module);
 void bind_pointwise(pybind11::module_& module);
 void bind_codecs(pybind11::module_& module);
 void bind_checksums(pybind11::module_& module);
+void bind_file_reads(pybind11::module_& module);
 void bind_index(pybind11::module_& module);
 void bind_resp(pybind11::module_& module);
 

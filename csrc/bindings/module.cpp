@@ -10,6 +10,7 @@ PYBIND11_MODULE(_kvkernels, module) {
   kvkernels::bindings::bind_pointwise(module);
   kvkernels::bindings::bind_codecs(module);
   kvkernels::bindings::bind_checksums(module);
+  kvkernels::bindings::bind_file_reads(module);
   kvkernels::bindings::bind_index(module);
   kvkernels::bindings::bind_resp(module);
 }

@@ -1,5 +1,8 @@
 """Opens, fills and reads disk tiers, for their tests."""
 
+import ctypes
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,7 @@ from prefixstore.block_key import BlockHash, RecordName
 from prefixstore.errors import BlockCorrupted, TierError
 from prefixstore.record import BlockKey, decode
 from prefixstore.tiers.base import PAGE_BYTES, page_aligned, round_up
-from prefixstore.tiers.disk import DiskTier, DiskTierConfig
+from prefixstore.tiers.disk import DiskTier, DiskTierConfig, straight_reads
 
 CAPACITY = 2 << 20
 MIB = 1 << 20
@@ -68,3 +71,64 @@ def get_all(
         out[:outcome].tobytes() if isinstance(outcome, int) else outcome
         for out, outcome in zip(outs, outcomes, strict=True)
     ]
+
+
+class _Buffer(ctypes.Structure):
+    """A struct iovec."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("num_bytes", ctypes.c_size_t))
+
+
+_PREADV = ctypes.CFUNCTYPE(
+    ctypes.c_ssize_t,
+    ctypes.c_int,
+    ctypes.POINTER(_Buffer),
+    ctypes.c_int,
+    ctypes.c_int64,
+    use_errno=True,
+)
+
+
+def replace_preadv(
+    monkeypatch, by_extension: bool, call: Callable[[Callable[[], int], int, int], int]
+) -> None:
+    """Let `call(read, offset, num_bytes)` make the system calls that read: `read()` makes one.
+
+    Args:
+        monkeypatch: Ends it.
+        by_extension: Whether the extension's calls are made by it; otherwise there are none.
+        call: Returns the bytes read, or raises OSError.
+    """
+    read_files = os.preadv
+
+    def preadv(fd, buffers, offset):
+        num_bytes = sum(buffer.nbytes for buffer in buffers)
+        return call(lambda: read_files(fd, buffers, offset), offset, num_bytes)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    if not by_extension:
+        monkeypatch.setattr(straight_reads, "_kvkernels", None)
+        return
+    system_preadv = _PREADV(("preadv", ctypes.CDLL(None)))
+
+    def extension_preadv(fd, buffers, count, offset):
+        def read():
+            num_read = system_preadv(fd, buffers, count, offset)
+            if num_read < 0:
+                raise OSError(ctypes.get_errno(), "preadv")
+            return num_read
+
+        num_bytes = sum(buffers[number].num_bytes for number in range(count))
+        try:
+            return call(read, offset, num_bytes)
+        except OSError as error:
+            ctypes.set_errno(error.errno)
+            return -1
+
+    replaced = _PREADV(extension_preadv)
+    _REPLACED.append(replaced)
+    address = ctypes.cast(replaced, ctypes.c_void_p).value
+    monkeypatch.setattr(straight_reads, "_preadv_address", address)
+
+
+_REPLACED: list = []  # called by threads that may outlive their tests

@@ -9,7 +9,17 @@ import weakref
 from pathlib import Path
 
 import numpy as np
-from disk_tiers import MIB, count_right, get_all, make_bytes, make_names, open_tier, put
+import pytest
+from disk_tiers import (
+    MIB,
+    count_right,
+    get_all,
+    make_bytes,
+    make_names,
+    open_tier,
+    put,
+    replace_preadv,
+)
 from sample_blocks import LAYOUT, make_keys, make_record
 
 from prefixstore.errors import TierTimeout
@@ -37,30 +47,46 @@ def test_nothing_is_begun_after_the_deadline(tmp_path):
 class Hanging:
     """A system call that hangs at one offset until it is let go."""
 
-    def __init__(self, monkeypatch, call: str, offset: int) -> None:
-        self._transfer = getattr(os, call)
+    def __init__(self, offset: int) -> None:
         self._offset = offset
         self.may_go_on = threading.Event()
         self.is_over = threading.Event()
-        monkeypatch.setattr(os, call, self)
 
-    def __call__(self, fd, buffers, offset):
+    def __call__(self, transfer, offset, num_bytes):
         if offset != self._offset:
-            return self._transfer(fd, buffers, offset)
+            return transfer()
         assert self.may_go_on.wait(60)
         try:
-            return self._transfer(fd, buffers, offset)
+            return transfer()
         finally:
             self.is_over.set()
 
 
-def test_a_read_that_hangs_is_left_behind_at_the_deadline(tmp_path, monkeypatch):
+def hang_reading(monkeypatch, by_extension: bool, offset: int) -> Hanging:
+    hanging = Hanging(offset)
+    replace_preadv(monkeypatch, by_extension, hanging)
+    return hanging
+
+
+def hang_writing(monkeypatch, offset: int) -> Hanging:
+    hanging, write = Hanging(offset), os.pwritev
+    monkeypatch.setattr(
+        os, "pwritev", lambda fd, buffers, at: hanging(lambda: write(fd, buffers, at), at, 0)
+    )
+    return hanging
+
+
+either_way = pytest.mark.parametrize("by_extension", [True, False])
+
+
+@either_way
+def test_a_read_that_hangs_is_left_behind_at_the_deadline(tmp_path, monkeypatch, by_extension):
     """And does not write into the caller's memory when it ends at last."""
     tier = open_tier(tmp_path, slab_bytes=8 << 20, capacity_bytes=16 << 20)
     names = make_names(4)
     records = [make_bytes(MIB, n) for n in range(4)]
     assert not any(tier.put_many(names, [record.data for record in records]))
-    hanging = Hanging(monkeypatch, "preadv", 2 * MIB)
+    hanging = hang_reading(monkeypatch, by_extension, 2 * MIB)
     outs = [page_aligned(MIB) for _ in names]
     for out in outs:
         out[:] = 0xEE
@@ -77,14 +103,15 @@ def test_a_read_that_hangs_is_left_behind_at_the_deadline(tmp_path, monkeypatch)
     tier.close()
 
 
+@either_way
 def test_an_abandoned_buffer_may_be_written_to_later_and_is_not_read_through_another(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, by_extension
 ):
     tier = open_tier(tmp_path, slab_bytes=8 << 20, capacity_bytes=16 << 20)
     names = make_names(4)
     records = [make_bytes(MIB, n) for n in range(4)]
     assert not any(tier.put_many(names, [record.data for record in records]))
-    hanging = Hanging(monkeypatch, "preadv", 2 * MIB)
+    hanging = hang_reading(monkeypatch, by_extension, 2 * MIB)
     monkeypatch.setattr(tier._transfers, "_read_through", None)
     outs = [page_aligned(MIB) for _ in names]
     deadline = time.monotonic() + 0.3
@@ -100,7 +127,10 @@ def test_an_abandoned_buffer_may_be_written_to_later_and_is_not_read_through_ano
     tier.close()
 
 
-def test_under_a_key_abandoned_buffers_are_not_read_through_another_either(tmp_path, monkeypatch):
+@either_way
+def test_under_a_key_abandoned_buffers_are_not_read_through_another_either(
+    tmp_path, monkeypatch, by_extension
+):
     disk = open_tier(tmp_path)
     tier = ProtectedTier(disk, ProtectionConfig(bytes(32)))
     (key,) = make_keys(1)
@@ -117,22 +147,23 @@ def test_under_a_key_abandoned_buffers_are_not_read_through_another_either(tmp_p
     assert ask(tight, 60) == num_bytes and tight.tobytes() == bytes(make_record(key))
     monkeypatch.setattr(disk._transfers, "_read_through", None)
     assert ask(out, 60) == num_bytes and out[:num_bytes].tobytes() == bytes(make_record(key))
-    hanging = Hanging(monkeypatch, "preadv", 0)
+    hanging = hang_reading(monkeypatch, by_extension, 0)
     out[:] = 0
     assert isinstance(ask(out, 0.2), TierTimeout)
     assert not out.any()
     hanging.may_go_on.set()
     assert hanging.is_over.wait(60)
-    disk._transfers._threads.close(wait=True)
-    assert out.any()
     tier.close()
 
 
-def test_what_may_yet_be_written_to_is_told_of_even_if_the_record_is_gone(tmp_path, monkeypatch):
+@either_way
+def test_what_may_yet_be_written_to_is_told_of_even_if_the_record_is_gone(
+    tmp_path, monkeypatch, by_extension
+):
     tier = open_tier(tmp_path, slab_bytes=8 << 20, capacity_bytes=16 << 20)
     names = make_names(4)
     assert not any(tier.put_many(names, [make_bytes(MIB, n).data for n in range(4)]))
-    hanging = Hanging(monkeypatch, "preadv", 2 * MIB)
+    hanging = hang_reading(monkeypatch, by_extension, 2 * MIB)
     deleting = threading.Timer(0.1, lambda: tier._index.unpublish_many(set(names)))
     deleting.start()
     outs = [page_aligned(MIB).data for _ in names]
@@ -145,11 +176,14 @@ def test_what_may_yet_be_written_to_is_told_of_even_if_the_record_is_gone(tmp_pa
     tier.close()
 
 
-def test_threads_that_hang_keep_no_memory_but_what_they_read_into(tmp_path, monkeypatch):
+@either_way
+def test_threads_that_hang_keep_no_memory_but_what_they_read_into(
+    tmp_path, monkeypatch, by_extension
+):
     tier = open_tier(tmp_path, num_threads=1, slab_bytes=8 << 20, capacity_bytes=16 << 20)
     names = make_names(2)
     assert not any(tier.put_many(names, [make_bytes(JOB_BYTES, n).data for n in range(2)]))
-    hanging = Hanging(monkeypatch, "preadv", 0)
+    hanging = hang_reading(monkeypatch, by_extension, 0)
     kept = []
     for _ in range(2):  # the second call waits for the only thread
         outs = [page_aligned(JOB_BYTES) for _ in names]
@@ -166,19 +200,23 @@ def test_threads_that_hang_keep_no_memory_but_what_they_read_into(tmp_path, monk
     tier.close()
 
 
-def test_a_thread_that_hangs_does_not_keep_the_process(tmp_path):
+@either_way
+def test_a_thread_that_hangs_does_not_keep_the_process(tmp_path, by_extension):
     program = f"""if True:
-        import os, threading, time
+        import threading, time
         from pathlib import Path
-        from disk_tiers import MIB, make_bytes, make_names, open_tier
+        import pytest
+        from disk_tiers import MIB, make_bytes, make_names, open_tier, replace_preadv
         from prefixstore.errors import TierTimeout
+        from prefixstore.tiers.base import page_aligned
 
         tier = open_tier(Path({str(tmp_path)!r}), slab_bytes=2 * MIB, capacity_bytes=4 * MIB)
         (name,) = make_names(1)
-        record = make_bytes(MIB, 0).data
-        assert tier.put_many([name], [record]) == [None]
-        os.preadv = lambda *_: threading.Event().wait()
-        (outcome,) = tier.get_many([name], [record], deadline=time.monotonic() + 0.2)
+        assert tier.put_many([name], [make_bytes(MIB, 0).data]) == [None]
+        hang = lambda *_: threading.Event().wait()
+        replace_preadv(pytest.MonkeyPatch(), {by_extension}, hang)
+        outs, deadline = [page_aligned(MIB).data], time.monotonic() + 0.2
+        (outcome,) = tier.get_or_abandon_many([name], outs, deadline=deadline)
         assert isinstance(outcome, TierTimeout), outcome
         print("left behind")
     """
@@ -199,7 +237,7 @@ def test_a_write_that_hangs_is_left_behind_and_never_shown(tmp_path, monkeypatch
     names = make_names(8)
     records = [make_bytes(MIB, n) for n in range(8)]
     views = [record.data for record in records]
-    hanging = Hanging(monkeypatch, "pwritev", 2 * MIB)
+    hanging = hang_writing(monkeypatch, 2 * MIB)
     outcomes = tier.put_many(names[:4], views[:4], deadline=time.monotonic() + 0.3)
     assert isinstance(outcomes.pop(2), TierTimeout)
     assert outcomes == [None] * 3

@@ -3,23 +3,34 @@
 import errno
 import fcntl
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from disk_tiers import count_right, get_all, make_bytes, make_names, open_tier, put
+from disk_tiers import (
+    count_right,
+    get_all,
+    make_bytes,
+    make_names,
+    open_tier,
+    put,
+    replace_preadv,
+)
 from sample_blocks import make_keys
 
 from prefixstore.errors import TierFull, TierUnavailable
 from prefixstore.tiers.base import PAGE_BYTES, page_aligned
-from prefixstore.tiers.disk import transfers
+from prefixstore.tiers.disk import straight_reads
 from prefixstore.tiers.disk.transfers import JOB_BYTES
 
 CAPACITY = 256 << 20
 # around a page, around a job, and of several jobs
 SIZES = [1, 4095, 4096, 4097, 70_000, JOB_BYTES, JOB_BYTES + 1, 3 * JOB_BYTES + 17]
+
+either_way = pytest.mark.parametrize("by_extension", [True, False])
 
 
 def aligned(num_bytes: int) -> np.ndarray:
@@ -40,13 +51,13 @@ def copy_to(make: Callable[[int], np.ndarray], data: np.ndarray) -> memoryview:
 @pytest.mark.parametrize("has_extension", [True, False])
 def test_memory_on_pages_is_told_from_other_memory(monkeypatch, has_extension):
     if not has_extension:
-        monkeypatch.setattr(transfers, "_kvkernels", None)
+        monkeypatch.setattr(straight_reads, "_kvkernels", None)
     on_pages = [aligned(size).data for size in (1, PAGE_BYTES, 70_000)]
     on_pages[1] = on_pages[1].toreadonly()
-    assert transfers._begin_on_pages(on_pages)
-    assert transfers._begin_on_pages([])
+    assert straight_reads._begin_on_pages(on_pages)
+    assert straight_reads._begin_on_pages([])
     for place in range(4):
-        assert not transfers._begin_on_pages(
+        assert not straight_reads._begin_on_pages(
             [*on_pages[:place], crooked(10).data, *on_pages[place:]]
         )
 
@@ -180,67 +191,112 @@ def test_a_batch_takes_a_few_statements(tmp_path):
     get_all(tier, names, 3000)
     assert [s.partition(" ")[0] for s in statements] == ["PRAGMA", "SELECT", "PRAGMA"]
     statements.clear()
+    get_all(tier, names, 3000)  # nobody changed anything: they are where they were
+    assert [s.partition(" ")[0] for s in statements] == ["PRAGMA", "PRAGMA"]
+    statements.clear()
     assert all(tier.delete_many(names))
     assert sum(s.startswith("BEGIN") for s in statements) == 2
     tier.close()
 
 
-def test_neighbours_move_in_one_system_call(tmp_path, monkeypatch):
+@either_way
+def test_neighbours_move_in_one_system_call(tmp_path, monkeypatch, by_extension):
     tier = open_tier(tmp_path, slab_bytes=1 << 20)
+    if not tier._files.is_direct:
+        pytest.skip("the file system takes no direct transfers")
     names = make_names(100)
     calls: list[int] = []
-    for name in ("preadv", "pwritev"):
-        call = getattr(os, name)
+    write = os.pwritev
 
-        def counting(fd, buffers, offset, call=call):
-            calls.append(offset)
-            return call(fd, buffers, offset)
+    def counting_write(fd, buffers, offset):
+        calls.append(offset)
+        return write(fd, buffers, offset)
 
-        monkeypatch.setattr(os, name, counting)
+    def counting_read(read, offset, _):
+        calls.append(offset)
+        return read()
+
+    monkeypatch.setattr(os, "pwritev", counting_write)
+    replace_preadv(monkeypatch, by_extension, counting_read)
     assert not any(tier.put_many(names, [make_bytes(3000, n).data for n in range(100)]))
     assert None not in get_all(tier, names, 3000)
     assert calls == [0, 0]
     tier.close()
 
 
-def test_who_reads_without_a_deadline_is_one_of_the_threads(tmp_path, monkeypatch):
-    tier = open_tier(tmp_path, num_threads=2, capacity_bytes=4 * JOB_BYTES)
+@either_way
+@pytest.mark.parametrize("io", ["auto", "buffered"])
+def test_who_reads_without_a_deadline_is_one_of_the_threads(
+    tmp_path, monkeypatch, by_extension, io
+):
+    tier = open_tier(tmp_path, num_threads=2, capacity_bytes=4 * JOB_BYTES, io=io)
     names = make_names(2)
     records = [make_bytes(JOB_BYTES, n) for n in range(2)]
     assert not any(tier.put_many(names, [record.data for record in records]))
     both, readers = threading.Barrier(2, timeout=10), set()
-    read = tier._files.read
 
-    def read_together(*args):
-        readers.add(threading.current_thread().name)
-        both.wait()
-        return read(*args)
+    def read_together(read, *_):
+        if threading.current_thread().name not in readers:
+            readers.add(threading.current_thread().name)
+            both.wait()
+        return read()
 
-    monkeypatch.setattr(tier._files, "read", read_together)
+    replace_preadv(monkeypatch, by_extension, read_together)
     assert get_all(tier, names, JOB_BYTES) == [record.tobytes() for record in records]
     assert len(readers) == 2 and threading.current_thread().name in readers
     tier.close()
 
 
-def test_an_interrupted_reader_waits_for_the_other_threads(tmp_path, monkeypatch):
+@either_way
+def test_an_interrupted_reader_waits_for_the_other_threads(tmp_path, monkeypatch, by_extension):
     tier = open_tier(tmp_path, num_threads=2, capacity_bytes=4 * JOB_BYTES)
     names = make_names(2)
     assert not any(tier.put_many(names, [make_bytes(JOB_BYTES, n).data for n in range(2)]))
-    read, has_begun, ended = tier._files.read, threading.Event(), []
+    has_begun, ended = threading.Event(), []
 
-    def interrupted_read(*args):
+    def read_interrupted(read, *_):
         if threading.current_thread() is threading.main_thread():
             assert has_begun.wait(10)
+            if by_extension:
+                return read()
             raise KeyboardInterrupt
         has_begun.set()
         time.sleep(0.2)
-        ended.append(read(*args))
+        if by_extension:  # whose other thread waits by now
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+        ended.append(read())
         return ended[-1]
 
-    monkeypatch.setattr(tier._files, "read", interrupted_read)
+    replace_preadv(monkeypatch, by_extension, read_interrupted)
     with pytest.raises(KeyboardInterrupt):
         get_all(tier, names, JOB_BYTES)
     assert ended == [JOB_BYTES]
+    monkeypatch.undo()
+    tier.close()
+
+
+def test_an_interrupted_reader_with_a_deadline_begins_no_more(tmp_path, monkeypatch):
+    tier = open_tier(tmp_path, num_threads=1, capacity_bytes=4 * JOB_BYTES)
+    names = make_names(2)
+    assert not any(tier.put_many(names, [make_bytes(JOB_BYTES, n).data for n in range(2)]))
+    may_go_on, begun = threading.Event(), []
+
+    def read_interrupted(read, offset, _):
+        begun.append(offset)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert may_go_on.wait(60)
+        return read()
+
+    replace_preadv(monkeypatch, True, read_interrupted)
+    outs = [page_aligned(JOB_BYTES).data for _ in names]
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        tier.get_or_abandon_many(names, outs, deadline=started + 50)
+    assert time.monotonic() - started < 25
+    may_go_on.set()
+    tier._transfers._threads.close(wait=True)
+    assert begun == [0]
     monkeypatch.undo()
     tier.close()
 
@@ -276,32 +332,50 @@ def test_what_has_no_room_does_not_keep_the_rest_of_a_batch_out(tmp_path):
     tier.close()
 
 
-@pytest.mark.parametrize("call", ["preadv", "pwritev"])
-def test_a_bad_spot_on_the_disk_costs_only_its_own_record(tmp_path, monkeypatch, call):
-    """Though its neighbours were to be moved in the same system call."""
+@either_way
+@pytest.mark.parametrize("io", ["auto", "buffered"])
+def test_a_bad_spot_on_the_disk_costs_only_the_record_read_there(
+    tmp_path, monkeypatch, by_extension, io
+):
+    """Though its neighbours were to be read in the same system call."""
+    tier = open_tier(tmp_path, slab_bytes=20 * PAGE_BYTES, io=io)
+    names = make_names(10)
+    records = [make_bytes(3000, n) for n in range(10)]
+    assert not any(tier.put_many(names, [record.data for record in records]))
+
+    def read_failing(read, offset, num_bytes):
+        if offset <= 5 * PAGE_BYTES < offset + num_bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read()
+
+    replace_preadv(monkeypatch, by_extension, read_failing)
+    outcomes = get_all(tier, names, 3000)
+    bad = outcomes.pop(5)
+    assert isinstance(bad, TierUnavailable) and os.strerror(errno.EIO) in str(bad)
+    del records[5]
+    assert outcomes == [record.tobytes() for record in records]
+    monkeypatch.undo()
+    assert tier.contains_many(names) == [True] * 10
+    tier.close()
+
+
+def test_a_bad_spot_on_the_disk_costs_only_the_record_written_there(tmp_path, monkeypatch):
+    """Though its neighbours were to be written in the same system call."""
     tier = open_tier(tmp_path, slab_bytes=20 * PAGE_BYTES)
     names = make_names(10)
     records = [make_bytes(3000, n) for n in range(10)]
-    if call == "preadv":
-        assert not any(tier.put_many(names, [record.data for record in records]))
-    transfer = getattr(os, call)
+    write = os.pwritev
 
     def failing(fd, buffers, offset):
         if offset <= 5 * PAGE_BYTES < offset + sum(buffer.nbytes for buffer in buffers):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return transfer(fd, buffers, offset)
+        return write(fd, buffers, offset)
 
-    monkeypatch.setattr(os, call, failing)
-    outcomes: list = []
-    if call == "preadv":
-        outcomes = get_all(tier, names, 3000)
-        assert outcomes[:5] == [record.tobytes() for record in records[:5]]
-    else:
-        outcomes = tier.put_many(names, [record.data for record in records])
-        assert outcomes[:5] == [None] * 5
-    assert [isinstance(outcome, TierUnavailable) for outcome in outcomes] == [
-        n == 5 for n in range(10)
+    monkeypatch.setattr(os, "pwritev", failing)
+    outcomes = tier.put_many(names, [record.data for record in records])
+    assert [type(outcome) for outcome in outcomes] == [
+        TierUnavailable if n == 5 else type(None) for n in range(10)
     ]
     monkeypatch.undo()
-    assert tier.contains_many(names) == [call == "preadv" or n != 5 for n in range(10)]
+    assert tier.contains_many(names) == [n != 5 for n in range(10)]
     tier.close()

@@ -66,7 +66,7 @@ class FoundRecord:
     record_bytes: int
 
 
-class _OpenFile:
+class OpenFile:
     """A descriptor closed when its last user lets go, never under a reader or writer."""
 
     def __init__(self, path: Path, flags: int) -> None:
@@ -94,7 +94,7 @@ class SlabFiles:
         self._tier_name = tier_name
         self._is_direct = io != "buffered"
         self._may_fall_back = io == "auto"
-        self._open_files: OrderedDict[int, _OpenFile] = OrderedDict()
+        self._open_files: OrderedDict[int, OpenFile] = OrderedDict()
         self._lock = threading.Lock()
         self._growing = threading.Lock()  # so that no room is promised to two threads
 
@@ -129,7 +129,7 @@ class SlabFiles:
     def read(self, slab: Slab, offset: int, buffers: Sequence[memoryview]) -> int:
         """Fill the buffers, one after the other; fewer bytes where the file is missing or ends."""
 
-        def read_all(file: _OpenFile) -> int:
+        def read_all(file: OpenFile) -> int:
             num_read, rest = 0, buffers
             while rest:
                 n = os.preadv(file.fd, rest, offset + num_read)
@@ -155,7 +155,7 @@ class SlabFiles:
             TierUnavailable: If the file cannot be written, or was removed while open.
         """
 
-        def write_all(file: _OpenFile) -> int:
+        def write_all(file: OpenFile) -> int:
             status = os.fstat(file.fd)
             if status.st_nlink == 0:
                 raise TierUnavailable(
@@ -180,6 +180,14 @@ class SlabFiles:
             self._with_file(slab, os.O_RDWR | os.O_CREAT, write_all)
         except OSError as error:
             raise self._translated(error, slab) from error
+
+    def open_to_read(self, slab: Slab) -> OpenFile:
+        """The slab's file, for whoever makes the calls himself.
+
+        Raises:
+            OSError: `read` tells what it means.
+        """
+        return self._open(slab, os.O_RDWR)
 
     def remove(self, slab: Slab) -> None:
         """Delete the file, if it is there."""
@@ -248,7 +256,7 @@ class SlabFiles:
         except OSError as error:
             raise TierUnavailable(f"{self._tier_name}: {self._directory}: {error}") from error
 
-    def _with_file(self, slab: Slab, flags: int, transfer: Callable[[_OpenFile], int]) -> int:
+    def _with_file(self, slab: Slab, flags: int, transfer: Callable[[OpenFile], int]) -> int:
         """Transfer directly, or through the page cache where the file system refuses."""
         while True:
             is_direct = self._is_direct
@@ -271,13 +279,13 @@ class SlabFiles:
                     error.strerror,
                 )
 
-    def _open(self, slab: Slab, flags: int) -> _OpenFile:
+    def _open(self, slab: Slab, flags: int) -> OpenFile:
         with self._lock:
             file = self._open_files.get(slab.slab_id)
             if file is None:
                 self._let_go_of_removed()
                 flags |= os.O_DIRECT if self._is_direct else 0
-                file = _OpenFile(self._directory / slab.file_name, flags)
+                file = OpenFile(self._directory / slab.file_name, flags)
                 self._open_files[slab.slab_id] = file
             self._open_files.move_to_end(slab.slab_id)
             if len(self._open_files) > _MAX_OPEN_FILES:

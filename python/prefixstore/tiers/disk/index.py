@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _MAX_MARKS = 10_000  # some 3 MB
+_MAX_FOUND = 10_000  # some 5 MB
 _NS = 1_000_000_000
 
 
@@ -84,6 +85,9 @@ class SlotIndex:
         self._pending_lock = threading.Lock()
         self._marks: dict[Place, Mark] = {}
         self._abandoned: list[SlotRef] = []
+        # what was found at a version of the index, by who had the turn at the reader
+        self._found: dict[RecordName, SlotRef] = {}
+        self._found_at: int | None = None
 
     # ---- look-ups ----------------------------------------------------------------------------
 
@@ -102,19 +106,37 @@ class SlotIndex:
 
     def find_at_version(
         self, names: Iterable[RecordName], deadline: float | None = None
-    ) -> tuple[dict[RecordName, SlotRef], int | None]:
-        """`find_many`, and the `version` from before; None where nobody is looked for."""
+    ) -> tuple[dict[RecordName, SlotRef], int]:
+        """`find_many`, and the `version` from before.
+
+        What was found at that version before is not looked up again.
+        """
         now = self.now()
-        version: int | None = None
+        found: dict[RecordName, SlotRef] = {}
+        unknown: list[RecordName] = []
+        with self._reader.reading(deadline) as sql:
+            version = _data_version(sql)
+            if version != self._found_at:
+                self._found.clear()
+                self._found_at = version
+            for name in names:
+                ref = self._found.get(name)
+                if ref is not None and (ref.expires_at is None or ref.expires_at > now):
+                    found[name] = ref
+                else:
+                    unknown.append(name)
 
-        def look(sql: sqlite3.Connection, hashes: Sequence[BlockHash]) -> Iterator[SlotRef]:
-            nonlocal version
-            if version is None:
-                version = _data_version(sql)
-            return slot_table.find(sql, hashes, now)
+        def look(sql: sqlite3.Connection, hashes: Sequence[BlockHash]) -> list[SlotRef]:
+            refs = list(slot_table.find(sql, hashes, now))
+            if len(self._found) > _MAX_FOUND:
+                self._found.clear()
+            # these are of that version, or of a later one, at which they will be forgotten
+            self._found.update((ref.name, ref) for ref in refs)
+            return refs
 
-        refs = self._look_up(look, names, deadline)
-        return {ref.name: ref for ref in refs}, version
+        if unknown:
+            found.update((ref.name, ref) for ref in self._look_up(look, unknown, deadline))
+        return found, version
 
     def names_among(
         self, names: Iterable[RecordName], deadline: float | None = None

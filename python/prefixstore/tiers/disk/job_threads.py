@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
+from typing import Protocol
 
 from prefixstore.tiers.base import is_past
 from prefixstore.tiers.disk.jobs import Job
@@ -66,6 +67,13 @@ class JobBatch:
             raise self._bug
 
 
+class Batch(Protocol):
+    """What threads can help with."""
+
+    def work(self) -> None:
+        """Do some of what is left, until nothing is."""
+
+
 class JobThreads:
     """A few threads that work on batches, in the order in which those come. Thread-safe.
 
@@ -76,7 +84,7 @@ class JobThreads:
     def __init__(self, num_threads: int, name: str) -> None:
         self._num_threads = num_threads
         self._name = name
-        self._batches: SimpleQueue[JobBatch | None] = SimpleQueue()
+        self._batches: SimpleQueue[Batch | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._is_closed = False
@@ -84,7 +92,7 @@ class JobThreads:
     def __del__(self) -> None:
         self.close()
 
-    def help(self, batch: JobBatch, num_helpers: int) -> None:
+    def help(self, batch: Batch, num_helpers: int) -> None:
         """Let so many threads work on it, as far as there are.
 
         Raises:
@@ -120,7 +128,7 @@ class JobThreads:
         return thread
 
 
-def _work(batches: SimpleQueue[JobBatch | None]) -> None:
+def _work(batches: SimpleQueue[Batch | None]) -> None:
     while (batch := batches.get()) is not None:
         batch.work()
         del batch  # and the memory of its jobs with it, while this waits for the next

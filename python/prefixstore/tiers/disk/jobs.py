@@ -90,3 +90,28 @@ def share_of(part: Part, start: int, num_bytes: int) -> int:
 
 def whole_pages(num_bytes: int) -> int:
     return num_bytes // PAGE_BYTES * PAGE_BYTES
+
+
+def straight_buffers(
+    parts: Sequence[Part], own: memoryview
+) -> tuple[list[memoryview], list[memoryview]]:
+    """What one system call moves, and of those a page of `own` for the last bytes of each part."""
+    pages = [own[i * PAGE_BYTES : (i + 1) * PAGE_BYTES] for i in range(len(parts))]
+    buffers = []
+    for part, page in zip(parts, pages, strict=True):
+        whole = whole_pages(part.data.nbytes)
+        if whole:
+            buffers.append(part.data[:whole])
+        if whole < part.data.nbytes:
+            buffers.append(page)
+    return buffers, pages
+
+
+def shares_of(parts: Sequence[Part], pages: Sequence[memoryview], num_read: int) -> list[int]:
+    """Bytes of each part among so many that were read, the last ones copied from their pages."""
+    counts = [share_of(part, parts[0].offset, num_read) for part in parts]
+    for part, page, count in zip(parts, pages, counts, strict=True):
+        whole = whole_pages(part.data.nbytes)
+        if count > whole:
+            part.data[whole:count] = page[: count - whole]
+    return counts

@@ -18,7 +18,7 @@ hangs may read the caller's memory later, but only into a slot that no reader wi
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,12 +27,17 @@ from prefixstore.errors import TierError, TierTimeout
 from prefixstore.tiers.base import PAGE_BYTES, page_aligned, round_up, too_late
 from prefixstore.tiers.disk.files import Slab, SlabFiles
 from prefixstore.tiers.disk.job_threads import JobBatch, JobThreads
-from prefixstore.tiers.disk.jobs import Job, Part, Span, cut, pages_of, share_of, whole_pages
-
-try:
-    import _kvkernels
-except ImportError:
-    _kvkernels = None
+from prefixstore.tiers.disk.jobs import (
+    Job,
+    Part,
+    Span,
+    cut,
+    pages_of,
+    share_of,
+    shares_of,
+    straight_buffers,
+)
+from prefixstore.tiers.disk.straight_reads import all_on_pages, plan_reads
 
 _WIPED_AT_ONCE = 1024
 _ZEROS = memoryview(bytes(PAGE_BYTES))
@@ -76,8 +81,9 @@ class Transfers:
         self, spans: Sequence[Span], deadline: float | None = None
     ) -> list[int | TierError]:
         """Bytes read of each, fewer where its file is missing or ends; or why it was not read."""
-        transfer = self._read_straight if deadline is None else self._read_through
-        return self._read_many(spans, transfer, deadline)
+        if deadline is None:
+            return self._sum(spans, self._run_straight(spans, None))
+        return self._sum(spans, self._run(spans, self._read_through, deadline))
 
     def read_or_abandon_many(
         self, spans: Sequence[Span], deadline: float | None = None
@@ -86,13 +92,13 @@ class Transfers:
 
         Memory that was not yet being read into is let go of; a thread that hangs keeps its own.
         """
-        return self._read_many(spans, self._read_straight, deadline)
+        return self._sum(spans, self._run_straight(spans, deadline))
 
-    def _read_many(
-        self, spans: Sequence[Span], transfer: _Transfer, deadline: float | None
+    def _sum(
+        self, spans: Sequence[Span], results: Iterable[tuple[Part, int | TierError]]
     ) -> list[int | TierError]:
         outcomes: list[int | TierError] = [0] * len(spans)
-        for part, result in self._run(spans, transfer, deadline):
+        for part, result in results:
             before = outcomes[part.number]
             if isinstance(before, int):
                 outcomes[part.number] = before + result if isinstance(result, int) else result
@@ -169,6 +175,29 @@ class Transfers:
             batch.work()
         return self._wait(batch)
 
+    def _run_straight(
+        self, spans: Sequence[Span], deadline: float | None
+    ) -> Iterator[tuple[Part, int | TierError]]:
+        """Read into the callers' memory, by the extension's calls where that can be done."""
+        job_bytes = self._job_bytes(spans)
+        reads = plan_reads(self._files, spans, job_bytes)
+        if reads is None:
+            yield from self._run(spans, self._read_straight, deadline)
+            return
+        is_one = deadline is None  # of the threads
+        self._threads.help(reads.batch, min(self._num_threads, len(reads)) - is_one)
+        again: list[tuple[int, Span]] = []
+        for slab, part, num_read in reads.finish(deadline):
+            if num_read is None:
+                yield part, too_late(self._tier_name)
+            elif num_read < 0:
+                again.append((part.number, Span(slab, part.offset, part.data)))
+            else:
+                yield part, num_read
+        # each on its own, and what is wrong with it is told
+        for part, result in self._run([span for _, span in again], self._read_straight, deadline):
+            yield part._replace(number=again[part.number][0]), result
+
     def _batch(
         self, spans: Sequence[Span], transfer: _Transfer, deadline: float | None
     ) -> JobBatch:
@@ -216,14 +245,9 @@ class Transfers:
         """Read into the callers' memory."""
         if not self._can_go_straight(parts):
             return self._read_through(job, parts)
-        buffers, last_pages = self._straight_buffers(parts)
+        buffers, pages = straight_buffers(parts, self._buffer().data)
         num_read = self._files.read(job.slab, parts[0].offset, buffers)
-        counts = [share_of(part, parts[0].offset, num_read) for part in parts]
-        for part, page, count in zip(parts, last_pages, counts, strict=True):
-            whole = whole_pages(part.data.nbytes)
-            if count > whole:
-                part.data[whole:count] = page[: count - whole]
-        return counts
+        return shares_of(parts, pages, num_read)
 
     def _read_through(self, job: Job, parts: list[Part]) -> list[int]:
         """Read whole pages into this thread's buffer, and copy while somebody waits for it."""
@@ -240,8 +264,8 @@ class Transfers:
 
     def _write(self, job: Job, parts: list[Part]) -> list[int]:
         if self._can_go_straight(parts):
-            buffers, last_pages = self._straight_buffers(parts)
-            for part, page in zip(parts, last_pages, strict=True):
+            buffers, pages = straight_buffers(parts, self._buffer().data)
+            for part, page in zip(parts, pages, strict=True):
                 rest = part.data.nbytes % PAGE_BYTES
                 page[:rest] = part.data[part.data.nbytes - rest :]
                 page[rest:] = _ZEROS[rest:]
@@ -257,22 +281,7 @@ class Transfers:
         return [part.data.nbytes for part in parts]
 
     def _can_go_straight(self, parts: list[Part]) -> bool:
-        if any(part.offset % PAGE_BYTES for part in parts):
-            return False
-        return not self._files.is_direct or _begin_on_pages([part.data for part in parts])
-
-    def _straight_buffers(self, parts: list[Part]) -> tuple[list[memoryview], list[memoryview]]:
-        """What one system call moves, and a page for the last bytes of each part."""
-        own = self._buffer().data
-        pages = [own[i * PAGE_BYTES : (i + 1) * PAGE_BYTES] for i in range(len(parts))]
-        buffers = []
-        for part, page in zip(parts, pages, strict=True):
-            whole = whole_pages(part.data.nbytes)
-            if whole:
-                buffers.append(part.data[:whole])
-            if whole < part.data.nbytes:
-                buffers.append(page)
-        return buffers, pages
+        return all_on_pages(parts, in_memory=self._files.is_direct)
 
     def _buffer(self) -> np.ndarray:
         """This thread's own, of `JOB_BYTES`."""
@@ -293,9 +302,3 @@ def _attempt(job: Job, parts: list[Part], transfer: _Transfer) -> list[int | Tie
 
 def _as_array(data: memoryview) -> np.ndarray:
     return np.frombuffer(data, np.uint8)
-
-
-def _begin_on_pages(buffers: list[memoryview]) -> bool:
-    if _kvkernels is not None:
-        return _kvkernels.all_begin_at_multiples(buffers, PAGE_BYTES)
-    return not any(_as_array(buffer).ctypes.data % PAGE_BYTES for buffer in buffers)

@@ -1,0 +1,145 @@
+"""Reads straight into the callers' memory whose system calls are the extension's.
+
+Its threads need the interpreter to begin and to end only, and nobody runs Python between one call
+and the next. Copying 16 MiB leaves nothing of that code in the processor's caches: out of the page
+cache the same calls made from Python took a tenth to a sixth more.
+
+Only what goes well is done here. Whatever cannot go this way, or fails, is left to be read in the
+general way, which tells what is wrong.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from prefixstore.tiers.base import PAGE_BYTES, page_aligned
+from prefixstore.tiers.disk.files import OpenFile, Slab, SlabFiles
+from prefixstore.tiers.disk.job_threads import Batch
+from prefixstore.tiers.disk.jobs import Job, Part, Span, cut, shares_of, straight_buffers
+
+try:
+    import _kvkernels
+except ImportError:
+    _kvkernels = None
+
+
+# Out of the page cache a call is a copy, and many of them are shared more evenly among threads.
+_COPIED_AT_ONCE = 1 << 20
+_preadv_address = 0  # of what is called in place of the system's preadv, by tests
+
+
+class _Call(NamedTuple):
+    """A system call that reads."""
+
+    slab: Slab
+    parts: Sequence[Part]
+    file: OpenFile
+    buffers: Sequence[memoryview]
+    last_pages: Sequence[memoryview] = ()  # of each part that goes by whole pages
+
+
+def plan_reads(files: SlabFiles, spans: Sequence[Span], job_bytes: int) -> StraightReads | None:
+    """Reads of the spans; None where they cannot all be made.
+
+    Args:
+        files: The slabs.
+        spans: What is to be read.
+        job_bytes: What a system call moves past the page cache, at most.
+    """
+    if _kvkernels is None or not spans:
+        return None
+    try:
+        if not files.is_direct:
+            return StraightReads(_buffered_calls(files, spans), _COPIED_AT_ONCE)
+        jobs = list(cut(spans, job_bytes))
+        if all_on_pages([part for job in jobs for part in job.parts], in_memory=True):
+            return StraightReads(_direct_calls(files, jobs), job_bytes)
+    except OSError:  # met again, and told of, by who reads in the general way
+        pass
+    return None
+
+
+def _direct_calls(files: SlabFiles, jobs: Sequence[Job]) -> Iterator[_Call]:
+    own = page_aligned(sum(len(job.parts) for job in jobs) * PAGE_BYTES).data
+    for job in jobs:
+        slab, parts = job.slab, job.parts
+        buffers, pages = straight_buffers(parts, own)
+        own = own[len(pages) * PAGE_BYTES :]
+        yield _Call(slab, parts, files.open_to_read(slab), buffers, pages)
+
+
+def _buffered_calls(files: SlabFiles, spans: Sequence[Span]) -> Iterator[_Call]:
+    open_file = cache(files.open_to_read)  # many spans, few files
+    for number, (slab, offset, data) in enumerate(spans):
+        yield _Call(slab, (Part(number, offset, data),), open_file(slab), (data,))
+
+
+class StraightReads:
+    """Reads that several threads can make.
+
+    Args:
+        calls: That make them.
+        piece_bytes: A call that fills one buffer is made as several of so many bytes.
+    """
+
+    def __init__(self, calls: Iterable[_Call], piece_bytes: int) -> None:
+        self._calls = list(calls)
+        reads = [
+            (file.fd, parts[0].offset, buffers, PAGE_BYTES if file.is_direct else 1)
+            for _, parts, file, buffers, _ in self._calls
+        ]
+        files = [call.file for call in self._calls]
+        self._reads = _kvkernels.FileReads(reads, piece_bytes, files, _preadv_address)
+
+    @property
+    def batch(self) -> Batch:
+        """What threads can help with; it keeps no memory once `finish` has ended but what is still
+        being read into."""
+        return self._reads
+
+    def __len__(self) -> int:
+        """How many can be made at once."""
+        return len(self._reads)
+
+    def finish(self, deadline: float | None) -> Iterator[tuple[Slab, Part, int | None]]:
+        """Wait for all; without a deadline, make them meanwhile.
+
+        After a deadline nothing more is begun. What is being read then may come later, into memory
+        that is held until then; all other memory is let go of.
+
+        Returns:
+            For each part the bytes read of it; -1 where its read failed, None if it did not come
+            in time.
+        """
+        if deadline is None:
+            self._reads.run()
+        else:
+            self._reads.run_elsewhere(deadline - time.monotonic())
+        for call, num_read in zip(self._calls, self._reads.outcomes(), strict=True):
+            counts: Sequence[int | None]
+            if num_read is None or num_read < 0:
+                counts = [None if num_read is None else -1] * len(call.parts)
+            elif call.last_pages:
+                counts = shares_of(call.parts, call.last_pages, num_read)
+            else:
+                counts = (num_read,)
+            for part, count in zip(call.parts, counts, strict=True):
+                yield call.slab, part, count
+
+
+def all_on_pages(parts: Sequence[Part], in_memory: bool) -> bool:
+    """Whether all begin on pages of their files, and of memory if that is asked."""
+    if any(part.offset % PAGE_BYTES for part in parts):
+        return False
+    return not in_memory or _begin_on_pages([part.data for part in parts])
+
+
+def _begin_on_pages(buffers: list[memoryview]) -> bool:
+    if _kvkernels is not None:
+        return _kvkernels.all_begin_at_multiples(buffers, PAGE_BYTES)
+    return not any(np.frombuffer(buffer, np.uint8).ctypes.data % PAGE_BYTES for buffer in buffers)
