@@ -46,8 +46,8 @@ class HeldBuffers {
   std::vector<Py_buffer> buffers_;
 };
 
-// Reads of (fd, offset, buffers, multiple); `files` is kept while they last, and has the descriptors.
-// `preadv` is the address of what is called in place of the system's, unless it is 0.
+// Reads of (fd, offset, buffers, multiple); `files` is kept while they last, and has the
+// descriptors. `preadv` is the address of what is called in place of the system's, unless it is 0.
 class Reads {
  public:
   Reads(const py::sequence& reads, int64_t piece_bytes, py::object files, uintptr_t preadv)

@@ -113,7 +113,8 @@ void test_a_read_that_fails_costs_no_other() {
     const iovec into = {memory.data() + i * kPage, kPage};
     asked.push_back({file.fd, i * kPage, {into}, 1});
   }
-  asked.push_back({file.fd, 0, {{memory.data(), memory.size()}}, 1});  // in pieces, of which one fails
+  asked.push_back(
+      {file.fd, 0, {{memory.data(), memory.size()}}, 1});  // in pieces, of which one fails
   asked.push_back({-1, 0, {{memory.data(), memory.size()}}, 1});
   FileReads reads(asked, kPage, failing_preadv);
   CHECK(reads.num_pieces() == 12);

@@ -26,7 +26,7 @@ from prefixstore.errors import TierTimeout
 from prefixstore.keys import ProtectionConfig
 from prefixstore.record_header import TRAILER_BYTES
 from prefixstore.tiers.base import page_aligned
-from prefixstore.tiers.disk.transfers import JOB_BYTES
+from prefixstore.tiers.disk.jobs import JOB_BYTES
 from prefixstore.tiers.protected import ProtectedTier
 
 

@@ -24,7 +24,7 @@ from sample_blocks import make_keys
 from prefixstore.errors import TierFull, TierUnavailable
 from prefixstore.tiers.base import PAGE_BYTES, page_aligned
 from prefixstore.tiers.disk import straight_reads
-from prefixstore.tiers.disk.transfers import JOB_BYTES
+from prefixstore.tiers.disk.jobs import JOB_BYTES
 
 CAPACITY = 256 << 20
 # around a page, around a job, and of several jobs

@@ -20,7 +20,15 @@ import numpy as np
 from prefixstore.tiers.base import PAGE_BYTES, page_aligned
 from prefixstore.tiers.disk.files import OpenFile, Slab, SlabFiles
 from prefixstore.tiers.disk.job_threads import Batch
-from prefixstore.tiers.disk.jobs import Job, Part, Span, cut, shares_of, straight_buffers
+from prefixstore.tiers.disk.jobs import (
+    Job,
+    Part,
+    Span,
+    cut,
+    share_bytes,
+    shares_of,
+    straight_buffers,
+)
 
 try:
     import _kvkernels
@@ -33,7 +41,7 @@ _COPIED_AT_ONCE = 1 << 20
 _preadv_address = 0  # of what is called in place of the system's preadv, by tests
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """A system call that reads."""
 
     slab: Slab
@@ -42,20 +50,27 @@ class _Call(NamedTuple):
     buffers: Sequence[memoryview]
     last_pages: Sequence[memoryview] = ()  # of each part that goes by whole pages
 
+    def shares(self, num_read: int) -> Sequence[int]:
+        """Bytes of each part, which is whole in memory now as far as those go."""
+        if self.last_pages:
+            return shares_of(self.parts, self.last_pages, num_read)
+        return (num_read,)
 
-def plan_reads(files: SlabFiles, spans: Sequence[Span], job_bytes: int) -> StraightReads | None:
+
+def plan_reads(files: SlabFiles, spans: Sequence[Span], num_threads: int) -> StraightReads | None:
     """Reads of the spans; None where they cannot all be made.
 
     Args:
         files: The slabs.
         spans: What is to be read.
-        job_bytes: What a system call moves past the page cache, at most.
+        num_threads: That share the work.
     """
     if _kvkernels is None or not spans:
         return None
     try:
         if not files.is_direct:
             return StraightReads(_buffered_calls(files, spans), _COPIED_AT_ONCE)
+        job_bytes = share_bytes(spans, num_threads)
         jobs = list(cut(spans, job_bytes))
         if all_on_pages([part for job in jobs for part in job.parts], in_memory=True):
             return StraightReads(_direct_calls(files, jobs), job_bytes)
@@ -64,19 +79,19 @@ def plan_reads(files: SlabFiles, spans: Sequence[Span], job_bytes: int) -> Strai
     return None
 
 
-def _direct_calls(files: SlabFiles, jobs: Sequence[Job]) -> Iterator[_Call]:
+def _direct_calls(files: SlabFiles, jobs: Sequence[Job]) -> Iterator[Call]:
     own = page_aligned(sum(len(job.parts) for job in jobs) * PAGE_BYTES).data
     for job in jobs:
         slab, parts = job.slab, job.parts
         buffers, pages = straight_buffers(parts, own)
         own = own[len(pages) * PAGE_BYTES :]
-        yield _Call(slab, parts, files.open_to_read(slab), buffers, pages)
+        yield Call(slab, parts, files.open_to_read(slab), buffers, pages)
 
 
-def _buffered_calls(files: SlabFiles, spans: Sequence[Span]) -> Iterator[_Call]:
+def _buffered_calls(files: SlabFiles, spans: Sequence[Span]) -> Iterator[Call]:
     open_file = cache(files.open_to_read)  # many spans, few files
     for number, (slab, offset, data) in enumerate(spans):
-        yield _Call(slab, (Part(number, offset, data),), open_file(slab), (data,))
+        yield Call(slab, (Part(number, offset, data),), open_file(slab), (data,))
 
 
 class StraightReads:
@@ -87,7 +102,7 @@ class StraightReads:
         piece_bytes: A call that fills one buffer is made as several of so many bytes.
     """
 
-    def __init__(self, calls: Iterable[_Call], piece_bytes: int) -> None:
+    def __init__(self, calls: Iterable[Call], piece_bytes: int) -> None:
         self._calls = list(calls)
         reads = [
             (file.fd, parts[0].offset, buffers, PAGE_BYTES if file.is_direct else 1)
@@ -106,30 +121,21 @@ class StraightReads:
         """How many can be made at once."""
         return len(self._reads)
 
-    def finish(self, deadline: float | None) -> Iterator[tuple[Slab, Part, int | None]]:
+    def finish(self, deadline: float | None) -> Iterable[tuple[Call, int | None]]:
         """Wait for all; without a deadline, make them meanwhile.
 
         After a deadline nothing more is begun. What is being read then may come later, into memory
         that is held until then; all other memory is let go of.
 
         Returns:
-            For each part the bytes read of it; -1 where its read failed, None if it did not come
-            in time.
+            The bytes that each call read; a negative number where it failed, None if it did not
+            end in time.
         """
         if deadline is None:
             self._reads.run()
         else:
             self._reads.run_elsewhere(deadline - time.monotonic())
-        for call, num_read in zip(self._calls, self._reads.outcomes(), strict=True):
-            counts: Sequence[int | None]
-            if num_read is None or num_read < 0:
-                counts = [None if num_read is None else -1] * len(call.parts)
-            elif call.last_pages:
-                counts = shares_of(call.parts, call.last_pages, num_read)
-            else:
-                counts = (num_read,)
-            for part, count in zip(call.parts, counts, strict=True):
-                yield call.slab, part, count
+        return zip(self._calls, self._reads.outcomes(), strict=True)
 
 
 def all_on_pages(parts: Sequence[Part], in_memory: bool) -> bool:

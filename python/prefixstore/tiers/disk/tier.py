@@ -296,7 +296,8 @@ class DiskTier(Tier):
 def _span(ref: SlotRef, out: memoryview, start: int) -> Span:
     """What `out` takes of a record from `start` on."""
     num_bytes = min(out.nbytes, max(ref.record_bytes - start, 0))
-    return Span(ref.slab, ref.offset + start, out.cast("B")[:num_bytes])
+    flat = out if _is_flat(out) else out.cast("B")
+    return Span(ref.slab, ref.offset + start, flat[:num_bytes])
 
 
 def _is_flat(record: memoryview) -> bool:

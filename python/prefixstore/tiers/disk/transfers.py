@@ -28,11 +28,13 @@ from prefixstore.tiers.base import PAGE_BYTES, page_aligned, round_up, too_late
 from prefixstore.tiers.disk.files import Slab, SlabFiles
 from prefixstore.tiers.disk.job_threads import JobBatch, JobThreads
 from prefixstore.tiers.disk.jobs import (
+    JOB_BYTES,
     Job,
     Part,
     Span,
     cut,
     pages_of,
+    share_bytes,
     share_of,
     shares_of,
     straight_buffers,
@@ -41,10 +43,6 @@ from prefixstore.tiers.disk.straight_reads import all_on_pages, plan_reads
 
 _WIPED_AT_ONCE = 1024
 _ZEROS = memoryview(bytes(PAGE_BYTES))
-# Few and large requests: with one megabyte each, writing was a tenth slower than with four. But
-# every thread is to have one. In pages this is as many buffers as a system call takes.
-JOB_BYTES = 4 << 20
-_LEAST_JOB_BYTES = 512 << 10
 
 
 _Transfer = Callable[[Job, list[Part]], list[int]]
@@ -82,8 +80,8 @@ class Transfers:
     ) -> list[int | TierError]:
         """Bytes read of each, fewer where its file is missing or ends; or why it was not read."""
         if deadline is None:
-            return self._sum(spans, self._run_straight(spans, None))
-        return self._sum(spans, self._run(spans, self._read_through, deadline))
+            return self._read_many(spans, None)
+        return _sum(len(spans), self._run(spans, self._read_through, deadline))
 
     def read_or_abandon_many(
         self, spans: Sequence[Span], deadline: float | None = None
@@ -92,16 +90,30 @@ class Transfers:
 
         Memory that was not yet being read into is let go of; a thread that hangs keeps its own.
         """
-        return self._sum(spans, self._run_straight(spans, deadline))
+        return self._read_many(spans, deadline)
 
-    def _sum(
-        self, spans: Sequence[Span], results: Iterable[tuple[Part, int | TierError]]
-    ) -> list[int | TierError]:
+    def _read_many(self, spans: Sequence[Span], deadline: float | None) -> list[int | TierError]:
+        """Read into the callers' memory, by the extension's calls where that can be done."""
+        reads = plan_reads(self._files, spans, self._num_threads)
+        if reads is None:
+            return _sum(len(spans), self._run(spans, self._read_straight, deadline))
+        is_one = deadline is None  # of the threads
+        self._threads.help(reads.batch, min(self._num_threads, len(reads)) - is_one)
         outcomes: list[int | TierError] = [0] * len(spans)
-        for part, result in results:
-            before = outcomes[part.number]
-            if isinstance(before, int):
-                outcomes[part.number] = before + result if isinstance(result, int) else result
+        again: list[tuple[Slab, Part]] = []
+        for call, num_read in reads.finish(deadline):
+            if num_read is None:
+                for part in call.parts:
+                    outcomes[part.number] = too_late(self._tier_name)
+            elif num_read < 0:
+                again += ((call.slab, part) for part in call.parts)
+            else:
+                for part, count in zip(call.parts, call.shares(num_read), strict=True):
+                    _add(outcomes, part.number, count)
+        if again:  # each on its own, and what is wrong with it is told
+            parts = [Span(slab, part.offset, part.data) for slab, part in again]
+            for part, result in self._run(parts, self._read_straight, deadline):
+                _add(outcomes, again[part.number][1].number, result)
         return outcomes
 
     def write_many(
@@ -175,33 +187,10 @@ class Transfers:
             batch.work()
         return self._wait(batch)
 
-    def _run_straight(
-        self, spans: Sequence[Span], deadline: float | None
-    ) -> Iterator[tuple[Part, int | TierError]]:
-        """Read into the callers' memory, by the extension's calls where that can be done."""
-        job_bytes = self._job_bytes(spans)
-        reads = plan_reads(self._files, spans, job_bytes)
-        if reads is None:
-            yield from self._run(spans, self._read_straight, deadline)
-            return
-        is_one = deadline is None  # of the threads
-        self._threads.help(reads.batch, min(self._num_threads, len(reads)) - is_one)
-        again: list[tuple[int, Span]] = []
-        for slab, part, num_read in reads.finish(deadline):
-            if num_read is None:
-                yield part, too_late(self._tier_name)
-            elif num_read < 0:
-                again.append((part.number, Span(slab, part.offset, part.data)))
-            else:
-                yield part, num_read
-        # each on its own, and what is wrong with it is told
-        for part, result in self._run([span for _, span in again], self._read_straight, deadline):
-            yield part._replace(number=again[part.number][0]), result
-
     def _batch(
         self, spans: Sequence[Span], transfer: _Transfer, deadline: float | None
     ) -> JobBatch:
-        jobs = list(cut(spans, self._job_bytes(spans)))
+        jobs = list(cut(spans, share_bytes(spans, self._num_threads)))
         return JobBatch(jobs, lambda job: self._do(job, transfer), deadline)
 
     def _wait(self, batch: JobBatch) -> Iterator[tuple[Part, int | TierError]]:
@@ -210,11 +199,6 @@ class Transfers:
         for job in batch.jobs:
             parts = job.parts
             yield from zip(parts, self._results(job), strict=True)
-
-    def _job_bytes(self, spans: Sequence[Span]) -> int:
-        total_bytes = sum(round_up(span.data.nbytes, PAGE_BYTES) for span in spans)
-        share = round_up(total_bytes // self._num_threads, PAGE_BYTES)
-        return min(max(share, _LEAST_JOB_BYTES), JOB_BYTES)
 
     def _do(self, job: Job, transfer: _Transfer) -> None:
         with job.lock:
@@ -302,3 +286,17 @@ def _attempt(job: Job, parts: list[Part], transfer: _Transfer) -> list[int | Tie
 
 def _as_array(data: memoryview) -> np.ndarray:
     return np.frombuffer(data, np.uint8)
+
+
+def _sum(num_spans: int, results: Iterable[tuple[Part, int | TierError]]) -> list[int | TierError]:
+    """Bytes of each span, or why one of its parts was not read."""
+    outcomes: list[int | TierError] = [0] * num_spans
+    for part, result in results:
+        _add(outcomes, part.number, result)
+    return outcomes
+
+
+def _add(outcomes: list[int | TierError], number: int, result: int | TierError) -> None:
+    before = outcomes[number]
+    if isinstance(before, int):
+        outcomes[number] = before + result if isinstance(result, int) else result
