@@ -35,7 +35,6 @@ try:
 except ImportError:
     _kvkernels = None
 
-
 # Out of the page cache a call is a copy, and many of them are shared more evenly among threads.
 _COPIED_AT_ONCE = 1 << 20
 _preadv_address = 0  # of what is called in place of the system's preadv, by tests

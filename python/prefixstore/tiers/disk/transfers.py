@@ -6,7 +6,8 @@
 
 A direct transfer needs whole pages in file and memory. What is page-aligned goes straight from or
 into the caller's memory, but for the last, partial page of each record, which goes through a page
-of the thread's own. All else is copied through the thread's buffer.
+of its own. All else is copied through the thread's buffer. Where all of a call's reads go straight,
+the extension makes them: see straight_reads.py.
 
 A read that hangs in the kernel cannot be called off. So where there is a deadline all is read into
 the threads' own buffers and copied while the caller still waits: after the deadline nothing writes
@@ -43,7 +44,6 @@ from prefixstore.tiers.disk.straight_reads import all_on_pages, plan_reads
 
 _WIPED_AT_ONCE = 1024
 _ZEROS = memoryview(bytes(PAGE_BYTES))
-
 
 _Transfer = Callable[[Job, list[Part]], list[int]]
 
