@@ -247,7 +247,17 @@ def test_who_reads_without_a_deadline_is_one_of_the_threads(
     tier.close()
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT interrupts, also where whoever started the tests ignores it, as a shell does for what
+    it runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @either_way
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_reader_waits_for_the_other_threads(tmp_path, monkeypatch, by_extension):
     tier = open_tier(tmp_path, num_threads=2, capacity_bytes=4 * JOB_BYTES)
     names = make_names(2)
@@ -276,6 +286,7 @@ def test_an_interrupted_reader_waits_for_the_other_threads(tmp_path, monkeypatch
     tier.close()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_reader_with_a_deadline_begins_no_more(tmp_path, monkeypatch):
     tier = open_tier(tmp_path, num_threads=1, capacity_bytes=4 * JOB_BYTES)
     names = make_names(2)
