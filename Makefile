@@ -40,12 +40,13 @@ SANITIZERS ?= address,undefined thread
 # compile; lines and names are enough for a report.
 SANITIZED_FLAGS := -O1 -g1
 
-cpp-test: $(VENV)/.base  ## the C++ tests under sanitizers of memory, of undefined behaviour, of threads
+cpp-test: $(VENV)/.native  ## the C++ tests under sanitizers of memory, of undefined behaviour, of threads
 	set -e; for sanitizers in $(SANITIZERS); do \
 	  build=build/cpp-test-$$sanitizers; \
 	  $(BIN)/cmake -S . -B $$build -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="$(SANITIZED_FLAGS)" \
-	    -DKVKERNELS_TESTS=ON -DKVKERNELS_SANITIZE=$$sanitizers; \
+	    -DKVKERNELS_TESTS=ON -DKVKERNELS_SANITIZE=$$sanitizers \
+	    -DKVKERNELS_PLAIN_LIBRARY="$$(ls $(CURDIR)/build/cmake-*/libkvkernels_core.a | head -n 1)"; \
 	  $(BIN)/cmake --build $$build; \
 	  $(BIN)/ctest --test-dir $$build --output-on-failure --parallel 2; \
 	done
