@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <string>
+#include <vector>
 
 namespace kvkernels::bindings {
 
@@ -27,6 +28,36 @@ class Bytes {
 
  private:
   Py_buffer view_;
+};
+
+// Buffers that cannot be freed or resized while this holds them. Only to be released with the
+// interpreter's lock held.
+class HeldBuffers {
+ public:
+  HeldBuffers() = default;
+  ~HeldBuffers() { release(); }
+  HeldBuffers(HeldBuffers&& other) noexcept { buffers_.swap(other.buffers_); }
+  HeldBuffers(const HeldBuffers&) = delete;
+  HeldBuffers& operator=(const HeldBuffers&) = delete;
+
+  const Py_buffer& add(pybind11::handle object, int flags) {
+    Py_buffer buffer;
+    if (PyObject_GetBuffer(object.ptr(), &buffer, flags) != 0) {
+      throw pybind11::error_already_set();
+    }
+    return buffers_.emplace_back(buffer);
+  }
+
+  void release() {
+    for (Py_buffer& buffer : buffers_) PyBuffer_Release(&buffer);
+    buffers_.clear();
+  }
+
+  std::size_t size() const { return buffers_.size(); }
+  const Py_buffer& operator[](std::size_t number) const { return buffers_[number]; }
+
+ private:
+  std::vector<Py_buffer> buffers_;
 };
 
 }  // namespace kvkernels::bindings

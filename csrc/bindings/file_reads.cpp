@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "bindings/bytes.h"
 #include "kvkernels/file_reads.h"
 
 namespace kvkernels::bindings {
@@ -16,35 +17,6 @@ namespace {
 
 namespace py = pybind11;
 using namespace std::chrono_literals;
-
-// Buffers that cannot be freed or resized while this holds them.
-class HeldBuffers {
- public:
-  HeldBuffers() = default;
-  ~HeldBuffers() { release(); }
-  HeldBuffers(HeldBuffers&& other) noexcept : buffers_(std::move(other.buffers_)) {
-    other.buffers_.clear();
-  }
-  HeldBuffers(const HeldBuffers&) = delete;
-  HeldBuffers& operator=(const HeldBuffers&) = delete;
-
-  iovec add(py::handle object) {
-    Py_buffer buffer;
-    if (PyObject_GetBuffer(object.ptr(), &buffer, PyBUF_WRITABLE) != 0) {
-      throw py::error_already_set();
-    }
-    buffers_.push_back(buffer);
-    return {buffer.buf, static_cast<std::size_t>(buffer.len)};
-  }
-
-  void release() {
-    for (Py_buffer& buffer : buffers_) PyBuffer_Release(&buffer);
-    buffers_.clear();
-  }
-
- private:
-  std::vector<Py_buffer> buffers_;
-};
 
 // Reads of (fd, offset, buffers, multiple); `files` is kept while they last, and has the
 // descriptors. `preadv` is the address of what is called in place of the system's, unless it is 0.
@@ -61,8 +33,8 @@ class Reads {
       read.fd = fields[0].cast<int>();
       read.offset = fields[1].cast<int64_t>();
       for (const py::handle buffer : fields[2]) {
-        const iovec into = held.add(buffer);
-        if (into.iov_len != 0) read.into.push_back(into);
+        const Py_buffer& view = held.add(buffer, PyBUF_WRITABLE);
+        if (view.len != 0) read.into.push_back({view.buf, static_cast<std::size_t>(view.len)});
       }
       read.multiple = fields[3].cast<int64_t>();
     }

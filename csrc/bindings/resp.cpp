@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "bindings/bytes.h"
 #include "kvkernels/resp.h"
 
 namespace kvkernels::bindings {
@@ -20,23 +21,9 @@ namespace py = pybind11;
 
 constexpr Py_ssize_t kSmallBytes = 4 << 10;  // copied: a piece of its own would cost more
 
-// What a command keeps until it is sent and answered. Only to be released with the interpreter's
-// lock held.
+// What a command keeps until it is sent and answered.
 struct Held {
-  Held() = default;
-  ~Held() {
-    for (Py_buffer& buffer : buffers) PyBuffer_Release(&buffer);
-  }
-  Held(const Held&) = delete;
-  Held& operator=(const Held&) = delete;
-
-  const Py_buffer& add(py::handle object, int flags) {
-    Py_buffer buffer;
-    if (PyObject_GetBuffer(object.ptr(), &buffer, flags) != 0) throw py::error_already_set();
-    return buffers.emplace_back(buffer);
-  }
-
-  std::vector<Py_buffer> buffers;
+  HeldBuffers buffers;
   py::object ticket;
 };
 
@@ -63,7 +50,8 @@ std::vector<RespRequest::Piece> encode(const py::sequence& words, Held& held) {
     } else {
       const std::size_t first = held.buffers.size();
       Py_ssize_t size = 0;
-      for (const py::handle part : word.cast<py::tuple>()) size += held.add(part, PyBUF_SIMPLE).len;
+      for (const py::handle part : word.cast<py::tuple>())
+        size += held.buffers.add(part, PyBUF_SIMPLE).len;
       text() += "$" + std::to_string(size) + "\r\n";
       for (std::size_t i = first; i < held.buffers.size(); ++i) {
         const Py_buffer& buffer = held.buffers[i];
@@ -88,7 +76,7 @@ RespCommand make_command(const py::object& into, int64_t num_bytes, std::shared_
   command.fills_into = !into.is_none();
   if (command.fills_into) {
     for (const py::handle part : into.cast<py::sequence>()) {
-      const Py_buffer& buffer = held->add(part, PyBUF_WRITABLE);
+      const Py_buffer& buffer = held->buffers.add(part, PyBUF_WRITABLE);
       if (buffer.len == 0) continue;
       command.into.push_back({buffer.buf, static_cast<std::size_t>(buffer.len)});
     }

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from sample_blocks import make_payload, make_record
 
 from prefixstore.block_key import BlockHash, RecordName
@@ -89,6 +90,10 @@ _PREADV = ctypes.CFUNCTYPE(
 )
 
 
+_REPLACED: list = []  # called by threads that may outlive their tests
+either_way = pytest.mark.parametrize("by_extension", [True, False])
+
+
 def replace_preadv(
     monkeypatch, by_extension: bool, call: Callable[[Callable[[], int], int, int], int]
 ) -> None:
@@ -129,6 +134,3 @@ def replace_preadv(
     _REPLACED.append(replaced)
     address = ctypes.cast(replaced, ctypes.c_void_p).value
     monkeypatch.setattr(straight_reads, "_preadv_address", address)
-
-
-_REPLACED: list = []  # called by threads that may outlive their tests

@@ -9,10 +9,10 @@ import weakref
 from pathlib import Path
 
 import numpy as np
-import pytest
 from disk_tiers import (
     MIB,
     count_right,
+    either_way,
     get_all,
     make_bytes,
     make_names,
@@ -74,9 +74,6 @@ def hang_writing(monkeypatch, offset: int) -> Hanging:
         os, "pwritev", lambda fd, buffers, at: hanging(lambda: write(fd, buffers, at), at, 0)
     )
     return hanging
-
-
-either_way = pytest.mark.parametrize("by_extension", [True, False])
 
 
 @either_way

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from disk_tiers import (
     count_right,
+    either_way,
     get_all,
     make_bytes,
     make_names,
@@ -29,8 +30,6 @@ from prefixstore.tiers.disk.jobs import JOB_BYTES
 CAPACITY = 256 << 20
 # around a page, around a job, and of several jobs
 SIZES = [1, 4095, 4096, 4097, 70_000, JOB_BYTES, JOB_BYTES + 1, 3 * JOB_BYTES + 17]
-
-either_way = pytest.mark.parametrize("by_extension", [True, False])
 
 
 def aligned(num_bytes: int) -> np.ndarray:

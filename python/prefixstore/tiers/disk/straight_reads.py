@@ -1,8 +1,8 @@
 """Reads straight into the callers' memory whose system calls are the extension's.
 
-Its threads need the interpreter to begin and to end only, and nobody runs Python between one call
-and the next. Copying 16 MiB leaves nothing of that code in the processor's caches: out of the page
-cache the same calls made from Python took a tenth to a sixth more.
+The tier's threads need the interpreter to begin and to end only, and nobody runs Python between one
+call and the next. Copying leaves nothing of that code in the processor's caches: of 3.5 ms that 16
+MiB took out of the page cache, 0.4 passed between calls that were made from Python.
 
 Only what goes well is done here. Whatever cannot go this way, or fails, is left to be read in the
 general way, which tells what is wrong.
