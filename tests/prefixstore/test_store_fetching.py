@@ -6,12 +6,13 @@ import time
 import numpy as np
 import pytest
 from dict_tier import DictTier, fill
-from sample_blocks import LAYOUT, load_block, make_keys
+from sample_blocks import LAYOUT, load_block, make_keys, make_payload
 from stores import load, save, use_of
 
 from prefixstore.errors import TierTimeout, TierUnavailable
+from prefixstore.store.block_targets import HostBlocks
 from prefixstore.store.config import TierPolicy
-from prefixstore.store.in_flight import InFlight
+from prefixstore.store.in_flight import InFlight, SharedRecord
 from prefixstore.store.recent_names import RecentNames
 
 
@@ -76,8 +77,77 @@ def test_two_requests_fetch_a_record_once(make_store):
     gate.set()
     for thread in threads:
         thread.join(30)
-    assert found == {"first": ["slow"], "second": ["fast"]}
+    assert found == {"first": ["slow"], "second": ["slow"]}
     assert slow.calls.count("get") == 1
+    use = use_of(store, "slow")
+    assert (use.num_hits, use.read_bytes) == (2, LAYOUT.record_bytes)
+
+
+@pytest.fixture
+def held_up():
+    """A fast tier whose writer waits at a gate, which is open once the test is over."""
+    gate = threading.Event()
+
+    def fail(call: str) -> None:
+        assert call != "put" or gate.wait(30)
+
+    yield DictTier("fast", fail), gate
+    gate.set()
+
+
+def test_no_request_waits_while_what_another_fetched_is_written(make_store, held_up):
+    (fast, gate), slow = held_up, DictTier("slow")
+    told = []
+    store = make_store(fast, slow)
+    store.observe_loads(lambda name, num_records, *_: told.append((name, num_records)))
+    keys = make_keys(3)
+    fill(slow, keys)
+    assert load(store, keys[0]) == "slow"  # its writer is at the gate from here on
+    outs = [bytearray(LAYOUT.block_bytes) for _ in keys]
+    for _ in range(2):
+        assert store.load_many(keys, HostBlocks(outs)) == ["slow"] * 3
+        assert [bytes(out) for out in outs] == [make_payload(key).tobytes() for key in keys]
+    assert slow.calls.count("get") == 3
+    assert store.stats().num_coalesced == 4
+    use = use_of(store, "slow")
+    assert (use.num_hits, use.read_bytes) == (7, 3 * LAYOUT.record_bytes)
+    asked = [one for one in told if one[0] == "slow"]
+    assert asked == [("slow", 1), ("slow", 2)]  # the tier was not asked for what was shared
+    gate.set()
+    assert store.flush(30)
+    assert [load(store, key) for key in keys] == ["fast"] * 3
+    assert use_of(store, "fast").num_present == 0  # nothing went up twice
+
+
+def test_who_is_given_what_another_fetched_verifies_it_too(make_store, held_up):
+    read = []
+
+    class Lending(DictTier):
+        def get_many(self, names, outs, *, offsets=None, deadline=None):
+            read.extend(outs)
+            return super().get_many(names, outs, offsets=offsets, deadline=deadline)
+
+    (fast, _), slow = held_up, Lending("slow")
+    store = make_store(fast, slow)
+    (key,) = make_keys(1)
+    fill(slow, [key])
+    assert load(store, key) == "slow"
+    read[0][LAYOUT.header_bytes + 5] ^= 1
+    assert load(store, key) is None
+    use = use_of(store, "slow")
+    assert (use.num_hits, use.num_corrupted) == (1, 1)
+
+
+def test_a_load_that_is_stopped_takes_no_more_of_what_another_fetched(make_store, held_up):
+    (fast, _), slow = held_up, DictTier("slow")
+    store = make_store(fast, slow)
+    keys = make_keys(2)
+    fill(slow, keys)
+    assert load(store, keys[0]) == "slow"
+    outs = [bytearray(LAYOUT.block_bytes) for _ in keys]
+    found = store.load_many(keys, HostBlocks(outs), progress=lambda loaded: False)
+    assert found == [None, "slow"]
+    assert store.stats().num_misses == 0
 
 
 def test_who_waits_for_a_fetch_that_fails_tries_for_itself(make_store):
@@ -162,8 +232,16 @@ def test_a_claim_has_one_holder_and_wakes_all_who_wait():
     in_flight = InFlight()
     assert in_flight.claim(names[:2]) == [True, True]
     assert in_flight.claim(names) == [False, False, True]
-    assert not in_flight.wait(names, time.monotonic() + 0.01)
-    in_flight.release(names[:2])
+    started = time.monotonic()
+    assert in_flight.wait(names, started + 0.01) == [None] * 3
+    assert time.monotonic() >= started + 0.01
+    shared = SharedRecord(1, np.zeros(3, np.uint8))
+    in_flight.share(names[0], shared)
+    in_flight.release(names[1:2])
     in_flight.releaser(names[2])()
-    assert in_flight.wait(names, time.monotonic())
+    assert in_flight.wait(names, started + 60) == [shared, None, None]
+    assert time.monotonic() < started + 30
+    assert in_flight.claim(names) == [False, True, True]
+    in_flight.release(names)
+    assert in_flight.wait(names, started + 60) == [None] * 3
     assert in_flight.claim(names) == [True] * 3

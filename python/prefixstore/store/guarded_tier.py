@@ -90,7 +90,7 @@ class GuardedTier:
             row[:outcome] if isinstance(outcome, int) else outcome
             for row, outcome in zip(rows, outcomes, strict=True)
         ]
-        return self._verified(keys, records)
+        return self.verified(keys, records)
 
     def fetch_parts(
         self,
@@ -131,7 +131,34 @@ class GuardedTier:
         with ExitStack() as lent:
             names = [key.name for key in keys]
             records = self._attempt(lambda: lent.enter_context(self._tier.lend_many(names)))
-            yield self._verified(keys, records or [None] * len(keys))
+            yield self.verified(keys, records or [None] * len(keys))
+
+    def verified(
+        self, keys: Sequence[BlockKey], records: Sequence[np.ndarray | TierError | None]
+    ) -> list[Found | None]:
+        """Records of this tier whose headers are right; the others are counted misses.
+
+        Args:
+            keys: What they must agree with.
+            records: What the tier gave for each.
+        """
+        there = [i for i, record in enumerate(records) if isinstance(record, np.ndarray)]
+        whole = [record for record in records if isinstance(record, np.ndarray)]
+        found: list[Found | None] = [None] * len(keys)
+        wrong = {i: one for i, one in enumerate(records) if isinstance(one, BlockCorrupted)}
+        for i, record, header in zip(
+            there, whole, check_headers(whole, [keys[i] for i in there]), strict=True
+        ):
+            if isinstance(header, BlockCorrupted):
+                wrong[i] = header
+            else:
+                found[i] = header, record
+        for i, error in wrong.items():
+            self.reject(keys[i], str(error))
+        num_misses = found.count(None) - len(wrong)
+        if num_misses:
+            self._counts.add(num_misses=num_misses)
+        return found
 
     def accept(self, num_records: int, num_bytes: int) -> None:
         """So many records, of so many bytes in all, were right."""
@@ -300,28 +327,6 @@ class GuardedTier:
         if full or written:
             self._set_full(full[-1] if full else None)
         return outcomes
-
-    def _verified(
-        self, keys: Sequence[BlockKey], records: Sequence[np.ndarray | TierError | None]
-    ) -> list[Found | None]:
-        """Records whose headers are right; the others are misses, which are counted."""
-        there = [i for i, record in enumerate(records) if isinstance(record, np.ndarray)]
-        whole = [record for record in records if isinstance(record, np.ndarray)]
-        found: list[Found | None] = [None] * len(keys)
-        wrong = {i: one for i, one in enumerate(records) if isinstance(one, BlockCorrupted)}
-        for i, record, header in zip(
-            there, whole, check_headers(whole, [keys[i] for i in there]), strict=True
-        ):
-            if isinstance(header, BlockCorrupted):
-                wrong[i] = header
-            else:
-                found[i] = header, record
-        for i, error in wrong.items():
-            self.reject(keys[i], str(error))
-        num_misses = found.count(None) - len(wrong)
-        if num_misses:
-            self._counts.add(num_misses=num_misses)
-        return found
 
     def _attempt(self, call: Callable[[], T]) -> T | None:
         """The call's answer; None if the tier is down or failed."""

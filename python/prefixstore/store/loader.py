@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+
+import numpy as np
 
 from prefixstore.block_key import BlockKey
 from prefixstore.store.block_sources import WrittenRecord
@@ -17,7 +20,7 @@ from prefixstore.store.block_writer import BlockWriter
 from prefixstore.store.config import StoreConfig, TierPolicy
 from prefixstore.store.fetcher import Fetcher, Slabs, record_room
 from prefixstore.store.guarded_tier import Found, GuardedTier
-from prefixstore.store.in_flight import InFlight
+from prefixstore.store.in_flight import InFlight, SharedRecord
 from prefixstore.store.layer_reader import LayerReader
 from prefixstore.store.load import Load, LoadProgress
 from prefixstore.store.recent_names import RecentNames
@@ -79,13 +82,11 @@ class Loader:
             is_barred = self._quarantined.contains_many([key.name for key in keys])
             self._load(load, [i for i, barred in enumerate(is_barred) if not barred])
             if load.elsewhere and not load.is_stopped:
-                # Once the other threads are done, the fastest tier has what they found.
                 waited = sorted(load.elsewhere)
-                self._counts.add(num_coalesced=len(waited))
-                self._in_flight.wait([keys[i].name for i in waited], load.deadline)
+                self._take_shared(load, waited)
                 load.elsewhere.clear()
                 load.coalesces = False
-                self._load(load, waited)
+                self._load(load, waited)  # what was not shared
         finally:
             self._promote(load)
         num_misses = 0 if load.is_stopped else load.found.count(None)
@@ -236,20 +237,40 @@ class Loader:
         problems: Sequence[str | None],
     ) -> None:
         """Payloads of a tier's records were verified."""
-        tier, work = self._tiers[number], load.work[number]
+        tier = self._tiers[number]
         right = []
         for record, problem in zip(records, problems, strict=True):
             if problem is None:
                 right.append(record)
             else:
                 tier.reject(record.key, problem)
-        num_bytes = sum(record.data.nbytes for record in right)
+        # What another thread fetched was read once, and is on its way to faster tiers.
+        own = [record for record in right if record.index not in load.elsewhere]
+        num_bytes = sum(record.data.nbytes for record in own)
         tier.accept(len(right), num_bytes)
-        work.num_records += len(right)
-        work.num_bytes += num_bytes
+        if own:
+            load.work[number].num_records += len(own)
+            load.work[number].num_bytes += num_bytes
+        for record in own:
+            self._hand_up(load, number, record)
         for record in right:
             load.found[record.index] = tier.name
-            self._used(load, number, record)
+            self._reused(record.key, number)
+
+    def _take_shared(self, load: Load, indices: Sequence[int]) -> None:
+        """Wait for other threads' records, and restore those that they found."""
+        self._counts.add(num_coalesced=len(indices))
+        shared = self._in_flight.wait([load.keys[i].name for i in indices], load.deadline)
+        of_tier: defaultdict[int, dict[int, np.ndarray]] = defaultdict(dict)
+        for i, record in zip(indices, shared, strict=True):
+            if record is not None:
+                of_tier[record.number][i] = record.data
+        for number, data in of_tier.items():
+            keys = [load.keys[i] for i in data]  # which may expect something else of the records
+            found = self._tiers[number].verified(keys, [*data.values()])
+            self._start(load, number, [*data], found)()
+            if not load.goes_on_after([*data]):
+                return
 
     def _claim(self, load: Load, indices: Sequence[int]) -> list[int]:
         """Those that no other thread is fetching; they are this one's now."""
@@ -260,18 +281,19 @@ class Loader:
         load.claimed.update(mine)
         return mine
 
-    def _used(self, load: Load, number: int, record: FetchedRecord) -> None:
-        """A record was right: which other tiers are to have it?"""
+    def _hand_up(self, load: Load, number: int, record: FetchedRecord) -> None:
+        """A record was right: faster tiers are to have it, and meanwhile whoever waits for it."""
         tiers = tuple(i for i in self._promoted_into if i < number)
-        if tiers:
-            name = record.key.name
-            source = WrittenRecord(record.data)  # no copy: the slab is not used again
-            arrived = noop
-            if record.index in load.claimed:
-                load.claimed.discard(record.index)
-                arrived = self._in_flight.releaser(name)
-            load.promotions.append(WriteJob(record.key, source, tiers, arrived=arrived))
-        self._reused(record.key, number)
+        if not tiers:
+            return
+        name = record.key.name
+        source = WrittenRecord(record.data)  # no copy: the slab is not used again
+        arrived = noop
+        if record.index in load.claimed:
+            load.claimed.discard(record.index)
+            self._in_flight.share(name, SharedRecord(number, record.data))
+            arrived = self._in_flight.releaser(name)
+        load.promotions.append(WriteJob(record.key, source, tiers, arrived=arrived))
 
     def _promote(self, load: Load) -> None:
         """Hand records on to faster tiers; claims end where the records arrive."""

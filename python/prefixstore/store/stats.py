@@ -24,7 +24,7 @@ class TierUse:
         num_present: Records that were to be written and were there already.
         num_dropped: Records that were not written: the tier's queue was full, it was down, or no
             faster tier had them any more.
-        read_bytes: Bytes of the records that were hits.
+        read_bytes: Bytes of the records that were hits, once where two loads shared one.
         written_bytes: Bytes of the records that were put.
         is_down: Left alone just now.
     """
@@ -56,7 +56,7 @@ class StoreStats:
         num_saved: Blocks taken for writing.
         num_dropped: Blocks not written because the queue was full or closed.
         num_promotions_dropped: Records not moved up for the same reason.
-        num_coalesced: Blocks that another thread was fetching, and that were waited for.
+        num_coalesced: Blocks that another thread was fetching or had fetched just then.
         queue_entries: Blocks that wait for the writer now.
         queue_bytes: Their bytes.
     """
