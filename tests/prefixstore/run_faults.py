@@ -31,7 +31,7 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory(prefix="kvf") as directory:
             try:
-                result = play(scenario, Path(directory) / "d", arguments.seconds)
+                result = play(scenario, Path(directory) / "d", arguments.seconds, grace_s=0)
             except Unavailable as error:
                 print(f"{name}: not played: {error}", flush=True)
                 results[name] = str(error)

@@ -45,8 +45,8 @@ class StoreConfig:
         queue_bytes: Blocks that may wait to be written, in bytes; and, for each tier behind the
             first, records that no faster tier keeps meanwhile.
         queue_entries: Blocks that may wait to be written; for each tier as well.
-        load_timeout_s: How long a request waits for its tiers in all. What is not there by then is
-            a miss.
+        load_timeout_s: How long a request waits for its tiers in all. They have 95 % of it: what
+            came by then is restored in the rest, what did not is a miss.
         write_timeout_s: How long one write into a tier may take before it counts as failed.
         close_timeout_s: How long `close` waits for what is queued before it drops the rest.
         policies: By tier name; a tier not named has the default policy.
