@@ -205,14 +205,20 @@ class BulkWrites(Bulk[bool]):
 
     def commands(self, keys: Mapping[int, bytes]) -> list[BatchCommand]:
         self._keys.update(keys)
-        records, options, pack = self._records, self._options, MANIFEST.pack
+        records, options = self._records, self._options
         write_ids = secrets.token_bytes(WRITE_ID_BYTES * len(records))
+        starts: dict[int, bytes] = {}  # of manifests, by the record's length
         writes: list[BatchCommand] = []
         for i, key in keys.items():
-            num_bytes = len(records[i])
-            write_id = write_ids[i * WRITE_ID_BYTES : (i + 1) * WRITE_ID_BYTES]
-            head = pack(MAGIC, 1, num_bytes, num_bytes or 1, write_id)
-            writes.append(((b"SET", key, (head, records[i]), *options), None, num_bytes))
+            record = records[i]
+            num_bytes = len(record)
+            start = starts.get(num_bytes)
+            if start is None:
+                start = starts[num_bytes] = MANIFEST.pack(
+                    MAGIC, 1, num_bytes, num_bytes or 1, bytes(WRITE_ID_BYTES)
+                )[:-WRITE_ID_BYTES]
+            head = start + write_ids[i * WRITE_ID_BYTES : (i + 1) * WRITE_ID_BYTES]
+            writes.append(((b"SET", key, (head, record), *options), None, num_bytes))
         return writes
 
     def settle(self, indices: Iterable[int], replies: Sequence[BatchReply]) -> list[Settled[bool]]:

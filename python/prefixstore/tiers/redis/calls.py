@@ -28,6 +28,7 @@ Generations: TypeAlias = "dict[bytes, bytes | TierError | None]"  # by identity
 # Before another try: a failover takes seconds and is not waited for, a moved slot is found at once.
 _PAUSES_S = (0.0, 0.02, 0.05)
 _MAX_REMEMBERED = 10_000  # identities
+_ERRORS = (ErrorReply, TierError)
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,7 @@ class Caller:
                 found.generations[identity] = generation
         own = replies[num_identities : num_identities + len(found.keys)]
         for i, reply, settled in zip(found.keys, own, bulk.settle(found.keys, own), strict=True):
-            is_error = isinstance(reply, ErrorReply | TierError)
-            outcome = self._meaning(reply) if is_error else settled
+            outcome = self._meaning(reply) if isinstance(reply, _ERRORS) else settled
             if not isinstance(outcome, Unsettled):
                 found.outcomes[i] = outcome
 

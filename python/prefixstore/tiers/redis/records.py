@@ -64,14 +64,14 @@ class Keys:
         self, names: Iterable[tuple[int, RecordName]], generations: Mapping[bytes, bytes]
     ) -> dict[int, bytes]:
         """Those of numbered records by number, where their identity's generation is given."""
-        stems = {
-            identity: _stem(self.prefix, identity, generation)
+        starts = {
+            identity: _stem(self.prefix, identity, generation) + b":{"
             for identity, generation in generations.items()
         }
         return {
-            number: b"%b:{%b}" % (stems[identity], hexlify(block_hash))
+            number: starts[identity] + hexlify(block_hash) + b"}"
             for number, (identity, block_hash) in names
-            if identity in stems
+            if identity in starts
         }
 
 

@@ -83,7 +83,7 @@ class RedisTier(Tier):
         offsets: Sequence[int] | None = None,
         deadline: float | None = None,
     ) -> list[ReadOutcome]:
-        views = [memoryview(out).cast("B") for out in outs]
+        views = _as_bytes(outs)
         due: set[bytes] = set()  # of a record that is asked for twice, both times
         now = time.monotonic()
 
@@ -113,7 +113,7 @@ class RedisTier(Tier):
         deadline: float | None = None,
     ) -> list[TierError | None]:
         check_priority(priority)
-        views = [memoryview(record).cast("B") for record in records]
+        views = _as_bytes(records)
         keys: dict[int, bytes] = {}
 
         def start(i: int, key: bytes, generation: bytes) -> Operation[bool]:
@@ -126,9 +126,9 @@ class RedisTier(Tier):
         call: Call[bool] = Call(names, start, absent=deleted, begins=True, bulk=bulk)
         outcomes = self._caller.run(call, self._deadline(deadline))
         written = [i for i, outcome in enumerate(outcomes) if outcome is True]
-        written_bytes = sum(len(views[i]) for i in written)
+        written_bytes = sum([len(views[i]) for i in written])
         self._counters.add(num_puts=len(written), written_bytes=written_bytes)
-        self._written.extend(keys[i] for i in written)
+        self._written.extend([keys[i] for i in written])
         raise_if_all(outcomes, TierUnavailable, TierTimeout)
         return [outcome if isinstance(outcome, TierError) else None for outcome in outcomes]
 
@@ -262,3 +262,16 @@ class RedisTier(Tier):
 
     def _deadline(self, deadline: float | None) -> float:
         return time.monotonic() + self._config.timeout_s if deadline is None else deadline
+
+
+def _as_bytes(buffers: Sequence[memoryview]) -> list[memoryview]:
+    """The same memory, a byte at a time; most lie like that."""
+    return [
+        buffer
+        if type(buffer) is memoryview
+        and buffer.format == "B"
+        and buffer.ndim == 1
+        and buffer.contiguous
+        else memoryview(buffer).cast("B")
+        for buffer in buffers
+    ]
