@@ -9,17 +9,22 @@ from disk_tiers import open_tier
 from test_disk_transfers import get_all, make_bytes, make_names
 
 from prefixstore.errors import TierFull, TierTimeout
-from prefixstore.tiers.disk import DiskTier
+from prefixstore.tiers.disk import DiskTier, writer
 from prefixstore.tiers.disk.index import SlotIndex
 from prefixstore.tiers.disk.transfers import Transfers
 
 MIB = 1 << 20
-NUM_RECORDS = 10  # two to a portion of 4 MiB
+NUM_RECORDS = 10  # two to a small portion
 
 
 @pytest.fixture
 def records() -> list[np.ndarray]:
     return [make_bytes(2 * MIB - 704, number) for number in range(NUM_RECORDS)]
+
+
+@pytest.fixture
+def small_portions(monkeypatch) -> None:
+    monkeypatch.setattr(writer, "_PORTION_BYTES", 4 * MIB)
 
 
 @pytest.fixture
@@ -38,7 +43,7 @@ def num_kept(tier: DiskTier, names, records) -> int:
 
 @pytest.mark.parametrize(
     ("num_bytes", "num_records", "num_portions"),
-    [(2 * MIB - 704, 10, 5), (MIB, 9, 3), (64 * 1024, 256, 2), (64 * 1024, 257, 3)],
+    [(2 * MIB - 704, 10, 2), (MIB, 16, 1), (MIB, 17, 2), (64 * 1024, 256, 2), (64 * 1024, 257, 3)],
 )
 def test_a_large_batch_takes_two_transactions_a_portion(
     tier, num_bytes, num_records, num_portions
@@ -52,6 +57,7 @@ def test_a_large_batch_takes_two_transactions_a_portion(
     assert num_kept(tier, names, records) == num_records
 
 
+@pytest.mark.usefixtures("small_portions")
 def test_the_next_portion_is_allocated_while_one_is_written(tier, records, monkeypatch) -> None:
     order: list[str] = []
 
@@ -70,6 +76,7 @@ def test_the_next_portion_is_allocated_while_one_is_written(tier, records, monke
     assert order == ["allocate"] * 3 + ["end", "allocate"] * 2 + ["end"] * 3
 
 
+@pytest.mark.usefixtures("small_portions")
 @pytest.mark.parametrize("error", [TierFull("no room"), TierTimeout("too late")])
 def test_portions_before_one_that_fails_are_kept(tier, records, monkeypatch, error) -> None:
     names = make_names(NUM_RECORDS)
@@ -96,6 +103,7 @@ def test_portions_before_one_that_fails_are_kept(tier, records, monkeypatch, err
     assert num_kept(tier, names, records) == NUM_RECORDS
 
 
+@pytest.mark.usefixtures("small_portions")
 def test_what_another_published_meanwhile_stands(tmp_path, records) -> None:
     """Both have it then, and neither its slot twice."""
     names = make_names(NUM_RECORDS)
@@ -121,6 +129,7 @@ def test_what_another_published_meanwhile_stands(tmp_path, records) -> None:
         tier.close()
 
 
+@pytest.mark.usefixtures("small_portions")
 def test_all_portions_are_waited_for_where_publishing_fails(tier, records, monkeypatch) -> None:
     """Nobody reads the caller's memory afterwards."""
     ended: list[int] = []
