@@ -10,6 +10,7 @@ from sample_blocks import LAYOUT, load_block, make_keys, make_payload
 from stores import load, save, use_of
 
 from prefixstore.errors import TierTimeout, TierUnavailable
+from prefixstore.store import loader
 from prefixstore.store.block_targets import HostBlocks
 from prefixstore.store.config import TierPolicy
 from prefixstore.store.in_flight import InFlight, SharedRecord
@@ -138,15 +139,21 @@ def test_who_is_given_what_another_fetched_verifies_it_too(make_store, held_up):
     assert (use.num_hits, use.num_corrupted) == (1, 1)
 
 
-def test_a_load_that_is_stopped_takes_no_more_of_what_another_fetched(make_store, held_up):
+@pytest.mark.parametrize(
+    ("num_own", "found"), [(2, [None] * 2 + ["slow"] * 2), (0, ["slow", None])]
+)
+def test_a_load_that_is_stopped_takes_no_more_of_what_another_fetched(
+    make_store, held_up, monkeypatch, num_own, found
+):
+    """Neither after what it fetched itself, nor after the first that the other one did."""
+    monkeypatch.setattr(loader, "LENT_BATCH_BYTES", LAYOUT.record_bytes)
     (fast, _), slow = held_up, DictTier("slow")
     store = make_store(fast, slow)
-    keys = make_keys(2)
+    keys = make_keys(2 + num_own)
     fill(slow, keys)
-    assert load(store, keys[0]) == "slow"
+    assert [load(store, key) for key in keys[:2]] == ["slow"] * 2
     outs = [bytearray(LAYOUT.block_bytes) for _ in keys]
-    found = store.load_many(keys, HostBlocks(outs), progress=lambda loaded: False)
-    assert found == [None, "slow"]
+    assert store.load_many(keys, HostBlocks(outs), progress=lambda loaded: False) == found
     assert store.stats().num_misses == 0
 
 

@@ -266,11 +266,12 @@ class Loader:
             if record is not None:
                 of_tier[record.number][i] = record.data
         for number, data in of_tier.items():
-            keys = [load.keys[i] for i in data]  # which may expect something else of the records
-            found = self._tiers[number].verified(keys, [*data.values()])
-            self._start(load, number, [*data], found)()
-            if not load.goes_on_after([*data]):
-                return
+            for batch in _batches(load.keys, [*data], _record_bytes, LENT_BATCH_BYTES):
+                keys = [load.keys[i] for i in batch]  # which may expect something else of them
+                found = self._tiers[number].verified(keys, [data[i] for i in batch])
+                self._start(load, number, batch, found)()
+                if not load.goes_on_after(batch):
+                    return
 
     def _claim(self, load: Load, indices: Sequence[int]) -> list[int]:
         """Those that no other thread is fetching; they are this one's now."""

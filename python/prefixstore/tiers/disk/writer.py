@@ -30,8 +30,8 @@ from prefixstore.tiers.outcomes import SharedCounters
 logger = logging.getLogger(__name__)
 
 # Of records that share two transactions. Others are transferred beside these where there is more to
-# write; but a transaction takes a millisecond's fourth of a processor that copies and system calls
-# want as well: on two cores 16 MiB went a tenth faster in one portion than in four. Of small
+# write; but a transaction takes a quarter of a millisecond of a processor that copies and system
+# calls want as well: on two cores 16 MiB went a tenth faster in one portion than in four. Of small
 # records the index takes as long for each as of large ones, and is what others wait for.
 _PORTION_BYTES = 16 << 20
 _SMALL_PORTION_BYTES = 8 << 20

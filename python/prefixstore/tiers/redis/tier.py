@@ -268,7 +268,7 @@ def _as_bytes(buffers: Sequence[memoryview]) -> list[memoryview]:
     """The same memory, a byte at a time; most lie like that."""
     return [
         buffer
-        if type(buffer) is memoryview
+        if isinstance(buffer, memoryview)
         and buffer.format == "B"
         and buffer.ndim == 1
         and buffer.contiguous
