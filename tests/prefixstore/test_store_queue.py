@@ -216,7 +216,7 @@ def test_records_that_are_gone_when_their_turn_comes_are_counted(make_store):
     gate = Gate("put")
     fast, slow = DictTier("fast"), DictTier("slow", gate)
     store = make_store(fast, slow)
-    keys = make_keys(300)  # more than one batch
+    keys = make_keys(800)  # more than both threads of the writer take before they wait at the gate
     save_all = [store.save(key, HostBlock(make_payload(key))) for key in keys]
     assert all(save_all) and store.wait_blocks(30)
     fast.records.clear()
@@ -224,7 +224,7 @@ def test_records_that_are_gone_when_their_turn_comes_are_counted(make_store):
     assert store.flush(30)
     use = use_of(store, "slow")
     assert use.num_dropped > 0
-    assert use.num_written + use.num_dropped == 300
+    assert use.num_written + use.num_dropped == 800
 
 
 def test_close_writes_what_is_queued(tmp_path):
