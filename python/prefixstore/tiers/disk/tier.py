@@ -29,6 +29,7 @@ from prefixstore.tiers.base import (
     Tier,
     TierStats,
     check_priority,
+    flat_bytes,
     is_past,
     too_late,
 )
@@ -122,7 +123,7 @@ class DiskTier(Tier):
             return [too_late(self.name)] * len(names)
         missing: dict[RecordName, memoryview] = {}
         for name, record in zip(names, records, strict=True):
-            missing.setdefault(name, record if _is_flat(record) else record.cast("B"))
+            missing.setdefault(name, flat_bytes(record))
         held = self._index.names_among(missing, deadline)
         if held:
             self._index.touch(self._index.find_many(held, deadline).values(), self._ttl_ns)
@@ -296,9 +297,4 @@ class DiskTier(Tier):
 def _span(ref: SlotRef, out: memoryview, start: int) -> Span:
     """What `out` takes of a record from `start` on."""
     num_bytes = min(out.nbytes, max(ref.record_bytes - start, 0))
-    flat = out if _is_flat(out) else out.cast("B")
-    return Span(ref.slab, ref.offset + start, flat[:num_bytes])
-
-
-def _is_flat(record: memoryview) -> bool:
-    return record.ndim == 1 and record.format == "B"
+    return Span(ref.slab, ref.offset + start, flat_bytes(out)[:num_bytes])

@@ -26,6 +26,7 @@ from prefixstore.tiers.base import (
     Tier,
     TierStats,
     check_priority,
+    flat_bytes,
 )
 from prefixstore.tiers.outcomes import SharedCounters, raise_first, raise_if_all
 from prefixstore.tiers.redis.bulk import Bulk, BulkLooks, BulkRanges, BulkReads, BulkWrites
@@ -83,7 +84,7 @@ class RedisTier(Tier):
         offsets: Sequence[int] | None = None,
         deadline: float | None = None,
     ) -> list[ReadOutcome]:
-        views = _as_bytes(outs)
+        views = [flat_bytes(out) for out in outs]
         due: set[bytes] = set()  # of a record that is asked for twice, both times
         now = time.monotonic()
 
@@ -113,7 +114,7 @@ class RedisTier(Tier):
         deadline: float | None = None,
     ) -> list[TierError | None]:
         check_priority(priority)
-        views = _as_bytes(records)
+        views = [flat_bytes(record) for record in records]
         keys: dict[int, bytes] = {}
 
         def start(i: int, key: bytes, generation: bytes) -> Operation[bool]:
@@ -262,16 +263,3 @@ class RedisTier(Tier):
 
     def _deadline(self, deadline: float | None) -> float:
         return time.monotonic() + self._config.timeout_s if deadline is None else deadline
-
-
-def _as_bytes(buffers: Sequence[memoryview]) -> list[memoryview]:
-    """The same memory, a byte at a time; most lie like that."""
-    return [
-        buffer
-        if isinstance(buffer, memoryview)
-        and buffer.format == "B"
-        and buffer.ndim == 1
-        and buffer.contiguous
-        else memoryview(buffer).cast("B")
-        for buffer in buffers
-    ]

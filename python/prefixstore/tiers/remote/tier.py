@@ -23,6 +23,7 @@ from prefixstore.tiers.base import (
     Tier,
     TierStats,
     check_priority,
+    flat_bytes,
 )
 from prefixstore.tiers.outcomes import SharedCounters, raise_first, raise_if_all
 from prefixstore.tiers.remote.config import RemoteTierConfig
@@ -72,7 +73,7 @@ class RemoteTier(Tier):
     ) -> list[ReadOutcome]:
         starts: Sequence[int | None] = [None] * len(names) if offsets is None else offsets
         gets = [
-            ReadRecord(self._records, name, memoryview(out).cast("B"), start)
+            ReadRecord(self._records, name, flat_bytes(out), start)
             for name, out, start in zip(names, outs, starts, strict=True)
         ]
         outcomes = self._run(gets, deadline)
@@ -91,7 +92,7 @@ class RemoteTier(Tier):
     ) -> list[TierError | None]:
         check_priority(priority)
         puts = [
-            WriteRecord(self._records, name, memoryview(record).cast("B"))
+            WriteRecord(self._records, name, flat_bytes(record))
             for name, record in zip(names, records, strict=True)
         ]
         outcomes = self._run(puts, deadline)
