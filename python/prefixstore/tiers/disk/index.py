@@ -48,7 +48,8 @@ class Allocation:
     """Slots to write to.
 
     Attributes:
-        refs: By name; a record without one has no room.
+        refs: By name; a record without one is held, or has no room.
+        held: Records that were there already.
         dead: Slots taken over from dead writers, to be wiped and released.
         dropped: Slabs that had to go; their files are to be removed.
         num_evicted: Records that had to go.
@@ -56,6 +57,7 @@ class Allocation:
     """
 
     refs: dict[RecordName, SlotRef] = field(default_factory=dict)
+    held: dict[RecordName, SlotRef] = field(default_factory=dict)
     dead: list[SlotRef] = field(default_factory=list)
     dropped: list[Slab] = field(default_factory=list)
     num_evicted: int = 0
@@ -216,8 +218,8 @@ class SlotIndex:
     def allocate_many(
         self, sizes: Mapping[RecordName, int], priority: int, deadline: float | None = None
     ) -> Allocation:
-        """Take a slot for each record: a dead writer's, a free one, a new slab's, or an evicted
-        record's.
+        """Take a slot for each record that is not there: a dead writer's, a free one, a new slab's,
+        or an evicted record's.
 
         Args:
             sizes: Bytes of the records, by name.
@@ -229,6 +231,9 @@ class SlotIndex:
             now = self.now()
             allocation.dead = slot_table.take_dead(sql, self._lease_end(now), now)
             allocation.num_expired, _ = slab_table.expire(sql, now)
+            allocation.held = _held_among(sql, sizes, now)
+            if allocation.held:
+                sizes = {n: size for n, size in sizes.items() if n not in allocation.held}
             admitted, allocation.num_evicted = admit(sql, sizes, self._limits.quota_bytes)
             names_by_size: dict[int, list[RecordName]] = {}
             for name in admitted:
@@ -345,6 +350,19 @@ class SlotIndex:
             for place, mark in marks.items():
                 if self._marks.get(place) == mark:
                     del self._marks[place]
+
+
+def _held_among(
+    sql: sqlite3.Connection, names: Collection[RecordName], now: int
+) -> dict[RecordName, SlotRef]:
+    """The records of these names that are there."""
+    held: dict[RecordName, SlotRef] = {}
+    for hashes in slot_table.batches_of_hashes(names):
+        # mostly there are none, and this asks for that in half the time
+        if slot_table.names_among(sql, hashes, now):
+            found = slot_table.find(sql, hashes, now)
+            held.update((ref.name, ref) for ref in found if ref.name in names)
+    return held
 
 
 def _data_version(sql: sqlite3.Connection) -> int:

@@ -89,10 +89,12 @@ class Directory:
             for slab in dropped:
                 files.remove(slab)
             reader = Connection(path, config.name, config.timeout_s)
+            index = SlotIndex(reader, writer, config.limits, clock)
+            index.version()  # has the reader open its files while they are there
         except BaseException:
             writer.close()
             raise
-        return SlotIndex(reader, writer, config.limits, clock)
+        return index
 
     def _set_index_aside(self) -> None:
         for suffix in ("", "-wal", "-shm"):

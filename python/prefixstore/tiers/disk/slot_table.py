@@ -61,8 +61,12 @@ class Mark(NamedTuple):
 
 def refs_of(rows: Iterable[tuple[int, int, int, int, int]]) -> list[SlotRef]:
     """Slots out of rows of slab_id, slot_bytes, num_slots, slot and ticket; of nobody yet."""
-    slab_of = cache(Slab)
-    return [SlotRef(slab_of(*slab), slot, ticket, NOBODY, 0) for *slab, slot, ticket in rows]
+    refs, slab = [], None  # neighbours share their slab
+    for slab_id, slot_bytes, num_slots, slot, ticket in rows:
+        if slab is None or slab.slab_id != slab_id:
+            slab = Slab(slab_id, slot_bytes, num_slots)
+        refs.append(SlotRef(slab, slot, ticket, NOBODY, 0))
+    return refs
 
 
 def _for_each(sql: sqlite3.Connection, statement: str, rows: Sequence[Sequence[object]]) -> int:
@@ -286,6 +290,8 @@ def end_leases(sql: sqlite3.Connection, refs: Iterable[SlotRef]) -> None:
 
 def mark_used(sql: sqlite3.Connection, marks: Mapping[Place, Mark]) -> None:
     """Enter when records were used, of those that are still there."""
+    if not marks:
+        return
     rows = (
         (slab_id, slot, (*mark, ticket), None) for (slab_id, slot, ticket), mark in marks.items()
     )

@@ -121,15 +121,10 @@ class DiskTier(Tier):
         check_priority(priority)
         if is_past(deadline):
             return [too_late(self.name)] * len(names)
-        missing: dict[RecordName, memoryview] = {}
+        given: dict[RecordName, memoryview] = {}
         for name, record in zip(names, records, strict=True):
-            missing.setdefault(name, flat_bytes(record))
-        held = self._index.names_among(missing, deadline)
-        if held:
-            self._index.touch(self._index.find_many(held, deadline).values(), self._ttl_ns)
-        for name in held:
-            del missing[name]
-        errors = self._writer.write(missing, priority, deadline) if missing else {}
+            given.setdefault(name, flat_bytes(record))
+        errors = self._writer.write(given, priority, deadline)
         return [errors.get(name) for name in names]
 
     def contains_many(

@@ -45,7 +45,7 @@ class _Put:
 
     Attributes:
         records: All of them, by name.
-        allocation: Of which some have a slot.
+        allocation: Of which some have a slot, and some are there already.
         writing: Those, in order.
     """
 
@@ -85,7 +85,7 @@ class RecordWriter:
     def write(
         self, records: Mapping[RecordName, memoryview], priority: int, deadline: float | None
     ) -> dict[RecordName, TierError]:
-        """Keep records that are not there; returns why, of those that could not be kept."""
+        """Keep records that are not there; returns why not, of those that are lost."""
         errors: dict[RecordName, TierError] = {}
         puts: deque[_Put] = deque()
         how = priority, deadline
@@ -115,6 +115,7 @@ class RecordWriter:
         sizes = {name: record.nbytes for name, record in records.items()}
         allocation = self._index.allocate_many(sizes, priority, deadline)
         refs = allocation.refs.values()
+        self._index.touch(allocation.held.values(), self._ttl_ns)
         self._counters.add(num_evictions=allocation.num_evicted, num_expired=allocation.num_expired)
         try:
             for slab in allocation.dropped:
@@ -138,7 +139,8 @@ class RecordWriter:
         failed = [name for name, error in errors.items() if not isinstance(error, StillWriting)]
         self._index.abandon([ref for ref in refs if ref.name in failed])
         errors |= self._publish([r for r in refs if r.name not in errors], priority, deadline)
-        for name in put.records.keys() - put.allocation.refs.keys():
+        allocation = put.allocation
+        for name in put.records.keys() - allocation.refs.keys() - allocation.held.keys():
             errors[name] = self._no_room(put.records[name].nbytes, priority)
         try:
             self.wipe(put.allocation.dead)
