@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -189,8 +190,8 @@ void take_turn(const std::vector<Channel*>& channels, double timeout_s) {
   for (RespChannel* core : cores) core->release_sent();
 }
 
-// Commands for the channels of several lanes, and the lanes while they run: whatever happens, no
-// channel then waits for a reply, or may be asked for one, that nobody else knows of.
+// Commands for the channels of several lanes, and the lanes while they are open: whatever happens,
+// no channel then waits for a reply, or may be asked for one, that nobody else knows of.
 class Batch {
  public:
   // Commands of a lane: of each its words, `into` and `num_bytes`.
@@ -205,16 +206,27 @@ class Batch {
     }
   }
 
+  // The lanes' channels are the batch's until it is run or closed.
+  void open(const std::vector<std::vector<Channel*>>& lanes) { open_.emplace(lanes); }
+  void close() { open_.reset(); }
+
+  // What was added is sent as far as that needs no waiting.
+  void advance() {
+    Lanes& lanes = opened();
+    py::gil_scoped_release unlocked;
+    batch_.advance(lanes.channels);
+  }
+
   // Of each command the reply, or `unanswered`.
-  py::list run(const std::vector<std::vector<Channel*>>& lanes, double timeout_s,
-               const py::object& make_error, const py::object& unanswered) {
-    const Lanes running(lanes);
+  py::list run(double timeout_s, const py::object& make_error, const py::object& unanswered) {
+    const Lanes& lanes = opened();
+    const Closing closing(*this);
     const auto ends_at = Clock::now() + std::chrono::duration<double>(timeout_s);
     for (bool is_over = false; !is_over;) {
       {
         py::gil_scoped_release unlocked;
         const std::chrono::duration<double> left = ends_at - Clock::now();
-        is_over = batch_.run(running.channels, left.count());
+        is_over = batch_.run(lanes.channels, left.count());
       }
       if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     }
@@ -252,7 +264,22 @@ class Batch {
     std::vector<std::vector<RespChannel*>> channels;
   };
 
+  struct Closing {
+    explicit Closing(Batch& batch) : batch(batch) {}
+    ~Closing() { batch.close(); }
+    Closing(const Closing&) = delete;
+    Closing& operator=(const Closing&) = delete;
+
+    Batch& batch;
+  };
+
+  Lanes& opened() {
+    if (!open_) throw py::value_error("lanes: expected open ones, got none");
+    return *open_;
+  }
+
   RespBatch batch_;
+  std::optional<Lanes> open_;
 };
 
 }  // namespace
@@ -280,8 +307,10 @@ void bind_resp(py::module_& module) {
   py::class_<Batch>(module, "RespBatch")
       .def(py::init<>())
       .def("add", &Batch::add, py::arg("lane"), py::arg("commands"))
-      .def("run", &Batch::run, py::arg("lanes"), py::arg("timeout_s"), py::arg("make_error"),
-           py::arg("unanswered"));
+      .def("open", &Batch::open, py::arg("lanes"), py::keep_alive<1, 2>())
+      .def("close", &Batch::close)
+      .def("advance", &Batch::advance)
+      .def("run", &Batch::run, py::arg("timeout_s"), py::arg("make_error"), py::arg("unanswered"));
   module.def("resp_take_turn", &take_turn, py::arg("channels"), py::arg("timeout_s"));
 }
 

@@ -1,4 +1,5 @@
 // Many commands on the connections of one or several servers.
+#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <utility>
@@ -41,40 +42,57 @@ void send(RespRequest& request, size_t index, RespChannel& channel) {
 
 }  // namespace
 
+void RespBatch::add(RespRequest request) {
+  if (waiting_.size() <= request.lane) waiting_.resize(request.lane + 1);
+  waiting_[request.lane].push_back(requests_.size());
+  requests_.push_back(std::move(request));
+  replies_.emplace_back();
+  is_answered_.push_back(0);
+}
+
+void RespBatch::advance(const std::vector<std::vector<RespChannel*>>& lanes) {
+  const std::vector<RespChannel*> busy = hand_out(lanes);
+  move_at_once(busy);
+  collect(busy);
+}
+
 bool RespBatch::run(const std::vector<std::vector<RespChannel*>>& lanes, double timeout_s) {
   using Clock = std::chrono::steady_clock;
   const auto ends_at = Clock::now() + std::chrono::duration<double>(timeout_s);
-  if (is_answered_.empty()) {
-    replies_.resize(requests_.size());
-    is_answered_.resize(requests_.size());
-    waiting_.resize(lanes.size());
-    for (size_t i = 0; i < requests_.size(); ++i) waiting_.at(requests_[i].lane).push_back(i);
-  }
-  std::vector<RespChannel*> busy;
   while (true) {
-    busy.clear();
-    for (size_t lane = 0; lane < lanes.size(); ++lane) {
-      std::deque<size_t>& waiting = waiting_[lane];
-      for (RespChannel* channel : lanes[lane]) {
-        for (; !waiting.empty() && takes_more(*channel); waiting.pop_front()) {
-          send(requests_[waiting.front()], waiting.front(), *channel);
-        }
-        if (channel->failure().empty() && channel->num_awaited() > 0) busy.push_back(channel);
-      }
-    }
+    const std::vector<RespChannel*> busy = hand_out(lanes);
     if (busy.empty()) return true;
     const std::chrono::duration<double> left = ends_at - Clock::now();
     const RespTurn turn = take_turn(busy, left.count());
-    for (RespChannel* channel : busy) {
-      for (RespAnswer& answer : channel->take_answers()) {
-        const size_t index = static_cast<Numbered*>(answer.owner.get())->index;
-        replies_[index] = std::move(answer.reply);
-        is_answered_[index] = 1;
-        owners_.push_back(std::move(answer.owner));
-      }
-    }
+    collect(busy);
     if (turn == RespTurn::kTimedOut) return true;
     if (turn == RespTurn::kInterrupted) return false;
+  }
+}
+
+std::vector<RespChannel*> RespBatch::hand_out(const std::vector<std::vector<RespChannel*>>& lanes) {
+  std::vector<RespChannel*> busy;
+  waiting_.resize(std::max(waiting_.size(), lanes.size()));
+  for (size_t lane = 0; lane < lanes.size(); ++lane) {
+    std::deque<size_t>& waiting = waiting_[lane];
+    for (RespChannel* channel : lanes[lane]) {
+      for (; !waiting.empty() && takes_more(*channel); waiting.pop_front()) {
+        send(requests_[waiting.front()], waiting.front(), *channel);
+      }
+      if (channel->failure().empty() && channel->num_awaited() > 0) busy.push_back(channel);
+    }
+  }
+  return busy;
+}
+
+void RespBatch::collect(const std::vector<RespChannel*>& channels) {
+  for (RespChannel* channel : channels) {
+    for (RespAnswer& answer : channel->take_answers()) {
+      const size_t index = static_cast<Numbered*>(answer.owner.get())->index;
+      replies_[index] = std::move(answer.reply);
+      is_answered_[index] = 1;
+      owners_.push_back(std::move(answer.owner));
+    }
   }
 }
 

@@ -352,7 +352,21 @@ bool try_to(RespChannel& channel, const Move& move) {
   }
 }
 
+void move_bytes(RespChannel& channel, bool is_to_receive) {
+  if (is_to_receive) try_to(channel, [&] { channel.receive(kTurnBytes); });
+  if (channel.failure().empty() && !try_to(channel, [&] { channel.flush(); })) {
+    // What the other side said before it closed is there to be read.
+    const std::string why = channel.failure();
+    try_to(channel, [&] { channel.receive(kTurnBytes); });
+    channel.fail(why);
+  }
+}
+
 }  // namespace
+
+void move_at_once(const std::vector<RespChannel*>& channels) {
+  for (RespChannel* channel : channels) move_bytes(*channel, true);
+}
 
 RespTurn take_turn(const std::vector<RespChannel*>& channels, double timeout_s) {
   const auto now = [] {
@@ -367,13 +381,7 @@ RespTurn take_turn(const std::vector<RespChannel*>& channels, double timeout_s) 
     int64_t answered_bytes = 0;
     for (size_t i = 0; i < channels.size(); ++i) {
       RespChannel& channel = *channels[i];
-      if (polled[i].revents != 0) try_to(channel, [&] { channel.receive(kTurnBytes); });
-      if (channel.failure().empty() && !try_to(channel, [&] { channel.flush(); })) {
-        // What the other side said before it closed is there to be read.
-        const std::string why = channel.failure();
-        try_to(channel, [&] { channel.receive(kTurnBytes); });
-        channel.fail(why);
-      }
+      move_bytes(channel, polled[i].revents != 0);
       is_over |= !channel.failure().empty() || channel.num_awaited() == 0;
       num_answers += channel.num_answers();
       answered_bytes += channel.answered_bytes();

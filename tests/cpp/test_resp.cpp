@@ -99,6 +99,50 @@ void test_batches_fill_memory() {
   }
 }
 
+// More is added while the first replies come, to a lane of two channels and one of none.
+void test_batches_grow_while_they_run() {
+  std::mt19937 rng(5);
+  const Ends ends[2];
+  RespChannel first(ends[0].fds[0]), second(ends[1].fds[0]);
+  const std::vector<std::vector<RespChannel*>> lanes = {{&first, &second}, {}};
+  std::vector<std::thread> servers;
+  for (const Ends& pair : ends) {
+    servers.emplace_back([&pair] {  // of each command that comes the key is the reply
+      std::string unread;
+      char buffer[5000];
+      for (ssize_t came; (came = read(pair.fds[1], buffer, sizeof buffer)) > 0;) {
+        unread.append(buffer, static_cast<size_t>(came));
+        const std::string command = "*2\r\n$3\r\nGET\r\n$4\r\n";
+        while (unread.size() >= command.size() + 6) {
+          pair.write("$4\r\n" + unread.substr(command.size(), 6));
+          unread.erase(0, command.size() + 6);
+        }
+      }
+    });
+  }
+  std::vector<std::unique_ptr<Get>> gets;
+  RespBatch batch;
+  batch.advance(lanes);  // with nothing
+  for (size_t i = 0; i < 1200; ++i) {
+    gets.push_back(std::make_unique<Get>(4));
+    const bool is_for_nobody = i % 100 == 99;
+    RespRequest request = gets.back()->request(is_for_nobody ? 1 : 0);
+    request.pieces[0].text = "*2\r\n$3\r\nGET\r\n$4\r\n" + std::to_string(1000 + i) + "\r\n";
+    batch.add(std::move(request));
+    if (rng() % 8 == 0) batch.advance(lanes);
+  }
+  CHECK(batch.run(lanes, 60));
+  for (size_t i = 0; i < gets.size(); ++i) {
+    CHECK(batch.is_answered(i) == (i % 100 != 99));
+    if (!batch.is_answered(i)) continue;
+    const std::string key = std::to_string(1000 + i);
+    CHECK(std::equal(gets[i]->head.begin(), gets[i]->head.end(), key.begin(), key.end()));
+  }
+  CHECK(first.num_awaited() == 0 && second.num_awaited() == 0);
+  for (const Ends& pair : ends) shutdown(pair.fds[0], SHUT_WR);
+  for (std::thread& server : servers) server.join();
+}
+
 // Replies with a few bytes changed, dropped or doubled, in random pieces.
 void test_whatever_comes() {
   std::mt19937 rng(1);
@@ -202,6 +246,7 @@ void test_sends_more_than_a_socket_takes() {
 
 int main() {
   test_batches_fill_memory();
+  test_batches_grow_while_they_run();
   test_whatever_comes();
   test_channels_that_fail();
   test_sends_more_than_a_socket_takes();

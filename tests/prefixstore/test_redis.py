@@ -56,6 +56,38 @@ def test_keeps_records_of_every_length(tier):
     assert tier.contains_many(names) == [True] * len(SIZES)
 
 
+def test_a_server_has_the_first_records_before_the_last_are_looked_at(tier, client):
+    names, records = make_names(100), [random_bytes(PART, seed) for seed in range(100)]
+    stored = []
+
+    class Looking(list):
+        """Of records: sees what is stored when the last one is asked for."""
+
+        def __getitem__(self, index):
+            if index == 99:
+                wait_until(lambda: client.dbsize() > 1)  # more than the generation
+                stored.append(client.dbsize())
+            return super().__getitem__(index)
+
+    views = Looking(memoryview(record) for record in records)
+    assert tier.put_many(names, views) == [None] * 100
+    assert 1 < stored[0] < 100
+    assert get(tier, names, PART) == records
+
+
+def test_what_fails_half_way_keeps_what_was_sent_and_no_connection(tier):
+    names, records = make_names(100), [random_bytes(PART, seed) for seed in range(100)]
+    views = [memoryview(record) for record in records]
+    views[60] = memoryview(bytes(2 * PART))[::2]
+    with pytest.raises(TypeError, match="contiguous"):
+        tier.put_many(names, views)
+    found = get(tier, names, PART)
+    assert all(one in (None, record) for one, record in zip(found, records, strict=True))
+    views[60] = memoryview(records[60])
+    assert tier.put_many(names, views) == [None] * 100
+    assert get(tier, names, PART) == records
+
+
 def test_splits_what_is_longer_than_a_part(tier, client):
     names = make_names(3)
     put(tier, names, [bytes(size) for size in (PART, PART + 1, 5 * PART)])

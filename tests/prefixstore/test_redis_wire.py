@@ -14,6 +14,7 @@ from prefixstore.tiers.redis.wire import (
     ErrorReply,
     RespBatch,
     StreamError,
+    open_batch,
     run_batch,
     take_turn,
 )
@@ -175,13 +176,18 @@ def batch_of(num_commands: int, num_lanes: int = 1) -> tuple[RespBatch, list[byt
     return batch, outs
 
 
+def run_all(batch: RespBatch, lanes: list[list[Channel]], timeout_s: float) -> list[object]:
+    open_batch(batch, lanes)
+    return run_batch(batch, timeout_s)
+
+
 def test_runs_a_batch_on_several_lanes():
     pairs = [socket.socketpair() for _ in range(2)]
     channels = [Channel(ours) for ours, _ in pairs]
     batch, outs = batch_of(5, num_lanes=2)
     for i, (_, theirs) in enumerate(pairs):
         theirs.sendall(b"".join(b"$4\r\nab%d%d\r\n" % (i, k) for k in range(3 - i)))
-    assert run_batch(batch, [[channel] for channel in channels], 10) == [4] * 5
+    assert run_all(batch, [[channel] for channel in channels], 10) == [4] * 5
     assert outs == [b"ab00", b"ab10", b"ab01", b"ab11", b"ab02"]
     assert not any(channel.failure or channel.num_awaited for channel in channels)
     for pair in pairs:
@@ -199,7 +205,7 @@ def test_a_batch_says_what_was_not_answered_and_lets_go_of_the_buffers(ends, end
     elif ending == "not the protocol":
         other.sendall(b"zz, it seems\r\n")
     begin = time.monotonic()
-    assert run_batch(batch, [[channel]], 0.2) == [4, UNANSWERED, UNANSWERED]
+    assert run_all(batch, [[channel]], 0.2) == [4, UNANSWERED, UNANSWERED]
     assert time.monotonic() - begin < 5
     assert channel.failure and channel.num_awaited == 0
     del batch
@@ -211,8 +217,38 @@ def test_a_lane_without_channels_has_no_answers(ends):
     channel, other = ends
     other.sendall(b"$4\r\nabcd\r\n" * 2)
     batch, _ = batch_of(4, num_lanes=2)
-    assert run_batch(batch, [[channel], []], 10) == [4, UNANSWERED, 4, UNANSWERED]
+    assert run_all(batch, [[channel], []], 10) == [4, UNANSWERED, 4, UNANSWERED]
     assert not channel.failure
+
+
+def test_sends_what_a_batch_has_while_more_is_added(ends):
+    channel, other = ends
+    batch, outs = batch_of(1)
+    open_batch(batch, [[channel]])
+    batch.advance()
+    assert other.recv(100) == b"*2\r\n$3\r\nGET\r\n$3\r\nkey\r\n"
+    out = bytearray(4)
+    batch.add(0, [(GET, [memoryview(out)], len(out))])
+    other.sendall(b"$4\r\nabcd\r\n$4\r\nefgh\r\n")
+    assert run_batch(batch, 10) == [4, 4]
+    assert [*outs, out] == [b"abcd", b"efgh"]
+    assert not channel.failure and channel.num_awaited == 0
+
+
+def test_a_batch_that_is_closed_half_way_leaves_no_channel_to_others(ends):
+    channel, _ = ends
+    batch, (out,) = batch_of(1)
+    with pytest.raises(ValueError, match="expected open ones"):
+        run_batch(batch, 10)
+    open_batch(batch, [[channel]])
+    batch.close()  # nothing was sent
+    assert not channel.failure
+    open_batch(batch, [[channel]])
+    batch.advance()
+    batch.close()
+    assert channel.failure and channel.num_awaited == 0
+    del batch
+    out.append(0)  # a BufferError while anybody might still write there
 
 
 def test_refuses_words_that_are_no_buffers_and_queues_nothing(ends):

@@ -158,6 +158,9 @@ class RespChannel {
 // caller to go on, a channel is done or has failed, or `timeout_s` has passed.
 RespTurn take_turn(const std::vector<RespChannel*>& channels, double timeout_s);
 
+// Sends and receives what can be moved without waiting.
+void move_at_once(const std::vector<RespChannel*>& channels);
+
 // A command for a batch: what it sends, then what is known of its reply.
 struct RespRequest {
   struct Piece {
@@ -171,12 +174,16 @@ struct RespRequest {
   RespCommand command;
 };
 
-// Commands that are known from the start, run without the caller. Those of a lane, which is one
+// Commands that depend on nobody's reply, run without the caller. Those of a lane, which is one
 // server, are shared out among its channels: one that is slow gets fewer.
 class RespBatch {
  public:
-  void add(RespRequest request) { requests_.push_back(std::move(request)); }
+  // Also while those that were added before are under way.
+  void add(RespRequest request);
   size_t size() const { return requests_.size(); }
+
+  // Begins with what was added, as far as that needs no waiting.
+  void advance(const std::vector<std::vector<RespChannel*>>& lanes);
 
   // Runs all that was added. False if a signal came before the end: to be called again. What is
   // not answered when it is over was lost with a channel, found none, or ran out of time; replies
@@ -187,6 +194,10 @@ class RespBatch {
   const RespReply& reply(size_t index) const { return replies_[index]; }
 
  private:
+  // The channels that owe replies, once each has as many commands as it takes.
+  std::vector<RespChannel*> hand_out(const std::vector<std::vector<RespChannel*>>& lanes);
+  void collect(const std::vector<RespChannel*>& channels);
+
   std::vector<RespRequest> requests_;
   std::vector<std::deque<size_t>> waiting_;  // by lane
   std::vector<RespReply> replies_;

@@ -15,7 +15,7 @@ from prefixstore.tiers.redis.config import Address
 from prefixstore.tiers.redis.errors import ConnectionLost, no_answer
 from prefixstore.tiers.redis.pool import PooledChannel
 from prefixstore.tiers.redis.servers import Servers
-from prefixstore.tiers.redis.wire import UNANSWERED, Reply, RespBatch, Word, run_batch
+from prefixstore.tiers.redis.wire import UNANSWERED, Reply, RespBatch, Word, open_batch, run_batch
 
 BatchReply: TypeAlias = "Reply | TierError"
 BatchCommand: TypeAlias = "tuple[Sequence[Word], Sequence[memoryview] | None, int]"
@@ -35,28 +35,52 @@ class _Lane:
 
 
 class CommandBatch:
-    """Commands to any of a tier's servers; to be run once, by one thread.
+    """Commands to any of a tier's servers; to be run once, by one thread, in a `with` statement.
+
+    Where they all go to one server and what they move is told ahead, it gets the first ones while
+    others are still being added.
 
     Args:
         servers: Who holds what. Their connections must be plain, not TLS.
         deadline: What is not answered by then is a `TierTimeout`.
+        num_commands: That will be added, about; 0 where there is nothing to begin with.
+        num_bytes: That they will move, about.
     """
 
-    def __init__(self, servers: Servers, deadline: float) -> None:
+    def __init__(
+        self, servers: Servers, deadline: float, num_commands: int = 0, num_bytes: int = 0
+    ) -> None:
         self._servers = servers
         self._name = servers.config.name
         self._deadline = deadline
         self._batch = RespBatch()
         self._lanes: dict[Address | None, _Lane] = {}
         self._lane_of: list[_Lane] = []
+        self._is_open = False
+        self._expected = (num_commands, num_bytes) if servers.has_one_address else (0, 0)
 
-    def add(self, commands: Sequence[BatchCommand]) -> None:
-        """Have commands run; among all replies theirs follow those to the ones before."""
+    def __enter__(self) -> CommandBatch:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._batch.close()
+        for lane in self._lanes.values():
+            for channel in lane.channels:
+                self._servers.pool.give_back(channel)
+
+    def add(self, commands: Sequence[BatchCommand]) -> int:
+        """Have commands run; returns where their replies begin among all."""
+        first = len(self._lane_of)
         if not self._servers.has_one_address:
             for command in commands:
                 self._add_to(self._lane_to(command[0][1]), [command])
         elif commands:
-            self._add_to(self._lane_to(commands[0][0][1]), commands)
+            # once the first are under way, others follow them wherever those went
+            lane = self._lane_of[-1] if self._is_open else self._lane_to(commands[0][0][1])
+            self._add_to(lane, commands)
+            if any(self._expected):
+                self._advance()
+        return first
 
     def _add_to(self, lane: _Lane, commands: Sequence[BatchCommand]) -> None:
         lane.num_commands += len(commands)
@@ -80,33 +104,40 @@ class CommandBatch:
 
     def run(self) -> list[BatchReply]:
         """The reply to each command, or why there is none."""
-        lanes = list(self._lanes.values())
-        try:
-            for lane in lanes:
-                self._open(lane)
-            remaining = self._deadline - time.monotonic()
-            if remaining <= 0:
-                return [lane.error or no_answer(self._name) for lane in self._lane_of]
-            found = run_batch(self._batch, [lane.channels for lane in lanes], remaining)
-            is_late = time.monotonic() >= self._deadline
-            for i, reply in enumerate(found):
-                if reply is UNANSWERED:
-                    found[i] = self._missing(self._lane_of[i], is_late)
-            return found
-        finally:
-            for lane in lanes:
-                for channel in lane.channels:
-                    self._servers.pool.give_back(channel)
+        self._open(0, 0)
+        remaining = self._deadline - time.monotonic()
+        if remaining <= 0:
+            return [lane.error or no_answer(self._name) for lane in self._lane_of]
+        found = run_batch(self._batch, remaining)
+        is_late = time.monotonic() >= self._deadline
+        for i, reply in enumerate(found):
+            if reply is UNANSWERED:
+                found[i] = self._missing(self._lane_of[i], is_late)
+        return found
 
-    def _open(self, lane: _Lane) -> None:
-        if lane.address is None:
+    def _advance(self) -> None:
+        self._open(*self._expected)
+        self._batch.advance()
+
+    def _open(self, num_commands: int, num_bytes: int) -> None:
+        """Take connections to all servers that are known now, unless that was done.
+
+        Args:
+            num_commands: That each gets at least.
+            num_bytes: That they move at least.
+        """
+        if self._is_open:
             return
-        try:
-            lane.channels = self._servers.borrow(
-                lane.address, lane.num_commands, lane.num_bytes, self._deadline
-            )
-        except TierError as error:
-            lane.error = error
+        self._is_open = True
+        for lane in self._lanes.values():
+            if lane.address is None:
+                continue
+            most = max(lane.num_commands, num_commands), max(lane.num_bytes, num_bytes)
+            try:
+                lane.channels = self._servers.borrow(lane.address, *most, self._deadline)
+            except TierError as error:
+                lane.error = error
+        open_batch(self._batch, [lane.channels for lane in self._lanes.values()])
 
     def _missing(self, lane: _Lane, is_late: bool) -> TierError:
         """Why a command has no reply."""

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Generic, TypeAlias, TypeVar
 
+from prefixstore.tiers.base import flat_bytes
 from prefixstore.tiers.redis.batch import BatchCommand, BatchReply
 from prefixstore.tiers.redis.config import RedisTierConfig
 from prefixstore.tiers.redis.records import (
@@ -34,12 +35,18 @@ Settled: TypeAlias = "T | Unsettled"
 
 
 class Bulk(ABC, Generic[T]):
-    """One command for each of a call's records."""
+    """One command for each of a call's records.
+
+    Attributes:
+        num_bytes: That they move, about.
+    """
+
+    num_bytes = 0
 
     @abstractmethod
     def commands(self, keys: Mapping[int, bytes]) -> list[BatchCommand]:
-        """A command for each record, given its key by its index in the call; then others, whose
-        replies nobody waits for.
+        """A command for each of some records, given its key by its index in the call; then others,
+        whose replies nobody waits for.
         """
 
     @abstractmethod
@@ -90,6 +97,7 @@ class BulkReads(Bulk["int | None"]):
         config: RedisTierConfig,
         is_due: Callable[[bytes], bool],
     ) -> None:
+        self.num_bytes = sum(map(len, outs))
         self._outs = outs
         self._config = config
         self._is_due = is_due
@@ -198,6 +206,7 @@ class BulkWrites(Bulk[bool]):
     def __init__(
         self, records: Sequence[memoryview], config: RedisTierConfig, keys: dict[int, bytes]
     ) -> None:
+        self.num_bytes = sum([record.nbytes for record in records])
         self.known: set[int] = set()  # of which something was there
         self._keys = keys
         self._records = records
@@ -206,18 +215,19 @@ class BulkWrites(Bulk[bool]):
     def commands(self, keys: Mapping[int, bytes]) -> list[BatchCommand]:
         self._keys.update(keys)
         records, options = self._records, self._options
-        write_ids = secrets.token_bytes(WRITE_ID_BYTES * len(records))
+        write_ids = secrets.token_bytes(WRITE_ID_BYTES * len(keys))
         starts: dict[int, bytes] = {}  # of manifests, by the record's length
         writes: list[BatchCommand] = []
-        for i, key in keys.items():
-            record = records[i]
+        begins = range(0, len(write_ids), WRITE_ID_BYTES)
+        for (i, key), begin in zip(keys.items(), begins, strict=True):
+            record = flat_bytes(records[i])
             num_bytes = len(record)
             start = starts.get(num_bytes)
             if start is None:
                 start = starts[num_bytes] = MANIFEST.pack(
                     MAGIC, 1, num_bytes, num_bytes or 1, bytes(WRITE_ID_BYTES)
                 )[:-WRITE_ID_BYTES]
-            head = start + write_ids[i * WRITE_ID_BYTES : (i + 1) * WRITE_ID_BYTES]
+            head = start + write_ids[begin : begin + WRITE_ID_BYTES]
             writes.append(((b"SET", key, (head, record), *options), None, num_bytes))
         return writes
 

@@ -8,13 +8,13 @@ was deleted with its identity is found, though the generation is remembered.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 from prefixstore.block_key import RecordName
 from prefixstore.errors import TierError
-from prefixstore.tiers.redis.batch import CommandBatch
+from prefixstore.tiers.redis.batch import BatchReply, CommandBatch
 from prefixstore.tiers.redis.bulk import UNSETTLED, Bulk, Unsettled
 from prefixstore.tiers.redis.errors import ConnectionLost, PassingTrouble, tier_error
 from prefixstore.tiers.redis.exchange import Exchange, Operation
@@ -29,6 +29,10 @@ Generations: TypeAlias = "dict[bytes, bytes | TierError | None]"  # by identity
 _PAUSES_S = (0.0, 0.02, 0.05)
 _MAX_REMEMBERED = 10_000  # identities
 _ERRORS = (ErrorReply, TierError)
+# Records whose commands a server has to do while those of the next are prepared: of 64 KiB, 16
+# take it 0.7 ms, and with 64 it waited. What moves little is prepared before anything is sent.
+_PORTION = 16
+_LEAST_PORTIONED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -55,14 +59,14 @@ class _Findings(Generic[T]):
     """What one try of a call has found out.
 
     Attributes:
-        keys: Of the records that are tried, by their index in the call.
-        identities: Theirs.
+        identities: Of the records that are tried.
+        keys: Theirs, by their index in the call.
         generations: That those identities have now.
         outcomes: Of the operations on the records, by index.
     """
 
-    keys: dict[int, bytes]
     identities: list[bytes]
+    keys: dict[int, bytes] = field(default_factory=dict)
     generations: Generations = field(default_factory=dict)
     outcomes: dict[int, T | TierError] = field(default_factory=dict)
 
@@ -130,14 +134,21 @@ class Caller:
         wanted = {call.names[i].identity for i in pending}
         known = self._known_generations(wanted, call.begins, deadline)
         generations = {i: found for i, found in known.items() if isinstance(found, bytes)}
-        keys = self._keys.records(((i, call.names[i]) for i in pending), generations)
+        found: _Findings[T] = _Findings(list(generations))
+        keys = found.keys
+        num_bytes = 0 if call.bulk is None else call.bulk.num_bytes
+        portion = _PORTION if num_bytes >= _LEAST_PORTIONED_BYTES else len(pending)
+        portions = self._keys_of(call.names, pending, generations, portion)
+        if call.bulk is not None and self._servers.can_batch:
+            expected = (len(pending), num_bytes) if portion < len(pending) else (0, 0)
+            self._run_bulk(call.bulk, portions, expected, found, deadline)
+        else:
+            for some in portions:
+                keys.update(some)
         if len(keys) < len(pending):
             for i in set(pending).difference(keys):
                 why = known[call.names[i].identity]
                 outcomes[i] = why if isinstance(why, TierError) else call.absent
-        found: _Findings[T] = _Findings(keys, list(generations))
-        if call.bulk is not None and self._servers.can_batch:
-            self._run_bulk(call.bulk, found, deadline)
         self._run_rest(call, known, found, deadline)
         for i in keys:
             outcomes[i] = found.outcomes[i]
@@ -159,20 +170,58 @@ class Caller:
             or (stale and call.names[i].identity in stale)
         ]
 
-    def _run_bulk(self, bulk: Bulk[T], found: _Findings[T], deadline: float) -> None:
-        """One command for each record and generation; fills in what that tells."""
-        batch = CommandBatch(self._servers, deadline)
-        batch.add([((b"GET", self._keys.generation(i)), None, 0) for i in found.identities])
-        batch.add(bulk.commands(found.keys))
-        replies = batch.run()
-        num_identities = len(found.identities)
+    def _keys_of(
+        self,
+        names: Sequence[RecordName],
+        indices: Sequence[int],
+        generations: Mapping[bytes, bytes],
+        num_at_once: int,
+    ) -> Iterator[dict[int, bytes]]:
+        """The records' keys by index, so many at a time; of identities without a generation
+        none.
+        """
+        for start in range(0, len(indices), num_at_once):
+            some = indices[start : start + num_at_once]
+            yield self._keys.records(((i, names[i]) for i in some), generations)
+
+    def _run_bulk(
+        self,
+        bulk: Bulk[T],
+        portions: Iterable[Mapping[int, bytes]],
+        expected: tuple[int, int],
+        found: _Findings[T],
+        deadline: float,
+    ) -> None:
+        """One command for each record and generation; fills in what that tells.
+
+        Args:
+            bulk: What the commands are.
+            portions: The records' keys by index.
+            expected: Commands and bytes, where a server is to begin while others are prepared.
+            found: To be filled in.
+            deadline: Of `time.monotonic()`.
+        """
+        own: list[BatchReply] = []
+        with CommandBatch(self._servers, deadline, *expected) as batch:
+            batch.add([((b"GET", self._keys.generation(i)), None, 0) for i in found.identities])
+            places = []
+            for keys in portions:
+                found.keys.update(keys)
+                places.append((batch.add(bulk.commands(keys)), len(keys)))
+            replies = batch.run()
         for identity, reply in zip(found.identities, replies, strict=False):
             generation = self._meaning(reply)
             if generation is not UNSETTLED:
                 found.generations[identity] = generation
-        own = replies[num_identities : num_identities + len(found.keys)]
-        for i, reply, settled in zip(found.keys, own, bulk.settle(found.keys, own), strict=True):
-            outcome = self._meaning(reply) if isinstance(reply, _ERRORS) else settled
+        for first, num_keys in places:
+            own += replies[first : first + num_keys]
+        settled = bulk.settle(found.keys, own)
+        kinds = set(map(type, own))
+        if UNSETTLED not in settled and not any(issubclass(kind, _ERRORS) for kind in kinds):
+            found.outcomes.update(zip(found.keys, cast("list[T]", settled), strict=True))
+            return
+        for i, reply, one in zip(found.keys, own, settled, strict=True):
+            outcome = self._meaning(reply) if isinstance(reply, _ERRORS) else one
             if not isinstance(outcome, Unsettled):
                 found.outcomes[i] = outcome
 

@@ -114,20 +114,19 @@ class RedisTier(Tier):
         deadline: float | None = None,
     ) -> list[TierError | None]:
         check_priority(priority)
-        views = [flat_bytes(record) for record in records]
         keys: dict[int, bytes] = {}
 
         def start(i: int, key: bytes, generation: bytes) -> Operation[bool]:
             keys[i] = key
             is_known = bulk is not None and i in bulk.known
-            return write_record(key, views[i], self._config, is_known)
+            return write_record(key, flat_bytes(records[i]), self._config, is_known)
 
-        bulk = BulkWrites(views, self._config, keys) if self._are_single(views) else None
+        bulk = BulkWrites(records, self._config, keys) if self._are_single(records) else None
         deleted = TierUnavailable(f"{self.name}: the identity was deleted again and again")
         call: Call[bool] = Call(names, start, absent=deleted, begins=True, bulk=bulk)
         outcomes = self._caller.run(call, self._deadline(deadline))
         written = [i for i, outcome in enumerate(outcomes) if outcome is True]
-        written_bytes = sum([len(views[i]) for i in written])
+        written_bytes = sum([records[i].nbytes for i in written])
         self._counters.add(num_puts=len(written), written_bytes=written_bytes)
         self._written.extend([keys[i] for i in written])
         raise_if_all(outcomes, TierUnavailable, TierTimeout)
@@ -242,7 +241,7 @@ class RedisTier(Tier):
 
     def _are_single(self, records: Sequence[memoryview]) -> bool:
         """Whether records of at most these lengths have one part each."""
-        return max(map(len, records), default=0) <= self._config.part_bytes
+        return max([r.nbytes for r in records], default=0) <= self._config.part_bytes
 
     def _is_to_be_renewed(self, key: bytes, now: float) -> bool:
         """Whether a hit begins the record's time anew; not if that was done a short while ago, for

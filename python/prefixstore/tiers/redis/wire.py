@@ -194,9 +194,13 @@ def take_turn(channels: Sequence[Channel], timeout_s: float) -> None:
         by_fd[fd].try_to(by_fd[fd].receive)
 
 
-def run_batch(batch: RespBatch, lanes: Sequence[Sequence[Channel]], timeout_s: float) -> list[Any]:
-    """Run a batch's commands, each on the channels of its lane, which must be plain. The replies,
-    or `UNANSWERED`; a channel that owes one has failed then.
+def open_batch(batch: RespBatch, lanes: Sequence[Sequence[Channel]]) -> None:
+    """Give a batch the channels of its lanes, which must be plain, until it is run or closed. One
+    that then owes a reply has failed.
     """
-    natives = [[channel.native for channel in lane] for lane in lanes]
-    return batch.run(natives, timeout_s, ErrorReply, UNANSWERED)
+    batch.open([[channel.native for channel in lane] for lane in lanes])
+
+
+def run_batch(batch: RespBatch, timeout_s: float) -> list[Any]:
+    """Run an open batch's commands. The replies, or `UNANSWERED`."""
+    return batch.run(timeout_s, ErrorReply, UNANSWERED)
