@@ -85,6 +85,8 @@ def test_index_bench_refuses_providers_that_disagree():
     ],
 )
 def test_benches_of_the_store(bench, case, baselines, capsys, monkeypatch):
+    monkeypatch.setattr(bench_redis, "BATCH_BYTES", 4 << 20)
+    monkeypatch.setattr(bench_tiers, "NUM_BATCHES", 2)
     monkeypatch.setattr(bench_tiers, "NUM_HELD", 1000)
     monkeypatch.setattr(bench_tiers, "NUM_REOPENED", 1000)
     bench.main(case, num_rounds=1)
@@ -208,7 +210,13 @@ def test_model_bench(monkeypatch, capsys):
 
 def test_threads_bench(monkeypatch, capsys):
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(vocab_size=1024, hidden_size=64, num_attention_heads=4)
+    config = transformers.LlamaConfig(
+        vocab_size=1024,
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+    )
     model = transformers.LlamaForCausalLM(config).eval().to(torch.bfloat16)
     monkeypatch.setattr(bench_threads, "prepare_smollm2", lambda: None)
     monkeypatch.setattr(bench_threads, "load_model", lambda *_: model)

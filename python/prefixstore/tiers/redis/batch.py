@@ -1,4 +1,4 @@
-"""Commands that are known from the start, run by the extension with nothing of Python in between.
+"""Commands that depend on nobody's reply, run by the extension with nothing of Python in between.
 
 What an operation costs in Python (see exchange.py) is more than it takes a small record to travel.
 """
