@@ -124,7 +124,7 @@ class DiskTier(Tier):
         given: dict[RecordName, memoryview] = {}
         for name, record in zip(names, records, strict=True):
             given.setdefault(name, flat_bytes(record))
-        errors = self._writer.write(given, priority, deadline)
+        errors = self._writer.write(given, priority, deadline) if given else {}
         return [errors.get(name) for name in names]
 
     def contains_many(

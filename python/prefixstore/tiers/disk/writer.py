@@ -115,7 +115,6 @@ class RecordWriter:
         sizes = {name: record.nbytes for name, record in records.items()}
         allocation = self._index.allocate_many(sizes, priority, deadline)
         refs = allocation.refs.values()
-        self._index.touch(allocation.held.values(), self._ttl_ns)
         self._counters.add(num_evictions=allocation.num_evicted, num_expired=allocation.num_expired)
         try:
             for slab in allocation.dropped:
@@ -142,8 +141,9 @@ class RecordWriter:
         allocation = put.allocation
         for name in put.records.keys() - allocation.refs.keys() - allocation.held.keys():
             errors[name] = self._no_room(put.records[name].nbytes, priority)
+        self._index.touch(allocation.held.values(), self._ttl_ns)
         try:
-            self.wipe(put.allocation.dead)
+            self.wipe(allocation.dead)
         except TierError as error:  # no reason to fail a put
             logger.warning("slots of writers that died stay out of use for now: %s", error)
         return errors
