@@ -183,20 +183,24 @@ def test_bench_of_launches(capsys):
     assert {"store_1", "merge_1", "decode_1x1k", "decode_1x1k_int4"} <= cases
 
 
-def test_model_bench(monkeypatch, capsys):
+def tiny_llama(vocab_size=128):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=128,
+        vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    first = transformers.LlamaForCausalLM(config).eval().to(torch.bfloat16)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def test_model_bench(monkeypatch, capsys):
+    first = tiny_llama().to(torch.bfloat16)
 
     def make():
-        model = transformers.LlamaForCausalLM(config).eval().to(torch.bfloat16)
+        model = tiny_llama().to(torch.bfloat16)
         model.load_state_dict(first.state_dict())
         return model
 
@@ -209,15 +213,7 @@ def test_model_bench(monkeypatch, capsys):
 
 
 def test_threads_bench(monkeypatch, capsys):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=1024,
-        hidden_size=64,
-        intermediate_size=128,
-        num_attention_heads=4,
-        num_hidden_layers=2,
-    )
-    model = transformers.LlamaForCausalLM(config).eval().to(torch.bfloat16)
+    model = tiny_llama(vocab_size=1024).to(torch.bfloat16)
     monkeypatch.setattr(bench_threads, "prepare_smollm2", lambda: None)
     monkeypatch.setattr(bench_threads, "load_model", lambda *_: model)
     bench_threads.main("prefill_64_beside_1", num_rounds=1)
@@ -225,16 +221,7 @@ def test_threads_bench(monkeypatch, capsys):
 
 
 def test_batch_invariance_bench(monkeypatch, capsys):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = tiny_llama()
     bench = bench_batch_invariance
     monkeypatch.setattr(bench, "MODELS", ("tiny",))
     monkeypatch.setattr(bench, "load", lambda name, dtype: model.to(dtype))
