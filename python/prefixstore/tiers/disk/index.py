@@ -9,18 +9,18 @@ Each step is one transaction for many slots, so several processes may take them 
 slot raises its `ticket`: a writer that was too slow finds its ticket gone and publishes nothing; a
 reader that was overtaken by an eviction finds another ticket and reports a miss. A slot that stays
 WRITING for longer than its lease is its dead writer's: whoever allocates or sweeps next takes it
-over, wipes it and releases it. Marks of use gather in memory and go along with the next
-transaction. Readers have a connection of their own, so that no look-up waits for a transaction.
+over, wipes it and releases it. Marks of use, and slots that are given up, gather in memory and go
+along with the next transaction. Readers have a connection of their own, so that no look-up waits
+for a transaction.
 """
 
 from __future__ import annotations
 
 import logging
 import sqlite3
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from prefixstore.block_key import BlockHash, RecordName
@@ -29,16 +29,16 @@ from prefixstore.tiers.base import PAGE_BYTES, round_up
 from prefixstore.tiers.disk import slab_table, slot_table
 from prefixstore.tiers.disk.clock import Clock
 from prefixstore.tiers.disk.files import Slab
+from prefixstore.tiers.disk.pending import PendingChanges
 from prefixstore.tiers.disk.room import Demand, admit, take_room
 from prefixstore.tiers.disk.slab_table import Limits
-from prefixstore.tiers.disk.slot_table import Mark, Place, SlotRef
-from prefixstore.tiers.disk.sql import Connection
+from prefixstore.tiers.disk.slot_table import Place, SlotRef
+from prefixstore.tiers.disk.sql import Connection, data_version
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_MAX_MARKS = 10_000  # some 3 MB
 _MAX_FOUND = 10_000  # some 5 MB
 _NS = 1_000_000_000
 
@@ -84,9 +84,7 @@ class SlotIndex:
         self._writer = writer
         self._limits = limits
         self.now = clock
-        self._pending_lock = threading.Lock()
-        self._marks: dict[Place, Mark] = {}
-        self._abandoned: list[SlotRef] = []
+        self._pending = PendingChanges()
         # what was found at a version of the index, by who had the turn at the reader
         self._found: dict[RecordName, SlotRef] = {}
         self._found_at: int | None = None
@@ -98,7 +96,7 @@ class SlotIndex:
         calls with the same result nobody changed anything."""
         # for SQLite this leaves out the connection's own, and that of the look-ups makes none
         with self._reader.reading(deadline) as sql:
-            return _data_version(sql)
+            return data_version(sql)
 
     def find_many(
         self, names: Iterable[RecordName], deadline: float | None = None
@@ -117,7 +115,7 @@ class SlotIndex:
         found: dict[RecordName, SlotRef] = {}
         unknown: list[RecordName] = []
         with self._reader.reading(deadline) as sql:
-            version = _data_version(sql)
+            version = data_version(sql)
             if version != self._found_at:
                 self._found.clear()
                 self._found_at = version
@@ -187,31 +185,20 @@ class SlotIndex:
                 "SELECT count(*), ifnull(sum(record_bytes), 0) FROM slots WHERE state = 2"
             ).fetchone()
 
-    # ---- marks -------------------------------------------------------------------------------
+    # ---- what waits for the next transaction ---------------------------------------------------
 
     def touch(self, refs: Iterable[SlotRef], ttl_ns: int | None = None) -> None:
-        """Mark as used, and give `ttl_ns` from now on, unless that is None.
-
-        The order of use can wait for the next transaction. An expiry cannot, as other processes go
-        by it; it is moved when a sixteenth of its time is over, not at every use.
-        """
-        now, is_due = self.now(), False
-        with self._pending_lock:
-            for ref in refs:
-                pending = self._marks.get(ref.place)
-                expires_at = pending.expires_at if pending is not None else None
-                if ttl_ns is not None and abs(now + ttl_ns - (ref.expires_at or 0)) > ttl_ns // 16:
-                    expires_at = now + ttl_ns
-                    is_due = True
-                self._marks[ref.place] = Mark(now, expires_at)
-            is_due |= len(self._marks) >= _MAX_MARKS
-        if is_due:
-            self._write_marks()
+        """Mark as used, and give `ttl_ns` from now on, unless that is None."""
+        if self._pending.mark(refs, self.now(), ttl_ns):
+            self._write_pending()
 
     def abandon(self, refs: Iterable[SlotRef]) -> None:
         """Leave slots to whoever allocates next, without a transaction: the disk just failed."""
-        with self._pending_lock:
-            self._abandoned += refs
+        self._pending.abandon(refs)
+
+    def give_back(self, refs: Iterable[SlotRef], version: int) -> None:
+        """Free slots of `take_slots` that nothing was written to."""
+        self._pending.give_back(refs, version)
 
     # ---- transactions ------------------------------------------------------------------------
 
@@ -229,26 +216,55 @@ class SlotIndex:
         allocation = Allocation()
         with self._writing(deadline) as sql:
             now = self.now()
-            allocation.dead = slot_table.take_dead(sql, self._lease_end(now), now)
-            allocation.num_expired, _ = slab_table.expire(sql, now)
+            self._take_over(sql, allocation, now)
             allocation.held = _held_among(sql, sizes, now)
             if allocation.held:
                 sizes = {n: size for n, size in sizes.items() if n not in allocation.held}
-            admitted, allocation.num_evicted = admit(sql, sizes, self._limits.quota_bytes)
+            admitted, num_evicted = admit(sql, sizes, self._limits.quota_bytes)
+            allocation.num_evicted += num_evicted
             names_by_size: dict[int, list[RecordName]] = {}
             for name in admitted:
                 slot_bytes = round_up(max(sizes[name], 1), PAGE_BYTES)
                 names_by_size.setdefault(slot_bytes, []).append(name)
             for slot_bytes, names in names_by_size.items():
-                slots = _pop_dead(allocation.dead, slot_bytes, len(names))
-                wanted = Demand(slot_bytes, len(names) - len(slots), priority, now)
-                room = take_room(sql, wanted, self._limits)
-                slots += room.slots
-                allocation.num_evicted += room.num_evicted
-                allocation.dropped += room.dropped
+                wanted = Demand(slot_bytes, len(names), priority, now)
+                slots = self._take_slots(sql, allocation, wanted)
                 for name, (slab, slot, ticket, *_) in zip(names, slots, strict=False):
                     allocation.refs[name] = SlotRef(slab, slot, ticket, name, sizes[name])
         return allocation
+
+    def take_slots(
+        self,
+        slot_bytes: int,
+        num_slots: int,
+        priority: int,
+        may_evict: bool,
+        deadline: float | None = None,
+    ) -> tuple[Allocation, list[SlotRef], int]:
+        """Take slots before it is known for which records.
+
+        Returns what was done for that, the slots, and the `version_of_others`.
+        """
+        allocation = Allocation()
+        with self._writing(deadline) as sql:
+            now = self.now()
+            self._take_over(sql, allocation, now)
+            wanted = Demand(slot_bytes, num_slots, priority, now, may_evict)
+            slots = self._take_slots(sql, allocation, wanted)
+            return allocation, slots, data_version(sql)
+
+    def held_at_version(
+        self, names: Collection[RecordName], version: int, deadline: float | None = None
+    ) -> dict[RecordName, SlotRef] | None:
+        """Those that are there; None where that is not the `version_of_others` any more."""
+        # here, for a reader's own cache has nothing of what was just changed
+        with self._writer.reading(deadline) as sql:
+            return _held_among(sql, names, self.now()) if data_version(sql) == version else None
+
+    def version_of_others(self, deadline: float | None = None) -> int:
+        """`version`, but what this process changes through this index does not change it."""
+        with self._writer.reading(deadline) as sql:
+            return data_version(sql)
 
     def publish_many(
         self,
@@ -318,18 +334,34 @@ class SlotIndex:
             yield sql
 
     def close(self) -> None:
-        """Write the last marks of use, if that can be done, and disconnect."""
+        """Write what is pending, if that can be done, and disconnect."""
         try:
-            if self._marks or self._abandoned:
-                self._write_marks()
+            if self._pending:
+                self._write_pending()
         finally:
             self._reader.close()
             self._writer.close()
 
+    def _take_over(self, sql: sqlite3.Connection, allocation: Allocation, now: int) -> None:
+        """Take what dead writers left, and forget what expired."""
+        allocation.dead = slot_table.take_dead(sql, self._lease_end(now), now)
+        allocation.num_expired, _ = slab_table.expire(sql, now)
+
+    def _take_slots(
+        self, sql: sqlite3.Connection, allocation: Allocation, wanted: Demand
+    ) -> list[SlotRef]:
+        """As many as can be had, of dead writers first."""
+        slots = _pop_dead(allocation.dead, wanted.slot_bytes, wanted.num_slots)
+        wanted = replace(wanted, num_slots=wanted.num_slots - len(slots))
+        room = take_room(sql, wanted, self._limits)
+        allocation.num_evicted += room.num_evicted
+        allocation.dropped += room.dropped
+        return slots + room.slots
+
     def _lease_end(self, now: int) -> int:
         return now - int(self._limits.write_lease_s * _NS)
 
-    def _write_marks(self) -> None:
+    def _write_pending(self) -> None:
         try:
             with self._writing():
                 pass
@@ -339,17 +371,10 @@ class SlotIndex:
     @contextmanager
     def _writing(self, deadline: float | None = None) -> Iterator[sqlite3.Connection]:
         """A transaction that takes along what is pending; it stays pending if this fails."""
-        with self._pending_lock:
-            marks, abandoned = dict(self._marks), list(self._abandoned)
         with self._writer.writing(deadline) as sql:
-            slot_table.end_leases(sql, abandoned)
-            slot_table.mark_used(sql, marks)
+            made = self._pending.apply(sql)
             yield sql
-        with self._pending_lock:
-            self._abandoned = [ref for ref in self._abandoned if ref not in abandoned]
-            for place, mark in marks.items():
-                if self._marks.get(place) == mark:
-                    del self._marks[place]
+        self._pending.forget(made)
 
 
 def _held_among(
@@ -363,10 +388,6 @@ def _held_among(
             found = slot_table.find(sql, hashes, now)
             held.update((ref.name, ref) for ref in found if ref.name in names)
     return held
-
-
-def _data_version(sql: sqlite3.Connection) -> int:
-    return sql.execute("PRAGMA data_version").fetchone()[0]
 
 
 def _pop_dead(dead: list[SlotRef], slot_bytes: int, at_most: int) -> list[SlotRef]:

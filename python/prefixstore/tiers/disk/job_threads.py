@@ -61,10 +61,16 @@ class JobBatch:
         timeout = -1.0
         if self._deadline is not None:
             timeout = max(self._deadline - time.monotonic(), 0.0)
-        if self._is_done.acquire(timeout=timeout):
-            self._is_done.release()
+        self.is_over(timeout)
         if self._bug is not None:
             raise self._bug
+
+    def is_over(self, within_s: float) -> bool:
+        """Whether all are done within that time; -1 for however long it takes."""
+        is_over = self._is_done.acquire(timeout=within_s)
+        if is_over:
+            self._is_done.release()
+        return is_over
 
 
 class Batch(Protocol):

@@ -19,12 +19,13 @@ from prefixstore.tiers.disk.slot_table import SlotRef
 
 @dataclass(frozen=True)
 class Demand:
-    """Slots that are to be written to."""
+    """Slots that are to be written to; whether records may have to go for them."""
 
     slot_bytes: int
     num_slots: int
     priority: int
     now: int
+    may_evict: bool = True
 
 
 @dataclass
@@ -78,7 +79,7 @@ def take_room(sql: sqlite3.Connection, wanted: Demand, limits: Limits) -> Room:
         room.slots += slots
         if slots or _add_slab(sql, wanted, limits):
             continue
-        if not _evict(sql, wanted, num_missing, room):
+        if not (wanted.may_evict and _evict(sql, wanted, num_missing, room)):
             break
     if wanted.num_slots and not room.slots:
         sql.execute("ROLLBACK TO before_eviction")

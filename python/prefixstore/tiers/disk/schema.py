@@ -5,7 +5,8 @@
     clock   where the tier's time stands, see clock.py
 
 `identity` and `block_hash` say whose record a READY slot holds. In a FREE one they say whose bytes
-still lie there, as far as is known, so that an identity can be wiped to the last byte.
+still lie there, as far as is known, so that an identity can be wiped to the last byte; in a WRITING
+one, whose lay there when it was taken.
 `rank` is the record's priority, and `PINNED` more while the record is pinned.
 """
 

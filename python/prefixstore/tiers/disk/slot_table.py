@@ -192,14 +192,14 @@ def take_identity(sql: sqlite3.Connection, identity: bytes, now: int) -> tuple[l
 def take(sql: sqlite3.Connection, refs: Sequence[SlotRef], now: int) -> list[SlotRef]:
     """Hide slots from everybody else, under a new ticket and lease.
 
-    They were looked up in this transaction.
+    They were looked up in this transaction. Their rows keep the names of what lies there.
     """
     if not refs:
         return []
     _for_each(
         sql,
         "UPDATE slots SET state = 1, ticket = ticket + 1, rank = 0, last_used = ?,"
-        f" expires_at = NULL, identity = NULL, block_hash = NULL WHERE {_RUN}",
+        f" expires_at = NULL WHERE {_RUN}",
         [
             (now, *run.place)
             for run in runs_of((slab.slab_id, slot, (), None) for slab, slot, *_ in refs)
@@ -253,6 +253,16 @@ def publish(
 
 def release_wiped(sql: sqlite3.Connection, refs: Iterable[SlotRef]) -> None:
     """Free slots where no record lies any more."""
+    _for_each(
+        sql,
+        "UPDATE slots SET state = 0, last_used = 0, identity = NULL, block_hash = NULL"
+        f" WHERE {_SLOT} AND state = 1",
+        [ref.place for ref in refs],
+    )
+
+
+def release(sql: sqlite3.Connection, refs: Iterable[SlotRef]) -> None:
+    """Free slots that nothing was written to; they keep the names of what lies there."""
     _for_each(
         sql,
         f"UPDATE slots SET state = 0, last_used = 0 WHERE {_SLOT} AND state = 1",

@@ -17,6 +17,11 @@ class IndexDamaged(TierUnavailable):
     """The index cannot be read; the slabs can, and it can be rebuilt from them."""
 
 
+def data_version(sql: sqlite3.Connection) -> int:
+    """A number that every transaction of another connection changes."""
+    return sql.execute("PRAGMA data_version").fetchone()[0]
+
+
 class Connection:
     """One SQLite connection, shared by this process's threads, one at a time."""
 

@@ -147,7 +147,8 @@ class DiskTier(Tier):
         What lies of it in slots and files that are no longer in use is wiped as well, so that no
         rebuilt index will find it.
         """
-        hidden, num_deletes = self._index.unpublish_identity(identity)
+        with self._writer.nothing_ahead():
+            hidden, num_deletes = self._index.unpublish_identity(identity)
         self._counters.add(num_deletes=num_deletes)
         self._writer.wipe(hidden)
         self._remove_orphans()
@@ -182,7 +183,8 @@ class DiskTier(Tier):
                 no other process has it.
         """
         checker = Checker(self._index, self._files, self._config.limits, fix)
-        checker.run()
+        with self._writer.nothing_ahead():
+            checker.run()
         for slab in checker.dropped:
             self._files.remove(slab)
         if fix:
@@ -196,7 +198,8 @@ class DiskTier(Tier):
         Orphans are slots of writes that were never finished, and files that the index does not
         know.
         """
-        num_expired, num_bytes = self._index.expire()
+        with self._writer.nothing_ahead():
+            num_expired, num_bytes = self._index.expire()
         self._counters.add(num_expired=num_expired)
         dead = self._index.take_dead()
         self._writer.wipe(dead)
@@ -207,7 +210,8 @@ class DiskTier(Tier):
 
     def close(self) -> None:
         try:
-            self._index.close()
+            with self._writer.nothing_ahead():
+                self._index.close()
         finally:
             self._transfers.close()
             self._files.close()

@@ -131,6 +131,10 @@ class Transfers:
         self._threads.help(batch, len(batch.jobs))
         return Writing(len(spans), batch)
 
+    def is_over(self, writing: Writing, within_s: float) -> bool:
+        """Whether that is done within so long."""
+        return writing.batch.is_over(within_s)
+
     def end_writing(self, writing: Writing) -> list[TierError | None]:
         """Wait until that is done, or its deadline; for each span what `write_many` says of it."""
         outcomes: list[TierError | None] = [None] * writing.num_spans
