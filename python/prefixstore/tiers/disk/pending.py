@@ -89,10 +89,11 @@ class PendingChanges:
         """What was made is committed."""
         if not made:
             return
+        abandoned, unused = set(made.abandoned), set(made.unused)
         with self._lock:
             pending = self._changes
-            pending.abandoned = [ref for ref in pending.abandoned if ref not in made.abandoned]
-            pending.unused = [unused for unused in pending.unused if unused not in made.unused]
+            pending.abandoned = [ref for ref in pending.abandoned if ref not in abandoned]
+            pending.unused = [one for one in pending.unused if one not in unused]
             for place, mark in made.marks.items():
                 if pending.marks.get(place) == mark:
                     del pending.marks[place]
