@@ -22,6 +22,7 @@ from prefixstore.tiers.base import Swept
 from prefixstore.tiers.disk import DiskTier
 from prefixstore.tiers.disk.files import SlabFiles
 from prefixstore.tiers.disk.index import SlotIndex
+from prefixstore.tiers.disk.reserve import SlotReserve
 from prefixstore.tiers.disk.transfers import Transfers
 
 RECORD_BYTES = 64 << 10
@@ -186,6 +187,24 @@ def test_other_puts_find_free_what_was_taken(tier, tmp_path, monkeypatch) -> Non
     name = names_of(99)[0]
     assert tier.put_many([name], [record_of(name, 5000).data]) == [None]
     assert num_taken(tmp_path) == 0
+    assert tier.check() == []
+
+
+def test_what_another_put_left_is_never_taken_for_one_of_another_size(tier, monkeypatch) -> None:
+    """Where a put of other records came between, and its thread had the turn."""
+    for batch in range(3):
+        put(tier, names_of(batch))
+    put(tier, names_of(3)[:10])  # leaves six
+    large = [names_of(100 + batch)[:8] for batch in range(3)]
+    records = [[record_of(name, 2 * RECORD_BYTES) for name in names] for names in large]
+    for number, (names, rows) in enumerate(zip(large, records, strict=True)):
+        with monkeypatch.context() as patched:
+            if number < 2:
+                patched.setattr(SlotReserve, "allocate", lambda *_: None)
+            assert tier.put_many(names, [row.data for row in rows]) == [None] * len(names)
+    assert all(num_right(tier, names_of(batch)) == BATCH for batch in range(3))
+    for names, rows in zip(large, records, strict=True):
+        assert get_all(tier, names, 2 * RECORD_BYTES) == [row.tobytes() for row in rows]
     assert tier.check() == []
 
 

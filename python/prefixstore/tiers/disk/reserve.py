@@ -177,17 +177,23 @@ class SlotReserve:
         most_bytes = self._limits.capacity_bytes // _PART_OF_CAPACITY
         if not _LEAST_BYTES <= num_slots * slot_bytes <= most_bytes:
             return None
+        ahead = self._ahead  # what this put left, or one of another thread
+        if ahead is not None and (ahead.kind, ahead.version) != (put.kind, put.version):
+            self._give_back()
+            ahead = None
         refs: list[SlotRef] = []
         when = put.when
-        if (ahead := self._ahead) is not None:  # what this put left of them
+        if ahead is not None:
             evicted |= ahead.evicted
             refs, when = ahead.refs, ahead.when if ahead.refs else put.when
-        num_slots -= len(refs)
-        if num_slots <= 0:
+        if len(refs) >= num_slots:
             return None
         allocation, taken, version = self._index.take_slots(
-            slot_bytes, num_slots, priority, may_evict=evicted, deadline=_NOW
+            slot_bytes, num_slots - len(refs), priority, may_evict=evicted, deadline=_NOW
         )
+        if version != put.version:  # another process came between
+            self._give_back()
+            refs, when = [], put.when
         self._ahead = _Ahead(put.kind, refs + taken, when, version, allocation.num_evicted > 0)
         return allocation
 
