@@ -230,13 +230,23 @@ def test_metrics_count_audits_and_what_they_find(start):
     assert counts["quarantined_blocks"] == engine.stats().num_quarantined >= num_blocks
 
 
+# The process tells how many objects no garbage collection walked through while it served.
+PROGRAM = """
+import gc
+from prefixstore.cli import main
+
+unfreeze = gc.unfreeze
+gc.unfreeze = lambda: (print(gc.get_freeze_count()), unfreeze())
+main()
+"""
+
+
 class Process:
     """`kvkernels serve` in a process of its own."""
 
     def __init__(self, *arguments):
-        program = "from prefixstore.cli import main; main()"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", program, "serve", *arguments, "--port", "0"],
+            [sys.executable, "-c", PROGRAM, "serve", *arguments, "--port", "0"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -249,8 +259,9 @@ class Process:
     def stop(self):
         """Ends it in order; gives its log lines."""
         self.process.send_signal(signal.SIGTERM)
-        err = self.process.communicate(timeout=60)[1]
+        out, err = self.process.communicate(timeout=60)
         assert self.process.returncode == 0, err
+        assert int(out) > 100_000  # else requests wait while PyTorch is looked through for garbage
         return [json.loads(line) for line in err.splitlines()]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,7 +140,14 @@ def run_server(model: str, dtype: str, device: str, config: ServeConfig) -> None
     server = replace(config.server, model_name=config.server.model_name or path.resolve().name)
     engine = Engine.open(loaded, load_tokenizer(path), config.engine, config.cache)
     app = create_app(engine, server, dashboard=dashboard_router(engine))
-    serve_until_signal(app, engine, server, listener)
+    # What is there now stays. Else each full collection would walk through all of PyTorch, while
+    # every request waits.
+    gc.collect()
+    gc.freeze()
+    try:
+        serve_until_signal(app, engine, server, listener)
+    finally:
+        gc.unfreeze()  # or extensions complain at the end that objects of theirs were left
 
 
 def choose_device(name: str) -> str:

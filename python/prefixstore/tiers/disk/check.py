@@ -7,9 +7,8 @@ wrong. Each slab is looked at in a transaction of its own: others go on meanwhil
 from __future__ import annotations
 
 import sqlite3
-from typing import NamedTuple
 
-from prefixstore.block_key import BlockHash, RecordName
+from prefixstore.block_key import RecordName
 from prefixstore.tiers.disk import slab_table, slot_table
 from prefixstore.tiers.disk.files import Slab, SlabFiles
 from prefixstore.tiers.disk.index import SlotIndex
@@ -18,18 +17,15 @@ from prefixstore.tiers.disk.schema import READY
 from prefixstore.tiers.disk.slab_table import Limits
 from prefixstore.tiers.disk.slot_table import SlotRef
 
-
-class _Row(NamedTuple):
-    slot: int
-    slot_bytes: int
-    state: int
-    ticket: int
-    identity: bytes
-    block_hash: BlockHash
-    record_bytes: int
-
-
-_SELECT_ROWS = f"SELECT {', '.join(_Row._fields)} FROM slots WHERE slab_id = ? ORDER BY slot"
+_MISSHAPEN = (
+    "SELECT slot FROM slots JOIN slabs USING (slab_id) WHERE slab_id = ?"
+    " AND (slots.slot_bytes <> slabs.slot_bytes OR record_bytes > slots.slot_bytes) ORDER BY slot"
+)
+_COUNT = "SELECT count(*), min(slot), max(slot) FROM slots WHERE slab_id = ?"
+_READY = (
+    "SELECT slot, ticket, identity, block_hash, record_bytes FROM slots"
+    f" WHERE slab_id = ? AND state = {READY} ORDER BY slot"
+)
 
 
 class Checker:
@@ -67,15 +63,15 @@ class Checker:
 
     def _check_slab(self, sql: sqlite3.Connection, slab: Slab) -> None:
         where = f"{self._limits.tier_name}: {slab.file_name}"
-        rows = [_Row(*row) for row in sql.execute(_SELECT_ROWS, (slab.slab_id,))]
+        # Counted in SQL: of a slab with thousands of slots few may be in use.
         misshapen = [
-            f"{where}: slot {row.slot} does not fit its slab"
-            for row in rows
-            if row.slot_bytes != slab.slot_bytes or row.record_bytes > row.slot_bytes
+            f"{where}: slot {slot} does not fit its slab"
+            for (slot,) in sql.execute(_MISSHAPEN, (slab.slab_id,))
         ]
-        if [row.slot for row in rows] != list(range(slab.num_slots)):
-            misshapen.append(f"{where}: expected {slab.num_slots} slots, got {len(rows)}")
-        wrong = self._find_wrong(slab, rows)
+        num_slots, first, last = sql.execute(_COUNT, (slab.slab_id,)).fetchone()
+        if (num_slots, first, last) != (slab.num_slots, 0, slab.num_slots - 1):
+            misshapen.append(f"{where}: expected {slab.num_slots} slots, got {num_slots}")
+        wrong = self._find_wrong(sql, slab)
         self.problems += misshapen
         self.problems += [
             f"{where}: slot {ref.slot} does not hold the record {ref.name.block_hash.hex()}"
@@ -95,21 +91,16 @@ class Checker:
         else:
             self.wrong += slot_table.take(sql, wrong, now)
 
-    def _find_wrong(self, slab: Slab, rows: list[_Row]) -> list[SlotRef]:
+    def _find_wrong(self, sql: sqlite3.Connection, slab: Slab) -> list[SlotRef]:
         """Slots that do not hold the record they should."""
-        ready = [row for row in rows if row.state == READY]
+        refs = [
+            SlotRef(slab, slot, ticket, RecordName(identity, block_hash), record_bytes)
+            for slot, ticket, identity, block_hash, record_bytes in sql.execute(
+                _READY, (slab.slab_id,)
+            )
+        ]
         found = {
             record.slot: (record.name, record.record_bytes)
-            for record in self._files.find_records(slab, [row.slot for row in ready])
+            for record in self._files.find_records(slab, [ref.slot for ref in refs])
         }
-        refs = [
-            SlotRef(
-                slab,
-                row.slot,
-                row.ticket,
-                RecordName(row.identity, row.block_hash),
-                row.record_bytes,
-            )
-            for row in ready
-        ]
         return [ref for ref in refs if found.get(ref.slot) != (ref.name, ref.record_bytes)]
