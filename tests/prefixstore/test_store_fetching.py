@@ -85,6 +85,40 @@ def test_two_requests_fetch_a_record_once(make_store):
     assert (use.num_hits, use.read_bytes) == (2, LAYOUT.record_bytes)
 
 
+def test_what_a_long_load_has_yet_to_fetch_is_fetched_once(make_store, monkeypatch):
+    """Though what it fetched before is on its way to the faster tier."""
+    monkeypatch.setattr(loader, "BATCH_BYTES", 1)  # one record at a time
+    gate, is_at_last = threading.Event(), threading.Event()
+
+    def fail(call: str) -> None:
+        if call == "get" and slow.calls.count("get") == len(keys):
+            is_at_last.set()
+            assert gate.wait(30)
+
+    fast, slow = DictTier("fast"), DictTier("slow", fail)
+    keys = make_keys(5)
+    store = make_store(fast, slow, queue_bytes=2 * LAYOUT.record_bytes)
+    fill(slow, keys)
+    found: list[list[str | None]] = []
+
+    def request(keys) -> None:
+        outs = HostBlocks([bytearray(LAYOUT.block_bytes) for _ in keys])
+        found.append(store.load_many(keys, outs))
+
+    threads = [threading.Thread(target=request, args=(wanted,)) for wanted in (keys, keys[-1:])]
+    threads[0].start()
+    assert is_at_last.wait(30)
+    threads[1].start()
+    while store.stats().num_coalesced == 0:
+        assert threads[1].is_alive()
+        time.sleep(0.001)
+    gate.set()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(found, key=len) == [["slow"], ["slow"] * 5]
+    assert slow.calls.count("get") == 5
+
+
 @pytest.fixture
 def held_up():
     """A fast tier whose writer waits at a gate, which is open once the test is over."""

@@ -205,7 +205,7 @@ class Loader:
                 # Writing to faster tiers waits until all is loaded, as far as the queue could take
                 # it: it would take the processor and the memory from who waits for these blocks.
                 if sum(job.source.num_bytes for job in load.promotions) > self._config.queue_bytes:
-                    self._promote(load)
+                    self._hand_on(load)
                 if not load.goes_on_after(batch):
                     return
 
@@ -297,14 +297,18 @@ class Loader:
         load.promotions.append(WriteJob(record.key, source, tiers, arrived=arrived))
 
     def _promote(self, load: Load) -> None:
-        """Hand records on to faster tiers; claims end where the records arrive."""
+        """Hand records on to faster tiers; what was claimed and is not among them will not come."""
+        self._hand_on(load)
+        self._in_flight.release([load.keys[i].name for i in load.claimed])
+        load.claimed.clear()
+
+    def _hand_on(self, load: Load) -> None:
+        """Hand on what was loaded so far; its claims end where the records arrive."""
         for job in load.promotions:
             if not self._writer.offer(job):
                 self._counts.add(num_promotions_dropped=1)
                 job.arrived()
         load.promotions.clear()
-        self._in_flight.release([load.keys[i].name for i in load.claimed])
-        load.claimed.clear()
 
 
 def _record_bytes(key: BlockKey) -> int:
