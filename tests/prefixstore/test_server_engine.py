@@ -314,7 +314,7 @@ def test_a_process_under_load_finishes_what_it_accepted(arguments):
         while True:
             try:
                 answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
-            except (httpx.ConnectError, httpx.ReadError):
+            except (httpx.ConnectError, httpx.ReadError, httpx.RemoteProtocolError):
                 return  # the door is closed, or closed while this one stood before it
             statuses.append(answer.status_code)
             if answer.status_code == 200:
