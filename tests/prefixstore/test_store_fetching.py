@@ -2,6 +2,7 @@
 
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -52,6 +53,23 @@ def test_a_request_waits_no_longer_than_its_deadline(make_store):
     assert (use.num_misses, use.num_errors, use.num_timeouts) == (1, 1, 1)
 
 
+def run_both(store, first, second, is_fetching: threading.Event, gate: threading.Event) -> None:
+    """Run two requests; the second one waits for what the first fetches until the gate opens."""
+    threads = [threading.Thread(target=request) for request in (first, second)]
+    threads[0].start()
+    assert is_fetching.wait(30)
+    threads[1].start()
+    try:
+        while store.stats().num_coalesced == 0:
+            assert threads[1].is_alive()
+            time.sleep(0.001)
+    finally:
+        gate.set()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+
+
 def test_two_requests_fetch_a_record_once(make_store):
     gate, fetched = threading.Event(), threading.Event()
 
@@ -69,16 +87,7 @@ def test_two_requests_fetch_a_record_once(make_store):
     def request(name: str) -> None:
         found[name] = [load(store, key) for key in keys[:1]]
 
-    threads = [threading.Thread(target=request, args=(name,)) for name in ("first", "second")]
-    threads[0].start()
-    assert fetched.wait(30)
-    threads[1].start()
-    while store.stats().num_coalesced == 0:
-        assert threads[1].is_alive()
-        time.sleep(0.001)
-    gate.set()
-    for thread in threads:
-        thread.join(30)
+    run_both(store, partial(request, "first"), partial(request, "second"), fetched, gate)
     assert found == {"first": ["slow"], "second": ["slow"]}
     assert slow.calls.count("get") == 1
     use = use_of(store, "slow")
@@ -105,16 +114,7 @@ def test_what_a_long_load_has_yet_to_fetch_is_fetched_once(make_store, monkeypat
         outs = HostBlocks([bytearray(LAYOUT.block_bytes) for _ in keys])
         found.append(store.load_many(keys, outs))
 
-    threads = [threading.Thread(target=request, args=(wanted,)) for wanted in (keys, keys[-1:])]
-    threads[0].start()
-    assert is_at_last.wait(30)
-    threads[1].start()
-    while store.stats().num_coalesced == 0:
-        assert threads[1].is_alive()
-        time.sleep(0.001)
-    gate.set()
-    for thread in threads:
-        thread.join(30)
+    run_both(store, partial(request, keys), partial(request, keys[-1:]), is_at_last, gate)
     assert sorted(found, key=len) == [["slow"], ["slow"] * 5]
     assert slow.calls.count("get") == 5
 
@@ -206,16 +206,11 @@ def test_who_waits_for_a_fetch_that_fails_tries_for_itself(make_store):
     keys = make_keys(1)
     fill(slow, keys)
     found = []
-    first = threading.Thread(target=lambda: found.append(load(store, keys[0])))
-    first.start()
-    assert fetched.wait(30)
-    second = threading.Thread(target=lambda: found.append(load(store, keys[0])))
-    second.start()
-    while store.stats().num_coalesced == 0:
-        time.sleep(0.001)
-    gate.set()
-    first.join(30)
-    second.join(30)
+
+    def request() -> None:
+        found.append(load(store, keys[0]))
+
+    run_both(store, request, request, fetched, gate)
     assert sorted(found, key=str) == [None, "slow"]
 
 
