@@ -55,23 +55,45 @@ class Run {
     return 1 + plan_.num_scores * args_.head_dim / kWorkPerThread;
   }
 
-  void work() {
-    size_t cursor = 0;
-    for (int64_t item = next_++; item < plan_.num_items; item = next_++) {
-      while (item >= plan_.sequences[cursor].end_item()) ++cursor;
-      do_item(plan_.sequences[cursor], item - plan_.sequences[cursor].first_item);
+  // What each of `num_threads` threads does.
+  void work(int num_threads) {
+    size_t sequence = 0;
+    for (Items items = claim(sequence, num_threads); items.begin < items.end;
+         items = claim(sequence, num_threads)) {
+      const SequencePlan& seq = plan_.sequences[sequence];
+      for (int64_t item = items.begin; item < items.end; ++item) {
+        if (seq.num_splits == 1) {
+          attend_whole(seq, seq.tile(args_, item - seq.first_item));
+        } else {
+          attend_chunk(seq, item - seq.first_item, item + 1 < items.end);
+        }
+      }
     }
   }
 
  private:
-  void do_item(const SequencePlan& seq, int64_t index) {
-    const int64_t tile_index = index / seq.num_splits;  // of this sequence, all heads
-    const AttentionTile tile = seq.tile(args_, tile_index);
-    if (seq.num_splits == 1) {
-      attend_whole(seq, tile);
-    } else {
-      attend_chunk(seq, tile, tile_index, index % seq.num_splits);
+  struct Items {
+    int64_t begin, end;
+  };
+
+  // Takes the next items, all of the sequence that `sequence` is moved on to. Neighbouring items
+  // suit one thread: it can ask for the keys of the next one early, and finds in its own caches
+  // what it has to merge. So as many as make a part of a thread's share of what is left, one at
+  // the end.
+  Items claim(size_t& sequence, int num_threads) {
+    constexpr int64_t kParts = 4;
+    int64_t begin = next_.load(std::memory_order_relaxed);
+    while (begin < plan_.num_items) {
+      while (begin >= plan_.sequences[sequence].end_item()) ++sequence;
+      const SequencePlan& seq = plan_.sequences[sequence];
+      const int64_t cost_left =
+          plan_.cost - seq.cost_before - (begin - seq.first_item) * seq.item_cost;
+      const int64_t num_wanted =
+          std::max<int64_t>(1, cost_left / (kParts * num_threads * seq.item_cost));
+      const int64_t end = std::min(begin + num_wanted, seq.end_item());
+      if (next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) return {begin, end};
     }
+    return {begin, begin};
   }
 
   void attend_whole(const SequencePlan& seq, const AttentionTile& tile) const {
@@ -88,11 +110,19 @@ class Run {
     finish(seq, tile, merged);
   }
 
-  void attend_chunk(const SequencePlan& seq, const AttentionTile& tile, int64_t tile_index,
-                    int64_t chunk) {
+  // Of an item, which `has_next` if this thread turns to the one after it next.
+  void attend_chunk(const SequencePlan& seq, int64_t item, bool has_next) {
+    const int64_t tile_index = item / seq.num_splits, chunk = item % seq.num_splits;
+    const AttentionTile tile = seq.tile(args_, tile_index);
+    AttentionTile next;
+    if (has_next) {
+      next = seq.tile(args_, (item + 1) / seq.num_splits);
+      has_next = seq.clip_to_chunk(next, (item + 1) % seq.num_splits);
+    }
     const int64_t tile_floats = seq.heads_per_tile * seq.result_size;
     float* memory = partials_ + seq.first_partial + tile_index * seq.num_chunks * tile_floats;
     AttentionTile part = tile;
+    part.next = has_next ? &next : nullptr;
     if (seq.clip_to_chunk(part, chunk)) attend(seq, part, memory + chunk * tile_floats);
     std::atomic<int32_t>& num_done = num_done_[seq.first_split_tile + tile_index];
     if (num_done.fetch_add(1, std::memory_order_acq_rel) + 1 < seq.num_chunks) return;
@@ -147,9 +177,7 @@ class Run {
         const float new_weight = std::exp2(part.max[row] - max);
         all.max[row] = max;
         all.sum[row] = old_weight * all.sum[row] + new_weight * part.sum[row];
-        float* out = all.out + row * dim;
-        const float* added = part.out + row * dim;
-        for (int64_t i = 0; i < dim; ++i) out[i] = old_weight * out[i] + new_weight * added[i];
+        kernel_.merge(all.out + row * dim, old_weight, part.out + row * dim, new_weight, dim);
       }
     }
   }
@@ -212,7 +240,10 @@ void paged_attention(const PagedAttentionArgs& args, AttentionPath path, int num
   Run run(args, find_kernel(path, args.dtype, {args.head_dim, args.value_dim}));
   const int64_t num_useful =
       std::min({static_cast<int64_t>(num_threads), run.num_items(), run.num_useful_threads()});
-  if (num_useful > 0) run_parallel(static_cast<int>(num_useful), [&run] { run.work(); });
+  if (num_useful > 0) {
+    const auto num_working = static_cast<int>(num_useful);
+    run_parallel(num_working, [&] { run.work(num_working); });
+  }
 }
 
 void merge_attention(const MergeAttentionArgs& args, AttentionPath path, int num_threads) {

@@ -22,6 +22,14 @@ void narrow(const float* in, float scale, void* out, int64_t size) {
   }
 }
 
+void merge(float* out, float weight, const float* added, float added_weight, int64_t size) {
+  const __m256 weights = _mm256_set1_ps(weight), added_weights = _mm256_set1_ps(added_weight);
+  for (int64_t i = 0; i < size; i += 8) {
+    const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(out + i), weights);
+    _mm256_storeu_ps(out + i, _mm256_fmadd_ps(_mm256_loadu_ps(added + i), added_weights, scaled));
+  }
+}
+
 template <typename E>
 void widen(const void* in, float* out, int64_t size) {
   for (int64_t i = 0; i < size; i += 8) {
@@ -30,7 +38,7 @@ void widen(const void* in, float* out, int64_t size) {
 }
 
 template <typename E>
-constexpr AttentionKernel kKernel = {kMaxRows, kFewRows, attend<E>, narrow<E>, widen<E>};
+constexpr AttentionKernel kKernel = {kMaxRows, kFewRows, attend<E>, narrow<E>, merge, widen<E>};
 
 }  // namespace
 

@@ -24,6 +24,17 @@ void narrow(const float* in, float scale, void* out, int64_t size) {
   }
 }
 
+void merge(float* out, float weight, const float* added, float added_weight, int64_t size) {
+  const __m512 weights = _mm512_set1_ps(weight), added_weights = _mm512_set1_ps(added_weight);
+  for (int64_t i = 0; i < size; i += 16) {
+    const __mmask16 mask = first_lanes(size - i);
+    const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, out + i), weights);
+    _mm512_mask_storeu_ps(
+        out + i, mask,
+        _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, added + i), added_weights, scaled));
+  }
+}
+
 template <typename E>
 void widen(const void* in, float* out, int64_t size) {
   for (int64_t i = 0; i < size; i += 16) {
@@ -34,7 +45,7 @@ void widen(const void* in, float* out, int64_t size) {
 }
 
 template <typename E>
-constexpr AttentionKernel kKernel = {kMaxRows, kFewRows, attend<E>, narrow<E>, widen<E>};
+constexpr AttentionKernel kKernel = {kMaxRows, kFewRows, attend<E>, narrow<E>, merge, widen<E>};
 
 }  // namespace
 

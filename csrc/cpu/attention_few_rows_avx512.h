@@ -193,6 +193,7 @@ class FewRows {
   void find(int64_t begin, Tile& found) {
     find_tile(tile_, begin, found);
     prefetch_.add_tile(found.key_spans, found.value_spans, tile_.num_kv_heads);
+    if (found.num_keys() == 0) add_next(tile_, kTileKeys, prefetch_);
   }
 
   void add(const Tile& now) {

@@ -23,6 +23,9 @@ struct AttentionTile {
   int64_t kv_head, num_kv_heads;  // the first head, and how many from there on
   int64_t row_begin, row_end;
   int64_t key_begin, key_end;  // not empty, and no wider than what the rows see together
+  // What the same thread turns to next, or null: towards the end of this tile its first keys may be
+  // asked for already.
+  const AttentionTile* next;
 };
 
 // Softmax statistics of each row of one head over the tile's keys; scores are in units of log2.
@@ -38,6 +41,8 @@ struct AttentionKernel {
   void (*attend)(const AttentionTile& tile, const TileResult* results);  // one for each head
   // out[i] = in[i] * scale, rounded to the dtype.
   void (*narrow)(const float* in, float scale, void* out, int64_t size);
+  // out[i] = out[i] * weight + added[i] * added_weight
+  void (*merge)(float* out, float weight, const float* added, float added_weight, int64_t size);
   // out[i] = in[i]
   void (*widen)(const void* in, float* out, int64_t size);
 };

@@ -174,6 +174,8 @@ SequencePlan plan_sequence(const PagedAttentionArgs& args, int64_t seq,
   } else {
     cut_by_length(plan, first_visible);
   }
+  const int64_t chunks_per_item = plan.num_chunks / plan.num_splits;
+  plan.item_cost = plan.rows_per_tile * plan.heads_per_tile * plan.chunk_size * chunks_per_item;
   return plan;
 }
 
@@ -192,7 +194,8 @@ AttentionTile SequencePlan::tile(const PagedAttentionArgs& args, int64_t index) 
                         row_begin,
                         std::min(num_rows, row_begin + rows_per_tile),
                         0,
-                        seq_len};
+                        seq_len,
+                        nullptr};
   const int64_t begin = visible_keys(tile, tile.row_begin).begin;
   const int64_t end = visible_keys(tile, tile.row_end - 1).end;
   tile.key_begin = begin;
@@ -222,16 +225,15 @@ Plan make_plan(const PagedAttentionArgs& args, const AttentionKernel& kernel) {
     }
   }
   // The longest items first: the threads then end at about the same time.
-  const auto cost = [](const SequencePlan& seq) {
-    const int64_t num_chunks = seq.num_chunks / seq.num_splits;  // of an item
-    return seq.rows_per_tile * seq.heads_per_tile * seq.chunk_size * num_chunks;
-  };
-  std::stable_sort(plan.sequences.begin(), plan.sequences.end(),
-                   [&](const SequencePlan& a, const SequencePlan& b) { return cost(a) > cost(b); });
+  std::stable_sort(
+      plan.sequences.begin(), plan.sequences.end(),
+      [](const SequencePlan& a, const SequencePlan& b) { return a.item_cost > b.item_cost; });
   for (SequencePlan& seq : plan.sequences) {
     const int64_t num_tiles = seq.num_tiles * seq.num_head_tiles;
     seq.first_item = plan.num_items;
     plan.num_items += num_tiles * seq.num_splits;
+    seq.cost_before = plan.cost;
+    plan.cost += num_tiles * seq.num_splits * seq.item_cost;
     // Few rows take as long as four: that time goes into reading the keys.
     plan.num_scores += std::max<int64_t>(seq.num_rows, 4) * seq.num_kv_heads * seq.seq_len;
     if (seq.num_splits == 1) continue;

@@ -29,6 +29,7 @@ struct SequencePlan {
   int64_t first_key, chunk_size, num_chunks;  // chunk c starts at first_key + c * chunk_size
   int64_t num_splits;                         // items of a tile
   int64_t first_item;
+  int64_t item_cost, cost_before;  // of one of its items, and of all items of those before it
   // Where there are several: their results, [num_tiles * num_head_tiles, num_splits,
   // heads_per_tile, result_size], start at this float among all, and its counters at that one.
   int64_t first_partial, result_size;
@@ -46,6 +47,7 @@ struct SequencePlan {
 struct Plan {
   std::vector<SequencePlan> sequences;  // those with queries, costly items first
   int64_t num_items = 0;
+  int64_t cost = 0;          // of all items
   int64_t num_partials = 0;  // floats
   int64_t num_split_tiles = 0;
   int64_t num_scores = 0;  // about, as a measure of the work

@@ -15,6 +15,10 @@ constexpr int64_t kTileRows = 32, kTileKeys = 32;
 constexpr int64_t kSumLength = 16;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+void merge(float* out, float weight, const float* added, float added_weight, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) out[i] = weight * out[i] + added_weight * added[i];
+}
+
 template <typename T>
 void widen(const void* in, float* out, int64_t size) {
   for (int64_t i = 0; i < size; ++i) out[i] = to_float(static_cast<const T*>(in)[i]);
@@ -155,7 +159,7 @@ void attend(const AttentionTile& tile, const TileResult* results) {
 }
 
 template <typename T>
-constexpr AttentionKernel kKernel = {kTileRows, 0, attend<T>, narrow<T>, widen<T>};
+constexpr AttentionKernel kKernel = {kTileRows, 0, attend<T>, narrow<T>, merge, widen<T>};
 
 }  // namespace
 

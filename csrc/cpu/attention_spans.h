@@ -190,6 +190,18 @@ class Prefetch {
   int64_t allowed_ = 0, asked_ = 0;
 };
 
+// The first keys of what the thread turns to after this tile: memory then has something to do while
+// one item ends and the next begins.
+inline void add_next(const AttentionTile& tile, int64_t tile_keys, Prefetch& all) {
+  if (tile.next == nullptr) return;
+  const AttentionTile& next = *tile.next;
+  const int64_t end = (next.key_begin / tile_keys + 1) * tile_keys;
+  Spans keys, values;
+  find_spans(next, next.key_begin, std::min(end, next.key_end), keys, values);
+  values.clear();
+  all.add_tile(keys, values, next.num_kv_heads);
+}
+
 // All that an item reads that goes through the keys of one head after the other, so many keys at a
 // time, up to multiples of that.
 inline void plan_reading(const AttentionTile& tile, int64_t tile_keys, Prefetch& all) {
@@ -203,6 +215,7 @@ inline void plan_reading(const AttentionTile& tile, int64_t tile_keys, Prefetch&
       all.add_tile(keys, values, 1);
     }
   }
+  add_next(tile, tile_keys, all);
 }
 
 }  // namespace
