@@ -45,9 +45,20 @@ Isa find_best_isa() {
   return has_amx_bf16() ? Isa::kAmx : Isa::kAvx512Bf16;
 }
 
+// AMD's processors from Zen 5 on: an L1 cache of 48 KiB, and more misses under way than before.
+bool prefetches_to_l1() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;
+  const unsigned base_family = (eax >> 8) & 15, extended_family = (eax >> 20) & 255;
+  constexpr unsigned kZen5 = 0x1a;
+  return base_family + extended_family >= kZen5;
+}
+
 #else
 
 Isa find_best_isa() { return Isa::kPortable; }
+
+bool prefetches_to_l1() { return false; }
 
 #endif
 
@@ -57,6 +68,8 @@ Isa best_isa() {
   static const Isa isa = find_best_isa();
   return isa;
 }
+
+const bool kPrefetchesToL1 = prefetches_to_l1();
 
 bool has_fast_bf16_products() {
 #if defined(__x86_64__)

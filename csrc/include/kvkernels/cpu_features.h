@@ -13,6 +13,10 @@ Isa best_isa();
 // Whether a product of pairs of bfloat16 takes no longer than one of floats.
 bool has_fast_bf16_products();
 
+// Whether what will be read soon is better asked for into the L1 cache than into the L2 cache.
+// Found when the library is loaded.
+extern const bool kPrefetchesToL1;
+
 const char* isa_name(Isa isa);
 
 }  // namespace kvkernels
