@@ -77,6 +77,13 @@ FAULTS = [
     Fault("merge without the maximum", CSRC + "attention.cpp",
           "const float new_weight = std::exp2(part.max[row] - max);",
           "const float new_weight = 1.0f;"),
+    Fault("merged parts without their weights", CSRC + "attention_avx512.cpp",
+          "_mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, added + i), added_weights, scaled));",
+          "_mm512_add_ps(_mm512_maskz_loadu_ps(mask, added + i), scaled));", "avx512"),
+    Fault("last item of a share left out", CSRC + "attention.cpp",
+          "for (int64_t item = items.begin; item < items.end; ++item) {",
+          "for (int64_t item = items.begin; item + 1 < std::max(items.end, items.begin + 2);"
+          " ++item) {"),
     Fault("an empty part is not left out", CSRC + "attention.cpp",
           "if (part.sum[row] == 0) continue;", ""),
     Fault("log-sum-exp in base 2", CSRC + "attention.cpp",
