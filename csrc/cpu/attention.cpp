@@ -114,15 +114,13 @@ class Run {
   void attend_chunk(const SequencePlan& seq, int64_t item, bool has_next) {
     const int64_t tile_index = item / seq.num_splits, chunk = item % seq.num_splits;
     const AttentionTile tile = seq.tile(args_, tile_index);
-    AttentionTile next;
+    AttentionTile part = tile, next;
     if (has_next) {
       next = seq.tile(args_, (item + 1) / seq.num_splits);
-      has_next = seq.clip_to_chunk(next, (item + 1) % seq.num_splits);
+      if (seq.clip_to_chunk(next, (item + 1) % seq.num_splits)) part.next = &next;
     }
     const int64_t tile_floats = seq.heads_per_tile * seq.result_size;
     float* memory = partials_ + seq.first_partial + tile_index * seq.num_chunks * tile_floats;
-    AttentionTile part = tile;
-    part.next = has_next ? &next : nullptr;
     if (seq.clip_to_chunk(part, chunk)) attend(seq, part, memory + chunk * tile_floats);
     std::atomic<int32_t>& num_done = num_done_[seq.first_split_tile + tile_index];
     if (num_done.fetch_add(1, std::memory_order_acq_rel) + 1 < seq.num_chunks) return;
