@@ -9,6 +9,7 @@ import pytest
 import torch
 from cached_models import BLOCK_SIZE, tiny_gemma3, tiny_llama
 from redis_servers import FLAVOURS, Server
+from redis_tiers import open_tier
 from s3_server import S3Server, find_weed
 from tier_kinds import make_any_tier, make_kind, make_tier, open_tiers
 
@@ -96,3 +97,26 @@ def shared_servers(server_directory):
     yield get
     for server in servers.values():
         server.kill()
+
+
+@pytest.fixture(params=FLAVOURS)
+def redis_server(request, shared_servers) -> Server:
+    """Of each flavour in turn."""
+    return shared_servers(request.param)
+
+
+@pytest.fixture
+def redis_tier(redis_server):
+    """A tier in an empty server; checked after the test."""
+    with redis_server.client() as client:
+        client.flushall()
+    tier = open_tier(redis_server.url)
+    yield tier
+    assert tier.check() == []
+    tier.close()
+
+
+@pytest.fixture
+def redis_client(redis_server):
+    with redis_server.client() as client:
+        yield client

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 
 import numpy as np
+import redis
 
 from prefixstore.block_key import BlockHash, RecordName
 from prefixstore.errors import TierError
@@ -40,3 +41,12 @@ def get(tier: RedisTier, names: list[RecordName], num_bytes: int, **options) -> 
         outcome if outcome is None or isinstance(outcome, TierError) else bytes(out[:outcome])
         for outcome, out in zip(outcomes, outs, strict=True)
     ]
+
+
+def part_keys(client: redis.Redis, name: RecordName) -> list[bytes]:
+    return sorted(client.keys(f"*{{{name.block_hash.hex()}}}:*"))
+
+
+def record_key(client: redis.Redis, name: RecordName) -> bytes:
+    (key,) = client.keys(f"*{{{name.block_hash.hex()}}}")
+    return key

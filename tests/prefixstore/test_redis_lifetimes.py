@@ -1,0 +1,129 @@
+"""How long records in a real Redis server last: time to live, pins, deleted identities, sweeps."""
+
+import threading
+from functools import partial
+
+from redis_servers import wait_until
+from redis_tiers import PART, get, make_names, open_tier, part_keys, put, random_bytes, record_key
+
+from prefixstore.tiers.base import Swept
+from prefixstore.tiers.redis.records import MANIFEST_BYTES
+
+
+def test_records_expire_and_a_hit_begins_their_time_anew(redis_tier, redis_server, redis_client):
+    names, record = make_names(2), random_bytes(2 * PART)
+    put(redis_tier, names, [record] * 2)
+    keys = [record_key(redis_client, names[0]), *part_keys(redis_client, names[0])]
+    assert all(86390 <= redis_client.ttl(key) <= 86400 for key in keys)
+    for key in keys:
+        redis_client.expire(key, 100)
+    redis_tier.contains_many(names)
+    assert all(redis_client.ttl(key) <= 100 for key in keys)
+    get(redis_tier, names, 2 * PART)
+    assert all(redis_client.ttl(key) > 86390 for key in keys)
+    quiet = open_tier(
+        redis_server.url, prefix=redis_tier._config.prefix, refresh_ttl=False, ttl_s=1
+    )
+    redis_client.expire(keys[0], 100)
+    assert get(quiet, names[:1], 2 * PART) == [record]
+    assert redis_client.ttl(keys[0]) <= 100
+    short = make_names(1)
+    put(quiet, short, [record])
+    wait_until(lambda: not quiet.contains_many(short)[0], 3)
+    quiet.close()
+
+
+def test_pins_keep_from_expiry_and_hits_do_not_undo_them(redis_tier, redis_client):
+    (name,), record = make_names(1), random_bytes(2 * PART)
+    assert redis_tier.pin_many([name]) == [False]
+    put(redis_tier, [name], [record])
+    keys = [record_key(redis_client, name), *part_keys(redis_client, name)]
+    assert redis_tier.pin_many([name]) == [True]
+    assert [redis_client.ttl(key) for key in keys] == [-1, -1]
+    assert get(redis_tier, [name], 2 * PART) == [record]
+    assert [redis_client.ttl(key) for key in keys] == [-1, -1]
+    assert redis_tier.pin_many([name], is_pinned=False) == [True]
+    assert all(86390 <= redis_client.ttl(key) <= 86400 for key in keys)
+    assert redis_client.keys("*pinned") == []
+
+
+def test_a_deleted_identity_is_gone_for_everybody(redis_tier, redis_server, redis_client):
+    other = open_tier(redis_server.url, prefix=redis_tier._config.prefix)
+    names, kept = make_names(6), make_names(2, b"k" * 16)
+    records = [random_bytes(2 * PART, seed) for seed in range(8)]
+    put(redis_tier, names + kept, records)
+    assert get(other, names, 2 * PART) == records[:6]  # it knows the generation now
+    redis_tier.pin_many(names[:2])
+    redis_tier.delete_identity(names[0].identity)
+    for one in (other, redis_tier):
+        assert get(one, names + kept, 2 * PART) == [None] * 6 + records[6:]
+        assert one.contains_many(names) == [False] * 6
+        assert one.pin_many(names[:1]) == [False]
+        assert one.delete_many(names[:1]) == [False]
+    assert redis_client.keys(f"*{names[0].block_hash.hex()}*") == []  # it was pinned: nothing stays
+    put(other, names, records[:6])
+    assert get(redis_tier, names, 2 * PART) == records[:6]
+    other.close()
+
+
+def test_nothing_written_before_a_deletion_is_found_after_it(redis_tier, redis_server):
+    """One writes all the time; what it wrote before a deletion began is never found after."""
+    other = open_tier(redis_server.url, prefix=redis_tier._config.prefix)
+    names, is_over = make_names(4), threading.Event()
+    counts = [0, 0]  # begun, done
+
+    def write() -> None:
+        while not is_over.is_set():
+            number = counts[0] = counts[0] + 1
+            record = number.to_bytes(8, "little")
+            assert put(other, [names[number % 4]], [record]) == [None]
+            counts[1] = number
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    for _ in range(30):
+        wait_until(partial(lambda least: counts[1] >= least, counts[1] + 5))
+        num_done = counts[1]
+        redis_tier.delete_identity(names[0].identity)
+        for record in get(redis_tier, names, 8):
+            assert record is None or int.from_bytes(record, "little") > num_done
+    is_over.set()
+    writer.join()
+    other.close()
+
+
+def test_a_lost_generation_brings_back_nothing(redis_tier, redis_client):
+    names, record = make_names(2), random_bytes(100)
+    put(redis_tier, names, [record] * 2)
+    redis_client.delete(*redis_client.keys("*generation"))  # as an eviction would
+    assert get(redis_tier, names, 100) == [None, None]
+    put(redis_tier, names[:1], [record])
+    assert get(redis_tier, names, 100) == [record, None]
+
+
+def test_sweep_finds_orphans_and_ended_generations(redis_tier, redis_client):
+    names, record = make_names(3), random_bytes(3 * PART)
+    put(redis_tier, names, [record] * 3)
+    old_part, new_part = (part_keys(redis_client, name)[0] for name in names[:2])
+    for name in names[:2]:
+        redis_client.delete(record_key(redis_client, name))
+    assert redis_tier.sweep() == Swept()  # as young as parts that are being written
+    for key in redis_client.keys(f"*{names[0].block_hash.hex()}*"):
+        redis_client.expire(key, 60)
+    assert redis_tier.sweep() == Swept(num_orphans=2, num_bytes=2 * PART)
+    assert not redis_client.exists(old_part) and redis_client.exists(new_part)
+    redis_tier.delete_identity(names[0].identity)
+    swept = redis_tier.sweep()
+    assert swept == Swept(num_orphans=5, num_bytes=5 * PART + MANIFEST_BYTES)
+    assert [key for key in redis_client.keys("*") if not key.endswith(b":generation")] == []
+
+
+def test_check_finds_and_drops_what_is_not_whole(redis_tier, redis_client):
+    names, record = make_names(3), random_bytes(2 * PART)
+    put(redis_tier, names, [record] * 3)
+    redis_client.delete(*part_keys(redis_client, names[1]))
+    (problem,) = redis_tier.check()
+    assert names[1].block_hash.hex() in problem and "not whole" in problem
+    assert redis_tier.check(fix=True) == [problem]
+    assert redis_tier.check() == []
+    assert get(redis_tier, names, 2 * PART) == [record, None, record]
