@@ -7,6 +7,7 @@ from redis_servers import wait_until
 from redis_tiers import PART, get, make_names, open_tier, part_keys, put, random_bytes, record_key
 
 from prefixstore.tiers.base import Swept
+from prefixstore.tiers.redis import calls
 from prefixstore.tiers.redis.records import MANIFEST_BYTES
 
 
@@ -99,6 +100,21 @@ def test_a_lost_generation_brings_back_nothing(redis_tier, redis_client):
     assert get(redis_tier, names, 100) == [None, None]
     put(redis_tier, names[:1], [record])
     assert get(redis_tier, names, 100) == [record, None]
+
+
+def test_nothing_is_waited_for_where_a_server_lost_all(redis_tier, redis_client, monkeypatch):
+    """Its new generation is known at once; only passing trouble is given time to pass."""
+    names, records = make_names(3), [bytes([i]) * 100 for i in range(3)]
+    put(redis_tier, names, records)
+    redis_client.flushall()
+
+    def fail(pause_s: float, deadline: float) -> None:
+        raise AssertionError(f"paused for {pause_s} s")
+
+    monkeypatch.setattr(calls, "_pause", fail)
+    assert redis_tier.contains_many(names) == [False] * 3
+    put(redis_tier, names, records)
+    assert get(redis_tier, names, 100) == records
 
 
 def test_sweep_finds_orphans_and_ended_generations(redis_tier, redis_client):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -28,19 +29,22 @@ CODED = RecordLayout(3, 1, 16, 16, "bfloat16", 0, ("q8",))
 
 
 class Maker:
-    """Makes records as a host's blocks do, tells how many at a time, and may fail."""
+    """Makes records as a host's blocks do, 5 at a time, and may fail."""
 
-    max_records = 5
+    max_records = 10
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.fails_at = fails_at
         self.sizes: list[int] = []
+        self.made_twice = threading.Event()
 
     @contextmanager
     def records(self, keys, sources):
         self.sizes.append(len(keys))
         if len(self.sizes) - 1 == self.fails_at:
             raise ZeroDivisionError("a bug")
+        if len(self.sizes) == 2:
+            self.made_twice.set()
         with sources[0].block.maker.records(keys, [source.block for source in sources]) as records:
             yield records
 
@@ -94,6 +98,42 @@ def test_a_maker_that_fails_costs_what_it_had_at_hand(caplog: pytest.LogCaptureF
         assert store.flush(30)
         assert keys[11].block_hash in tier.records
         assert store.check() == []
+
+
+def test_a_part_is_put_while_the_next_is_made() -> None:
+    gate, maker = Gate("put"), Maker()
+
+    def fail(call: str) -> None:
+        gate(call)
+        if call == "put" and maker.sizes:
+            assert maker.made_twice.wait(30), "nothing was made meanwhile"
+
+    tier = DictTier("tier", fail)
+    keys = make_keys(12)
+    with Store([tier]) as store:
+        done = save_behind(store, gate, keys, [Block(make_payload(key), maker) for key in keys])
+    assert maker.sizes == [5, 5, 2] and sorted(done) == list(range(12))
+    assert all(tier.records[key.block_hash] == make_record(key) for key in keys)
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_a_tier_that_fails_at_a_part_is_blamed(part: int, caplog: pytest.LogCaptureFixture) -> None:
+    gate, maker = Gate("put"), Maker()
+
+    def fail(call: str) -> None:
+        gate(call)
+        if call == "put" and len(tier.records) == 1 + 5 * part:  # one is of `save_behind`
+            raise ZeroDivisionError("a bug")
+
+    tier = DictTier("tier", fail)
+    keys = make_keys(12)
+    with Store([tier]) as store:
+        done = save_behind(store, gate, keys, [Block(make_payload(key), maker) for key in keys])
+        assert sorted(done) == list(range(12)) and store.check() == []
+        assert "a bug" in caplog.text and use_of(store, "tier").is_down
+    assert [key.block_hash in tier.records for key in keys] == [
+        number < 5 * part for number in range(12)
+    ]
 
 
 def make_coded_pool() -> tuple[list[BlockKey], KVPool]:

@@ -22,7 +22,7 @@ class RecordMaker(Protocol):
 
     @property
     def max_records(self) -> int:
-        """As many at a time."""
+        """It holds as many at a time: a half is made while the other half is put into a tier."""
         ...
 
     def records(

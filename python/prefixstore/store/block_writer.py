@@ -12,12 +12,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import numpy as np
 
 from prefixstore.at_exit import close_at_exit
 from prefixstore.block_key import RecordName
+from prefixstore.store.beside import Beside
 from prefixstore.store.block_sources import MAX_RECORDS
 from prefixstore.store.config import StoreConfig
 from prefixstore.store.guarded_tier import GuardedTier
@@ -48,7 +51,6 @@ class BlockWriter:
             number: TierWriter(tiers[number], tiers[:number], config)
             for number in range(1, len(tiers))
         }
-        self._is_blamed = False  # whether tier 0 is to blame if the thread fails now
         self._unread: dict[WriteJob, None] = {}  # of those at hand, whose blocks may be read yet
         self._not_evicted: set[RecordName] = set()  # of those put into tier 0 last
         self._thread = threading.Thread(target=self._run, name="prefixstore-writer", daemon=True)
@@ -113,10 +115,8 @@ class BlockWriter:
             self._unread = dict.fromkeys(jobs)
             try:
                 self._write(jobs)
-            except Exception as error:  # a bug of a tier or a source must not end the writing
+            except Exception:  # a bug of a tier or a source must not end the writing
                 logger.exception("%d blocks not written", len(jobs))
-                if self._is_blamed and self._first is not None:
-                    self._first.mark_down(error)
             self._let_go(list(self._unread))
             for job in jobs:
                 _call(job.arrived)
@@ -134,15 +134,37 @@ class BlockWriter:
     def _write_alike(self, jobs: Sequence[WriteJob]) -> None:
         """Make records of blocks that lie in one place, and put them where they belong."""
         left = self._write_in_place(jobs)
-        at_once = jobs[0].source.maker.max_records
-        for first in range(0, len(left), at_once):
-            self._write_elsewhere(left[first : first + at_once])
+        if left:
+            self._write_elsewhere(left)
 
     def _write_elsewhere(self, jobs: Sequence[WriteJob]) -> None:
-        """Make records in memory of their maker, and put them where they belong."""
-        keys, sources = [job.key for job in jobs], [job.source for job in jobs]
-        with sources[0].maker.records(keys, sources) as records:
-            self._let_go(jobs)
+        """Make records in memory of their maker, and put them where they belong: those of a part
+        while the next part's are made.
+        """
+        maker = jobs[0].source.maker
+        at_once = max(1, maker.max_records // 2)  # the other half holds those that are being put
+        putting = Beside()
+        try:
+            for first in range(0, len(jobs), at_once):
+                part = jobs[first : first + at_once]
+                with ExitStack() as made:
+                    keys, sources = [job.key for job in part], [job.source for job in part]
+                    records = made.enter_context(maker.records(keys, sources))
+                    self._let_go(part)
+                    putting.wait()
+                    put = partial(self._put, part, records, made.pop_all())
+                if first + at_once < len(jobs):
+                    putting.start(put)
+                else:
+                    put()
+        finally:
+            putting.wait()
+
+    def _put(
+        self, jobs: Sequence[WriteJob], records: Sequence[np.ndarray], made: ExitStack
+    ) -> None:
+        """Put records where they belong, and end what holds them."""
+        with made:
             kept = self._put_first(jobs, records)
             for job, record, is_kept in zip(jobs, records, kept, strict=True):
                 self._hand_on(job, None if is_kept else record)
@@ -156,9 +178,10 @@ class BlockWriter:
         names = [job.key.name for job in chosen]
         sizes = [job.key.layout.record_bytes for job in chosen]
         done: dict[WriteJob, None] = {}
-        self._is_blamed = True
-        with first.reserve_many(names, sizes, chosen[0].priority) as places:
-            self._is_blamed = False
+        with ExitStack() as reserved:
+            with _blaming(first):
+                reservation = first.reserve_many(names, sizes, chosen[0].priority)
+                places = reserved.enter_context(reservation)
             given = [(i, place) for i, place in enumerate(places) if place is not None]
             is_written = maker.write(
                 [chosen[i].key for i, _ in given],
@@ -171,8 +194,8 @@ class BlockWriter:
                 else:
                     places[i] = None
             self._let_go(list(done))
-            self._is_blamed = True
-        self._is_blamed = False
+            with _blaming(first):
+                reserved.close()
         for job in done:
             self._hand_on(job, None)
         return [job for job in jobs if job not in done]
@@ -187,10 +210,9 @@ class BlockWriter:
         """Whether tier 0 holds each block."""
         if self._first is None or not jobs:
             return [True] * len(jobs)  # nobody needs a record
-        self._is_blamed = True
         deadline = time.monotonic() + self._config.write_timeout_s
-        answers = self._first.contains_many([job.key.name for job in jobs], deadline)
-        self._is_blamed = False
+        with _blaming(self._first):
+            answers = self._first.contains_many([job.key.name for job in jobs], deadline)
         if answers is None:
             return [len(job.tiers) == 0 or job.tiers == (0,) for job in jobs]
         self._first.count_present(
@@ -207,14 +229,13 @@ class BlockWriter:
             return kept
         names = [jobs[i].key.name for i in chosen]
         self._not_evicted = set(names)
-        self._is_blamed = True
-        outcomes = self._first.put_many(
-            names,
-            [records[i] for i in chosen],
-            [jobs[i].priority for i in chosen],
-            time.monotonic() + self._config.write_timeout_s,
-        )
-        self._is_blamed = False
+        with _blaming(self._first):
+            outcomes = self._first.put_many(
+                names,
+                [records[i] for i in chosen],
+                [jobs[i].priority for i in chosen],
+                time.monotonic() + self._config.write_timeout_s,
+            )
         for i, name, is_kept in zip(chosen, names, outcomes, strict=True):
             # Nothing else evicts from tier 0, but the last of them may have taken the place of the
             # first, for which no writer of a slower tier was waiting yet.
@@ -230,6 +251,16 @@ class BlockWriter:
         max_bytes = job.key.layout.max_record_bytes
         for number in numbers:
             self.hand_on(number, TierJob(job.key.name, max_bytes, job.priority, copied))
+
+
+@contextmanager
+def _blaming(tier: GuardedTier) -> Iterator[None]:
+    """What is raised here and is no answer of a tier's is a bug of this one."""
+    try:
+        yield
+    except Exception as error:
+        tier.mark_down(error)
+        raise
 
 
 def _alike(jobs: Sequence[WriteJob]) -> list[list[WriteJob]]:

@@ -83,10 +83,12 @@ class Caller:
         """For each record what its operation returned, or why it did not."""
         outcomes: list[T | TierError] = [call.absent] * len(call.names)
         pending = list(range(len(call.names)))
+        troubles: list[object] = []
         for pause_s in _PAUSES_S:
             if not pending:
                 break
-            _pause(pause_s, deadline)
+            if troubles:  # an identity that only has another generation now is asked at once
+                _pause(pause_s, deadline)
             pending = self._run_once(call, pending, outcomes, deadline)
             troubles = [outcomes[i] for i in pending if isinstance(outcomes[i], PassingTrouble)]
             if troubles and not self._may_pass(troubles, deadline):
