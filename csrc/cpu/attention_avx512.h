@@ -96,14 +96,7 @@ inline void softmax_whole_rows(float* scores, float scale, float* max, float* su
 #pragma GCC unroll 4
   for (int r = kRows; r < 4; ++r) top[r] = top[0];
   // Quarter r of `largest` and of what follows from it belongs to row r.
-  const __m512 a = _mm512_max_ps(_mm512_shuffle_f32x4(top[0], top[1], 0x44),
-                                 _mm512_shuffle_f32x4(top[0], top[1], 0xee));
-  const __m512 b = _mm512_max_ps(_mm512_shuffle_f32x4(top[2], top[3], 0x44),
-                                 _mm512_shuffle_f32x4(top[2], top[3], 0xee));
-  __m512 largest =
-      _mm512_max_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-  largest = _mm512_max_ps(largest, _mm512_permute_ps(largest, 0xb1));
-  largest = _mm512_max_ps(largest, _mm512_permute_ps(largest, 0x4e));
+  const __m512 largest = combine_lanes_of_4(top, MaxOf());
   const __m512i spread = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
   const __m512i gather = _mm512_set_epi32(12, 8, 4, 0, 12, 8, 4, 0, 12, 8, 4, 0, 12, 8, 4, 0);
   constexpr __mmask16 kIsRow = (1 << kRows) - 1;

@@ -3,6 +3,8 @@
 // files compiled for AVX-512, on processors with AVX512-VNNI.
 #pragma once
 
+#include <array>
+
 #include "cpu/attention_codes_avx512.h"
 
 namespace kvkernels {
@@ -71,14 +73,18 @@ struct alignas(64) RoundedQuery {
   __m512 unit, base;
 };
 
-// One vector for each row, repeated for the keys at a time.
-template <int kRows, typename Vector>
-[[gnu::always_inline]] inline void repeat_rows(const Vector* rows, Vector* repeated) {
+// All lanes of each row's vector, combined; each row's as often as there are keys at a time.
+template <int kRows, typename Combine>
+[[gnu::always_inline]] inline __m512 combine_rows(const __m512* rows, const Combine& combine) {
+  constexpr int kKeys = keys_at_once(kRows), kVectors = kKeys == 4 ? 4 : 16;
+  __m512 repeated[kVectors];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) {
-    const int row = i / keys_at_once(kRows);
+  for (int i = 0; i < kVectors; ++i) {
+    const int row = i / (kVectors * kKeys / 16);
     repeated[i] = rows[row < kRows ? row : kRows - 1];
   }
+  if constexpr (kKeys == 4) return combine_lanes_of_4(repeated, combine);
+  return combine_lanes_of_16(repeated, combine);
 }
 
 // Rounds rows of the query, folded with the scales of a group of keys.
@@ -88,7 +94,7 @@ void round_query(const float* query, int64_t dim, const uint16_t* pairs, float l
   const Pieces<kIsInt4> pieces = {dim};
   const int64_t num_halves = 2 * pieces.count();
   alignas(64) float folded[kMaxBatch][kMaxCodeDim];
-  __m512 largest[kRows], base[kRows], repeated[16];
+  __m512 largest[kRows], base[kRows], total[kRows];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) largest[r] = base[r] = _mm512_setzero_ps();
   for (int64_t part = 0; part < 2 * num_halves; ++part) {
@@ -104,12 +110,9 @@ void round_query(const float* query, int64_t dim, const uint16_t* pairs, float l
       base[r] = _mm512_fmadd_ps(q, scales.middle, base[r]);
     }
   }
-  repeat_rows<kRows>(largest, repeated);
-  const Units units = units_of(max_lanes_of_16(repeated), limit);
-  repeat_rows<kRows>(base, repeated);
+  const Units units = units_of(combine_rows<kRows>(largest, MaxOf()), limit);
   rounded.unit = units.unit;
-  rounded.base = sum_lanes_of_16(repeated);
-  __m512i total[kRows], totals[16];
+  rounded.base = combine_rows<kRows>(base, SumOf());
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     const __m512 inverse =
@@ -119,10 +122,10 @@ void round_query(const float* query, int64_t dim, const uint16_t* pairs, float l
       const float* x = folded[r] + 32 * half;
       round(_mm512_load_ps(x), _mm512_load_ps(x + 16), inverse, rounded.x[r] + 32 * half, sum);
     }
-    total[r] = sum;
+    total[r] = _mm512_castsi512_ps(sum);
   }
-  repeat_rows<kRows>(total, totals);
-  rounded.excess = excess_of<kIsInt4>(sum_lanes_of_16(totals));
+  const __m512 totals = combine_rows<kRows>(total, IntegerSumOf());
+  rounded.excess = excess_of<kIsInt4>(_mm512_castps_si512(totals));
 }
 
 constexpr int64_t kMaxSets = kMaxBatch * kMaxGroups;
@@ -134,45 +137,72 @@ struct alignas(64) RoundedWeights {
   float unit[kMaxSets], base[kMaxSets];
 };
 
-// The largest weight of each row times the largest scale of each group: of the numbers, a bound
-// that costs a pass less than their maximum.
-inline void bound_weights(const float* weights, int64_t num_rows, const CodeRun& run,
-                          const KeyScales& scales, float* bounds) {
-  __m512 largest[16];  // of rows, then of groups
+// The row and the group of each set, where there are so many groups, as lanes of `find_tops`.
+struct alignas(64) SetLanes {
+  int32_t row[kMaxSets], group[kMaxSets];
+};
+
+constexpr std::array<SetLanes, kMaxGroups + 1> make_set_lanes() {
+  std::array<SetLanes, kMaxGroups + 1> lanes = {};
+  for (int64_t groups = 1; groups <= kMaxGroups; ++groups) {
+    for (int64_t set = 0; set < kMaxSets; ++set) {
+      lanes[groups].row[set] = static_cast<int32_t>(set / groups % kMaxBatch);
+      lanes[groups].group[set] = static_cast<int32_t>(kMaxBatch + set % groups);
+    }
+  }
+  return lanes;
+}
+
+constexpr std::array<SetLanes, kMaxGroups + 1> kSetLanes = make_set_lanes();
+
+// Which of a tile's keys a run has.
+struct KeyMasks {
+  __mmask16 is_key[kMaxKeys / 16];
+
+  explicit KeyMasks(int64_t count) {
+    for (int64_t i = 0; i < kMaxKeys / 16; ++i) is_key[i] = first_lanes(count - 16 * i);
+  }
+
+  // Of 16 keys from t on.
+  __m512 load(const float* keys, int64_t t) const {
+    return _mm512_maskz_loadu_ps(is_key[t / 16], keys + t);
+  }
+
+  __m512 largest(const float* keys) const {
+    __m512 found = _mm512_setzero_ps();
+#pragma GCC unroll 4
+    for (int64_t t = 0; t < kMaxKeys; t += 16) {
+      found = _mm512_max_ps(found, _mm512_abs_ps(load(keys, t)));
+    }
+    return found;
+  }
+};
+
+// The largest weight of each row in the first lanes, and from lane kMaxBatch on the largest scale of
+// each group. Products of the two bound the numbers, and cost a pass less than their maximum.
+inline __m512 find_tops(const float* weights, int64_t num_rows, const KeyScales& scales,
+                        int64_t groups, const KeyMasks& keys) {
+  static_assert(kMaxBatch + kMaxGroups <= 16);
+  __m512 largest[16];
   for (__m512& one : largest) one = _mm512_setzero_ps();
-  for (int64_t t = 0; t < run.count; t += 16) {
-    const __mmask16 mask = first_lanes(run.count - t);
-    for (int64_t r = 0; r < num_rows; ++r) {
-      const __m512 weight = _mm512_maskz_loadu_ps(mask, weights + r * kCodeRowStride + t);
-      largest[r] = _mm512_max_ps(largest[r], weight);
-    }
-    for (int64_t group = 0; group < run.groups; ++group) {
-      const __m512 scale = _mm512_abs_ps(_mm512_load_ps(scales.scale[group] + t));
-      largest[kMaxBatch + group] = _mm512_max_ps(largest[kMaxBatch + group], scale);
-    }
+  for (int64_t r = 0; r < num_rows; ++r) largest[r] = keys.largest(weights + r * kCodeRowStride);
+  for (int64_t group = 0; group < groups; ++group) {
+    largest[kMaxBatch + group] = keys.largest(scales.scale[group]);
   }
-  alignas(64) float top[16];
-  _mm512_store_ps(top, max_lanes_of_16(largest));
-  for (int64_t r = 0; r < num_rows; ++r) {
-    for (int64_t group = 0; group < run.groups; ++group) {
-      *bounds++ = top[r] * top[kMaxBatch + group];
-    }
-  }
+  return max_lanes_of_16(largest);
 }
 
 template <bool kIsInt4>
 void round_weights(const float* weights, int64_t num_rows, const CodeRun& run,
                    const KeyScales& scales, float limit, RoundedWeights& rounded) {
   const int64_t num_sets = num_rows * run.groups;
-  alignas(64) float bounds[kMaxSets], inverse[kMaxSets];
-  __mmask16 is_key[kMaxKeys / 16];
-  for (int64_t i = 0; i < kMaxKeys / 16; ++i) is_key[i] = first_lanes(run.count - 16 * i);
-  bound_weights(weights, num_rows, run, scales, bounds);
+  const SetLanes& lanes = kSetLanes[run.groups];
+  const KeyMasks keys(run.count);
+  const __m512 tops = find_tops(weights, num_rows, scales, run.groups, keys);
   for (int64_t first = 0; first < num_sets; first += 16) {
-    const __mmask16 mask = first_lanes(num_sets - first);
-    const Units units = units_of(_mm512_maskz_load_ps(mask, bounds + first), limit);
-    _mm512_store_ps(inverse + first, units.inverse);
-    _mm512_store_ps(rounded.unit + first, units.unit);
+    const __m512 top_weight = _mm512_permutexvar_ps(_mm512_load_si512(lanes.row + first), tops);
+    const __m512 top_scale = _mm512_permutexvar_ps(_mm512_load_si512(lanes.group + first), tops);
+    const Units units = units_of(_mm512_mul_ps(top_weight, top_scale), limit);
     __m512 base[16];
     __m512i total[16];
     for (int64_t i = 0; i < 16; ++i) {
@@ -182,21 +212,22 @@ void round_weights(const float* weights, int64_t num_rows, const CodeRun& run,
     for (int64_t set = first; set < std::min(first + 16, num_sets); ++set) {
       const float* row = weights + set / run.groups * kCodeRowStride;
       const int64_t group = set % run.groups;
-      const __m512 set_inverse = _mm512_set1_ps(inverse[set]);
+      const __m512i lane = _mm512_set1_epi32(static_cast<int32_t>(set - first));
+      const __m512 inverse = _mm512_permutexvar_ps(lane, units.inverse);
       __m512 sum = _mm512_setzero_ps();
       __m512i numbers = _mm512_setzero_si512();
       for (int64_t t = 0; t < run.count; t += 32) {
-        const __m512 a = _mm512_maskz_loadu_ps(is_key[t / 16], row + t);
-        const __m512 b = _mm512_maskz_loadu_ps(is_key[t / 16 + 1], row + t + 16);
+        const __m512 a = keys.load(row, t), b = keys.load(row, t + 16);
         const float *scale = scales.scale[group] + t, *middle = scales.middle[group] + t;
         sum = _mm512_fmadd_ps(a, _mm512_load_ps(middle), sum);
         sum = _mm512_fmadd_ps(b, _mm512_load_ps(middle + 16), sum);
         round(_mm512_mul_ps(a, _mm512_load_ps(scale)), _mm512_mul_ps(b, _mm512_load_ps(scale + 16)),
-              set_inverse, rounded.x[set] + t, numbers);
+              inverse, rounded.x[set] + t, numbers);
       }
       base[set - first] = sum;
       total[set - first] = numbers;
     }
+    _mm512_store_ps(rounded.unit + first, units.unit);
     _mm512_store_ps(rounded.base + first, sum_lanes_of_16(base));
     _mm512_store_si512(rounded.excess + first, excess_of<kIsInt4>(sum_lanes_of_16(total)));
   }

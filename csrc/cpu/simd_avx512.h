@@ -134,21 +134,47 @@ template <typename Combine>
   return combine(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
 }
 
+// Each lane of quarter i of the result is all lanes of v[i], combined.
+template <typename Combine>
+[[gnu::always_inline]] inline __m512 combine_lanes_of_4(const __m512* v, const Combine& combine) {
+  const __m512 low =
+      combine(_mm512_shuffle_f32x4(v[0], v[1], 0x44), _mm512_shuffle_f32x4(v[0], v[1], 0xee));
+  const __m512 high =
+      combine(_mm512_shuffle_f32x4(v[2], v[3], 0x44), _mm512_shuffle_f32x4(v[2], v[3], 0xee));
+  const __m512 quarters =
+      combine(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+  const __m512 pairs = combine(quarters, _mm512_permute_ps(quarters, 0xb1));
+  return combine(pairs, _mm512_permute_ps(pairs, 0x4e));
+}
+
+struct SumOf {
+  [[gnu::always_inline]] __m512 operator()(__m512 a, __m512 b) const { return _mm512_add_ps(a, b); }
+};
+
+struct MaxOf {
+  [[gnu::always_inline]] __m512 operator()(__m512 a, __m512 b) const { return _mm512_max_ps(a, b); }
+};
+
+// Of 32-bit integers in the bits of floats.
+struct IntegerSumOf {
+  [[gnu::always_inline]] __m512 operator()(__m512 a, __m512 b) const {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+  }
+};
+
 [[gnu::always_inline]] inline __m512 sum_lanes_of_16(const __m512* v) {
-  return combine_lanes_of_16(v, [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); });
+  return combine_lanes_of_16(v, SumOf());
 }
 
 [[gnu::always_inline]] inline __m512i sum_lanes_of_16(const __m512i* v) {
   __m512 bits[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) bits[i] = _mm512_castsi512_ps(v[i]);
-  return _mm512_castps_si512(combine_lanes_of_16(bits, [](__m512 a, __m512 b) {
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
-  }));
+  return _mm512_castps_si512(combine_lanes_of_16(bits, IntegerSumOf()));
 }
 
 [[gnu::always_inline]] inline __m512 max_lanes_of_16(const __m512* v) {
-  return combine_lanes_of_16(v, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); });
+  return combine_lanes_of_16(v, MaxOf());
 }
 
 // Transposes 16 x 16 floats in registers.
