@@ -178,8 +178,8 @@ struct KeyMasks {
   }
 };
 
-// The largest weight of each row in the first lanes, and from lane kMaxBatch on the largest scale of
-// each group. Products of the two bound the numbers, and cost a pass less than their maximum.
+// The largest weight of each row in the first lanes, and from lane kMaxBatch on the largest scale
+// of each group. Products of the two bound the numbers, and cost a pass less than their maximum.
 inline __m512 find_tops(const float* weights, int64_t num_rows, const KeyScales& scales,
                         int64_t groups, const KeyMasks& keys) {
   static_assert(kMaxBatch + kMaxGroups <= 16);
