@@ -107,15 +107,15 @@ ssize_t failing_preadv(int fd, const iovec* into, int count, off_t offset) {
 
 void test_a_read_that_fails_costs_no_other() {
   const File file;
-  std::vector<char> memory(4 * kPage);
+  // Each has its own: two threads read at once.
+  std::vector<char> single(4 * kPage), in_pieces(4 * kPage), of_none(4 * kPage);
   std::vector<FileRead> asked;
   for (int i = 0; i < 4; ++i) {
-    const iovec into = {memory.data() + i * kPage, kPage};
+    const iovec into = {single.data() + i * kPage, kPage};
     asked.push_back({file.fd, i * kPage, {into}, 1});
   }
-  asked.push_back(
-      {file.fd, 0, {{memory.data(), memory.size()}}, 1});  // in pieces, of which one fails
-  asked.push_back({-1, 0, {{memory.data(), memory.size()}}, 1});
+  asked.push_back({file.fd, 0, {{in_pieces.data(), in_pieces.size()}}, 1});  // one piece fails
+  asked.push_back({-1, 0, {{of_none.data(), of_none.size()}}, 1});
   FileReads reads(asked, kPage, failing_preadv);
   CHECK(reads.num_pieces() == 12);
   work_together(reads, 2);
