@@ -18,7 +18,7 @@ from kvkernels import KVPool
 from prefixstore.block_key import BlockKey
 from prefixstore.pool_blocks import PoolBlocks
 from prefixstore.record_layout import RecordLayout
-from prefixstore.store import Store, StoreConfig
+from prefixstore.store import Store, StoreConfig, beside
 from prefixstore.store.block_sources import MAX_RECORDS_BYTES, HostBlock, WrittenRecord
 from prefixstore.store.write_queue import WriteJob, WriteQueue
 from prefixstore.tiers.base import PAGE_BYTES
@@ -112,6 +112,23 @@ def test_a_part_is_put_while_the_next_is_made() -> None:
     keys = make_keys(12)
     with Store([tier]) as store:
         done = save_behind(store, gate, keys, [Block(make_payload(key), maker) for key in keys])
+    assert maker.sizes == [5, 5, 2] and sorted(done) == list(range(12))
+    assert all(tier.records[key.block_hash] == make_record(key) for key in keys)
+
+
+def test_parts_are_put_where_no_thread_can_be_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, maker = Gate("put"), Maker()
+    tier = DictTier("tier", gate)
+    keys = make_keys(12)
+
+    class NoThread(threading.Thread):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    with Store([tier]) as store:
+        monkeypatch.setattr(beside.threading, "Thread", NoThread)
+        done = save_behind(store, gate, keys, [Block(make_payload(key), maker) for key in keys])
+        monkeypatch.undo()
     assert maker.sizes == [5, 5, 2] and sorted(done) == list(range(12))
     assert all(tier.records[key.block_hash] == make_record(key) for key in keys)
 

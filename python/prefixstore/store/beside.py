@@ -11,16 +11,17 @@ class Beside:
     """Runs a call while whoever started it goes on. For one thread.
 
     A thread is begun for each call, and is a daemon: a pool's would keep the process from ending
-    where a call hangs, and would be missing in a forked one. Beginning one takes 0.1 ms.
+    where a call hangs, and would be missing in a forked one. Where none is to be had, as when the
+    interpreter ends, the call is run at once.
     """
 
     def __init__(self) -> None:
         self._under_way: Future[None] | None = None
 
     def start(self, call: Callable[[], None]) -> None:
-        """Run it, once what was started before is done."""
-        self.wait()
-        future: Future[None] = Future()
+        """Run it; what was started before must have been waited for."""
+        assert self._under_way is None
+        future = self._under_way = Future()
 
         def run() -> None:
             try:
@@ -30,8 +31,10 @@ class Beside:
             else:
                 future.set_result(None)
 
-        threading.Thread(target=run, name="prefixstore-beside", daemon=True).start()
-        self._under_way = future
+        try:
+            threading.Thread(target=run, name="prefixstore-beside", daemon=True).start()
+        except RuntimeError:  # no thread can be begun: `run` itself raises nothing
+            run()
 
     def wait(self) -> None:
         """Return once it is done; raise what it raised, once."""
