@@ -79,23 +79,29 @@ inline const char* add_key_products(const float* query, int64_t head_dim,
 template <int kRows>
 void score_pairs(const float* query, int64_t head_dim, const Rows16& keys, Prefetch& next,
                  int64_t num_keys, float* scores) {
-  constexpr int kTokens = kRows == 1 ? 16 : kRows == 2 ? 8 : 4;
-  for (int64_t first = 0; first < num_keys; first += kTokens) {
-    const uint16_t* rows[kTokens];
-    __m512 sums[16];
+  using Columns = SixteenColumns<kRows>;
+  constexpr int kTokens = Columns::kColumns;
+  for (int64_t first = 0; first < num_keys; first += 16) {
+    Columns columns;
+#pragma GCC unroll 4
+    for (int part = 0; part < 16 / kTokens; ++part) {
+      const uint16_t* rows[kTokens];
+      __m512 sums[kRows * kTokens];
 #pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) rows[t] = keys.row(first + t);
+      for (int t = 0; t < kTokens; ++t) rows[t] = keys.row(first + part * kTokens + t);
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) sums[i] = _mm512_setzero_ps();
-    const char* ahead = next.take(kTokens * head_dim * 2, rows[0]);
-    int64_t i = 0;
-    for (; i + 32 <= head_dim; i += 32) {
-      ahead = add_key_products<kRows, kTokens, true>(query, head_dim, rows, i, ahead, sums);
+      for (__m512& sum : sums) sum = _mm512_setzero_ps();
+      const char* ahead = next.take(kTokens * head_dim * 2, rows[0]);
+      int64_t i = 0;
+      for (; i + 32 <= head_dim; i += 32) {
+        ahead = add_key_products<kRows, kTokens, true>(query, head_dim, rows, i, ahead, sums);
+      }
+      if (i < head_dim) {
+        add_key_products<kRows, kTokens, false>(query, head_dim, rows, i, ahead, sums);
+      }
+      columns.take(part, sums);
     }
-    if (i < head_dim) {
-      add_key_products<kRows, kTokens, false>(query, head_dim, rows, i, ahead, sums);
-    }
-    store_scores<kRows>(sums, first, scores);
+    store_scores(columns, first, scores);
   }
 }
 
@@ -174,6 +180,10 @@ struct PairRows {
                                                             {score_pairs<3>, add_pairs<3>},
                                                             {score_pairs<4>, add_pairs<4>}};
 
+  static const CodeKernels* code_kernels(BlockKind kind) {
+    return kind == BlockKind::kInt4 ? avx512_bf16_code_kernels() : avx512_vnni_code_kernels();
+  }
+
   static void start_row(const Item* query, float* target, int64_t head_dim) {
     for (int64_t i = 0; i < head_dim; i += 32) {
       _mm512_store_si512(target + i / 2, load_some(query + i, head_dim - i));
@@ -188,22 +198,6 @@ struct PairRows {
       _mm512_storeu_ps(target + i + 16, merge_quarters<2>(a, b));
     }
     if (i < head_dim) _mm512_storeu_ps(target + i, _mm512_load_ps(out + i));
-  }
-
-  static void add_row(const float* sums, float decay, float* out, int64_t head_dim) {
-    const __m512 factor = _mm512_set1_ps(decay);
-    int64_t i = 0;
-    for (; i + 32 <= head_dim; i += 32) {
-      const __m512 low = _mm512_load_ps(sums + i), high = _mm512_load_ps(sums + i + 16);
-      const __m512 a = _mm512_shuffle_f32x4(low, high, 0x88),
-                   b = _mm512_shuffle_f32x4(low, high, 0xdd);
-      _mm512_store_ps(out + i, _mm512_fmadd_ps(_mm512_load_ps(out + i), factor, a));
-      _mm512_store_ps(out + i + 16, _mm512_fmadd_ps(_mm512_load_ps(out + i + 16), factor, b));
-    }
-    if (i < head_dim) {
-      const __m512 a = _mm512_load_ps(sums + i);
-      _mm512_store_ps(out + i, _mm512_fmadd_ps(_mm512_load_ps(out + i), factor, a));
-    }
   }
 };
 

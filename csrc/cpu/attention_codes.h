@@ -47,9 +47,9 @@ struct CodeKernels {
   // scores[r * kCodeRowStride + t] = query row r * key t; may write up to the next 16 keys.
   void (*score)(const CodeRun& keys, const float* query, int64_t num_rows, float* scores,
                 const Ahead& next);
-  // sums[r][i] += sum over t of weights[r * kCodeRowStride + t] * value t
-  void (*add)(const CodeRun& values, const float* weights, int64_t num_rows, float* sums,
-              const Ahead& next);
+  // sums[r][i] = sums[r][i] * decay[r] + sum over t of weights[r * kCodeRowStride + t] * value t
+  void (*add)(const CodeRun& values, const float* weights, int64_t num_rows, const float* decay,
+              float* sums, const Ahead& next);
 };
 
 // For processors with AVX2.
@@ -57,5 +57,8 @@ const CodeKernels* avx2_code_kernels();
 
 // Null where the processor has no such instructions.
 const CodeKernels* avx512_vnni_code_kernels();
+
+// For processors with AVX512-BF16; of 4 bits only.
+const CodeKernels* avx512_bf16_code_kernels();
 
 }  // namespace kvkernels

@@ -126,7 +126,7 @@ void score(const CodeRun& keys, const float* query, int64_t num_rows, float* sco
 // Adds one piece of each value of the run: 16 channels from `first` on.
 template <Codes kCodes, int kRows>
 void add_piece_of_values(const CodeRun& run, int64_t first_byte, int64_t first,
-                         const RoundedWeights& weights, float* sums) {
+                         const RoundedWeights& weights, const float* decay, float* sums) {
   constexpr bool kIsInt4 = kCodes != Codes::kBytes;
   const int64_t num_bytes = bytes_of_row(kIsInt4, run.dim);
   const uint8_t* codes = run.codes + run.slot * num_bytes + first_byte;
@@ -164,8 +164,9 @@ void add_piece_of_values(const CodeRun& run, int64_t first_byte, int64_t first,
                                  _mm256_set1_ps(weights.base[set]));
     }
     float* target = sums + r * run.dim + first;
-    const auto add = [](float* p, __m256 v) {
-      _mm256_storeu_ps(p, _mm256_add_ps(_mm256_loadu_ps(p), v));
+    const __m256 factor = _mm256_set1_ps(decay[r]);
+    const auto add = [factor](float* p, __m256 v) {
+      _mm256_storeu_ps(p, _mm256_fmadd_ps(_mm256_loadu_ps(p), factor, v));
     };
     add(target, _mm256_permute2f128_ps(parts[0], parts[1], 0x20));
     add(target + 8, _mm256_permute2f128_ps(parts[0], parts[1], 0x31));
@@ -174,28 +175,30 @@ void add_piece_of_values(const CodeRun& run, int64_t first_byte, int64_t first,
 
 template <bool kIsInt4, int kRows>
 void add_bytes_of_values(const CodeRun& run, int64_t first_byte, const RoundedWeights& weights,
-                         float* sums) {
+                         const float* decay, float* sums) {
   if constexpr (kIsInt4) {
-    add_piece_of_values<Codes::kLowNibbles, kRows>(run, first_byte, first_byte, weights, sums);
+    add_piece_of_values<Codes::kLowNibbles, kRows>(run, first_byte, first_byte, weights, decay,
+                                                   sums);
     add_piece_of_values<Codes::kHighNibbles, kRows>(run, first_byte, run.dim / 2 + first_byte,
-                                                    weights, sums);
+                                                    weights, decay, sums);
   } else {
-    add_piece_of_values<Codes::kBytes, kRows>(run, first_byte, first_byte, weights, sums);
+    add_piece_of_values<Codes::kBytes, kRows>(run, first_byte, first_byte, weights, decay, sums);
   }
 }
 
 template <bool kIsInt4, int kRows>
-void add_rows(const CodeRun& run, const RoundedWeights& weights, float* sums, const Ahead& next) {
+void add_rows(const CodeRun& run, const RoundedWeights& weights, const float* decay, float* sums,
+              const Ahead& next) {
   const int64_t num_bytes = bytes_of_row(kIsInt4, run.dim);
   for (int64_t i = 0; i < num_bytes; i += 16) {
     next(16 * run.count);
-    add_bytes_of_values<kIsInt4, kRows>(run, i, weights, sums);
+    add_bytes_of_values<kIsInt4, kRows>(run, i, weights, decay, sums);
   }
 }
 
 template <bool kIsInt4>
-void add_run(const CodeRun& run, const float* weights, int64_t num_rows, float* sums,
-             const Ahead& next) {
+void add_run(const CodeRun& run, const float* weights, int64_t num_rows, const float* decay,
+             float* sums, const Ahead& next) {
   constexpr decltype(&add_rows<kIsInt4, 1>) kKernels[kMaxBatch] = {
       add_rows<kIsInt4, 1>, add_rows<kIsInt4, 2>, add_rows<kIsInt4, 3>, add_rows<kIsInt4, 4>};
   KeyScales scales;
@@ -205,13 +208,13 @@ void add_run(const CodeRun& run, const float* weights, int64_t num_rows, float* 
   for (int64_t b = 0, r = 0, count; b < num_batches; ++b, r += count) {
     count = (num_rows - r) / (num_batches - b);
     round_weights<kIsInt4>(weights + r * kCodeRowStride, count, run, scales, rounded);
-    kKernels[count - 1](run, rounded, sums + r * run.dim, next);
+    kKernels[count - 1](run, rounded, decay + r, sums + r * run.dim, next);
   }
 }
 
-void add(const CodeRun& values, const float* weights, int64_t num_rows, float* sums,
-         const Ahead& next) {
-  (values.is_int4 ? add_run<true> : add_run<false>)(values, weights, num_rows, sums, next);
+void add(const CodeRun& values, const float* weights, int64_t num_rows, const float* decay,
+         float* sums, const Ahead& next) {
+  (values.is_int4 ? add_run<true> : add_run<false>)(values, weights, num_rows, decay, sums, next);
 }
 
 bool suits(const CodeShape& shape) {

@@ -1,4 +1,5 @@
-// What the kernels for codes share: reading scales. Only for files compiled for AVX-512.
+// What the kernels for codes share: pieces of rows, groups of keys, scales. Only for files compiled
+// for AVX-512.
 #pragma once
 
 #include <algorithm>
@@ -12,40 +13,71 @@ namespace {
 constexpr int kMaxBatch = 4;  // rows that share a vector of codes
 constexpr int64_t kMaxKeys = kCodeRowStride, kMaxGroups = kMaxCodeDim / 32;
 
-// Sums over channels are found 16 together: so many keys are scored at once with so many rows.
-constexpr int keys_at_once(int num_rows) { return num_rows == 1 ? 16 : num_rows == 2 ? 8 : 4; }
-
-// Stores the 16 scores of kRows rows.
-template <int kRows>
-[[gnu::always_inline]] inline void store_sixteen(__m512 result, float* scores) {
-  if constexpr (kRows == 1) {
-    _mm512_storeu_ps(scores, result);
-  } else if constexpr (kRows == 2) {
-    _mm256_storeu_ps(scores, _mm512_castps512_ps256(result));
-    _mm256_storeu_ps(scores + kCodeRowStride, _mm512_extractf32x8_ps(result, 1));
-  } else {
-    _mm_storeu_ps(scores, _mm512_castps512_ps128(result));
-    _mm_storeu_ps(scores + kCodeRowStride, _mm512_extractf32x4_ps(result, 1));
-    _mm_storeu_ps(scores + 2 * kCodeRowStride, _mm512_extractf32x4_ps(result, 2));
-    if (kRows == 4) {
-      _mm_storeu_ps(scores + 3 * kCodeRowStride, _mm512_extractf32x4_ps(result, 3));
-    }
+// Calls f(first, count) for all rows, at most kMaxBatch at a time and about as many each time.
+template <typename F>
+void for_each_batch(int64_t num_rows, const F& f) {
+  const int64_t num_batches = (num_rows + kMaxBatch - 1) / kMaxBatch;
+  for (int64_t b = 0, first = 0, count; b < num_batches; ++b, first += count) {
+    count = (num_rows - first) / (num_batches - b);
+    f(first, count);
   }
+}
+
+// All lanes of each row's vector, combined, in the row's quarter of the result.
+template <int kRows, typename Combine>
+[[gnu::always_inline]] inline __m512 combine_rows(const __m512* rows, const Combine& combine) {
+  __m512 repeated[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) repeated[i] = rows[i < kRows ? i : kRows - 1];
+  return combine_lanes_of_4(repeated, combine);
 }
 
 // Sums of products are taken with codes around 0: what is rounded is then small.
 constexpr float middle_code(bool is_int4) { return is_int4 ? 8.0f : 128.0f; }
+
+// A row of codes goes in pieces of 64 channels, two halves of 32: neighbours, or of 4-bit codes
+// those that share their bytes.
+template <bool kIsInt4>
+struct Pieces {
+  int64_t dim;
+
+  int64_t row_bytes() const { return kIsInt4 ? dim / 2 : dim; }
+  int64_t count() const { return kIsInt4 ? (dim / 2 + 31) / 32 : (dim + 63) / 64; }
+  bool are_whole() const { return dim % 64 == 0; }
+  int64_t begin(int64_t piece, int64_t half) const {
+    return kIsInt4 ? half * dim / 2 + 32 * piece : 64 * piece + 32 * half;
+  }
+  int64_t end(int64_t half) const { return kIsInt4 && half == 0 ? dim / 2 : dim; }
+};
+
+// 32 bytes of a row from `first` on; what lies past the row is 0.
+template <bool kIsWhole>
+inline __m256i load_bytes(const uint8_t* row, int64_t first, int64_t num_bytes) {
+  const int64_t left = num_bytes - first;
+  if (kIsWhole || left >= 32) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + first));
+  }
+  const __mmask32 mask = left <= 0 ? 0 : (__mmask32{1} << left) - 1;
+  return _mm256_maskz_loadu_epi8(mask, row + first);
+}
 
 // float16 pairs of scale and minimum.
 struct Scales {
   __m512 scale, middle;  // middle: minimum + c * scale
 };
 
-inline Scales load_scales(const uint16_t* pairs, __mmask16 mask, float c) {
-  const __m512i both = _mm512_maskz_loadu_epi32(mask, pairs);
-  const __m512 scale = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(both));
-  const __m512 minimum = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
+// Of 16 scales and then as many minimums.
+inline Scales widen_scales(__m512i numbers, float c) {
+  const __m512 scale = _mm512_cvtph_ps(_mm512_castsi512_si256(numbers));
+  const __m512 minimum = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(numbers, 1));
   return {scale, _mm512_fmadd_ps(_mm512_set1_ps(c), scale, minimum)};
+}
+
+inline Scales load_scales(const uint16_t* pairs, __mmask16 mask, float c) {
+  const __m512i order = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1,
+                                         30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i both = _mm512_maskz_loadu_epi32(mask, pairs);
+  return widen_scales(_mm512_permutexvar_epi16(order, both), c);
 }
 
 // Scale and middle of one group of channels, key by key.
@@ -120,6 +152,22 @@ inline void spread_scales(const CodeRun& run, float c, KeyScales& spread) {
       }
     }
   }
+}
+
+// row = row * decay + what is added, for up to 32 channels of a row of sums of which `count` are
+// left.
+inline void add_to_row(__m512 low, __m512 high, int64_t count, float decay, float* row) {
+  const __m512 factor = _mm512_set1_ps(decay);
+  const __mmask16 is_low = first_lanes(count), is_high = first_lanes(count - 16);
+  const __m512 old_low = _mm512_maskz_loadu_ps(is_low, row);
+  const __m512 old_high = _mm512_maskz_loadu_ps(is_high, row + 16);
+  _mm512_mask_storeu_ps(row, is_low, _mm512_fmadd_ps(old_low, factor, low));
+  _mm512_mask_storeu_ps(row + 16, is_high, _mm512_fmadd_ps(old_high, factor, high));
+}
+
+inline bool suits_vectors(const CodeShape& shape) {
+  return shape.head_dim <= kMaxCodeDim && shape.value_dim <= kMaxCodeDim &&
+         shape.head_dim % 16 == 0 && shape.value_dim % 16 == 0 && shape.has_groups_of(32);
 }
 
 }  // namespace

@@ -16,21 +16,6 @@ namespace {
   asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
 
-// A row of codes goes in pieces of 64 channels, two halves of 32: neighbours, or of 4-bit codes
-// those that share their bytes.
-template <bool kIsInt4>
-struct Pieces {
-  int64_t dim;
-
-  int64_t row_bytes() const { return kIsInt4 ? dim / 2 : dim; }
-  int64_t count() const { return kIsInt4 ? (dim / 2 + 31) / 32 : (dim + 63) / 64; }
-  bool are_whole() const { return dim % 64 == 0; }
-  int64_t begin(int64_t piece, int64_t half) const {
-    return kIsInt4 ? half * dim / 2 + 32 * piece : 64 * piece + 32 * half;
-  }
-  int64_t end(int64_t half) const { return kIsInt4 && half == 0 ? dim / 2 : dim; }
-};
-
 // What whole numbers stand for, of up to 16 sets of them: x = number * unit.
 struct Units {
   __m512 unit, inverse;
@@ -67,25 +52,10 @@ __m512i excess_of(__m512i total) {
 
 struct alignas(64) RoundedQuery {
   int16_t x[kMaxBatch][kMaxCodeDim];  // piece by piece
-  // score = (sum of products - excess) * unit + base; each row's as often as there are keys at a
-  // time.
-  __m512i excess;
-  __m512 unit, base;
+  // score = (sum of products - excess) * unit + base; of row r in quarter r
+  int32_t excess[16];
+  float unit[16], base[16];
 };
-
-// All lanes of each row's vector, combined; each row's as often as there are keys at a time.
-template <int kRows, typename Combine>
-[[gnu::always_inline]] inline __m512 combine_rows(const __m512* rows, const Combine& combine) {
-  constexpr int kKeys = keys_at_once(kRows), kVectors = kKeys == 4 ? 4 : 16;
-  __m512 repeated[kVectors];
-#pragma GCC unroll 16
-  for (int i = 0; i < kVectors; ++i) {
-    const int row = i / (kVectors * kKeys / 16);
-    repeated[i] = rows[row < kRows ? row : kRows - 1];
-  }
-  if constexpr (kKeys == 4) return combine_lanes_of_4(repeated, combine);
-  return combine_lanes_of_16(repeated, combine);
-}
 
 // Rounds rows of the query, folded with the scales of a group of keys.
 template <bool kIsInt4, int kRows>
@@ -111,12 +81,11 @@ void round_query(const float* query, int64_t dim, const uint16_t* pairs, float l
     }
   }
   const Units units = units_of(combine_rows<kRows>(largest, MaxOf()), limit);
-  rounded.unit = units.unit;
-  rounded.base = combine_rows<kRows>(base, SumOf());
+  _mm512_store_ps(rounded.unit, units.unit);
+  _mm512_store_ps(rounded.base, combine_rows<kRows>(base, SumOf()));
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-    const __m512 inverse =
-        _mm512_permutexvar_ps(_mm512_set1_epi32(r * keys_at_once(kRows)), units.inverse);
+    const __m512 inverse = _mm512_permutexvar_ps(_mm512_set1_epi32(4 * r), units.inverse);
     __m512i sum = _mm512_setzero_si512();
     for (int64_t half = 0; half < num_halves; ++half) {
       const float* x = folded[r] + 32 * half;
@@ -125,7 +94,7 @@ void round_query(const float* query, int64_t dim, const uint16_t* pairs, float l
     total[r] = _mm512_castsi512_ps(sum);
   }
   const __m512 totals = combine_rows<kRows>(total, IntegerSumOf());
-  rounded.excess = excess_of<kIsInt4>(_mm512_castps_si512(totals));
+  _mm512_store_si512(rounded.excess, excess_of<kIsInt4>(_mm512_castps_si512(totals)));
 }
 
 constexpr int64_t kMaxSets = kMaxBatch * kMaxGroups;
@@ -167,16 +136,16 @@ struct KeyMasks {
   __m512 load(const float* keys, int64_t t) const {
     return _mm512_maskz_loadu_ps(is_key[t / 16], keys + t);
   }
-
-  __m512 largest(const float* keys) const {
-    __m512 found = _mm512_setzero_ps();
-#pragma GCC unroll 4
-    for (int64_t t = 0; t < kMaxKeys; t += 16) {
-      found = _mm512_max_ps(found, _mm512_abs_ps(load(keys, t)));
-    }
-    return found;
-  }
 };
+
+inline __m512 largest_of(const KeyMasks& masks, const float* keys) {
+  __m512 found = _mm512_setzero_ps();
+#pragma GCC unroll 4
+  for (int64_t t = 0; t < kMaxKeys; t += 16) {
+    found = _mm512_max_ps(found, _mm512_abs_ps(masks.load(keys, t)));
+  }
+  return found;
+}
 
 // The largest weight of each row in the first lanes, and from lane kMaxBatch on the largest scale
 // of each group. Products of the two bound the numbers, and cost a pass less than their maximum.
@@ -185,9 +154,10 @@ inline __m512 find_tops(const float* weights, int64_t num_rows, const KeyScales&
   static_assert(kMaxBatch + kMaxGroups <= 16);
   __m512 largest[16];
   for (__m512& one : largest) one = _mm512_setzero_ps();
-  for (int64_t r = 0; r < num_rows; ++r) largest[r] = keys.largest(weights + r * kCodeRowStride);
+  for (int64_t r = 0; r < num_rows; ++r)
+    largest[r] = largest_of(keys, weights + r * kCodeRowStride);
   for (int64_t group = 0; group < groups; ++group) {
-    largest[kMaxBatch + group] = keys.largest(scales.scale[group]);
+    largest[kMaxBatch + group] = largest_of(keys, scales.scale[group]);
   }
   return max_lanes_of_16(largest);
 }

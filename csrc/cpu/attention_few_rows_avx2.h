@@ -35,7 +35,8 @@ inline void find_tile(const AttentionTile& tile, int64_t begin, Tile& found) {
     found.form = Form::kPlain;
     find_rows(tile, begin, found.end, found.keys, found.values);
   } else {
-    find_code_runs(tile, begin, found.end, avx2_code_kernels(), found.codes);
+    find_code_runs(
+        tile, begin, found.end, [](BlockKind) { return avx2_code_kernels(); }, found.codes);
     found.form = found.codes.count > 0 ? Form::kCodes : Form::kUnpacked;
     for (int64_t token = 0; token < num_keys; ++token) {
       found.keys[token] = token * tile.args->head_dim;
@@ -152,8 +153,7 @@ class FewRows {
       score_all<E>(rows.query, rows.count, rows.head_dim, {cache, now.keys}, prefetch_,
                    now.num_keys(), rows.scores);
     } else if (now.form == Form::kCodes) {
-      score_code_runs(tile_, head, now.codes, *avx2_code_kernels(), rows.floats, rows.count,
-                      prefetch_, rows.scores);
+      score_code_runs(tile_, head, now.codes, rows.floats, rows.count, prefetch_, rows.scores);
     } else {
       unpack_keys<Avx2Unpacker<E>>(tile_, head, now.begin, now.end, scales_, unpacked_);
       score_all<Float32>(rows.floats, rows.count, rows.head_dim, {unpacked_, now.keys}, prefetch_,
@@ -172,12 +172,11 @@ class FewRows {
                  now.num_keys(), rows.value_dim, rows.out);
       return;
     }
+    constexpr float kNoDecay[kFewRows] = {1, 1, 1, 1, 1, 1, 1, 1};
     std::fill_n(sums_, rows.count * rows.value_dim, 0.0f);
     if (now.form == Form::kCodes) {
-      add_code_runs(tile_, head, now.codes, *avx2_code_kernels(), rows.scores, rows.count,
-                    prefetch_, sums_);
+      add_code_runs(tile_, head, now.codes, rows.scores, rows.count, kNoDecay, prefetch_, sums_);
     } else {
-      constexpr float kNoDecay[kFewRows] = {1, 1, 1, 1, 1, 1, 1, 1};
       unpack_values<Avx2Unpacker<E>>(tile_, head, now.begin, now.end, scales_, unpacked_);
       add_all<Float32>(rows.scores, rows.count, kNoDecay, {unpacked_, now.values}, prefetch_,
                        now.num_keys(), rows.value_dim, sums_);

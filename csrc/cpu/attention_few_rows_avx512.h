@@ -26,7 +26,8 @@ struct Tile {
 
 // Finds the keys and values from `begin` on. The rest of the offsets repeat the last row, so that
 // loops over a fixed number of rows read nothing that is not part of the sequence.
-inline void find_tile(const AttentionTile& tile, int64_t begin, Tile& found) {
+template <typename R>
+void find_tile(const AttentionTile& tile, int64_t begin, Tile& found) {
   found.begin = begin;
   found.end = begin < tile.key_end ? key_tile_end(tile, begin) : begin;
   const int64_t num_keys = found.num_keys();
@@ -35,7 +36,7 @@ inline void find_tile(const AttentionTile& tile, int64_t begin, Tile& found) {
   found.is_plain = lies_plain(tile, begin, found.end);
   found.codes.count = 0;
   if (!found.is_plain) {
-    find_code_runs(tile, begin, found.end, avx512_vnni_code_kernels(), found.codes);
+    find_code_runs(tile, begin, found.end, R::code_kernels, found.codes);
   }
   if (found.is_plain) {
     find_rows(tile, begin, found.end, found.keys, found.values);
@@ -54,16 +55,18 @@ inline void find_tile(const AttentionTile& tile, int64_t begin, Tile& found) {
 // One head's rows and what was summed up for them so far.
 struct Rows {
   int64_t count, head_dim, value_dim;
-  float* query;   // [count, head_dim], in an order of the arithmetic's own, like out
-  float* floats;  // [count, head_dim]: the query in order, where blocks may hold codes
-  float* out;     // [count, value_dim]
-  float* sum;     // [count, 16]
-  float* scores;  // [count, kTileKeys]
+  float* query;     // [count, head_dim], in an order of the arithmetic's own, like out
+  float* floats;    // [count, head_dim]: the query in order, where blocks may hold codes
+  float* out;       // [count, value_dim]
+  float* of_codes;  // [count, value_dim]: what values of codes gave, in the order of channels
+  float* sum;       // [count, 16]
+  float* scores;    // [count, kTileKeys]
   float max[kFewRows], decay[kFewRows];
+  bool has_floats, has_codes;  // whether there is something in out, or of_codes
 };
 
 int64_t scratch_size(int64_t count, const PagedAttentionArgs& args) {
-  return (count * (2 * args.head_dim + args.value_dim + 16 + kTileKeys) + 15) / 16 * 16;
+  return (count * (2 * args.head_dim + 2 * args.value_dim + 16 + kTileKeys) + 15) / 16 * 16;
 }
 
 template <typename R>
@@ -76,11 +79,14 @@ void start_rows(const AttentionTile& tile, int64_t head, float* scratch, Rows& r
   rows.out = rows.floats + rows.count * rows.head_dim;
   rows.sum = rows.out + rows.count * rows.value_dim;
   rows.scores = rows.sum + rows.count * 16;
+  rows.of_codes = rows.scores + rows.count * kTileKeys;
+  rows.has_floats = rows.has_codes = false;
+  const bool may_hold_codes = tile.args->int8.num_blocks + tile.args->int4.num_blocks > 0;
   for (int64_t r = 0; r < rows.count; ++r) {
     const auto* query = static_cast<const typename R::Item*>(tile.args->query) +
                         query_offset(tile, tile.row_begin + r, head);
     R::start_row(query, rows.query + r * rows.head_dim, rows.head_dim);
-    for (int64_t i = 0; i < rows.head_dim; i += 16) {
+    for (int64_t i = 0; may_hold_codes && i < rows.head_dim; i += 16) {
       _mm512_store_ps(rows.floats + r * rows.head_dim + i, R::Element::load(query + i));
     }
     for (int64_t i = 0; i < rows.value_dim; i += 16) {
@@ -91,10 +97,30 @@ void start_rows(const AttentionTile& tile, int64_t head, float* scratch, Rows& r
   }
 }
 
+// out = out + added
+inline void add_floats(const float* added, int64_t size, float* out) {
+  for (int64_t i = 0; i < size; i += 16) {
+    _mm512_storeu_ps(out + i, _mm512_add_ps(_mm512_loadu_ps(out + i), _mm512_load_ps(added + i)));
+  }
+}
+
+// Lets what was summed up so far count for less, in one of the two sums.
+inline void decay_rows(const Rows& rows, float* sums) {
+  for (int64_t r = 0; r < rows.count; ++r) {
+    const __m512 decay = _mm512_set1_ps(rows.decay[r]);
+    float* const row = sums + r * rows.value_dim;
+    for (int64_t i = 0; i < rows.value_dim; i += 16) {
+      _mm512_store_ps(row + i, _mm512_mul_ps(_mm512_load_ps(row + i), decay));
+    }
+  }
+}
+
 template <typename R>
 void finish_rows(const Rows& rows, const TileResult& result) {
   for (int64_t r = 0; r < rows.count; ++r) {
-    R::finish_row(rows.out + r * rows.value_dim, result.out + r * rows.value_dim, rows.value_dim);
+    float* const out = result.out + r * rows.value_dim;
+    R::finish_row(rows.out + r * rows.value_dim, out, rows.value_dim);
+    if (rows.has_codes) add_floats(rows.of_codes + r * rows.value_dim, rows.value_dim, out);
     result.max[r] = rows.max[r];
     result.sum[r] = _mm512_reduce_add_ps(_mm512_load_ps(rows.sum + 16 * r));
   }
@@ -134,6 +160,8 @@ inline void weigh_head(const AttentionTile& tile, int64_t head, const KeyRange* 
 template <typename R>
 void add_head(const Tile& now, const CacheRows<typename R::Item>& values, Prefetch& next,
               Rows& rows) {
+  if (rows.has_codes) decay_rows(rows, rows.of_codes);
+  rows.has_floats = true;
   const int64_t num_batches = (rows.count + kBatch - 1) / kBatch;
   for (int64_t b = 0, r = 0; b < num_batches; ++b) {
     const int64_t count = (rows.count - r) / (num_batches - b);
@@ -144,17 +172,12 @@ void add_head(const Tile& now, const CacheRows<typename R::Item>& values, Prefet
 }
 
 // add_head for a tile of codes.
-template <typename R>
-void add_codes(const AttentionTile& tile, int64_t head, const Tile& now, Prefetch& next,
-               Rows& rows) {
-  alignas(64) float sums[kFewRows * kMaxCodeDim];
-  std::fill_n(sums, rows.count * rows.value_dim, 0.0f);
-  add_code_runs(tile, head, now.codes, *avx512_vnni_code_kernels(), rows.scores, rows.count, next,
-                sums);
-  for (int64_t r = 0; r < rows.count; ++r) {
-    R::add_row(sums + r * rows.value_dim, rows.decay[r], rows.out + r * rows.value_dim,
-               rows.value_dim);
-  }
+inline void add_codes(const AttentionTile& tile, int64_t head, const Tile& now, Prefetch& next,
+                      Rows& rows) {
+  if (rows.has_floats) decay_rows(rows, rows.out);
+  if (!rows.has_codes) std::fill_n(rows.of_codes, rows.count * rows.value_dim, 0.0f);
+  rows.has_codes = true;
+  add_code_runs(tile, head, now.codes, rows.scores, rows.count, rows.decay, next, rows.of_codes);
 }
 
 // Goes through the keys once. For each tile of them it reads the keys of all heads, which are
@@ -191,7 +214,7 @@ class FewRows {
 
  private:
   void find(int64_t begin, Tile& found) {
-    find_tile(tile_, begin, found);
+    find_tile<R>(tile_, begin, found);
     prefetch_.add_tile(found.key_spans, found.value_spans, tile_.num_kv_heads);
     if (found.num_keys() == 0) add_next(tile_, kTileKeys, prefetch_);
   }
@@ -201,8 +224,7 @@ class FewRows {
       prefetch_.begin(now.key_spans.num_bytes);
       if (now.codes.count > 0) {
         const Rows& rows = rows_[head];
-        score_code_runs(tile_, head, now.codes, *avx512_vnni_code_kernels(), rows.floats,
-                        rows.count, prefetch_, rows.scores);
+        score_code_runs(tile_, head, now.codes, rows.floats, rows.count, prefetch_, rows.scores);
       } else {
         score_head<R>(now, keys(now, head), prefetch_, rows_[head]);
       }
@@ -211,7 +233,7 @@ class FewRows {
     for (int64_t head = 0; head < tile_.num_kv_heads; ++head) {
       prefetch_.begin(now.value_spans.num_bytes);
       if (now.codes.count > 0) {
-        add_codes<R>(tile_, head, now, prefetch_, rows_[head]);
+        add_codes(tile_, head, now, prefetch_, rows_[head]);
       } else {
         add_head<R>(now, values(now, head), prefetch_, rows_[head]);
       }

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cpu/attention_avx512.h"
+#include "cpu/attention_codes.h"
 #include "cpu/attention_spans.h"
 #include "cpu/attention_unpack_avx512.h"
 
@@ -24,23 +25,12 @@ struct CacheRows {
   const Item* row(int64_t token) const { return cache + offsets[token]; }
 };
 
-// Adds up to 16 sums across lanes, of kRows rows by 16, 8, 4 or 4 keys for 1, 2, 3 or 4 rows, and
-// stores the scores of the keys from `first` on.
+// Stores the scores of 16 keys from `first` on.
 template <int kRows>
-inline void store_scores(const __m512* sums, int64_t first, float* scores) {
-  const __m512 total = sum_lanes_of_16(sums);
-  if constexpr (kRows == 1) {
-    _mm512_storeu_ps(scores + first, total);
-  } else if constexpr (kRows == 2) {
-    _mm256_storeu_ps(scores + first, _mm512_castps512_ps256(total));
-    _mm256_storeu_ps(scores + kTileKeys + first, _mm512_extractf32x8_ps(total, 1));
-  } else {
-    _mm_storeu_ps(scores + first, _mm512_castps512_ps128(total));
-    _mm_storeu_ps(scores + kTileKeys + first, _mm512_extractf32x4_ps(total, 1));
-    _mm_storeu_ps(scores + 2 * kTileKeys + first, _mm512_extractf32x4_ps(total, 2));
-    if (kRows == 4) {
-      _mm_storeu_ps(scores + 3 * kTileKeys + first, _mm512_extractf32x4_ps(total, 3));
-    }
+inline void store_scores(const SixteenColumns<kRows>& columns, int64_t first, float* scores) {
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    _mm512_store_ps(scores + r * kTileKeys + first, columns.row(r));
   }
 }
 
@@ -49,46 +39,53 @@ inline void store_scores(const __m512* sums, int64_t first, float* scores) {
 template <typename E, int kRows>
 void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E::Item>& keys,
                 Prefetch& next, int64_t num_keys, float* scores) {
-  constexpr int kTokens = kRows == 1 ? 16 : kRows == 2 ? 8 : 4;
+  using Columns = SixteenColumns<kRows>;
+  constexpr int kTokens = Columns::kColumns;
   constexpr int64_t kItemBytes = sizeof(typename E::Item);
-  for (int64_t first = 0; first < num_keys; first += kTokens) {
-    const char* ahead = next.take(kTokens * head_dim * kItemBytes, keys.row(first));
-    __m512 sums[16];
+  for (int64_t first = 0; first < num_keys; first += 16) {
+    Columns columns;
+#pragma GCC unroll 1
+    for (int part = 0; part < 16 / kTokens; ++part) {
+      const int64_t token = first + part * kTokens;
+      const char* ahead = next.take(kTokens * head_dim * kItemBytes, keys.row(token));
+      __m512 sums[kRows * kTokens];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) sums[i] = _mm512_setzero_ps();
-    int64_t i = 0;
-    for (; i + 32 <= head_dim; i += 32) {
-      __m512 q[2 * kRows];
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        q[2 * r] = _mm512_load_ps(query + r * head_dim + i);
-        q[2 * r + 1] = _mm512_load_ps(query + r * head_dim + i + 16);
-      }
-#pragma GCC unroll 16
-      for (int t = 0; t < kTokens; ++t) {
-        __m512 a, b;
-        E::load_pair(keys.row(first + t) + i, a, b);
-        ahead = Prefetch::ask<32 * kItemBytes>(ahead);
+      for (__m512& sum : sums) sum = _mm512_setzero_ps();
+      int64_t i = 0;
+      for (; i + 32 <= head_dim; i += 32) {
+        __m512 q[2 * kRows];
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
-          sums[r * kTokens + t] = _mm512_fmadd_ps(q[2 * r], a, sums[r * kTokens + t]);
-          sums[r * kTokens + t] = _mm512_fmadd_ps(q[2 * r + 1], b, sums[r * kTokens + t]);
+          q[2 * r] = _mm512_load_ps(query + r * head_dim + i);
+          q[2 * r + 1] = _mm512_load_ps(query + r * head_dim + i + 16);
         }
-      }
-    }
-    if (i < head_dim) {
 #pragma GCC unroll 16
-      for (int t = 0; t < kTokens; ++t) {
-        const __m512 a = E::load(keys.row(first + t) + i);
-        ahead = Prefetch::ask<16 * kItemBytes>(ahead);
+        for (int t = 0; t < kTokens; ++t) {
+          __m512 a, b;
+          E::load_pair(keys.row(token + t) + i, a, b);
+          ahead = Prefetch::ask<32 * kItemBytes>(ahead);
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          const __m512 q = _mm512_load_ps(query + r * head_dim + i);
-          sums[r * kTokens + t] = _mm512_fmadd_ps(q, a, sums[r * kTokens + t]);
+          for (int r = 0; r < kRows; ++r) {
+            sums[r * kTokens + t] = _mm512_fmadd_ps(q[2 * r], a, sums[r * kTokens + t]);
+            sums[r * kTokens + t] = _mm512_fmadd_ps(q[2 * r + 1], b, sums[r * kTokens + t]);
+          }
         }
       }
+      if (i < head_dim) {
+#pragma GCC unroll 16
+        for (int t = 0; t < kTokens; ++t) {
+          const __m512 a = E::load(keys.row(token + t) + i);
+          ahead = Prefetch::ask<16 * kItemBytes>(ahead);
+#pragma GCC unroll 4
+          for (int r = 0; r < kRows; ++r) {
+            const __m512 q = _mm512_load_ps(query + r * head_dim + i);
+            sums[r * kTokens + t] = _mm512_fmadd_ps(q, a, sums[r * kTokens + t]);
+          }
+        }
+      }
+      columns.take(part, sums);
     }
-    store_scores<kRows>(sums, first, scores);
+    store_scores(columns, first, scores);
   }
 }
 
@@ -173,6 +170,8 @@ struct WidenedRows {
                                                             {score_keys<E, 3>, add_values<E, 3>},
                                                             {score_keys<E, 4>, add_values<E, 4>}};
 
+  static const CodeKernels* code_kernels(BlockKind) { return avx512_vnni_code_kernels(); }
+
   static void start_row(const Item* query, float* target, int64_t head_dim) {
     int64_t i = 0;
     for (; i + 32 <= head_dim; i += 32) {
@@ -193,22 +192,6 @@ struct WidenedRows {
       _mm512_storeu_ps(target + i + 16, b);
     }
     if (i < head_dim) _mm512_storeu_ps(target + i, _mm512_load_ps(out + i));
-  }
-
-  // out = out * decay + sums, where those lie in the order of channels.
-  static void add_row(const float* sums, float decay, float* out, int64_t head_dim) {
-    const __m512 factor = _mm512_set1_ps(decay);
-    int64_t i = 0;
-    for (; i + 32 <= head_dim; i += 32) {
-      __m512 a = _mm512_load_ps(sums + i), b = _mm512_load_ps(sums + i + 16);
-      E::arrange(a, b);
-      _mm512_store_ps(out + i, _mm512_fmadd_ps(_mm512_load_ps(out + i), factor, a));
-      _mm512_store_ps(out + i + 16, _mm512_fmadd_ps(_mm512_load_ps(out + i + 16), factor, b));
-    }
-    if (i < head_dim) {
-      const __m512 a = _mm512_load_ps(sums + i);
-      _mm512_store_ps(out + i, _mm512_fmadd_ps(_mm512_load_ps(out + i), factor, a));
-    }
   }
 };
 

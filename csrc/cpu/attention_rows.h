@@ -35,16 +35,18 @@ static inline void find_rows(const AttentionTile& tile, int64_t begin, int64_t e
   int64_t index = begin / args.block_size, slot = begin % args.block_size;
   for (int64_t token = begin; token < end; ++index, slot = 0) {
     const int64_t block = tile.blocks[index];
-    int64_t key = block * args.key_block_stride + tile.kv_head * args.key_head_stride +
-                  slot * args.key_slot_stride;
-    int64_t value = block * args.value_block_stride + tile.kv_head * args.value_head_stride +
-                    slot * args.value_slot_stride;
-    for (; token < end && slot < args.block_size; ++token, ++slot) {
-      *key_offsets++ = key;
-      *value_offsets++ = value;
-      key += args.key_slot_stride;
-      value += args.value_slot_stride;
+    const int64_t key = block * args.key_block_stride + tile.kv_head * args.key_head_stride +
+                        slot * args.key_slot_stride;
+    const int64_t value = block * args.value_block_stride + tile.kv_head * args.value_head_stride +
+                          slot * args.value_slot_stride;
+    const int64_t left = args.block_size - slot, count = left < end - token ? left : end - token;
+    for (int64_t i = 0; i < count; ++i) {
+      key_offsets[i] = key + i * args.key_slot_stride;
+      value_offsets[i] = value + i * args.value_slot_stride;
     }
+    key_offsets += count;
+    value_offsets += count;
+    token += count;
   }
 }
 

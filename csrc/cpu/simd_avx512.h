@@ -112,37 +112,42 @@ inline __m512 exp2_lanes(__m512 x) {
   return _mm512_scalef_ps(poly, whole);
 }
 
+// Lane i of each quarter of the result is that quarter of v[i], combined.
+template <typename Combine>
+[[gnu::always_inline]] inline __m512 combine_within_quarters(const __m512* v,
+                                                             const Combine& combine) {
+  const __m512d ab =
+      _mm512_castps_pd(combine(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1])));
+  const __m512d cd =
+      _mm512_castps_pd(combine(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3])));
+  return combine(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+                 _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+}
+
+// Quarter i of the result is the four quarters of v[i], combined.
+template <typename Combine>
+[[gnu::always_inline]] inline __m512 combine_quarters(const __m512* v, const Combine& combine) {
+  const __m512 low =
+      combine(_mm512_shuffle_f32x4(v[0], v[1], 0x44), _mm512_shuffle_f32x4(v[0], v[1], 0xee));
+  const __m512 high =
+      combine(_mm512_shuffle_f32x4(v[2], v[3], 0x44), _mm512_shuffle_f32x4(v[2], v[3], 0xee));
+  return combine(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+}
+
 // Lane i of the result is all lanes of v[i], combined. Unpacks come first, while there are many
 // vectors: shuffles of quarters run on fewer ports (of Zen 4 on one, beside products).
 template <typename Combine>
 [[gnu::always_inline]] inline __m512 combine_lanes_of_16(const __m512* v, const Combine& combine) {
-  __m512 w[4];  // each quarter of w[i] holds parts of the results 4 i to 4 i + 3
+  __m512 quarters[4];
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m512 *a = v + 4 * i, *b = a + 1, *c = a + 2, *d = a + 3;
-    const __m512d ab =
-        _mm512_castps_pd(combine(_mm512_unpacklo_ps(*a, *b), _mm512_unpackhi_ps(*a, *b)));
-    const __m512d cd =
-        _mm512_castps_pd(combine(_mm512_unpacklo_ps(*c, *d), _mm512_unpackhi_ps(*c, *d)));
-    w[i] = combine(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
-                   _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
-  }
-  const __m512 low =
-      combine(_mm512_shuffle_f32x4(w[0], w[1], 0x44), _mm512_shuffle_f32x4(w[0], w[1], 0xee));
-  const __m512 high =
-      combine(_mm512_shuffle_f32x4(w[2], w[3], 0x44), _mm512_shuffle_f32x4(w[2], w[3], 0xee));
-  return combine(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+  for (int i = 0; i < 4; ++i) quarters[i] = combine_within_quarters(v + 4 * i, combine);
+  return combine_quarters(quarters, combine);
 }
 
 // Each lane of quarter i of the result is all lanes of v[i], combined.
 template <typename Combine>
 [[gnu::always_inline]] inline __m512 combine_lanes_of_4(const __m512* v, const Combine& combine) {
-  const __m512 low =
-      combine(_mm512_shuffle_f32x4(v[0], v[1], 0x44), _mm512_shuffle_f32x4(v[0], v[1], 0xee));
-  const __m512 high =
-      combine(_mm512_shuffle_f32x4(v[2], v[3], 0x44), _mm512_shuffle_f32x4(v[2], v[3], 0xee));
-  const __m512 quarters =
-      combine(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+  const __m512 quarters = combine_quarters(v, combine);
   const __m512 pairs = combine(quarters, _mm512_permute_ps(quarters, 0xb1));
   return combine(pairs, _mm512_permute_ps(pairs, 0x4e));
 }
@@ -176,6 +181,39 @@ struct IntegerSumOf {
 [[gnu::always_inline]] inline __m512 max_lanes_of_16(const __m512* v) {
   return combine_lanes_of_16(v, MaxOf());
 }
+
+// Sums over lanes, for kRows rows of 16 columns, of vectors that come 16 / kRows columns at a time,
+// or 4 where there are 3 rows or 4: as many as are summed up at once in registers. The last steps
+// wait until all are there: one after the other they would hold up the products that follow.
+template <int kRows, typename Combine = SumOf>
+class SixteenColumns {
+ public:
+  static constexpr int kColumns = kRows == 1 ? 16 : kRows == 2 ? 8 : 4;
+
+  // v: [kRows, kColumns], of the columns from part * kColumns on.
+  [[gnu::always_inline]] void take(int part, const __m512* v) {
+    constexpr int kVectors = kColumns / 4;
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows * kVectors; ++i) {
+      quarters_[i / kVectors][part * kVectors + i % kVectors] =
+          combine_within_quarters(v + 4 * i, Combine());
+    }
+  }
+
+  [[gnu::always_inline]] void take(int part, const __m512i* v) {
+    __m512 bits[kRows * kColumns];
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows * kColumns; ++i) bits[i] = _mm512_castsi512_ps(v[i]);
+    take(part, bits);
+  }
+
+  [[gnu::always_inline]] __m512 row(int r) const {
+    return combine_quarters(quarters_[r], Combine());
+  }
+
+ private:
+  __m512 quarters_[kRows][4];
+};
 
 // Transposes 16 x 16 floats in registers.
 inline void transpose_16x16(__m512* v) {
