@@ -55,11 +55,10 @@ void round_weights(float* weights, int64_t num_weights) {
 using Rows16 = CacheRows<uint16_t>;
 
 // Adds the products of 32 elements from `i` on, of which kIsWhole says whether all are there, and
-// asks for as many at `ahead`; returns what follows there.
+// asks for as many `ahead`.
 template <int kRows, int kTokens, bool kIsWhole>
-inline const char* add_key_products(const float* query, int64_t head_dim,
-                                    const uint16_t* const* keys, int64_t i, const char* ahead,
-                                    __m512* sums) {
+inline void add_key_products(const float* query, int64_t head_dim, const uint16_t* const* keys,
+                             int64_t i, Prefetch::Lines& ahead, __m512* sums) {
   __m512i q[kRows];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) q[r] = _mm512_load_si512(query + r * head_dim + i / 2);
@@ -67,13 +66,12 @@ inline const char* add_key_products(const float* query, int64_t head_dim,
   for (int t = 0; t < kTokens; ++t) {
     const __m512i key =
         kIsWhole ? _mm512_loadu_si512(keys[t] + i) : load_some(keys[t] + i, head_dim - i);
-    ahead = Prefetch::ask<kIsWhole ? 64 : 32>(ahead);
+    ahead.ask<kIsWhole ? 64 : 32>();
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       sums[r * kTokens + t] = add_products(sums[r * kTokens + t], q[r], key);
     }
   }
-  return ahead;
 }
 
 template <int kRows>
@@ -91,10 +89,10 @@ void score_pairs(const float* query, int64_t head_dim, const Rows16& keys, Prefe
       for (int t = 0; t < kTokens; ++t) rows[t] = keys.row(first + part * kTokens + t);
 #pragma GCC unroll 16
       for (__m512& sum : sums) sum = _mm512_setzero_ps();
-      const char* ahead = next.take(kTokens * head_dim * 2, rows[0]);
+      Prefetch::Lines ahead = next.take(kTokens * head_dim * 2);
       int64_t i = 0;
       for (; i + 32 <= head_dim; i += 32) {
-        ahead = add_key_products<kRows, kTokens, true>(query, head_dim, rows, i, ahead, sums);
+        add_key_products<kRows, kTokens, true>(query, head_dim, rows, i, ahead, sums);
       }
       if (i < head_dim) {
         add_key_products<kRows, kTokens, false>(query, head_dim, rows, i, ahead, sums);
@@ -111,7 +109,7 @@ template <int kRows, int kVectors>
 void add_value_pairs(const float* weights, const float* decay, const Rows16& values, Prefetch& next,
                      int64_t num_keys, int64_t head_dim, int64_t first, float* out) {
   __m512 sums[kRows][kVectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) {
@@ -119,31 +117,36 @@ void add_value_pairs(const float* weights, const float* decay, const Rows16& val
                                  _mm512_load_ps(out + r * head_dim + first + 16 * i));
     }
   }
-  for (int64_t t = 0; t < num_keys; t += 2) {
-    const uint16_t* even = values.row(t) + first;
-    const uint16_t* odd = t + 1 < num_keys ? values.row(t + 1) + first : nullptr;
-    __m512i pairs[kVectors];
+  constexpr int64_t kTokenBytes = 16 * kVectors * 2;
+  for (int64_t begin = 0; begin < num_keys; begin += 16) {
+    const int64_t end = std::min<int64_t>(begin + 16, num_keys);
+    Prefetch::Lines ahead = next.take((end - begin) * kTokenBytes);
+    for (int64_t t = begin; t < end; t += 2) {
+      const uint16_t* even = values.row(t) + first;
+      const uint16_t* odd = t + 1 < num_keys ? values.row(t + 1) + first : nullptr;
+      __m512i pairs[kVectors];
 #pragma GCC unroll 4
-    for (int i = 0; i < kVectors; i += 2) {
-      constexpr int kCount = kVectors == 1 ? 16 : 32;
-      const __m512i a = load_some(even + 16 * i, kCount);
-      const __m512i b = load_or_zero(odd, 16 * i, kCount);
-      if constexpr (kVectors == 1) {
-        pairs[i] = interleave<0>(a, b);
-      } else {
-        pairs[i] = _mm512_unpacklo_epi16(a, b);
-        pairs[i + 1] = _mm512_unpackhi_epi16(a, b);
+      for (int i = 0; i < kVectors; i += 2) {
+        constexpr int kCount = kVectors == 1 ? 16 : 32;
+        const __m512i a = load_some(even + 16 * i, kCount);
+        const __m512i b = load_or_zero(odd, 16 * i, kCount);
+        if constexpr (kVectors == 1) {
+          pairs[i] = interleave<0>(a, b);
+        } else {
+          pairs[i] = _mm512_unpacklo_epi16(a, b);
+          pairs[i + 1] = _mm512_unpackhi_epi16(a, b);
+        }
+      }
+      ahead.ask<2 * kTokenBytes>();
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const __m512i weight = _mm512_castps_si512(_mm512_set1_ps(weights[r * kTileKeys + t / 2]));
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; ++i) sums[r][i] = add_products(sums[r][i], weight, pairs[i]);
       }
     }
-    next.advance(2 * 16 * kVectors * 2);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const __m512i weight = _mm512_castps_si512(_mm512_set1_ps(weights[r * kTileKeys + t / 2]));
-#pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) sums[r][i] = add_products(sums[r][i], weight, pairs[i]);
-    }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) {
@@ -156,11 +159,13 @@ template <int kRows>
 void add_pairs(float* weights, const float* decay, const Rows16& values, Prefetch& next,
                int64_t num_keys, int64_t head_dim, float* out) {
   for (int r = 0; r < kRows; ++r) round_weights(weights + r * kTileKeys, num_keys);
+  // As many sums as registers hold.
+  constexpr int kVectors = kRows <= 4 ? 4 : 2;
   int64_t i = 0;
-  for (; i + 64 <= head_dim; i += 64) {
-    add_value_pairs<kRows, 4>(weights, decay, values, next, num_keys, head_dim, i, out);
+  for (; i + 16 * kVectors <= head_dim; i += 16 * kVectors) {
+    add_value_pairs<kRows, kVectors>(weights, decay, values, next, num_keys, head_dim, i, out);
   }
-  if (i + 32 <= head_dim) {
+  if (kVectors == 4 && i + 32 <= head_dim) {
     add_value_pairs<kRows, 2>(weights, decay, values, next, num_keys, head_dim, i, out);
     i += 32;
   }
@@ -174,11 +179,11 @@ struct PairRows {
   using Item = uint16_t;
   using Unpacker = Avx512Unpacker<BFloat16>;
 
-  static constexpr RowKernels<Item> kKernels[kBatch + 1] = {{nullptr, nullptr},
-                                                            {score_pairs<1>, add_pairs<1>},
-                                                            {score_pairs<2>, add_pairs<2>},
-                                                            {score_pairs<3>, add_pairs<3>},
-                                                            {score_pairs<4>, add_pairs<4>}};
+  static constexpr ScoreRows<Item> kScore[] = {nullptr, score_pairs<1>, score_pairs<2>,
+                                               score_pairs<3>, score_pairs<4>};
+  static constexpr AddRows<Item> kAdd[] = {nullptr,      add_pairs<1>, add_pairs<2>,
+                                           add_pairs<3>, add_pairs<4>, add_pairs<5>,
+                                           add_pairs<6>, add_pairs<7>, add_pairs<8>};
 
   static const CodeKernels* code_kernels(BlockKind kind) {
     return kind == BlockKind::kInt4 ? avx512_bf16_code_kernels() : avx512_vnni_code_kernels();

@@ -65,6 +65,10 @@ struct Rows {
   bool has_floats, has_codes;  // whether there is something in out, or of_codes
 };
 
+inline bool may_hold_codes(const PagedAttentionArgs& args) {
+  return args.int8.num_blocks + args.int4.num_blocks > 0;
+}
+
 int64_t scratch_size(int64_t count, const PagedAttentionArgs& args) {
   return (count * (2 * args.head_dim + 2 * args.value_dim + 16 + kTileKeys) + 15) / 16 * 16;
 }
@@ -81,12 +85,12 @@ void start_rows(const AttentionTile& tile, int64_t head, float* scratch, Rows& r
   rows.scores = rows.sum + rows.count * 16;
   rows.of_codes = rows.scores + rows.count * kTileKeys;
   rows.has_floats = rows.has_codes = false;
-  const bool may_hold_codes = tile.args->int8.num_blocks + tile.args->int4.num_blocks > 0;
+  const bool keeps_floats = may_hold_codes(*tile.args);
   for (int64_t r = 0; r < rows.count; ++r) {
     const auto* query = static_cast<const typename R::Item*>(tile.args->query) +
                         query_offset(tile, tile.row_begin + r, head);
     R::start_row(query, rows.query + r * rows.head_dim, rows.head_dim);
-    for (int64_t i = 0; may_hold_codes && i < rows.head_dim; i += 16) {
+    for (int64_t i = 0; keeps_floats && i < rows.head_dim; i += 16) {
       _mm512_store_ps(rows.floats + r * rows.head_dim + i, R::Element::load(query + i));
     }
     for (int64_t i = 0; i < rows.value_dim; i += 16) {
@@ -126,16 +130,25 @@ void finish_rows(const Rows& rows, const TileResult& result) {
   }
 }
 
+// Calls f(first, count) for all rows, as many at a time as `kernels` serve and about as many each
+// time; the first kernel is that for no rows.
+template <typename Kernel, size_t kSize, typename F>
+void for_each_batch(const Kernel (&)[kSize], int64_t num_rows, const F& f) {
+  constexpr int64_t kMost = kSize - 1;
+  const int64_t num_batches = (num_rows + kMost - 1) / kMost;
+  for (int64_t b = 0, first = 0, count; b < num_batches; ++b, first += count) {
+    count = (num_rows - first) / (num_batches - b);
+    f(first, count);
+  }
+}
+
 template <typename R>
 void score_head(const Tile& now, const CacheRows<typename R::Item>& keys, Prefetch& next,
                 Rows& rows) {
-  const int64_t num_batches = (rows.count + kBatch - 1) / kBatch;
-  for (int64_t b = 0, r = 0; b < num_batches; ++b) {
-    const int64_t count = (rows.count - r) / (num_batches - b);
-    R::kKernels[count].score(rows.query + r * rows.head_dim, rows.head_dim, keys, next,
-                             now.num_keys(), rows.scores + r * kTileKeys);
-    r += count;
-  }
+  for_each_batch(R::kScore, rows.count, [&](int64_t r, int64_t count) {
+    R::kScore[count](rows.query + r * rows.head_dim, rows.head_dim, keys, next, now.num_keys(),
+                     rows.scores + r * kTileKeys);
+  });
 }
 
 // Turns the scores of the keys that `now` holds into weights, for one head's rows.
@@ -156,18 +169,31 @@ inline void weigh_head(const AttentionTile& tile, int64_t head, const KeyRange* 
   softmax_rows(rows.scores, num_keys, columns, rows.count, scale, rows.max, rows.sum, rows.decay);
 }
 
+// Values are added a few channels at a time, for the keys of a part: more of them would be read
+// before they were asked for (with all 64 keys of a tile and d 256 decode took a third longer).
+template <typename Item>
+int64_t keys_of_part(int64_t value_dim) {
+  constexpr int64_t kPartBytes = 8 << 10;
+  static_assert(kPartBytes < Prefetch::kLead);
+  const int64_t num_keys = kPartBytes / (value_dim * static_cast<int64_t>(sizeof(Item)));
+  return std::clamp<int64_t>(num_keys / 16 * 16, 16, kTileKeys);
+}
+
 // Adds the values that `now` holds, by these weights, to one head's rows.
 template <typename R>
 void add_head(const Tile& now, const CacheRows<typename R::Item>& values, Prefetch& next,
               Rows& rows) {
   if (rows.has_codes) decay_rows(rows, rows.of_codes);
   rows.has_floats = true;
-  const int64_t num_batches = (rows.count + kBatch - 1) / kBatch;
-  for (int64_t b = 0, r = 0; b < num_batches; ++b) {
-    const int64_t count = (rows.count - r) / (num_batches - b);
-    R::kKernels[count].add(rows.scores + r * kTileKeys, rows.decay + r, values, next,
-                           now.num_keys(), rows.value_dim, rows.out + r * rows.value_dim);
-    r += count;
+  constexpr float kNoDecay[kFewRows] = {1, 1, 1, 1, 1, 1, 1, 1};
+  const int64_t step = keys_of_part<typename R::Item>(rows.value_dim);
+  for (int64_t first = 0; first < now.num_keys(); first += step) {
+    const int64_t num_keys = std::min(now.num_keys() - first, step);
+    for_each_batch(R::kAdd, rows.count, [&](int64_t r, int64_t count) {
+      R::kAdd[count](rows.scores + r * kTileKeys + first, first == 0 ? rows.decay + r : kNoDecay,
+                     {values.cache, values.offsets + first}, next, num_keys, rows.value_dim,
+                     rows.out + r * rows.value_dim);
+    });
   }
 }
 
@@ -180,6 +206,11 @@ inline void add_codes(const AttentionTile& tile, int64_t head, const Tile& now, 
   add_code_runs(tile, head, now.codes, rows.scores, rows.count, rows.decay, next, rows.of_codes);
 }
 
+// Whether a line is worth a second request. One of 4-bit codes serves for too long.
+inline bool asks_twice(const PagedAttentionArgs& args) {
+  return kPrefetchesToL1 && args.int4.num_blocks == 0;
+}
+
 // Goes through the keys once. For each tile of them it reads the keys of all heads, which are
 // neighbours in the cache, then the values of all heads: memory is read in long pieces.
 template <typename R>
@@ -187,7 +218,8 @@ class FewRows {
  public:
   using Item = typename R::Item;
 
-  FewRows(const AttentionTile& tile) : tile_(tile), args_(*tile.args) {
+  FewRows(const AttentionTile& tile)
+      : tile_(tile), args_(*tile.args), prefetch_(Prefetch::kLead, asks_twice(*tile.args)) {
     const int64_t num_rows = tile.row_end - tile.row_begin, num_heads = tile.num_kv_heads;
     const int64_t rows_size = scratch_size(num_rows, args_);
     const int64_t wide_dim = std::max(args_.head_dim, args_.value_dim);

@@ -47,7 +47,7 @@ void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E
 #pragma GCC unroll 1
     for (int part = 0; part < 16 / kTokens; ++part) {
       const int64_t token = first + part * kTokens;
-      const char* ahead = next.take(kTokens * head_dim * kItemBytes, keys.row(token));
+      Prefetch::Lines ahead = next.take(kTokens * head_dim * kItemBytes);
       __m512 sums[kRows * kTokens];
 #pragma GCC unroll 16
       for (__m512& sum : sums) sum = _mm512_setzero_ps();
@@ -63,7 +63,7 @@ void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E
         for (int t = 0; t < kTokens; ++t) {
           __m512 a, b;
           E::load_pair(keys.row(token + t) + i, a, b);
-          ahead = Prefetch::ask<32 * kItemBytes>(ahead);
+          ahead.ask<32 * kItemBytes>();
 #pragma GCC unroll 4
           for (int r = 0; r < kRows; ++r) {
             sums[r * kTokens + t] = _mm512_fmadd_ps(q[2 * r], a, sums[r * kTokens + t]);
@@ -75,7 +75,7 @@ void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E
 #pragma GCC unroll 16
         for (int t = 0; t < kTokens; ++t) {
           const __m512 a = E::load(keys.row(token + t) + i);
-          ahead = Prefetch::ask<16 * kItemBytes>(ahead);
+          ahead.ask<16 * kItemBytes>();
 #pragma GCC unroll 4
           for (int r = 0; r < kRows; ++r) {
             const __m512 q = _mm512_load_ps(query + r * head_dim + i);
@@ -104,22 +104,27 @@ void add_value_panel(const float* weights, const float* decay,
                                  _mm512_load_ps(out + r * head_dim + first + 16 * i));
     }
   }
-  for (int64_t t = 0; t < num_keys; ++t) {
-    __m512 v[kVectors];
-    if constexpr (kVectors == 1) {
-      v[0] = E::load(values.row(t) + first);
-    } else {
+  constexpr int64_t kTokenBytes = 16 * kVectors * sizeof(typename E::Item);
+  for (int64_t begin = 0; begin < num_keys; begin += 16) {
+    const int64_t end = std::min<int64_t>(begin + 16, num_keys);
+    Prefetch::Lines ahead = next.take((end - begin) * kTokenBytes);
+    for (int64_t t = begin; t < end; ++t) {
+      __m512 v[kVectors];
+      if constexpr (kVectors == 1) {
+        v[0] = E::load(values.row(t) + first);
+      } else {
 #pragma GCC unroll 2
-      for (int i = 0; i < kVectors; i += 2) {
-        E::load_pair(values.row(t) + first + 16 * i, v[i], v[i + 1]);
+        for (int i = 0; i < kVectors; i += 2) {
+          E::load_pair(values.row(t) + first + 16 * i, v[i], v[i + 1]);
+        }
       }
-    }
-    next.advance(16 * kVectors * static_cast<int64_t>(sizeof(typename E::Item)));
+      ahead.ask<kTokenBytes>();
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const __m512 weight = _mm512_set1_ps(weights[r * kTileKeys + t]);
+      for (int r = 0; r < kRows; ++r) {
+        const __m512 weight = _mm512_set1_ps(weights[r * kTileKeys + t]);
 #pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) sums[r][i] = _mm512_fmadd_ps(weight, v[i], sums[r][i]);
+        for (int i = 0; i < kVectors; ++i) sums[r][i] = _mm512_fmadd_ps(weight, v[i], sums[r][i]);
+      }
     }
   }
 #pragma GCC unroll 4
@@ -149,12 +154,11 @@ void add_values(float* weights, const float* decay, const CacheRows<typename E::
 
 // The two steps for a number of rows. The second may overwrite the weights.
 template <typename Item>
-struct RowKernels {
-  void (*score)(const float* query, int64_t head_dim, const CacheRows<Item>& keys, Prefetch& next,
-                int64_t num_keys, float* scores);
-  void (*add)(float* weights, const float* decay, const CacheRows<Item>& values, Prefetch& next,
-              int64_t num_keys, int64_t head_dim, float* out);
-};
+using ScoreRows = void (*)(const float* query, int64_t head_dim, const CacheRows<Item>& keys,
+                           Prefetch& next, int64_t num_keys, float* scores);
+template <typename Item>
+using AddRows = void (*)(float* weights, const float* decay, const CacheRows<Item>& values,
+                         Prefetch& next, int64_t num_keys, int64_t head_dim, float* out);
 
 // Every element is widened to a float in a register. Query and output lie in the order of
 // load_pair.
@@ -164,11 +168,10 @@ struct WidenedRows {
   using Item = typename E::Item;
   using Unpacker = Avx512Unpacker<E>;
 
-  static constexpr RowKernels<Item> kKernels[kBatch + 1] = {{nullptr, nullptr},
-                                                            {score_keys<E, 1>, add_values<E, 1>},
-                                                            {score_keys<E, 2>, add_values<E, 2>},
-                                                            {score_keys<E, 3>, add_values<E, 3>},
-                                                            {score_keys<E, 4>, add_values<E, 4>}};
+  static constexpr ScoreRows<Item> kScore[] = {nullptr, score_keys<E, 1>, score_keys<E, 2>,
+                                               score_keys<E, 3>, score_keys<E, 4>};
+  static constexpr AddRows<Item> kAdd[] = {nullptr, add_values<E, 1>, add_values<E, 2>,
+                                           add_values<E, 3>, add_values<E, 4>};
 
   static const CodeKernels* code_kernels(BlockKind) { return avx512_vnni_code_kernels(); }
 
