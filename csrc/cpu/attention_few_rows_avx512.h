@@ -169,16 +169,6 @@ inline void weigh_head(const AttentionTile& tile, int64_t head, const KeyRange* 
   softmax_rows(rows.scores, num_keys, columns, rows.count, scale, rows.max, rows.sum, rows.decay);
 }
 
-// Values are added a few channels at a time, for the keys of a part: more of them would be read
-// before they were asked for (with all 64 keys of a tile and d 256 decode took a third longer).
-template <typename Item>
-int64_t keys_of_part(int64_t value_dim) {
-  constexpr int64_t kPartBytes = 8 << 10;
-  static_assert(kPartBytes < Prefetch::kLead);
-  const int64_t num_keys = kPartBytes / (value_dim * static_cast<int64_t>(sizeof(Item)));
-  return std::clamp<int64_t>(num_keys / 16 * 16, 16, kTileKeys);
-}
-
 // Adds the values that `now` holds, by these weights, to one head's rows.
 template <typename R>
 void add_head(const Tile& now, const CacheRows<typename R::Item>& values, Prefetch& next,
@@ -186,7 +176,7 @@ void add_head(const Tile& now, const CacheRows<typename R::Item>& values, Prefet
   if (rows.has_codes) decay_rows(rows, rows.of_codes);
   rows.has_floats = true;
   constexpr float kNoDecay[kFewRows] = {1, 1, 1, 1, 1, 1, 1, 1};
-  const int64_t step = keys_of_part<typename R::Item>(rows.value_dim);
+  const int64_t step = keys_of_part(rows.value_dim * sizeof(typename R::Item), kTileKeys);
   for (int64_t first = 0; first < now.num_keys(); first += step) {
     const int64_t num_keys = std::min(now.num_keys() - first, step);
     for_each_batch(R::kAdd, rows.count, [&](int64_t r, int64_t count) {

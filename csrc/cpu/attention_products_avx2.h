@@ -203,10 +203,16 @@ void add_all(const float* weights, int64_t num_rows, const float* decay,
              int64_t value_dim, float* out) {
   constexpr decltype(&add_values<E, 1>) kKernels[kBatch] = {add_values<E, 1>, add_values<E, 2>,
                                                             add_values<E, 3>, add_values<E, 4>};
-  for_each_batch(num_rows, [&](int64_t r, int64_t count) {
-    kKernels[count - 1](weights + r * kTileKeys, decay + r, values, next, num_keys, value_dim,
-                        out + r * value_dim);
-  });
+  constexpr float kNoDecay[kBatch] = {1, 1, 1, 1};
+  const int64_t step = keys_of_part(value_dim * sizeof(typename E::Item), kTileKeys);
+  for (int64_t first = 0; first < num_keys; first += step) {
+    const int64_t num_left = std::min(num_keys - first, step);
+    for_each_batch(num_rows, [&](int64_t r, int64_t count) {
+      kKernels[count - 1](weights + r * kTileKeys + first, first == 0 ? decay + r : kNoDecay,
+                          {values.cache, values.offsets + first}, next, num_left, value_dim,
+                          out + r * value_dim);
+    });
+  }
 }
 
 }  // namespace

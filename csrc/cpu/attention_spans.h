@@ -237,6 +237,15 @@ class Prefetch {
   int64_t allowed_ = 0;
 };
 
+// How many of a tile's keys to add values of before the next: that goes a few channels at a time,
+// so all of a part is read long before its end, and should have been asked for (with whole tiles
+// decode at d 256 took a third longer).
+inline int64_t keys_of_part(int64_t value_bytes, int64_t tile_keys) {
+  constexpr int64_t kPartBytes = 8 << 10;
+  static_assert(kPartBytes < Prefetch::kLead);
+  return std::clamp<int64_t>(kPartBytes / value_bytes / 16 * 16, 16, tile_keys);
+}
+
 // The first keys of what the thread turns to after this tile: memory then has something to do while
 // one item ends and the next begins.
 inline void add_next(const AttentionTile& tile, int64_t tile_keys, Prefetch& all) {
