@@ -146,7 +146,7 @@ struct Work {
   float* sum;       // [count, 16]
   float* unpacked;  // [kTileKeys, the larger dim]
   float* scales;    // two rows
-  Prefetch next;    // where rows are few, what the item will read
+  Prefetch next{Prefetch::kLead, kPrefetchesToL1};  // where rows are few, of what the item reads
   KeyRange seen[kMaxRows];
   float decay[kMaxRows];
 };
