@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "cpu/attention_unpack.h"
-#include "kvkernels/cpu_features.h"
+#include "cpu/prefetch_line.h"
 
 namespace kvkernels {
 namespace {
@@ -126,7 +126,7 @@ class Prefetch {
     [[gnu::always_inline]] static void ask(const char*& lines) {
       if (lines == nullptr) return;
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < kBytes; i += 64) ask_for(lines + i);
+      for (int64_t i = 0; i < kBytes; i += 64) prefetch_line(lines + i);
       lines += kBytes;
     }
   };
@@ -193,14 +193,6 @@ class Prefetch {
     }
   };
 
-  static void ask_for(const char* line) {
-    if (kPrefetchesToL1) {
-      __builtin_prefetch(line, 0, 3);
-    } else {
-      __builtin_prefetch(line, 0, 2);
-    }
-  }
-
   bool begin_segment(Cursor& cursor) {
     if (cursor.next == segments_.size()) return false;
     cursor.line = segments_[cursor.next].data;
@@ -225,7 +217,7 @@ class Prefetch {
     while (num_bytes > 0) {
       if (cursor.left <= 0 && !begin_segment(cursor)) return;
       const int64_t part = std::min(cursor.left, num_bytes);
-      for (int64_t i = 0; i < part; i += 64) ask_for(cursor.line + i);
+      for (int64_t i = 0; i < part; i += 64) prefetch_line(cursor.line + i);
       cursor.pass(part);
       num_bytes -= part;
     }

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kvkernels/cpu_features.h"
+#include "cpu/prefetch_line.h"
 
 namespace kvkernels {
 namespace {
@@ -17,13 +17,7 @@ struct Ahead {
   const char* line;
 
   [[gnu::always_inline]] void advance(int64_t num_lines) {
-    for (int64_t i = 0; i < num_lines; ++i, line += 64) {
-      if (kPrefetchesToL1) {
-        __builtin_prefetch(line, 0, 3);
-      } else {
-        __builtin_prefetch(line, 0, 2);
-      }
-    }
+    for (int64_t i = 0; i < num_lines; ++i, line += 64) prefetch_line(line);
   }
 };
 
