@@ -260,9 +260,9 @@ void score(const CodeRun& keys, const float* query, int64_t num_rows, float* sco
 // key: the groups rounded up to a power of two. Where two vectors of them go apart into keys at
 // even and at odd places.
 struct alignas(64) LaneOrder {
-  int64_t stride, keys_a_vector;
   int16_t even[32], odd[32];  // scales, then minimums, in two vectors of pairs of them
   int32_t even_weight[16], odd_weight[16];  // in two vectors of weights, one a key
+  int64_t stride, keys_a_vector;
 };
 
 constexpr std::array<LaneOrder, kMaxGroups + 1> make_lane_orders() {
