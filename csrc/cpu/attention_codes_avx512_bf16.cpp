@@ -66,7 +66,7 @@ void fold_query(const float* query, int64_t dim, const uint16_t* scales, FoldedQ
       _mm512_set_epi16(47, 45, 15, 13, 46, 44, 14, 12, 43, 41, 11, 9, 42, 40, 10, 8, 39, 37, 7, 5,
                        38, 36, 6, 4, 35, 33, 3, 1, 34, 32, 2, 0);
   const __m512i last_columns = _mm512_add_epi16(first_columns, _mm512_set1_epi16(16));
-  __m512 base[kRows], more[kRows];
+  __m512 base[kRows], more[kRows];  // two sums: one would wait for itself
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) base[r] = more[r] = _mm512_setzero_ps();
   for (int64_t piece = 0; piece < pieces.count(); ++piece) {
@@ -289,10 +289,10 @@ constexpr std::array<LaneOrder, kMaxGroups + 1> make_lane_orders() {
 
 constexpr std::array<LaneOrder, kMaxGroups + 1> kLaneOrders = make_lane_orders();
 
-// Of each row, in lanes: pairs of neighbouring keys, as bfloat16; what the middle of all codes
-// gives.
 constexpr int64_t kPairsOfRow = kMaxKeys / 2 * kMaxGroups;
 
+// Of each row, in lanes: pairs of neighbouring keys, as bfloat16; what the middle of all codes
+// gives.
 struct alignas(64) FoldedWeights {
   int32_t pairs[kMaxBatch][kPairsOfRow];
   float base[kMaxBatch][16];

@@ -138,10 +138,11 @@ class Prefetch {
   // The tile that will be read after all those added before: the keys of all heads, then the
   // values.
   void add_tile(const Spans& keys, const Spans& values, int64_t num_heads) {
-    const size_t num_done = asks_twice_ ? second_.next : first_.next;
+    if (!asks_twice_) second_.next = first_.next;
+    const size_t num_done = std::min(first_.next, second_.next);
     segments_.erase(segments_.begin(), segments_.begin() + num_done);
     first_.next -= num_done;
-    if (asks_twice_) second_.next = 0;
+    second_.next -= num_done;
     for (const Spans* spans : {&keys, &values}) {
       for (int64_t head = 0; head < num_heads; ++head) {
         for (int i = 0; i < spans->count; ++i) {
