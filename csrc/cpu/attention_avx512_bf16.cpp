@@ -3,13 +3,10 @@
 // are rounded to bfloat16, their sum is not.
 #include "cpu/attention_few_rows_avx512.h"
 #include "cpu/attention_many_rows_avx512.h"
+#include "cpu/simd_avx512_bf16.h"
 
 namespace kvkernels {
 namespace {
-
-__m512 add_products(__m512 sum, __m512i a, __m512i b) {
-  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
-}
 
 // Up to 32 elements of which `count` are there; the rest are 0.
 __m512i load_some(const uint16_t* p, int64_t count) {

@@ -2,6 +2,7 @@
 // floats, and a code becomes such a number by mere widening. The arithmetic is that of
 // attention_codes_avx512_vnni.cpp.
 #include "cpu/attention_codes_rounding_avx2.h"
+#include "cpu/row_batches.h"
 
 namespace kvkernels {
 namespace {
@@ -103,16 +104,14 @@ void score_run(const CodeRun& run, const float* query, int64_t num_rows, float* 
       score_group<kIsInt4, 4>};
   const int64_t num_bytes = bytes_of_row(kIsInt4, run.dim), end = run.slot + run.count;
   const int64_t group_size = run.block_size / run.groups;
-  const int64_t num_batches = (num_rows + kMaxBatch - 1) / kMaxBatch;
   for (int64_t slot = run.slot, next; slot < end; slot = next) {
     next = std::min((slot / group_size + 1) * group_size, end);
     const uint16_t* pairs = run.scales + slot / group_size * run.dim * 2;
-    for (int64_t b = 0, r = 0, count; b < num_batches; ++b, r += count) {
-      count = (num_rows - r) / (num_batches - b);
+    for_each_batch(num_rows, kMaxBatch, [&](int64_t r, int64_t count) {
       kKernels[count - 1](run.codes + slot * num_bytes, pairs, next - slot, run.dim,
                           query + r * run.dim, scores + r * kCodeRowStride + slot - run.slot,
                           next_read);
-    }
+    });
   }
 }
 
@@ -203,13 +202,11 @@ void add_run(const CodeRun& run, const float* weights, int64_t num_rows, const f
       add_rows<kIsInt4, 1>, add_rows<kIsInt4, 2>, add_rows<kIsInt4, 3>, add_rows<kIsInt4, 4>};
   KeyScales scales;
   spread_scales(run, middle_code(kIsInt4), scales);
-  const int64_t num_batches = (num_rows + kMaxBatch - 1) / kMaxBatch;
   RoundedWeights rounded;
-  for (int64_t b = 0, r = 0, count; b < num_batches; ++b, r += count) {
-    count = (num_rows - r) / (num_batches - b);
+  for_each_batch(num_rows, kMaxBatch, [&](int64_t r, int64_t count) {
     round_weights<kIsInt4>(weights + r * kCodeRowStride, count, run, scales, rounded);
     kKernels[count - 1](run, rounded, decay + r, sums + r * run.dim, next);
-  }
+  });
 }
 
 void add(const CodeRun& values, const float* weights, int64_t num_rows, const float* decay,

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cpu/attention_codes.h"
+#include "cpu/row_batches.h"
 #include "cpu/simd_avx512.h"
 
 namespace kvkernels {
@@ -12,16 +13,6 @@ namespace {
 
 constexpr int kMaxBatch = 4;  // rows that share a vector of codes
 constexpr int64_t kMaxKeys = kCodeRowStride, kMaxGroups = kMaxCodeDim / 32;
-
-// Calls f(first, count) for all rows, at most kMaxBatch at a time and about as many each time.
-template <typename F>
-void for_each_batch(int64_t num_rows, const F& f) {
-  const int64_t num_batches = (num_rows + kMaxBatch - 1) / kMaxBatch;
-  for (int64_t b = 0, first = 0, count; b < num_batches; ++b, first += count) {
-    count = (num_rows - first) / (num_batches - b);
-    f(first, count);
-  }
-}
 
 // All lanes of each row's vector, combined, in the row's quarter of the result.
 template <int kRows, typename Combine>

@@ -9,30 +9,10 @@
 #include <array>
 #include <bit>
 
-#include "cpu/attention_codes_avx512.h"
-#include "cpu/simd_avx512_bf16.h"
+#include "cpu/attention_codes_folding_avx512_bf16.h"
 
 namespace kvkernels {
 namespace {
-
-using Piece = Pieces<true>;
-
-constexpr int64_t kMaxKeyGroups = kMaxKeys / 16;  // of a tile
-constexpr float kMiddle = middle_code(true);
-
-__m512 add_products(__m512 sum, __m512i a, __m512i b) {
-  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
-}
-
-__m512i round_to_pairs(__m512 low, __m512 high) {
-  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-}
-
-// first_lanes() without a branch. The instruction looks at 8 bits of a count.
-__mmask16 lanes_of(int64_t count) {
-  return static_cast<__mmask16>(
-      _bzhi_u32(0xffff, static_cast<uint32_t>(std::clamp<int64_t>(count, 0, 16))));
-}
 
 // Code less middle, as bfloat16. Twice, so that the fifth bit of an index may be anything.
 constexpr std::array<uint16_t, 32> make_table() {
@@ -50,54 +30,6 @@ alignas(64) constexpr std::array<uint16_t, 32> kTable = make_table();
 __m512i look_up(__m512i table, __m512i codes) { return _mm512_permutexvar_epi16(codes, table); }
 
 // ---- keys ----------------------------------------------------------------------------------
-
-// In the order of pairs that `turn_keys` and nibbles give: 4 of each column.
-struct alignas(64) FoldedQuery {
-  int32_t pairs[kMaxBatch][kMaxCodeDim / 2];
-  float base[16];  // of row r in quarter r: what the middle of all codes gives
-};
-
-template <int kRows>
-void fold_query(const float* query, int64_t dim, const uint16_t* scales, FoldedQuery& folded) {
-  const Piece pieces = {dim};
-  // Of two halves of a piece, channels 0 and 2 of the first, of the second, 1 and 3 of both; then
-  // those 4 further on, and so forth.
-  const __m512i first_columns =
-      _mm512_set_epi16(47, 45, 15, 13, 46, 44, 14, 12, 43, 41, 11, 9, 42, 40, 10, 8, 39, 37, 7, 5,
-                       38, 36, 6, 4, 35, 33, 3, 1, 34, 32, 2, 0);
-  const __m512i last_columns = _mm512_add_epi16(first_columns, _mm512_set1_epi16(16));
-  __m512 base[kRows], more[kRows];  // two sums: one would wait for itself
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) base[r] = more[r] = _mm512_setzero_ps();
-  for (int64_t piece = 0; piece < pieces.count(); ++piece) {
-    __m512i halves[kRows][2];
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      const int64_t first = pieces.begin(piece, half), count = pieces.end(half) - first;
-      const Scales low = load_scales(scales + 2 * first, lanes_of(count), kMiddle);
-      const Scales high = load_scales(scales + 2 * first + 32, lanes_of(count - 16), kMiddle);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const float* row = query + r * dim + first;
-        const __m512 a = _mm512_maskz_loadu_ps(lanes_of(count), row);
-        const __m512 b = _mm512_maskz_loadu_ps(lanes_of(count - 16), row + 16);
-        base[r] = _mm512_fmadd_ps(a, low.middle, base[r]);
-        more[r] = _mm512_fmadd_ps(b, high.middle, more[r]);
-        halves[r][half] = round_to_pairs(_mm512_mul_ps(a, low.scale), _mm512_mul_ps(b, high.scale));
-      }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      int32_t* const pairs = folded.pairs[r] + 32 * piece;
-      const auto [low, high] = halves[r];
-      _mm512_store_si512(pairs, _mm512_permutex2var_epi16(low, first_columns, high));
-      _mm512_store_si512(pairs + 16, _mm512_permutex2var_epi16(low, last_columns, high));
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) base[r] = _mm512_add_ps(base[r], more[r]);
-  _mm512_store_ps(folded.base, combine_rows<kRows>(base, SumOf()));
-}
 
 // 32 bytes of each of 16 rows in columns of 4: lane t of columns[c] is that of row t.
 inline void turn_keys(const uint8_t* rows, int64_t stride, __m512i* columns) {
@@ -212,6 +144,8 @@ void score_keys(const SixteenRows* keys, int64_t num_pieces, const FoldedQuery& 
   }
 }
 
+constexpr int64_t kMaxKeyGroups = kMaxKeys / 16;  // of a tile
+
 // Scores of a run's keys with kRows rows. The query is folded with the scales of all groups first:
 // what one group waits for, the next can do meanwhile.
 template <int kRows>
@@ -249,103 +183,12 @@ constexpr ScoreRows kScoreRows[kMaxBatch + 1] = {nullptr, score_rows<1>, score_r
 
 void score(const CodeRun& keys, const float* query, int64_t num_rows, float* scores,
            const Ahead& next) {
-  for_each_batch(num_rows, [&](int64_t first, int64_t count) {
+  for_each_batch(num_rows, kMaxBatch, [&](int64_t first, int64_t count) {
     kScoreRows[count](keys, query + first * keys.dim, scores + first * kCodeRowStride, next);
   });
 }
 
 // ---- values --------------------------------------------------------------------------------
-
-// Numbers that belong to a key and a group of channels lie in lanes, key by key, `stride` lanes a
-// key: the groups rounded up to a power of two. Where two vectors of them go apart into keys at
-// even and at odd places.
-struct alignas(64) LaneOrder {
-  int16_t even[32], odd[32];  // scales, then minimums, in two vectors of pairs of them
-  int32_t even_weight[16], odd_weight[16];  // in two vectors of weights, one a key
-  int64_t stride, keys_a_vector;
-};
-
-constexpr std::array<LaneOrder, kMaxGroups + 1> make_lane_orders() {
-  std::array<LaneOrder, kMaxGroups + 1> orders = {};
-  for (int groups = 1; groups <= kMaxGroups; ++groups) {
-    LaneOrder& order = orders[groups];
-    order.stride = static_cast<int64_t>(std::bit_ceil(static_cast<unsigned>(groups)));
-    order.keys_a_vector = 16 / order.stride;
-    const int stride = static_cast<int>(order.stride), keys_a_vector = 16 / stride;
-    for (int lane = 0; lane < 16; ++lane) {
-      const int group = lane % stride < groups ? lane % stride : 0;
-      for (int is_odd = 0; is_odd < 2; ++is_odd) {
-        const int key = lane / stride * 2 + is_odd;
-        const int pair = key / keys_a_vector * 16 + key % keys_a_vector * groups + group;
-        int16_t* const numbers = is_odd ? order.odd : order.even;
-        numbers[lane] = static_cast<int16_t>(2 * pair);
-        numbers[lane + 16] = static_cast<int16_t>(2 * pair + 1);
-        (is_odd ? order.odd_weight : order.even_weight)[lane] = key;
-      }
-    }
-  }
-  return orders;
-}
-
-constexpr std::array<LaneOrder, kMaxGroups + 1> kLaneOrders = make_lane_orders();
-
-constexpr int64_t kPairsOfRow = kMaxKeys / 2 * kMaxGroups;
-
-// Of each row, in lanes: pairs of neighbouring keys, as bfloat16; what the middle of all codes
-// gives.
-struct alignas(64) FoldedWeights {
-  int32_t pairs[kMaxBatch][kPairsOfRow];
-  float base[kMaxBatch][16];
-};
-
-// Sums of the lanes that are `stride` apart, in the first `stride` of them.
-__m512 sum_keys(__m512 lanes, int64_t stride) {
-  lanes = _mm512_add_ps(lanes, _mm512_shuffle_f32x4(lanes, lanes, 0x4e));
-  if (stride <= 4) lanes = _mm512_add_ps(lanes, _mm512_shuffle_f32x4(lanes, lanes, 0xb1));
-  if (stride <= 2) lanes = _mm512_add_ps(lanes, _mm512_permute_ps(lanes, 0x4e));
-  if (stride == 1) lanes = _mm512_add_ps(lanes, _mm512_permute_ps(lanes, 0xb1));
-  return lanes;
-}
-
-template <int kRows>
-void fold_weights(const float* weights, const CodeRun& run, FoldedWeights& folded) {
-  const LaneOrder& order = kLaneOrders[run.groups];
-  const int64_t keys_a_vector = order.keys_a_vector, groups = run.groups;
-  const uint16_t* scales = run.scales + run.slot * groups * 2;
-  const __m512i even_order = _mm512_load_si512(order.even);
-  const __m512i odd_order = _mm512_load_si512(order.odd);
-  const __m512i even_weights = _mm512_load_si512(order.even_weight);
-  const __m512i odd_weights = _mm512_load_si512(order.odd_weight);
-  __m512 base[kRows];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) base[r] = _mm512_setzero_ps();
-  int32_t* target = folded.pairs[0];
-  for (int64_t left = run.count; left > 0; left -= 2 * keys_a_vector) {
-    const __m512i a = _mm512_maskz_loadu_epi32(lanes_of(left * groups), scales);
-    const __m512i b = _mm512_maskz_loadu_epi32(lanes_of((left - keys_a_vector) * groups),
-                                               scales + 2 * keys_a_vector * groups);
-    const __mmask16 low_weights = lanes_of(left), high_weights = lanes_of(left - 16);
-    const Scales even = widen_scales(_mm512_permutex2var_epi16(a, even_order, b), kMiddle);
-    const Scales odd = widen_scales(_mm512_permutex2var_epi16(a, odd_order, b), kMiddle);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const float* row = weights + r * kCodeRowStride;
-      const __m512 low = _mm512_maskz_loadu_ps(low_weights, row);
-      const __m512 high = _mm512_maskz_loadu_ps(high_weights, row + 16);
-      const __m512 x = _mm512_permutex2var_ps(low, even_weights, high);
-      const __m512 y = _mm512_permutex2var_ps(low, odd_weights, high);
-      base[r] = _mm512_fmadd_ps(x, even.middle, base[r]);
-      base[r] = _mm512_fmadd_ps(y, odd.middle, base[r]);
-      _mm512_store_ps(target + r * kPairsOfRow,
-                      round_pairs(_mm512_mul_ps(x, even.scale), _mm512_mul_ps(y, odd.scale)));
-    }
-    weights += 2 * keys_a_vector;
-    scales += 4 * keys_a_vector * groups;
-    target += 16;
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) _mm512_store_ps(folded.base[r], sum_keys(base[r], order.stride));
-}
 
 // Two rows of codes, two bytes of each in turn.
 __m512i interleave(__m256i a, __m256i b) {
@@ -432,7 +275,7 @@ constexpr AddRows kAddRows[kMaxBatch + 1] = {nullptr, add_rows<kIsWhole, 1>, add
 void add(const CodeRun& values, const float* weights, int64_t num_rows, const float* decay,
          float* sums, const Ahead& next) {
   const AddRows* const kernels = Piece{values.dim}.are_whole() ? kAddRows<true> : kAddRows<false>;
-  for_each_batch(num_rows, [&](int64_t first, int64_t count) {
+  for_each_batch(num_rows, kMaxBatch, [&](int64_t first, int64_t count) {
     kernels[count](values, weights + first * kCodeRowStride, decay + first,
                    sums + first * values.dim, next);
   });

@@ -79,7 +79,7 @@ void score_groups(const CodeRun& run, const ScoreGroup* kernels, const float* qu
   for (int64_t slot = run.slot, next; slot < end; slot = next) {
     next = std::min((slot / group_size + 1) * group_size, end);
     const uint16_t* pairs = run.scales + slot / group_size * run.dim * 2;
-    for_each_batch(num_rows, [&](int64_t first, int64_t count) {
+    for_each_batch(num_rows, kMaxBatch, [&](int64_t first, int64_t count) {
       kernels[count](run.codes + slot * num_bytes, pairs, next - slot, run.dim,
                      query + first * run.dim, scores + first * kCodeRowStride + slot - run.slot,
                      next_read);
@@ -240,7 +240,7 @@ void add_run(const CodeRun& run, const float* weights, int64_t num_rows, const f
   KeyScales scales;
   spread_scales(run, middle_code(kIsInt4), scales);
   RoundedWeights rounded;
-  for_each_batch(num_rows, [&](int64_t first, int64_t count) {
+  for_each_batch(num_rows, kMaxBatch, [&](int64_t first, int64_t count) {
     round_weights<kIsInt4>(weights + first * kCodeRowStride, count, run, scales, kLargest, rounded);
     for (int64_t piece = 0; piece < pieces.count(); ++piece) {
       kernels[count](run, piece, rounded, decay + first, sums + first * run.dim, next);

@@ -5,9 +5,12 @@
 // own.
 #pragma once
 
+#include <iterator>
+
 #include "cpu/attention_code_runs.h"
 #include "cpu/attention_row_products_avx512.h"
 #include "cpu/attention_scores.h"
+#include "cpu/row_batches.h"
 
 namespace kvkernels {
 namespace {
@@ -130,22 +133,10 @@ void finish_rows(const Rows& rows, const TileResult& result) {
   }
 }
 
-// Calls f(first, count) for all rows, as many at a time as `kernels` serve and about as many each
-// time; the first kernel is that for no rows.
-template <typename Kernel, size_t kSize, typename F>
-void for_each_batch(const Kernel (&)[kSize], int64_t num_rows, const F& f) {
-  constexpr int64_t kMost = kSize - 1;
-  const int64_t num_batches = (num_rows + kMost - 1) / kMost;
-  for (int64_t b = 0, first = 0, count; b < num_batches; ++b, first += count) {
-    count = (num_rows - first) / (num_batches - b);
-    f(first, count);
-  }
-}
-
 template <typename R>
 void score_head(const Tile& now, const CacheRows<typename R::Item>& keys, Prefetch& next,
                 Rows& rows) {
-  for_each_batch(R::kScore, rows.count, [&](int64_t r, int64_t count) {
+  for_each_batch(rows.count, std::size(R::kScore) - 1, [&](int64_t r, int64_t count) {
     R::kScore[count](rows.query + r * rows.head_dim, rows.head_dim, keys, next, now.num_keys(),
                      rows.scores + r * kTileKeys);
   });
@@ -179,7 +170,7 @@ void add_head(const Tile& now, const CacheRows<typename R::Item>& values, Prefet
   const int64_t step = keys_of_part(rows.value_dim * sizeof(typename R::Item), kTileKeys);
   for (int64_t first = 0; first < now.num_keys(); first += step) {
     const int64_t num_keys = std::min(now.num_keys() - first, step);
-    for_each_batch(R::kAdd, rows.count, [&](int64_t r, int64_t count) {
+    for_each_batch(rows.count, std::size(R::kAdd) - 1, [&](int64_t r, int64_t count) {
       R::kAdd[count](rows.scores + r * kTileKeys + first, first == 0 ? rows.decay + r : kNoDecay,
                      {values.cache, values.offsets + first}, next, num_keys, rows.value_dim,
                      rows.out + r * rows.value_dim);

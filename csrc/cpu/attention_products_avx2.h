@@ -10,6 +10,7 @@
 
 #include "cpu/attention_avx2.h"
 #include "cpu/attention_spans.h"
+#include "cpu/row_batches.h"
 
 namespace kvkernels {
 namespace {
@@ -172,17 +173,6 @@ void add_values(const float* weights, const float* decay, const CacheRows<typena
   }
 }
 
-// Calls visit(row, count) for batches of at most kBatch rows, of about one size.
-template <typename Visit>
-void for_each_batch(int64_t num_rows, const Visit& visit) {
-  const int64_t num_batches = (num_rows + kBatch - 1) / kBatch;
-  for (int64_t b = 0, row = 0; b < num_batches; ++b) {
-    const int64_t count = (num_rows - row) / (num_batches - b);
-    visit(row, count);
-    row += count;
-  }
-}
-
 // score_keys for any number of rows.
 template <typename E>
 void score_all(const float* query, int64_t num_rows, int64_t head_dim,
@@ -190,7 +180,7 @@ void score_all(const float* query, int64_t num_rows, int64_t head_dim,
                float* scores) {
   constexpr decltype(&score_keys<E, 1>) kKernels[kBatch] = {score_keys<E, 1>, score_keys<E, 2>,
                                                             score_keys<E, 3>, score_keys<E, 4>};
-  for_each_batch(num_rows, [&](int64_t r, int64_t count) {
+  for_each_batch(num_rows, kBatch, [&](int64_t r, int64_t count) {
     kKernels[count - 1](query + r * head_dim, head_dim, keys, next, num_keys,
                         scores + r * kTileKeys);
   });
@@ -207,7 +197,7 @@ void add_all(const float* weights, int64_t num_rows, const float* decay,
   const int64_t step = keys_of_part(value_dim * sizeof(typename E::Item), kTileKeys);
   for (int64_t first = 0; first < num_keys; first += step) {
     const int64_t num_left = std::min(num_keys - first, step);
-    for_each_batch(num_rows, [&](int64_t r, int64_t count) {
+    for_each_batch(num_rows, kBatch, [&](int64_t r, int64_t count) {
       kKernels[count - 1](weights + r * kTileKeys + first, first == 0 ? decay + r : kNoDecay,
                           {values.cache, values.offsets + first}, next, num_left, value_dim,
                           out + r * value_dim);

@@ -2,6 +2,8 @@
 // AVX-512.
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/attention_kernel.h"
 #include "cpu/intrinsics_avx512.h"
 
@@ -96,9 +98,10 @@ struct BFloat16 {
   }
 };
 
+// The instruction looks at 8 bits of a count.
 inline __mmask16 first_lanes(int64_t count) {
-  if (count >= 16) return 0xffff;
-  return count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
+  const auto num_lanes = static_cast<uint32_t>(std::clamp<int64_t>(count, 0, 16));
+  return static_cast<__mmask16>(_bzhi_u32(0xffff, num_lanes));
 }
 
 // 2^x for x <= 0, minus infinity included; NaN stays NaN.

@@ -1,10 +1,16 @@
-// Rounding to bfloat16 in one instruction. Only for files compiled for AVX512-BF16.
+// Rounding to bfloat16 and products of its pairs, in one instruction each. Only for files compiled
+// for AVX512-BF16.
 #pragma once
 
 #include "cpu/simd_avx512.h"
 
 namespace kvkernels {
 namespace {
+
+// sum + a * b, of pairs of bfloat16.
+inline __m512 add_products(__m512 sum, __m512i a, __m512i b) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
 
 // Two rounded vectors in pairs, a lane of 32 bits each.
 inline __m512 round_pairs(__m512 even, __m512 odd) {
