@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -53,6 +54,11 @@ def use_isa(name: str) -> Iterator[None]:
         yield
     finally:
         _isa = previous
+
+
+def isa() -> int:
+    """The instruction set that ops are to run on now, as C++ knows it."""
+    return _isa
 
 
 def empty_pool(
@@ -264,6 +270,30 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str) -> t
         num_threads(),
     )
     return out
+
+
+def decoder_layer(
+    sizes: tuple[int, int, int, int, int],
+    norms: Sequence[tuple[int, float, bool]],
+    linears: Sequence[tuple[int, int, int, int]],
+    activation: str,
+    scales: tuple[float, float],
+    dtype: torch.dtype,
+) -> Any:
+    """The kernels of a decoder layer, on weights at the given addresses.
+
+    Args:
+        sizes: Hidden size, heads, KV heads, head_dim and intermediate size.
+        norms: Address, epsilon and whether 1 is added to the weight, of six; 0 for none.
+        linears: Addresses of weight and bias, features that come out and the weight's stride, of
+            seven.
+        activation: See `kvkernels.gated_activation`.
+        scales: Scale and soft cap of the scores.
+        dtype: Of all tensors.
+    """
+    return _kvkernels.DecoderLayer(
+        sizes, norms, linears, _ACTIVATIONS[activation], scales, _DTYPES[dtype]
+    )
 
 
 def encode_blocks(

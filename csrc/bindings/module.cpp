@@ -7,6 +7,7 @@ PYBIND11_MODULE(_kvkernels, module) {
   kvkernels::bindings::bind_kernels(module);
   kvkernels::bindings::bind_system(module);
   kvkernels::bindings::bind_linear(module);
+  kvkernels::bindings::bind_decoder_layer(module);
   kvkernels::bindings::bind_pointwise(module);
   kvkernels::bindings::bind_codecs(module);
   kvkernels::bindings::bind_checksums(module);

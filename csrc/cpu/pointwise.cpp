@@ -50,4 +50,9 @@ void gated_activation(const GatedActivationArgs& args, AttentionPath path, int n
   share_rows(kernel, args, args.num_rows, args.size, num_threads);
 }
 
+void add(const AddArgs& args, AttentionPath path, int num_threads) {
+  const auto kernel = find_kernels(path, args.dtype).add;
+  share_rows(kernel, args, args.num_rows, args.size, num_threads);
+}
+
 }  // namespace kvkernels

@@ -11,6 +11,7 @@ struct PointwiseKernels {
   void (*rms_norm)(const RmsNormArgs& args, int64_t begin, int64_t end);
   void (*rotary_embedding)(const RotaryArgs& args, int64_t begin, int64_t end);
   void (*gated_activation)(const GatedActivationArgs& args, int64_t begin, int64_t end);
+  void (*add)(const AddArgs& args, int64_t begin, int64_t end);
 };
 
 PointwiseKernels portable_pointwise_kernels(DType dtype);

@@ -127,8 +127,17 @@ void activate_rows(const GatedActivationArgs& args, int64_t begin, int64_t end) 
 }
 
 template <DType kType>
+void add_rows(const AddArgs& args, int64_t begin, int64_t end) {
+  const auto rows = [&](const void* tensor) { return Row<kType>::of(tensor, begin * args.size); };
+  const auto a = rows(args.a), b = rows(args.b), out = rows(args.out);
+  for_each_vector((end - begin) * args.size, [&](int64_t i, int64_t count) {
+    out.write(i, add(a.read(i, count), b.read(i, count)), count);
+  });
+}
+
+template <DType kType>
 constexpr PointwiseKernels kPointwise = {norm_rows<kType>, rotate_tokens<kType>,
-                                         activate_rows<kType>};
+                                         activate_rows<kType>, add_rows<kType>};
 
 inline PointwiseKernels pointwise_kernels_for(DType dtype) {
   switch (dtype) {

@@ -33,11 +33,10 @@ from kvkernels import native
 from kvkernels.nn.batch_invariance import is_batch_invariant
 from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward
 from kvkernels.nn.fused_layers import FusedMLP, FusedNorm
+from kvkernels.nn.layer_kernels import LayerKernels, LayerParts
 from kvkernels.nn.paged_kv import PagedKV
 from kvkernels.nn.transformers import SlidingMask, attend, observe_attention
 from kvkernels.nn.transformers_batch import BatchCache
-from kvkernels.ops import linear, rms_norm
-from kvkernels.scoring import Scoring
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +58,13 @@ _ATTENTION_NAMES = {
     *("attn_logit_softcapping", "getattr"),
 }
 
-# Of a module, by name. A bias may be None; a weight is there, or the trial had failed.
-Parameters = dict[str, Any]
+_LINEARS = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
+_NORMS_OF_GEMMA = (
+    *("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
 
 
 def install(model: torch.nn.Module) -> int:
@@ -78,39 +82,6 @@ def install(model: torch.nn.Module) -> int:
 def uninstall(model: torch.nn.Module) -> None:
     """Give a model back the layers it had before `install`; without one, nothing changes."""
     _patch.uninstall(model)
-
-
-class _Linears:
-    """Linear layers of one input; their weights are looked up where the modules keep them."""
-
-    def __init__(self, *modules: torch.nn.Linear) -> None:
-        self._parameters: list[Parameters] = [module._parameters for module in modules]
-
-    def __call__(self, input: torch.Tensor) -> list[torch.Tensor]:
-        layers = [(own["weight"], own["bias"]) for own in self._parameters]
-        if all(weight.dtype == input.dtype for weight, _ in layers):
-            return native.linear_layers(input, layers)
-        return [linear(input, *layer) for layer in layers]  # names what is wrong
-
-
-class _Norm:
-    """A norm whose weight is looked up where the module keeps it."""
-
-    def __init__(self, norm: FusedNorm) -> None:
-        self._parameters: Parameters = norm.module._parameters
-        self._eps, self._is_offset = norm.eps, norm.is_offset
-
-    def __call__(self, input: torch.Tensor) -> torch.Tensor:
-        weight = self._parameters["weight"]
-        if weight.dtype == input.dtype and len(weight) == input.shape[-1]:
-            return native.rms_norm(input, weight, self._eps, self._is_offset)
-        # Names what is wrong.
-        return rms_norm(input, weight, self._eps, is_offset=self._is_offset)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self._parameters["weight"].dtype
-        return dtype
 
 
 @dataclass
@@ -136,53 +107,34 @@ class FusedDecoderLayer:
     """
 
     def __init__(self, module: Any, call: _Call) -> None:
-        attention, mlp = module.self_attn, module.mlp
-        fused_mlp = vars(mlp).get("forward")
-        if not isinstance(fused_mlp, FusedMLP):
-            raise TypeError(f"mlp: expected a replaced forward, got {fused_mlp}")
+        attention = module.self_attn
         self._module, self._attention = module, attention
         self._option_names = call.options.keys()
-        self._dtype = call.hidden_states.dtype
         self._layer_idx: int = attention.layer_idx
-        self._head_dim: int = attention.head_dim
         self._attention_options = {
             name: call.attention[name] for name in _ATTENTION_OPTIONS if name in call.attention
         }
-        self._scale: float = self._attention_options.get("scaling") or self._head_dim**-0.5
         self._window: int | None = self._attention_options.get("sliding_window")
-        self._soft_cap: float = self._attention_options.get("softcap") or 0.0
-        self._projections = _Linears(attention.q_proj, attention.k_proj, attention.v_proj)
-        self._query_norm, self._key_norm = (
-            _norm(getattr(attention, name)) if hasattr(attention, name) else None
-            for name in ("q_norm", "k_norm")
-        )
-        self._out = _Linears(attention.o_proj)
-        self._gates, self._down = _Linears(mlp.gate_proj, mlp.up_proj), _Linears(mlp.down_proj)
-        self._activation = fused_mlp.activation
-        self._first_norm = _norm(module.input_layernorm)
-        self._second_norm = _norm(module.post_attention_layernorm)
-        self._attention_norm: _Norm | None = None
-        self._mlp_norm: _Norm | None = None
-        if hasattr(module, "pre_feedforward_layernorm"):
-            self._attention_norm = self._second_norm
-            self._second_norm = _norm(module.pre_feedforward_layernorm)
-            self._mlp_norm = _norm(module.post_feedforward_layernorm)
+        self._kernels = LayerKernels(_find_parts(module, self._attention_options))
+        self._dtype = call.hidden_states.dtype
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> Any:
         cache = options.get("past_key_values")
-        if args or type(cache) is not BatchCache or not self._serves(hidden_states, options):
+        if args or type(cache) is not BatchCache or not self.serves(hidden_states, options):
             return type(self._module).forward(self._module, hidden_states, *args, **options)
         return self.run(hidden_states, cache, options)
 
-    def _serves(self, hidden_states: torch.Tensor, options: dict[str, Any]) -> bool:
+    def serves(self, hidden_states: torch.Tensor, options: dict[str, Any]) -> bool:
+        """Whether `run` takes such a call."""
         if options.keys() != self._option_names or hidden_states.dim() != 3:
             return False
+        kernels = self._kernels
         cos, sin = options["position_embeddings"]
-        angles = (1, hidden_states.shape[1], self._head_dim)
+        num_rows, num_tokens, hidden_size = hidden_states.shape
         return (
             not torch.is_grad_enabled()
-            and hidden_states.shape[0] == 1
-            and cos.shape == sin.shape == angles
+            and (num_rows, hidden_size) == (1, kernels.hidden_size)
+            and cos.shape == sin.shape == (1, num_tokens, kernels.head_dim)
             and all(
                 type(tensor) is torch.Tensor
                 and tensor.dtype == self._dtype
@@ -190,7 +142,7 @@ class FusedDecoderLayer:
                 and tensor.is_contiguous()
                 for tensor in (hidden_states, cos, sin)
             )
-            and self._first_norm.dtype == self._dtype
+            and kernels.dtype == self._dtype
         )
 
     def run(
@@ -203,84 +155,54 @@ class FusedDecoderLayer:
             cache: Where the new tokens are stored.
             options: The layer's keyword arguments.
         """
-        heads = (*hidden_states.shape[:2], -1, self._head_dim)
-        projected = self._projections(self._first_norm(hidden_states))
-        query, key, value = (states.view(heads) for states in projected)
-        if self._query_norm is not None:
-            query = self._query_norm(query)
-        if self._key_norm is not None:
-            key = self._key_norm(key)
-        cos, sin = options["position_embeddings"]
-        query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
-        x = self._attend(query, key, value, cache, options["attention_mask"])
-        (x,) = self._out(x.view(*hidden_states.shape[:2], -1))
-        if self._attention_norm is not None:
-            x = self._attention_norm(x)
-        hidden_states = hidden_states + x
-        gate, up = self._gates(self._second_norm(hidden_states))
-        (x,) = self._down(native.gated_activation(gate, up, self._activation))
-        if self._mlp_norm is not None:
-            x = self._mlp_norm(x)
-        return hidden_states + x
-
-    def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        cache: BatchCache | None,
-        mask: Any,
-    ) -> torch.Tensor:
-        """``[1, num_tokens, num_heads, head_dim]`` of attention, as all that comes in."""
-        window = mask.window if isinstance(mask, SlidingMask) else self._window
+        layer_pass = self._kernels.begin(hidden_states, *options["position_embeddings"])
+        mask = options["attention_mask"]
+        key: torch.Tensor | PagedKV
+        value: torch.Tensor | PagedKV
         if cache is None or not (mask is None or isinstance(mask, SlidingMask)):
-            handles: tuple[Any, Any] = (key.transpose(1, 2), value.transpose(1, 2))
-        elif (
-            place := cache.next_place(self._layer_idx, _describe(query, key, window))
-        ) is not None:
-            return self._attend_place(query[0], key[0], value[0], place, window)[None]
+            query, key, value = layer_pass.heads
         else:
-            handles = cache.update(key.transpose(1, 2), value.transpose(1, 2), self._layer_idx)
-        query = query.transpose(1, 2)
-        return attend(self._attention, query, *handles, mask, **self._attention_options)[0]
-
-    def _attend_place(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        place: PagedKV,
-        window: int | None,
-    ) -> torch.Tensor:
-        batch, caches = place.batch, (place.key_cache, place.value_cache)
-        native.store_kv(key, value, *caches, batch.slot_mapping)
-        scoring = Scoring(self._scale, True, window or 0, self._soft_cap)
-        return native.paged_attention(
-            *(query, *caches, batch.block_table, batch.seq_lens),
-            batch.cu_seqlens_q,
-            scoring,
-            return_lse=False,
-            batch_invariant=True,
-        )[0]
+            window = self._window if mask is None else mask.window
+            # What may differ from layer to layer in a call.
+            call = (layer_pass.num_tokens, *self._kernels.sizes, self._dtype, window)
+            place = cache.next_place(self._layer_idx, call)
+            if place is not None:
+                return layer_pass.attend_and_finish(place, window)
+            query, *states = layer_pass.heads
+            key, value = cache.update(*states, self._layer_idx)
+        attended, _ = attend(self._attention, query, key, value, mask, **self._attention_options)
+        return layer_pass.finish(attended)
 
 
-def _describe(query: torch.Tensor, key: torch.Tensor, window: int | None) -> tuple[Any, ...]:
-    """What may differ from layer to layer in a call; the values are like the keys."""
-    return query.shape, key.shape, key.dtype, window
+def _find_parts(module: Any, attention_options: dict[str, Any]) -> LayerParts:
+    """Of a decoder layer whose parts have the names and the replaced forwards looked for."""
+    fused_mlp = vars(module.mlp).get("forward")
+    if not isinstance(fused_mlp, FusedMLP):
+        raise TypeError(f"mlp: expected a replaced forward, got {fused_mlp}")
+    head_dim: int = module.self_attn.head_dim
+    around_mlp: tuple[str | None, ...] = (None, "post_attention_layernorm", None)
+    if hasattr(module, "pre_feedforward_layernorm"):
+        around_mlp = _NORMS_OF_GEMMA
+    of_heads = (
+        f"self_attn.{name}" if hasattr(module.self_attn, name) else None
+        for name in ("q_norm", "k_norm")
+    )
+    norms = ("input_layernorm", *of_heads, *around_mlp)
+    return LayerParts(
+        linears=[(name, module.get_submodule(name)) for name in _LINEARS],
+        norms=[None if name is None else (name, _find_norm(module, name)) for name in norms],
+        head_dim=head_dim,
+        activation=fused_mlp.activation,
+        sm_scale=attention_options.get("scaling") or head_dim**-0.5,
+        soft_cap=attention_options.get("softcap") or 0.0,
+    )
 
 
-def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """``[1, num_tokens, num_heads, head_dim]``, rotated."""
-    out = states.new_empty(states.shape)
-    native.rotary_embedding(states.transpose(1, 2), cos, sin, out.transpose(1, 2))
-    return out
-
-
-def _norm(module: torch.nn.Module) -> _Norm:
-    forward = vars(module).get("forward")
+def _find_norm(module: torch.nn.Module, name: str) -> FusedNorm:
+    forward = vars(module.get_submodule(name)).get("forward")
     if not isinstance(forward, FusedNorm):
-        raise TypeError(f"norm: expected a replaced forward, got {forward}")
-    return _Norm(forward)
+        raise TypeError(f"{name}: expected a replaced forward, got {forward}")
+    return forward
 
 
 # ---- trials ----------------------------------------------------------------------------------
@@ -295,6 +217,8 @@ def _find_forwards(model: torch.nn.Module) -> Forwards:
     for module, call in _observe(model, layers).items():
         try:
             forward = FusedDecoderLayer(module, call)
+            if not forward.serves(call.hidden_states, call.options):
+                continue
             result = forward.run(call.hidden_states, None, call.options)
         except (AttributeError, TypeError, KeyError, ValueError, RuntimeError) as error:
             # It consists of other parts, or wants something else of them.

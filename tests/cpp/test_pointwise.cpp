@@ -106,6 +106,20 @@ void check_rotary_embedding(int64_t num_tokens, int64_t head_dim, DType dtype, A
   }
 }
 
+void check_add(const Shape& shape, DType dtype, AttentionPath path) {
+  const auto [num_rows, size] = shape;
+  const Filled a(dtype, num_rows * size, 7), b(dtype, num_rows * size, 11);
+  const Guarded out(num_rows * size * item_bytes(dtype));
+  const auto at = [&](const Guarded& memory, int64_t i) {
+    return get(memory.as<void>(), dtype, i);
+  };
+  add({a.as<void>(), b.as<void>(), out.as<void>(), num_rows, size, dtype}, path, 3);
+  for (int64_t i = 0; i < num_rows * size; ++i) CHECK(at(out, i) == at(a, i) + at(b, i));
+  // Over one of them.
+  add({out.as<void>(), b.as<void>(), out.as<void>(), num_rows, size, dtype}, path, 3);
+  for (int64_t i = 0; i < num_rows * size; ++i) CHECK(at(out, i) == at(a, i) + 2 * at(b, i));
+}
+
 }  // namespace
 
 int main() {
@@ -116,6 +130,7 @@ int main() {
     if (!has_attention_path(path)) continue;
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
       for (const Shape& shape : shapes) {
+        check_add(shape, dtype, path);
         for (const bool is_offset : {false, true}) check_rms_norm(shape, dtype, path, is_offset);
         for (const Activation activation : {Activation::kSilu, Activation::kGeluTanh}) {
           check_gated_activation(shape, dtype, path, activation);

@@ -9,6 +9,7 @@ OPS = ("tests/ops/test_attention.py", "tests/ops/test_attention_features.py")
 CHECKS = ("tests/ops/test_attention_checks.py",)
 INVARIANCE = ("tests/ops/test_attention_invariance.py",)
 LINEAR = ("tests/ops/test_linear.py",)
+DECODER_LAYERS = ("tests/nn/test_decoder_layers.py",)
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,18 @@ FAULTS = [
           " : find_kernel(path, args.dtype);", files=LINEAR),
     Fault("last row of a block packed as zeros", CSRC + "linear_amx_kernel.h",
           "rows[n] = n < count ?", "rows[n] = n + 1 < count ?", files=LINEAR),
+    # ---- decoder layers
+    Fault("weights of before", "kvkernels/nn/layer_kernels.py",
+          "return [*map(id, parameters), *places]", "return [*map(id, parameters)]",
+          files=DECODER_LAYERS),
+    Fault("biases of before", "kvkernels/nn/layer_kernels.py",
+          "return [*map(id, parameters), *places]", "return places[:7]", files=DECODER_LAYERS),
+    Fault("attention not added", CSRC + "decoder_layer.cpp",
+          "kernels.add_rows(tokens.out, x, tokens.out, num_tokens);",
+          "kernels.add_rows(tokens.hidden, x, tokens.out, num_tokens);", files=DECODER_LAYERS),
+    Fault("window of all layers", "kvkernels/nn/decoder_layers.py",
+          "return layer_pass.attend_and_finish(place, window)",
+          "return layer_pass.attend_and_finish(place, None)", files=DECODER_LAYERS),
     # ---- checks
     Fault("block ids not checked", CSRC + "attention_plan.cpp",
           "is_good &= index < 3 && id < counts[index < 3 ? index : 0];", "", files=CHECKS),

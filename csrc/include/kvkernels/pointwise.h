@@ -7,7 +7,7 @@
 namespace kvkernels {
 
 // Strides are in elements; the last dimension of every tensor is dense. The dtype is that of all
-// tensors; not kFloat8.
+// tensors; not kFloat8. A result may be written over an input of the same shape and strides.
 
 struct RmsNormArgs {
   const void* input;   // [num_rows, size]
@@ -50,5 +50,15 @@ struct GatedActivationArgs {
 
 // activation(gate) * up
 void gated_activation(const GatedActivationArgs& args, AttentionPath path, int num_threads);
+
+struct AddArgs {
+  const void *a, *b;  // [num_rows, size], contiguous, as is out
+  void* out;
+  int64_t num_rows, size;
+  DType dtype;
+};
+
+// a + b
+void add(const AddArgs& args, AttentionPath path, int num_threads);
 
 }  // namespace kvkernels

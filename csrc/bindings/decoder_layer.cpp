@@ -1,0 +1,128 @@
+// The decoder layer's part of the Python extension.
+#include "kvkernels/decoder_layer.h"
+
+#include <pybind11/stl.h>
+
+#include <array>
+#include <tuple>
+
+#include "bindings/bindings.h"
+
+namespace kvkernels::bindings {
+namespace {
+
+namespace py = pybind11;
+
+// Addresses, sizes and strides come in groups, in the order in which the structures hold them.
+using LayerSizes = std::array<int64_t, 5>;
+using CacheSizes = std::array<int64_t, 6>;
+using NormFields = std::tuple<uintptr_t, float, bool>;
+// The addresses of weight and bias, features that come out, the weight's stride.
+using LinearFields = std::array<int64_t, 4>;
+using TokenPointers = std::array<uintptr_t, 9>;
+
+LayerNorm layer_norm(const NormFields& norm) {
+  const auto [weight, eps, is_offset] = norm;
+  return {pointer<const void>(weight), eps, is_offset};
+}
+
+LinearLayer linear_layer(const LinearFields& linear) {
+  const auto [weight, bias, out_features, weight_stride] = linear;
+  return {pointer<const void>(weight), pointer<const void>(bias), nullptr, out_features,
+          weight_stride};
+}
+
+DecoderLayer make_layer(const LayerSizes& sizes, const std::array<NormFields, 6>& norms,
+                        const std::array<LinearFields, 7>& linears, int activation,
+                        const std::array<float, 2>& scales, int dtype) {
+  DecoderLayer layer;
+  layer.dtype = static_cast<DType>(dtype);
+  layer.hidden_size = sizes[0];
+  layer.num_heads = sizes[1];
+  layer.num_kv_heads = sizes[2];
+  layer.head_dim = sizes[3];
+  layer.intermediate_size = sizes[4];
+  layer.input_norm = layer_norm(norms[0]);
+  layer.query_norm = layer_norm(norms[1]);
+  layer.key_norm = layer_norm(norms[2]);
+  layer.attention_norm = layer_norm(norms[3]);
+  layer.gate_norm = layer_norm(norms[4]);
+  layer.mlp_norm = layer_norm(norms[5]);
+  layer.query = linear_layer(linears[0]);
+  layer.key = linear_layer(linears[1]);
+  layer.value = linear_layer(linears[2]);
+  layer.out = linear_layer(linears[3]);
+  layer.gate = linear_layer(linears[4]);
+  layer.up = linear_layer(linears[5]);
+  layer.down = linear_layer(linears[6]);
+  layer.activation = static_cast<Activation>(activation);
+  layer.sm_scale = scales[0];
+  layer.soft_cap = scales[1];
+  return layer;
+}
+
+LayerTokens layer_tokens(const TokenPointers& pointers, int64_t num_tokens) {
+  return {pointer<const void>(pointers[0]), pointer<void>(pointers[1]),
+          pointer<const void>(pointers[2]), pointer<const void>(pointers[3]),
+          pointer<void>(pointers[4]),       pointer<void>(pointers[5]),
+          pointer<void>(pointers[6]),       pointer<void>(pointers[7]),
+          pointer<void>(pointers[8]),       num_tokens};
+}
+
+LayerCache layer_cache(const std::array<uintptr_t, 6>& pointers, const CacheSizes& sizes,
+                       const std::array<int64_t, 3>& key_strides,
+                       const std::array<int64_t, 3>& value_strides, int64_t window) {
+  return {pointer<void>(pointers[0]),
+          pointer<void>(pointers[1]),
+          pointer<const int32_t>(pointers[2]),
+          pointer<const int32_t>(pointers[3]),
+          pointer<const int32_t>(pointers[4]),
+          pointer<const int64_t>(pointers[5]),
+          sizes[0],
+          sizes[1],
+          sizes[2],
+          sizes[3],
+          sizes[4],
+          sizes[5],
+          {key_strides[0], key_strides[1], key_strides[2]},
+          {value_strides[0], value_strides[1], value_strides[2]},
+          window};
+}
+
+}  // namespace
+
+void bind_decoder_layer(py::module_& module) {
+  py::class_<DecoderLayer>(module, "DecoderLayer")
+      .def(py::init(&make_layer))
+      .def_property_readonly("workspace_size", &workspace_size)
+      .def("project_heads",
+           [](const DecoderLayer& layer, const TokenPointers& tokens, int64_t num_tokens, int path,
+              int num_threads) {
+             const py::gil_scoped_release unlocked;
+             project_heads(layer, layer_tokens(tokens, num_tokens),
+                           static_cast<AttentionPath>(path), num_threads);
+           })
+      .def("finish_layer",
+           [](const DecoderLayer& layer, const TokenPointers& tokens, int64_t num_tokens, int path,
+              int num_threads) {
+             const py::gil_scoped_release unlocked;
+             finish_layer(layer, layer_tokens(tokens, num_tokens), static_cast<AttentionPath>(path),
+                          num_threads);
+           })
+      // Both steps, since a call takes as long as many a kernel.
+      .def(
+          "attend_and_finish",
+          [](const DecoderLayer& layer, const TokenPointers& pointers, int64_t num_tokens,
+             const std::array<uintptr_t, 6>& cache_pointers, const CacheSizes& sizes,
+             const std::array<int64_t, 3>& key_strides, const std::array<int64_t, 3>& value_strides,
+             int64_t window, int path, int num_threads) {
+            const LayerCache cache =
+                layer_cache(cache_pointers, sizes, key_strides, value_strides, window);
+            const LayerTokens tokens = layer_tokens(pointers, num_tokens);
+            const py::gil_scoped_release unlocked;
+            attend_cache(layer, tokens, cache, static_cast<AttentionPath>(path), num_threads);
+            finish_layer(layer, tokens, static_cast<AttentionPath>(path), num_threads);
+          });
+}
+
+}  // namespace kvkernels::bindings
