@@ -182,8 +182,13 @@ void attend_head(Tiles& tiles, const AttentionTile& tile, Prefetch& next,
       attend_few_rows(tiles, work, begin, end, keys, values, next);
       continue;
     }
+    next.begin(tile_bytes(*tile.args));
     interleave_values(values, work);
-    for (; group + 2 <= last; group += 2) attend_groups<2>(tiles, work, group, begin, end, keys);
+    const int64_t next_bytes = share_of_bytes(tile_bytes(*tile.args), (last - group + 1) / 2);
+    for (; group + 2 <= last; group += 2) {
+      attend_groups<2>(tiles, work, group, begin, end, keys);
+      next.advance(next_bytes);
+    }
     if (group < last) attend_groups<1>(tiles, work, group, begin, end, keys);
   }
   finish(work, result);
@@ -204,7 +209,7 @@ void attend(const AttentionTile& tile, const TileResult* results) {
   }
   Tiles tiles;  // configures the registers, and releases them at the end
   Prefetch next(tile_bytes(*tile.args));
-  if (num_rows <= kLanes) plan_reading(tile, kKeys, next);
+  plan_reading(tile, kKeys, next);
   for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
     AttentionTile one = tile;
     one.kv_head += head;

@@ -104,6 +104,9 @@ struct Work {
   float* scores;    // [count, kTileKeys]; then weights
   float* sum;       // [count, 8]
   float* scales;    // two rows
+  // Of what the item reads: asked for while keys are packed where rows are few, else a tile ahead
+  // between the products. Whichever does not ask has nothing to ask for.
+  Prefetch while_packing, while_multiplying;
   KeyRange seen[kMaxRows];
   float decay[kMaxRows];
 };
@@ -140,7 +143,7 @@ void start_rows(const AttentionTile& tile, const TileResult& result, Work& work)
 }
 
 template <typename E>
-void pack_keys(const typename E::Item* keys, int64_t* offsets, int64_t num_keys, const Work& work) {
+void pack_keys(const typename E::Item* keys, int64_t* offsets, int64_t num_keys, Work& work) {
   // The last panel may have fewer keys: the rest of its columns repeat the last one, and no row
   // sees them.
   for (int64_t t = num_keys; t % kPanelKeys != 0; ++t) offsets[t] = offsets[num_keys - 1];
@@ -154,13 +157,14 @@ void pack_keys(const typename E::Item* keys, int64_t* offsets, int64_t num_keys,
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) _mm256_storeu_ps(panel + (i + j) * kPanelKeys, rows[j]);
     }
+    work.while_packing.advance(8 * work.head_dim * sizeof(typename E::Item));
   }
 }
 
 // Packs the keys, transposed, and the values of the tile of keys [begin, end), as far as they are
 // the item's.
 template <typename E>
-void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, const Work& work) {
+void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, Work& work) {
   using Item = typename E::Item;
   int64_t key_offsets[kTileKeys], value_offsets[kTileKeys];
   const int64_t count = end - begin, first = std::max<int64_t>(tile.key_begin - begin, 0);
@@ -182,6 +186,7 @@ void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, const Work
     for (int64_t i = 0; i < work.value_dim; i += 8) {
       _mm256_storeu_ps(work.values + t * work.value_dim + i, E::load(value + i));
     }
+    work.while_packing.advance(work.value_dim * sizeof(Item));
   }
 }
 
@@ -227,6 +232,11 @@ template <typename E>
 void attend_many_rows(const AttentionTile& tile, const TileResult& result) {
   Work work;
   start_rows<E>(tile, result, work);
+  const int64_t tile_bytes =
+      kTileKeys * (work.head_dim + work.value_dim) * sizeof(typename E::Item);
+  work.while_multiplying = Prefetch(tile_bytes);
+  plan_reading(tile, kTileKeys,
+               work.count <= kFewRows ? work.while_packing : work.while_multiplying);
   const int64_t first = tile.key_begin / kTileKeys * kTileKeys;
   for (int64_t begin = first, end; begin < tile.key_end; begin = end) {
     end = key_tile_end(tile, begin);
@@ -235,11 +245,15 @@ void attend_many_rows(const AttentionTile& tile, const TileResult& result) {
     while (row_begin < row_end && work.seen[row_begin].end <= begin) ++row_begin;
     while (row_end > row_begin && work.seen[row_end - 1].begin >= end) --row_end;
     if (row_begin == row_end) continue;
+    work.while_packing.begin(tile_bytes);
+    work.while_multiplying.begin(tile_bytes);
     load_tile<E>(tile, begin, end, work);
+    const int64_t num_blocks = (row_end - row_begin + kBlockRows - 1) / kBlockRows;
     for (int64_t row = row_begin; row < row_end; row += kBlockRows) {
       const int64_t count = std::min<int64_t>(row_end - row, kBlockRows);
       score_rows(work, row, count, begin, end, result);
       add_values(work, row, count, begin, end, result);
+      work.while_multiplying.advance(share_of_bytes(tile_bytes, num_blocks));
     }
   }
   for (int64_t r = 0; r < work.count; ++r) {

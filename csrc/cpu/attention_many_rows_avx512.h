@@ -146,7 +146,9 @@ struct Work {
   float* sum;       // [count, 16]
   float* unpacked;  // [kTileKeys, the larger dim]
   float* scales;    // two rows
-  Prefetch next{Prefetch::kLead, kPrefetchesToL1};  // where rows are few, of what the item reads
+  // Of what the item reads: asked for while keys are packed where rows are few, else a tile ahead
+  // between the products. Whichever does not ask has nothing to ask for.
+  Prefetch while_packing{Prefetch::kLead, kPrefetchesToL1}, while_multiplying;
   KeyRange seen[kMaxRows];
   float decay[kMaxRows];
 };
@@ -202,7 +204,7 @@ void pack_keys(const typename L::Item* keys, int64_t* offsets, int64_t num_keys,
       for (int j = 0; j < 16; ++j) {
         if (j < num_columns) _mm512_store_ps(work.keys + (i + j) * kTileKeys + first, rows[j]);
       }
-      work.next.advance(16 * 64);
+      work.while_packing.advance(16 * 64);
     }
   }
 }
@@ -214,7 +216,7 @@ void pack_values(const typename L::Item* values, const int64_t* offsets, int64_t
     const auto* second = t + 1 < num_keys ? values + offsets[t + 1] : nullptr;
     L::pack_values(values + offsets[t], second, work.value_dim,
                    work.values + t / L::kNumbers * work.value_dim);
-    work.next.advance(L::kNumbers * work.value_dim * sizeof(typename L::Item));
+    work.while_packing.advance(L::kNumbers * work.value_dim * sizeof(typename L::Item));
   }
 }
 
@@ -293,13 +295,17 @@ void add_values(const Work& work, int64_t row, int64_t count, int64_t begin, int
   }
 }
 
+inline int64_t num_blocks(int64_t num_rows) { return (num_rows + kBlockRows - 1) / kBlockRows; }
+
 template <typename L>
 void attend_many_rows(const AttentionTile& tile, const TileResult& result) {
   Work work;
   start_rows<L>(tile, result, work);
-  if (work.count <= kFewRows) plan_reading(tile, kTileKeys, work.next);
   const int64_t tile_bytes =
       kTileKeys * (work.head_dim + work.value_dim) * sizeof(typename L::Item);
+  work.while_multiplying = Prefetch(tile_bytes);
+  plan_reading(tile, kTileKeys,
+               work.count <= kFewRows ? work.while_packing : work.while_multiplying);
   const int64_t first = tile.key_begin / kTileKeys * kTileKeys;
   for (int64_t begin = first, end; begin < tile.key_end; begin = end) {
     end = key_tile_end(tile, begin);
@@ -308,15 +314,19 @@ void attend_many_rows(const AttentionTile& tile, const TileResult& result) {
     while (row_begin < row_end && work.seen[row_begin].end <= begin) ++row_begin;
     while (row_end > row_begin && work.seen[row_end - 1].begin >= end) --row_end;
     if (row_begin == row_end) continue;
-    work.next.begin(tile_bytes);
+    work.while_packing.begin(tile_bytes);
+    work.while_multiplying.begin(tile_bytes);
     load_tile<L>(tile, begin, end, work);
+    const int64_t next_bytes = share_of_bytes(tile_bytes, 2 * num_blocks(row_end - row_begin));
     for (int64_t row = row_begin; row < row_end; row += kBlockRows) {
       const int64_t count = row_end - row < kBlockRows ? row_end - row : kBlockRows;
       score_rows<L>(work, row, count, begin, end, result);
+      work.while_multiplying.advance(next_bytes);
     }
     for (int64_t row = row_begin; row < row_end; row += kBlockRows) {
       const int64_t count = row_end - row < kBlockRows ? row_end - row : kBlockRows;
       add_values<L>(work, row, count, begin, end, result);
+      work.while_multiplying.advance(next_bytes);
     }
   }
   for (int64_t r = 0; r < work.count; ++r) {

@@ -230,6 +230,14 @@ class Prefetch {
   int64_t allowed_ = 0;
 };
 
+// Of a tile's bytes, in whole lines, those to ask for with each of `num_parts` pieces of work. Many
+// rows keep a processor busy long after their tile has been read, and reading the next one at once
+// is then slow: asked for bit by bit it has come. Two cores of Zen 5 took 15 to 30 % less time for
+// 64 to 1,024 rows a head so.
+inline int64_t share_of_bytes(int64_t tile_bytes, int64_t num_parts) {
+  return (tile_bytes / 64 / num_parts + 1) * 64;
+}
+
 // How many of a tile's keys to add values of before the next: that goes a few channels at a time,
 // so all of a part is read long before its end, and should have been asked for (with whole tiles
 // decode at d 256 took a third longer).
