@@ -41,6 +41,8 @@ from kvkernels.nn.transformers_batch import BatchCache
 logger = logging.getLogger(__name__)
 
 _NUM_TRIAL_TOKENS = 16
+# Of a model that consists of other parts, or wants something else of them.
+_TRIAL_ERRORS = (AttributeError, TypeError, LookupError, ValueError, RuntimeError)
 # What an attention layer may hand to its attention function, and a replaced one hands on.
 _ATTENTION_OPTIONS = ("scaling", "sliding_window", "softcap")
 
@@ -117,6 +119,7 @@ class FusedDecoderLayer:
         self._window: int | None = self._attention_options.get("sliding_window")
         self._kernels = LayerKernels(_find_parts(module, self._attention_options))
         self._dtype = call.hidden_states.dtype
+        self._hooks = _hooks_within(module)
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> Any:
         cache = options.get("past_key_values")
@@ -126,7 +129,7 @@ class FusedDecoderLayer:
 
     def serves(self, hidden_states: torch.Tensor, options: dict[str, Any]) -> bool:
         """Whether `run` takes such a call."""
-        if options.keys() != self._option_names or hidden_states.dim() != 3:
+        if options.keys() != self._option_names or hidden_states.dim() != 3 or any(self._hooks):
             return False
         kernels = self._kernels
         cos, sin = options["position_embeddings"]
@@ -174,6 +177,12 @@ class FusedDecoderLayer:
         return layer_pass.finish(attended)
 
 
+def _hooks_within(module: torch.nn.Module) -> list[dict[int, Any]]:
+    """Where those are who ask to be told of what goes on inside a layer: they may come any time."""
+    parts = [part for part in module.modules() if part is not module]
+    return [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+
+
 def _find_parts(module: Any, attention_options: dict[str, Any]) -> LayerParts:
     """Of a decoder layer whose parts have the names and the replaced forwards looked for."""
     fused_mlp = vars(module.mlp).get("forward")
@@ -213,15 +222,19 @@ def _find_forwards(model: torch.nn.Module) -> Forwards:
     layers = [module for module in model.modules() if _may_be_replaced(module)]
     if not layers or not native.is_available:
         return {}
+    try:
+        calls = _observe(model, layers)
+    except _TRIAL_ERRORS as error:
+        logger.info("no decoder layer is replaced, a trial pass failed: %s", error)
+        return {}
     forwards: Forwards = {}
-    for module, call in _observe(model, layers).items():
+    for module, call in calls.items():
         try:
             forward = FusedDecoderLayer(module, call)
             if not forward.serves(call.hidden_states, call.options):
                 continue
             result = forward.run(call.hidden_states, None, call.options)
-        except (AttributeError, TypeError, KeyError, ValueError, RuntimeError) as error:
-            # It consists of other parts, or wants something else of them.
+        except _TRIAL_ERRORS as error:
             logger.info("%s stays as it is: %s", type(module).__name__, error)
             continue
         if type(call.result) is torch.Tensor and torch.equal(result, call.result):
@@ -239,8 +252,7 @@ def _may_be_replaced(module: torch.nn.Module) -> bool:
         and has_own_forward(attention)
         and _names_in_forward(module) <= _LAYER_NAMES
         and _names_in_forward(attention) <= _ATTENTION_NAMES
-        # Somebody may have asked to be told of what goes on inside.
-        and not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+        and not any(_hooks_within(module))
     )
 
 
@@ -249,9 +261,7 @@ def _names_in_forward(module: torch.nn.Module) -> set[str]:
     return set(code.co_names) if code is not None else {"unknown"}
 
 
-def _observe(
-    model: torch.nn.Module, layers: Iterable[torch.nn.Module]
-) -> dict[torch.nn.Module, _Call]:
+def _observe(model: Any, layers: Iterable[torch.nn.Module]) -> dict[torch.nn.Module, _Call]:
     """A pass over a few tokens, as each of the layers sees it."""
     calls: dict[torch.nn.Module, _Call] = {}
     attention_of: dict[torch.nn.Module, dict[str, Any]] = {}
@@ -264,7 +274,8 @@ def _observe(
     hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
     try:
         with observe_attention(attention_of.__setitem__):
-            model(input_ids=torch.arange(_NUM_TRIAL_TOKENS)[None], use_cache=False)
+            token_ids = torch.arange(_NUM_TRIAL_TOKENS) % model.config.vocab_size
+            model(input_ids=token_ids[None], use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -188,6 +188,40 @@ def with_a_hook(model):
         layer.mlp.register_forward_hook(lambda *args: None)
 
 
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_may_come_later(register, monkeypatch):
+    model = tiny_models.llama()
+    with with_kernels(model):
+        decoder_layers.install(model)
+        packed = make_packed(model, (20,))
+        expected = run_steps(packed)
+        runs, calls = count_runs(monkeypatch), []
+        mlp = model.model.layers[1].mlp
+        handle = getattr(mlp, register)(lambda *args: calls.append(args))
+        got = run_steps(packed)
+        handle.remove()
+        assert len(calls) == len(runs) / 2 > 0  # the other two layers are replaced still
+        run_steps(packed)
+        assert len(calls) == len(runs) / 5
+        decoder_layers.uninstall(model)
+    assert all(map(torch.equal, got, expected))
+
+
+def test_a_model_with_few_tokens_is_tried_with_those():
+    model = tiny_models.llama(vocab_size=5)
+    with with_kernels(model):
+        assert decoder_layers.install(model) == 3
+        decoder_layers.uninstall(model)
+
+
+def test_leaves_a_model_whose_trial_fails(monkeypatch):
+    model = tiny_models.llama()
+    with with_kernels(model):
+        monkeypatch.setattr(model.model, "rotary_emb", None)
+        assert decoder_layers.install(model) == 0
+        decoder_layers.uninstall(model)
+
+
 def with_forwards_of_their_own(model):
     for layer in model.model.layers:
         vars(layer)["forward"] = layer.forward
