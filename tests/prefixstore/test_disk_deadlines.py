@@ -1,5 +1,6 @@
 """The disk tier at a deadline: what is not begun, and what hangs in the kernel."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -170,6 +171,40 @@ def test_what_may_yet_be_written_to_is_told_of_even_if_the_record_is_gone(
     assert outcomes == [None] * 3
     hanging.may_go_on.set()
     assert hanging.is_over.wait(60)
+    tier.close()
+
+
+@either_way
+def test_what_may_yet_be_written_to_is_told_of_even_if_another_piece_cannot_be_read(
+    tmp_path, monkeypatch, by_extension
+):
+    tier = open_tier(tmp_path, slab_bytes=8 * MIB, capacity_bytes=16 * MIB)
+    (name,) = make_names(1)
+    record = make_bytes(8 * MIB, 0)
+    assert tier.put_many([name], [record.data]) == [None]
+    may_go_on, has_failed = threading.Event(), threading.Event()
+
+    def fail_at_the_start(read, offset, _):
+        if offset == 0:
+            has_failed.set()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read()
+
+    replace_preadv(monkeypatch, by_extension, fail_at_the_start)
+    read_failing = os.preadv  # the extension's reads do not hang: what failed is read again here
+
+    def read_hanging(fd, buffers, offset):
+        assert offset == 0 or may_go_on.wait(60)
+        return read_failing(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", read_hanging)
+    out = page_aligned(8 * MIB)
+    deadline = time.monotonic() + 0.5
+    (outcome,) = tier.get_or_abandon_many([name], [out.data], deadline=deadline)
+    assert has_failed.is_set()
+    assert isinstance(outcome, TierTimeout)
+    may_go_on.set()
+    tier._transfers._threads.close(wait=True)
     tier.close()
 
 

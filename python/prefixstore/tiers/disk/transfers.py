@@ -304,3 +304,5 @@ def _add(outcomes: list[int | TierError], number: int, result: int | TierError) 
     before = outcomes[number]
     if isinstance(before, int):
         outcomes[number] = before + result if isinstance(result, int) else result
+    elif isinstance(result, TierTimeout):  # whatever else failed: memory may yet be written to
+        outcomes[number] = result
