@@ -77,6 +77,18 @@ def test_the_next_portion_is_allocated_while_one_is_written(tier, records, monke
 
 
 @pytest.mark.usefixtures("small_portions")
+def test_an_identity_keeps_to_its_quota_over_all_portions(tmp_path, records) -> None:
+    """As over as many calls: the last ones are kept."""
+    tier = open_tier(tmp_path, capacity_bytes=64 * MIB, slab_bytes=32 * MIB, quota_bytes=6 * MIB)
+    names = make_names(NUM_RECORDS)
+    assert tier.put_many(names, [record.data for record in records]) == [None] * NUM_RECORDS
+    assert tier.list_identities()[names[0].identity].num_bytes <= 6 * MIB
+    assert tier.contains_many(names) == [False] * 7 + [True] * 3
+    assert num_kept(tier, names, records) == 3
+    tier.close()
+
+
+@pytest.mark.usefixtures("small_portions")
 @pytest.mark.parametrize("error", [TierFull("no room"), TierTimeout("too late")])
 def test_portions_before_one_that_fails_are_kept(tier, records, monkeypatch, error) -> None:
     names = make_names(NUM_RECORDS)

@@ -42,7 +42,7 @@ def admit(
 ) -> tuple[list[RecordName], int]:
     """Those of some new records that their identities' quotas have room for.
 
-    An identity's older records give way for them. Its writes under way elsewhere do not count yet.
+    An identity's older records give way for them. Its writes under way do not count yet.
 
     Args:
         sql: The index.

@@ -5,7 +5,8 @@
     portion 3                 slots |       transfer ............ | publish
 
 Much at once goes in portions: transactions of the index run beside transfers. Of puts that follow
-each other, so does the one that takes slots for the next (reserve.py).
+each other, so does the one that takes slots for the next (reserve.py). With a quota one portion
+follows the other.
 """
 
 from __future__ import annotations
@@ -87,6 +88,8 @@ class RecordWriter:
         self._reserve = SlotReserve(index, config.limits)
         # On a small file system the index is to take its room for all before payload takes any.
         self._has_portions = not is_small(config.path)
+        # Only what is published counts towards a quota, and can give way to the next portion.
+        self._puts_at_once = _PUTS_AT_ONCE if config.quota_bytes is None else 1
 
     def write(
         self, records: Mapping[RecordName, memoryview], priority: int, deadline: float | None
@@ -101,7 +104,7 @@ class RecordWriter:
 
         try:
             for portion in _portions(records) if self._has_portions else [records]:
-                if len(puts) == _PUTS_AT_ONCE:
+                if len(puts) == self._puts_at_once:
                     end(puts.popleft())
                 try:
                     puts.append(self._begin_put(portion, *how))
