@@ -311,6 +311,56 @@ def lose_index(path: Path) -> None:
         file.unlink()
 
 
+@pytest.fixture
+def two_copies(tmp_path) -> BlockKey:
+    """A block that lies in two slots of a tier: it expired in one before it was put again."""
+    clock = Clock()
+    other, key = make_keys_of(b"m" * 16, 2)
+    tier = open_tier(tmp_path, ttl_s=HOUR, clock=clock)
+    put(tier, [other, key])
+    tier.delete(other.name)
+    clock.seconds += 2 * HOUR
+    assert tier.sweep().num_expired == 1
+    put(tier, [key])
+    tier.close()
+    (slab,) = tmp_path.glob("slab-*")
+    assert slab.read_bytes().count(key.block_hash) == 2
+    return key
+
+
+@pytest.mark.parametrize("is_rebuilt", [False, True])
+@pytest.mark.parametrize("delete", [DiskTier.delete, DiskTier.delete_identity])
+def test_no_older_copy_of_a_deleted_record_is_found_again(tmp_path, two_copies, is_rebuilt, delete):
+    if is_rebuilt:
+        lose_index(tmp_path)
+    tier = open_tier(tmp_path, clock=Clock())
+    assert count_right(tier, [two_copies]) == 1
+    delete(tier, two_copies.name if delete is DiskTier.delete else two_copies.identity)
+    assert tier.stats().num_deletes == 1
+    assert tier.check() == []
+    tier.close()
+    lose_index(tmp_path)
+    tier = open_tier(tmp_path)
+    assert contains(tier, [two_copies]) == [False]
+    put(tier, [two_copies])
+    assert count_right(tier, [two_copies]) == 1
+    tier.close()
+
+
+def test_a_record_deleted_past_its_time_is_not_found_again(tmp_path):
+    clock = Clock()
+    (key,) = make_keys(1)
+    tier = open_tier(tmp_path, ttl_s=HOUR, clock=clock)
+    put(tier, [key])
+    clock.seconds += 2 * HOUR
+    assert tier.delete_many([key.name] * 2) == [False] * 2
+    tier.close()
+    lose_index(tmp_path)
+    tier = open_tier(tmp_path)
+    assert contains(tier, [key]) == [False]
+    tier.close()
+
+
 def test_an_identity_is_forgotten_whole(tmp_path):
     mine, other = make_keys_of(b"m" * 16, 10), make_keys_of(b"o" * 16, 10)
     tier = open_tier(tmp_path)

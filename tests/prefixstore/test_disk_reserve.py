@@ -298,9 +298,18 @@ def test_they_are_not_used_after_another_process_changed_anything(
     other.close()
 
 
+def delete_identity(tier: DiskTier) -> None:
+    tier.delete_identity(THEIRS)
+
+
+def delete_records(tier: DiskTier) -> None:
+    tier.delete_many([name for batch in range(NUM_BATCHES) for name in names_of(batch, THEIRS)])
+
+
+@pytest.mark.parametrize("delete", [delete_identity, delete_records])
 @pytest.mark.parametrize("who", ["mine", "other"])
-def test_a_deleted_identity_is_gone_from_them_too(tmp_path, clock, who) -> None:
-    """No rebuilt index finds it, where slots taken ahead still held its evicted records."""
+def test_what_is_deleted_is_gone_from_them_too(tmp_path, clock, who, delete) -> None:
+    """No rebuilt index finds it, where slots taken ahead still held evicted records."""
     tier = open_tier(tmp_path, clock=clock, capacity_bytes=CAPACITY)
     other = open_tier(tmp_path, clock=clock, capacity_bytes=CAPACITY)
     for batch in range(NUM_BATCHES):
@@ -308,7 +317,7 @@ def test_a_deleted_identity_is_gone_from_them_too(tmp_path, clock, who) -> None:
     for batch in range(3):
         put(tier, names_of(batch))
     assert num_taken(tmp_path) == BATCH
-    {"mine": tier, "other": other}[who].delete_identity(THEIRS)
+    delete({"mine": tier, "other": other}[who])
     tier.close()
     other.close()
     open_tier(tmp_path, clock=clock, capacity_bytes=CAPACITY).close()  # wipes what was left

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -26,7 +26,7 @@ from typing import TypeVar
 from prefixstore.block_key import BlockHash, RecordName
 from prefixstore.errors import TierError
 from prefixstore.tiers.base import PAGE_BYTES, round_up
-from prefixstore.tiers.disk import slab_table, slot_table
+from prefixstore.tiers.disk import deletion, slab_table, slot_table
 from prefixstore.tiers.disk.clock import Clock
 from prefixstore.tiers.disk.files import Slab
 from prefixstore.tiers.disk.pending import PendingChanges
@@ -285,15 +285,14 @@ class SlotIndex:
         return published
 
     def unpublish_many(
-        self, names: Collection[RecordName], deadline: float | None = None
-    ) -> dict[RecordName, SlotRef]:
-        """Hide records from readers; their slots are then the caller's until `release`."""
+        self, names: Set[RecordName], deadline: float | None = None
+    ) -> tuple[list[SlotRef], set[RecordName]]:
+        """Hide records from readers, and take the free slots where their bytes still lie.
+
+        Returns the slots, which are the caller's until `release`, and the records that were there.
+        """
         with self._writing(deadline) as sql:
-            now = self.now()
-            found: list[SlotRef] = []
-            for hashes in slot_table.batches_of_hashes(names):
-                found += [r for r in slot_table.find(sql, hashes, now) if r.name in names]
-            return {ref.name: ref for ref in slot_table.take(sql, found, now)}
+            return deletion.take_names(sql, names, self.now())
 
     def unpublish_identity(self, identity: bytes) -> tuple[list[SlotRef], int]:
         """Hide all records of an identity, and take the free slots where its bytes still lie.
@@ -301,7 +300,7 @@ class SlotIndex:
         Returns the slots, and how many of them held a record.
         """
         with self._writing() as sql:
-            return slot_table.take_identity(sql, identity, self.now())
+            return deletion.take_identity(sql, identity, self.now())
 
     def release(self, refs: Sequence[SlotRef]) -> None:
         """Give back slots that were wiped."""

@@ -6,7 +6,7 @@
 
 `identity` and `block_hash` say whose record a READY slot holds. In a FREE one they say whose bytes
 still lie there, as far as is known, so that an identity can be wiped to the last byte; in a WRITING
-one, whose lay there when it was taken.
+one, whose lay there when it was taken, and `expires_at` is set where those were deleted since.
 `rank` is the record's priority, and `PINNED` more while the record is pinned.
 """
 
@@ -54,6 +54,12 @@ _TABLES = (
     f"PRAGMA user_version = {VERSION}",
 )
 
+# For deletions; a full tier has few such slots: what is evicted is written to at once.
+_OF_WHAT_IS_LEFT = (
+    "CREATE INDEX IF NOT EXISTS slots_by_left_hash ON slots (block_hash)"
+    " WHERE state = 0 AND block_hash IS NOT NULL"
+)
+
 _SET_VERSION_1_ASIDE = (
     "DROP TABLE slabs",
     "DROP INDEX slots_by_hash",
@@ -97,6 +103,7 @@ def prepare(connection: Connection, is_alone: bool) -> None:
             _execute_all(sql, (*_SET_VERSION_1_ASIDE, *_TABLES))
         elif version != VERSION:
             raise IndexDamaged(f"{where}: expected an index of ours")
+        sql.execute(_OF_WHAT_IS_LEFT)  # older programs made none, and keep it up to date
 
 
 def prepare_quotas(sql: sqlite3.Connection) -> None:

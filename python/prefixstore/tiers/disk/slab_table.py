@@ -105,12 +105,20 @@ def insert_slab(sql: sqlite3.Connection, slab: Slab, last_used: int) -> None:
 def fill_slab(
     sql: sqlite3.Connection, slab: Slab, found: Iterable[FoundRecord], last_used: int
 ) -> None:
-    """Enter records read back from a slab, but for blocks that another slot holds already."""
+    """Enter records read back from a slab.
+
+    Where another slot holds the same block already, this one stays free, under the block's name.
+    """
     for record in found:
+        place = slab.slab_id, record.slot
         sql.execute(
-            "UPDATE OR IGNORE slots SET state = 2, identity = ?, block_hash = ?, record_bytes = ?,"
-            " last_used = ? WHERE slab_id = ? AND slot = ?",
-            (*record.name, record.record_bytes, last_used, slab.slab_id, record.slot),
+            "UPDATE slots SET identity = ?, block_hash = ? WHERE slab_id = ? AND slot = ?",
+            (*record.name, *place),
+        )
+        sql.execute(
+            "UPDATE OR IGNORE slots SET state = 2, record_bytes = ?, last_used = ?"
+            " WHERE slab_id = ? AND slot = ?",
+            (record.record_bytes, last_used, *place),
         )
     touch_slabs(sql, [slab.slab_id], last_used, 0)
 

@@ -14,7 +14,7 @@ from prefixstore.block_key import BlockHash, RecordName
 from prefixstore.tiers.disk import slab_table
 from prefixstore.tiers.disk.files import Slab
 from prefixstore.tiers.disk.runs import runs_of
-from prefixstore.tiers.disk.schema import LOWEST_PRIORITY, PINNED, READY
+from prefixstore.tiers.disk.schema import LOWEST_PRIORITY, PINNED
 from prefixstore.tiers.disk.sql import IndexDamaged
 
 _MAX_SQL_VALUES = 500
@@ -178,17 +178,6 @@ def take_dead(sql: sqlite3.Connection, lease_end: int, now: int) -> list[SlotRef
     return take(sql, refs, now)
 
 
-def take_identity(sql: sqlite3.Connection, identity: bytes, now: int) -> tuple[list[SlotRef], int]:
-    """The slots where bytes of an identity lie, and how many of them held a record."""
-    rows = sql.execute(
-        "SELECT slab_id, slots.slot_bytes, num_slots, slot, ticket, state FROM slots"
-        " JOIN slabs USING (slab_id) WHERE identity = ? AND state != 1",
-        (identity,),
-    ).fetchall()
-    refs = refs_of(row[:-1] for row in rows)
-    return take(sql, refs, now), sum(row[-1] == READY for row in rows)
-
-
 def take(sql: sqlite3.Connection, refs: Sequence[SlotRef], now: int) -> list[SlotRef]:
     """Hide slots from everybody else, under a new ticket and lease.
 
@@ -262,10 +251,14 @@ def release_wiped(sql: sqlite3.Connection, refs: Iterable[SlotRef]) -> None:
 
 
 def release(sql: sqlite3.Connection, refs: Iterable[SlotRef]) -> None:
-    """Free slots that nothing was written to; they keep the names of what lies there."""
+    """Free slots that nothing was written to; they keep the names of what lies there.
+
+    Where that was deleted meanwhile the lease ends instead: whoever takes the slot over wipes it.
+    """
     _for_each(
         sql,
-        f"UPDATE slots SET state = 0, last_used = 0 WHERE {_SLOT} AND state = 1",
+        "UPDATE slots SET state = (expires_at IS NOT NULL), last_used = 0"
+        f" WHERE {_SLOT} AND state = 1",
         [ref.place for ref in refs],
     )
 

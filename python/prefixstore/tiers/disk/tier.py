@@ -136,10 +136,14 @@ class DiskTier(Tier):
     def delete_many(
         self, names: Sequence[RecordName], *, deadline: float | None = None
     ) -> list[bool]:
-        hidden = self._index.unpublish_many(set(names), deadline)
-        self._counters.add(num_deletes=len(hidden))
-        self._writer.wipe(hidden.values())
-        return [hidden.pop(name, None) is not None for name in names]
+        hidden, held = self._index.unpublish_many(set(names), deadline)
+        self._counters.add(num_deletes=len(held))
+        self._writer.wipe(hidden)
+        outcomes = []
+        for name in names:  # one that comes again is gone by then
+            outcomes.append(name in held)
+            held.discard(name)
+        return outcomes
 
     def delete_identity(self, identity: bytes) -> None:
         """Forget every record of an identity: of one model and salt. None is found afterwards.
