@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from prefixstore.block_key import BlockHash, RecordName
-from prefixstore.errors import TierError
+from prefixstore.errors import TierError, TierTimeout
 from prefixstore.tiers.base import PAGE_BYTES, round_up
 from prefixstore.tiers.disk import deletion, slab_table, slot_table
 from prefixstore.tiers.disk.clock import Clock
@@ -33,7 +33,7 @@ from prefixstore.tiers.disk.pending import PendingChanges
 from prefixstore.tiers.disk.room import Demand, admit, take_room
 from prefixstore.tiers.disk.slab_table import Limits
 from prefixstore.tiers.disk.slot_table import Place, SlotRef
-from prefixstore.tiers.disk.sql import Connection, data_version
+from prefixstore.tiers.disk.sql import NOW, Connection, data_version
 
 logger = logging.getLogger(__name__)
 
@@ -188,9 +188,12 @@ class SlotIndex:
     # ---- what waits for the next transaction ---------------------------------------------------
 
     def touch(self, refs: Iterable[SlotRef], ttl_ns: int | None = None) -> None:
-        """Mark as used, and give `ttl_ns` from now on, unless that is None."""
+        """Mark as used, and give `ttl_ns` from now on, unless that is None.
+
+        Nobody waits for that: the record has been read.
+        """
         if self._pending.mark(refs, self.now(), ttl_ns):
-            self._write_pending()
+            self._write_pending(NOW)
 
     def abandon(self, refs: Iterable[SlotRef]) -> None:
         """Leave slots to whoever allocates next, without a transaction: the disk just failed."""
@@ -302,10 +305,10 @@ class SlotIndex:
         with self._writing() as sql:
             return deletion.take_identity(sql, identity, self.now())
 
-    def release(self, refs: Sequence[SlotRef]) -> None:
+    def release(self, refs: Sequence[SlotRef], deadline: float | None = None) -> None:
         """Give back slots that were wiped."""
         if refs:
-            with self._writing() as sql:
+            with self._writing(deadline) as sql:
                 slot_table.release_wiped(sql, refs)
 
     def pin_many(self, names: Sequence[RecordName], is_pinned: bool) -> set[RecordName]:
@@ -360,10 +363,12 @@ class SlotIndex:
     def _lease_end(self, now: int) -> int:
         return now - int(self._limits.write_lease_s * _NS)
 
-    def _write_pending(self) -> None:
+    def _write_pending(self, deadline: float | None = None) -> None:
         try:
-            with self._writing():
+            with self._writing(deadline):
                 pass
+        except TierTimeout as error:  # whoever has the index, or comes next, may be quick
+            logger.debug("marks of use wait for another transaction: %s", error)
         except TierError as error:
             logger.warning("marks of use have to wait for another transaction: %s", error)
 

@@ -26,11 +26,11 @@ from prefixstore.tiers.base import PAGE_BYTES, round_up
 from prefixstore.tiers.disk.index import Allocation, SlotIndex
 from prefixstore.tiers.disk.slab_table import Limits
 from prefixstore.tiers.disk.slot_table import SlotRef
+from prefixstore.tiers.disk.sql import NOW
 
 logger = logging.getLogger(__name__)
 
 _NS = 1_000_000_000
-_NOW = 0.0  # a deadline that is over: for who does not wait for a turn
 _LEAST_BYTES = 1 << 20  # of a put: less is written before slots are taken
 # Records give way for what is taken ahead: no more than a sixteenth of all, and none as long as the
 # puts themselves find free slots.
@@ -129,7 +129,7 @@ class SlotReserve:
             last, self._last = self._last, None
             if kind is None:
                 return None
-            put = _Put(kind, self._index.now(), self._index.version_of_others(_NOW))
+            put = _Put(kind, self._index.now(), self._index.version_of_others(NOW))
             self._last = put
             # where others write as well, what is taken ahead could hardly ever be used
             if last is None or (last.kind, last.version) != (kind, put.version):
@@ -189,7 +189,7 @@ class SlotReserve:
         if len(refs) >= num_slots:
             return None
         allocation, taken, version = self._index.take_slots(
-            slot_bytes, num_slots - len(refs), priority, may_evict=evicted, deadline=_NOW
+            slot_bytes, num_slots - len(refs), priority, may_evict=evicted, deadline=NOW
         )
         if version != put.version:  # another process came between
             self._give_back()

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from prefixstore.errors import TierError, TierFull, TierTimeout, TierUnavailable
 
+NOW = 0.0  # a deadline that is over: for who does not wait for a turn
+
 
 class IndexDamaged(TierUnavailable):
     """The index cannot be read; the slabs can, and it can be rebuilt from them."""

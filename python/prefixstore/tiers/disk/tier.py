@@ -138,7 +138,7 @@ class DiskTier(Tier):
     ) -> list[bool]:
         hidden, held = self._index.unpublish_many(set(names), deadline)
         self._counters.add(num_deletes=len(held))
-        self._writer.wipe(hidden)
+        self._writer.wipe(hidden, deadline)
         outcomes = []
         for name in names:  # one that comes again is gone by then
             outcomes.append(name in held)

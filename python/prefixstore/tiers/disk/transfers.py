@@ -144,28 +144,36 @@ class Transfers:
                 outcomes[part.number] = result
         return outcomes
 
-    def wipe_many(self, slots: Sequence[tuple[Slab, int]]) -> list[TierError | None]:
+    def wipe_many(
+        self, slots: Sequence[tuple[Slab, int]], deadline: float | None = None
+    ) -> list[TierError | None]:
         """Overwrite the first page of slots, so that no record will be found there again.
 
         Args:
             slots: Slab, and where in its file the slot begins. Where nothing lies, none is made.
+            deadline: Of `time.monotonic()`.
+
+        Returns:
+            For each None, or why it was not wiped, as `write_many` says it.
         """
         outcomes: list[TierError | None] = []
         for start in range(0, len(slots), _WIPED_AT_ONCE):
-            outcomes += self._wipe(slots[start : start + _WIPED_AT_ONCE])
+            outcomes += self._wipe(slots[start : start + _WIPED_AT_ONCE], deadline)
         return outcomes
 
-    def _wipe(self, slots: Sequence[tuple[Slab, int]]) -> list[TierError | None]:
+    def _wipe(
+        self, slots: Sequence[tuple[Slab, int]], deadline: float | None
+    ) -> list[TierError | None]:
         pages = page_aligned(len(slots) * PAGE_BYTES).reshape(-1, PAGE_BYTES)
         pages[:] = 0
         spans = [Span(*slot, page.data) for slot, page in zip(slots, pages, strict=True)]
         outcomes: list[TierError | None] = [None] * len(slots)
-        found = self.read_many(spans)
+        found = self.read_many(spans, deadline)
         marked = [
             n for n, page in enumerate(pages) if page.any() or isinstance(found[n], TierError)
         ]
         pages[:] = 0
-        errors = self.write_many([spans[number] for number in marked])
+        errors = self.write_many([spans[number] for number in marked], deadline)
         for number, error in zip(marked, errors, strict=True):
             outcomes[number] = error
         return outcomes

@@ -176,7 +176,7 @@ class RecordWriter:
             errors[name] = self._no_room(put.records[name].nbytes, priority)
         self._index.touch(allocation.held.values(), self._ttl_ns)
         try:
-            self.wipe(allocation.dead)
+            self.wipe(allocation.dead, deadline)
         except TierError as error:  # no reason to fail a put
             logger.warning("slots of writers that died stay out of use for now: %s", error)
         return errors
@@ -205,18 +205,19 @@ class RecordWriter:
         """Meanwhile only records under way have slots; others go back with the next transaction."""
         return self._reserve.nothing_ahead()
 
-    def wipe(self, refs: Iterable[SlotRef]) -> None:
+    def wipe(self, refs: Iterable[SlotRef], deadline: float | None = None) -> None:
         """Wipe and release slots that are this call's own.
 
         Raises:
-            TierError: If one cannot be wiped; it stays taken until its lease is over, and is then
-                tried again.
+            TierError: If one cannot be wiped by the deadline; it stays taken until its lease is
+                over, and is then tried again.
         """
         refs = list(refs)
         if not refs:
             return
-        errors = self._transfers.wipe_many([(ref.slab, ref.offset) for ref in refs])
-        self._index.release([r for r, error in zip(refs, errors, strict=True) if error is None])
+        errors = self._transfers.wipe_many([(ref.slab, ref.offset) for ref in refs], deadline)
+        wiped = [ref for ref, error in zip(refs, errors, strict=True) if error is None]
+        self._index.release(wiped, deadline)
         for error in errors:
             if error is not None:
                 raise error
