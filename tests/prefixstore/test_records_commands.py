@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sqlite3
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from disk_tiers import replace_preadv
 from sample_blocks import make_keys
 from test_record_codecs import LATENT, MIXED, make_block, make_record
 
 from prefixstore.commands import kvkernels
+from prefixstore.errors import TierTimeout
 from prefixstore.record import BlockKey
 from prefixstore.record_layout import RecordLayout
+from prefixstore.tiers.base import PAGE_BYTES, round_up
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 
 LAYOUTS = [RecordLayout(2, 1, 16, 32, "bfloat16", 0, (codec,)) for codec in ("raw", "q8")] + [MIXED]
@@ -118,6 +123,96 @@ def test_verifies_a_store(store: tuple[Path, list[BlockKey]]) -> None:
     assert list(found["damaged"]) == [keys[2].block_hash.hex()]
     result = run("verify", path)
     assert result.exit_code == 0 and "5 records" in result.output
+
+
+@pytest.fixture
+def bad_spot(tmp_path: Path, monkeypatch) -> tuple[Path, list[BlockKey]]:
+    """A store of eight records: the second is damaged, the fourth cannot be read."""
+    layout = LAYOUTS[0]
+    keys = make_keys(8, layout)
+    path = tmp_path / "store"
+    tier = DiskTier(DiskTierConfig(path, 1 << 20))
+    for key in keys:
+        tier.put(key.name, memoryview(make_record(key, make_block(layout))))
+    tier.close()
+    flip_a_payload_bit(path, keys[1])
+    start = 3 * round_up(layout.record_bytes, PAGE_BYTES)
+
+    def read_failing(read, offset, num_bytes):
+        if offset <= start < offset + num_bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read()
+
+    replace_preadv(monkeypatch, True, read_failing)
+    return path, keys
+
+
+def test_verifying_goes_on_past_a_record_that_cannot_be_read(
+    bad_spot: tuple[Path, list[BlockKey]],
+) -> None:
+    path, keys = bad_spot
+    result = run("verify", path, "--json")
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert found["num_records"] == 7
+    assert list(found["damaged"]) == [keys[1].block_hash.hex(), keys[3].block_hash.hex()]
+    assert os.strerror(errno.EIO) in found["damaged"][keys[3].block_hash.hex()]
+    (problem,) = found["problems"]  # the books are checked, too
+    assert problem.endswith("Input/output error: slot 3 cannot be read")
+    found = json.loads(run("verify", path, "--delete", "--json").stdout)
+    assert (found["num_deleted"], found["problems"]) == (2, [])
+    result = run("verify", path)
+    assert result.exit_code == 0 and "6 records" in result.output
+
+
+def test_verifying_tells_what_it_found_whatever_the_tier_cannot_do(
+    bad_spot: tuple[Path, list[BlockKey]], monkeypatch
+) -> None:
+    path, keys = bad_spot
+
+    def busy(*_):
+        raise TierTimeout("disk: no turn")
+
+    monkeypatch.setattr(DiskTier, "delete", busy)
+    monkeypatch.setattr(DiskTier, "check", busy)
+    result = run("verify", path, "--delete", "--json")
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert (found["num_records"], len(found["damaged"]), found["num_deleted"]) == (7, 2, 0)
+    assert found["problems"] == [
+        f"{keys[1].block_hash.hex()}  disk: no turn",
+        f"{keys[3].block_hash.hex()}  disk: no turn",
+        "disk: no turn",
+    ]
+
+
+def test_lists_records_beside_one_that_cannot_be_read(
+    bad_spot: tuple[Path, list[BlockKey]],
+) -> None:
+    path, keys = bad_spot
+    rows = json.loads(run("inspect", path, "--json").output)
+    assert [row["block_hash"] for row in rows] == [key.block_hash.hex() for key in keys]
+    assert [n for n, row in enumerate(rows) if "problem" in row] == [3]
+    assert "8 records" in run("inspect", path).output
+
+
+def test_a_longer_record_in_place_of_one_that_was_listed_is_no_damage(
+    store: tuple[Path, list[BlockKey]], monkeypatch
+) -> None:
+    path, keys = store
+    list_records = DiskTier.list_records
+    monkeypatch.setattr(
+        DiskTier,
+        "list_records",
+        lambda tier: [
+            (name, num_bytes - (name == keys[0].name)) for name, num_bytes in list_records(tier)
+        ],
+    )
+    result = run("verify", path, "--delete", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["num_records"], found["num_gone"], found["num_deleted"]) == (5, 1, 0)
+    assert "5 records" in run("inspect", path).output
 
 
 def test_verifying_evicts_nothing_and_makes_no_store(

@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from prefixstore.errors import BlockCorrupted, ConfigError
+from prefixstore.errors import BlockCorrupted, ConfigError, TierError
 from prefixstore.protection import RecordKey, protection_of
 from prefixstore.record import read_header
 from prefixstore.records.describe import describe, print_layers, print_record
@@ -82,9 +82,13 @@ def _read(record: Path, block: str | None) -> bytes:
 def _list_records(tier: DiskTier, as_json: bool, keys: Sequence[RecordKey]) -> None:
     rows: list[dict[str, Any]] = []
     for name, num_bytes in tier.list_records():
-        data = read_record(tier, name, num_bytes)
+        row: dict[str, Any] = {"block_hash": name.block_hash.hex(), "bytes": num_bytes}
+        try:
+            data = read_record(tier, name, num_bytes)
+        except TierError as error:
+            rows.append(row | {"problem": str(error)})
+            continue
         if data is not None:  # evicted meanwhile
-            row: dict[str, Any] = {"block_hash": name.block_hash.hex(), "bytes": num_bytes}
             rows.append(row | _summarise(data, keys))
     if as_json:
         click.echo(json.dumps(rows, indent=1))

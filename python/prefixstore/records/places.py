@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from prefixstore.block_key import RecordName
-from prefixstore.errors import ConfigError
+from prefixstore.errors import BlockCorrupted, ConfigError
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 
 _UNBOUNDED = 1 << 62  # who only looks must evict nothing
@@ -32,9 +32,16 @@ def open_store(path: Path) -> Iterator[DiskTier]:
 
 
 def read_record(tier: DiskTier, name: RecordName, num_bytes: int) -> bytes | None:
-    """A record's bytes, or None where it is gone by now."""
+    """A record's bytes, or None where it is gone by now, or a longer one is there instead.
+
+    Raises:
+        TierError: If it cannot be read.
+    """
     out = bytearray(num_bytes)
-    num_read = tier.peek(name, memoryview(out))
+    try:
+        num_read = tier.peek(name, memoryview(out))
+    except BlockCorrupted:
+        return None
     return None if num_read is None else bytes(out[:num_read])
 
 

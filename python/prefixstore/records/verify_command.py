@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from prefixstore.block_key import RecordName
-from prefixstore.errors import BlockCorrupted
+from prefixstore.errors import BlockCorrupted, TierError, TierUnavailable
 from prefixstore.protection import RecordKey
 from prefixstore.record import verify
 from prefixstore.record_header import read_fixed
@@ -30,10 +31,10 @@ class Verification:
         num_records: Records that were read.
         num_bytes: Their bytes.
         seconds: How long that took.
-        num_gone: Records that were evicted before their turn came.
+        num_gone: Records that were evicted or replaced before their turn came.
         num_locked: Records that are protected with a key that was not given: not verified.
-        damaged: By block hash, what is wrong.
-        problems: What the tier's own books say that does not add up.
+        damaged: By block hash, what is wrong, or why the disk does not give it.
+        problems: What the tier's own books say that does not add up, and what could not be done.
         num_deleted: Damaged records that were deleted.
     """
 
@@ -80,14 +81,25 @@ def _verify(
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=sum(num_bytes for _, num_bytes in records))
         for name, num_bytes in records:
-            problem = _check(tier, name, num_bytes, keys, found)
-            if problem is not None:
-                found.damaged[name.block_hash.hex()] = problem
-                found.num_deleted += delete and tier.delete(name)
+            with _go_on(found, f"{name.block_hash.hex()}  "):
+                problem = _check(tier, name, num_bytes, keys, found)
+                if problem is not None:
+                    found.damaged[name.block_hash.hex()] = problem
+                    found.num_deleted += delete and tier.delete(name)
             progress.advance(task, num_bytes)
     found.seconds = time.perf_counter() - started
-    found.problems = tier.check()
+    with _go_on(found, ""):
+        found.problems += tier.check()
     return found
+
+
+@contextmanager
+def _go_on(found: Verification, where: str) -> Iterator[None]:
+    """What the tier cannot do is told beside what was found, and ends nothing."""
+    try:
+        yield
+    except TierError as error:
+        found.problems.append(f"{where}{error}")
 
 
 def _check(
@@ -98,7 +110,10 @@ def _check(
     found: Verification,
 ) -> str | None:
     """What is wrong with a record, or None."""
-    data = read_record(tier, name, num_bytes)
+    try:
+        data = read_record(tier, name, num_bytes)
+    except TierUnavailable as error:
+        return str(error)
     if data is None:
         found.num_gone += 1
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sqlite3
 
 from prefixstore.block_key import RecordName
+from prefixstore.errors import TierUnavailable
 from prefixstore.tiers.disk import slab_table, slot_table
 from prefixstore.tiers.disk.files import Slab, SlabFiles
 from prefixstore.tiers.disk.index import SlotIndex
@@ -99,8 +100,19 @@ class Checker:
                 _READY, (slab.slab_id,)
             )
         ]
-        found = {
-            record.slot: (record.name, record.record_bytes)
-            for record in self._files.find_records(slab, [ref.slot for ref in refs])
-        }
+        try:
+            records = self._files.find_records(slab, [ref.slot for ref in refs])
+        except TierUnavailable:
+            refs = [ref for ref in refs if self._is_readable(slab, ref.slot)]
+            records = self._files.find_records(slab, [ref.slot for ref in refs])
+        found = {record.slot: (record.name, record.record_bytes) for record in records}
         return [ref for ref in refs if found.get(ref.slot) != (ref.name, ref.record_bytes)]
+
+    def _is_readable(self, slab: Slab, slot: int) -> bool:
+        """Of one that is not no more is known: it is a problem, and stays as it is."""
+        try:
+            self._files.find_records(slab, [slot])
+        except TierUnavailable as error:
+            self.problems.append(f"{error}: slot {slot} cannot be read")
+            return False
+        return True
