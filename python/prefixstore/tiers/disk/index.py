@@ -367,10 +367,11 @@ class SlotIndex:
         try:
             with self._writing(deadline):
                 pass
-        except TierTimeout as error:  # whoever has the index, or comes next, may be quick
-            logger.debug("marks of use wait for another transaction: %s", error)
         except TierError as error:
-            logger.warning("marks of use have to wait for another transaction: %s", error)
+            # that others have the index just now is nothing to tell of
+            is_usual = deadline is not None and isinstance(error, TierTimeout)
+            level = logging.DEBUG if is_usual else logging.WARNING
+            logger.log(level, "marks of use have to wait for another transaction: %s", error)
 
     @contextmanager
     def _writing(self, deadline: float | None = None) -> Iterator[sqlite3.Connection]:
