@@ -13,11 +13,6 @@
 namespace kvkernels {
 namespace {
 
-// What a tile of keys takes of a cache that lies plain.
-int64_t tile_bytes(const PagedAttentionArgs& args) {
-  return kKeys * (args.head_dim + args.value_dim) * static_cast<int64_t>(sizeof(uint16_t));
-}
-
 // Into tiles 4 to 7.
 template <int kCount, typename Tiles>
 void load_shared(Tiles& tiles, const uint16_t* shared) {
@@ -169,7 +164,6 @@ void add_values(Tiles& tiles, const Work& work, const ValueRows& values, Prefetc
 template <typename Tiles>
 void attend_few_rows(Tiles& tiles, Work& work, int64_t begin, int64_t end, const KeyRows* keys,
                      const ValueRows& values, Prefetch& next) {
-  next.begin(tile_bytes(*work.tile->args));
   score(tiles, work, keys, next);
   if (work.adjusts) adjust_group(work, 0, begin, end - begin, work.scores);
   weigh(work, 0, begin, work.scores, work.weights);

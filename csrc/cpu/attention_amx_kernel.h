@@ -161,7 +161,7 @@ void finish(const Work& work, const TileResult& result) {
 }
 
 template <typename Tiles>
-void attend_head(Tiles& tiles, const AttentionTile& tile, Prefetch& next,
+void attend_head(Tiles& tiles, const AttentionTile& tile, Prefetch& next, int64_t tile_bytes,
                  const TileResult& result) {
   Work work;
   start(tile, work);
@@ -177,14 +177,14 @@ void attend_head(Tiles& tiles, const AttentionTile& tile, Prefetch& next,
     }
     KeyRows keys[kParts];
     ValueRows values;
+    next.begin(tile_bytes);
     find_tile(tile, begin, end, work, keys, values);
     if (work.num_groups == 1) {
       attend_few_rows(tiles, work, begin, end, keys, values, next);
       continue;
     }
-    next.begin(tile_bytes(*tile.args));
     interleave_values(values, work);
-    const int64_t next_bytes = share_of_bytes(tile_bytes(*tile.args), (last - group + 1) / 2);
+    const int64_t next_bytes = share_of_bytes(tile_bytes, (last - group + 1) / 2);
     for (; group + 2 <= last; group += 2) {
       attend_groups<2>(tiles, work, group, begin, end, keys);
       next.advance(next_bytes);
@@ -208,13 +208,14 @@ void attend(const AttentionTile& tile, const TileResult* results) {
     return;
   }
   Tiles tiles;  // configures the registers, and releases them at the end
-  Prefetch next(tile_bytes(*tile.args));
-  plan_reading(tile, kKeys, next);
+  Prefetch next;
+  const int64_t tile_bytes = plan_reading(tile, kKeys, next);
+  next.set_lead(tile_bytes);
   for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
     AttentionTile one = tile;
     one.kv_head += head;
     one.num_kv_heads = 1;
-    attend_head(tiles, one, next, results[head]);
+    attend_head(tiles, one, next, tile_bytes, results[head]);
   }
 }
 

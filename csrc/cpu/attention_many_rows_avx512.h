@@ -301,11 +301,9 @@ template <typename L>
 void attend_many_rows(const AttentionTile& tile, const TileResult& result) {
   Work work;
   start_rows<L>(tile, result, work);
-  const int64_t tile_bytes =
-      kTileKeys * (work.head_dim + work.value_dim) * sizeof(typename L::Item);
-  work.while_multiplying = Prefetch(tile_bytes);
-  plan_reading(tile, kTileKeys,
-               work.count <= kFewRows ? work.while_packing : work.while_multiplying);
+  Prefetch& next = work.count <= kFewRows ? work.while_packing : work.while_multiplying;
+  const int64_t tile_bytes = plan_reading(tile, kTileKeys, next);
+  work.while_multiplying.set_lead(tile_bytes);
   const int64_t first = tile.key_begin / kTileKeys * kTileKeys;
   for (int64_t begin = first, end; begin < tile.key_end; begin = end) {
     end = key_tile_end(tile, begin);
@@ -314,8 +312,7 @@ void attend_many_rows(const AttentionTile& tile, const TileResult& result) {
     while (row_begin < row_end && work.seen[row_begin].end <= begin) ++row_begin;
     while (row_end > row_begin && work.seen[row_end - 1].begin >= end) --row_end;
     if (row_begin == row_end) continue;
-    work.while_packing.begin(tile_bytes);
-    work.while_multiplying.begin(tile_bytes);
+    next.begin(tile_bytes);
     load_tile<L>(tile, begin, end, work);
     const int64_t next_bytes = share_of_bytes(tile_bytes, 2 * num_blocks(row_end - row_begin));
     for (int64_t row = row_begin; row < row_end; row += kBlockRows) {

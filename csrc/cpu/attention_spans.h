@@ -135,6 +135,9 @@ class Prefetch {
   explicit Prefetch(int64_t lead = kLead, bool asks_twice = false)
       : asks_twice_(asks_twice), first_{lead}, second_{kSecondLead} {}
 
+  // Of who asks once.
+  void set_lead(int64_t lead) { first_.lead = lead; }
+
   // The tile that will be read after all those added before: the keys of all heads, then the
   // values.
   void add_tile(const Spans& keys, const Spans& values, int64_t num_heads) {
@@ -260,9 +263,11 @@ inline void add_next(const AttentionTile& tile, int64_t tile_keys, Prefetch& all
 }
 
 // All that an item reads that goes through the keys of one head after the other, so many keys at a
-// time, up to multiples of that.
-inline void plan_reading(const AttentionTile& tile, int64_t tile_keys, Prefetch& all) {
+// time, up to multiples of that. Returns the most bytes that such a tile has: codes take fewer than
+// floats.
+inline int64_t plan_reading(const AttentionTile& tile, int64_t tile_keys, Prefetch& all) {
   Spans keys, values;
+  int64_t most = 0;
   for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
     AttentionTile one = tile;
     one.kv_head += head;
@@ -270,9 +275,11 @@ inline void plan_reading(const AttentionTile& tile, int64_t tile_keys, Prefetch&
       end = std::min((begin / tile_keys + 1) * tile_keys, tile.key_end);
       find_spans(one, begin, end, keys, values);
       all.add_tile(keys, values, 1);
+      most = std::max(most, keys.num_bytes + values.num_bytes);
     }
   }
   add_next(tile, tile_keys, all);
+  return most;
 }
 
 }  // namespace
