@@ -204,10 +204,6 @@ class DeviceBlocks:
             self._drain()
             has_drained = True
 
-    def wait_writers(self) -> None:
-        """Wait a while until pending writes have let go of what blocks they can."""
-        self._drain()
-
     def reserve_now(self, group: int, num_blocks: int) -> list[int]:
         """As `reserve`, for who has other things to do than to wait for a writer.
 

@@ -178,3 +178,32 @@ def test_the_policy_to_load_loads_what_one_pass_would_compute(tier, open_engine,
     warm(engine, tokens)
     report = engine.submit(tokens, GREEDY).result(60).report
     assert report.plan == "load"
+
+
+def test_a_tier_that_writes_slowly_holds_up_only_who_needs_its_blocks(
+    model, tier, open_engine, monkeypatch
+):
+    engine, gate, has_no_room = (
+        open_engine(max_batch_tokens=256),
+        Gate("contains"),
+        threading.Event(),
+    )
+
+    def hold_writer(call):
+        if threading.current_thread().name == "prefixstore-writer":
+            gate(call)
+
+    tier.fail = hold_writer
+    engine.submit(prompt(3 * LENGTH), GREEDY).result(60)
+    watch(monkeypatch, engine._loop.scheduler, "_give_way", lambda *_: has_no_room.set())
+    tokens = prompt(3 * LENGTH, 1)
+    try:
+        waiting = engine.submit(tokens, GREEDY)
+        assert has_no_room.wait(30)
+        # What submit, cancel and stats take.
+        assert engine._loop.changed.acquire(timeout=5), "the engine waits under its lock"
+        engine._loop.changed.release()
+        assert not waiting.is_finished
+    finally:
+        gate.open()
+    assert list(waiting.result(60).token_ids) == expected(model, tokens)

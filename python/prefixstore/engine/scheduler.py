@@ -134,9 +134,8 @@ class Scheduler:
             sequence.release()
             if self._give_way():
                 return self._try_admit(request, producing, now)
-            if not self.running:
-                # Nobody here will give blocks back: the writer may, or a session.
-                self._blocks.device.wait_writers()
+            # Who will give blocks back, be it a request, the writer or a session, is not waited for
+            # here: submit, cancel and stats need the lock meanwhile.
             self._retry_at = now + _RETRY_S
             return False
         self._retry_at = 0.0
