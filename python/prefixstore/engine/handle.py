@@ -51,7 +51,12 @@ class RequestHandle:
         loop, event, num_read = asyncio.get_running_loop(), asyncio.Event(), 0
 
         def wake() -> None:
-            loop.call_soon_threadsafe(event.set)
+            try:
+                loop.call_soon_threadsafe(event.set)
+            except RuntimeError:
+                # In a closed loop nobody reads any more; the engine has others to answer.
+                if not loop.is_closed():
+                    raise
 
         with self._condition:
             self._wakers.append(wake)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -12,6 +13,8 @@ from prefixstore.engine.request import Request
 from prefixstore.engine.scheduler import Scheduler
 from prefixstore.engine.stats import EngineCounts
 from prefixstore.errors import EngineClosed, EngineOverloaded
+
+logger = logging.getLogger(__name__)
 
 NUM_RECENT = 256  # reports of finished requests that are kept
 
@@ -108,7 +111,7 @@ class Roster:
         """
         self.is_draining = True
         for request in self._requests.values():
-            request.answer.end(FinishReason.ERROR, request.report(time.monotonic()), error)
+            _try_end(request, error)
         self._requests.clear()
         self._changed.notify_all()
 
@@ -119,3 +122,11 @@ class Roster:
         if num_held != len(self._requests):
             problems.append(f"engine: {len(self._requests)} requests, {num_held} in its lists")
         return problems
+
+
+def _try_end(request: Request, error: str) -> None:
+    """End an answer; what fails in it may be what stopped the engine, and must not reach others."""
+    try:
+        request.answer.end(FinishReason.ERROR, request.report(time.monotonic()), error)
+    except Exception:
+        logger.exception("request %s was not told its end", request.request_id)

@@ -1,0 +1,89 @@
+"""What an engine's requests are told when something fails: a pass, a reader, the engine."""
+
+import asyncio
+import itertools
+import threading
+import time
+
+import pytest
+import torch
+from cached_models import BLOCK_SIZE
+from engines import GREEDY, Numbers, answer, expected, open_engine, prompt
+
+from prefixstore.engine import Engine, FinishReason
+from prefixstore.errors import EngineClosed
+
+
+def test_a_failing_pass_ends_its_requests_and_no_others(model):
+    with open_engine(model) as engine:
+        before = answer(engine, prompt(40))
+        forward, failing = model.forward, threading.Event()
+
+        def fail(*args, **kwargs):
+            if failing.is_set():
+                raise RuntimeError("out of luck")
+            return forward(*args, **kwargs)
+
+        model.forward = fail
+        try:
+            failing.set()
+            broken = answer(engine, prompt(40, seed=3))
+            failing.clear()
+            after = answer(engine, prompt(40))
+        finally:
+            del model.forward
+    assert broken.finish_reason == FinishReason.ERROR and "out of luck" in broken.error
+    assert after.token_ids == before.token_ids
+
+
+def test_a_reader_whose_event_loop_is_closed_stops_nobody(model, monkeypatch):
+    """Not even itself: who reads its answer elsewhere gets all of it."""
+    with open_engine(model) as engine:
+        run, num_passes, loop_closed = engine._loop.runner.run, itertools.count(), threading.Event()
+
+        def run_when_closed(*arguments):
+            assert next(num_passes) == 0 or loop_closed.wait(60)
+            return run(*arguments)
+
+        monkeypatch.setattr(engine._loop.runner, "run", run_when_closed)
+        with engine._loop.changed:  # so that they are admitted together
+            handles = [engine.submit(prompt(20, seed), GREEDY) for seed in range(2)]
+        loop, reader = asyncio.new_event_loop(), aiter(handles[0])
+        loop.run_until_complete(anext(reader))
+        loop.close()
+        loop_closed.set()
+        for seed, handle in enumerate(handles):
+            assert list(handle.result(60).token_ids) == expected(model, prompt(20, seed))
+
+
+def test_a_fault_of_the_engine_leaves_nobody_waiting(model, monkeypatch):
+    with Engine.open(model, Numbers(), block_size=BLOCK_SIZE, pool_tokens=4096) as engine:
+        with engine._loop.changed:
+            monkeypatch.setattr(engine._loop.scheduler, "next_steps", lambda now: 1 / 0)
+            handle = engine.submit(prompt(40), GREEDY)
+        output = handle.result(60)
+        assert output.finish_reason == FinishReason.ERROR
+        assert output.error == "ZeroDivisionError: division by zero"
+        with pytest.raises(EngineClosed):
+            engine.submit(prompt(40))
+
+
+def test_a_fault_in_ending_one_answer_leaves_no_other_waiting(model, monkeypatch):
+    with Engine.open(model, Numbers(), block_size=BLOCK_SIZE, pool_tokens=4096) as engine:
+        with engine._loop.changed:
+            monkeypatch.setattr(engine._loop.scheduler, "next_steps", lambda now: 1 / 0)
+            handles = [engine.submit(prompt(40, seed), GREEDY) for seed in range(3)]
+            monkeypatch.setattr(handles[0], "put", lambda delta: 1 / 0)
+        for handle in handles[1:]:
+            assert handle.result(60).finish_reason == FinishReason.ERROR
+        assert engine.drain(60)
+
+
+def test_changed_weights_end_the_requests(model):
+    with open_engine(model) as engine:
+        answer(engine, prompt(40))
+        with torch.no_grad():
+            next(model.parameters()).add_(1.0)
+        time.sleep(1.1)
+        with pytest.raises(ValueError, match="expected the weights"):
+            engine.submit(prompt(40))
