@@ -28,7 +28,7 @@ from prefixstore.settings import check_known
 from prefixstore.store import Store, StoreConfig, StoreStats
 from prefixstore.tier_urls import open_tiers
 from prefixstore.tiers.base import TierStats
-from prefixstore.tokens import as_tokens
+from prefixstore.tokens import as_tokens, text_problem
 
 
 @dataclass(frozen=True)
@@ -183,12 +183,16 @@ class PrefixCache:
             raise ValueError("session: expected an open cache, got a closed one")
         if salt is not None and not isinstance(salt, str):
             raise ValueError(f"salt: expected a string or None, got {salt!r}")
+        salt = self.config.salt if salt is None else salt
+        problem = text_problem(salt)
+        if problem is not None:
+            raise ValueError(f"salt: {problem}")
         if self.served_model is not None:
             self.served_model.check_weights_at_hand()
         tokens = as_tokens("token_ids", token_ids)
         if len(tokens) == 0:
             raise ValueError("token_ids: expected at least one token, got none")
-        return tokens, self.config.salt if salt is None else salt
+        return tokens, salt
 
     def evict_pool(self) -> int:
         """Give up all blocks in the pool that no session holds; the tiers keep theirs.

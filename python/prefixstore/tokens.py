@@ -1,4 +1,4 @@
-"""Token ids as the index and the records take them."""
+"""Token ids as the index and the records take them, and text that they can be made of."""
 
 from collections.abc import Mapping, Sequence
 
@@ -34,3 +34,17 @@ def as_tokens(name: str, token_ids: torch.Tensor | np.ndarray | Sequence[int]) -
         )
     # Always a copy: blocks are filed under these tokens after the caller may have changed its own.
     return np.array(tokens, dtype=np.uint32, order="C", copy=True)
+
+
+def text_problem(text: str) -> str | None:
+    """What keeps a text from being written as UTF-8, in words; None if nothing does.
+
+    Half a surrogate pair is what other languages leave where they cut a string within a character,
+    and JSON brings it here. No tokenizer takes it, and no digest can be made of it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        return f"expected whole characters, got half a surrogate pair, {half}, at {error.start}"
+    return None

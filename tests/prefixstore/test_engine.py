@@ -228,11 +228,19 @@ def test_with_reuse_off_everything_is_computed(model):
         (([[1, 2], [3, 4]],), "expected one sequence"),
         (([1] * 2048,), r"prompt: expected fewer than 2048 tokens \(max_model_len\), got 2048"),
         ((["a"],), "expected integers"),
+        (("a\ud83d",), r"prompt: expected whole characters, .* U\+D83D, at 1"),
     ],
 )
 def test_refuses_prompts_that_cannot_be_served(model, arguments, message):
     with open_engine(model) as engine, pytest.raises(ValueError, match=message):
         engine.submit(*arguments)
+
+
+def test_refuses_a_salt_that_no_digest_can_be_made_of(model):
+    with open_engine(model) as engine:
+        with pytest.raises(ValueError, match="salt: expected whole characters"):
+            engine.submit(prompt(40), salt="a\ud83d")
+        assert answer(engine, prompt(40)).token_ids
 
 
 def test_refuses_after_drain_and_ends_what_runs_at_close(model):

@@ -21,6 +21,9 @@ def server(engine):
         yield running
 
 
+HALF = "half of an emoji: \ud83d"  # as JavaScript's slice() leaves it
+
+
 def message(**fields):
     return {"messages": [{"role": "user", "content": "Hello", **fields}]}
 
@@ -62,6 +65,7 @@ WRONG_OF_BOTH = [
     ({"stop": ["x", ""]}, "stop"),
     ({"stop": ["x"] * 17}, "stop"),
     ({"stop": "x" * 257}, "stop"),
+    ({"stop": ["x", HALF]}, "stop"),
     ({"stream": "true"}, "stream"),
     ({"stream": 1}, "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
@@ -94,6 +98,12 @@ WRONG_OF_CHAT = [
     (message(content=[{"type": "image_url", "image_url": {}}]), "messages[0].content"),
     (message(mood="good"), "messages[0].mood"),
     (message(tool_calls="none"), "messages[0].tool_calls"),
+    (message(content=HALF), "messages[0].content"),
+    (message(content=[{"type": "text", "text": HALF}]), "messages[0].content"),
+    (message(name=HALF), "messages[0].name"),
+    (message(tool_call_id=HALF), "messages[0].tool_call_id"),
+    (message(tool_calls=[{"function": {"arguments": [HALF]}}]), "messages[0].tool_calls"),
+    (message(tool_calls=[{HALF: 1}]), "messages[0].tool_calls"),
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ({"max_completion_tokens": 301}, "max_completion_tokens"),
     ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
@@ -131,6 +141,10 @@ WRONG_OF_TEXT = [
     ({"prompt": [-1]}, "prompt"),
     ({"prompt": [1 << 40]}, "prompt"),
     ({"prompt": [1 << 70]}, "prompt"),
+    *(({"prompt": [one], "echo": True}, "prompt") for one in (-1, 384, 1 << 40, 1 << 70)),
+    ({"prompt": [[5], [-1]], "echo": True}, "prompt"),
+    ({"prompt": HALF}, "prompt"),
+    ({"prompt": ["Hello", HALF]}, "prompt"),
     ({"prompt": ""}, "prompt"),
     *(
         ({"logprobs": value}, "logprobs")

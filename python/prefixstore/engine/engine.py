@@ -27,6 +27,7 @@ from prefixstore.engine.sampling import SamplingParams
 from prefixstore.engine.stats import EngineStats
 from prefixstore.errors import ConfigError
 from prefixstore.settings import check_known
+from prefixstore.tokens import text_problem
 
 
 class Engine:
@@ -122,11 +123,12 @@ class Engine:
 
         Raises:
             ValueError: If the prompt is empty, longer than `max_model_len` leaves room for a token,
-                or has ids that the model does not know; or another argument is of a wrong type.
+                has ids that the model does not know, or is text with half a surrogate pair; or
+                another argument is wrong.
             EngineOverloaded: If `max_queued` requests wait.
             EngineClosed: If the engine drains or is closed.
         """
-        ids = self.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
+        ids = self._encode(prompt) if isinstance(prompt, str) else prompt
         tokens, salt = self.cache.checked_prompt(ids, salt)
         if len(tokens) >= self.max_model_len:
             raise ValueError(
@@ -244,6 +246,13 @@ class Engine:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _encode(self, text: str) -> list[int]:
+        problem = text_problem(text)
+        if problem is not None:
+            raise ValueError(f"prompt: {problem}")
+        ids: list[int] = self.tokenizer(text).input_ids
+        return ids
 
     def _cancel(self, request_id: str) -> None:
         with self._loop.changed:

@@ -19,7 +19,7 @@ from prefixstore.server.keys import ApiKeys
 from prefixstore.server.lifecycle import Lifecycle
 from prefixstore.server.logprobs import TokenTexts
 from prefixstore.server.metrics import EngineCollector, Latencies
-from prefixstore.server.prompts import Prompt, PromptReader
+from prefixstore.server.prompts import PromptReader
 from prefixstore.server.responses import ChatForm, CompletionForm
 from prefixstore.server.schema import ChatRequest, CompletionRequest
 from prefixstore.server.service import COMPLETION_TOKENS, Service
@@ -54,7 +54,7 @@ def create_app(
         engine=engine,
         config=config,
         model_name=config.model_name or DEFAULT_MODEL_NAME,
-        prompts=PromptReader(engine.tokenizer),
+        prompts=PromptReader(engine.tokenizer, engine.vocab_size),
         texts=TokenTexts(engine.tokenizer),
         latencies=Latencies(registry),
         lifecycle=lifecycle,
@@ -90,7 +90,7 @@ def _openai_routes(service: Service) -> APIRouter:
         service.check_model(body.model)
         given, reader = body.prompts, service.prompts
         prompts = [
-            await reader.read_text(one) if isinstance(one, str) else Prompt(one, None)
+            await reader.read_text(one) if isinstance(one, str) else reader.read_ids(one)
             for one in given[: service.config.max_choices + 1]
         ]
         jobs = service.plan(body, prompts, body.max_tokens or COMPLETION_TOKENS)

@@ -37,16 +37,33 @@ class PromptReader:
 
     Long prompts take milliseconds of a processor: one thread of its own keeps them from holding up
     the answers of others.
+
+    Args:
+        tokenizer: The model's.
+        vocab_size: How many token ids the model knows; a tokenizer may know fewer.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
         self._transcripts = Transcripts(tokenizer)
         self._thread = ThreadPoolExecutor(1, "kvkernels-prompts")
 
     async def read_text(self, text: str) -> Prompt:
         """A text as the tokenizer cuts it, with the special tokens it begins texts with."""
         return await self._run(self._read_text, text)
+
+    def read_ids(self, token_ids: Sequence[int]) -> Prompt:
+        """A prompt that came as token ids.
+
+        Raises:
+            ApiError: 400 if the model does not know one: it could not be decoded for an echo.
+        """
+        wrong = [one for one in (min(token_ids), max(token_ids)) if not 0 <= one < self._vocab_size]
+        if wrong:
+            message = f"prompt: expected token ids 0 to {self._vocab_size - 1}, got {wrong[0]}"
+            raise ApiError(400, message, param="prompt", code="invalid_value")
+        return Prompt(token_ids, None)
 
     async def read_chat(self, messages: Sequence[Message], salt: str) -> Prompt:
         """A chat by the model's template, up to where the next answer begins.

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from prefixstore.engine import SamplingParams
 from prefixstore.engine.sampling import MAX_LOGPROBS
 from prefixstore.server.errors import UNSUPPORTED
+from prefixstore.tokens import text_problem
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
@@ -88,6 +89,7 @@ class _Generation(_Strict):
             raise ValueError(f"expected at most {MAX_STOPS} strings, got {len(stops)}")
         if not all(1 <= len(one) <= MAX_STOP_CHARACTERS for one in stops):
             raise ValueError(f"expected strings of 1 to {MAX_STOP_CHARACTERS} characters")
+        _check_text(stops)
         return stops
 
     @field_validator("stream_options")
@@ -155,6 +157,12 @@ class Message(_Strict):
             if kind != "text" or not isinstance(part.get("text"), str):
                 raise ValueError(f'expected text parts {{"type": "text", "text": ...}} at {number}')
         return "\n".join(part["text"] for part in value)
+
+    @field_validator("content", "name", "tool_calls", "tool_call_id")
+    @classmethod
+    def _check_text(cls, value: Any) -> Any:
+        _check_text(value)
+        return value
 
     @model_validator(mode="after")
     def _check_content(self) -> Message:
@@ -246,10 +254,14 @@ class CompletionRequest(_Generation):
     @classmethod
     def _read_prompt(cls, value: Any, _: Any) -> Any:
         # By hand: trying one kind after the other would tell of each token what it is not.
-        if isinstance(value, str) or _is_token_ids(value):
+        if _is_token_ids(value):
+            return value
+        if isinstance(value, str):
+            _check_text(value)
             return value
         if isinstance(value, list) and value:
             if all(isinstance(one, str) for one in value):
+                _check_text(value)
                 return value
             if all(_is_token_ids(one) for one in value):
                 return value
@@ -284,6 +296,19 @@ class CompletionRequest(_Generation):
 
 def _is_token_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
+
+
+def _check_text(value: Any) -> None:
+    """Raises ValueError if there is text in it, however deep, that no tokenizer takes."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, dict):
+            left += [*one, *one.values()]
+        elif isinstance(one, list):
+            left += one
+        elif isinstance(one, str) and (problem := text_problem(one)) is not None:
+            raise ValueError(problem)
 
 
 def _check_unserved(value: Any, info: ValidationInfo, neutral: dict[str, tuple[Any, ...]]) -> Any:
