@@ -4,9 +4,11 @@ import json
 
 import httpx
 import pytest
-from chat_model import chat_tokenizer
+from chat_model import chat_model, chat_tokenizer
 from scripted_engine import ScriptedEngine
 from serving import CHAT, PATHS, serving, wait_until
+
+from prefixstore.engine import Engine
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +118,17 @@ def test_an_engine_that_fails_is_500_and_says_nothing_of_why(error_after):
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "internal_error"
         assert "secret" not in answer.text + stream.text
     engine.close()
+
+
+def test_an_engine_that_stopped_for_good_is_neither_ready_nor_shutting_down(monkeypatch):
+    engine = Engine.open(chat_model(), chat_tokenizer(), block_size=16, pool_tokens=1024)
+    with engine, serving(engine) as server:
+        server.assert_answers()
+        monkeypatch.setattr(engine._loop.scheduler, "next_steps", lambda now: 1 / 0)
+        for _ in range(2):  # the first stops it
+            answer = server.post(PATHS[0], CHAT)
+            assert answer.status_code == 500
+            assert answer.json()["error"]["code"] == "internal_error"
+        for path in ("/health", "/health/ready", "/health/live"):
+            answer = server.get(path)
+            assert answer.status_code == 503 and answer.json() == {"status": "failed"}

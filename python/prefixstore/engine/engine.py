@@ -126,7 +126,7 @@ class Engine:
                 has ids that the model does not know, or is text with half a surrogate pair; or
                 another argument is wrong.
             EngineOverloaded: If `max_queued` requests wait.
-            EngineClosed: If the engine drains or is closed.
+            EngineClosed: If the engine drains, is closed or has failed.
         """
         ids = self._encode(prompt) if isinstance(prompt, str) else prompt
         tokens, salt = self.cache.checked_prompt(ids, salt)
@@ -213,6 +213,11 @@ class Engine:
         with self._loop.changed:
             roster.is_draining = True
             return self._loop.changed.wait_for(lambda: not roster, timeout_s)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a fault of its own has ended it: all requests were told, none is taken on."""
+        return self._loop.has_failed
 
     @property
     def is_batch_invariant(self) -> bool:

@@ -53,6 +53,7 @@ class EngineLoop:
     Attributes:
         changed: Its lock guards all parts but the runner, which is the thread's; notified when
             there may be something to do, and when a request has ended.
+        has_failed: A fault of the engine's own has ended its thread; it answers nothing any more.
 
     Raises:
         ConfigError: If a sliding group's pool is too small for one sequence.
@@ -86,6 +87,7 @@ class EngineLoop:
         )
         self.scheduler = Scheduler(blocks, self.restorer, config, budget, self.auditor.give_way)
         self.roster = Roster(self.scheduler, config, self.changed)
+        self.has_failed = False
         self._is_closed = False
         self._weights_checked = 0.0
         self._thread = threading.Thread(target=self._run, name="kv-engine", daemon=True)
@@ -111,6 +113,7 @@ class EngineLoop:
             # A fault of ours: whose blocks are whose is not known any more.
             logger.exception("the engine stopped")
             with self.changed:
+                self.has_failed = True
                 self.roster.abandon(f"{type(error).__name__}: {error}")
 
     def _run_steps(self) -> None:

@@ -65,7 +65,7 @@ def create_app(
     app.add_middleware(Gate, config=config, keys=keys, lifecycle=lifecycle)
     install_handlers(app)
     app.include_router(_openai_routes(service))
-    app.include_router(_operations_routes(lifecycle, registry))
+    app.include_router(_operations_routes(engine, lifecycle, registry))
     if dashboard is not None:
         app.include_router(dashboard)
     return app
@@ -117,20 +117,25 @@ def _openai_routes(service: Service) -> APIRouter:
     return router
 
 
-def _operations_routes(lifecycle: Lifecycle, registry: CollectorRegistry) -> APIRouter:
+def _operations_routes(
+    engine: Engine, lifecycle: Lifecycle, registry: CollectorRegistry
+) -> APIRouter:
     router = APIRouter()
     scraping = asyncio.Lock()  # a tier far away may take its time: one look at a time
 
     @router.get("/health/live")
-    async def is_live() -> dict[str, str]:
-        return {"status": "ok"}
+    async def is_live() -> JSONResponse:
+        # An engine that has failed does not come back: whoever watches is to start another process.
+        if engine.has_failed:
+            return JSONResponse({"status": "failed"}, 503)
+        return JSONResponse({"status": "ok"})
 
     @router.get("/health")
     @router.get("/health/ready")
     async def is_ready() -> JSONResponse:
         if lifecycle.is_draining:
             return JSONResponse({"status": "draining"}, 503)
-        return JSONResponse({"status": "ok"})
+        return await is_live()
 
     @router.get("/metrics")
     async def metrics() -> Response:

@@ -117,7 +117,7 @@ class Service:
             headers = {"retry-after": str(self.config.retry_after_s)}
             return ApiError(429, str(error), code="engine_overloaded", headers=headers)
         if isinstance(error, EngineClosed):
-            return shutting_down()
+            return internal_error() if self.engine.has_failed else shutting_down()
         # The engine names its own argument, the client knows its field.
         message = f"{body.PROMPT}: {str(error).partition(': ')[2] or error}"
         return ApiError(400, message, param=body.PROMPT, code="invalid_value")
