@@ -1,9 +1,12 @@
 """The next turn of a chat begins with the tokens of the last one."""
 
+import copy
+
 import pytest
 from chat_model import chat_tokenizer
 from scripted_engine import ScriptedEngine
 from serving import MODEL, serving
+from tokenizers.processors import TemplateProcessing
 
 from prefixstore.server.transcripts import Transcripts
 
@@ -134,4 +137,28 @@ def test_a_chat_over_http_keeps_its_tokens(stream):
     for before, after in zip(engine.asked, engine.asked[1:], strict=False):
         whole = before.prompt + by_characters(ANSWER)
         assert after.prompt[: len(whole)] == whole
+    engine.close()
+
+
+def test_no_chat_begins_with_the_tokens_of_a_completion():
+    """A client may render a chat itself; the tokenizer then puts its own token before the text."""
+    tokenizer = copy.deepcopy(chat_tokenizer())
+    start_id = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|start|> $A", special_tokens=[("<|start|>", start_id)]
+    )
+    messages = [
+        {"role": "user", "content": "What keeps blocks?"},
+        {"role": "assistant", "content": ANSWER},
+        {"role": "user", "content": "And records?"},
+    ]
+    engine = ScriptedEngine(tokenizer, ANSWER)
+    with serving(engine) as server:
+        client = server.client()
+        answer = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=100)
+        assert answer.choices[0].text == ANSWER
+        client.chat.completions.create(model=MODEL, messages=messages)
+    completion, chat = engine.asked
+    assert completion.prompt == [start_id, *encode(PROMPT)]
+    assert chat.prompt == encode(PROMPT + ANSWER + REST)
     engine.close()

@@ -24,8 +24,8 @@ class Prompt:
 
     Attributes:
         token_ids: What the engine is given.
-        text: Of a chat, as the template rendered it; of a completion, as it was sent, None if that
-            was token ids.
+        text: Of a chat, as the template rendered it; None of a completion. That may begin with
+            special tokens which its text does not name, so no chat is to begin with its tokens.
     """
 
     token_ids: Sequence[int]
@@ -91,7 +91,7 @@ class PromptReader:
         return await loop.run_in_executor(self._thread, function, *arguments)
 
     def _read_text(self, text: str) -> Prompt:
-        return Prompt(self._tokenizer(text).input_ids, text)
+        return Prompt(self._tokenizer(text).input_ids, None)
 
     def _read_chat(self, messages: Sequence[Message], salt: str) -> Prompt:
         if not self._tokenizer.chat_template:
