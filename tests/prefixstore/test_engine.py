@@ -167,6 +167,40 @@ def test_a_cancelled_request_ends_wherever_it_is(model):
         assert answer(engine, prompt(40)).token_ids
 
 
+def test_to_cancel_a_finished_request_does_nothing_to_the_next_of_its_id(model):
+    with open_engine(model) as engine:
+        first = engine.submit(prompt(40), GREEDY, request_id="a")
+        first.result(60)
+        with engine._loop.changed:  # the next is there when the first is cancelled
+            following = engine.submit(prompt(40), GREEDY, request_id="a")
+            first.cancel()
+        assert following.result(60).finish_reason == FinishReason.LENGTH
+
+
+def test_a_cancel_that_comes_with_the_last_token_is_forgotten(model, monkeypatch):
+    with open_engine(model) as engine:
+        run, end, handles = engine._loop.runner.run, engine._loop.roster.end, []
+
+        def cancel_and_run(*arguments):
+            if len(handles) == 1:
+                handles[0].cancel()
+            return run(*arguments)
+
+        def end_and_submit(*arguments):
+            end(*arguments)
+            if len(handles) == 1:
+                handles.append(engine.submit(prompt(40), GREEDY, request_id="a"))
+
+        monkeypatch.setattr(engine._loop.runner, "run", cancel_and_run)
+        monkeypatch.setattr(engine._loop.roster, "end", end_and_submit)
+        with engine._loop.changed:
+            once = SamplingParams(max_tokens=1, ignore_eos=True)
+            handles.append(engine.submit(prompt(40), once, request_id="a"))
+        assert handles[0].result(60).finish_reason == FinishReason.LENGTH
+        assert engine.drain(60)
+        assert handles[1].result(60).finish_reason == FinishReason.LENGTH
+
+
 def test_tenants_are_served_in_turn(model):
     order = [("busy", f"b{number}") for number in range(6)] + [("calm", "calm")]
     with open_engine(model, max_running=1) as engine:

@@ -143,7 +143,7 @@ class Engine:
             raise ValueError(f"tenant: expected a string, got {tenant!r}")
         sampling = sampling if sampling is not None else SamplingParams()
         request_id = request_id if request_id is not None else secrets.token_hex(8)
-        handle = RequestHandle(request_id, lambda: self._cancel(request_id))
+        handle = RequestHandle(request_id, self._cancel)
         if not self.config.reuses_prefixes:
             salt = f"{salt}\0{secrets.token_hex(16)}"
         max_tokens = min(self.max_model_len, len(tokens) + sampling.max_tokens)
@@ -259,9 +259,9 @@ class Engine:
         ids: list[int] = self.tokenizer(text).input_ids
         return ids
 
-    def _cancel(self, request_id: str) -> None:
+    def _cancel(self, handle: RequestHandle) -> None:
         with self._loop.changed:
-            self._loop.roster.cancel(request_id)
+            self._loop.roster.cancel(handle)
 
 
 def _max_model_len(config: EngineConfig, text_config: Any, cache: PrefixCache) -> int:

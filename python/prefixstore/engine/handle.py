@@ -17,7 +17,7 @@ class RequestHandle:
     more than the answer itself.
     """
 
-    def __init__(self, request_id: str, cancel: Callable[[], None]) -> None:
+    def __init__(self, request_id: str, cancel: Callable[[RequestHandle], None]) -> None:
         self.request_id = request_id
         self._cancel = cancel
         self._condition = threading.Condition()
@@ -26,7 +26,7 @@ class RequestHandle:
 
     def cancel(self) -> None:
         """Let the engine stop; the last piece then says CANCELLED. A finished one stays."""
-        self._cancel()
+        self._cancel(self)
 
     @property
     def is_finished(self) -> bool:

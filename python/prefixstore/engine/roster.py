@@ -8,6 +8,7 @@ import time
 from collections import deque
 
 from prefixstore.engine.config import EngineConfig
+from prefixstore.engine.handle import RequestHandle
 from prefixstore.engine.outputs import FinishReason, RequestReport
 from prefixstore.engine.request import Request
 from prefixstore.engine.scheduler import Scheduler
@@ -43,7 +44,7 @@ class Roster:
         self._config = config
         self._changed = changed
         self._requests: dict[str, Request] = {}
-        self._cancelled: set[str] = set()
+        self._cancelled: set[str] = set()  # of these
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -74,18 +75,19 @@ class Roster:
         self.counts.num_submitted += 1
         self._changed.notify_all()
 
-    def cancel(self, request_id: str) -> None:
-        """Have a request ended at the next step, if it is still there."""
-        if request_id in self._requests:
-            self._cancelled.add(request_id)
+    def cancel(self, handle: RequestHandle) -> None:
+        """Have a request ended at the next step, if it is still there.
+
+        Not another of its id: once a request has ended, the next may have it.
+        """
+        request = self._requests.get(handle.request_id)
+        if request is not None and request.answer.handle is handle:
+            self._cancelled.add(request.request_id)
             self._changed.notify_all()
 
     def end_cancelled(self) -> None:
-        for request_id in self._cancelled:
-            request = self._requests.get(request_id)
-            if request is not None:
-                self.end(request, FinishReason.CANCELLED)
-        self._cancelled.clear()
+        for request_id in list(self._cancelled):
+            self.end(self._requests[request_id], FinishReason.CANCELLED)
 
     def end_all(self, reason: FinishReason, error: str | None = None) -> None:
         for request in list(self._requests.values()):
@@ -98,6 +100,7 @@ class Roster:
         else:
             self._scheduler.remove_waiting(request)
         del self._requests[request.request_id]
+        self._cancelled.discard(request.request_id)
         report = request.report(time.monotonic())
         self.counts.add_finished(reason, report)
         self.recent.append(report)
@@ -113,6 +116,7 @@ class Roster:
         for request in self._requests.values():
             _try_end(request, error)
         self._requests.clear()
+        self._cancelled.clear()
         self._changed.notify_all()
 
     def check(self) -> list[str]:
