@@ -6,8 +6,11 @@ import threading
 import pytest
 from redis_servers import wait_until
 from redis_tiers import PART, get, make_names, open_tier, part_keys, put, random_bytes, record_key
+from sample_blocks import make_keys, make_payload
 
 from prefixstore.errors import BlockCorrupted
+from prefixstore.store import Store
+from prefixstore.store.block_sources import HostBlock
 from prefixstore.tiers.redis.records import MANIFEST_BYTES
 
 SIZES = [0, 1, PART - 1, PART, PART + 1, 2 * PART, 5 * PART + 77]
@@ -195,6 +198,46 @@ def test_what_is_not_ours_is_corrupted_and_not_a_hit(redis_tier, redis_client):
     assert redis_tier.delete_many(names[:2]) == [True, True]
     assert len(redis_tier.check(fix=True)) == 1  # the list
     assert redis_tier.check() == []
+
+
+def spoil(client, names) -> None:
+    """What is under the first three names is no record any more, in three ways."""
+    client.set(record_key(client, names[0]), b"short")
+    client.setrange(record_key(client, names[1]), 0, b"XXXX")
+    key = record_key(client, names[2])
+    client.delete(key)
+    client.rpush(key, b"a list")
+
+
+@pytest.mark.parametrize("size", [100, 3 * PART])
+def test_what_is_no_record_is_absent_and_a_new_one_mends_it(redis_tier, redis_client, size):
+    names, record = make_names(5), random_bytes(size)
+    put(redis_tier, names, [record] * 5)
+    spoil(redis_client, names)
+    whole = [False] * 3 + [True] * 2
+    assert redis_tier.contains_many(names) == whole
+    assert redis_tier.pin_many(names) == whole
+    assert redis_tier.pin_many(names, is_pinned=False) == whole
+    assert put(redis_tier, names, [record] * 5) == [None] * 5
+    assert redis_tier.contains_many(names) == [True] * 5
+    assert get(redis_tier, names, size) == [record] * 5
+
+
+def test_a_store_finds_and_mends_what_lies_beside_a_damaged_record(redis_server, redis_client):
+    keys = make_keys(4)
+    payloads = [HostBlock(make_payload(key)) for key in keys]
+    with Store([open_tier(redis_server.url)]) as store:
+        for key, payload in zip(keys, payloads, strict=True):
+            assert store.save(key, payload)
+        assert store.flush(5)
+        spoil(redis_client, [key.name for key in keys])
+        for _ in range(6):  # more often than a breaker lets pass
+            assert store.contains_many(keys) == [None] * 3 + ["redis"]
+        for key, payload in zip(keys, payloads, strict=True):
+            store.save(key, payload)
+        assert store.flush(5)
+        assert store.contains_many(keys) == ["redis"] * 4
+        assert store.stats().tiers[0].num_errors == 0
 
 
 def test_counts(redis_tier, redis_client):

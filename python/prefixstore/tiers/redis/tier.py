@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from prefixstore.block_key import RecordName
-from prefixstore.errors import TierError, TierTimeout, TierUnavailable
+from prefixstore.errors import BlockCorrupted, TierError, TierTimeout, TierUnavailable
 from prefixstore.tiers.base import (
     Held,
     ReadOutcome,
@@ -142,7 +142,7 @@ class RedisTier(Tier):
             absent=False,
             bulk=BulkLooks(len(names)),
         )
-        return self._run_all(call, deadline)
+        return self._answer_all(call, deadline)
 
     def delete_many(
         self, names: Sequence[RecordName], *, deadline: float | None = None
@@ -150,7 +150,8 @@ class RedisTier(Tier):
         def start(i: int, key: bytes, generation: bytes) -> Operation[bool]:
             return delete_record(key, self._keys.pinned(names[i].identity, generation))
 
-        deleted = self._run_all(Call(names, start, absent=False), deadline)
+        outcomes = self._caller.run(Call(names, start, absent=False), self._deadline(deadline))
+        deleted = raise_first(outcomes)
         self._counters.add(num_deletes=sum(deleted))
         return deleted
 
@@ -173,7 +174,7 @@ class RedisTier(Tier):
                 return unpin_record(key, pinned_key, self._config)
             return pin_record(key, pinned_key, self._keys.generation(identity), generation)
 
-        return self._run_all(Call(names, start, absent=False), None)
+        return self._answer_all(Call(names, start, absent=False), None)
 
     def list_identities(self) -> dict[bytes, Held]:
         """Records and bytes of each identity, for which it walks through every key."""
@@ -219,10 +220,14 @@ class RedisTier(Tier):
     def close(self) -> None:
         self._servers.close()
 
-    def _run_all(self, call: Call[bool], deadline: float | None) -> list[bool]:
-        """An answer for each record; the first error is raised."""
+    def _answer_all(self, call: Call[bool], deadline: float | None) -> list[bool]:
+        """An answer for each record; the first error of a server is raised.
+
+        What is there but is no record is a no, so that it costs its own hits and not those of the
+        whole call, and the next writer mends it.
+        """
         outcomes = self._caller.run(call, self._deadline(deadline))
-        return raise_first(outcomes)
+        return raise_first([False if isinstance(o, BlockCorrupted) else o for o in outcomes])
 
     def _bulk_of(
         self,
