@@ -1,10 +1,11 @@
-"""Settings as people write them: sizes, times, switches, and names that are almost right."""
+"""Settings as people write them: sizes, times, switches, URLs, and names that are almost right."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from urllib.parse import SplitResult, urlsplit
 
 from prefixstore.errors import ConfigError
 
@@ -73,6 +74,36 @@ def check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{what}: expected one of {', '.join(names)}, got {name!r}{hint}")
+
+
+def split_url(name: str, url: str) -> SplitResult:
+    """A URL taken apart; none of ours has a fragment.
+
+    Raises:
+        ConfigError: If its host is broken, or a # begins a fragment that nobody would read; without
+            showing it, for it may hold a password.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise ConfigError(f"{name}: expected a URL, got one with a broken host") from None
+    if "#" in url:
+        raise ConfigError(f"{name}: expected no #, got one (in a name or a password it is %23)")
+    return parts
+
+
+def check_user_info(name: str, parts: SplitResult) -> None:
+    """Refuse a URL with an @ after its host: most likely a / or ? in a password has ended the host
+    before, and what follows would be taken for something else, and be shown.
+
+    Raises:
+        ConfigError: Without showing the URL.
+    """
+    if "@" in parts.path or "@" in parts.query:
+        raise ConfigError(
+            f"{name}: expected no @ after the host, got one (percent-encode user and password: / is"
+            " %2F, ? is %3F; any other @ is %40)"
+        )
 
 
 def _parse(name: str, value: float | str, units: Mapping[str, float], wanted: str) -> float:

@@ -13,11 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode
 
 from prefixstore.errors import ConfigError, StoreError
 from prefixstore.keys import ProtectionConfig, split_paths
-from prefixstore.settings import check_known, parse_bytes, parse_seconds, parse_switch, parse_whole
+from prefixstore.settings import (
+    check_known,
+    check_user_info,
+    parse_bytes,
+    parse_seconds,
+    parse_switch,
+    parse_whole,
+    split_url,
+)
 from prefixstore.store import TierPolicy
 from prefixstore.tiers.base import Tier
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
@@ -104,11 +112,14 @@ def parse_tier_url(url: str) -> TierUrl:
     """Take a URL apart, and check what is common to all kinds.
 
     Raises:
-        ConfigError: If it is of no known kind, or an option is not as it must be.
+        ConfigError: If it is of no known kind, or an option is not as it must be; without showing
+            a password.
     """
-    parts = urlsplit(url)
+    parts = split_url("tiers", url)
     check_known("tiers: kind", [parts.scheme], _KINDS)
     kind = _KINDS[parts.scheme]
+    if parts.scheme not in _WITHOUT_USERS:
+        check_user_info(f"tiers: {kind.name}", parts)
     pairs = parse_qsl(parts.query, keep_blank_values=True)
     options = dict(pairs)
     names = [name for name, _ in pairs]
@@ -189,6 +200,7 @@ _DISK = {
     "threads": ("num_threads", parse_whole),
 }
 _REMOTE = _Kind("remote", _open_remote, write="write_second_touch")
+_WITHOUT_USERS = ("memory", "disk", "file")  # in their paths an @ is one like any letter
 _KINDS = {
     "memory": _Kind("memory", _open_memory, is_shared=False),
     "disk": _Kind("disk", _open_disk),

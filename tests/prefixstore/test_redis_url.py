@@ -3,6 +3,7 @@
 import pytest
 
 from prefixstore.errors import ConfigError
+from prefixstore.tier_urls import open_tiers
 from prefixstore.tiers.redis.config import Address, RedisTierConfig, TlsConfig, Topology
 
 LOCAL = Address("127.0.0.1", 6379)
@@ -16,6 +17,8 @@ LOCAL = Address("127.0.0.1", 6379)
         ("redis://h:1/5", {"addresses": (Address("h", 1),), "db": 5}),
         ("redis://[::1]:7000", {"addresses": (Address("::1", 7000),)}),
         ("redis://me:p%40ss%3A@h", {"username": "me", "password": "p@ss:"}),
+        ("redis://me:p@ss@h", {"username": "me", "password": "p@ss"}),
+        ("redis://:%2F%3F%23@h?prefix=a%40b", {"password": "/?#", "prefix": "a@b"}),
         ("redis://:secret@h", {"username": None, "password": "secret"}),
         ("rediss://h", {"tls": TlsConfig()}),
         ("rediss://h?tls_verify=no", {"tls": TlsConfig(verify=False)}),
@@ -75,6 +78,10 @@ def test_reads_urls(url, fields):
         ("redis://h/0/1", "expected nothing after the database"),
         ("redis://h/x", "db: expected a whole number"),
         ("redis://a,b", "addresses: expected one server, got 2"),
+        ("redis://h?ttl=1h#prefix=x", "url: expected no #"),
+        ("redis://:1234#5@h", "url: expected no #"),
+        ("redis://:12/34@h", "url: expected no @ after the host"),
+        ("redis://h?prefix=a@b", "url: expected no @ after the host"),
         ("redis://h:99999", "expected a port of 1 to 65535"),
         ("redis://h:port", "expected host:port"),
         ("redis://[::1", "broken host"),
@@ -89,11 +96,34 @@ def test_refuses_urls(url, message):
 
 
 @pytest.mark.parametrize(
-    "url", ["redis://u:hunter2@h:x", "http://u:hunter2@h", "redis://u:hunter2@h?tll=1"]
+    "url",
+    [
+        "redis://u:hunter2@h:x",
+        "http://u:hunter2@h",
+        "redis://u:hunter2@h?tll=1",
+        "redis://:hunter2/x@cache.example:6379/0",  # characters that end a host
+        "redis://:x/hunter2@cache.example:6379/0",
+        "redis://:6380/hunter2@cache.example:6379",
+        "redis://:6380/0/hunter2@cache.example:6379",
+        "redis://me:6380?hunter2@cache.example/0",
+        "redis://me:6380?hunter2=1@cache.example/0",
+        "redis://:hunter2?x@cache.example/0",
+        "redis://me:hunter2#x@cache.example/0",
+        "redis://:1234#hunter2@cache.example/0",
+        "redis://:[hunter2@cache.example/0",
+        "unix://:hunter2/x@/run/redis.sock",
+        "redis://:hunter2",  # without an @
+        "redis://:6380/hunter2",
+        "redis://:6380/0/hunter2",
+        "unix://:hunter2/run/redis.sock",
+        "redis+sentinel://a:1,me:hunter2/x@b/primary",
+        "redis+cluster://a,me:hunter2",
+    ],
 )
-def test_never_shows_passwords(url):
+@pytest.mark.parametrize("read", [RedisTierConfig.from_url, lambda url: open_tiers([url])])
+def test_never_shows_passwords(url, read):
     with pytest.raises(ConfigError) as caught:
-        RedisTierConfig.from_url(url)
+        read(url)
     assert "hunter2" not in str(caught.value)
     assert "hunter2" not in repr(RedisTierConfig.from_url("redis://u:hunter2@h"))
 

@@ -46,6 +46,7 @@ from prefixstore.tiers.remote.config import RemoteTierConfig
                 "name": "cold",
             },
         ),
+        ("file:///var/kv@home", {"bucket": "/var/kv@home"}),
         ("file:///var/kv%20cache", {"kind": "file", "bucket": "/var/kv cache", "prefix": ""}),
         (
             "s3://bucket?anonymous=true&max_retries=0&part_bytes=8MiB",
@@ -77,6 +78,11 @@ def test_reads_urls(url, fields):
         ("s3://bucket/a%20b", "prefix: expected letters"),
         ("file://host/kv", "expected file:///directory"),
         ("file:kv", "expected file:///directory"),
+        ("file:///kv#1?ttl=7d", "url: expected no #"),
+        ("s3://bucket#kv", "url: expected no #"),
+        ("s3://[bucket/kv", "url: expected a URL, got one with a broken host"),
+        ("s3://bucket:80/kv", "url: expected the name of a bucket alone"),
+        ("s3://bucket/a@b", "url: expected no @ after the host"),
     ],
 )
 def test_refuses_urls(url, message):
@@ -88,14 +94,21 @@ def test_refuses_urls(url, message):
     "url",
     [
         "s3://key:hidden@bucket/kv",
+        "s3://key:hid/hidden@bucket/kv",
+        "s3://key:hidden/x@bucket/kv",
+        "s3://key:x?hidden@bucket/kv",
+        "s3://key:hidden#x@bucket/kv",
+        "s3://key:[hidden@bucket/kv",
+        "s3://key:hidden/bucket",
         "s3://bucket?secret_access_key=hidden",
         "s3://bucket?endpoint=http://key:hidden@127.0.0.1:1",
         "az://container?endpoint=https://host/?sig=hidden",
     ],
 )
-def test_does_not_show_secrets_that_it_refuses(url):
+@pytest.mark.parametrize("read", [RemoteTierConfig.from_url, lambda url: open_tiers([url])])
+def test_does_not_show_secrets_that_it_refuses(url, read):
     with pytest.raises(ConfigError) as caught:
-        RemoteTierConfig.from_url(url)
+        read(url)
     assert "hidden" not in str(caught.value)
 
 

@@ -94,6 +94,7 @@ def test_opens_tiers_by_url(tmp_path):
 def test_the_plain_url_is_without_what_is_not_the_tiers_own():
     url = parse_tier_url("disk:///var/kv?write=through&ttl=7d&name=cold")
     assert (url.plain, url.name) == ("disk:///var/kv?ttl=7d", "cold")
+    assert parse_tier_url("disk:///var/kv@home?name=a@b").plain == "disk:///var/kv@home"
 
 
 @pytest.mark.parametrize(
@@ -109,6 +110,9 @@ def test_the_plain_url_is_without_what_is_not_the_tiers_own():
         ("memory://1KiB", "capacity_bytes: expected an integer of at least 4096"),
         ("disk://var/kv", "tiers: disk: expected an absolute path"),
         ("disk:///tmp/x?max_bytes=much", "max_bytes: expected a size"),
+        ("disk:///tmp/x#1?ttl=7d", "tiers: expected no #"),
+        ("memory://4GiB#ttl=7d", "tiers: expected no #"),
+        ("memory://[4GiB", "tiers: expected a URL, got one with a broken host"),
     ],
 )
 def test_refuses_urls_that_are_wrong(url, message):

@@ -5,7 +5,9 @@
     redis+sentinel://[user:password@]host[:port],.../master-name[/db]     rediss+sentinel://
     redis+cluster://[user:password@]host[:port],...                       rediss+cluster://
 
-User and password are percent-encoded; they go to the servers of the data, not to sentinels.
+User and password are percent-encoded; they go to the servers of the data, not to sentinels. Where
+one of them is not, or the @ is forgotten, part of it stands where a host, a port or a database is
+expected: messages about those do not show what came.
 """
 
 from __future__ import annotations
@@ -14,15 +16,17 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote
 
 from prefixstore.errors import ConfigError
 from prefixstore.settings import (
     check_known,
+    check_user_info,
     parse_bytes,
     parse_seconds,
     parse_switch,
     parse_whole,
+    split_url,
 )
 from prefixstore.tiers.redis.config import Address, TlsConfig, Topology
 
@@ -44,11 +48,9 @@ def read_url(url: str) -> dict[str, Any]:
     Raises:
         ConfigError: If it is no such URL or has an unknown option; without showing the password.
     """
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        raise ConfigError("url: expected a URL of a Redis, got one with a broken host") from None
+    parts = split_url("url", url)
     check_known("url: scheme", [parts.scheme], SCHEMES)
+    check_user_info("url", parts)
     topology, uses_tls = SCHEMES[parts.scheme]
     user_info, _, hosts = parts.netloc.rpartition("@")
     username, _, password = user_info.partition(":")
@@ -72,7 +74,7 @@ def _read_place(parts: SplitResult, topology: Topology, hosts: str) -> dict[str,
     if parts.scheme == "unix":
         path = unquote(hosts + parts.path)
         if not path.startswith("/"):
-            raise ConfigError(f"url: expected unix:///path/of/socket, got the path {path!r}")
+            raise ConfigError("url: expected unix:///path/of/socket, got a path without /")
         return {"addresses": (Address(path, 0),)}
     default_port = _DEFAULT_PORTS.get(topology, 6379)
     addresses = tuple(_read_address(text, default_port) for text in hosts.split(","))
@@ -83,19 +85,21 @@ def _read_place(parts: SplitResult, topology: Topology, hosts: str) -> dict[str,
             raise ConfigError("url: expected the master's name after the sentinels, got none")
         place["sentinel_master"] = words.pop(0)
     if words:
-        place["db"] = parse_whole("db", words.pop(0))
+        if not words[0].isdecimal():
+            raise ConfigError("db: expected a whole number in the URL's path, got something else")
+        place["db"] = int(words.pop(0))
     if words:
-        raise ConfigError(f"url: expected nothing after the database, got {words[0]!r}")
+        raise ConfigError("url: expected nothing after the database, got more")
     return place
 
 
 def _read_address(text: str, default_port: int) -> Address:
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]/]*))(?::(\d+))?", text)
     if match is None:
-        raise ConfigError(f"url: expected host:port, got {text!r}")
+        raise ConfigError("url: expected host:port, got something else")
     port = int(match[3] or default_port)
     if not 0 < port < 65536:
-        raise ConfigError(f"url: expected a port of 1 to 65535, got {port}")
+        raise ConfigError("url: expected a port of 1 to 65535, got one out of range")
     return Address(match[1] or match[2] or "127.0.0.1", port)
 
 

@@ -6,10 +6,18 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote
 
 from prefixstore.errors import ConfigError
-from prefixstore.settings import check_known, parse_bytes, parse_seconds, parse_switch, parse_whole
+from prefixstore.settings import (
+    check_known,
+    check_user_info,
+    parse_bytes,
+    parse_seconds,
+    parse_switch,
+    parse_whole,
+    split_url,
+)
 from prefixstore.tiers.base import check_bytes
 
 # What every store takes in a name without encoding it.
@@ -96,8 +104,10 @@ class RemoteTierConfig:
             ConfigError: If it is no such URL, has credentials in it, or an option that nobody
                 reads; the message has the nearest name that there is.
         """
-        parts = urlsplit(url)
+        parts = split_url("url", url)
         check_known("url: kind", [parts.scheme], _OWN_OPTIONS)
+        if parts.scheme != "file":
+            check_user_info("url", parts)
         known = _COMMON_OPTIONS | _OWN_OPTIONS[parts.scheme]
         pairs = parse_qsl(parts.query, keep_blank_values=True)
         check_known(f"{parts.scheme}: option", [name for name, _ in pairs], known)
@@ -171,6 +181,8 @@ def _read_place(parts: SplitResult) -> dict[str, Any]:
         raise ConfigError("url: expected credentials in the environment, got some in the URL")
     path = unquote(parts.path)
     if parts.scheme != "file":
+        if ":" in parts.netloc:  # not shown: an access key may have ended at a /
+            raise ConfigError("url: expected the name of a bucket alone, got one with a colon")
         return {"bucket": parts.netloc, "prefix": path.strip("/")}
     if parts.netloc or not path.startswith("/"):
         raise ConfigError(f"url: expected file:///directory, got file://{parts.netloc}{path}")
