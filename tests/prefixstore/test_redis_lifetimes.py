@@ -1,11 +1,14 @@
 """How long records in a real Redis server last: time to live, pins, deleted identities, sweeps."""
 
 import threading
+from contextlib import closing, suppress
 from functools import partial
 
+from redis_proxy import Proxy
 from redis_servers import wait_until
 from redis_tiers import PART, get, make_names, open_tier, part_keys, put, random_bytes, record_key
 
+from prefixstore.errors import TierTimeout, TierUnavailable
 from prefixstore.tiers.base import Swept
 from prefixstore.tiers.redis import calls
 from prefixstore.tiers.redis.records import MANIFEST_BYTES
@@ -65,6 +68,61 @@ def test_a_deleted_identity_is_gone_for_everybody(redis_tier, redis_server, redi
     put(other, names, records[:6])
     assert get(redis_tier, names, 2 * PART) == records[:6]
     other.close()
+
+
+def leftovers(client) -> list[bytes]:
+    """Keys beside the generations."""
+    return [key for key in client.keys("*") if not key.endswith(b":generation")]
+
+
+def test_pinned_records_go_with_their_identity_however_many(redis_tier, redis_server, redis_client):
+    """Deleting them takes longer than a call may take."""
+    names = make_names(2000)
+    put(redis_tier, names, [b"x"] * len(names))
+    assert all(redis_tier.pin_many(names))
+    hasty = open_tier(redis_server.url, prefix=redis_tier._config.prefix, timeout_s=0.05)
+    for _ in range(100):  # on a busy machine even the first step is late now and then
+        with suppress(TierTimeout):
+            hasty.delete_identity(names[0].identity)
+            break
+    assert leftovers(redis_client) == []
+    hasty.close()
+
+
+def test_a_deletion_that_is_cut_short_is_finished_by_the_next(
+    redis_tier, redis_server, redis_client
+):
+    """Its connection is cut at every command, which the server still gets."""
+    names, record = make_names(3), random_bytes(2 * PART)
+    with (
+        closing(Proxy(redis_server.port)) as proxy,
+        closing(open_tier(proxy.url, prefix=redis_tier._config.prefix)) as far,
+    ):
+        for cut_at in range(1, 1200, 60):
+            put(far, names, [record] * 3)
+            assert far.pin_many(names) == [True] * 3
+            proxy.cut_commands_at = cut_at
+            for _ in range(3):
+                with suppress(TierUnavailable):
+                    far.delete_identity(names[0].identity)
+                    break
+            assert leftovers(redis_client) == [], cut_at
+            proxy.cut_commands_at = None
+
+
+def test_a_deletion_that_never_came_to_it_costs_no_pins(redis_tier, redis_client):
+    """One names the generation that it will end, and dies before it does."""
+    (name,) = make_names(1)
+    put(redis_tier, [name], [b"x"])
+    assert redis_tier.pin_many([name]) == [True]
+    keys = redis_tier._keys
+    generation = redis_client.get(keys.generation(name.identity))
+    redis_client.sadd(keys.ended(name.identity), generation)
+    redis_tier._sweeper().drop_ended(name.identity)
+    assert get(redis_tier, [name], 1) == [b"x"]
+    assert redis_client.ttl(record_key(redis_client, name)) == -1
+    redis_tier.delete_identity(name.identity)
+    assert leftovers(redis_client) == []
 
 
 def test_nothing_written_before_a_deletion_is_found_after_it(redis_tier, redis_server):
@@ -131,7 +189,7 @@ def test_sweep_finds_orphans_and_ended_generations(redis_tier, redis_client):
     redis_tier.delete_identity(names[0].identity)
     swept = redis_tier.sweep()
     assert swept == Swept(num_orphans=5, num_bytes=5 * PART + MANIFEST_BYTES)
-    assert [key for key in redis_client.keys("*") if not key.endswith(b":generation")] == []
+    assert leftovers(redis_client) == []
 
 
 def test_check_finds_and_drops_what_is_not_whole(redis_tier, redis_client):

@@ -1,6 +1,7 @@
 """How a record lies in Redis, and the operations on one record.
 
     {prefix}:1:{identity}:generation                     the identity's generation, 16 hex digits
+    {prefix}:1:{identity}:ended                          set of generations of which pins are left
     {prefix}:1:{identity}:{generation}:pinned            set of the hashes that are pinned
     {prefix}:1:{identity}:{generation}:{{hash}}          manifest | first part
     {prefix}:1:{identity}:{generation}:{{hash}}:{write id}:{k}     part k = 1, 2, ...
@@ -11,7 +12,8 @@
 A record is there only if its manifest is, and all parts that it names. Parts bear their writer's
 random id in their names, so those of two writers never mix, and they are written before the
 manifest: a writer that dies leaves parts that nobody looks for, until they expire. The braces make
-all keys of a record one slot of a cluster. Every command names one key, so all work there.
+all keys of a record one slot of a cluster. Every command names one key, so all work there. Pins and
+ended generations: see pins.py.
 """
 
 from __future__ import annotations
@@ -52,6 +54,9 @@ class Keys:
 
     def generation(self, identity: bytes) -> bytes:
         return f"{self.prefix}:{_SCHEMA}:{identity.hex()}:generation".encode()
+
+    def ended(self, identity: bytes) -> bytes:
+        return f"{self.prefix}:{_SCHEMA}:{identity.hex()}:ended".encode()
 
     def pinned(self, identity: bytes, generation: bytes) -> bytes:
         return b"%b:pinned" % _stem(self.prefix, identity, generation)
@@ -266,10 +271,10 @@ def write_record(
             return True
     except TierError:
         if keys:
-            yield _unlinks(keys, is_optional=True)
+            yield unlinks(keys, is_optional=True)
         raise
     if keys:
-        yield _unlinks(keys, is_optional=True)
+        yield unlinks(keys, is_optional=True)
     return False
 
 
@@ -280,7 +285,8 @@ def _holds_readable(key: bytes) -> Operation[bool]:
         return False
 
 
-def _unlinks(keys: list[bytes], is_optional: bool = False) -> list[Command]:
+def unlinks(keys: list[bytes], is_optional: bool = False) -> list[Command]:
+    """Forget keys."""
     return [Command((b"UNLINK", key), is_optional=is_optional) for key in keys]
 
 
@@ -291,45 +297,13 @@ def delete_record(key: bytes, pinned_key: bytes) -> Operation[bool]:
         keys = [key] if manifest is None else [key, *manifest.part_keys(key)]
     except BlockCorrupted:
         keys = [key]
-    num_deleted, *_ = yield [*_unlinks(keys), Command((b"SREM", pinned_key, _hash_of(key)))]
+    num_deleted, *_ = yield [*unlinks(keys), Command((b"SREM", pinned_key, hash_of(key)))]
     return bool(num_deleted)
 
 
-def _hash_of(key: bytes) -> bytes:
+def hash_of(key: bytes) -> bytes:
     """The hash in a record's key, in hexadecimal: what the set of the pinned holds."""
     return key[key.index(b"{") + 1 : key.index(b"}")]
-
-
-def pin_record(
-    key: bytes, pinned_key: bytes, generation_key: bytes, generation: bytes
-) -> Operation[bool]:
-    """Keep a record from expiry; False where there is none.
-
-    It is entered into the set of the pinned first: from then on whoever deletes the identity finds
-    it there. One whose identity was deleted before that is deleted here.
-    """
-    manifest = yield from fetch_manifest(key)
-    if manifest is None:
-        return False
-    yield [Command((b"SADD", pinned_key, _hash_of(key)))]
-    keys = [key, *manifest.part_keys(key)]
-    replies = yield [Command((word, each)) for word in (b"PERSIST", b"EXISTS") for each in keys]
-    (now,) = yield [Command((b"GET", generation_key))]
-    if now == generation and all(replies[len(keys) :]):
-        return True
-    yield [*_unlinks(keys), Command((b"SREM", pinned_key, _hash_of(key)))]
-    return False
-
-
-def unpin_record(key: bytes, pinned_key: bytes, config: RedisTierConfig) -> Operation[bool]:
-    """Let a record expire again, from now on; False where there is none."""
-    manifest = yield from fetch_manifest(key)
-    if manifest is None:
-        return False
-    keys, ttl = [key, *manifest.part_keys(key)], b"%d" % config.ttl_s
-    replies = yield [Command((b"EXPIRE", each, ttl)) for each in keys]
-    yield [Command((b"SREM", pinned_key, _hash_of(key)))]
-    return all(replies)
 
 
 def fetch_generation(generation_key: bytes) -> Operation[bytes | None]:
@@ -345,19 +319,3 @@ def make_generation(generation_key: bytes) -> Operation[bytes | None]:
         Command((b"GET", generation_key)),
     ]
     return generation
-
-
-def end_generation(keys: Keys, identity: bytes) -> Operation[None]:
-    """From here on nothing that was kept of an identity is found.
-
-    What expires is left to expire; what is pinned would stay for ever, and is deleted.
-    """
-    set_new = (b"SET", keys.generation(identity), new_generation(), b"GET")
-    (generation,) = yield [Command(set_new)]
-    if generation is None:
-        return
-    pinned_key = keys.pinned(identity, generation)
-    (digests,) = yield [Command((b"SMEMBERS", pinned_key))]
-    for digest in digests:
-        name = RecordName(identity, bytes.fromhex(digest.decode()))  # type: ignore[arg-type]
-        yield from delete_record(keys.record(name, generation), pinned_key)

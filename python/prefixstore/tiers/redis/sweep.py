@@ -16,6 +16,7 @@ from prefixstore.tiers.outcomes import raise_first
 from prefixstore.tiers.redis.calls import Caller
 from prefixstore.tiers.redis.config import Address, RedisTierConfig
 from prefixstore.tiers.redis.exchange import Operation
+from prefixstore.tiers.redis.pins import find_ended, find_pinned, forget_ended
 from prefixstore.tiers.redis.records import (
     Keys,
     delete_record,
@@ -69,7 +70,7 @@ class Sweeper:
         self._config = config
         self._caller = caller
         self._keys = keys
-        self._deadline = deadline
+        self.deadline = deadline
         prefix = re.escape(config.prefix.encode())
         self._pattern = re.compile(
             prefix + rb":1:([0-9a-f]{32}):([0-9a-f]{16}):"
@@ -120,6 +121,14 @@ class Sweeper:
         """Forget records."""
         self._run([delete_record(key, key[: key.index(b"{")] + b"pinned") for key in keys])
 
+    def drop_ended(self, identity: bytes) -> None:
+        """Forget the pinned records of an identity's ended generations; the others expire."""
+        (ended,) = self._run([find_ended(self._keys, identity)])
+        for generation in ended:
+            (pinned,) = self._run([find_pinned(self._keys.pinned(identity, generation))])
+            self.drop(pinned)
+            self._run([forget_ended(self._keys, identity, generation)])
+
     def reclaim(self, survey: Survey) -> Swept:
         """Delete parts that no manifest names, and what is of an ended generation."""
         record_keys = sorted({record_key for record_key, _ in survey.parts.values()})
@@ -148,7 +157,7 @@ class Sweeper:
         outcomes: list[T | TierError] = []
         pending = list(operations)
         for first in range(0, len(pending), _BATCH):
-            outcomes += self._caller.exchange(pending[first : first + _BATCH], self._deadline)
+            outcomes += self._caller.exchange(pending[first : first + _BATCH], self.deadline)
         return raise_first(outcomes)
 
 

@@ -34,15 +34,13 @@ from prefixstore.tiers.redis.calls import Call, Caller
 from prefixstore.tiers.redis.config import Address, RedisTierConfig
 from prefixstore.tiers.redis.exchange import Operation
 from prefixstore.tiers.redis.info import ServerUse, fetch_use
+from prefixstore.tiers.redis.pins import end_generation, pin_record, unpin_record
 from prefixstore.tiers.redis.records import (
     Keys,
     delete_record,
-    end_generation,
     holds,
-    pin_record,
     read_range,
     read_record,
-    unpin_record,
     write_record,
 )
 from prefixstore.tiers.redis.servers import open_servers
@@ -158,13 +156,15 @@ class RedisTier(Tier):
     def delete_identity(self, identity: bytes) -> None:
         """Forget every record of an identity, in one step: it begins a new generation.
 
-        The old one's records expire, except the pinned ones, which are deleted.
+        The old one's records expire, except the pinned ones, which are deleted: for that it takes
+        the time of a sweep, beyond `timeout_s`. Where this fails, the next call goes on with it.
         """
         deadline = self._deadline(None)
         try:
             self._caller.run_one(lambda: end_generation(self._keys, identity), deadline)
         finally:
             self._caller.forget(identity)
+        self._sweeper().drop_ended(identity)
 
     def pin_many(self, names: Sequence[RecordName], is_pinned: bool = True) -> list[bool]:
         def start(i: int, key: bytes, generation: bytes) -> Operation[bool]:
@@ -261,9 +261,12 @@ class RedisTier(Tier):
 
     def _start_walk(self) -> tuple[Sweeper, list[Address]]:
         """A sweeper with time for all keys, and the servers that hold them."""
+        sweeper = self._sweeper()
+        return sweeper, self._servers.primaries(sweeper.deadline)
+
+    def _sweeper(self) -> Sweeper:
         deadline = time.monotonic() + _SWEEP_TIMEOUT_S
-        sweeper = Sweeper(self._config, self._caller, self._keys, deadline)
-        return sweeper, self._servers.primaries(deadline)
+        return Sweeper(self._config, self._caller, self._keys, deadline)
 
     def _deadline(self, deadline: float | None) -> float:
         return time.monotonic() + self._config.timeout_s if deadline is None else deadline

@@ -1,0 +1,89 @@
+"""Records that do not expire: pinning them, and finding them when their identity is deleted.
+
+An identity is deleted by giving it another generation. What expires of the old one is left to
+expire. What is pinned would stay for ever, and there may be much of it: so the old generation is
+entered into the set of the ended ones before it ends, and stays there until none is left. Whoever
+deletes the identity next finishes what a deletion before it did not.
+"""
+
+from __future__ import annotations
+
+from prefixstore.tiers.redis.config import RedisTierConfig
+from prefixstore.tiers.redis.exchange import Operation
+from prefixstore.tiers.redis.records import (
+    Keys,
+    fetch_generation,
+    fetch_manifest,
+    hash_of,
+    new_generation,
+    unlinks,
+)
+from prefixstore.tiers.redis.wire import Command
+
+_PINNED = b"pinned"
+
+
+def pin_record(
+    key: bytes, pinned_key: bytes, generation_key: bytes, generation: bytes
+) -> Operation[bool]:
+    """Keep a record from expiry; False where there is none.
+
+    It is entered into the set of the pinned first: from then on whoever deletes the identity finds
+    it there. One whose identity was deleted before that is deleted here.
+    """
+    manifest = yield from fetch_manifest(key)
+    if manifest is None:
+        return False
+    yield [Command((b"SADD", pinned_key, hash_of(key)))]
+    keys = [key, *manifest.part_keys(key)]
+    replies = yield [Command((word, each)) for word in (b"PERSIST", b"EXISTS") for each in keys]
+    (now,) = yield [Command((b"GET", generation_key))]
+    if now == generation and all(replies[len(keys) :]):
+        return True
+    yield [*unlinks(keys), Command((b"SREM", pinned_key, hash_of(key)))]
+    return False
+
+
+def unpin_record(key: bytes, pinned_key: bytes, config: RedisTierConfig) -> Operation[bool]:
+    """Let a record expire again, from now on; False where there is none."""
+    manifest = yield from fetch_manifest(key)
+    if manifest is None:
+        return False
+    keys, ttl = [key, *manifest.part_keys(key)], b"%d" % config.ttl_s
+    replies = yield [Command((b"EXPIRE", each, ttl)) for each in keys]
+    yield [Command((b"SREM", pinned_key, hash_of(key)))]
+    return all(replies)
+
+
+def end_generation(keys: Keys, identity: bytes) -> Operation[None]:
+    """From here on nothing that was kept of an identity is found."""
+    generation_key, ended_key = keys.generation(identity), keys.ended(identity)
+    known = yield from fetch_generation(generation_key)
+    if known is not None:
+        yield [Command((b"SADD", ended_key, known))]
+    (last,) = yield [Command((b"SET", generation_key, new_generation(), b"GET"))]
+    if last not in (None, known):  # somebody else ended that one meanwhile
+        yield [Command((b"SADD", ended_key, last))]
+
+
+def find_ended(keys: Keys, identity: bytes) -> Operation[list[bytes]]:
+    """An identity's ended generations of which something may be left.
+
+    The set names one that is only about to end as well: the generation is asked for last, and what
+    is another one by then has ended for good.
+    """
+    (ended,) = yield [Command((b"SMEMBERS", keys.ended(identity)))]
+    current = yield from fetch_generation(keys.generation(identity))
+    return sorted(set(ended) - {current})
+
+
+def find_pinned(pinned_key: bytes) -> Operation[list[bytes]]:
+    """Keys of the records that a set of the pinned names."""
+    (hashes,) = yield [Command((b"SMEMBERS", pinned_key))]
+    stem = pinned_key.removesuffix(_PINNED)
+    return [b"%b{%b}" % (stem, each) for each in sorted(hashes)]
+
+
+def forget_ended(keys: Keys, identity: bytes, generation: bytes) -> Operation[None]:
+    """Nothing is left of an ended generation that does not expire."""
+    yield [Command((b"SREM", keys.ended(identity), generation))]
