@@ -11,6 +11,7 @@ from sample_blocks import make_keys, make_payload
 from prefixstore.errors import BlockCorrupted
 from prefixstore.store import Store
 from prefixstore.store.block_sources import HostBlock
+from prefixstore.tiers.redis.pool import Pool
 from prefixstore.tiers.redis.records import MANIFEST_BYTES
 
 SIZES = [0, 1, PART - 1, PART, PART + 1, 2 * PART, 5 * PART + 77]
@@ -252,6 +253,20 @@ def test_counts(redis_tier, redis_client):
     assert stats.num_deletes == 2
     assert stats.capacity_bytes == 0  # without maxmemory
     assert stats.used_bytes > 100_000 and stats.num_records == redis_client.dbsize()
+
+
+def test_counts_the_keys_of_servers_that_tell_more(redis_tier, monkeypatch):
+    """As Redis 8 does of the sizes of keys."""
+    put(redis_tier, make_names(3), [bytes(10)] * 3)
+    num_records = redis_tier.stats().num_records
+    ask = Pool.ask
+
+    def ask_one_that_tells_more(self, address, args, deadline):
+        keysizes = b"\r\n# Keysizes\r\ndb0_distrib_strings_sizes:2=3,1K=20\r\n"
+        return ask(self, address, args, deadline) + keysizes
+
+    monkeypatch.setattr(Pool, "ask", ask_one_that_tells_more)
+    assert redis_tier.stats().num_records == num_records
 
 
 def test_says_who_is_connected(redis_tier, redis_client):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from prefixstore.errors import TierUnavailable
 from prefixstore.tiers.redis.config import Address
 from prefixstore.tiers.redis.pool import Pool
+
+# Others begin like it: Redis 8 has `db0_distrib_strings_sizes:2=3,1K=20`.
+_KEYSPACE = re.compile(r"db[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ def fetch_use(pool: Pool, address: Address, deadline: float) -> ServerUse:
     text = reply.decode(errors="replace") if isinstance(reply, bytes) else ""
     lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     try:
-        keyspaces = [value for name, value in lines.items() if name.startswith("db")]
+        keyspaces = [value for name, value in lines.items() if _KEYSPACE.fullmatch(name)]
         return ServerUse(
             max_bytes=int(lines["maxmemory"]),
             used_bytes=int(lines["used_memory"]),
