@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from urllib.parse import SplitResult, urlsplit
@@ -114,6 +115,9 @@ def _parse(name: str, value: float | str, units: Mapping[str, float], wanted: st
             raise ConfigError(f"{name}: expected {wanted}, got {value!r}")
         return value
     match = _NUMBER.fullmatch(value) if isinstance(value, str) else None
-    if match is None or match[2].lower() not in units:
+    number = math.nan
+    if match is not None:
+        number = float(match[1]) * units.get(match[2].lower(), math.nan)
+    if not math.isfinite(number):  # too many digits make it infinite
         raise ConfigError(f"{name}: expected {wanted}, got {value!r}")
-    return float(match[1]) * units[match[2].lower()]
+    return number

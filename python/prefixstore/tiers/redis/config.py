@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -18,6 +19,8 @@ MIN_PART_BYTES = 4096
 # Replies of some 4 MiB come fastest; the rest is for a record's header.
 DEFAULT_PART_BYTES = (4 << 20) + (64 << 10)
 MAX_PART_BYTES = 256 << 20  # servers refuse strings of 512 MiB unless told otherwise
+MAX_TTL_S = 10**15  # servers count milliseconds since 1970 in 64 bits
+_NAME = re.compile(r"[!-~]+")  # what CLIENT SETNAME takes
 
 
 class Address(NamedTuple):
@@ -86,7 +89,7 @@ class RedisTierConfig:
         num_connections: Connections to each server that share a batch; one over a unix socket.
         connect_timeout_s: Longest that a connection may take to open.
         timeout_s: Longest that a call may take which names no deadline.
-        name: In messages and statistics.
+        name: In messages and statistics, and to the servers: ASCII without spaces.
     """
 
     addresses: tuple[Address, ...] = (Address("127.0.0.1", 6379),)
@@ -110,6 +113,12 @@ class RedisTierConfig:
             raise ConfigError("addresses: expected at least one, got none")
         if self.topology is Topology.STANDALONE and len(self.addresses) != 1:
             raise ConfigError(f"addresses: expected one server, got {len(self.addresses)}")
+        for address in self.addresses:
+            if address.port != 0 and not _can_be_looked_up(address.host):
+                raise ConfigError(
+                    "addresses: expected hosts whose labels have 1 to 63 characters,"
+                    f" got {address.host!r}"
+                )
         if (self.topology is Topology.SENTINEL) != bool(self.sentinel_master):
             raise ConfigError(
                 "sentinel_master: expected a name with sentinels and none without,"
@@ -130,6 +139,10 @@ class RedisTierConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        if self.ttl_s > MAX_TTL_S:
+            raise ConfigError(f"ttl_s: expected at most {MAX_TTL_S}, got {self.ttl_s}")
+        if not _NAME.fullmatch(self.name):
+            raise ConfigError(f"name: expected printable ASCII without spaces, got {self.name!r}")
         for name in ("connect_timeout_s", "timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}: expected more than 0, got {getattr(self, name)}")
@@ -156,3 +169,12 @@ class RedisTierConfig:
         username = self.username or os.environ.get(USERNAME_VARIABLE)
         password = self.password or os.environ.get(PASSWORD_VARIABLE)
         return username or None, password or None
+
+
+def _can_be_looked_up(host: str) -> bool:
+    """Whether Python asks a resolver at all; what it refuses is no error of a connection."""
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        return False
+    return host.isprintable()
