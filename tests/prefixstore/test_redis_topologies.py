@@ -72,6 +72,25 @@ def test_a_cluster_behind_the_url_of_one_server_is_said(cluster):
     tier.close()
 
 
+def finds_all(tier, names, records) -> bool:
+    try:
+        return get(tier, names, 3 * PART) == records
+    except TierError:
+        return False
+
+
+def test_a_primary_that_falls_silent_is_replaced_by_its_replica(cluster):
+    tier = open_tier(cluster.url, timeout_s=1)
+    names, records = put_records(tier, 30)
+    assert get(tier, names, 3 * PART) == records  # there are connections to all nodes
+    wait_until(cluster.nodes[1].is_replicated)
+    with cluster.nodes[1].stopped():
+        assert not finds_all(tier, names, records)
+        wait_until(lambda: finds_all(tier, names, records))
+        assert put(tier, names[:3], records[:3]) == [None] * 3
+    tier.close()
+
+
 def test_a_primary_that_dies_costs_misses_until_its_replica_takes_over(cluster):
     tier = open_tier(cluster.url)
     names, records = put_records(tier, 30)
@@ -107,16 +126,24 @@ def test_sentinels_name_the_primary_after_a_failover(server_directory):
         names, records = put_records(tier, 6)
         wait_until(sentinels.primary.is_replicated)
         sentinels.primary.kill()
-
-        def is_whole_again() -> bool:
-            try:
-                return get(tier, names, 3 * PART) == records
-            except TierError:
-                return False
-
-        assert not is_whole_again()
-        wait_until(is_whole_again)
+        assert not finds_all(tier, names, records)
+        wait_until(lambda: finds_all(tier, names, records))
         assert put(tier, make_names(1), [b"record"]) == [None]
+        tier.close()
+    finally:
+        sentinels.kill()
+
+
+def test_sentinels_are_asked_again_when_the_primary_falls_silent(server_directory):
+    sentinels = Sentinels(FLAVOURS[FLAVOUR], server_directory)
+    try:
+        tier = open_tier(sentinels.url, timeout_s=1)
+        names, records = put_records(tier, 6)
+        wait_until(sentinels.primary.is_replicated)
+        with sentinels.primary.stopped():
+            assert not finds_all(tier, names, records)
+            wait_until(lambda: finds_all(tier, names, records))
+            assert put(tier, make_names(1), [b"record"]) == [None]
         tier.close()
     finally:
         sentinels.kill()

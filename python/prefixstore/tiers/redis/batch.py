@@ -110,9 +110,15 @@ class CommandBatch:
             return [lane.error or no_answer(self._name) for lane in self._lane_of]
         found = run_batch(self._batch, remaining)
         is_late = time.monotonic() >= self._deadline
+        silent: set[Address] = set()
         for i, reply in enumerate(found):
             if reply is UNANSWERED:
-                found[i] = self._missing(self._lane_of[i], is_late)
+                lane = self._lane_of[i]
+                found[i] = self._missing(lane, is_late)
+                if is_late and lane.error is None and lane.address is not None:
+                    silent.add(lane.address)
+        for address in silent:
+            self._servers.suspect(address)
         return found
 
     def _advance(self) -> None:

@@ -90,6 +90,8 @@ class Exchange(Generic[T]):
                 awaiting = self._hand_out()
                 remaining = self._deadline - time.monotonic()
                 if remaining <= 0:
+                    for lane in {lane for lane, _ in awaiting}:
+                        self._servers.suspect(lane.address)
                     break
                 if awaiting:
                     take_turn([channel for _, channel in awaiting], remaining)

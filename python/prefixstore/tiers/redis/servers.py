@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import re
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
-from prefixstore.errors import TierError, TierUnavailable
+from prefixstore.errors import TierError, TierTimeout, TierUnavailable
 from prefixstore.tiers.redis.config import Address, RedisTierConfig, Topology
 from prefixstore.tiers.redis.pool import Pool, PooledChannel, data_connect, sentinel_connect
 from prefixstore.tiers.redis.wire import ErrorReply, Reply
 
 _BYTES_PER_CONNECTION = 1 << 20  # less is not worth another connection
+# Before silence makes us ask again who holds what. A failover takes seconds, and calls with
+# deadlines that no server can meet are not to ask each time.
+_MIN_AGE_S = 0.5
+_MAX_SHARES = 4  # of a call's time: less than a quarter may be too little for a server far away
 
 _REDIRECT = re.compile(r"(?P<code>MOVED|ASK) (?P<slot>\d+) (?P<host>.*):(?P<port>\d+)")
+
+
+def share_of(deadline: float, num_shares: int) -> float:
+    """When an equal share ends of the time that is left, the first one of so many."""
+    now = time.monotonic()
+    return now + (deadline - now) / num_shares
 
 
 class Servers(ABC):
@@ -52,6 +63,12 @@ class Servers(ABC):
     def refresh(self, deadline: float) -> bool:
         """Ask anew who holds what, after something went wrong; whether that may have changed."""
 
+    @abstractmethod
+    def suspect(self, address: Address) -> None:
+        """Before the next call ask anew who holds what: this server gave no answer in time. It
+        may be down without a word, and another one have taken over.
+        """
+
     def redirected(self, reply: ErrorReply) -> Address | None:
         """The server that another one sends us to; None where it does not."""
         return None
@@ -69,16 +86,60 @@ class Servers(ABC):
         most = self.config.num_connections if address.port else 1
         num_wanted = min(most, num_commands, max(1, num_bytes // _BYTES_PER_CONNECTION))
         channels: list[PooledChannel] = []
+        is_late = time.monotonic() >= deadline
         try:
             while len(channels) < num_wanted:
                 channels.append(self.pool.borrow(address, deadline))
-        except TierError:
+        except TierError as error:
             if not channels:
+                if isinstance(error, TierTimeout) and not is_late:
+                    self.suspect(address)
                 raise
         return channels
 
     def close(self) -> None:
         self.pool.close()
+
+
+class _Guides:
+    """Servers that can be asked who holds what, in turn, those last that were silent.
+
+    Args:
+        pool: Connections to them.
+        addresses: Theirs, as they are configured.
+    """
+
+    def __init__(self, pool: Pool, addresses: Sequence[Address]) -> None:
+        self._pool = pool
+        self._configured = addresses
+        self._addresses = list(addresses)
+
+    def ask(
+        self, args: Sequence[bytes], deadline: float, problems: list[str]
+    ) -> Iterator[tuple[Address, Reply]]:
+        """One answer after the other, each with who gave it; fills in why others gave none.
+
+        Each has a share of the time, and as much is left for what the answer is good for.
+        """
+        addresses = self._addresses
+        for num_left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
+            num_shares = min(num_left + 1, _MAX_SHARES)
+            try:
+                reply = self._pool.ask(address, args, share_of(deadline, num_shares))
+            except TierError as error:
+                problems.append(str(error))
+                if isinstance(error, TierTimeout):
+                    self.put_last(address)
+                continue
+            yield address, reply
+
+    def put_last(self, address: Address) -> None:
+        """Ask all others before this one, which was silent."""
+        self._addresses = [*(one for one in self._addresses if one != address), address]
+
+    def learn(self, addresses: Sequence[Address]) -> None:
+        """Ask these from now on, and then those that are configured."""
+        self._addresses = list(dict.fromkeys([*addresses, *self._configured]))
 
 
 class _OneServer(Servers):
@@ -91,19 +152,26 @@ class _OneServer(Servers):
     def refresh(self, deadline: float) -> bool:
         return False
 
+    def suspect(self, address: Address) -> None:
+        """Nobody knows another one."""
+
 
 class _SentinelServers(Servers):
     """One primary, which the sentinels name."""
 
     def __init__(self, config: RedisTierConfig) -> None:
         super().__init__(config)
-        self._sentinels = Pool(config.name, sentinel_connect(config))
+        self._pool_of_sentinels = Pool(config.name, sentinel_connect(config))
+        self._sentinels = _Guides(self._pool_of_sentinels, config.addresses)
         self._primary: Address | None = None
+        self._named_at = 0.0
 
     def address_of(self, key: bytes, deadline: float) -> Address:
-        if self._primary is None:
-            self._primary = self._ask_sentinels(deadline)
-        return self._primary
+        primary = self._primary
+        if primary is None:
+            primary = self._primary = self._ask_sentinels(deadline)
+            self._named_at = time.monotonic()
+        return primary
 
     def primaries(self, deadline: float) -> list[Address]:
         return [self.address_of(b"", deadline)]
@@ -112,20 +180,19 @@ class _SentinelServers(Servers):
         self._primary = None
         return True
 
+    def suspect(self, address: Address) -> None:
+        if address == self._primary and time.monotonic() - self._named_at > _MIN_AGE_S:
+            self._primary = None
+
     def close(self) -> None:
         super().close()
-        self._sentinels.close()
+        self._pool_of_sentinels.close()
 
     def _ask_sentinels(self, deadline: float) -> Address:
         master = self.config.sentinel_master
-        problems = []
-        for sentinel in self.config.addresses:
-            args = (b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", master.encode())
-            try:
-                reply = self._sentinels.ask(sentinel, args, deadline)
-            except TierError as error:
-                problems.append(str(error))
-                continue
+        args = (b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", master.encode())
+        problems: list[str] = []
+        for sentinel, reply in self._sentinels.ask(args, deadline, problems):
             if isinstance(reply, list) and len(reply) == 2:
                 return Address(reply[0].decode(), int(reply[1]))
             problems.append(f"{sentinel} knows no {master!r}")
@@ -140,7 +207,8 @@ class _ClusterServers(Servers):
     def __init__(self, config: RedisTierConfig) -> None:
         super().__init__(config)
         self._slots: list[Address | None] = []
-        self._nodes: list[Address] = list(config.addresses)
+        self._loaded_at = 0.0
+        self._nodes = _Guides(self.pool, config.addresses)
 
     def address_of(self, key: bytes, deadline: float) -> Address:
         slots = self._slots or self._load(deadline)
@@ -157,6 +225,11 @@ class _ClusterServers(Servers):
         self._slots = []
         return True
 
+    def suspect(self, address: Address) -> None:
+        if time.monotonic() - self._loaded_at > _MIN_AGE_S:
+            self._slots = []
+            self._nodes.put_last(address)
+
     def redirected(self, reply: ErrorReply) -> Address | None:
         match = _REDIRECT.fullmatch(str(reply))
         if match is None or not match["host"]:  # without a host: the next map will tell
@@ -169,19 +242,16 @@ class _ClusterServers(Servers):
 
     def _load(self, deadline: float) -> list[Address | None]:
         """The map of slots, by whoever tells it first; the nodes known last are asked first."""
-        problems = []
-        for node in dict.fromkeys([*self._nodes, *self.config.addresses]):
-            try:
-                reply = self.pool.ask(node, (b"CLUSTER", b"SLOTS"), deadline)
-            except TierError as error:
-                problems.append(str(error))
-                continue
+        problems: list[str] = []
+        for node, reply in self._nodes.ask((b"CLUSTER", b"SLOTS"), deadline, problems):
             slots: list[Address | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
             for first, last, primary in _read_ranges(reply, node):
                 slots[first : last + 1] = [primary] * (last + 1 - first)
             if any(slots):
-                self._nodes = [node, *sorted({a for a in slots if a is not None and a != node})]
+                primaries = sorted({address for address in slots if address is not None})
+                self._nodes.learn([node, *primaries])
                 self._slots = slots
+                self._loaded_at = time.monotonic()
                 return slots
             problems.append(f"{node} knows of no slots")
         raise TierUnavailable(f"{self.config.name}: no node helps: {'; '.join(problems)}")
