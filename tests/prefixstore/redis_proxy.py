@@ -1,7 +1,8 @@
-"""A proxy between a client and a server that is slow, or cuts connections."""
+"""A proxy to a server that is slow or cuts connections, and a server that trickles."""
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import threading
@@ -80,3 +81,43 @@ class Proxy:
             return False
         setattr(self, name, left - num_bytes if left > num_bytes else None)
         return left <= num_bytes
+
+
+class Trickle:
+    """Sends to whoever connects a byte now and then, of a reply that has no end, for a while.
+
+    Args:
+        start: How the reply begins.
+    """
+
+    NUM_BYTES = 30
+    PAUSE_S = 0.1
+
+    def __init__(self, start: bytes) -> None:
+        self._start = start
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._is_closed = threading.Event()
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def close(self) -> None:
+        self._is_closed.set()
+        for thread in self._threads:
+            thread.join()
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while not self._is_closed.is_set():
+            if select.select([self._listener], [], [], 0.02)[0]:
+                thread = threading.Thread(target=self._serve, args=(self._listener.accept()[0],))
+                self._threads.append(thread)
+                thread.start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError):  # it is gone
+            client.sendall(self._start)
+            for _ in range(self.NUM_BYTES):
+                if self._is_closed.wait(self.PAUSE_S):
+                    return
+                client.sendall(b"x")

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
+import ssl
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, cast
-
-import redis
-from redis.backoff import NoBackoff
-from redis.connection import AbstractConnection
-from redis.exceptions import NoPermissionError
-from redis.retry import Retry
+from collections.abc import Sequence
 
 from prefixstore.errors import TierError, TierTimeout, TierUnavailable
 from prefixstore.tiers.redis.config import Address, RedisTierConfig
 from prefixstore.tiers.redis.errors import ConnectionLost, PassingTrouble, tier_error
+from prefixstore.tiers.redis.sockets import open_socket
 from prefixstore.tiers.redis.wire import (
     Channel,
     Command,
@@ -32,21 +27,22 @@ from prefixstore.tiers.redis.wire import (
 
 MAX_IDLE = 16  # to each server: more threads than this at once open connections anew
 
-_UNIX_SEND_BYTES = 4 << 20  # the kernel gives what it allows
-
-Connect = Callable[[Address, float], AbstractConnection]
+_LOGIN_ERRORS = ("NOAUTH", "NOPERM", "WRONGPASS")
 
 
 class PooledChannel(Channel):
-    """A channel and the connection of redis-py whose socket it uses."""
+    """A channel, and its socket, which it closes."""
 
-    def __init__(self, connection: AbstractConnection, address: Address) -> None:
-        super().__init__(_socket_of(connection))
+    def __init__(self, sock: socket.socket | ssl.SSLSocket, address: Address) -> None:
+        super().__init__(sock)
         self.address = address
-        self._connection = connection
+        self._pid = os.getpid()
 
     def close(self) -> None:
-        self._connection.disconnect()  # in a forked process it only closes its own descriptor
+        if os.getpid() == self._pid:  # a forked process closes its own descriptor alone
+            with contextlib.suppress(OSError):  # it has ended
+                self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
 
     def is_quiet(self) -> bool:
         """Whether it is as it was left: a server that has gone shows as something to read."""
@@ -59,13 +55,14 @@ class Pool:
     """Connections that are open and unused, by server. Thread-safe and fork-safe.
 
     Args:
-        name: Of the tier, in messages.
-        connect: Opens one within so many seconds.
+        config: The tier's.
+        login: What a server is told first.
     """
 
-    def __init__(self, name: str, connect: Connect) -> None:
-        self._name = name
-        self._connect = connect
+    def __init__(self, config: RedisTierConfig, login: Sequence[Command]) -> None:
+        self._config = config
+        self._name = config.name
+        self._login = login
         self._is_closed = False
         self._reset()
 
@@ -85,12 +82,12 @@ class Pool:
             if channel.is_quiet():
                 return channel
             channel.close()
-        remaining = deadline - time.monotonic()
-        if remaining <= 0:
+        now = time.monotonic()
+        if now >= deadline:
             raise TierTimeout(f"{self._name}: {address}: no time left to connect")
         try:
-            return PooledChannel(self._connect(address, remaining), address)
-        except redis.RedisError as error:
+            return self._open(address, min(deadline, now + self._config.connect_timeout_s))
+        except (OSError, UnicodeError, StreamError, ErrorReply) as error:
             raise self._translated(error, address) from error
 
     def give_back(self, channel: PooledChannel) -> None:
@@ -111,15 +108,15 @@ class Pool:
         """
         channel = self.borrow(address, deadline)
         try:
-            reply = _exchange(channel, Command(args), deadline)
+            (reply,) = _exchange(channel, [Command(args)], deadline)
+        except ErrorReply as error:
+            raise tier_error(self._name, error) from None
         except StreamError as error:
             raise ConnectionLost(f"{self._name}: {address}: {error}") from error
         except TimeoutError:
             raise TierTimeout(f"{self._name}: {address}: no answer in time") from None
         finally:
             self.give_back(channel)
-        if isinstance(reply, ErrorReply):
-            raise tier_error(self._name, reply)
         return reply
 
     def check_open(self) -> None:
@@ -147,92 +144,69 @@ class Pool:
             idle = self._idle[address]
             return idle.pop() if idle else None
 
-    def _translated(self, error: redis.RedisError, address: Address) -> TierError:
+    def _open(self, address: Address, deadline: float) -> PooledChannel:
+        channel = PooledChannel(open_socket(address, self._config.tls, deadline), address)
+        try:
+            _exchange(channel, self._login, deadline)
+        except BaseException:
+            channel.close()
+            raise
+        return channel
+
+    def _translated(self, error: Exception, address: Address) -> TierError:
+        """What it means that a connection could not be opened."""
         message = f"{self._name}: {address}: {error}"
-        if isinstance(error, redis.TimeoutError):
+        if isinstance(error, ErrorReply):
+            if error.code in _LOGIN_ERRORS:
+                hint = "user and password are in the URL or environment"
+                return TierUnavailable(f"{message} ({hint})")
+            return tier_error(self._name, error)
+        if isinstance(error, TimeoutError):
             return TierTimeout(message)
-        if isinstance(error, (redis.AuthenticationError, NoPermissionError)):
-            return TierUnavailable(f"{message} (user and password are in the URL or environment)")
-        if isinstance(error, redis.ConnectionError) and not isinstance(
-            error, redis.BusyLoadingError
-        ):
-            was_cut = isinstance(error.__context__, (ConnectionResetError, BrokenPipeError))
-            if was_cut or "closed" in str(error):
-                return ConnectionLost(message)
-            return PassingTrouble(message)
-        return TierUnavailable(message)
+        if isinstance(error, (StreamError, ConnectionResetError, BrokenPipeError)):
+            return ConnectionLost(message)
+        return PassingTrouble(message) if isinstance(error, OSError) else TierUnavailable(message)
 
 
-def _exchange(channel: Channel, command: Command, deadline: float) -> Reply:
-    channel.push(command)
+def _exchange(channel: Channel, commands: Sequence[Command], deadline: float) -> list[Reply]:
+    """Send commands, and wait for their replies.
+
+    Raises:
+        ErrorReply: The first one.
+        StreamError: If the connection ended.
+        TimeoutError: If a reply is missing at the deadline.
+    """
+    replies: list[Reply] = []
+    for command in commands:
+        channel.push(command)
     while True:
         for _, reply in channel.take_answers():
-            return reply
+            if isinstance(reply, ErrorReply):
+                raise reply
+            replies.append(reply)
+        if len(replies) == len(commands):
+            return replies
         if channel.failure:
             raise StreamError(channel.failure)
         remaining = deadline - time.monotonic()
         if remaining <= 0:
-            raise TimeoutError
+            raise TimeoutError("no answer in time")
         take_turn([channel], remaining)
 
 
-def data_connect(config: RedisTierConfig) -> Connect:
-    """Opens connections to the servers that hold the records."""
+def data_login(config: RedisTierConfig) -> list[Command]:
+    """What the servers that hold the records are told first."""
     username, password = config.credentials
-    if username is not None and password is None:
-        password = ""  # a user of ACL without a password
-    return partial(_connect, config, username=username, password=password, db=config.db)
+    login = sentinel_login(config)
+    if username is not None:  # of an ACL, perhaps without a password
+        login.insert(0, Command((b"AUTH", username.encode(), (password or "").encode())))
+    elif password is not None:
+        login.insert(0, Command((b"AUTH", password.encode())))
+    if config.db:
+        login.append(Command((b"SELECT", b"%d" % config.db)))
+    return login
 
 
-def sentinel_connect(config: RedisTierConfig) -> Connect:
-    """Opens connections to sentinels, which know neither our user nor databases."""
-    return partial(_connect, config, username=None, password=None, db=0)
-
-
-def _connect(
-    config: RedisTierConfig,
-    address: Address,
-    timeout_s: float,
-    username: str | None,
-    password: str | None,
-    db: int,
-) -> AbstractConnection:
-    timeout_s = min(timeout_s, config.connect_timeout_s)
-    common: dict[str, Any] = {
-        "username": username,
-        "password": password,
-        "db": db,
-        "client_name": f"kvkernels-{config.name}",
-        "socket_timeout": timeout_s,
-        "socket_connect_timeout": timeout_s,
-        "retry": Retry(NoBackoff(), 0),
-        "protocol": 2,
-    }
-    connection: AbstractConnection
-    if address.port == 0:
-        connection = redis.UnixDomainSocketConnection(  # type: ignore[abstract]
-            path=address.host, **common
-        )
-    elif config.tls is None:
-        connection = redis.Connection(host=address.host, port=address.port, **common)
-    else:
-        tls = config.tls
-        connection = redis.SSLConnection(
-            host=address.host,
-            port=address.port,
-            ssl_ca_certs=None if tls.ca_file is None else str(tls.ca_file),
-            ssl_certfile=None if tls.cert_file is None else str(tls.cert_file),
-            ssl_keyfile=None if tls.key_file is None else str(tls.key_file),
-            ssl_cert_reqs="required" if tls.verify else "none",
-            ssl_check_hostname=tls.verify,
-            **common,
-        )
-    connection.connect()
-    if address.port == 0:  # those of TCP grow by themselves
-        _socket_of(connection).setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_SEND_BYTES)
-    return connection
-
-
-def _socket_of(connection: AbstractConnection) -> socket.socket:
-    """The socket that redis-py connected and authenticated."""
-    return cast(Any, connection)._sock
+def sentinel_login(config: RedisTierConfig) -> list[Command]:
+    """What sentinels are told first, which know neither our user nor databases."""
+    return [Command((b"CLIENT", b"SETNAME", f"kvkernels-{config.name}".encode()))]

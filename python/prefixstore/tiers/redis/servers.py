@@ -11,7 +11,7 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from prefixstore.errors import TierError, TierTimeout, TierUnavailable
 from prefixstore.tiers.redis.config import Address, RedisTierConfig, Topology
-from prefixstore.tiers.redis.pool import Pool, PooledChannel, data_connect, sentinel_connect
+from prefixstore.tiers.redis.pool import Pool, PooledChannel, data_login, sentinel_login
 from prefixstore.tiers.redis.wire import ErrorReply, Reply
 
 _BYTES_PER_CONNECTION = 1 << 20  # less is not worth another connection
@@ -40,7 +40,7 @@ class Servers(ABC):
 
     def __init__(self, config: RedisTierConfig) -> None:
         self.config = config
-        self.pool = Pool(config.name, data_connect(config))
+        self.pool = Pool(config, data_login(config))
 
     @property
     def can_batch(self) -> bool:
@@ -161,7 +161,7 @@ class _SentinelServers(Servers):
 
     def __init__(self, config: RedisTierConfig) -> None:
         super().__init__(config)
-        self._pool_of_sentinels = Pool(config.name, sentinel_connect(config))
+        self._pool_of_sentinels = Pool(config, sentinel_login(config))
         self._sentinels = _Guides(self._pool_of_sentinels, config.addresses)
         self._primary: Address | None = None
         self._named_at = 0.0
