@@ -56,6 +56,17 @@ def wait_until(condition: Callable[[], object], timeout_s: float = START_TIMEOUT
         time.sleep(0.02)
 
 
+@contextlib.contextmanager
+def stopped(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """The process neither answers nor ends meanwhile."""
+    process.send_signal(signal.SIGSTOP)
+    try:
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
 class Server:
     """One server process that keeps nothing on disk.
 
@@ -132,15 +143,8 @@ class Server:
         self.process.kill()
         self.process.wait()
 
-    @contextlib.contextmanager
-    def stopped(self) -> Iterator[None]:
-        """The process neither answers nor ends meanwhile."""
-        self.process.send_signal(signal.SIGSTOP)
-        try:
-            os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
-            yield
-        finally:
-            self.process.send_signal(signal.SIGCONT)
+    def stopped(self) -> contextlib.AbstractContextManager[None]:
+        return stopped(self.process)
 
 
 class Cluster:
@@ -207,7 +211,7 @@ class Sentinels:
     MASTER = "the-primary"
 
     def __init__(self, program: Path, directory: Path) -> None:
-        self._sentinels: list[tuple[subprocess.Popen[bytes], int]] = []
+        self.sentinels: list[tuple[subprocess.Popen[bytes], int]] = []
         self._servers = [Server(program, directory)]
         try:
             self._start(program, directory)
@@ -219,8 +223,8 @@ class Sentinels:
         replicaof = {"replicaof": f"127.0.0.1 {self.primary.port}"}
         self._servers.append(Server(program, directory, replicaof))
         for _ in range(3):
-            self._sentinels.append(self._start_sentinel(program, directory))
-        wait_until(lambda: all(self._is_ready(port) for _, port in self._sentinels))
+            self.sentinels.append(self._start_sentinel(program, directory))
+        wait_until(lambda: all(self._is_ready(port) for _, port in self.sentinels))
 
     def _start_sentinel(
         self, program: Path, directory: Path
@@ -248,11 +252,11 @@ class Sentinels:
 
     @property
     def url(self) -> str:
-        hosts = ",".join(f"127.0.0.1:{port}" for _, port in self._sentinels)
+        hosts = ",".join(f"127.0.0.1:{port}" for _, port in self.sentinels)
         return f"redis+sentinel://{hosts}/{self.MASTER}"
 
     def kill(self) -> None:
-        for process, _ in self._sentinels:
+        for process, _ in self.sentinels:
             process.kill()
             process.wait()
         for server in self._servers:

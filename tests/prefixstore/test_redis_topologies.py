@@ -1,12 +1,14 @@
 """The Redis tier on many servers: a cluster and Sentinel, and what a failover costs."""
 
+import contextlib
+import secrets
 import time
 
 import pytest
-from redis_servers import FLAVOURS, Cluster, Sentinels, wait_until
+from redis_servers import FLAVOURS, Cluster, Sentinels, stopped, wait_until
 from redis_tiers import PART, get, make_names, open_tier, put, random_bytes
 
-from prefixstore.errors import TierError, TierUnavailable
+from prefixstore.errors import TierError, TierTimeout, TierUnavailable
 
 FLAVOUR = next(iter(FLAVOURS))  # starting six servers of each would take too long
 
@@ -91,6 +93,41 @@ def test_a_primary_that_falls_silent_is_replaced_by_its_replica(cluster):
     tier.close()
 
 
+@contextlib.contextmanager
+def no_failover(cluster):
+    """A node that is silent stays a primary meanwhile."""
+    clients = [node.client() for node in cluster.nodes]
+    for client in clients:
+        client.config_set("cluster-node-timeout", 60_000)
+    try:
+        yield
+    finally:
+        for client in clients:
+            client.config_set("cluster-node-timeout", 1000)
+
+
+@pytest.mark.parametrize("num_bytes", [1000, 3 * PART], ids=["one part", "three parts"])
+def test_a_silent_node_costs_its_own_records_alone(cluster, num_bytes):
+    tier = open_tier(cluster.url, timeout_s=1)  # no longer than a connection may take to open
+    address_of, ends_at = tier._servers.address_of, time.monotonic() + 60
+    primaries = tier._servers.primaries(ends_at)
+    identity = secrets.token_bytes(16)
+    home = address_of(tier._keys.generation(identity), ends_at)
+    others = [node for node in cluster.nodes[1:] if node.address in primaries]  # 0 is to die
+    silent = next(node for node in others if node.address != home)
+    names, record = make_names(30, identity), random_bytes(num_bytes)
+    assert put(tier, names, [record] * 30) == [None] * 30
+    keys = tier._keys.records(enumerate(names), tier._caller._generations)
+    is_silent = [address_of(keys[i], ends_at) == silent.address for i in range(30)]
+    assert 0 < sum(is_silent) < 30
+    with no_failover(cluster), silent.stopped():
+        for _ in range(3):  # first on the connections there are, then without one to that node
+            found = get(tier, names, num_bytes)
+            for got, is_lost in zip(found, is_silent, strict=True):
+                assert isinstance(got, TierTimeout) if is_lost else got == record
+    tier.close()
+
+
 def test_a_primary_that_dies_costs_misses_until_its_replica_takes_over(cluster):
     tier = open_tier(cluster.url)
     names, records = put_records(tier, 30)
@@ -144,6 +181,18 @@ def test_sentinels_are_asked_again_when_the_primary_falls_silent(server_director
             assert not finds_all(tier, names, records)
             wait_until(lambda: finds_all(tier, names, records))
             assert put(tier, make_names(1), [b"record"]) == [None]
+        tier.close()
+    finally:
+        sentinels.kill()
+
+
+def test_a_silent_sentinel_leaves_time_for_the_others(server_directory):
+    sentinels = Sentinels(FLAVOURS[FLAVOUR], server_directory)
+    try:
+        tier = open_tier(sentinels.url, timeout_s=1)  # no longer than a connection may take to open
+        (first, _), (second, _), _ = sentinels.sentinels
+        with stopped(first), stopped(second):
+            assert tier.contains_many(make_names(1)) == [False]
         tier.close()
     finally:
         sentinels.kill()

@@ -135,12 +135,13 @@ class CommandBatch:
         if self._is_open:
             return
         self._is_open = True
-        for lane in self._lanes.values():
-            if lane.address is None:
-                continue
+        addresses = [address for address in self._lanes if address is not None]
+        in_turn = self._servers.to_connect(addresses, len(addresses), self._deadline)
+        for address, latest in in_turn:
+            lane = self._lanes[address]
             most = max(lane.num_commands, num_commands), max(lane.num_bytes, num_bytes)
             try:
-                lane.channels = self._servers.borrow(lane.address, *most, self._deadline)
+                lane.channels = self._servers.borrow(address, *most, latest)
             except TierError as error:
                 lane.error = error
         open_batch(self._batch, [lane.channels for lane in self._lanes.values()])

@@ -61,6 +61,7 @@ class _Lane:
     address: Address
     waiting: deque[_Job] = field(default_factory=deque)
     channels: list[PooledChannel] = field(default_factory=list)
+    error: TierError | None = None  # why there is no connection, which is tried but once
 
 
 class Exchange(Generic[T]):
@@ -193,23 +194,29 @@ class Exchange(Generic[T]):
         replies are to come from.
         """
         awaiting = []
-        for lane in list(self._lanes.values()):
-            if lane.waiting and not lane.channels:
-                self._open(lane)
+        closed = [
+            lane.address for lane in self._lanes.values() if lane.waiting and not lane.channels
+        ]
+        for address, latest in self._servers.to_connect(closed, len(self._lanes), self._deadline):
+            self._open(self._lanes[address], latest)
+        for lane in self._lanes.values():
             for channel in lane.channels:
                 self._fill(lane, channel)
                 if channel.num_awaited:
                     awaiting.append((lane, channel))
         return awaiting
 
-    def _open(self, lane: _Lane) -> None:
-        num_bytes = sum(job.command.num_bytes for job in lane.waiting)
-        try:
-            lane.channels = self._servers.borrow(
-                lane.address, len(lane.waiting), num_bytes, self._deadline
-            )
-        except TierError as error:
-            self._fail_waiting(lane, error)
+    def _open(self, lane: _Lane, latest: float) -> None:
+        if lane.error is None:
+            num_bytes = sum(job.command.num_bytes for job in lane.waiting)
+            try:
+                lane.channels = self._servers.borrow(
+                    lane.address, len(lane.waiting), num_bytes, latest
+                )
+                return
+            except TierError as error:
+                lane.error = error
+        self._fail_waiting(lane, lane.error)
 
     def _fill(self, lane: _Lane, channel: PooledChannel) -> None:
         """Give a connection commands that wait, as far as it has few under way."""

@@ -78,17 +78,22 @@ class Pool:
             TierUnavailable: If the server refuses, or the pool is closed.
             TierTimeout: If it does not answer in time.
         """
+        self.check_open()
+        if time.monotonic() >= deadline:
+            raise TierTimeout(f"{self._name}: {address}: no time left to ask")
         while (channel := self._take_idle(address)) is not None:
             if channel.is_quiet():
                 return channel
             channel.close()
-        now = time.monotonic()
-        if now >= deadline:
-            raise TierTimeout(f"{self._name}: {address}: no time left to connect")
+        latest = time.monotonic() + self._config.connect_timeout_s
         try:
-            return self._open(address, min(deadline, now + self._config.connect_timeout_s))
+            return self._open(address, min(deadline, latest))
         except (OSError, UnicodeError, StreamError, ErrorReply) as error:
             raise self._translated(error, address) from error
+
+    def has_idle(self, address: Address) -> bool:
+        """Whether a connection to a server is at hand."""
+        return bool(self._idle.get(address))
 
     def give_back(self, channel: PooledChannel) -> None:
         """One that is whole and awaits no reply; any other is closed."""

@@ -23,10 +23,20 @@ _MAX_SHARES = 4  # of a call's time: less than a quarter may be too little for a
 _REDIRECT = re.compile(r"(?P<code>MOVED|ASK) (?P<slot>\d+) (?P<host>.*):(?P<port>\d+)")
 
 
-def share_of(deadline: float, num_shares: int) -> float:
-    """When an equal share ends of the time that is left, the first one of so many."""
-    now = time.monotonic()
-    return now + (deadline - now) / num_shares
+def in_turn(
+    addresses: Sequence[Address], num_after: int, deadline: float
+) -> Iterator[tuple[Address, float]]:
+    """Servers one after the other, and until when each may take: for a share of the time that is
+    left then, so that one that is silent does not take all.
+
+    Args:
+        addresses: Theirs.
+        num_after: Shares for what comes after them.
+        deadline: The end of that time.
+    """
+    for num_left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
+        now = time.monotonic()
+        yield address, now + (deadline - now) / min(num_left + num_after, _MAX_SHARES)
 
 
 class Servers(ABC):
@@ -97,6 +107,20 @@ class Servers(ABC):
                 raise
         return channels
 
+    def to_connect(
+        self, addresses: Sequence[Address], num_servers: int, deadline: float
+    ) -> Iterator[tuple[Address, float]]:
+        """Servers in the order in which to `borrow` from them, and until when from each: those
+        first to which there are connections, and some of the time is left to use them.
+
+        Args:
+            addresses: Of the servers.
+            num_servers: That the call goes to, with those that it has connections to.
+            deadline: The call's.
+        """
+        ordered = sorted(addresses, key=lambda address: not self.pool.has_idle(address))
+        return in_turn(ordered, int(num_servers > 1), deadline)
+
     def close(self) -> None:
         self.pool.close()
 
@@ -119,13 +143,11 @@ class _Guides:
     ) -> Iterator[tuple[Address, Reply]]:
         """One answer after the other, each with who gave it; fills in why others gave none.
 
-        Each has a share of the time, and as much is left for what the answer is good for.
+        Some of the time is left for what the answer is good for.
         """
-        addresses = self._addresses
-        for num_left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
-            num_shares = min(num_left + 1, _MAX_SHARES)
+        for address, latest in in_turn(self._addresses, 1, deadline):
             try:
-                reply = self._pool.ask(address, args, share_of(deadline, num_shares))
+                reply = self._pool.ask(address, args, latest)
             except TierError as error:
                 problems.append(str(error))
                 if isinstance(error, TierTimeout):
