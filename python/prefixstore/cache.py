@@ -250,13 +250,14 @@ class PrefixCache:
     def forget(self, salt: str | None = None) -> list[str]:
         """Forget what the tiers hold of this model under a salt, here and for every process.
 
-        Blocks in the pool stay until they are evicted.
+        Blocks in the pool stay until they are evicted. What this process is still to write of them
+        is dropped, or waited for and deleted.
 
         Args:
             salt: The namespace; default that of the cache.
 
         Returns:
-            The names of the tiers that could not.
+            The names of the tiers that could not, or that may get some of them yet.
         """
         return self.blocks.forget(self.config.salt if salt is None else salt)
 

@@ -1,4 +1,4 @@
-"""A tier that fails in every way a tier may, by chance or when told."""
+"""Tiers that fail in every way a tier may, by chance or when told, and wait when told."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dict_tier import DictTier
 
 from prefixstore.errors import TierTimeout, TierUnavailable
+from prefixstore.tiers.base import PAGE_BYTES
+from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
 
 _DAMAGED_SHARE = 0.1  # of the records
 
@@ -78,3 +80,20 @@ class Gate:
         if call in self._calls:
             self.entered.set()
             assert self._opened.wait(30), "the gate was not opened"
+
+
+class GatedMemory(MemoryTier):
+    """Asked what it holds, waits at a gate; knows what it was given by `put_many`."""
+
+    def __init__(self, gate: Gate, capacity_bytes: int) -> None:
+        super().__init__(MemoryTierConfig(capacity_bytes, 16 * PAGE_BYTES))
+        self._gate = gate
+        self.put_names: list[bytes] = []
+
+    def contains_many(self, names, *, deadline=None):
+        self._gate("contains")
+        return super().contains_many(names, deadline=deadline)
+
+    def put_many(self, names, records, *, priority=0, deadline=None):
+        self.put_names += [name.block_hash for name in names]
+        return super().put_many(names, records, priority=priority, deadline=deadline)

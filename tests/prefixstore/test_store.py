@@ -4,7 +4,8 @@ import threading
 
 import numpy as np
 import pytest
-from dict_tier import CAPACITY, DictTier, raises
+from dict_tier import CAPACITY, DictTier, fill, held, raises
+from failing_tiers import Gate, GatedMemory
 from sample_blocks import (
     IDENTITY,
     LARGE_LAYOUT,
@@ -16,6 +17,7 @@ from sample_blocks import (
 )
 from stores import load, memory_and_disk, save, use_of
 
+from prefixstore.block_key import BlockKey, chain_keys
 from prefixstore.errors import ConfigError, TierUnavailable
 from prefixstore.store import Store
 from prefixstore.store.block_sources import HostBlock
@@ -134,6 +136,103 @@ def test_an_identity_is_forgotten_in_every_tier(make_store):
     assert store.delete_identity(IDENTITY) == ["broken"]
     assert not any(memory.contains(key.name) for key in keys)
     assert set(store.sweep()) == {"memory", "broken"}
+
+
+DELETIONS = {
+    "names": lambda store, keys: store.delete_many(keys),
+    "identity": lambda store, keys: store.delete_identity(IDENTITY),
+}
+
+
+def keys_of_another(num_blocks: int) -> list[BlockKey]:
+    """Of an identity that stays."""
+    tokens = np.arange(num_blocks * LAYOUT.block_size, dtype=np.uint32)
+    return chain_keys(LAYOUT, b"another identity", tokens)
+
+
+def held_by(memory: MemoryTier, keys: list[BlockKey]) -> list[bool]:
+    return memory.contains_many([key.name for key in keys])
+
+
+@pytest.mark.parametrize("delete", DELETIONS.values(), ids=DELETIONS)
+def test_blocks_that_are_deleted_before_their_turn_are_not_written(make_store, delete):
+    gate = Gate("contains")
+    memory = GatedMemory(gate, CAPACITY)
+    store = make_store(memory)
+    keys, (running, queued) = make_keys(3), keys_of_another(2)
+    assert store.save(running, HostBlock(make_payload(running)))
+    assert gate.entered.wait(30)
+    done: list[BlockKey] = []
+    for key in [*keys, queued]:
+        assert store.save(key, HostBlock(make_payload(key)), lambda key=key: done.append(key))
+    assert delete(store, keys) == []  # waits for nothing: the others do not concern it
+    assert done == keys
+    assert store.stats().num_dropped == 3
+    gate.open()
+    assert store.flush(30)
+    assert held_by(memory, [*keys, running, queued]) == [False] * 3 + [True] * 2
+
+
+@pytest.mark.parametrize("delete", DELETIONS.values(), ids=DELETIONS)
+@pytest.mark.parametrize("call", ["contains", "put"])  # before and after it is read from memory
+def test_records_on_their_way_to_a_slower_tier_are_deleted_too(make_store, delete, call):
+    gate = Gate(call)
+    memory, slow = MemoryTier(MemoryTierConfig(CAPACITY)), DictTier("slow", gate)
+    store = make_store(memory, slow)
+    keys = make_keys(600)  # more than both threads of the writer take before they wait at the gate
+    for key in keys:
+        assert store.save(key, HostBlock(make_payload(key)))
+    assert store.wait_blocks(30) and gate.entered.wait(30)
+    failed: list[list[str]] = []
+    thread = threading.Thread(target=lambda: failed.append(delete(store, keys)))
+    thread.start()
+    thread.join(0.1)
+    assert thread.is_alive()  # it waits for what is being written
+    gate.open()
+    thread.join(30)
+    assert failed == [[]]
+    assert store.flush(30)
+    assert held_by(memory, keys) == [False] * 600
+    assert slow.records == {}
+    assert use_of(store, "slow").num_dropped > 0
+
+
+@pytest.mark.parametrize("names", [("fast", "stalled"), ("stalled",)])
+def test_a_tier_that_may_yet_write_what_is_deleted_is_named(make_store, names):
+    gate = Gate("put")
+    store = make_store(
+        *(DictTier(name, gate if name == "stalled" else lambda call: None) for name in names),
+        write_timeout_s=0.05,
+    )
+    keys = make_keys(3)
+    for key in keys:
+        assert store.save(key, HostBlock(make_payload(key)))
+    assert gate.entered.wait(30)
+    assert store.delete_identity(IDENTITY) == ["stalled"]
+    gate.open()
+    assert store.flush(30)
+    assert store.delete_identity(IDENTITY) == []
+
+
+@pytest.mark.parametrize("delete", DELETIONS.values(), ids=DELETIONS)
+def test_what_is_deleted_while_it_is_loaded_goes_to_no_faster_tier(make_store, delete):
+    fast, slow = DictTier("fast"), DictTier("slow")
+    store = make_store(fast, slow)
+    keys = make_keys(3)
+    fill(slow, keys)
+    blocks = HostBlocks([bytearray(LAYOUT.payload_bytes) for _ in keys])
+
+    def delete_them(loaded) -> bool:
+        assert delete(store, keys) == []
+        return True
+
+    assert store.load_many(keys, blocks, progress=delete_them) == ["slow"] * 3
+    assert store.flush(30)
+    assert (fast.records, slow.records) == ({}, {})
+    fill(slow, keys)  # a later load is none of its business
+    assert store.load_many(keys, blocks) == ["slow"] * 3
+    assert store.flush(30)
+    assert held(fast, keys) == [True] * 3
 
 
 def test_what_is_quarantined_is_neither_loaded_nor_saved(make_store) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from dict_tier import DictTier
-from failing_tiers import Gate
+from failing_tiers import Gate, GatedMemory
 from sample_blocks import LAYOUT, make_keys, make_payload, make_record
 from stores import use_of
 from test_record_codecs import make_record as make_record_of
@@ -22,7 +22,6 @@ from prefixstore.store import Store, StoreConfig, beside
 from prefixstore.store.block_sources import MAX_RECORDS_BYTES, HostBlock, WrittenRecord
 from prefixstore.store.write_queue import WriteJob, WriteQueue
 from prefixstore.tiers.base import PAGE_BYTES
-from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
 
 NUM_BLOCKS = 24
 CODED = RecordLayout(3, 1, 16, 16, "bfloat16", 0, ("q8",))
@@ -177,23 +176,6 @@ def test_blocks_of_a_pool_with_several_codecs_in_one_call() -> None:
     for number, key in enumerate(keys):
         block = pool.block_data(number).numpy()
         assert tier.records[key.block_hash] == make_record_of(key, block), number
-
-
-class GatedMemory(MemoryTier):
-    """Asked what it holds, waits at a gate; knows what it was given by `put_many`."""
-
-    def __init__(self, gate: Gate, capacity_bytes: int) -> None:
-        super().__init__(MemoryTierConfig(capacity_bytes, 16 * PAGE_BYTES))
-        self._gate = gate
-        self.put_names: list[bytes] = []
-
-    def contains_many(self, names, *, deadline=None):
-        self._gate("contains")
-        return super().contains_many(names, deadline=deadline)
-
-    def put_many(self, names, records, *, priority=0, deadline=None):
-        self.put_names += [name.block_hash for name in names]
-        return super().put_many(names, records, priority=priority, deadline=deadline)
 
 
 def test_records_are_made_where_the_memory_tier_keeps_them() -> None:

@@ -25,7 +25,7 @@ from prefixstore.store.block_sources import MAX_RECORDS
 from prefixstore.store.config import StoreConfig
 from prefixstore.store.guarded_tier import GuardedTier
 from prefixstore.store.tier_writer import TierJob, TierWriter
-from prefixstore.store.write_queue import WriteJob, WriteQueue
+from prefixstore.store.write_queue import Chooser, WriteJob, WriteQueue
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,32 @@ class BlockWriter:
             writer.wait_empty(deadline) for writer in self._writers.values()
         )
 
+    def drop_blocks(self, is_meant: Chooser) -> int:
+        """Drop what is queued of these blocks; how many."""
+        dropped = self._queue.remove(is_meant)
+        for job in dropped:
+            _call(job.done)
+            _call(job.arrived)
+        return len(dropped)
+
+    def wait_written(self, is_meant: Chooser, deadline: float) -> set[int]:
+        """Wait until none of the blocks being written is one of these.
+
+        Returns:
+            Numbers of the tiers that may get some of them after the deadline.
+        """
+        late = self._queue.wait_finished(is_meant, deadline)
+        return {number for job in late for number in job.tiers}
+
+    def drop_records(self, number: int, is_meant: Chooser, deadline: float) -> bool:
+        """Drop what is queued for a tier of these records, and wait for what is being written.
+
+        Returns:
+            False if that takes longer.
+        """
+        writer = self._writers.get(number)  # the fastest tier has no queue of its own
+        return writer is None or writer.drop(is_meant, deadline)
+
     def check(self) -> list[str]:
         """What does not add up, in words."""
         return self._queue.check() + [
@@ -99,14 +125,11 @@ class BlockWriter:
         deadline = time.monotonic() + self._config.close_timeout_s
         self._queue.close()
         self._queue.wait_empty(self._config.close_timeout_s)
-        dropped = self._queue.clear()
-        for job in dropped:
-            _call(job.done)
-            _call(job.arrived)
+        num_dropped = self.drop_blocks(lambda name: True)
         self._thread.join(timeout=1.0)  # only a tier that hangs keeps it; it is a daemon
         for writer in self._writers.values():
             writer.close(deadline)
-        return len(dropped)
+        return num_dropped
 
     # ---- in its thread -----------------------------------------------------------------------
 

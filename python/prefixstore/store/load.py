@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from prefixstore.block_key import BlockKey
 from prefixstore.store.block_targets import BlockTarget
-from prefixstore.store.write_queue import WriteJob
+from prefixstore.store.write_queue import Chooser, WriteJob
 
 LoadProgress = Callable[[Sequence[int]], bool]
 
@@ -49,6 +49,7 @@ class Load:
         self.coalesces = True
         self.found: list[str | None] = [None] * len(keys)
         self.promotions: list[WriteJob] = []
+        self.passed_over: list[Chooser] = []  # go to no faster tier: they were deleted meanwhile
         self.claimed: set[int] = set()  # others wait for these
         self.elsewhere: set[int] = set()  # fetched by other threads just now
         self.work: defaultdict[int, Work] = defaultdict(Work)  # by tier that was asked
@@ -59,6 +60,10 @@ class Load:
         if self.progress is not None and loaded:
             self.is_stopped = not self.progress(loaded)
         return not self.is_stopped
+
+    def passes_over(self, job: WriteJob) -> bool:
+        """Whether a record is not to go to a faster tier after all."""
+        return any(is_meant(job.key.name) for is_meant in self.passed_over)
 
     @contextmanager
     def timed(self, number: int) -> Iterator[None]:

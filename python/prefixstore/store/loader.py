@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -25,7 +26,7 @@ from prefixstore.store.layer_reader import LayerReader
 from prefixstore.store.load import Load, LoadProgress
 from prefixstore.store.recent_names import RecentNames
 from prefixstore.store.stats import Counts
-from prefixstore.store.write_queue import WriteJob, noop
+from prefixstore.store.write_queue import Chooser, WriteJob, noop
 
 BATCH_BYTES = 32 << 20  # of records that are fetched and then restored together
 LENT_BATCH_BYTES = (
@@ -68,6 +69,10 @@ class Loader:
         self.observer: LoadObserver | None = None  # see `Store.observe_loads`
         self._in_flight = InFlight()
         self._slabs = Slabs()
+        # over the two below, and held while records are handed on
+        self._lock = threading.Lock()
+        self._under_way: set[Load] = set()
+        self._passed_over: list[Chooser] = []
 
     def load_many(
         self,
@@ -78,7 +83,7 @@ class Loader:
     ) -> list[str | None]:
         """See `Store.load_many`."""
         load = Load(keys, deadline, target, progress)
-        try:
+        with self._promoting(load):
             is_barred = self._quarantined.contains_many([key.name for key in keys])
             self._load(load, [i for i, barred in enumerate(is_barred) if not barred])
             if load.elsewhere and not load.is_stopped:
@@ -87,8 +92,6 @@ class Loader:
                 load.elsewhere.clear()
                 load.coalesces = False
                 self._load(load, waited)  # what was not shared
-        finally:
-            self._promote(load)
         num_misses = 0 if load.is_stopped else load.found.count(None)
         num_found = len(keys) - load.found.count(None)
         self._counts.add(num_loads=num_found + num_misses, num_misses=num_misses)
@@ -107,15 +110,25 @@ class Loader:
         """See `Store.load_layers`."""
         number = [tier.name for tier in self._tiers].index(tier_name)
         load = Load(keys, deadline)
-        try:
-            with load.timed(number):
-                self._load_layers(load, number, target, steps, progress)
-        finally:
-            self._promote(load)
+        with self._promoting(load), load.timed(number):
+            self._load_layers(load, number, target, steps, progress)
         num_misses = load.found.count(None)
         self._counts.add(num_loads=len(keys), num_misses=num_misses)
         self._tell(load)
         return load.found
+
+    @contextmanager
+    def passing_over(self, is_meant: Chooser) -> Iterator[None]:
+        """Of loads that are under way or begin in the context, these go to no faster tier."""
+        with self._lock:
+            self._passed_over.append(is_meant)
+            for load in self._under_way:
+                load.passed_over.append(is_meant)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._passed_over.remove(is_meant)
 
     def _load_layers(
         self,
@@ -176,7 +189,7 @@ class Loader:
         with ExitStack() as before:
             for number, batch in enumerate(batches):
                 with ExitStack() as own:
-                    own.enter_context(self._under_way(load, batch))
+                    own.enter_context(self._borrowed(load, batch))
                     before.close()
                     if number and not load.goes_on_after(batches[number - 1]):
                         return
@@ -184,7 +197,7 @@ class Loader:
         load.goes_on_after(batches[-1])
 
     @contextmanager
-    def _under_way(self, load: Load, batch: Sequence[int]) -> Iterator[None]:
+    def _borrowed(self, load: Load, batch: Sequence[int]) -> Iterator[None]:
         """A borrowed batch; at the end it is there, and given back."""
         with self._tiers[0].lend_many([load.keys[i] for i in batch]) as lent:
             finish = self._start(load, 0, batch, lent)
@@ -296,6 +309,19 @@ class Loader:
             arrived = self._in_flight.releaser(name)
         load.promotions.append(WriteJob(record.key, source, tiers, arrived=arrived))
 
+    @contextmanager
+    def _promoting(self, load: Load) -> Iterator[None]:
+        """A load; at its end, whatever happened, what it has for faster tiers is handed on."""
+        with self._lock:
+            load.passed_over += self._passed_over
+            self._under_way.add(load)
+        try:
+            yield
+        finally:
+            self._promote(load)
+            with self._lock:
+                self._under_way.remove(load)
+
     def _promote(self, load: Load) -> None:
         """Hand records on to faster tiers; what was claimed and is not among them will not come."""
         self._hand_on(load)
@@ -304,10 +330,11 @@ class Loader:
 
     def _hand_on(self, load: Load) -> None:
         """Hand on what was loaded so far; its claims end where the records arrive."""
-        for job in load.promotions:
-            if not self._writer.offer(job):
-                self._counts.add(num_promotions_dropped=1)
-                job.arrived()
+        with self._lock:  # or one might pass between `passing_over` and the emptying of the queue
+            for job in load.promotions:
+                if load.passes_over(job) or not self._writer.offer(job):
+                    self._counts.add(num_promotions_dropped=1)
+                    job.arrived()
         load.promotions.clear()
 
 

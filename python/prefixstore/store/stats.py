@@ -22,8 +22,8 @@ class TierUse:
         num_skipped: Calls not made because the tier was down.
         num_written: Records put, saved or promoted.
         num_present: Records that were to be written and were there already.
-        num_dropped: Records that were not written: the tier's queue was full, it was down, or no
-            faster tier had them any more.
+        num_dropped: Records that were not written: the tier's queue was full, it was down, no
+            faster tier had them any more, or they were deleted before their turn.
         read_bytes: Bytes of the records that were hits, once where two loads shared one.
         written_bytes: Bytes of the records that were put.
         is_down: Left alone just now.
@@ -54,8 +54,9 @@ class StoreStats:
         num_loads: Blocks asked for.
         num_misses: Blocks that no tier had.
         num_saved: Blocks taken for writing.
-        num_dropped: Blocks not written because the queue was full or closed.
-        num_promotions_dropped: Records not moved up for the same reason.
+        num_dropped: Blocks not written because the queue was full or closed, or because they were
+            deleted before their turn.
+        num_promotions_dropped: Records not moved up for the same reasons.
         num_coalesced: Blocks that another thread was fetching or had fetched just then.
         queue_entries: Blocks that wait for the writer now.
         queue_bytes: Their bytes.

@@ -21,6 +21,7 @@ from prefixstore.store.block_sources import BlockSource
 from prefixstore.store.block_targets import BlockTarget, LayerProgress, LayerTarget
 from prefixstore.store.block_writer import BlockWriter
 from prefixstore.store.config import StoreConfig, TierPolicy
+from prefixstore.store.deletion import Deleter
 from prefixstore.store.guarded_tier import GuardedTier
 from prefixstore.store.load import LoadProgress
 from prefixstore.store.loader import Loader, LoadObserver
@@ -78,6 +79,7 @@ class Store:
             *(self._tiers, self._policies, self._writer, self._counts),
             *(self._found_again, self._quarantined, self._config),
         )
+        self._deleter = Deleter(self._tiers, self._writer, self._loader, self._counts, self._config)
         self.observe_loads(observer)
 
     def observe_loads(self, observer: LoadObserver | None) -> None:
@@ -265,21 +267,27 @@ class Store:
         self._quarantined.add([key.name for key in keys])
 
     def delete_many(self, keys: Sequence[BlockKey], deadline: float | None = None) -> list[str]:
-        """Delete records from every tier.
+        """Delete records from every tier, and what is on its way there.
+
+        Args:
+            keys: Which ones.
+            deadline: Of `time.monotonic()`; default `write_timeout_s` for what is being written
+                just now, and the tiers' own timeouts.
 
         Returns:
-            The names of the tiers that could not.
+            The names of the tiers that could not, or that may get some of them yet.
         """
-        names = [key.name for key in keys]
-        return [tier.name for tier in self._tiers if not tier.delete_many(names, deadline)]
+        return self._deleter.delete_many([key.name for key in keys], deadline)
 
     def delete_identity(self, identity: bytes) -> list[str]:
-        """Forget every record of an identity, see `stored_identity`.
+        """Forget every record of an identity, see `stored_identity`, and what is on its way.
+
+        What is being written just now is waited for, at most `write_timeout_s`.
 
         Returns:
-            The names of the tiers that could not.
+            The names of the tiers that could not, or that may get some of them yet.
         """
-        return [tier.name for tier in self._tiers if not tier.delete_identity(identity)]
+        return self._deleter.delete_identity(identity)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until all that was saved is written or given up; False if that takes longer."""

@@ -23,6 +23,7 @@ from prefixstore.record_header import TRAILER_BYTES
 from prefixstore.store.config import StoreConfig
 from prefixstore.store.fetcher import Slab, Slabs
 from prefixstore.store.guarded_tier import GuardedTier
+from prefixstore.store.write_queue import Chooser
 from prefixstore.tiers.base import PAGE_BYTES, round_up
 
 logger = logging.getLogger(__name__)
@@ -131,18 +132,37 @@ class TierWriter:
                 max(0.0, deadline - time.monotonic()),
             )
 
+    def drop(self, is_meant: Chooser, deadline: float) -> bool:
+        """Drop what is queued of these records, and wait until none of them is being written.
+
+        Returns:
+            False if that takes longer.
+        """
+        self._drop_queued(is_meant)
+        if os.getpid() != self._pid:
+            return True  # nothing is written from here
+        with self._changed:
+            meant = {job for job in self._running if is_meant(job.name)}
+            return self._changed.wait_for(
+                lambda: meant.isdisjoint(self._running), max(0.0, deadline - time.monotonic())
+            )
+
+    def _drop_queued(self, is_meant: Chooser) -> None:
+        with self._changed:
+            dropped = [job for job in self._jobs if is_meant(job.name)]
+            self._jobs = deque(job for job in self._jobs if not is_meant(job.name))
+            self._forget(dropped)
+            self._held_bytes -= sum(job.held_bytes for job in dropped)
+            self._changed.notify_all()
+        self.tier.count_dropped(len(dropped))
+
     def close(self, deadline: float) -> None:
         """Write what is queued until the deadline, and drop the rest."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
         self.wait_empty(deadline)
-        with self._changed:
-            dropped, self._jobs = self._jobs, deque()
-            self._forget(dropped)
-            self._held_bytes -= sum(job.held_bytes for job in dropped)
-            self._changed.notify_all()
-        self.tier.count_dropped(len(dropped))
+        self._drop_queued(lambda name: True)
         end = time.monotonic() + 1.0
         for thread in self._threads:  # only a tier that hangs keeps one; they are daemons
             thread.join(max(0.0, end - time.monotonic()))

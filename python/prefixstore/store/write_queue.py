@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from prefixstore.block_key import BlockKey
+from prefixstore.block_key import BlockKey, RecordName
 from prefixstore.store.block_sources import BlockSource
+
+Chooser = Callable[[RecordName], bool]  # whether a record is one of those that are meant
 
 
 def noop() -> None:
@@ -99,13 +102,26 @@ class WriteQueue:
             self._is_closed = True
             self._changed.notify_all()
 
-    def clear(self) -> list[WriteJob]:
-        """Remove and return what is queued but not running."""
+    def remove(self, is_meant: Chooser) -> list[WriteJob]:
+        """Remove and return what is queued of these but not running."""
         with self._changed:
-            jobs, self._jobs = list(self._jobs), deque()
-            self._num_bytes -= sum(job.source.num_bytes for job in jobs)
+            removed = [job for job in self._jobs if is_meant(job.key.name)]
+            self._jobs = deque(job for job in self._jobs if not is_meant(job.key.name))
+            self._num_bytes -= sum(job.source.num_bytes for job in removed)
             self._changed.notify_all()
-            return jobs
+            return removed
+
+    def wait_finished(self, is_meant: Chooser, deadline: float) -> list[WriteJob]:
+        """Wait until what is running of these is done with; what is not by the deadline."""
+        if self._is_forked():
+            return []  # nothing is written from here
+        with self._changed:
+            batch = self._running
+            meant = [job for job in batch if is_meant(job.key.name)]
+            is_over = not meant or self._changed.wait_for(
+                lambda: self._running is not batch, max(0.0, deadline - time.monotonic())
+            )
+            return [] if is_over else meant
 
     def sizes(self) -> tuple[int, int]:
         """Entries and bytes, queued or running."""
