@@ -10,7 +10,7 @@ from stores import load, save, use_of
 
 from prefixstore.errors import BlockCorrupted, TierFull, TierTimeout, TierUnavailable
 from prefixstore.store.block_sources import HostBlock
-from prefixstore.store.breaker import Breaker, BreakerConfig
+from prefixstore.store.breaker import Breaker, BreakerConfig, Leave
 
 
 @pytest.mark.parametrize("error", [TierUnavailable, TierTimeout, TierFull, BlockCorrupted])
@@ -141,28 +141,88 @@ def test_a_timeout_counts_for_several_failures(make_store):
     tier.fail = lambda call: None
 
 
+def begin(breaker: Breaker) -> Leave:
+    """A call of the tier that is allowed."""
+    leave = breaker.allows()
+    assert leave is not None
+    return leave
+
+
 def test_breaker_pauses_grow_and_shrink_back():
     now = [0.0]
     breaker = Breaker("x", BreakerConfig(2, 10, 1, 4), clock=lambda: now[0])
     error = TierUnavailable("x")
-    breaker.failed(error)
+    breaker.failed(error, begin(breaker))
     now[0] = 11
-    breaker.failed(error)
-    assert breaker.allows()  # two failures, but not within the window
-    breaker.failed(error)
+    breaker.failed(error, begin(breaker))
+    leave = begin(breaker)  # two failures, but not within the window
+    breaker.failed(error, leave)
     assert not breaker.allows()
     for pause in (1, 2, 4, 4):
         now[0] += pause - 0.01
         assert not breaker.allows()
         now[0] += 0.02
-        assert breaker.allows()  # the trial
+        trial = begin(breaker)
         assert not breaker.allows()  # one at a time
-        breaker.failed(error)
+        breaker.failed(error, trial)
     now[0] += 5
     assert breaker.allows()
     breaker.succeeded()
     assert breaker.allows() and breaker.allows()
-    breaker.failed(error)
-    breaker.failed(error)
+    breaker.failed(error, begin(breaker))
+    breaker.failed(error, begin(breaker))
     now[0] += 1.01
     assert breaker.allows()  # the first pause is short again
+
+
+def test_calls_that_began_before_a_tier_went_down_make_no_pause_longer():
+    now = [0.0]
+    breaker = Breaker("x", BreakerConfig(pause_s=1, max_pause_s=60), clock=lambda: now[0])
+    error = TierTimeout("x")
+    under_way = [begin(breaker) for _ in range(8)]
+    for leave in under_way[:6]:
+        breaker.failed(error, leave)
+    now[0] += 1.01
+    trial = begin(breaker)
+    breaker.failed(error, under_way[6])  # not the trial, which is still under way
+    breaker.failed(error, trial)
+    now[0] += 1.99
+    assert not breaker.allows()
+    now[0] += 0.02
+    ended = begin(breaker)  # hangs
+    now[0] += 2.01
+    assert breaker.allows()
+    breaker.succeeded()
+    for _ in range(2):
+        breaker.failed(error, begin(breaker))
+    assert breaker.is_down
+    breaker.failed(error, ended)  # a trial of the outage before
+    now[0] += 1.01
+    assert breaker.allows()
+
+
+def test_a_tier_whose_turn_comes_too_late_is_not_blamed(make_store):
+    class Slow(DictTier):
+        """Answers at the deadline, that nothing is there."""
+
+        def get_many(self, names, outs, *, offsets=None, deadline=None):
+            self._wait(deadline)
+            return [TierTimeout("late")] * len(names)
+
+        def contains_many(self, names, *, deadline=None):
+            self._wait(deadline)
+            return [False] * len(names)
+
+        def _wait(self, deadline):
+            time.sleep(max(0.0, deadline - time.monotonic()) + 0.01)
+
+    slow, healthy = Slow("slow"), DictTier("healthy", raises(TierTimeout, "get", "contains"))
+    store = make_store(slow, healthy, load_timeout_s=0.3)
+    keys = make_keys(2)
+    fill(healthy, keys)
+    assert store.contains_many(keys) == [None, None]
+    assert [load(store, key) for key in keys] == [None, None]
+    assert healthy.calls == []
+    use = use_of(store, "healthy")
+    assert (use.num_misses, use.num_errors, use.is_down) == (2, 0, False)
+    assert use_of(store, "slow").is_down

@@ -42,9 +42,24 @@ class BreakerConfig:
                 raise ConfigError(f"{name}: expected more than 0, got {getattr(self, name)}")
 
 
+@dataclass(frozen=True)
+class Leave:
+    """To make one call; comes back with its failure.
+
+    Attributes:
+        outage: Number of the outage that the call is a trial of; None where the tier was up.
+    """
+
+    outage: int | None
+
+
+_WHILE_UP = Leave(None)
+
+
 class Breaker:
     """Up: every call is allowed. Down: none until the pause is over, then one trial at a time; it
-    brings the tier back or begins the next pause. Thread-safe; logs changes of state only.
+    brings the tier back or begins the next pause. A call that began before the tier went down says
+    nothing new by failing. Thread-safe; logs changes of state only.
     """
 
     def __init__(
@@ -60,23 +75,24 @@ class Breaker:
         self._failures: deque[float] = deque(maxlen=config.failures)
         self._pause_s = config.pause_s
         self._down_until: float | None = None
+        self._num_outages = 0
 
     @property
     def is_down(self) -> bool:
         return self._down_until is not None
 
-    def allows(self) -> bool:
-        """Whether to call the tier now; where this is the trial, others wait for its outcome."""
+    def allows(self) -> Leave | None:
+        """Leave to call the tier now, or None; where it is a trial, others wait for its outcome."""
         if self._down_until is None:
-            return True
+            return _WHILE_UP
         with self._lock:
             now = self._clock()
             if self._down_until is None:
-                return True
+                return _WHILE_UP
             if now < self._down_until:
-                return False
+                return None
             self._down_until = now + self._pause_s  # a trial that never ends is not the last one
-            return True
+            return Leave(self._num_outages)
 
     def succeeded(self) -> None:
         if self._down_until is None:
@@ -87,12 +103,13 @@ class Breaker:
             self._pause_s = self._config.pause_s
         logger.warning("tier %s: back", self._name)
 
-    def failed(self, error: BaseException) -> None:
+    def failed(self, error: BaseException, leave: Leave) -> None:
         with self._lock:
             now = self._clock()
             if self._down_until is not None:
-                self._pause_s = min(self._pause_s * 2, self._config.max_pause_s)
-                self._down_until = now + self._pause_s
+                if leave.outage == self._num_outages:
+                    self._pause_s = min(self._pause_s * 2, self._config.max_pause_s)
+                    self._down_until = now + self._pause_s
                 return
             weight = self._config.timeout_failures if isinstance(error, TierTimeout) else 1
             self._failures.extend([now] * weight)
@@ -105,6 +122,7 @@ class Breaker:
         """Take the tier down at once."""
         with self._lock:
             was_down = self._down_until is not None
+            self._num_outages += not was_down
             self._down_until = self._clock() + self._pause_s
         if not was_down:
             logger.warning("tier %s: down for %s s: %s", self._name, self._pause_s, error)

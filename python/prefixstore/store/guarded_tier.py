@@ -107,7 +107,7 @@ class GuardedTier:
         return [None] * len(keys) if outcomes is None else outcomes
 
     def count_misses(self, num_records: int) -> None:
-        """So many records did not come in parts."""
+        """So many records did not come, or could not have come in time."""
         self._counts.add(num_misses=num_records)
 
     @property
@@ -330,20 +330,21 @@ class GuardedTier:
 
     def _attempt(self, call: Callable[[], T]) -> T | None:
         """The call's answer; None if the tier is down or failed."""
-        if not self._breaker.allows():
+        leave = self._breaker.allows()
+        if leave is None:
             self._counts.add(num_skipped=1)
             return None
         try:
             answer = call()
         except TierError as error:
             self._counts.add(num_errors=1, num_timeouts=isinstance(error, TierTimeout))
-            self._breaker.failed(error)
+            self._breaker.failed(error, leave)
             return None
         failure = self._count_outcomes(answer) if isinstance(answer, list) else None
         if failure is None:
             self._breaker.succeeded()
         else:  # for the breaker a call is one failure, however many records it has
-            self._breaker.failed(failure)
+            self._breaker.failed(failure, leave)
         return answer
 
     def _count_outcomes(self, outcomes: Sequence[object]) -> TierError | None:

@@ -27,6 +27,7 @@ from prefixstore.store.load import Load, LoadProgress
 from prefixstore.store.recent_names import RecentNames
 from prefixstore.store.stats import Counts
 from prefixstore.store.write_queue import Chooser, WriteJob, noop
+from prefixstore.tiers.base import is_past
 
 BATCH_BYTES = 32 << 20  # of records that are fetched and then restored together
 LENT_BATCH_BYTES = (
@@ -174,8 +175,12 @@ class Loader:
                 missing = self._claim(load, missing)
             if not missing or load.is_stopped:
                 continue
+            is_lent = number == 0 and tier.lends
+            if not is_lent and is_past(load.deadline):
+                tier.count_misses(len(missing))  # it could not answer in time, and is not to blame
+                continue
             with load.timed(number):
-                if number == 0 and tier.lends:
+                if is_lent:
                     # What comes from there goes nowhere else.
                     batches = _batches(load.keys, missing, _record_bytes, LENT_BATCH_BYTES)
                     self._load_lent(load, batches)

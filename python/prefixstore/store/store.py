@@ -29,7 +29,7 @@ from prefixstore.store.recent_names import RecentNames
 from prefixstore.store.stats import Counts, StoreStats
 from prefixstore.store.tier_writer import TierJob
 from prefixstore.store.write_queue import WriteJob, noop
-from prefixstore.tiers.base import Swept, Tier, TierStats
+from prefixstore.tiers.base import Swept, Tier, TierStats, is_past
 
 _TIERS_SHARE = 0.95  # of a request's time: in the rest its thread wakes and restores what came
 _REUSE_S = 60.0  # after which a tier is offered again what it waits to see reused
@@ -113,6 +113,8 @@ class Store:
             missing = [i for i, name in enumerate(found) if name is None and not is_barred[i]]
             if not missing:
                 break
+            if not tier.lends and is_past(deadline):
+                continue  # it could not answer in time, and is not to blame
             answers = tier.contains_many([keys[i].name for i in missing], deadline)
             for i, is_there in zip(missing, answers or (), strict=False):
                 if is_there:
