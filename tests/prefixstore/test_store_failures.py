@@ -111,6 +111,22 @@ def test_a_tier_that_is_down_drops_at_once(make_store):
     slow.fail = lambda call: None
 
 
+@pytest.mark.parametrize("call", ["contains", "put"])
+@pytest.mark.parametrize("num_slower", [0, 1])
+def test_what_the_fastest_tier_gives_no_answer_for_is_counted_as_dropped(
+    make_store, call, num_slower
+):
+    tiers = [DictTier("fast", raises(TierUnavailable, call)), DictTier("slow")][: 1 + num_slower]
+    store = make_store(*tiers, breaker=BreakerConfig(failures=1, pause_s=60))
+    keys = make_keys(5)
+    save(store, keys)
+    assert store.stats().num_saved == 5
+    use = use_of(store, "fast")
+    assert (use.num_dropped, use.num_written, use.num_errors) == (5, 0, 1)
+    for slow in tiers[1:]:
+        assert held(slow, keys) == [True] * 5
+
+
 def test_a_trial_whose_records_all_fail_brings_no_tier_back(make_store):
     tier = DictTier("tier")
     config = BreakerConfig(failures=2, window_s=60, pause_s=0.05, max_pause_s=0.05)

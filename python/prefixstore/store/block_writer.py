@@ -230,14 +230,19 @@ class BlockWriter:
             _call(job.done)
 
     def _ask_first(self, jobs: Sequence[WriteJob]) -> list[bool]:
-        """Whether tier 0 holds each block."""
+        """For each block whether no record is to be made of it.
+
+        Tier 0 holds it, or is the only one to get it and gives no answer.
+        """
         if self._first is None or not jobs:
             return [True] * len(jobs)  # nobody needs a record
         deadline = time.monotonic() + self._config.write_timeout_s
         with _blaming(self._first):
             answers = self._first.contains_many([job.key.name for job in jobs], deadline)
-        if answers is None:
-            return [len(job.tiers) == 0 or job.tiers == (0,) for job in jobs]
+        if answers is None:  # it would not take them either
+            is_over = [job.tiers == (0,) for job in jobs]
+            self._first.count_dropped(sum(is_over))
+            return is_over
         self._first.count_present(
             sum(is_there and 0 in job.tiers for is_there, job in zip(answers, jobs, strict=True))
         )

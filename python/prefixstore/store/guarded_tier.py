@@ -200,7 +200,10 @@ class GuardedTier:
             outcomes = self._put_alike(
                 [names[i] for i in chosen], [records[i] for i in chosen], priority, deadline
             )
-            for i, error in zip(chosen, outcomes or (), strict=False):
+            if outcomes is None:
+                self.count_dropped(len(chosen))
+                continue
+            for i, error in zip(chosen, outcomes, strict=True):
                 kept[i] = error is None
         return kept
 
@@ -232,7 +235,7 @@ class GuardedTier:
         self._counts.add(num_present=num_records)
 
     def count_dropped(self, num_records: int) -> None:
-        """So many records were not written, for want of room in the queue, time or the record."""
+        """So many records were not written: see `TierUse.num_dropped`."""
         self._counts.add(num_dropped=num_records)
 
     def delete_many(self, names: Sequence[RecordName], deadline: float | None = None) -> bool:
