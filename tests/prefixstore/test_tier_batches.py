@@ -242,6 +242,28 @@ def test_an_identity_keeps_to_its_quota(make_tier):
     assert tier.list_identities()[mine[0].identity].num_bytes == 4 * stored_bytes(tier, LAYOUT)
 
 
+@pytest.mark.parametrize("num_lent", [0, 1, 2, 3])
+@pytest.mark.parametrize("too_long", [0, 1])
+def test_nothing_gives_way_to_a_record_that_the_quota_refuses_all_the_same(
+    make_kind, num_lent, too_long
+):
+    """Two of three records have to go for a long one, and may unless they are lent."""
+    (long,) = make_keys(1, LARGE_LAYOUT)
+    quota_bytes = LARGE_LAYOUT.record_bytes - 1 if too_long else LARGE_LAYOUT.record_bytes + BYTES
+    tier = make_kind("memory", 256 * SLOT, 64 * SLOT, quota_bytes=quota_bytes)
+    keys = make_keys(3)
+    put_many(tier, keys)
+    with tier.lend_many([key.name for key in keys[3 - num_lent :]]):
+        (error,) = tier.put_many([long.name], [memoryview(make_record(long))])
+    if too_long or num_lent > 1:
+        assert "quota_bytes" in str(error)
+        assert held(tier, [*keys, long]) == [True, True, True, False]
+        assert tier.stats().num_evictions == 0
+    else:
+        assert error is None
+        assert held(tier, [*keys, long]) == [False, False, True, True]
+
+
 @pytest.fixture
 def memory(make_kind):
     """The tier that records are made in; four slots of theirs, and no other slab."""

@@ -240,17 +240,27 @@ class Arena:
     # ---- making room -------------------------------------------------------------------------
 
     def _keep_quota(self, identity: bytes, num_bytes: int) -> None:
-        """Let the identity's least recently used records give way until so much more fits."""
+        """Let the identity's least recently used records give way until so much more fits.
+
+        None does where all that may would not be enough.
+        """
         if self._quota_bytes is None:
             return
         tenant = self.tenants.get(identity, Tenant())
-        while tenant.num_bytes + num_bytes > self._quota_bytes:
-            victim = next((r for r in tenant.records.values() if r.num_pins == 0), None)
-            if victim is None:
-                raise TierFull(
-                    f"{self._tier_name}: expected room for {num_bytes} bytes within"
-                    f" {self._quota_bytes} (quota_bytes), which no record of the identity can give"
-                )
+        excess = tenant.num_bytes + num_bytes - self._quota_bytes
+        victims = []
+        for record in tenant.records.values():
+            if excess <= 0:
+                break
+            if record.num_pins == 0:
+                victims.append(record)
+                excess -= record.data.size
+        if excess > 0:
+            raise TierFull(
+                f"{self._tier_name}: expected room for {num_bytes} bytes within"
+                f" {self._quota_bytes} (quota_bytes), which no records of the identity can give"
+            )
+        for victim in victims:
             self._evict(victim)
 
     def _find_slab(self, slot_bytes: int, priority: int) -> Slab:
