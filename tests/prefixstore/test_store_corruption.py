@@ -1,15 +1,19 @@
 """Records that are wrong: whatever a tier gives, no block is."""
 
 import os
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from dict_tier import CAPACITY, DictTier
+from dict_tier import CAPACITY, DictTier, fill
 from sample_blocks import LAYOUT, make_keys, make_record
 from stores import load, save, use_of
 
 from prefixstore.block_key import BlockKey
+from prefixstore.store.block_targets import HostBlocks
+from prefixstore.store.breaker import BreakerConfig
+from prefixstore.store.guarded_tier import GuardedTier
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
 
@@ -117,6 +121,42 @@ def test_a_corrupted_record_is_deleted_and_the_next_tier_answers(make_store):
     assert store.flush(30)
     assert load(store, key) == "fast"  # promoted over the one that was deleted
     assert use_of(store, "fast").num_corrupted == 1
+
+
+def test_wrong_records_of_a_load_are_deleted_together_and_by_its_deadline(make_store):
+    class Told(DictTier):
+        def delete_many(self, names, *, deadline=None):
+            told.append((set(names), deadline, self.calls.count("get")))
+            return super().delete_many(names, deadline=deadline)
+
+    told: list = []
+    fast, slow = Told("fast"), DictTier("slow")
+    store = make_store(fast, slow)
+    keys = make_keys(5)
+    save(store, keys)
+    for key, position in zip(keys, (0, 100, -1), strict=False):  # header, tokens and payload
+        damaged = bytearray(fast.records[key.block_hash])
+        damaged[position] ^= 1
+        fast.records[key.block_hash] = bytes(damaged)
+    deadline, num_gets = time.monotonic() + 30, fast.calls.count("get")
+    target = HostBlocks([bytearray(LAYOUT.payload_bytes) for _ in keys])
+    assert store.load_many(keys, target, deadline) == ["slow"] * 3 + ["fast"] * 2
+    assert told == [({key.name for key in keys[:3]}, deadline, num_gets + 5)]
+    assert store.flush(30)
+    assert [load(store, key) for key in keys] == ["fast"] * 5
+
+
+def test_wrong_records_for_which_no_time_is_left_are_deleted_the_next_time():
+    tier = DictTier("tier")
+    (key,) = make_keys(1)
+    fill(tier, [key])
+    guarded = GuardedTier(tier, BreakerConfig())
+    guarded.reject(key, "wrong")
+    guarded.delete_rejected(time.monotonic() - 1)
+    assert tier.calls == [] and guarded.use().num_errors == 0
+    for _ in range(2):
+        guarded.delete_rejected(time.monotonic() + 30)
+    assert tier.calls == ["delete"] and tier.records == {}
 
 
 def test_truncated_and_overlong_records_are_misses(make_store):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar
@@ -15,7 +16,7 @@ from prefixstore.record import RecordHeader, check_headers
 from prefixstore.store.breaker import Breaker, BreakerConfig
 from prefixstore.store.recent_names import RecentNames
 from prefixstore.store.stats import Counts, TierUse
-from prefixstore.tiers.base import ReadOutcome, Swept, Tier, TierStats
+from prefixstore.tiers.base import ReadOutcome, Swept, Tier, TierStats, is_past
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ class GuardedTier:
         self._counts = Counts()
         self._is_full = False
         self._absent = RecentNames(ttl_s=negative_ttl_s) if negative_ttl_s else None
+        self._rejected: dict[RecordName, None] = {}
+        self._lock = threading.Lock()  # over what was rejected
 
     @property
     def name(self) -> str:
@@ -71,7 +74,7 @@ class GuardedTier:
         deadline: float,
         abandon: Callable[[], None],
     ) -> list[Found | None]:
-        """Read records and verify their headers; wrong ones are deleted from the tier.
+        """Read records and verify their headers; wrong ones are rejected.
 
         The payload of what is found is to be verified, and then `accept` or `reject` called.
 
@@ -165,10 +168,19 @@ class GuardedTier:
         self._counts.add(num_hits=num_records, read_bytes=num_bytes)
 
     def reject(self, key: BlockKey, problem: str) -> None:
-        """A record was wrong: it is deleted from the tier, and a miss."""
+        """A record was wrong: a miss, to be deleted from the tier by `delete_rejected`."""
         logger.warning("tier %s: block %s: %s", self.name, key.block_hash.hex(), problem)
         self._counts.add(num_corrupted=1, num_misses=1)
-        self._attempt(lambda: self._tier.delete(key.name))
+        with self._lock:
+            self._rejected[key.name] = None
+
+    def delete_rejected(self, deadline: float) -> None:
+        """Delete what was wrong, all of it in one call; after the deadline, the next time."""
+        if not self._rejected or is_past(deadline):
+            return
+        with self._lock:
+            names, self._rejected = [*self._rejected], {}
+        self.delete_many(names, deadline)  # what this does not reach is met, and rejected, again
 
     def read_many(
         self,

@@ -90,6 +90,7 @@ class Loader:
             if load.elsewhere and not load.is_stopped:
                 waited = sorted(load.elsewhere)
                 self._take_shared(load, waited)
+                self._delete_rejected(load)  # so that what was wrong is not met again
                 load.elsewhere.clear()
                 load.coalesces = False
                 self._load(load, waited)  # what was not shared
@@ -329,9 +330,14 @@ class Loader:
 
     def _promote(self, load: Load) -> None:
         """Hand records on to faster tiers; what was claimed and is not among them will not come."""
-        self._hand_on(load)
         self._in_flight.release([load.keys[i].name for i in load.claimed])
         load.claimed.clear()
+        self._delete_rejected(load)  # first, for what a tier holds is not written to it
+        self._hand_on(load)
+
+    def _delete_rejected(self, load: Load) -> None:
+        for tier in self._tiers:
+            tier.delete_rejected(load.deadline)
 
     def _hand_on(self, load: Load) -> None:
         """Hand on what was loaded so far; its claims end where the records arrive."""
