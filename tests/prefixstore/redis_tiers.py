@@ -1,18 +1,24 @@
-"""What the tests of the Redis tier share: tiers, names, and records of any length."""
+"""What the tests of the Redis tier share: tiers, names, records of any length, and deadlines."""
 
 from __future__ import annotations
 
+import math
 import secrets
+import time
+from collections.abc import Callable
 
 import numpy as np
+import pytest
 import redis
 
 from prefixstore.block_key import BlockHash, RecordName
-from prefixstore.errors import TierError
+from prefixstore.errors import TierError, TierTimeout
 from prefixstore.tiers.redis import RedisTier
 from prefixstore.tiers.redis.config import RedisTierConfig
 
 PART = 1 << 16
+TIGHT = 0.5  # seconds for a call that is not going to succeed
+SLACK = 0.4  # what a busy machine may add
 
 
 def open_tier(url: str, **settings: object) -> RedisTier:
@@ -50,3 +56,22 @@ def part_keys(client: redis.Redis, name: RecordName) -> list[bytes]:
 def record_key(client: redis.Redis, name: RecordName) -> bytes:
     (key,) = client.keys(f"*{{{name.block_hash.hex()}}}")
     return key
+
+
+def assert_in_time(begin: float, seconds: float = TIGHT) -> None:
+    assert time.monotonic() - begin < seconds + SLACK
+
+
+def assert_gives_up(call: Callable[[], object], seconds: float = TIGHT) -> None:
+    """The call times out within that time.
+
+    Three times at the most: where the machine stands still a call is late once, where the tier
+    waits too long it is late every time.
+    """
+    taken = []
+    while len(taken) < 3 and min(taken, default=math.inf) >= seconds + SLACK:
+        begin = time.monotonic()
+        with pytest.raises(TierTimeout):
+            call()
+        taken.append(time.monotonic() - begin)
+    assert min(taken) < seconds + SLACK, taken

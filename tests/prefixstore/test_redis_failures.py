@@ -1,25 +1,26 @@
 """The Redis tier where things go wrong: servers that stop, die, are full or slow, or say no."""
 
-import math
-import socket
-import threading
 import time
-from collections.abc import Callable
 
 import pytest
-from redis_proxy import Proxy, Trickle
+from redis_proxy import Proxy
 from redis_servers import FLAVOURS, Server
-from redis_tiers import PART, get, make_names, open_tier, put, random_bytes
+from redis_tiers import (
+    PART,
+    TIGHT,
+    assert_gives_up,
+    assert_in_time,
+    get,
+    make_names,
+    open_tier,
+    put,
+    random_bytes,
+)
 from sample_blocks import load_block, make_keys, make_payload
 
 from prefixstore.errors import TierError, TierFull, TierTimeout, TierUnavailable
 from prefixstore.store import Store
 from prefixstore.store.block_sources import HostBlock
-from prefixstore.tiers.redis.config import Address, RedisTierConfig
-from prefixstore.tiers.redis.pool import Pool
-
-TIGHT = 0.5  # seconds for a call that is not going to succeed
-SLACK = 0.4  # what a busy machine may add
 
 
 @pytest.fixture
@@ -54,25 +55,6 @@ def proxied(proxy):
     tier = open_tier(proxy.url)
     yield tier
     tier.close()
-
-
-def assert_in_time(begin: float, seconds: float = TIGHT) -> None:
-    assert time.monotonic() - begin < seconds + SLACK
-
-
-def assert_gives_up(call: Callable[[], object], seconds: float = TIGHT) -> None:
-    """The call times out within that time.
-
-    Three times at the most: where the machine stands still a call is late once, where the tier
-    waits too long it is late every time.
-    """
-    taken = []
-    while len(taken) < 3 and min(taken, default=math.inf) >= seconds + SLACK:
-        begin = time.monotonic()
-        with pytest.raises(TierTimeout):
-            call()
-        taken.append(time.monotonic() - begin)
-    assert min(taken) < seconds + SLACK, taken
 
 
 def test_a_server_that_restarts_is_empty_and_serves_again(make_server, flavour):
@@ -166,63 +148,6 @@ def test_a_slow_server_costs_the_deadline_and_what_is_complete_is_a_hit(proxy, p
     assert isinstance(outcomes[1], TierTimeout)
     proxy.bytes_per_s = None
     assert get(proxied, names, 3 * PART) == records
-
-
-@pytest.mark.parametrize(
-    ("scheme", "start"),
-    [("redis", b"+"), ("rediss", b"\x16\x03\x03\x40\x00")],
-    ids=["plain", "tls"],
-)
-def test_a_server_that_trickles_while_a_connection_opens_costs_the_deadline(scheme, start):
-    trickle = Trickle(start)
-    try:
-        tier = open_tier(f"{scheme}://127.0.0.1:{trickle.port}", timeout_s=TIGHT)
-        assert_gives_up(lambda: tier.contains_many(make_names(1)))
-        tier.close()
-    finally:
-        trickle.close()
-
-
-def test_a_look_up_that_gets_no_answer_costs_the_deadline(monkeypatch):
-    look_up, is_over = socket.getaddrinfo, threading.Event()
-
-    def stalls(host, port, *args, flags=0, **options):
-        if not flags & socket.AI_NUMERICHOST:
-            is_over.wait(3)
-        return look_up(host, port, *args, flags=flags, **options)
-
-    monkeypatch.setattr(socket, "getaddrinfo", stalls)
-    tier = open_tier("redis://localhost:1", timeout_s=TIGHT)
-    assert_gives_up(lambda: tier.contains_many(make_names(1)))
-    is_over.set()
-    tier.close()
-
-
-def test_a_name_has_all_its_addresses_tried_in_time(monkeypatch, shared_servers):
-    server = shared_servers(next(iter(FLAVOURS)))
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as deaf:
-        place = deaf.getsockname()
-        # it takes one or two that it is never to accept, and no more
-        waiting = [socket.socket() for _ in range(3)]
-        for one in waiting:
-            one.setblocking(False)
-            one.connect_ex(place)
-        places = [place, ("127.0.0.1", server.port)]
-        found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", one) for one in places]
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
-        tier = open_tier("redis://two.example", timeout_s=2 * TIGHT)
-        assert tier.contains_many(make_names(1)) == [False]
-        tier.close()
-        for one in waiting:
-            one.close()
-
-
-@pytest.mark.parametrize("host", ["cache..example", f"{'x' * 64}.example"], ids=["empty", "long"])
-def test_a_host_that_has_no_name_is_unavailable(host):
-    pool = Pool(RedisTierConfig(), [])
-    with pytest.raises(TierUnavailable, match=host):
-        pool.borrow(Address(host, 6379), time.monotonic() + TIGHT)
-    pool.close()
 
 
 def test_a_connection_cut_within_a_reply_is_tried_again(proxy, proxied):

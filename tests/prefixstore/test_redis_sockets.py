@@ -1,0 +1,71 @@
+"""Connections of the Redis tier to servers that are slow to be found, reached, or logged in to."""
+
+import socket
+import threading
+import time
+
+import pytest
+from redis_proxy import Trickle
+from redis_servers import FLAVOURS
+from redis_tiers import TIGHT, assert_gives_up, make_names, open_tier
+
+from prefixstore.errors import TierUnavailable
+from prefixstore.tiers.redis.config import Address, RedisTierConfig
+from prefixstore.tiers.redis.pool import Pool
+
+
+@pytest.mark.parametrize(
+    ("scheme", "start"),
+    [("redis", b"+"), ("rediss", b"\x16\x03\x03\x40\x00")],
+    ids=["plain", "tls"],
+)
+def test_a_server_that_trickles_while_a_connection_opens_costs_the_deadline(scheme, start):
+    trickle = Trickle(start)
+    try:
+        tier = open_tier(f"{scheme}://127.0.0.1:{trickle.port}", timeout_s=TIGHT)
+        assert_gives_up(lambda: tier.contains_many(make_names(1)))
+        tier.close()
+    finally:
+        trickle.close()
+
+
+def test_a_look_up_that_gets_no_answer_costs_the_deadline(monkeypatch):
+    look_up, is_over = socket.getaddrinfo, threading.Event()
+
+    def stalls(host, port, *args, flags=0, **options):
+        if not flags & socket.AI_NUMERICHOST:
+            is_over.wait(3)
+        return look_up(host, port, *args, flags=flags, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", stalls)
+    tier = open_tier("redis://localhost:1", timeout_s=TIGHT)
+    assert_gives_up(lambda: tier.contains_many(make_names(1)))
+    is_over.set()
+    tier.close()
+
+
+def test_a_name_has_all_its_addresses_tried_in_time(monkeypatch, shared_servers):
+    server = shared_servers(next(iter(FLAVOURS)))
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as deaf:
+        place = deaf.getsockname()
+        # it takes one or two that it is never to accept, and no more
+        waiting = [socket.socket() for _ in range(3)]
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(place)
+        places = [place, ("127.0.0.1", server.port)]
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", one) for one in places]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
+        tier = open_tier("redis://two.example", timeout_s=2 * TIGHT)
+        assert tier.contains_many(make_names(1)) == [False]
+        tier.close()
+        for one in waiting:
+            one.close()
+
+
+@pytest.mark.parametrize("host", ["cache..example", f"{'x' * 64}.example"], ids=["empty", "long"])
+def test_a_host_that_has_no_name_is_unavailable(host):
+    pool = Pool(RedisTierConfig(), [])
+    with pytest.raises(TierUnavailable, match=host):
+        pool.borrow(Address(host, 6379), time.monotonic() + TIGHT)
+    pool.close()
