@@ -197,7 +197,7 @@ class LayerPass:
         self._memory = hidden_states.new_empty(size)
         start, item = self._memory.data_ptr(), self._memory.element_size()
         key, value, attended, workspace = (start + bound * item for bound in self._bounds)
-        self._angles = (cos, sin)
+        self._angles = (cos, sin)  # kept, as C++ has their addresses until the pass ends
         self._pointers = (
             *(hidden_states.data_ptr(), self._out.data_ptr(), cos.data_ptr(), sin.data_ptr()),
             *(start, key, value, attended, workspace),

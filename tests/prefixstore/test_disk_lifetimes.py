@@ -1,14 +1,13 @@
-"""How long the disk tier keeps records: time to live, pins, priorities, identities, clocks."""
+"""How long the disk tier keeps records: time to live, pins, priorities, clocks."""
 
 import time
-from pathlib import Path
 
 import pytest
 from disk_tiers import Clock, count_right, open_tier, put
-from sample_blocks import LARGE_LAYOUT, LAYOUT, make_keys, make_payload, make_record
+from sample_blocks import LARGE_LAYOUT, LAYOUT, make_keys, make_record
 
 from prefixstore.errors import TierFull
-from prefixstore.record import BlockKey, chain_keys, encode
+from prefixstore.record import BlockKey
 from prefixstore.tiers.base import PAGE_BYTES, Swept
 from prefixstore.tiers.disk import DiskTier
 from prefixstore.tiers.disk import clock as disk_clock
@@ -289,117 +288,4 @@ def test_a_slab_is_worth_its_best_record(tmp_path):
     assert contains(tier, [small[0], small[41], large[0]]) == [True, False, True]
     assert put_with(tier, large[1:], 5) == [None, None]
     assert contains(tier, [small[0], *large]) == [False, False, True, True]
-    tier.close()
-
-
-# ---- identities ----------------------------------------------------------------------------------
-
-
-def make_keys_of(identity: bytes, num_blocks: int) -> list[BlockKey]:
-    return chain_keys(LAYOUT, identity, range(num_blocks * LAYOUT.block_size))
-
-
-def put_all(tier: DiskTier, keys: list[BlockKey]) -> None:
-    for key in keys:
-        record = bytearray(LAYOUT.record_bytes)
-        encode(key, make_payload(key), record)
-        tier.put(key.name, memoryview(record))
-
-
-def lose_index(path: Path) -> None:
-    for file in path.glob("index.sqlite*"):
-        file.unlink()
-
-
-@pytest.fixture
-def two_copies(tmp_path) -> BlockKey:
-    """A block that lies in two slots of a tier: it expired in one before it was put again."""
-    clock = Clock()
-    other, key = make_keys_of(b"m" * 16, 2)
-    tier = open_tier(tmp_path, ttl_s=HOUR, clock=clock)
-    put(tier, [other, key])
-    tier.delete(other.name)
-    clock.seconds += 2 * HOUR
-    assert tier.sweep().num_expired == 1
-    put(tier, [key])
-    tier.close()
-    (slab,) = tmp_path.glob("slab-*")
-    assert slab.read_bytes().count(key.block_hash) == 2
-    return key
-
-
-@pytest.mark.parametrize("is_rebuilt", [False, True])
-@pytest.mark.parametrize("delete", [DiskTier.delete, DiskTier.delete_identity])
-def test_no_older_copy_of_a_deleted_record_is_found_again(tmp_path, two_copies, is_rebuilt, delete):
-    if is_rebuilt:
-        lose_index(tmp_path)
-    tier = open_tier(tmp_path, clock=Clock())
-    assert count_right(tier, [two_copies]) == 1
-    delete(tier, two_copies.name if delete is DiskTier.delete else two_copies.identity)
-    assert tier.stats().num_deletes == 1
-    assert tier.check() == []
-    tier.close()
-    lose_index(tmp_path)
-    tier = open_tier(tmp_path)
-    assert contains(tier, [two_copies]) == [False]
-    put(tier, [two_copies])
-    assert count_right(tier, [two_copies]) == 1
-    tier.close()
-
-
-def test_a_record_deleted_past_its_time_is_not_found_again(tmp_path):
-    clock = Clock()
-    (key,) = make_keys(1)
-    tier = open_tier(tmp_path, ttl_s=HOUR, clock=clock)
-    put(tier, [key])
-    clock.seconds += 2 * HOUR
-    assert tier.delete_many([key.name] * 2) == [False] * 2
-    tier.close()
-    lose_index(tmp_path)
-    tier = open_tier(tmp_path)
-    assert contains(tier, [key]) == [False]
-    tier.close()
-
-
-def test_an_identity_is_forgotten_whole(tmp_path):
-    mine, other = make_keys_of(b"m" * 16, 10), make_keys_of(b"o" * 16, 10)
-    tier = open_tier(tmp_path)
-    put_all(tier, mine + other)
-    tier.pin_many([mine[0].name])
-    tier.delete_identity(b"m" * 16)
-    assert contains(tier, mine) == [False] * 10
-    assert count_right(tier, other) == 10
-    assert tier.stats().num_deletes == 10
-    tier.delete_identity(b"m" * 16)
-    tier.delete_identity(b"x" * 16)
-    assert tier.check() == []
-    tier.close()
-    lose_index(tmp_path)
-    tier = open_tier(tmp_path)
-    assert count_right(tier, mine + other) == 10
-    put_all(tier, mine)
-    assert count_right(tier, mine) == 10
-    tier.close()
-
-
-def test_no_byte_of_a_forgotten_identity_is_found_again(tmp_path):
-    """Nor where it was evicted before, in a slot or with a whole slab whose file stayed."""
-    mine, other = make_keys_of(b"m" * 16, 8), make_keys_of(b"o" * 16, 4)
-    sizes = {"capacity_bytes": 8 * PAGE_BYTES, "slab_bytes": 8 * PAGE_BYTES}
-    clock = Clock()
-    tier = open_tier(tmp_path, ttl_s=HOUR, clock=clock, **sizes)
-    put_all(tier, mine)
-    (slab,) = tmp_path.glob("slab-*")
-    stayed = tmp_path / slab.name.replace("slab-v1-000001", "slab-v1-000099")
-    stayed.write_bytes(slab.read_bytes())
-    clock.seconds += 2 * HOUR
-    put_all(tier, other)  # expires the eight, and writes over four
-    assert b"m" * 16 in slab.read_bytes()
-    tier.delete_identity(b"m" * 16)
-    assert b"m" * 16 not in slab.read_bytes()
-    assert not stayed.exists()
-    tier.close()
-    lose_index(tmp_path)
-    tier = open_tier(tmp_path, **sizes)
-    assert count_right(tier, mine) == 0 and count_right(tier, other) == 4
     tier.close()

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_WAITING = 16  # audits; one more is not made
 _PATIENCE_S = 60.0  # how long an audit waits for the engine to be idle before it is dropped
-_FLUSH_S = 30.0  # how long what is being written is waited for before it is deleted
+_DELETE_S = 30.0  # how long what is being written is waited for before it is deleted
 
 # How far honest blocks differ: the norm of the difference over the norm, of one layer's keys or
 # values in a block. docs/security.md has what was measured; the bounds are three times that and
@@ -261,12 +261,11 @@ class Auditor:
             self._deleting.submit(self._delete, wrong)
 
     def _delete(self, keys: list[BlockKey]) -> None:
-        """Delete what tiers hold, after what is still on its way there has arrived."""
+        """Delete what tiers hold, and what is still on its way there."""
         store = self._blocks.store
         assert store is not None
         try:
-            store.flush(_FLUSH_S)
-            failed = store.delete_many(keys, time.monotonic() + _FLUSH_S)
+            failed = store.delete_many(keys, time.monotonic() + _DELETE_S)
         except Exception:
             logger.exception("audit: %d records not deleted", len(keys))
             return
