@@ -4,6 +4,7 @@
 
 #include "cpu/attention_amx_work.h"
 #include "cpu/attention_unpack_avx512.h"
+#include "cpu/simd_avx512_bf16.h"
 
 namespace kvkernels {
 namespace {
@@ -83,7 +84,7 @@ void find_tile(const AttentionTile& tile, int64_t begin, int64_t end, Work& work
     find_values(static_cast<const uint16_t*>(args.value_cache), value_offsets, count, work, values);
     return;
   }
-  using Unpacker = Avx512Unpacker<BFloat16>;
+  using Unpacker = Avx512Unpacker<RoundedBFloat16>;
   std::memset(work.keys, 0, kKeys * row_bytes);
   unpack_keys<Unpacker>(tile, 0, begin + first, end, work.scales,
                         work.keys + first * work.head_dim);

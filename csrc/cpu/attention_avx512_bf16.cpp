@@ -174,7 +174,7 @@ void add_pairs(float* weights, const float* decay, const Rows16& values, Prefetc
 struct PairRows {
   using Element = BFloat16;
   using Item = uint16_t;
-  using Unpacker = Avx512Unpacker<BFloat16>;
+  using Unpacker = Avx512Unpacker<RoundedBFloat16>;
 
   static constexpr ScoreRows<Item> kScore[] = {nullptr, score_pairs<1>, score_pairs<2>,
                                                score_pairs<3>, score_pairs<4>};
@@ -208,7 +208,7 @@ struct PairRows {
 // Two bfloat16 a lane.
 struct PairLanes {
   using Item = uint16_t;
-  using Unpacker = Avx512Unpacker<BFloat16>;
+  using Unpacker = Avx512Unpacker<RoundedBFloat16>;
   static constexpr int64_t kNumbers = 2;
 
   static __m512 multiply_add(__m512 a, __m512 b, __m512 sum) {

@@ -3,12 +3,14 @@
 // How that is done is a parameter, a class that has
 //   Item                                          what a row consists of
 //   widen_scales(pairs, count, scales, minimums)  float16 pairs to two arrays of floats
-//   scale_bytes(codes, dim, scales, minimums, row)    row[i] = minimums[i] + scales[i] * code i
-//   scale_nibbles(codes, dim, scales, minimums, row)  the same for two codes a byte
+//   scale_bytes(codes, dim, scales, row)          row[i] = minimum(i) + scale(i) * code i
+//   scale_nibbles(codes, dim, scales, row)        the same for two codes a byte
 //   convert(cache, dtype, offset, dim, row)       a row of a cache of floats
+// `scales` being ChannelScales or GroupScales.
 #pragma once
 
 #include <algorithm>
+#include <array>
 
 #include "cpu/attention_rows.h"
 
@@ -36,13 +38,51 @@ inline int64_t code_row_bytes(BlockKind kind, int64_t dim) {
   return kind == BlockKind::kInt4 ? dim / 2 : dim;
 }
 
-template <typename U>
-void scale_row(BlockKind kind, const uint8_t* codes, int64_t dim, const float* scales,
-               const float* minimums, typename U::Item* row) {
+// Of each channel.
+struct ChannelScales {
+  const float *scales, *minimums;
+
+  float scale(int64_t channel) const { return scales[channel]; }
+  float minimum(int64_t channel) const { return minimums[channel]; }
+};
+
+// Groups of neighbouring channels that have their scales in common, whole times kSize of them.
+class ChannelGroups {
+ public:
+  static constexpr int64_t kSize = 16;
+
+  // False where the groups are cut otherwise, or a row of 4-bit codes, whose halves share their
+  // bytes, is not.
+  bool find(int64_t dim, int64_t groups, BlockKind kind) {
+    const int64_t group_size = dim / groups, unit = kind == BlockKind::kInt4 ? 2 * kSize : kSize;
+    if (group_size % kSize != 0 || dim % unit != 0 || dim > kMaxDim) return false;
+    for (int64_t i = 0; i < dim; i += kSize) group_of_[i / kSize] = i / group_size;
+    return true;
+  }
+
+  int64_t operator[](int64_t channel) const { return group_of_[channel / kSize]; }
+
+ private:
+  static constexpr int64_t kMaxDim = 1024;
+  std::array<int64_t, kMaxDim / kSize> group_of_;
+};
+
+// Of each group.
+struct GroupScales {
+  const float *scales, *minimums;
+  const ChannelGroups& groups;
+
+  float scale(int64_t channel) const { return scales[groups[channel]]; }
+  float minimum(int64_t channel) const { return minimums[groups[channel]]; }
+};
+
+template <typename U, typename Scales>
+void scale_row(BlockKind kind, const uint8_t* codes, int64_t dim, const Scales& scales,
+               typename U::Item* row) {
   if (kind == BlockKind::kInt4) {
-    U::scale_nibbles(codes, dim, scales, minimums, row);
+    U::scale_nibbles(codes, dim, scales, row);
   } else {
-    U::scale_bytes(codes, dim, scales, minimums, row);
+    U::scale_bytes(codes, dim, scales, row);
   }
 }
 
@@ -61,7 +101,8 @@ void unpack_key_run(const AttentionTile& tile, int64_t kv_head, const Run& run, 
     if (slot == run.slot || slot % group_size == 0) {
       U::widen_scales(pairs + slot / group_size * dim * 2, dim, scales, minimums);
     }
-    scale_row<U>(run.block.kind, codes + slot * row_bytes, dim, scales, minimums, row);
+    scale_row<U>(run.block.kind, codes + slot * row_bytes, dim, ChannelScales{scales, minimums},
+                 row);
   }
 }
 
@@ -75,15 +116,30 @@ void unpack_value_run(const AttentionTile& tile, int64_t kv_head, const Run& run
   const uint8_t* codes = part.codes_of(run.block.id, kv_head);
   const uint16_t* pairs = part.scales_of(run.block.id, kv_head);
   const int64_t groups = cache.value_groups, group_size = dim / groups;
+  const int64_t end = run.slot + run.count;
   float *scales = scratch, *minimums = scratch + dim;
-  for (int64_t slot = run.slot; slot < run.slot + run.count; ++slot, row += dim) {
-    for (int64_t group = 0; group < groups; ++group) {
-      float scale, minimum;
-      U::widen_scales(pairs + (slot * groups + group) * 2, 1, &scale, &minimum);
-      std::fill_n(scales + group * group_size, group_size, scale);
-      std::fill_n(minimums + group * group_size, group_size, minimum);
+  ChannelGroups shared;
+  if (!shared.find(dim, groups, run.block.kind)) {
+    for (int64_t slot = run.slot; slot < end; ++slot, row += dim) {
+      for (int64_t group = 0; group < groups; ++group) {
+        float scale, minimum;
+        U::widen_scales(pairs + (slot * groups + group) * 2, 1, &scale, &minimum);
+        std::fill_n(scales + group * group_size, group_size, scale);
+        std::fill_n(minimums + group * group_size, group_size, minimum);
+      }
+      scale_row<U>(run.block.kind, codes + slot * row_bytes, dim, ChannelScales{scales, minimums},
+                   row);
     }
-    scale_row<U>(run.block.kind, codes + slot * row_bytes, dim, scales, minimums, row);
+    return;
+  }
+  // There is room for the scales of as many tokens at a time as a group has channels.
+  for (int64_t first = run.slot; first < end; first += group_size) {
+    const int64_t count = std::min(group_size, end - first);
+    U::widen_scales(pairs + first * groups * 2, count * groups, scales, minimums);
+    for (int64_t t = 0; t < count; ++t, row += dim) {
+      scale_row<U>(run.block.kind, codes + (first + t) * row_bytes, dim,
+                   GroupScales{scales + t * groups, minimums + t * groups, shared}, row);
+    }
   }
 }
 

@@ -27,24 +27,25 @@ struct Avx2Unpacker {
     }
   }
 
-  static void scale_bytes(const uint8_t* codes, int64_t dim, const float* scales,
-                          const float* minimums, Item* row) {
-    for (int64_t i = 0; i < dim; i += 8) scale(load_bytes(codes + i), i, scales, minimums, row);
+  template <typename Scales>
+  static void scale_bytes(const uint8_t* codes, int64_t dim, const Scales& scales, Item* row) {
+    for (int64_t i = 0; i < dim; i += 8) scale(load_bytes(codes + i), i, scales, row);
   }
 
-  static void scale_nibbles(const uint8_t* codes, int64_t dim, const float* scales,
-                            const float* minimums, Item* row) {
+  template <typename Scales>
+  static void scale_nibbles(const uint8_t* codes, int64_t dim, const Scales& scales, Item* row) {
     const int64_t half = dim / 2;
     const __m128i low = _mm_set1_epi8(15);
     int64_t i = 0;
     for (; i + 8 <= half; i += 8) {
       const __m128i bytes = load_bytes(codes + i);
-      scale(_mm_and_si128(bytes, low), i, scales, minimums, row);
-      scale(_mm_and_si128(_mm_srli_epi16(bytes, 4), low), half + i, scales, minimums, row);
+      scale(_mm_and_si128(bytes, low), i, scales, row);
+      scale(_mm_and_si128(_mm_srli_epi16(bytes, 4), low), half + i, scales, row);
     }
     for (; i < half; ++i) {
-      row[i] = minimums[i] + scales[i] * static_cast<float>(codes[i] & 15);
-      row[half + i] = minimums[half + i] + scales[half + i] * static_cast<float>(codes[i] >> 4);
+      row[i] = scales.minimum(i) + scales.scale(i) * static_cast<float>(codes[i] & 15);
+      row[half + i] =
+          scales.minimum(half + i) + scales.scale(half + i) * static_cast<float>(codes[i] >> 4);
     }
   }
 
@@ -65,11 +66,19 @@ struct Avx2Unpacker {
     return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
   }
 
-  static void scale(__m128i codes, int64_t i, const float* scales, const float* minimums,
-                    Item* row) {
+  // Of 8 channels from i on.
+  static __m256 load(const ChannelScales&, const float* numbers, int64_t i) {
+    return _mm256_loadu_ps(numbers + i);
+  }
+  static __m256 load(const GroupScales& scales, const float* numbers, int64_t i) {
+    return _mm256_broadcast_ss(numbers + scales.groups[i]);
+  }
+
+  template <typename Scales>
+  static void scale(__m128i codes, int64_t i, const Scales& scales, Item* row) {
     const __m256 wide = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes));
-    _mm256_storeu_ps(
-        row + i, _mm256_fmadd_ps(_mm256_loadu_ps(scales + i), wide, _mm256_loadu_ps(minimums + i)));
+    _mm256_storeu_ps(row + i, _mm256_fmadd_ps(load(scales, scales.scales, i), wide,
+                                              load(scales, scales.minimums, i)));
   }
 
   // e4m3fn. Sign and exponent move to their places in a float16 whose exponent is 8 too small.

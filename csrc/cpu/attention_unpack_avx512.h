@@ -27,24 +27,34 @@ struct Avx512Unpacker {
     }
   }
 
-  static void scale_bytes(const uint8_t* codes, int64_t dim, const float* scales,
-                          const float* minimums, Item* row) {
-    for (int64_t i = 0; i < dim; i += 16) {
+  template <typename Scales>
+  static void scale_bytes(const uint8_t* codes, int64_t dim, const Scales& scales, Item* row) {
+    int64_t i = 0;
+    for (; i + 32 <= dim; i += 32) {
+      scale_32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i)), i, scales, row);
+    }
+    if (i < dim) {
       const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i));
-      store_scaled(bytes, i, 0xffff, scales, minimums, row);
+      scale_some(bytes, i, 0xffff, scales, row);
     }
   }
 
-  static void scale_nibbles(const uint8_t* codes, int64_t dim, const float* scales,
-                            const float* minimums, Item* row) {
+  template <typename Scales>
+  static void scale_nibbles(const uint8_t* codes, int64_t dim, const Scales& scales, Item* row) {
     const int64_t half = dim / 2;
-    const __m128i low = _mm_set1_epi8(15);
-    for (int64_t i = 0; i < half; i += 16) {
+    const __m256i low = _mm256_set1_epi8(15);
+    int64_t i = 0;
+    for (; i + 32 <= half; i += 32) {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
+      scale_32(_mm256_and_si256(bytes, low), i, scales, row);
+      scale_32(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), low), half + i, scales, row);
+    }
+    const __m128i some_low = _mm256_castsi256_si128(low);
+    for (; i < half; i += 16) {
       const __mmask16 mask = first_lanes(half - i);
       const __m128i bytes = _mm_maskz_loadu_epi8(mask, codes + i);
-      store_scaled(_mm_and_si128(bytes, low), i, mask, scales, minimums, row);
-      store_scaled(_mm_and_si128(_mm_srli_epi16(bytes, 4), low), half + i, mask, scales, minimums,
-                   row);
+      scale_some(_mm_and_si128(bytes, some_low), i, mask, scales, row);
+      scale_some(_mm_and_si128(_mm_srli_epi16(bytes, 4), some_low), half + i, mask, scales, row);
     }
   }
 
@@ -61,11 +71,36 @@ struct Avx512Unpacker {
   }
 
  private:
-  static void store_scaled(__m128i codes, int64_t i, __mmask16 mask, const float* scales,
-                           const float* minimums, Item* row) {
-    const __m512 scale = _mm512_maskz_loadu_ps(mask, scales + i);
-    const __m512 minimum = _mm512_maskz_loadu_ps(mask, minimums + i);
-    E::store(row + i, _mm512_fmadd_ps(scale, widen_bytes(codes), minimum), mask);
+  // Of 16 channels from i on.
+  static __m512 load(const ChannelScales&, const float* numbers, int64_t i, __mmask16 mask) {
+    return _mm512_maskz_loadu_ps(mask, numbers + i);
+  }
+  static __m512 load(const GroupScales& scales, const float* numbers, int64_t i, __mmask16) {
+    return _mm512_set1_ps(numbers[scales.groups[i]]);
+  }
+
+  template <typename Scales>
+  static __m512 scaled(__m128i codes, int64_t i, __mmask16 mask, const Scales& scales) {
+    return _mm512_fmadd_ps(load(scales, scales.scales, i, mask), widen_bytes(codes),
+                           load(scales, scales.minimums, i, mask));
+  }
+
+  template <typename Scales>
+  static void scale_some(__m128i codes, int64_t i, __mmask16 mask, const Scales& scales,
+                         Item* row) {
+    E::store(row + i, scaled(codes, i, mask, scales), mask);
+  }
+
+  template <typename Scales>
+  static void scale_32(__m256i codes, int64_t i, const Scales& scales, Item* row) {
+    const __m512 a = scaled(_mm256_castsi256_si128(codes), i, 0xffff, scales);
+    const __m512 b = scaled(_mm256_extracti128_si256(codes, 1), i + 16, 0xffff, scales);
+    if constexpr (requires { E::store_32(row + i, a, b); }) {
+      E::store_32(row + i, a, b);
+    } else {
+      E::store(row + i, a, 0xffff);
+      E::store(row + i + 16, b, 0xffff);
+    }
   }
 
   // e4m3fn. Sign and exponent move to their places in a float16 whose exponent is 8 too small.

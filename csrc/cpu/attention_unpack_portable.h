@@ -19,22 +19,16 @@ struct PortableUnpacker {
     }
   }
 
-  static void scale_bytes(const uint8_t* codes, int64_t dim, const float* scales,
-                          const float* minimums, Item* row) {
-    for (int64_t i = 0; i < dim; ++i) {
-      row[i] = Writer::narrow(minimums[i] + scales[i] * static_cast<float>(codes[i]));
-    }
+  template <typename Scales>
+  static void scale_bytes(const uint8_t* codes, int64_t dim, const Scales& scales, Item* row) {
+    for (int64_t i = 0; i < dim; ++i) row[i] = scaled(codes[i], scales, i);
   }
 
-  static void scale_nibbles(const uint8_t* codes, int64_t dim, const float* scales,
-                            const float* minimums, Item* row) {
+  template <typename Scales>
+  static void scale_nibbles(const uint8_t* codes, int64_t dim, const Scales& scales, Item* row) {
     const int64_t half = dim / 2;
-    for (int64_t i = 0; i < half; ++i) {
-      row[i] = Writer::narrow(minimums[i] + scales[i] * static_cast<float>(codes[i] & 15));
-    }
-    for (int64_t i = half; i < dim; ++i) {
-      row[i] = Writer::narrow(minimums[i] + scales[i] * static_cast<float>(codes[i - half] >> 4));
-    }
+    for (int64_t i = 0; i < half; ++i) row[i] = scaled(codes[i] & 15, scales, i);
+    for (int64_t i = half; i < dim; ++i) row[i] = scaled(codes[i - half] >> 4, scales, i);
   }
 
   static void convert(const void* cache, DType dtype, int64_t offset, int64_t dim, Item* row) {
@@ -51,6 +45,12 @@ struct PortableUnpacker {
   }
 
  private:
+  template <typename Scales>
+  static Item scaled(int code, const Scales& scales, int64_t channel) {
+    return Writer::narrow(scales.minimum(channel) +
+                          scales.scale(channel) * static_cast<float>(code));
+  }
+
   template <typename T>
   static void convert_row(const T* source, int64_t dim, Item* row) {
     for (int64_t i = 0; i < dim; ++i) row[i] = Writer::narrow(to_float(source[i]));

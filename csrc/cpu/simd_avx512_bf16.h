@@ -12,6 +12,16 @@ inline __m512 add_products(__m512 sum, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
 
+// bfloat16 that is rounded so: what is below the normal numbers becomes 0, as it is in products.
+struct RoundedBFloat16 : BFloat16 {
+  static void store(Item* p, __m512 v, __mmask16 mask) {
+    _mm256_mask_storeu_epi16(p, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+  }
+  static void store_32(Item* p, __m512 low, __m512 high) {
+    _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+  }
+};
+
 // Two rounded vectors in pairs, a lane of 32 bits each.
 inline __m512 round_pairs(__m512 even, __m512 odd) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
