@@ -9,6 +9,7 @@
 
 #include "cpu/attention_kernel.h"
 #include "cpu/attention_plan.h"
+#include "cpu/attention_tiles.h"
 #include "kvkernels/cpu_features.h"
 #include "kvkernels/parallel.h"
 
@@ -146,37 +147,21 @@ class Run {
     for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
       results[head] = result_in(seq, memory, head);
     }
-    kernel_.attend(tile, results);
+    attend_tile(kernel_, tile, results);
   }
 
-  // The result over no keys.
   void start(const SequencePlan& seq, const AttentionTile& tile, float* merged) const {
-    const int64_t num_rows = tile.row_end - tile.row_begin;
     for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
-      const TileResult result = result_in(seq, merged, head);
-      std::fill_n(result.out, num_rows * args_.value_dim, 0.0f);
-      std::fill_n(result.max, num_rows, -std::numeric_limits<float>::infinity());
-      std::fill_n(result.sum, num_rows, 0.0f);
+      clear_rows(result_in(seq, merged, head), tile.row_end - tile.row_begin, args_.value_dim);
     }
   }
 
-  // Adds the results over one chunk to those over the chunks before it. A row that sees no key of a
-  // chunk keeps its bits, so only the chunks it sees decide them.
+  // Adds the results over one chunk to those over the chunks before it.
   void merge(const SequencePlan& seq, const AttentionTile& tile, float* memory,
              float* merged) const {
-    const int64_t dim = args_.value_dim;
     for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
-      const TileResult part = result_in(seq, memory, head), all = result_in(seq, merged, head);
-      for (int64_t row = 0; row < tile.row_end - tile.row_begin; ++row) {
-        // Its maximum, minus infinity, less itself would be NaN.
-        if (part.sum[row] == 0) continue;
-        const float max = std::max(all.max[row], part.max[row]);
-        const float old_weight = std::exp2(all.max[row] - max);
-        const float new_weight = std::exp2(part.max[row] - max);
-        all.max[row] = max;
-        all.sum[row] = old_weight * all.sum[row] + new_weight * part.sum[row];
-        kernel_.merge(all.out + row * dim, old_weight, part.out + row * dim, new_weight, dim);
-      }
+      merge_rows(kernel_, result_in(seq, memory, head), result_in(seq, merged, head),
+                 tile.row_end - tile.row_begin, args_.value_dim);
     }
   }
 

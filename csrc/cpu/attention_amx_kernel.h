@@ -223,8 +223,8 @@ template <typename Tiles>
 const AttentionKernel* tile_kernel(DType dtype, HeadDims dims) {
   if (dtype != DType::kBFloat16 || !dims.are_multiples_of(kStep)) return nullptr;
   static const AttentionKernel* const rows = avx512_kernel(dtype, dims);
-  static const AttentionKernel kernel = {kTileRows,    kFewRows,    attend<Tiles>,
-                                         rows->narrow, rows->merge, rows->widen};
+  static const AttentionKernel kernel = {kTileRows,   kFewRows,    attend<Tiles>,   rows->narrow,
+                                         rows->merge, rows->widen, rows->are_finite};
   return &kernel;
 }
 

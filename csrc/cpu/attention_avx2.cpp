@@ -37,8 +37,20 @@ void widen(const void* in, float* out, int64_t size) {
   }
 }
 
+bool are_finite(const float* in, int64_t size) {
+  __m256 found =
+      _mm256_setzero_ps();  // a finite number less itself is 0, any other is not a number
+  for (int64_t i = 0; i < size; i += 8) {
+    const __m256 v = _mm256_loadu_ps(in + i);
+    found = _mm256_or_ps(found, _mm256_sub_ps(v, v));
+  }
+  const __m256i bits = _mm256_castps_si256(found);
+  return _mm256_testz_si256(bits, bits) != 0;
+}
+
 template <typename E>
-constexpr AttentionKernel kKernel = {kMaxRows, kFewRows, attend<E>, narrow<E>, merge, widen<E>};
+constexpr AttentionKernel kKernel = {kMaxRows, kFewRows, attend<E>, narrow<E>,
+                                     merge,    widen<E>, are_finite};
 
 }  // namespace
 

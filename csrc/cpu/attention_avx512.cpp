@@ -44,8 +44,20 @@ void widen(const void* in, float* out, int64_t size) {
   }
 }
 
+bool are_finite(const float* in, int64_t size) {
+  __m512 found =
+      _mm512_setzero_ps();  // a finite number less itself is 0, any other is not a number
+  for (int64_t i = 0; i < size; i += 16) {
+    const __m512 v = _mm512_loadu_ps(in + i);
+    found = _mm512_or_ps(found, _mm512_sub_ps(v, v));
+  }
+  const __m512i bits = _mm512_castps_si512(found);
+  return _mm512_test_epi32_mask(bits, bits) == 0;
+}
+
 template <typename E>
-constexpr AttentionKernel kKernel = {kMaxRows, kFewRows, attend<E>, narrow<E>, merge, widen<E>};
+constexpr AttentionKernel kKernel = {kMaxRows, kFewRows, attend<E>, narrow<E>,
+                                     merge,    widen<E>, are_finite};
 
 }  // namespace
 

@@ -247,8 +247,8 @@ void attend(const AttentionTile& tile, const TileResult* results) {
 const AttentionKernel* avx512_bf16_kernel(DType dtype, HeadDims dims) {
   if (dtype != DType::kBFloat16 || !dims.are_multiples_of(16)) return nullptr;
   static const AttentionKernel* const rows = avx512_kernel(dtype, dims);
-  static const AttentionKernel kernel = {kMaxRows,     kFewRows,    attend,
-                                         rows->narrow, rows->merge, rows->widen};
+  static const AttentionKernel kernel = {kMaxRows,    kFewRows,    attend,          rows->narrow,
+                                         rows->merge, rows->widen, rows->are_finite};
   return &kernel;
 }
 

@@ -45,6 +45,8 @@ struct AttentionKernel {
   void (*merge)(float* out, float weight, const float* added, float added_weight, int64_t size);
   // out[i] = in[i]
   void (*widen)(const void* in, float* out, int64_t size);
+  // Whether none of whole rows' numbers is infinite or not a number.
+  bool (*are_finite)(const float* in, int64_t size);
 };
 
 constexpr int64_t kMaxRows = 192;      // no kernel's max_rows is larger

@@ -1,5 +1,6 @@
 // Attention in plain C++ for any processor and any head_dim. Loops are laid out so that a compiler
 // turns them into vectors of whatever width it may use.
+#include <bit>
 #include <cstring>
 #include <limits>
 
@@ -17,6 +18,12 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 void merge(float* out, float weight, const float* added, float added_weight, int64_t size) {
   for (int64_t i = 0; i < size; ++i) out[i] = weight * out[i] + added_weight * added[i];
+}
+
+bool are_finite(const float* in, int64_t size) {
+  uint32_t found = 0;  // a finite number less itself is 0, any other is not a number
+  for (int64_t i = 0; i < size; ++i) found |= std::bit_cast<uint32_t>(in[i] - in[i]);
+  return found == 0;
 }
 
 template <typename T>
@@ -159,7 +166,8 @@ void attend(const AttentionTile& tile, const TileResult* results) {
 }
 
 template <typename T>
-constexpr AttentionKernel kKernel = {kTileRows, 0, attend<T>, narrow<T>, merge, widen<T>};
+constexpr AttentionKernel kKernel = {kTileRows, 0,        attend<T>, narrow<T>,
+                                     merge,     widen<T>, are_finite};
 
 }  // namespace
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 CSRC = "csrc/cpu/"
 OPS = ("tests/ops/test_attention.py", "tests/ops/test_attention_features.py")
 CHECKS = ("tests/ops/test_attention_checks.py",)
+NONFINITE = ("tests/ops/test_attention_nonfinite.py",)
 INVARIANCE = ("tests/ops/test_attention_invariance.py",)
 LINEAR = ("tests/ops/test_linear.py",)
 DECODER_LAYERS = ("tests/nn/test_decoder_layers.py",)
@@ -75,7 +76,7 @@ FAULTS = [
           "sum = weight * sum + 2 * std::exp2(sink - base);"),
     Fault("sink of another head", CSRC + "attention.cpp",
           "args_.sinks[query_head] * kLog2E", "args_.sinks[r % group] * kLog2E"),
-    Fault("merge without the maximum", CSRC + "attention.cpp",
+    Fault("merge without the maximum", CSRC + "attention_tiles.cpp",
           "const float new_weight = std::exp2(part.max[row] - max);",
           "const float new_weight = 1.0f;"),
     Fault("merged parts without their weights", CSRC + "attention_avx512.cpp",
@@ -85,7 +86,7 @@ FAULTS = [
           "for (int64_t item = items.begin; item < items.end; ++item) {",
           "for (int64_t item = items.begin; item + 1 < std::max(items.end, items.begin + 2);"
           " ++item) {"),
-    Fault("an empty part is not left out", CSRC + "attention.cpp",
+    Fault("an empty part is not left out", CSRC + "attention_tiles.cpp",
           "if (part.sum[row] == 0) continue;", ""),
     Fault("log-sum-exp in base 2", CSRC + "attention.cpp",
           "(base + std::log2(sum)) * kLn2", "base + std::log2(sum)"),
@@ -115,6 +116,15 @@ FAULTS = [
           "query.new_empty((num_tokens, num_heads, value_dim))",
           "query.new_empty((num_tokens, num_heads, head_dim))"),
     # ---- blocks
+    Fault("infinite values of others kept", CSRC + "attention_tiles.cpp",
+          "if (!are_finite(kernel, own, one)) attend_query(kernel, one, own);", "",
+          isa="avx2", files=NONFINITE),
+    Fault("window of a tree's first query for all", CSRC + "attention_tiles.cpp",
+          "range.begin = std::max(range.begin, row.position - args.window + 1);", "",
+          isa="avx2", files=NONFINITE),
+    Fault("infinite values of others in a tree kept", CSRC + "attention_tiles.cpp",
+          "++key) visit(key, key + 1);", "key = range.end) visit(key, range.end);",
+          isa="avx2", files=NONFINITE),
     Fault("block offset in 32 bits", CSRC + "attention_rows.h",
           "int64_t key = block * args.key_block_stride +",
           "int64_t key = static_cast<int32_t>(block * args.key_block_stride) +"),

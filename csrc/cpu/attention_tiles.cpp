@@ -1,0 +1,122 @@
+// A kernel multiplies neighbouring rows by the same values, and gives those that a row does not see
+// the weight 0. That is exact but for values that are infinite or not a number: 0 times those is
+// not a number either. So a tile whose rows see different keys, and whose results hold such, is
+// gone through again, each query by itself with its own keys. That is slow, and rare.
+#include "cpu/attention_tiles.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/attention_scores.h"
+
+namespace kvkernels {
+namespace {
+
+int64_t group_of(const AttentionTile& tile) {
+  return tile.args->num_heads / tile.args->num_kv_heads;
+}
+
+// Whether some row does not see all of the tile's keys.
+bool sees_in_part(const AttentionTile& tile) {
+  if (tile.args->tree_mask != nullptr) return tile.key_end > tile.first_position;
+  const KeyRange first = visible_keys(tile, tile.row_begin);
+  const KeyRange last = visible_keys(tile, tile.row_end - 1);
+  return first.begin != last.begin || first.end != last.end;
+}
+
+bool are_finite(const AttentionKernel& kernel, const TileResult* results,
+                const AttentionTile& tile) {
+  const int64_t size = (tile.row_end - tile.row_begin) * tile.args->value_dim;
+  return std::all_of(results, results + tile.num_kv_heads,
+                     [&](const TileResult& result) { return kernel.are_finite(result.out, size); });
+}
+
+// Calls visit(begin, end) for ranges of the tile's keys that hold all that its rows see, of one
+// query. No range has both keys that they see and others.
+template <typename Visit>
+void for_each_seen(const AttentionTile& tile, const Visit& visit) {
+  const PagedAttentionArgs& args = *tile.args;
+  KeyRange range = visible_keys(tile, tile.row_begin);
+  if (args.tree_mask == nullptr) {
+    if (range.begin < range.end) visit(range.begin, range.end);
+    return;
+  }
+  if (args.window > 0) {
+    const TreeRow row = tree_row(tile, tile.row_begin / group_of(tile));
+    range.begin = std::max(range.begin, row.position - args.window + 1);
+  }
+  const int64_t first_new = std::max(range.begin, tile.first_position);
+  if (range.begin < tile.first_position) visit(range.begin, std::min(range.end, first_new));
+  for (int64_t key = first_new; key < range.end; ++key) visit(key, key + 1);
+}
+
+// The rows of one query.
+void attend_query(const AttentionKernel& kernel, const AttentionTile& tile,
+                  const TileResult* results) {
+  const int64_t num_rows = tile.row_end - tile.row_begin, dim = tile.args->value_dim;
+  const int64_t size = num_rows * (dim + 2);
+  TileResult parts[kMaxTileHeads];
+  float* memory = thread_scratch(2, tile.num_kv_heads * size);
+  for (int64_t head = 0; head < tile.num_kv_heads; ++head, memory += size) {
+    float* max = memory + num_rows * dim;
+    parts[head] = {memory, max, max + num_rows};
+    clear_rows(results[head], num_rows, dim);
+  }
+  for_each_seen(tile, [&](int64_t begin, int64_t end) {
+    AttentionTile part = tile;
+    part.key_begin = begin;
+    part.key_end = end;
+    kernel.attend(part, parts);
+    for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
+      merge_rows(kernel, parts[head], results[head], num_rows, dim);
+    }
+  });
+}
+
+void attend_apart(const AttentionKernel& kernel, const AttentionTile& tile,
+                  const TileResult* results) {
+  const int64_t group = group_of(tile), dim = tile.args->value_dim;
+  AttentionTile one = tile;
+  one.next = nullptr;
+  for (; one.row_begin < tile.row_end; one.row_begin = one.row_end) {
+    one.row_end = std::min((one.row_begin / group + 1) * group, tile.row_end);
+    const int64_t row = one.row_begin - tile.row_begin;
+    TileResult own[kMaxTileHeads];
+    for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
+      const TileResult& all = results[head];
+      own[head] = {all.out + row * dim, all.max + row, all.sum + row};
+    }
+    if (!are_finite(kernel, own, one)) attend_query(kernel, one, own);
+  }
+}
+
+}  // namespace
+
+void clear_rows(const TileResult& result, int64_t num_rows, int64_t dim) {
+  std::fill_n(result.out, num_rows * dim, 0.0f);
+  std::fill_n(result.max, num_rows, -std::numeric_limits<float>::infinity());
+  std::fill_n(result.sum, num_rows, 0.0f);
+}
+
+void merge_rows(const AttentionKernel& kernel, const TileResult& part, const TileResult& all,
+                int64_t num_rows, int64_t dim) {
+  for (int64_t row = 0; row < num_rows; ++row) {
+    // Its maximum, minus infinity, less itself would be NaN.
+    if (part.sum[row] == 0) continue;
+    const float max = std::max(all.max[row], part.max[row]);
+    const float old_weight = std::exp2(all.max[row] - max);
+    const float new_weight = std::exp2(part.max[row] - max);
+    all.max[row] = max;
+    all.sum[row] = old_weight * all.sum[row] + new_weight * part.sum[row];
+    kernel.merge(all.out + row * dim, old_weight, part.out + row * dim, new_weight, dim);
+  }
+}
+
+void attend_tile(const AttentionKernel& kernel, const AttentionTile& tile,
+                 const TileResult* results) {
+  kernel.attend(tile, results);
+  if (sees_in_part(tile) && !are_finite(kernel, results, tile)) attend_apart(kernel, tile, results);
+}
+
+}  // namespace kvkernels

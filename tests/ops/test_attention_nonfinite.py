@@ -1,0 +1,57 @@
+"""On the CPU an infinite key, or one that is not a number, reaches only queries that see it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_inputs import DTYPES, Case, make_inputs
+from implementations import Implementation
+from test_attention_features import Feature, make_scoring
+from test_attention_properties import on_every_cpu_path
+
+from accuracy import assert_as_accurate
+from kvkernels.reference import attention as reference
+
+CPU = torch.device("cpu")
+FEATURES = [
+    Feature("prefill", Case("", ((50, 50),))),
+    Feature("group_1", Case("", ((21, 90),), heads=(2, 2), head_dim=80)),
+    Feature("one_query_a_tile", Case("", ((2, 41),), heads=(16, 2))),
+    Feature("window", Case("", ((40, 75),), window=13)),
+    Feature("few_rows", Case("", ((3, 75),), window=2)),
+    Feature("tree", Case("", ((9, 60),)), tree=True),
+    Feature("tree_of_few", Case("", ((2, 30),)), tree=True),
+    Feature("tree_window", Case("", ((16, 60),), window=3), tree=True),
+]
+
+
+@on_every_cpu_path
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("feature", FEATURES, ids=str)
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_only_queries_that_see_it_notice(
+    implementation: Implementation, batch_invariant: bool, feature: Feature, dtype: torch.dtype
+) -> None:
+    inputs = make_inputs(feature.case, dtype, CPU)
+    scoring = make_scoring(feature, CPU)
+    ((num_queries, length),) = feature.case.sequences
+    exact = reference.paged_attention(*inputs.tensors(torch.float64), scoring, True)
+    rounded = reference.paged_attention(*inputs.tensors(), scoring, True)
+    options = {"batch_invariant": batch_invariant}
+    clean = implementation.paged_attention(*inputs.tensors(), scoring, True, **options)
+    block_size = feature.case.block_size
+    sees, _ = reference._relate(length, 0, 0, num_queries, scoring, CPU)
+    for at in range(max(0, length - num_queries - 2), length, 1 + num_queries // 4):
+        block, slot = inputs.block_table[0, at // block_size], at % block_size
+        key, value = inputs.key_cache[block, :, slot], inputs.value_cache[block, :, slot]
+        before = key.clone(), value.clone()
+        key[..., 0], value[..., 1], value[..., 3] = torch.nan, torch.inf, torch.nan
+        out, lse = implementation.paged_attention(*inputs.tensors(), scoring, True, **options)
+        key[:], value[:] = before
+        others = ~sees[:, at]
+        assert out[sees[:, at]].isnan().all()
+        assert_as_accurate(out[others], rounded[0][others], exact[0][others], "out")
+        assert_as_accurate(lse[others], rounded[1][others], exact[1][others], "lse")
+        if batch_invariant and not feature.tree:  # a tree's keys are then added up in parts
+            assert torch.equal(out[others], clean[0][others])
+            assert torch.equal(lse[others], clean[1][others])
