@@ -10,12 +10,13 @@ URL names no key, those of the environment (keys.py) protect every tier but that
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode
 
-from prefixstore.errors import ConfigError, StoreError
+from prefixstore.errors import ConfigError
 from prefixstore.keys import ProtectionConfig, split_paths
 from prefixstore.settings import (
     check_known,
@@ -95,17 +96,51 @@ def open_tiers(urls: Sequence[str]) -> tuple[list[Tier], dict[str, TierPolicy]]:
             later.
     """
     parsed = [parse_tier_url(url) for url in urls]
-    tiers: list[Tier] = []
-    try:
-        for url in parsed:
-            tiers.append(_KINDS[url.parts.scheme].open(url))
-            if url.protection is not None:
-                tiers[-1] = ProtectedTier(tiers[-1], url.protection)
-    except StoreError:
-        for tier in tiers:
-            tier.close()
-        raise
+    with ExitStack() as opened:  # closed again where a later one fails
+        tiers = [opened.enter_context(closing(open_tier(url))) for url in parsed]
+        opened.pop_all()
     return tiers, {url.name: url.policy for url in parsed}
+
+
+def open_tier(url: TierUrl) -> Tier:
+    """Open one tier, under its keys.
+
+    Raises:
+        ConfigError: As `open_tiers`.
+        TierUnavailable: As `open_tiers`.
+    """
+    return under_keys(_KINDS[url.parts.scheme].open(url), url)
+
+
+def under_keys(tier: Tier, url: TierUrl) -> Tier:
+    """The tier under the keys that its URL or the environment names, if any; closed where that
+    fails.
+
+    Raises:
+        ConfigError: If `cryptography` is not installed.
+    """
+    if url.protection is None:
+        return tier
+    with ExitStack() as opened:
+        opened.enter_context(closing(tier))
+        protected = ProtectedTier(tier, url.protection)
+        opened.pop_all()
+    return protected
+
+
+def disk_config(url: TierUrl) -> DiskTierConfig:
+    """What a URL says of a disk tier.
+
+    Raises:
+        ConfigError: If it has a host or no path, or an option is unknown or out of range.
+    """
+    if url.parts.netloc or not url.parts.path:
+        raise ConfigError(
+            f"tiers: disk: expected an absolute path, disk:///path, got {url.shown!r}"
+        )
+    path = Path(unquote(url.parts.path))
+    fields = {"capacity_bytes": _DISK_BYTES, **_fields_of(url, _DISK)}
+    return DiskTierConfig(path, **fields)
 
 
 def parse_tier_url(url: str) -> TierUrl:
@@ -150,13 +185,7 @@ def _open_memory(url: TierUrl) -> Tier:
 
 
 def _open_disk(url: TierUrl) -> Tier:
-    if url.parts.netloc or not url.parts.path:
-        raise ConfigError(
-            f"tiers: disk: expected an absolute path, disk:///path, got {url.parts.geturl()!r}"
-        )
-    path = Path(unquote(url.parts.path))
-    fields = {"capacity_bytes": _DISK_BYTES, **_fields_of(url, _DISK)}
-    return DiskTier(DiskTierConfig(path, **fields))
+    return DiskTier(disk_config(url))
 
 
 def _open_redis(url: TierUrl) -> Tier:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from prefixstore.block_key import RecordName
@@ -21,14 +22,22 @@ def open_store(path: Path) -> Iterator[DiskTier]:
         ConfigError: If there is no disk tier.
         TierUnavailable: If it cannot be opened.
     """
+    with closing(open_disk(DiskTierConfig(path, _UNBOUNDED))) as tier:
+        yield tier
+
+
+def open_disk(config: DiskTierConfig) -> DiskTier:
+    """A disk tier that is there, to be looked at: whatever its bound, nothing is evicted.
+
+    Raises:
+        ConfigError: If there is no disk tier.
+        TierUnavailable: If it cannot be opened.
+    """
     # Opening makes what is not there; a mistyped path must not become a store.
+    path = config.path
     if not (path / "index.sqlite").is_file() and not any(path.glob("slab-v*.kvb")):
         raise ConfigError(f"store: expected the directory of a disk tier, got {path}")
-    tier = DiskTier(DiskTierConfig(path, capacity_bytes=_UNBOUNDED))
-    try:
-        yield tier
-    finally:
-        tier.close()
+    return DiskTier(replace(config, capacity_bytes=_UNBOUNDED))
 
 
 def read_record(tier: DiskTier, name: RecordName, num_bytes: int) -> bytes | None:

@@ -153,6 +153,11 @@ class ProtectedTier(Tier):
         held = self._tier.list_identities()
         return {self._keys[0].plain_identity(stored): held[stored] for stored in held}
 
+    def listed_as(self, identity: bytes) -> list[bytes]:
+        """Under which identities `list_identities` has what any of the keys wrote of this one."""
+        stored = (key.stored_identity(identity) for key in self._keys)
+        return [self._keys[0].plain_identity(each) for each in stored]
+
     def stats(self) -> TierStats:
         return self._tier.stats()
 
