@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -68,7 +68,7 @@ class CacheConfig:
     block_size: int = 64
     pool_tokens: int | None = None
     window_pool_tokens: int | None = None
-    tiers: Sequence[str] | None = None
+    tiers: Sequence[str] | None = field(default=None, repr=False)  # a URL may have a password
     memory_bytes: int | None = None
     disk_path: str | Path | None = None
     disk_bytes: int | None = None
@@ -89,6 +89,8 @@ class CacheConfig:
         if not isinstance(self.salt, str):
             raise ConfigError(f"salt: expected a string, got {self.salt!r}")
         if not isinstance(self.codec, str):
+            if not isinstance(self.codec, Sequence):
+                raise ConfigError(f"codec: expected a name or a list of them, got {self.codec!r}")
             object.__setattr__(self, "codec", tuple(self.codec))
         for name in (self.codec,) if isinstance(self.codec, str) else self.codec:
             if name not in CODECS:
@@ -155,9 +157,12 @@ class CacheConfig:
         return urls
 
     def _check_tiers(self) -> None:
-        assert self.tiers is not None
-        if isinstance(self.tiers, str) or not all(isinstance(url, str) for url in self.tiers):
-            raise ConfigError(f"tiers: expected a list of URLs, got {self.tiers!r}")
+        if isinstance(self.tiers, str) or not isinstance(self.tiers, Sequence):
+            got = "one without brackets" if isinstance(self.tiers, str) else _kind_of(self.tiers)
+            raise ConfigError(f"tiers: expected a list of URLs, got {got}")
+        for url in self.tiers:
+            if not isinstance(url, str):
+                raise ConfigError(f"tiers: expected a list of URLs, got {_kind_of(url)} among them")
         object.__setattr__(self, "tiers", tuple(self.tiers))
         for name in ("memory_bytes", "disk_path", "disk_bytes"):
             if getattr(self, name) is not None:
@@ -188,7 +193,7 @@ def as_table(name: str, value: Any) -> Mapping[str, Any]:
         ConfigError: If it is anything else.
     """
     if not isinstance(value, dict):
-        raise ConfigError(f"{name}: expected a table, got {value!r}")
+        raise ConfigError(f"{name}: expected a table, got {_kind_of(value)}")
     return value
 
 
@@ -210,7 +215,13 @@ def from_table(kind: type[T], name: str, values: Mapping[str, Any]) -> T:
     try:
         return kind(**given)
     except TypeError as error:  # a comparison with a value of another type
-        raise ConfigError(f"{name}: expected values of the right types, got {values}") from error
+        got = ", ".join(f"{key}: {_kind_of(value)}" for key, value in values.items())
+        raise ConfigError(f"{name}: expected values of the right types, got {got}") from error
+
+
+def _kind_of(value: Any) -> str:
+    """What a value is, for messages where the value itself may be a URL with a password."""
+    return type(value).__name__
 
 
 def physical_memory_bytes() -> int:

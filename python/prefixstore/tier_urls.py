@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode
@@ -60,9 +60,9 @@ class TierUrl:
         protection: Whose records it gives; None for everybody's.
     """
 
-    parts: SplitResult
+    parts: SplitResult = field(repr=False)  # it may have a password
     name: str
-    options: Options
+    options: Options = field(repr=False)  # where one that nobody reads may be a secret
     policy: TierPolicy
     protection: ProtectionConfig | None = None
 

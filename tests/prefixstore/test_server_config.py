@@ -126,7 +126,7 @@ def test_refuses_wrong_options(serve, arguments, message):
     ("content", "message"),
     [
         ("[servers]", "did you mean server"),
-        ("server = 5", "server: expected a table, got 5"),
+        ("server = 5", "server: expected a table, got int"),
         ("[server]\nprot = 5", "did you mean port"),
         ("[engine]\nmax_runing = 5", "did you mean max_running"),
         ("[cache]\ntier = []", "did you mean tiers"),

@@ -178,11 +178,17 @@ def test_sizes_stand_for_tiers():
         ("[store]\nqueue_byte = 1", r"store: .* did you mean queue_bytes\?"),
         ("[store.breaker]\nfailure = 1", r"store.breaker: .* did you mean failures\?"),
         ("[store]\npolicies = {}", "store: expected one of .*, got 'policies'"),
-        ("store = 3", "store: expected a table, got 3"),
+        ("store = 3", "store: expected a table, got int"),
         ("[store]\nqueue_bytes = 'lots'", "queue_bytes: expected a size"),
-        ("[store.breaker]\nfailures = 'two'", "store.breaker: expected values of the right types"),
+        (
+            "[store.breaker]\nfailures = 'two'",
+            "store.breaker: expected values of the right types, got failures: str",
+        ),
+        ("codec = 8", "codec: expected a name or a list of them, got 8"),
         ("block_size = 65", "block_size: expected one of 16, 32"),
-        ("tiers = 'memory://1GiB'", "tiers: expected a list of URLs"),
+        ("tiers = 'memory://1GiB'", "tiers: expected a list of URLs, got one without brackets"),
+        ("tiers = ['memory://1GiB', 5]", "tiers: expected a list of URLs, got int among them"),
+        ("tiers = 5", "tiers: expected a list of URLs, got int"),
         ("tiers = []\nmemory_bytes = 4096", "memory_bytes: expected none beside tiers, got 4096"),
         ("tiers = [", "kv.toml: "),
     ],
@@ -190,6 +196,30 @@ def test_sizes_stand_for_tiers():
 def test_refuses_files_that_are_wrong(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         CacheConfig.from_toml(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tiers = 'redis://user:hidden@host/0'",
+        "tiers = [['redis://user:hidden@host/0']]",
+        "tiers = ['redis://user:hidden@host/0']\ncodec = 8",
+        "tiers = ['redis://user:hidden@host/0']\nmemory_bytes = 4096",
+        "tiers = ['redis://user:hidden@host/0']\npool_tokens = 'many'",
+        "tiers = ['redis://user:hidden@host/0']\ncodec = [['raw']]",
+        "store = 'redis://user:hidden@host/0'",
+    ],
+)
+def test_does_not_show_passwords_of_what_it_refuses(tmp_path, text):
+    with pytest.raises(ConfigError) as caught:
+        CacheConfig.from_toml(write(tmp_path, text))
+    assert "hidden" not in str(caught.value)
+
+
+def test_shows_no_passwords():
+    url = "redis://user:hidden@host/0"
+    assert "hidden" not in repr(CacheConfig(tiers=[url]))
+    assert "hidden" not in repr(parse_tier_url(url))
 
 
 def test_names_a_file_that_is_not_there(tmp_path):
