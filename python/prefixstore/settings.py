@@ -10,6 +10,11 @@ from urllib.parse import SplitResult, urlsplit
 
 from prefixstore.errors import ConfigError
 
+MAX_SECONDS = 100 * 365 * 86400  # of a time to live: in nanoseconds it fits 63 bits with a date
+MAX_WAIT_S = 24 * 86400  # of what is waited for: the system counts milliseconds in 31 bits
+MAX_BYTES = 1 << 62
+MAX_COUNT = (1 << 31) - 1
+
 _BYTES = {"": 1, "b": 1}
 _BYTES |= {f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}
 _BYTES |= {f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}
@@ -63,6 +68,42 @@ def parse_switch(name: str, value: bool | str) -> bool:
     raise ConfigError(f"{name}: expected true or false, got {value!r}")
 
 
+def check_seconds(name: str, value: float, most: float = MAX_SECONDS) -> None:
+    """Refuse a time that is not above 0 or is longer than any has a use for.
+
+    Raises:
+        ConfigError: The message names `name`.
+    """
+    if not _is_number(value) or not value > 0:
+        raise ConfigError(f"{name}: expected more than 0, got {value!r}")
+    if value > most:
+        raise ConfigError(f"{name}: expected at most {most}, got {value!r}")
+
+
+def check_seconds_or_0(name: str, value: float, most: float = MAX_SECONDS) -> None:
+    """`check_seconds` where 0 has a meaning.
+
+    Raises:
+        ConfigError: The message names `name`.
+    """
+    if not _is_number(value) or not value >= 0:
+        raise ConfigError(f"{name}: expected 0 or more, got {value!r}")
+    if value > 0:
+        check_seconds(name, value, most)
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    """Refuse what is no whole number, or one out of range.
+
+    Raises:
+        ConfigError: The message names `name`.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name}: expected an integer of at least {least}, got {value!r}")
+    if value > MAX_COUNT:
+        raise ConfigError(f"{name}: expected at most {MAX_COUNT}, got {value}")
+
+
 def check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Refuse names that nobody reads.
 
@@ -107,11 +148,15 @@ def check_user_info(name: str, parts: SplitResult) -> None:
         )
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _parse(name: str, value: float | str, units: Mapping[str, float], wanted: str) -> float:
     if isinstance(value, bool):
         raise ConfigError(f"{name}: expected {wanted}, got {value!r}")
     if isinstance(value, (int, float)):
-        if value < 0:
+        if not 0 <= value < math.inf:
             raise ConfigError(f"{name}: expected {wanted}, got {value!r}")
         return value
     match = _NUMBER.fullmatch(value) if isinstance(value, str) else None

@@ -9,9 +9,9 @@ from redis_servers import wait_until
 from redis_tiers import PART, get, make_names, open_tier, part_keys, put, random_bytes, record_key
 
 from prefixstore.errors import TierTimeout, TierUnavailable
+from prefixstore.settings import MAX_SECONDS
 from prefixstore.tiers.base import Swept
 from prefixstore.tiers.redis import calls
-from prefixstore.tiers.redis.config import MAX_TTL_S
 from prefixstore.tiers.redis.records import MANIFEST_BYTES
 
 
@@ -39,12 +39,12 @@ def test_records_expire_and_a_hit_begins_their_time_anew(redis_tier, redis_serve
 
 
 def test_a_server_takes_the_longest_time_there_is(redis_server, redis_client):
-    with closing(open_tier(redis_server.url, ttl_s=MAX_TTL_S)) as tier:
+    with closing(open_tier(redis_server.url, ttl_s=MAX_SECONDS)) as tier:
         (name,), record = make_names(1), random_bytes(2 * PART)
         assert put(tier, [name], [record]) == [None]
         assert get(tier, [name], 2 * PART) == [record]
         assert tier.pin_many([name]) == tier.pin_many([name], is_pinned=False) == [True]
-        assert redis_client.ttl(record_key(redis_client, name)) > MAX_TTL_S - 100
+        assert redis_client.ttl(record_key(redis_client, name)) > MAX_SECONDS - 100
 
 
 def test_pins_keep_from_expiry_and_hits_do_not_undo_them(redis_tier, redis_client):

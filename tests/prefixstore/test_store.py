@@ -274,9 +274,9 @@ def test_refuses_wrong_arguments(make_store):
         make_store(DictTier("same"), DictTier("same"))
     with pytest.raises(ConfigError, match="policies: expected one of"):
         make_store(DictTier("dict"), policies={"dikt": TierPolicy()})
-    with pytest.raises(ConfigError, match="queue_bytes: expected at least 1, got 0"):
+    with pytest.raises(ConfigError, match="queue_bytes: expected an integer of at least 1, got 0"):
         StoreConfig(queue_bytes=0)
-    with pytest.raises(ConfigError, match="failures: expected at least 1, got 0"):
+    with pytest.raises(ConfigError, match="failures: expected an integer of at least 1, got 0"):
         BreakerConfig(failures=0)
     with pytest.raises(ConfigError, match="pause_s: expected more than 0, got 0"):
         BreakerConfig(pause_s=0)

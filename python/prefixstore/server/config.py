@@ -13,14 +13,13 @@ tiers = ["memory://4GiB", "disk:///var/kv?max_bytes=100GiB"]
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from prefixstore.config import CacheConfig, as_table, from_table, read_toml
 from prefixstore.engine import EngineConfig
 from prefixstore.errors import ConfigError
-from prefixstore.settings import check_known
+from prefixstore.settings import MAX_WAIT_S, check_known, check_seconds
 
 _TIMES = (
     *("header_timeout_s", "body_timeout_s", "idle_timeout_s", "write_timeout_s"),
@@ -87,10 +86,7 @@ class ServerConfig:
             if not _is_whole(value) or value < 1:
                 raise ConfigError(f"{name}: expected a positive integer, got {value!r}")
         for name in _TIMES:
-            value = getattr(self, name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not math.isfinite(value) or value <= 0:
-                raise ConfigError(f"{name}: expected seconds above 0, got {value!r}")
+            check_seconds(name, getattr(self, name), MAX_WAIT_S)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from prefixstore.errors import ConfigError, TierTimeout
+from prefixstore.errors import TierTimeout
+from prefixstore.settings import check_count, check_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +36,9 @@ class BreakerConfig:
 
     def __post_init__(self) -> None:
         for name in ("failures", "timeout_failures"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+            check_count(name, getattr(self, name), 1)
         for name in ("window_s", "pause_s", "max_pause_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}: expected more than 0, got {getattr(self, name)}")
+            check_seconds(name, getattr(self, name))
 
 
 @dataclass(frozen=True)

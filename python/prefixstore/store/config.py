@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from prefixstore.errors import ConfigError
+from prefixstore.settings import MAX_WAIT_S, check_count, check_seconds, check_seconds_or_0
 from prefixstore.store.breaker import BreakerConfig
+from prefixstore.tiers.base import check_bytes
 
 WritePolicy = Literal["write_through", "write_second_touch", "write_back", "never"]
 
@@ -33,8 +35,7 @@ class TierPolicy:
     def __post_init__(self) -> None:
         if self.write not in get_args(WritePolicy):
             raise ConfigError(f"write: expected one of {get_args(WritePolicy)}, got {self.write!r}")
-        if self.negative_ttl_s < 0:
-            raise ConfigError(f"negative_ttl_s: expected 0 or more, got {self.negative_ttl_s!r}")
+        check_seconds_or_0("negative_ttl_s", self.negative_ttl_s)
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,8 @@ class StoreConfig:
     breaker: BreakerConfig = field(default_factory=BreakerConfig)
 
     def __post_init__(self) -> None:
-        for name in ("queue_bytes", "queue_entries"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_bytes("queue_bytes", self.queue_bytes, 1)
+        check_count("queue_entries", self.queue_entries, 1)
         for name in ("load_timeout_s", "write_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}: expected more than 0, got {getattr(self, name)}")
-        if self.close_timeout_s < 0:
-            raise ConfigError(f"close_timeout_s: expected 0 or more, got {self.close_timeout_s}")
+            check_seconds(name, getattr(self, name), MAX_WAIT_S)
+        check_seconds_or_0("close_timeout_s", self.close_timeout_s, MAX_WAIT_S)

@@ -14,6 +14,7 @@ import numpy as np
 
 from prefixstore.block_key import RecordName
 from prefixstore.errors import ConfigError, TierError, TierTimeout
+from prefixstore.settings import MAX_BYTES
 
 PAGE_BYTES = 4096
 LARGE_PAGE_BYTES = 2 << 20
@@ -303,9 +304,11 @@ def check_priority(priority: int) -> None:
 
 
 def check_bytes(name: str, value: int, least: int) -> None:
-    """Raise `ConfigError` unless a setting is a whole number of bytes that is large enough."""
+    """Raise `ConfigError` unless a setting is a whole number of bytes in its range."""
     if not isinstance(value, int) or value < least:
         raise ConfigError(f"{name}: expected an integer of at least {least}, got {value!r}")
+    if value > MAX_BYTES:
+        raise ConfigError(f"{name}: expected at most {MAX_BYTES}, got {value}")
 
 
 def page_aligned(num_bytes: int) -> np.ndarray:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefixstore.errors import ConfigError
+from prefixstore.settings import MAX_WAIT_S, check_seconds
 from prefixstore.tiers.base import PAGE_BYTES, check_bytes
 from prefixstore.tiers.disk.slab_table import Limits
 
@@ -56,15 +57,14 @@ class DiskTierConfig:
             check_bytes("slab_bytes", self.slab_bytes, PAGE_BYTES)
         if self.quota_bytes is not None:
             check_bytes("quota_bytes", self.quota_bytes, 1)
-        if self.ttl_s is not None and not self.ttl_s > 0:
-            raise ConfigError(f"ttl_s: expected more than 0 seconds, got {self.ttl_s!r}")
+        if self.ttl_s is not None:
+            check_seconds("ttl_s", self.ttl_s)
         if self.io not in _IO:
             raise ConfigError(f"io: expected one of {', '.join(_IO)}, got {self.io!r}")
         if not isinstance(self.num_threads, int) or self.num_threads < 1:
             raise ConfigError(f"num_threads: expected at least 1, got {self.num_threads!r}")
-        for name in ("timeout_s", "write_lease_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        check_seconds("timeout_s", self.timeout_s, MAX_WAIT_S)
+        check_seconds("write_lease_s", self.write_lease_s)
 
     @property
     def limits(self) -> Limits:

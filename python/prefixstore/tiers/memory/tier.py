@@ -17,6 +17,7 @@ import numpy as np
 
 from prefixstore.block_key import BlockHash, RecordName
 from prefixstore.errors import BlockCorrupted, ConfigError, TierError, TierFull, TierUnavailable
+from prefixstore.settings import check_seconds
 from prefixstore.tiers.base import (
     PAGE_BYTES,
     EvictionListener,
@@ -58,8 +59,8 @@ class MemoryTierConfig:
 
     def __post_init__(self) -> None:
         check_bytes("capacity_bytes", self.capacity_bytes, PAGE_BYTES)
-        if self.ttl_s is not None and not self.ttl_s > 0:
-            raise ConfigError(f"ttl_s: expected more than 0 seconds, got {self.ttl_s!r}")
+        if self.ttl_s is not None:
+            check_seconds("ttl_s", self.ttl_s)
         if self.quota_bytes is not None:
             check_bytes("quota_bytes", self.quota_bytes, 1)
         if self.slab_bytes is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from prefixstore.errors import ConfigError
+from prefixstore.settings import MAX_WAIT_S, check_seconds
 from prefixstore.tiers.base import check_bytes
 
 USERNAME_VARIABLE = "KVKERNELS_REDIS_USERNAME"
@@ -19,7 +20,6 @@ MIN_PART_BYTES = 4096
 # Replies of some 4 MiB come fastest; the rest is for a record's header.
 DEFAULT_PART_BYTES = (4 << 20) + (64 << 10)
 MAX_PART_BYTES = 256 << 20  # servers refuse strings of 512 MiB unless told otherwise
-MAX_TTL_S = 10**15  # servers count milliseconds since 1970 in 64 bits
 _NAME = re.compile(r"[!-~]+")  # what CLIENT SETNAME takes
 
 
@@ -139,13 +139,11 @@ class RedisTierConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name}: expected an integer of at least {least}, got {value!r}")
-        if self.ttl_s > MAX_TTL_S:
-            raise ConfigError(f"ttl_s: expected at most {MAX_TTL_S}, got {self.ttl_s}")
+        check_seconds("ttl_s", self.ttl_s)
         if not _NAME.fullmatch(self.name):
             raise ConfigError(f"name: expected printable ASCII without spaces, got {self.name!r}")
         for name in ("connect_timeout_s", "timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}: expected more than 0, got {getattr(self, name)}")
+            check_seconds(name, getattr(self, name), MAX_WAIT_S)
 
     @classmethod
     def from_url(cls, url: str, **settings: object) -> RedisTierConfig:

@@ -10,7 +10,10 @@ from urllib.parse import SplitResult, parse_qsl, unquote
 
 from prefixstore.errors import ConfigError
 from prefixstore.settings import (
+    MAX_WAIT_S,
+    check_count,
     check_known,
+    check_seconds,
     check_user_info,
     parse_bytes,
     parse_seconds,
@@ -25,7 +28,7 @@ _PREFIX = re.compile(r"[A-Za-z0-9!_.*'()-]+(/[A-Za-z0-9!_.*'()-]+)*")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
 _ENDPOINT = re.compile(r"https?://[^/@?#]+/?")
 _MIN_PART_BYTES = 5 << 20  # the least that S3 takes for a part
-_COMMON = ("ttl_s", "timeout_s", "connect_timeout_s", "request_timeout_s", "sweep_timeout_s")
+_WAITS = ("timeout_s", "connect_timeout_s", "request_timeout_s", "sweep_timeout_s")
 
 
 @dataclass(frozen=True)
@@ -80,14 +83,12 @@ class RemoteTierConfig:
     def __post_init__(self) -> None:
         check_known("kind", [self.kind], _OWN_OPTIONS)
         self._check_place()
-        for name in _COMMON:
-            value = getattr(self, name)
-            if not (value is None and name == "ttl_s") and not value > 0:
-                raise ConfigError(f"{name}: expected more than 0 seconds, got {value!r}")
-        for name, least in (("max_requests", 1), ("max_retries", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name}: expected at least {least}, got {value!r}")
+        if self.ttl_s is not None:
+            check_seconds("ttl_s", self.ttl_s)
+        for name in _WAITS:
+            check_seconds(name, getattr(self, name), MAX_WAIT_S)
+        check_count("max_requests", self.max_requests, 1)
+        check_count("max_retries", self.max_retries, 0)
         check_bytes("max_in_flight_bytes", self.max_in_flight_bytes, 1)
         check_bytes("part_bytes", self.part_bytes, _MIN_PART_BYTES)
 
@@ -157,7 +158,9 @@ def _own(*names: str) -> dict[str, _Option]:
     return {name: _Option(name, _text) for name in names}
 
 
-_COMMON_OPTIONS = {name.removesuffix("_s"): _Option(name, parse_seconds) for name in _COMMON} | {
+_COMMON_OPTIONS = {
+    name.removesuffix("_s"): _Option(name, parse_seconds) for name in ("ttl_s", *_WAITS)
+} | {
     "max_retries": _Option("max_retries", parse_whole),
     "max_requests": _Option("max_requests", parse_whole),
     "max_in_flight_bytes": _Option("max_in_flight_bytes", parse_bytes),
