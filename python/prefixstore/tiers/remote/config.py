@@ -22,11 +22,11 @@ from prefixstore.settings import (
     split_url,
 )
 from prefixstore.tiers.base import check_bytes
+from prefixstore.tiers.remote.endpoints import is_server
 
 # What every store takes in a name without encoding it.
 _PREFIX = re.compile(r"[A-Za-z0-9!_.*'()-]+(/[A-Za-z0-9!_.*'()-]+)*")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
-_ENDPOINT = re.compile(r"https?://[^/@?#]+/?")
 _MIN_PART_BYTES = 5 << 20  # the least that S3 takes for a part
 _WAITS = ("timeout_s", "connect_timeout_s", "request_timeout_s", "sweep_timeout_s")
 
@@ -136,7 +136,7 @@ class RemoteTierConfig:
                 "prefix: expected letters, digits and !_.*'()- between slashes,"
                 f" got {self.prefix!r}"
             )
-        if self.endpoint is not None and not _ENDPOINT.fullmatch(self.endpoint):
+        if self.endpoint is not None and not is_server(self.endpoint):
             # not shown: it may hold a password
             raise ConfigError("endpoint: expected http://host:port or https://host:port alone")
         for name in ("region", "endpoint", "account"):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefixstore.errors import ConfigError, TierError, TierFull, TierTimeout, TierUnavailable
 from prefixstore.tiers.remote.config import RemoteTierConfig
+from prefixstore.tiers.remote.endpoints import may_be_plain
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -31,6 +32,7 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")
 _BAD_RANGE = ("Requested range was invalid", "status code: 416")
 _METADATA = ("//169.254.169.254", "//metadata.google.internal")
+_BAD_ADDRESS = ("builder error",)  # all that it says of one that it may not ask, or cannot
 _DENIED = (401, 403)
 _SLOW_DOWN = (429, 503)
 
@@ -219,6 +221,11 @@ class Objects:
             return TierUnavailable(f"{self._name}: expected success, got {answer}")
         if os_error:
             return TierUnavailable(f"{self._name}: {os.strerror(int(os_error[1]))}")
+        if _is_any_of(_BAD_ADDRESS, error):
+            return TierUnavailable(
+                f"{self._name}: expected a server's address by https://, got another one in the"
+                " environment or in an answer"
+            )
         if _is_any_of(("timed out", "TimedOut"), error):
             return TierTimeout(f"{self._name}: expected an answer, got none in time")
         if _is_any_of(("HTTP error",), error):
@@ -233,7 +240,7 @@ def _open_store(config: RemoteTierConfig) -> ObjectStore:
         return LocalStore(prefix=config.bucket, mkdir=True)
     common: dict[str, Any] = {
         "client_options": {
-            "allow_http": (config.endpoint or "").startswith("http://"),
+            "allow_http": may_be_plain(config.kind, config.endpoint),
             "connect_timeout": timedelta(seconds=config.connect_timeout_s),
             "timeout": timedelta(seconds=config.request_timeout_s),
         },
@@ -261,6 +268,8 @@ def _open_store(config: RemoteTierConfig) -> ObjectStore:
         return AzureStore(config.bucket, **own, **common)
     if config.region is not None:
         own["region"] = config.region
+    if "endpoint" in own:  # over every other that the environment has
+        own["config"] = {"aws_endpoint_url_s3": own.pop("endpoint")}
     own["disable_bulk_delete"] = not config.bulk_delete
     return S3Store(config.bucket, **own, **common)
 
