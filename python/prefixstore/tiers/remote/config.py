@@ -57,7 +57,8 @@ class RemoteTierConfig:
             connection.
         max_requests: In flight, of all threads that call.
         max_in_flight_bytes: Of records on their way, of all threads; a longer one goes alone.
-        part_bytes: Longer records are uploaded in parts of so many bytes.
+        part_bytes: Longer records are uploaded in parts of so many bytes. Those of an upload that
+            is given up stay, unless a rule of the bucket deletes them: see docs/remote.md.
         name: In messages and statistics.
     """
 

@@ -148,7 +148,11 @@ class Objects:
         return True
 
     async def overwrite(self, path: str, data: bytes) -> None:
-        """Write an object, a long one in parts; it is there when all of it is."""
+        """Write an object, a long one in parts; it is there when all of it is.
+
+        The client (from 0.12 on) deletes the parts after an error, but not those of an upload that
+        is cancelled, of which it does not tell the name either: a rule of the bucket has to.
+        """
         with self._translated():
             await self._store.put_async(
                 path,
