@@ -12,7 +12,7 @@ from sample_blocks import make_record as make_bytearray
 from tier_kinds import PAGE, get, held, put, put_many
 
 from prefixstore.block_key import BlockKey, RecordName
-from prefixstore.errors import BlockCorrupted
+from prefixstore.errors import BlockCorrupted, TierTimeout
 from prefixstore.keys import ProtectionConfig
 from prefixstore.protection import RecordKey, make_record_keys
 from prefixstore.record_header import AUTHENTICATED, SEALED, TRAILER_BYTES
@@ -259,6 +259,36 @@ def test_keys_change_without_a_miss(below, before, meanwhile, after):
     tier.delete_identity(IDENTITY)
     assert held(tier, keys) == [False] * 4
     assert below.stats().num_records == 0
+
+
+def test_one_key_that_gets_no_answer_hides_nothing_that_another_finds(below):
+    keys = make_keys(3)
+    put_many(ProtectedTier(below, ProtectionConfig(OLD)), keys[:1])
+    put_many(ProtectedTier(below, ProtectionConfig(NEW)), keys[1:2])
+    tier, names = ProtectedTier(below, ProtectionConfig([NEW, OLD])), [key.name for key in keys]
+    ask, late = below.contains_many, TierTimeout("late")
+    answered: list[object] = []
+
+    def contains_many(asked, *, deadline=None):
+        how = answered.pop(0)
+        if how == "raises":
+            raise late
+        answers = ask(asked, deadline=deadline)
+        return [late if how == "no" and answer is False else answer for answer in answers]
+
+    below.contains_many = contains_many
+    for how, expected in (
+        (["yes", "yes"], [True, True, False]),
+        (["no", "yes"], [True, True, late]),
+        (["yes", "no"], [True, True, late]),
+        (["raises", "yes"], [True, late, late]),
+        (["yes", "raises"], [late, True, late]),
+    ):
+        answered[:] = how
+        assert tier.contains_many(names) == expected
+    answered[:] = ["raises", "raises"]
+    with pytest.raises(TierTimeout):
+        tier.contains_many(names)
 
 
 def test_what_is_listed_under_no_identity_of_ours_can_be_forgotten(below):

@@ -125,6 +125,8 @@ def test_a_silent_node_costs_its_own_records_alone(cluster, num_bytes):
             found = get(tier, names, num_bytes)
             for got, is_lost in zip(found, is_silent, strict=True):
                 assert isinstance(got, TierTimeout) if is_lost else got == record
+            for is_there, is_lost in zip(tier.contains_many(names), is_silent, strict=True):
+                assert isinstance(is_there, TierTimeout) if is_lost else is_there is True
     tier.close()
 
 

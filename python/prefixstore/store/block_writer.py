@@ -52,6 +52,7 @@ class BlockWriter:
             for number in range(1, len(tiers))
         }
         self._unread: dict[WriteJob, None] = {}  # of those at hand, whose blocks may be read yet
+        self._silent: set[RecordName] = set()  # of those at hand, for which tier 0 had no answer
         self._not_evicted: set[RecordName] = set()  # of those put into tier 0 last
         self._thread = threading.Thread(target=self._run, name="prefixstore-writer", daemon=True)
         self._thread.start()
@@ -146,10 +147,10 @@ class BlockWriter:
             self._queue.finish()
 
     def _write(self, jobs: Sequence[WriteJob]) -> None:
-        is_held = self._ask_first(jobs)
-        held = [job for job, is_there in zip(jobs, is_held, strict=True) if is_there]
-        self._let_go(held)
-        for job in held:
+        is_over = self._ask_first(jobs)
+        over = [job for job, needs_none in zip(jobs, is_over, strict=True) if needs_none]
+        self._let_go(over)
+        for job in over:
             self._hand_on(job, None)
         for alike in _alike([job for job in jobs if job in self._unread]):
             self._write_alike(alike)
@@ -195,7 +196,7 @@ class BlockWriter:
     def _write_in_place(self, jobs: Sequence[WriteJob]) -> Sequence[WriteJob]:
         """Make records where tier 0 keeps them; returns the jobs that are to be done otherwise."""
         first, maker = self._first, jobs[0].source.maker
-        chosen = [job for job in jobs if 0 in job.tiers]
+        chosen = [job for job in jobs if self._goes_first(job)]
         if not chosen or first is None or not first.reserves or not maker.writes_anywhere:
             return jobs
         names = [job.key.name for job in chosen]
@@ -239,19 +240,25 @@ class BlockWriter:
         deadline = time.monotonic() + self._config.write_timeout_s
         with _blaming(self._first):
             answers = self._first.contains_many([job.key.name for job in jobs], deadline)
-        if answers is None:  # it would not take them either
-            is_over = [job.tiers == (0,) for job in jobs]
-            self._first.count_dropped(sum(is_over))
-            return is_over
-        self._first.count_present(
-            sum(is_there and 0 in job.tiers for is_there, job in zip(answers, jobs, strict=True))
-        )
-        return answers
+        asked = [answer for answer, job in zip(answers, jobs, strict=True) if 0 in job.tiers]
+        self._first.count_present(asked.count(True))
+        self._first.count_dropped(asked.count(None))  # it would not take them either
+        self._silent = {
+            job.key.name for job, answer in zip(jobs, answers, strict=True) if answer is None
+        }
+        return [
+            job.tiers == (0,) if answer is None else answer
+            for job, answer in zip(jobs, answers, strict=True)
+        ]
+
+    def _goes_first(self, job: WriteJob) -> bool:
+        """Whether a record is to be put into tier 0."""
+        return 0 in job.tiers and job.key.name not in self._silent
 
     def _put_first(self, jobs: Sequence[WriteJob], records: Sequence[np.ndarray]) -> list[bool]:
         """Write into tier 0 what is to go there; for each whether it has the record now."""
         assert self._first is not None
-        chosen = [i for i, job in enumerate(jobs) if 0 in job.tiers]
+        chosen = [i for i, job in enumerate(jobs) if self._goes_first(job)]
         kept = [False] * len(jobs)
         if not chosen:
             return kept

@@ -52,20 +52,17 @@ class GuardedTier:
 
     def contains_many(
         self, names: Sequence[RecordName], deadline: float | None = None
-    ) -> list[bool] | None:
-        """One answer each, or None where the tier gave none."""
+    ) -> list[bool | None]:
+        """For each whether the tier holds it; None where it gave no answer."""
         if self._absent is None:
-            return self._attempt(lambda: self._tier.contains_many(names, deadline=deadline))
+            return self._look(names, deadline)
         is_absent = self._absent.contains_many(names)
         asked = [name for name, known in zip(names, is_absent, strict=True) if not known]
         if not asked:
             return [False] * len(names)
-        answers = self._attempt(lambda: self._tier.contains_many(asked, deadline=deadline))
-        if answers is None:
-            return None
-        there = {name for name, is_there in zip(asked, answers, strict=True) if is_there}
-        self._absent.add(name for name in asked if name not in there)
-        return [name in there for name in names]
+        answers = dict(zip(asked, self._look(asked, deadline), strict=True))
+        self._absent.add(name for name, is_there in answers.items() if is_there is False)
+        return [answers.get(name, False) for name in names]
 
     def fetch_many(
         self,
@@ -294,6 +291,13 @@ class GuardedTier:
         self._counts.add(num_errors=1)
         self._breaker.trip(error)
 
+    def _look(self, names: Sequence[RecordName], deadline: float | None) -> list[bool | None]:
+        """What the tier itself says, counted."""
+        outcomes = self._attempt(lambda: self._tier.contains_many(names, deadline=deadline))
+        if outcomes is None:
+            return [None] * len(names)
+        return [None if isinstance(outcome, TierError) else outcome for outcome in outcomes]
+
     def _get_many(
         self,
         names: Sequence[RecordName],
@@ -358,12 +362,16 @@ class GuardedTier:
         failure = self._count_outcomes(answer) if isinstance(answer, list) else None
         if failure is None:
             self._breaker.succeeded()
-        else:  # for the breaker a call is one failure, however many records it has
+        else:
             self._breaker.failed(failure, leave)
         return answer
 
     def _count_outcomes(self, outcomes: Sequence[object]) -> TierError | None:
-        """Count what single records met; returns one that tells against the tier, if any does."""
+        """Count what single records met; returns one that tells against the tier, if any does.
+
+        For the breaker a call is one failure, however many records it has, and none where any of
+        them got an answer: what failed besides cost its own hits, and the tier is there.
+        """
         errors = [one for one in outcomes if isinstance(one, TierError)]
         failures = [one for one in errors if not isinstance(one, (TierFull, BlockCorrupted))]
         self._counts.add(
@@ -371,7 +379,7 @@ class GuardedTier:
             num_timeouts=sum(isinstance(one, TierTimeout) for one in failures),
             num_full=sum(isinstance(one, TierFull) for one in errors),
         )
-        return failures[0] if failures else None
+        return failures[0] if failures and len(failures) == len(outcomes) else None
 
     def _set_full(self, error: TierFull | None) -> None:
         if (error is not None) != self._is_full:

@@ -116,7 +116,7 @@ class Store:
             if not tier.lends and is_past(deadline):
                 continue  # it could not answer in time, and is not to blame
             answers = tier.contains_many([keys[i].name for i in missing], deadline)
-            for i, is_there in zip(missing, answers or (), strict=False):
+            for i, is_there in zip(missing, answers, strict=True):
                 if is_there:
                     found[i] = tier.name
         return found

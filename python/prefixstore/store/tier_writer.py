@@ -212,11 +212,11 @@ class TierWriter:
     def _write(self, jobs: Sequence[TierJob]) -> None:
         deadline = time.monotonic() + self._config.write_timeout_s
         answers = self.tier.contains_many([job.name for job in jobs], deadline)
-        if answers is None:
-            self.tier.count_dropped(len(jobs))  # it would not take them either
+        lacking = [job for job, answer in zip(jobs, answers, strict=True) if answer is False]
+        self.tier.count_present(answers.count(True))
+        self.tier.count_dropped(answers.count(None))  # it would not take them either
+        if not lacking:
             return
-        lacking = [job for job, is_there in zip(jobs, answers, strict=True) if not is_there]
-        self.tier.count_present(len(jobs) - len(lacking))
         # so that protected records are opened where they lie
         sizes = [round_up(job.max_bytes + TRAILER_BYTES, PAGE_BYTES) for job in lacking]
         slab = self._slabs.take(sum(sizes))

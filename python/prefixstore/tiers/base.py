@@ -20,6 +20,7 @@ PAGE_BYTES = 4096
 LARGE_PAGE_BYTES = 2 << 20
 
 ReadOutcome = int | None | TierError
+LookOutcome = bool | TierError
 EvictionListener = Callable[[RecordName, int, np.ndarray], None]
 
 
@@ -173,8 +174,11 @@ class Tier(ABC):
     @abstractmethod
     def contains_many(
         self, names: Sequence[RecordName], *, deadline: float | None = None
-    ) -> list[bool]:
-        """Whether `get_many` would find them now; does not mark them used."""
+    ) -> list[LookOutcome]:
+        """For each whether `get_many` would find it now, or why nobody knows; marks none used.
+
+        Where none of them got an answer, that is raised.
+        """
 
     @abstractmethod
     def delete_many(
@@ -279,8 +283,11 @@ class Tier(ABC):
             raise error
 
     def contains(self, name: RecordName) -> bool:
-        """`contains_many` of one."""
-        return self.contains_many([name])[0]
+        """`contains_many` of one; an error is raised."""
+        (outcome,) = self.contains_many([name])
+        if isinstance(outcome, TierError):
+            raise outcome
+        return outcome
 
     def delete(self, name: RecordName) -> bool:
         """`delete_many` of one."""

@@ -17,7 +17,8 @@ from prefixstore.errors import BlockCorrupted, TierError
 from prefixstore.keys import ProtectionConfig
 from prefixstore.protection import RecordKey, make_record_keys
 from prefixstore.record_header import TRAILER_BYTES
-from prefixstore.tiers.base import Held, ReadOutcome, Swept, Tier, TierStats
+from prefixstore.tiers.base import Held, LookOutcome, ReadOutcome, Swept, Tier, TierStats
+from prefixstore.tiers.outcomes import raise_if_all
 from prefixstore.tiers.protected_reading import Reading
 from prefixstore.tiers.scratch import Scratch, batches_of
 
@@ -120,15 +121,22 @@ class ProtectedTier(Tier):
 
     def contains_many(
         self, names: Sequence[RecordName], *, deadline: float | None = None
-    ) -> list[bool]:
-        found = [False] * len(names)
+    ) -> list[LookOutcome]:
+        outcomes: list[LookOutcome] = [False] * len(names)
         for key in self._keys:
-            missing = [i for i, is_there in enumerate(found) if not is_there]
+            missing = [i for i, outcome in enumerate(outcomes) if outcome is not True]
+            if not missing:
+                break
             stored = [key.stored_name(names[i]) for i in missing]
-            answers = self._tier.contains_many(stored, deadline=deadline) if stored else []
-            for i, is_there in zip(missing, answers, strict=True):
-                found[i] = is_there
-        return found
+            try:
+                answers = self._tier.contains_many(stored, deadline=deadline)
+            except TierError as error:  # what another key found is known all the same
+                answers = [error] * len(missing)
+            for i, answer in zip(missing, answers, strict=True):
+                if answer is not False:  # which would hide that another key got no answer
+                    outcomes[i] = answer
+        raise_if_all(outcomes, TierError)
+        return outcomes
 
     def delete_many(
         self, names: Sequence[RecordName], *, deadline: float | None = None

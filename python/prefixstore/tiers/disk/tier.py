@@ -24,6 +24,7 @@ from prefixstore.block_key import RecordName
 from prefixstore.errors import BlockCorrupted, TierError, TierTimeout
 from prefixstore.tiers.base import (
     Held,
+    LookOutcome,
     ReadOutcome,
     Swept,
     Tier,
@@ -129,7 +130,7 @@ class DiskTier(Tier):
 
     def contains_many(
         self, names: Sequence[RecordName], *, deadline: float | None = None
-    ) -> list[bool]:
+    ) -> list[LookOutcome]:
         found = self._index.names_among(names, deadline)
         return [name in found for name in names]
 

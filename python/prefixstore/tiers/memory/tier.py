@@ -22,6 +22,7 @@ from prefixstore.tiers.base import (
     PAGE_BYTES,
     EvictionListener,
     Held,
+    LookOutcome,
     ReadOutcome,
     Swept,
     Tier,
@@ -182,7 +183,7 @@ class MemoryTier(Tier):
 
     def contains_many(
         self, names: Sequence[RecordName], *, deadline: float | None = None
-    ) -> list[bool]:
+    ) -> list[LookOutcome]:
         with self._locked():
             return [self._find(name.block_hash) is not None for name in names]
 

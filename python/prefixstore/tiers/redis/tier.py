@@ -21,6 +21,7 @@ from prefixstore.block_key import RecordName
 from prefixstore.errors import BlockCorrupted, TierError, TierTimeout, TierUnavailable
 from prefixstore.tiers.base import (
     Held,
+    LookOutcome,
     ReadOutcome,
     Swept,
     Tier,
@@ -132,15 +133,17 @@ class RedisTier(Tier):
 
     def contains_many(
         self, names: Sequence[RecordName], *, deadline: float | None = None
-    ) -> list[bool]:
-        """Whether `get_many` would find them; to the server's own choice of victims it is a use."""
+    ) -> list[LookOutcome]:
+        """See `Tier.contains_many`; to the server's own choice of victims it is a use."""
         call: Call[bool] = Call(
             names,
             lambda i, key, generation: holds(key),
             absent=False,
             bulk=BulkLooks(len(names)),
         )
-        return self._answer_all(call, deadline)
+        answers = self._answer(call, deadline)
+        raise_if_all(answers, TierUnavailable, TierTimeout)
+        return answers
 
     def delete_many(
         self, names: Sequence[RecordName], *, deadline: float | None = None
@@ -174,7 +177,7 @@ class RedisTier(Tier):
                 return unpin_record(key, pinned_key, self._config)
             return pin_record(key, pinned_key, self._keys.generation(identity), generation)
 
-        return self._answer_all(Call(names, start, absent=False), None)
+        return raise_first(self._answer(Call(names, start, absent=False), None))
 
     def list_identities(self) -> dict[bytes, Held]:
         """Records and bytes of each identity, for which it walks through every key."""
@@ -220,14 +223,13 @@ class RedisTier(Tier):
     def close(self) -> None:
         self._servers.close()
 
-    def _answer_all(self, call: Call[bool], deadline: float | None) -> list[bool]:
-        """An answer for each record; the first error of a server is raised.
+    def _answer(self, call: Call[bool], deadline: float | None) -> list[LookOutcome]:
+        """An answer for each record, or why there is none.
 
-        What is there but is no record is a no, so that it costs its own hits and not those of the
-        whole call, and the next writer mends it.
+        What is there but is no record is a no, and the next writer mends it.
         """
         outcomes = self._caller.run(call, self._deadline(deadline))
-        return raise_first([False if isinstance(o, BlockCorrupted) else o for o in outcomes])
+        return [False if isinstance(o, BlockCorrupted) else o for o in outcomes]
 
     def _bulk_of(
         self,

@@ -18,6 +18,7 @@ from prefixstore.block_key import RecordName
 from prefixstore.errors import TierError, TierUnavailable
 from prefixstore.tiers.base import (
     Held,
+    LookOutcome,
     ReadOutcome,
     Swept,
     Tier,
@@ -104,14 +105,15 @@ class RemoteTier(Tier):
 
     def contains_many(
         self, names: Sequence[RecordName], *, deadline: float | None = None
-    ) -> list[bool]:
-        """Whether `get_many` would find them now: a HEAD each, beside each other.
+    ) -> list[LookOutcome]:
+        """See `Tier.contains_many`: a HEAD each, beside each other.
 
         Where there is no such bucket none is found: the answer to a HEAD does not tell.
         """
         different = list(dict.fromkeys(names))
         answers = self._run([FindRecord(self._records, name) for name in different], deadline)
-        found = dict(zip(different, raise_first(answers), strict=True))
+        raise_if_all(answers, TierError)
+        found = dict(zip(different, answers, strict=True))
         return [found[name] for name in names]
 
     def delete_many(

@@ -1,0 +1,93 @@
+"""Whether records are there: tiers that answer for some of them alone, and what is remembered."""
+
+import pytest
+from dict_tier import DictTier, fill, held
+from faulty_network import ScriptedServer
+from sample_blocks import make_keys
+from stores import save, use_of
+
+from prefixstore.errors import TierTimeout
+from prefixstore.store import Store, StoreConfig, TierPolicy
+from prefixstore.store.breaker import BreakerConfig
+from prefixstore.tiers.remote import RemoteTier
+from prefixstore.tiers.remote.config import RemoteTierConfig
+
+AT_ONCE = BreakerConfig(failures=1, pause_s=60)  # one failed call, and a tier is left alone
+
+
+class PartlySilent(DictTier):
+    """Says nothing of some records."""
+
+    def __init__(self, name: str, silent: set[bytes]) -> None:
+        super().__init__(name)
+        self.silent = silent
+
+    def contains_many(self, names, *, deadline=None):
+        answers = super().contains_many(names, deadline=deadline)
+        return [
+            TierTimeout("no answer") if name.block_hash in self.silent else answer
+            for name, answer in zip(names, answers, strict=True)
+        ]
+
+
+def test_what_got_an_answer_is_found_and_no_tier_is_blamed_for_the_rest(make_store):
+    keys = make_keys(6)
+    tier = PartlySilent("tier", {key.block_hash for key in keys[1:3]})
+    store = make_store(tier, breaker=AT_ONCE)
+    fill(tier, keys[:4])
+    for num_calls in (1, 2):
+        assert store.contains_many(keys) == ["tier", None, None, "tier", None, None]
+        use = use_of(store, "tier")
+        assert (use.num_errors, use.num_timeouts) == (2 * num_calls, 2 * num_calls)
+        assert not use.is_down
+    tier.silent.update(key.block_hash for key in keys)
+    assert store.contains_many(keys) == [None] * 6
+    assert use_of(store, "tier").is_down  # now none of them got an answer
+
+
+def test_what_got_no_answer_is_not_remembered_as_absent(make_store):
+    keys = make_keys(3)
+    tier = PartlySilent("tier", {keys[0].block_hash})
+    store = make_store(tier, policies={"tier": TierPolicy(negative_ttl_s=60)})
+    fill(tier, keys[:2])
+    assert store.contains_many(keys) == [None, "tier", None]
+    tier.silent.clear()
+    fill(tier, keys)
+    assert store.contains_many(keys) == ["tier", "tier", None]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_got_no_answer_is_not_written_and_the_rest_is(make_store, number):
+    keys = make_keys(4)
+    tiers = [DictTier("other"), DictTier("other")]
+    tiers[number] = PartlySilent("silent", {key.block_hash for key in keys[:2]})
+    store = make_store(*tiers)
+    save(store, keys)
+    assert held(tiers[number], keys) == [False, False, True, True]
+    assert held(tiers[1 - number], keys) == [True] * 4
+    use = use_of(store, "silent")
+    assert (use.num_dropped, use.num_written, use.num_errors) == (2, 2, 2)
+
+
+@pytest.fixture
+def object_store(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tester")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = ScriptedServer()
+    yield server
+    server.close()
+
+
+def test_a_request_of_an_object_store_that_hangs_costs_its_own_hit_alone(object_store):
+    keys = make_keys(6)
+    lost = keys[2].block_hash.hex()
+    there = {"Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT", "ETag": '"1"'}
+    object_store.answer = lambda method, path, headers: None if lost in path else (200, there, b"x")
+    place = {"region": "us-east-1", "endpoint": object_store.endpoint}
+    tier = RemoteTier(RemoteTierConfig("s3", "bucket", **place))
+    with Store([tier], StoreConfig(load_timeout_s=1, breaker=AT_ONCE)) as store:
+        found = store.contains_many(keys)
+        assert found == [None if key is keys[2] else tier.name for key in keys]
+        use = use_of(store, tier.name)
+        assert (use.num_timeouts, use.is_down) == (1, False)
