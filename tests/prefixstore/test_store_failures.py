@@ -182,8 +182,7 @@ def test_breaker_pauses_grow_and_shrink_back():
         assert not breaker.allows()  # one at a time
         breaker.failed(error, trial)
     now[0] += 5
-    assert breaker.allows()
-    breaker.succeeded()
+    breaker.succeeded(begin(breaker))
     assert breaker.allows() and breaker.allows()
     breaker.failed(error, begin(breaker))
     breaker.failed(error, begin(breaker))
@@ -191,7 +190,7 @@ def test_breaker_pauses_grow_and_shrink_back():
     assert breaker.allows()  # the first pause is short again
 
 
-def test_calls_that_began_before_a_tier_went_down_make_no_pause_longer():
+def test_calls_that_began_before_a_tier_went_down_neither_lengthen_nor_end_the_pause():
     now = [0.0]
     breaker = Breaker("x", BreakerConfig(pause_s=1, max_pause_s=60), clock=lambda: now[0])
     error = TierTimeout("x")
@@ -207,12 +206,16 @@ def test_calls_that_began_before_a_tier_went_down_make_no_pause_longer():
     now[0] += 0.02
     ended = begin(breaker)  # hangs
     now[0] += 2.01
-    assert breaker.allows()
-    breaker.succeeded()
+    breaker.succeeded(under_way[7])  # it began before the outage
+    assert breaker.is_down
+    breaker.succeeded(begin(breaker))
+    assert not breaker.is_down
     for _ in range(2):
         breaker.failed(error, begin(breaker))
     assert breaker.is_down
     breaker.failed(error, ended)  # a trial of the outage before
+    breaker.succeeded(ended)
+    assert breaker.is_down
     now[0] += 1.01
     assert breaker.allows()
 

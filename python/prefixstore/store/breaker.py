@@ -1,4 +1,4 @@
-"""A breaker per tier: one that keeps failing is left alone, for longer each time."""
+"""A breaker: what keeps failing is left alone, for longer each time."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class BreakerConfig:
 
 @dataclass(frozen=True)
 class Leave:
-    """To make one call; comes back with its failure.
+    """To make one call; comes back with what became of it.
 
     Attributes:
         outage: Number of the outage that the call is a trial of; None where the tier was up.
@@ -58,7 +58,7 @@ _WHILE_UP = Leave(None)
 class Breaker:
     """Up: every call is allowed. Down: none until the pause is over, then one trial at a time; it
     brings the tier back or begins the next pause. A call that began before the tier went down says
-    nothing new by failing. Thread-safe; logs changes of state only.
+    nothing of how it is now, whether it fails or succeeds. Thread-safe; logs changes of state only.
     """
 
     def __init__(
@@ -93,10 +93,12 @@ class Breaker:
             self._down_until = now + self._pause_s  # a trial that never ends is not the last one
             return Leave(self._num_outages)
 
-    def succeeded(self) -> None:
-        if self._down_until is None:
+    def succeeded(self, leave: Leave) -> None:
+        if leave.outage is None:
             return
         with self._lock:
+            if self._down_until is None or leave.outage != self._num_outages:
+                return
             self._down_until = None
             self._failures.clear()
             self._pause_s = self._config.pause_s

@@ -6,26 +6,25 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar
 
 import numpy as np
 
 from prefixstore.block_key import BlockKey, RecordName
 from prefixstore.errors import BlockCorrupted, TierError, TierFull, TierTimeout
 from prefixstore.record import RecordHeader, check_headers
-from prefixstore.store.breaker import Breaker, BreakerConfig
+from prefixstore.store.breaker import BreakerConfig
 from prefixstore.store.recent_names import RecentNames
 from prefixstore.store.stats import Counts, TierUse
+from prefixstore.store.tier_calls import TierCalls
 from prefixstore.tiers.base import ReadOutcome, Swept, Tier, TierStats, is_past
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Found = tuple[RecordHeader, np.ndarray]  # a record and what its header says
 
 
 class GuardedTier:
-    """One tier behind its breaker: the only place that catches `TierError`.
+    """One tier, its calls behind breakers.
 
     Args:
         tier: The tier.
@@ -35,8 +34,8 @@ class GuardedTier:
 
     def __init__(self, tier: Tier, config: BreakerConfig, negative_ttl_s: float = 0.0) -> None:
         self._tier = tier
-        self._breaker = Breaker(tier.name, config)
         self._counts = Counts()
+        self._calls = TierCalls(tier.name, config, self._counts)
         self._is_full = False
         self._absent = RecentNames(ttl_s=negative_ttl_s) if negative_ttl_s else None
         self._rejected: dict[RecordName, None] = {}
@@ -48,7 +47,7 @@ class GuardedTier:
 
     def use(self) -> TierUse:
         counts = self._counts.as_dict()
-        return TierUse(self.name, is_down=self._breaker.is_down, **counts)
+        return TierUse(self.name, is_down=self._calls.is_down, **counts)
 
     def contains_many(
         self, names: Sequence[RecordName], deadline: float | None = None
@@ -101,8 +100,9 @@ class GuardedTier:
     ) -> list[ReadOutcome]:
         """Parts of records, see `Tier.get_many`; not verified, and no misses are counted."""
         names, views = [key.name for key in keys], [out.data for out in outs]
-        outcomes = self._attempt(
-            lambda: self._tier.get_many(names, views, offsets=offsets, deadline=deadline)
+        outcomes = self._calls.attempt(
+            "reads",
+            lambda: self._tier.get_many(names, views, offsets=offsets, deadline=deadline),
         )
         return [None] * len(keys) if outcomes is None else outcomes
 
@@ -130,7 +130,9 @@ class GuardedTier:
         """`fetch_many` of records where they lie, for as long as the context lasts."""
         with ExitStack() as lent:
             names = [key.name for key in keys]
-            records = self._attempt(lambda: lent.enter_context(self._tier.lend_many(names)))
+            records = self._calls.attempt(
+                "reads", lambda: lent.enter_context(self._tier.lend_many(names))
+            )
             yield self.verified(keys, records or [None] * len(keys))
 
     def verified(
@@ -228,7 +230,7 @@ class GuardedTier:
         """See `Tier.reserve_many`; what is not made there is for `put_many`."""
         with ExitStack() as reserved:
             reservation = self._tier.reserve_many(names, sizes, priority=priority)
-            places = self._attempt(lambda: reserved.enter_context(reservation))
+            places = self._calls.attempt("writes", lambda: reserved.enter_context(reservation))
             places = [None] * len(names) if places is None else places
             yield places
         written = [i for i, place in enumerate(places) if place is not None]
@@ -249,7 +251,10 @@ class GuardedTier:
 
     def delete_many(self, names: Sequence[RecordName], deadline: float | None = None) -> bool:
         """Forget records; False where the tier could not."""
-        return self._attempt(lambda: self._tier.delete_many(names, deadline=deadline)) is not None
+        answers = self._calls.attempt(
+            "writes", lambda: self._tier.delete_many(names, deadline=deadline)
+        )
+        return answers is not None
 
     def delete_identity(self, identity: bytes) -> bool:
         """Forget all of an identity; False where the tier could not."""
@@ -258,26 +263,27 @@ class GuardedTier:
             self._tier.delete_identity(identity)
             return True
 
-        return self._attempt(delete) is not None
+        return self._calls.attempt("writes", delete) is not None
 
     def pin_many(self, names: Sequence[RecordName], is_pinned: bool) -> list[bool]:
         """For each whether the tier holds it, and has pinned it or let it go."""
-        answers = self._attempt(lambda: self._tier.pin_many(names, is_pinned))
+        answers = self._calls.ask(lambda: self._tier.pin_many(names, is_pinned))
         return [False] * len(names) if answers is None else answers
 
     def stats(self) -> TierStats | None:
         """What it holds; None where it gave no answer."""
-        return self._attempt(self._tier.stats)
+        return self._calls.ask(self._tier.stats)
 
     def sweep(self) -> Swept:
         """What expired or was left behind is given back."""
-        return self._attempt(self._tier.sweep) or Swept()
+        return self._calls.ask(self._tier.sweep) or Swept()
 
     def check(self, fix: bool = False) -> list[str]:
         """The tier's own recount."""
         try:
             return self._tier.check(fix)
         except TierError as error:
+            self._calls.count_error(error)
             return [f"{self.name}: cannot be checked: {error}"]
 
     def close(self) -> None:
@@ -288,12 +294,13 @@ class GuardedTier:
 
     def mark_down(self, error: BaseException) -> None:
         """Leave the tier alone for a pause: it did what no tier may do."""
-        self._counts.add(num_errors=1)
-        self._breaker.trip(error)
+        self._calls.leave_alone(error)
 
     def _look(self, names: Sequence[RecordName], deadline: float | None) -> list[bool | None]:
         """What the tier itself says, counted."""
-        outcomes = self._attempt(lambda: self._tier.contains_many(names, deadline=deadline))
+        outcomes = self._calls.attempt(
+            "look-ups", lambda: self._tier.contains_many(names, deadline=deadline)
+        )
         if outcomes is None:
             return [None] * len(names)
         return [None if isinstance(outcome, TierError) else outcome for outcome in outcomes]
@@ -318,7 +325,7 @@ class GuardedTier:
                 abandon()
             return outcomes
 
-        return self._attempt(get)
+        return self._calls.attempt("reads", get)
 
     def _put_alike(
         self,
@@ -329,8 +336,9 @@ class GuardedTier:
     ) -> list[TierError | None] | None:
         """The outcomes of records of one priority, counted; None where the tier gave none."""
         views = [record.data for record in records]
-        outcomes = self._attempt(
-            lambda: self._tier.put_many(names, views, priority=priority, deadline=deadline)
+        outcomes = self._calls.attempt(
+            "writes",
+            lambda: self._tier.put_many(names, views, priority=priority, deadline=deadline),
         )
         if outcomes is None:
             return None
@@ -346,40 +354,6 @@ class GuardedTier:
         if full or written:
             self._set_full(full[-1] if full else None)
         return outcomes
-
-    def _attempt(self, call: Callable[[], T]) -> T | None:
-        """The call's answer; None if the tier is down or failed."""
-        leave = self._breaker.allows()
-        if leave is None:
-            self._counts.add(num_skipped=1)
-            return None
-        try:
-            answer = call()
-        except TierError as error:
-            self._counts.add(num_errors=1, num_timeouts=isinstance(error, TierTimeout))
-            self._breaker.failed(error, leave)
-            return None
-        failure = self._count_outcomes(answer) if isinstance(answer, list) else None
-        if failure is None:
-            self._breaker.succeeded()
-        else:
-            self._breaker.failed(failure, leave)
-        return answer
-
-    def _count_outcomes(self, outcomes: Sequence[object]) -> TierError | None:
-        """Count what single records met; returns one that tells against the tier, if any does.
-
-        For the breaker a call is one failure, however many records it has, and none where any of
-        them got an answer: what failed besides cost its own hits, and the tier is there.
-        """
-        errors = [one for one in outcomes if isinstance(one, TierError)]
-        failures = [one for one in errors if not isinstance(one, (TierFull, BlockCorrupted))]
-        self._counts.add(
-            num_errors=len(failures),
-            num_timeouts=sum(isinstance(one, TierTimeout) for one in failures),
-            num_full=sum(isinstance(one, TierFull) for one in errors),
-        )
-        return failures[0] if failures and len(failures) == len(outcomes) else None
 
     def _set_full(self, error: TierFull | None) -> None:
         if (error is not None) != self._is_full:

@@ -26,7 +26,7 @@ class TierUse:
             faster tier had them any more, or they were deleted before their turn.
         read_bytes: Bytes of the records that were hits, once where two loads shared one.
         written_bytes: Bytes of the records that were put.
-        is_down: Left alone just now.
+        is_down: Left alone just now: by look-ups, reads or writes, or by all of them.
     """
 
     name: str

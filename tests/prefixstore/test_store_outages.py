@@ -1,0 +1,125 @@
+"""What takes a tier down, for whom, and what alone brings it back."""
+
+import time
+
+import pytest
+from dict_tier import DictTier, fill, held, raises
+from faulty_network import ScriptedServer
+from sample_blocks import make_keys
+from stores import load, save, use_of
+
+from prefixstore.errors import TierTimeout, TierUnavailable
+from prefixstore.store import Store, StoreConfig
+from prefixstore.store.breaker import BreakerConfig
+from prefixstore.tiers.remote import RemoteTier
+from prefixstore.tiers.remote.config import RemoteTierConfig
+
+LONG = BreakerConfig(failures=1, pause_s=60)
+SHORT = BreakerConfig(failures=1, pause_s=0.05, max_pause_s=0.05)
+
+
+def use_and_save(store, keys) -> None:
+    """What requests and their writers do with a tier, but for reading from it."""
+    store.contains_many(keys)
+    save(store, keys)
+
+
+def look_after(store, keys) -> None:
+    """What tools, metrics and pages do with a tier."""
+    store.tier_stats()
+    store.pin_many(keys)
+    store.sweep()
+    store.check()
+
+
+@pytest.mark.parametrize("do", [use_and_save, look_after])
+def test_only_a_read_ends_an_outage_of_reads(make_store, do):
+    tier = DictTier("tier")
+    store = make_store(tier, breaker=SHORT)
+    keys = make_keys(4)
+    fill(tier, keys[:1])
+    tier.fail = raises(TierTimeout, "get")
+    assert load(store, keys[0]) is None
+    for _ in range(3):
+        time.sleep(0.06)
+        do(store, keys)
+        assert use_of(store, "tier").is_down
+        assert load(store, keys[0]) is None
+    tier.fail = lambda call: None
+    time.sleep(0.06)
+    assert load(store, keys[0]) == "tier"
+    assert not use_of(store, "tier").is_down
+
+
+def test_who_may_not_write_reads_all_the_same(make_store):
+    tier = DictTier("tier")
+    store = make_store(tier, breaker=LONG)
+    keys = make_keys(6)
+    fill(tier, keys[:3])
+    tier.fail = raises(TierUnavailable, "put", "delete")
+    for key in keys[3:]:
+        save(store, [key])
+    use = use_of(store, "tier")
+    assert (use.is_down, use.num_errors, use.num_dropped) == (True, 1, 3)
+    assert tier.calls.count("put") == 1
+    assert store.contains_many(keys) == ["tier"] * 3 + [None] * 3
+    assert [load(store, key) for key in keys[:3]] == ["tier"] * 3
+    assert store.delete_many(keys[:1]) == ["tier"] and held(tier, keys[:1]) == [True]
+    assert "delete" not in tier.calls
+
+
+def test_a_tier_that_is_left_alone_is_looked_after(make_store):
+    tier = DictTier("tier")
+    store = make_store(tier, breaker=LONG)
+    keys = make_keys(2)
+    fill(tier, keys)
+    tier.fail = raises(TierUnavailable, "contains", "get", "put")
+    assert store.contains_many(keys) == [None, None]
+    assert [load(store, key) for key in keys] == [None, None]
+    stats = store.tier_stats()["tier"]
+    assert stats is not None and stats.num_records == 2
+    assert store.pin_many(keys) == [["tier"], ["tier"]]
+    assert "check" not in tier.calls
+    assert store.check() == [] and "check" in tier.calls
+    assert use_of(store, "tier").is_down
+
+
+def test_what_looking_after_a_tier_meets_is_counted_and_takes_it_from_nobody(make_store):
+    class Dumb(DictTier):
+        """Keeps records, and says nothing of them."""
+
+        def _refuse(self, *_: object):
+            raise TierTimeout("no answer")
+
+        stats = sweep = pin_many = _refuse
+
+    tier = Dumb("dumb", raises(TierTimeout, "check"))
+    store = make_store(tier, breaker=LONG)
+    keys = make_keys(1)
+    fill(tier, keys)
+    assert store.tier_stats() == {"dumb": None}
+    assert store.pin_many(keys) == [[]]
+    assert store.sweep()["dumb"].num_expired == 0
+    assert store.check() == ["dumb: cannot be checked: injected into check"]
+    use = use_of(store, "dumb")
+    assert (use.num_errors, use.num_timeouts, use.is_down) == (4, 4, False)
+    assert load(store, keys[0]) == "dumb"
+    tier.fail = lambda call: None
+
+
+def test_an_object_store_that_hangs_is_not_brought_back_by_who_asks_for_its_metrics(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tester")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = ScriptedServer()
+    server.answer = lambda *_: None
+    place = {"region": "us-east-1", "endpoint": server.endpoint}
+    tier = RemoteTier(RemoteTierConfig("s3", "bucket", **place))
+    with Store([tier], StoreConfig(load_timeout_s=0.2, breaker=SHORT)) as store:
+        (key,) = make_keys(1)
+        for _ in range(3):
+            assert load(store, key) is None
+            time.sleep(0.06)  # the next call would be a trial
+            assert store.tier_stats()[tier.name] is not None
+            assert use_of(store, tier.name).is_down
+    server.close()
