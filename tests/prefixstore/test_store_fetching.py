@@ -282,3 +282,8 @@ def test_a_claim_has_one_holder_and_wakes_all_who_wait():
     in_flight.release(names)
     assert in_flight.wait(names, started + 60) == [None] * 3
     assert in_flight.claim(names) == [True] * 3
+    assert not in_flight.give(names[0], shared)  # nobody waits
+    in_flight.wait(names[1:], started)
+    assert in_flight.give(names[1], shared)
+    assert in_flight.wait(names[:2], started + 60) == [None] * 2
+    assert in_flight.claim(names) == [True, True, False]

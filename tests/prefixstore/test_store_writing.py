@@ -251,7 +251,7 @@ def test_a_queue_gives_as_many_as_fit_into_a_batch() -> None:
     (key,) = make_keys(1)
     sizes = [300, 200, 500, 1, 2000, 7]
     for size in sizes:
-        source = WrittenRecord(torch.zeros(size, dtype=torch.uint8).numpy())
+        source = WrittenRecord(torch.zeros(size, dtype=torch.uint8).numpy(), size)
         assert queue.offer(WriteJob(key, source, (0,)))
     taken = []
     while queue.sizes() != (0, 0):

@@ -87,14 +87,20 @@ class HostBlock:
 
 
 class WrittenRecord:
-    """A record that a tier gave: it goes to another tier as it is."""
+    """A record that a tier gave: it goes to another tier as it is.
 
-    def __init__(self, record: np.ndarray) -> None:
+    Args:
+        record: Its bytes.
+        held_bytes: Its share of the memory that is kept for them.
+    """
+
+    def __init__(self, record: np.ndarray, held_bytes: int) -> None:
         self.record = record
+        self._held_bytes = held_bytes
 
     @property
     def num_bytes(self) -> int:
-        return self.record.nbytes
+        return self._held_bytes
 
     @property
     def maker(self) -> RecordMaker:

@@ -62,6 +62,10 @@ class BlockWriter:
         """Queue a block; False if it does not fit, the queue is closed or the process forked."""
         return self._queue.offer(job)
 
+    def has_room(self, num_blocks: int, num_bytes: int) -> bool:
+        """Whether the queue would take so many blocks now."""
+        return self._queue.has_room(num_blocks, num_bytes)
+
     def hand_on(self, number: int, job: TierJob) -> bool:
         """Queue a record that a faster tier holds for a slower one."""
         return self._writers[number].offer(job)

@@ -43,9 +43,10 @@ class StoreConfig:
     """Bounds of a store.
 
     Attributes:
-        queue_bytes: Blocks that may wait to be written, in bytes; and, for each tier behind the
-            first, records that no faster tier keeps meanwhile.
-        queue_entries: Blocks that may wait to be written; for each tier as well.
+        queue_bytes: Blocks that may wait to be written, in bytes, with the memory of records that
+            are to go to faster tiers; and, for each tier behind the first, records that no faster
+            tier keeps meanwhile.
+        queue_entries: Blocks and records that may wait to be written; for each tier as well.
         load_timeout_s: How long a request waits for its tiers in all. They have 95 % of it: what
             came by then is restored in the rest, what did not is a miss.
         write_timeout_s: How long one write into a tier may take before it counts as failed.

@@ -1,6 +1,7 @@
 """Records that some thread is fetching: who wants one too waits for it, and fetches none twice.
 
     claim -> fetched and right: shared -> written to a faster tier: released
+          -> fetched, and no room to keep it: given to who waits
           -> not there, or wrong: released
 
 Who waits does so for the fetching alone. From the sharing on, the record is taken from where it was
@@ -39,10 +40,12 @@ class _Claim:
     """One thread's, for one record.
 
     Attributes:
+        is_awaited: Whether somebody waits for it.
         is_settled: Set once the record is shared, or will never be.
         shared: The record, once it is.
     """
 
+    is_awaited: bool = False
     is_settled: threading.Event = field(default_factory=threading.Event)
     shared: SharedRecord | None = None
 
@@ -70,6 +73,19 @@ class InFlight:
             claim.shared = record
             claim.is_settled.set()
 
+    def give(self, name: RecordName, record: SharedRecord) -> bool:
+        """Have those who wait for the caller's claim just now take its record, and end the claim.
+
+        Returns:
+            False if there are none: nobody has the record's memory then.
+        """
+        with self._lock:
+            claim = self._claims.pop(name)
+            if claim.is_awaited:
+                claim.shared = record
+            claim.is_settled.set()
+            return claim.is_awaited
+
     def release(self, names: Iterable[RecordName]) -> None:
         """The caller's claims are over; names that are not claimed are passed over."""
         with self._lock:
@@ -90,6 +106,9 @@ class InFlight:
         """
         with self._lock:
             claims = [self._claims.get(name) for name in names]
+            for claim in claims:
+                if claim is not None:
+                    claim.is_awaited = True
         for claim in claims:
             if claim is not None:
                 claim.is_settled.wait(max(0.0, deadline - time.monotonic()))

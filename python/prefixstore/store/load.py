@@ -49,6 +49,7 @@ class Load:
         self.coalesces = True
         self.found: list[str | None] = [None] * len(keys)
         self.promotions: list[WriteJob] = []
+        self.held_bytes = self.num_held = 0  # room in the queue that is kept for these
         self.passed_over: list[Chooser] = []  # go to no faster tier: they were deleted meanwhile
         self.claimed: set[int] = set()  # others wait for these
         self.elsewhere: set[int] = set()  # fetched by other threads just now

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 
 import numpy as np
 
 from prefixstore.block_key import BlockKey
-from prefixstore.store.block_sources import WrittenRecord
 from prefixstore.store.block_targets import (
     BlockTarget,
     FetchedRecord,
@@ -18,15 +16,16 @@ from prefixstore.store.block_targets import (
     LayerTarget,
 )
 from prefixstore.store.block_writer import BlockWriter
-from prefixstore.store.config import StoreConfig, TierPolicy
+from prefixstore.store.config import TierPolicy
 from prefixstore.store.fetcher import Fetcher, Slabs, record_room
 from prefixstore.store.guarded_tier import Found, GuardedTier
-from prefixstore.store.in_flight import InFlight, SharedRecord
+from prefixstore.store.in_flight import InFlight
 from prefixstore.store.layer_reader import LayerReader
 from prefixstore.store.load import Load, LoadProgress
+from prefixstore.store.promotion import Promoter
 from prefixstore.store.recent_names import RecentNames
 from prefixstore.store.stats import Counts
-from prefixstore.store.write_queue import Chooser, WriteJob, noop
+from prefixstore.store.write_queue import Chooser
 from prefixstore.tiers.base import is_past
 
 BATCH_BYTES = 32 << 20  # of records that are fetched and then restored together
@@ -47,7 +46,6 @@ class Loader:
         counts: Of the store.
         reused: Called with each block that was found, and the number of its tier.
         quarantined: Not to be loaded, whoever has it.
-        config: Bounds.
     """
 
     def __init__(
@@ -58,22 +56,15 @@ class Loader:
         counts: Counts,
         reused: Callable[[BlockKey, int], None],
         quarantined: RecentNames,
-        config: StoreConfig,
     ) -> None:
         self._tiers = tiers
-        self._promoted_into = [i for i, policy in enumerate(policies) if policy.promote]
-        self._writer = writer
         self._counts = counts
         self._reused = reused
         self._quarantined = quarantined
-        self._config = config
         self.observer: LoadObserver | None = None  # see `Store.observe_loads`
         self._in_flight = InFlight()
         self._slabs = Slabs()
-        # over the two below, and held while records are handed on
-        self._lock = threading.Lock()
-        self._under_way: set[Load] = set()
-        self._passed_over: list[Chooser] = []
+        self._promoter = Promoter(policies, writer, counts, self._in_flight, self._slabs)
 
     def load_many(
         self,
@@ -119,18 +110,9 @@ class Loader:
         self._tell(load)
         return load.found
 
-    @contextmanager
-    def passing_over(self, is_meant: Chooser) -> Iterator[None]:
+    def passing_over(self, is_meant: Chooser) -> AbstractContextManager[None]:
         """Of loads that are under way or begin in the context, these go to no faster tier."""
-        with self._lock:
-            self._passed_over.append(is_meant)
-            for load in self._under_way:
-                load.passed_over.append(is_meant)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._passed_over.remove(is_meant)
+        return self._promoter.passing_over(is_meant)
 
     def _load_layers(
         self,
@@ -158,9 +140,8 @@ class Loader:
                 progress.fail()
         problems = target.end()
         whole = [i for i, record in enumerate(records) if reader.is_whole(record)]
-        self._judge(load, number, [records[i] for i in whole], [problems[i] for i in whole])
-        if not load.promotions:
-            self._slabs.give_back(slab)
+        own = self._judge(load, number, [records[i] for i in whole], [problems[i] for i in whole])
+        self._promoter.add(load, number, own, slab)
 
     def _tell(self, load: Load) -> None:
         observer = self.observer
@@ -217,21 +198,18 @@ class Loader:
         fetcher = Fetcher(self._tiers[number], load.keys, load.deadline, self._slabs)
         with closing(fetcher.fetch_ahead(batches)) as fetched:
             for batch, found, slab in fetched:
-                num_promotions = len(load.promotions)
-                self._start(load, number, batch, found)()
-                if len(load.promotions) == num_promotions:
-                    self._slabs.give_back(slab)  # otherwise it is theirs from now on
-                # Writing to faster tiers waits until all is loaded, as far as the queue could take
-                # it: it would take the processor and the memory from who waits for these blocks.
-                if sum(job.source.num_bytes for job in load.promotions) > self._config.queue_bytes:
-                    self._hand_on(load)
+                own = self._start(load, number, batch, found)()
+                self._promoter.add(load, number, own, slab)
                 if not load.goes_on_after(batch):
                     return
 
     def _start(
         self, load: Load, number: int, indices: Sequence[int], found: Sequence[Found | None]
-    ) -> Callable[[], None]:
-        """Begin to put what a tier had of these where it belongs, verified; finish it later."""
+    ) -> Callable[[], list[FetchedRecord]]:
+        """Begin to put what a tier had of these where it belongs, verified; finish it later.
+
+        What is returned finishes it, and returns what `_judge` does.
+        """
         records = [
             FetchedRecord(i, load.keys[i], one[0], one[1][: one[0].key.layout.record_bytes])
             for i, one in zip(indices, found, strict=True)
@@ -240,11 +218,11 @@ class Loader:
         assert load.target is not None
         wait = load.target.start(records) if records else None
 
-        def finish() -> None:
+        def finish() -> list[FetchedRecord]:
             problems = wait() if wait else ()
             if load.is_stopped:  # meanwhile: it is not wanted any more
-                return
-            self._judge(load, number, records, problems)
+                return []
+            return self._judge(load, number, records, problems)
 
         return finish
 
@@ -254,8 +232,10 @@ class Loader:
         number: int,
         records: Sequence[FetchedRecord],
         problems: Sequence[str | None],
-    ) -> None:
-        """Payloads of a tier's records were verified."""
+    ) -> list[FetchedRecord]:
+        """Payloads of a tier's records were verified; returns those that are right and were read
+        from it.
+        """
         tier = self._tiers[number]
         right = []
         for record, problem in zip(records, problems, strict=True):
@@ -270,11 +250,10 @@ class Loader:
         if own:
             load.work[number].num_records += len(own)
             load.work[number].num_bytes += num_bytes
-        for record in own:
-            self._hand_up(load, number, record)
         for record in right:
             load.found[record.index] = tier.name
             self._reused(record.key, number)
+        return own
 
     def _take_shared(self, load: Load, indices: Sequence[int]) -> None:
         """Wait for other threads' records, and restore those that they found."""
@@ -301,52 +280,25 @@ class Loader:
         load.claimed.update(mine)
         return mine
 
-    def _hand_up(self, load: Load, number: int, record: FetchedRecord) -> None:
-        """A record was right: faster tiers are to have it, and meanwhile whoever waits for it."""
-        tiers = tuple(i for i in self._promoted_into if i < number)
-        if not tiers:
-            return
-        name = record.key.name
-        source = WrittenRecord(record.data)  # no copy: the slab is not used again
-        arrived = noop
-        if record.index in load.claimed:
-            load.claimed.discard(record.index)
-            self._in_flight.share(name, SharedRecord(number, record.data))
-            arrived = self._in_flight.releaser(name)
-        load.promotions.append(WriteJob(record.key, source, tiers, arrived=arrived))
-
     @contextmanager
     def _promoting(self, load: Load) -> Iterator[None]:
         """A load; at its end, whatever happened, what it has for faster tiers is handed on."""
-        with self._lock:
-            load.passed_over += self._passed_over
-            self._under_way.add(load)
-        try:
-            yield
-        finally:
-            self._promote(load)
-            with self._lock:
-                self._under_way.remove(load)
+        with self._promoter.under_way(load):
+            try:
+                yield
+            finally:
+                self._promote(load)
 
     def _promote(self, load: Load) -> None:
         """Hand records on to faster tiers; what was claimed and is not among them will not come."""
         self._in_flight.release([load.keys[i].name for i in load.claimed])
         load.claimed.clear()
         self._delete_rejected(load)  # first, for what a tier holds is not written to it
-        self._hand_on(load)
+        self._promoter.hand_on(load)
 
     def _delete_rejected(self, load: Load) -> None:
         for tier in self._tiers:
             tier.delete_rejected(load.deadline)
-
-    def _hand_on(self, load: Load) -> None:
-        """Hand on what was loaded so far; its claims end where the records arrive."""
-        with self._lock:  # or one might pass between `passing_over` and the emptying of the queue
-            for job in load.promotions:
-                if load.passes_over(job) or not self._writer.offer(job):
-                    self._counts.add(num_promotions_dropped=1)
-                    job.arrived()
-        load.promotions.clear()
 
 
 def _record_bytes(key: BlockKey) -> int:

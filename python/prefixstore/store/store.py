@@ -77,7 +77,7 @@ class Store:
         self._writer = BlockWriter(self._tiers, self._config)
         self._loader = Loader(
             *(self._tiers, self._policies, self._writer, self._counts),
-            *(self._found_again, self._quarantined, self._config),
+            *(self._found_again, self._quarantined),
         )
         self._deleter = Deleter(self._tiers, self._writer, self._loader, self._counts, self._config)
         self.observe_loads(observer)

@@ -53,16 +53,19 @@ class WriteQueue:
         self._changed = threading.Condition()
         self._pid = os.getpid()  # a fork takes the queue along and leaves the writer behind
 
+    def has_room(self, num_entries: int, num_bytes: int) -> bool:
+        """Whether jobs of so many bytes fit; none do if it is closed or the process forked."""
+        if self._is_forked():
+            return False
+        with self._changed:
+            return self._takes(num_entries, num_bytes)
+
     def offer(self, job: WriteJob) -> bool:
         """Queue a job; False if it does not fit, the queue is closed or the process forked."""
         if self._is_forked():
             return False
         with self._changed:
-            has_room = (
-                self._num_bytes + job.source.num_bytes <= self._max_bytes
-                and self._num_entries() < self._max_entries
-            )
-            if self._is_closed or not has_room:
+            if not self._takes(1, job.source.num_bytes):
                 return False
             self._jobs.append(job)
             self._num_bytes += job.source.num_bytes
@@ -137,6 +140,13 @@ class WriteQueue:
 
     def _is_forked(self) -> bool:
         return os.getpid() != self._pid
+
+    def _takes(self, num_entries: int, num_bytes: int) -> bool:
+        return (
+            not self._is_closed
+            and self._num_bytes + num_bytes <= self._max_bytes
+            and self._num_entries() + num_entries <= self._max_entries
+        )
 
     def _num_entries(self) -> int:
         return len(self._jobs) + len(self._running)
