@@ -124,21 +124,20 @@ def _load(
 ) -> list[int]:
     """Load these blocks of one group into the pool; returns the numbers of those that failed."""
     assert blocks.store is not None
-    allocator = blocks.device.groups[group].allocator
     try:
         taken = blocks.device.reserve(group, len(numbers))
     except PoolFullError:
         # Try again with the first half; what the pool cannot hold cannot be restored.
         return numbers[len(numbers) // 2 :].tolist()
+    block_ids[numbers, group] = taken  # theirs at once: whatever is raised below, they go back
     target = blocks.pool_blocks[group].target(taken)
     wanted = [keys[number] for number in numbers.tolist()]
     answers = blocks.store.load_many(wanted, target, deadline)
     failed = []
-    for number, block_id, answer in zip(numbers.tolist(), taken, answers, strict=True):
+    for number, answer in zip(numbers.tolist(), answers, strict=True):
         if answer is None:
-            allocator.release([block_id])
+            blocks.device.drop(group, block_ids[number : number + 1, group])
             failed.append(number)
-            continue
-        block_ids[number, group] = block_id
-        tiers[number] = answer
+        else:
+            tiers[number] = answer
     return failed

@@ -298,3 +298,30 @@ def test_a_damaged_disk_index_loses_no_answer(model, open_cache, tmp_path):
 def is_sqlite(file):
     with file.open("rb") as stream:
         return stream.read(16) == b"SQLite format 3\0"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_a_load_that_raises_gives_its_blocks_back(model, open_cache, monkeypatch, error):
+    tokens = random_tokens(150)
+    cache = open_cache(memory_bytes=1 << 24)
+    cold, _ = run(cache, model, tokens)
+    assert cache.flush(30)
+    cache.evict_pool()
+    allocators = [group.allocator for group in cache.blocks.device.groups]
+    num_free = [allocator.num_free for allocator in allocators]
+    lend_many, left = MemoryTier.lend_many, len(allocators) - 1  # the last group's raises
+
+    def interrupted(tier, names):
+        nonlocal left
+        if left == 0:
+            raise error
+        left -= 1
+        return lend_many(tier, names)
+
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(MemoryTier, "lend_many", interrupted)
+        cache.session(tokens)
+    assert [allocator.num_free for allocator in allocators] == num_free
+    warm, report = run(cache, model, tokens)
+    assert warm == cold
+    assert report.num_recomputed == 6
