@@ -1,5 +1,7 @@
 """Whether records are there: tiers that answer for some of them alone, and what is remembered."""
 
+import threading
+
 import pytest
 from dict_tier import DictTier, fill, held
 from faulty_network import ScriptedServer
@@ -54,6 +56,39 @@ def test_what_got_no_answer_is_not_remembered_as_absent(make_store):
     tier.silent.clear()
     fill(tier, keys)
     assert store.contains_many(keys) == ["tier", "tier", None]
+
+
+@pytest.mark.parametrize("is_there_late", [False, True])
+def test_what_is_written_during_a_look_up_is_not_remembered_as_absent(make_store, is_there_late):
+    """Also where the write failed, and yet the record was kept."""
+    answered, go_on = threading.Event(), threading.Event()
+
+    class Slow(DictTier):
+        def contains_many(self, names, *, deadline=None):
+            answers = super().contains_many(names, deadline=deadline)
+            if threading.current_thread() is looking:  # the answer is on its way
+                answered.set()
+                assert go_on.wait(30)
+            return answers
+
+        def put_many(self, names, records, *, priority=0, deadline=None):
+            outcomes = super().put_many(names, records, priority=priority, deadline=deadline)
+            if is_there_late:
+                raise TierTimeout("late")
+            return outcomes
+
+    key, other = make_keys(2)
+    store = make_store(Slow("slow"), policies={"slow": TierPolicy(negative_ttl_s=60)})
+    found: list[list[str | None]] = []
+    looking = threading.Thread(target=lambda: found.append(store.contains_many([key, other])))
+    looking.start()
+    assert answered.wait(30)
+    save(store, [key])
+    go_on.set()
+    looking.join(30)
+    assert found == [[None, None]]
+    fill(store._tiers[0]._tier, [other])  # by another process
+    assert store.contains_many([key, other]) == ["slow", None]
 
 
 @pytest.mark.parametrize("number", [0, 1])

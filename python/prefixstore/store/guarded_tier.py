@@ -12,8 +12,8 @@ import numpy as np
 from prefixstore.block_key import BlockKey, RecordName
 from prefixstore.errors import BlockCorrupted, TierError, TierFull, TierTimeout
 from prefixstore.record import RecordHeader, check_headers
+from prefixstore.store.absent_names import AbsentNames
 from prefixstore.store.breaker import BreakerConfig
-from prefixstore.store.recent_names import RecentNames
 from prefixstore.store.stats import Counts, TierUse
 from prefixstore.store.tier_calls import TierCalls
 from prefixstore.tiers.base import ReadOutcome, Swept, Tier, TierStats, is_past
@@ -37,7 +37,7 @@ class GuardedTier:
         self._counts = Counts()
         self._calls = TierCalls(tier.name, config, self._counts)
         self._is_full = False
-        self._absent = RecentNames(ttl_s=negative_ttl_s) if negative_ttl_s else None
+        self._absent = AbsentNames(negative_ttl_s) if negative_ttl_s else None
         self._rejected: dict[RecordName, None] = {}
         self._lock = threading.Lock()  # over what was rejected
 
@@ -55,13 +55,7 @@ class GuardedTier:
         """For each whether the tier holds it; None where it gave no answer."""
         if self._absent is None:
             return self._look(names, deadline)
-        is_absent = self._absent.contains_many(names)
-        asked = [name for name, known in zip(names, is_absent, strict=True) if not known]
-        if not asked:
-            return [False] * len(names)
-        answers = dict(zip(asked, self._look(asked, deadline), strict=True))
-        self._absent.add(name for name, is_there in answers.items() if is_there is False)
-        return [answers.get(name, False) for name in names]
+        return self._absent.look_up(names, lambda asked: self._look(asked, deadline))
 
     def fetch_many(
         self,
@@ -235,7 +229,7 @@ class GuardedTier:
             yield places
         written = [i for i, place in enumerate(places) if place is not None]
         if self._absent is not None:
-            self._absent.discard(names[i] for i in written)
+            self._absent.note_written(names[i] for i in written)
         num_bytes = sum(sizes[i] for i in written)
         self._counts.add(num_written=len(written), written_bytes=num_bytes)
         if len(written) == len(names):
@@ -340,11 +334,11 @@ class GuardedTier:
             "writes",
             lambda: self._tier.put_many(names, views, priority=priority, deadline=deadline),
         )
+        if self._absent is not None:  # what came too late may be there all the same
+            self._absent.note_written(names)
         if outcomes is None:
             return None
         written = [r.nbytes for r, error in zip(records, outcomes, strict=True) if error is None]
-        if self._absent is not None:
-            self._absent.discard(names)
         self._counts.add(
             num_written=len(written),
             written_bytes=sum(written),
