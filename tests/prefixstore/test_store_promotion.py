@@ -1,6 +1,7 @@
 """What goes up to faster tiers: the memory that it keeps while it waits, and who gets it then."""
 
 import threading
+import time
 from functools import partial
 
 import numpy as np
@@ -134,3 +135,24 @@ def test_who_waits_for_what_finds_no_room_is_given_it_all_the_same(make_store):
     assert found == ["slow", "slow"]
     assert slow.calls.count("get") == 1
     assert store.stats().num_promotions_dropped == 1
+
+
+def test_a_key_that_comes_twice_leaves_the_claim_of_another_load_alone(make_store):
+    writes, reads = Gate("put"), Gate("get")
+    fast, slow = DictTier("fast", writes), DictTier("slow")
+    store = make_store(fast, slow, queue_entries=1)
+    (key,) = make_keys(1)
+    fill(slow, [key])
+    assert load_many(store, [key, key]) == ["slow", "slow"]
+    assert slow.calls.count("get") == 1
+    slow.fail = reads
+    found: list[list[str | None]] = []
+    thread = threading.Thread(target=lambda: found.append(load_many(store, [key])))
+    thread.start()
+    while thread.is_alive() and not reads.entered.is_set():
+        time.sleep(0.001)
+    writes.open()  # the first load's claim ends, and no other
+    assert store.flush(30)
+    reads.open()
+    thread.join(30)
+    assert found == [["slow"]]

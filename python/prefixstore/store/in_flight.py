@@ -58,12 +58,14 @@ class InFlight:
         self._lock = threading.Lock()
 
     def claim(self, names: Sequence[RecordName]) -> list[bool]:
-        """For each whether it is the caller's now; another thread has the rest."""
+        """For each whether it is the caller's now; another thread has the rest, or the caller has
+        had them before: of a name that comes twice the first is claimed.
+        """
         with self._lock:
-            is_mine = [name not in self._claims for name in names]
-            for name, mine in zip(names, is_mine, strict=True):
-                if mine:
-                    self._claims[name] = _Claim()
+            is_mine = []
+            for name in names:
+                is_mine.append(name not in self._claims)
+                self._claims.setdefault(name, _Claim())
             return is_mine
 
     def share(self, name: RecordName, record: SharedRecord) -> None:
