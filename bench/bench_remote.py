@@ -147,7 +147,8 @@ class Place:
     # ---- questions ---------------------------------------------------------------------------
 
     def contains_tier(self, numbers: Sequence[int]) -> None:
-        assert all(self.tier.contains_many([self.name(number) for number in numbers]))
+        answers = self.tier.contains_many([self.name(number) for number in numbers])
+        assert answers == [True] * len(numbers)
 
     def contains_obstore(self, numbers: Sequence[int]) -> None:
         for number in numbers:
