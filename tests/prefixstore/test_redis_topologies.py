@@ -106,27 +106,47 @@ def no_failover(cluster):
             client.config_set("cluster-node-timeout", 1000)
 
 
-@pytest.mark.parametrize("num_bytes", [1000, 3 * PART], ids=["one part", "three parts"])
-def test_a_silent_node_costs_its_own_records_alone(cluster, num_bytes):
-    tier = open_tier(cluster.url, timeout_s=1)  # no longer than a connection may take to open
+def put_on_a_node_to_stop(cluster, tier, num_records: int, num_bytes: int):
+    """Names of records, all of them the same one, which are spread over the nodes; a node that has
+    some, and which ones it has. It has not their identity's generation, on which all depend.
+    """
     address_of, ends_at = tier._servers.address_of, time.monotonic() + 60
     primaries = tier._servers.primaries(ends_at)
     identity = secrets.token_bytes(16)
     home = address_of(tier._keys.generation(identity), ends_at)
     others = [node for node in cluster.nodes[1:] if node.address in primaries]  # 0 is to die
-    silent = next(node for node in others if node.address != home)
-    names, record = make_names(30, identity), random_bytes(num_bytes)
-    assert put(tier, names, [record] * 30) == [None] * 30
+    node = next(node for node in others if node.address != home)
+    names, record = make_names(num_records, identity), random_bytes(num_bytes)
+    assert put(tier, names, [record] * num_records) == [None] * num_records
     keys = tier._keys.records(enumerate(names), tier._caller._generations)
-    is_silent = [address_of(keys[i], ends_at) == silent.address for i in range(30)]
-    assert 0 < sum(is_silent) < 30
-    with no_failover(cluster), silent.stopped():
+    is_there = [address_of(keys[i], ends_at) == node.address for i in range(num_records)]
+    assert 0 < sum(is_there) < num_records
+    return names, record, node, is_there
+
+
+@pytest.mark.parametrize("num_bytes", [1000, 3 * PART], ids=["one part", "three parts"])
+def test_a_silent_node_costs_its_own_records_alone(cluster, num_bytes):
+    tier = open_tier(cluster.url, timeout_s=1)  # no longer than a connection may take to open
+    names, record, node, is_silent = put_on_a_node_to_stop(cluster, tier, 30, num_bytes)
+    with no_failover(cluster), node.stopped():
         for _ in range(3):  # first on the connections there are, then without one to that node
             found = get(tier, names, num_bytes)
             for got, is_lost in zip(found, is_silent, strict=True):
                 assert isinstance(got, TierTimeout) if is_lost else got == record
             for is_there, is_lost in zip(tier.contains_many(names), is_silent, strict=True):
                 assert isinstance(is_there, TierTimeout) if is_lost else is_there is True
+    tier.close()
+
+
+def test_much_that_waits_for_a_silent_node_does_not_hold_up_the_others(cluster):
+    tier = open_tier(cluster.url, timeout_s=1)
+    names, record, node, is_silent = put_on_a_node_to_stop(cluster, tier, 60, 3 * PART)
+    lost = [name for name, is_lost in zip(names, is_silent, strict=True) if is_lost]
+    others = [name for name in names if name not in lost]
+    with no_failover(cluster), node.stopped():
+        found = get(tier, lost + others, 2 << 20)  # a read moves as much as there is room for
+        assert all(isinstance(got, TierTimeout) for got in found[: len(lost)])
+        assert found[len(lost) :] == [record] * len(others)
     tier.close()
 
 

@@ -1,9 +1,12 @@
 """Runs operations beside each other: many commands under way, on many connections, in one thread.
 
     operation  a generator that yields commands, gets their replies, and returns an outcome
-    lane       one server: commands that wait, and the connections that share them
+    lane       one server: operations that are to begin there, commands that wait, and the
+               connections that share them
 
 A connection takes the next command that waits when it has few under way, so a slow one does less.
+Each lane begins operations when it has few commands itself, so a server that hangs holds up no
+other.
 """
 
 from __future__ import annotations
@@ -52,6 +55,7 @@ class _Job:
     command: Command
     running: _Running[Any]
     index: int
+    lane: _Lane | None = None  # that it is counted to
     num_redirects: int = 0
     is_asking: bool = False
 
@@ -59,9 +63,33 @@ class _Job:
 @dataclass(eq=False)
 class _Lane:
     address: Address
+    unstarted: deque[tuple[_Running[Any], list[Command]]] = field(default_factory=deque)
     waiting: deque[_Job] = field(default_factory=deque)
     channels: list[PooledChannel] = field(default_factory=list)
     error: TierError | None = None  # why there is no connection, which is tried but once
+    num_active: int = 0  # commands without their reply
+    active_bytes: int = 0
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another operation is to begin."""
+        return self.num_active < _MIN_ACTIVE_COMMANDS or (
+            self.num_active < _MAX_ACTIVE_COMMANDS and self.active_bytes < _ACTIVE_BYTES
+        )
+
+    def take(self, job: _Job) -> None:
+        """Count a command here, and no longer where it was before."""
+        if job.lane is not None:
+            job.lane.let_go(job)
+        job.lane = self
+        self.num_active += 1
+        self.active_bytes += job.command.num_bytes
+
+    def let_go(self, job: _Job) -> None:
+        """A command has its reply, or goes elsewhere."""
+        job.lane = None
+        self.num_active -= 1
+        self.active_bytes -= job.command.num_bytes
 
 
 class Exchange(Generic[T]):
@@ -76,8 +104,7 @@ class Exchange(Generic[T]):
         self._servers = servers
         self._name = servers.config.name
         self._deadline = deadline
-        self._unstarted: deque[_Running[T]] = deque()
-        self._num_active = self._active_bytes = 0  # of commands without their reply
+        self._new: deque[_Running[T]] = deque()  # of which no lane is known yet
         self._lanes: dict[Address, _Lane] = {}
         self._outcomes: list[T | TierError] = []
 
@@ -86,7 +113,7 @@ class Exchange(Generic[T]):
         running = [_Running(operation, i) for i, operation in enumerate(operations)]
         self._outcomes = [no_answer(self._name)] * len(running)
         try:
-            self._unstarted.extend(running)
+            self._new.extend(running)
             while self._start_more():
                 awaiting = self._hand_out()
                 remaining = self._deadline - time.monotonic()
@@ -110,52 +137,86 @@ class Exchange(Generic[T]):
 
     def _start_more(self) -> bool:
         """Begin as many operations as keep the connections busy; False when all are done."""
-        max_bytes = _ACTIVE_BYTES * max(1, len(self._lanes))
-        while self._unstarted and (
-            self._num_active < _MIN_ACTIVE_COMMANDS
-            or (self._num_active < _MAX_ACTIVE_COMMANDS and self._active_bytes < max_bytes)
-        ):
-            self._resume(self._unstarted.popleft(), None)
-        return self._num_active > 0
+        for lane in list(self._lanes.values()):  # a slot that moved meanwhile may add one
+            while lane.unstarted and lane.has_room:
+                self._start(lane, *lane.unstarted.popleft())
+        # One server gets its first commands while others are prepared. Of many, one that has enough
+        # must not keep what the others have to do from being known.
+        is_one, has_room = self._servers.has_one_address, True
+        while self._new and (has_room or not is_one):
+            has_room = self._line_up(self._new.popleft())
+        return any(lane.num_active for lane in self._lanes.values())
+
+    def _line_up(self, running: _Running[T]) -> bool:
+        """Have an operation begin, now or when the server of its first command has room for it;
+        False where that has none now.
+        """
+        commands = self._go_on(running, None)
+        if commands is None:
+            return True
+        try:
+            lane = self._lane_of(commands[0])
+        except TierError as error:
+            self._resume(running, error)
+            return True
+        if lane.has_room:
+            self._start(lane, running, commands)
+            return True
+        lane.unstarted.append((running, commands))
+        return False
+
+    def _start(self, lane: _Lane, running: _Running[T], commands: list[Command]) -> None:
+        """Send an operation's first commands, the very first of them to that lane."""
+        first, *others = _jobs_of(running, commands)
+        lane.take(first)
+        lane.waiting.append(first)
+        for job in others:
+            self._route(job, is_first=False)
 
     def _resume(self, running: _Running[T], error: TierError | None) -> None:
         """Let an operation go on with its replies, and send what it asks for next."""
-        is_new = not running.replies and error is None
+        commands = self._go_on(running, error)
+        if commands is not None:
+            for job in reversed(_jobs_of(running, commands)):
+                self._route(job, is_first=True)
+
+    def _go_on(self, running: _Running[T], error: TierError | None) -> list[Command] | None:
+        """What an operation asks for next; None where it has its outcome."""
         try:
             if error is not None:
-                commands = running.operation.throw(error)
-            elif is_new:
-                commands = next(running.operation)
-            else:
-                commands = running.operation.send(running.replies)
+                return running.operation.throw(error)
+            if running.replies:
+                return running.operation.send(running.replies)
+            return next(running.operation)
         except StopIteration as stop:
             self._outcomes[running.index] = stop.value
-            return
         except TierError as failure:
             self._outcomes[running.index] = failure
-            return
-        running.replies = [None] * len(commands)
-        running.num_missing = len(commands)
-        jobs = [_Job(command, running, index) for index, command in enumerate(commands)]
-        self._num_active += len(jobs)
-        self._active_bytes += sum(command.num_bytes for command in commands)
-        for job in jobs if is_new else reversed(jobs):
-            self._route(job, is_first=not is_new)
+        return None
 
     def _route(self, job: _Job, is_first: bool) -> None:
         """Let a command wait for its server; before all others where it `is_first`."""
-        address = job.command.address
         try:
-            if address is None:
-                address = self._servers.address_of(job.command.key, self._deadline)
+            lane = self._lane_of(job.command)
         except TierError as error:
             self._answer(job, error)
             return
-        waiting = self._lane(address).waiting
+        lane.take(job)
         if is_first:
-            waiting.appendleft(job)
+            lane.waiting.appendleft(job)
         else:
-            waiting.append(job)
+            lane.waiting.append(job)
+
+    def _lane_of(self, command: Command) -> _Lane:
+        """Where a command goes.
+
+        Raises:
+            TierError: If nobody can say which server that is.
+        """
+        address = command.address
+        if address is None:
+            address = self._servers.address_of(command.key, self._deadline)
+        return self._lane(address)
 
     def _lane(self, address: Address) -> _Lane:
         lane = self._lanes.get(address)
@@ -168,8 +229,8 @@ class Exchange(Generic[T]):
             if self._redirect(job, reply):
                 return
             reply = None if job.command.is_optional else tier_error(self._name, reply)
-        self._num_active -= 1
-        self._active_bytes -= job.command.num_bytes
+        if job.lane is not None:
+            job.lane.let_go(job)
         running = job.running
         running.replies[job.index] = reply
         running.num_missing -= 1
@@ -184,7 +245,9 @@ class Exchange(Generic[T]):
             return False
         job.num_redirects += 1
         job.is_asking = reply.code == "ASK"
-        self._lane(address).waiting.appendleft(job)
+        lane = self._lane(address)
+        lane.take(job)
+        lane.waiting.appendleft(job)
         return True
 
     # ---- connections ---------------------------------------------------------------------------
@@ -256,3 +319,10 @@ class Exchange(Generic[T]):
         lane.waiting.clear()
         for job in jobs:
             self._answer(job, error)
+
+
+def _jobs_of(running: _Running[Any], commands: list[Command]) -> list[_Job]:
+    """The commands that an operation asked for, none of which has a reply yet."""
+    running.replies = [None] * len(commands)
+    running.num_missing = len(commands)
+    return [_Job(command, running, index) for index, command in enumerate(commands)]
