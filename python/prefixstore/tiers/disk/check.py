@@ -12,6 +12,7 @@ from prefixstore.block_key import RecordName
 from prefixstore.errors import TierUnavailable
 from prefixstore.tiers.disk import slab_table, slot_table
 from prefixstore.tiers.disk.files import Slab, SlabFiles
+from prefixstore.tiers.disk.headers import find_records
 from prefixstore.tiers.disk.index import SlotIndex
 from prefixstore.tiers.disk.opening import QUICK_CHECK
 from prefixstore.tiers.disk.schema import READY
@@ -87,7 +88,7 @@ class Checker:
         elif misshapen:
             slab_table.drop_slab(sql, slab)
             slab_table.insert_slab(sql, slab, now)
-            found = self._files.find_records(slab, range(slab.num_slots))
+            found = find_records(self._files, slab, range(slab.num_slots))
             slab_table.fill_slab(sql, slab, found, now)
         else:
             self.wrong += slot_table.take(sql, wrong, now)
@@ -101,17 +102,17 @@ class Checker:
             )
         ]
         try:
-            records = self._files.find_records(slab, [ref.slot for ref in refs])
+            records = find_records(self._files, slab, [ref.slot for ref in refs])
         except TierUnavailable:
             refs = [ref for ref in refs if self._is_readable(slab, ref.slot)]
-            records = self._files.find_records(slab, [ref.slot for ref in refs])
+            records = find_records(self._files, slab, [ref.slot for ref in refs])
         found = {record.slot: (record.name, record.record_bytes) for record in records}
         return [ref for ref in refs if found.get(ref.slot) != (ref.name, ref.record_bytes)]
 
     def _is_readable(self, slab: Slab, slot: int) -> bool:
         """Of one that is not no more is known: it is a problem, and stays as it is."""
         try:
-            self._files.find_records(slab, [slot])
+            find_records(self._files, slab, [slot])
         except TierUnavailable as error:
             self.problems.append(f"{error}: slot {slot} cannot be read")
             return False

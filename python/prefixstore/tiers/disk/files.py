@@ -4,8 +4,8 @@
     | slot 0: record, rest unused | slot 1 | slot 2 | ...
 
 A slot holds a record from its first byte, so the files describe themselves: what a slot holds can
-be read from the record's own header when the index is lost. The name carries all else; a file may
-end before its last slot.
+be read from the record's own header when the index is lost (headers.py). The name carries all else;
+a file may end before its last slot.
 
 Files are opened with O_DIRECT, past the page cache, where the file system takes that. The cache
 would cost a copy and, while it writes back, most of the disk's speed; and the kernel keeps both
@@ -21,14 +21,12 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefixstore.block_key import BlockHash, RecordName
-from prefixstore.errors import BlockCorrupted, TierError, TierFull, TierUnavailable
-from prefixstore.record_header import MAX_HEADER_BYTES, read_fixed
-from prefixstore.tiers.base import PAGE_BYTES, page_aligned, round_up
+from prefixstore.errors import TierError, TierFull, TierUnavailable
+from prefixstore.tiers.base import PAGE_BYTES
 from prefixstore.tiers.disk.space import needs_room, reserve, room_bytes
 
 logger = logging.getLogger(__name__)
@@ -55,15 +53,6 @@ class Slab:
     @property
     def file_name(self) -> str:
         return f"slab-v{VERSION}-{self.slab_id:06d}-{self.slot_bytes}x{self.num_slots}.kvb"
-
-
-@dataclass(frozen=True)
-class FoundRecord:
-    """A record whose header was read back from a slot."""
-
-    slot: int
-    name: RecordName
-    record_bytes: int
 
 
 class OpenFile:
@@ -202,13 +191,6 @@ class SlabFiles:
         with self._lock:
             self._open_files.pop(slab.slab_id, None)
 
-    def find_records(self, slab: Slab, slots: Iterable[int]) -> list[FoundRecord]:
-        """The records that the slots' own headers tell of, where they are whole."""
-        buffer = page_aligned(round_up(MAX_HEADER_BYTES, PAGE_BYTES)).data
-        file_bytes = self.num_bytes(slab) or 0
-        found = (self._find_record(slab, slot, buffer, file_bytes) for slot in slots)
-        return [record for record in found if record is not None]
-
     def num_bytes(self, slab: Slab) -> int | None:
         """Length of the file; None where there is none."""
         status = self._status(slab)
@@ -222,25 +204,6 @@ class SlabFiles:
     def close(self) -> None:
         with self._lock:
             self._open_files.clear()
-
-    def _find_record(
-        self, slab: Slab, slot: int, buffer: memoryview, file_bytes: int
-    ) -> FoundRecord | None:
-        offset, longest = slot * slab.slot_bytes, min(slab.slot_bytes, buffer.nbytes)
-        if offset >= file_bytes:
-            return None
-        for num_bytes in (PAGE_BYTES, longest):  # few headers are longer than a page
-            num_read = self.read(slab, offset, [buffer[:num_bytes]])
-            try:
-                header = read_fixed(buffer[:num_read])
-            except BlockCorrupted:
-                continue
-            record_bytes = header.record_bytes
-            if record_bytes > slab.slot_bytes or offset + record_bytes > file_bytes:
-                return None
-            name = RecordName(header.identity, BlockHash(header.block_hash))
-            return FoundRecord(slot, name, record_bytes)
-        return None
 
     def _status(self, slab: Slab) -> os.stat_result | None:
         try:

@@ -15,6 +15,7 @@ from prefixstore.tiers.disk import schema, slab_table, slot_table
 from prefixstore.tiers.disk.clock import Clock, open_clock
 from prefixstore.tiers.disk.config import DiskTierConfig
 from prefixstore.tiers.disk.files import SlabFiles
+from prefixstore.tiers.disk.headers import find_records
 from prefixstore.tiers.disk.index import SlotIndex
 from prefixstore.tiers.disk.sql import Connection, IndexDamaged
 from prefixstore.tiers.disk.transfers import Transfers
@@ -144,7 +145,7 @@ def reconcile(sql: sqlite3.Connection, files: SlabFiles, transfers: Transfers, n
         else:  # a file of that number but of another shape is read anew below
             slab_table.drop_slab(sql, slab)
     for slab in on_disk.values():
-        found = files.find_records(slab, range(slab.num_slots))
+        found = find_records(files, slab, range(slab.num_slots))
         last_used = min(files.modified_ns(slab), now)
         slab_table.insert_slab(sql, slab, last_used)
         slab_table.fill_slab(sql, slab, found, last_used)

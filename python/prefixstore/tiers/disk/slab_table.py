@@ -11,7 +11,8 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from prefixstore.tiers.disk.files import FoundRecord, Slab
+from prefixstore.tiers.disk.files import Slab
+from prefixstore.tiers.disk.headers import FoundRecord
 
 _SELECT = "SELECT slab_id, slot_bytes, num_slots FROM slabs"
 _EVICT = (
