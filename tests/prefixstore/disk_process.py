@@ -45,9 +45,6 @@ def counting_reconcile(sql, *arguments) -> None:
     assert sql.execute(COUNT_WRITING).fetchone()[0] == 0
 
 
-disk_opening.reconcile = counting_reconcile
-
-
 def count_writing(index: SlotIndex) -> int:
     with index.frozen() as sql:
         return sql.execute(COUNT_WRITING).fetchone()[0]
@@ -111,6 +108,7 @@ def tell(**what: int) -> None:
 
 
 def main() -> None:
+    disk_opening.reconcile = counting_reconcile
     path, capacity_bytes, lease_s = sys.argv[1:]
     for line in sys.stdin:
         seed, seconds = line.split()

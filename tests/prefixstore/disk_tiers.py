@@ -1,6 +1,7 @@
 """Opens, fills and reads disk tiers, for their tests."""
 
 import ctypes
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -134,3 +135,23 @@ def replace_preadv(
     _REPLACED.append(replaced)
     address = ctypes.cast(replaced, ctypes.c_void_p).value
     monkeypatch.setattr(straight_reads, "_preadv_address", address)
+
+
+def break_page(monkeypatch, page: int) -> None:
+    """Neither what lies on that page of a slab can be read, nor anything be written there."""
+    bad, write_files = page * PAGE_BYTES, os.pwritev
+
+    def fail_at(offset: int, num_bytes: int) -> None:
+        if offset <= bad < offset + num_bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def read_or_fail(read, offset, num_bytes):
+        fail_at(offset, num_bytes)
+        return read()
+
+    def pwritev(fd, buffers, offset):
+        fail_at(offset, sum(buffer.nbytes for buffer in buffers))
+        return write_files(fd, buffers, offset)
+
+    replace_preadv(monkeypatch, True, read_or_fail)
+    monkeypatch.setattr(os, "pwritev", pwritev)

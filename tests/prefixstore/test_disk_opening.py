@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from disk_tiers import count_right, open_tier, put
+from disk_tiers import Clock, break_page, count_right, open_tier, put
 from sample_blocks import LAYOUT, make_keys, make_record
 
 from prefixstore.errors import TierUnavailable
 from prefixstore.record import BlockKey
+from prefixstore.tiers.base import PAGE_BYTES, Swept
 
 
 def test_records_survive_reopening(tmp_path):
@@ -109,6 +110,50 @@ def test_a_damaged_index_that_others_use_is_left_alone(tmp_path):
     other._index._reader.close()
     other._index._writer.close()
     other._files.close()
+
+
+def test_a_slot_that_cannot_be_read_costs_its_own_record(tmp_path, monkeypatch, caplog):
+    clock, keys = Clock(), make_keys(15)
+    settings = {"capacity_bytes": 10 * 4096, "slab_bytes": 10 * 4096, "write_lease_s": 10}
+    tier = open_tier(tmp_path, clock=clock, **settings)
+    put(tier, keys[:6])
+    tier.close()
+    (tmp_path / "index.sqlite").unlink()
+    with monkeypatch.context() as broken:
+        break_page(broken, 2)
+        tier = open_tier(tmp_path, clock=clock, **settings)
+        assert "cannot read 1 slots, the first of them 2" in caplog.text
+        assert [tier.contains(key.name) for key in keys[:6]] == [True] * 2 + [False] + [True] * 3
+        assert count_right(tier, keys) == 5
+        put(tier, keys[6:])  # none of them is given that slot
+        assert count_right(tier, keys) == 9
+        assert tier.check() == []
+        clock.seconds += 11
+        with pytest.raises(TierUnavailable, match="Input/output error"):
+            tier.sweep()
+    clock.seconds += 11
+    assert tier.sweep() == Swept(num_orphans=1, num_bytes=PAGE_BYTES)
+    put(tier, keys[2:3])
+    assert count_right(tier, keys) == 10
+    tier.close()
+
+
+def test_a_slab_that_cannot_be_opened_is_left_alone(tmp_path):
+    keys = make_keys(3)
+    tier = open_tier(tmp_path / "tier")
+    put(tier, keys)
+    tier.close()
+    (tmp_path / "tier" / "index.sqlite").unlink()
+    (slab,) = (tmp_path / "tier").glob("slab-*")
+    aside = slab.rename(tmp_path / "aside")
+    slab.mkdir()
+    with pytest.raises(TierUnavailable, match="Is a directory"):
+        open_tier(tmp_path / "tier")
+    slab.rmdir()
+    aside.rename(slab)
+    tier = open_tier(tmp_path / "tier")
+    assert count_right(tier, keys) == 3
+    tier.close()
 
 
 def test_a_slab_of_another_shape_than_the_index_says_is_read_anew(tmp_path):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from disk_tiers import count_right, open_tier, put
+from disk_tiers import break_page, count_right, open_tier, put
 from sample_blocks import LARGE_LAYOUT, LAYOUT, make_keys
 
 from prefixstore.errors import TierTimeout, TierUnavailable
@@ -87,6 +87,23 @@ def test_what_check_finds_it_mends(
     put(tier, keys)
     assert count_right(tier, keys) == 30
     assert sum(path.stat().st_size for path in tmp_path.glob("slab-*")) <= 3 * SLAB
+    tier.close()
+
+
+def test_a_slab_with_a_slot_that_cannot_be_read_is_mended(tmp_path, monkeypatch):
+    keys = make_keys(10)
+    tier = open_tier(tmp_path, capacity_bytes=SLAB, slab_bytes=SLAB)
+    put(tier, keys)
+    lose_rows(tmp_path)
+    break_page(monkeypatch, 2)
+    problems = tier.check(fix=True)
+    assert [problem.split(": ")[-1] for problem in problems] == [
+        "slot 2 cannot be read",
+        "expected 10 slots, got 8",
+    ]
+    assert tier.check() == []
+    assert [tier.contains(key.name) for key in keys] == [True] * 2 + [False] + [True] * 7
+    assert count_right(tier, keys) == 9
     tier.close()
 
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 import sqlite3
 
 from prefixstore.block_key import RecordName
-from prefixstore.errors import TierUnavailable
 from prefixstore.tiers.disk import slab_table, slot_table
 from prefixstore.tiers.disk.files import Slab, SlabFiles
 from prefixstore.tiers.disk.headers import find_records
 from prefixstore.tiers.disk.index import SlotIndex
-from prefixstore.tiers.disk.opening import QUICK_CHECK
+from prefixstore.tiers.disk.opening import QUICK_CHECK, read_anew
 from prefixstore.tiers.disk.schema import READY
 from prefixstore.tiers.disk.slab_table import Limits
 from prefixstore.tiers.disk.slot_table import SlotRef
@@ -87,33 +86,27 @@ class Checker:
             self.dropped.append(slab)
         elif misshapen:
             slab_table.drop_slab(sql, slab)
-            slab_table.insert_slab(sql, slab, now)
-            found = find_records(self._files, slab, range(slab.num_slots))
-            slab_table.fill_slab(sql, slab, found, now)
+            read_anew(sql, self._files, slab, now, now)
         else:
             self.wrong += slot_table.take(sql, wrong, now)
 
     def _find_wrong(self, sql: sqlite3.Connection, slab: Slab) -> list[SlotRef]:
-        """Slots that do not hold the record they should."""
+        """Slots that do not hold the record they should.
+
+        Of one that cannot be read no more is known: it is a problem, and stays as it is.
+        """
         refs = [
             SlotRef(slab, slot, ticket, RecordName(identity, block_hash), record_bytes)
             for slot, ticket, identity, block_hash, record_bytes in sql.execute(
                 _READY, (slab.slab_id,)
             )
         ]
-        try:
-            records = find_records(self._files, slab, [ref.slot for ref in refs])
-        except TierUnavailable:
-            refs = [ref for ref in refs if self._is_readable(slab, ref.slot)]
-            records = find_records(self._files, slab, [ref.slot for ref in refs])
-        found = {record.slot: (record.name, record.record_bytes) for record in records}
-        return [ref for ref in refs if found.get(ref.slot) != (ref.name, ref.record_bytes)]
-
-    def _is_readable(self, slab: Slab, slot: int) -> bool:
-        """Of one that is not no more is known: it is a problem, and stays as it is."""
-        try:
-            find_records(self._files, slab, [slot])
-        except TierUnavailable as error:
+        records, unreadable = find_records(self._files, slab, [ref.slot for ref in refs])
+        for slot, error in unreadable.items():
             self.problems.append(f"{error}: slot {slot} cannot be read")
-            return False
-        return True
+        found = {record.slot: (record.name, record.record_bytes) for record in records}
+        return [
+            ref
+            for ref in refs
+            if ref.slot not in unreadable and found.get(ref.slot) != (ref.name, ref.record_bytes)
+        ]

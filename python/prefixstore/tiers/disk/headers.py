@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from prefixstore.block_key import BlockHash, RecordName
-from prefixstore.errors import BlockCorrupted
+from prefixstore.errors import BlockCorrupted, TierUnavailable
 from prefixstore.record_header import MAX_HEADER_BYTES, read_fixed
 from prefixstore.tiers.base import PAGE_BYTES, page_aligned, round_up
 from prefixstore.tiers.disk.files import Slab, SlabFiles
@@ -21,12 +22,37 @@ class FoundRecord:
     record_bytes: int
 
 
-def find_records(files: SlabFiles, slab: Slab, slots: Iterable[int]) -> list[FoundRecord]:
-    """The records that the slots' own headers tell of, where they are whole."""
+class Findings(NamedTuple):
+    """What the slots' own headers tell.
+
+    Attributes:
+        records: Those that are whole.
+        unreadable: Of slots of which nobody knows what they hold: why they cannot be read.
+    """
+
+    records: list[FoundRecord]
+    unreadable: dict[int, TierUnavailable]
+
+
+def find_records(files: SlabFiles, slab: Slab, slots: Iterable[int]) -> Findings:
+    """What lies in these slots.
+
+    Raises:
+        TierUnavailable: If the file cannot be opened, for what is wrong then is no single slot.
+    """
     buffer = page_aligned(round_up(MAX_HEADER_BYTES, PAGE_BYTES)).data
     file_bytes = files.num_bytes(slab) or 0
-    found = (_find_record(files, slab, slot, buffer, file_bytes) for slot in slots)
-    return [record for record in found if record is not None]
+    files.read(slab, 0, [])  # opens it
+    found = Findings([], {})
+    for slot in slots:
+        try:
+            record = _find_record(files, slab, slot, buffer, file_bytes)
+        except TierUnavailable as error:
+            found.unreadable[slot] = error
+            continue
+        if record is not None:
+            found.records.append(record)
+    return found
 
 
 def _find_record(

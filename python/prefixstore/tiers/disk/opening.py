@@ -14,9 +14,10 @@ from prefixstore.errors import TierTimeout, TierUnavailable
 from prefixstore.tiers.disk import schema, slab_table, slot_table
 from prefixstore.tiers.disk.clock import Clock, open_clock
 from prefixstore.tiers.disk.config import DiskTierConfig
-from prefixstore.tiers.disk.files import SlabFiles
+from prefixstore.tiers.disk.files import Slab, SlabFiles
 from prefixstore.tiers.disk.headers import find_records
 from prefixstore.tiers.disk.index import SlotIndex
+from prefixstore.tiers.disk.slot_table import NOBODY, SlotRef
 from prefixstore.tiers.disk.sql import Connection, IndexDamaged
 from prefixstore.tiers.disk.transfers import Transfers
 
@@ -145,14 +146,33 @@ def reconcile(sql: sqlite3.Connection, files: SlabFiles, transfers: Transfers, n
         else:  # a file of that number but of another shape is read anew below
             slab_table.drop_slab(sql, slab)
     for slab in on_disk.values():
-        found = find_records(files, slab, range(slab.num_slots))
-        last_used = min(files.modified_ns(slab), now)
-        slab_table.insert_slab(sql, slab, last_used)
-        slab_table.fill_slab(sql, slab, found, last_used)
-        logger.info("found %d records in %s", len(found), slab.file_name)
+        read_anew(sql, files, slab, min(files.modified_ns(slab), now), now)
     num_taken_over = schema.take_over_version_1(sql, now)
     if num_taken_over is not None:
         logger.info("took over %d records of an index of version 1", num_taken_over)
+
+
+def read_anew(
+    sql: sqlite3.Connection, files: SlabFiles, slab: Slab, last_used: int, now: int
+) -> None:
+    """Enter a slab with the records that are found in it, last used then.
+
+    What lies in a slot that cannot be read may show again some day, though it was deleted. So the
+    slot is a writer's that began now: once that lease is over, it is wiped before it is free.
+    """
+    records, unreadable = find_records(files, slab, range(slab.num_slots))
+    slab_table.insert_slab(sql, slab, last_used)
+    slab_table.fill_slab(sql, slab, records, last_used)
+    slot_table.take(sql, [SlotRef(slab, slot, 0, NOBODY, 0) for slot in unreadable], now)
+    logger.info("found %d records in %s", len(records), slab.file_name)
+    if unreadable:
+        slot, error = next(iter(unreadable.items()))
+        logger.warning(
+            "%s: cannot read %d slots, the first of them %d: they stay out of use for now",
+            error,
+            len(unreadable),
+            slot,
+        )
 
 
 def _check_pages(connection: Connection) -> None:
