@@ -5,12 +5,12 @@ import random
 import pytest
 from disk_tiers import Clock, get_all, make_bytes, make_names, open_tier
 
-from prefixstore.tiers.disk import index as disk_index
+from prefixstore.tiers.disk import look_ups as disk_look_ups
 
 
 def count_look_ups(tier):
     statements: list[str] = []
-    tier._index._reader._sql.set_trace_callback(statements.append)
+    tier._index.look_ups._reader._sql.set_trace_callback(statements.append)
     return lambda: sum("block_hash IN" in statement for statement in statements)
 
 
@@ -60,13 +60,13 @@ def test_a_record_past_its_time_is_not_found_again_unless_it_is_pinned(tmp_path)
 
 
 def test_what_is_remembered_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(disk_index, "_MAX_FOUND", 10)
+    monkeypatch.setattr(disk_look_ups, "_MAX_FOUND", 10)
     tier = open_tier(tmp_path)
     names = make_names(40)
     assert not any(tier.put_many(names, [make_bytes(300, n).data for n in range(40)]))
     for start in (*range(0, 40, 8), 0):
         assert None not in get_all(tier, names[start : start + 8], 300)
-        assert len(tier._index._found) <= 18
+        assert len(tier._index.look_ups._found) <= 18
     tier.close()
 
 

@@ -107,7 +107,7 @@ def test_a_damaged_index_that_others_use_is_left_alone(tmp_path):
     with pytest.raises(TierUnavailable):
         open_tier(tmp_path)
     assert not (tmp_path / "damaged-index.sqlite").exists()
-    other._index._reader.close()
+    other._index.look_ups._reader.close()
     other._index._writer.close()
     other._files.close()
 

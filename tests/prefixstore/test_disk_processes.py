@@ -210,13 +210,13 @@ def test_records_are_looked_up_again_only_after_a_change(tmp_path, monkeypatch):
     tier, other = open_tier(tmp_path), open_tier(tmp_path)
     put(tier, [first])
     looked_up = []
-    places_among = tier._index.places_among
+    places_among = tier._index.look_ups.places_among
 
     def counted(names, deadline):
         looked_up.extend(names)
         return places_among(names, deadline)
 
-    monkeypatch.setattr(tier._index, "places_among", counted)
+    monkeypatch.setattr(tier._index.look_ups, "places_among", counted)
     assert count_right(tier, [first]) == count_right(tier, [first]) == 1
     assert looked_up == []
     read = tier._files.read

@@ -180,7 +180,7 @@ def test_a_batch_takes_a_few_statements(tmp_path):
     tier = open_tier(tmp_path)
     names = make_names(100)
     statements: list[str] = []
-    for connection in (tier._index._reader, tier._index._writer):
+    for connection in (tier._index.look_ups._reader, tier._index._writer):
         connection._sql.set_trace_callback(statements.append)
     assert not any(tier.put_many(names, [make_bytes(3000, n).data for n in range(100)]))
     assert sum(s.startswith("BEGIN") for s in statements) == 2

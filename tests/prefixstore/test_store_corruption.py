@@ -31,7 +31,7 @@ def flip_stored_bit(tier: MemoryTier | DiskTier, key: BlockKey, position: int, b
     if isinstance(tier, MemoryTier):
         tier._arena.records[key.block_hash].data[position] ^= 1 << bit
         return
-    ref = tier._index.find_many([key.name])[key.name]
+    ref = tier._index.look_ups.find_many([key.name])[key.name]
     with (tier._config.path / ref.slab.file_name).open("r+b", buffering=0) as file:
         file.seek(ref.slot * ref.slab.slot_bytes + position)
         (byte,) = file.read(1)

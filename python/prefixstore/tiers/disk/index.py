@@ -10,36 +10,32 @@ slot raises its `ticket`: a writer that was too slow finds its ticket gone and p
 reader that was overtaken by an eviction finds another ticket and reports a miss. A slot that stays
 WRITING for longer than its lease is its dead writer's: whoever allocates or sweeps next takes it
 over, wipes it and releases it. Marks of use, and slots that are given up, gather in memory and go
-along with the next transaction. Readers have a connection of their own, so that no look-up waits
-for a transaction.
+along with the next transaction. What only looks is in look_ups.py.
 """
 
 from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
-from prefixstore.block_key import BlockHash, RecordName
+from prefixstore.block_key import RecordName
 from prefixstore.errors import TierError, TierTimeout
 from prefixstore.tiers.base import PAGE_BYTES, round_up
 from prefixstore.tiers.disk import deletion, slab_table, slot_table
 from prefixstore.tiers.disk.clock import Clock
 from prefixstore.tiers.disk.files import Slab
+from prefixstore.tiers.disk.look_ups import LookUps
 from prefixstore.tiers.disk.pending import PendingChanges
 from prefixstore.tiers.disk.room import Demand, admit, take_room
 from prefixstore.tiers.disk.slab_table import Limits
-from prefixstore.tiers.disk.slot_table import Place, SlotRef
+from prefixstore.tiers.disk.slot_table import SlotRef
 from prefixstore.tiers.disk.sql import NOW, Connection, data_version
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-_MAX_FOUND = 10_000  # some 5 MB
 _NS = 1_000_000_000
 
 
@@ -74,116 +70,18 @@ class SlotIndex:
         clock: The tier's time.
 
     Attributes:
+        look_ups: What the table says, outside of transactions.
         now: The tier's time, in nanoseconds.
     """
 
     def __init__(
         self, reader: Connection, writer: Connection, limits: Limits, clock: Clock
     ) -> None:
-        self._reader = reader
+        self.look_ups = LookUps(reader, clock)
         self._writer = writer
         self._limits = limits
         self.now = clock
         self._pending = PendingChanges()
-        # what was found at a version of the index, by who had the turn at the reader
-        self._found: dict[RecordName, SlotRef] = {}
-        self._found_at: int | None = None
-
-    # ---- look-ups ----------------------------------------------------------------------------
-
-    def version(self, deadline: float | None = None) -> int:
-        """A number that every transaction changes, of this process and of others: between two
-        calls with the same result nobody changed anything."""
-        # for SQLite this leaves out the connection's own, and that of the look-ups makes none
-        with self._reader.reading(deadline) as sql:
-            return data_version(sql)
-
-    def find_many(
-        self, names: Iterable[RecordName], deadline: float | None = None
-    ) -> dict[RecordName, SlotRef]:
-        """Those that are there and not past their time."""
-        return self.find_at_version(names, deadline)[0]
-
-    def find_at_version(
-        self, names: Iterable[RecordName], deadline: float | None = None
-    ) -> tuple[dict[RecordName, SlotRef], int]:
-        """`find_many`, and the `version` from before.
-
-        What was found at that version before is not looked up again.
-        """
-        now = self.now()
-        found: dict[RecordName, SlotRef] = {}
-        unknown: list[RecordName] = []
-        with self._reader.reading(deadline) as sql:
-            version = data_version(sql)
-            if version != self._found_at:
-                self._found.clear()
-                self._found_at = version
-            for name in names:
-                ref = self._found.get(name)
-                if ref is not None and (ref.expires_at is None or ref.expires_at > now):
-                    found[name] = ref
-                else:
-                    unknown.append(name)
-
-        def look(sql: sqlite3.Connection, hashes: Sequence[BlockHash]) -> list[SlotRef]:
-            refs = list(slot_table.find(sql, hashes, now))
-            if len(self._found) > _MAX_FOUND:
-                self._found.clear()
-            # these are of that version, or of a later one, at which they will be forgotten
-            self._found.update((ref.name, ref) for ref in refs)
-            return refs
-
-        if unknown:
-            found.update((ref.name, ref) for ref in self._look_up(look, unknown, deadline))
-        return found, version
-
-    def names_among(
-        self, names: Iterable[RecordName], deadline: float | None = None
-    ) -> set[RecordName]:
-        """The names of `find_many`."""
-        now = self.now()
-        return set(
-            self._look_up(
-                lambda sql, hashes: slot_table.names_among(sql, hashes, now), names, deadline
-            )
-        )
-
-    def places_among(
-        self, names: Iterable[RecordName], deadline: float | None = None
-    ) -> set[Place]:
-        """Where those lie that are there, in time or past it."""
-        return set(self._look_up(slot_table.places_among, names, deadline))
-
-    def _look_up(
-        self,
-        look: Callable[[sqlite3.Connection, Sequence[BlockHash]], Iterable[T]],
-        names: Iterable[RecordName],
-        deadline: float | None,
-    ) -> list[T]:
-        """What it finds of the names, as many at a time as a statement takes."""
-        found: list[T] = []
-        for hashes in slot_table.batches_of_hashes(names):
-            with self._reader.reading(deadline) as sql:
-                found += look(sql, hashes)
-        return found
-
-    def list_records(self) -> list[tuple[RecordName, int]]:
-        """Name and bytes of every record there is now, in the order of the files."""
-        with self._reader.reading() as sql:
-            return slot_table.list_names(sql, self.now())
-
-    def list_identities(self) -> list[tuple[bytes, int, int]]:
-        """Each identity, how many records it has, and their bytes."""
-        with self._reader.reading() as sql:
-            return slot_table.list_identities(sql, self.now())
-
-    def totals(self) -> tuple[int, int]:
-        """Records, and their bytes."""
-        with self._reader.reading() as sql:
-            return sql.execute(
-                "SELECT count(*), ifnull(sum(record_bytes), 0) FROM slots WHERE state = 2"
-            ).fetchone()
 
     # ---- what waits for the next transaction ---------------------------------------------------
 
@@ -265,7 +163,7 @@ class SlotIndex:
             return _held_among(sql, names, self.now()) if data_version(sql) == version else None
 
     def version_of_others(self, deadline: float | None = None) -> int:
-        """`version`, but what this process changes through this index does not change it."""
+        """`LookUps.version`, but what this process changes through this index does not count."""
         with self._writer.reading(deadline) as sql:
             return data_version(sql)
 
@@ -313,7 +211,7 @@ class SlotIndex:
 
     def pin_many(self, names: Sequence[RecordName], is_pinned: bool) -> set[RecordName]:
         """Pin or unpin those that are there; returns them."""
-        found = self.names_among(names)
+        found = self.look_ups.names_among(names)
         with self._writing() as sql:
             slot_table.set_pinned(sql, found, is_pinned)
             return slot_table.ready_among(sql, found)
@@ -341,7 +239,7 @@ class SlotIndex:
             if self._pending:
                 self._write_pending()
         finally:
-            self._reader.close()
+            self.look_ups.close()
             self._writer.close()
 
     def _take_over(self, sql: sqlite3.Connection, allocation: Allocation, now: int) -> None:

@@ -92,7 +92,7 @@ class Directory:
                 files.remove(slab)
             reader = Connection(path, config.name, config.timeout_s)
             index = SlotIndex(reader, writer, config.limits, clock)
-            index.version()  # has the reader open its files while they are there
+            index.look_ups.version()  # has the reader open its files while they are there
         except BaseException:
             writer.close()
             raise

@@ -75,6 +75,7 @@ class DiskTier(Tier):
         except BaseException:
             self._directory.close()
             raise
+        self._look_ups = self._index.look_ups
         self._writer = RecordWriter(
             config, self._index, self._files, self._transfers, self._counters
         )
@@ -131,7 +132,7 @@ class DiskTier(Tier):
     def contains_many(
         self, names: Sequence[RecordName], *, deadline: float | None = None
     ) -> list[LookOutcome]:
-        found = self._index.names_among(names, deadline)
+        found = self._look_ups.names_among(names, deadline)
         return [name in found for name in names]
 
     def delete_many(
@@ -167,14 +168,14 @@ class DiskTier(Tier):
         return [name in found for name in names]
 
     def list_identities(self) -> dict[bytes, Held]:
-        return {identity: Held(*held) for identity, *held in self._index.list_identities()}
+        return {identity: Held(*held) for identity, *held in self._look_ups.list_identities()}
 
     def list_records(self) -> list[tuple[RecordName, int]]:
         """Name and bytes of every record there is now, in the order in which they lie."""
-        return self._index.list_records()
+        return self._look_ups.list_records()
 
     def stats(self) -> TierStats:
-        num_records, used_bytes = self._index.totals()
+        num_records, used_bytes = self._look_ups.totals()
         counters = self._counters.copy()
         return counters.stats(self._config.capacity_bytes, used_bytes, num_records)
 
@@ -254,7 +255,7 @@ class DiskTier(Tier):
             starts: Of parts, the byte of the record to begin at; None for whole records.
         """
         outcomes: list[ReadOutcome] = [None] * len(names)
-        found, version = self._index.find_at_version(names, deadline)
+        found, version = self._look_ups.find_at_version(names, deadline)
         asked: list[tuple[int, SlotRef]] = []
         spans = []
         for number, (name, out, start) in enumerate(zip(names, outs, starts, strict=True)):
@@ -274,8 +275,8 @@ class DiskTier(Tier):
         results = read(spans, deadline)
         # an eviction shows in the index before the slot is overwritten: still there means intact
         intact = None
-        if self._index.version(deadline) != version:
-            intact = self._index.places_among([ref.name for _, ref in asked], deadline)
+        if self._look_ups.version(deadline) != version:
+            intact = self._look_ups.places_among([ref.name for _, ref in asked], deadline)
         used = []
         for (number, ref), result in zip(asked, results, strict=True):
             # (what may yet be written to is told of even if the record is gone)
