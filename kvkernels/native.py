@@ -244,10 +244,15 @@ def rms_norm(
 def rotary_embedding(
     input: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor
 ) -> None:
-    """See `kvkernels.rotary_embedding`; the strides of `cos` and `sin` are equal."""
+    """See `kvkernels.rotary_embedding`; the strides of `cos` and `sin` are equal.
+
+    Raises:
+        ValueError: If `cos` or `sin` has another shape than that of the angles of `input`.
+    """
     _kvkernels.rotary_embedding(
         (input.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr()),
         input.shape,
+        (cos.shape, sin.shape),
         input.stride()[:3],
         out.stride()[:3],
         (cos.stride(0) if len(cos) > 1 else 0, cos.stride(1)),

@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <stdexcept>
+#include <string>
 
 #include "bindings/bindings.h"
 
@@ -34,11 +36,26 @@ void bind_rms_norm(pybind11::module_& module) {
   });
 }
 
+void check_shape(const char* name, const Sizes<3>& shape, const Sizes<3>& expected) {
+  if (shape == expected) return;
+  const auto text = [](const Sizes<3>& sizes) {
+    return "[" + std::to_string(sizes[0]) + ", " + std::to_string(sizes[1]) + ", " +
+           std::to_string(sizes[2]) + "]";
+  };
+  throw std::invalid_argument(std::string(name) + ": expected shape " + text(expected) + ", got " +
+                              text(shape));
+}
+
 void bind_rotary_embedding(pybind11::module_& module) {
   module.def("rotary_embedding",
-             [](const Addresses<4>& pointers, const Sizes<4>& sizes, const Sizes<3>& input_strides,
+             [](const Addresses<4>& pointers, const Sizes<4>& sizes,
+                const std::array<Sizes<3>, 2>& angle_sizes, const Sizes<3>& input_strides,
                 const Sizes<3>& out_strides, const Sizes<2>& angle_strides, int dtype, int path,
                 int num_threads) {
+               // Some models have angles for a part of each head alone: the kernel would read on.
+               const auto& [cos, sin] = angle_sizes;
+               check_shape("cos", cos, {cos[0] == 1 ? 1 : sizes[0], sizes[2], sizes[3]});
+               check_shape("sin", sin, cos);
                const RotaryArgs args = {pointer<const void>(pointers[0]),
                                         pointer<const void>(pointers[1]),
                                         pointer<const void>(pointers[2]),

@@ -4,7 +4,7 @@ PyTorch runs each of them as a row of small operations, every one of which reads
 rows: in a small model they take as long as the matrix products. What replaces them is only what
 gives the same numbers: `install` tries each layer on numbers drawn at random, next to what it would
 put there, and leaves a layer alone that differs. Where gradients are wanted, or tensors of other
-dtypes or devices come, the layer's own forward runs.
+dtypes or devices come, or angles for a part of each head alone, the layer's own forward runs.
 
 ::
 
@@ -201,11 +201,28 @@ def _rotate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The model's own `rotate`, or the same in one pass."""
     tensors = (query, key, cos, sin)
-    if others or options or not _are_served(*tensors) or any(t.stride(-1) != 1 for t in tensors):
+    if others or options or not _are_served(*tensors) or not _are_whole_rotations(*tensors):
         return rotate(*tensors, *others, **options)
     is_plain = all(type(tensor) is torch.Tensor for tensor in tensors)
     rotate_one = rotary_embedding_cpu if is_plain else _rotary_embedding
     return rotate_one(query, cos, sin), rotate_one(key, cos, sin)
+
+
+def _are_whole_rotations(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> bool:
+    """Whether all of every head is rotated. Some models rotate the first elements of each alone:
+    their angles are as narrow as that part, and the kernel reads one for each element."""
+    if query.dim() != 4 or key.dim() != 4 or any(t.stride(-1) != 1 for t in (query, key, cos, sin)):
+        return False
+    batch_size, _, num_tokens, head_dim = query.shape
+    one, each = (1, num_tokens, head_dim), (batch_size, num_tokens, head_dim)
+    return (
+        (key.shape[0], *key.shape[2:]) == each
+        and cos.shape == sin.shape
+        and cos.shape in (one, each)
+        and head_dim % 2 == 0
+    )
 
 
 def _are_served(*tensors: torch.Tensor) -> bool:

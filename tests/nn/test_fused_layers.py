@@ -91,6 +91,17 @@ def test_leaves_rotations_of_another_kind():
     assert replaced_kinds(tiny_models.gpt_oss()) == {"GptOssRMSNorm"}
 
 
+@pytest.mark.parametrize("make", [tiny_models.phi3, tiny_models.nemotron])
+def test_leaves_rotations_of_a_part_of_each_head(make):
+    """Their angles are narrower than a head: a rotation of whole heads would read past them."""
+    model = make()
+    cos, _ = model.model.rotary_emb(torch.zeros(1, 1, 64), torch.arange(3)[None])
+    assert cos.shape[-1] < 16
+    expected = logits_of(model)
+    assert fused_layers.install(model) > 0
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_leaves_other_activations():
     kinds = replaced_kinds(tiny_models.llama(hidden_act="relu"))
     assert kinds == {"LlamaRMSNorm", "LlamaAttention"}

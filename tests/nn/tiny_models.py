@@ -10,6 +10,10 @@ from transformers import (
     GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -74,6 +78,22 @@ def gemma2():
         attn_logit_softcapping=1.5,
     )
     return _initialised(Gemma2ForCausalLM, config)
+
+
+def phi3():
+    """Three quarters of each head are rotated, the rest is not."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+    # 4.57 knows the factor by its own name alone.
+    config = Phi3Config(
+        **SIZES, num_hidden_layers=3, rope_parameters=rope, partial_rotary_factor=0.75
+    )
+    return _initialised(Phi3ForCausalLM, config)
+
+
+def nemotron():
+    """Half of each head is rotated; layer norms, and one matrix before the activation."""
+    config = NemotronConfig(**SIZES, head_dim=16, num_hidden_layers=3, partial_rotary_factor=0.5)
+    return _initialised(NemotronForCausalLM, config)
 
 
 def gpt_oss():

@@ -142,6 +142,22 @@ def test_refuses_what_does_not_fit(name, call):
         call()
 
 
+@pytest.mark.parametrize(
+    ("name", "cos", "sin", "message"),
+    [
+        ("cos", ANGLES[..., :4], ANGLES[..., :4], r"\[2, 5, 8\], got \[2, 5, 4\]"),
+        ("cos", ANGLES[:1, :4], ANGLES[:1, :4], r"\[1, 5, 8\], got \[1, 4, 8\]"),
+        ("cos", ANGLES.repeat(2, 1, 1), ANGLES, r"\[2, 5, 8\], got \[4, 5, 8\]"),
+        ("sin", ANGLES, ANGLES[:1], r"\[2, 5, 8\], got \[1, 5, 8\]"),
+        ("sin", ANGLES, ANGLES[..., :4], r"\[2, 5, 8\], got \[2, 5, 4\]"),
+    ],
+)
+def test_the_kernel_itself_refuses_angles_that_do_not_fit(name, cos, sin, message):
+    """It would read past their end, and layers call it without the checks of the function."""
+    with pytest.raises(ValueError, match=f"^{name}: expected shape {message}"):
+        torch.ops.kvkernels.rotary_embedding.default(HEADS, cos, sin)
+
+
 def test_refuses_another_device():
     rows, heads = torch.zeros(7, 32, device="meta"), torch.zeros(1, 3, 5, 8, device="meta")
     with pytest.raises(UnsupportedError, match="CPU"):
