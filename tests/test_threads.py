@@ -1,6 +1,8 @@
 """Kernels on threads of their own: as many, the same bits, and only where they are wanted."""
 
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -97,3 +99,24 @@ def test_a_forked_child_gets_threads_of_its_own():
         finally:
             os._exit(0 if is_equal else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+FORKS_EARLY = """
+import os, signal, torch, kvkernels
+torch.set_num_threads(2)
+rows, weight = torch.ones(64, 1024), torch.ones(2048, 1024)
+weight.exp()  # PyTorch's threads are there, kvkernels has not run yet
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    kvkernels.linear(rows, weight)
+    os._exit(0)
+raise SystemExit(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_child_forked_before_the_first_kernel_does_not_hang():
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKS_EARLY], capture_output=True, check=False
+    )
+    assert process.returncode == 0, process.stderr.decode()

@@ -184,11 +184,12 @@ ThreadPool& own_pool() {
   return *pool;
 }
 
+// From the time this is loaded, not from the first call on: the host may have used its runtime, and
+// fork, before it calls anything here.
+[[maybe_unused]] const int g_fork_handler = pthread_atfork(nullptr, nullptr, forget_threads);
+
 const HostRuntime& host_runtime() {
-  static const HostRuntime runtime = [] {
-    pthread_atfork(nullptr, nullptr, forget_threads);
-    return find_host_runtime();
-  }();
+  static const HostRuntime runtime = find_host_runtime();
   return runtime;
 }
 
