@@ -7,8 +7,9 @@ of it came from a cache, what else is in the forward pass or how many threads wo
 
     linear layers  kvkernels.linear: one order of summation for any number of rows
     attention      paged_attention(batch_invariant=True): one order of keys for any cut
-    activations    PyTorch's own, on whole vectors: what is left over at the end of a tensor, or of
-                   a thread's share, goes through other code there, with other roundings
+    activations    of elements: PyTorch's own, on whole vectors: what is left over at the end of a
+                   tensor, or of a thread's share, goes through other code there, with other
+                   roundings; softmax of rows: as it is
     all else       rows on their own (norms, cosines), or single roundings (sums, products); that
                    PyTorch gives these the same bits was found by trying (bench_batch_invariance)
 """
@@ -32,6 +33,20 @@ from kvkernels.ops import linear
 # less than so many elements.
 _VECTOR_ITEMS = 64
 _GRAIN_ITEMS = 32768
+
+_ACTIVATION_MODULES = ("torch.nn.modules.activation", "transformers.activations")
+# By name: transformers is not imported here, and its versions have different ones.
+_ELEMENT_WISE = {
+    *("CELU", "ELU", "GELU", "Hardshrink", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyReLU"),
+    *("LogSigmoid", "Mish", "ReLU", "ReLU6", "RReLU", "SELU", "Sigmoid", "SiLU", "Softplus"),
+    *("Softshrink", "Softsign", "Tanh", "Tanhshrink", "Threshold"),
+    *("AccurateGELUActivation", "ClippedGELUActivation", "FastGELUActivation", "GELUActivation"),
+    *("GELUTanh", "LaplaceActivation", "LinearActivation", "MishActivation", "NewGELUActivation"),
+    *("PytorchGELUTanh", "QuickGELUActivation", "ReLUSquaredActivation", "SiLUActivation"),
+    *("SqrtSoftplusActivation", "XIELUActivation"),
+}
+# Along the last dimension PyTorch computes each row on its own.
+_ROW_WISE = {"LogSoftmax", "Softmax", "Softmin"}
 
 # Frequencies of these go by the length of the forward pass, so no batching can be without effect.
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
@@ -113,8 +128,13 @@ def _find_forward(name: str, module: torch.nn.Module) -> Callable[..., Any] | No
                 f"model: expected linear layers of torch.nn.Linear, got {name} of {kind.__name__}"
             )
         forward = partial(_apply_linear, module)
-    elif kind.__module__ in ("torch.nn.modules.activation", "transformers.activations"):
-        forward = partial(_activate, module.forward)
+    elif kind.__module__ in _ACTIVATION_MODULES and not _keeps_bits(module):
+        if kind.__name__ not in _ELEMENT_WISE:
+            raise UnsupportedError(
+                "model: expected activations of elements or of rows (the last dimension), got"
+                f" {name} of {kind.__name__}"
+            )
+        forward = partial(_activate, module.forward, getattr(module, "inplace", False))
     else:
         return None
     if has_own_forward(module):
@@ -122,6 +142,13 @@ def _find_forward(name: str, module: torch.nn.Module) -> Callable[..., Any] | No
             f"model: expected layers with the forward of their class, got {name} with another"
         )
     return forward
+
+
+def _keeps_bits(module: torch.nn.Module) -> bool:
+    """Whether PyTorch's own activation gives an element the same bits in any batch."""
+    kind = type(module).__name__
+    # Of a PReLU an element becomes itself or one product.
+    return kind == "PReLU" or (kind in _ROW_WISE and getattr(module, "dim", None) == -1)
 
 
 def _apply_linear(module: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
@@ -143,7 +170,9 @@ def _apply_linear(module: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
     return linear(input, weight, bias)
 
 
-def _activate(forward: Callable[..., torch.Tensor], input: torch.Tensor) -> torch.Tensor:
+def _activate(
+    forward: Callable[..., torch.Tensor], is_in_place: bool, input: torch.Tensor
+) -> torch.Tensor:
     """An element-wise function of a tensor that is padded to whole vectors for every thread."""
     size = input.numel()
     padded = _whole_vectors(size)
@@ -151,7 +180,8 @@ def _activate(forward: Callable[..., torch.Tensor], input: torch.Tensor) -> torc
         return forward(input)
     flat = input.new_zeros(padded)
     flat[:size] = input.reshape(-1)
-    return forward(flat)[:size].view(input.shape)
+    result = forward(flat)[:size].view(input.shape)
+    return input.copy_(result) if is_in_place else result
 
 
 def _whole_vectors(size: int) -> int:

@@ -6,6 +6,7 @@ import pytest
 import tiny_models
 import torch
 from packed_forward import PackedModel
+from transformers.activations import ACT2FN
 
 from kvkernels import UnsupportedError
 from kvkernels.nn import batch_invariance, fused_layers
@@ -97,6 +98,49 @@ def test_uninstalling_gives_the_model_back():
     batch_invariance.uninstall(model)
 
 
+ACTIVATIONS = {
+    "element": torch.nn.GELU,
+    "in_place": lambda: torch.nn.SiLU(inplace=True),
+    "softmax": lambda: torch.nn.Softmax(dim=-1),
+    "log_softmax": lambda: torch.nn.LogSoftmax(dim=-1),
+    "softmin": lambda: torch.nn.Softmin(dim=-1),
+    "one_slope_a_channel": lambda: torch.nn.PReLU(37),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.usefixtures("_any_threads")
+def test_activations_of_elements_and_rows_stay_what_they_are(name):
+    model = torch.nn.Sequential(torch.nn.Linear(16, 37), ACTIVATIONS[name]()).eval()
+    rows = torch.randn(2000, 16)
+    with torch.inference_mode():
+        expected = model(rows)
+        with batch_invariant(model):
+            whole = model(rows)
+            torch.testing.assert_close(whole, expected)
+            for num_threads, (begin, end) in enumerate([(0, 1), (3, 1700), (1999, 2000)], start=1):
+                torch.set_num_threads(num_threads)
+                assert torch.equal(model(rows[begin:end]), whole[begin:end])
+
+
+@pytest.mark.parametrize("name", ACT2FN)
+def test_takes_every_activation_that_a_config_can_name(name):
+    activation, rows = ACT2FN[name], torch.randn(3, 5)
+    with torch.inference_mode():
+        expected = activation(rows)
+        with batch_invariant(torch.nn.Sequential(activation)):
+            torch.testing.assert_close(activation(rows), expected)
+
+
+def test_an_activation_in_place_changes_its_input():
+    model = torch.nn.Sequential(torch.nn.SiLU(inplace=True))
+    rows = torch.randn(3, 5)
+    expected = torch.nn.functional.silu(rows)
+    with torch.inference_mode(), batch_invariant(model):
+        assert model(rows) is rows
+    torch.testing.assert_close(rows, expected)
+
+
 class OwnLinear(torch.nn.Linear):
     pass
 
@@ -109,6 +153,10 @@ def with_a_matrix_of_its_own():
     model = torch.nn.Sequential(torch.nn.Identity())
     model[0].experts = torch.nn.Parameter(torch.zeros(2, 2))
     return model
+
+
+def with_activation(activation):
+    return torch.nn.Sequential(torch.nn.Linear(3, 4), activation)
 
 
 def with_another_forward():
@@ -130,6 +178,9 @@ def with_another_forward():
             "rotary frequencies",
         ),
         (lambda: torch.nn.Linear(3, 3, device="meta"), "on meta"),
+        (lambda: with_activation(torch.nn.GLU()), "rows .*got 1 of GLU"),
+        (lambda: with_activation(torch.nn.Softmax(dim=0)), "rows .*got 1 of Softmax"),
+        (lambda: with_activation(torch.nn.Softmax2d()), "rows .*got 1 of Softmax2d"),
     ],
 )
 def test_refuses_what_it_cannot_promise(make, what):
