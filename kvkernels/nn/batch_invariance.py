@@ -58,8 +58,9 @@ _invariant_modules: WeakSet[torch.nn.Module] = WeakSet()
 def install(model: torch.nn.Module) -> None:
     """Make a model's results independent of batching, until `uninstall`.
 
-    Its attention is to run on kvkernels (`kvkernels.nn.transformers.install`) or to ask for
-    `batch_invariant=True` itself. Installed twice, a model stays so until it is uninstalled twice.
+    Its attention is to run on kvkernels (`kvkernels.nn.transformers.install`, or modules of
+    `kvkernels.nn.PagedAttention`) or to ask for `batch_invariant=True` itself. Installed twice, a
+    model stays so until it is uninstalled twice.
 
     Raises:
         UnsupportedError: If the model has a layer for which this cannot be promised; it is left as

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvkernels.nn.batch_invariance import is_batch_invariant
 from kvkernels.ops import paged_attention, store_kv
 
 
@@ -98,7 +99,8 @@ class PagedBatch:
 class PagedAttention(torch.nn.Module):
     """Causal self-attention over a block pool: stores the new tokens' KV, then attends.
 
-    It has no weights: projections and position embeddings belong to the model.
+    It has no weights: projections and position embeddings belong to the model. Invariant of the
+    batch where its model is (`kvkernels.nn.batch_invariance`).
 
     Args:
         num_heads: Query heads; a multiple of `num_kv_heads`.
@@ -178,6 +180,7 @@ class PagedAttention(torch.nn.Module):
             window=self.window,
             soft_cap=self.soft_cap,
             sinks=sinks,
+            batch_invariant=is_batch_invariant(self),
         )
         assert isinstance(out, torch.Tensor)  # a pair only where the log-sum-exp was asked for
         return out

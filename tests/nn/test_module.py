@@ -1,5 +1,6 @@
 """The plain attention module and the index tensors it needs."""
 
+import itertools
 import runpy
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from kvkernels import BlockAllocator, KVLayout, KVPool
 from kvkernels.nn import PagedAttention, PagedBatch, PagedGroup
+from kvkernels.nn.batch_invariance import batch_invariant
 
 OWN_MODEL = Path(__file__).parents[2] / "docs" / "own_model.py"
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 4, 2, 16, 16
@@ -51,6 +53,36 @@ def test_mixed_batch_equals_dense_attention(window):
     for index, out in enumerate(run(seq_lens, query_lens)):
         want = dense(queries[index], keys[index], values[index], query_lens[index], window)
         torch.testing.assert_close(out, want)
+
+
+class OwnModel(torch.nn.Module):
+    """A layer whose queries are its keys."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = torch.nn.Linear(KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM)
+        self.attention = PagedAttention(KV_HEADS, KV_HEADS, HEAD_DIM)
+
+    def run(self, rows, cuts):
+        """Outputs of one sequence whose prompt comes in pieces that end at `cuts`."""
+        num_blocks = -(-len(rows) // BLOCK_SIZE)
+        pool = KVPool(KVLayout(1, KV_HEADS, HEAD_DIM, BLOCK_SIZE, rows.dtype), num_blocks)
+        outs = []
+        for begin, end in itertools.pairwise([0, *cuts]):
+            batch = PagedBatch.build([range(num_blocks)], [end], [end - begin], BLOCK_SIZE)
+            states = self.project(rows[begin:end]).view(-1, KV_HEADS, HEAD_DIM)
+            caches = pool.key_cache(0), pool.value_cache(0)
+            outs.append(self.attention(states, states, states, *caches, batch))
+        return torch.cat(outs)
+
+
+@torch.inference_mode()
+def test_is_batch_invariant_where_its_model_is():
+    model, rows = OwnModel(), torch.randn(700, KV_HEADS * HEAD_DIM)
+    with batch_invariant(model):
+        whole = model.run(rows, [700])
+        for cuts in ([699, 700], [300, 690, 700]):
+            assert torch.equal(model.run(rows, cuts), whole), cuts
 
 
 def test_decode_batch_needs_no_query_bounds():
