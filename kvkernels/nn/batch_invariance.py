@@ -25,6 +25,7 @@ from weakref import WeakSet
 import torch
 
 from kvkernels import native
+from kvkernels.checks import FLOAT_DTYPES
 from kvkernels.errors import UnsupportedError
 from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward
 from kvkernels.ops import linear
@@ -155,20 +156,35 @@ def _keeps_bits(module: torch.nn.Module) -> bool:
 def _apply_linear(module: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
     weight, bias = module.weight, module.bias
     # A pass has hundreds of layers, and in a small model the checks of `linear` and the ways of
-    # PyTorch to an operator take longer than many of them.
+    # PyTorch to an operator take longer than many of them. But a model may have been moved, and a
+    # layer been given other parameters.
     if (
-        type(input) is torch.Tensor
+        native.is_available
+        and not torch.is_grad_enabled()
+        and type(input) is torch.Tensor
         and input.dtype == weight.dtype
+        and input.dtype in FLOAT_DTYPES
+        and input.is_cpu
+        and weight.is_cpu
+        and weight.dim() == 2
         and input.shape[-1] == weight.shape[1]
         and input.is_contiguous()
         and weight.stride(1) == 1
-        and input.device == weight.device
-        and (bias is None or bias.dtype == weight.dtype)
-        and not torch.is_grad_enabled()
-        and native.is_available
+        and (bias is None or _is_row(bias, weight))
     ):
         return native.linear(input, weight, bias)
     return linear(input, weight, bias)
+
+
+def _is_row(bias: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether it is a bias for the features that come out."""
+    return (
+        bias.is_cpu
+        and bias.dtype == weight.dtype
+        and bias.dim() == 1
+        and len(bias) == len(weight)
+        and bias.is_contiguous()
+    )
 
 
 def _activate(

@@ -141,6 +141,48 @@ def test_an_activation_in_place_changes_its_input():
     torch.testing.assert_close(rows, expected)
 
 
+def as_meta(layer):
+    return layer.to("meta"), torch.empty(3, 8, device="meta")
+
+
+def as_float64(layer):
+    return layer.double(), torch.zeros(3, 8, dtype=torch.float64)
+
+
+def with_a_short_bias(layer):
+    layer.bias = torch.nn.Parameter(torch.zeros(5))
+    return layer, torch.zeros(3, 8)
+
+
+def with_a_bias_elsewhere(layer):
+    layer.bias = torch.nn.Parameter(torch.zeros(6, device="meta"))
+    return layer, torch.zeros(3, 8)
+
+
+def with_a_row_for_weight(layer):
+    layer.weight = torch.nn.Parameter(torch.zeros(8))
+    return layer, torch.zeros(3, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "what"),
+    [
+        (as_meta, UnsupportedError, "input: expected a tensor on the CPU, got meta"),
+        (as_float64, ValueError, "input: expected dtype .*, got torch.float64"),
+        (with_a_short_bias, ValueError, r"bias: expected shape \[6\], got \[5\]"),
+        (with_a_bias_elsewhere, ValueError, "bias: expected device cpu, got meta"),
+        (with_a_row_for_weight, ValueError, r"weight: expected shape \[any, any\], got \[8\]"),
+    ],
+)
+@torch.inference_mode()
+def test_refuses_a_layer_that_was_moved_or_changed_since(change, error, what):
+    layer = torch.nn.Linear(8, 6)
+    with batch_invariant(layer):
+        layer, rows = change(layer)
+        with pytest.raises(error, match=what):
+            layer(rows)
+
+
 class OwnLinear(torch.nn.Linear):
     pass
 
