@@ -4,7 +4,8 @@ PyTorch runs each of them as a row of small operations, every one of which reads
 rows: in a small model they take as long as the matrix products. What replaces them is only what
 gives the same numbers: `install` tries each layer on numbers drawn at random, next to what it would
 put there, and leaves a layer alone that differs. Where gradients are wanted, or tensors of other
-dtypes or devices come, or angles for a part of each head alone, the layer's own forward runs.
+dtypes or devices come, or angles for a part of each head alone, or more arguments than a trial
+has, the layer's own forward runs.
 
 ::
 
@@ -111,12 +112,15 @@ class FusedNorm:
     eps: float
     is_offset: bool
 
-    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if len(args) != 1 or options:
+            return type(self.module).forward(self.module, *args, **options)
+        (hidden_states,) = args
         weight = self.module.weight
         assert isinstance(weight, torch.Tensor)
         if not _are_served(hidden_states, weight) or hidden_states.shape[-1] != len(weight):
             return type(self.module).forward(self.module, hidden_states)
-        if _goes_straight(hidden_states):
+        if _goes_straight(hidden_states) and weight.is_contiguous():
             return native.rms_norm(hidden_states, weight, self.eps, self.is_offset)
         return _rms_norm(hidden_states, weight, self.eps, self.is_offset)
 
@@ -148,8 +152,11 @@ class FusedMLP:
     module: Any
     activation: str
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *args: Any, **options: Any) -> Any:
         module = self.module
+        if len(args) != 1 or options:
+            return type(module).forward(module, *args, **options)
+        (x,) = args
         gate, up = module.gate_proj(x), module.up_proj(x)
         if not _are_served(gate, up) or gate.shape != up.shape:
             return module.down_proj(module.act_fn(gate) * up)

@@ -1,6 +1,7 @@
 """Fused layers: which are replaced, that the numbers stay, and what is left alone."""
 
 import copy
+import inspect
 
 import pytest
 import tiny_models
@@ -151,6 +152,37 @@ class SwappedMLP(torch.nn.Module):
 def test_leaves_what_only_looks_alike():
     model = torch.nn.ModuleList([CenteredRMSNorm(), GatedRMSNorm(), SwappedMLP()])
     assert fused_layers.install(model) == 0
+
+
+class OptionallyGatedRMSNorm(torch.nn.Module):
+    """Takes another argument besides, as the norms of Mamba do."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.rand(32))
+        self.variance_epsilon = 1e-6
+
+    def forward(self, rows, gate=None):
+        scale = torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        normed = rows * scale * self.weight
+        return normed if gate is None else normed * gate
+
+
+class OptionallyScaledMLP(SwappedMLP):
+    def forward(self, x, scale=1.0):
+        return scale * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize("make", [OptionallyGatedRMSNorm, OptionallyScaledMLP])
+@torch.inference_mode()
+def test_calls_with_more_arguments_go_through_the_layers_own_forward(make):
+    module, rows, other = make(), torch.randn(3, 32), torch.tensor(2.0)
+    name = list(inspect.signature(module.forward).parameters)[1]
+    expected = module(rows), module(rows, other)
+    assert fused_layers.install(module) == 1
+    torch.testing.assert_close(module(rows), expected[0])
+    assert torch.equal(module(rows, other), expected[1])
+    assert torch.equal(module(rows, **{name: other}), expected[1])
 
 
 def test_leaves_other_devices_and_dtypes():
