@@ -27,7 +27,7 @@ import torch
 from kvkernels import native
 from kvkernels.checks import FLOAT_DTYPES
 from kvkernels.errors import UnsupportedError
-from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward
+from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward, install_lock
 from kvkernels.ops import linear
 
 # PyTorch's loops over elements take two vectors of the widest kind at a time, and give a thread no
@@ -67,14 +67,16 @@ def install(model: torch.nn.Module) -> None:
         UnsupportedError: If the model has a layer for which this cannot be promised; it is left as
             it was.
     """
-    _patch.install(model)
-    _invariant_modules.update(model.modules())
+    with install_lock:
+        _patch.install(model)
+        _invariant_modules.update(model.modules())
 
 
 def uninstall(model: torch.nn.Module) -> None:
     """Give a model back the layers it had before `install`; without one, nothing changes."""
-    if _patch.uninstall(model):
-        _invariant_modules.difference_update(model.modules())
+    with install_lock:
+        if _patch.uninstall(model):
+            _invariant_modules.difference_update(model.modules())
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,17 +10,24 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+# Held over all of an install and an uninstall, of whatever kind: layers are looked at, tried and
+# replaced in many steps, on what another thread's install may have half done, and a trial of
+# decoder layers replaces the attention function of all models meanwhile.
+install_lock = threading.RLock()
+
 Forwards = dict[torch.nn.Module, Callable[..., Any]]
 
 
 @dataclass
 class _Patched:
     modules: list[torch.nn.Module]
-    num_users: int = 1
+    num_users: int = 0
 
 
 class ForwardPatch:
     """Replaces the `forward` of some of a model's layers until the last user is done.
+
+    Any thread may install and uninstall, one at a time (`install_lock`).
 
     Args:
         find: What to put in place of which layers' forwards; it may refuse a model by raising.
@@ -31,27 +39,29 @@ class ForwardPatch:
 
     def install(self, model: torch.nn.Module) -> int:
         """Replace them, unless that is done; returns how many."""
-        patched = self._patched.get(model)
-        if patched is None:
-            forwards = self._find(model)
-            for module, forward in forwards.items():
-                vars(module)["forward"] = forward
-            patched = self._patched[model] = _Patched(list(forwards), num_users=0)
-        patched.num_users += 1
-        return len(patched.modules)
+        with install_lock:
+            patched = self._patched.get(model)
+            if patched is None:
+                forwards = self._find(model)
+                for module, forward in forwards.items():
+                    vars(module)["forward"] = forward
+                patched = self._patched[model] = _Patched(list(forwards))
+            patched.num_users += 1
+            return len(patched.modules)
 
     def uninstall(self, model: torch.nn.Module) -> bool:
         """Give the layers of the last user's model back; whether this was it."""
-        patched = self._patched.get(model)
-        if patched is None:
-            return False
-        patched.num_users -= 1
-        if patched.num_users:
-            return False
-        del self._patched[model]
-        for module in patched.modules:
-            del vars(module)["forward"]
-        return True
+        with install_lock:
+            patched = self._patched.get(model)
+            if patched is None:
+                return False
+            patched.num_users -= 1
+            if patched.num_users:
+                return False
+            del self._patched[model]
+            for module in patched.modules:
+                del vars(module)["forward"]
+            return True
 
 
 def has_own_forward(module: torch.nn.Module) -> bool:

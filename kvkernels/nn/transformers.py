@@ -17,6 +17,7 @@ from kvkernels import ops
 from kvkernels.errors import UnsupportedError
 from kvkernels.nn.batch_invariance import is_batch_invariant
 from kvkernels.nn.dense import sequences_as_blocks, tokens_as_blocks
+from kvkernels.nn.forward_patch import install_lock
 from kvkernels.nn.paged_kv import PagedKV, equal_bounds, merge_tokens
 from kvkernels.nn.transformers_cache import PagedCache
 from kvkernels.nn.transformers_compat import (
@@ -52,7 +53,7 @@ _UNSERVED_ARGUMENTS = {
 @dataclass
 class _Installed:
     previous: str | dict[str, str]
-    num_users: int = 1
+    num_users: int = 0
 
 
 _installed: WeakKeyDictionary[torch.nn.Module, _Installed] = WeakKeyDictionary()
@@ -82,37 +83,22 @@ def install(model: Any) -> None:
     Raises:
         UnsupportedError: If its attention cannot be replaced; it is left as it was.
     """
-    if model in _installed:
+    with install_lock:
+        if model not in _installed:
+            _installed[model] = _Installed(_replace_attention(model))
         _installed[model].num_users += 1
-        return
-    register()
-    previous = _implementations(model.config)
-    text_config = model.config.get_text_config(decoder=True)
-    wanted: str | dict[str, str] = IMPLEMENTATION
-    if isinstance(previous, dict):
-        wanted = {
-            key: IMPLEMENTATION if key == "" or getattr(model.config, key) is text_config else name
-            for key, name in previous.items()
-        }
-    model.set_attn_implementation(wanted)
-    if text_config._attn_implementation != IMPLEMENTATION:
-        model.set_attn_implementation(previous)
-        raise UnsupportedError(
-            "model: expected one whose attention is looked up in transformers'"
-            f" AttentionInterface, got {type(model).__name__}"
-        )
-    _installed[model] = _Installed(previous)
 
 
 def uninstall(model: Any) -> None:
     """Give a model back the attention it had before `install`; without one, nothing changes."""
-    installed = _installed.get(model)
-    if installed is None:
-        return
-    installed.num_users -= 1
-    if installed.num_users == 0:
-        del _installed[model]
-        model.set_attn_implementation(installed.previous)
+    with install_lock:
+        installed = _installed.get(model)
+        if installed is None:
+            return
+        installed.num_users -= 1
+        if installed.num_users == 0:
+            del _installed[model]
+            model.set_attn_implementation(installed.previous)
 
 
 @contextmanager
@@ -249,6 +235,27 @@ def _make_mask(
             )
     window = mask_window(mask_function, config)
     return None if window is None else SlidingMask(window)
+
+
+def _replace_attention(model: Any) -> str | dict[str, str]:
+    """Have the text layers' attention looked up under our name; returns what was there before."""
+    register()
+    previous = _implementations(model.config)
+    text_config = model.config.get_text_config(decoder=True)
+    wanted: str | dict[str, str] = IMPLEMENTATION
+    if isinstance(previous, dict):
+        wanted = {
+            key: IMPLEMENTATION if key == "" or getattr(model.config, key) is text_config else name
+            for key, name in previous.items()
+        }
+    model.set_attn_implementation(wanted)
+    if text_config._attn_implementation != IMPLEMENTATION:
+        model.set_attn_implementation(previous)
+        raise UnsupportedError(
+            "model: expected one whose attention is looked up in transformers'"
+            f" AttentionInterface, got {type(model).__name__}"
+        )
+    return previous
 
 
 def _refuse_unserved(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
