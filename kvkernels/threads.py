@@ -39,9 +39,11 @@ def own_threads() -> Iterator[None]:
     _of_this_thread.num_own = before
     _kvkernels.prefer_own_threads(True)
     _kvkernels.set_host_threads(1)
+    before_mkl = _kvkernels.set_mkl_threads(1)
     try:
         yield
     finally:
+        _kvkernels.set_mkl_threads(before_mkl)
         _kvkernels.set_host_threads(before)
         _kvkernels.prefer_own_threads(False)
         del _of_this_thread.num_own

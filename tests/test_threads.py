@@ -1,6 +1,7 @@
 """Kernels on threads of their own: as many, the same bits, and only where they are wanted."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -32,6 +33,26 @@ def test_kernels_keep_the_number_and_pytorch_gets_one():
         assert num_threads() == 3
         assert torch.get_num_threads() == 1
     assert num_threads() == torch.get_num_threads() == 3
+
+
+def mkl_threads() -> int:
+    found = re.search(r"mkl_get_max_threads\(\) : (\d+)", torch.__config__.parallel_info())
+    return int(found[1])
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="PyTorch was built without MKL")
+def test_mkl_gets_one_too():
+    """It has a number of its own once PyTorch was told one."""
+    seen = []
+    with own_threads():
+        assert mkl_threads() == 1
+        thread = threading.Thread(target=lambda: seen.append(mkl_threads()))
+        thread.start()
+        thread.join()
+    assert seen == [3]
+    assert mkl_threads() == 3
+    torch.set_num_threads(2)
+    assert mkl_threads() == 2
 
 
 def test_blocks_within_blocks_end_with_the_outermost():

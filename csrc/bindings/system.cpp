@@ -24,6 +24,7 @@ void bind_system(pybind11::module_& module) {
   module.def("all_begin_at_multiples", &all_begin_at_multiples);
   module.def("prefer_own_threads", &prefer_own_threads);
   module.def("set_host_threads", &set_host_threads);
+  module.def("set_mkl_threads", &set_mkl_threads);
 }
 
 }  // namespace kvkernels::bindings

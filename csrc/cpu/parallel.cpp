@@ -64,6 +64,26 @@ HostRuntime find_host_runtime() {
           reinterpret_cast<void (*)(int)>(dlsym(library, "omp_set_num_threads"))};
 }
 
+// PyTorch's MKL: once PyTorch was told a number of threads it has one of its own, and no longer
+// goes by OpenMP's.
+using SetMklThreads = int (*)(int);
+
+int note_torch_library(dl_phdr_info* info, size_t, void* result) {
+  if (info->dlpi_name == nullptr || !std::strstr(info->dlpi_name, "libtorch_cpu.")) return 0;
+  *static_cast<std::string*>(result) = info->dlpi_name;
+  return 1;
+}
+
+SetMklThreads find_mkl() {
+  std::string path;
+  dl_iterate_phdr(note_torch_library, &path);
+  if (path.empty()) return nullptr;
+  void* library = dlopen(path.c_str(), RTLD_NOLOAD | RTLD_LAZY);
+  if (library == nullptr) return nullptr;
+  // In PyTorch's own library, or in one that it needs.
+  return reinterpret_cast<SetMklThreads>(dlsym(library, "MKL_Set_Num_Threads_Local"));
+}
+
 // ---- our own threads -----------------------------------------------------------------------
 
 // For how long an idle worker looks for work before it sleeps: longer than the pause between two
@@ -206,6 +226,11 @@ bool prefer_own_threads(bool is_wanted) { return std::exchange(t_prefers_own_thr
 
 void set_host_threads(int num_threads) {
   if (const auto set_num_threads = host_runtime().set_num_threads) set_num_threads(num_threads);
+}
+
+int set_mkl_threads(int num_threads) {
+  static const SetMklThreads set_num_threads = find_mkl();
+  return set_num_threads != nullptr ? set_num_threads(num_threads) : 0;
 }
 
 void run_parallel(int num_threads, const std::function<void()>& body) {

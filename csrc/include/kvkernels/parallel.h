@@ -21,6 +21,10 @@ bool prefer_own_threads(bool is_wanted);
 // where there is no OpenMP.
 void set_host_threads(int num_threads);
 
+// How many threads MKL gets in PyTorch's calls that this thread makes; 0: as many as the process's.
+// Returns what held before. Nothing happens, and 0 is returned, where there is no MKL.
+int set_mkl_threads(int num_threads);
+
 // Calls body(begin, end) for consecutive ranges of at most `grain` items that cover [0, num_items).
 void parallel_ranges(int64_t num_items, int64_t grain, int num_threads,
                      const std::function<void(int64_t, int64_t)>& body);
