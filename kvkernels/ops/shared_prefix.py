@@ -12,12 +12,16 @@ Known as cascade attention (FlashInfer) or Hydragen (Juravsky et al., 2024).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 
+from kvkernels.checks import check_device
 from kvkernels.ops.attention import merge_attention, paged_attention
+from kvkernels.ops.attention_checks import check_attention_inputs, check_kinds
 from kvkernels.quantized_cache import QuantizedCache
 
 # What a second pass and a merge cost, as bytes of the prefix that flat attention reads again in
@@ -77,7 +81,7 @@ class SharedPrefixes:
         block_size: int,
         num_queries: Sequence[int] | None = None,
     ) -> SharedPrefixes:
-        """Look for leading blocks that neighbouring sequences share.
+        """The groups of neighbouring sequences that leave the fewest blocks to be read again.
 
         Reads the tensors' values, so on a GPU it waits for them: a scheduler that knows what its
         sequences share says so itself.
@@ -94,22 +98,13 @@ class SharedPrefixes:
         usable = [
             max(0, length - count) // block_size for length, count in zip(lens, counts, strict=True)
         ]
-        sizes: list[int] = []
-        shared: list[int] = []
-        for seq, row in enumerate(rows):
-            common = 0
-            if sizes:
-                before = rows[seq - 1]
-                limit = min(usable[seq], usable[seq - 1] if sizes[-1] == 1 else shared[-1])
-                while common < limit and row[common] == before[common]:
-                    common += 1
-            if common:
-                sizes[-1] += 1
-                shared[-1] = common
-            else:
-                sizes.append(1)
-                shared.append(0)
-        return cls(sizes, [blocks * block_size for blocks in shared], block_table.device)
+        common = [
+            _num_equal(before, row, min(pair))
+            for before, row, pair in zip(rows, rows[1:], pairwise(usable), strict=False)
+        ]
+        groups = _find_groups(len(rows), common)
+        sizes = [size for size, _ in groups]
+        return cls(sizes, [blocks * block_size for _, blocks in groups], block_table.device)
 
     def pays(
         self, num_tokens: int, num_heads: int, key_cache: torch.Tensor, value_cache: torch.Tensor
@@ -129,6 +124,53 @@ class SharedPrefixes:
         partial_bytes = num_tokens * num_heads * (value_dim * key_cache.element_size() + 4)
         fixed = _FIXED_COST_BYTES.get(key_cache.device.type, _FIXED_COST_BYTES["cuda"])
         return saved > 4 * partial_bytes + fixed
+
+
+def _num_equal(a: Sequence[int], b: Sequence[int], limit: int) -> int:
+    """How many of the first `limit` are the same in both."""
+    num_equal = 0
+    while num_equal < limit and a[num_equal] == b[num_equal]:
+        num_equal += 1
+    return num_equal
+
+
+def _find_groups(num_seqs: int, common: Sequence[int]) -> list[tuple[int, int]]:
+    """Cut a batch where most is saved: each group's size, and the blocks that all of it shares.
+
+    A group shares no more than any two neighbours in it, so a long prefix is worth more without a
+    sequence beside it that has only its first block.
+
+    Args:
+        num_seqs: In the batch.
+        common: Leading blocks that each sequence but the first shares with the one before it.
+    """
+    # Among neighbours that all share the same, no cut saves more than one at their first or last.
+    cuts = [
+        cut
+        for cut in range(num_seqs + 1)
+        if not 2 <= cut <= num_seqs - 2 or len(set(common[cut - 2 : cut + 1])) > 1
+    ]
+    # Of the sequences before each cut: blocks that need not be read again, and the last group.
+    best = {0: (0, 0, 0)}
+    for number, end in enumerate(cuts[1:], start=1):
+        most = first = of_all = 0
+        shared, following = sys.maxsize, end - 1
+        for start in reversed(cuts[:number]):
+            shared, following = min([shared, *common[start:following]]), start
+            saved = best[start][0] + (end - start - 1) * shared
+            if saved >= most:
+                most, first, of_all = saved, start, shared
+            if shared == 0:
+                break
+        best[end] = most, first, of_all
+    groups: list[tuple[int, int]] = []
+    end = num_seqs
+    while end:
+        _, first, shared = best[end]
+        size = end - first
+        groups += [(size, shared)] if size > 1 and shared else [(1, 0)] * size
+        end = first
+    return groups[::-1]
 
 
 def shared_prefix_attention(
@@ -154,8 +196,9 @@ def shared_prefix_attention(
     """`paged_attention` of a batch, reading blocks that sequences share once for all of them.
 
     The result is that of `paged_attention` up to rounding. Where the two passes would move more
-    memory than one (`SharedPrefixes.pays`) it is one. A window or ALiBi goes by each query's own
-    position, so neither has a shared prefix: `paged_attention` serves those.
+    memory than one (`SharedPrefixes.pays`) it is one. So it is with ``batch_invariant``: a merge
+    rounds, and what a sequence shares depends on the batch. A window or ALiBi goes by each query's
+    own position, so neither has a shared prefix: `paged_attention` serves those.
 
     Args:
         query: And all others up to ``cu_seqlens_q``: as for `paged_attention`.
@@ -164,16 +207,23 @@ def shared_prefix_attention(
         only_if_it_pays: Whether to leave it at one pass where two would not pay.
 
     Raises:
-        ValueError: As for `paged_attention`, and if ``prefixes`` is for another number of sequences
-            or its lengths are no multiples of the block size, or (on the CPU) reach past a
-            sequence's first query.
+        ValueError: As for `paged_attention`, and if ``prefixes`` is on another device or for
+            another number of sequences, or its lengths are no multiples of the block size, or (on
+            the CPU) reach past a sequence's first query.
     """
     rules: dict[str, Any] = {"sm_scale": sm_scale, "soft_cap": soft_cap}
     rules |= {"int8_cache": int8_cache, "int4_cache": int4_cache}
     own: dict[str, Any] = {"causal": causal, "sinks": sinks, "tree_mask": tree_mask}
+    check_kinds(int8_cache, int4_cache)
+    check_attention_inputs(
+        *(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q),
+        *(int8_cache, int4_cache),
+    )
     _check_prefixes(prefixes, key_cache, block_table, seq_lens, cu_seqlens_q)
     num_tokens, num_heads, _ = query.shape
-    if only_if_it_pays and not prefixes.pays(num_tokens, num_heads, key_cache, value_cache):
+    if batch_invariant or (
+        only_if_it_pays and not prefixes.pays(num_tokens, num_heads, key_cache, value_cache)
+    ):
         return paged_attention(
             query,
             key_cache,
@@ -198,7 +248,6 @@ def shared_prefix_attention(
         **rules,
         causal=False,
         return_lse=True,
-        batch_invariant=batch_invariant,
     )
     suffix_lens = seq_lens - prefixes._lens_of_seqs
     suffixes = _suffix_table(block_table, prefixes, key_cache.shape[2])
@@ -213,7 +262,6 @@ def shared_prefix_attention(
         **rules,
         **own,
         return_lse=True,
-        batch_invariant=batch_invariant,
     )
     out, lse = merge_attention(*shared, *rest)
     return (out, lse) if return_lse else out
@@ -231,7 +279,8 @@ def _check_prefixes(
             f"prefixes: expected groups of {seq_lens.shape[0]} sequences together, got"
             f" {prefixes.num_seqs}"
         )
-    block_size = key_cache.shape[2] if key_cache.dim() == 4 else 1
+    check_device("prefixes", prefixes._bounds, seq_lens.device)
+    block_size = key_cache.shape[2]
     longest = block_table.shape[1] * block_size
     for length in prefixes.prefix_lens:
         if length % block_size or length > longest:

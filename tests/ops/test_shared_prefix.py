@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +101,60 @@ def test_never_shares_a_block_that_a_query_stands_in() -> None:
     assert found.prefix_lens == (16,) and found.group_sizes == (3,)
 
 
+def find(table: list[list[int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Group sizes and shared blocks of sequences whose blocks are all in use."""
+    blocks = torch.tensor(table, dtype=torch.int32)
+    lens = torch.full((len(table),), blocks.shape[1] * BLOCK_SIZE + 1, dtype=torch.int32)
+    found = SharedPrefixes.find(blocks, lens, BLOCK_SIZE)
+    return found.group_sizes, tuple(length // BLOCK_SIZE for length in found.prefix_lens)
+
+
+def test_a_neighbour_with_little_in_common_stays_out() -> None:
+    long, stranger = list(range(9)), [0, *range(20, 28)]
+    assert find([long] * 4) == ((4,), (9,))
+    assert find([long] * 4 + [stranger]) == ((4, 1), (9, 0))
+    assert find([stranger] + [long] * 4) == ((1, 4), (0, 9))
+    assert find([long] * 2 + [stranger] * 3) == ((2, 3), (9, 9))
+    # Of so few blocks more that the neighbour is worth more than they are.
+    near = [*range(8), 30]
+    assert find([long] * 4 + [near]) == ((5,), (8,))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_no_other_groups_would_save_more(seed: int) -> None:
+    rng = random.Random(seed)
+    most_common = rng.randint(1, 6)
+    common = [rng.randint(0, most_common) for _ in range(rng.randint(1, 9))]
+    table = [[0] * 6]
+    for number, shared in enumerate(common, start=1):
+        table.append(table[-1][:shared] + [number] * (6 - shared))
+    most = 0
+    for cuts in itertools.product([False, True], repeat=len(common)):
+        groups = [[]]
+        for shared, is_cut in zip(common, cuts, strict=True):
+            groups.append([]) if is_cut else groups[-1].append(shared)
+        most = max(most, sum(len(group) * min(group) for group in groups if group))
+    sizes, shared = find(table)
+    assert sum((size - 1) * blocks for size, blocks in zip(sizes, shared, strict=True)) == most
+
+
+def test_is_the_same_bits_in_any_batch_where_that_is_asked_for() -> None:
+    query, key_cache, value_cache, table, lens, _ = make_batch(
+        [(90, [(1, 5), (1, 40), (1, 1)])], torch.bfloat16, (6, 2)
+    )
+
+    def run(num_seqs: int) -> torch.Tensor:
+        rows = table[:num_seqs], lens[:num_seqs]
+        return kvkernels.shared_prefix_attention(
+            *(query[:num_seqs], key_cache, value_cache, *rows),
+            prefixes=SharedPrefixes.find(*rows, BLOCK_SIZE),
+            batch_invariant=True,
+            only_if_it_pays=False,
+        )
+
+    assert torch.equal(run(3)[0], run(1)[0])
+
+
 def test_takes_one_pass_where_two_would_not_pay() -> None:
     inputs = make_batch(GROUPS["decode"], torch.bfloat16, (6, 2))
     prefixes = SharedPrefixes([3], [5 * BLOCK_SIZE])
@@ -126,3 +184,28 @@ def test_refuses_prefixes_that_do_not_fit(sizes: list, lens: list, message: str)
     inputs = make_batch(GROUPS["decode"], torch.float32, (6, 2))
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         kvkernels.shared_prefix_attention(*inputs, prefixes=SharedPrefixes(sizes, lens))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("cu_seqlens_q", lambda bounds: bounds[:-1]),
+        ("block_table", lambda table: table[0]),
+        ("key_cache", lambda cache: cache[0]),
+        ("query", lambda query: query[0]),
+        ("key_cache", lambda cache: cache[:, :, :0]),
+        ("seq_lens", lambda lens: lens[None]),
+        ("prefixes", lambda _: SharedPrefixes([3], [80], device="meta")),
+    ],
+)
+def test_names_the_argument_that_does_not_fit(name: str, change: Callable[[Any], Any]) -> None:
+    names = ("query", "key_cache", "value_cache", "block_table", "seq_lens")
+    inputs = make_batch(GROUPS["decode"], torch.float32, (6, 2))
+    arguments: dict[str, Any] = dict(zip(names, inputs, strict=False))
+    arguments["cu_seqlens_q"] = torch.arange(4, dtype=torch.int32)
+    arguments["prefixes"] = SharedPrefixes([3], [80])
+    arguments[name] = change(arguments[name])
+    if name == "key_cache":
+        arguments["value_cache"] = change(arguments["value_cache"])
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        kvkernels.shared_prefix_attention(**arguments)
