@@ -240,12 +240,13 @@ def _max_splits(
     is_full = config.tile_m > 64 and (call.is_heavy or call.is_float8)
     if call.batch_invariant or is_full or num_programs > at_once:
         return 1
-    return min(
+    max_splits = min(
         MAX_SPLITS,
         triton.cdiv(max_tokens, min_split_tiles * config.tile_n),
         # Programs may be without queries, and the device then takes more splits of the others.
         triton.cdiv(2 * at_once, num_programs),
     )
+    return max(1, max_splits)  # of a table of no blocks, too
 
 
 def _max_registers(call: Call, tile_m: int, is_split: bool) -> int | None:

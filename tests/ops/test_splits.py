@@ -190,3 +190,23 @@ def test_length_of_a_split(
     count, length = result.tolist()
     assert count == expected_splits(num_tiles[-1], sum(num_tiles) * num_groups, at_once, 11)
     assert length == max(1, math.ceil(num_tiles[-1] / count))
+
+
+@pytest.mark.parametrize("sums", [None, [0, 1, 2]], ids=["decode", "prefill"])
+def test_a_table_of_no_blocks_leaves_one_split(
+    sums: list[int] | None, device: torch.device
+) -> None:
+    ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
+    cache = torch.full((1, 1, 16, 64), torch.nan, device=device)
+    query = torch.randn(2, 2, 64, device=device)
+    out, lse = torch.full_like(query, torch.nan), torch.full((2, 2), torch.nan, device=device)
+    cu_seqlens_q = None if sums is None else torch.tensor(sums, **ints)
+    call = calls.Call(
+        query, cache, cache, torch.zeros(2, 0, **ints), torch.zeros(2, **ints), cu_seqlens_q,
+        Scoring(0.125),
+    )  # fmt: skip
+    plan = decode.plan_decode if sums is None else prefill.plan_prefill
+    launches = plan(call, out, lse, launch.Device(9, 132))
+    assert [min(one.grid) for one in launches] == [1]
+    launch.run(launches, query)
+    assert not out.any() and torch.isneginf(lse).all()
