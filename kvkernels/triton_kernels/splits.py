@@ -60,9 +60,14 @@ def count_splits(
     MIN_SPLIT_TILES: tl.constexpr,
     SPLIT_TILES: tl.constexpr,  # a fixed length, or 0
 ):
-    """Number of splits of a sequence that asks one query, and their length in tiles."""
+    """Number of splits of a sequence that asks one query, and their length in tiles.
+
+    Never more than `max_splits`, whatever the length: counters would wait for programs that are not
+    there, and be wrong in all later launches.
+    """
     if SPLIT_TILES > 0:
-        return tl.maximum((num_tiles + SPLIT_TILES - 1) // SPLIT_TILES, 1), SPLIT_TILES
+        num_splits = tl.minimum((num_tiles + SPLIT_TILES - 1) // SPLIT_TILES, max_splits)
+        return tl.maximum(num_splits, 1), SPLIT_TILES
     total = tl.full((), 0, tl.int64)
     for first in range(0, num_seqs, 128):
         seqs = first + tl.arange(0, 128)

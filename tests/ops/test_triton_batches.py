@@ -104,6 +104,26 @@ def test_counters_of_a_stream_are_zero_and_shared(device: torch.device) -> None:
     assert counters.zeroed_counters(20, tensor).data_ptr() == many.data_ptr()
 
 
+def test_a_length_past_its_table_harms_no_later_call(device: torch.device, monkeypatch) -> None:
+    """On a GPU nobody looks at lengths before the kernel does."""
+    monkeypatch.setattr(decode, "_INVARIANT_SPLIT_TOKENS", 128)
+    replays = replay.Replays(attention.attention_replays.names)
+    monkeypatch.setattr(attention, "attention_replays", replays)
+    inputs = make_inputs(Case("", ((1, 600),), heads=(2, 1)), torch.float32, device)
+    query, keys, values, table, _, _ = inputs.tensors()
+
+    def attend(length: int) -> torch.Tensor:
+        lens = torch.tensor([length], dtype=torch.int32, device=device)
+        arguments = (query, keys, values, table[:, :32], lens, None, Scoring(0.125), False)
+        return attention.paged_attention(*arguments, batch_invariant=True)[0]
+
+    expected = attend(512)
+    attend(513)
+    assert not counters.zeroed_counters(1, query).any()
+    for _ in range(2):
+        assert torch.equal(attend(512), expected)
+
+
 def test_a_warm_up_reaches_every_variant_of_a_call() -> None:
     """What calls of a model launch differs in compile-time constants only as the warm-up has it."""
     model = shapes.Shape("decode", "bf16", 128, group=4, num_kv_heads=8)
