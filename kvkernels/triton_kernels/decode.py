@@ -294,4 +294,4 @@ def plan_decode(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device
     )
     if max_splits == 1 or joins_itself:
         return [decode]
-    return [decode, plan_join(partials, out, lse)]
+    return [decode, plan_join(call, partials, out, lse)]

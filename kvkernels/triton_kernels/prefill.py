@@ -304,4 +304,4 @@ def plan_prefill(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Devic
         max_registers=_max_registers(call, config.tile_m, max_splits > 1),
         scratch=partials.scratch,
     )
-    return [prefill] if max_splits == 1 else [prefill, plan_join(partials, out, lse)]
+    return [prefill] if max_splits == 1 else [prefill, plan_join(call, partials, out, lse)]

@@ -190,14 +190,20 @@ def join_splits(
         tl.store(lse_ptr + rows, largest + tl.log(total), mask=keep)
 
 
-@triton.jit(do_not_specialize=["num_rows", "max_splits"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_heads", "num_seqs", "max_splits"],
+    do_not_specialize_on_alignment=["cu_seqlens_q_ptr"],
+)
 def _join_kernel(
     partial_out_ptr,
     partial_lse_ptr,
     out_ptr,
     lse_ptr,
-    num_splits_ptr,  # [num_rows]: rows of one split are written already
-    num_rows,
+    num_splits_ptr,  # [num_tokens, num_heads]: rows of one split are written already
+    cu_seqlens_q_ptr,  # [num_seqs + 1], or None where all tokens are of sequences
+    num_tokens,
+    num_heads,
+    num_seqs,
     max_splits,
     VALUE_DIM: tl.constexpr,
     TILE_SPLITS: tl.constexpr,
@@ -205,7 +211,11 @@ def _join_kernel(
     HAS_LSE: tl.constexpr,
 ):
     rows = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    counts = tl.load(num_splits_ptr + rows, mask=rows < num_rows, other=1)
+    if cu_seqlens_q_ptr is not None:
+        # Nobody has counted splits of the tokens after the last sequence.
+        num_tokens = tl.minimum(tl.load(cu_seqlens_q_ptr + num_seqs), num_tokens)
+    counts = tl.load(num_splits_ptr + rows, mask=rows < num_tokens * num_heads, other=1)
+    counts = tl.minimum(counts, max_splits)
     most = tl.max(counts, 0)
     if most > 1:
         join_splits(
@@ -251,20 +261,23 @@ class Partials:
         return cls(*scratch.views(*scratch.allocate(out)), scratch)
 
 
-def plan_join(partials: Partials, out: torch.Tensor, lse: torch.Tensor) -> Launch:
+def plan_join(call: Call, partials: Partials, out: torch.Tensor, lse: torch.Tensor) -> Launch:
     """The launch that joins the splits of all rows once they are all there."""
-    num_rows, value_dim = out.shape[0] * out.shape[1], out.shape[2]
-    tile_splits, tile_rows = tile_of_join(value_dim, num_rows)
+    num_tokens, num_heads, value_dim = out.shape
+    tile_splits, tile_rows = tile_of_join(value_dim, num_tokens * num_heads)
     return Launch(
         _join_kernel,
-        (triton.cdiv(num_rows, tile_rows),),
+        (triton.cdiv(num_tokens * num_heads, tile_rows),),
         {
             "partial_out_ptr": partials.out,
             "partial_lse_ptr": partials.lse,
             "out_ptr": out,
             "lse_ptr": lse,
             "num_splits_ptr": partials.num_splits,
-            "num_rows": num_rows,
+            "cu_seqlens_q_ptr": call.cu_seqlens_q,
+            "num_tokens": num_tokens,
+            "num_heads": num_heads,
+            "num_seqs": call.seq_lens.shape[0],
             "max_splits": partials.scratch.max_splits,
             "VALUE_DIM": value_dim,
             "TILE_SPLITS": tile_splits,

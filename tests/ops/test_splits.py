@@ -210,3 +210,37 @@ def test_a_table_of_no_blocks_leaves_one_split(
     assert [min(one.grid) for one in launches] == [1]
     launch.run(launches, query)
     assert not out.any() and torch.isneginf(lse).all()
+
+
+def test_tokens_of_no_sequence_stay_as_they_are(device: torch.device) -> None:
+    """As at the end of a captured graph's batch; nobody has counted their splits."""
+    inputs = make_inputs(Case("", ((4, 700),), heads=(2, 1)), torch.float32, device)
+    query, *others, lens, _ = inputs.tensors()
+    sums = torch.tensor([0, 2], dtype=torch.int32, device=device)
+    out, lse = torch.full((4, 2, 64), 7.0, device=device), torch.full((4, 2), 7.0, device=device)
+    call = calls.Call(query, *others, lens, sums, Scoring(0.125))
+    launches = prefill.plan_prefill(call, out, lse, launch.Device(9, 40))
+    launches[0].arguments["num_splits_ptr"].fill_(launches[0].arguments["max_splits"])
+    launch.run(launches, query)
+    expected, _ = reference.paged_attention(query[:2], *others, lens, sums, Scoring(0.125), False)
+    torch.testing.assert_close(out[:2], expected)
+    assert (out[2:] == 7).all() and (lse[2:] == 7).all()
+
+
+def test_no_more_splits_are_joined_than_there_is_room_for(device: torch.device) -> None:
+    query = torch.zeros(2, 1, 16, device=device)
+    cache = torch.zeros(1, 1, 16, 16, device=device)
+    ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
+    table, lens = torch.zeros(2, 1, **ints), torch.zeros(2, **ints)
+    call = calls.Call(query, cache, cache, table, lens, None, Scoring(1.0))
+    out, lse = torch.empty_like(query), torch.empty(2, 1, device=device)
+    partials = splits.Partials.like(out, 4)
+    partials.out.normal_()
+    partials.lse.normal_()
+    partials.num_splits[0], partials.num_splits[1] = 6, 2
+    launch.run([splits.plan_join(call, partials, out, lse)], query)
+    for row, count in ((0, 4), (1, 2)):
+        logits = partials.lse.view(2, 4)[row, :count]
+        joined = logits.softmax(0) @ partials.out.view(2, 4, 16)[row, :count]
+        torch.testing.assert_close(out[row, 0], joined)
+        torch.testing.assert_close(lse[row, 0], logits.logsumexp(0))
