@@ -124,6 +124,16 @@ def test_a_length_past_its_table_harms_no_later_call(device: torch.device, monke
         assert torch.equal(attend(512), expected)
 
 
+def test_other_sequences_do_not_change_how_splits_are_joined() -> None:
+    one = shapes.Shape("decode", "bf16", 64, group=2, num_kv_heads=1, kinds=("int8",))
+    joins = []
+    for num_seqs in (1, 8):
+        batch = dataclasses.replace(one, num_seqs=num_seqs, batch_invariant=True)
+        _, join = shapes.plan(batch, launch.Device(9, 132))
+        joins.append({name: value for name, value in join.arguments.items() if name.isupper()})
+    assert joins[0] == joins[1]
+
+
 def test_a_warm_up_reaches_every_variant_of_a_call() -> None:
     """What calls of a model launch differs in compile-time constants only as the warm-up has it."""
     model = shapes.Shape("decode", "bf16", 128, group=4, num_kv_heads=8)
