@@ -1,70 +1,22 @@
 """Decode passes of fixed shapes, recorded and replayed, answer as the model alone does.
 
-CUDA graphs need a GPU. In their place a recorder whose replay runs the recorded function once more
-on the same inputs: all but the recording itself is what runs on a GPU.
+CUDA graphs need a GPU. In their place comes `SameAgain`, whose replay runs the recorded
+function once more on the same inputs: all but the recording itself is what runs on a GPU.
 """
 
 import logging
 
-import numpy as np
 import pytest
 import torch
-from cached_models import DEVICE, tiny_gemma3, tiny_llama
+from cached_models import tiny_gemma3, tiny_llama
 from engines import answer, open_engine, prompt
+from graph_recorders import NeverWaiting, Raising, SameAgain, Stale
 
-from kvkernels import UnsupportedError
 from prefixstore.engine import SamplingParams
-from prefixstore.engine.decode_graphs import NUM_FORWARD_PASSES, DecodeGraphs
-from prefixstore.engine.graph_recorder import WithoutWaiting
-from prefixstore.engine.pass_layout import Chunk, DecodeShape, idle_decode, lay_out, pad_decode
+from prefixstore.engine.decode_graphs import NUM_FORWARD_PASSES
 
 MODELS = {"llama": tiny_llama, "gemma 3": tiny_gemma3}
 SAMPLING = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True, logprobs=2)
-
-
-class SameAgain:
-    """Records by running, replays by running again.
-
-    Attributes:
-        num_recorded: Functions.
-        num_replays: Of all of them.
-    """
-
-    def __init__(self):
-        self.num_recorded = self.num_replays = 0
-
-    def record(self, function):
-        function()
-        self.num_recorded += 1
-
-        def replay():
-            self.num_replays += 1
-            function()
-
-        return replay
-
-
-class NeverWaiting(SameAgain):
-    """Refuses what waits, as one for a GPU does."""
-
-    def record(self, function):
-        with WithoutWaiting(torch.empty(0, device=DEVICE).device):  # by its number
-            function()
-        return super().record(function)
-
-
-class Raising:
-    def record(self, function):
-        function()
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-
-class Stale:
-    """As a graph that holds its inputs: a replay leaves what the recording wrote."""
-
-    def record(self, function):
-        function()
-        return lambda: None
 
 
 # There answers depend on their batch in the last bits, and the batch on how long passes take.
@@ -211,6 +163,53 @@ def test_a_shape_is_recorded_when_it_comes_often(use):
     assert (recorder.num_recorded, recorder.num_replays) == (1, 3)  # one of them to try it
 
 
+def test_hooks_that_come_later_are_called(use):
+    torch.manual_seed(1)
+    model, recorder = tiny_llama(), use(SameAgain())
+    num_calls = [0, 0]
+
+    def count(index):
+        def hook(module, *args):
+            num_calls[index] += 1
+
+        return hook
+
+    def calls_in_an_answer(engine):
+        num_calls[:] = 0, 0
+        answer(engine, prompt(20), SAMPLING)
+        return tuple(num_calls)
+
+    first = model.model.layers[0].register_forward_hook(count(0))
+    with open_engine(model) as engine:
+        answer(engine, prompt(20), SAMPLING)
+        assert recorder.num_recorded == 1
+        # Of the recorder here a replay calls the model once more; a graph would not.
+        num_replays = recorder.num_replays
+        handle = model.lm_head.register_forward_pre_hook(count(1))
+        assert calls_in_an_answer(engine) == (40, 40)
+        handle.remove()
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
+        answer(engine, prompt(20), SAMPLING)
+        handle.remove()
+        assert recorder.num_replays == num_replays
+        answer(engine, prompt(20), SAMPLING)
+        assert recorder.num_replays > num_replays
+        num_replays = recorder.num_replays
+        first.remove()
+        answer(engine, prompt(20), SAMPLING)
+        assert recorder.num_replays == num_replays
+
+
+def test_shapes_are_not_recorded_with_hooks_that_came_later(use):
+    torch.manual_seed(1)
+    model, recorder = tiny_llama(), use(SameAgain())
+    with open_engine(model) as engine:
+        model.lm_head.register_forward_hook(lambda *args: None)
+        answer(engine, prompt(20), SAMPLING)
+        assert engine.graph_shapes == []
+    assert recorder.num_recorded == 0
+
+
 @in_any_batch
 def test_a_sequence_that_grows_goes_on_in_a_wider_shape(model, use):
     tokens = prompt(495)  # of the 512 that the narrowest table holds
@@ -230,105 +229,3 @@ def test_the_option_turns_them_off(use):
         answers(engine, 2)
         assert engine.graph_shapes == []
     assert recorder.num_recorded == 0
-
-
-# ---- parts -----------------------------------------------------------------------------------
-
-
-def one_token(start, block):
-    table = np.arange(block, block + start // 16 + 1, dtype=np.int32)
-    return Chunk(np.array([start + 7], np.uint32), start, np.stack([table, table + 100]), True)
-
-
-def test_rows_that_nobody_has_read_and_write_nothing():
-    chunks = [one_token(40, 3), one_token(15, 8), one_token(0, 9)]
-    arrays = lay_out(chunks, num_groups=2, block_size=16)
-    shape = DecodeShape.holding(arrays)
-    assert shape == (4, 32)
-    tokens, positions, seq_lens, *own = pad_decode(arrays, shape)
-    assert tokens.tolist() == [47, 22, 7, 0]
-    assert positions.tolist() == [40, 15, 0, 0]
-    assert seq_lens.tolist() == [41, 16, 1, 0]
-    for first, (table, slots) in enumerate([own[:2], own[2:]]):
-        of_group = 100 * first
-        assert table.shape == shape
-        assert table[0, :4].tolist() == [of_group + 3, of_group + 4, of_group + 5, -1]
-        assert (table[3] == -1).all() and (table[:, 3:] == -1).all()
-        assert slots.tolist() == [16 * (of_group + 5) + 8, 16 * (of_group + 8) + 15,
-                                  16 * (of_group + 9), -1]  # fmt: skip
-    idle = idle_decode(2, shape)
-    padded = pad_decode(arrays, shape)
-    assert [(a.shape, a.dtype) for a in idle] == [(a.shape, a.dtype) for a in padded]
-    assert all((a == (-1 if i > 2 else 0)).all() for i, a in enumerate(idle))
-
-
-@pytest.mark.parametrize(
-    ("num_seqs", "num_blocks", "shape"),
-    [
-        *[(1, 1, (1, 32)), (2, 32, (2, 32)), (3, 33, (4, 128)), (5, 128, (8, 128))],
-        *[(8, 129, (8, 512)), (9, 1, (16, 32)), (17, 2, (24, 32)), (24, 2048, (24, 2048))],
-    ],
-)
-def test_shapes_are_few_and_hold_the_batch(num_seqs, num_blocks, shape):
-    chunk = one_token(16 * num_blocks - 1, 0)
-    assert DecodeShape.holding(lay_out([chunk] * num_seqs, 1, 16)) == shape
-
-
-def constant(value, noted):
-    """A model that gives the same logits for every row, and notes what it was called with."""
-
-    def forward(tensors, before_layer):
-        noted.append((len(tensors[0]), before_layer))
-        return torch.full((len(tensors[0]), 5), value)
-
-    return forward
-
-
-@pytest.mark.parametrize("value", [1.5, float("nan")])
-@torch.inference_mode()
-def test_larger_shapes_leave_what_smaller_ones_write_to(value):
-    recorder, noted = SameAgain(), []
-    graphs = DecodeGraphs(constant(value, noted), 2, torch.device("cpu"), recorder)
-    for num_seqs in (2, 4, 2):
-        arrays = lay_out([one_token(20, i) for i in range(num_seqs)], 2, 16)
-        for _ in range(NUM_FORWARD_PASSES + 2):
-            logits = graphs.run(arrays)
-            torch.testing.assert_close(
-                logits, torch.full((num_seqs, 5), value), rtol=0, atol=0, equal_nan=True
-            )
-    assert graphs.shapes == [(2, 32), (4, 32)]
-    num_replays, before_layer = recorder.num_replays, lambda layer: None
-    graphs.run(arrays, before_layer)  # who waits for layers is called, so the model runs
-    assert recorder.num_replays == num_replays
-    assert noted[-1] == (2, before_layer)
-
-
-@pytest.mark.parametrize(
-    "waits",
-    [
-        lambda x: x.sum().item(),
-        lambda x: bool((x > 0).any()),
-        lambda x: x.nonzero(),
-        lambda x: x[x > 0],
-        lambda x: x.index_put_((x > 0,), torch.zeros(())),
-        lambda x: torch.equal(x, x),
-        lambda x: torch.where(x > 0),
-        lambda x: x.repeat_interleave(x.long()),
-        lambda x: x.to("meta"),
-    ],
-)
-@torch.inference_mode()
-def test_notices_what_a_graph_cannot_hold(waits):
-    x = torch.arange(4.0)
-    waits(x)
-    with pytest.raises(UnsupportedError), WithoutWaiting(x.device):
-        waits(x)
-
-
-@torch.inference_mode()
-def test_lets_through_what_a_graph_can_hold():
-    x, places = torch.arange(4.0), torch.tensor([2, 0])
-    with WithoutWaiting(x.device):
-        y = x[places] + torch.where(x > 1, x, 0.0)[places]
-        y = y.index_put_((places[1:],), torch.zeros(1)).to(torch.float64)
-    assert y.tolist() == [0.0, 0.0]

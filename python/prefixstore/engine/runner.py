@@ -91,7 +91,7 @@ class ModelRunner:
         self._has_decoder_layers = is_ours and decoder_layers.install(model) > 0
         recorder = find_recorder(self._device) if cuda_graphs else None
         self._graphs = (
-            DecodeGraphs(self._forward_decode, len(self._groups), self._device, recorder)
+            DecodeGraphs(self._forward_decode, model, len(self._groups), self._device, recorder)
             if recorder is not None
             else None
         )
