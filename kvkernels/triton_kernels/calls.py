@@ -128,10 +128,14 @@ class Call:
         """Whether the kernel loads bytes as pairs where they lie as such; see `pairs`.
 
         More rows than those of decode take operands from shared memory, where they are floats;
-        and with float32 or wider heads, pairs of tiles take more registers than there are.
+        and with float32 or wider heads, pairs of tiles take more registers than there are. A part
+        may begin in the middle of a row, and no pair lies across that.
         """
         is_decode = self.cu_seqlens_q is None
-        return is_decode and self.query.dtype != torch.float32 and self.query.shape[2] <= 256
+        head_dim = self.query.shape[2]
+        has_even_halves = head_dim % 4 == 0 and self.value_dim % 4 == 0
+        is_narrow = self.query.dtype != torch.float32 and head_dim <= 256
+        return is_decode and is_narrow and has_even_halves
 
     @property
     def in_pairs(self) -> bool:
@@ -144,6 +148,7 @@ class Call:
                 _lies_in_words(cache.key_codes, 2)
                 and _lies_in_words(cache.value_codes, 2)
                 and _lies_in_words(cache.key_scales, 4)  # scale and minimum of two channels
+                and self.value_dim // cache.value_scales.shape[3] % 2 == 0  # a pair shares a scale
                 for cache in caches
             )
         )
@@ -226,7 +231,7 @@ class Call:
 
 def _lies_in_words(part: torch.Tensor, size: int) -> bool:
     """Whether so many neighbouring elements of a row are one word of memory."""
-    counts = (part.storage_offset(), *part.stride()[:3], part[0, 0, 0].numel())
+    counts = (part.storage_offset(), *part.stride()[:3], math.prod(part.shape[3:]))
     return all(count % size == 0 for count in counts)
 
 
