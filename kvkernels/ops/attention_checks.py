@@ -63,6 +63,8 @@ def check_attention_inputs(
     check_shape("block_table", block_table, (num_seqs, None))
     if cu_seqlens_q is not None:
         check_shape("cu_seqlens_q", cu_seqlens_q, (num_seqs + 1,))
+        if num_seqs == 0 and num_tokens > 0:
+            raise ValueError(f"query: expected no tokens without sequences, got {num_tokens}")
     elif num_tokens != num_seqs:
         raise ValueError(
             f"query: expected one token for each of {num_seqs} sequences without cu_seqlens_q,"
@@ -147,6 +149,8 @@ def check_scoring(
     tree_mask: torch.Tensor | None,
 ) -> None:
     """Raise ValueError unless the rules of scoring make sense and fit `query`."""
+    if query.dim() != 3:  # on a GPU the other checks come later
+        check_shape("query", query, (None, None, None))
     num_tokens, num_heads, _ = query.shape
     if window is not None and (not isinstance(window, int) or not 1 <= window < 1 << 63):
         raise ValueError(

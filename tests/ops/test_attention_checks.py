@@ -1,14 +1,13 @@
-"""What the attention ops refuse, and how they behave inside PyTorch."""
+"""What the attention ops refuse."""
 
-import os
 import re
-import signal
 
 import pytest
 import torch
 
 import kvkernels
 from kvkernels import native
+from kvkernels.ops.attention_checks import check_scoring
 
 
 def good_inputs() -> dict:
@@ -192,6 +191,21 @@ def test_refuses_heads_without_width() -> None:
         )
 
 
+def test_refuses_tokens_without_sequences() -> None:
+    none = {"block_table": ints().view(0, 2), "seq_lens": ints(), "cu_seqlens_q": ints(0)}
+    message = "query: expected no tokens without sequences, got 5"
+    with pytest.raises(ValueError, match="^" + message):
+        kvkernels.paged_attention(**good_inputs() | none)
+
+
+@pytest.mark.parametrize("shape", [(64,), (2, 64), (1, 2, 4, 64)], ids=str)
+def test_rules_are_refused_for_queries_of_other_dimensions(shape: tuple[int, ...]) -> None:
+    """On a GPU they are looked at first."""
+    message = f"query: expected shape [any, any, any], got {list(shape)}"
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        check_scoring(torch.zeros(shape), None, True, None, None, None, None, None)
+
+
 @pytest.mark.parametrize("window", [0, -3])
 def test_refuses_an_empty_window(window: int) -> None:
     with pytest.raises(
@@ -263,110 +277,3 @@ def test_leaves_the_isa_as_it_was() -> None:
         assert native._isa == 0
         raise KeyError
     assert native._isa == before
-
-
-@pytest.mark.parametrize("return_lse", [False, True])
-@pytest.mark.parametrize("window", [0, 7])
-def test_opcheck(return_lse: bool, window: int) -> None:
-    args = (*good_inputs().values(), *(0.2, True, window, 0.0, None, None, None, [], []))
-    args += (return_lse, False)
-    torch.library.opcheck(torch.ops.kvkernels.paged_attention.default, args)
-
-
-def test_opcheck_merge() -> None:
-    args = tuple(merge_inputs().values())
-    torch.library.opcheck(torch.ops.kvkernels.merge_attention.default, args)
-
-
-def test_compiles_into_one_graph() -> None:
-    def step(key: torch.Tensor, slots: torch.Tensor, inputs: dict) -> tuple:
-        kvkernels.store_kv(key, key + 1, inputs["key_cache"], inputs["value_cache"], slots)
-        whole = kvkernels.paged_attention(**inputs, return_lse=True)
-        recent = kvkernels.paged_attention(**inputs, window=3, return_lse=True)
-        return kvkernels.merge_attention(*whole, *recent)
-
-    key, slots = torch.randn(2, 2, 32), torch.tensor([3, 40])
-    inputs = good_inputs()
-    copies = {name: tensor.clone() for name, tensor in inputs.items()}
-    expected = step(key, slots, copies)
-    got = torch.compile(step, fullgraph=True, backend="aot_eager")(key, slots, inputs)
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
-    assert torch.equal(inputs["key_cache"], copies["key_cache"])
-
-
-def run_layers(
-    query: torch.Tensor,
-    caches: list[tuple[torch.Tensor, torch.Tensor]],
-    slots: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-) -> torch.Tensor:
-    """Each layer stores what it is given, attends to it, and hands both on to the next."""
-    for key_cache, value_cache in caches:
-        key = query[:, :2].contiguous()
-        kvkernels.store_kv(key, key + 1, key_cache, value_cache, slots)
-        tables = (torch.tensor([[2, 0]], dtype=torch.int32), seq_lens, cu_seqlens_q)
-        query = query + kvkernels.paged_attention(query, key_cache, value_cache, *tables)
-    return query
-
-
-def run_pool(query: torch.Tensor, data: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
-    caches = [(data[:, layer, 0], data[:, layer, 1]) for layer in range(data.shape[1])]
-    return run_layers(query, caches, *tables)
-
-
-@pytest.mark.parametrize(
-    ("takes_views", "dynamic"),
-    [(True, False), (False, False), (False, True)],
-    ids=["views", "data", "data_dynamic"],
-)
-def test_compiles_layers_of_one_pool_into_one_graph(takes_views: bool, dynamic: bool) -> None:
-    layout = kvkernels.KVLayout(3, num_kv_heads=2, head_dim=16, block_size=16, dtype=torch.float32)
-    pool, eager = kvkernels.KVPool(layout, num_blocks=3), kvkernels.KVPool(layout, num_blocks=3)
-    pool.data.fill_(torch.nan)
-    eager.data.fill_(torch.nan)
-    layers = range(layout.num_layers)
-    views = [(pool.key_cache(layer), pool.value_cache(layer)) for layer in layers]
-    step, caches = (run_layers, views) if takes_views else (run_pool, pool.data)
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    start = 0
-    for num_tokens in (14, 5, 1, 1):  # the second step crosses into another block
-        query = torch.randn(num_tokens, 4, 16)
-        end = start + num_tokens
-        positions = torch.arange(start, end)
-        slots = torch.tensor([2, 0])[positions // 16] * 16 + positions % 16
-        tables = (slots, ints(end), ints(0, num_tokens))
-        expected = run_pool(query, eager.data, *tables)
-        assert torch.equal(compiled(query, caches, *tables), expected)
-        torch.testing.assert_close(pool.data, eager.data, rtol=0, atol=0, equal_nan=True)
-        assert (~pool.data.isnan()).sum() == end * 3 * 2 * 2 * 16
-        start = end
-
-
-@pytest.mark.skipif(not native.is_available, reason="the reference has no threads of its own")
-def test_works_in_a_forked_child() -> None:
-    inputs = good_inputs() | {
-        "key_cache": torch.randn(130, 2, 16, 32),
-        "value_cache": torch.randn(130, 2, 16, 32),
-        "block_table": torch.arange(130, dtype=torch.int32).view(2, 65),
-        "seq_lens": ints(1000, 1040),  # enough for a second thread
-    }
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        expected = kvkernels.paged_attention(**inputs)  # now the parent has used its threads
-        read_end, write_end = os.pipe()
-        child = os.fork()
-        if child == 0:
-            signal.alarm(60)  # a thread that did not survive the fork would never answer
-            same = torch.equal(kvkernels.paged_attention(**inputs), expected)
-            os.write(write_end, b"same" if same else b"other")
-            os._exit(0)
-        os.close(write_end)
-        _, status = os.waitpid(child, 0)
-        answer = os.read(read_end, 16)
-        os.close(read_end)
-    finally:
-        torch.set_num_threads(num_threads)
-    assert (status, answer) == (0, b"same")
