@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 CSRC = "csrc/cpu/"
-OPS = ("tests/ops/test_attention.py", "tests/ops/test_attention_features.py")
+OPS = (
+    "tests/ops/test_attention.py",
+    "tests/ops/test_attention_features.py",
+    "tests/ops/test_attention_codes.py",
+)
 CHECKS = ("tests/ops/test_attention_checks.py",)
 NONFINITE = ("tests/ops/test_attention_nonfinite.py",)
 INVARIANCE = ("tests/ops/test_attention_invariance.py",)
