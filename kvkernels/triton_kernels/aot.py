@@ -146,6 +146,9 @@ def _feature_shapes() -> Iterator[Shape]:
         yield Shape("prefill", "bf16", head_dim, num_queries=512, rules=_RULES, window=4096)
     yield Shape("prefill", "bf16", 128, num_queries=16, rules=("tree", *_RULES), window=4096)
     for op, num_queries in (("decode", 1), ("prefill", 512)):
+        # Values wider than keys: it is for them that tiles must fit.
+        yield Shape(op, "bf16", 64, 128, num_queries=num_queries)
+        yield Shape(op, "bf16", 128, 256, num_queries=num_queries)
         yield Shape(
             op, "bf16", 128, num_queries=num_queries, kinds=("int8", "int4"), rules=_RULES,
             window=4096,

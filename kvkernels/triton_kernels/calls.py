@@ -11,7 +11,7 @@ import torch
 from kvkernels.errors import UnsupportedError
 from kvkernels.quantized_cache import QuantizedCache
 from kvkernels.scoring import Scoring
-from kvkernels.triton_kernels.configs import TileConfig
+from kvkernels.triton_kernels.configs import MAX_HEAD_DIM, TileConfig
 from kvkernels.triton_kernels.launch import Device, cut_row, largest_power_of_2
 
 _MAX_FLOAT32_SUM = 64  # products that are added one after another
@@ -69,6 +69,16 @@ class Call:
     @property
     def value_dim(self) -> int:
         return self.value_cache.shape[3]
+
+    @property
+    def width(self) -> int:
+        """Of a key or a value, whichever is wider: the kernels are cut for that."""
+        if self.value_dim > MAX_HEAD_DIM:
+            raise UnsupportedError(
+                f"value_cache: the kernels serve a head_dim of up to {MAX_HEAD_DIM},"
+                f" got {self.value_dim}"
+            )
+        return max(self.query.shape[2], self.value_dim)
 
     @property
     def group(self) -> int:
@@ -132,9 +142,8 @@ class Call:
         may begin in the middle of a row, and no pair lies across that.
         """
         is_decode = self.cu_seqlens_q is None
-        head_dim = self.query.shape[2]
-        has_even_halves = head_dim % 4 == 0 and self.value_dim % 4 == 0
-        is_narrow = self.query.dtype != torch.float32 and head_dim <= 256
+        has_even_halves = self.query.shape[2] % 4 == 0 and self.value_dim % 4 == 0
+        is_narrow = self.query.dtype != torch.float32 and self.width <= 256
         return is_decode and is_narrow and has_even_halves
 
     @property

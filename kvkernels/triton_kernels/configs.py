@@ -35,7 +35,9 @@ class TileConfig:
 
 
 def _width(head_dim: int) -> int:
-    """The table's row for a head dim: the next of 64, 128, 256 and 576."""
+    """The table's row for keys and values of up to so many channels: the next of 64, 128, 256 and
+    576.
+    """
     for width in (64, 128, 256, MAX_HEAD_DIM):
         if head_dim <= width:
             return width

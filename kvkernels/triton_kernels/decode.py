@@ -237,10 +237,12 @@ def _limit_splits(
 def plan_decode(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device) -> list[Launch]:
     """The launches for one query a sequence; `lse` of no elements is not written."""
     query, scoring = call.query, call.scoring
-    num_seqs, _, head_dim = query.shape
+    num_seqs = query.shape[0]
     group, value_dim = call.group, call.value_dim
     config = call.fit_tile(
-        decode_config(device.arch, query.dtype, head_dim, group, call.is_quantized, call.is_float8)
+        decode_config(
+            device.arch, query.dtype, call.width, group, call.is_quantized, call.is_float8
+        )
     )
     num_groups = call.num_kv_heads * triton.cdiv(group, config.tile_m)
     max_tokens = call.block_table.shape[1] * call.block_size

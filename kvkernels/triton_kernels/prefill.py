@@ -258,14 +258,14 @@ def _max_registers(call: Call, tile_m: int, is_split: bool) -> int | None:
 def plan_prefill(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device) -> list[Launch]:
     """The launches for queries that `cu_seqlens_q` deals out; an empty `lse` is not written."""
     query, num_seqs = call.query, call.seq_lens.shape[0]
-    num_tokens, num_heads, head_dim = query.shape
+    num_tokens, num_heads, _ = query.shape
     num_rows = triton.cdiv(num_tokens, num_seqs) * call.group
     rows_per_multiprocessor: int | None = num_tokens * num_heads // device.num_multiprocessors
     if call.batch_invariant:
         num_rows, rows_per_multiprocessor = _INVARIANT_ROWS, None
     config = call.fit_tile(
         prefill_config(
-            device.arch, query.dtype, head_dim, num_rows, call.is_heavy, rows_per_multiprocessor
+            device.arch, query.dtype, call.width, num_rows, call.is_heavy, rows_per_multiprocessor
         )
     )
     group_tile = min(call.group, config.tile_m)

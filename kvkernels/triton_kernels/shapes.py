@@ -32,8 +32,8 @@ class Shape:
         op: See above.
         dtype: A name in `DTYPES`.
         head_dim: Width of a key.
-        value_dim: Width of a value that is a view of the key, or of a codec's latent; 0 where it is
-            like the key.
+        value_dim: Width of a value that is a view of the key, if not wider, or of a codec's latent;
+            0 where it is like the key.
         block_size: Tokens in a block.
         group: Query heads to a key-value head.
         num_kv_heads: Key-value heads.
@@ -129,11 +129,12 @@ def plan(shape: Shape, device: Device) -> list[Launch]:
     key = _empty(num_tokens, shape.num_kv_heads, shape.head_dim, dtype=dtype)
     cache_dtype = torch.float8_e4m3fn if shape.is_float8 else dtype
     # Two of them, one after another, as in a pool.
-    pool = _empty(
-        *(_MAX_BLOCKS, 2, shape.num_kv_heads, shape.block_size, shape.head_dim), dtype=cache_dtype
-    )
+    width = max(shape.head_dim, shape.value_dim)
+    pool = _empty(*(_MAX_BLOCKS, 2, shape.num_kv_heads, shape.block_size, width), dtype=cache_dtype)
     key_cache, value_cache = pool.unbind(1)
-    if shape.value_dim:
+    if shape.value_dim > shape.head_dim:
+        key_cache = key_cache[..., : shape.head_dim]
+    elif shape.value_dim:
         value_cache = key_cache[..., : shape.value_dim]
     lse = _empty(num_tokens if shape.has_lse else 0, num_heads, dtype=torch.float32)
     out = _empty(num_tokens, num_heads, value_cache.shape[3], dtype=dtype)

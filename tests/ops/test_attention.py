@@ -44,6 +44,29 @@ def test_odd_sizes_match_reference_on_the_cpu(
 
 
 @every_implementation()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 128), (64, 320), (96, 32)])
+@pytest.mark.parametrize("sequences", [((1, 40), (1, 5)), ((5, 37), (1, 20))], ids=["one", "mixed"])
+def test_values_of_another_width_than_keys(
+    implementation: Implementation,
+    sequences: tuple,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    inputs = make_inputs(Case("", sequences, head_dim=head_dim), dtype, device)
+    shape = (*inputs.key_cache.shape[:3], value_dim)
+    inputs.value_cache = torch.randn(shape, device=device).to(dtype)
+    options = (Scoring(0.125), True)
+    exact = reference.paged_attention(*inputs.tensors(torch.float64), *options)
+    rounded = reference.paged_attention(*inputs.tensors(), *options)
+    out, lse = implementation.paged_attention(*inputs.tensors(), *options)
+    assert_as_accurate(out, rounded[0], exact[0], "out")
+    assert_as_accurate(lse, rounded[1], exact[1], "lse")
+
+
+@every_implementation()
 @pytest.mark.parametrize("sm_scale", [0.0, 1.0, -0.3, 1e-50])
 def test_sm_scale(implementation: Implementation, sm_scale: float, device: torch.device) -> None:
     inputs = make_inputs(Case("scale", MIXED, head_dim=16), torch.float32, device)
