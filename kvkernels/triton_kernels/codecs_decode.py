@@ -9,7 +9,7 @@ _NUM_STAGES = tl.constexpr(3)
 
 
 @triton.jit(
-    do_not_specialize=["num_items"],
+    do_not_specialize=["num_items", "num_chosen", "num_layers"],
     do_not_specialize_on_alignment=["block_ids_ptr", "is_raw_ptr", "is_good_ptr"],
 )
 def _decode_keys_kernel(
@@ -80,7 +80,7 @@ def _decode_keys_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["num_items"],
+    do_not_specialize=["num_items", "num_chosen", "num_layers"],
     do_not_specialize_on_alignment=["block_ids_ptr", "is_raw_ptr", "is_good_ptr"],
 )
 def _decode_values_kernel(

@@ -22,7 +22,7 @@ _NUM_STAGES = tl.constexpr(3)
 
 
 @triton.jit(
-    do_not_specialize=["num_items"],
+    do_not_specialize=["num_items", "num_chosen", "num_layers"],
     do_not_specialize_on_alignment=["block_ids_ptr", "sums_ptr", "is_raw_ptr"],
 )
 def _encode_keys_kernel(
@@ -124,7 +124,7 @@ def _encode_keys_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["num_items"],
+    do_not_specialize=["num_items", "num_chosen", "num_layers"],
     do_not_specialize_on_alignment=["block_ids_ptr", "sums_ptr", "is_raw_ptr"],
 )
 def _encode_values_kernel(

@@ -73,7 +73,7 @@ def _list_escapes(
 
 
 @triton.jit(
-    do_not_specialize=["num_items"],
+    do_not_specialize=["num_items", "num_chosen", "num_layers"],
     do_not_specialize_on_alignment=["block_ids_ptr", "sums_ptr", "is_raw_ptr"],
 )
 def _encode_lossless_kernel(
@@ -191,7 +191,7 @@ def _encode_lossless_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["num_items"],
+    do_not_specialize=["num_items", "num_chosen", "num_layers"],
     do_not_specialize_on_alignment=["block_ids_ptr", "is_raw_ptr", "is_good_ptr"],
 )
 def _decode_lossless_kernel(

@@ -23,7 +23,7 @@ def _is_wanted(is_raw_ptr, row, RAW_BLOCKS: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["num_items"],
+    do_not_specialize=["num_items", "num_chosen", "num_layers"],
     do_not_specialize_on_alignment=["block_ids_ptr", "sums_ptr", "is_raw_ptr"],
 )
 def _copy_out_kernel(
@@ -58,7 +58,7 @@ def _copy_out_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["num_items"],
+    do_not_specialize=["num_items", "num_chosen", "num_layers"],
     do_not_specialize_on_alignment=["block_ids_ptr", "is_raw_ptr", "is_good_ptr"],
 )
 def _copy_in_kernel(
@@ -92,7 +92,7 @@ def _copy_in_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["num_items"],
+    do_not_specialize=["num_items", "num_chosen", "num_layers"],
     do_not_specialize_on_alignment=["block_ids_ptr", "sums_ptr", "is_raw_ptr"],
 )
 def _copy_channels_out_kernel(
@@ -140,7 +140,7 @@ def _copy_channels_out_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["num_items"],
+    do_not_specialize=["num_items", "num_chosen", "num_layers"],
     do_not_specialize_on_alignment=["block_ids_ptr", "is_raw_ptr", "is_good_ptr"],
 )
 def _copy_channels_in_kernel(
@@ -183,7 +183,7 @@ def _copy_channels_in_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["num_items"],
+    do_not_specialize=["num_items", "num_chosen", "num_layers"],
     do_not_specialize_on_alignment=["sums_ptr", "is_raw_ptr"],
 )
 def _sum_layers_kernel(
