@@ -191,6 +191,21 @@ def decode_config(
     return TileConfig(tile_m, *table[min(served_as, 9), itemsize, width])
 
 
+def prefill_tiles(
+    arch: int, dtype: torch.dtype, head_dim: int, is_heavy: bool = False
+) -> list[TileConfig]:
+    """Configurations of the prefill kernel, the ones for few query rows first.
+
+    `is_heavy` says that blocks may be quantised, or that scores have rules beside a window.
+    """
+    served_as, itemsize, width = row = _row(arch, dtype, head_dim)
+    as_hopper = (min(served_as, 9), itemsize, width)
+    entries = _PREFILL_BLACKWELL.get(row) or _PREFILL[as_hopper]
+    if is_heavy:
+        entries = _PREFILL_HEAVY.get(row) or _PREFILL_HEAVY.get(as_hopper) or entries
+    return [TileConfig(tile_m, *entries[tile_m]) for tile_m in sorted(entries)]
+
+
 def prefill_config(
     arch: int,
     dtype: torch.dtype,
@@ -199,23 +214,16 @@ def prefill_config(
     is_heavy: bool = False,
     rows_per_multiprocessor: int | None = None,
 ) -> TileConfig:
-    """Configuration of the prefill kernel for about `num_rows` query rows a sequence.
+    """Of `prefill_tiles`, the one for about `num_rows` query rows a sequence.
 
-    `is_heavy` says that blocks may be quantised, or that scores have rules beside a window.
     `rows_per_multiprocessor` are those of the whole call, None for any number.
     """
-    served_as, itemsize, width = row = _row(arch, dtype, head_dim)
-    as_hopper = (min(served_as, 9), itemsize, width)
-    entries = _PREFILL_BLACKWELL.get(row) or _PREFILL[as_hopper]
-    least_rows = _LEAST_ROWS
-    if is_heavy:
-        entries = _PREFILL_HEAVY.get(row) or _PREFILL_HEAVY.get(as_hopper) or entries
-        least_rows = {}
-    sizes = [
-        size
-        for size in sorted(entries)
+    row = _row(arch, dtype, head_dim)
+    least_rows = {} if is_heavy else _LEAST_ROWS
+    tiles = [
+        tile
+        for tile in prefill_tiles(arch, dtype, head_dim, is_heavy)
         if rows_per_multiprocessor is None
-        or rows_per_multiprocessor >= least_rows.get((row, size), 0)
+        or rows_per_multiprocessor >= least_rows.get((row, tile.tile_m), 0)
     ]
-    tile_m = next((size for size in sizes if num_rows <= size), max(sizes))
-    return TileConfig(tile_m, *entries[tile_m])
+    return next((tile for tile in tiles if num_rows <= tile.tile_m), tiles[-1])

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from kvkernels.triton_kernels.calls import CHANGING, INDEX_TENSORS, Call
-from kvkernels.triton_kernels.configs import TileConfig, prefill_config
+from kvkernels.triton_kernels.configs import TileConfig, prefill_config, prefill_tiles
 from kvkernels.triton_kernels.launch import Device, Launch
 from kvkernels.triton_kernels.parts import load_parts, store_parts, zeros
 from kvkernels.triton_kernels.rules import tree_depths
@@ -305,3 +305,22 @@ def plan_prefill(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Devic
         scratch=partials.scratch,
     )
     return [prefill] if max_splits == 1 else [prefill, plan_join(call, partials, out, lse)]
+
+
+def query_counts(call: Call, device: Device) -> list[int]:
+    """Numbers of queries with which one sequence like those of `call` comes to every tile, and
+    there to splits if it ever does.
+
+    A tile serves more rows than the one before it has. The fewest take the fewest programs, and so
+    are the likeliest to be split; but behind a window it also takes tokens enough for two splits.
+    """
+    counts, rows = set(), 0
+    for tile in prefill_tiles(device.arch, call.query.dtype, call.width, call.is_heavy):
+        config = call.fit_tile(tile)
+        fewest = rows // call.group + 1
+        counts.add(fewest)
+        if call.scoring.window:
+            tokens = shortest_split(config.tile_m, config.tile_n, call) * config.tile_n
+            counts.add(max(fewest, tokens - call.scoring.window + 1))
+        rows = config.tile_m
+    return sorted(counts)

@@ -124,9 +124,24 @@ def plan(shape: Shape, device: Device) -> list[Launch]:
     """The launches of a call."""
     if shape.codec:
         return _plan_codec(shape, device)
+    call = make_call(shape)
+    num_tokens, num_heads, _ = call.query.shape
+    lse = _empty(num_tokens if shape.has_lse else 0, num_heads, dtype=torch.float32)
+    out = _empty(num_tokens, num_heads, call.value_dim, dtype=call.query.dtype)
+    if shape.op == "store_kv":
+        key = call.query[:, : shape.num_kv_heads].contiguous()
+        slots = _empty(num_tokens, dtype=torch.int64)
+        return plan_store_kv(key, key, call.key_cache, call.value_cache, slots)
+    if shape.op == "merge":
+        return plan_merge(out, lse, out, lse, out, lse)
+    plan_attention = plan_decode if call.cu_seqlens_q is None else plan_prefill
+    return plan_attention(call, out, lse, device)
+
+
+def make_call(shape: Shape) -> Call:
+    """A call of attention, as decode where that is its op."""
     dtype = DTYPES[shape.dtype]
     num_tokens, num_heads = shape.num_seqs * shape.num_queries, shape.num_kv_heads * shape.group
-    key = _empty(num_tokens, shape.num_kv_heads, shape.head_dim, dtype=dtype)
     cache_dtype = torch.float8_e4m3fn if shape.is_float8 else dtype
     # Two of them, one after another, as in a pool.
     width = max(shape.head_dim, shape.value_dim)
@@ -136,31 +151,22 @@ def plan(shape: Shape, device: Device) -> list[Launch]:
         key_cache = key_cache[..., : shape.head_dim]
     elif shape.value_dim:
         value_cache = key_cache[..., : shape.value_dim]
-    lse = _empty(num_tokens if shape.has_lse else 0, num_heads, dtype=torch.float32)
-    out = _empty(num_tokens, num_heads, value_cache.shape[3], dtype=dtype)
-    if shape.op == "store_kv":
-        slots = _empty(num_tokens, dtype=torch.int64)
-        return plan_store_kv(key, key, key_cache, value_cache, slots)
-    if shape.op == "merge":
-        return plan_merge(out, lse, out, lse, out, lse)
-    is_decode = shape.op == "decode"
-    call = Call(
+    return Call(
         _empty(num_tokens, num_heads, shape.head_dim, dtype=dtype),
         key_cache,
         value_cache,
         _empty(shape.num_seqs, _MAX_BLOCKS, dtype=torch.int32),
         _empty(shape.num_seqs, dtype=torch.int32),
-        None if is_decode else _empty(shape.num_seqs + 1, dtype=torch.int32),
+        None if shape.op == "decode" else _empty(shape.num_seqs + 1, dtype=torch.int32),
         _scoring(shape, num_tokens, num_heads),
         _quantized(shape, "int8"),
         _quantized(shape, "int4"),
         shape.batch_invariant,
     )
-    return (plan_decode if is_decode else plan_prefill)(call, out, lse, device)
 
 
 def _plan_codec(shape: Shape, device: Device) -> list[Launch]:
-    """The launches of a call; what all codecs have in common only with "raw"."""
+    """The launches of a call; those for blocks that are raw in spite of the codec, with "raw"."""
     layout = KVLayout(
         2,
         shape.num_kv_heads,
@@ -182,11 +188,9 @@ def _plan_codec(shape: Shape, device: Device) -> list[Launch]:
     )
     sums = _empty(num_rows, layout.num_layers, 2, dtype=torch.int64)
     is_good = _empty(num_rows, layout.num_layers, dtype=torch.bool)
-    is_encode = shape.op == "encode_blocks"
-    launches = (
-        codecs_plan.plan_encode(work, sums) if is_encode else codecs_plan.plan_decode(work, is_good)
-    )
+    if shape.op == "decode_blocks":
+        return codecs_plan.plan_sums(work, sums) + codecs_plan.plan_decode(work, is_good)
+    launches = codecs_plan.plan_encode(work, sums)
     if shape.codec == "raw":
-        plan_more = codecs_plan.plan_encode_raw if is_encode else codecs_plan.plan_sums
-        launches += plan_more(work, sums)
+        launches += codecs_plan.plan_encode_raw(work, sums)
     return launches

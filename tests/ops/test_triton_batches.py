@@ -1,7 +1,6 @@
-"""The Triton kernels: what a batch may change, counters, and what a warm-up compiles."""
+"""The Triton kernels: what a batch may change, and counters."""
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ attention = pytest.importorskip("kvkernels.triton_kernels.attention")
 counters = pytest.importorskip("kvkernels.triton_kernels.counters")
 decode = pytest.importorskip("kvkernels.triton_kernels.decode")
 shapes = pytest.importorskip("kvkernels.triton_kernels.shapes")
-warmup = pytest.importorskip("kvkernels.triton_kernels.warmup")
 launch = pytest.importorskip("kvkernels.triton_kernels.launch")
 replay = pytest.importorskip("kvkernels.triton_kernels.replay")
 
@@ -132,26 +130,3 @@ def test_other_sequences_do_not_change_how_splits_are_joined() -> None:
         _, join = shapes.plan(batch, launch.Device(9, 132))
         joins.append({name: value for name, value in join.arguments.items() if name.isupper()})
     assert joins[0] == joins[1]
-
-
-def test_a_warm_up_reaches_every_variant_of_a_call() -> None:
-    """What calls of a model launch differs in compile-time constants only as the warm-up has it."""
-    model = shapes.Shape("decode", "bf16", 128, group=4, num_kv_heads=8)
-    device = launch.Device(9, 132)
-
-    def variants(calls: list) -> set:
-        found = set()
-        for one in itertools.chain.from_iterable(shapes.plan(call, device) for call in calls):
-            constants = {name: value for name, value in one.arguments.items() if name.isupper()}
-            found.add((one.kernel.__name__, str(one.options), *sorted(constants.items())))
-        return found
-
-    warmed = variants(list(warmup.shapes_of_model(model)))
-    served = []
-    for num_seqs, num_queries in itertools.product(
-        (1, 2, 7, 64, 300, 2000), (1, 2, 4, 9, 99, 3000)
-    ):
-        one = dataclasses.replace(model, num_seqs=num_seqs, num_queries=num_queries)
-        served.append(dataclasses.replace(one, op="prefill"))
-        served.append(dataclasses.replace(one, num_queries=1))
-    assert variants(served) <= warmed
