@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 import triton
 
@@ -11,6 +13,7 @@ _buffers: dict[tuple[int, int], torch.Tensor] = {}
 # good: replays may run beside other streams.
 _graph_buffers: dict[int, tuple[torch.Tensor, int]] = {}
 _GRAPH_COUNTERS = 1 << 20
+_dealing = threading.Lock()  # threads may capture at once
 
 
 def zeroed_counters(count: int, tensor: torch.Tensor) -> torch.Tensor:
@@ -29,15 +32,22 @@ def zeroed_counters(count: int, tensor: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(False):
             buffer = tensor.new_zeros(max(1024, 2 * count), dtype=torch.int32)
             _buffers[index, stream] = buffer
-            if tensor.is_cuda and index not in _graph_buffers:
-                _graph_buffers[index] = (tensor.new_zeros(_GRAPH_COUNTERS, dtype=torch.int32), 0)
+            if tensor.is_cuda:
+                _provide_for_graphs(index, tensor)
     return buffer
 
 
+def _provide_for_graphs(index: int, tensor: torch.Tensor) -> None:
+    with _dealing:
+        if index not in _graph_buffers:
+            _graph_buffers[index] = (tensor.new_zeros(_GRAPH_COUNTERS, dtype=torch.int32), 0)
+
+
 def _deal_to_graph(count: int, index: int, tensor: torch.Tensor) -> torch.Tensor:
-    buffer, used = _graph_buffers.get(index, (None, 0))
-    if buffer is None or used + count > buffer.numel():
-        return tensor.new_zeros(count, dtype=torch.int32)  # a fill at every replay
-    # A multiple of 16 bytes, since Triton compiles another kernel for any other address.
-    _graph_buffers[index] = (buffer, used + triton.cdiv(count, 4) * 4)
-    return buffer[used : used + count]
+    with _dealing:
+        buffer, used = _graph_buffers.get(index, (None, 0))
+        if buffer is not None and used + count <= buffer.numel():
+            # A multiple of 16 bytes, since Triton compiles another kernel for any other address.
+            _graph_buffers[index] = (buffer, used + triton.cdiv(count, 4) * 4)
+            return buffer[used : used + count]
+    return tensor.new_zeros(count, dtype=torch.int32)  # a fill at every replay

@@ -1,6 +1,8 @@
 """The Triton kernels: what a batch may change, and counters."""
 
 import dataclasses
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -100,6 +102,19 @@ def test_counters_of_a_stream_are_zero_and_shared(device: torch.device) -> None:
     many = counters.zeroed_counters(5000, tensor)
     assert few.numel() >= 10 and many.numel() >= 5000 and not many.any()
     assert counters.zeroed_counters(20, tensor).data_ptr() == many.data_ptr()
+
+
+def test_graphs_that_are_captured_at_once_share_no_counters(monkeypatch) -> None:
+    buffer = torch.zeros(1 << 16, dtype=torch.int32)
+    monkeypatch.setattr(counters, "_graph_buffers", {0: (buffer, 0)})
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            dealt = list(pool.map(lambda _: counters._deal_to_graph(5, 0, buffer), range(4000)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert len({one.data_ptr() for one in dealt}) == len(dealt)
 
 
 def test_a_length_past_its_table_harms_no_later_call(device: torch.device, monkeypatch) -> None:
