@@ -20,25 +20,29 @@ class PinnedMemory:
 
     Args:
         memory: Contiguous, on the CPU; kept alive.
+        device: A GPU that copies. All may, but the runtime opens a context on the current one.
 
     Attributes:
         is_pinned: Whether it is locked now.
     """
 
-    def __init__(self, memory: torch.Tensor) -> None:
+    def __init__(self, memory: torch.Tensor, device: torch.device) -> None:
         self._memory = memory
-        status = torch.cuda.cudart().cudaHostRegister(
-            memory.data_ptr(), memory.nbytes, _FOR_ALL_DEVICES
-        )
+        self._device = device
+        with torch.cuda.device(device):
+            status = torch.cuda.cudart().cudaHostRegister(
+                memory.data_ptr(), memory.nbytes, _FOR_ALL_DEVICES
+            )
         self.is_pinned = int(status) == 0
         if not self.is_pinned:
             logger.warning("%d bytes of host memory not pinned: %s", memory.nbytes, status)
             # PyTorch raises what the call left behind at the next launch: let it be this one.
             with contextlib.suppress(RuntimeError):
-                torch.zeros(1, device="cuda")
+                torch.zeros(1, device=device)
 
     def close(self) -> None:
         """Unlock it, once no copy runs any more. May be called again."""
         if self.is_pinned:
             self.is_pinned = False
-            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
+            with torch.cuda.device(self._device):
+                torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())

@@ -213,6 +213,7 @@ class BlockCache:
 def _pin_lent_memory(groups: Sequence[PagedGroup], store: Store | None) -> PinnedMemory | None:
     """Let a GPU copy the fastest tier's records from where they lie."""
     memory = None if store is None else store.lent_memory
-    if memory is None or all(group.pool.device.type != "cuda" for group in groups):
+    devices = [group.pool.device for group in groups if group.pool.device.type == "cuda"]
+    if memory is None or not devices:
         return None
-    return PinnedMemory(torch.from_numpy(memory))
+    return PinnedMemory(torch.from_numpy(memory), devices[0])

@@ -339,7 +339,7 @@ def test_bad_arguments_are_named(make_transfer: MakeTransfer) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_memory_of_others_is_pinned_until_it_is_closed():
     memory = torch.zeros(1 << 20, dtype=torch.uint8)
-    pinned = PinnedMemory(memory)
+    pinned = PinnedMemory(memory, torch.device("cuda"))
     assert pinned.is_pinned and memory.is_pinned()
     for _ in range(2):
         pinned.close()
