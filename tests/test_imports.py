@@ -82,10 +82,14 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     STORE: ("numpy", "prefixstore.tiers.base", *NAMES, *RECORD, *AT_EXIT),
     PLANNER: ("numpy",),
     # Beside the cache: what a model's KV depends on, and models to try it with.
-    ("prefixstore.identity",): ("torch", "numpy", "kvkernels", "prefixstore.errors"),
+    ("prefixstore.identity",): (
+        *("torch", "numpy", "kvkernels", "prefixstore.errors", "prefixstore.module_state"),
+    ),
+    ("prefixstore.module_state",): ("torch", "prefixstore.errors"),
     ("prefixstore.models",): ("torch", "transformers", "prefixstore.errors"),
     CACHE: (
-        *("torch", "numpy", "kvkernels", "prefixstore.identity", "prefixstore.tiers", "tomli"),
+        *("torch", "numpy", "kvkernels", "prefixstore.tiers", "tomli"),
+        *("prefixstore.identity", "prefixstore.module_state"),
         *NAMES,
         *RECORD,
         *STORE,

@@ -19,6 +19,7 @@ from prefixstore.config import CacheConfig
 from prefixstore.identity import model_identity
 from prefixstore.index import Match, Outline
 from prefixstore.index import Stats as IndexStats
+from prefixstore.module_state import check_evaluates
 from prefixstore.pool_sizes import pool_sizes
 from prefixstore.restore import DEVICE, RestoredPrefix, restore_prefix
 from prefixstore.reuse_report import ReuseReport
@@ -103,20 +104,22 @@ class PrefixCache:
         """A cache for `model`, whose attention is set to read it until `close`.
 
         Args:
-            model: A Hugging Face causal language model, in evaluation mode. Its weights count as
-                they are now; an adapter loaded or switched later needs a cache opened after it.
+            model: A Hugging Face causal language model, in evaluation mode. Its weights and
+                adapters count as they are now; one loaded or switched later needs a cache opened
+                after it.
             config: Sizes and places, such as `CacheConfig.from_toml("kv.toml")`.
             store: Tiers of your own, in place of those that `config` names; closed with the cache.
             settings: Fields of `CacheConfig` by name, in place of those of `config`:
                 `PrefixCache.open(model, disk_path="kv-cache", codec="q8")`.
 
         Raises:
-            ConfigError: If a setting is unknown or out of range.
+            ConfigError: If a setting is unknown or out of range, or the model in training mode.
             UnsupportedError: If the model has a feature without a kernel; the message names it.
             TierUnavailable: If a tier of this machine cannot be opened.
         """
         check_known("settings", settings, [one.name for one in fields(CacheConfig)])
         config = replace(config or CacheConfig(), **settings)
+        check_evaluates(model)
         specs = layer_groups(model.config, config.block_size, model.dtype)
         sizes = pool_sizes(config, model.config, specs, model.device)
         identity = model_identity(model, [spec.layout for spec in specs])

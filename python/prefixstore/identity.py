@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
@@ -12,6 +14,9 @@ import torch
 
 from kvkernels import KVLayout
 from prefixstore.errors import ConfigError
+from prefixstore.module_state import hooked_module, state_beside_weights
+
+logger = logging.getLogger(__name__)
 
 IDENTITY_BYTES = 16
 
@@ -69,9 +74,13 @@ def model_identity(
 ) -> bytes:
     """Digest of weights, attention configuration, dtypes, layouts and salt, 16 bytes.
 
-    Two models that share a name differ, two names of one model agree. Adapters count where their
-    weights are parameters of the model, as PEFT makes them. The digest holds for one version of
-    this library, and of the model library as far as that adds fields to the configuration.
+    Two models that share a name differ, two names of one model agree. Adapters count as they are
+    now: their weights, which of them are active, and how much; so does whatever else in the modules
+    is not as the configuration makes it, see `state_beside_weights`. What a forward hook does
+    nobody knows: the digest of a model that has one is of no other, nor the same again.
+
+    It holds for one version of this library, and of the model library as far as that adds fields
+    to the configuration.
 
     Args:
         model: A `transformers.PreTrainedModel`, or any module with its weights loaded; `config`
@@ -93,6 +102,14 @@ def model_identity(
     _add(digest, "salt", salt.encode() if isinstance(salt, str) else salt)
     for name, weight_digest in _weight_digests(model):
         _add(digest, f"weight {name}", weight_digest)
+    for name, state in state_beside_weights(model):
+        if isinstance(state, torch.Tensor):
+            state = _tensor_digest(name, state)
+        _add(digest, name, state)
+    hooked = hooked_module(model)
+    if hooked is not None:
+        logger.warning("model: a forward hook on %s: its KV is of use to this cache alone", hooked)
+        _add(digest, "hooks", os.urandom(IDENTITY_BYTES))
     return digest.digest()
 
 
@@ -134,9 +151,7 @@ def _weight_digests(model: torch.nn.Module) -> Iterator[tuple[str, bytes]]:
     """Name and digest of every parameter and persistent buffer, in the order of their names."""
     weights = dict(sorted(model.state_dict(keep_vars=True).items()))
     for name, weight in weights.items():
-        if not isinstance(weight, torch.Tensor) or weight.is_meta:
-            what = "a tensor without values" if isinstance(weight, torch.Tensor) else type(weight)
-            raise ConfigError(f"model: expected loaded weights, got {what} for {name}")
+        _check_loaded(name, weight)
     # Tied weights are one object under two names: hashed once.
     distinct = {id(weight): weight for weight in weights.values()}
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
@@ -150,6 +165,17 @@ def _weight_digests(model: torch.nn.Module) -> Iterator[tuple[str, bytes]]:
         }
     for name, weight in weights.items():
         yield name, finished[id(weight)]
+
+
+def _check_loaded(name: str, weight: Any) -> None:
+    if not isinstance(weight, torch.Tensor) or weight.is_meta:
+        what = "a tensor without values" if isinstance(weight, torch.Tensor) else type(weight)
+        raise ConfigError(f"model: expected loaded weights, got {what} for {name}")
+
+
+def _tensor_digest(name: str, tensor: torch.Tensor) -> bytes:
+    _check_loaded(name, tensor)
+    return _weight_digest(tensor, b"".join(map(_chunk_digest, _chunks(tensor))))
 
 
 def _weight_digest(weight: torch.Tensor, chunk_digests: bytes) -> bytes:

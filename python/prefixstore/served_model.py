@@ -11,9 +11,12 @@ import torch
 
 from kvkernels.errors import UnsupportedError
 from kvkernels.nn.transformers import install, uninstall
+from prefixstore.module_state import ModuleWatch
 
 # Arguments that change keys and values without a trace in the token ids.
 _BEYOND_TOKENS = (
+    "adapter_names",
+    "alora_offsets",
     "inputs_embeds",
     "input_features",
     "input_values",
@@ -59,6 +62,7 @@ class ServedModel:
         install(model)
         self._model = model
         self._arguments = tuple(inspect.signature(model.forward).parameters)
+        self._watch = ModuleWatch(model)
         self._weights = _named_weights(model)
         self._samples = _weight_samples(self._weights.values())
         self._places = self._weight_places()
@@ -74,12 +78,15 @@ class ServedModel:
             )
 
     def check_weights(self) -> None:
-        """Raise ValueError if a weight was written or replaced since the cache was opened."""
+        """Raise ValueError if the model computes something else than when the cache was opened."""
         self.check_weights_at_hand()
         self.check_weights_beyond()
 
     def check_weights_at_hand(self) -> None:
         """The part of `check_weights` that does not wait for what is queued on a GPU."""
+        change = self._watch.change()
+        if change is not None:
+            raise ValueError(f"model: {change}; open another cache")
         weights = _named_weights(self._model)
         _refuse_change(
             weights.keys() == self._weights.keys()
@@ -191,7 +198,7 @@ def _unwrap_prepare(model: Any) -> None:
     while (found := vars(model).get(name)) is not None:
         if not isinstance(found, _CheckedPrepare) or not found.served_model.is_closed:
             return
-        if getattr(found.prepare, "__func__", None) is getattr(type(model), name):
+        if getattr(found.prepare, "__func__", None) is getattr(type(model), name, None):
             delattr(model, name)
         else:
             setattr(model, name, found.prepare)

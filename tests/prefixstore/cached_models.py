@@ -3,6 +3,8 @@
 All on a GPU where there is one, as the `device` fixture.
 """
 
+import contextlib
+
 import numpy as np
 import torch
 import transformers
@@ -42,6 +44,23 @@ def tiny_gemma3():
         max_position_embeddings=2048,
     )
     return transformers.Gemma3ForCausalLM(config).eval().to(DEVICE)
+
+
+@contextlib.contextmanager
+def calling_first(layer, function):
+    """Calls a function before each pass of a layer; a cache would not let a hook come and go."""
+    forward, had_own = layer.forward, "forward" in vars(layer)
+
+    def call(*args, **kwargs):
+        function()
+        return forward(*args, **kwargs)
+
+    layer.forward = call
+    yield
+    if had_own:
+        layer.forward = forward
+    else:
+        del layer.forward
 
 
 def random_tokens(num_tokens, seed=0):

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from cached_models import BLOCK_SIZE, tiny_llama
+from cached_models import BLOCK_SIZE, calling_first, tiny_llama
 from dict_tier import DictTier
 from engines import GREEDY, Numbers, expected, prompt
 from test_engine_restoring import warm, watch
@@ -90,10 +90,9 @@ def test_the_first_layer_is_computed_before_the_last_one_has_come(tier, engine, 
             has_waited.append(is_computed.wait(10))
 
     tier.before_part = wait_for_the_model
-    layer = engine.model.model.layers[0]
-    hook = layer.register_forward_hook(lambda *_: is_computed.set())
-    output = engine.submit(TOKENS, GREEDY).result(60)
-    hook.remove()
+    # The second begins when the first is computed.
+    with calling_first(engine.model.model.layers[1], is_computed.set):
+        output = engine.submit(TOKENS, GREEDY).result(60)
     assert has_waited == [True]
     assert not voids
     assert list(output.token_ids) == expected(engine.model, TOKENS)

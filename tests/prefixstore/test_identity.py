@@ -143,15 +143,68 @@ def test_adapter_counts_as_weights(identity):
     assert len({identity, with_adapter, model_identity(model, LAYOUT)}) == 3
 
 
-def test_persistent_buffers_count_and_others_do_not():
+def test_buffers_count():
     model = torch.nn.Module()
     model.register_buffer("kept", torch.ones(2))
     model.register_buffer("derived", torch.ones(2), persistent=False)
     before = model_identity(model, LAYOUT)
     model.derived += 1
-    assert model_identity(model, LAYOUT) == before
+    derived = model_identity(model, LAYOUT)
     model.kept += 1
-    assert model_identity(model, LAYOUT) != before
+    assert len({before, derived, model_identity(model, LAYOUT)}) == 3
+
+
+def test_frequencies_count_where_they_are_not_those_of_the_configuration(identity):
+    model = make_model()
+    model.model.rotary_emb.inv_freq *= 1 + 1e-7  # as another processor may round them
+    assert model_identity(model, LAYOUT) == identity
+    model.model.rotary_emb.inv_freq *= 0.25
+    assert model_identity(model, LAYOUT) != identity
+
+
+def test_a_model_cast_with_its_frequencies_is_not_one_loaded_in_that_dtype(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    cast = make_model().to(torch.bfloat16)
+    assert loaded.model.rotary_emb.inv_freq.dtype != cast.model.rotary_emb.inv_freq.dtype
+    assert model_identity(loaded, LAYOUT) != model_identity(cast, LAYOUT)
+
+
+def set_scaling(model):
+    model.model.layers[1].self_attn.scaling *= 2
+
+
+def set_epsilon(model):
+    model.model.norm.variance_epsilon = 1e-3
+
+
+def replace_activation(model):
+    model.model.layers[0].mlp.act_fn = torch.nn.Sigmoid()
+
+
+@pytest.mark.parametrize("change", [set_scaling, set_epsilon, replace_activation])
+def test_differs_with_what_is_set_in_a_module_by_hand(identity, change):
+    model = make_model()
+    change(model)
+    changed = model_identity(model, LAYOUT)
+    assert changed != identity
+    assert model_identity(model, LAYOUT) == changed
+
+
+def test_a_model_with_a_hook_is_like_no_other(identity, caplog):
+    model = make_model()
+    handle = model.model.layers[0].register_forward_hook(lambda *_: None)
+    hooked = {model_identity(model, LAYOUT), model_identity(model, LAYOUT)}
+    assert len(hooked | {identity}) == 3
+    assert "a forward hook on model.layers.0" in caplog.text
+    handle.remove()
+    assert model_identity(model, LAYOUT) == identity
+
+
+def test_hooks_of_transformers_change_nothing(identity):
+    model = make_model().eval()
+    model(torch.arange(4)[None], output_hidden_states=True)  # hooks stay where it notes them
+    assert model_identity(model, LAYOUT) == identity
 
 
 def test_a_tensor_of_several_chunks_counts_to_its_last_byte():

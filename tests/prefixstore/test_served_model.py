@@ -44,7 +44,8 @@ def replace_parameter(model):
 
 
 def replace_module(model):
-    model.model.layers[1] = type(model.model.layers[1])(model.config, 1).to(model.device)
+    layer = type(model.model.layers[1])(model.config, 1)
+    model.model.layers[1] = layer.eval().to(model.device)
 
 
 def assign_state(model):
@@ -76,6 +77,45 @@ def test_changed_weights_need_another_cache(model, open_cache, change):
     with pytest.raises(ValueError, match="model: expected the weights the cache was opened with"):
         cache.session(tokens)
     assert run(open_cache(), model, tokens)[1].num_reused == 0
+
+
+def set_scaling(model):
+    model.model.layers[1].self_attn.scaling *= 2
+
+
+def add_hook(model):
+    model.model.layers[0].register_forward_hook(lambda _, __, output: output)
+
+
+def train(model):
+    model.train()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (set_scaling, "the modules' numbers as the cache was opened with, got others"),
+        (add_hook, "the forward hooks the cache was opened with, got others"),
+        (train, "evaluation mode, got training mode"),
+    ],
+)
+def test_a_changed_model_needs_another_cache(model, open_cache, change, expected):
+    cache = open_cache()
+    tokens = random_tokens(40)
+    run(cache, model, tokens)
+    change(model)
+    with pytest.raises(ValueError, match=f"model: expected {expected}; open another cache"):
+        cache.session(tokens)
+    model.eval()
+    assert run(open_cache(), model, tokens)[1].num_reused == 0
+
+
+def test_a_model_in_training_mode_is_refused(model, open_cache):
+    before = model.config._attn_implementation
+    model.train()
+    with pytest.raises(ConfigError, match=r"got training mode; call model.eval\(\)"):
+        open_cache()
+    assert model.config._attn_implementation == before
 
 
 def test_weights_changed_during_a_session_cache_nothing(model, open_cache):

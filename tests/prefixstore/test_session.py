@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from cached_models import VOCABULARY, as_row, generate, random_tokens, run
+from cached_models import VOCABULARY, as_row, calling_first, generate, random_tokens, run
 
 from kvkernels.errors import UnsupportedError
 from kvkernels.nn.transformers import paged_attention
@@ -81,18 +81,17 @@ def test_a_session_is_not_generated_from_twice(model, open_cache):
 def test_a_generation_that_failed_midway_is_not_tried_again_in_its_session(model, open_cache):
     tokens, num_calls = random_tokens(40), 0
 
-    def fail(*_):
+    def fail():
         nonlocal num_calls
         num_calls += 1
         if num_calls == 5:
             raise RuntimeError("cancelled")
 
     cache = open_cache()
-    hook = model.model.layers[0].register_forward_pre_hook(fail)
     with cache.session(tokens) as session:
-        with pytest.raises(RuntimeError, match="cancelled"):
+        failing = calling_first(model.model.layers[0], fail)
+        with failing, pytest.raises(RuntimeError, match="cancelled"):
             generate(model, tokens, session)
-        hook.remove()
         with pytest.raises(ValueError, match="more tokens than the 43 stored in the session"):
             generate(model, tokens, session)
     assert run(cache, model, tokens)[0] == generate(model, tokens)
@@ -232,14 +231,13 @@ def test_a_failed_pass_does_not_open_the_session_to_another_model(model, open_ca
     tokens = random_tokens(40)
     other = type(model)(model.config).eval().to(model.device)
 
-    def fail(*_):
+    def fail():
         raise RuntimeError("cancelled")
 
-    hook = model.model.layers[1].register_forward_pre_hook(fail)
     with paged_attention(other), cache.session(tokens) as session, torch.no_grad():
-        with pytest.raises(RuntimeError, match="cancelled"):
+        failing = calling_first(model.model.layers[1], fail)
+        with failing, pytest.raises(RuntimeError, match="cancelled"):
             model(tokens, past_key_values=session)
-        hook.remove()
         with pytest.raises(ValueError, match="expected a forward pass of the model the cache"):
             other(tokens, past_key_values=session)
         model(tokens, past_key_values=session)

@@ -1,0 +1,239 @@
+"""What the modules of a model hold besides their weights that changes what they compute.
+
+A model is compared with one that is built of the same configuration: what is equal in both, the
+configuration tells already. The rest was set by hand, or by a library of adapters::
+
+    model.layers.0.self_attn           scaling 0.25                  as built: not mentioned
+    model.layers.1.self_attn           scaling 0.5                   set by hand
+    model.layers.1.self_attn.q_proj    a LoRA layer, "a" is active   its weights do not tell that
+    model.rotary_emb                   inv_freq, 4 times as low      not saved with the weights
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from prefixstore.errors import ConfigError
+
+# Of an adapter's options: where it came from, and what it was made with.
+_IRRELEVANT_OPTIONS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "parent_library",
+        "peft_version",
+        "revision",
+        "runtime_config",
+        "task_type",
+    }
+)
+
+# Libraries whose hooks change nothing that weights and settings do not tell.
+_KNOWN_HOOKS = ("kvkernels", "prefixstore", "torch", "transformers")
+
+# Relative: two processors may compute the same frequencies with other last bits.
+_BUFFER_TOLERANCE = 1e-6
+
+
+def state_beside_weights(
+    model: torch.nn.Module,
+) -> Iterator[tuple[str, bytes | torch.Tensor]]:
+    """Names and values of all that is not as the model's configuration makes it.
+
+    Of each module its class and numbers, and with an adapter what says which one is active and
+    how; of each buffer that is not saved its values.
+    """
+    built = _as_built(model)
+    for name, module in model.named_modules():
+        state = _state(module)
+        if name not in built or state != _state(built[name]):
+            yield f"module {name}", _as_text(state).encode()
+    for name, buffer in model.named_buffers():
+        owner_name, _, own_name = name.rpartition(".")
+        if own_name in model.get_submodule(owner_name)._non_persistent_buffers_set:
+            twin = built.get(owner_name)
+            expected = None if twin is None else twin._buffers.get(own_name)
+            if expected is None or not _agrees(buffer, expected):
+                yield f"buffer {name}", buffer
+    adapters = getattr(model, "peft_config", None)
+    if adapters:
+        options = {name: _options(config) for name, config in dict(adapters).items()}
+        yield "adapters", _as_text(options).encode()
+
+
+def hooked_module(model: torch.nn.Module) -> str | None:
+    """The name of a module with a forward hook, which may do anything; None if there is none."""
+    return next((name for name, module in model.named_modules() if _foreign_hooks(module)), None)
+
+
+def check_evaluates(model: torch.nn.Module) -> None:
+    """Raise ConfigError if part of a model is in training mode: dropout would be in its KV."""
+    for name, module in model.named_modules():
+        if module.training:
+            where = f" in {name}" if name and not model.training else ""
+            raise ConfigError(
+                f"model: expected evaluation mode, got training mode{where}; call model.eval()"
+            )
+
+
+class ModuleWatch:
+    """Notices what changes in a model besides its weights, in little time.
+
+    Args:
+        model: In the state it is to stay in.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._modules = list(model.modules())
+        self._hooks = self._all_hooks()
+        self._adapters = [
+            (module, _adapter_state(module)) for module in self._modules if _has_adapter(module)
+        ]
+        # Integers are left out: some modules count in them.
+        self._numbers = [
+            (vars(module), name, value)
+            for module in self._modules
+            for name, value in vars(module).items()
+            if isinstance(value, float)
+        ]
+
+    def change(self) -> str | None:
+        """What was expected and what is there, in words; None if nothing has changed."""
+        if any(module.training for module in self._modules):
+            return "expected evaluation mode, got training mode"
+        for module, state in self._adapters:
+            if _adapter_state(module) != state:
+                return "expected the adapters as they were when the cache was opened, got others"
+        if any(fields.get(name) != value for fields, name, value in self._numbers):
+            return "expected the modules' numbers as the cache was opened with, got others"
+        if self._all_hooks() != self._hooks:
+            return "expected the forward hooks the cache was opened with, got others"
+        return None
+
+    def _all_hooks(self) -> list[Callable[..., Any]]:
+        return [
+            hook
+            for module in self._modules
+            if module._forward_hooks or module._forward_pre_hooks
+            for hook in _foreign_hooks(module)
+        ]
+
+
+def _as_built(model: torch.nn.Module) -> Mapping[str, torch.nn.Module]:
+    """The modules of a model of the same configuration, without weights; none if that fails.
+
+    Buffers that are not saved have the values that transformers 5 gives them after loading, or
+    NaN, which agrees with nothing.
+    """
+    config = copy.deepcopy(getattr(model, "config", None))
+    if config is None:
+        return {}
+    try:
+        config._attn_implementation = "eager"  # others may ask for a device
+        with torch.device("meta"):
+            built = type(model)(config)
+        for module in built.modules():
+            if module._non_persistent_buffers_set:
+                _fill_buffers(module)
+                built._init_weights(module)  # type: ignore[operator]
+    except Exception:  # of whatever class: then all of the model counts
+        return {}
+    return dict(built.named_modules())
+
+
+def _fill_buffers(module: torch.nn.Module) -> None:
+    for name in module._non_persistent_buffers_set:
+        buffer = module._buffers[name]
+        if buffer is not None and buffer.is_floating_point():
+            module._buffers[name] = torch.full_like(buffer, torch.nan, device="cpu")
+
+
+def _agrees(buffer: torch.Tensor, expected: torch.Tensor) -> bool:
+    if buffer.is_meta or expected.is_meta or buffer.shape != expected.shape:
+        return False
+    if buffer.dim() == 0:  # of which the dtype is that of the model
+        expected = expected.to(buffer.dtype)
+    return buffer.dtype == expected.dtype and torch.allclose(
+        buffer.detach().cpu().double(), expected.double(), rtol=_BUFFER_TOLERANCE, atol=0.0
+    )
+
+
+def _state(module: torch.nn.Module) -> dict[str, Any]:
+    """Class, numbers and adapters of a module."""
+    # A whole model repeats its configuration, and notes where it was loaded from.
+    kinds: tuple[type, ...] = (float,) if hasattr(module, "from_pretrained") else (int, float)
+    numbers = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, kinds) and not isinstance(value, bool) and name[0] != "_"
+    }
+    state = {"class": _class_name(module), "numbers": numbers}
+    return state | {"adapter": _adapter_state(module)} if _has_adapter(module) else state
+
+
+def _has_adapter(module: torch.nn.Module) -> bool:
+    """Whether it is a layer of PEFT, or one that is made alike."""
+    return isinstance(getattr(module, "merged_adapters", None), list)
+
+
+def _adapter_state(module: torch.nn.Module) -> dict[str, Any]:
+    """Which adapters a layer computes with, and how much of each."""
+    own = {
+        name: _plain(value)
+        for name, value in vars(module).items()
+        if name[0] != "_" and name not in ("forward", "training")  # which caches and callers set
+    }
+    # PEFT keeps them under private names, or in the class.
+    return own | {
+        name: _plain(getattr(module, name, None))
+        for name in ("active_adapters", "disable_adapters", "merged_adapters")
+    }
+
+
+def _options(config: Any) -> dict[str, Any]:
+    """What an adapter was configured with."""
+    fields = config.to_dict() if hasattr(config, "to_dict") else dict(vars(config))
+    return {
+        name: _plain(value) for name, value in fields.items() if name not in _IRRELEVANT_OPTIONS
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it, the same in every process; of an object its class alone."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, set | frozenset):
+        return sorted((_plain(one) for one in value), key=repr)
+    if isinstance(value, torch.Tensor):
+        return [str(value.dtype), value.tolist()]
+    return _class_name(value)
+
+
+def _as_text(fields: Mapping[str, Any]) -> str:
+    return json.dumps(fields, sort_keys=True, default=str)
+
+
+def _class_name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _foreign_hooks(module: torch.nn.Module) -> list[Callable[..., Any]]:
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return [hook for hook in hooks if _origin(hook) not in _KNOWN_HOOKS]
+
+
+def _origin(hook: Callable[..., Any]) -> str:
+    """The library a hook is of."""
+    while hasattr(hook, "func"):  # a `functools.partial`
+        hook = hook.func
+    return str(getattr(hook, "__module__", "")).partition(".")[0]
