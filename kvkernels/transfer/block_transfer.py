@@ -14,6 +14,7 @@ Both run on a lane beside the model (`lanes.py`), and these orders hold:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 
@@ -131,8 +132,9 @@ class Restoration:
 
         What was not right was not written.
         """
-        for _, done in self._steps:
-            done.wait()
+        with ExitStack() as waits:  # for every step, whatever another one raises
+            for _, done in self._steps:
+                waits.callback(done.wait)
         return self._is_good
 
 

@@ -34,7 +34,10 @@ class Lane(Protocol):
         ...
 
     def submit(self, work: Callable[[], None], after: Done | None = None) -> Done:
-        """Run `work`, or what it queues on the current stream, once `after` is done."""
+        """Run `work`, or what it queues on the current stream, once `after` is done.
+
+        Where this raises, nothing of it is still to be done.
+        """
         ...
 
     def run(self, work: Callable[[], None], after: Done | None = None) -> Done:
@@ -149,7 +152,11 @@ class StreamLane:
         with torch.cuda.stream(self._stream):
             if after is not None:
                 after.wait_on_stream()
-            work()
+            try:
+                work()
+            except BaseException:
+                self._stream.synchronize()  # nobody is to wait for what it has queued before
+                raise
             return self._record(self._stream)
 
     run = submit

@@ -166,8 +166,12 @@ class PoolTarget:
     def start(self, records: Sequence[FetchedRecord]) -> Callable[[], list[str | None]]:
         ways = self._begin(records)
         layers = range(self._transfer.pool.layout.num_layers)
-        for way in ways:
-            way.restoration.add_layers(layers)
+        try:
+            for way in ways:
+                way.restoration.add_layers(layers)
+        except BaseException:
+            _wait(ways)  # the blocks may be another's next
+            raise
         return partial(_problems, ways)
 
     def begin(self, records: Sequence[FetchedRecord]) -> None:
@@ -223,8 +227,16 @@ class _Way:
     restoration: Restoration
 
 
+def _wait(ways: Sequence[_Way]) -> None:
+    """Wait for all of them, whatever one of them raises."""
+    with ExitStack() as waits:
+        for way in ways:
+            waits.callback(way.restoration.wait)
+
+
 def _problems(ways: Sequence[_Way]) -> list[str | None]:
     """What is wrong with each record, once they are there."""
+    _wait(ways)
     found: dict[int, str | None] = {}
     for way in ways:
         is_good = way.restoration.wait()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +17,14 @@ from stores import use_of
 from test_record_codecs import make_block, make_record, restore, with_infinity
 
 from kvkernels import KVPool
+from kvkernels.transfer.lanes import Done
 from prefixstore.errors import TierTimeout
 from prefixstore.keys import ProtectionConfig
 from prefixstore.pool_blocks import PoolBlocks, PoolTarget
+from prefixstore.record import check_header
 from prefixstore.record_layout import RecordLayout
 from prefixstore.store import Store
+from prefixstore.store.block_targets import FetchedRecord
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
 from prefixstore.tiers.protected import ProtectedTier
@@ -165,6 +170,62 @@ def test_a_tier_that_fails_between_two_layers_loses_no_record(pool: Pool, tier: 
         assert (use.num_hits, use.num_misses, use.num_corrupted) == (0, NUM_BLOCKS, 0)
     assert progress.seen == [2, None, None]
     assert len(tier.records) == NUM_BLOCKS
+
+
+def test_a_load_that_raises_has_let_go_of_its_blocks(pool: Pool, tier: DictTier) -> None:
+    """The lane has other blocks to bring first: theirs are not to be written when it is done."""
+    num_reads, is_raised, is_free = 0, threading.Event(), threading.Event()
+
+    def fail(call: str) -> None:
+        nonlocal num_reads
+        num_reads += call == "get"
+        if num_reads > 2 * NUM_BLOCKS and call == "get":
+            is_raised.set()
+            raise MemoryError("what no tier may raise")
+
+    tier.fail = fail
+    lane = pool.blocks.transfer._lane
+    lane.submit(lambda: is_free.wait(30) and None)
+    with Store([tier]) as store, ThreadPoolExecutor(1) as thread:
+        loading = thread.submit(load, store, pool, Progress())
+        assert is_raised.wait(30)
+        assert not wait([loading], 0.3).done
+        is_free.set()
+        with pytest.raises(MemoryError):
+            loading.result(30)
+        pool.pool.data.fill_(3.0)  # they are another's
+        lane.submit(lambda: None).wait()
+    assert (pool.pool.data == 3.0).all()
+
+
+def test_a_restoration_that_raises_waits_for_what_it_began(pool: Pool) -> None:
+    """Records of two layouts are restored side by side, and the second may fail to begin."""
+    target, is_free = pool.target(), threading.Event()
+    lane = pool.blocks.transfer._lane
+    begun = []
+
+    class Busy:
+        """A lane that has no room for a second piece of work."""
+
+        def run(self, work: Callable[[], None], after: Done | None = None) -> Done:
+            if begun:
+                is_free.set()
+                raise MemoryError("no room")
+            lane.submit(lambda: is_free.wait(30) and None)
+            begun.append(lane.submit(work, after))
+            return begun[0]
+
+    pool.blocks.transfer._lane = Busy()
+    records = [
+        FetchedRecord(n, key, check_header(record, key), np.frombuffer(record, np.uint8))
+        for n, (key, record) in enumerate(zip(KEYS, RECORDS, strict=True))
+    ]
+    with pytest.raises(MemoryError):
+        target.start(records)
+    pool.blocks.transfer._lane = lane
+    pool.pool.data.fill_(3.0)
+    lane.submit(lambda: None).wait()
+    assert (pool.pool.data == 3.0).all()
 
 
 def test_layers_are_asked_of_tiers_that_give_them_sooner() -> None:

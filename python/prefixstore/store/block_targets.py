@@ -37,7 +37,8 @@ class BlockTarget(Protocol):
         """Begin to verify and keep each.
 
         What is returned waits until that is done, and says of each None, or what is wrong with it.
-        What is wrong may have been written in part. The records are read until then, no longer.
+        What is wrong may have been written in part. The records are read, and the blocks written,
+        until then and no longer; where this or what is returned raises, no longer than that.
         """
         ...
 
@@ -54,7 +55,10 @@ class LayerTarget(Protocol):
         ...
 
     def end(self) -> list[str | None]:
-        """For each record None, or what is wrong with it; they are not read after this returns."""
+        """For each record None, or what is wrong with it; called whatever happened in between.
+
+        After this the records are not read any more, nor the blocks written.
+        """
         ...
 
 

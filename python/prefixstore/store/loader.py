@@ -130,15 +130,17 @@ class Loader:
         is_barred = self._quarantined.contains_many([key.name for key in load.keys])
         wanted = [i for i, barred in enumerate(is_barred) if not barred]
         records = reader.begin(wanted, steps[0].stop)
-        target.begin(records)  # nothing is read there before its layers are added
-        for layers in steps:
-            reader.read_to(layers.stop)
-            target.add_layers(layers)
-            if reader.num_whole == len(load.keys):
-                progress.add_layers(layers.stop)
-            else:
-                progress.fail()
-        problems = target.end()
+        try:
+            target.begin(records)  # nothing is read there before its layers are added
+            for layers in steps:
+                reader.read_to(layers.stop)
+                target.add_layers(layers)
+                if reader.num_whole == len(load.keys):
+                    progress.add_layers(layers.stop)
+                else:
+                    progress.fail()
+        finally:
+            problems = target.end()  # before anybody else gets the blocks
         whole = [i for i, record in enumerate(records) if reader.is_whole(record)]
         own = self._judge(load, number, [records[i] for i in whole], [problems[i] for i in whole])
         self._promoter.add(load, number, own, slab)
