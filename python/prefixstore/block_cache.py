@@ -21,8 +21,6 @@ from prefixstore.pool_blocks import PoolBlocks
 from prefixstore.store import Store
 from prefixstore.store.recent_names import RecentNames
 
-WRITER_WAIT_S = 10.0  # how long a full pool waits for the background writer to let blocks go
-
 
 class BlockCache:
     """The blocks of one model: found by their tokens, published under them, saved to the tiers.
@@ -45,7 +43,7 @@ class BlockCache:
     ) -> None:
         self.config = config
         self.store = store
-        self.device = DeviceBlocks(groups, config.block_size, self._wait_blocks)
+        self.device = DeviceBlocks(groups, config.block_size)
         self._identity = identity
         self._record_layouts = record_layouts(groups, config)
         self._loss = describe_loss(self._record_layouts)
@@ -204,10 +202,6 @@ class BlockCache:
         done = partial(self.device.writes.end, group, block_id)
         source = self.pool_blocks[group].source(block_id)
         self.store.save(key, source, done, is_reuse=is_reuse)
-
-    def _wait_blocks(self) -> bool:
-        """Wait a while until the writer has let go of what blocks it can."""
-        return self.store.wait_blocks(WRITER_WAIT_S) if self.store else True
 
 
 def _pin_lent_memory(groups: Sequence[PagedGroup], store: Store | None) -> PinnedMemory | None:

@@ -11,8 +11,9 @@ that reads it, and one from each write to a tier that has not finished::
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -27,6 +28,8 @@ from prefixstore.write_holds import WriteHolds
 # others stay.
 _PASS_SHARE = 4
 
+_WRITERS_WAIT_S = 10.0  # how long a full pool waits for writers to let blocks go
+
 
 class DeviceBlocks:
     """The pools of all layer groups and the index of the prefixes in them.
@@ -34,19 +37,14 @@ class DeviceBlocks:
     Args:
         groups: Pool, allocator and window of each layer group.
         block_size: Tokens in a block.
-        drain: Waits until pending writes have let go of their blocks; called once, when the pool
-            is full and nothing can be evicted.
 
     Attributes:
         writes: What writers hold.
     """
 
-    def __init__(
-        self, groups: Sequence[PagedGroup], block_size: int, drain: Callable[[], object]
-    ) -> None:
+    def __init__(self, groups: Sequence[PagedGroup], block_size: int) -> None:
         self.groups = list(groups)
         self.block_size = block_size
-        self._drain = drain
         reaches = [
             None if window is None else num_window_blocks(block_size, window)
             for window in self.windows
@@ -177,32 +175,43 @@ class DeviceBlocks:
                     return number
         return len(block_ids)
 
-    def reserve(self, group: int, num_blocks: int) -> list[int]:
+    def reserve(self, group: int, num_blocks: int, deadline: float | None = None) -> list[int]:
         """Take blocks of one group; where that needs room, the least recently used go.
 
         Of a group with a window its own blocks go alone, see `RadixIndex.strip`. Of others whole
         prefixes are evicted.
 
+        Args:
+            group: Which one.
+            num_blocks: How many.
+            deadline: Of `time.monotonic()`: for blocks that writers read it is waited no longer;
+                default ten seconds from now.
+
         Raises:
-            PoolFullError: If sessions hold too many; nothing is taken then.
+            PoolFullError: If sessions, or writers until the deadline, hold too many; nothing is
+                taken then.
         """
         self.release_abandoned()
         allocator = self.groups[group].allocator
-        has_drained = False
+        has_waited = False
         while True:
             try:
                 return allocator.allocate(num_blocks)
             except PoolFullError:
-                # Evicted and yet not free: the writer reads them. Wait for it before more go.
                 missing = num_blocks - allocator.num_free
-                if not has_drained:
+                if missing <= 0:
+                    continue  # another thread has just given some back
+                # Evicted and yet not free: a writer reads them. Wait for it before more go.
+                if not has_waited:
                     missing -= self.writes.num_leaving(group)
                 if missing > 0 and self._give_up(group, missing):
                     continue
-                if has_drained:
+                if has_waited:
                     raise
-            self._drain()
-            has_drained = True
+            if deadline is None:
+                deadline = time.monotonic() + _WRITERS_WAIT_S
+            self.writes.wait_free(group, num_blocks, deadline)
+            has_waited = True
 
     def reserve_now(self, group: int, num_blocks: int) -> list[int]:
         """As `reserve`, for who has other things to do than to wait for a writer.

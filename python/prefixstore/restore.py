@@ -125,7 +125,7 @@ def _load(
     """Load these blocks of one group into the pool; returns the numbers of those that failed."""
     assert blocks.store is not None
     try:
-        taken = blocks.device.reserve(group, len(numbers))
+        taken = blocks.device.reserve(group, len(numbers), deadline)
     except PoolFullError:
         # Try again with the first half; what the pool cannot hold cannot be restored.
         return numbers[len(numbers) // 2 :].tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -26,6 +27,7 @@ class WriteHolds:
         self._holds_windows = holds_windows
         self._counts: list[Counter[int]] = [Counter() for _ in groups]  # writes of each block
         self._lock = threading.Lock()
+        self._has_ended = threading.Condition(self._lock)
 
     def max_blocks(self, group: int) -> int:
         """Blocks of a group that may wait to be written.
@@ -53,7 +55,17 @@ class WriteHolds:
             counts[block_id] -= 1
             if counts[block_id] == 0:
                 del counts[block_id]
-        self._groups[group].allocator.release([block_id])
+            # Under the lock: whoever finds no write any more finds its block free.
+            self._groups[group].allocator.release([block_id])
+            self._has_ended.notify_all()
+
+    def wait_free(self, group: int, num_blocks: int, deadline: float) -> None:
+        """Wait until so many blocks of a group are free, or no writer holds any, or it is late."""
+        allocator = self._groups[group].allocator
+        with self._lock:
+            while self._counts[group] and allocator.num_free < num_blocks:
+                if not self._has_ended.wait(max(deadline - time.monotonic(), 0.0)):
+                    return
 
     def num_leaving(self, group: int) -> int:
         """Blocks that a writer alone still holds: they will soon be free."""
