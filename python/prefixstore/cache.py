@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from types import TracebackType
@@ -123,8 +124,9 @@ class PrefixCache:
         specs = layer_groups(model.config, config.block_size, model.dtype)
         sizes = pool_sizes(config, model.config, specs, model.device)
         identity = model_identity(model, [spec.layout for spec in specs])
-        served_model = ServedModel(model)
-        try:
+        with ExitStack() as opened:
+            served_model = ServedModel(model)
+            opened.callback(served_model.close)
             groups = [
                 PagedGroup(
                     pool=KVPool(spec.layout, num_blocks, model.device),
@@ -134,11 +136,13 @@ class PrefixCache:
                 )
                 for spec, num_blocks in zip(specs, sizes, strict=True)
             ]
-            store = _open_store(config, groups) if store is None else store
-            return cls(groups, identity, config, store, served_model)
-        except BaseException:
-            served_model.close()
-            raise
+            if store is None:
+                store = _open_store(config, groups)
+                if store is not None:
+                    opened.callback(store.close)
+            cache = cls(groups, identity, config, store, served_model)
+            opened.pop_all()
+            return cache
 
     def session(
         self, token_ids: torch.Tensor | Sequence[int], *, salt: str | None = None
@@ -162,18 +166,18 @@ class PrefixCache:
         started = time.perf_counter()
         whole = tokens[: (len(tokens) - 1) // self.config.block_size * self.config.block_size]
         keys = self.blocks.keys(whole, salt)
-        restored = restore_prefix(self.blocks, whole, salt, keys)
-        reused = [number for number, tier in enumerate(restored.tiers) if tier == DEVICE]
-        self.blocks.touch(keys, restored.block_ids, reused)
-        report = self._report(tokens, restored, time.perf_counter() - started)
-        return Session(
-            self.blocks.device,
-            tokens,
-            restored,
-            report,
-            partial(self._publish, salt),
-            self.served_model,
-        )
+        device = self.blocks.device
+        with ExitStack() as held:
+            restored = restore_prefix(self.blocks, whole, salt, keys)
+            held.callback(device.unpin, restored.match)
+            held.callback(device.release, restored.block_ids)
+            reused = [number for number, tier in enumerate(restored.tiers) if tier == DEVICE]
+            self.blocks.touch(keys, restored.block_ids, reused)
+            report = self._report(tokens, restored, time.perf_counter() - started)
+            publish = partial(self._publish, salt)
+            session = Session(device, tokens, restored, report, publish, self.served_model)
+            held.pop_all()  # they are the session's from now on
+            return session
 
     def checked_prompt(
         self, token_ids: torch.Tensor | np.ndarray | Sequence[int], salt: str | None
@@ -324,7 +328,12 @@ def _open_store(config: CacheConfig, groups: Sequence[PagedGroup]) -> Store | No
     if not tiers:
         return None
     store_config = config.store if config.store is not None else _store_config(groups)
-    return Store(tiers, replace(store_config, policies=policies))
+    try:
+        return Store(tiers, replace(store_config, policies=policies))
+    except BaseException:
+        for tier in tiers:
+            tier.close()
+        raise
 
 
 def _store_config(groups: Sequence[PagedGroup]) -> StoreConfig:

@@ -42,7 +42,7 @@ class Session(PagedCache):
         self.served_model = served_model
         self._device = device
         self._tokens = tokens
-        self._match: Match | None = restored.match  # pinned; None once released
+        self._match: Match | None = None  # pinned; None once released
         self._num_committed = restored.num_blocks
         # Steps beyond the known tokens, by the position they start at: compared when `commit`
         # names those tokens, for reading them at every step would stop a GPU's stream.
@@ -61,6 +61,7 @@ class Session(PagedCache):
             max_pass_blocks=device.max_pass_blocks(),
         )
         self._last_step = self.num_tokens  # where it began
+        self._match = restored.match  # last: what was not made gives nothing back
 
     def commit(self, token_ids: torch.Tensor | Sequence[int]) -> int:
         """Offer the whole blocks of `token_ids` stored so far to later sessions.

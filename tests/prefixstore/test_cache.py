@@ -325,3 +325,26 @@ def test_a_load_that_raises_gives_its_blocks_back(model, open_cache, monkeypatch
     warm, report = run(cache, model, tokens)
     assert warm == cold
     assert report.num_recomputed == 6
+
+
+@pytest.mark.parametrize("where", ["touch", "making"])
+def test_an_interrupted_session_holds_no_blocks(model, open_cache, monkeypatch, where):
+    cache = open_cache()
+    tokens = random_tokens(200)
+    run(cache, model, tokens)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        if where == "touch":
+            patched.setattr(cache.blocks, "touch", interrupt)
+        else:
+            patched.setattr(cache.blocks.device, "max_pass_blocks", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            cache.session(tokens)
+    gc.collect()
+    cache.evict_pool()
+    stats = cache.stats()
+    assert stats.pool_free_blocks == stats.pool_blocks
+    assert run(cache, model, tokens)[0] == generate(model, tokens)

@@ -1,6 +1,7 @@
 """A cache watches the weights of its model, gives it back, and refuses arguments that are none."""
 
 import copy
+import os
 import threading
 
 import pytest
@@ -154,6 +155,25 @@ def test_a_cache_that_cannot_be_opened_leaves_nothing_open(tmp_path):
     assert bloom.config._attn_implementation == before
     assert threading.active_count() == threads
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"codec": ("q8",) * 9}, {"tiers": ["disk://{}?write=back"]}],
+    ids=["cache", "store"],
+)
+def test_a_cache_that_cannot_be_opened_closes_its_tiers(model, tmp_path, options):
+    before, threads = model.config._attn_implementation, threading.active_count()
+    if "tiers" in options:
+        options = {"tiers": [url.format(tmp_path) for url in options["tiers"]]}
+    else:
+        options = {"disk_path": tmp_path, **options}
+    files = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ConfigError):
+        PrefixCache.open(model, pool_tokens=64, **options)
+    assert model.config._attn_implementation == before
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) == files
 
 
 def test_a_tier_that_cannot_be_opened_leaves_the_model_alone(model, tmp_path):
