@@ -188,12 +188,7 @@ class PrefixCache:
         """
         if self._is_closed:
             raise ValueError("session: expected an open cache, got a closed one")
-        if salt is not None and not isinstance(salt, str):
-            raise ValueError(f"salt: expected a string or None, got {salt!r}")
-        salt = self.config.salt if salt is None else salt
-        problem = text_problem(salt)
-        if problem is not None:
-            raise ValueError(f"salt: {problem}")
+        salt = self._checked_salt(salt)
         if self.served_model is not None:
             self.served_model.check_weights_at_hand()
         tokens = as_tokens("token_ids", token_ids)
@@ -255,7 +250,12 @@ class PrefixCache:
         return self.blocks.device.tokens_of(handle)
 
     def forget(self, salt: str | None = None) -> list[str]:
-        """Forget what the tiers hold of this model under a salt, here and for every process.
+        """Forget what the tiers hold of this identity: this model, a salt, this cache's settings.
+
+        For every process. Caches of the same model with another block size, dtype of the model,
+        adapter or lossy codec have other identities, which nothing ties to this one: what those
+        wrote under the salt stays, and is forgotten by a cache that is opened like them. Without
+        loss all codecs share one.
 
         Blocks in the pool stay until they are evicted. What this process is still to write of them
         is dropped, or waited for and deleted.
@@ -265,8 +265,11 @@ class PrefixCache:
 
         Returns:
             The names of the tiers that could not, or that may get some of them yet.
+
+        Raises:
+            ValueError: If `salt` is no string, or holds half a surrogate pair.
         """
-        return self.blocks.forget(self.config.salt if salt is None else salt)
+        return self.blocks.forget(self._checked_salt(salt))
 
     def check(self) -> list[str]:
         """Recount every part; returns one line for each thing that is wrong."""
@@ -294,6 +297,15 @@ class PrefixCache:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _checked_salt(self, salt: str | None) -> str:
+        if salt is not None and not isinstance(salt, str):
+            raise ValueError(f"salt: expected a string or None, got {salt!r}")
+        salt = self.config.salt if salt is None else salt
+        problem = text_problem(salt)
+        if problem is not None:
+            raise ValueError(f"salt: {problem}")
+        return salt
 
     def _publish(
         self, salt: str, tokens: np.ndarray, block_ids: np.ndarray, first_new: int

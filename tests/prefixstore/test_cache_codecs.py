@@ -181,3 +181,35 @@ def test_nothing_is_mixed_up_while_blocks_are_reused(tmp_path):
             for tokens, expected in zip(prompts, plain, strict=True):
                 assert run(cache, model, tokens)[0] == expected
         assert cache.flush() and cache.check() == []
+
+
+def test_a_salt_is_forgotten_for_the_settings_of_the_cache(tmp_path: Path) -> None:
+    """Codecs without a loss share an identity; one with a loss has its own, and keeps it."""
+    torch.manual_seed(0)
+    model, tokens = tiny_llama().to(torch.bfloat16), random_tokens(LENGTH)
+
+    def open_with(codec: str) -> PrefixCache:
+        return PrefixCache.open(model, **OPTIONS, disk_path=tmp_path, salt="tenant", codec=codec)
+
+    for codec in ("raw", "q8"):
+        with open_with(codec) as cache:
+            run(cache, model, tokens)
+    with open_with("l12") as cache:
+        assert cache.forget("tenant") == []
+    with open_with("raw") as cache, cache.session(tokens) as session:
+        assert session.report.num_reused == 0
+    with open_with("q8") as cache:
+        with cache.session(tokens) as session:
+            assert session.report.num_reused == 6 * BLOCK_SIZE
+        assert cache.forget() == []
+    with open_with("q8") as cache, cache.session(tokens) as session:
+        assert session.report.num_reused == 0
+
+
+@pytest.mark.parametrize("salt", [5, b"tenant", "\ud800"])
+def test_only_text_is_forgotten(tmp_path: Path, salt) -> None:
+    with (
+        PrefixCache.open(tiny_llama(), **OPTIONS, disk_path=tmp_path) as cache,
+        pytest.raises(ValueError, match="salt: expected"),
+    ):
+        cache.forget(salt)
