@@ -33,6 +33,9 @@ class WatchedSession(Protocol):
 
     served_model: ServedModel | None
 
+    def begin_prompt(self) -> None:
+        """The next prompt to be checked is that of a new call of `generate`."""
+
     def check_prompt(self, token_ids: torch.Tensor, num_new: int) -> None:
         """Raise ValueError unless the session holds the tokens before the last `num_new`."""
 
@@ -124,6 +127,8 @@ class ServedModel:
         session = self._session_of(inputs)
         if session is None or self._is_closed:
             return
+        if inputs.get("is_first_iteration"):  # transformers 5; 4.57 does not tell
+            session.begin_prompt()
         num_new = inputs.get("next_sequence_length")  # transformers 5; None: nothing is left out
         if inputs.get("cache_position") is not None:  # 4.57
             num_new = len(inputs["cache_position"])

@@ -91,8 +91,17 @@ class Session(PagedCache):
                 # A step that failed midway has left no KV: its tokens count no more.
                 _compare(tokens[: self.num_tokens], start, step_ids, position_ids)
             self._tokens = tokens
+            self._steps = {
+                start: step
+                for start, step in self._steps.items()
+                if start + step[0].numel() > len(tokens)  # the others were compared for good
+            }
         self._commit_stored()
         return self._num_committed * self._device.block_size
+
+    def begin_prompt(self) -> None:
+        """A new call of `generate`: what it was given need not go on from what the last one was."""
+        self._checked_prompt = (self._checked_prompt[0], -1)
 
     def check_prompt(self, token_ids: torch.Tensor, num_new: int) -> None:
         """Compare the tokens that `generate` is about to leave out with those the session holds.
@@ -152,7 +161,8 @@ class Session(PagedCache):
             is_known or token_ids.numel() > 1 or not position_ids.is_cuda
         ):
             _check_positions(start, token_ids.numel(), position_ids)
-        self._steps = {at: step for at, step in self._steps.items() if at < start}
+        while self._steps and next(reversed(self._steps)) >= start:  # they are in order
+            self._steps.popitem()
         if is_known:
             _compare(self._tokens, start, token_ids, None)
         if start + token_ids.numel() > len(self._tokens):
@@ -171,7 +181,7 @@ class Session(PagedCache):
         With a sliding window those of the last forward pass, at most as many as the window has.
         """
         super().crop(tokens_to_remove)
-        self._checked_prompt = (self._checked_prompt[0], -1)
+        self.begin_prompt()
         self._tokens = self._tokens[: self.num_tokens]
         self._steps = {
             at: (step_ids[..., : self.num_tokens - at], position_ids)

@@ -1,8 +1,8 @@
 """A cache watches the weights of its model, gives it back, and refuses arguments that are none."""
 
 import copy
-import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,12 +168,12 @@ def test_a_cache_that_cannot_be_opened_closes_its_tiers(model, tmp_path, options
         options = {"tiers": [url.format(tmp_path) for url in options["tiers"]]}
     else:
         options = {"disk_path": tmp_path, **options}
-    files = len(os.listdir("/proc/self/fd"))
+    files = len([*Path("/proc/self/fd").iterdir()])
     with pytest.raises(ConfigError):
         PrefixCache.open(model, pool_tokens=64, **options)
     assert model.config._attn_implementation == before
     assert threading.active_count() == threads
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert len([*Path("/proc/self/fd").iterdir()]) == files
 
 
 def test_a_tier_that_cannot_be_opened_leaves_the_model_alone(model, tmp_path):

@@ -78,6 +78,36 @@ def test_a_session_is_not_generated_from_twice(model, open_cache):
         assert_goes_on(model, session, whole)
 
 
+def test_a_second_generation_is_compared_also_where_its_steps_are_not(
+    model, open_cache, monkeypatch
+):
+    """On a GPU the tokens of one generation are read once; those of the next are others."""
+    cache, tokens = open_cache(), random_tokens(40)
+    with cache.session(tokens) as session:
+        answer = generate(model, tokens, session)
+        other = torch.cat([tokens, as_row(answer)], dim=1)
+        other[0, 5] = (other[0, 5] + 1) % VOCABULARY
+        inputs = {"past_key_values": session, "next_sequence_length": 1}
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+        with pytest.raises(ValueError, match=r"input_ids: expected the session's token .* at 5,"):
+            cache.served_model.check_prompt(other, {**inputs, "is_first_iteration": True})
+
+
+def test_what_a_step_costs_does_not_grow_with_the_steps_before(model, open_cache):
+    cache, tokens = open_cache(), random_tokens(40)
+    with cache.session(tokens) as session:
+        whole = torch.cat([tokens, as_row(generate(model, tokens, session, num_new=30))], dim=1)
+        assert len(session._steps) == 29
+        session.commit(whole)
+        assert not session._steps  # none of them is compared again
+        steps = session._steps
+        more = as_row(generate(model, whole, session, num_new=30))
+        assert session._steps is steps and len(steps) == 29  # nor copied
+        assert session.commit(torch.cat([whole, more], dim=1)) == 96
+        with pytest.raises(ValueError, match="token_ids: expected to continue"):
+            session.commit(torch.cat([tokens, more], dim=1))
+
+
 def test_a_generation_that_failed_midway_is_not_tried_again_in_its_session(model, open_cache):
     tokens, num_calls = random_tokens(40), 0
 
