@@ -29,7 +29,7 @@ from prefixstore.block_key import (
     chain_keys,
     hash_block,
 )
-from prefixstore.checksum import Buffer, as_bytes, checksum_words
+from prefixstore.checksum import WORD_BYTES, Buffer, as_bytes, checksum_words
 from prefixstore.errors import BlockCorrupted
 from prefixstore.record_header import (
     FIXED_BYTES,
@@ -84,15 +84,15 @@ def encode(key: BlockKey, block: Buffer, out: Buffer) -> int:
     Args:
         key: What it is, and the codecs to write it with.
         block: As it lies in the pool, `key.layout.block_bytes`.
-        out: `key.layout.encode_bytes` or more, written in place.
+        out: `key.layout.encode_bytes` or more, from a multiple of 4 bytes on, written in place.
 
     Returns:
         Bytes of the record: `key.layout.record_bytes`, or `key.layout.raw.record_bytes` where the
         codecs do not hold the block.
 
     Raises:
-        ValueError: If a buffer has another size or is not contiguous, or `out` is read-only or
-            overlaps the block.
+        ValueError: If a buffer has another size or is not contiguous, or `out` is read-only, starts
+            elsewhere or overlaps the block.
     """
     layout = key.layout
     source, record = as_bytes("block", block), as_bytes("out", out)
@@ -100,6 +100,8 @@ def encode(key: BlockKey, block: Buffer, out: Buffer) -> int:
     if record.nbytes < layout.encode_bytes:
         raise ValueError(f"out: expected {layout.encode_bytes} bytes or more, got {record.nbytes}")
     _check_apart("out", record, source)
+    if not _is_aligned(record):
+        raise ValueError("out: expected memory from a multiple of 4 bytes on, got another address")
     header_bytes = layout.header_bytes
     payload = _as_tensor(record)[None, header_bytes:]
     encoded = encode_blocks(_as_pool(layout, source), _FIRST, layout.block_format, payloads=payload)
@@ -154,6 +156,8 @@ def decode(record: Buffer, key: BlockKey, block_out: Buffer) -> None:
     _check_apart("block_out", target, data)
     header = check_header(data, key)
     layout = header.key.layout
+    if not _is_aligned(data):
+        data = np.frombuffer(data, np.uint8).copy().data
     encoded = EncodedBlocks(
         layout.block_format,
         _as_tensor(data)[None, layout.header_bytes :],
@@ -339,6 +343,11 @@ def _as_tensor(view: memoryview) -> torch.Tensor:
     """The bytes as a tensor, in place; a copy where they may not be written."""
     array = np.frombuffer(view, np.uint8)
     return torch.from_numpy(array.copy() if view.readonly else array)
+
+
+def _is_aligned(view: memoryview) -> bool:
+    """Whether codecs read and write payloads there, whose offsets are multiples of 4."""
+    return np.frombuffer(view, np.uint8).ctypes.data % WORD_BYTES == 0
 
 
 def _as_pool(layout: RecordLayout, block: memoryview) -> KVPool:

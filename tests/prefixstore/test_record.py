@@ -214,6 +214,23 @@ def test_refuses_buffers_of_other_sizes():
         decode(make_record(KEY), KEY, bytes(3072))
 
 
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_records_lie_anywhere_and_are_made_at_whole_words(offset):
+    block, record = make_payload(KEY), make_record(KEY)
+    aligned = np.zeros(LAYOUT.record_bytes + 8, np.uint8)
+    place = memoryview(aligned)[offset : offset + LAYOUT.record_bytes]
+    place[:] = record
+    restored = bytearray(LAYOUT.block_bytes)
+    decode(place, KEY, restored)
+    assert restored == bytes(block)
+    place[:] = bytes(LAYOUT.record_bytes)
+    if offset % 4:
+        with pytest.raises(ValueError, match="out: expected memory from a multiple of 4 bytes on"):
+            encode(KEY, block, place)
+    else:
+        assert encode(KEY, block, place) == LAYOUT.record_bytes and place == record
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
