@@ -207,16 +207,18 @@ class EngineLoop:
             self.roster.counts.computed_tokens += step.stop - step.start
             request.sequence.note_computed(step.start, step.stop)
             request.sequence.publish(request.tokens, step.stop)
-            request.sequence.drop_passed(step.stop)
             if request.restoring is not None:
                 request.clock.compute_s += seconds
                 request.restoring.chunk_done(now)
                 if request.restoring.is_done:
                     self._end_prefill(request, now)
-            if step.wants_logits:
-                reason = request.push(next(sampled), now)
-                if reason is not None:
-                    self.roster.end(request, reason)
+            reason = request.push(next(sampled), now) if step.wants_logits else None
+            # No token waits for this. One that goes on after a preemption shares its own blocks.
+            if not request.num_preemptions:
+                request.sequence.touch_reused()
+            request.sequence.drop_passed(step.stop)
+            if reason is not None:
+                self.roster.end(request, reason)
 
     def _end_prefill(self, request: Request, now: float) -> None:
         restoring, is_first = request.restoring, request.num_output == 0

@@ -50,6 +50,7 @@ class SequenceBlocks:
         self.tables = np.full((len(device.groups), capacity), -1, dtype=np.int32)
         self._match: Match | None = None
         self.num_reused = self.num_published = self._take_cached(tokens)
+        self._num_untouched = self.num_reused
         self._computed: list[int] = []  # whole blocks, not yet published
 
     def reserve(self, num_tokens: int) -> None:
@@ -129,6 +130,13 @@ class SequenceBlocks:
         if match is not None or any(self._dropped):
             self._unpin()
             self._match = match
+
+    def touch_reused(self) -> None:
+        """Tell the tiers, once, of what was shared from the start; before any of it is dropped."""
+        num_blocks, self._num_untouched = self._num_untouched, 0
+        if num_blocks:
+            ids = np.ascontiguousarray(self.tables[:, :num_blocks].T)
+            self._blocks.touch(self._keys, ids, range(num_blocks))
 
     def drop_passed(self, num_stored: int) -> None:
         """Give back the blocks that no token from `num_stored` on can see.
