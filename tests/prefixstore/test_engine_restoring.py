@@ -102,6 +102,37 @@ def test_an_answer_that_comes_late_saves_what_is_left(model, tier, open_engine, 
     assert reuse.misses.keys() <= {"late"} and sum(reuse.misses.values()) >= 2 * BLOCK_SIZE
 
 
+def test_a_late_answer_delays_nobody_whose_loads_find_no_thread(
+    model, tier, open_engine, monkeypatch
+):
+    wait_little(monkeypatch)
+    engine, tokens = open_engine(num_loaders=1, restore_policy="planned"), prompt(LENGTH)
+    warm(engine, tokens)
+    late, hanging, has_answer = Gate("contains"), Gate("contains"), threading.Event()
+
+    def hold(call):
+        if threading.current_thread().name.startswith("kv-loader"):
+            (hanging if has_answer.is_set() else late)(call)
+
+    def let_answer(_, args, __):
+        if args[0][0].stop >= 2 * BLOCK_SIZE:
+            late.open()
+            assert has_answer.wait(30)
+
+    watch(monkeypatch, engine._loop.restorer, "_look_up", lambda *_: has_answer.set())
+    watch(monkeypatch, engine._loop.runner, "run", let_answer)
+    tier.fail = hold
+    with engine._loop.changed:  # the second look-up waits for the thread before the first answers
+        handles = [engine.submit(tokens, GREEDY), engine.submit(prompt(LENGTH, 1), GREEDY)]
+    output = handles[0].result(20)
+    assert hanging.entered.is_set(), "the thread was free"
+    hanging.open()
+    assert list(output.token_ids) == expected(model, tokens)
+    assert output.report.reuse.tokens_by_tier == {}
+    assert output.report.reuse.misses["late"] >= 20 * BLOCK_SIZE
+    handles[1].result(60)
+
+
 def test_a_hanging_look_up_delays_no_answer(model, tier, open_engine, monkeypatch):
     wait_little(monkeypatch)
     engine, tokens, gate = open_engine(), prompt(LENGTH), Gate("contains")
@@ -143,6 +174,7 @@ def test_a_call_that_is_not_waited_for_is_learnt_while_it_hangs(model, tier, ope
     assert gate.entered.is_set(), "nothing was loaded"
     gate.open()
     assert list(output.token_ids) == expected(model, tokens)
+    assert output.report.reuse.misses["late"] and output.report.times.load_s > 0
     assert after.latency_s > before.latency_s or after.bytes_per_s < before.bytes_per_s
 
 

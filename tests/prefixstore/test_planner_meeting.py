@@ -122,6 +122,54 @@ def test_takes_blocks_back_from_a_call_that_stalls_and_cancels_it() -> None:
     assert run.ttft_s < 1.2 * recompute_s(inputs, World(MODEL, FAST))
 
 
+@pytest.mark.parametrize("num_called", [0, 1])
+def test_does_not_wait_for_ever_for_a_call_that_nobody_begins(num_called: int) -> None:
+    """No thread may be free to load, before the first call or between two."""
+    near = dataclasses.replace(FAST, latency_s=1e-5)
+    inputs = one_tier(8192, near, MODEL)
+    plan = plan_restore(inputs)
+    assert plan.mode == PlanMode.LOAD
+    meeting, now = Meeting(plan), 0.0
+    if num_called:
+        call = meeting.next_call(now)
+        assert call is not None and call.start > 0
+        now += near.seconds(len(call) << 20)
+        meeting.call_done(now)
+    while not meeting.is_done:
+        chunk = meeting.next_chunk(now)
+        if chunk is None:
+            assert meeting.wake_at is not None and meeting.wake_at > now
+            now = meeting.wake_at
+        else:
+            now += MODEL.seconds(len(chunk), chunk.start, len(chunk))
+            meeting.chunk_done(now)
+    assert now < 1.6 * recompute_s(inputs, World(MODEL, near))
+    assert meeting.counts().is_given_up
+    assert meeting.next_call(now) is None
+
+
+def test_loads_what_is_left_once_a_call_begins_late() -> None:
+    inputs = one_tier(1024, FAST, MODEL)
+    meeting = Meeting(plan_restore(inputs))
+    assert meeting.next_chunk(0.0) is None and meeting.wake_at is not None
+    now = meeting.wake_at
+    assert meeting.next_chunk(now) == range(64)
+    assert meeting.next_call(now) == range(1, 16)
+    assert meeting.call_done(now + 0.01) == list(range(1, 16))
+    meeting.chunk_done(now + 0.1)
+    assert meeting.next_chunk(now + 0.1) == range(1024, 1056)
+    assert set(meeting.overtaken) == {0}
+
+
+def test_does_not_wait_for_blocks_that_no_tier_holds() -> None:
+    tiers = np.array([-1] + [0] * 15)
+    inputs = dataclasses.replace(one_tier(1024, FAST, MODEL), tiers=tiers)
+    meeting = Meeting(plan_restore(inputs))
+    assert meeting.next_call(0.0) == range(1, 16)
+    meeting.call_done(0.01)
+    assert meeting.next_chunk(0.01) == range(64)  # no further call was asked for yet
+
+
 def test_drops_what_arrives_too_late() -> None:
     inputs = one_tier(1024, FAST, MODEL)
     meeting = Meeting(plan_restore(inputs))

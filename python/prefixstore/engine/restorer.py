@@ -30,8 +30,9 @@ class Restorer:
 
     A look-up, and then one load after another, run in a thread of a small pool; the engine's thread
     meanwhile computes other requests, and this one from its front. A tier that hangs keeps a thread
-    and delays nobody: who waits too long computes. On a busy machine it may be the thread that had
-    to wait: so a look-up goes on, and an answer that comes late still saves what is left.
+    and delays nobody: who waits too long, be it for a thread, computes. On a busy machine it may be
+    the thread that had to wait: so a look-up goes on, and an answer that comes late still saves
+    what is left.
 
     Args:
         blocks: The model's.
@@ -226,6 +227,7 @@ class Restorer:
             now = time.monotonic()
             numbers = restoring.next_call(now)
             if numbers is None:
+                self._changed.notify_all()  # whoever waits for the next call computes
                 return False
             assert restoring.meeting is not None
             num_steps = restoring.meeting.num_layer_steps

@@ -225,6 +225,8 @@ class Restoring:
         if not self.is_over:
             self.is_over = True
             self._finished = now
+            if self._load is not None:
+                self.load_s += now - self._load.began
 
     # ---- what became of it -------------------------------------------------------------------
 
@@ -281,16 +283,16 @@ class Restoring:
 
     def _reason(self, number: int) -> MissReason:
         """Why a block was computed."""
+        assert self._plan is not None and self._meeting is not None
         at = number - self.num_device
         if number in self._lost:
             return MissReason.LOST
-        if number in self._late:
+        if number in self._late or number in self._meeting.overtaken:
             return MissReason.LATE
         if self._held is None:
             return MissReason.UNREACHABLE
         if at >= len(self._held) or self._held[at] is None:
             return MissReason.EVICTED if self._was_published[at] else MissReason.NEW
-        assert self._plan is not None
         if number < self._plan.costs.inputs.num_device_blocks:
             return MissReason.LATE  # computed before the look-up's answer came
         return MissReason.NO_ROOM if self._has_no_room else MissReason.CHEAPER

@@ -25,6 +25,7 @@ class Outlook:
         # Of the forward pass that waits for nothing but the loads.
         self._tail_pass_s = plan.costs.tail_pass_s(plan.num_compute_blocks + plan.num_load_blocks)
         self._call = range(0)  # the last one
+        self._idle_since: float | None = None  # while no call is under way
         self._num_layer_steps = 1
 
     # ---- what happens ------------------------------------------------------------------------
@@ -37,13 +38,14 @@ class Outlook:
         self._pace.end(self._pace.compute, now, learns=learns)
 
     def begin_call(self, blocks: range, num_layer_steps: int, now: float) -> None:
-        self._call, self._num_layer_steps = blocks, num_layer_steps
+        self._call, self._num_layer_steps, self._idle_since = blocks, num_layer_steps, None
         first, end = blocks.start - self._offset, blocks.stop - self._offset
         self._pace.begin(self._pace.load, self._costs.load_s(first, end, num_layer_steps), now)
 
     def end_call(self, now: float, *, learns: bool = True) -> None:
         """The call is over; without `learns` its time says nothing of the tier."""
         self._pace.end(self._pace.load, now, learns=learns)
+        self._idle_since = now
 
     # ---- what is expected --------------------------------------------------------------------
 
@@ -86,18 +88,28 @@ class Outlook:
         seconds = self._costs.compute_s(first - self._offset, end - self._offset)
         return self._pace.compute.scale * seconds
 
-    def waited_s(self, now: float) -> float:
-        """Since the call under way began."""
-        assert self._pace.load.work is not None, "no call was begun"
-        return now - self._pace.load.work.started_at
+    def wait_s(self, front: int, back: int, now: float) -> tuple[float, float]:
+        """Since when a call is waited for, and how much longer, by itself, it is to be.
+
+        It is the one under way, or else the next one to be begun: that takes a thread, and is
+        waited for as long as for the call itself.
+
+        Args:
+            front: Block where the next one ends at the latest, to the front.
+            back: Block behind it.
+            now: When.
+        """
+        work = self._pace.load.work
+        if work is not None:
+            return now - work.started_at, self.patience_left_s(now)
+        self._idle_since = now if self._idle_since is None else self._idle_since
+        waited_s = now - self._idle_since
+        return waited_s, self._patience_s(self.whole_call(front, back)) - waited_s
 
     def patience_left_s(self, now: float) -> float:
         """Until the call under way will have disappointed, by itself."""
         self._pace.advance(now)
-        first, end = self._call.start - self._offset, self._call.stop - self._offset
-        patience_s = load_patience_s(
-            self._costs, first, end, self._pace.load.scale, self._num_layer_steps
-        )
+        patience_s = self._patience_s(self._call, self._num_layer_steps)
         return patience_s - self._pace.load.done_s(now)
 
     def early_s(self, tokens: range, now: float) -> float:
@@ -105,6 +117,10 @@ class Outlook:
         self._pace.advance(now)
         until_last_s = self._pass_s(tokens) * (1 - 1 / self._num_layer_steps)
         return self._pace.load.left_s(now) - self._pace.compute.scale * until_last_s
+
+    def _patience_s(self, call: range, num_layer_steps: int = 1) -> float:
+        first, end = call.start - self._offset, call.stop - self._offset
+        return load_patience_s(self._costs, first, end, self._pace.load.scale, num_layer_steps)
 
     def _pass_s(self, tokens: range) -> float:
         return self._inputs.prefill.seconds(len(tokens), tokens.start, len(tokens))

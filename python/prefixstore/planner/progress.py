@@ -7,8 +7,8 @@
 Every block is in one state, so none is computed that was loaded, and none is loaded that was
 computed. Both sides ask what to do next; the answer weighs what is left with the speeds that this
 very request has seen, so a wrong estimate costs little more than the first chunk and the first
-call. A load that is overdue does not hold computing up: the front takes blocks back from it, and
-what arrives too late is dropped.
+call. A load that is overdue does not hold computing up, nor one that nobody begins: the front takes
+blocks back from it, and what arrives too late is dropped.
 
 The last call may bring layer after layer of its blocks; then the tokens behind them may be begun
 beside it (overlap.py). What was computed so counts only if every layer came.
@@ -61,6 +61,7 @@ class Meeting:
         self._num_steps = 1  # of the call
         self._is_overlap_tried = False
         self._outlook = Outlook(plan)
+        self._overtaken: set[int] = set()
         self._num_computed = self._num_loaded = self._num_dropped = 0
         self._is_given_up = False
         self._wake_at: float | None = None
@@ -96,10 +97,7 @@ class Meeting:
         num_chunks = -(-(limit - start) // max_tokens)
         share = -(-(limit - start) // num_chunks)
         stop = min(-(-(start + share) // size) * size, start + max_tokens, limit)
-        claimed = self._states[start // size : -(-stop // size)]
-        if not self._plan.is_probe and (claimed == _LOADING).any():
-            self._is_given_up = True
-        claimed[:] = _COMPUTING
+        self._states[start // size : -(-stop // size)] = _COMPUTING
         self._chunk = range(start, stop)
         self._outlook.begin_chunk(self._chunk, now)
         return self._chunk
@@ -188,8 +186,7 @@ class Meeting:
         """
         assert self._call is None, "one call at a time"
         low = max(self._claimed_until(), self._lowest_load)
-        while not self._is_loading_over and self._back > low and self._tier(self._back - 1) < 0:
-            self._back -= 1  # no tier holds it: the front computes it
+        self._skip_unheld(low)
         if self._is_loading_over or self._back <= low:
             self._is_loading_over = True
             return None
@@ -263,6 +260,11 @@ class Meeting:
         """A call is under way of which nobody wants anything any more."""
         return self._call is not None and not (self._states_of_call() == _LOADING).any()
 
+    @property
+    def overtaken(self) -> Collection[int]:
+        """Blocks that were no longer waited for."""
+        return self._overtaken
+
     def counts(self) -> MeetingCounts:
         return MeetingCounts(
             self._num_computed, self._num_loaded, self._num_dropped, self._is_given_up
@@ -279,32 +281,36 @@ class Meeting:
         limit = front + _num_leading(ahead == ahead[0])
         end = front
         if ahead[0] == _ABSENT:
+            if self._call is None:
+                self._skip_unheld(front)
             if self._is_loading_over or front >= self._back:
                 return limit
+            limit = min(limit, self._back)
             is_begun = self._next_token % self._inputs.block_size > 0
-            end = min(
-                limit, max(self._outlook.best_split(front, self._back, now), front + is_begun)
-            )
-        if end == front and self._call is not None:
-            end = self._patient_until(front, limit, now)
-        return end
+            split = self._outlook.best_split(front, self._back, now)
+            end = min(limit, max(split, front + is_begun))
+        return end if end > front else self._patient_until(front, limit, now)
 
     def _patient_until(self, front: int, limit: int, now: float) -> int:
-        """What the front may compute though waiting for the call under way seemed better.
+        """What the front may compute though waiting seemed better.
 
-        Nothing before the call is overdue. Then what takes half as long as was waited already: if
-        the blocks arrive right after, the wait was half again as long, no more.
+        Nothing before the call under way is overdue, or the next one to be begun, for which no
+        thread may be free. Then what takes half as long as was waited already: if the blocks arrive
+        right after, the wait was half again as long, no more.
         """
         outlook = self._outlook
-        half_s = outlook.waited_s(now) / 2
+        waited_s, left_s = outlook.wait_s(front, self._back, now)
+        half_s = waited_s / 2
         block_s = outlook.compute_s(front, front + 1)
-        left_s = max(outlook.patience_left_s(now), 2 * (block_s - half_s))
+        left_s = max(left_s, 2 * (block_s - half_s))
         if left_s > _CLOCK_S:
             self._wake_at = now + left_s
             return front
         end = front + 1
         while end < limit and outlook.compute_s(front, end + 1) <= half_s:
             end += 1
+        self._is_given_up = True
+        self._overtaken.update(range(front, end))
         return end
 
     def _size_call(self, low: int, first: int, now: float) -> tuple[range, int]:
@@ -324,13 +330,15 @@ class Meeting:
         assert self._call is not None
         return self._states[self._call.start : self._call.stop]
 
-    def _tier(self, block: int) -> int:
-        return int(self._plan.costs.tiers[block - self._offset])
-
     def _claimed_until(self) -> int:
         """First block that the front has not begun."""
         token = self._next_token if self._chunk is None else self._chunk.stop
         return -(-token // self._inputs.block_size)
+
+    def _skip_unheld(self, low: int) -> None:
+        """Offer the loader nothing, from `low` on, that no tier holds: the front computes it."""
+        while self._back > low and self._plan.costs.tiers[self._back - 1 - self._offset] < 0:
+            self._back -= 1
 
     def _skip_present(self) -> None:
         front = self._next_token // self._inputs.block_size
