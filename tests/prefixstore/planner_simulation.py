@@ -86,7 +86,7 @@ class Run:
         chunks: That were computed, tokens.
         calls: That were made, blocks.
         voids: Chunks that were begun beside a call that did not bring all.
-        given_up: The call that was cancelled, if one was.
+        given_up: The call that was cancelled or that the end found under way, if one was.
     """
 
     meeting: Meeting
@@ -130,6 +130,9 @@ def simulate(plan: RestorePlan, world: World, step_s: float = float("inf")) -> R
             chunk = Work(_pass_s(world, tokens), tokens, now, call.num_steps, until)
         if chunk is None and meeting.is_done:
             run.ttft_s = now
+            if call is not None and now > call.started_at:
+                call.ended_at = now
+                run.given_up = call
             return run
         is_late = chunk is not None and chunk.waits_for(call) and now >= chunk.until
         if chunk is not None and (call is None or is_late) and not meeting.is_chunk_valid:

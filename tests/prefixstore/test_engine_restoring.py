@@ -4,6 +4,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from cached_models import BLOCK_SIZE, tiny_gemma3, tiny_llama
@@ -38,8 +39,9 @@ def open_engine(model, tier):
     """Opens an engine over the tier alone; checks and closes it when the test is over."""
     engines = []
 
-    def open_one(load_timeout_s=5.0, **settings):
-        store = Store([tier], StoreConfig(load_timeout_s=load_timeout_s))
+    def open_one(load_timeout_s=5.0, first_tier=None, **settings):
+        tiers = [tier] if first_tier is None else [first_tier, tier]
+        store = Store(tiers, StoreConfig(load_timeout_s=load_timeout_s))
         config = CacheConfig(block_size=BLOCK_SIZE, pool_tokens=2048)
         cache = PrefixCache.open(model, config, store=store)
         settings = {"max_batch_tokens": 24, "restore_policy": "load", **settings}
@@ -239,3 +241,29 @@ def test_a_tier_that_writes_slowly_holds_up_only_who_needs_its_blocks(
     finally:
         gate.open()
     assert list(waiting.result(60).token_ids) == expected(model, tokens)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_tier_believed_slow_is_measured_beside_one_that_is_fast(
+    model, tier, open_engine, monkeypatch, is_first
+):
+    """Whether it holds the first half of a prompt or the second."""
+    fast, tokens = DictTier("fast"), prompt(LENGTH)
+    engine = open_engine(restore_policy="planned", first_tier=fast)
+    engine.submit(tokens, GREEDY).result(60)
+    assert engine.cache.flush()
+    for keys in engine.cache.blocks.keys(np.array(tokens, dtype=np.uint32), ""):
+        own, others = (keys[:15], keys[15:]) if is_first else (keys[15:], keys[:15])
+        for records, gone in ((fast.records, own), (tier.records, others)):
+            for key in gone:
+                records.pop(key.block_hash, None)
+    engine.cache.evict_pool()
+    long_ago = time.monotonic() - 100
+    for _ in range(5):
+        engine._loop.planner.observe_given_up("slow", 1 << 20, 60.0, long_ago)
+    watch(monkeypatch, engine._loop.runner, "run", lambda *_: time.sleep(0.05))
+    output = engine.submit(tokens, GREEDY).result(60)
+    assert list(output.token_ids) == expected(model, tokens)
+    assert engine.drain(60)
+    stats = engine.stats().planner
+    assert stats.num_probes == 1 and stats.tiers["slow"].num_records >= 4

@@ -43,7 +43,7 @@ def serve(planner: Planner, world: World, now: float) -> tuple[RestorePlan, Run]
             *("disk", num_bytes, len(call.what), call.took_s, now + call.ended_at),
             is_computing=is_computing,
         )
-    if run.given_up is not None:
+    if run.given_up is not None and run.given_up.took_s > 0:
         num_bytes = len(run.given_up.what) * BLOCK_BYTES
         planner.observe_given_up("disk", num_bytes, run.given_up.took_s, now + run.ttft_s)
     planner.finished(plan, run.ttft_s, run.meeting.counts())
@@ -83,6 +83,34 @@ def test_a_tier_that_is_fast_again_is_used_again_within_a_probe() -> None:
     modes = [serve(planner, World(MODEL, FAST), 30.0 + i)[0].mode for i in range(30)]
     assert modes[0] != PlanMode.LOAD
     assert modes[14:] == [PlanMode.LOAD] * 16
+
+
+@pytest.mark.parametrize("tiers", [["memory", "disk"], ["disk", "memory"]], ids=str)
+def test_a_tier_is_found_again_beside_one_that_is_worth_loading(tiers: list[str]) -> None:
+    planner, held = (
+        Planner(["memory", "disk"], 64, 512),
+        [name for name in tiers for _ in range(16)],
+    )
+    for context in range(0, 4096, 512):
+        planner.observe_prefill(512, context, MODEL.seconds(512, context, 512))
+    for i in range(3):
+        planner.observe_load(
+            "memory", 16 * BLOCK_BYTES, 16, FAST.seconds(16 * BLOCK_BYTES), float(i)
+        )
+        planner.observe_given_up("disk", 16 * BLOCK_BYTES, 30.0, float(i))
+    plans = []
+    for i in range(30):
+        plan = planner.plan(32 * 64 + 32, 0, held, [BLOCK_BYTES] * 32, 3.0 + i)
+        plans.append(plan)
+        first = plan.num_compute_blocks
+        for blocks in (range(first, first + plan.num_load_blocks), plan.probe):
+            for name, number in (("memory", 0), ("disk", 1)):
+                num_bytes = sum(plan.costs.tiers[blocks] == number) * BLOCK_BYTES
+                if num_bytes:
+                    planner.observe_load(name, num_bytes, 1, FAST.seconds(num_bytes), 3.0 + i)
+    assert plans[0].num_load_blocks == 16 and not plans[0].is_probe
+    assert sum(plan.is_probe for plan in plans) <= 3
+    assert all(plan.num_load_blocks == 32 for plan in plans[-8:])
 
 
 def test_a_dead_tier_is_given_up_and_then_left_alone() -> None:

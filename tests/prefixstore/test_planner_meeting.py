@@ -14,11 +14,12 @@ from planner_simulation import Run, World, one_tier, recompute_s, simulate
 
 from prefixstore.planner import Meeting, PlanInputs, PrefillEstimate, TierEstimate, plan_restore
 from prefixstore.planner.overlap import layer_step_s
-from prefixstore.planner.plan import PlanMode, plan_probe
+from prefixstore.planner.plan import PlanMode, plan_probe, unmeasured_tiers
 
 MODEL = PrefillEstimate(pass_s=5e-3, token_s=1e-3, pair_s=1e-7)
 FAST = TierEstimate(latency_s=1e-3, bytes_per_s=10e9, spread=0.1)
 BESIDE = TierEstimate(latency_s=1e-3, bytes_per_s=6e7, spread=0.1)
+NEVER = TierEstimate(latency_s=1e3)
 EVEN = TierEstimate(latency_s=1e-3, bytes_per_s=1.5e7, spread=0.1)  # about as fast as the model
 
 
@@ -37,7 +38,9 @@ def check_once(run: Run, inputs: PlanInputs) -> None:
 
 @st.composite
 def restores(draw: st.DrawFn) -> tuple[PlanInputs, World]:
-    runs = draw(st.lists(st.tuples(st.sampled_from([-1, 0, 0, 0]), st.integers(1, 30)), max_size=5))
+    runs = draw(
+        st.lists(st.tuples(st.sampled_from([-1, 0, 0, 0, 1]), st.integers(1, 30)), max_size=5)
+    )
     tiers = np.array([tier for tier, length in runs for _ in range(length)], dtype=np.int64)
     num_device_blocks = draw(st.integers(0, 5))
     speed = st.floats(1e-3, 1e3)
@@ -47,12 +50,12 @@ def restores(draw: st.DrawFn) -> tuple[PlanInputs, World]:
         num_device_blocks=num_device_blocks,
         tiers=tiers,
         record_bytes=np.full(len(tiers), 1 << 20),
-        estimates=[draw(st.sampled_from([FAST, EVEN]))],
+        estimates=[draw(st.sampled_from([FAST, EVEN])), NEVER],
         prefill=MODEL,
         chunk_tokens=draw(st.sampled_from([40, 64, 100, 512])),
         slowdown=draw(st.sampled_from([1.0, 1.5])),
         has_windows=draw(st.booleans()),
-        is_layered=[draw(st.booleans())],
+        is_layered=[draw(st.booleans()), False],
     )
     tier = inputs.estimates[0]
     change_at = draw(st.floats(0, 2))
@@ -73,8 +76,8 @@ def test_every_token_is_computed_or_loaded_once(restore: tuple[PlanInputs, World
     inputs, world = restore
     plan = plan_restore(inputs)
     check_once(simulate(plan, world, step_s=0.05), inputs)
-    if plan.mode == PlanMode.RECOMPUTE:
-        check_once(simulate(plan_probe(plan, 4), world, step_s=0.05), inputs)
+    for tier in unmeasured_tiers(plan):
+        check_once(simulate(plan_probe(plan, tier, 4), world, step_s=0.05), inputs)
 
 
 @pytest.mark.parametrize("num_device_blocks", [0, 7])
@@ -322,7 +325,7 @@ def test_chunks_are_no_longer_than_the_caller_has_room_for() -> None:
 def test_nobody_waits_for_a_probe(answers: bool) -> None:
     slow = TierEstimate(latency_s=20.0)
     inputs = one_tier(1024, slow, MODEL)
-    plan = plan_probe(plan_restore(inputs), 4)
+    plan = plan_probe(plan_restore(inputs), 0, 4)
     tier = FAST if answers else slow
     world = World(MODEL, tier)
     run = simulate(plan, world)
@@ -330,6 +333,31 @@ def test_nobody_waits_for_a_probe(answers: bool) -> None:
     assert [call.what for call in run.calls] == ([range(12, 16)] if answers else [])
     assert run.loaded.sum() == (4 if answers else 0)
     assert run.ttft_s <= recompute_s(inputs, world) + MODEL.pass_s
+    assert not run.meeting.counts().is_given_up
+
+
+@pytest.mark.parametrize(
+    ("tiers", "calls", "num_probed"),
+    [
+        ([0] * 8 + [1] * 8, [range(8), range(12, 16)], 3),  # behind it; one is overtaken
+        ([1] * 8 + [0] * 8, [range(8, 16), range(4, 8)], 4),  # before it
+    ],
+)
+def test_measures_a_tier_once_what_is_worth_loading_is_there(
+    tiers: list[int], calls: list[range], num_probed: int
+) -> None:
+    inputs = one_tier(1024, FAST, MODEL, chunk_tokens=300)
+    inputs = dataclasses.replace(inputs, tiers=np.array(tiers), estimates=[FAST, NEVER])
+    plan = plan_restore(inputs)
+    assert plan.num_load_blocks == 8 and unmeasured_tiers(plan) == [1]
+    without, run = (
+        simulate(plan, World(MODEL, FAST)),
+        simulate(plan_probe(plan, 1, 4), World(MODEL, FAST)),
+    )
+    check_once(run, inputs)
+    assert [call.what for call in run.calls] == calls
+    assert run.loaded.sum() == 8 + num_probed
+    assert run.ttft_s < without.ttft_s
     assert not run.meeting.counts().is_given_up
 
 

@@ -53,7 +53,7 @@ class LoadCall:
         self._gate = LayerGate()
         self._target: PoolTarget | None = None  # of layers
         self._taken: list[dict[int, int]] = []  # per group, a block for each number it needs
-        end, size = restoring.load_end, blocks.block_size
+        end, size = restoring.prefix_end(numbers), blocks.block_size
         try:
             for group, window in enumerate(blocks.device.windows):
                 least = first_block_needed(end, size, window)

@@ -56,7 +56,7 @@ class Overlap:
         restoring = step.request.restoring
         assert restoring is not None and restoring.meeting is not None, "only prompts are loaded"
         if i in self._waiting:  # all layers came
-            self._changed.wait_for(lambda: restoring.load_under_way is None, _VERDICT_S)
+            self._changed.wait_for(lambda: restoring.load_under_way is not step.load, _VERDICT_S)
         is_valid = restoring.meeting.is_chunk_valid
         if not is_valid:
             restoring.meeting.chunk_void(time.monotonic())

@@ -198,7 +198,7 @@ class Restorer:
         first = restoring.num_present
         left = held[first - restoring.num_device :]
         plan = self._plan(restoring, first, left, now) if any(left) else None
-        has_loads = plan is not None and plan.num_load_blocks > 0
+        has_loads = plan is not None and (plan.num_load_blocks > 0 or plan.is_probe)
         restoring.restart(plan if has_loads else None, held, now)
         if has_loads:
             restoring.sequence.cut(first)  # a block that was begun: it is computed anew or loaded
@@ -234,7 +234,7 @@ class Restorer:
             try:
                 call = LoadCall(self._blocks, restoring, numbers, num_steps, now)
             except PoolFullError:
-                restoring.stop_loading(now, has_no_room=True)
+                restoring.stop_loading(now, has_no_room=not restoring.meeting.is_probing)
                 self._changed.notify_all()
                 return False
             restoring.begin_call(call)

@@ -234,10 +234,11 @@ class Restoring:
     def plan(self) -> RestorePlan | None:
         return self._plan
 
-    @property
-    def load_end(self) -> int:
-        """Block behind the last one that the plan loads."""
-        assert self._plan is not None
+    def prefix_end(self, numbers: range) -> int:
+        """Block behind the last one of what a call for these blocks is a part of."""
+        assert self._plan is not None and self._meeting is not None
+        if self._meeting.is_probing:
+            return numbers.stop
         first = self._plan.costs.inputs.num_device_blocks
         return first + self._plan.num_compute_blocks + self._plan.num_load_blocks
 

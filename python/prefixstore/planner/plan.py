@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
@@ -39,8 +39,9 @@ class RestorePlan:
         load_s: The same if all is loaded; infinity where there is nothing.
         load_deadline_s: Seconds from the start after which the load has disappointed: blocks that
             have not come are computed. 0 if nothing is loaded.
-        is_probe: A few blocks are loaded to measure their tier; nobody waits for them.
         costs: What the plan was made from.
+        probe: A few of the other blocks, which are loaded after these to measure their tier; nobody
+            waits for them. Empty if there are none.
     """
 
     mode: PlanMode
@@ -50,8 +51,13 @@ class RestorePlan:
     recompute_s: float
     load_s: float
     load_deadline_s: float
-    is_probe: bool
     costs: Costs
+    probe: range = range(0)
+
+    @property
+    def is_probe(self) -> bool:
+        """A tier is measured that the plan does not need."""
+        return len(self.probe) > 0
 
     @property
     def saved_s(self) -> float:
@@ -90,32 +96,40 @@ def plan_restore(inputs: PlanInputs) -> RestorePlan:
         recompute_s=recompute_s,
         load_s=load_s,
         load_deadline_s=min(patience_s, inputs.deadline_s),
-        is_probe=False,
         costs=costs,
     )
 
 
-def plan_probe(plan: RestorePlan, num_blocks: int) -> RestorePlan:
-    """The same plan, which loads nothing, but its last few held blocks are loaded to measure.
+def plan_probe(plan: RestorePlan, tier: int, num_blocks: int) -> RestorePlan:
+    """The same plan, which measures a tier by the last few blocks of it that are not loaded.
 
-    Nobody waits for them: computing takes them back when it gets there first.
+    Computing takes them back when it gets there first.
+
+    Args:
+        plan: Of which some blocks of `tier` are to be computed.
+        tier: Which of the estimates.
+        num_blocks: To load at most.
     """
-    assert plan.num_load_blocks == 0 and plan.mode == PlanMode.RECOMPUTE
-    costs = plan.costs
-    end = int(costs.run_ends[-1])
-    others = np.flatnonzero(costs.tiers[:end] != costs.tiers[end - 1])
+    is_free = _is_computed(plan) & (plan.costs.tiers == tier)
+    end = int(np.flatnonzero(is_free)[-1]) + 1
+    others = np.flatnonzero(~is_free[:end])
     first = max(end - num_blocks, int(others[-1]) + 1 if len(others) else 0)
-    return RestorePlan(
-        mode=PlanMode.RECOMPUTE,
-        num_compute_blocks=first,
-        num_load_blocks=end - first,
-        predicted_s=plan.predicted_s,
-        recompute_s=plan.recompute_s,
-        load_s=plan.load_s,
-        load_deadline_s=plan.recompute_s,
-        is_probe=True,
-        costs=costs,
-    )
+    return replace(plan, probe=range(first, end))
+
+
+def unmeasured_tiers(plan: RestorePlan) -> list[int]:
+    """Tiers that hold blocks, of which the plan loads none."""
+    is_computed, tiers = _is_computed(plan), plan.costs.tiers
+    loaded = set(tiers[~is_computed].tolist())
+    return [tier for tier in np.unique(tiers[is_computed]).tolist() if tier not in {-1, *loaded}]
+
+
+def _is_computed(plan: RestorePlan) -> np.ndarray:
+    """Of each block whether the plan computes it even if a tier holds it."""
+    is_computed = np.ones(plan.costs.num_blocks, dtype=bool)
+    first = plan.num_compute_blocks
+    is_computed[first : first + plan.num_load_blocks] = False
+    return is_computed
 
 
 def load_patience_s(
@@ -143,7 +157,6 @@ def _load_nothing(costs: Costs, mode: PlanMode, recompute_s: float, load_s: floa
         recompute_s=recompute_s,
         load_s=load_s,
         load_deadline_s=0.0,
-        is_probe=False,
         costs=costs,
     )
 

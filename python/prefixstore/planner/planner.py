@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prefixstore.planner.costs import PlanInputs
-from prefixstore.planner.plan import PlanMode, RestorePlan, plan_probe, plan_restore
+from prefixstore.planner.plan import RestorePlan, plan_probe, plan_restore, unmeasured_tiers
 from prefixstore.planner.rates import PrefillEstimate, PrefillRate, Slowdown, TierRate
 from prefixstore.planner.stats import MeetingCounts, PlanCounts, PlannerStats
 
@@ -32,7 +32,7 @@ class PlannerConfig:
         margin_s: Seconds that loading must save, or nothing is loaded.
         margin_ratio: Share of the time of computing all that it must save.
         probe_interval_s: A tier from which nothing was loaded for so long is measured again by the
-            next request that finds its blocks there.
+            next request that finds blocks there and loads none of them.
         probe_blocks: So many blocks are loaded for that.
         policy: "planned"; or "load" or "recompute", to do always that with what tiers hold. What
             was predicted then says nothing.
@@ -91,7 +91,7 @@ class Planner:
         self._is_layered = [is_planned and name in layered_tiers for name in self._names]
         self._lock = threading.Lock()
         self._tiers = {name: TierRate() for name in self._names}
-        self._probed_at: dict[str, float] = {}
+        self._probed_at: dict[int, float] = {}
         self._prefill = PrefillRate()
         self._slowdown = Slowdown()
         self._counts = PlanCounts()
@@ -222,21 +222,18 @@ class Planner:
                 restore_bytes_per_s=self._restore_bytes_per_s,
             )
             plan = plan_restore(inputs)
-            if plan.mode == PlanMode.RECOMPUTE and self._is_due(plan, now):
-                plan = plan_probe(plan, self._config.probe_blocks)
+            due = next((one for one in unmeasured_tiers(plan) if self._is_due(one, now)), None)
+            if due is not None:
+                self._probed_at[due] = now
+                plan = plan_probe(plan, due, self._config.probe_blocks)
             self._counts.add_plan(plan)
             return plan
 
-    def _is_due(self, plan: RestorePlan, now: float) -> bool:
-        """Whether the tier of the last block is to be measured again; if so it is noted."""
-        costs = plan.costs
-        number = int(costs.tiers[costs.run_ends[-1] - 1])
-        name = self._names[number]
-        times = (costs.inputs.estimates[number].observed_at, self._probed_at.get(name))
-        if any(at is not None and now - at < self._config.probe_interval_s for at in times):
-            return False
-        self._probed_at[name] = now
-        return True
+    def _is_due(self, tier: int, now: float) -> bool:
+        """Whether a tier is to be measured again."""
+        observed_at = self._tiers[self._names[tier]].snapshot().observed_at
+        times = (observed_at, self._probed_at.get(tier))
+        return all(at is None or now - at >= self._config.probe_interval_s for at in times)
 
     # ---- counters ----------------------------------------------------------------------------
 

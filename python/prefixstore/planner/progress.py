@@ -52,8 +52,8 @@ class Meeting:
         self._next_token = self._offset * inputs.block_size
         # Everything from here on was offered to the loader.
         self._back = self._offset + plan.num_compute_blocks + plan.num_load_blocks
-        # A probe loads what was planned and no more.
-        self._lowest_load = self._offset + (plan.num_compute_blocks if plan.is_probe else 0)
+        self._probe = range(self._offset + plan.probe.start, self._offset + plan.probe.stop)
+        self._is_probing = False  # the call under way is for these
         self._is_loading_over = plan.num_load_blocks == 0
         self._load_end = self._back
         self._chunk: range | None = None  # tokens
@@ -185,20 +185,24 @@ class Meeting:
             they are to be loaded see `num_layer_steps`.
         """
         assert self._call is None, "one call at a time"
-        low = max(self._claimed_until(), self._lowest_load)
+        low = self._claimed_until()
         self._skip_unheld(low)
-        if self._is_loading_over or self._back <= low:
-            self._is_loading_over = True
-            return None
-        first = low if self._plan.is_probe else self._outlook.best_split(low, self._back, now)
+        first = self._back
+        if not self._is_loading_over and self._back > low:
+            first = self._outlook.best_split(low, self._back, now)
         if first == self._back:
             self._is_loading_over = True  # computing the rest is faster
-            return None
+            return self._next_probe(now)
         self._call, self._num_steps = self._size_call(low, first, now)
         self._back = self._call.start
         self._states_of_call()[:] = _LOADING
         self._outlook.begin_call(self._call, self._num_steps, now)
         return self._call
+
+    @property
+    def is_probing(self) -> bool:
+        """The call under way is to measure a tier: nobody waits for its blocks."""
+        return self._is_probing
 
     @property
     def num_layer_steps(self) -> int:
@@ -219,7 +223,7 @@ class Meeting:
         # A miss is answered sooner than a hit, so it says nothing of the tier's speed.
         self._outlook.end_call(now, learns=not missing)
         states = self._states_of_call()
-        wanted = [block for block in self._call if self._states[block] == _LOADING]
+        wanted = [block for block in self._call if self._is_wanted(block)]
         kept = [block for block in wanted if block not in missing]
         if self._inputs.has_windows and missing:
             # Attention windows would reach over the gap: all before it is computed.
@@ -229,19 +233,19 @@ class Meeting:
         self._states[kept] = _PRESENT
         self._num_loaded += len(kept)
         self._num_dropped += len(self._call) - len(missing) - len(kept)
-        self._call = None
+        self._call, self._is_probing = None, False
         return kept
 
     def stop_loading(self, now: float) -> None:
         """The tier failed or the call was cancelled: what has not come is computed."""
-        self._is_loading_over = True
+        self._is_loading_over, self._probe = True, range(0)
         if self._call is None:
             return
         self._outlook.end_call(now, learns=False)
         states = self._states_of_call()
         states[states == _LOADING] = _ABSENT
-        self._call = None
-        self._is_given_up = not self._plan.is_probe
+        self._is_given_up = self._is_given_up or not self._is_probing
+        self._call, self._is_probing = None, False
 
     # ---- both --------------------------------------------------------------------------------
 
@@ -258,7 +262,9 @@ class Meeting:
     @property
     def should_cancel(self) -> bool:
         """A call is under way of which nobody wants anything any more."""
-        return self._call is not None and not (self._states_of_call() == _LOADING).any()
+        if self._call is None or self._is_probing:
+            return False
+        return not (self._states_of_call() == _LOADING).any()
 
     @property
     def overtaken(self) -> Collection[int]:
@@ -276,8 +282,6 @@ class Meeting:
         """Block before which the front may go on now; the block it stands at for waiting."""
         front = self._next_token // self._inputs.block_size
         ahead = self._states[front:]
-        if self._plan.is_probe:  # nobody waits for it
-            return front + _num_leading(ahead != _PRESENT)
         limit = front + _num_leading(ahead == ahead[0])
         end = front
         if ahead[0] == _ABSENT:
@@ -319,11 +323,26 @@ class Meeting:
         The front computes those from `low` on.
         """
         behind = self._states[self._back : self._load_end]
-        if not self._plan.is_probe and (behind == _PRESENT).all():
+        if (behind == _PRESENT).all():
             num_steps = self._outlook.layer_steps(low, first, self._back, now)
             if num_steps > 1:
                 return range(first, self._back), num_steps
         return self._outlook.whole_call(first, self._back), 1
+
+    def _next_probe(self, now: float) -> range | None:
+        """Blocks that are loaded once all others are: computing goes on as if they were not."""
+        probe, self._probe = self._probe, range(0)
+        if not probe:
+            return None
+        self._call, self._num_steps, self._is_probing = probe, 1, True
+        self._outlook.begin_call(probe, 1, now)
+        return probe
+
+    def _is_wanted(self, block: int) -> bool:
+        """Whether a block of the call is still of use."""
+        if self._is_probing:
+            return block >= self._claimed_until() and bool(self._states[block] == _ABSENT)
+        return bool(self._states[block] == _LOADING)
 
     def _states_of_call(self) -> np.ndarray:
         """A view of them."""

@@ -61,8 +61,8 @@ class PlannerStats:
     """What a planner has chosen, and what it believes now.
 
     Attributes:
-        modes: By the mode's word; probes count as "recompute".
-        num_probes: Plans that load a few blocks to measure their tier.
+        modes: By the mode's word.
+        num_probes: Plans that load a few blocks more to measure their tier.
         num_given_up: Finished plans in which blocks were computed that a load had promised.
         computed_blocks: Of finished plans.
         loaded_blocks: Of finished plans; kept.
