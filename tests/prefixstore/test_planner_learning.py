@@ -126,14 +126,40 @@ def test_a_dead_tier_is_given_up_and_then_left_alone() -> None:
     assert planner.stats().num_given_up >= 1
 
 
-def test_learns_how_much_loading_slows_computing() -> None:
-    even = TierEstimate(1e-3, NUM_BLOCKS * BLOCK_BYTES / 1.0)
-    planner, world = a_planner(), World(MODEL, even, slowdown=1.4)
-    for context in range(0, 4096, 512):  # somebody computed what is in the tier now
+def a_planner_of_even_speeds(slowdown: float = 1.1, load_s: float = 1.0) -> tuple[Planner, World]:
+    """Loading takes about as long as computing; somebody computed what is in the tier now."""
+    planner, even = a_planner(), TierEstimate(1e-3, NUM_BLOCKS * BLOCK_BYTES / load_s)
+    for context in range(0, 4096, 512):
         planner.observe_prefill(512, context, MODEL.seconds(512, context, 512))
+    return planner, World(MODEL, even, slowdown=slowdown)
+
+
+def test_learns_how_much_loading_slows_computing() -> None:
+    planner, world = a_planner_of_even_speeds(slowdown=1.4)
     for i in range(40):
         serve(planner, world, float(i))
     assert planner.stats().slowdown == pytest.approx(1.4, rel=0.1)
+
+
+def test_both_is_done_again_after_a_time_in_which_loading_slowed_computing() -> None:
+    planner, world = a_planner_of_even_speeds(load_s=1.3)
+    for i in range(20):
+        serve(planner, world, float(i))
+    for _ in range(6):  # something else took the cores
+        planner.observe_prefill(512, 0, 5 * MODEL.seconds(512, 0, 512), is_loading=True)
+    assert planner.stats().slowdown > 2
+    modes = [serve(planner, world, 20.0 + 120 * i)[0].mode for i in range(30)]
+    assert modes[0] != PlanMode.BOTH
+    assert modes[20:] == [PlanMode.BOTH] * 10
+    assert planner.stats().slowdown == pytest.approx(1.1, rel=0.1)
+
+
+def test_to_try_both_again_where_it_gains_nothing_costs_little() -> None:
+    planner, world = a_planner_of_even_speeds(slowdown=3.0)
+    runs = [serve(planner, world, 60.0 * i) for i in range(60)]
+    inputs = runs[0][0].costs.inputs
+    best_s = min(recompute_s(inputs, world), load_s(inputs, world))
+    assert sum(run.ttft_s for _, run in runs[10:]) <= 1.1 * 50 * best_s
 
 
 def test_predicts_what_a_prompt_costs_in_chunks() -> None:

@@ -199,6 +199,29 @@ def test_learns_how_much_a_load_slows_computing() -> None:
     assert slowdown.factor == pytest.approx(1.0, rel=0.01)
 
 
+def test_does_not_believe_one_slow_pass_beside_a_load() -> None:
+    slowdown = Slowdown()
+    for _ in range(5):
+        slowdown.observe(0.1, 5.0)
+        slowdown.observe(0.1, 0.11)
+    assert slowdown.factor == pytest.approx(1.1, rel=0.01)
+    slowdown.observe(0.1, 0.3)
+    slowdown.observe(0.1, 0.3)
+    assert slowdown.factor > 1.3
+
+
+def test_a_slowdown_that_is_not_measured_is_forgotten() -> None:
+    slowdown = Slowdown()
+    for i in range(20):
+        slowdown.observe(0.1, 0.3)
+        slowdown.age(float(i))
+    assert slowdown.factor > 2.5
+    slowdown.age(1200.0)
+    assert 1.1 < slowdown.factor < 2
+    slowdown.age(12000.0)
+    assert slowdown.factor == pytest.approx(1.1, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -204,6 +204,7 @@ class Planner:
             numbers = [-1] * len(numbers)
         waits_for_loads = self._config.policy == "load"
         with self._lock:
+            self._slowdown.age(now)
             inputs = PlanInputs(
                 num_tokens=num_tokens,
                 block_size=self._block_size,

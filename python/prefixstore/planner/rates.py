@@ -29,6 +29,8 @@ _AGING_PER_S = 0.01  # variance of a tier's logarithms; a minute makes it nearly
 _SPREAD_WEIGHT = 0.2
 _SLOWDOWN_WEIGHT = 0.2
 _MAX_SLOWDOWN = 4.0
+_SLOWDOWN_ACCIDENT = 1.5  # a pass so many times slower than believed may be one
+_SLOWDOWN_MEMORY_S = 1200.0
 
 
 @dataclass(frozen=True)
@@ -183,10 +185,15 @@ class Slowdown:
 
     On a CPU, decoding records takes cores and memory bandwidth from the model; on a GPU nearly
     nothing is lost. Loading is taken to suffer as much as computing does.
+
+    From 2 on no plan does both, so nothing is measured that could bring it down again. That time
+    does, and both is tried again.
     """
 
     def __init__(self, prior: float = 1.1) -> None:
-        self._log = math.log(prior)
+        self._prior_log = self._log = math.log(prior)
+        self._was_accident = False
+        self._aged_at: float | None = None
 
     @property
     def factor(self) -> float:
@@ -195,7 +202,17 @@ class Slowdown:
     def observe(self, alone_s: float, beside_s: float) -> None:
         """A pass that takes `alone_s` by itself, as predicted, took `beside_s` beside a load."""
         log = min(max(math.log(beside_s / alone_s), 0.0), math.log(_MAX_SLOWDOWN))
-        self._log += _SLOWDOWN_WEIGHT * (log - self._log)
+        is_accident = log - self._log > math.log(_SLOWDOWN_ACCIDENT)
+        if not is_accident or self._was_accident:  # two in a row are a change
+            self._log += _SLOWDOWN_WEIGHT * (log - self._log)
+        self._was_accident = is_accident
+
+    def age(self, now: float) -> None:
+        """What is known counts less, and the guess more, with the time since the last call."""
+        if self._aged_at is not None:
+            kept = math.exp(-max(0.0, now - self._aged_at) / _SLOWDOWN_MEMORY_S)
+            self._log = self._prior_log + kept * (self._log - self._prior_log)
+        self._aged_at = now
 
 
 def _tier_features(num_bytes: int) -> np.ndarray:
