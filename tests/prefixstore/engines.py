@@ -4,7 +4,10 @@ import contextlib
 
 from cached_models import BLOCK_SIZE, as_row, generate, random_tokens
 
-from prefixstore.engine import Engine, SamplingParams
+from prefixstore.cache import PrefixCache
+from prefixstore.config import CacheConfig
+from prefixstore.engine import Engine, EngineConfig, SamplingParams
+from prefixstore.store import Store, StoreConfig
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 
@@ -34,6 +37,18 @@ def open_engine(model, **settings):
             assert num_held <= stats.index.num_blocks, "blocks leak"
             # Of a window the index may know blocks without holding them.
             assert pool.window is not None or num_held == stats.index.num_blocks
+
+
+@contextlib.contextmanager
+def open_over(model, *tiers, policies=None, **settings):
+    """An engine over tiers of the test's own."""
+    store = Store(list(tiers), StoreConfig(policies=policies or {}))
+    config = CacheConfig(block_size=BLOCK_SIZE, pool_tokens=2048)
+    cache = PrefixCache.open(model, config, store=store)
+    with contextlib.closing(cache), Engine(model, Numbers(), cache, EngineConfig(**settings)) as it:
+        yield it
+        assert it.drain(60), "requests hang"
+        assert it.check() == []
 
 
 def prompt(num_tokens, seed=0):

@@ -98,6 +98,9 @@ class Scheduler:
         """Let requests run as long as there is room."""
         if now < self._retry_at or not self.num_waiting:
             return
+        self._retry_at = 0.0  # whoever finds no room sets it again
+        if len(self.running) >= self._config.max_running:
+            return
         producing = self._producing()
         for request in list(self._held_back):
             if len(self.running) >= self._config.max_running:
@@ -138,7 +141,6 @@ class Scheduler:
             # here: submit, cancel and stats need the lock meanwhile.
             self._retry_at = now + _RETRY_S
             return False
-        self._retry_at = 0.0
         request.sequence = sequence
         request.restoring = Restoring(request.num_tokens, self._blocks.block_size, sequence, now)
         request.num_computed = 0
