@@ -146,6 +146,25 @@ def test_a_hanging_look_up_delays_no_answer(model, tier, open_engine, monkeypatc
     assert output.report.reuse.misses == {"unreachable": 30 * BLOCK_SIZE}
 
 
+@pytest.mark.parametrize("missing", [[0], [20], [3, 4, 17, 29]], ids=str)
+def test_what_lies_behind_a_missing_block_is_loaded_unless_windows_need_it(
+    model, tier, open_engine, missing
+):
+    engine, tokens = open_engine(), prompt(LENGTH)
+    warm(engine, tokens)
+    for keys in engine.cache.blocks.keys(np.array(tokens, dtype=np.uint32), ""):
+        for number in missing:
+            del tier.records[keys[number].block_hash]
+    output = engine.submit(tokens, GREEDY).result(60)
+    assert list(output.token_ids) == expected(model, tokens)
+    reuse, has_windows = output.report.reuse, len(engine.cache.blocks.device.windows) > 1
+    num_loaded = missing[0] if has_windows else 30 - len(missing)
+    assert reuse.tokens_by_tier.get("slow", 0) == num_loaded * BLOCK_SIZE
+    num_cut_off = 30 - missing[0] - len(missing) if has_windows else 0
+    assert reuse.misses["evicted"] == len(missing) * BLOCK_SIZE
+    assert reuse.misses.get("window", 0) == num_cut_off * BLOCK_SIZE
+
+
 def test_a_tier_that_gives_nothing_in_time_is_learnt_as_slow(model, tier, open_engine):
     engine, tokens = open_engine(), prompt(LENGTH)
     warm(engine, tokens)

@@ -13,10 +13,11 @@ import numpy as np
 from kvkernels import PoolFullError
 from prefixstore.block_cache import BlockCache
 from prefixstore.block_key import BlockKey
+from prefixstore.engine.held_blocks import HeldBlocks, held_blocks
 from prefixstore.engine.load_call import LoadCall
-from prefixstore.engine.restoring import Held, Restoring
+from prefixstore.engine.restoring import Restoring
 from prefixstore.planner import Planner, RestorePlan
-from prefixstore.residency import first_block_needed, longest_prefix
+from prefixstore.residency import first_block_needed
 from prefixstore.store import Store
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class Restorer:
         """Bring a prompt in, whose cached prefix its sequence holds already."""
         store = self._blocks.store
         if store is None or restoring.num_device == restoring.num_whole:
-            self._start(restoring, keys, [], now)
+            self._start(restoring, keys, HeldBlocks(), now)
             return
         restoring.deadline = store.deadline()
         self._threads.submit(self._run, store, restoring, keys, self._look_up_and_load)
@@ -153,50 +154,31 @@ class Restorer:
 
     def _look_up(
         self, store: Store, restoring: Restoring, keys: Sequence[Sequence[BlockKey]]
-    ) -> Held:
-        """For each block after the cached ones the slowest tier that it needs, None if not held."""
+    ) -> HeldBlocks:
         first, end = restoring.num_device, restoring.num_whole
-        windows, size = self._blocks.device.windows, self._blocks.block_size
         answers = [store.contains_many(own[first:end], restoring.deadline) for own in keys]
-        # Blocks of a sliding group count where the prefix that is there ends.
-        available = [
-            np.array([True] * first + [tier is not None for tier in own]) for own in answers
-        ]
-        usable = longest_prefix(available, size, windows)
-        ranks = {name: rank for rank, name in enumerate(store.tier_names)}
-        held: list[str | None] = []
-        for number in range(first, usable):
-            needed = [
-                own[number - first]
-                for own, window in zip(answers, windows, strict=True)
-                if number >= first_block_needed(usable, size, window)
-            ]
-            there = [tier for tier in needed if tier is not None]
-            is_whole = len(there) == len(needed)
-            # What no group needs is as good as there.
-            slowest = max(there, key=ranks.__getitem__, default=store.tier_names[0])
-            held.append(slowest if is_whole else None)
-        return held
+        windows, size = self._blocks.device.windows, self._blocks.block_size
+        return held_blocks(answers, first, store.tier_names, size, windows)
 
     def _start(
         self,
         restoring: Restoring,
         keys: Sequence[Sequence[BlockKey]],
-        held: Held | None,
+        held: HeldBlocks | None,
         now: float,
     ) -> None:
-        plan = self._plan(restoring, restoring.num_device, held or (), now)
+        plan = self._plan(restoring, restoring.num_device, held.tiers if held else (), now)
         missing = keys[0][restoring.num_device : restoring.num_whole]
         restoring.start(plan, held, self._blocks.were_published(missing), now)
 
     def _restart(
-        self, restoring: Restoring, keys: Sequence[Sequence[BlockKey]], held: Held, now: float
+        self, restoring: Restoring, keys: Sequence[Sequence[BlockKey]], held: HeldBlocks, now: float
     ) -> None:
         """Load what is left of a prompt that is being computed, if that is worth it."""
         store = self._blocks.store
         assert store is not None
         first = restoring.num_present
-        left = held[first - restoring.num_device :]
+        left = held.tiers[first - restoring.num_device :]
         plan = self._plan(restoring, first, left, now) if any(left) else None
         has_loads = plan is not None and (plan.num_load_blocks > 0 or plan.is_probe)
         restoring.restart(plan if has_loads else None, held, now)
@@ -204,10 +186,12 @@ class Restorer:
             restoring.sequence.cut(first)  # a block that was begun: it is computed anew or loaded
             self._threads.submit(self._run, store, restoring, keys, self._load_all)
 
-    def _plan(self, restoring: Restoring, first: int, held: Held, now: float) -> RestorePlan:
-        """For the blocks from `first` on; `held` is of these."""
+    def _plan(
+        self, restoring: Restoring, first: int, tiers: Sequence[str | None], now: float
+    ) -> RestorePlan:
+        """For the blocks from `first` on; `tiers` is of these."""
         return self._planner.plan(
-            *(restoring.num_tokens, first, held, self._record_bytes(first, len(held)), now),
+            *(restoring.num_tokens, first, tiers, self._record_bytes(first, len(tiers)), now),
             deadline_s=restoring.deadline - now,
         )
 

@@ -7,14 +7,12 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from prefixstore.engine.held_blocks import HeldBlocks
 from prefixstore.engine.load_call import LoadCall
 from prefixstore.engine.sequence import SequenceBlocks
 from prefixstore.planner import Meeting, RestorePlan
 from prefixstore.restore import DEVICE
 from prefixstore.reuse_report import MissReason, ReuseReport
-
-# Of several groups' tiers a block counts for the slowest: it is there when the last part is.
-Held = Sequence[str | None]  # of each block after those on the device: the tier that holds it
 
 
 @dataclass(frozen=True)
@@ -69,11 +67,11 @@ class Restoring:
         self._block_size = block_size
         self._began = self._planned = now
         self._finished = 0.0
-        self._held: Held | None = None
+        self._held: HeldBlocks | None = None
         self._meeting: Meeting | None = None
         self._plan: RestorePlan | None = None
         self._chunk = range(0)  # the last one to be computed
-        self._late_answer: Held | None = None
+        self._late_answer: HeldBlocks | None = None
         self._load: LoadCall | None = None
         self._loaded: dict[int, str] = {}
         self._lost: set[int] = set()
@@ -91,7 +89,7 @@ class Restoring:
     def start(
         self,
         plan: RestorePlan,
-        held: Held | None,
+        held: HeldBlocks | None,
         was_published: Sequence[bool],
         now: float,
     ) -> None:
@@ -99,8 +97,7 @@ class Restoring:
 
         Args:
             plan: What is to be loaded.
-            held: Of each block after the cached ones who holds it; None if there was no answer in
-                time.
+            held: What tiers hold; None if there was no answer in time.
             was_published: Of each of them whether this process had it once.
             now: When.
         """
@@ -118,12 +115,12 @@ class Restoring:
     def began(self) -> float:
         return self._began
 
-    def answer_late(self, held: Held) -> None:
+    def answer_late(self, held: HeldBlocks) -> None:
         """The look-up was not waited for, and this is its answer."""
         assert self.is_planned
         self._late_answer = held
 
-    def take_late_answer(self) -> Held | None:
+    def take_late_answer(self) -> HeldBlocks | None:
         """The answer that came since, once."""
         answer, self._late_answer = self._late_answer, None
         return answer
@@ -133,7 +130,7 @@ class Restoring:
         """Whole blocks at the front that are there; between two chunks."""
         return max(self.num_device, self._chunk.stop // self._block_size)
 
-    def restart(self, plan: RestorePlan | None, held: Held, now: float) -> None:
+    def restart(self, plan: RestorePlan | None, held: HeldBlocks, now: float) -> None:
         """Go on from what is computed so far, now that it is known who holds what.
 
         Args:
@@ -194,7 +191,7 @@ class Restoring:
         """The tier that a call asks for these blocks, and their bytes there."""
         assert self._plan is not None and self._held is not None
         inputs = self._plan.costs.inputs
-        tier = self._held[numbers.stop - 1 - self.num_device]
+        tier = self._held.tiers[numbers.stop - 1 - self.num_device]
         assert tier is not None, "a block is loaded that no tier holds"
         first = numbers.start - inputs.num_device_blocks
         return tier, int(inputs.record_bytes[first : first + len(numbers)].sum())
@@ -292,7 +289,9 @@ class Restoring:
             return MissReason.LATE
         if self._held is None:
             return MissReason.UNREACHABLE
-        if at >= len(self._held) or self._held[at] is None:
+        if number in self._held.cut_off:
+            return MissReason.WINDOW
+        if at >= len(self._held.tiers) or self._held.tiers[at] is None:
             return MissReason.EVICTED if self._was_published[at] else MissReason.NEW
         if number < self._plan.costs.inputs.num_device_blocks:
             return MissReason.LATE  # computed before the look-up's answer came
