@@ -2,12 +2,14 @@
 
 import time
 
+import pytest
 from cached_models import BLOCK_SIZE
 from dict_tier import DictTier
-from engines import GREEDY, open_engine, open_over, prompt
+from engines import GREEDY, expected, open_engine, open_over, prompt
 from failing_tiers import Gate
 
 from prefixstore.engine import SamplingParams
+from prefixstore.engine.prefill_turns import LEAST_TOKENS, Prefill, chunk_tokens, prefill_turns
 
 LONG = SamplingParams(max_tokens=1000, temperature=0, ignore_eos=True)
 
@@ -69,3 +71,67 @@ def test_who_waits_for_a_place_costs_nothing(model, monkeypatch):
         running.cancel()
         waiting.result(60)
     assert num_calls == 0
+
+
+@pytest.mark.parametrize(
+    ("prompts", "turns"),
+    [
+        ([], []),
+        ([("a", 900)], [(0, 1)]),
+        ([("a", 900), ("b", 900)], [(0, 1 / 2), (1, 1)]),  # a pass each, then what is left of it
+        ([("a", 900), ("b", 20)], [(1, 1 / 2), (0, 1)]),
+        ([("a", 900), ("a", 20)], [(1, 1 / 2), (0, 1)]),
+        ([("a", 500), ("a", 900)], [(0, 1), (1, 1)]),  # one after the other
+        ([("a", 900), ("a", 500), ("a", 20), ("b", 70)], [(2, 1 / 4), (3, 2 / 3), (0, 1), (1, 1)]),
+    ],
+)
+def test_tenants_and_lengths_share_a_pass(prompts, turns):
+    found = prefill_turns([Prefill(*one) for one in prompts])
+    assert [i for i, _ in found] == [i for i, _ in turns]
+    assert [share for _, share in found] == pytest.approx([share for _, share in turns])
+
+
+@pytest.mark.parametrize(
+    ("budget", "share", "num_tokens"),
+    [(576, 1, 576), (576, 0.5, 288), (576, 0.01, LEAST_TOKENS), (20, 0.1, 20)],
+)
+def test_a_share_is_not_too_short_to_be_worth_it(budget, share, num_tokens):
+    assert chunk_tokens(budget, share) == num_tokens
+
+
+@pytest.mark.parametrize("tenants", ["ab", "aa"])
+def test_a_short_prompt_does_not_wait_for_a_long_one(model, tenants):
+    long, short = prompt(1900), prompt(20, 1)
+    with open_engine(model, max_batch_tokens=40) as engine:
+        with engine._loop.changed:  # so that they are admitted together
+            handles = [
+                engine.submit(tokens, GREEDY, tenant=tenant)
+                for tokens, tenant in zip((long, short), tenants, strict=True)
+            ]
+        outputs = [handle.result(60) for handle in handles]
+        ended = [report.reuse.num_prompt_tokens for report in engine.recent()]
+    assert list(outputs[1].token_ids) == expected(model, short)
+    assert list(outputs[0].token_ids) == expected(model, long)
+    assert ended == [20, 1900]
+
+
+def test_every_pass_is_full_while_prompts_are_left(model, monkeypatch):
+    with open_engine(model, max_batch_tokens=40, memory_bytes=0) as engine:
+        scheduler, sums = engine._loop.scheduler, []
+        next_steps = scheduler.next_steps
+
+        def watched(now):
+            steps = next_steps(now)
+            left = sum(one.num_tokens - one.num_computed for one in scheduler.running)
+            sums.append((sum(step.stop - step.start for step in steps), min(left, 40)))
+            return steps
+
+        monkeypatch.setattr(scheduler, "next_steps", watched)
+        with engine._loop.changed:
+            handles = [
+                engine.submit(prompt(length, seed), GREEDY, tenant=tenant)
+                for seed, (tenant, length) in enumerate([("a", 300), ("b", 50), ("a", 70)])
+            ]
+        for handle in handles:
+            handle.result(60)
+    assert [num_tokens for num_tokens, most in sums if num_tokens < most - BLOCK_SIZE] == []
