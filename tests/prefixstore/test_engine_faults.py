@@ -36,6 +36,27 @@ def test_a_failing_pass_ends_its_requests_and_no_others(model):
     assert after.token_ids == before.token_ids
 
 
+def test_logits_that_are_no_numbers_end_their_own_request_alone(model):
+    with open_engine(model, memory_bytes=0) as engine:
+        run = engine._loop.runner.run
+
+        def spoil_last(chunks, *arguments):
+            logits = run(chunks, *arguments)
+            if len(chunks) == 3 and logits is not None:
+                logits = logits.clone()  # of a graph's output others may be given views
+                logits[-1, 3] = torch.nan
+            return logits
+
+        engine._loop.runner.run = spoil_last
+        with engine._loop.changed:  # so that they are admitted together
+            handles = [engine.submit(prompt(20, seed), GREEDY) for seed in range(3)]
+        *sound, spoiled = [handle.result(60) for handle in handles]
+    assert spoiled.finish_reason == FinishReason.ERROR
+    assert spoiled.error == "logits: expected a finite largest one, got nan"
+    for seed, output in enumerate(sound):
+        assert list(output.token_ids) == expected(model, prompt(20, seed))
+
+
 def test_a_reader_whose_event_loop_is_closed_stops_nobody(model, monkeypatch):
     """Not even itself: who reads its answer elsewhere gets all of it."""
     with open_engine(model) as engine:

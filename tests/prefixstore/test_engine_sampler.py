@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from prefixstore.engine import SamplingParams
-from prefixstore.engine.sampler import SamplingRow, sample_tokens
+from prefixstore.engine.sampler import NoToken, SamplingRow, sample_tokens
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOGITS = torch.tensor([1.5, -0.5, 2.0, 0.25, 2.0, -1.75, 1.0, 0.0, -1.0, 2.75, -math.inf, 0.5])
@@ -173,14 +173,22 @@ def test_top_k_beyond_the_vocabulary_keeps_all(device):
 @pytest.mark.parametrize(
     ("value", "shown"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")]
 )
-def test_names_a_row_without_a_choice(temperature, value, shown, device):
+def test_a_row_without_a_choice_spoils_no_other(temperature, value, shown, device):
     logits = torch.randn(4, 70, device=device)
+    params = SamplingParams(temperature=temperature, top_k=20, top_p=0.9, logprobs=2)
+    rows = [SamplingRow(params, seed=at, position=0) for at in range(4)]
+    expected = sample_tokens(logits, rows)
     if value == -math.inf:
         logits[2] = value
     else:
         logits[2, 33] = value
-    with pytest.raises(ValueError, match=rf"logits: .* in row 2, got {shown}$"):
-        sample(logits, [SamplingParams(temperature=temperature)] * 4)
+    tokens = sample_tokens(logits, rows)
+    assert isinstance(tokens[2], NoToken)
+    assert str(tokens[2]) == f"logits: expected a finite largest one, got {shown}"
+    tokens[2] = expected[2]
+    assert tokens == expected
+    (alone,) = sample_tokens(logits[2:3], rows[2:3])
+    assert isinstance(alone, NoToken)
 
 
 def test_gives_log_probabilities_before_temperature(device):

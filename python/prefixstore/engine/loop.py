@@ -22,7 +22,7 @@ from prefixstore.engine.request import Request
 from prefixstore.engine.restorer import Restorer
 from prefixstore.engine.roster import Roster
 from prefixstore.engine.runner import ModelRunner
-from prefixstore.engine.sampler import SampledToken, SamplingRow, sample_tokens
+from prefixstore.engine.sampler import NoToken, SampledToken, SamplingRow, sample_tokens
 from prefixstore.engine.scheduler import Scheduler, Step
 from prefixstore.engine.window_budget import WindowBudget
 from prefixstore.planner import Planner, PlannerConfig
@@ -170,7 +170,7 @@ class EngineLoop:
 
     def _compute(
         self, steps: Sequence[Step], chunks: Sequence[Chunk], overlap: Overlap
-    ) -> tuple[list[Step], list[SampledToken]]:
+    ) -> tuple[list[Step], list[SampledToken | NoToken]]:
         """Run the model; the steps that count, and the next tokens of those that want one."""
         started = time.perf_counter()
         logits = None
@@ -196,15 +196,23 @@ class EngineLoop:
         return valid, sample_tokens(counting, sampled)
 
     def _advance(
-        self, steps: Sequence[Step], tokens: Sequence[SampledToken], seconds: float, now: float
+        self,
+        steps: Sequence[Step],
+        tokens: Sequence[SampledToken | NoToken],
+        seconds: float,
+        now: float,
     ) -> None:
         """The batch is computed: publish blocks, hand out tokens, end answers."""
         sampled = iter(tokens)
         for step in steps:
             request = step.request
             assert request.sequence is not None
-            request.num_computed = step.stop
             self.roster.counts.computed_tokens += step.stop - step.start
+            token = next(sampled) if step.wants_logits else None
+            if isinstance(token, NoToken):
+                self.roster.end(request, FinishReason.ERROR, str(token))
+                continue
+            request.num_computed = step.stop
             request.sequence.note_computed(step.start, step.stop)
             request.sequence.publish(request.tokens, step.stop)
             if request.restoring is not None:
@@ -212,7 +220,7 @@ class EngineLoop:
                 request.restoring.chunk_done(now)
                 if request.restoring.is_done:
                     self._end_prefill(request, now)
-            reason = request.push(next(sampled), now) if step.wants_logits else None
+            reason = request.push(token, now) if token is not None else None
             # No token waits for this. One that goes on after a preemption shares its own blocks.
             if not request.num_preemptions:
                 request.sequence.touch_reused()

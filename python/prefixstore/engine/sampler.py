@@ -51,16 +51,28 @@ class SampledToken:
     logprob: TokenLogprob | None = None
 
 
-def sample_tokens(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
-    """The next token of each row.
+@dataclass(frozen=True)
+class NoToken:
+    """What a row gets whose largest logit is no finite number, and what it is."""
+
+    peak: float
+
+    def __str__(self) -> str:
+        return f"logits: expected a finite largest one, got {self.peak}"
+
+
+def sample_tokens(
+    logits: torch.Tensor, rows: Sequence[SamplingRow]
+) -> list[SampledToken | NoToken]:
+    """The next token of each row; none for a row with a NaN or an infinite logit, or with nothing
+    but tokens that are ruled out.
 
     Args:
         logits: `[num_rows, vocab_size]`, any floating dtype and device. -inf rules a token out.
         rows: One for each row of `logits`.
 
     Raises:
-        ValueError: If shapes or dtype disagree, or if a row has a NaN or an infinite logit, or only
-            tokens that are ruled out; the message names the row.
+        ValueError: If shapes or dtype disagree.
     """
     if logits.dim() != 2 or len(logits) != len(rows) or not logits.is_floating_point():
         raise ValueError(
@@ -71,22 +83,20 @@ def sample_tokens(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Sam
         return []
     # Of equal ones `max` gives the first, and a NaN is larger than all: one pass serves the greedy
     # rows and checks every row.
-    peaks, token_ids = logits.max(dim=-1)
-    _check_peaks(peaks)
-    drawn = [at for at, row in enumerate(rows) if not row.params.is_greedy]
+    largest, token_ids = logits.max(dim=-1)
+    peaks = largest.tolist()
+    sound = [at for at, peak in enumerate(peaks) if math.isfinite(peak)]
+    drawn = [at for at in sound if not rows[at].params.is_greedy]
     num_at_once = _rows_at_once(logits)
     for start in range(0, len(drawn), num_at_once):
         part = drawn[start : start + num_at_once]
         token_ids[part] = _draw_tokens(_select(logits, part), [rows[at] for at in part])
-    logprobs = _find_logprobs(logits, rows, token_ids)
-    return [SampledToken(one, logprobs.get(at)) for at, one in enumerate(token_ids.tolist())]
-
-
-def _check_peaks(peaks: torch.Tensor) -> None:
-    """Raise ValueError unless the largest logit of each row, `[num_rows]`, is finite."""
-    for at, peak in enumerate(peaks.tolist()):
-        if not math.isfinite(peak):
-            raise ValueError(f"logits: expected a finite largest logit in row {at}, got {peak}")
+    asking = [at for at in sound if rows[at].params.logprobs is not None]
+    logprobs = _find_logprobs(logits, rows, token_ids, asking)
+    return [
+        SampledToken(one, logprobs.get(at)) if math.isfinite(peak) else NoToken(peak)
+        for at, (one, peak) in enumerate(zip(token_ids.tolist(), peaks, strict=True))
+    ]
 
 
 def _rows_at_once(logits: torch.Tensor) -> int:
@@ -168,10 +178,12 @@ def _random_stream(row: SamplingRow) -> np.random.Philox:
 
 
 def _find_logprobs(
-    logits: torch.Tensor, rows: Sequence[SamplingRow], token_ids: torch.Tensor
+    logits: torch.Tensor,
+    rows: Sequence[SamplingRow],
+    token_ids: torch.Tensor,
+    asking: list[int],
 ) -> dict[int, TokenLogprob]:
-    """Log-probabilities by row, of the rows that ask for them."""
-    asking = [at for at, row in enumerate(rows) if row.params.logprobs is not None]
+    """Log-probabilities by row, of the rows `asking`."""
     if not asking:
         return {}
     logprobs = _widen(_select(logits, asking)).log_softmax(dim=-1)
