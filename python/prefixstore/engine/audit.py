@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import logging
 import random
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,8 +22,8 @@ import torch
 
 from kvkernels import PoolFullError
 from prefixstore.block_cache import BlockCache
-from prefixstore.block_key import BlockKey
 from prefixstore.engine.pass_layout import Chunk
+from prefixstore.engine.quarantine import Quarantine
 from prefixstore.engine.request import Request
 from prefixstore.engine.runner import ModelRunner
 from prefixstore.residency import first_block_needed
@@ -34,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 _MAX_WAITING = 16  # audits; one more is not made
 _PATIENCE_S = 60.0  # how long an audit waits for the engine to be idle before it is dropped
-_DELETE_S = 30.0  # how long what is being written is waited for before it is deleted
 
 # How far honest blocks differ: the norm of the difference over the norm, of one layer's keys or
 # values in a block. docs/security.md has what was measured; the bounds are three times that and
@@ -149,6 +146,7 @@ class Auditor:
     Args:
         blocks: The model's.
         runner: Computes.
+        quarantine: Takes what is wrong.
         check_weights: Raises `ValueError` if the model is not the one any more that filled them.
         share: Of the requests that reused blocks.
         seed: Of the choice.
@@ -158,13 +156,15 @@ class Auditor:
         self,
         blocks: BlockCache,
         runner: ModelRunner,
+        quarantine: Quarantine,
         check_weights: Callable[[], None],
         share: float,
         seed: int | None,
     ) -> None:
-        self.num_audits = self.audited_blocks = self.num_quarantined = 0
+        self.num_audits = self.audited_blocks = 0
         self._blocks = blocks
         self._runner = runner
+        self._quarantine = quarantine
         self._check_weights = check_weights
         self._share = share
         self._random = random.Random(seed)
@@ -172,8 +172,6 @@ class Auditor:
         self._audit: _Audit | None = None
         dtype = blocks.device.groups[0].pool.layout.dtype
         self._bound = divergence_bound(dtype, blocks.record_codecs())
-        # Deleting from a slow tier takes time that the engine's thread has not.
-        self._deleting = ThreadPoolExecutor(1, thread_name_prefix="kv-audit")
 
     def offer(self, request: Request, reused: Mapping[int, str], now: float) -> None:
         """A prompt is computed, some blocks of which were not: perhaps it is to be audited."""
@@ -213,10 +211,9 @@ class Auditor:
         return True
 
     def close(self) -> None:
-        """Drop what is under way; what was found wrong is deleted before this returns."""
+        """Drop what is under way."""
         self._jobs.clear()
         self.give_way()
-        self._deleting.shutdown(wait=True)
 
     def _step(self, audit: _Audit) -> bool:
         """Audit the next block; False once the audit is over."""
@@ -231,22 +228,20 @@ class Auditor:
             # not below, rather than above: NaN agrees with nothing
             if not all(bool((one <= self._bound).all()) for one in errors):
                 self.num_audits += 1
-                self._quarantine(audit, errors)
+                self._remove(audit, errors)
                 return False
         audit.end_block()
         self.num_audits += audit.is_done
         return not audit.is_done
 
-    def _quarantine(self, audit: _Audit, errors: list[torch.Tensor]) -> None:
+    def _remove(self, audit: _Audit, errors: list[torch.Tensor]) -> None:
         """A block is wrong: neither it nor what was computed on it is used again."""
         try:
             self._check_weights()
         except ValueError:
             return  # another model, so other blocks: the engine ends what runs on them
         request, number = audit.job.request, audit.number
-        wrong = self._blocks.quarantine(request.tokens, request.salt, request.keys, number)
-        num_blocks = len(request.keys[0]) - number
-        self.num_quarantined += num_blocks
+        num_blocks = self._quarantine.add(request, number)
         known = [one.nan_to_num(nan=float("inf")) for one in errors]
         group = max(range(len(known)), key=lambda i: float(known[i].max()))
         layer, plane = divmod(int(known[group].argmax()), known[group].shape[1])
@@ -257,17 +252,3 @@ class Auditor:
             *(audit.job.reused[number], known[group].max(), ("keys", "values")[plane]),
             *(self._blocks.device.groups[group].layers[layer], self._bound, num_blocks),
         )
-        if self._blocks.store is not None:
-            self._deleting.submit(self._delete, wrong)
-
-    def _delete(self, keys: list[BlockKey]) -> None:
-        """Delete what tiers hold, and what is still on its way there."""
-        store = self._blocks.store
-        assert store is not None
-        try:
-            failed = store.delete_many(keys, time.monotonic() + _DELETE_S)
-        except Exception:
-            logger.exception("audit: %d records not deleted", len(keys))
-            return
-        if failed:
-            logger.error("audit: %d records not deleted from %s", len(keys), ", ".join(failed))

@@ -197,7 +197,7 @@ class Engine:
                 output_tokens=counts.output_tokens,
                 num_audits=auditor.num_audits,
                 audited_blocks=auditor.audited_blocks,
-                num_quarantined=auditor.num_quarantined,
+                num_quarantined=loop.quarantine.num_blocks,
                 planner=planner,
                 cache=cache,
             )

@@ -18,6 +18,7 @@ from prefixstore.engine.config import EngineConfig
 from prefixstore.engine.outputs import FinishReason
 from prefixstore.engine.overlap import Overlap, PassIsVoid
 from prefixstore.engine.pass_layout import Chunk
+from prefixstore.engine.quarantine import Quarantine
 from prefixstore.engine.request import Request
 from prefixstore.engine.restorer import Restorer
 from prefixstore.engine.roster import Roster
@@ -43,6 +44,7 @@ class EngineLoop:
         roster      who was accepted        scheduler  whose tokens come next
         restorer    loads beside the model  runner     the model
         auditor     when nothing else is to be done
+        quarantine  what was found wrong
 
     Args:
         model: The Hugging Face causal language model that `cache` was opened for.
@@ -81,8 +83,9 @@ class EngineLoop:
             config=PlannerConfig(policy=config.restore_policy),
         )
         self.restorer = Restorer(blocks, self.planner, config.num_loaders, self.changed)
+        self.quarantine = Quarantine(blocks)
         self.auditor = Auditor(
-            *(blocks, self.runner, self._check_weights),
+            *(blocks, self.runner, self.quarantine, self._check_weights),
             *(config.audit_share, config.audit_seed),
         )
         self.scheduler = Scheduler(blocks, self.restorer, config, budget, self.auditor.give_way)
@@ -101,6 +104,7 @@ class EngineLoop:
             self.changed.notify_all()
         self._thread.join()
         self.auditor.close()
+        self.quarantine.close()
         self.restorer.close()
         self.runner.close()
 
@@ -210,7 +214,7 @@ class EngineLoop:
             self.roster.counts.computed_tokens += step.stop - step.start
             token = next(sampled) if step.wants_logits else None
             if isinstance(token, NoToken):
-                self.roster.end(request, FinishReason.ERROR, str(token))
+                self._end_without_token(request, step.stop, str(token))
                 continue
             request.num_computed = step.stop
             request.sequence.note_computed(step.start, step.stop)
@@ -227,6 +231,20 @@ class EngineLoop:
             request.sequence.drop_passed(step.stop)
             if reason is not None:
                 self.roster.end(request, reason)
+
+    def _end_without_token(self, request: Request, num_stored: int, error: str) -> None:
+        """End a request whose logits are no numbers; nobody reads what may have made them so.
+
+        Its blocks of this pass are not published. But the cause may lie in those published after
+        earlier passes, or in what it shares: the first one with a number that is none goes, and
+        all after it. Only here all are read: a look at each block after every pass would cost all
+        requests time.
+        """
+        assert request.sequence is not None
+        first = request.sequence.first_not_finite(num_stored)
+        num_blocks = 0 if first is None else self.quarantine.add(request, first)
+        logger.error("request %s: %s: %d blocks quarantined", request.request_id, error, num_blocks)
+        self.roster.end(request, FinishReason.ERROR, error)
 
     def _end_prefill(self, request: Request, now: float) -> None:
         restoring, is_first = request.restoring, request.num_output == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 
 from prefixstore.block_cache import BlockCache
 from prefixstore.block_key import BlockKey
@@ -148,6 +149,21 @@ class SequenceBlocks:
             first = min(first_block_needed(num_stored // size, size, window), self.num_published)
             self._device.drop(group, self.tables[group, self._dropped[group] : first])
             self._dropped[group] = max(self._dropped[group], first)
+
+    def first_not_finite(self, num_stored: int) -> int | None:
+        """Of the whole blocks of the first `num_stored` tokens, the first with a NaN or infinity.
+
+        Only what the sequence holds is looked at.
+        """
+        found = []
+        for group, table in zip(self._device.groups, self.tables, strict=True):
+            held = table[: num_stored // self._blocks.block_size]
+            numbers = np.flatnonzero(held >= 0).tolist()
+            if numbers:
+                data = group.pool.data
+                is_finite = torch.stack([data[one].isfinite().all() for one in held[numbers]])
+                found += [numbers[at] for at in (~is_finite).nonzero()[:1, 0].tolist()]
+        return min(found, default=None)
 
     def release(self) -> None:
         """Give everything back; what was published stays cached."""

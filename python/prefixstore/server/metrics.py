@@ -114,7 +114,7 @@ def _engine_metrics(stats: EngineStats) -> Iterator[Metric]:
         _Named("output_tokens", "Tokens of answers.", stats.output_tokens),
         _Named("audits", "Prompts whose reused blocks were computed again.", stats.num_audits),
         _Named("audited_blocks", "Blocks compared in audits.", stats.audited_blocks),
-        _Named("quarantined_blocks", "Blocks that audits found wrong.", stats.num_quarantined),
+        _Named("quarantined_blocks", "Blocks found wrong, and those after.", stats.num_quarantined),
     )
     yield from _gauges(
         _Named("requests_running", "Requests in the batch.", stats.num_running),

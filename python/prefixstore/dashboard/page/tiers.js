@@ -13,7 +13,7 @@ export function showTiers(overview) {
   if (overview.tiers.length === 0) {
     rows.push(el("li", { class: "tier-note", text: "Only the device pool: what leaves it is computed again. Give the cache a tier, such as memory://4GiB, to keep it." }));
   }
-  if (overview.num_audits > 0) rows.push(auditNote(overview));
+  if (overview.num_audits > 0 || overview.num_quarantined > 0) rows.push(auditNote(overview));
   byId("tier-list").replaceChildren(...rows);
 }
 
