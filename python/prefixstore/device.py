@@ -53,7 +53,8 @@ class DeviceBlocks:
         self._lock = threading.Lock()
         self._evicted_blocks = 0
         self.writes = WriteHolds(self.groups, self.holds_windows)
-        self._detached: set[tuple[int, int]] = set()  # group and id: offered to nobody any more
+        # Group and id: offered to nobody any more, until the id comes to mean another block.
+        self._detached: set[tuple[int, int]] = set()
         self._abandoned: deque[tuple[Sequence[BlockTables], Match]] = deque()
 
     @property
@@ -196,7 +197,7 @@ class DeviceBlocks:
         has_waited = False
         while True:
             try:
-                return allocator.allocate(num_blocks)
+                return self._allocate(group, num_blocks)
             except PoolFullError:
                 missing = num_blocks - allocator.num_free
                 if missing <= 0:
@@ -229,7 +230,7 @@ class DeviceBlocks:
                 missing -= self.writes.num_leaving(group)
             if missing <= 0 or not self._give_up(group, missing):
                 break
-        return allocator.allocate(num_blocks)
+        return self._allocate(group, num_blocks)
 
     def evict_all(self) -> int:
         """Give up all blocks that no session holds; returns how many."""
@@ -300,6 +301,14 @@ class DeviceBlocks:
         """Blocks of the longest prefix of `[num_blocks, num_groups]` that can be gone on from."""
         return longest_prefix([ids >= 0 for ids in block_ids.T], self.block_size, self.windows)
 
+    def _allocate(self, group: int, num_blocks: int) -> list[int]:
+        """Take free blocks. Who still read those that their ids stood for has let go of them."""
+        ids = self.groups[group].allocator.allocate(num_blocks)
+        if self._detached:
+            with self._lock:
+                self._detached.difference_update((group, one) for one in ids)
+        return ids
+
     def _give_up(self, group: int, num_blocks: int) -> bool:
         """Let the index give up blocks for the sake of a group; False if it has no more.
 
@@ -311,8 +320,6 @@ class DeviceBlocks:
             return self._evict(num_blocks)
         with self._lock:
             ids = self._index.strip(group, num_blocks).tolist()
-            if self._detached:  # they may come to mean other blocks
-                self._detached.difference_update((group, one) for one in ids)
             self.groups[group].allocator.release(ids)
         return len(ids) > 0
 
@@ -320,8 +327,5 @@ class DeviceBlocks:
         with self._lock:
             victims = self._index.evict(max(1, num_blocks))
             self._evicted_blocks += len(victims)
-            if self._detached:  # their ids may come to mean other blocks
-                for ids in victims.tolist():
-                    self._detached.difference_update(enumerate(ids))
             self.release(victims)
         return len(victims) > 0

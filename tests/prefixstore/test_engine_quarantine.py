@@ -5,13 +5,14 @@ import logging
 import numpy as np
 import pytest
 import torch
-from cached_models import BLOCK_SIZE
+from cached_models import BLOCK_SIZE, tiny_gemma3
 from dict_tier import DictTier
 from engines import Numbers, answer, expected, open_engine, prompt
 
 from prefixstore.cache import PrefixCache
 from prefixstore.config import CacheConfig
 from prefixstore.engine import Engine, EngineConfig, FinishReason
+from prefixstore.engine.sequence import SequenceBlocks
 from prefixstore.store import Store
 
 BAD_TOKEN = 1  # no prompt has it
@@ -92,3 +93,41 @@ def test_a_pass_that_came_to_no_numbers_publishes_nothing(model):
         assert 0 < num_cached(engine, tokens) < CHUNK // BLOCK_SIZE  # those of the first pass
         assert engine.stats().num_quarantined == 0
         assert list(answer(engine, tokens).token_ids) == expected(model, tokens)
+
+
+def test_a_block_that_is_read_after_its_eviction_stays_quarantined():
+    """Of sliding windows a running request pins nothing that it has passed."""
+    torch.manual_seed(1)
+    tokens = np.array(prompt(10 * BLOCK_SIZE), np.uint32)
+    config = CacheConfig(block_size=BLOCK_SIZE, pool_tokens=64 * BLOCK_SIZE)
+    with PrefixCache.open(tiny_gemma3(), config) as cache:
+        blocks = cache.blocks
+        keys = blocks.keys(tokens, "")
+        sequence = SequenceBlocks(blocks, tokens, "", keys, len(tokens))
+
+        def advance(number):
+            start, stop = number * BLOCK_SIZE, (number + 1) * BLOCK_SIZE
+            sequence.grow(start, stop)
+            sequence.note_computed(start, stop)
+            sequence.publish(tokens[:stop], stop)
+            sequence.drop_passed(stop)
+
+        for number in range(8):
+            advance(number)
+        blocks.quarantine(tokens, "", keys, 3)
+        assert blocks.device.num_cached(tokens, "") == 3
+        advance(8)
+        assert blocks.device.evict_all() > 0
+        advance(9)
+        match, ids = blocks.device.find(tokens, "")
+        assert len(ids) <= 3
+        blocks.device.release(ids)
+        blocks.device.unpin(match)
+
+        sequence.release()
+        again = SequenceBlocks(blocks, tokens, "", keys, len(tokens))
+        again.grow(0, len(tokens))
+        again.publish(tokens, len(tokens))
+        assert blocks.device.num_cached(tokens, "") == 10  # its ids are other blocks now
+        again.release()
+        assert cache.check() == []
