@@ -78,13 +78,15 @@ class DeviceBlocks:
     def find_usable(self, tokens: np.ndarray, salt: str) -> tuple[Match, np.ndarray]:
         """As `find`, of the longest prefix that can be gone on from, and of what that takes.
 
+        It is not counted: who waits for room asks often, see `count_look_up`.
+
         Returns:
             The match and `[num_blocks, num_groups]` int32, -1 where no later token can see the
             block.
         """
         self.release_abandoned()
         with self._lock:
-            match = self._index.match(tokens, salt.encode())
+            match = self._index.peek(tokens, salt.encode())
             block_ids = match.block_ids
             num_usable = self._num_usable(block_ids)
             if num_usable < len(block_ids):
@@ -96,6 +98,11 @@ class DeviceBlocks:
             self._index.pin(match)
             self.share(block_ids)
             return match, block_ids
+
+    def count_look_up(self, tokens: np.ndarray, salt: str) -> None:
+        """Count a prompt, and where it leaves what is cached as an end of prompts."""
+        with self._lock:
+            self._index.match(tokens, salt.encode())
 
     def hold(self, tokens: np.ndarray, salt: str) -> Match:
         """Pin what is indexed of a prefix, whose blocks the caller has references to."""

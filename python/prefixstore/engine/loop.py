@@ -217,6 +217,8 @@ class EngineLoop:
                 self._end_without_token(request, step.stop, str(token))
                 continue
             request.num_computed = step.stop
+            if request.restoring is not None and not request.num_output:
+                request.origins.note(request.restoring)
             request.sequence.note_computed(step.start, step.stop)
             request.sequence.publish(request.tokens, step.stop)
             if request.restoring is not None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from prefixstore.block_key import BlockKey
 from prefixstore.engine.answer import Answer
+from prefixstore.engine.block_origins import BlockOrigins
 from prefixstore.engine.outputs import FinishReason, RequestReport, RequestTimes
 from prefixstore.engine.restoring import Restored, Restoring
 from prefixstore.engine.sampler import SampledToken
@@ -77,6 +78,7 @@ class Request:
         self.keys: Sequence[list[BlockKey]] = [[] for _ in range(num_groups)]
         self.sequence: SequenceBlocks | None = None  # while it runs
         self.restoring: Restoring | None = None  # while it is in prefill
+        self.origins = BlockOrigins()  # of the prompt's blocks, as long as it is new
         self.num_preemptions = 0
         self.clock = Clock(time.monotonic())
         self._arrived_at = time.time()
@@ -105,7 +107,9 @@ class Request:
         assert self.restoring is not None
         self.restoring.finish(now)
         restored, self.restoring = self.restoring.result(), None
-        self._restored = self._restored or restored
+        if self._restored is None:
+            restored = replace(restored, reuse=self.origins.correct(restored.reuse))
+            self._restored = restored
         return restored
 
     def push(self, token: SampledToken, now: float) -> FinishReason | None:

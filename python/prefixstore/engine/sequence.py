@@ -50,7 +50,9 @@ class SequenceBlocks:
         capacity = -(-max_tokens // blocks.block_size)
         self.tables = np.full((len(device.groups), capacity), -1, dtype=np.int32)
         self._match: Match | None = None
-        self.num_reused = self.num_published = self._take_cached(tokens)
+        self._is_counted = False
+        self._whole = tokens[: (len(tokens) - 1) // blocks.block_size * blocks.block_size]
+        self.num_reused = self.num_published = self._take_cached()
         self._num_untouched = self.num_reused
         self._computed: list[int] = []  # whole blocks, not yet published
 
@@ -58,7 +60,7 @@ class SequenceBlocks:
         """Set blocks aside, so that the sequence can come to hold so many tokens.
 
         In sliding groups, whose blocks come back while it runs, nothing is set aside: there
-        `WindowBudget` sees to it.
+        `WindowBudget` sees to it. The first time that there is room the prompt counts as looked up.
 
         Raises:
             PoolFullError: If the pool has too few; those set aside so far stay so.
@@ -68,6 +70,9 @@ class SequenceBlocks:
             missing = need - self.num_published - len(self._spare[group])
             if window is None and missing > 0:
                 self._spare[group] += self._device.reserve_now(group, missing)
+        if not self._is_counted:
+            self._is_counted = True
+            self._device.count_look_up(self._whole, self._salt)
 
     def take(self, group: int, num_blocks: int) -> list[int]:
         """Blocks to be filled, from those set aside and then from the pool.
@@ -174,11 +179,10 @@ class SequenceBlocks:
             spare.clear()
         self._unpin()
 
-    def _take_cached(self, tokens: np.ndarray) -> int:
+    def _take_cached(self) -> int:
         """Share the longest prefix on the device, leaving a token to compute; its whole blocks."""
         device, size = self._device, self._blocks.block_size
-        whole = tokens[: (len(tokens) - 1) // size * size]
-        self._match, ids = device.find_usable(whole, self._salt)
+        self._match, ids = device.find_usable(self._whole, self._salt)
         self._dropped = [first_block_needed(len(ids), size, window) for window in device.windows]
         self.tables[:, : len(ids)] = ids.T
         return len(ids)
