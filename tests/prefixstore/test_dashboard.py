@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,6 +162,18 @@ def test_samples_tiers_only_with_the_history(engine, monkeypatch) -> None:
     for _ in range(20):
         watcher.sample()
     assert len(asked) == len(watcher.history()) == 1
+
+
+def test_a_clock_that_is_set_back_stops_no_history(engine, monkeypatch) -> None:
+    clock = SimpleNamespace(wall_s=1e9, ticks_s=50.0)
+    module = SimpleNamespace(time=lambda: clock.wall_s, monotonic=lambda: clock.ticks_s)
+    monkeypatch.setattr(sampler, "time", module)
+    watcher = sampler.Sampler(engine)
+    for second in range(60):
+        watcher.sample()
+        clock.ticks_s += 1
+        clock.wall_s += 1 if second != 30 else -3600
+    assert len(watcher.history()) == 60 / sampler.HISTORY_INTERVAL_S
 
 
 def test_sampler_runs_while_the_application_does(engine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -59,6 +60,7 @@ class Sampler:
         self.started_at = time.time()
         self._lock = threading.Lock()  # over the latest sample and the history
         self._latest: Sample | None = None
+        self._newest_s = -math.inf  # of the history, on `time.monotonic`
         self._history: deque[HistoryPoint] = deque(maxlen=int(HISTORY_S / HISTORY_INTERVAL_S) + 1)
         self._is_stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -78,10 +80,10 @@ class Sampler:
     def sample(self) -> Sample:
         """Ask the engine now; asks the tiers and adds to the history where it is time to."""
         before = self._latest
-        now = time.time()
-        newest = self._history[-1].taken_at if self._history else -HISTORY_INTERVAL_S
+        # Points have the time of a clock that may be set back; the next one is due all the same.
+        now, ticks_s = time.time(), time.monotonic()
         # Half an interval of tolerance: a tick that comes a little early is the one that was meant.
-        is_due = now - newest > HISTORY_INTERVAL_S - SAMPLE_INTERVAL_S / 2
+        is_due = ticks_s - self._newest_s > HISTORY_INTERVAL_S - SAMPLE_INTERVAL_S / 2
         stats = self._engine.stats()
         if before is None or is_due:
             tiers = self._engine.cache.tier_stats()
@@ -92,6 +94,7 @@ class Sampler:
             self._latest = latest
             if is_due:
                 self._history.append(_history_point(latest))
+                self._newest_s = ticks_s
         return latest
 
     def latest(self) -> Sample:
