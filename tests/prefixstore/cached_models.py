@@ -63,6 +63,15 @@ def calling_first(layer, function):
         del layer.forward
 
 
+@torch.no_grad()
+def sharp(model):
+    """Weights three times as large: attention, and so the cache, decides what is answered."""
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight *= 3
+    return model
+
+
 def random_tokens(num_tokens, seed=0):
     rng = np.random.default_rng(seed)
     return as_row(rng.integers(3, VOCABULARY, num_tokens))

@@ -70,6 +70,11 @@ def round_to_bfloat16(pool: KVPool, block_ids: list[int]) -> None:
     pool.data[block_ids] = pool.data[block_ids].to(torch.bfloat16).to(pool.data.dtype)
 
 
+def negate(pool: KVPool, block_ids: list[int]) -> None:
+    """Every number is as far from what it was as it is large, twice."""
+    pool.data[block_ids] = -pool.data[block_ids]
+
+
 @contextlib.contextmanager
 def dropped_last_block() -> Iterator[None]:
     """The last block of each call is a miss."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cached_models import random_tokens, tiny_gemma3, tiny_llama
+from cached_models import random_tokens, sharp, tiny_gemma3, tiny_llama
 from engines import Numbers
 
 from prefixstore.engine import Engine
@@ -35,15 +35,6 @@ def prompts():
     """Lengths around whole blocks, and two prompts that share a beginning."""
     tokens = [random_tokens(length, seed)[0].tolist() for seed, length in enumerate((70, 33, 96))]
     return [*tokens, tokens[2][:43] + tokens[1]]
-
-
-def sharp(model):
-    """Weights three times as large: attention, and so the cache, decides what is answered."""
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight *= 3
-    return model
 
 
 @pytest.fixture(params=[tiny_llama, tiny_gemma3], ids=["llama", "gemma3"])

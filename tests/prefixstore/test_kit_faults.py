@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ from prefixstore.testing import (
     CacheAdapter,
     EngineAdapter,
     Limits,
+    LossLimits,
     ModelReference,
     Plan,
     Scores,
@@ -30,9 +33,11 @@ from prefixstore.testing import (
 )
 from prefixstore.testing.cells import (
     describe_other_bits,
+    describe_too_much_loss,
     describe_wrong_answer,
     describe_wrong_reuse,
     find_divergence,
+    measure_loss,
 )
 from prefixstore.testing.stage import Asked
 
@@ -133,3 +138,36 @@ def test_bits_count_where_they_are_promised():
     assert describe_other_bits(Asked((0,), same, 0, 0, 0), 0, cold) == []
     (line,) = describe_other_bits(Asked((0,), other, 0, 0, 0), 3, cold)
     assert line == "prompt 3: expected the bits of the cold answer, got others"
+
+
+def test_what_is_no_number_is_in_no_limit():
+    limits, nan = Limits(tie=1e-4, drift=1e-3), np.nan
+    sound = Scores(np.zeros(2, np.float32), np.full(2, -1, np.float32), np.zeros(9, np.float32))
+
+    def lines(scores=sound, logprobs=(-1.0, -1.0), first_logits=None):
+        asked = Asked((1, 2), Answer((3, 4), logprobs, first_logits), 0, 0, 0)
+        exact = describe_wrong_answer(asked, 5, scores, limits)
+        assert describe_too_much_loss(asked, 5, scores, limits, LossLimits(2.0, 6.0)) == exact
+        return exact
+
+    assert lines() == lines(logprobs=()) == lines(first_logits=np.zeros(9)) == []
+    assert "expected finite log-probabilities" in lines(logprobs=(-1.0, nan))[0]
+    assert "expected 2 log-probabilities, got 1" in lines(logprobs=(-1.0,))[0]
+    assert "expected finite logits, got" in lines(first_logits=np.full(9, nan))[0]
+    assert "expected logits of shape (9,), got (8,)" in lines(first_logits=np.zeros(8))[0]
+    of_model = "expected numbers of the model alone"
+    assert of_model in lines(replace(sound, logprobs=np.array([-1, nan])))[0]
+    assert of_model in lines(replace(sound, first_logits=np.full(9, nan)))[0]
+    unknown = replace(sound, gaps=np.array([0, nan]))
+    assert of_model in lines(unknown)[0]
+    assert find_divergence(5, unknown, limits).position == 1
+
+
+def test_tokens_that_the_model_rules_out_are_compared_with_none():
+    logits = np.array([0, -np.inf, 2, 1])
+    scores = Scores(np.zeros(1), np.full(1, -1.0), logits)
+    asked = Asked((1, 2), Answer((2,), first_logits=logits.copy()), 0, 0, 0)
+    limits = Limits(tie=1e-4, drift=1e-3)
+    assert describe_too_much_loss(asked, 0, scores, limits, LossLimits(0.0, 0.0)) == []
+    loss = measure_loss([asked], {(1, 2): asked.answer}, [scores])
+    assert (loss.max_abs, loss.mean_abs, loss.kl) == (0, 0, 0)

@@ -26,6 +26,20 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class LossLimits:
+    """How far a lossy codec may move answers, on top of rounding.
+
+    Attributes:
+        drift: Of the log-probabilities of an answer's tokens, on average; and by how much the model
+            may prefer others.
+        kl: From the model's own distribution of the first token, in nats.
+    """
+
+    drift: float
+    kl: float
+
+
+@dataclass(frozen=True)
 class Divergence:
     """The first token of an answer that is not the one it is compared with.
 
@@ -52,6 +66,8 @@ class Loss:
         max_abs, mean_abs: Distance of the logits of the first token, over prompts and vocabulary;
             None where the engine gives no logits.
         kl: From the model's own distribution to that one, in nats, the mean of the prompts.
+        drift: Distance of the log-probabilities of an answer's tokens from the model's, their mean,
+            of that answer for which it is largest; None where the engine gives none.
     """
 
     positions: tuple[int, ...]
@@ -59,6 +75,7 @@ class Loss:
     max_abs: float | None = None
     mean_abs: float | None = None
     kl: float | None = None
+    drift: float | None = None
 
     @property
     def equal_share(self) -> float:
@@ -111,7 +128,7 @@ class Cell:
 
 def find_divergence(number: int, scores: Scores, limits: Limits) -> Divergence | None:
     """Where an answer leaves the greedy one: first where it must not, else at the first tie."""
-    wrong = np.flatnonzero(scores.gaps > limits.tie)
+    wrong = np.flatnonzero(~(scores.gaps <= limits.tie))  # NaN is in no limit
     tied = np.flatnonzero(scores.gaps > 0)
     if len(wrong):
         at = int(wrong[0])
@@ -123,15 +140,40 @@ def find_divergence(number: int, scores: Scores, limits: Limits) -> Divergence |
 
 
 def drift_of(answer: Answer, scores: Scores) -> float | None:
-    """Largest distance of a log-probability from the model's."""
-    if not answer.logprobs:
-        return None
-    return float(np.abs(np.array(answer.logprobs) - scores.logprobs).max())
+    """Largest distance of a log-probability from the model's; None if it is not known."""
+    drifts = _drifts(answer, scores)
+    return None if drifts is None else float(drifts.max())
+
+
+def describe_no_numbers(answer: Answer, number: int, scores: Scores) -> list[str]:
+    """A line for each thing that is missing or not finite, and so cannot be compared."""
+    faults, num_new = [], len(answer.tokens)
+    # A token that is ruled out has a logit of -inf, and may have it.
+    is_known = np.isfinite(scores.first_logits.max())
+    if not is_known or np.isnan(scores.gaps).any() or np.isnan(scores.logprobs).any():
+        faults.append(f"prompt {number}: expected numbers of the model alone, got NaN or infinity")
+    if answer.logprobs and len(answer.logprobs) != num_new:
+        faults.append(
+            f"prompt {number}: expected {num_new} log-probabilities, got {len(answer.logprobs)}"
+        )
+    elif not np.isfinite(answer.logprobs).all():
+        faults.append(f"prompt {number}: expected finite log-probabilities, got {answer.logprobs}")
+    first = answer.first_logits
+    if first is not None and first.shape != scores.first_logits.shape:
+        faults.append(
+            f"prompt {number}: expected logits of shape {scores.first_logits.shape}, got"
+            f" {first.shape}"
+        )
+    elif first is not None and not np.isfinite(first.max()):
+        faults.append(f"prompt {number}: expected finite logits, got a largest of {first.max()}")
+    return faults
 
 
 def describe_wrong_answer(asked: Asked, number: int, scores: Scores, limits: Limits) -> list[str]:
     """A line for each way in which an answer is not the model's."""
-    faults = []
+    faults = describe_no_numbers(asked.answer, number, scores)
+    if faults:
+        return faults
     divergence = find_divergence(number, scores, limits)
     if divergence is not None and not divergence.is_tie:
         faults.append(
@@ -139,11 +181,44 @@ def describe_wrong_answer(asked: Asked, number: int, scores: Scores, limits: Lim
             f" got one whose logit is {divergence.gap:.2g} lower"
         )
     drift = drift_of(asked.answer, scores)
-    if drift is not None and drift > limits.drift:
+    if drift is not None and not drift <= limits.drift:
         faults.append(
             f"prompt {number}: expected log-probabilities within {limits.drift:g} of the model's,"
             f" got one {drift:.2g} off"
         )
+    return faults
+
+
+def describe_too_much_loss(
+    asked: Asked, number: int, scores: Scores, limits: Limits, loss: LossLimits
+) -> list[str]:
+    """A line for each way in which an answer is further from the model's than a codec may move it.
+
+    Whatever the engine tells: of tokens alone the model says how much it prefers others.
+    """
+    faults = describe_no_numbers(asked.answer, number, scores)
+    if faults:
+        return faults
+    most, gap, drifts = limits.drift + loss.drift, scores.gaps.mean(), _drifts(asked.answer, scores)
+    if not gap <= most:
+        faults.append(
+            f"prompt {number}: expected tokens whose logits are at most {most:g} below the greedy"
+            f" ones' on average, got {gap:.2g}"
+        )
+    if drifts is not None and not drifts.mean() <= most:
+        faults.append(
+            f"prompt {number}: expected log-probabilities within {most:g} of the model's on"
+            f" average, got {drifts.mean():.2g}"
+        )
+    if asked.answer.first_logits is not None:
+        # To first order KL is half the mean square of what log-probabilities are moved by.
+        most = limits.drift**2 + loss.kl
+        kl = _kl(scores.first_logits, asked.answer.first_logits)
+        if not kl <= most:
+            faults.append(
+                f"prompt {number}: expected a first token within {most:g} nats of the model's"
+                f" distribution, got {kl:.2g}"
+            )
     return faults
 
 
@@ -196,7 +271,7 @@ def measure_loss(
     Args:
         asked: With a lossy codec.
         exact: The answers without, by prompt.
-        scores: Of those, for each of `asked`.
+        scores: What the model says of each of `asked`.
     """
     positions = tuple(_num_equal(one.answer.tokens, exact[one.prompt].tokens) for one in asked)
     num_new = len(asked[0].answer.tokens)
@@ -204,13 +279,17 @@ def measure_loss(
         (one.answer.first_logits, own.first_logits)
         for one, own in zip(asked, scores, strict=True)
         if one.answer.first_logits is not None
+        and one.answer.first_logits.shape == own.first_logits.shape
     ]
+    drifts = [_drifts(one.answer, own) for one, own in zip(asked, scores, strict=True)]
+    drift = max((float(one.mean()) for one in drifts if one is not None), default=None)
     if not pairs:
-        return Loss(positions, num_new)
-    distances = [np.abs(got - own) for got, own in pairs]
+        return Loss(positions, num_new, drift=drift)
+    distances = [_distances(got, own) for got, own in pairs]
     return Loss(
         positions,
         num_new,
+        drift=drift,
         max_abs=float(max(one.max() for one in distances)),
         mean_abs=float(np.mean([one.mean() for one in distances])),
         kl=float(np.mean([_kl(own, got) for got, own in pairs])),
@@ -222,8 +301,22 @@ def _num_equal(left: Tokens, right: Tokens) -> int:
     return next((at for at, (a, b) in enumerate(pairs) if a != b), len(left))
 
 
+def _drifts(answer: Answer, scores: Scores) -> np.ndarray | None:
+    """Distance of each token's log-probability from the model's."""
+    if len(answer.logprobs) != len(scores.logprobs):
+        return None
+    return np.abs(np.array(answer.logprobs) - scores.logprobs)
+
+
+def _distances(got: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Of logits, but of tokens that the model rules out."""
+    is_possible = own > -np.inf
+    return np.abs(got[is_possible] - own[is_possible])
+
+
 def _kl(own: np.ndarray, other: np.ndarray) -> float:
-    own_log, other_log = _log_softmax(own), _log_softmax(other)
+    is_possible = own > -np.inf  # what has no probability adds nothing
+    own_log, other_log = _log_softmax(own)[is_possible], _log_softmax(other)[is_possible]
     return float((np.exp(own_log) * (own_log - other_log)).sum())
 
 

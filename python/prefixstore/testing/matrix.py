@@ -15,6 +15,7 @@ from prefixstore.testing.adapter import Ability, Adapter, Answer, Tokens
 from prefixstore.testing.cells import (
     Cell,
     describe_other_bits,
+    describe_too_much_loss,
     describe_wrong_answer,
     describe_wrong_reuse,
     drift_of,
@@ -22,7 +23,7 @@ from prefixstore.testing.cells import (
     measure_loss,
     reused_share,
 )
-from prefixstore.testing.plan import Plan, Run, make_setup, plan_runs
+from prefixstore.testing.plan import LOSS_LIMITS, Plan, Run, make_setup, plan_runs
 from prefixstore.testing.reference import Reference
 from prefixstore.testing.report import Report
 from prefixstore.testing.stage import Asked, Stage
@@ -137,10 +138,12 @@ class _Judge:
 
     def _lossy(self, run: Run, state: State, asked: Sequence[Asked]) -> Cell:
         exact = self._exact[run.adapter.name]
-        scores = [self._reference.score(one.prompt, exact[one.prompt].tokens) for one in asked]
+        scores = [self._reference.score(one.prompt, one.answer.tokens) for one in asked]
         loss = measure_loss(asked, exact, scores)
         faults = self._reached(state, asked)
-        for number, one in enumerate(asked):
+        limits = self._plan.limits, LOSS_LIMITS[run.codec]
+        for number, (one, own) in enumerate(zip(asked, scores, strict=True)):
+            faults += describe_too_much_loss(one, number, own, *limits)
             faults += describe_wrong_reuse(one, number)
         return Cell(
             *(run.adapter.name, run.codec, run.tier_name, state.name, len(asked)),

@@ -153,14 +153,14 @@ def _verdict(cell: Cell | None) -> str:
 
 
 def _loss_table(cells: Sequence[Cell]) -> Table:
-    header = ("engine", "codec", "tier", "state", "equal", "median", "p10", "max", "mean", "KL")
+    counts, distances = ("equal", "median", "p10"), ("max", "mean", "KL", "drift")
+    header = ("engine", "codec", "tier", "state", *counts, *distances)
     rows = []
     for cell in cells:
         loss = cell.loss
         assert loss is not None
-        figures = [
-            "" if one is None else f"{one:.1e}" for one in (loss.max_abs, loss.mean_abs, loss.kl)
-        ]
+        known = (loss.max_abs, loss.mean_abs, loss.kl, loss.drift)
+        figures = ["" if one is None else f"{one:.1e}" for one in known]
         rows.append(
             (
                 *(cell.adapter, cell.codec, cell.tier, cell.state),
@@ -170,7 +170,7 @@ def _loss_table(cells: Sequence[Cell]) -> Table:
         )
     return Table(
         "codecs with loss: equal answers, equal tokens before the first other one, distance of the"
-        " first token's logits",
+        " first token's logits, mean drift of an answer's log-probabilities",
         header,
         tuple(rows),
     )
