@@ -92,11 +92,14 @@ def _load_missing(
     available = [ids >= 0 for ids in block_ids.T.copy()]
     deadline = math.inf if store is None else store.deadline()
     if store is not None:
-        for held, group_keys in zip(available, keys, strict=True):
-            missing = np.flatnonzero(~held)
-            asked = [group_keys[number] for number in missing.tolist()]
-            answers = store.contains_many(asked, deadline)
-            held[missing] = [answer is not None for answer in answers]
+        missing = [np.flatnonzero(~held) for held in available]
+        asked = [
+            [own[number] for number in numbers.tolist()]
+            for own, numbers in zip(keys, missing, strict=True)
+        ]
+        answers = store.look_up(asked, deadline)
+        for held, numbers, own in zip(available, missing, answers, strict=True):
+            held[numbers] = [answer is not None for answer in own]
     while True:
         num_blocks = longest_prefix(available, device.block_size, device.windows)
         is_complete = True

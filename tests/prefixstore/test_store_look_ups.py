@@ -1,13 +1,17 @@
 """Whether records are there: tiers that answer for some of them alone, and what is remembered."""
 
 import threading
+import time
 
 import pytest
+from cached_models import BLOCK_SIZE, random_tokens, run
 from dict_tier import DictTier, fill, held
 from faulty_network import ScriptedServer
 from sample_blocks import make_keys
 from stores import save, use_of
 
+from prefixstore.cache import PrefixCache
+from prefixstore.config import CacheConfig
 from prefixstore.errors import TierTimeout
 from prefixstore.store import Store, StoreConfig, TierPolicy
 from prefixstore.store.breaker import BreakerConfig
@@ -126,3 +130,25 @@ def test_a_request_of_an_object_store_that_hangs_costs_its_own_hit_alone(object_
         assert found == [None if key is keys[2] else tier.name for key in keys]
         use = use_of(store, tier.name)
         assert (use.num_timeouts, use.is_down) == (1, False)
+
+
+def test_a_tier_that_is_slow_to_tell_what_it_holds_is_loaded_from_all_the_same(model):
+    class SlowToTell(PartlySilent):
+        def contains_many(self, names, *, deadline=None):
+            if self.silent:
+                time.sleep(min(max(0.0, deadline - time.monotonic()), 2.0))
+            return super().contains_many(names, deadline=deadline)
+
+    tier = SlowToTell("slow", set())
+    config = CacheConfig(block_size=BLOCK_SIZE, pool_tokens=1024)
+    store = Store([tier], StoreConfig(load_timeout_s=2.0))
+    with PrefixCache.open(model, config, store=store) as cache:
+        tokens = random_tokens(10 * BLOCK_SIZE + 1)
+        cold, _ = run(cache, model, tokens)
+        assert cache.flush(30)
+        cache.evict_pool()
+        keys = cache.blocks.keys(*cache.checked_prompt(tokens[: 10 * BLOCK_SIZE], None))
+        tier.silent = {key.block_hash for own in keys for key in own[5:]}
+        warm, report = run(cache, model, tokens)
+        assert warm == cold
+        assert report.tokens_by_tier == {"slow": 5 * BLOCK_SIZE}

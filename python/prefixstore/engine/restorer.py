@@ -156,7 +156,7 @@ class Restorer:
         self, store: Store, restoring: Restoring, keys: Sequence[Sequence[BlockKey]]
     ) -> HeldBlocks:
         first, end = restoring.num_device, restoring.num_whole
-        answers = [store.contains_many(own[first:end], restoring.deadline) for own in keys]
+        answers = store.look_up([own[first:end] for own in keys], restoring.deadline)
         windows, size = self._blocks.device.windows, self._blocks.block_size
         return held_blocks(answers, first, store.tier_names, size, windows)
 

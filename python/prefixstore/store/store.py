@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain, islice
 
 import numpy as np
 
@@ -32,6 +33,8 @@ from prefixstore.store.write_queue import WriteJob, noop
 from prefixstore.tiers.base import Swept, Tier, TierStats, is_past
 
 _TIERS_SHARE = 0.95  # of a request's time: in the rest its thread wakes and restores what came
+# And of that the time to find out what they hold: the rest is for loading it.
+_LOOK_UP_SHARE = 0.5
 _REUSE_S = 60.0  # after which a tier is offered again what it waits to see reused
 
 
@@ -101,6 +104,14 @@ class Store:
     def deadline(self) -> float:
         """When the tiers' time is over for a request that begins now, on `time.monotonic`."""
         return time.monotonic() + _TIERS_SHARE * self._config.load_timeout_s
+
+    def look_up(
+        self, groups: Sequence[Sequence[BlockKey]], deadline: float
+    ) -> list[list[str | None]]:
+        """`contains_many` for a request that is to load what is found, all its groups at once."""
+        now, keys = time.monotonic(), list(chain.from_iterable(groups))
+        found = iter(self.contains_many(keys, now + _LOOK_UP_SHARE * (deadline - now)))
+        return [list(islice(found, len(own))) for own in groups]
 
     def contains_many(
         self, keys: Sequence[BlockKey], deadline: float | None = None
