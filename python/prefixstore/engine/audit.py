@@ -231,7 +231,9 @@ class Auditor:
                 self._remove(audit, errors)
                 return False
         audit.end_block()
-        self.num_audits += audit.is_done
+        if audit.is_done:
+            self.give_way()  # first: who sees it counted finds its blocks free
+            self.num_audits += 1
         return not audit.is_done
 
     def _remove(self, audit: _Audit, errors: list[torch.Tensor]) -> None:
