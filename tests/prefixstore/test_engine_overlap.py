@@ -42,8 +42,10 @@ def tier():
 
 
 @pytest.fixture
-def engine(tier):
+def engine(tier, monkeypatch):
     """Holds `TOKENS` in its tier alone, and believes that loading them is well worth it."""
+    # Loads wait for the model here: on a busy machine for longer than the plan would for them.
+    monkeypatch.setattr("prefixstore.planner.plan._LEAST_PATIENCE", 10.0)
     torch.manual_seed(1)
     store = Store([tier], StoreConfig(load_timeout_s=20.0))
     config = CacheConfig(block_size=BLOCK_SIZE, pool_tokens=2048)
