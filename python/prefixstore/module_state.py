@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from prefixstore.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 # Of an adapter's options: where it came from, and what it was made with.
 _IRRELEVANT_OPTIONS = frozenset(
@@ -142,7 +145,8 @@ def _as_built(model: torch.nn.Module) -> Mapping[str, torch.nn.Module]:
             if module._non_persistent_buffers_set:
                 _fill_buffers(module)
                 built._init_weights(module)  # type: ignore[operator]
-    except Exception:  # of whatever class: then all of the model counts
+    except Exception as error:  # of whatever class
+        logger.info("model: all of its modules count, for none can be built to compare: %s", error)
         return {}
     return dict(built.named_modules())
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cached_models import BLOCK_SIZE, tiny_gemma3, tiny_llama
+from faulty_network import ScriptedServer
 from redis_servers import FLAVOURS, Server
 from redis_tiers import open_tier
 from s3_server import S3Server, find_weed
@@ -35,6 +36,17 @@ def s3_server(shared_s3_server, monkeypatch):
     """The server, with the credentials of its user in the environment."""
     shared_s3_server.set_credentials(monkeypatch)
     return shared_s3_server
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """An object store that answers as told, and credentials for it in the environment."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tester")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = ScriptedServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(params=[tiny_llama, tiny_gemma3], ids=["llama", "gemma3"])

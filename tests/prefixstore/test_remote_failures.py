@@ -42,16 +42,6 @@ def proxy(s3_server):
 
 
 @pytest.fixture
-def scripted(monkeypatch):
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tester")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    server = ScriptedServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture
 def open_scripted(scripted):
     tiers: list[RemoteTier] = []
 

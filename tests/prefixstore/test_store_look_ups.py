@@ -6,7 +6,6 @@ import time
 import pytest
 from cached_models import BLOCK_SIZE, random_tokens, run
 from dict_tier import DictTier, fill, held
-from faulty_network import ScriptedServer
 from sample_blocks import make_keys
 from stores import save, use_of
 
@@ -108,22 +107,12 @@ def test_what_got_no_answer_is_not_written_and_the_rest_is(make_store, number):
     assert (use.num_dropped, use.num_written, use.num_errors) == (2, 2, 2)
 
 
-@pytest.fixture
-def object_store(monkeypatch):
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tester")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    server = ScriptedServer()
-    yield server
-    server.close()
-
-
-def test_a_request_of_an_object_store_that_hangs_costs_its_own_hit_alone(object_store):
+def test_a_request_of_an_object_store_that_hangs_costs_its_own_hit_alone(scripted):
     keys = make_keys(6)
     lost = keys[2].block_hash.hex()
     there = {"Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT", "ETag": '"1"'}
-    object_store.answer = lambda method, path, headers: None if lost in path else (200, there, b"x")
-    place = {"region": "us-east-1", "endpoint": object_store.endpoint}
+    scripted.answer = lambda method, path, headers: None if lost in path else (200, there, b"x")
+    place = {"region": "us-east-1", "endpoint": scripted.endpoint}
     tier = RemoteTier(RemoteTierConfig("s3", "bucket", **place))
     with Store([tier], StoreConfig(load_timeout_s=1, breaker=AT_ONCE)) as store:
         found = store.contains_many(keys)
