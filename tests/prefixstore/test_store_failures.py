@@ -220,6 +220,31 @@ def test_calls_that_began_before_a_tier_went_down_neither_lengthen_nor_end_the_p
     assert breaker.allows()
 
 
+def test_a_trial_that_tells_nothing_leaves_its_place_to_the_next_call():
+    now = [0.0]
+    breaker = Breaker("x", BreakerConfig(failures=1, pause_s=1), clock=lambda: now[0])
+    error = TierUnavailable("x")
+    before = begin(breaker)
+    breaker.failed(error, begin(breaker))
+    now[0] += 1
+    for _ in range(3):
+        trial = begin(breaker)
+        assert not breaker.allows()
+        breaker.told_nothing(before)
+        assert not breaker.allows()
+        breaker.told_nothing(trial)
+        assert breaker.is_down
+    trial = begin(breaker)
+    now[0] += 1
+    breaker.failed(error, begin(breaker))  # the one before hangs, and ends in the next pause
+    breaker.told_nothing(trial)
+    assert not breaker.allows()
+    now[0] += 2
+    breaker.succeeded(begin(breaker))
+    breaker.told_nothing(trial)
+    assert not breaker.is_down
+
+
 def test_a_tier_whose_turn_comes_too_late_is_not_blamed(make_store):
     class Slow(DictTier):
         """Answers at the deadline, that nothing is there."""

@@ -1,16 +1,22 @@
 """What takes a tier down, for whom, and what alone brings it back."""
 
+import errno
+import os
+import threading
 import time
 
 import pytest
 from dict_tier import DictTier, fill, held, raises
+from disk_tiers import put, replace_preadv
 from faulty_network import ScriptedServer
-from sample_blocks import make_keys
+from sample_blocks import LAYOUT, make_keys
 from stores import load, save, use_of
 
 from prefixstore.errors import TierTimeout, TierUnavailable
-from prefixstore.store import Store, StoreConfig
+from prefixstore.store import Store, StoreConfig, TierPolicy
+from prefixstore.store.block_targets import HostBlocks
 from prefixstore.store.breaker import BreakerConfig
+from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 from prefixstore.tiers.remote import RemoteTier
 from prefixstore.tiers.remote.config import RemoteTierConfig
 
@@ -123,3 +129,126 @@ def test_an_object_store_that_hangs_is_not_brought_back_by_who_asks_for_its_metr
             assert store.tier_stats()[tier.name] is not None
             assert use_of(store, tier.name).is_down
     server.close()
+
+
+def load_all(store, keys, seconds: float = 10) -> list[str | None]:
+    """Load blocks in one call, as a session does: every tier is asked for all it may hold."""
+    target = HostBlocks([bytearray(LAYOUT.payload_bytes) for _ in keys])
+    return store.load_many(keys, target, time.monotonic() + seconds)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A store is to close it."""
+    return DiskTier(DiskTierConfig(tmp_path, 4 << 20))
+
+
+@pytest.fixture
+def hanging(monkeypatch):
+    """While it is set, whatever reads from a disk hangs."""
+    event, go_on = threading.Event(), threading.Event()
+
+    def read(transfer, offset, num_bytes):
+        if event.is_set():
+            assert go_on.wait(60)
+        return transfer()
+
+    replace_preadv(monkeypatch, False, read)
+    yield event
+    event.clear()
+    go_on.set()
+
+
+def test_a_disk_that_hangs_is_left_alone_though_it_knows_what_it_lacks(make_store, disk, hanging):
+    far, keys = DictTier("far"), make_keys(6)
+    put(disk, keys[:3])
+    fill(far, keys[3:])
+    policies = {"disk": TierPolicy(write="never", promote=False)}
+    store = make_store(disk, far, policies=policies, breaker=LONG)
+    assert load_all(store, keys) == ["disk"] * 3 + ["far"] * 3
+    hanging.set()
+    assert load_all(store, keys, 0.3) == [None] * 6
+    assert use_of(store, "disk").is_down
+    assert load_all(store, keys) == [None] * 3 + ["far"] * 3
+
+
+class Nowhere:
+    """A target of layers, and their progress, that keeps nothing."""
+
+    begin = add_layers = fail = end = staticmethod(lambda *_: [])
+
+
+def load_what_it_lacks(store, keys) -> None:
+    assert load_all(store, make_keys(3, seed=1)) == [None] * 3
+
+
+def load_nothing(store, keys) -> None:
+    """All of these are barred, so the tier is asked for none of them."""
+    barred = make_keys(3, seed=2)
+    store.quarantine(barred)
+    nowhere, steps = Nowhere(), [range(LAYOUT.num_layers)]
+    found = store.load_layers("disk", barred, nowhere, steps, nowhere, time.monotonic() + 9)
+    assert found == [None] * 3
+
+
+@pytest.mark.parametrize("do", [load_what_it_lacks, load_nothing])
+def test_what_a_disk_knows_by_its_index_ends_no_outage_of_reads(make_store, disk, hanging, do):
+    keys = make_keys(1)
+    put(disk, keys)
+    store = make_store(disk, breaker=SHORT)
+    hanging.set()
+    assert load_all(store, keys, 0.3) == [None]
+    hanging.clear()
+    for _ in range(3):
+        time.sleep(0.06)  # the next call would be a trial
+        do(store, keys)
+        assert use_of(store, "disk").is_down
+    assert load_all(store, keys) == ["disk"]  # no other call has taken the trial from this one
+    assert not use_of(store, "disk").is_down
+
+
+def test_only_what_a_disk_really_writes_or_deletes_ends_an_outage_of_writes(
+    make_store, disk, monkeypatch
+):
+    keys, absent = make_keys(3), make_keys(2, seed=1)
+    put(disk, keys[:1])
+    store = make_store(disk, breaker=SHORT)
+    write = os.pwritev
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    for number, mend in enumerate([lambda: save(store, keys[1:]), lambda: delete(store, keys[:1])]):
+        monkeypatch.setattr(os, "pwritev", fail)
+        save(store, make_keys(1, seed=2 + number))
+        assert use_of(store, "disk").is_down
+        monkeypatch.setattr(os, "pwritev", write)
+        time.sleep(0.06)  # the next call would be a trial
+        delete(store, absent)
+        assert store.delete_identity(bytes(16)) == []
+        assert use_of(store, "disk").is_down
+        mend()
+        assert not use_of(store, "disk").is_down
+
+
+def delete(store, keys) -> None:
+    assert store.delete_many(keys) == []
+
+
+def test_a_server_that_says_it_lacks_records_is_there(make_store):
+    """So it is not to blame where it was late with another, and such an answer ends an outage."""
+    keys = make_keys(4)
+    tier = DictTier("tier")
+    store = make_store(tier, breaker=SHORT)
+    answers = iter([TierTimeout("late")])
+    tier._read = lambda name, out: next(answers, None)
+    assert load_all(store, keys) == [None] * 4
+    use = use_of(store, "tier")
+    assert (use.num_timeouts, use.is_down) == (1, False)
+    tier.fail = raises(TierTimeout, "get")
+    assert load_all(store, keys) == [None] * 4
+    assert use_of(store, "tier").is_down
+    tier.fail = lambda call: None
+    time.sleep(0.06)
+    assert load_all(store, keys) == [None] * 4
+    assert not use_of(store, "tier").is_down

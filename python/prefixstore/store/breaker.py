@@ -47,9 +47,11 @@ class Leave:
 
     Attributes:
         outage: Number of the outage that the call is a trial of; None where the tier was up.
+        until: When the next may begin if it never ends.
     """
 
     outage: int | None
+    until: float | None = None
 
 
 _WHILE_UP = Leave(None)
@@ -57,8 +59,9 @@ _WHILE_UP = Leave(None)
 
 class Breaker:
     """Up: every call is allowed. Down: none until the pause is over, then one trial at a time; it
-    brings the tier back or begins the next pause. A call that began before the tier went down says
-    nothing of how it is now, whether it fails or succeeds. Thread-safe; logs changes of state only.
+    brings the tier back or begins the next pause, or tells nothing, and the next call is the trial.
+    A call that began before the tier went down says nothing of how it is now, whether it fails or
+    succeeds. Thread-safe; logs changes of state only.
     """
 
     def __init__(
@@ -91,7 +94,7 @@ class Breaker:
             if now < self._down_until:
                 return None
             self._down_until = now + self._pause_s  # a trial that never ends is not the last one
-            return Leave(self._num_outages)
+            return Leave(self._num_outages, self._down_until)
 
     def succeeded(self, leave: Leave) -> None:
         if leave.outage is None:
@@ -103,6 +106,12 @@ class Breaker:
             self._failures.clear()
             self._pause_s = self._config.pause_s
         logger.warning("tier %s: back", self._name)
+
+    def told_nothing(self, leave: Leave) -> None:
+        """The call neither failed nor succeeded: where it was a trial, the next one is it."""
+        with self._lock:
+            if leave.until is not None and leave.until == self._down_until:
+                self._down_until = self._clock()
 
     def failed(self, error: BaseException, leave: Leave) -> None:
         with self._lock:

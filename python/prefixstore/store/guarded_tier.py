@@ -15,7 +15,7 @@ from prefixstore.record import RecordHeader, check_headers
 from prefixstore.store.absent_names import AbsentNames
 from prefixstore.store.breaker import BreakerConfig
 from prefixstore.store.stats import Counts, TierUse
-from prefixstore.store.tier_calls import TierCalls
+from prefixstore.store.tier_calls import TierCalls, was_deleted, was_kept, was_read
 from prefixstore.tiers.base import ReadOutcome, Swept, Tier, TierStats, is_past
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class GuardedTier:
     def __init__(self, tier: Tier, config: BreakerConfig, negative_ttl_s: float = 0.0) -> None:
         self._tier = tier
         self._counts = Counts()
-        self._calls = TierCalls(tier.name, config, self._counts)
+        self._calls = TierCalls(tier.name, config, self._counts, tier.knows_what_it_holds)
         self._is_full = False
         self._absent = AbsentNames(negative_ttl_s) if negative_ttl_s else None
         self._rejected: dict[RecordName, None] = {}
@@ -97,6 +97,7 @@ class GuardedTier:
         outcomes = self._calls.attempt(
             "reads",
             lambda: self._tier.get_many(names, views, offsets=offsets, deadline=deadline),
+            was_read,
         )
         return [None] * len(keys) if outcomes is None else outcomes
 
@@ -246,7 +247,7 @@ class GuardedTier:
     def delete_many(self, names: Sequence[RecordName], deadline: float | None = None) -> bool:
         """Forget records; False where the tier could not."""
         answers = self._calls.attempt(
-            "writes", lambda: self._tier.delete_many(names, deadline=deadline)
+            "writes", lambda: self._tier.delete_many(names, deadline=deadline), was_deleted
         )
         return answers is not None
 
@@ -255,9 +256,9 @@ class GuardedTier:
 
         def delete() -> bool:
             self._tier.delete_identity(identity)
-            return True
+            return False  # it may have held none
 
-        return self._calls.attempt("writes", delete) is not None
+        return self._calls.attempt("writes", delete, was_deleted) is not None
 
     def pin_many(self, names: Sequence[RecordName], is_pinned: bool) -> list[bool]:
         """For each whether the tier holds it, and has pinned it or let it go."""
@@ -319,7 +320,7 @@ class GuardedTier:
                 abandon()
             return outcomes
 
-        return self._calls.attempt("reads", get)
+        return self._calls.attempt("reads", get, was_read)
 
     def _put_alike(
         self,
@@ -333,6 +334,7 @@ class GuardedTier:
         outcomes = self._calls.attempt(
             "writes",
             lambda: self._tier.put_many(names, views, priority=priority, deadline=deadline),
+            was_kept,
         )
         if self._absent is not None:  # what came too late may be there all the same
             self._absent.note_written(names)

@@ -11,6 +11,23 @@ from prefixstore.store.stats import Counts
 
 T = TypeVar("T")
 Kind = Literal["look-ups", "reads", "writes"]
+Judge = Callable[[object], bool]  # of what one record met
+
+
+def was_answered(outcome: object) -> bool:
+    return not isinstance(outcome, TierError) or isinstance(outcome, (TierFull, BlockCorrupted))
+
+
+def was_read(outcome: object) -> bool:
+    return isinstance(outcome, int)
+
+
+def was_kept(outcome: object) -> bool:
+    return outcome is None
+
+
+def was_deleted(outcome: object) -> bool:
+    return outcome is True
 
 
 class TierCalls:
@@ -24,21 +41,42 @@ class TierCalls:
         tier_name: The tier's, for what is logged.
         config: When it is left alone.
         counts: Where errors are counted.
+        knows_what_it_holds: See `Tier`.
     """
 
-    def __init__(self, tier_name: str, config: BreakerConfig, counts: Counts) -> None:
+    def __init__(
+        self,
+        tier_name: str,
+        config: BreakerConfig,
+        counts: Counts,
+        knows_what_it_holds: bool,
+    ) -> None:
         self._breakers: dict[Kind, Breaker] = {
             kind: Breaker(f"{tier_name}, {kind}", config) for kind in get_args(Kind)
         }
         self._counts = counts
+        self._knows_what_it_holds = knows_what_it_holds
 
     @property
     def is_down(self) -> bool:
         """Whether the tier is left alone by calls of any kind."""
         return any(breaker.is_down for breaker in self._breakers.values())
 
-    def attempt(self, kind: Kind, call: Callable[[], T]) -> T | None:
-        """The call's answer; None if it failed, or the tier is left alone by this kind."""
+    def attempt(
+        self, kind: Kind, call: Callable[[], T], was_done: Judge = was_answered
+    ) -> T | None:
+        """The call's answer; None if it failed, or the tier is left alone by this kind.
+
+        To the breaker it is one call, however many records it has. It succeeded where any of them
+        got an answer, and of a tier that knows what it holds one that needed its medium: what
+        failed besides cost its own hits. Otherwise it failed where any record failed, and told
+        nothing where none did.
+
+        Args:
+            kind: Of the call.
+            call: Returns what its records met, in a list, or one answer for all of it.
+            was_done: Whether what a record met needed the medium.
+        """
         breaker = self._breakers[kind]
         leave = breaker.allows()
         if leave is None:
@@ -50,11 +88,14 @@ class TierCalls:
             self.count_error(error)
             breaker.failed(error, leave)
             return None
-        failure = self._count_outcomes(answer) if isinstance(answer, list) else None
-        if failure is None:
+        outcomes = answer if isinstance(answer, list) else [answer]
+        failures = self._count_outcomes(outcomes)
+        if any(map(was_done if self._knows_what_it_holds else was_answered, outcomes)):
             breaker.succeeded(leave)
+        elif failures:
+            breaker.failed(failures[0], leave)
         else:
-            breaker.failed(failure, leave)
+            breaker.told_nothing(leave)
         return answer
 
     def ask(self, call: Callable[[], T]) -> T | None:
@@ -79,17 +120,13 @@ class TierCalls:
         for breaker in self._breakers.values():
             breaker.trip(error)
 
-    def _count_outcomes(self, outcomes: Sequence[object]) -> TierError | None:
-        """Count what single records met; returns one that tells against the tier, if any does.
-
-        For the breaker a call is one failure, however many records it has, and none where any of
-        them got an answer: what failed besides cost its own hits, and the tier is there.
-        """
+    def _count_outcomes(self, outcomes: Sequence[object]) -> list[TierError]:
+        """Count what single records met; returns what tells against the tier."""
         errors = [one for one in outcomes if isinstance(one, TierError)]
-        failures = [one for one in errors if not isinstance(one, (TierFull, BlockCorrupted))]
+        failures = [one for one in errors if not was_answered(one)]
         self._counts.add(
             num_errors=len(failures),
             num_timeouts=sum(isinstance(one, TierTimeout) for one in failures),
             num_full=sum(isinstance(one, TierFull) for one in errors),
         )
-        return failures[0] if failures and len(failures) == len(outcomes) else None
+        return failures

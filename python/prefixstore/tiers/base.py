@@ -219,6 +219,13 @@ class Tier(ABC):
         """Give back what the tier holds open; any later call raises `TierUnavailable`."""
 
     @property
+    def knows_what_it_holds(self) -> bool:
+        """Whether it says without its medium what it lacks or has no room for, as a disk that hangs
+        does by its index: only what it reads, keeps or deletes tells of the medium.
+        """
+        return False
+
+    @property
     def gives_parts(self) -> bool:
         """Whether a part of a record comes sooner than all of it."""
         return True

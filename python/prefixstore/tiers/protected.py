@@ -88,6 +88,10 @@ class ProtectedTier(Tier):
         return self._get_whole(names, outs, deadline, may_abandon=True)
 
     @property
+    def knows_what_it_holds(self) -> bool:
+        return self._tier.knows_what_it_holds
+
+    @property
     def gives_parts(self) -> bool:
         return False  # a part cannot be verified alone
 

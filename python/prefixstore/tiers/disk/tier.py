@@ -84,6 +84,10 @@ class DiskTier(Tier):
     def name(self) -> str:
         return self._config.name
 
+    @property
+    def knows_what_it_holds(self) -> bool:
+        return True
+
     def get_many(
         self,
         names: Sequence[RecordName],
