@@ -17,6 +17,10 @@ class TierUnavailable(TierError):
     """The tier cannot be reached or opened."""
 
 
+class TierPartSilent(TierUnavailable):
+    """A part of the tier was not asked, for it gave no answer lately where other parts did."""
+
+
 class TierTimeout(TierError):
     """The tier did not answer before the deadline."""
 

@@ -8,7 +8,11 @@ import pytest
 from redis_servers import FLAVOURS, Cluster, Sentinels, stopped, wait_until
 from redis_tiers import PART, get, make_names, open_tier, put, random_bytes
 
-from prefixstore.errors import TierError, TierTimeout, TierUnavailable
+from prefixstore.errors import TierError, TierPartSilent, TierTimeout, TierUnavailable
+from prefixstore.store.breaker import BreakerConfig
+from prefixstore.store.guarded_tier import GuardedTier
+from prefixstore.tiers.redis.config import Address
+from prefixstore.tiers.redis.silent_servers import SilentServers
 
 FLAVOUR = next(iter(FLAVOURS))  # starting six servers of each would take too long
 
@@ -130,12 +134,74 @@ def test_a_silent_node_costs_its_own_records_alone(cluster, num_bytes):
     names, record, node, is_silent = put_on_a_node_to_stop(cluster, tier, 30, num_bytes)
     with no_failover(cluster), node.stopped():
         for _ in range(3):  # first on the connections there are, then without one to that node
+            tier._servers.silent = SilentServers()  # as if it had not been silent before
             found = get(tier, names, num_bytes)
             for got, is_lost in zip(found, is_silent, strict=True):
                 assert isinstance(got, TierTimeout) if is_lost else got == record
             for is_there, is_lost in zip(tier.contains_many(names), is_silent, strict=True):
-                assert isinstance(is_there, TierTimeout) if is_lost else is_there is True
+                assert isinstance(is_there, TierPartSilent) if is_lost else is_there is True
     tier.close()
+
+
+def test_a_silent_node_is_not_waited_for_again(cluster):
+    """Nor is the tier to blame that some ask for that node's records alone."""
+    tier = open_tier(cluster.url)
+    tier._servers.silent = SilentServers(pause_s=600)
+    guarded = GuardedTier(tier, BreakerConfig(failures=1, pause_s=600))
+    names, _, node, is_silent = put_on_a_node_to_stop(cluster, tier, 30, 1000)
+    lost = [name for name, is_lost in zip(names, is_silent, strict=True) if is_lost]
+    expected = [None if is_lost else True for is_lost in is_silent]
+    seconds = []
+    with no_failover(cluster), node.stopped():
+        for _ in range(5):
+            begin = time.monotonic()
+            assert guarded.contains_many(names, begin + 2) == expected
+            seconds.append(time.monotonic() - begin)
+        assert guarded.contains_many(lost) == [None] * len(lost)
+        assert seconds[0] > 1 and min(seconds[1:]) < 0.5
+        use = guarded.use()
+        assert (use.num_errors, use.num_timeouts) == (5 * len(lost) + 1, len(lost))
+        assert not use.is_down
+    tier.close()
+
+
+def test_a_silent_node_that_answers_again_is_found_again(cluster):
+    tier = open_tier(cluster.url, timeout_s=1)
+    names, record, node, is_silent = put_on_a_node_to_stop(cluster, tier, 30, 1000)
+    with no_failover(cluster), node.stopped():
+        for is_there, is_lost in zip(tier.contains_many(names), is_silent, strict=True):
+            assert isinstance(is_there, TierTimeout) if is_lost else is_there is True
+    wait_until(lambda: tier.contains_many(names) == [True] * 30)
+    assert get(tier, names, 1000) == [record] * 30
+    tier.close()
+
+
+def test_silent_servers_are_tried_again_after_pauses_that_grow():
+    now = [0.0]
+    servers = SilentServers(pause_s=1, clock=lambda: now[0])
+    silent, other = Address("silent", 1), Address("other", 2)
+
+    def note(answered, unanswered):
+        servers.note_call(answered, unanswered, now[0] - 0.1)
+
+    note([], [silent, other])  # nobody answered: that is not for them
+    servers.note_call([other], [silent], now[0])  # it was given no time
+    assert servers.may_ask(silent)
+    note([other], [silent])
+    for pause in (1, 2, 4, 8, 16, 32, 60, 60):
+        note([other], [silent])  # of calls that were under way
+        now[0] += pause - 0.01
+        assert not servers.may_ask(silent) and servers.may_ask(other)
+        now[0] += 0.02
+        assert servers.may_ask(silent)
+        assert not servers.may_ask(silent)  # one call at a time
+        note([other], [silent])
+    now[0] += 60.01
+    assert servers.may_ask(silent)
+    now[0] += 60.01
+    assert servers.may_ask(silent)  # nothing came of the one before
+    note([silent], [])
+    assert servers.may_ask(silent) and servers.may_ask(silent)
 
 
 def test_much_that_waits_for_a_silent_node_does_not_hold_up_the_others(cluster):

@@ -12,11 +12,12 @@ from faulty_network import ScriptedServer
 from sample_blocks import LAYOUT, make_keys
 from stores import load, save, use_of
 
-from prefixstore.errors import TierTimeout, TierUnavailable
+from prefixstore.errors import TierPartSilent, TierTimeout, TierUnavailable
 from prefixstore.store import Store, StoreConfig, TierPolicy
 from prefixstore.store.block_targets import HostBlocks
 from prefixstore.store.breaker import BreakerConfig
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
+from prefixstore.tiers.outcomes import raise_if_all
 from prefixstore.tiers.remote import RemoteTier
 from prefixstore.tiers.remote.config import RemoteTierConfig
 
@@ -252,3 +253,22 @@ def test_a_server_that_says_it_lacks_records_is_there(make_store):
     time.sleep(0.06)
     assert load_all(store, keys) == [None] * 4
     assert not use_of(store, "tier").is_down
+
+
+def test_a_part_that_is_left_alone_neither_begins_an_outage_nor_ends_one(make_store):
+    tier, keys = DictTier("tier"), make_keys(1)
+    fill(tier, keys)
+    store = make_store(tier, breaker=SHORT)
+    for is_down in (False, True):
+        if is_down:
+            tier.fail = raises(TierTimeout, "contains")
+            assert store.contains_many(keys) == [None]
+            time.sleep(0.06)  # the next call would be a trial
+        tier.fail = raises(TierPartSilent, "contains")
+        assert store.contains_many(keys) == [None]
+        assert use_of(store, "tier").is_down is is_down
+    tier.fail = lambda call: None
+    assert store.contains_many(keys) == ["tier"]
+    assert not use_of(store, "tier").is_down
+    with pytest.raises(TierTimeout):  # of both, what tells of the tier
+        raise_if_all([TierPartSilent("x"), TierTimeout("x")], TierUnavailable, TierTimeout)

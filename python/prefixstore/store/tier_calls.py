@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar, get_args
 
-from prefixstore.errors import BlockCorrupted, TierError, TierFull, TierTimeout
-from prefixstore.store.breaker import Breaker, BreakerConfig
+from prefixstore.errors import BlockCorrupted, TierError, TierFull, TierPartSilent, TierTimeout
+from prefixstore.store.breaker import Breaker, BreakerConfig, Leave
 from prefixstore.store.stats import Counts
 
 T = TypeVar("T")
@@ -86,16 +86,14 @@ class TierCalls:
             answer = call()
         except TierError as error:
             self.count_error(error)
-            breaker.failed(error, leave)
+            _blame(breaker, leave, [error])
             return None
         outcomes = answer if isinstance(answer, list) else [answer]
         failures = self._count_outcomes(outcomes)
         if any(map(was_done if self._knows_what_it_holds else was_answered, outcomes)):
             breaker.succeeded(leave)
-        elif failures:
-            breaker.failed(failures[0], leave)
         else:
-            breaker.told_nothing(leave)
+            _blame(breaker, leave, failures)
         return answer
 
     def ask(self, call: Callable[[], T]) -> T | None:
@@ -130,3 +128,14 @@ class TierCalls:
             num_full=sum(isinstance(one, TierFull) for one in errors),
         )
         return failures
+
+
+def _blame(breaker: Breaker, leave: Leave, failures: Sequence[TierError]) -> None:
+    """A call met nothing but these. Parts of a tier that it leaves alone tell nothing of it: they
+    are few, and whoever asks for their records alone is not to take the others' from everybody.
+    """
+    against = [one for one in failures if not isinstance(one, TierPartSilent)]
+    if against:
+        breaker.failed(against[0], leave)
+    else:
+        breaker.told_nothing(leave)

@@ -6,13 +6,14 @@ What an operation costs in Python (see exchange.py) is more than it takes a smal
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from prefixstore.errors import TierError
 from prefixstore.tiers.redis.config import Address
-from prefixstore.tiers.redis.errors import ConnectionLost, no_answer
+from prefixstore.tiers.redis.errors import ConnectionLost, ServerSilent, no_answer
 from prefixstore.tiers.redis.pool import PooledChannel
 from prefixstore.tiers.redis.servers import Servers
 from prefixstore.tiers.redis.wire import UNANSWERED, Reply, RespBatch, Word, open_batch, run_batch
@@ -52,6 +53,7 @@ class CommandBatch:
     ) -> None:
         self._servers = servers
         self._name = servers.config.name
+        self._begun_at = time.monotonic()
         self._deadline = deadline
         self._batch = RespBatch()
         self._lanes: dict[Address | None, _Lane] = {}
@@ -107,19 +109,29 @@ class CommandBatch:
         self._open(0, 0)
         remaining = self._deadline - time.monotonic()
         if remaining <= 0:
+            self._note([], [])
             return [lane.error or no_answer(self._name) for lane in self._lane_of]
         found = run_batch(self._batch, remaining)
         is_late = time.monotonic() >= self._deadline
-        silent: set[Address] = set()
+        num_missing: Counter[_Lane] = Counter()
         for i, reply in enumerate(found):
             if reply is UNANSWERED:
                 lane = self._lane_of[i]
                 found[i] = self._missing(lane, is_late)
-                if is_late and lane.error is None and lane.address is not None:
-                    silent.add(lane.address)
-        for address in silent:
-            self._servers.suspect(address)
+                num_missing[lane] += 1
+        lanes = self._lanes.values()
+        answered = [lane for lane in lanes if num_missing[lane] < lane.num_commands]
+        self._note(answered, [lane for lane in num_missing if is_late and lane.error is None])
         return found
+
+    def _note(self, answered: Iterable[_Lane], unanswered: Iterable[_Lane]) -> None:
+        """Tell which servers answered, and which did not though they had the time."""
+        unreached = [lane for lane in self._lanes.values() if isinstance(lane.error, ServerSilent)]
+        self._servers.note_call(
+            {lane.address for lane in answered if lane.address is not None},
+            {lane.address for lane in (*unanswered, *unreached) if lane.address is not None},
+            self._begun_at,
+        )
 
     def _advance(self) -> None:
         self._open(*self._expected)

@@ -23,6 +23,10 @@ class ConnectionLost(PassingTrouble):
     """A connection ended during a call; what it had been sent may or may not have been done."""
 
 
+class ServerSilent(TierTimeout):
+    """A server had time for an answer, and gave none."""
+
+
 def no_answer(tier_name: str) -> TierTimeout:
     """The time is over."""
     return TierTimeout(f"{tier_name}: expected an answer before the deadline, got none")

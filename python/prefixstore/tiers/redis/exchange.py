@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 from prefixstore.errors import TierError
 from prefixstore.tiers.redis.config import Address
-from prefixstore.tiers.redis.errors import ConnectionLost, no_answer, tier_error
+from prefixstore.tiers.redis.errors import ConnectionLost, ServerSilent, no_answer, tier_error
 from prefixstore.tiers.redis.pool import PooledChannel
 from prefixstore.tiers.redis.servers import Servers
 from prefixstore.tiers.redis.wire import Command, ErrorReply, Reply, take_turn
@@ -67,6 +67,7 @@ class _Lane:
     waiting: deque[_Job] = field(default_factory=deque)
     channels: list[PooledChannel] = field(default_factory=list)
     error: TierError | None = None  # why there is no connection, which is tried but once
+    has_answered: bool = False
     num_active: int = 0  # commands without their reply
     active_bytes: int = 0
 
@@ -103,6 +104,7 @@ class Exchange(Generic[T]):
     def __init__(self, servers: Servers, deadline: float) -> None:
         self._servers = servers
         self._name = servers.config.name
+        self._begun_at = time.monotonic()
         self._deadline = deadline
         self._new: deque[_Running[T]] = deque()  # of which no lane is known yet
         self._lanes: dict[Address, _Lane] = {}
@@ -112,19 +114,20 @@ class Exchange(Generic[T]):
         """What each returned, or why it did not."""
         running = [_Running(operation, i) for i, operation in enumerate(operations)]
         self._outcomes = [no_answer(self._name)] * len(running)
+        unanswered: set[Address] = set()
         try:
             self._new.extend(running)
             while self._start_more():
                 awaiting = self._hand_out()
                 remaining = self._deadline - time.monotonic()
                 if remaining <= 0:
-                    for lane in {lane for lane, _ in awaiting}:
-                        self._servers.suspect(lane.address)
+                    unanswered = {lane.address for lane, _ in awaiting}
                     break
                 if awaiting:
                     take_turn([channel for _, channel in awaiting], remaining)
                 for lane, channel in awaiting:
                     self._collect(lane, channel)
+            self._note(unanswered)
         finally:
             for lane in self._lanes.values():
                 for channel in lane.channels:
@@ -132,6 +135,13 @@ class Exchange(Generic[T]):
             for one in running:
                 one.operation.close()
         return self._outcomes
+
+    def _note(self, unanswered: set[Address]) -> None:
+        """Tell who answered, and who did not though it had the time."""
+        lanes = self._lanes.values()
+        answered = {lane.address for lane in lanes if lane.has_answered}
+        unreached = {lane.address for lane in lanes if isinstance(lane.error, ServerSilent)}
+        self._servers.note_call(answered, unanswered | unreached, self._begun_at)
 
     # ---- operations ----------------------------------------------------------------------------
 
@@ -298,6 +308,7 @@ class Exchange(Generic[T]):
     def _collect(self, lane: _Lane, channel: PooledChannel) -> None:
         """Let the operations go on whose replies have come."""
         for job, reply in channel.take_answers():
+            lane.has_answered = True
             if job is not None:  # an ASKING has none
                 self._answer(job, reply)
         if channel.failure:

@@ -14,7 +14,12 @@ from collections.abc import Sequence
 
 from prefixstore.errors import TierError, TierTimeout, TierUnavailable
 from prefixstore.tiers.redis.config import Address, RedisTierConfig
-from prefixstore.tiers.redis.errors import ConnectionLost, PassingTrouble, tier_error
+from prefixstore.tiers.redis.errors import (
+    ConnectionLost,
+    PassingTrouble,
+    ServerSilent,
+    tier_error,
+)
 from prefixstore.tiers.redis.sockets import open_socket
 from prefixstore.tiers.redis.wire import (
     Channel,
@@ -76,7 +81,7 @@ class Pool:
 
         Raises:
             TierUnavailable: If the server refuses, or the pool is closed.
-            TierTimeout: If it does not answer in time.
+            TierTimeout: If there is no time left; `ServerSilent` if it does not answer in time.
         """
         self.check_open()
         if time.monotonic() >= deadline:
@@ -167,7 +172,7 @@ class Pool:
                 return TierUnavailable(f"{message} ({hint})")
             return tier_error(self._name, error)
         if isinstance(error, TimeoutError):
-            return TierTimeout(message)
+            return ServerSilent(message)
         if isinstance(error, (StreamError, ConnectionResetError, BrokenPipeError)):
             return ConnectionLost(message)
         return PassingTrouble(message) if isinstance(error, OSError) else TierUnavailable(message)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
-from prefixstore.errors import TierError, TierTimeout, TierUnavailable
+from prefixstore.errors import TierError, TierPartSilent, TierTimeout, TierUnavailable
 from prefixstore.tiers.redis.config import Address, RedisTierConfig, Topology
 from prefixstore.tiers.redis.pool import Pool, PooledChannel, data_login, sentinel_login
+from prefixstore.tiers.redis.silent_servers import SilentServers
 from prefixstore.tiers.redis.wire import ErrorReply, Reply
 
 _BYTES_PER_CONNECTION = 1 << 20  # less is not worth another connection
@@ -44,6 +45,7 @@ class Servers(ABC):
 
     Attributes:
         has_one_address: Whether all keys have the same server at any time.
+        silent: Those that are left alone for a while.
     """
 
     has_one_address = True
@@ -51,6 +53,7 @@ class Servers(ABC):
     def __init__(self, config: RedisTierConfig) -> None:
         self.config = config
         self.pool = Pool(config, data_login(config))
+        self.silent = SilentServers()
 
     @property
     def can_batch(self) -> bool:
@@ -92,20 +95,35 @@ class Servers(ABC):
         Raises:
             TierError: If there is none to be had.
         """
+        if not self.silent.may_ask(address):
+            self.suspect(address)  # another one may have taken over since
+            raise TierPartSilent(f"{self.config.name}: {address}: left alone, for it was silent")
         # Over a unix socket one keeps a server busy, which reads but one at a time.
         most = self.config.num_connections if address.port else 1
         num_wanted = min(most, num_commands, max(1, num_bytes // _BYTES_PER_CONNECTION))
         channels: list[PooledChannel] = []
-        is_late = time.monotonic() >= deadline
         try:
             while len(channels) < num_wanted:
                 channels.append(self.pool.borrow(address, deadline))
-        except TierError as error:
+        except TierError:
             if not channels:
-                if isinstance(error, TierTimeout) and not is_late:
-                    self.suspect(address)
                 raise
         return channels
+
+    def note_call(
+        self, answered: Collection[Address], unanswered: Collection[Address], begun_at: float
+    ) -> None:
+        """What came of a call.
+
+        Args:
+            answered: Servers that gave an answer.
+            unanswered: Those that did not give all, or let nobody connect, in the time they had.
+            begun_at: When the call began.
+        """
+        for address in unanswered:
+            self.suspect(address)
+        silent = [address for address in unanswered if address not in answered]
+        self.silent.note_call(answered, silent, begun_at)
 
     def to_connect(
         self, addresses: Sequence[Address], num_servers: int, deadline: float

@@ -1,0 +1,78 @@
+"""Servers that are silent while others answer: left alone for a while, for longer each time.
+
+A call has waited for such a server until its deadline, and so would every other one: to the store
+the tier is there, for the records of the other servers got their answers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from prefixstore.tiers.redis.config import Address
+
+_MIN_WAIT_S = 0.05  # a server may be too busy to answer sooner
+# As long as the store leaves a tier alone by default.
+_PAUSE_S = 1.0
+_MAX_PAUSE_S = 60.0
+
+
+@dataclass
+class _Pause:
+    seconds: float
+    until: float
+    is_tried: bool = False  # since it is over, and nothing has come of that yet
+
+
+class SilentServers:
+    """Who was silent, and until when nobody asks it; then one call tries it again.
+
+    Where none answers it is the tier that is silent, which is for the store to judge. Without a
+    lock, which a fork might leave held: at the worst two calls try a server at once.
+
+    Args:
+        pause_s: How long a server is first left alone; each trial that it lets pass doubles that.
+        clock: In place of `time.monotonic`.
+    """
+
+    def __init__(
+        self, pause_s: float = _PAUSE_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._pause_s = pause_s
+        self._clock = clock
+        self._pauses: dict[Address, _Pause] = {}
+
+    def may_ask(self, address: Address) -> bool:
+        """Whether to ask a server now; where it was silent, others wait for what comes of it."""
+        pause = self._pauses.get(address)
+        if pause is None:
+            return True
+        now = self._clock()
+        if now < pause.until:
+            return False
+        pause.until, pause.is_tried = now + pause.seconds, True  # if it never ends, another may
+        return True
+
+    def note_call(
+        self, answered: Collection[Address], silent: Collection[Address], begun_at: float
+    ) -> None:
+        """What came of a call.
+
+        Args:
+            answered: Servers that gave an answer, to whatever it was.
+            silent: Those that gave none in the time they had.
+            begun_at: When the call began.
+        """
+        for address in answered:
+            self._pauses.pop(address, None)
+        now = self._clock()
+        if not answered or now - begun_at < _MIN_WAIT_S:
+            return
+        for address in silent:
+            pause = self._pauses.get(address)
+            if pause is None:
+                self._pauses[address] = _Pause(self._pause_s, now + self._pause_s)
+            elif pause.is_tried:  # else the call was under way before the pause
+                seconds = min(2 * pause.seconds, _MAX_PAUSE_S)
+                self._pauses[address] = _Pause(seconds, now + seconds)
