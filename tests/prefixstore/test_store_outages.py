@@ -9,11 +9,12 @@ import pytest
 from dict_tier import DictTier, fill, held, raises
 from disk_tiers import put, replace_preadv
 from faulty_network import ScriptedServer
-from sample_blocks import LAYOUT, make_keys
+from sample_blocks import LAYOUT, make_keys, make_payload
 from stores import load, save, use_of
 
 from prefixstore.errors import TierPartSilent, TierTimeout, TierUnavailable
-from prefixstore.store import Store, StoreConfig, TierPolicy
+from prefixstore.store import Store, StoreConfig, TierPolicy, block_sources
+from prefixstore.store.block_sources import HostBlock
 from prefixstore.store.block_targets import HostBlocks
 from prefixstore.store.breaker import BreakerConfig
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
@@ -73,6 +74,29 @@ def test_who_may_not_write_reads_all_the_same(make_store):
     assert [load(store, key) for key in keys[:3]] == ["tier"] * 3
     assert store.delete_many(keys[:1]) == ["tier"] and held(tier, keys[:1]) == [True]
     assert "delete" not in tier.calls
+
+
+@pytest.mark.parametrize("num_faster", [0, 1])
+def test_nothing_is_done_for_writes_that_are_left_alone(make_store, monkeypatch, num_faster):
+    tier = DictTier("tier", raises(TierUnavailable, "put"))
+    tiers = [DictTier("faster"), tier][1 - num_faster :]
+    store = make_store(*tiers, breaker=LONG)
+    first, *others = make_keys(5)
+    save(store, [first])
+    assert use_of(store, "tier").is_down
+    for one in tiers:
+        one.calls.clear()
+    encoded, done = [], []
+    encode = block_sources.encode
+    monkeypatch.setattr(block_sources, "encode", lambda *args: encoded.append(1) or encode(*args))
+    for key in others:
+        assert store.save(key, HostBlock(make_payload(key)), lambda: done.append(1))
+    assert store.flush(30)
+    assert len(done) == 4 and len(encoded) == 4 * num_faster
+    assert tier.calls == [] and "get" not in tiers[0].calls
+    use = use_of(store, "tier")
+    assert (use.num_dropped, use.num_errors) == (5, 1) and use.num_skipped >= 1
+    assert held(tiers[0], others) == [num_faster == 1] * 4
 
 
 def test_a_tier_that_is_left_alone_is_looked_after(make_store):

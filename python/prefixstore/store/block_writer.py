@@ -44,6 +44,7 @@ class BlockWriter:
     """
 
     def __init__(self, tiers: Sequence[GuardedTier], config: StoreConfig) -> None:
+        self._tiers = tiers
         self._first = tiers[0] if tiers else None
         self._config = config
         self._queue = WriteQueue(config.queue_bytes, config.queue_entries)
@@ -151,6 +152,7 @@ class BlockWriter:
             self._queue.finish()
 
     def _write(self, jobs: Sequence[WriteJob]) -> None:
+        jobs = self._skip_left_alone(jobs)
         is_over = self._ask_first(jobs)
         over = [job for job, needs_none in zip(jobs, is_over, strict=True) if needs_none]
         self._let_go(over)
@@ -158,6 +160,17 @@ class BlockWriter:
             self._hand_on(job, None)
         for alike in _alike([job for job in jobs if job in self._unread]):
             self._write_alike(alike)
+
+    def _skip_left_alone(self, jobs: Sequence[WriteJob]) -> list[WriteJob]:
+        """Drop blocks of which no tier would take a record now; returns the others."""
+        takes = {number for number, tier in enumerate(self._tiers) if tier.takes_writes}
+        skipped = [job for job in jobs if takes.isdisjoint(job.tiers)]
+        self._let_go(skipped)
+        for number, tier in enumerate(self._tiers):
+            num_records = sum(number in job.tiers for job in skipped)
+            if num_records:
+                tier.skip_writes(num_records)
+        return [job for job in jobs if job in self._unread]
 
     def _write_alike(self, jobs: Sequence[WriteJob]) -> None:
         """Make records of blocks that lie in one place, and put them where they belong."""

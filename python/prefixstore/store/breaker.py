@@ -83,6 +83,12 @@ class Breaker:
     def is_down(self) -> bool:
         return self._down_until is not None
 
+    @property
+    def is_pausing(self) -> bool:
+        """Whether `allows` would give no leave now."""
+        down_until = self._down_until
+        return down_until is not None and self._clock() < down_until
+
     def allows(self) -> Leave | None:
         """Leave to call the tier now, or None; where it is a trial, others wait for its outcome."""
         if self._down_until is None:

@@ -11,16 +11,14 @@ import numpy as np
 
 from prefixstore.block_key import BlockKey, RecordName
 from prefixstore.errors import BlockCorrupted, TierError, TierFull, TierTimeout
-from prefixstore.record import RecordHeader, check_headers
 from prefixstore.store.absent_names import AbsentNames
 from prefixstore.store.breaker import BreakerConfig
+from prefixstore.store.header_check import Found, find_right
 from prefixstore.store.stats import Counts, TierUse
 from prefixstore.store.tier_calls import TierCalls, was_deleted, was_kept, was_read
 from prefixstore.tiers.base import ReadOutcome, Swept, Tier, TierStats, is_past
 
 logger = logging.getLogger(__name__)
-
-Found = tuple[RecordHeader, np.ndarray]  # a record and what its header says
 
 
 class GuardedTier:
@@ -139,17 +137,7 @@ class GuardedTier:
             keys: What they must agree with.
             records: What the tier gave for each.
         """
-        there = [i for i, record in enumerate(records) if isinstance(record, np.ndarray)]
-        whole = [record for record in records if isinstance(record, np.ndarray)]
-        found: list[Found | None] = [None] * len(keys)
-        wrong = {i: one for i, one in enumerate(records) if isinstance(one, BlockCorrupted)}
-        for i, record, header in zip(
-            there, whole, check_headers(whole, [keys[i] for i in there]), strict=True
-        ):
-            if isinstance(header, BlockCorrupted):
-                wrong[i] = header
-            else:
-                found[i] = header, record
+        found, wrong = find_right(keys, records)
         for i, error in wrong.items():
             self.reject(keys[i], str(error))
         num_misses = found.count(None) - len(wrong)
@@ -235,6 +223,15 @@ class GuardedTier:
         self._counts.add(num_written=len(written), written_bytes=num_bytes)
         if len(written) == len(names):
             self._set_full(None)
+
+    @property
+    def takes_writes(self) -> bool:
+        """Whether a write would be tried now: for one that would not, no record need be made."""
+        return not self._calls.refuses("writes")
+
+    def skip_writes(self, num_records: int) -> None:
+        """So many records were dropped because the tier takes no writes."""
+        self._counts.add(num_skipped=1, num_dropped=num_records)
 
     def count_present(self, num_records: int) -> None:
         """So many records that were to be written were there already."""

@@ -18,7 +18,8 @@ from prefixstore.store.block_targets import (
 from prefixstore.store.block_writer import BlockWriter
 from prefixstore.store.config import TierPolicy
 from prefixstore.store.fetcher import Fetcher, Slabs, record_room
-from prefixstore.store.guarded_tier import Found, GuardedTier
+from prefixstore.store.guarded_tier import GuardedTier
+from prefixstore.store.header_check import Found
 from prefixstore.store.in_flight import InFlight
 from prefixstore.store.layer_reader import LayerReader
 from prefixstore.store.load import Load, LoadProgress

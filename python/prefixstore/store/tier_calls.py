@@ -62,6 +62,10 @@ class TierCalls:
         """Whether the tier is left alone by calls of any kind."""
         return any(breaker.is_down for breaker in self._breakers.values())
 
+    def refuses(self, kind: Kind) -> bool:
+        """Whether the tier is left alone by this kind just now; asking is no trial."""
+        return self._breakers[kind].is_pausing
+
     def attempt(
         self, kind: Kind, call: Callable[[], T], was_done: Judge = was_answered
     ) -> T | None:

@@ -210,6 +210,9 @@ class TierWriter:
             return jobs
 
     def _write(self, jobs: Sequence[TierJob]) -> None:
+        if not self.tier.takes_writes:
+            self.tier.skip_writes(len(jobs))
+            return
         deadline = time.monotonic() + self._config.write_timeout_s
         answers = self.tier.contains_many([job.name for job in jobs], deadline)
         lacking = [job for job, answer in zip(jobs, answers, strict=True) if answer is False]
