@@ -40,8 +40,8 @@ class World:
 class Work:
     """A chunk or a call; `beside_s` of its time the other side was at work too.
 
-    In steps is what a call brings layer after layer, and a chunk that is computed beside it. That
-    one waits until `until`.
+    In steps is what a call brings layer after layer, and a chunk that is computed beside it: it
+    waits for that call and no later one, until `until`.
     """
 
     seconds: float  # left, at full speed
@@ -49,6 +49,7 @@ class Work:
     started_at: float
     num_steps: int = 1
     until: float = float("inf")
+    beside: Work | None = None
     ended_at: float = float("nan")
     beside_s: float = 0.0
 
@@ -66,7 +67,7 @@ class Work:
 
     def waits_for(self, call: Work | None) -> bool:
         """Whether a chunk is as far as its layers."""
-        if call is None or self.num_steps == 1:
+        if call is None or call is not self.beside:
             return False
         return self.num_steps_left <= call.num_steps_left
 
@@ -127,7 +128,7 @@ def simulate(plan: RestorePlan, world: World, step_s: float = float("inf")) -> R
         if chunk is None and (tokens := meeting.next_overlapped_chunk(now)) is not None:
             assert call is not None
             until = meeting.overdue_at(now)
-            chunk = Work(_pass_s(world, tokens), tokens, now, call.num_steps, until)
+            chunk = Work(_pass_s(world, tokens), tokens, now, call.num_steps, until, call)
         if chunk is None and meeting.is_done:
             run.ttft_s = now
             if call is not None and now > call.started_at:
