@@ -31,7 +31,7 @@ import torch
 
 from kvkernels import native
 from kvkernels.nn.batch_invariance import is_batch_invariant
-from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward
+from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward, hook_tables
 from kvkernels.nn.fused_layers import FusedMLP, FusedNorm
 from kvkernels.nn.layer_kernels import LayerKernels, LayerParts
 from kvkernels.nn.paged_kv import PagedKV
@@ -179,8 +179,7 @@ class FusedDecoderLayer:
 
 def _hooks_within(module: torch.nn.Module) -> list[dict[int, Any]]:
     """Where those are who ask to be told of what goes on inside a layer: they may come any time."""
-    parts = [part for part in module.modules() if part is not module]
-    return [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+    return hook_tables(*(part for part in module.modules() if part is not module))
 
 
 def _find_parts(module: Any, attention_options: dict[str, Any]) -> LayerParts:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.nn.modules import module as torch_module
 
 # Held over all of an install and an uninstall, of whatever kind: layers are looked at, tried and
 # replaced in many steps, on what another thread's install may have half done, and a trial of
@@ -67,3 +69,10 @@ class ForwardPatch:
 def has_own_forward(module: torch.nn.Module) -> bool:
     """Whether something has replaced the forward of its class already."""
     return "forward" in vars(module)
+
+
+def hook_tables(*modules: torch.nn.Module) -> list[dict[int, Callable[..., Any]]]:
+    """Where the forward hooks of these modules are and will be, with those of all models."""
+    of_all = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
+    own = ((module._forward_hooks, module._forward_pre_hooks) for module in modules)
+    return [*of_all, *chain.from_iterable(own)]

@@ -5,7 +5,7 @@ rows: in a small model they take as long as the matrix products. What replaces t
 gives the same numbers: `install` tries each layer on numbers drawn at random, next to what it would
 put there, and leaves a layer alone that differs. Where gradients are wanted, or tensors of other
 dtypes or devices come, or angles for a part of each head alone, or more arguments than a trial
-has, the layer's own forward runs.
+has, the layer's own forward runs; so does an activation's that has hooks.
 
 ::
 
@@ -20,14 +20,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any
 
 import torch
 
 from kvkernels import native
 from kvkernels.checks import FLOAT_DTYPES
-from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward
+from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward, hook_tables
 from kvkernels.ops.pointwise import rotary_embedding_cpu
 
 _NUM_TRIAL_ROWS = 16
@@ -129,9 +129,10 @@ class FusedNorm:
 
 
 def _find_mlp(module: torch.nn.Module) -> Callable[..., Any] | None:
-    activation = _activation_name(module.act_fn)
+    act_fn: Any = module.act_fn
+    activation = _activation_name(act_fn)
     in_features = getattr(module.gate_proj, "in_features", None)
-    if activation is None or not isinstance(in_features, int):
+    if activation is None or not isinstance(in_features, int) or any(hook_tables(act_fn)):
         return None
     rows = _draw(1, _NUM_TRIAL_ROWS, in_features, dtype=next(module.parameters()).dtype)
     forward = FusedMLP(module, activation)
@@ -158,7 +159,8 @@ class FusedMLP:
             return type(module).forward(module, *args, **options)
         (x,) = args
         gate, up = module.gate_proj(x), module.up_proj(x)
-        if not _are_served(gate, up) or gate.shape != up.shape:
+        is_served = _are_served(gate, up) and gate.shape == up.shape
+        if not is_served or any(hook_tables(module.act_fn)):  # whose hooks nobody else calls
             return module.down_proj(module.act_fn(gate) * up)
         goes_straight = _goes_straight(gate) and _goes_straight(up)
         gated = native.gated_activation if goes_straight else _gated_activation
@@ -188,13 +190,14 @@ def _find_attention(module: torch.nn.Module) -> Callable[..., Any] | None:
         return None
     rebound = FunctionType(
         forward.__code__,
-        {**forward.__globals__, _ROTATE: fused},
+        # A function of this module, for whoever asks whose it is.
+        {**forward.__globals__, _ROTATE: fused, "__name__": __name__},
         forward.__name__,
         forward.__defaults__,
         forward.__closure__,
     )
     rebound.__kwdefaults__ = forward.__kwdefaults__
-    return MethodType(rebound, module)
+    return partial(rebound, module)
 
 
 def _rotate(

@@ -7,6 +7,7 @@ import pytest
 import tiny_models
 import torch
 from packed_forward import PackedModel
+from torch.nn.modules import module as torch_module
 
 from kvkernels.nn import batch_invariance, decoder_layers, fused_layers
 from kvkernels.nn.decoder_layers import FusedDecoderLayer
@@ -205,6 +206,27 @@ def test_a_hook_may_come_later(register, monkeypatch):
         assert len(calls) == len(runs) / 5
         decoder_layers.uninstall(model)
     assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("kind", ["hook", "pre_hook"])
+def test_a_hook_of_all_models_may_come_later(kind, monkeypatch):
+    model = tiny_models.llama()
+    with with_kernels(model):
+        decoder_layers.install(model)
+        packed = make_packed(model, (20,))
+        expected = run_steps(packed)
+        runs, calls = count_runs(monkeypatch), set()
+        register = getattr(torch_module, f"register_module_forward_{kind}")
+        handle = register(lambda module, *_: calls.add(module))
+        got = run_steps(packed)
+        handle.remove()
+        assert not runs
+        assert calls > {module for layer in model.model.layers for module in layer.modules()}
+        run_steps(packed)
+        assert set(runs) == set(replaced(model))
+        decoder_layers.uninstall(model)
+    for pair in zip(got, expected, strict=True):
+        torch.testing.assert_close(*pair)  # the activation's own kernel rounds otherwise
 
 
 def test_a_model_with_few_tokens_is_tried_with_those():

@@ -6,6 +6,7 @@ import inspect
 import pytest
 import tiny_models
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from kvkernels.nn import fused_layers
 
@@ -115,6 +116,35 @@ def test_leaves_layers_with_a_forward_of_their_own():
     fused_layers.install(model)
     fused_layers.uninstall(model)
     assert vars(mlp)["forward"] is own
+
+
+def halve_activations(module, args, output):
+    return output / 2 if "SiLU" in type(module).__name__ else None
+
+
+def hook_activation(model):
+    return model.model.layers[1].mlp.act_fn.register_forward_hook(halve_activations)
+
+
+def hook_all_models(_):
+    return register_module_forward_hook(halve_activations)
+
+
+@pytest.mark.parametrize("register", [hook_activation, hook_all_models])
+def test_hooks_of_an_activation_may_come_and_go(register):
+    model = tiny_models.llama()
+    plain, handle = logits_of(model), register(model)
+    hooked = logits_of(model)
+    assert not torch.allclose(hooked, plain, rtol=1e-3)
+    fused_layers.install(model)
+    torch.testing.assert_close(logits_of(model), hooked, rtol=1e-4, atol=1e-4)
+    handle.remove()
+    fused_layers.uninstall(model)
+    fused_layers.install(model)
+    torch.testing.assert_close(logits_of(model), plain, rtol=1e-4, atol=1e-4)
+    handle = register(model)
+    torch.testing.assert_close(logits_of(model), hooked, rtol=1e-4, atol=1e-4)
+    handle.remove()
 
 
 class CenteredRMSNorm(torch.nn.Module):
