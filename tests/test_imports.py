@@ -83,13 +83,18 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     PLANNER: ("numpy",),
     # Beside the cache: what a model's KV depends on, and models to try it with.
     ("prefixstore.identity",): (
-        *("torch", "numpy", "kvkernels", "prefixstore.errors", "prefixstore.module_state"),
+        *("torch", "numpy", "kvkernels", "prefixstore.errors", "prefixstore.foreign_code"),
+        "prefixstore.module_state",
     ),
     ("prefixstore.module_state",): ("torch", "prefixstore.errors"),
+    ("prefixstore.foreign_code",): ("torch",),
+    ("prefixstore.module_watch",): (
+        *("torch", "prefixstore.foreign_code", "prefixstore.module_state"),
+    ),
     ("prefixstore.models",): ("torch", "transformers", "prefixstore.errors"),
     CACHE: (
         *("torch", "numpy", "kvkernels", "prefixstore.tiers", "tomli"),
-        *("prefixstore.identity", "prefixstore.module_state"),
+        *("prefixstore.identity", "prefixstore.module_state", "prefixstore.module_watch"),
         *NAMES,
         *RECORD,
         *STORE,

@@ -14,7 +14,8 @@ import torch
 
 from kvkernels import KVLayout
 from prefixstore.errors import ConfigError
-from prefixstore.module_state import hooked_module, state_beside_weights
+from prefixstore.foreign_code import find_foreign_code
+from prefixstore.module_state import state_beside_weights
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +77,9 @@ def model_identity(
 
     Two models that share a name differ, two names of one model agree. Adapters count as they are
     now: their weights, which of them are active, and how much; so does whatever else in the modules
-    is not as the configuration makes it, see `state_beside_weights`. What a forward hook does
-    nobody knows: the digest of a model that has one is of no other, nor the same again.
+    is not as the configuration makes it, see `state_beside_weights`. What a forward hook does, or a
+    forward that a module was given, nobody knows: the digest of a model that has one is of no
+    other, nor the same again (see `foreign_code`).
 
     It holds for one version of this library, and of the model library as far as that adds fields
     to the configuration.
@@ -106,9 +108,9 @@ def model_identity(
         if isinstance(state, torch.Tensor):
             state = _tensor_digest(name, state)
         _add(digest, name, state)
-    hooked = hooked_module(model)
-    if hooked is not None:
-        logger.warning("model: a forward hook on %s: its KV is of use to this cache alone", hooked)
+    foreign = find_foreign_code(model)
+    if foreign is not None:
+        logger.warning("model: %s: its KV is of use to this cache alone", foreign)
         _add(digest, "hooks", os.urandom(IDENTITY_BYTES))
     return digest.digest()
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,9 +36,6 @@ _IRRELEVANT_OPTIONS = frozenset(
         "task_type",
     }
 )
-
-# Libraries whose hooks change nothing that weights and settings do not tell.
-_KNOWN_HOOKS = ("kvkernels", "prefixstore", "torch", "transformers")
 
 # Relative: two processors may compute the same frequencies with other last bits.
 _BUFFER_TOLERANCE = 1e-6
@@ -70,11 +67,6 @@ def state_beside_weights(
         yield "adapters", _as_text(options).encode()
 
 
-def hooked_module(model: torch.nn.Module) -> str | None:
-    """The name of a module with a forward hook, which may do anything; None if there is none."""
-    return next((name for name, module in model.named_modules() if _foreign_hooks(module)), None)
-
-
 def check_evaluates(model: torch.nn.Module) -> None:
     """Raise ConfigError if part of a model is in training mode: dropout would be in its KV."""
     for name, module in model.named_modules():
@@ -85,47 +77,9 @@ def check_evaluates(model: torch.nn.Module) -> None:
             )
 
 
-class ModuleWatch:
-    """Notices what changes in a model besides its weights, in little time.
-
-    Args:
-        model: In the state it is to stay in.
-    """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._modules = list(model.modules())
-        self._hooks = self._all_hooks()
-        self._adapters = [
-            (module, _adapter_state(module)) for module in self._modules if _has_adapter(module)
-        ]
-        # Integers are left out: some modules count in them.
-        self._numbers = [
-            (vars(module), name, value)
-            for module in self._modules
-            for name, value in vars(module).items()
-            if isinstance(value, float)
-        ]
-
-    def change(self) -> str | None:
-        """What was expected and what is there, in words; None if nothing has changed."""
-        if any(module.training for module in self._modules):
-            return "expected evaluation mode, got training mode"
-        for module, state in self._adapters:
-            if _adapter_state(module) != state:
-                return "expected the adapters as they were when the cache was opened, got others"
-        if any(fields.get(name) != value for fields, name, value in self._numbers):
-            return "expected the modules' numbers as the cache was opened with, got others"
-        if self._all_hooks() != self._hooks:
-            return "expected the forward hooks the cache was opened with, got others"
-        return None
-
-    def _all_hooks(self) -> list[Callable[..., Any]]:
-        return [
-            hook
-            for module in self._modules
-            if module._forward_hooks or module._forward_pre_hooks
-            for hook in _foreign_hooks(module)
-        ]
+def has_adapter(module: torch.nn.Module) -> bool:
+    """Whether it is a layer of PEFT, or one that is made alike."""
+    return isinstance(getattr(module, "merged_adapters", None), list)
 
 
 def _as_built(model: torch.nn.Module) -> Mapping[str, torch.nn.Module]:
@@ -178,12 +132,7 @@ def _state(module: torch.nn.Module) -> dict[str, Any]:
         if isinstance(value, kinds) and not isinstance(value, bool) and name[0] != "_"
     }
     state = {"class": _class_name(module), "numbers": numbers}
-    return state | {"adapter": _adapter_state(module)} if _has_adapter(module) else state
-
-
-def _has_adapter(module: torch.nn.Module) -> bool:
-    """Whether it is a layer of PEFT, or one that is made alike."""
-    return isinstance(getattr(module, "merged_adapters", None), list)
+    return state | {"adapter": _adapter_state(module)} if has_adapter(module) else state
 
 
 def _adapter_state(module: torch.nn.Module) -> dict[str, Any]:
@@ -229,15 +178,3 @@ def _as_text(fields: Mapping[str, Any]) -> str:
 
 def _class_name(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
-def _foreign_hooks(module: torch.nn.Module) -> list[Callable[..., Any]]:
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return [hook for hook in hooks if _origin(hook) not in _KNOWN_HOOKS]
-
-
-def _origin(hook: Callable[..., Any]) -> str:
-    """The library a hook is of."""
-    while hasattr(hook, "func"):  # a `functools.partial`
-        hook = hook.func
-    return str(getattr(hook, "__module__", "")).partition(".")[0]

@@ -11,7 +11,7 @@ import torch
 
 from kvkernels.errors import UnsupportedError
 from kvkernels.nn.transformers import install, uninstall
-from prefixstore.module_state import ModuleWatch
+from prefixstore.module_watch import ModuleWatch
 
 # Arguments that change keys and values without a trace in the token ids.
 _BEYOND_TOKENS = (

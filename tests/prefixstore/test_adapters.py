@@ -7,6 +7,7 @@ from cached_models import generate, random_tokens, run, tiny_llama
 from kvkernels.errors import UnsupportedError
 from prefixstore.cache import PrefixCache
 from prefixstore.errors import ConfigError
+from prefixstore.module_watch import ModuleWatch
 
 TARGETS = ["q_proj", "k_proj", "v_proj"]
 
@@ -138,6 +139,43 @@ def test_an_adapter_switched_in_an_open_cache_is_refused(model, adapt, open_cach
     with pytest.raises(ValueError, match="model: expected the adapters as they were when"):
         cache.session(tokens)
     assert run(open_cache(), model, tokens)[1].num_reused == 0
+
+
+def layers_of(model):
+    return [module for module in model.modules() if hasattr(module, "merged_adapters")]
+
+
+def rescale(layer):
+    layer.scaling["A"] *= 2
+
+
+def merge(layer):
+    layer.merged_adapters.append("A")
+
+
+@pytest.mark.parametrize("change", [rescale, merge])
+def test_an_adapter_of_which_more_counts_is_refused(model, adapt, open_cache, change):
+    adapt(model)
+    cache = open_cache()
+    change(layers_of(model)[-1])
+    with pytest.raises(ValueError, match="model: expected the adapters as they were when"):
+        cache.session(random_tokens(40))
+
+
+def test_a_scaling_that_is_a_tensor_is_watched_without_its_values(model, adapt, monkeypatch):
+    adapt(model)
+    scaling = layers_of(model)[0].scaling
+    scaling["A"] = torch.tensor(2.0)
+    watch = ModuleWatch(model.eval())
+    with monkeypatch.context() as patch:  # which on a GPU would wait for what is queued there
+        for name in ("tolist", "item", "__bool__"):
+            patch.setattr(torch.Tensor, name, None)
+        assert watch.change() is None
+    scaling["A"].mul_(2)
+    assert "expected the adapters" in watch.change()
+    watch = ModuleWatch(model)
+    scaling["A"] = scaling["A"].clone()
+    assert "expected the adapters" in watch.change()
 
 
 def test_adapters_named_in_a_call_are_refused(model, open_cache):

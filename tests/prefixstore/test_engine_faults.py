@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from cached_models import BLOCK_SIZE
+from cached_models import BLOCK_SIZE, calling_first
 from engines import GREEDY, Numbers, answer, expected, open_engine, prompt
 
 from prefixstore.engine import Engine, FinishReason
@@ -17,21 +17,13 @@ from prefixstore.errors import EngineClosed
 def test_a_failing_pass_ends_its_requests_and_no_others(model):
     with open_engine(model) as engine:
         before = answer(engine, prompt(40))
-        forward, failing = model.forward, threading.Event()
 
-        def fail(*args, **kwargs):
-            if failing.is_set():
-                raise RuntimeError("out of luck")
-            return forward(*args, **kwargs)
+        def fail():
+            raise RuntimeError("out of luck")
 
-        model.forward = fail
-        try:
-            failing.set()
+        with calling_first(model.model, fail):
             broken = answer(engine, prompt(40, seed=3))
-            failing.clear()
-            after = answer(engine, prompt(40))
-        finally:
-            del model.forward
+        after = answer(engine, prompt(40))
     assert broken.finish_reason == FinishReason.ERROR and "out of luck" in broken.error
     assert after.token_ids == before.token_ids
 

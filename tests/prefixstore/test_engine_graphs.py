@@ -4,14 +4,14 @@ CUDA graphs need a GPU. In their place comes `SameAgain`, whose replay runs the 
 function once more on the same inputs: all but the recording itself is what runs on a GPU.
 """
 
-import contextlib
 import logging
 
 import pytest
 import torch
-from cached_models import tiny_gemma3, tiny_llama
+from cached_models import calling_first, tiny_gemma3, tiny_llama
 from engines import answer, open_engine, prompt
 from graph_recorders import NeverWaiting, Raising, SameAgain, Stale
+from torch.utils.module_tracker import ModuleTracker
 
 from prefixstore.engine import SamplingParams
 from prefixstore.engine.decode_graphs import NUM_FORWARD_PASSES
@@ -164,34 +164,23 @@ def test_a_shape_is_recorded_when_it_comes_often(use):
     assert (recorder.num_recorded, recorder.num_replays) == (1, 3)  # one of them to try it
 
 
-@contextlib.contextmanager
-def hook_of_all_models(hook):
-    """One of a model, put on under an open cache, would end its requests."""
-    handle = torch.nn.modules.module.register_module_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def test_hooks_that_come_later_are_called(use):
+    """PyTorch's own: an open cache refuses others."""
     torch.manual_seed(1)
     model, recorder = tiny_llama(), use(SameAgain())
-    calls = []
-
-    def hook(module, *args):
-        if module is model.lm_head:
-            calls.append(module)
-
+    num_parents = []
     with open_engine(model) as engine:
         answer(engine, prompt(20), SAMPLING)
         assert recorder.num_recorded == 1
         # Of the recorder here a replay calls the model once more; a graph would not.
         num_replays = recorder.num_replays
-        with hook_of_all_models(hook):
+        with (
+            ModuleTracker() as tracker,
+            calling_first(model.lm_head, lambda: num_parents.append(len(tracker.parents))),
+        ):
             answer(engine, prompt(20), SAMPLING)
         assert recorder.num_replays == num_replays
-        assert len(calls) == 40
+        assert num_parents == [2] * 40  # the model, and what it is called in
         answer(engine, prompt(20), SAMPLING)
         assert recorder.num_replays > num_replays
 
@@ -199,7 +188,7 @@ def test_hooks_that_come_later_are_called(use):
 def test_shapes_are_not_recorded_with_hooks_that_came_later(use):
     torch.manual_seed(1)
     model, recorder = tiny_llama(), use(SameAgain())
-    with open_engine(model) as engine, hook_of_all_models(lambda *args: None):
+    with open_engine(model) as engine, ModuleTracker():
         answer(engine, prompt(20), SAMPLING)
         assert engine.graph_shapes == []
     assert recorder.num_recorded == 0

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvkernels import KVLayout
@@ -191,13 +192,35 @@ def test_differs_with_what_is_set_in_a_module_by_hand(identity, change):
     assert model_identity(model, LAYOUT) == changed
 
 
-def test_a_model_with_a_hook_is_like_no_other(identity, caplog):
+def hook_layer(model):
+    return model.model.layers[0].register_forward_hook(lambda *_: None).remove
+
+
+def hook_all_models(model):
+    return register_module_forward_pre_hook(lambda *_: None).remove
+
+
+def replace_forward(model):
+    mlp = model.model.layers[0].mlp
+    mlp.forward = lambda x: x
+    return lambda: delattr(mlp, "forward")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (hook_layer, "a forward hook on model.layers.0:"),
+        (hook_all_models, "a forward hook on all modules:"),
+        (replace_forward, "a forward of its own in model.layers.0.mlp:"),
+    ],
+)
+def test_a_model_with_code_of_anybodys_is_like_no_other(identity, caplog, change, message):
     model = make_model()
-    handle = model.model.layers[0].register_forward_hook(lambda *_: None)
-    hooked = {model_identity(model, LAYOUT), model_identity(model, LAYOUT)}
-    assert len(hooked | {identity}) == 3
-    assert "a forward hook on model.layers.0" in caplog.text
-    handle.remove()
+    undo = change(model)
+    changed = {model_identity(model, LAYOUT), model_identity(model, LAYOUT)}
+    undo()
+    assert len(changed | {identity}) == 3
+    assert message in caplog.text
     assert model_identity(model, LAYOUT) == identity
 
 

@@ -8,8 +8,14 @@ import pytest
 import torch
 import transformers
 from cached_models import VOCABULARY, generate, random_tokens, run
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.utils.module_tracker import ModuleTracker
 
 from kvkernels.errors import UnsupportedError
+from kvkernels.nn import fused_layers
 from prefixstore.cache import PrefixCache
 from prefixstore.errors import ConfigError, TierUnavailable
 
@@ -44,11 +50,6 @@ def replace_parameter(model):
     model.model.layers[1].self_attn.k_proj.weight = torch.nn.Parameter(key_weight(model) * 1.5)
 
 
-def replace_module(model):
-    layer = type(model.model.layers[1])(model.config, 1)
-    model.model.layers[1] = layer.eval().to(model.device)
-
-
 def assign_state(model):
     state = {name: value * 1.5 for name, value in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
@@ -63,7 +64,6 @@ CHANGES = [
     scale_data,
     replace_data,
     replace_parameter,
-    replace_module,
     assign_state,
     scale_frequencies,
 ]
@@ -92,12 +92,49 @@ def train(model):
     model.train()
 
 
+def replace_module(model):
+    layer = type(model.model.layers[1])(model.config, 1)
+    model.model.layers[1] = layer.eval().to(model.device)
+
+
+def replace_activation(model):
+    model.model.layers[0].mlp.act_fn = torch.nn.Tanh()
+
+
+def nest_activation(model):
+    mlp = model.model.layers[0].mlp
+    mlp.act_fn = torch.nn.Sequential(mlp.act_fn, torch.nn.Tanh())
+
+
+def remove_layer(model):
+    del model.model.layers[1]
+
+
+def replace_class(model):
+    mlp = model.model.layers[0].mlp
+    mlp.__class__ = type("Other", (type(mlp),), {"forward": lambda self, x: x})
+
+
+def replace_forward(model):
+    mlp = model.model.layers[0].mlp
+    mlp.forward = lambda x: 0.5 * type(mlp).forward(mlp, x)
+
+
+OTHER_MODULES = "the modules the cache was opened with, got others"
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
         (set_scaling, "the modules' numbers as the cache was opened with, got others"),
         (add_hook, "the forward hooks the cache was opened with, got others"),
         (train, "evaluation mode, got training mode"),
+        (replace_module, OTHER_MODULES),
+        (replace_activation, OTHER_MODULES),
+        (nest_activation, OTHER_MODULES),
+        (remove_layer, OTHER_MODULES),
+        (replace_class, OTHER_MODULES),
+        (replace_forward, "the modules' forwards as the cache was opened with, got others"),
     ],
 )
 def test_a_changed_model_needs_another_cache(model, open_cache, change, expected):
@@ -107,8 +144,33 @@ def test_a_changed_model_needs_another_cache(model, open_cache, change, expected
     change(model)
     with pytest.raises(ValueError, match=f"model: expected {expected}; open another cache"):
         cache.session(tokens)
-    model.eval()
-    assert run(open_cache(), model, tokens)[1].num_reused == 0
+    if change is not remove_layer:
+        model.eval()
+        assert run(open_cache(), model, tokens)[1].num_reused == 0
+
+
+def test_a_hook_of_all_models_needs_another_cache(model, open_cache):
+    cache = open_cache()
+    tokens = random_tokens(40)
+    run(cache, model, tokens)
+    for register in (register_module_forward_hook, register_module_forward_pre_hook):
+        handle = register(lambda *_: None)
+        with pytest.raises(ValueError, match="model: expected the forward hooks the cache was"):
+            cache.session(tokens)
+        assert run(open_cache(), model, tokens)[1].num_reused == 0
+        handle.remove()
+    with ModuleTracker():  # of PyTorch
+        assert run(cache, model, tokens)[1].num_reused == 32
+
+
+def test_forwards_of_kvkernels_may_come_and_go(model, open_cache):
+    cache = open_cache()
+    tokens = random_tokens(40)
+    plain, _ = run(cache, model, tokens)
+    assert fused_layers.install(model) > 0
+    assert run(cache, model, tokens)[1].num_reused == 32
+    fused_layers.uninstall(model)
+    assert run(cache, model, tokens)[0] == plain
 
 
 def test_a_model_in_training_mode_is_refused(model, open_cache):

@@ -1,0 +1,124 @@
+"""Which hooks and forwards make a model's KV of use to nobody else."""
+
+import functools
+import types
+
+import accelerate
+import pytest
+import torch
+from cached_models import tiny_llama
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.module_tracker import ModuleTracker
+
+from kvkernels.nn import batch_invariance, decoder_layers, fused_layers
+from kvkernels.nn.transformers import paged_attention
+from prefixstore.foreign_code import find_foreign_code
+
+
+def plain_llama():
+    return tiny_llama().cpu()
+
+
+def mlp_of(model):
+    return model.model.layers[0].mlp
+
+
+class Halving(accelerate.hooks.ModelHook):
+    def post_forward(self, module, output):
+        return 0.5 * output
+
+
+def replace_forward(model):
+    mlp_of(model).forward = lambda x: x
+
+
+def skip(model):
+    mlp_of(model).forward = torch.nn.Identity().forward
+
+
+def replace_with_a_function(model):
+    mlp_of(model).forward = torch.nn.functional.relu
+
+
+def borrow_a_forward(model):
+    norm, mlp = model.model.norm, mlp_of(model)
+    mlp.forward = types.MethodType(type(norm).forward, mlp)
+
+
+def wrap_forward(model):
+    """Under the name of what it wraps."""
+    forward = mlp_of(model).forward
+    mlp_of(model).forward = functools.wraps(forward)(lambda x: 0.5 * forward(x))
+
+
+def compile_a_wrapped_forward(model):
+    wrap_forward(model)
+    mlp_of(model).forward = torch.compile(mlp_of(model).forward)
+
+
+def cast_forward(model):
+    mlp_of(model).forward = torch.autocast("cpu")(mlp_of(model).forward)
+
+
+def place_a_wrapped_forward(model):
+    wrap_forward(model)
+    accelerate.hooks.add_hook_to_module(mlp_of(model), accelerate.hooks.AlignDevicesHook())
+
+
+def hook_by_accelerate(model):
+    for hook in (accelerate.hooks.AlignDevicesHook(), Halving()):
+        accelerate.hooks.add_hook_to_module(mlp_of(model), hook, append=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(replace_forward, skip, replace_with_a_function, borrow_a_forward, wrap_forward),
+        *(compile_a_wrapped_forward, cast_forward, place_a_wrapped_forward, hook_by_accelerate),
+    ],
+)
+def test_finds_forwards_that_may_do_anything(change):
+    model = plain_llama()
+    change(model)
+    assert find_foreign_code(model) == "a forward of its own in model.layers.0.mlp"
+
+
+def test_finds_hooks_whatever_they_are_decorated_with():
+    model = plain_llama()
+    handle = mlp_of(model).register_forward_pre_hook(torch.no_grad()(lambda *_: None))
+    assert find_foreign_code(model) == "a forward hook on model.layers.0.mlp"
+    handle.remove()
+    handle = register_module_forward_hook(functools.partial(lambda *_: None))
+    assert find_foreign_code(model) == "a forward hook on all modules"
+    handle.remove()
+    assert find_foreign_code(model) is None
+
+
+def set_the_own(model):
+    mlp_of(model).forward = mlp_of(model).forward
+
+
+def compile_forward(model):
+    model.forward = torch.compile(model.forward)
+
+
+def place(model):
+    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    accelerate.hooks.add_hook_to_module(mlp_of(model), accelerate.hooks.AlignDevicesHook())
+
+
+@pytest.mark.parametrize("change", [set_the_own, compile_forward, place])
+def test_known_forwards_change_nothing(change):
+    model = plain_llama()
+    change(model)
+    assert any("forward" in vars(module) for module in model.modules())
+    assert find_foreign_code(model) is None
+
+
+def test_what_kvkernels_and_pytorch_install_changes_nothing():
+    model = plain_llama()
+    with paged_attention(model), batch_invariance.batch_invariant(model):
+        assert fused_layers.install(model) > 0
+        assert decoder_layers.install(model) > 0
+        with ModuleTracker():
+            assert find_foreign_code(model) is None
