@@ -12,16 +12,16 @@ Known as cascade attention (FlashInfer) or Hydragen (Juravsky et al., 2024).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 
-from kvkernels.checks import check_device
+from kvkernels.checks import check_device, check_shape
 from kvkernels.ops.attention import merge_attention, paged_attention
 from kvkernels.ops.attention_checks import check_attention_inputs, check_kinds
+from kvkernels.ops.prefix_groups import find_groups
 from kvkernels.quantized_cache import QuantizedCache
 
 # What a second pass and a merge cost, as bytes of the prefix that flat attention reads again in
@@ -91,18 +91,32 @@ class SharedPrefixes:
             seq_lens: As for `paged_attention`.
             block_size: Tokens in a block.
             num_queries: Of each sequence; default 1.
+
+        Raises:
+            ValueError: If shapes disagree, or a sequence is longer than its row of the table.
         """
+        check_shape("block_table", block_table, (None, None))
+        num_seqs, width = block_table.shape
+        check_shape("seq_lens", seq_lens, (num_seqs,))
+        counts = list(num_queries) if num_queries is not None else [1] * num_seqs
+        if len(counts) != num_seqs:
+            raise ValueError(f"num_queries: expected {num_seqs} numbers, got {len(counts)}")
         rows, lens = block_table.tolist(), seq_lens.tolist()
-        counts = list(num_queries) if num_queries is not None else [1] * len(lens)
+        max_tokens = width * block_size
+        for length in lens:
+            if not 0 <= length <= max_tokens:
+                raise ValueError(
+                    f"seq_lens: expected 0 to {max_tokens} (the table's width), got {length}"
+                )
         # Whole blocks before the sequence's first query.
         usable = [
             max(0, length - count) // block_size for length, count in zip(lens, counts, strict=True)
         ]
         common = [
             _num_equal(before, row, min(pair))
-            for before, row, pair in zip(rows, rows[1:], pairwise(usable), strict=False)
+            for (before, row), pair in zip(pairwise(rows), pairwise(usable), strict=True)
         ]
-        groups = _find_groups(len(rows), common)
+        groups = find_groups(num_seqs, common)
         sizes = [size for size, _ in groups]
         return cls(sizes, [blocks * block_size for _, blocks in groups], block_table.device)
 
@@ -132,45 +146,6 @@ def _num_equal(a: Sequence[int], b: Sequence[int], limit: int) -> int:
     while num_equal < limit and a[num_equal] == b[num_equal]:
         num_equal += 1
     return num_equal
-
-
-def _find_groups(num_seqs: int, common: Sequence[int]) -> list[tuple[int, int]]:
-    """Cut a batch where most is saved: each group's size, and the blocks that all of it shares.
-
-    A group shares no more than any two neighbours in it, so a long prefix is worth more without a
-    sequence beside it that has only its first block.
-
-    Args:
-        num_seqs: In the batch.
-        common: Leading blocks that each sequence but the first shares with the one before it.
-    """
-    # Among neighbours that all share the same, no cut saves more than one at their first or last.
-    cuts = [
-        cut
-        for cut in range(num_seqs + 1)
-        if not 2 <= cut <= num_seqs - 2 or len(set(common[cut - 2 : cut + 1])) > 1
-    ]
-    # Of the sequences before each cut: blocks that need not be read again, and the last group.
-    best = {0: (0, 0, 0)}
-    for number, end in enumerate(cuts[1:], start=1):
-        most = first = of_all = 0
-        shared, following = sys.maxsize, end - 1
-        for start in reversed(cuts[:number]):
-            shared, following = min([shared, *common[start:following]]), start
-            saved = best[start][0] + (end - start - 1) * shared
-            if saved >= most:
-                most, first, of_all = saved, start, shared
-            if shared == 0:
-                break
-        best[end] = most, first, of_all
-    groups: list[tuple[int, int]] = []
-    end = num_seqs
-    while end:
-        _, first, shared = best[end]
-        size = end - first
-        groups += [(size, shared)] if size > 1 and shared else [(1, 0)] * size
-        end = first
-    return groups[::-1]
 
 
 def shared_prefix_attention(
@@ -291,6 +266,8 @@ def _check_prefixes(
     if seq_lens.device.type == "cpu" and seq_lens.numel():
         counts = cu_seqlens_q.diff() if cu_seqlens_q is not None else 1
         left = seq_lens - counts - prefixes._lens_of_seqs
+        # Without a prefix a sequence may be empty, or have queries before its first token.
+        left = left.where(prefixes._lens_of_seqs > 0, 0)
         if int(left.min()) < 0:
             seq = int(left.argmin())
             raise ValueError(

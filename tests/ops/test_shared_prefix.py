@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -102,9 +103,9 @@ def test_never_shares_a_block_that_a_query_stands_in() -> None:
 
 
 def find(table: list[list[int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Group sizes and shared blocks of sequences whose blocks are all in use."""
-    blocks = torch.tensor(table, dtype=torch.int32)
-    lens = torch.full((len(table),), blocks.shape[1] * BLOCK_SIZE + 1, dtype=torch.int32)
+    """Group sizes and shared blocks of sequences that have these and one token more."""
+    blocks = torch.tensor([[*row, -1] for row in table], dtype=torch.int32)
+    lens = torch.full((len(table),), len(table[0]) * BLOCK_SIZE + 1, dtype=torch.int32)
     found = SharedPrefixes.find(blocks, lens, BLOCK_SIZE)
     return found.group_sizes, tuple(length // BLOCK_SIZE for length in found.prefix_lens)
 
@@ -120,22 +121,89 @@ def test_a_neighbour_with_little_in_common_stays_out() -> None:
     assert find([long] * 4 + [near]) == ((5,), (8,))
 
 
+def table_of(common: list[int], width: int) -> list[list[int]]:
+    """Of sequences that share so many blocks with the one before."""
+    table = [[0] * width]
+    for number, shared in enumerate(common, start=1):
+        table.append(table[-1][:shared] + [number] * (width - shared))
+    return table
+
+
+def blocks_saved(table: list[list[int]]) -> int:
+    sizes, shared = find(table)
+    return sum((size - 1) * blocks for size, blocks in zip(sizes, shared, strict=True))
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_no_other_groups_would_save_more(seed: int) -> None:
     rng = random.Random(seed)
     most_common = rng.randint(1, 6)
     common = [rng.randint(0, most_common) for _ in range(rng.randint(1, 9))]
-    table = [[0] * 6]
-    for number, shared in enumerate(common, start=1):
-        table.append(table[-1][:shared] + [number] * (6 - shared))
     most = 0
     for cuts in itertools.product([False, True], repeat=len(common)):
         groups = [[]]
         for shared, is_cut in zip(common, cuts, strict=True):
             groups.append([]) if is_cut else groups[-1].append(shared)
         most = max(most, sum(len(group) * min(group) for group in groups if group))
-    sizes, shared = find(table)
-    assert sum((size - 1) * blocks for size, blocks in zip(sizes, shared, strict=True)) == most
+    assert blocks_saved(table_of(common, 6)) == most
+
+
+@pytest.mark.parametrize("order", ["any", "rising", "falling", "hill", "steps"])
+@pytest.mark.parametrize("seed", range(12))
+def test_no_other_groups_of_a_large_batch_would_save_more(seed: int, order: str) -> None:
+    rng = random.Random(seed)
+    most_common = rng.choice([5, 20, 60])
+    common = [rng.randint(most_common // 4, most_common) for _ in range(rng.randint(20, 70))]
+    if order != "any":
+        common.sort(reverse=order == "falling")
+    if order == "hill":
+        common = common[::2] + common[1::2][::-1]
+    if order == "steps":
+        common = [shared - rng.randint(0, 1) for shared in common]
+    most = [0]  # of the first sequences, by where their last group begins
+    for end in range(1, len(common) + 2):
+        alone = most[-1]
+        ends = ((end - first - 1) * min(common[first : end - 1]) for first in range(end - 1))
+        most.append(max([alone, *map(sum, zip(most, ends, strict=False))]))
+    assert blocks_saved(table_of(common, 60)) == most[-1]
+
+
+def test_a_large_batch_takes_little_longer_than_its_tables() -> None:
+    table = table_of([1 + number % 2 for number in range(8000)], 2)
+    started = time.monotonic()
+    assert blocks_saved(table) == 8000
+    assert time.monotonic() - started < 5  # 20 s where each pair of sequences is looked at
+
+
+def test_sequences_without_a_prefix_may_be_empty() -> None:
+    """Or have more queries than tokens: those see nothing, as in `paged_attention`."""
+    key_cache, value_cache = (torch.randn(8, 2, BLOCK_SIZE, 64) for _ in range(2))
+    table = torch.tensor([[0, 1], [0, 2], [3, 3], [4, 5]], dtype=torch.int32)
+    lens = torch.tensor([20, 25, 0, 2], dtype=torch.int32)
+    bounds = torch.tensor([0, 1, 2, 3, 7], dtype=torch.int32)
+    inputs = torch.randn(7, 4, 64), key_cache, value_cache, table, lens, bounds
+    prefixes = SharedPrefixes.find(table, lens, BLOCK_SIZE, [1, 1, 1, 4])
+    assert prefixes.prefix_lens == (BLOCK_SIZE, 0, 0)
+    out = kvkernels.shared_prefix_attention(*inputs, prefixes=prefixes, only_if_it_pays=False)
+    torch.testing.assert_close(out, kvkernels.paged_attention(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("shape", "lens", "counts", "message"),
+    [
+        ((2,), [20, 20], None, "block_table: expected shape [any, any], got [2]"),
+        ((1, 2), [20, 20, 20], None, "seq_lens: expected shape [1], got [3]"),
+        ((2, 2), [20, 33], None, "seq_lens: expected 0 to 32 (the table's width), got 33"),
+        ((2, 2), [-1, 20], None, "seq_lens: expected 0 to 32 (the table's width), got -1"),
+        ((2, 2), [20, 20], [1], "num_queries: expected 2 numbers, got 1"),
+    ],
+)
+def test_refuses_to_look_where_nothing_is(
+    shape: tuple[int, ...], lens: list[int], counts: list[int] | None, message: str
+) -> None:
+    table = torch.zeros(shape, dtype=torch.int32)
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        SharedPrefixes.find(table, torch.tensor(lens, dtype=torch.int32), BLOCK_SIZE, counts)
 
 
 def test_is_the_same_bits_in_any_batch_where_that_is_asked_for() -> None:
