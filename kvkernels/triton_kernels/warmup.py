@@ -75,7 +75,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--heads", required=True, help="query heads / key-value heads: 32/8")
     parser.add_argument("--head-dim", type=int, required=True)
-    parser.add_argument("--value-dim", type=int, default=0, help="of latent heads")
+    parser.add_argument(
+        "--value-dim", type=int, default=0, help="of values, where it is not that of keys"
+    )
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
     parser.add_argument("--window", type=int, default=0)
