@@ -19,7 +19,13 @@ int64_t group_of(const AttentionTile& tile) {
 
 // Whether some row does not see all of the tile's keys.
 bool sees_in_part(const AttentionTile& tile) {
-  if (tile.args->tree_mask != nullptr) return tile.key_end > tile.first_position;
+  if (tile.args->tree_mask != nullptr) {
+    if (tile.key_end > tile.first_position) return true;
+    // Rows stand at different depths of the tree, so their windows begin at different keys: that of
+    // a chain's end last.
+    const int64_t window = tile.args->window;
+    return window > 0 && tile.key_begin < tile.seq_len - window;
+  }
   const KeyRange first = visible_keys(tile, tile.row_begin);
   const KeyRange last = visible_keys(tile, tile.row_end - 1);
   return first.begin != last.begin || first.end != last.end;
@@ -46,8 +52,10 @@ void for_each_seen(const AttentionTile& tile, const Visit& visit) {
     const TreeRow row = tree_row(tile, tile.row_begin / group_of(tile));
     range.begin = std::max(range.begin, row.position - args.window + 1);
   }
+  // A chunk may end before a deep row's window begins.
   const int64_t first_new = std::max(range.begin, tile.first_position);
-  if (range.begin < tile.first_position) visit(range.begin, std::min(range.end, first_new));
+  const int64_t end_of_old = std::min(range.end, first_new);
+  if (range.begin < end_of_old) visit(range.begin, end_of_old);
   for (int64_t key = first_new; key < range.end; ++key) visit(key, key + 1);
 }
 

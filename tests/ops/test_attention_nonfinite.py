@@ -22,6 +22,8 @@ FEATURES = [
     Feature("tree", Case("", ((9, 60),)), tree=True),
     Feature("tree_of_few", Case("", ((2, 30),)), tree=True),
     Feature("tree_window", Case("", ((16, 60),), window=3), tree=True),
+    # Windows begin in a chunk of keys that ends before the new tokens.
+    Feature("tree_window_chunks", Case("", ((8, 1500),), window=700), tree=True),
 ]
 
 
@@ -41,7 +43,12 @@ def test_only_queries_that_see_it_notice(
     clean = implementation.paged_attention(*inputs.tensors(), scoring, True, **options)
     block_size = feature.case.block_size
     sees, _ = reference._relate(length, 0, 0, num_queries, scoring, CPU)
-    for at in range(max(0, length - num_queries - 2), length, 1 + num_queries // 4):
+    step = 1 + num_queries // 4
+    places = [*range(max(0, length - num_queries - 2), length, step)]
+    if feature.case.window:
+        first = length - num_queries - feature.case.window + 1  # that the first query sees
+        places += range(first, first + num_queries, step)
+    for at in places:
         block, slot = inputs.block_table[0, at // block_size], at % block_size
         key, value = inputs.key_cache[block, :, slot], inputs.value_cache[block, :, slot]
         before = key.clone(), value.clone()
