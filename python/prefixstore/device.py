@@ -199,27 +199,27 @@ class DeviceBlocks:
             PoolFullError: If sessions, or writers until the deadline, hold too many; nothing is
                 taken then.
         """
-        self.release_abandoned()
         allocator = self.groups[group].allocator
-        has_waited = False
+        if deadline is None:
+            deadline = time.monotonic() + _WRITERS_WAIT_S
+        may_wait = True
         while True:
+            self.release_abandoned()
             try:
                 return self._allocate(group, num_blocks)
             except PoolFullError:
+                # Evicted and yet not free: a writer reads them. Wait for it before more go. What it
+                # lets go of just now counts twice here, for this is asked first, and not never.
+                num_leaving = self.writes.num_leaving(group) if may_wait else 0
                 missing = num_blocks - allocator.num_free
                 if missing <= 0:
                     continue  # another thread has just given some back
-                # Evicted and yet not free: a writer reads them. Wait for it before more go.
-                if not has_waited:
-                    missing -= self.writes.num_leaving(group)
+                missing -= num_leaving
                 if missing > 0 and self._give_up(group, missing):
                     continue
-                if has_waited:
+                if not may_wait:
                     raise
-            if deadline is None:
-                deadline = time.monotonic() + _WRITERS_WAIT_S
-            self.writes.wait_free(group, num_blocks, deadline)
-            has_waited = True
+            may_wait = self.writes.wait(group, deadline)
 
     def reserve_now(self, group: int, num_blocks: int) -> list[int]:
         """As `reserve`, for who has other things to do than to wait for a writer.

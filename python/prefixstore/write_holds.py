@@ -12,6 +12,8 @@ from kvkernels.nn import PagedGroup
 # Of a pool of windows, one block in so many at most waits to be written.
 _WRITING_SHARE = 4
 
+_LOOK_S = 0.02  # how often who waits looks whether others than writers gave blocks back
+
 
 class WriteHolds:
     """What writers hold of the pools of all layer groups.
@@ -59,13 +61,20 @@ class WriteHolds:
             self._groups[group].allocator.release([block_id])
             self._has_ended.notify_all()
 
-    def wait_free(self, group: int, num_blocks: int, deadline: float) -> None:
-        """Wait until so many blocks of a group are free, or no writer holds any, or it is late."""
-        allocator = self._groups[group].allocator
+    def wait(self, group: int, deadline: float) -> bool:
+        """Wait until a writer lets go of a block of a group, or a little while.
+
+        Sessions give back and unpin blocks beside this, and in a place that knows nobody who waits.
+
+        Returns:
+            Whether more may come: False if no writer holds any, or it is late.
+        """
         with self._lock:
-            while self._counts[group] and allocator.num_free < num_blocks:
-                if not self._has_ended.wait(max(deadline - time.monotonic(), 0.0)):
-                    return
+            left_s = deadline - time.monotonic()
+            if not self._counts[group] or left_s <= 0:
+                return False
+            self._has_ended.wait(min(left_s, _LOOK_S))
+            return True
 
     def num_leaving(self, group: int) -> int:
         """Blocks that a writer alone still holds: they will soon be free."""

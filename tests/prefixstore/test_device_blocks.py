@@ -3,6 +3,7 @@
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from cached_models import BLOCK_SIZE, generate, random_tokens, run, tiny_llama
@@ -56,6 +57,29 @@ def test_a_wait_for_writers_is_over_when_enough_is_free():
     threading.Timer(0.1, lambda: [blocks.writes.end(0, one) for one in held[:2]]).start()
     started = time.monotonic()
     assert sorted(blocks.reserve(0, 2)) == sorted(held[:2])
+    assert time.monotonic() - started < 5.0
+
+
+@pytest.mark.parametrize("becomes", ["free", "evictable"])
+def test_what_a_session_gives_back_ends_a_wait_for_a_writer(becomes):
+    blocks = make_blocks(BlockAllocator(4))
+    allocator, held = blocks.groups[0].allocator, blocks.reserve(0, 4)
+    blocks.writes.begin(0, held[0])
+    tokens = np.arange(2 * BLOCK_SIZE, dtype=np.uint32)
+
+    def end_session():
+        if becomes == "free":
+            allocator.release(held[1:3])
+        else:
+            blocks.unpin(match)
+
+    if becomes == "evictable":
+        blocks.insert(tokens, "", np.array(held[1:3], dtype=np.int32)[:, None])
+        match = blocks.hold(tokens, "")
+        allocator.release(held[1:3])
+    threading.Timer(0.1, end_session).start()
+    started = time.monotonic()
+    assert sorted(blocks.reserve(0, 2)) == sorted(held[1:3])
     assert time.monotonic() - started < 5.0
 
 
