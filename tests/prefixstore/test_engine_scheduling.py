@@ -9,7 +9,6 @@ from engines import GREEDY, expected, open_engine, open_over, prompt
 from failing_tiers import Gate
 
 from prefixstore.engine import SamplingParams
-from prefixstore.engine.prefill_turns import LEAST_TOKENS, Prefill, chunk_tokens, prefill_turns
 
 LONG = SamplingParams(max_tokens=1000, temperature=0, ignore_eos=True)
 
@@ -73,32 +72,6 @@ def test_who_waits_for_a_place_costs_nothing(model, monkeypatch):
     assert num_calls == 0
 
 
-@pytest.mark.parametrize(
-    ("prompts", "turns"),
-    [
-        ([], []),
-        ([("a", 900)], [(0, 1)]),
-        ([("a", 900), ("b", 900)], [(0, 1 / 2), (1, 1)]),  # a pass each, then what is left of it
-        ([("a", 900), ("b", 20)], [(1, 1 / 2), (0, 1)]),
-        ([("a", 900), ("a", 20)], [(1, 1 / 2), (0, 1)]),
-        ([("a", 500), ("a", 900)], [(0, 1), (1, 1)]),  # one after the other
-        ([("a", 900), ("a", 500), ("a", 20), ("b", 70)], [(2, 1 / 4), (3, 2 / 3), (0, 1), (1, 1)]),
-    ],
-)
-def test_tenants_and_lengths_share_a_pass(prompts, turns):
-    found = prefill_turns([Prefill(*one) for one in prompts])
-    assert [i for i, _ in found] == [i for i, _ in turns]
-    assert [share for _, share in found] == pytest.approx([share for _, share in turns])
-
-
-@pytest.mark.parametrize(
-    ("budget", "share", "num_tokens"),
-    [(576, 1, 576), (576, 0.5, 288), (576, 0.01, LEAST_TOKENS), (20, 0.1, 20)],
-)
-def test_a_share_is_not_too_short_to_be_worth_it(budget, share, num_tokens):
-    assert chunk_tokens(budget, share) == num_tokens
-
-
 @pytest.mark.parametrize("tenants", ["ab", "aa"])
 def test_a_short_prompt_does_not_wait_for_a_long_one(model, tenants):
     long, short = prompt(1900), prompt(20, 1)
@@ -113,6 +86,22 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(model, tenants):
     assert list(outputs[1].token_ids) == expected(model, short)
     assert list(outputs[0].token_ids) == expected(model, long)
     assert ended == [20, 1900]
+
+
+def test_a_long_prompt_is_computed_while_short_ones_of_many_tenants_keep_coming(model):
+    """A pass has room for chunks of two tenants."""
+    with open_engine(model, max_batch_tokens=64, memory_bytes=0) as engine:
+        with engine._loop.changed:
+            handles = [engine.submit(prompt(600), GREEDY, tenant="long")]
+            for number in range(100):
+                tokens = prompt(60, 1 + number)
+                handles.append(engine.submit(tokens, GREEDY, tenant=f"short {number % 5}"))
+        handles[0].result(60)
+        num_left = sum(not handle.is_finished for handle in handles)
+        for handle in handles:
+            handle.result(60)
+    # Tenants have equal shares: when the long one is done, so are about half of the others.
+    assert num_left >= 30
 
 
 def test_every_pass_is_full_while_prompts_are_left(model, monkeypatch):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 LEAST_TOKENS = 32  # of a share: a chunk takes its part of a pass however short it is
+
+# Remembered from pass to pass, of what a role got less than others or more: enough to take turns.
+_MOST_OWED = 2 * LEAST_TOKENS
+
+_Role = tuple[str, str]  # tenant, and whether it is its shortest prompt or its oldest
 
 
 @dataclass(frozen=True)
@@ -21,8 +26,23 @@ class Prefill:
     num_left: int
 
 
-def prefill_turns(prompts: Sequence[Prefill]) -> list[tuple[int, float]]:
-    """In which order prompts are asked for a chunk, and for which share of what is left by then.
+@dataclass
+class Turn:
+    """A prompt is asked for a chunk.
+
+    Attributes:
+        index: Of the prompt.
+        max_tokens: Of the chunk.
+        num_taken: Its tokens, to be set before the next turn; 0 where there is no chunk now.
+    """
+
+    index: int
+    max_tokens: int
+    num_taken: int = 0
+
+
+class PrefillTurns:
+    """Which prompts have chunks in a pass, and of which size.
 
     Tenants have equal shares. Of one tenant's prompts the one with the fewest tokens left has half
     of the share, so that it does not wait for long ones, and the oldest the other half, so that it
@@ -30,32 +50,116 @@ def prefill_turns(prompts: Sequence[Prefill]) -> list[tuple[int, float]]:
     is done sooner, and the last no later, than if all went on side by side. Others take what those
     leave, the shorter first.
 
-    Args:
-        prompts: The oldest first.
+    Where shares of `LEAST_TOKENS` for all are more than the pass has, those have one that are owed
+    most, as in deficit round robin (Shreedhar and Varghese, "Efficient fair queueing using deficit
+    round robin", SIGCOMM 1995)::
 
-    Returns:
-        Indices into `prompts`, and shares above 0 and up to 1.
+        a pass of 64    a    b    c       each is due 21
+        takes          32   32    -
+        is owed       -11  -11   21       so c is in the next one
+        takes          32    -   32
+        is owed       -22   11   11       and b and c in the one after it
     """
-    by_length = sorted(range(len(prompts)), key=lambda i: prompts[i].num_left)
+
+    def __init__(self) -> None:
+        self._owed: dict[_Role, float] = {}  # tokens; of those in the last pass
+
+    def of_pass(self, prompts: Sequence[Prefill], budget: int) -> Iterator[Turn]:
+        """The turns of a pass; to be run through to the end.
+
+        Args:
+            prompts: The oldest first.
+            budget: Tokens of the pass.
+        """
+        if budget <= 0:
+            return
+        by_length = sorted(range(len(prompts)), key=lambda i: prompts[i].num_left)
+        roles = _roles(prompts, by_length)
+        taken: dict[int, int] = {}
+        left = budget
+        for i, share in self._order(by_length, roles, budget):
+            if left <= 0:
+                break
+            turn = Turn(i, min(left, max(LEAST_TOKENS, round(left * share))))
+            yield turn
+            taken[i] = turn.num_taken
+            left -= turn.num_taken
+        # Who has no chunk now or none any more waits for no other's tokens.
+        content = {i for i, num in taken.items() if num == 0 or num >= prompts[i].num_left}
+        self._settle(roles, {i: taken.get(i, 0) for i in roles}, content)
+
+    def _order(
+        self, by_length: Sequence[int], roles: Mapping[int, Sequence[_Role]], budget: int
+    ) -> Iterator[tuple[int, float]]:
+        """Who is asked one after another, and for which share of what is left by then."""
+        debts = {
+            i: sum(self._owed.get(role, 0.0) for role in own) / len(own) for i, own in roles.items()
+        }
+        # Of equal ones the shorter first: they came in this order.
+        by_debt = sorted(roles, key=lambda i: -debts[i])
+        num_served = _num_with_room([len(roles[i]) for i in by_debt], budget)
+        served = set(by_debt[:num_served])
+        for order in ([i for i in by_length if i in served], by_debt[num_served:]):
+            left = sum(len(roles[i]) for i in order)
+            for i in order:
+                yield i, len(roles[i]) / left
+                left -= len(roles[i])
+        for i in by_length:
+            if i not in roles:
+                yield i, 1.0
+
+    def _settle(
+        self,
+        roles: Mapping[int, Sequence[_Role]],
+        taken: Mapping[int, int],
+        content: Collection[int],
+    ) -> None:
+        """Carry what each was due in a pass, and did not take, on to the next one."""
+        due = _due({i: len(own) for i, own in roles.items()}, taken, content)
+        before, self._owed = self._owed, {}
+        for i, own in roles.items():
+            for role in own:
+                owed = before.get(role, 0.0) + due - taken[i] / len(own)
+                # Nothing is saved up. And chunks that end with a block leave odd tokens in every
+                # pass, which must not add up either.
+                most = 0.0 if i in content else _MOST_OWED
+                self._owed[role] = max(-_MOST_OWED, min(owed, most))
+
+
+def _roles(prompts: Sequence[Prefill], by_length: Sequence[int]) -> dict[int, list[_Role]]:
+    """What each prompt is among those of its tenant, the shorter first; without the others."""
     shortest: dict[str, int] = {}
     oldest: dict[str, int] = {}
     for i in by_length:
         shortest.setdefault(prompts[i].tenant, i)
     for i, prompt in enumerate(prompts):
         oldest.setdefault(prompt.tenant, i)
-    weights = [
-        (shortest[one.tenant] == i) / 2 + (oldest[one.tenant] == i) / 2
-        for i, one in enumerate(prompts)
-    ]
-    first = [i for i in by_length if weights[i]]
-    shares = []
-    left = sum(weights)
-    for i in first:
-        shares.append((i, weights[i] / left))
-        left -= weights[i]
-    return shares + [(i, 1.0) for i in by_length if not weights[i]]
+    roles: dict[int, list[_Role]] = {}
+    for i in by_length:
+        for name, chosen in (("shortest", shortest), ("oldest", oldest)):
+            if chosen[prompts[i].tenant] == i:
+                roles.setdefault(i, []).append((prompts[i].tenant, name))
+    return roles
 
 
-def chunk_tokens(budget: int, share: float) -> int:
-    """The most tokens of a chunk that has this share of `budget`."""
-    return min(budget, max(LEAST_TOKENS, round(budget * share)))
+def _num_with_room(weights: Sequence[int], budget: int) -> int:
+    """How many, from the front, can share a pass so that none has less than `LEAST_TOKENS`."""
+    least = total = 0
+    for number, weight in enumerate(weights):
+        least = min(least, weight) if number else weight
+        total += weight
+        if number and total * LEAST_TOKENS > budget * least:
+            return number
+    return len(weights)
+
+
+def _due(weights: Mapping[int, int], taken: Mapping[int, int], content: Collection[int]) -> float:
+    """What each was due for a weight of 1, so that who was content with less had no more."""
+    counted = set(weights)
+    while counted:
+        due = sum(taken[i] for i in counted) / sum(weights[i] for i in counted)
+        sated = {i for i in counted & set(content) if taken[i] < due * weights[i]}
+        if not sated:
+            return due
+        counted -= sated
+    return 0.0

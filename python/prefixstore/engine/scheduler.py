@@ -13,7 +13,7 @@ from prefixstore.block_cache import BlockCache
 from prefixstore.engine.config import EngineConfig
 from prefixstore.engine.fair_queue import FairQueue
 from prefixstore.engine.load_call import LoadCall
-from prefixstore.engine.prefill_turns import Prefill, chunk_tokens, prefill_turns
+from prefixstore.engine.prefill_turns import Prefill, PrefillTurns
 from prefixstore.engine.request import Request
 from prefixstore.engine.restorer import Restorer
 from prefixstore.engine.restoring import Restoring
@@ -50,7 +50,7 @@ class Scheduler:
       its window, so that prompts never wait for each other's blocks. It waits too while another is
       computing what it begins with.
     - Running answers come first in every batch, one token each; prompts share what is left, see
-      `prefill_turns`.
+      `PrefillTurns`.
     - When an answer's next block finds no room, whoever was admitted last gives its blocks away:
       they are published, so they stay as long as there is room, and in the tiers. It goes on from
       there.
@@ -80,6 +80,7 @@ class Scheduler:
         self._config = config
         self._budget = budget
         self._give_way = give_way
+        self._turns = PrefillTurns()
         self._held_back: deque[Request] = deque()  # others compute what they begin with
         self._retry_at = 0.0
 
@@ -193,15 +194,15 @@ class Scheduler:
             Step(one, one.num_computed, one.num_tokens) for one in with_room if one in self.running
         ]
         budget = self._config.max_batch_tokens - len(steps)
-        for request, share in self._prefill_turns():
-            if budget <= 0:
-                break
+        prompts = [one for one in self.running if one.restoring is not None]
+        for turn in self._turns.of_pass([self._prefill(one) for one in prompts], budget):
+            request = prompts[turn.index]
             if request not in self.running:  # preempted for the sake of one before it
                 continue
-            step = self._next_chunk(request, chunk_tokens(budget, share), now)
+            step = self._next_chunk(request, turn.max_tokens, now)
             if step is not None and self._make_room(request, step.stop, step.start):
                 steps.append(step)
-                budget -= step.stop - step.start
+                turn.num_taken = step.stop - step.start
         return [step for step in steps if step.request in self.running]
 
     def wake_at(self) -> float | None:
@@ -217,14 +218,10 @@ class Scheduler:
         known = [one for one in times if one is not None]
         return min(known) if known else None
 
-    def _prefill_turns(self) -> list[tuple[Request, float]]:
-        prompts, prefills = [], []
-        for request in self.running:
-            if request.restoring is not None:
-                num_present = request.restoring.num_present * self._blocks.block_size
-                prompts.append(request)
-                prefills.append(Prefill(request.tenant, request.num_tokens - num_present))
-        return [(prompts[i], share) for i, share in prefill_turns(prefills)]
+    def _prefill(self, request: Request) -> Prefill:
+        assert request.restoring is not None
+        num_present = request.restoring.num_present * self._blocks.block_size
+        return Prefill(request.tenant, request.num_tokens - num_present)
 
     def _next_chunk(self, request: Request, budget: int, now: float) -> Step | None:
         restoring = request.restoring
