@@ -78,7 +78,7 @@ def test_a_prompt_that_gave_its_blocks_away_hits_none_of_its_own(model, tier, mo
             held = {"dict": loaded * BLOCK_SIZE}
         else:
             answer(engine, tokens[: first * BLOCK_SIZE + 1], ONE_TOKEN)
-        counts = engine.stats()
+        counts, before = engine.stats(), index_counts(engine)
         scheduler, is_done = engine._loop.scheduler, threading.Event()
         admit = scheduler.admit
 
@@ -99,5 +99,7 @@ def test_a_prompt_that_gave_its_blocks_away_hits_none_of_its_own(model, tier, mo
         assert sum(reuse.misses.values()) == 20 * BLOCK_SIZE - num_held
         hits = engine.stats().hit_tokens
         assert {name: hits[name] - counts.hit_tokens.get(name, 0) for name in hits} == held
+        looked_up = [now - then for now, then in zip(index_counts(engine), before, strict=True)]
+        assert looked_up == [1, 20, held.get("device", 0) // BLOCK_SIZE]
     assert cache.check() == []
     cache.close()

@@ -79,6 +79,7 @@ class Request:
         self.sequence: SequenceBlocks | None = None  # while it runs
         self.restoring: Restoring | None = None  # while it is in prefill
         self.origins = BlockOrigins()  # of the prompt's blocks, as long as it is new
+        self.is_counted = False  # by the index, as looked up; not again where it resumes
         self.num_preemptions = 0
         self.clock = Clock(time.monotonic())
         self._arrived_at = time.time()

@@ -144,6 +144,9 @@ class Scheduler:
             # here: submit, cancel and stats need the lock meanwhile.
             self._retry_at = now + _RETRY_S
             return False
+        if not request.is_counted:
+            request.is_counted = True
+            sequence.count_look_up()
         request.sequence = sequence
         request.restoring = Restoring(request.num_tokens, self._blocks.block_size, sequence, now)
         request.num_computed = 0

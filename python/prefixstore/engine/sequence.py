@@ -50,7 +50,6 @@ class SequenceBlocks:
         capacity = -(-max_tokens // blocks.block_size)
         self.tables = np.full((len(device.groups), capacity), -1, dtype=np.int32)
         self._match: Match | None = None
-        self._is_counted = False
         self._whole = tokens[: (len(tokens) - 1) // blocks.block_size * blocks.block_size]
         self.num_reused = self.num_published = self._take_cached()
         self._num_untouched = self.num_reused
@@ -60,7 +59,7 @@ class SequenceBlocks:
         """Set blocks aside, so that the sequence can come to hold so many tokens.
 
         In sliding groups, whose blocks come back while it runs, nothing is set aside: there
-        `WindowBudget` sees to it. The first time that there is room the prompt counts as looked up.
+        `WindowBudget` sees to it.
 
         Raises:
             PoolFullError: If the pool has too few; those set aside so far stay so.
@@ -70,9 +69,10 @@ class SequenceBlocks:
             missing = need - self.num_published - len(self._spare[group])
             if window is None and missing > 0:
                 self._spare[group] += self._device.reserve_now(group, missing)
-        if not self._is_counted:
-            self._is_counted = True
-            self._device.count_look_up(self._whole, self._salt)
+
+    def count_look_up(self) -> None:
+        """Count the prompt as looked up; once, and before any of it is published."""
+        self._device.count_look_up(self._whole, self._salt)
 
     def take(self, group: int, num_blocks: int) -> list[int]:
         """Blocks to be filled, from those set aside and then from the pool.
