@@ -99,7 +99,7 @@ def _load_missing(
         ]
         answers = store.look_up(asked, deadline)
         for held, numbers, own in zip(available, missing, answers, strict=True):
-            held[numbers] = [answer is not None for answer in own]
+            held[numbers] = [tier is not None for tier in own.tiers]
     while True:
         num_blocks = longest_prefix(available, device.block_size, device.windows)
         is_complete = True

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cached_models import BLOCK_SIZE, tiny_gemma3, tiny_llama
-from dict_tier import DictTier
+from dict_tier import DictTier, raises
 from engines import GREEDY, Numbers, expected, prompt
 from failing_tiers import Gate
 
@@ -17,7 +17,7 @@ from prefixstore.config import CacheConfig
 from prefixstore.engine import Engine, EngineConfig
 from prefixstore.engine.restorer import Restorer
 from prefixstore.engine.scheduler import Step
-from prefixstore.errors import TierTimeout
+from prefixstore.errors import TierTimeout, TierUnavailable
 from prefixstore.store import Store, StoreConfig
 
 LENGTH = 30 * BLOCK_SIZE + 5
@@ -104,6 +104,29 @@ def test_an_answer_that_comes_late_saves_what_is_left(model, tier, open_engine, 
     assert reuse.misses.keys() <= {"late"} and sum(reuse.misses.values()) >= 2 * BLOCK_SIZE
 
 
+def test_what_was_computed_before_its_answer_came_is_late_though_nothing_is_left_to_load(
+    model, tier, open_engine, monkeypatch
+):
+    wait_little(monkeypatch)
+    engine, tokens, gate = open_engine(), prompt(LENGTH), Gate("contains")
+    warm(engine, tokens[: 4 * BLOCK_SIZE + 1])
+    has_answer = threading.Event()
+
+    def let_answer(_, args, __):
+        if args[0][0].stop >= 6 * BLOCK_SIZE:
+            gate.open()
+            assert has_answer.wait(30)
+
+    restorer = engine._loop.restorer
+    watch(monkeypatch, restorer, "_look_up_and_load", lambda *_: has_answer.set())
+    watch(monkeypatch, engine._loop.runner, "run", let_answer)
+    tier.fail = gate
+    output = engine.submit(tokens, GREEDY).result(60)
+    assert list(output.token_ids) == expected(model, tokens)
+    misses = {"late": 4 * BLOCK_SIZE, "new": 26 * BLOCK_SIZE}
+    assert output.report.reuse.misses == misses
+
+
 def test_a_late_answer_delays_nobody_whose_loads_find_no_thread(
     model, tier, open_engine, monkeypatch
 ):
@@ -144,6 +167,18 @@ def test_a_hanging_look_up_delays_no_answer(model, tier, open_engine, monkeypatc
     gate.open()
     assert list(output.token_ids) == expected(model, tokens)
     assert output.report.reuse.misses == {"unreachable": 30 * BLOCK_SIZE}
+
+
+def test_what_a_tier_that_is_down_may_hold_is_neither_new_nor_evicted(model, tier, open_engine):
+    engine, tokens = open_engine(), prompt(LENGTH)
+    warm(engine, tokens)
+    tier.fail = raises(TierUnavailable, "contains", "get")
+    for _ in range(7):  # it is asked at first, and then left alone
+        output = engine.submit(tokens, GREEDY).result(60)
+        assert list(output.token_ids) == expected(model, tokens)
+        assert output.report.reuse.misses == {"unreachable": 30 * BLOCK_SIZE}
+        engine.cache.evict_pool()
+    assert engine.cache.stats().store.tiers[0].is_down
 
 
 @pytest.mark.parametrize("missing", [[0], [20], [3, 4, 17, 29]], ids=str)

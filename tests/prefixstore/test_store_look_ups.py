@@ -5,13 +5,13 @@ import time
 
 import pytest
 from cached_models import BLOCK_SIZE, random_tokens, run
-from dict_tier import DictTier, fill, held
+from dict_tier import DictTier, fill, held, raises
 from sample_blocks import make_keys
 from stores import save, use_of
 
 from prefixstore.cache import PrefixCache
 from prefixstore.config import CacheConfig
-from prefixstore.errors import TierTimeout
+from prefixstore.errors import TierTimeout, TierUnavailable
 from prefixstore.store import Store, StoreConfig, TierPolicy
 from prefixstore.store.breaker import BreakerConfig
 from prefixstore.tiers.remote import RemoteTier
@@ -59,6 +59,28 @@ def test_what_got_no_answer_is_not_remembered_as_absent(make_store):
     tier.silent.clear()
     fill(tier, keys)
     assert store.contains_many(keys) == ["tier", "tier", None]
+
+
+def test_what_got_no_answer_is_told_from_what_is_not_there(make_store):
+    keys = make_keys(6)
+    fast, slow = PartlySilent("fast", {keys[0].block_hash, keys[1].block_hash}), DictTier("slow")
+    policies = {"slow": TierPolicy(negative_ttl_s=60)}
+    store = make_store(fast, slow, policies=policies, breaker=AT_ONCE)
+    fill(slow, keys[:1])
+    fill(fast, keys[4:5])
+
+    def look_up(deadline):
+        return [
+            (list(one.tiers), sorted(one.unanswered)) for one in store.look_up(groups, deadline)
+        ]
+
+    groups, soon = [keys[:3], keys[3:]], time.monotonic() + 30
+    assert look_up(soon) == [(["slow", None, None], [1]), ([None, "fast", None], [])]
+    assert look_up(time.monotonic() - 1) == [([None] * 3, [0, 1, 2]), ([None] * 3, [0, 1, 2])]
+    slow.fail = raises(TierUnavailable, "contains")
+    for _ in range(2):  # now it is down, and then it is left alone
+        # Of the others it is known still that they were not there.
+        assert look_up(soon) == [([None] * 3, [0, 1]), ([None, "fast", None], [])]
 
 
 @pytest.mark.parametrize("is_there_late", [False, True])

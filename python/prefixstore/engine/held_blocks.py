@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prefixstore.residency import first_block_needed, longest_prefix
+from prefixstore.store.holders import Holders
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,17 @@ class HeldBlocks:
             for the slowest: it is there when the last part is.
         cut_off: Numbers of the blocks that tiers hold in vain: a sliding window needs others before
             them that are gone.
+        unanswered: Numbers of the blocks that might be used if a tier that gave no answer has what
+            it was asked for.
     """
 
     tiers: Sequence[str | None] = ()
     cut_off: Collection[int] = ()
+    unanswered: Collection[int] = ()
 
 
 def held_blocks(
-    answers: Sequence[Sequence[str | None]],
+    answers: Sequence[Holders],
     first: int,
     tier_names: Sequence[str],
     block_size: int,
@@ -39,29 +43,55 @@ def held_blocks(
     of use behind the longest prefix that all groups have.
 
     Args:
-        answers: Per group, for each block from `first` on, the tier that holds it.
+        answers: Per group, of each block from `first` on.
         first: The blocks before are there.
         tier_names: Fastest first.
         block_size: Tokens in a block.
         windows: Per group, see `longest_prefix`.
     """
-    is_held = [np.array([True] * first + [tier is not None for tier in own]) for own in answers]
-    full = [own for own, window in zip(is_held, windows, strict=True) if window is None]
-    there = np.flatnonzero(np.logical_and.reduce(full or is_held))
-    if len(full) == len(is_held):
-        end = int(there[-1]) + 1 if len(there) else 0
-    else:
-        end = longest_prefix(is_held, block_size, windows)
+    is_held = [np.array([True] * first + [one is not None for one in own.tiers]) for own in answers]
+    might_be_held = [own.copy() for own in is_held]
+    for might, own in zip(might_be_held, answers, strict=True):
+        might[[first + at for at in own.unanswered]] = True
+    is_usable = _are_usable(is_held, block_size, windows)
+    might_be_usable = _are_usable(might_be_held, block_size, windows)
+    end = len(is_usable)
     ranks = {name: rank for rank, name in enumerate(tier_names)}
     tiers: list[str | None] = []
     for number in range(first, end):
-        needed = [
-            own[number - first]
+        held = [
+            tier
             for own, window in zip(answers, windows, strict=True)
             if number >= first_block_needed(end, block_size, window)
+            and (tier := own.tiers[number - first]) is not None
         ]
-        held = [tier for tier in needed if tier is not None]
         # What no group needs is as good as there.
         slowest = max(held, key=ranks.__getitem__, default=tier_names[0])
-        tiers.append(slowest if len(held) == len(needed) else None)
-    return HeldBlocks(tiers, frozenset(there[there >= end].tolist()))
+        tiers.append(slowest if is_usable[number] else None)
+    unanswered = frozenset(np.flatnonzero(might_be_usable).tolist()).difference(
+        np.flatnonzero(is_usable).tolist()
+    )
+    there = np.flatnonzero(_are_held(is_held, windows))
+    return HeldBlocks(tiers, frozenset(there[there >= end].tolist()) - unanswered, unanswered)
+
+
+def _are_held(is_held: Sequence[np.ndarray], windows: Sequence[int | None]) -> np.ndarray:
+    """Of each block whether all groups have it that need it wherever the prefix ends."""
+    full = [own for own, window in zip(is_held, windows, strict=True) if window is None]
+    return np.logical_and.reduce(full or is_held)
+
+
+def _are_usable(
+    is_held: Sequence[np.ndarray], block_size: int, windows: Sequence[int | None]
+) -> np.ndarray:
+    """Of each block up to the last one that is of use, whether it is."""
+    if all(window is None for window in windows):
+        there = np.flatnonzero(_are_held(is_held, windows))
+        end = int(there[-1]) + 1 if len(there) else 0
+    else:
+        end = longest_prefix(is_held, block_size, windows)
+    is_usable = np.ones(end, dtype=bool)
+    for own, window in zip(is_held, windows, strict=True):
+        needed = first_block_needed(end, block_size, window)
+        is_usable[needed:] &= own[needed:end]
+    return is_usable

@@ -72,6 +72,7 @@ class Restoring:
         self._plan: RestorePlan | None = None
         self._chunk = range(0)  # the last one to be computed
         self._late_answer: HeldBlocks | None = None
+        self._num_before_answer = 0  # whole blocks that were there when it was taken
         self._load: LoadCall | None = None
         self._loaded: dict[int, str] = {}
         self._lost: set[int] = set()
@@ -139,6 +140,7 @@ class Restoring:
             now: When.
         """
         self._held = held
+        self._num_before_answer = self.num_present
         if plan is not None:
             self._plan, self._meeting, self._planned = plan, Meeting(plan), now
 
@@ -281,18 +283,18 @@ class Restoring:
 
     def _reason(self, number: int) -> MissReason:
         """Why a block was computed."""
-        assert self._plan is not None and self._meeting is not None
+        assert self._meeting is not None
         at = number - self.num_device
         if number in self._lost:
             return MissReason.LOST
         if number in self._late or number in self._meeting.overtaken:
             return MissReason.LATE
-        if self._held is None:
+        if self._held is None or number in self._held.unanswered:
             return MissReason.UNREACHABLE
         if number in self._held.cut_off:
             return MissReason.WINDOW
         if at >= len(self._held.tiers) or self._held.tiers[at] is None:
             return MissReason.EVICTED if self._was_published[at] else MissReason.NEW
-        if number < self._plan.costs.inputs.num_device_blocks:
-            return MissReason.LATE  # computed before the look-up's answer came
+        if number < self._num_before_answer:
+            return MissReason.LATE
         return MissReason.NO_ROOM if self._has_no_room else MissReason.CHEAPER

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 
 import numpy as np
 
@@ -24,13 +24,14 @@ from prefixstore.store.block_writer import BlockWriter
 from prefixstore.store.config import StoreConfig, TierPolicy
 from prefixstore.store.deletion import Deleter
 from prefixstore.store.guarded_tier import GuardedTier
+from prefixstore.store.holders import Holders, find_holders
 from prefixstore.store.load import LoadProgress
 from prefixstore.store.loader import Loader, LoadObserver
 from prefixstore.store.recent_names import RecentNames
 from prefixstore.store.stats import Counts, StoreStats
 from prefixstore.store.tier_writer import TierJob
 from prefixstore.store.write_queue import WriteJob, noop
-from prefixstore.tiers.base import Swept, Tier, TierStats, is_past
+from prefixstore.tiers.base import Swept, Tier, TierStats
 
 _TIERS_SHARE = 0.95  # of a request's time: in the rest its thread wakes and restores what came
 # And of that the time to find out what they hold: the rest is for loading it.
@@ -105,32 +106,22 @@ class Store:
         """When the tiers' time is over for a request that begins now, on `time.monotonic`."""
         return time.monotonic() + _TIERS_SHARE * self._config.load_timeout_s
 
-    def look_up(
-        self, groups: Sequence[Sequence[BlockKey]], deadline: float
-    ) -> list[list[str | None]]:
-        """`contains_many` for a request that is to load what is found, all its groups at once."""
+    def look_up(self, groups: Sequence[Sequence[BlockKey]], deadline: float) -> list[Holders]:
+        """Who holds the blocks of a request that is to load them; all its groups at once."""
         now, keys = time.monotonic(), list(chain.from_iterable(groups))
-        found = iter(self.contains_many(keys, now + _LOOK_UP_SHARE * (deadline - now)))
-        return [list(islice(found, len(own))) for own in groups]
+        found = self._find(keys, now + _LOOK_UP_SHARE * (deadline - now))
+        return found.split([len(own) for own in groups])
 
     def contains_many(
         self, keys: Sequence[BlockKey], deadline: float | None = None
     ) -> list[str | None]:
         """For each key the name of the fastest tier that says it holds it, or None."""
-        deadline = self.deadline() if deadline is None else deadline
-        found: list[str | None] = [None] * len(keys)
-        is_barred = self._quarantined.contains_many([key.name for key in keys])
-        for tier in self._tiers:
-            missing = [i for i, name in enumerate(found) if name is None and not is_barred[i]]
-            if not missing:
-                break
-            if not tier.lends and is_past(deadline):
-                continue  # it could not answer in time, and is not to blame
-            answers = tier.contains_many([keys[i].name for i in missing], deadline)
-            for i, is_there in zip(missing, answers, strict=True):
-                if is_there:
-                    found[i] = tier.name
-        return found
+        return list(self._find(keys, self.deadline() if deadline is None else deadline).tiers)
+
+    def _find(self, keys: Sequence[BlockKey], deadline: float) -> Holders:
+        names = [key.name for key in keys]
+        is_barred = self._quarantined.contains_many(names)
+        return find_holders(self._tiers, names, is_barred, deadline)
 
     def load_many(
         self,

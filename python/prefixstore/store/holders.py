@@ -1,0 +1,65 @@
+"""What tiers say they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from prefixstore.block_key import RecordName
+from prefixstore.store.guarded_tier import GuardedTier
+from prefixstore.tiers.base import is_past
+
+
+@dataclass(frozen=True)
+class Holders:
+    """The tiers' answers about some records.
+
+    Attributes:
+        tiers: For each the name of the fastest tier that says it holds it, or None.
+        unanswered: Indices of those that no tier says it holds, and of which some tier said
+            nothing.
+    """
+
+    tiers: Sequence[str | None]
+    unanswered: Collection[int] = ()
+
+    def split(self, sizes: Sequence[int]) -> list[Holders]:
+        """The same, of one part after another of so many records."""
+        parts, start = [], 0
+        for size in sizes:
+            unanswered = {i for i in range(size) if start + i in self.unanswered}
+            parts.append(Holders(self.tiers[start : start + size], unanswered))
+            start += size
+        return parts
+
+
+def find_holders(
+    tiers: Sequence[GuardedTier],
+    names: Sequence[RecordName],
+    is_barred: Sequence[bool],
+    deadline: float,
+) -> Holders:
+    """Ask one tier after another, each for what those before it do not hold.
+
+    Args:
+        tiers: Fastest first.
+        names: Of the records.
+        is_barred: For each whether it is not to be found anywhere.
+        deadline: Of `time.monotonic()`.
+    """
+    found: list[str | None] = [None] * len(names)
+    unanswered: set[int] = set()
+    for tier in tiers:
+        missing = [i for i, name in enumerate(found) if name is None and not is_barred[i]]
+        if not missing:
+            break
+        if not tier.lends and is_past(deadline):
+            unanswered.update(missing)
+            continue  # it could not answer in time, and is not to blame
+        answers = tier.contains_many([names[i] for i in missing], deadline)
+        for i, is_there in zip(missing, answers, strict=True):
+            if is_there:
+                found[i] = tier.name
+            elif is_there is None:
+                unanswered.add(i)
+    return Holders(found, {i for i in unanswered if found[i] is None})
