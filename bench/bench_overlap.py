@@ -1,15 +1,18 @@
 """Time to first token where the last load comes layer after layer beside the model, or does not.
 
-A real model serves prompts whose prefix lies behind a link of a chosen rate. What follows it
-no tier holds. `share` is the median over rounds of the overlapped time over the other one.
+A real model serves prompts whose prefix lies behind a link of a chosen rate. What follows it no
+tier holds: each prompt has a tail of its own. `share` is the median over rounds of the overlapped
+time over the other one.
 """
 
+import random
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from bench.bench_planner import Subject
@@ -44,17 +47,34 @@ def open_subjects(model: Any, tokenizer: Any) -> Iterator[dict[str, Subject]]:
         yield subjects
 
 
+def make_prompt(tokens: Sequence[int], cell: Cell, number: int) -> list[int]:
+    """The cell's prefix, and a tail that no other cell and round has."""
+    drawn = random.Random(f"{cell.name} {number}")
+    return [*tokens[: cell.prefix], *drawn.choices(tokens, k=cell.tail)]
+
+
+def ttft_s(subject: Subject, prompt: Sequence[int], cell: Cell) -> tuple[float, Any]:
+    """One request with the cell's prefix in the tier, and nothing else; so it is afterwards."""
+    blocks, store = subject.cache.blocks, subject.cache.blocks.store
+    assert store is not None
+    (keys,) = blocks.keys(np.asarray(prompt, np.uint32), subject.cache.config.salt)
+    held = blocks.block_size * sum(name is not None for name in store.contains_many(keys))
+    if held != cell.prefix:
+        raise RuntimeError(f"{cell.name}: expected {cell.prefix} tokens in the tier, got {held}")
+    timed = subject.ttft_s(prompt)
+    store.delete_many(keys[cell.prefix // blocks.block_size :])  # all tails would not fit
+    return timed
+
+
 def measure(subjects: dict[str, Subject], tokens: list[int], cell: Cell, rounds: int) -> None:
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     plans: dict[str, list[str]] = {way: [] for way in WAYS}
     for subject in subjects.values():
         subject.tier.bytes_per_s = cell.rate_gb * 1e9
     for number in range(-2, rounds):  # in two of them it is learnt how fast the link is
-        # A tail of its own each time: the one before is in the tier, too.
-        start = 2 * max(PREFIXES) + (number + 2) * max(TAILS)
-        prompt = tokens[: cell.prefix] + tokens[start : start + cell.tail]
+        prompt = make_prompt(tokens, cell, number)
         for way in WAYS if number % 2 else reversed(WAYS):
-            seconds, report = subjects[way].ttft_s(prompt)
+            seconds, report = ttft_s(subjects[way], prompt, cell)
             if number >= 0:
                 times[way].append(seconds)
                 plans[way].append(report.plan)

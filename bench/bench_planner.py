@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bench.gpu.engine_setup import empty_pool
 from bench.harness import describe_machine, print_line
 from bench.throttled_tier import ThrottledTier
 from prefixstore.cache import PrefixCache
@@ -54,11 +55,14 @@ class Subject:
         self.engine = Engine(model, tokenizer, self.cache, config)
 
     def ttft_s(self, tokens: Sequence[int]) -> tuple[float, Any]:
-        """One request from a pool that holds nothing."""
+        """One request from a pool that holds nothing; RuntimeError if it held some of the prompt.
+
+        Afterwards the tier holds all whole blocks of the prompt, and the pool none.
+        """
         report = self.engine.submit(tokens, ONE_TOKEN).result().report
-        self.cache.evict_pool()
-        self.cache.flush()
-        self.cache.evict_pool()
+        if num_tokens := report.reuse.tokens_by_tier.get("device", 0):
+            raise RuntimeError(f"pool: expected none of the prompt in it, got {num_tokens} tokens")
+        empty_pool(self.engine)
         return report.times.ttft_s, report
 
     def close(self) -> None:

@@ -186,13 +186,13 @@ def answer(
 def empty_pool(engine: Engine) -> None:
     """Leave what was computed to the tier alone."""
     cache, until = engine.cache, time.monotonic() + TIMEOUT_S
-    if not cache.flush(TIMEOUT_S):
-        raise RuntimeError("the tier does not take what was computed")
     while cache.stats().pool_free_blocks < cache.stats().pool_blocks:
         cache.evict_pool()
         time.sleep(1e-3)  # an answer is there before its blocks are given back
         if time.monotonic() > until:
             raise RuntimeError("blocks of the pool are held after the last answer")
+    if not cache.flush(TIMEOUT_S):  # now that all of it is on its way
+        raise RuntimeError("the tier does not take what was computed")
 
 
 def check_source(output: RequestOutput, tier: str | None) -> None:
