@@ -50,7 +50,9 @@ def check_outputs(case: Case, providers: Mapping[str, Provider], calls: Calls) -
 def measure(case: Case, providers: Mapping[str, Provider], num_rounds: int) -> list[Row]:
     """A row for each provider that serves the case, printed too; the first is the baseline."""
     providers = {name: one for name, one in providers.items() if one.serves(case)}
-    inputs = make_cold(partial(prepare, case, providers), case.num_kv_bytes)
+    # Each run follows an untimed one of its provider: of the smallest pools, too, twice the cache.
+    num_kv_bytes = min(one.num_kv_bytes(case) for one in providers.values())
+    inputs = make_cold(partial(prepare, case, providers), num_kv_bytes)
     check_outputs(case, providers, inputs[0])
     runs = {name: run_provider(name) for name in providers}
     with_own_threads = [name for name, one in providers.items() if one.has_own_threads]

@@ -51,6 +51,16 @@ def make_inputs(case: Case) -> tuple[torch.Tensor, ...]:
     return key, value, key_cache, value_cache, slots[: case.num_tokens]
 
 
+def check_stores(inputs: tuple[torch.Tensor, ...]) -> None:
+    """Raise RuntimeError unless all providers write the same bytes."""
+    results = {}
+    for name, provider in PROVIDERS.items():
+        caches = [torch.zeros_like(cache) for cache in inputs[2:4]]
+        provider((*inputs[:2], *caches, inputs[4]))
+        results[name] = caches
+    check_agreement(results, "index_put", 0.0)
+
+
 @torch.inference_mode()
 def main(case_filter: str = "", num_rounds: int = 15) -> None:
     for case in CASES:
@@ -59,10 +69,5 @@ def main(case_filter: str = "", num_rounds: int = 15) -> None:
         inputs = make_cold(
             partial(make_inputs, case), max(case.num_bytes, (96 << 20) // MAX_INPUTS)
         )
-        results = {}
-        for name, provider in PROVIDERS.items():
-            caches = [torch.zeros_like(cache) for cache in inputs[0][2:4]]
-            provider((*inputs[0][:2], *caches, inputs[0][4]))
-            results[name] = caches
-        check_agreement(results, "index_put", 0.0)
+        check_stores(inputs[0])
         run_case(case.name, PROVIDERS, inputs, num_rounds, case.num_bytes)

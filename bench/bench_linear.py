@@ -56,5 +56,5 @@ def main(case_filter: str = "", num_rounds: int = 15) -> None:
             continue
         inputs = make_cold(partial(make_inputs, case), case.num_bytes)
         results = {name: provider(inputs[0]) for name, provider in PROVIDERS.items()}
-        check_agreement(results, "pytorch", 1e-4 if case.dtype == torch.float32 else 4e-2)
+        check_agreement(results, "pytorch", 1e-4 if case.dtype == torch.float32 else 2e-2)
         run_case(case.name, PROVIDERS, inputs, num_rounds, case.num_bytes)

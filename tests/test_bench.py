@@ -1,6 +1,7 @@
 """The benches run: every case is checked there before it is timed. Nothing here looks at times."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -137,13 +138,27 @@ def test_attention_bench_runs_the_peers_that_are_installed(small_attention, caps
     assert ("onnxruntime_fp32" in providers) == missing.isdisjoint({"onnxruntime", "onnx"})
 
 
-def test_attention_bench_refuses_providers_that_disagree(small_attention, monkeypatch):
-    wrong = bench_attention.Provider(
-        lambda case, inputs: lambda: torch.ones_like(inputs.query), "no form"
+@pytest.mark.parametrize("name", ["kvkernels", "kvkernels_int8", "kvkernels_int4"])
+@pytest.mark.parametrize("make", [torch.ones_like, torch.zeros_like])
+def test_attention_bench_refuses_providers_that_disagree(small_attention, monkeypatch, name, make):
+    wrong = replace(
+        bench_attention.PROVIDERS[name], prepare=lambda case, inputs: lambda: make(inputs.query)
     )
-    monkeypatch.setitem(bench_attention.PROVIDERS, "wrong", wrong)
-    with pytest.raises(RuntimeError, match="wrong: expected to agree with sdpa_contiguous"):
-        bench_attention.main("decode", num_rounds=1)
+    monkeypatch.setitem(bench_attention.PROVIDERS, name, wrong)
+    with pytest.raises(RuntimeError, match=f"^{name}: expected to agree with sdpa_contiguous"):
+        bench_attention.main("decode_d128", num_rounds=1)
+
+
+def test_attention_bench_has_twice_the_cache_of_the_smallest_pools(monkeypatch):
+    made = []
+    plain = bench_attention.prepare
+    monkeypatch.setattr(bench_attention, "prepare", lambda *args: made.append(1) or plain(*args))
+    case = Case("decode_d128", 1, 1024, 1, 4, 2, 128)
+    monkeypatch.setattr(bench_attention, "CASES", [case])
+    bench_attention.main("", num_rounds=1)
+    pool_bytes = bench_attention.PROVIDERS["kvkernels_int4"].num_kv_bytes(case)
+    assert pool_bytes < case.num_kv_bytes / 3
+    assert len(made) * pool_bytes >= 2 * harness.last_level_cache_bytes()
 
 
 def test_attention_bench_draws(small_attention, monkeypatch, tmp_path):

@@ -1,16 +1,22 @@
 """Times attention beside its peers, and against what the device's rates would allow."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 import kvkernels
 from bench import attention_cases, bench_shared_prefix
-from bench.attention_cases import BLOCK_SIZE, Case, Inputs
-from bench.attention_providers import attend_paged
+from bench.attention_cases import BLOCK_SIZE, Case, Inputs, gather
+from bench.attention_providers import (
+    KIND_TOLERANCES,
+    Call,
+    attend_in_float32,
+    attend_paged,
+)
 from bench.gpu.events import make_cold, replayed, time_both_ways
 from bench.gpu.peer import Peer
 from bench.gpu.rates import find_floor
@@ -33,7 +39,7 @@ NARROW_CASES = [
 INVARIANT_CASE = next(case for case in CASES if case.name == "decode_8x4k")
 
 # Only to notice that another thing is timed; what is right is for check.py to say.
-TOLERANCE = 0.1
+TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
@@ -89,12 +95,21 @@ def with_floor(
     }
 
 
+def check_ours(call: Call, exact: torch.Tensor, tolerance: float = TOLERANCE) -> torch.Tensor:
+    """What a call gives; RuntimeError if that is not about the exact, or from a graph is not."""
+    out = call()
+    results = {"float32": [exact] * 2, "kvkernels": [out, replayed(call)]}
+    check_agreement(results, "float32", tolerance)
+    return out
+
+
 def time_peers(
     peers: Mapping[str, Peer],
     case: Case,
     inputs: Sequence[Inputs],
     expected: torch.Tensor,
     ours_us: float,
+    tolerance: float = TOLERANCE,
 ) -> dict[str, dict[str, Any]]:
     """Times of each peer that serves the case and their ratio to ours, or its error."""
     found: dict[str, dict[str, Any]] = {}
@@ -105,7 +120,7 @@ def time_peers(
             with peer.context():
                 calls = [peer.prepare(case, one) for one in inputs]
                 results = {"kvkernels": [expected] * 2, name: [calls[0](), replayed(calls[0])]}
-                check_agreement(results, "kvkernels", TOLERANCE)
+                check_agreement(results, "kvkernels", tolerance)
                 times = time_both_ways(calls)
         except Exception as error:  # of another package: it must not cost our row
             found[name] = {"error": f"{type(error).__name__}: {error}"[:1000]}
@@ -118,10 +133,11 @@ def time_peers(
 def time_attention(case: Case, peers: Mapping[str, Peer]) -> dict[str, Any]:
     """Ours and each of the peers on the same inputs."""
     inputs = make_cold(partial(attention_cases.make_inputs, case), case.num_kv_bytes)
-    times = time_both_ways([partial(attend_paged, one) for one in inputs])
+    calls = [partial(attend_paged, one) for one in inputs]
+    expected = check_ours(calls[0], attend_in_float32(inputs[0]))
+    times = time_both_ways(calls)
     num_bytes = _num_bytes(case, case.num_kv_bytes)
     row = {"case": case.name, **with_floor(times, num_bytes, case.num_flops, case.dtype)}
-    expected = attend_paged(inputs[0])
     return row | {"peers": time_peers(peers, case, inputs, expected, times["graph_us"])}
 
 
@@ -159,21 +175,23 @@ def time_narrow(case: Case, kind: str, peers: Mapping[str, Peer]) -> dict[str, A
     if kind != "float8":
         parts = (part for cache in made[0][1].values() for part in cache)
         num_kv_bytes = sum(part.numel() * part.element_size() for part in parts)
-    calls: list[Callable[[], torch.Tensor]] = [
-        partial(attend_decode, inputs, **caches) for inputs, caches in made
-    ]
+    calls: list[Call] = [partial(attend_decode, inputs, **caches) for inputs, caches in made]
+    inputs = [one for one, _ in made]
+    tolerance = KIND_TOLERANCES[kind]
+    expected = check_ours(calls[0], attend_in_float32(inputs[0]), tolerance)
     times = time_both_ways(calls)
     floor = with_floor(times, _num_bytes(case, num_kv_bytes), case.num_flops, case.dtype)
     row = {"case": f"{case.name}_{kind}", **floor}
-    inputs = [one for one, _ in made]
-    return row | {"peers": time_peers(peers, case, inputs, calls[0](), times["graph_us"])}
+    return row | {"peers": time_peers(peers, case, inputs, expected, times["graph_us"], tolerance)}
 
 
 @torch.inference_mode()
 def time_invariant(case: Case) -> dict[str, Any]:
     """Decode with the same bits in every batch, and how much longer than without it."""
     inputs = make_cold(partial(attention_cases.make_inputs, case), case.num_kv_bytes)
-    times = time_both_ways([partial(attend_decode, one, batch_invariant=True) for one in inputs])
+    calls = [partial(attend_decode, one, batch_invariant=True) for one in inputs]
+    check_ours(calls[0], attend_in_float32(inputs[0]))
+    times = time_both_ways(calls)
     plain = time_both_ways([partial(attend_decode, one) for one in inputs])
     num_bytes = _num_bytes(case, case.num_kv_bytes)
     row = with_floor(times, num_bytes, case.num_flops, case.dtype)
@@ -190,10 +208,20 @@ def make_latent_inputs(case: LatentCase) -> tuple[torch.Tensor, ...]:
     return query, keys, keys[..., : case.value_dim], table.view(case.num_seqs, -1), lens
 
 
+def attend_latent_in_float32(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor, _: Any
+) -> torch.Tensor:
+    """All heads as the rows of one."""
+    gathered = (gather(cache, table).float() for cache in (keys, values))
+    return F.scaled_dot_product_attention(query[:, None].float(), *gathered)[:, 0]
+
+
 @torch.inference_mode()
 def time_latent(case: LatentCase) -> dict[str, Any]:
     inputs = make_cold(partial(make_latent_inputs, case), case.num_kv_bytes)
-    times = time_both_ways([partial(kvkernels.paged_attention, *one) for one in inputs])
+    calls = [partial(kvkernels.paged_attention, *one) for one in inputs]
+    check_ours(calls[0], attend_latent_in_float32(*inputs[0]))
+    times = time_both_ways(calls)
     return with_floor(times, case.num_bytes, case.num_flops, torch.bfloat16)
 
 

@@ -46,6 +46,7 @@ NUM_MOVED = (16, 128)  # blocks at a time, on their way between pool and host
 @torch.inference_mode()
 def time_store(case: bench_kv_cache.Case) -> dict[str, Any]:
     inputs = make_cold(partial(bench_kv_cache.make_inputs, case), case.num_bytes)
+    bench_kv_cache.check_stores(inputs[0])
     # Boolean indexing, as the reference does, waits for the device: it has no place in a graph.
     provider = bench_kv_cache.PROVIDERS["kvkernels"]
     times = time_both_ways([partial(provider, one) for one in inputs])
