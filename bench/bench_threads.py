@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from multiprocessing.synchronize import Event
+from multiprocessing.synchronize import Barrier, Event
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from prefixstore.cache import PrefixCache
 from prefixstore.engine.pass_layout import Chunk
 from prefixstore.engine.runner import ModelRunner
 from prefixstore.models import load_model, prepare_smollm2
+
+START_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -46,19 +48,24 @@ CASES = [
 ]
 
 
-def keep_busy(end: Event) -> None:
+def keep_busy(begin: Barrier, end: Event) -> None:
+    begin.wait()
     while not end.is_set():
         sum(range(10_000))
 
 
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
+    """So many processes that are busy from the beginning; to start one takes seconds."""
     context = multiprocessing.get_context("spawn")
-    end = context.Event()
-    processes = [context.Process(target=keep_busy, args=(end,), daemon=True) for _ in range(count)]
+    begin, end = context.Barrier(count + 1), context.Event()
+    processes = [
+        context.Process(target=keep_busy, args=(begin, end), daemon=True) for _ in range(count)
+    ]
     for process in processes:
         process.start()
     try:
+        begin.wait(START_TIMEOUT_S)
         yield
     finally:
         end.set()
