@@ -60,23 +60,16 @@ class Runner:
     model: Any
     cache: Any
     tokens: torch.Tensor  # [batch_size, num_new]
-    install: Callable[[], Any]
 
     def run(self) -> torch.Tensor:
         """Last logits of each sequence; the cache forgets the new tokens."""
-        with self.install():
-            logits = self.model(self.tokens, past_key_values=self.cache, logits_to_keep=1).logits
+        logits = self.model(self.tokens, past_key_values=self.cache, logits_to_keep=1).logits
         self.cache.crop(-self.tokens.shape[1])
         return logits[:, -1].float()
 
 
 @contextmanager
-def as_it_is(model: Any) -> Iterator[Any]:
-    yield model
-
-
-@contextmanager
-def open_runner(model: Any, case: Case, install: Callable[[Any], Any]) -> Iterator[Runner]:
+def open_runner(model: Any, case: Case) -> Iterator[Runner]:
     from kvkernels.nn.transformers import PagedCache, paged_attention
 
     num_tokens = case.num_context + case.num_new
@@ -94,24 +87,26 @@ def open_runner(model: Any, case: Case, install: Callable[[Any], Any]) -> Iterat
         if case.num_context:
             context = tokens[:, : case.num_context]
             model(context, past_key_values=cache, logits_to_keep=1)
-        yield Runner(model, cache, tokens[:, case.num_context :], lambda: install(model))
+        yield Runner(model, cache, tokens[:, case.num_context :])
+
+
+def make_models(model: Any) -> dict[str, Any]:
+    """A model for each provider: to install takes a good part of a decode step."""
+    from kvkernels.nn import batch_invariance, fused_layers
+
+    models = {"default": model, "batch_invariant": copy.deepcopy(model)}
+    models["fused"] = copy.deepcopy(model)
+    fused_layers.install(models["fused"])
+    for name in ("batch_invariant", "fused"):
+        batch_invariance.install(models[name])
+    return models
 
 
 def measure(model_name: str, model: Any, case: Case, num_rounds: int) -> None:
-    from kvkernels.nn import fused_layers
-    from kvkernels.nn.batch_invariance import batch_invariant
-
-    fused = copy.deepcopy(model)
-    fused_layers.install(fused)
-    providers = {
-        "default": (model, as_it_is),
-        "batch_invariant": (model, batch_invariant),
-        "fused": (fused, batch_invariant),
-    }
     with ExitStack() as stack:
         runners = {
-            name: stack.enter_context(open_runner(own_model, case, install))
-            for name, (own_model, install) in providers.items()
+            name: stack.enter_context(open_runner(own_model, case))
+            for name, own_model in make_models(model).items()
         }
         logits = {name: runner.run() for name, runner in runners.items()}
         want = logits["default"]

@@ -1,7 +1,11 @@
 """The benches run: every case is checked there before it is timed. Nothing here looks at times."""
 
 import json
+import multiprocessing
+import sys
 from dataclasses import replace
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -28,6 +32,7 @@ from bench import (
     rates,
 )
 from bench.attention_cases import Case
+from kvkernels.nn import batch_invariance
 
 
 @pytest.fixture(autouse=True)
@@ -235,6 +240,23 @@ def test_threads_bench(monkeypatch, capsys):
     assert [line["provider"] for line in lines(capsys.readouterr())] == ["openmp", "kvkernels"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_busy_processes_are_busy_from_the_beginning():
+    before = set(multiprocessing.active_children())
+    with bench_threads.busy_processes(2):
+        for process in set(multiprocessing.active_children()) - before:
+            # It is imported before they can be busy, in a second or more.
+            assert "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
+
+
+def time_without_installing(*args):
+    def refuse(model):
+        raise AssertionError("a timed run installs")
+
+    with mock.patch.object(batch_invariance, "install", refuse):
+        return harness.time_alternating(*args)
+
+
 def test_batch_invariance_bench(monkeypatch, capsys):
     model = tiny_llama()
     bench = bench_batch_invariance
@@ -243,6 +265,7 @@ def test_batch_invariance_bench(monkeypatch, capsys):
     monkeypatch.setattr(bench, "NUM_TOKENS", 67)
     monkeypatch.setattr(bench, "TRIED", (1, 66))
     monkeypatch.setattr(bench, "CASES", [bench.Case("decode", 2, 20, 1)])
+    monkeypatch.setattr(bench, "time_alternating", time_without_installing)
     bench.main("", num_rounds=1)
     told = lines(capsys.readouterr())
     layers = {line["layer"] for line in told if line["case"] == "tiny_layers"}
