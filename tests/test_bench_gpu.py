@@ -19,6 +19,7 @@ from bench.gpu.timing import time_cases
 from bench.gpu.torch_peers import FLEX_CASES, SDPA_PEERS, prepare_flex
 from bench.gpu.transfer_timing import time_evict, time_restore
 from kvkernels import KVLayout
+from kvkernels.triton_kernels.launch import Device
 
 SMALL_CASES = [
     Case("decode", 3, 192, 1, 8, 2, 64),
@@ -124,6 +125,21 @@ def test_tuning_forgets_what_was_planned_with_another_table(monkeypatch) -> None
         assert table == {"row": 2} and not kept
         kept["with the other"] = None
     assert table == {"row": 1} and not kept
+
+
+@pytest.mark.parametrize("arch", [8, 9, 10])
+@pytest.mark.parametrize("tuning", list(tune.tunings()), ids=lambda tuning: tuning.name)
+def test_each_candidate_is_what_is_timed(tuning: tune.Tuning, arch: int) -> None:
+    device = Device(arch, num_multiprocessors={8: 108, 9: 132, 10: 148}[arch])
+    for tiles in tuning.candidates:
+        with tuning.choose(device, tiles):
+            tuning.check_plan(device, tiles)
+
+
+def test_a_candidate_that_is_not_timed_is_refused() -> None:
+    tuning = next(tune.tunings())
+    with pytest.raises(ValueError, match=r"decode_1x1k: expected .* to be planned, got"):
+        tuning.check_plan(Device(9, 132), (16, 2, 6, 3))
 
 
 def test_summary_shows_what_calls_take_of_the_processor() -> None:

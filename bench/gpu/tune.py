@@ -6,14 +6,17 @@ Not part of a whole run: ``bench/gpu/run.sh FILE --parts tune``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
+from triton.errors import TritonError
 
 from bench import attention_cases
-from bench.attention_providers import attend_paged
+from bench.attention_providers import Call, attend_paged
 from bench.gpu.attention_timing import (
     CASES,
     LATENT_CASES,
@@ -26,6 +29,8 @@ from bench.gpu.events import make_cold, time_both_ways
 from kvkernels import paged_attention
 from kvkernels.triton_kernels import configs
 from kvkernels.triton_kernels.attention import attention_replays
+from kvkernels.triton_kernels.launch import Device, device_of
+from kvkernels.triton_kernels.shapes import Shape, plan
 
 Tiles = tuple[int, ...]
 
@@ -73,88 +78,166 @@ PREFILL_CASES = (
 
 @contextmanager
 def replaced(table: dict[Any, Any], key: Any, value: Any) -> Iterator[None]:
-    before = table[key]
-    table[key] = value
+    """A row of a table, which may have none for the device, is another meanwhile."""
     attention_replays.clear()
     try:
-        yield
+        with mock.patch.dict(table, {key: value}):
+            yield
     finally:
-        table[key] = before
         attention_replays.clear()
 
 
-def time_each(
-    candidates: tuple[Tiles, ...],
-    choose: Callable[[Tiles], Any],
-    calls: list[Callable[[], torch.Tensor]],
-) -> dict[str, Any]:
-    """Microseconds with each of the candidates, or why there are none; with the table's first."""
-    row: dict[str, Any] = {"table": time_both_ways(calls)["graph_us"]}
-    for tiles in candidates:
-        name = "x".join(map(str, tiles))
-        try:
-            with choose(tiles):
-                row[name] = time_both_ways(calls)["graph_us"]
-        except Exception as error:  # too large for the device: the others remain
-            row[name] = f"{type(error).__name__}: {error}"[:100]
-    return row
+@dataclass(frozen=True)
+class Tuning:
+    """A call, and what is tried in place of its row of a table.
+
+    Attributes:
+        name: Of the row of figures.
+        shape: What is planned for the call.
+        candidates: To be timed.
+        first: What a candidate begins with: 0 tile_m, 1 tile_n.
+        choose: A block in which a device's row is a candidate.
+        make_calls: On inputs to be used in turn.
+    """
+
+    name: str
+    shape: Shape
+    candidates: tuple[Tiles, ...]
+    first: int
+    choose: Callable[[Device, Tiles], AbstractContextManager[Any]]
+    make_calls: Callable[[], list[Call]]
+
+    def check_plan(self, device: Device, tiles: Tiles) -> None:
+        """Raise ValueError unless it is these tiles that the call would be launched with."""
+        launch = plan(self.shape, device)[0]
+        sizes, num_programs = launch.arguments, launch.arguments["num_programs_at_once"]
+        planned = (
+            *(sizes["TILE_M"], sizes["TILE_N"], launch.num_warps, launch.num_stages),
+            num_programs // device.num_multiprocessors,
+        )[self.first :][: len(tiles)]
+        if planned != tiles:
+            raise ValueError(f"{self.name}: expected {tiles} to be planned, got {planned}")
+
+    @torch.inference_mode()
+    def run(self) -> dict[str, Any]:
+        """Microseconds with each candidate, or why there are none; with the table's first."""
+        calls = self.make_calls()
+        device = device_of(calls[0]())
+        row: dict[str, Any] = {"table": time_both_ways(calls)["graph_us"]}
+        for tiles in self.candidates:
+            name = "x".join(map(str, tiles))
+            with self.choose(device, tiles):
+                self.check_plan(device, tiles)
+                try:
+                    row[name] = time_both_ways(calls)["graph_us"]
+                except (TritonError, RuntimeError) as error:  # too large for the device
+                    row[name] = f"{type(error).__name__}: {error}"[:100]
+        return row
 
 
-@torch.inference_mode()
-def tune_decode(case: attention_cases.Case) -> dict[str, Any]:
-    inputs = make_cold(partial(attention_cases.make_inputs, case), case.num_kv_bytes)
-    key = (9, 2, case.head_dim)
-    return time_each(
-        DECODE[case.head_dim],
-        lambda tiles: replaced(configs._DECODE, key, tiles),
-        [partial(attend_paged, one) for one in inputs],
+def _row_of(device: Device, head_dim: int) -> tuple[int, int, int]:
+    """Key of a device's rows; where Blackwell has none of its own, it is served as Hopper."""
+    return configs._row(device.arch, torch.bfloat16, head_dim)
+
+
+def _row_as_hopper(device: Device, head_dim: int) -> tuple[int, int, int]:
+    served_as, itemsize, width = _row_of(device, head_dim)
+    return min(served_as, 9), itemsize, width
+
+
+def _choose_decode(
+    table: dict[Any, Any], head_dim: int, device: Device, tiles: Tiles
+) -> AbstractContextManager[Any]:
+    return replaced(table, _row_as_hopper(device, head_dim), tiles)
+
+
+@contextmanager
+def _choose_prefill(head_dim: int, device: Device, tiles: Tiles) -> Iterator[None]:
+    """The only tiles, so also for few query rows."""
+    row, entries = _row_of(device, head_dim), {tiles[0]: tiles[1:]}
+    table = configs._PREFILL_BLACKWELL if row[0] == 10 else configs._PREFILL
+    with mock.patch.dict(configs._LEAST_ROWS, clear=True), replaced(table, row, entries):
+        yield
+
+
+def _choose_latent(case: LatentCase, device: Device, tiles: Tiles) -> AbstractContextManager[Any]:
+    row = _row_of(device, case.key_dim)
+    return replaced(configs._DECODE_MANY_HEADS, row, (1, *tiles))
+
+
+def _shape_of(case: attention_cases.Case, **kinds: Any) -> Shape:
+    return Shape(
+        "decode" if case.is_decode else "prefill",
+        "bf16",
+        case.head_dim,
+        group=case.num_heads // case.num_kv_heads,
+        num_kv_heads=case.num_kv_heads,
+        num_queries=case.num_queries,
+        num_seqs=case.num_seqs,
+        **kinds,
     )
 
 
-@torch.inference_mode()
-def tune_codes(case: attention_cases.Case, kind: str) -> dict[str, Any]:
+def _make_calls(case: attention_cases.Case) -> list[Call]:
+    inputs = make_cold(partial(attention_cases.make_inputs, case), case.num_kv_bytes)
+    return [partial(attend_paged, one) for one in inputs]
+
+
+def _make_narrow_calls(case: attention_cases.Case, kind: str) -> list[Call]:
     made = make_cold(
         lambda: make_narrow(attention_cases.make_inputs(case), kind), case.num_kv_bytes // 4
     )
-    key = (9, 2, case.head_dim)
-    table = configs._DECODE_FLOAT8_ALONE if kind == "float8" else configs._DECODE_CODES_ALONE
-    return time_each(
-        CODES,
-        lambda tiles: replaced(table, key, tiles),
-        [partial(attend_decode, inputs, **caches) for inputs, caches in made],
-    )
+    return [partial(attend_decode, inputs, **caches) for inputs, caches in made]
 
 
-@torch.inference_mode()
-def tune_prefill(case: attention_cases.Case) -> dict[str, Any]:
-    inputs = make_cold(partial(attention_cases.make_inputs, case), case.num_kv_bytes)
-    key = (9, 2, case.head_dim)
-    return time_each(
-        PREFILL,
-        lambda tiles: replaced(configs._PREFILL, key, {tiles[0]: tiles[1:]}),
-        [partial(attend_paged, one) for one in inputs],
-    )
-
-
-@torch.inference_mode()
-def tune_latent(case: LatentCase) -> dict[str, Any]:
+def _make_latent_calls(case: LatentCase) -> list[Call]:
     inputs = make_cold(partial(make_latent_inputs, case), case.num_kv_bytes)
-    return time_each(
-        MANY_HEADS,
-        lambda tiles: replaced(configs._DECODE_MANY_HEADS, (9, 2, case.key_dim), (1, *tiles)),
-        [partial(paged_attention, *one) for one in inputs],
+    return [partial(paged_attention, *one) for one in inputs]
+
+
+def _tune_decode(case: attention_cases.Case) -> Tuning:
+    choose = partial(_choose_decode, configs._DECODE, case.head_dim)
+    candidates = DECODE[case.head_dim]
+    return Tuning(case.name, _shape_of(case), candidates, 1, choose, partial(_make_calls, case))
+
+
+def _tune_prefill(case: attention_cases.Case) -> Tuning:
+    choose = partial(_choose_prefill, case.head_dim)
+    return Tuning(case.name, _shape_of(case), PREFILL, 0, choose, partial(_make_calls, case))
+
+
+def _tune_codes(case: attention_cases.Case, kind: str) -> Tuning:
+    is_float8 = kind == "float8"
+    table = configs._DECODE_FLOAT8_ALONE if is_float8 else configs._DECODE_CODES_ALONE
+    return Tuning(
+        f"{case.name}_{kind}",
+        _shape_of(case, is_float8=is_float8, kinds=() if is_float8 else (kind,)),
+        CODES,
+        1,
+        partial(_choose_decode, table, case.head_dim),
+        partial(_make_narrow_calls, case, kind),
     )
+
+
+def _tune_latent(case: LatentCase) -> Tuning:
+    shape = Shape(
+        "decode", "bf16", case.key_dim, case.value_dim,
+        group=case.num_heads, num_kv_heads=1, num_seqs=case.num_seqs,
+    )  # fmt: skip
+    choose = partial(_choose_latent, case)
+    return Tuning(case.name, shape, MANY_HEADS, 0, choose, partial(_make_latent_calls, case))
+
+
+def tunings() -> Iterator[Tuning]:
+    by_name = {case.name: case for case in CASES}
+    yield from (_tune_decode(by_name[name]) for name in DECODE_CASES)
+    yield from (_tune_prefill(by_name[name]) for name in PREFILL_CASES)
+    for kind in ("float8", "int8", "int4"):
+        yield from (_tune_codes(by_name[name], kind) for name in ("decode_4x8k", "decode_8x32k"))
+    yield from map(_tune_latent, LATENT_CASES)
 
 
 def tune_cases() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Names and what to run, one at a time."""
-    by_name = {case.name: case for case in CASES}
-    for name in DECODE_CASES:
-        yield name, partial(tune_decode, by_name[name])
-    for name in PREFILL_CASES:
-        yield name, partial(tune_prefill, by_name[name])
-    for kind in ("float8", "int8", "int4"):
-        for name in ("decode_4x8k", "decode_8x32k"):
-            yield f"{name}_{kind}", partial(tune_codes, by_name[name], kind)
-    for latent_case in LATENT_CASES:
-        yield latent_case.name, partial(tune_latent, latent_case)
+    for tuning in tunings():
+        yield tuning.name, tuning.run
