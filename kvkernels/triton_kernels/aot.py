@@ -1,11 +1,12 @@
 """Compile every kernel ahead of time, without a GPU, and refuse what spills or does not fit.
 
 ``python -m kvkernels.triton_kernels.aot --arch 80 90 100`` prints one row a kernel and ends with
-status 1 if a kernel keeps registers in local memory or needs more shared memory than a program may
-have. What is compiled is what the launchers plan, on tensors without storage. All of it takes
-minutes; ``--spread`` takes one shape of seven, every kind of kernel among them. ``--compile-only``
-refuses nothing that compiles: another version of Triton than the one that launch configurations are
-chosen for may spill a few registers.
+status 1 if a kernel keeps registers in local memory, needs more shared memory than a program may
+have, or is not made of the instructions it is meant for (`Usage.fault`). What is compiled is what
+the launchers plan, on tensors without storage. All of it takes minutes; ``--spread`` takes one
+shape of seven, every kind of kernel among them. ``--compile-only`` refuses nothing that compiles:
+another version of Triton than the one that launch configurations are chosen for may spill a few
+registers.
 """
 
 from __future__ import annotations
@@ -13,14 +14,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import multiprocessing
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,12 +26,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvkernels.codecs import CODECS
+from kvkernels.triton_kernels.aot_usage import SHARED_LIMITS, Usage, measure
 from kvkernels.triton_kernels.launch import Device, Launch
 from kvkernels.triton_kernels.shapes import Shape, plan
 
-# Bytes of shared memory that one program may use; 8.0 has 163 KB, but 8.6, 8.9 and 12.0, which run
-# the same configurations, have 99.
-SHARED_LIMITS = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 _TYPE_NAMES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -48,55 +43,6 @@ _MULTIPROCESSORS = 128
 _HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 _RULES = ("soft_cap", "sinks", "alibi")
 _SPREAD = 7
-# Bytes of local memory by kernel and tile. Triton 3.6 needs none; 3.9 puts what stays the same
-# aside before the loop and reads it in each step. With 64 rows latent attention still takes half
-# the time that it takes with 32, which leave registers (on an H100).
-_SPILLS_ALLOWED = {("decode_kernel", "64x32"): 136}
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What one compiled kernel takes of the machine, and which instructions it is made of.
-
-    Attributes:
-        arch: 80, 90 or 100.
-        shape: What it was compiled for.
-        kernel: Its name.
-        tile: Query rows times tokens.
-        num_warps: Warps of a program.
-        num_registers: Of a thread.
-        local_bytes: Of a thread: spilled registers and arrays.
-        shared_bytes: Of a program.
-        num_products: Instructions of the tensor cores in the machine code.
-        num_wide_loads: Loads of 16 bytes a thread, asynchronous copies (LDGSTS) among them.
-        num_lop3: LOP3 with the mask of 4-bit codes: two codes become float16 in one instruction.
-    """
-
-    arch: int
-    shape: Shape
-    kernel: str
-    tile: str
-    num_warps: int
-    num_registers: int
-    local_bytes: int
-    shared_bytes: int
-    num_products: int
-    num_wide_loads: int
-    num_lop3: int
-
-    @property
-    def fault(self) -> str:
-        """Why the kernel is refused, or nothing."""
-        if self.local_bytes > _SPILLS_ALLOWED.get((self.kernel, self.tile), 0):
-            return "spills"
-        if self.shared_bytes > SHARED_LIMITS[self.arch]:
-            return "too much shared memory"
-        if self.kernel in ("decode_kernel", "prefill_kernel"):
-            if self.shape.dtype != "fp32" and not self.num_products:
-                return "no tensor cores"
-            if "int4" in self.shape.kinds and self.shape.dtype != "fp32" and not self.num_lop3:
-                return "no LOP3"
-        return ""
 
 
 def shapes(arch: int) -> Iterator[Shape]:
@@ -233,28 +179,6 @@ def _source(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def _disassemble(cubin: bytes) -> tuple[int, int, list[str]]:
-    """Registers a thread, bytes of local memory a thread, and the instructions."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-        texts = [
-            subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
-            for command in ([tools / "cuobjdump", "--dump-resource-usage"], [tools / "nvdisasm"])
-        ]
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", texts[0])
-    if found is None:
-        raise RuntimeError(
-            f"cuobjdump: expected a line with REG, STACK and LOCAL, got {texts[0]!r}"
-        )
-    registers, stack, local = map(int, found.groups())
-    instructions = re.findall(
-        r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\S.*?)\s*;", texts[1], re.M
-    )
-    return registers, stack + local, instructions
-
-
 def choose(arches: Iterable[int], only: str = "") -> list[tuple[int, Shape]]:
     """Architectures and their shapes whose text contains `only`."""
     return [(arch, shape) for arch in arches for shape in shapes(arch) if only in str(shape)]
@@ -287,30 +211,13 @@ def compile_shape(arch: int, shape: Shape) -> list[Usage]:
         compiled = triton.compile(
             _source(launch), target=GPUTarget("cuda", arch, 32), options=launch.options
         )
-        registers, local_bytes, names = _disassemble(compiled.asm["cubin"])
-        arguments = launch.arguments
-        sizes = [str(arguments[name]) for name in ("TILE_M", "TILE_N") if name in arguments]
-        usages.append(
-            Usage(
-                arch,
-                shape,
-                launch.kernel.__name__.strip("_"),
-                "x".join(sizes) or "-",
-                launch.num_warps,
-                registers,
-                local_bytes,
-                compiled.metadata.shared,
-                sum(name.startswith(("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA")) for name in names),
-                sum(name.startswith("LDG") and ".128" in name for name in names),
-                sum(name.startswith("LOP3") and "0xf000f" in name for name in names),
-            )
-        )
+        usages.append(measure(arch, shape, launch, compiled))
     return usages
 
 
 def report(results: Iterable[list[Usage]], compile_only: bool = False) -> int:
     """Print the table, a row as soon as it is known; return the exit status."""
-    print("arch  kernel          tile   warps  regs local shared  mma load16 lop3  shape")
+    print("arch  kernel          tile   warps  regs local shared  mma  fma load16 lop3  shape")
     num_kernels = num_refused = 0
     for usage in itertools.chain.from_iterable(results):
         num_kernels += 1
@@ -318,7 +225,8 @@ def report(results: Iterable[list[Usage]], compile_only: bool = False) -> int:
         print(
             f"{usage.arch:<5} {usage.kernel:<15} {usage.tile:<7} {usage.num_warps:>4}"
             f" {usage.num_registers:>5} {usage.local_bytes:>5} {usage.shared_bytes:>6}"
-            f" {usage.num_products:>4} {usage.num_wide_loads:>6} {usage.num_lop3:>4}"
+            f" {usage.num_products:>4} {usage.num_plain_dots:>4} {usage.num_wide_loads:>6}"
+            f" {usage.num_lop3:>4}"
             f"  {usage.shape}{'  REFUSED: ' if usage.fault else ''}{usage.fault}",
             flush=True,
         )

@@ -1,6 +1,7 @@
 """The Triton kernels compile for GPUs that are not here, without spilling."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ aot = pytest.importorskip("kvkernels.triton_kernels.aot")
 
 FITTING = aot.Usage(
     90, aot.Shape("decode", "bf16", 128, kinds=("int4",)), "decode_kernel", "16x64", 4,
-    255, 0, 71680, 32, 57, 32,
+    255, 0, 71680, 32, 0, 57, 32,
 )  # fmt: skip
 
 CODED = ("keys", "values", "lossless")
@@ -54,13 +55,36 @@ def test_the_command_compiles_what_fits(tmp_path: Path) -> None:
         {"local_bytes": 8},
         {"shared_bytes": (227 << 10) + 1},
         {"num_products": 0},
+        {"num_plain_dots": 1},
+        {"num_wide_loads": 15},  # of 64 tokens' keys and values in bfloat16
         {"num_lop3": 0},
     ],
-    ids=["spills", "needs_too_much_shared_memory", "no_tensor_cores", "no_lop3"],
+    ids=[
+        *("spills", "needs_too_much_shared_memory", "no_tensor_cores", "a_plain_dot"),
+        *("narrow_loads", "no_lop3"),
+    ],
 )
 def test_status_tells_what_was_refused(change: dict, capsys) -> None:
     assert aot.report([[FITTING, dataclasses.replace(FITTING, **change)]]) == 1
     assert capsys.readouterr().out.count("REFUSED") == 1
+
+
+def test_what_is_almost_wanted_is_not_counted() -> None:
+    command = [sys.executable, Path(__file__).with_name("aot_kernels.py")]
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    counts = json.loads(done.stdout)
+    assert (counts.pop("dots"), counts.pop("plain_dots")) == (2, 1)
+    assert counts["mask_and_add"] == 0 < counts["mask_and_put"]
+
+
+def test_latent_attention_alone_may_spill() -> None:
+    latent = aot.Shape("decode", "bf16", 576, 512, group=128, num_kv_heads=1)
+    usage = dataclasses.replace(FITTING, shape=latent, tile="64x32", num_warps=8, local_bytes=136)
+    assert usage.fault == ""
+    assert dataclasses.replace(usage, kernel="join_kernel").fault == "spills"
+    other = dataclasses.replace(latent, head_dim=256, value_dim=0)
+    assert dataclasses.replace(usage, shape=other).fault == "spills"
 
 
 def test_what_compiles_is_enough_where_asked_for(capsys) -> None:
