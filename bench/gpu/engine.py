@@ -8,7 +8,8 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import product
 from typing import Any
@@ -245,7 +246,10 @@ def time_beside_evictions(case: Case, model: Any) -> Row:
 
 @contextmanager
 def _evicting(pool: KVPool, num_programs: int | None) -> Iterator[Callable[[], int]]:
-    """Evict blocks in a thread all the while; yields how to ask for the bytes of the pool gone."""
+    """Evict blocks in a thread all the while; yields how to ask for the bytes of the pool gone.
+
+    What ends the evictions before is raised at the end.
+    """
     num_blocks = min(16, pool.num_blocks)
     transfer = BlockTransfer(pool, num_slots=num_blocks, num_programs=num_programs)
     block_format, ids = BlockFormat(pool.layout, "q4"), torch.arange(num_blocks)
@@ -261,15 +265,14 @@ def _evicting(pool: KVPool, num_programs: int | None) -> Iterator[Callable[[], i
             evict_once()
             num_evictions += 1
 
-    evict_once()  # compiles
-    thread = threading.Thread(target=evict_all_the_time, name="bench-evictions")
-    thread.start()
-    try:
-        yield lambda: num_evictions * num_blocks * pool.layout.block_bytes
-    finally:
-        is_over.set()
-        thread.join()
-        transfer.close()
+    with closing(transfer), ThreadPoolExecutor(1, "bench-evictions") as threads:
+        evict_once()  # compiles
+        evicting = threads.submit(evict_all_the_time)
+        try:
+            yield lambda: num_evictions * num_blocks * pool.layout.block_bytes
+        finally:
+            is_over.set()
+        evicting.result()  # raises what ended it
 
 
 # ---- all of it -------------------------------------------------------------------------------
