@@ -17,8 +17,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,21 @@ import torch
 import triton
 
 from bench.gpu import peers
+from bench.gpu.processes import end_all, started
 from bench.gpu.steps import DEVICE_ERROR, steps
 from bench.gpu.summary import summarise
 
 PARTS = ("checks", "peers", "tests", "timings", "engine")
 REHEARSED = ("timings", "tune")
 COMPILED_APART = ("_flashinfer", "_flex")  # by `peers.prepare`
-# Seconds from the start: what runs beside each other ends, and then the timings.
+# Seconds from the start: what runs beside each other ends, and then the timings. run.sh leaves a
+# little more, to begin and to write the result.
 PREPARED_S = 300
-TIMED_S = 515
+TIMED_S = 500
 STEP_S = 120
+NO_TIME = "no time left"
 LOGS = Path("build/gpu")
+Row = dict[str, Any]
 TOPICS = (
     "attention",
     "attention_features",
@@ -99,10 +103,25 @@ class Run:
     def left_s(self, until_s: float) -> float:
         return max(0.0, self.begin + until_s - time.monotonic())
 
-    def record(self, topic: str, row: dict[str, Any]) -> None:
+    def record(self, topic: str, row: Row) -> None:
         row |= {"name": row["name"].rpartition("/")[2]}
         self.result.setdefault(topic, []).append(row)
         self.write()
+
+    def rows(self) -> list[Row]:
+        return [row for value in self.result.values() if isinstance(value, list) for row in value]
+
+    def finish(self, is_ended: bool) -> list[str]:
+        """Write whether all of it was done, unless it was ended before; returns what failed."""
+        rows = self.rows()
+        failed = [row["name"] for row in rows if not row["ok"]]
+        self.result |= {
+            "is_complete": not is_ended and all(row.get("status") != NO_TIME for row in rows),
+            "failed": failed,
+            "took_s": round(time.monotonic() - self.begin, 1),
+        }
+        self.write()
+        return failed
 
     def write(self) -> None:
         self._path.write_text(json.dumps(self.result, indent=1) + "\n")
@@ -118,7 +137,10 @@ class Ended(Exception):
 
 @contextmanager
 def ended_by_signal() -> Iterator[None]:
+    """`Ended` is raised within where the process is asked to end; none of its own then stay."""
+
     def end(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice
         raise Ended
 
     before = signal.signal(signal.SIGTERM, end)
@@ -131,39 +153,40 @@ def ended_by_signal() -> Iterator[None]:
 def run_logged(command: Sequence[str | Path], log: str, timeout_s: float) -> tuple[int | str, str]:
     """Status of a process, or why there is none, and the end of what it printed."""
     path = LOGS / f"{log.replace('/', '-')}.log"
-    with path.open("w") as file:
+    with started(command, path) as process:
         try:
-            status: int | str = subprocess.run(
-                command, stdout=file, stderr=subprocess.STDOUT, timeout=timeout_s
-            ).returncode
+            status: int | str = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            status = "no time left"
+            status = NO_TIME
     return status, path.read_text(errors="replace")[-2000:]
 
 
-def run_steps(names: Sequence[str], timeout_s: float, *flags: str) -> list[dict[str, Any]]:
-    """Rows of the steps, from one process, and another one behind every device error.
+def run_steps(names: Sequence[str], timeout_s: float, rows: list[Row], *flags: str) -> None:
+    """Add rows of the steps to `rows`, from one process, and another behind every device error.
 
-    They stand in a file beside the logs as soon as there are any, whatever ends this process.
+    They stand in a file beside the logs as soon as there are any, and those that do are in `rows`
+    whatever ends this call.
     """
     end = time.monotonic() + timeout_s
-    rows: list[dict[str, Any]] = []
     while len(rows) < len(names):
         rest = names[len(rows) :]
         file = rows_file(rest[0])
         file.unlink(missing_ok=True)
         command = [sys.executable, "-m", "bench.gpu.steps", file, *rest, *flags]
-        status, text = run_logged(command, rest[0], max(0.1, end - time.monotonic()))
-        rows += read_rows(file)
+        try:
+            status, text = run_logged(command, rest[0], max(0.1, end - time.monotonic()))
+        finally:
+            rows += read_rows(file)
         if len(rows) < len(names) and status != DEVICE_ERROR:
             rows.append(
                 {"name": names[len(rows)], "ok": False, "status": status, "error": text[-600:]}
             )
         if isinstance(status, str):
-            rows += [
-                {"name": name, "ok": False, "error": "no time left"} for name in names[len(rows) :]
-            ]
-    return rows
+            rows += map(row_without_time, names[len(rows) :])
+
+
+def row_without_time(name: str) -> Row:
+    return {"name": name, "ok": False, "status": NO_TIME, "error": NO_TIME}
 
 
 def rows_file(first: str) -> Path:
@@ -171,19 +194,19 @@ def rows_file(first: str) -> Path:
     return LOGS / f"{first.replace('/', '-')}.jsonl"
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
+def read_rows(file: Path) -> list[Row]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def build_extension(run: Run) -> dict[str, Any]:
+def build_extension(run: Run) -> Row:
     """The C++ extension, in place; what needs it is left out where it does not build."""
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     status, text = run_logged(command, "build", run.left_s(PREPARED_S))
     row = {"name": "build", "ok": status == 0, "took_s": time.monotonic() - run.begin}
-    return row if status == 0 else row | {"error": text[-600:]}
+    return row if status == 0 else row | {"status": status, "error": text[-600:]}
 
 
-def run_tests(run: Run) -> dict[str, Any]:
+def run_tests(run: Run) -> Row:
     """The Triton part of the tests."""
     begin = time.monotonic()
     command = [sys.executable, "-m", "pytest", *TEST_FILES, "-p", "no:cacheprovider"]
@@ -197,38 +220,58 @@ def run_tests(run: Run) -> dict[str, Any]:
 
 
 def prepare(run: Run, parts: Sequence[str], names: Sequence[str]) -> None:
-    """What may run beside each other, in processes of their own."""
+    """What may run beside each other, in processes of their own, which end with this call."""
     with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) - 2)) as pool:
-        waiting = [("build", pool.submit(build_extension, run))]
+        topics = {pool.submit(build_extension, run): "build"}
         if "peers" in parts:
-            waiting.append(("peers", pool.submit(_prepare_peers, run)))
+            topics[pool.submit(_prepare_peers, run)] = "peers"
         if "tests" in parts and importlib.util.find_spec("pytest"):
-            waiting.append(("tests", pool.submit(run_tests, run)))
+            topics[pool.submit(run_tests, run)] = "tests"
         for name in names:
             topic = topic_of(name)
             is_compiled_apart = name.endswith(COMPILED_APART)
             if topic in parts and topic in ("checks", *REHEARSED) and not is_compiled_apart:
                 flags = ["--rehearse"] if topic in REHEARSED else []
-                waiting.append((topic, pool.submit(_run_one, run, name, flags)))
-        for topic, future in waiting:
-            row = future.result()
-            if topic not in REHEARSED:  # those fail again, when they are timed
-                run.record(topic, row)
-            elif not row["ok"]:
-                print("rehearsal", json.dumps(row)[:500], flush=True)
+                topics[pool.submit(_run_one, run, name, flags)] = topic
+        try:
+            _record(run, topics)
+        except BaseException:  # of a signal: nobody waits for what still runs
+            pool.shutdown(wait=False, cancel_futures=True)
+            end_all()
+            raise
 
 
-def _run_one(run: Run, name: str, flags: list[str]) -> dict[str, Any]:
+def _record(run: Run, topics: Mapping[Future[Row], str]) -> None:
+    for future in as_completed(topics):
+        topic, row = topics[future], future.result()
+        if topic not in REHEARSED:  # those fail again, when they are timed
+            run.record(topic, row)
+        elif not row["ok"]:
+            print("rehearsal", json.dumps(row)[:500], flush=True)
+
+
+def _run_one(run: Run, name: str, flags: list[str]) -> Row:
     timeout_s = min(STEP_S, run.left_s(PREPARED_S))
     if timeout_s < 1:
-        return {"name": name, "ok": False, "error": "no time left"}
-    return run_steps([name], timeout_s, *flags)[0]
+        return row_without_time(name)
+    rows: list[Row] = []
+    run_steps([name], timeout_s, rows, *flags)
+    return rows[0]
 
 
-def _prepare_peers(run: Run) -> dict[str, Any]:
+def _prepare_peers(run: Run) -> Row:
     failed = peers.prepare(run.left_s(PREPARED_S))
     row = {"name": "peers", "ok": not failed, "took_s": round(time.monotonic() - run.begin, 1)}
     return row | ({"error": json.dumps(failed)[:2000]} if failed else {})
+
+
+def choose(parts: Sequence[str], wanted: re.Pattern[str]) -> list[str]:
+    """The steps that run alone on the device."""
+    topics = ("rates", *(topic for topic in ("tune", "timings", "engine") if topic in parts))
+    chosen = [name for name in steps() if topic_of(name) in topics and wanted.search(name)]
+    if "peers" not in parts:
+        chosen = [name for name in chosen if not name.endswith(COMPILED_APART)]
+    return chosen
 
 
 def main() -> int:
@@ -245,31 +288,19 @@ def main() -> int:
     wanted = re.compile(options.only)
     run = Run(options.file)
     print(json.dumps(run.result["machine"]), flush=True)
-    prepare(run, options.parts, [name for name in steps() if wanted.search(name)])
-    topics = (
-        "rates",
-        *(topic for topic in ("tune", "timings", "engine") if topic in options.parts),
-    )
-    # Once more: the engine's are among them since the extension is built.
-    chosen = [name for name in steps() if topic_of(name) in topics and wanted.search(name)]
-    if "peers" not in options.parts:
-        chosen = [name for name in chosen if not name.endswith(COMPILED_APART)]
+    timed: list[Row] = []
+    is_ended = True
     with ended_by_signal():
         try:
-            timed = run_steps(chosen, run.left_s(TIMED_S))
+            prepare(run, options.parts, [name for name in steps() if wanted.search(name)])
+            # The engine's are among the steps since the extension is built.
+            run_steps(choose(options.parts, wanted), run.left_s(TIMED_S), timed)
+            is_ended = False
         except Ended:
-            timed = read_rows(rows_file(chosen[0]))
             print("ended before its time", file=sys.stderr)
     for row in timed:
         run.record(topic_of(row["name"]), row)
-    rows = [row for value in run.result.values() if isinstance(value, list) for row in value]
-    failed = [row["name"] for row in rows if not row["ok"]]
-    run.result |= {
-        "is_complete": len(timed) == len(chosen),
-        "failed": failed,
-        "took_s": round(time.monotonic() - run.begin, 1),
-    }
-    run.write()
+    failed, rows = run.finish(is_ended), run.rows()
     print(summarise(run.result))
     print(f"{len(rows)} steps, failed: {failed or 'none'}; wrote {options.file}")
     return 1 if failed else 0

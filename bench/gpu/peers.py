@@ -4,12 +4,12 @@
 """
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from bench import attention_cases
 from bench.gpu.flashinfer_peers import FLASHINFER_PEERS, FLOAT8_PEERS, MODULES, is_installed
 from bench.gpu.peer import Peer
+from bench.gpu.processes import started
 from bench.gpu.torch_peers import FLEX_PEERS
 
 # Of nvcc at once, in each build.
@@ -73,40 +74,22 @@ def prepare(limit_s: float = 240.0) -> dict[str, str]:
     """
     ends_at = time.monotonic() + limit_s
     failed = {}
-    with tempfile.TemporaryDirectory() as folder:
-        logs = {name: Path(folder) / name for name in builds()}
-        processes = {
-            name: _start(name, log, niceness) for niceness, (name, log) in enumerate(logs.items())
-        }
-        try:
-            for name, process in processes.items():
-                try:
-                    status = process.wait(max(0.0, ends_at - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    failed[name] = f"not done within {limit_s:.0f} s"
-                    continue
-                if status:
-                    failed[name] = digest(logs[name].read_text(errors="replace"))
-        finally:
-            for process in processes.values():
-                _end(process)
-    return failed
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End a build and its compilers, where it still goes on."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _start(name: str, log: Path, niceness: int) -> "subprocess.Popen[bytes]":
-    command = ["nice", "-n", str(niceness), sys.executable, "-m", "bench.gpu.peers", name]
     environment = {"MAX_JOBS": str(NUM_JOBS)} | os.environ
-    with log.open("w") as file:
-        return subprocess.Popen(
-            command, stdout=file, stderr=file, env=environment, start_new_session=True
-        )
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        logs = {name: Path(folder) / name for name in builds()}
+        processes = {}
+        for niceness, (name, log) in enumerate(logs.items()):
+            command = ["nice", "-n", str(niceness), sys.executable, "-m", "bench.gpu.peers", name]
+            processes[name] = stack.enter_context(started(command, log, environment))
+        for name, process in processes.items():
+            try:
+                status = process.wait(max(0.0, ends_at - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                failed[name] = f"not done within {limit_s:.0f} s"
+                continue
+            if status:
+                failed[name] = digest(logs[name].read_text(errors="replace"))
+    return failed
 
 
 if __name__ == "__main__":

@@ -16,4 +16,4 @@ file=$(realpath -m "$file")
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PYTHONPATH=.:python:tests${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 TRITON_INTERPRET=0
-exec timeout --kill-after=10 545 "${PYTHON:-python3}" -m bench.gpu "$file" "$@"
+exec timeout --kill-after=10 525 "${PYTHON:-python3}" -m bench.gpu "$file" "$@"
