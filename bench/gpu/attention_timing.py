@@ -227,8 +227,7 @@ def time_latent(case: LatentCase) -> dict[str, Any]:
 
 @torch.inference_mode()
 def time_shared_prefix(case: bench_shared_prefix.Case) -> dict[str, Any]:
-    one_copy = case.num_flat_bytes // case.num_seqs
-    inputs = make_cold(partial(bench_shared_prefix.make_inputs, case), one_copy)
+    inputs = make_cold(partial(bench_shared_prefix.make_inputs, case), case.num_bytes)
     providers = bench_shared_prefix.PROVIDERS
     check_agreement({name: [run(inputs[0])] for name, run in providers.items()}, "flat", TOLERANCE)
     return {
