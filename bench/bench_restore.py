@@ -1,7 +1,8 @@
 """Hits beside what they stand on: a record out of a tier, then its payload in the pool.
 
-A run restores a batch of records, one at a time. `copy` is two copies in memory, `plain_file` a
-buffered read and a copy; `unverified` is the tier without the store's checks.
+A run restores a batch of records, one at a time. `copy` is two copies in memory, `raw_file` a read
+past the page cache, as the disk tier does, and a copy, `plain_file` the same out of a warm page
+cache; `unverified` is the tier without the store's checks. All files are on the disk before.
 """
 
 import os
@@ -17,7 +18,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from bench.harness import check_agreement, run_case
+from bench.harness import check_agreement, run_case, write_out
 from prefixstore.record import BlockKey, RecordLayout, chain_keys, encode
 from prefixstore.store import Store
 from prefixstore.store.block_targets import HostBlocks
@@ -48,6 +49,11 @@ class Case:
         return LAYOUTS[self.model]
 
     @property
+    def slot_bytes(self) -> int:
+        """Of a record in whole pages."""
+        return round_up(self.layout.record_bytes, PAGE_BYTES)
+
+    @property
     def batch_size(self) -> int:
         return BATCH_BYTES // self.layout.record_bytes
 
@@ -56,7 +62,7 @@ CASES = [Case(medium, model) for medium in ("memory", "disk") for model in LAYOU
 
 
 class Holder(Protocol):
-    """Holds a number of records."""
+    """Holds a number of records; each is given and taken at the beginning of whole pages."""
 
     def put(self, number: int, record: np.ndarray) -> None: ...
     def get(self, number: int, out: np.ndarray) -> None: ...
@@ -70,10 +76,10 @@ class Copies:
         self._arena = page_aligned(num_records * record_bytes).reshape(num_records, -1)
 
     def put(self, number: int, record: np.ndarray) -> None:
-        np.copyto(self._arena[number], record)
+        np.copyto(self._arena[number], record[: self._arena.shape[1]])
 
     def get(self, number: int, out: np.ndarray) -> None:
-        np.copyto(out, self._arena[number])
+        np.copyto(out[: self._arena.shape[1]], self._arena[number])
 
     def close(self) -> None:
         pass
@@ -82,15 +88,14 @@ class Copies:
 class PlainFile:
     """The limit of the disk: one system call each, at fixed places of one file."""
 
-    def __init__(self, path: Path, record_bytes: int) -> None:
-        self._slot_bytes = round_up(record_bytes, PAGE_BYTES)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    def __init__(self, path: Path, flags: int) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | flags)
 
     def put(self, number: int, record: np.ndarray) -> None:
-        os.pwrite(self._fd, record.data, number * self._slot_bytes)
+        assert os.pwrite(self._fd, record.data, number * record.nbytes) == record.nbytes
 
     def get(self, number: int, out: np.ndarray) -> None:
-        os.preadv(self._fd, [out.data], number * self._slot_bytes)
+        assert os.preadv(self._fd, [out.data], number * out.nbytes) == out.nbytes
 
     def close(self) -> None:
         os.close(self._fd)
@@ -99,16 +104,17 @@ class PlainFile:
 class TierHolder:
     """A tier."""
 
-    def __init__(self, tier: Tier, keys: list[BlockKey]) -> None:
+    def __init__(self, tier: Tier, keys: list[BlockKey], record_bytes: int) -> None:
         self.tier = tier
         self._keys = keys
+        self._record_bytes = record_bytes
 
     def put(self, number: int, record: np.ndarray) -> None:
-        self.tier.put(self._keys[number].name, record.data)
+        self.tier.put(self._keys[number].name, record[: self._record_bytes].data)
 
     def get(self, number: int, out: np.ndarray) -> None:
         num_read = self.tier.get(self._keys[number].name, out.data)
-        assert num_read == out.nbytes, f"expected {out.nbytes} bytes, got {num_read}"
+        assert num_read == self._record_bytes, f"expected {self._record_bytes}, got {num_read}"
 
     def close(self) -> None:
         self.tier.close()
@@ -117,20 +123,21 @@ class TierHolder:
 def make_holders(case: Case, keys: list[BlockKey], directory: Path) -> dict[str, Holder]:
     """One for each provider, the baseline first: nobody finds what another left in the caches."""
     num_records, record_bytes = len(keys), case.layout.record_bytes
-    slab_bytes = case.batch_size * round_up(record_bytes, PAGE_BYTES)
+    slab_bytes = case.batch_size * case.slot_bytes
     capacity_bytes = num_records // case.batch_size * slab_bytes
     holders: dict[str, Holder] = {}
     if case.medium == "memory":
         holders["copy"] = Copies(num_records, record_bytes)
     else:
-        holders["plain_file"] = PlainFile(directory / "plain", record_bytes)
+        holders["raw_file"] = PlainFile(directory / "raw", os.O_DIRECT)
+        holders["plain_file"] = PlainFile(directory / "plain", 0)
     for name in ("unverified", "kvkernels"):
         tier: Tier
         if case.medium == "memory":
             tier = MemoryTier(MemoryTierConfig(capacity_bytes, slab_bytes))
         else:
             tier = DiskTier(DiskTierConfig(directory / name, capacity_bytes, slab_bytes))
-        holders[name] = TierHolder(tier, keys)
+        holders[name] = TierHolder(tier, keys, record_bytes)
     return holders
 
 
@@ -139,10 +146,12 @@ def put_all(holder: Holder, records: np.ndarray, numbers: range) -> None:
         holder.put(number, records[number])
 
 
-def restore_all(holder: Holder, record: np.ndarray, pool: np.ndarray, numbers: range) -> None:
-    payload = record[record.size - pool.shape[1] :]
+def restore_all(
+    holder: Holder, out: np.ndarray, record_bytes: int, pool: np.ndarray, numbers: range
+) -> None:
+    payload = out[record_bytes - pool.shape[1] : record_bytes]
     for number in numbers:
-        holder.get(number, record)
+        holder.get(number, out)
         np.copyto(pool[number], payload)
 
 
@@ -158,7 +167,7 @@ def make_providers(
     num_records: int,
     stack: ExitStack,
 ) -> dict[str, Callable[[range], None]]:
-    out = page_aligned(case.layout.record_bytes)
+    out = page_aligned(case.slot_bytes)
     providers: dict[str, Callable[[range], None]] = {}
     for name, holder in holders.items():
         pool = np.zeros((num_records, case.layout.payload_bytes), np.uint8)
@@ -167,32 +176,30 @@ def make_providers(
             store = stack.enter_context(Store([holder.tier]))
             providers[name] = partial(load_all, store, keys, pool)
         else:
-            providers[name] = partial(restore_all, holder, out, pool)
+            providers[name] = partial(restore_all, holder, out, case.layout.record_bytes, pool)
     return providers
 
 
-def make_keys_and_records(
-    layout: RecordLayout, num_records: int
-) -> tuple[list[BlockKey], np.ndarray]:
+def make_keys_and_records(case: Case, num_records: int) -> tuple[list[BlockKey], np.ndarray]:
+    layout = case.layout
     tokens = np.arange(num_records * layout.block_size)
     keys = chain_keys(layout, bytes(16), tokens)
     payload = np.resize(np.arange(251, dtype=np.uint8), layout.payload_bytes)
-    records = page_aligned(num_records * layout.record_bytes).reshape(num_records, -1)
+    records = page_aligned(num_records * case.slot_bytes).reshape(num_records, -1)
     for key, record in zip(keys, records, strict=True):
-        encode(key, payload, record)
+        encode(key, payload, record[: layout.record_bytes])
     return keys, records
 
 
-def check_contents(
-    holders: dict[str, Holder], baseline: str, numbers: range, num_bytes: int
-) -> None:
+def check_contents(case: Case, holders: dict[str, Holder], numbers: range) -> None:
+    """Raise unless all holders have the same records."""
     results = {}
     for name, holder in holders.items():
-        outs = [np.empty(num_bytes, np.uint8) for _ in numbers]
+        outs = [page_aligned(case.slot_bytes) for _ in numbers]
         for number, out in zip(numbers, outs, strict=True):
             holder.get(number, out)
-        results[name] = [torch.from_numpy(out) for out in outs]
-    check_agreement(results, baseline, 0.0)
+        results[name] = [torch.from_numpy(out[: case.layout.record_bytes]) for out in outs]
+    check_agreement(results, next(iter(holders)), 0.0)
 
 
 def main(case_filter: str = "", num_rounds: int = 15) -> None:
@@ -201,7 +208,7 @@ def main(case_filter: str = "", num_rounds: int = 15) -> None:
             continue
         # a batch for each round and the one that warms up: no round reads what another left
         num_records = case.batch_size * (num_rounds + 1)
-        keys, records = make_keys_and_records(case.layout, num_records)
+        keys, records = make_keys_and_records(case, num_records)
         batches = [
             range(start, start + case.batch_size)
             for start in range(0, num_records, case.batch_size)
@@ -212,7 +219,8 @@ def main(case_filter: str = "", num_rounds: int = 15) -> None:
             for holder in holders.values():
                 stack.callback(holder.close)
                 put_all(holder, records, range(num_records))
-            check_contents(holders, next(iter(holders)), range(2), case.layout.record_bytes)
+            check_contents(case, holders, range(2))
+            write_out(Path(path))
             providers = make_providers(case, holders, keys, num_records, stack)
             num_bytes = case.batch_size * case.layout.record_bytes
             run_case(case.name, providers, batches, num_rounds, num_bytes)

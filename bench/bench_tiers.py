@@ -25,7 +25,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from bench.harness import check_agreement, print_line, run_case, spread
+from bench.harness import check_agreement, print_line, run_case, spread, write_out
 from prefixstore.block_key import BlockHash, RecordName
 from prefixstore.tiers.base import PAGE_BYTES, ReadOutcome, Tier, page_aligned, round_up
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
@@ -225,13 +225,6 @@ def make_holders(case: Case, num_records: int, directory: Path) -> dict[str, Hol
     return holders
 
 
-def flush(directory: Path) -> None:
-    """Nothing is left to be written while others are timed, and clean pages can be dropped."""
-    for path in directory.glob("*_file"):
-        with path.open("r+b") as file:
-            os.fsync(file.fileno())
-
-
 def check_contents(holders: dict[str, Holder], case: Case) -> None:
     """Raise unless all holders have the same first batch."""
     results = {}
@@ -259,7 +252,7 @@ def run(case: Case, num_rounds: int) -> None:
             for batch in sorted(batches, key=lambda batch: batch.start):
                 holder.put(batch, rows)
         check_contents(holders, case)
-        flush(Path(path))
+        write_out(Path(path))
         providers = {
             name: partial(lambda call, numbers: call(numbers, rows), getattr(holder, case.what))
             for name, holder in holders.items()

@@ -75,6 +75,20 @@ def make_cold(make: Callable[[], Inputs], num_bytes: int) -> list[Inputs]:
     return [make() for _ in range(max(1, -(-2 * last_level_cache_bytes() // num_bytes)))]
 
 
+def write_out(directory: Path) -> None:
+    """Leave none of a directory's files to be written while others are timed.
+
+    Clean pages can be dropped, too.
+    """
+    for path in directory.rglob("*"):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+
 def check_agreement(
     results: Mapping[str, Sequence[torch.Tensor]], baseline: str, tolerance: float
 ) -> None:

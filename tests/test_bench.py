@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -79,7 +80,7 @@ def test_index_bench_refuses_providers_that_disagree():
         (bench_record, "gemma3_270m", {"copy"}),
         (bench_redis, "unix_get_1MiB", {"raw_socket", "redis_py"}),
         (bench_redis, "tcp_put_8MiB", {"raw_socket", "redis_py_pipeline"}),
-        (bench_restore, "_small", {"copy", "plain_file"}),
+        (bench_restore, "_small", {"copy", "raw_file", "plain_file"}),
         (bench_tiers, "_64k", {"copy", "raw_file", "buffered_file", "buffered_file_cold"}),
         (bench_tiers, "lookup", set()),
         (bench_tiers, "reopen", set()),
@@ -103,6 +104,40 @@ def test_benches_of_the_store(bench, case, baselines, capsys, monkeypatch):
     assert any(provider.startswith("kvkernels") for provider in providers)
     bench.main("no such case", num_rounds=1)
     assert lines(capsys.readouterr()) == []
+
+
+@pytest.mark.parametrize(
+    ("bench", "case"), [(bench_restore, "disk_restore_small"), (bench_tiers, "disk_get_64k")]
+)
+def test_all_files_are_on_the_disk_before_they_are_read(bench, case, monkeypatch):
+    monkeypatch.setattr(bench_tiers, "NUM_BATCHES", 2)
+    fsync, directories, written = os.fsync, [], set()
+
+    def note(fd):
+        written.add(str(Path(f"/proc/self/fd/{fd}").readlink()))
+        fsync(fd)
+
+    def write_out(directory):
+        directories.append(directory)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", note)
+            harness.write_out(directory)
+        held = [path for path in directory.rglob("*") if path.is_file()]
+        assert len(held) >= 4 and {str(path.resolve()) for path in held} <= written
+
+    monkeypatch.setattr(bench, "write_out", write_out)
+    bench.main(case, num_rounds=1)
+    assert len(directories) == 1
+
+
+def test_a_shared_prefix_is_counted_once(capsys):
+    case = bench_shared_prefix.CASES[-1]
+    keys = bench_shared_prefix.make_inputs(case).arguments[1]
+    assert case.num_bytes == 2 * keys.numel() * keys.element_size()
+    bench_shared_prefix.main(case.name, num_rounds=1)
+    for line in lines(capsys.readouterr()):
+        floor_bytes = 1e6 * line["read_floor_ms"] * line["read_gbytes_per_s"]
+        assert floor_bytes == pytest.approx(case.num_bytes, rel=1e-2)
 
 
 ATTENTION_CASES = [
