@@ -6,6 +6,33 @@ import torch
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_plain(tensor: torch.Tensor | None) -> bool:
+    """Whether a tensor is what its dtype, device and strides say.
+
+    A subclass may say so of numbers that it keeps elsewhere and otherwise, as quantised weights do,
+    and have no memory itself.
+    """
+    return type(tensor) in _PLAIN_TYPES
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's elements lie where it says they do; see `is_plain`."""
+    return tensor.data_ptr() != 0 or tensor.numel() == 0
+
+
+def address_of(name: str, tensor: torch.Tensor) -> int:
+    """Where a tensor's elements lie, for C++; raises ValueError if it has no memory."""
+    address: int = tensor.data_ptr()
+    if address == 0 and tensor.numel():
+        raise ValueError(
+            f"{name}: expected a tensor with memory of its own, got a {type(tensor).__name__}"
+            " without"
+        )
+    return address
+
 
 def _shape_text(shape: Sequence[int | None]) -> str:
     return "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"

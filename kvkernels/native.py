@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kvkernels.checks import address_of
 from kvkernels.quantized_cache import QuantizedCache
 from kvkernels.scoring import Scoring
 from kvkernels.threads import num_threads
@@ -90,11 +91,11 @@ def store_kv(
     item = key.element_size()
     _kvkernels.store_kv(
         (
-            key.data_ptr(),
-            value.data_ptr(),
-            key_cache.data_ptr(),
-            value_cache.data_ptr(),
-            slot_mapping.data_ptr(),
+            address_of("key", key),
+            address_of("value", value),
+            address_of("key_cache", key_cache),
+            address_of("value_cache", value_cache),
+            address_of("slot_mapping", slot_mapping),
         ),
         (num_tokens, num_kv_heads, key_cache.shape[0], key_cache.shape[2], head_dim * item),
         [item * s for s in (*key.stride()[:2], *key_cache.stride()[:3])],
@@ -124,17 +125,17 @@ def paged_attention(
     lse = query.new_empty((num_tokens if return_lse else 0, num_heads), dtype=torch.float32)
     _kvkernels.paged_attention(
         (
-            query.data_ptr(),
-            key_cache.data_ptr(),
-            value_cache.data_ptr(),
-            block_table.data_ptr(),
-            seq_lens.data_ptr(),
-            _address(cu_seqlens_q),
+            address_of("query", query),
+            address_of("key_cache", key_cache),
+            address_of("value_cache", value_cache),
+            address_of("block_table", block_table),
+            address_of("seq_lens", seq_lens),
+            _optional_address("cu_seqlens_q", cu_seqlens_q),
             out.data_ptr(),
             lse.data_ptr() if return_lse else 0,
-            _address(scoring.sinks),
-            _address(scoring.alibi_slopes),
-            _address(scoring.tree_mask),
+            _optional_address("sinks", scoring.sinks),
+            _optional_address("alibi_slopes", scoring.alibi_slopes),
+            _optional_address("tree_mask", scoring.tree_mask),
         ),
         (
             *(num_tokens, num_heads, num_kv_heads, head_dim, value_dim),
@@ -150,7 +151,7 @@ def paged_attention(
         scoring.causal,
         scoring.window,
         batch_invariant,
-        (_describe(int8_cache), _describe(int4_cache)),
+        (_describe("int8_cache", int8_cache), _describe("int4_cache", int4_cache)),
         _DTYPES[query.dtype],
         _DTYPES[key_cache.dtype],
         _isa,
@@ -159,17 +160,17 @@ def paged_attention(
     return out, lse
 
 
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _optional_address(name: str, tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else address_of(name, tensor)
 
 
-def _describe(cache: QuantizedCache | None) -> tuple[int, ...]:
+def _describe(name: str, cache: QuantizedCache | None) -> tuple[int, ...]:
     """Addresses, then sizes, then the strides of block and head of the four parts."""
     if cache is None:
         return ()
     sizes = (cache.key_codes.shape[0], cache.key_scales.shape[2], cache.value_scales.shape[3])
     strides = [stride for part in cache for stride in part.stride()[:2]]
-    return (*(part.data_ptr() for part in cache), *sizes, *strides)
+    return (*(address_of(name, part) for part in cache), *sizes, *strides)
 
 
 def merge_attention(
@@ -178,9 +179,15 @@ def merge_attention(
     """See `kvkernels.merge_attention`."""
     num_tokens, num_heads, head_dim = out_a.shape
     out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
-    tensors = (out_a, lse_a, out_b, lse_b, out, lse)
     _kvkernels.merge_attention(
-        [tensor.data_ptr() for tensor in tensors],
+        [
+            address_of("out_a", out_a),
+            address_of("lse_a", lse_a),
+            address_of("out_b", out_b),
+            address_of("lse_b", lse_b),
+            out.data_ptr(),
+            lse.data_ptr(),
+        ],
         num_tokens * num_heads,
         head_dim,
         _DTYPES[out_a.dtype],
@@ -211,9 +218,15 @@ def linear_layers(
     features, leading = input.shape[-1], input.shape[:-1]
     outs = [input.new_empty((*leading, weight.shape[0])) for weight, _ in layers]
     _kvkernels.linear(
-        (input.data_ptr(), leading.numel(), features, _row_stride(input)),
+        (address_of("input", input), leading.numel(), features, _row_stride(input)),
         [
-            (weight.data_ptr(), _address(bias), out.data_ptr(), *weight.shape, weight.stride(0))
+            (
+                address_of("weight", weight),
+                _optional_address("bias", bias),
+                out.data_ptr(),
+                *weight.shape,
+                weight.stride(0),
+            )
             for (weight, bias), out in zip(layers, outs, strict=True)
         ],
         _DTYPES[input.dtype],
@@ -230,7 +243,7 @@ def rms_norm(
     out = input.new_empty(input.shape)
     size = input.shape[-1]
     _kvkernels.rms_norm(
-        (input.data_ptr(), weight.data_ptr(), out.data_ptr()),
+        (address_of("input", input), address_of("weight", weight), out.data_ptr()),
         (input.numel() // size, size, _row_stride(input)),
         eps,
         is_offset,
@@ -250,7 +263,12 @@ def rotary_embedding(
         ValueError: If `cos` or `sin` has another shape than that of the angles of `input`.
     """
     _kvkernels.rotary_embedding(
-        (input.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr()),
+        (
+            address_of("input", input),
+            address_of("cos", cos),
+            address_of("sin", sin),
+            out.data_ptr(),
+        ),
         input.shape,
         (cos.shape, sin.shape),
         input.stride()[:3],
@@ -267,7 +285,7 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str) -> t
     out = gate.new_empty(gate.shape)
     size = gate.shape[-1]
     _kvkernels.gated_activation(
-        (gate.data_ptr(), up.data_ptr(), out.data_ptr()),
+        (address_of("gate", gate), address_of("up", up), out.data_ptr()),
         (gate.numel() // size, size, _row_stride(gate), _row_stride(up)),
         _ACTIVATIONS[activation],
         _DTYPES[gate.dtype],
@@ -345,8 +363,10 @@ def _run_codecs(
     *results: torch.Tensor | None,
 ) -> None:
     _, num_layers, num_planes, num_heads, block_size, head_dim = blocks.shape
+    names = ("blocks", "block_ids", "table", "payloads", "sums", "is_good")
+    tensors = (blocks, block_ids, table, payloads, *results)
     run(
-        [_address(tensor) for tensor in (blocks, block_ids, table, payloads, *results)],
+        [_optional_address(*named) for named in zip(names, tensors, strict=True)],
         (
             *(blocks.stride(0) * blocks.itemsize, num_layers, num_planes, num_heads),
             *(block_size, head_dim, len(block_ids), payloads.stride(0)),

@@ -25,7 +25,7 @@ from weakref import WeakSet
 import torch
 
 from kvkernels import native
-from kvkernels.checks import FLOAT_DTYPES
+from kvkernels.checks import FLOAT_DTYPES, is_plain
 from kvkernels.errors import UnsupportedError
 from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward, install_lock
 from kvkernels.ops import linear
@@ -131,6 +131,12 @@ def _find_forward(name: str, module: torch.nn.Module) -> Callable[..., Any] | No
             raise UnsupportedError(
                 f"model: expected linear layers of torch.nn.Linear, got {name} of {kind.__name__}"
             )
+        for tensor in (module.weight, module.bias):
+            if tensor is not None and not is_plain(tensor):
+                raise UnsupportedError(
+                    "model: expected linear layers with plain tensors for weights, got"
+                    f" {type(tensor).__name__} in {name}"
+                )
         forward = partial(_apply_linear, module)
     elif kind.__module__ in _ACTIVATION_MODULES and not _keeps_bits(module):
         if kind.__name__ not in _ELEMENT_WISE:
@@ -164,6 +170,7 @@ def _apply_linear(module: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
         native.is_available
         and not torch.is_grad_enabled()
         and type(input) is torch.Tensor
+        and is_plain(weight)
         and input.dtype == weight.dtype
         and input.dtype in FLOAT_DTYPES
         and input.is_cpu
@@ -181,7 +188,8 @@ def _apply_linear(module: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
 def _is_row(bias: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether it is a bias for the features that come out."""
     return (
-        bias.is_cpu
+        is_plain(bias)
+        and bias.is_cpu
         and bias.dtype == weight.dtype
         and bias.dim() == 1
         and len(bias) == len(weight)

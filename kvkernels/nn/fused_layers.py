@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from kvkernels import native
-from kvkernels.checks import FLOAT_DTYPES
+from kvkernels.checks import FLOAT_DTYPES, is_plain
 from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward, hook_tables
 from kvkernels.ops.pointwise import rotary_embedding_cpu
 
@@ -94,6 +94,8 @@ def _find_norm(module: torch.nn.Module) -> Callable[..., Any] | None:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not isinstance(eps, float):
         return None
+    if not is_plain(weight):
+        return None
     rows = _draw(_NUM_TRIAL_ROWS, len(weight), dtype=weight.dtype)
     expected = _try(module.forward, rows)
     distances = {}
@@ -118,7 +120,11 @@ class FusedNorm:
         (hidden_states,) = args
         weight = self.module.weight
         assert isinstance(weight, torch.Tensor)
-        if not _are_served(hidden_states, weight) or hidden_states.shape[-1] != len(weight):
+        if (
+            not is_plain(weight)
+            or not _are_served(hidden_states, weight)
+            or hidden_states.shape[-1] != len(weight)
+        ):
             return type(self.module).forward(self.module, hidden_states)
         if _goes_straight(hidden_states) and weight.is_contiguous():
             return native.rms_norm(hidden_states, weight, self.eps, self.is_offset)

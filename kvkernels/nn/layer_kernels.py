@@ -14,7 +14,13 @@ from typing import Any
 import torch
 
 from kvkernels import native
-from kvkernels.checks import check_device, check_dtype, check_last_stride, check_shape
+from kvkernels.checks import (
+    address_of,
+    check_device,
+    check_dtype,
+    check_last_stride,
+    check_shape,
+)
 from kvkernels.nn.fused_layers import FusedNorm
 from kvkernels.nn.paged_kv import PagedKV
 from kvkernels.threads import num_threads
@@ -102,9 +108,8 @@ class LayerKernels:
         return [norm for _, norm in filter(None, self._parts.norms)]
 
     def _bind(self, parameters: list[torch.Tensor | None]) -> None:
-        self._check(parameters)
+        addresses = self._addresses(parameters)
         num_linears = len(self._parts.linears)
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in parameters]
         of_norms = iter(addresses[2 * num_linears :])
         weights = [weight for weight in parameters[:num_linears] if weight is not None]
         self._layer = native.decoder_layer(
@@ -127,8 +132,12 @@ class LayerKernels:
         # Neither the parameters' identities nor their memory may go to others unnoticed.
         self._held = [(one, one.detach()) for one in parameters if one is not None]
 
-    def _check(self, parameters: list[torch.Tensor | None]) -> None:
-        """Every parameter has the shape, dtype and strides that the kernels rely on."""
+    def _addresses(self, parameters: list[torch.Tensor | None]) -> list[int]:
+        """Where each parameter lies, 0 for none.
+
+        Raises:
+            ValueError: If one has not the shape, dtype and strides that the kernels rely on.
+        """
         hidden, num_heads, num_kv_heads, head_dim, intermediate = self.sizes
         heads, kv_heads = num_heads * head_dim, num_kv_heads * head_dim
         shapes = [
@@ -146,14 +155,19 @@ class LayerKernels:
                 if named is not None
             ),
         ]
+        addresses = []
         for (name, shape), tensor in zip(expected, parameters, strict=True):
             if tensor is not None:
                 check_shape(name, tensor, shape)
                 check_dtype(name, tensor, self.dtype)
                 check_device(name, tensor, torch.device("cpu"))
                 check_last_stride(name, tensor)
-            elif not name.endswith(".bias"):
+                addresses.append(address_of(name, tensor))
+            elif name.endswith(".bias"):
+                addresses.append(0)
+            else:
                 raise ValueError(f"{name}: expected a tensor, got None")
+        return addresses
 
 
 def _identify(parameters: list[torch.Tensor | None]) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kvkernels import KVLayout
+from kvkernels.checks import has_memory
 from prefixstore.errors import ConfigError
 from prefixstore.foreign_code import find_foreign_code
 from prefixstore.module_state import state_beside_weights
@@ -91,7 +92,8 @@ def model_identity(
         salt: A tenant's namespace.
 
     Raises:
-        ConfigError: If a weight is no tensor or has no values yet (the "meta" device).
+        ConfigError: If a weight is no tensor, has no values yet (the "meta" device), or keeps them
+            in other tensors, as some libraries' quantised weights do.
     """
     if isinstance(layouts, KVLayout):
         layouts = [layouts]
@@ -173,6 +175,11 @@ def _check_loaded(name: str, weight: Any) -> None:
     if not isinstance(weight, torch.Tensor) or weight.is_meta:
         what = "a tensor without values" if isinstance(weight, torch.Tensor) else type(weight)
         raise ConfigError(f"model: expected loaded weights, got {what} for {name}")
+    if not has_memory(weight):
+        raise ConfigError(
+            "model: expected weights with memory of their own, got a"
+            f" {type(weight).__name__} without for {name}"
+        )
 
 
 def _tensor_digest(name: str, tensor: torch.Tensor) -> bytes:

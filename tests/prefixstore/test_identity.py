@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvkernels import KVLayout
 from prefixstore.errors import ConfigError
 from prefixstore.identity import model_identity, stored_identity
+from wrapped_weights import wrap
 
 LAYOUT = KVLayout(2, 2, 16, 16, torch.float32)
 ROPE_THETA = 10000.0
@@ -252,6 +253,13 @@ def test_model_without_values_is_refused():
     with torch.device("meta"):
         model = torch.nn.Linear(2, 2)
     with pytest.raises(ConfigError, match="a tensor without values for bias"):
+        model_identity(model, LAYOUT)
+
+
+def test_weights_that_lie_in_other_tensors_are_refused():
+    model = torch.nn.Linear(2, 2)
+    model.weight = wrap(model.weight)
+    with pytest.raises(ConfigError, match=r"memory .*, got a WrappedWeight .* for weight"):
         model_identity(model, LAYOUT)
 
 
