@@ -23,6 +23,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+from torch.compiler import is_compiling
 
 from kvkernels import native
 from kvkernels.checks import FLOAT_DTYPES, is_plain
@@ -113,6 +114,11 @@ def _refuse_unserved(model: torch.nn.Module) -> None:
                 f" {name} in {type(owner).__name__}"
             )
     for name, module in model.named_modules():
+        if _is_compiled(module):
+            raise UnsupportedError(
+                "model: expected modules that are not compiled (code of another batch size may"
+                f" round otherwise), got {name or 'a model'} that is"
+            )
         rope_type = getattr(module, "rope_type", None)
         used = set(rope_type.values()) if isinstance(rope_type, dict) else {rope_type}
         if used & _LENGTH_DEPENDENT_ROPE:
@@ -120,6 +126,11 @@ def _refuse_unserved(model: torch.nn.Module) -> None:
                 "model: expected rotary frequencies that do not depend on the length, got"
                 f" {rope_type!r} in {name}"
             )
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    """Whether it is so by its `compile()`, or is what `torch.compile` makes of a module."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
 def _find_forward(name: str, module: torch.nn.Module) -> Callable[..., Any] | None:
@@ -171,6 +182,7 @@ def _apply_linear(module: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
         and not torch.is_grad_enabled()
         and type(input) is torch.Tensor
         and is_plain(weight)
+        and not is_compiling()
         and input.dtype == weight.dtype
         and input.dtype in FLOAT_DTYPES
         and input.is_cpu

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from kvkernels import native
 from kvkernels.nn.batch_invariance import is_batch_invariant
@@ -129,6 +130,8 @@ class FusedDecoderLayer:
 
     def serves(self, hidden_states: torch.Tensor, options: dict[str, Any]) -> bool:
         """Whether `run` takes such a call."""
+        if is_compiling():  # which follows no addresses
+            return False
         if options.keys() != self._option_names or hidden_states.dim() != 3 or any(self._hooks):
             return False
         kernels = self._kernels

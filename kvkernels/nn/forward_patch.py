@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch.nn.modules import module as torch_module
@@ -18,6 +18,8 @@ from torch.nn.modules import module as torch_module
 install_lock = threading.RLock()
 
 Forwards = dict[torch.nn.Module, Callable[..., Any]]
+
+_installed: WeakSet[Callable[..., Any]] = WeakSet()
 
 
 @dataclass
@@ -47,6 +49,7 @@ class ForwardPatch:
                 forwards = self._find(model)
                 for module, forward in forwards.items():
                     vars(module)["forward"] = forward
+                    _installed.add(forward)
                 patched = self._patched[model] = _Patched(list(forwards))
             patched.num_users += 1
             return len(patched.modules)
@@ -69,6 +72,11 @@ class ForwardPatch:
 def has_own_forward(module: torch.nn.Module) -> bool:
     """Whether something has replaced the forward of its class already."""
     return "forward" in vars(module)
+
+
+def has_installed_forward(module: torch.nn.Module) -> bool:
+    """Whether the forward of a layer is one that a `ForwardPatch` put there."""
+    return vars(module).get("forward") in _installed
 
 
 def hook_tables(*modules: torch.nn.Module) -> list[dict[int, Callable[..., Any]]]:

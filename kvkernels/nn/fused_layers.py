@@ -17,13 +17,15 @@ has, the layer's own forward runs; so does an activation's that has hooks.
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from kvkernels import native
 from kvkernels.checks import FLOAT_DTYPES, is_plain
@@ -40,6 +42,7 @@ _gated_activation: Callable[..., torch.Tensor] = torch.ops.kvkernels.gated_activ
 _rotary_embedding: Callable[..., torch.Tensor] = torch.ops.kvkernels.rotary_embedding.default
 
 _ROTATE = "apply_rotary_pos_emb"
+_FUSED_ROTATE = f"_kvkernels_{_ROTATE}"
 _ACTIVATIONS = {
     "SiLU": "silu",
     "SiLUActivation": "silu",
@@ -177,9 +180,9 @@ class FusedMLP:
 
 
 def _find_attention(module: torch.nn.Module) -> Callable[..., Any] | None:
-    """The class's forward, in whose globals the function that rotates is another one."""
+    """The class's forward, in which the function that rotates has another name."""
     forward = type(module).forward
-    if not isinstance(forward, FunctionType) or _ROTATE not in forward.__code__.co_names:
+    if not isinstance(forward, FunctionType) or not _refers_to_global(forward, _ROTATE):
         return None
     rotate, head_dim = forward.__globals__.get(_ROTATE), getattr(module, "head_dim", None)
     if not callable(rotate) or not isinstance(head_dim, int) or head_dim % 2:
@@ -194,16 +197,32 @@ def _find_attention(module: torch.nn.Module) -> Callable[..., Any] | None:
     fused = partial(_rotate, rotate)
     if any(_distance(*pair) > _MOST_DISTANT for pair in zip(rotated, fused(*args), strict=True)):
         return None
-    rebound = FunctionType(
-        forward.__code__,
-        # A function of this module, for whoever asks whose it is.
-        {**forward.__globals__, _ROTATE: fused, "__name__": __name__},
+    return MethodType(_rename_global(forward, _ROTATE, _FUSED_ROTATE, fused), module)
+
+
+def _refers_to_global(function: FunctionType, name: str) -> bool:
+    """Whether it has a global of that name, and neither attribute nor method."""
+    uses = [one.opname for one in dis.get_instructions(function) if one.argval == name]
+    return bool(uses) and set(uses) == {"LOAD_GLOBAL"}
+
+
+def _rename_global(forward: FunctionType, name: str, other_name: str, value: Any) -> FunctionType:
+    """The same function, for which the value of a global name is another one.
+
+    The value stays among the function's globals under a name of its own. In a copy of them, what
+    torch.compile adds to the module's would be missing, and what anybody replaces there be ignored.
+    """
+    forward.__globals__[other_name] = value
+    names = (other_name if one == name else one for one in forward.__code__.co_names)
+    renamed = FunctionType(
+        forward.__code__.replace(co_names=tuple(names)),
+        forward.__globals__,
         forward.__name__,
         forward.__defaults__,
         forward.__closure__,
     )
-    rebound.__kwdefaults__ = forward.__kwdefaults__
-    return partial(rebound, module)
+    renamed.__kwdefaults__ = forward.__kwdefaults__
+    return renamed
 
 
 def _rotate(
@@ -219,8 +238,8 @@ def _rotate(
     tensors = (query, key, cos, sin)
     if others or options or not _are_served(*tensors) or not _are_whole_rotations(*tensors):
         return rotate(*tensors, *others, **options)
-    is_plain = all(type(tensor) is torch.Tensor for tensor in tensors)
-    rotate_one = rotary_embedding_cpu if is_plain else _rotary_embedding
+    goes_straight = all(type(tensor) is torch.Tensor for tensor in tensors) and not is_compiling()
+    rotate_one = rotary_embedding_cpu if goes_straight else _rotary_embedding
     return rotate_one(query, cos, sin), rotate_one(key, cos, sin)
 
 
@@ -252,8 +271,13 @@ def _are_served(*tensors: torch.Tensor) -> bool:
 
 def _goes_straight(tensor: torch.Tensor) -> bool:
     """Whether the C++ kernels take it as it is. In a small model, the ways of PyTorch to an
-    operator take longer than many kernels."""
-    return native.is_available and type(tensor) is torch.Tensor and tensor.is_contiguous()
+    operator take longer than many kernels; but a compiler knows operators alone."""
+    return (
+        native.is_available
+        and type(tensor) is torch.Tensor
+        and tensor.is_contiguous()
+        and not is_compiling()
+    )
 
 
 # ---- trials ----------------------------------------------------------------------------------

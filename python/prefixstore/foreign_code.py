@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch.nn.modules import module as torch_module
 
+from kvkernels.nn.forward_patch import has_installed_forward
+
 # As prefixes of the full names of modules.
 _OF_KNOWN_HOOKS = ("accelerate.", "kvkernels.", "prefixstore.", "torch.", "transformers.")
 # What functions of these put in a forward's place calls that forward, or was tried beside it. Of
 # PyTorch only what compiles does: `torch.autocast` as a decorator is another, and so is any
 # function of `torch.nn.functional`.
-_OF_KNOWN_FORWARDS = ("accelerate.", "kvkernels.", "torch._dynamo.", "transformers.")
+_OF_KNOWN_FORWARDS = ("accelerate.", "torch._dynamo.", "transformers.")
 
 
 def find_foreign_code(model: torch.nn.Module) -> str | None:
@@ -54,6 +56,8 @@ def foreign_global_hooks() -> list[Callable[..., Any]]:
 
 def foreign_forward(module: torch.nn.Module) -> Callable[..., Any] | None:
     """What a module computes with in place of its class's forward, unless that is known."""
+    if has_installed_forward(module):
+        return None
     forward = vars(module).get("forward")
     for part in _with_wrapped(forward):
         if isinstance(part, MethodType):

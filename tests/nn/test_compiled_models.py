@@ -1,0 +1,78 @@
+"""Models that torch.compile compiles, before layers are replaced in them or after."""
+
+import pytest
+import tiny_models
+import torch
+
+from kvkernels import UnsupportedError
+from kvkernels.nn import batch_invariance, decoder_layers, fused_layers
+from kvkernels.nn.batch_invariance import batch_invariant
+from kvkernels.nn.transformers import paged_attention
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def check_logits(model, expected, num_tokens=20):
+    with torch.inference_mode():
+        got = model(torch.arange(num_tokens)[None]).logits
+    torch.testing.assert_close(got, expected[:, :num_tokens], rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def model():
+    return tiny_models.llama(num_hidden_layers=2)
+
+
+@pytest.fixture
+def expected(model):
+    with torch.inference_mode():
+        return model(torch.arange(24)[None]).logits
+
+
+def test_fused_layers_in_a_model_that_is_compiled(model, expected):
+    model.compile(backend="eager")
+    check_logits(model, expected)
+    num_replaced = fused_layers.install(model)
+    assert num_replaced == 9
+    check_logits(model, expected)
+    check_logits(model, expected, num_tokens=24)
+    fused_layers.uninstall(model)
+    check_logits(model, expected)
+
+
+def test_a_model_with_fused_layers_may_be_compiled_in_one_graph(model, expected):
+    fused_layers.install(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    check_logits(compiled, expected)
+    check_logits(compiled, expected, num_tokens=24)
+    fused_layers.uninstall(model)
+    check_logits(compiled, expected)
+
+
+def test_a_model_on_our_kernels_may_be_compiled(model, expected):
+    with paged_attention(model), batch_invariant(model):
+        fused_layers.install(model)
+        assert decoder_layers.install(model) == 2
+        model.compile(backend="eager")
+        check_logits(model, expected)
+        check_logits(model, expected, num_tokens=24)
+        decoder_layers.uninstall(model)
+        fused_layers.uninstall(model)
+
+
+@pytest.mark.parametrize("name", ["", "model.layers.1.mlp"])
+def test_no_bits_are_promised_of_what_is_compiled(model, name):
+    model.get_submodule(name).compile(backend="eager")
+    with pytest.raises(UnsupportedError, match=f"not compiled .*, got {name or 'a model'} that is"):
+        batch_invariance.install(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_no_bits_are_promised_of_a_compiled_wrapper(model):
+    with pytest.raises(UnsupportedError, match="not compiled"):
+        batch_invariance.install(torch.compile(model, backend="eager"))
