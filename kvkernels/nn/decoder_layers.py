@@ -121,6 +121,8 @@ class FusedDecoderLayer:
         self._kernels = LayerKernels(_find_parts(module, self._attention_options))
         self._dtype = call.hidden_states.dtype
         self._hooks = _hooks_within(module)
+        self._parts = [part._modules for part in module.modules()]
+        self._expected_parts = [dict(own) for own in self._parts]
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> Any:
         cache = options.get("past_key_values")
@@ -133,6 +135,8 @@ class FusedDecoderLayer:
         if is_compiling():  # which follows no addresses
             return False
         if options.keys() != self._option_names or hidden_states.dim() != 3 or any(self._hooks):
+            return False
+        if self._parts != self._expected_parts:  # others may be put there any time
             return False
         kernels = self._kernels
         cos, sin = options["position_embeddings"]

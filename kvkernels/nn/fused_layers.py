@@ -144,7 +144,7 @@ def _find_mlp(module: torch.nn.Module) -> Callable[..., Any] | None:
     if activation is None or not isinstance(in_features, int) or any(hook_tables(act_fn)):
         return None
     rows = _draw(1, _NUM_TRIAL_ROWS, in_features, dtype=next(module.parameters()).dtype)
-    forward = FusedMLP(module, activation)
+    forward = FusedMLP(module, module.act_fn, activation)
     distance = _distance(_try(module.forward, rows), _try(forward, rows))
     return forward if distance < _MOST_DISTANT else None
 
@@ -160,11 +160,12 @@ class FusedMLP:
     """In place of the forward of three linear layers; see `kvkernels.gated_activation`."""
 
     module: Any
+    act_fn: Any
     activation: str
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         module = self.module
-        if len(args) != 1 or options:
+        if len(args) != 1 or options or module.act_fn is not self.act_fn:
             return type(module).forward(module, *args, **options)
         (x,) = args
         gate, up = module.gate_proj(x), module.up_proj(x)

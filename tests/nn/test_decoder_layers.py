@@ -148,6 +148,62 @@ def test_weights_may_be_replaced(replace):
     assert not any(map(torch.equal, got, before))
 
 
+class WithBranch(torch.nn.Module):
+    """A linear layer and what an adapter adds to it."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.branch = torch.nn.Linear(base_layer.in_features, base_layer.out_features)
+
+    def forward(self, rows):
+        return self.base_layer(rows) + self.branch(rows)
+
+
+def add_adapters(layer):
+    layer.self_attn.q_proj = WithBranch(layer.self_attn.q_proj)
+    layer.mlp.down_proj = WithBranch(layer.mlp.down_proj)
+
+
+def replace_gate(layer):
+    layer.mlp = tiny_models.llama().model.layers[0].mlp
+
+
+def replace_attention(layer):
+    other = tiny_models.llama().model.layers[0].self_attn
+    other.config, other.layer_idx = layer.self_attn.config, layer.self_attn.layer_idx
+    layer.self_attn = other
+
+
+def replace_activation(layer):
+    layer.mlp.act_fn = torch.nn.ReLU()
+
+
+def replace_norm(layer):
+    layer.input_layernorm = torch.nn.Identity()
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [add_adapters, replace_gate, replace_attention, replace_activation, replace_norm],
+)
+def test_modules_may_be_replaced(replace, monkeypatch):
+    model = tiny_models.llama()
+    with with_kernels(model):
+        decoder_layers.install(model)
+        packed = make_packed(model, (40,))
+        before = run_steps(packed)
+        with torch.no_grad():
+            replace(model.model.layers[1])
+        runs = count_runs(monkeypatch)
+        got = run_steps(packed)
+        assert len(set(runs)) == 2  # the other two layers are replaced still
+        decoder_layers.uninstall(model)
+        expected = run_steps(packed)
+    assert all(map(torch.equal, got, expected))
+    assert not any(map(torch.equal, got, before))
+
+
 def test_a_weight_of_another_shape_is_refused():
     model = tiny_models.llama()
     with with_kernels(model):

@@ -109,6 +109,16 @@ def test_leaves_other_activations():
     assert kinds == {"LlamaRMSNorm", "LlamaAttention"}
 
 
+def test_an_activation_may_be_replaced():
+    model = tiny_models.llama()
+    fused_layers.install(model)
+    for layer in model.model.layers:
+        layer.mlp.act_fn = torch.nn.ReLU()
+    fused = logits_of(model)
+    fused_layers.uninstall(model)
+    torch.testing.assert_close(fused, logits_of(model), rtol=1e-4, atol=1e-4)
+
+
 def test_leaves_layers_with_a_forward_of_their_own():
     model = tiny_models.llama()
     mlp = model.model.layers[0].mlp
