@@ -52,7 +52,7 @@ _UNSERVED_ARGUMENTS = {
 
 @dataclass
 class _Installed:
-    previous: str | dict[str, str]
+    previous: dict[str, str]  # as `set_attn_implementation` takes it
     num_users: int = 0
 
 
@@ -75,7 +75,8 @@ def register() -> None:
 def install(model: Any) -> None:
     """Let a model's text attention layers run on kvkernels, until `uninstall`.
 
-    Installed twice, a model stays so until it is uninstalled twice.
+    Installed twice, a model stays so until it is uninstalled twice. Models that share a
+    configuration share its attention, until the last of them is uninstalled.
 
     Args:
         model: A `transformers.PreTrainedModel`.
@@ -85,7 +86,8 @@ def install(model: Any) -> None:
     """
     with install_lock:
         if model not in _installed:
-            _installed[model] = _Installed(_replace_attention(model))
+            shared = _shared_before(model.config)
+            _installed[model] = _Installed(_replace_attention(model) | shared)
         _installed[model].num_users += 1
 
 
@@ -98,7 +100,13 @@ def uninstall(model: Any) -> None:
         installed.num_users -= 1
         if installed.num_users == 0:
             del _installed[model]
-            model.set_attn_implementation(installed.previous)
+            parts, shared = _parts(model.config), _shared_before(model.config)
+            model.set_attn_implementation(
+                {
+                    key: parts[key]._attn_implementation if key in shared else previous
+                    for key, previous in installed.previous.items()
+                }
+            )
 
 
 @contextmanager
@@ -237,17 +245,35 @@ def _make_mask(
     return None if window is None else SlidingMask(window)
 
 
-def _replace_attention(model: Any) -> str | dict[str, str]:
+def _parts(config: Any) -> dict[str, Any]:
+    """A configuration and those inside it, by the names that `set_attn_implementation` knows."""
+    names = getattr(config, "sub_configs", {})
+    inside = {name: getattr(config, name, None) for name in names}
+    return {"": config} | {name: part for name, part in inside.items() if part is not None}
+
+
+def _shared_before(config: Any) -> dict[str, str]:
+    """Of those parts of it that installed models share, what was there before the first came."""
+    originals = {
+        id(part): installed.previous[key]
+        for model, installed in _installed.items()
+        for key, part in _parts(model.config).items()
+        if key in installed.previous
+    }
+    return {
+        key: originals[id(part)] for key, part in _parts(config).items() if id(part) in originals
+    }
+
+
+def _replace_attention(model: Any) -> dict[str, str]:
     """Have the text layers' attention looked up under our name; returns what was there before."""
     register()
     previous = _implementations(model.config)
     text_config = model.config.get_text_config(decoder=True)
-    wanted: str | dict[str, str] = IMPLEMENTATION
-    if isinstance(previous, dict):
-        wanted = {
-            key: IMPLEMENTATION if key == "" or getattr(model.config, key) is text_config else name
-            for key, name in previous.items()
-        }
+    wanted = {
+        key: IMPLEMENTATION if key == "" or part is text_config else previous[key]
+        for key, part in _parts(model.config).items()
+    }
     model.set_attn_implementation(wanted)
     if text_config._attn_implementation != IMPLEMENTATION:
         model.set_attn_implementation(previous)
@@ -272,12 +298,6 @@ def _refuse_unserved(module: torch.nn.Module, dropout: float, kwargs: dict[str, 
         )
 
 
-def _implementations(config: Any) -> str | dict[str, str]:
+def _implementations(config: Any) -> dict[str, str]:
     """A configuration's attention implementations, as `set_attn_implementation` takes them."""
-    own = config._attn_implementation
-    parts = {
-        key: part._attn_implementation
-        for key in getattr(config, "sub_configs", {})
-        if (part := getattr(config, key, None)) is not None
-    }
-    return {"": own, **parts} if parts else own
+    return {key: part._attn_implementation for key, part in _parts(config).items()}

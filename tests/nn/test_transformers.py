@@ -96,7 +96,39 @@ def test_install_is_undone():
     assert model.config._attn_implementation == before
 
 
-def test_install_leaves_the_vision_part_alone():
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("make", ["two of one configuration", "a model and the one inside"])
+def test_models_that_share_a_configuration_are_given_back_with_the_last(make, first):
+    one = llama()
+    other = one.model if make == "a model and the one inside" else type(one)(one.config).eval()
+    assert one.config is other.config
+    one.set_attn_implementation("sdpa")
+    install(one)
+    install(other)
+    both = [one, other]
+    uninstall(both.pop(first))
+    assert one.config._attn_implementation == IMPLEMENTATION
+    uninstall(both.pop())
+    assert one.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_part_of_a_model_may_share_its_configuration_with_it(order):
+    model = gemma3_with_images()
+    both = [model, model.model.language_model]
+    config, text_config = (one.config for one in both)
+    assert config.text_config is text_config
+    before = config._attn_implementation, text_config._attn_implementation
+    for index in order:
+        install(both[index])
+    uninstall(model)
+    assert config._attn_implementation == before[0]
+    assert text_config._attn_implementation == IMPLEMENTATION
+    uninstall(both[1])
+    assert (config._attn_implementation, text_config._attn_implementation) == before
+
+
+def gemma3_with_images():
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     text = {**gemma3().config.to_dict()}
@@ -108,9 +140,13 @@ def test_install_leaves_the_vision_part_alone():
         "image_size": 28,
         "patch_size": 14,
     }
-    model = Gemma3ForConditionalGeneration(
+    return Gemma3ForConditionalGeneration(
         Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     )
+
+
+def test_install_leaves_the_vision_part_alone():
+    model = gemma3_with_images()
     config = model.config
     before = config.vision_config._attn_implementation
     install(model)
