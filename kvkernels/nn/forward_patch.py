@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -19,6 +20,9 @@ install_lock = threading.RLock()
 
 Forwards = dict[torch.nn.Module, Callable[..., Any]]
 
+# `copy` and `pickle` ask an object, not its class, for the state that they take with them.
+_REPLACED = ("forward", "__getstate__")
+
 _installed: WeakSet[Callable[..., Any]] = WeakSet()
 
 
@@ -30,6 +34,8 @@ class _Patched:
 
 class ForwardPatch:
     """Replaces the `forward` of some of a model's layers until the last user is done.
+
+    A copy of the model, or of a layer, has the forwards of its classes, and so has what is pickled.
 
     Any thread may install and uninstall, one at a time (`install_lock`).
 
@@ -48,7 +54,7 @@ class ForwardPatch:
             if patched is None:
                 forwards = self._find(model)
                 for module, forward in forwards.items():
-                    vars(module)["forward"] = forward
+                    vars(module).update(forward=forward, __getstate__=partial(_own_state, module))
                     _installed.add(forward)
                 patched = self._patched[model] = _Patched(list(forwards))
             patched.num_users += 1
@@ -65,7 +71,8 @@ class ForwardPatch:
                 return False
             del self._patched[model]
             for module in patched.modules:
-                del vars(module)["forward"]
+                for name in _REPLACED:
+                    del vars(module)[name]
             return True
 
 
@@ -84,3 +91,10 @@ def hook_tables(*modules: torch.nn.Module) -> list[dict[int, Callable[..., Any]]
     of_all = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
     own = ((module._forward_hooks, module._forward_pre_hooks) for module in modules)
     return [*of_all, *chain.from_iterable(own)]
+
+
+def _own_state(module: torch.nn.Module) -> dict[str, Any]:
+    """What a layer is without what was replaced in it."""
+    get_state = getattr(type(module), "__getstate__", vars)  # every class has it since Python 3.11
+    state: dict[str, Any] = get_state(module)
+    return {name: value for name, value in state.items() if name not in _REPLACED}

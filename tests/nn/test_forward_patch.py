@@ -1,5 +1,7 @@
 """Models that several threads install kvkernels in at once: each is done, and undone, once."""
 
+import copy
+import pickle
 import sys
 import threading
 import time
@@ -8,6 +10,7 @@ import pytest
 import tiny_models
 import torch
 
+from kvkernels.nn import batch_invariance, decoder_layers, fused_layers
 from kvkernels.nn.batch_invariance import batch_invariant
 from kvkernels.nn.forward_patch import ForwardPatch
 from kvkernels.nn.transformers import paged_attention
@@ -52,6 +55,40 @@ def test_layers_stay_replaced_until_the_last_thread_is_done():
     assert "forward" in vars(model)
     assert patch.uninstall(model)
     assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize(
+    "make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+@torch.inference_mode()
+def test_a_copy_is_a_model_as_it_was_made(make_copy):
+    model, tokens = tiny_models.llama(), torch.arange(20)[None]
+    own = model(tokens).logits
+    with paged_attention(model), batch_invariant(model):
+        fused_layers.install(model)
+        assert decoder_layers.install(model) == 3
+        replaced = model(tokens).logits
+        copied = make_copy(model)
+        assert torch.equal(model(tokens).logits, replaced)
+        decoder_layers.uninstall(model)
+        fused_layers.uninstall(model)
+    names = [set(vars(module)) for module in model.modules()]
+    assert [set(vars(module)) for module in copied.modules()] == names
+    assert not any("forward" in own_names for own_names in names)
+    assert not any(map(batch_invariance.is_batch_invariant, copied.modules()))
+    copied.set_attn_implementation(model.config._attn_implementation)
+    assert torch.equal(copied(tokens).logits, own)
+    with batch_invariant(copied):
+        assert fused_layers.install(copied) > 0
+        fused_layers.uninstall(copied)
+
+
+def test_a_shallow_copy_of_a_layer_is_one_of_its_class():
+    layer = torch.nn.Linear(2, 2)
+    with batch_invariant(layer):
+        copied = copy.copy(layer)
+    assert "forward" not in vars(copied)
+    assert copied.weight is layer.weight
 
 
 @pytest.mark.parametrize("serve", [paged_attention, batch_invariant])
