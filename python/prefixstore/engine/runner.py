@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import numpy as np
@@ -81,34 +81,37 @@ class ModelRunner:
         self._groups = tuple(groups)
         self._block_size = block_size
         self._device = groups[0].pool.device
-        self.is_batch_invariant = install_batch_invariance(model, batch_invariant)
-        self._has_fused_layers = fuses_layers and fused_layers.install(model) > 0
-        # A pass is then all but nothing else than our kernels.
-        is_ours = self.is_batch_invariant and self._has_fused_layers
-        self.threads: Callable[[], AbstractContextManager[None]] = (
-            own_threads if is_ours else nullcontext
-        )
-        self._has_decoder_layers = is_ours and decoder_layers.install(model) > 0
-        recorder = find_recorder(self._device) if cuda_graphs else None
-        self._graphs = (
-            DecodeGraphs(self._forward_decode, model, len(self._groups), self._device, recorder)
-            if recorder is not None
-            else None
-        )
+        # Undone in reverse order, also where the rest fails.
+        with ExitStack() as changes:
+            self.is_batch_invariant = install_batch_invariance(model, batch_invariant)
+            if self.is_batch_invariant:
+                changes.callback(batch_invariance.uninstall, model)
+            num_fused = 0
+            if fuses_layers:
+                num_fused = fused_layers.install(model)
+                changes.callback(fused_layers.uninstall, model)
+            # A pass is then all but nothing else than our kernels.
+            is_ours = self.is_batch_invariant and num_fused > 0
+            self.threads: Callable[[], AbstractContextManager[None]] = (
+                own_threads if is_ours else nullcontext
+            )
+            if is_ours:
+                decoder_layers.install(model)
+                changes.callback(decoder_layers.uninstall, model)
+            recorder = find_recorder(self._device) if cuda_graphs else None
+            self._graphs = (
+                DecodeGraphs(self._forward_decode, model, len(self._groups), self._device, recorder)
+                if recorder is not None
+                else None
+            )
+            if self._graphs is not None:
+                changes.callback(self._graphs.close)
+            self._changes = changes.pop_all()
 
     def close(self) -> None:
         """Give the model back what was changed. May be called again."""
-        if self._graphs is not None:
-            self._graphs.close()
-        if self._has_decoder_layers:
-            self._has_decoder_layers = False
-            decoder_layers.uninstall(self._model)
-        if self.is_batch_invariant:
-            self.is_batch_invariant = False
-            batch_invariance.uninstall(self._model)
-        if self._has_fused_layers:
-            self._has_fused_layers = False
-            fused_layers.uninstall(self._model)
+        self.is_batch_invariant = False
+        self._changes.close()
 
     @property
     def graph_shapes(self) -> list[DecodeShape]:
