@@ -36,8 +36,9 @@ from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward, 
 from kvkernels.nn.fused_layers import FusedMLP, FusedNorm
 from kvkernels.nn.layer_kernels import LayerKernels, LayerParts
 from kvkernels.nn.paged_kv import PagedKV
-from kvkernels.nn.transformers import SlidingMask, attend, observe_attention
+from kvkernels.nn.transformers import attend, observe_attention
 from kvkernels.nn.transformers_batch import BatchCache
+from kvkernels.nn.transformers_mask import find_window
 
 logger = logging.getLogger(__name__)
 
@@ -169,10 +170,10 @@ class FusedDecoderLayer:
         mask = options["attention_mask"]
         key: torch.Tensor | PagedKV
         value: torch.Tensor | PagedKV
-        if cache is None or not (mask is None or isinstance(mask, SlidingMask)):
+        if cache is None:
             query, key, value = layer_pass.heads
         else:
-            window = self._window if mask is None else mask.window
+            window = find_window(mask, self._window)
             # What may differ from layer to layer in a call.
             call = (layer_pass.num_tokens, *self._kernels.sizes, self._dtype, window)
             place = cache.next_place(self._layer_idx, call)

@@ -20,13 +20,8 @@ from kvkernels.nn.dense import sequences_as_blocks, tokens_as_blocks
 from kvkernels.nn.forward_patch import install_lock
 from kvkernels.nn.paged_kv import PagedKV, equal_bounds, merge_tokens
 from kvkernels.nn.transformers_cache import PagedCache
-from kvkernels.nn.transformers_compat import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    check_mask_span,
-    mask_window,
-    without_idle_packing,
-)
+from kvkernels.nn.transformers_compat import AttentionInterface, AttentionMaskInterface
+from kvkernels.nn.transformers_mask import MaskStandIn, find_window, make_mask
 
 __all__ = [
     "IMPLEMENTATION",
@@ -47,6 +42,16 @@ _UNSERVED_ARGUMENTS = {
     "position_bias": "a position bias",
     "output_attentions": "attention weights as an output",
     "cache": "the continuous batching of transformers",
+    "indices": "a choice of keys for each token (sparse attention)",
+    "block_indices": "a choice of key blocks for each token (sparse attention)",
+}
+
+# What else comes along, and changes nothing: what the model was called with, and what kernels for
+# packed sequences are told, whom the mask or the cache tells apart here.
+_IDLE_ARGUMENTS = {
+    *("is_causal", "position_ids", "cache_position", "use_cache", "token_type_ids", "return_dict"),
+    *("output_hidden_states", "output_router_logits", "num_items_in_batch", "deterministic"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
 }
 
 
@@ -59,17 +64,10 @@ class _Installed:
 _installed: WeakKeyDictionary[torch.nn.Module, _Installed] = WeakKeyDictionary()
 
 
-@dataclass(frozen=True)
-class SlidingMask:
-    """Stands in for the mask tensor of layers whose tokens see only the last `window` tokens."""
-
-    window: int
-
-
 def register() -> None:
     """Make `attn_implementation="kvkernels"` known to transformers. Idempotent."""
     AttentionInterface.register(IMPLEMENTATION, attend)
-    AttentionMaskInterface.register(IMPLEMENTATION, _make_mask)
+    AttentionMaskInterface.register(IMPLEMENTATION, make_mask)
 
 
 def install(model: Any) -> None:
@@ -124,7 +122,7 @@ def attend(
     query: torch.Tensor,
     key: torch.Tensor | PagedKV,
     value: torch.Tensor | PagedKV,
-    attention_mask: SlidingMask | torch.Tensor | None,
+    attention_mask: MaskStandIn | torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -142,7 +140,7 @@ def attend(
         key: A `PagedKV`, or ``[batch, num_kv_heads, num_keys, head_dim]`` from any cache that
             grows or from none.
         value: Like ``key``.
-        attention_mask: What `_make_mask` gave: None (causal) or a `SlidingMask`.
+        attention_mask: What `make_mask` gave; None is causal.
         scaling: Multiplies scores before softmax.
         dropout: Must be zero.
         sliding_window: A token sees itself and so many tokens before it, less one.
@@ -156,16 +154,13 @@ def attend(
         UnsupportedError: If the layer asks for what no kernel serves; the feature is named.
     """
     _refuse_unserved(module, dropout, kwargs)
-    if isinstance(attention_mask, SlidingMask):
-        sliding_window = attention_mask.window
-    elif attention_mask is not None:
-        raise UnsupportedError("attention_mask: expected none or a causal one, got a custom mask")
+    num_keys = None if isinstance(key, PagedKV) else key.shape[2]
+    window = find_window(attention_mask, sliding_window, num_keys)
     batch_size, num_heads, num_new, head_dim = query.shape
     if isinstance(key, PagedKV):
-        if key.window is not None and (sliding_window is None or sliding_window > key.window):
+        if key.window is not None and (window is None or window > key.window):
             raise ValueError(
-                f"sliding_window: expected at most {key.window} (the layer group's), got"
-                f" {sliding_window}"
+                f"sliding_window: expected at most {key.window} (the layer group's), got {window}"
             )
         key_cache, value_cache, batch = key.key_cache, key.value_cache, key.batch
         block_table, seq_lens, cu_seqlens_q = batch.block_table, batch.seq_lens, batch.cu_seqlens_q
@@ -184,7 +179,7 @@ def attend(
         seq_lens,
         cu_seqlens_q,
         sm_scale=scaling,
-        window=sliding_window,
+        window=window,
         soft_cap=softcap,
         sinks=None if s_aux is None else s_aux.detach().float(),
         batch_invariant=is_batch_invariant(module),
@@ -208,41 +203,6 @@ def observe_attention(
         yield
     finally:
         AttentionInterface.register(IMPLEMENTATION, attend)
-
-
-def _make_mask(
-    *,
-    kv_length: int,
-    kv_offset: int = 0,
-    mask_function: Any,
-    attention_mask: torch.Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    config: Any = None,
-    q_offset: int | torch.Tensor | None = None,
-    q_length: int | None = None,
-    **_: Any,
-) -> SlidingMask | None:
-    """In place of a mask tensor: None for causal attention, a `SlidingMask` for a window.
-
-    transformers clears `allow_is_causal_skip` for every deviation from those two.
-
-    Raises:
-        UnsupportedError: For padding, a static cache and every other mask.
-    """
-    check_mask_span(attention_mask, kv_length, kv_offset, q_offset, q_length)
-    if attention_mask is not None and not bool(attention_mask.all()):
-        raise UnsupportedError(
-            "attention_mask: expected sequences of one length, got padding; run them one by one"
-        )
-    if not allow_is_causal_skip:
-        mask_function = without_idle_packing(mask_function)
-        if mask_function is None:
-            raise UnsupportedError(
-                "attention_mask: expected a causal or sliding-window mask, got packed sequences,"
-                " bidirectional attention, a static cache or another overlay"
-            )
-    window = mask_window(mask_function, config)
-    return None if window is None else SlidingMask(window)
 
 
 def _parts(config: Any) -> dict[str, Any]:
@@ -289,6 +249,9 @@ def _refuse_unserved(module: torch.nn.Module, dropout: float, kwargs: dict[str, 
         given = kwargs.get(name)
         if given is not None and given is not False:
             raise UnsupportedError(f"{name}: expected attention without {feature}, got it")
+    for name, given in kwargs.items():
+        if given is not None and given is not False and name not in _IDLE_ARGUMENTS:
+            raise UnsupportedError(f"{name}: expected no such argument of attention, got one")
     if dropout:
         raise UnsupportedError(f"dropout: expected 0 (inference only), got {dropout}")
     is_causal = kwargs.get("is_causal")

@@ -189,12 +189,22 @@ def test_generate_refuses(options, message):
         generate(model, ids, **options)
 
 
+def test_generate_refuses_a_static_cache_beside_windows():
+    model = gemma3()
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    with paged_attention(model), pytest.raises(UnsupportedError, match="static cache"):
+        generate(model, ids, cache_implementation="static")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"output_attentions": True}, "attention weights"),
         ({"head_mask": torch.ones(4)}, "head mask"),
         ({"position_bias": torch.zeros(1)}, "position bias"),
+        ({"indices": torch.zeros(1)}, "indices: .*sparse attention"),
+        ({"block_indices": torch.zeros(1)}, "block_indices: .*sparse attention"),
+        ({"gate": torch.zeros(1)}, "gate: expected no such argument"),
         ({"dropout": 0.1}, "dropout: expected 0"),
         ({"is_causal": False}, "cross-attention"),
     ],
@@ -203,6 +213,14 @@ def test_attention_refuses(arguments, message):
     states = torch.zeros(1, 2, 3, 16)
     with pytest.raises(UnsupportedError, match=message):
         attend(torch.nn.Module(), states, states, states, None, **arguments)
+
+
+def test_attention_takes_what_asks_nothing_of_it():
+    states = torch.randn(1, 2, 3, 16)
+    want, _ = attend(torch.nn.Module(), states, states, states, None)
+    idle = {"position_ids": torch.arange(3)[None], "use_cache": True, "head_mask": None}
+    got, _ = attend(torch.nn.Module(), states, states, states, None, **idle, gate=None)
+    assert torch.equal(got, want)
 
 
 def test_attention_refuses_values_of_another_width():

@@ -1,6 +1,8 @@
 """Random-weight models small enough for a test, and pools for them."""
 
+import pytest
 import torch
+import transformers
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -16,10 +18,17 @@ from transformers import (
     Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
 )
 
 from kvkernels import BlockAllocator, KVPool
 from kvkernels.nn import PagedGroup, layer_groups
+
+# 4.57 looks the attention of fewer models up by name.
+needs_transformers_5 = pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="the model is served in transformers 5"
+)
 
 BLOCK_SIZE = 16
 WINDOW = 24  # not a multiple of the block size
@@ -65,6 +74,19 @@ def qwen2():
         max_window_layers=1,
     )
     return _initialised(Qwen2ForCausalLM, config)
+
+
+def qwen2_moe():
+    """A window of nothing in the configuration, as by default, and no layer that has it."""
+    config = Qwen2MoeConfig(
+        **SIZES,
+        num_hidden_layers=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+    )
+    return _initialised(Qwen2MoeForCausalLM, config)
 
 
 def gemma2():
