@@ -8,6 +8,24 @@ import torch
 DensePool = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
+def as_pool(key: torch.Tensor, value: torch.Tensor, first_key: int = 0) -> DensePool:
+    """The pool that attention reads fastest, or reads by position.
+
+    Args:
+        key: ``[batch, num_kv_heads, num_keys, head_dim]``, last stride 1.
+        value: Like ``key``.
+        first_key: Position of the first key in its sequence; no block holds those before it.
+    """
+    if first_key:
+        key_cache, value_cache, block_table = tokens_as_blocks(key, value)
+        return (
+            key_cache,
+            value_cache,
+            torch.nn.functional.pad(block_table, (first_key, 0), value=-1),
+        )
+    return tokens_as_blocks(key, value) if key.is_cuda else sequences_as_blocks(key, value)
+
+
 def sequences_as_blocks(key: torch.Tensor, value: torch.Tensor) -> DensePool:
     """A pool in which each sequence is one block; nothing is copied.
 

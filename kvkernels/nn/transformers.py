@@ -16,7 +16,7 @@ import torch
 from kvkernels import ops
 from kvkernels.errors import UnsupportedError
 from kvkernels.nn.batch_invariance import is_batch_invariant
-from kvkernels.nn.dense import sequences_as_blocks, tokens_as_blocks
+from kvkernels.nn.dense import as_pool
 from kvkernels.nn.forward_patch import install_lock
 from kvkernels.nn.paged_kv import PagedKV, equal_bounds, merge_tokens
 from kvkernels.nn.transformers_cache import PagedCache
@@ -156,6 +156,7 @@ def attend(
     _refuse_unserved(module, dropout, kwargs)
     num_keys = None if isinstance(key, PagedKV) else key.shape[2]
     window = find_window(attention_mask, sliding_window, num_keys)
+    is_invariant = is_batch_invariant(module)
     batch_size, num_heads, num_new, head_dim = query.shape
     if isinstance(key, PagedKV):
         if key.window is not None and (window is None or window > key.window):
@@ -167,9 +168,11 @@ def attend(
     else:
         if isinstance(value, PagedKV) or key.shape != value.shape:
             raise UnsupportedError("value: expected the shape of key, got another")
-        as_pool = tokens_as_blocks if key.is_cuda else sequences_as_blocks
-        key_cache, value_cache, block_table = as_pool(key, value)
-        seq_lens = torch.full_like(block_table[:, 0], key.shape[2])
+        # A cache that has let tokens go hands on the keys of the last ones. In which order they are
+        # summed goes by their positions.
+        first_key = getattr(attention_mask, "first_key", 0) if is_invariant else 0
+        key_cache, value_cache, block_table = as_pool(key, value, first_key)
+        seq_lens = torch.full_like(block_table[:, 0], first_key + key.shape[2])
         cu_seqlens_q = equal_bounds(batch_size, num_new, query.device)
     out = ops.paged_attention(
         merge_tokens(query),
@@ -182,7 +185,7 @@ def attend(
         window=window,
         soft_cap=softcap,
         sinks=None if s_aux is None else s_aux.detach().float(),
-        batch_invariant=is_batch_invariant(module),
+        batch_invariant=is_invariant,
     )
     assert isinstance(out, torch.Tensor)  # a pair only where the log-sum-exp was asked for
     return out.view(batch_size, num_new, num_heads, head_dim), None

@@ -1,11 +1,13 @@
 """The same bits however tokens are batched: whole models, and what is refused."""
 
+import itertools
 import random
 
 import pytest
 import tiny_models
 import torch
 from packed_forward import PackedModel
+from transformers import DynamicCache
 from transformers.activations import ACT2FN
 
 from kvkernels import UnsupportedError
@@ -66,6 +68,21 @@ def test_any_steps_give_the_same_bits_with_fused_layers(name):
     assert fused_layers.install(model) > 0
     with paged_attention(model), batch_invariant(model):
         check_any_steps(make_packed(model, (130, 75, 41, 1)), SIZES)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "qwen2"])
+def test_cache_that_lets_tokens_go_gives_the_same_bits(name):
+    model = MODELS[name]()
+    tokens = torch.randint(0, 128, (1, 120))
+    cuts = (0, 70, 71, 72, 90, 91, 120)
+    with torch.no_grad(), paged_attention(model), batch_invariant(model):
+        want = model(tokens, use_cache=False).logits
+        cache = DynamicCache(config=model.config)
+        parts = [
+            model(tokens[:, begin:end], past_key_values=cache).logits
+            for begin, end in itertools.pairwise(cuts)
+        ]
+    assert torch.equal(torch.cat(parts, dim=1), want)
 
 
 @pytest.mark.usefixtures("_any_threads")
