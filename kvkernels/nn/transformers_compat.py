@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -76,19 +76,28 @@ def mask_window(mask_function: Callable[..., Any], config: Any) -> int | None:
     raise UnsupportedError("attention_mask: expected a causal or sliding-window mask, got another")
 
 
+# Whether a row holds several sequences is for the values of a tensor to say, so no graph holds it.
+@torch.compiler.disable
 def without_idle_packing(mask_function: Callable[..., Any]) -> Callable[..., Any] | None:
-    """The mask function without the packed-sequence part that 4.57 always adds to it.
+    """The mask function without the part for packed sequences, where there are none.
 
-    4.57 adds that part to every forward pass without a cache, 5.x only where several sequences
-    really share a row. Its tensor numbers them, from zero.
+    4.57 adds that part to every forward pass without a cache, 5.x where several sequences share a
+    row and wherever it is compiled, as it cannot tell there. Its tensor numbers them, from zero.
 
     Returns:
         None if sequences are packed or other parts make up the mask.
     """
-    parts = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
+    parts = _enclosed(mask_function).get("mask_functions", ())
     if len(parts) != 2:
         return None
-    packed = inspect.getclosurevars(parts[1]).nonlocals.get("packed_sequence_mask")
-    if not isinstance(packed, torch.Tensor) or bool(packed.any()):
-        return None
-    return parts[0]
+    # 4.57: the mask, then the packing; 5.x the other way round
+    for rest, packing in (parts, parts[::-1]):
+        packed = _enclosed(packing).get("packed_sequence_mask")
+        if isinstance(packed, torch.Tensor) and not bool(packed.any()):
+            # In 5.x the rest is the mask at other positions: those of one sequence, here.
+            return _enclosed(rest).get("mask_function", rest)
+    return None
+
+
+def _enclosed(function: Callable[..., Any]) -> Mapping[str, Any]:
+    return inspect.getclosurevars(function).nonlocals

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from tiny_models import make_groups, needs_transformers_5, qwen2_moe
+from tiny_models import gemma3, llama, make_groups, needs_transformers_5, qwen2_moe
 
 from kvkernels import UnsupportedError
 from kvkernels.nn.transformers import PagedCache, attend, paged_attention
@@ -69,3 +69,19 @@ def test_layer_that_computes_with_the_mask_is_refused(refusal):
         mask[:, :, :, :5]
     with pytest.raises(UnsupportedError, match=message):
         _ = mask.shape
+
+
+@pytest.mark.parametrize("make_model", [llama, gemma3])
+def test_compiled_model_without_a_cache(make_model):
+    model = make_model()
+    ids = torch.randint(1, 128, (1, 40))
+    positions = torch.arange(40)[None]
+    with torch.no_grad():
+        want = model(ids, use_cache=False).logits
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="aot_eager")
+        with paged_attention(model):
+            got = compiled(ids, position_ids=positions, use_cache=False).logits
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+            with pytest.raises(UnsupportedError, match="packed sequences"):
+                compiled(ids, position_ids=positions % 16, use_cache=False)
