@@ -29,6 +29,7 @@ from kvkernels import native
 from kvkernels.checks import FLOAT_DTYPES, is_plain
 from kvkernels.errors import UnsupportedError
 from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward, install_lock
+from kvkernels.nn.functional_activations import find_functional_activation
 from kvkernels.ops import linear
 
 # PyTorch's loops over elements take two vectors of the widest kind at a time, and give a thread no
@@ -126,6 +127,13 @@ def _refuse_unserved(model: torch.nn.Module) -> None:
                 "model: expected rotary frequencies that do not depend on the length, got"
                 f" {rope_type!r} in {name}"
             )
+        if type(module).__module__ not in _ACTIVATION_MODULES:
+            activation = find_functional_activation(module)
+            if activation is not None:
+                raise UnsupportedError(
+                    "model: expected activations that are modules, got a forward that calls"
+                    f" {activation} as a function: {name or 'the model'} of {type(module).__name__}"
+                )
 
 
 def _is_compiled(module: torch.nn.Module) -> bool:
