@@ -104,9 +104,14 @@ def layer_groups(
     ]
 
 
+# Models whose layers see all tokens, though their configuration has a window.
+_WITHOUT_WINDOW = ("moshi",)
+
+
 def _layer_windows(config: Any) -> list[int | None]:
     window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
+    is_used = getattr(config, "use_sliding_window", True) is not False
+    if not is_used or getattr(config, "model_type", None) in _WITHOUT_WINDOW:
         window = None
     layer_types = getattr(config, "layer_types", None)
     if layer_types is None:

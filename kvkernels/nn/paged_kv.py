@@ -11,8 +11,10 @@ from kvkernels.errors import UnsupportedError
 from kvkernels.nn.module import PagedBatch
 
 _NOT_A_TENSOR = (
-    "attn_implementation: expected 'kvkernels' with a PagedCache, got another; call"
-    " kvkernels.nn.transformers.install(model)"
+    "key: expected layers that hand the keys of a paged cache on to kvkernels' attention function,"
+    " got one that computes with them. Either the model's attention is another: call"
+    " kvkernels.nn.transformers.install(model). Or its layers change keys or values themselves"
+    " after they are stored, and no kernel serves that"
 )
 
 
@@ -25,7 +27,7 @@ class PagedKV:
     batch: PagedBatch
     window: int | None
 
-    # Both below: another attention function has got hold of it and takes it for a tensor.
+    # Both below: a layer, or another attention function, takes it for a tensor.
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

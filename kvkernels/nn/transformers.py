@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from kvkernels import ops
+from kvkernels.checks import check_inference
 from kvkernels.errors import UnsupportedError
 from kvkernels.nn.batch_invariance import is_batch_invariant
 from kvkernels.nn.dense import as_pool
@@ -152,10 +153,13 @@ def attend(
 
     Raises:
         UnsupportedError: If the layer asks for what no kernel serves; the feature is named.
+        ValueError: If shapes, dtypes or windows disagree, or a tensor requires grad.
     """
     _refuse_unserved(module, dropout, kwargs)
     num_keys = None if isinstance(key, PagedKV) else key.shape[2]
     window = find_window(attention_mask, sliding_window, num_keys)
+    if s_aux is not None:
+        check_inference("s_aux", s_aux)
     is_invariant = is_batch_invariant(module)
     batch_size, num_heads, num_new, head_dim = query.shape
     if isinstance(key, PagedKV):

@@ -2,8 +2,24 @@
 
 import pytest
 import torch
-from tiny_models import BLOCK_SIZE, MODELS, WINDOW, gemma3, generate, llama, make_groups
-from transformers import LlamaConfig
+from tiny_models import (
+    BLOCK_SIZE,
+    MODELS,
+    WINDOW,
+    gemma3,
+    generate,
+    gpt_oss,
+    llama,
+    make_groups,
+    needs_transformers_5,
+)
+from transformers import (
+    JetMoeConfig,
+    JetMoeForCausalLM,
+    LlamaConfig,
+    MoshiConfig,
+    MoshiForCausalLM,
+)
 
 from kvkernels import KVLayout, UnsupportedError
 from kvkernels.nn import layer_groups
@@ -236,6 +252,34 @@ def test_refuses_gradients():
         model(ids, use_cache=False)
 
 
+def test_refuses_gradients_of_sinks_alone():
+    model = gpt_oss().requires_grad_(False)
+    model.model.layers[0].self_attn.sinks.requires_grad_(True)
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    with paged_attention(model), pytest.raises(ValueError, match=r"s_aux: .*inference only"):
+        model(ids, use_cache=False)
+
+
+@needs_transformers_5
+def test_paged_cache_of_layers_that_change_keys_says_so():
+    config = JetMoeConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        kv_channels=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    model = JetMoeForCausalLM(config).eval()
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    with torch.no_grad(), paged_attention(model), PagedCache(make_groups(model)) as cache:
+        model(ids, use_cache=False)
+        with pytest.raises(UnsupportedError, match="its layers change keys or values themselves"):
+            model(ids, past_key_values=cache)
+
+
 def test_paged_cache_under_another_attention_says_what_to_do():
     model = llama()
     cache = PagedCache(make_groups(model))
@@ -273,6 +317,29 @@ def test_window_of_a_configuration_without_layer_types():
         num_hidden_layers=2, hidden_size=64, num_attention_heads=4, sliding_window=100
     )
     assert [group.window for group in layer_groups(config, 16)] == [100]
+
+
+@needs_transformers_5
+def test_window_that_no_layer_of_the_model_has():
+    config = MoshiConfig(
+        vocab_size=128,
+        hidden_size=64,
+        ffn_dim=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+        max_position_embeddings=128,
+    )
+    model = MoshiForCausalLM(config).eval()
+    ids = torch.randint(1, 128, (1, 40))
+    groups = make_groups(model)
+    assert [group.window for group in groups] == [None]
+    with torch.no_grad():
+        want = model(ids, use_cache=False).logits
+        with paged_attention(model), PagedCache(groups) as cache:
+            got = model(ids, past_key_values=cache).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
