@@ -114,6 +114,7 @@ class ScriptedEngine:
         self.tokenizer, self.max_model_len, self.step_s = tokenizer, max_model_len, step_s
         self.vocab_size = len(tokenizer)
         self.max_running, self.max_queued = max_running, max_queued
+        self.config = SimpleNamespace(max_queued=max_queued)
         self.error, self.error_after, self.is_endless = error, error_after, is_endless
         self.answer = answer
         self.asked = []  # all handles, in order

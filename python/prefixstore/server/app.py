@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from prefixstore.engine import Engine
+from prefixstore.server.bodies import body_schema, read_body
 from prefixstore.server.config import ServerConfig
 from prefixstore.server.errors import install_handlers
 from prefixstore.server.gate import Gate
@@ -23,8 +24,12 @@ from prefixstore.server.prompts import PromptReader
 from prefixstore.server.responses import ChatForm, CompletionForm
 from prefixstore.server.schema import ChatRequest, CompletionRequest
 from prefixstore.server.service import COMPLETION_TOKENS, Service
+from prefixstore.server.worker import Worker
 
 DEFAULT_MODEL_NAME = "default"
+API = "/v1"
+CHAT_PATH = f"{API}/chat/completions"
+TEXT_PATH = f"{API}/completions"
 
 
 def create_app(
@@ -50,11 +55,13 @@ def create_app(
     keys = None if config.api_keys_file is None else ApiKeys.from_file(config.api_keys_file)
     registry = CollectorRegistry()
     lifecycle = Lifecycle()
+    reading = Worker("kvkernels-reading", engine.config.max_queued, config.retry_after_s)
     service = Service(
         engine=engine,
         config=config,
         model_name=config.model_name or DEFAULT_MODEL_NAME,
-        prompts=PromptReader(engine.tokenizer, engine.vocab_size),
+        reading=reading,
+        prompts=PromptReader(engine.tokenizer, engine.vocab_size, reading),
         texts=TokenTexts(engine.tokenizer),
         latencies=Latencies(registry),
         lifecycle=lifecycle,
@@ -72,11 +79,12 @@ def create_app(
 
 
 def _openai_routes(service: Service) -> APIRouter:
-    router = APIRouter(prefix="/v1")
+    router = APIRouter()
     created = int(time.time())
 
-    @router.post("/chat/completions")
-    async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+    @router.post(CHAT_PATH, openapi_extra=body_schema(CHAT_PATH, ChatRequest))
+    async def create_chat_completion(request: Request) -> Response:
+        body = await read_body(ChatRequest, await request.body(), service.reading)
         service.check_model(body.model)
         salt = request.state.caller.salt or ""
         prompt = await service.prompts.read_chat(body.messages, salt)
@@ -85,8 +93,9 @@ def _openai_routes(service: Service) -> APIRouter:
         form = ChatForm(answer_id, service.model_name, bool(body.stream))
         return await service.answer(request, body, jobs, form, answer_id, [""] * len(jobs))
 
-    @router.post("/completions")
-    async def create_completion(body: CompletionRequest, request: Request) -> Response:
+    @router.post(TEXT_PATH, openapi_extra=body_schema(TEXT_PATH, CompletionRequest))
+    async def create_completion(request: Request) -> Response:
+        body = await read_body(CompletionRequest, await request.body(), service.reading)
         service.check_model(body.model)
         given, reader = body.prompts, service.prompts
         prompts = [
@@ -105,11 +114,11 @@ def _openai_routes(service: Service) -> APIRouter:
     model: dict[str, Any] = {"id": service.model_name, "object": "model", "owned_by": "kvkernels"}
     model |= {"created": created, "max_model_len": service.engine.max_model_len}
 
-    @router.get("/models")
+    @router.get(f"{API}/models")
     async def list_models() -> dict[str, Any]:
         return {"object": "list", "data": [model]}
 
-    @router.get("/models/{name:path}")
+    @router.get(f"{API}/models/{{name:path}}")
     async def get_model(name: str) -> dict[str, Any]:
         service.check_model(name)
         return model

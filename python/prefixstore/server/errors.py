@@ -63,6 +63,20 @@ def shutting_down() -> ApiError:
     return ApiError(503, "the server is shutting down", code="shutting_down", headers=headers)
 
 
+def overloaded(message: str, retry_after_s: int) -> ApiError:
+    """For a request that found all places taken."""
+    headers = {"retry-after": str(retry_after_s)}
+    return ApiError(429, message, code="engine_overloaded", headers=headers)
+
+
+def invalid_value(kind: str, location: Sequence[str | int], message: str) -> ApiError:
+    """For the first thing that is wrong with a request, as pydantic tells it."""
+    param = field_path(location)
+    message = message.removeprefix("Value error, ")
+    code = UNSUPPORTED if kind in (UNSUPPORTED, "extra_forbidden") else "invalid_value"
+    return ApiError(400, f"{param or 'body'}: {message}", param=param, code=code)
+
+
 def install_handlers(app: FastAPI) -> None:
     """Let every error of `app` be answered in OpenAI's form."""
     app.add_exception_handler(ApiError, _answer_api_error)
@@ -78,14 +92,7 @@ async def _answer_api_error(request: Request, error: Exception) -> JSONResponse:
 async def _answer_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        place = first["loc"][-1]
-        message = f"body: expected JSON, got {first['ctx']['error']} at character {place}"
-        return ApiError(400, message, code="invalid_json").response()
-    param = field_path(first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    code = UNSUPPORTED if first["type"] in (UNSUPPORTED, "extra_forbidden") else "invalid_value"
-    return ApiError(400, f"{param or 'body'}: {message}", param=param, code=code).response()
+    return invalid_value(first["type"], first["loc"][1:], first["msg"]).response()
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> JSONResponse:
@@ -99,6 +106,6 @@ async def _answer_http_exception(request: Request, error: Exception) -> JSONResp
 def field_path(location: Sequence[str | int]) -> str | None:
     """Where in the body an error is, as `messages[0].content`; None for the body itself."""
     path = ""
-    for part in location[1:]:
+    for part in location:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
     return path or None

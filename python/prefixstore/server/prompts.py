@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +11,7 @@ from jinja2 import TemplateError
 from prefixstore.server.errors import ApiError
 from prefixstore.server.schema import Message
 from prefixstore.server.transcripts import Transcripts
+from prefixstore.server.worker import Worker
 
 # What a template raises that is given what it does not expect: its own complaint, or a slip.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
@@ -35,23 +34,21 @@ class Prompt:
 class PromptReader:
     """Renders and tokenizes.
 
-    Long prompts take milliseconds of a processor: one thread of its own keeps them from holding up
-    the answers of others.
-
     Args:
         tokenizer: The model's.
         vocab_size: How many token ids the model knows; a tokenizer may know fewer.
+        worker: Does it.
     """
 
-    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Any, vocab_size: int, worker: Worker) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._transcripts = Transcripts(tokenizer)
-        self._thread = ThreadPoolExecutor(1, "kvkernels-prompts")
+        self._worker = worker
 
     async def read_text(self, text: str) -> Prompt:
         """A text as the tokenizer cuts it, with the special tokens it begins texts with."""
-        return await self._run(self._read_text, text)
+        return await self._worker.run(self._read_text, text)
 
     def read_ids(self, token_ids: Sequence[int]) -> Prompt:
         """A prompt that came as token ids.
@@ -71,24 +68,20 @@ class PromptReader:
         Raises:
             ApiError: 400 if the model has no template, or it refuses the messages.
         """
-        return await self._run(self._read_chat, messages, salt)
+        return await self._worker.run(self._read_chat, messages, salt)
 
     async def remember(
         self, prompt: Prompt, text: str, token_ids: Sequence[int], salt: str
     ) -> None:
         """Let the next turn of a chat begin with the tokens of this one."""
         if prompt.text is not None:
-            await self._run(
+            await self._worker.run(
                 self._transcripts.remember, prompt.text, text, prompt.token_ids, token_ids, salt
             )
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a prompt that came as token ids."""
-        return await self._run(self._tokenizer.decode, list(token_ids))
-
-    async def _run(self, function: Any, *arguments: Any) -> Any:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, function, *arguments)
+        return await self._worker.run(self._tokenizer.decode, list(token_ids))
 
     def _read_text(self, text: str) -> Prompt:
         return Prompt(self._tokenizer(text).input_ids, None)

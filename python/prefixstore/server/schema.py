@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from prefixstore.engine import SamplingParams
@@ -14,6 +22,8 @@ from prefixstore.tokens import text_problem
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
+MAX_MESSAGES = 10_000  # each takes some 25 µs to be checked, and as long to be rendered
+MAX_SHOWN_CHARACTERS = 64  # of a name that the client made up
 
 # Fields of OpenAI's that are not served, and the values of them that ask for nothing.
 _UNSERVED_OF_BOTH: dict[str, tuple[Any, ...]] = {
@@ -49,6 +59,16 @@ Text = Annotated[str, Field(min_length=1)]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, value: Any) -> Any:
+        # pydantic would collect an error for each name there is: 700,000 of them in 4 MiB.
+        if isinstance(value, dict):
+            for name in value:
+                if name not in cls.model_fields:
+                    raise _error_at(name, "extra_forbidden", cls.__name__)
+        return value
 
 
 class StreamOptions(_Strict):
@@ -136,7 +156,7 @@ class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[dict[str, Any]] | None = Field(default=None, fail_fast=True)
     tool_call_id: str | None = None
 
     @model_validator(mode="before")
@@ -181,7 +201,7 @@ class ChatRequest(_Generation):
 
     PROMPT: ClassVar = "messages"  # the field that becomes a prompt
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     metadata: dict[str, str] | None = Field(default=None, description="Taken, and not used.")
     prompt_cache_key: str | None = Field(default=None, description="Taken, and not used.")
@@ -206,6 +226,22 @@ class ChatRequest(_Generation):
     tools: Any = None
     verbosity: Any = None
     web_search_options: Any = None
+
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _check_number(cls, value: Any) -> Any:
+        if isinstance(value, list) and len(value) > MAX_MESSAGES:
+            raise ValueError(f"expected at most {MAX_MESSAGES} messages, got {len(value)}")
+        return value
+
+    @field_validator("metadata", mode="before")
+    @classmethod
+    def _check_metadata(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            for name, one in value.items():
+                if not isinstance(one, str):
+                    raise _error_at(name, "string_type", cls.__name__)
+        return value
 
     @field_validator(*_UNSERVED_OF_CHAT)
     @classmethod
@@ -309,6 +345,16 @@ def _check_text(value: Any) -> None:
             left += one
         elif isinstance(one, str) and (problem := text_problem(one)) is not None:
             raise ValueError(problem)
+
+
+def _error_at(
+    name: str, kind: Literal["extra_forbidden", "string_type"], title: str
+) -> ValidationError:
+    """What pydantic says of the entry `name`, alone."""
+    shown = name[:MAX_SHOWN_CHARACTERS].encode("utf-8", "replace").decode()
+    return ValidationError.from_exception_data(
+        title, [{"type": kind, "loc": (shown,), "input": None}]
+    )
 
 
 def _check_unserved(value: Any, info: ValidationInfo, neutral: dict[str, tuple[Any, ...]]) -> Any:

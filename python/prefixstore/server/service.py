@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from prefixstore.engine import Engine, FinishReason
 from prefixstore.errors import EngineClosed, EngineOverloaded
 from prefixstore.server.config import ServerConfig
-from prefixstore.server.errors import ApiError, internal_error, shutting_down
+from prefixstore.server.errors import ApiError, internal_error, overloaded, shutting_down
 from prefixstore.server.generation import (
     Choice,
     Generation,
@@ -27,6 +27,7 @@ from prefixstore.server.metrics import Latencies
 from prefixstore.server.prompts import Prompt, PromptReader
 from prefixstore.server.responses import DONE, AnswerForm, describe, event, usage
 from prefixstore.server.schema import ChatRequest, CompletionRequest
+from prefixstore.server.worker import Worker
 
 COMPLETION_TOKENS = 16  # where a completion names no max_tokens, as OpenAI's
 
@@ -38,6 +39,7 @@ class Service:
     engine: Engine
     config: ServerConfig
     model_name: str
+    reading: Worker
     prompts: PromptReader
     texts: TokenTexts
     latencies: Latencies
@@ -114,8 +116,7 @@ class Service:
     def _refusal(self, error: Exception, body: ChatRequest | CompletionRequest) -> ApiError:
         """What the client is told when the engine takes nothing on."""
         if isinstance(error, EngineOverloaded):
-            headers = {"retry-after": str(self.config.retry_after_s)}
-            return ApiError(429, str(error), code="engine_overloaded", headers=headers)
+            return overloaded(str(error), self.config.retry_after_s)
         if isinstance(error, EngineClosed):
             return internal_error() if self.engine.has_failed else shutting_down()
         # The engine names its own argument, the client knows its field.
