@@ -82,6 +82,14 @@ def wait_until(condition, timeout_s=10):
         time.sleep(0.005)
 
 
+def in_thread(function):
+    """Runs `function` beside the test; its result is the last element of the list."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    return thread, results
+
+
 def request_bytes(path, body, *headers, method="POST"):
     """A request as it goes over the wire."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()

@@ -11,7 +11,7 @@ import time
 import httpx
 import pytest
 from scripted_server import serve
-from serving import MODEL, wait_until
+from serving import MODEL, in_thread, wait_until
 
 TEXT = {"model": MODEL, "prompt": "Hello"}
 
@@ -72,14 +72,6 @@ def start(context, tmp_path):
     yield start_one
     for process in processes:
         process.kill()
-
-
-def in_thread(function):
-    """Runs `function` beside the test; its result is the last element of the list."""
-    results = []
-    thread = threading.Thread(target=lambda: results.append(function()))
-    thread.start()
-    return thread, results
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)

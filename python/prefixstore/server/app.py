@@ -16,11 +16,12 @@ from prefixstore.server.bodies import body_schema, read_body
 from prefixstore.server.config import ServerConfig
 from prefixstore.server.errors import install_handlers
 from prefixstore.server.gate import Gate
+from prefixstore.server.generation import Job, unless_disconnected
 from prefixstore.server.keys import ApiKeys
 from prefixstore.server.lifecycle import Lifecycle
 from prefixstore.server.logprobs import TokenTexts
 from prefixstore.server.metrics import EngineCollector, Latencies
-from prefixstore.server.prompts import PromptReader
+from prefixstore.server.prompts import Prompt, PromptReader
 from prefixstore.server.responses import ChatForm, CompletionForm
 from prefixstore.server.schema import ChatRequest, CompletionRequest
 from prefixstore.server.service import COMPLETION_TOKENS, Service
@@ -61,7 +62,7 @@ def create_app(
         config=config,
         model_name=config.model_name or DEFAULT_MODEL_NAME,
         reading=reading,
-        prompts=PromptReader(engine.tokenizer, engine.vocab_size, reading),
+        prompts=PromptReader(engine.tokenizer, engine.vocab_size, engine.max_model_len, reading),
         texts=TokenTexts(engine.tokenizer),
         latencies=Latencies(registry),
         lifecycle=lifecycle,
@@ -84,10 +85,15 @@ def _openai_routes(service: Service) -> APIRouter:
 
     @router.post(CHAT_PATH, openapi_extra=body_schema(CHAT_PATH, ChatRequest))
     async def create_chat_completion(request: Request) -> Response:
-        body = await read_body(ChatRequest, await request.body(), service.reading)
-        service.check_model(body.model)
         salt = request.state.caller.salt or ""
-        prompt = await service.prompts.read_chat(body.messages, salt)
+        content = await request.body()
+
+        async def read() -> tuple[ChatRequest, Prompt]:
+            body = await read_body(ChatRequest, content, service.reading)
+            service.check_model(body.model)
+            return body, await service.prompts.read_chat(body.messages, salt)
+
+        body, prompt = await unless_disconnected(request.receive, read())
         jobs = service.plan(body, [prompt], body.wanted_tokens)
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
         form = ChatForm(answer_id, service.model_name, bool(body.stream))
@@ -95,20 +101,26 @@ def _openai_routes(service: Service) -> APIRouter:
 
     @router.post(TEXT_PATH, openapi_extra=body_schema(TEXT_PATH, CompletionRequest))
     async def create_completion(request: Request) -> Response:
-        body = await read_body(CompletionRequest, await request.body(), service.reading)
-        service.check_model(body.model)
-        given, reader = body.prompts, service.prompts
-        prompts = [
-            await reader.read_text(one) if isinstance(one, str) else reader.read_ids(one)
-            for one in given[: service.config.max_choices + 1]
-        ]
-        jobs = service.plan(body, prompts, body.max_tokens or COMPLETION_TOKENS)
+        content = await request.body()
+        reader, most = service.prompts, service.config.max_choices + 1
+
+        async def read() -> tuple[CompletionRequest, list[Job], list[str]]:
+            body = await read_body(CompletionRequest, content, service.reading)
+            service.check_model(body.model)
+            given = body.prompts
+            prompts = [
+                await reader.read_text(one) if isinstance(one, str) else reader.read_ids(one)
+                for one in given[:most]
+            ]
+            jobs = service.plan(body, prompts, body.max_tokens or COMPLETION_TOKENS)
+            if not body.echo:
+                return body, jobs, [""] * len(jobs)
+            texts = [one if isinstance(one, str) else await reader.decode(one) for one in given]
+            return body, jobs, [text for text in texts for _ in range(body.num_answers)]
+
+        body, jobs, echoes = await unless_disconnected(request.receive, read())
         answer_id = f"cmpl-{uuid.uuid4().hex}"
         form = CompletionForm(answer_id, service.model_name)
-        echoes = [""] * len(jobs)
-        if body.echo:
-            texts = [one if isinstance(one, str) else await reader.decode(one) for one in given]
-            echoes = [text for text in texts for _ in range(body.num_answers)]
         return await service.answer(request, body, jobs, form, answer_id, echoes)
 
     model: dict[str, Any] = {"id": service.model_name, "object": "model", "owned_by": "kvkernels"}

@@ -63,6 +63,14 @@ def shutting_down() -> ApiError:
     return ApiError(503, "the server is shutting down", code="shutting_down", headers=headers)
 
 
+def context_exceeded(param: str, max_model_len: int, got: int | str) -> ApiError:
+    """For a prompt that leaves no room for an answer."""
+    message = (
+        f"{param}: expected fewer tokens than the model's context of {max_model_len}, got {got}"
+    )
+    return ApiError(400, message, param=param, code="context_length_exceeded")
+
+
 def overloaded(message: str, retry_after_s: int) -> ApiError:
     """For a request that found all places taken."""
     headers = {"retry-after": str(retry_after_s)}

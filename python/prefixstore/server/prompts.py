@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
 
-from prefixstore.server.errors import ApiError
+from prefixstore.server.errors import ApiError, context_exceeded
 from prefixstore.server.schema import Message
 from prefixstore.server.transcripts import Transcripts
 from prefixstore.server.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+# A text longer than so many characters for each token of the context is tried by its beginning: of
+# most texts it shows that the whole is too long, in a small part of the time.
+_CHARACTERS_PER_TOKEN = 8
+# More tokens than a text can lose by going on where its beginning was cut off.
+_TOKENS_AT_A_CUT = 256
+_MAX_REMEMBERING = 256  # finished chats that may wait to be remembered; the next are not
 
 # What a template raises that is given what it does not expect: its own complaint, or a slip.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
@@ -37,17 +49,26 @@ class PromptReader:
     Args:
         tokenizer: The model's.
         vocab_size: How many token ids the model knows; a tokenizer may know fewer.
+        max_model_len: Tokens of the model's context.
         worker: Does it.
     """
 
-    def __init__(self, tokenizer: Any, vocab_size: int, worker: Worker) -> None:
+    def __init__(self, tokenizer: Any, vocab_size: int, max_model_len: int, worker: Worker) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._transcripts = Transcripts(tokenizer)
+        self._max_model_len = max_model_len
         self._worker = worker
+        # Of its own: an answer is remembered before its last word is sent, and waits for no prompt.
+        self._memory = ThreadPoolExecutor(1, "kvkernels-transcripts")
+        self._remembering: deque[Future[None]] = deque()
 
     async def read_text(self, text: str) -> Prompt:
-        """A text as the tokenizer cuts it, with the special tokens it begins texts with."""
+        """A text as the tokenizer cuts it, with the special tokens it begins texts with.
+
+        Raises:
+            ApiError: 400 if it is much too long; 429 as the worker.
+        """
         return await self._worker.run(self._read_text, text)
 
     def read_ids(self, token_ids: Sequence[int]) -> Prompt:
@@ -56,6 +77,8 @@ class PromptReader:
         Raises:
             ApiError: 400 if the model does not know one: it could not be decoded for an echo.
         """
+        if len(token_ids) >= self._max_model_len:
+            return Prompt(token_ids, None)  # too long, whatever they are
         wrong = [one for one in (min(token_ids), max(token_ids)) if not 0 <= one < self._vocab_size]
         if wrong:
             message = f"prompt: expected token ids 0 to {self._vocab_size - 1}, got {wrong[0]}"
@@ -66,27 +89,34 @@ class PromptReader:
         """A chat by the model's template, up to where the next answer begins.
 
         Raises:
-            ApiError: 400 if the model has no template, or it refuses the messages.
+            ApiError: 400 if the model has no template, or it refuses the messages, or they are
+                much too long; 429 as the worker.
         """
-        return await self._worker.run(self._read_chat, messages, salt)
+        return await self._worker.run(self._read_chat, messages, salt, tuple(self._remembering))
 
-    async def remember(
-        self, prompt: Prompt, text: str, token_ids: Sequence[int], salt: str
-    ) -> None:
-        """Let the next turn of a chat begin with the tokens of this one."""
-        if prompt.text is not None:
-            await self._worker.run(
-                self._transcripts.remember, prompt.text, text, prompt.token_ids, token_ids, salt
-            )
+    def remember(self, prompt: Prompt, text: str, token_ids: Sequence[int], salt: str) -> None:
+        """Let a next turn of a chat, read from now on, begin with the tokens of this one."""
+        while self._remembering and self._remembering[0].done():
+            self._remembering.popleft()
+        if prompt.text is None or len(self._remembering) >= _MAX_REMEMBERING:
+            return
+        remembering = self._memory.submit(
+            self._transcripts.remember, prompt.text, text, prompt.token_ids, token_ids, salt
+        )
+        remembering.add_done_callback(_log_failure)
+        self._remembering.append(remembering)
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a prompt that came as token ids."""
         return await self._worker.run(self._tokenizer.decode, list(token_ids))
 
     def _read_text(self, text: str) -> Prompt:
+        self._check_length(text, "prompt")
         return Prompt(self._tokenizer(text).input_ids, None)
 
-    def _read_chat(self, messages: Sequence[Message], salt: str) -> Prompt:
+    def _read_chat(
+        self, messages: Sequence[Message], salt: str, remembering: Sequence[Future[None]]
+    ) -> Prompt:
         if not self._tokenizer.chat_template:
             raise ApiError(
                 400,
@@ -103,4 +133,21 @@ class PromptReader:
         except (*_TEMPLATE_ERRORS, RecursionError) as error:
             message = f"messages: expected what the model's chat template takes: {error}"
             raise ApiError(400, message, param="messages", code="invalid_value") from error
+        self._check_length(text, "messages")
+        wait(remembering)
         return Prompt(self._transcripts.encode(text, salt), text)
+
+    def _check_length(self, text: str, param: str) -> None:
+        """Raises ApiError if the beginning of a long text shows that it does not fit."""
+        num_characters = _CHARACTERS_PER_TOKEN * self._max_model_len
+        while num_characters < len(text):
+            start = self._tokenizer(text[:num_characters], add_special_tokens=False).input_ids
+            num_certain = len(start) - _TOKENS_AT_A_CUT
+            if num_certain >= self._max_model_len:
+                raise context_exceeded(param, self._max_model_len, f"at least {num_certain}")
+            num_characters *= 4
+
+
+def _log_failure(remembering: Future[None]) -> None:
+    if not remembering.cancelled() and remembering.exception() is not None:
+        logger.error("a chat was not remembered", exc_info=remembering.exception())

@@ -13,7 +13,13 @@ from starlette.types import Receive, Scope, Send
 from prefixstore.engine import Engine, FinishReason
 from prefixstore.errors import EngineClosed, EngineOverloaded
 from prefixstore.server.config import ServerConfig
-from prefixstore.server.errors import ApiError, internal_error, overloaded, shutting_down
+from prefixstore.server.errors import (
+    ApiError,
+    context_exceeded,
+    internal_error,
+    overloaded,
+    shutting_down,
+)
 from prefixstore.server.generation import (
     Choice,
     Generation,
@@ -128,13 +134,8 @@ class Service:
     ) -> int:
         room = self.engine.max_model_len - len(prompt.token_ids)
         if room < 1:
-            raise ApiError(
-                400,
-                f"{body.PROMPT}: expected fewer tokens than the model's context of"
-                f" {self.engine.max_model_len}, got {len(prompt.token_ids)}",
-                param=body.PROMPT,
-                code="context_length_exceeded",
-            )
+            num_tokens = len(prompt.token_ids)
+            raise context_exceeded(body.PROMPT, self.engine.max_model_len, num_tokens)
         if not prompt.token_ids:
             message = f"{body.PROMPT}: expected at least one token, got none"
             raise ApiError(400, message, param=body.PROMPT, code="invalid_value")
@@ -159,7 +160,7 @@ class _Answering:
 
     async def whole(self) -> dict[str, Any]:
         async for piece in self.generation.pieces(self.service.latencies):
-            await self._settle(self.generation.choices[piece.index])
+            self._settle(self.generation.choices[piece.index])
         choices = self.generation.choices
         texts = [echo + choice.text for echo, choice in zip(self.echoes, choices, strict=True)]
         return {**self.form.whole(texts, choices), "usage": usage(choices)}
@@ -174,7 +175,7 @@ class _Answering:
                 yield event({**self.form.piece(Piece(index, echo)), **extra})
         try:
             async for piece in self.generation.pieces(self.service.latencies):
-                await self._settle(self.generation.choices[piece.index])
+                self._settle(self.generation.choices[piece.index])
                 if piece.text or piece.finish_reason is not None:
                     yield event({**self.form.piece(piece), **extra})
         except ApiError as error:
@@ -192,7 +193,7 @@ class _Answering:
                 choice.finish_reason = FinishReason.CANCELLED
                 self._log(choice)
 
-    async def _settle(self, choice: Choice) -> None:
+    def _settle(self, choice: Choice) -> None:
         """Once a choice is finished: log it, remember it, raise what went wrong."""
         if choice.finish_reason is None:
             return
@@ -202,7 +203,7 @@ class _Answering:
         if choice.finish_reason is FinishReason.ERROR:
             raise internal_error()
         prompts = self.service.prompts
-        await prompts.remember(choice.job.prompt, choice.text, choice.token_ids, self.salt)
+        prompts.remember(choice.job.prompt, choice.text, choice.token_ids, self.salt)
 
     def _log(self, choice: Choice) -> None:
         reason = choice.finish_reason.value if choice.finish_reason else None

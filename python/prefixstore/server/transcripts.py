@@ -20,19 +20,21 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 _Key = tuple[int, bytes]  # length of salt and text in bytes, digest
 
 
 class Transcripts:
-    """Remembers texts and their tokens, the most recently used ones. Belongs to one thread."""
+    """Remembers texts and their tokens, the most recently used ones; for several threads."""
 
     def __init__(self, tokenizer: Any, max_tokens: int = 1 << 22, max_texts: int = 4096) -> None:
         """Remember at most `max_texts` texts with `max_tokens` tokens of 4 bytes together."""
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._max_texts = max_texts
+        self._lock = Lock()  # of the next three; nothing is tokenized under it
         self._ids: OrderedDict[_Key, array[int]] = OrderedDict()
         self._lengths: Counter[int] = Counter()  # how many texts have so many bytes
         self._num_tokens = 0
@@ -79,12 +81,14 @@ class Transcripts:
             return
         content = _salted(prompt + answer, salt)
         key = (len(content), hashlib.sha256(content).digest())
-        self._forget(key)
-        self._ids[key] = array("I", [*prompt_ids, *answer_ids])
-        self._lengths[len(content)] += 1
-        self._num_tokens += num_tokens
-        while self._num_tokens > self._max_tokens or len(self._ids) > self._max_texts:
-            self._forget(next(iter(self._ids)))
+        ids = array("I", [*prompt_ids, *answer_ids])
+        with self._lock:
+            self._forget(key)
+            self._ids[key] = ids
+            self._lengths[len(content)] += 1
+            self._num_tokens += num_tokens
+            while self._num_tokens > self._max_tokens or len(self._ids) > self._max_texts:
+                self._forget(next(iter(self._ids)))
 
     def check(self) -> list[str]:
         """Recount; returns one line for each thing that is wrong."""
@@ -98,8 +102,10 @@ class Transcripts:
     def _longest(self, text: str, salt: str) -> tuple[array[int], str] | None:
         content = _salted(text, salt)
         digest, hashed, found = hashlib.sha256(), 0, []
+        with self._lock:
+            lengths = sorted(length for length in self._lengths if length <= len(content))
         # One pass over the text, with a look at each length that some remembered text has.
-        for length in sorted(length for length in self._lengths if length <= len(content)):
+        for length in lengths:
             digest.update(content[hashed:length])
             hashed = length
             if (length, digest.digest()) in self._ids:
@@ -107,9 +113,12 @@ class Transcripts:
         for key in reversed(found):
             rest = content[key[0] :].decode("utf-8", "surrogatepass")
             special = next((one for one in self._specials if rest.startswith(one)), None)
-            if special is not None and self._cuts_before(special):
-                self._ids.move_to_end(key)
-                return self._ids[key], rest
+            if special is None or not self._cuts_before(special):
+                continue
+            with self._lock:
+                if key in self._ids:  # it may have been forgotten meanwhile
+                    self._ids.move_to_end(key)
+                    return self._ids[key], rest
         return None
 
     def _forget(self, key: _Key) -> None:

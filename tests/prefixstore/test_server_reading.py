@@ -1,0 +1,135 @@
+"""Prompts that take long to be read hold up nobody's answer, and no more of them wait than may."""
+
+import logging
+import threading
+
+import pytest
+from chat_model import chat_tokenizer
+from scripted_engine import ScriptedEngine
+from serving import CHAT, MODEL, PATHS, TEXT, in_thread, request_bytes, serving, wait_until
+
+CONTEXT = 512
+HELD = {**TEXT, "prompt": "held"}
+
+
+class HeldTokenizer:
+    """Cuts as `tokenizer`, but for the text "held": it has to wait for `go_on`."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self.go_on = threading.Event()
+        self.texts = []
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def __len__(self):
+        return len(self._tokenizer)
+
+    def __call__(self, text, **options):
+        self.texts.append(text)
+        if text == "held":
+            assert self.go_on.wait(30)
+        return self._tokenizer(text, **options)
+
+
+@pytest.fixture
+def tokenizer():
+    made = HeldTokenizer(chat_tokenizer())
+    yield made
+    made.go_on.set()
+
+
+@pytest.fixture
+def engine(tokenizer):
+    engine = ScriptedEngine(
+        tokenizer, is_endless=True, step_s=0.01, max_model_len=CONTEXT, max_queued=4
+    )
+    yield engine
+    tokenizer.go_on.set()
+    engine.close()
+
+
+@pytest.fixture
+def server(engine):
+    with serving(engine) as running:
+        yield running
+
+
+def post_held(server, tokenizer, number=1):
+    """Posts the prompt that takes long, `number` times; the answers once it may go on."""
+    threads = [in_thread(lambda: server.post(PATHS[1], HELD)) for _ in range(number)]
+    wait_until(lambda: "held" in tokenizer.texts)
+    return threads
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_an_answer_ends_while_another_prompt_is_read(server, engine, tokenizer, stream):
+    body = {**CHAT, "max_tokens": 100, "stream": stream}
+    answering, answers = in_thread(lambda: server.post(PATHS[0], body))
+    wait_until(lambda: engine.asked)
+    [(reading, held)] = post_held(server, tokenizer)
+    assert engine.running
+    answering.join(20)
+    assert answers and answers[0].status_code == 200
+    assert not held
+    tokenizer.go_on.set()
+    reading.join()
+    assert held[0].status_code == 200
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_of_a_client_that_goes_before_its_turn_nothing_is_read(
+    server, engine, tokenizer, path, caplog
+):
+    caplog.set_level(logging.INFO, "prefixstore.server")
+    [(reading, _)] = post_held(server, tokenizer)
+    body = {PATHS[0]: CHAT, PATHS[1]: {**TEXT, "prompt": "Nobody waits"}}[path]
+    with server.connect() as connection:
+        connection.sendall(request_bytes(path, body))
+    wait_until(
+        lambda: any(getattr(one, "fields", {}).get("status") == 499 for one in caplog.records)
+    )
+    tokenizer.go_on.set()
+    reading.join()
+    server.assert_answers()
+    assert len(engine.asked) == 2
+    assert not [text for text in tokenizer.texts if "Nobody" in text or "Hello" in text]
+
+
+def test_no_more_prompts_wait_than_requests_may(server, tokenizer):
+    threads = post_held(server, tokenizer, 5)
+    wait_until(lambda: any(answers for _, answers in threads))
+    tokenizer.go_on.set()
+    for thread, _ in threads:
+        thread.join()
+    *taken, refused = sorted(
+        (answers[0] for _, answers in threads), key=lambda one: one.status_code
+    )
+    assert [one.status_code for one in taken] == [200] * 4
+    assert refused.status_code == 429
+    assert refused.headers["retry-after"] == "1"
+    assert "4 requests that wait to be read" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_text_that_is_much_too_long_is_refused_by_its_beginning(server, tokenizer, path):
+    text = "So it was. " * 100_000
+    body = {
+        PATHS[0]: {"model": MODEL, "messages": [{"role": "user", "content": text}]},
+        PATHS[1]: {"model": MODEL, "prompt": text},
+    }[path]
+    answer = server.post(path, body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert error["param"] == ("messages" if path == PATHS[0] else "prompt")
+    assert f"context of {CONTEXT}, got at least " in error["message"]
+    assert max(map(len, tokenizer.texts)) <= 8 * CONTEXT
+
+
+def test_a_long_text_of_few_tokens_is_taken(server, engine, tokenizer):
+    text = " computed" * (CONTEXT - 2)
+    assert len(text) > 8 * CONTEXT
+    assert server.post(PATHS[1], {**TEXT, "prompt": text}).status_code == 200
+    assert len(engine.asked[-1].prompt) == CONTEXT - 2
