@@ -1,7 +1,9 @@
-"""Serves a scripted engine until a signal, in a process of its own."""
+"""Processes of their own that serve a scripted engine until a signal, or a part of that."""
 
 import json
 import os
+import signal
+import sys
 from pathlib import Path
 
 from chat_model import chat_tokenizer
@@ -9,8 +11,21 @@ from scripted_engine import ScriptedEngine
 
 from prefixstore.server.app import create_app
 from prefixstore.server.config import ServerConfig
+from prefixstore.server.lifecycle import Lifecycle
 from prefixstore.server.request_log import log_json_lines
-from prefixstore.server.run import listen, serve_until_signal
+from prefixstore.server.run import DrainingServer, listen, serve_until_signal
+
+
+def write_until_signal(log: Path) -> None:
+    """Writes to its standard error, the pipe `log`, more than anyone reads; ends by a signal.
+
+    It is as far as a server whose first signal has not come through: one is enough.
+    """
+    sys.stderr = log.open("w")  # buffered, whatever PYTHONUNBUFFERED says
+    server = object.__new__(DrainingServer)
+    server._lifecycle, server._loop = Lifecycle(), None
+    signal.signal(signal.SIGTERM, server.handle_exit)
+    sys.stderr.buffer.write(b"x" * (1 << 20))
 
 
 def serve(out: Path, log: Path, engine: dict, server: dict) -> None:

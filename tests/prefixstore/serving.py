@@ -1,6 +1,7 @@
 """A server in this process, on a port the kernel chose, and raw talk with it."""
 
 import json
+import signal
 import socket
 import threading
 import time
@@ -29,6 +30,7 @@ class Running:
     app: object
     host: str
     port: int
+    server: object
 
     @property
     def url(self):
@@ -49,6 +51,10 @@ class Running:
     def connect(self, timeout_s=10):
         return socket.create_connection((self.host, self.port), timeout_s)
 
+    def begin_ending(self):
+        """As at SIGTERM."""
+        self.server.handle_exit(signal.SIGTERM, None)
+
     def assert_answers(self):
         assert self.get("/health/ready").status_code == 200
         body = {"model": MODEL, "prompt": "A block", "max_tokens": 2}
@@ -67,7 +73,7 @@ def serving(engine, **settings):
     thread.start()
     try:
         wait_until(lambda: server.started)
-        yield Running(engine, app, host, port)
+        yield Running(engine, app, host, port, server)
     finally:
         server.should_exit = True
         thread.join(30)

@@ -6,7 +6,19 @@ import threading
 import pytest
 from chat_model import chat_tokenizer
 from scripted_engine import ScriptedEngine
-from serving import CHAT, MODEL, PATHS, TEXT, in_thread, request_bytes, serving, wait_until
+from serving import (
+    CHAT,
+    MODEL,
+    PATHS,
+    TEXT,
+    in_thread,
+    read_all,
+    request_bytes,
+    serving,
+    wait_until,
+)
+
+from prefixstore.server import run
 
 CONTEXT = 512
 HELD = {**TEXT, "prompt": "held"}
@@ -133,3 +145,34 @@ def test_a_long_text_of_few_tokens_is_taken(server, engine, tokenizer):
     assert len(text) > 8 * CONTEXT
     assert server.post(PATHS[1], {**TEXT, "prompt": text}).status_code == 200
     assert len(engine.asked[-1].prompt) == CONTEXT - 2
+
+
+def test_a_prompt_that_is_read_at_the_end_is_answered(server, tokenizer):
+    [(reading, held)] = post_held(server, tokenizer)
+    server.begin_ending()
+    refused = server.post(PATHS[1], TEXT)
+    assert refused.json()["error"]["code"] == "shutting_down"
+    tokenizer.go_on.set()
+    reading.join()
+    assert held[0].status_code == 200
+
+
+def test_a_prompt_that_is_read_for_too_long_at_the_end_is_told(engine, tokenizer, monkeypatch):
+    monkeypatch.setattr(run, "_CUT_OFF_S", 0.1)
+    with serving(engine, drain_timeout_s=0.1, write_timeout_s=0.1) as server:
+        [(reading, held)] = post_held(server, tokenizer)
+        server.begin_ending()
+        reading.join(20)
+        assert held[0].status_code == 503
+        assert held[0].json()["error"]["code"] == "shutting_down"
+
+
+def test_a_body_that_is_incomplete_at_the_end_is_not_accepted(server):
+    content = request_bytes(PATHS[1], TEXT)
+    with server.connect() as connection:
+        connection.sendall(content[:-1])
+        server.begin_ending()
+        connection.sendall(content[-1:])
+        answer = read_all(connection)
+    assert b" 503 " in answer.partition(b"\r\n")[0]
+    assert b"shutting_down" in answer

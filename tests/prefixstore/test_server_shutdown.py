@@ -3,14 +3,16 @@
 import json
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
-from scripted_server import serve
+from scripted_server import serve, write_until_signal
 from serving import MODEL, in_thread, wait_until
 
 TEXT = {"model": MODEL, "prompt": "Hello"}
@@ -148,6 +150,19 @@ def test_a_second_signal_ends_it_at_once(start):
         assert time.monotonic() - begun < 2
 
 
+def test_a_second_signal_ends_it_in_the_middle_of_a_log_line_too(context, tmp_path):
+    log = tmp_path / "log"
+    os.mkfifo(log)
+    process = context.Process(target=write_until_signal, args=(log,))
+    process.start()
+    with log.open("rb", buffering=0) as reading:
+        wait_until(lambda: select.select([reading], [], [], 0)[0], 60)
+        wait_until(lambda: _is_blocked_in_write(process.pid))
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(10)
+    assert process.exitcode == 128 + signal.SIGTERM
+
+
 def test_under_load_no_accepted_request_is_lost(start):
     """Every request is answered whole, told 503, or meets a closed door; none breaks off."""
     server = start(engine={"is_endless": True, "step_s": 0.001, "max_running": 8})
@@ -190,3 +205,8 @@ def _is_busy(server):
         line.startswith("kvkernels_requests_running ") and not line.endswith(" 0.0")
         for line in metrics.splitlines()
     )
+
+
+def _is_blocked_in_write(pid):
+    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return state == "S"

@@ -54,11 +54,20 @@ class Gate:
         passage = _Passage(scope, send, self._lifecycle)
         try:
             receive = await self._admit(scope, receive)
-            await self._app(scope, receive, passage.send)
+            if isinstance(receive, _Replay):
+                with self._lifecycle.accepted():
+                    await self._app(scope, receive, passage.send)
+            else:
+                await self._app(scope, receive, passage.send)
         except ApiError as error:
             await error.response()(scope, receive, passage.send)
         except Disconnected:
             passage.status = 499
+        except asyncio.CancelledError:
+            # uvicorn's, of what it waited for long enough at its end.
+            if passage.status is not None or not self._lifecycle.is_draining:
+                raise
+            await shutting_down().response()(scope, receive, passage.send)
         except Exception:
             # The outermost place where an error of ours can still be answered.
             logger.exception("request %s failed", passage.request_id)
@@ -79,8 +88,7 @@ class Gate:
         scope["state"]["caller"] = self._authenticate(headers, is_api)
         if not is_api or scope["method"] != "POST":
             return receive
-        if self._lifecycle.is_draining:
-            raise shutting_down()
+        self._check_open()
         _check_content_type(headers)
         try:
             body = await asyncio.wait_for(
@@ -90,7 +98,12 @@ class Gate:
         except asyncio.TimeoutError:
             message = f"body: expected within {self._config.body_timeout_s:g} s"
             raise ApiError(408, message, headers={"connection": "close"}) from None
+        self._check_open()
         return _Replay(body, receive)
+
+    def _check_open(self) -> None:
+        if self._lifecycle.is_draining:
+            raise shutting_down()
 
     def _authenticate(self, headers: Headers, is_api: bool) -> Caller:
         if self._keys is None:

@@ -123,8 +123,10 @@ class DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """In place of uvicorn's, which stops listening before requests are finished."""
         if self._lifecycle.is_draining or self._loop is None:
-            sys.stderr.flush()
-            os._exit(128 + sig)
+            try:
+                sys.stderr.flush()  # refused if the signal came in the middle of a write to it
+            finally:
+                os._exit(128 + sig)
         self._lifecycle.is_draining = True
         self._loop.call_soon_threadsafe(self._begin_draining, signal.Signals(sig).name)
 
@@ -134,11 +136,17 @@ class DrainingServer(uvicorn.Server):
 
     async def _drain(self) -> None:
         timeout_s = self._config.drain_timeout_s
+        loop, lifecycle = asyncio.get_running_loop(), self._lifecycle
+        deadline = loop.time() + timeout_s
         try:
-            if not await asyncio.to_thread(self._engine.drain, timeout_s):
-                num_left = self._lifecycle.cut_off()
+            # Those that are still read have yet to be submitted: the engine is told after them.
+            is_idle = await lifecycle.wait_idle(timeout_s)
+            left_s = max(0.0, deadline - loop.time())
+            if not await asyncio.to_thread(self._engine.drain, left_s) or not is_idle:
+                num_left = lifecycle.cut_off()
                 logger.warning("cut off %d requests after %g s", num_left, timeout_s)
                 await asyncio.to_thread(self._engine.drain, _CUT_OFF_S)
+                await lifecycle.wait_idle(_CUT_OFF_S)
         finally:
             self.should_exit = True
 
