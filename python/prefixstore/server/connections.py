@@ -26,8 +26,11 @@ class BoundedProtocol(H11Protocol):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self._app, self.app = self.app, self._run_app
         self._asking: asyncio.TimerHandle | None = None  # running while a request is incomplete
-        self._writing: asyncio.TimerHandle | None = None  # running while the client takes nothing
+        self._writing: asyncio.TimerHandle | None = None  # running while the client has to read
+        self._num_unread = 0  # bytes, when it was last looked whether the client reads
+        self._lingering: asyncio.TimerHandle | None = None  # running once the client was refused
         self._was_refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -40,34 +43,71 @@ class BoundedProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_asking()
         self._stop_writing()
+        self._unset_keepalive_if_required()
+        if self._lingering is not None:
+            self._lingering.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._was_refused:
             return
+        was_answered_early = self._is_answered_early
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
+        if self._is_answered_early:
+            return
+        if self.conn.their_state is not h11.IDLE or was_answered_early:
             self._stop_asking()
-        elif self._asking is None and not self._was_refused and not self.transport.is_closing():
+        if (
+            self.conn.their_state is h11.IDLE
+            and self._asking is None
+            and not self._was_refused
+            and not self.transport.is_closing()
+        ):
             # The first bytes of one more request on this connection.
             self._asking = self.loop.call_later(self.limits.header_timeout_s, self._give_up_asking)
 
+    def eof_received(self) -> None:
+        super().eof_received()
+        self._watch_reading()  # closed next, once all is read
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._is_answered_early and not self.transport.is_closing():
+            # uvicorn would wait for ever for the rest of what was asked.
+            self._stop_asking()
+            self._asking = self.loop.call_later(self.limits.body_timeout_s, self._give_up_asking)
+
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stop_writing()
-        self._writing = self.loop.call_later(self.limits.write_timeout_s, self.transport.abort)
+        self._watch_reading()
 
     def resume_writing(self) -> None:
-        self._stop_writing()
         super().resume_writing()
+        if not self.transport.is_closing():
+            self._stop_writing()
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        # Closing waits until the last answer has been read.
-        self.loop.call_later(self.limits.write_timeout_s, self.transport.abort)
+        self._watch_closing()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self._watch_closing()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, msg)
+
+    async def _run_app(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self.loop.call_soon(self._watch_closing)  # after uvicorn, which may close it now
+
+    @property
+    def _is_answered_early(self) -> bool:
+        """Whether the client is still to send the rest of a request that has its answer."""
+        is_answered = self.cycle is not None and self.cycle.response_complete
+        return is_answered and self.conn.their_state is h11.SEND_BODY
 
     def _give_up_asking(self) -> None:
         self._asking = None
@@ -96,7 +136,24 @@ class BoundedProtocol(H11Protocol):
         # Closing while the client still sends would take back what it has not yet read.
         self._was_refused = True
         self.transport.write_eof()
-        self.loop.call_later(_LINGER_S, self.transport.abort)
+        self._lingering = self.loop.call_later(_LINGER_S, self.transport.abort)
+
+    def _watch_closing(self) -> None:
+        """Closing waits until the last answer has been read: not for ever."""
+        if self.transport.is_closing() and self in self.connections:
+            self._watch_reading()
+
+    def _watch_reading(self) -> None:
+        """Cut the client off once it has read nothing for so long; closing waits for it too."""
+        self._stop_writing()
+        self._num_unread = self.transport.get_write_buffer_size()
+        self._writing = self.loop.call_later(self.limits.write_timeout_s, self._check_reading)
+
+    def _check_reading(self) -> None:
+        if self.transport.get_write_buffer_size() < self._num_unread:
+            self._watch_reading()
+        else:
+            self.transport.abort()
 
     def _stop_asking(self) -> None:
         if self._asking is not None:
