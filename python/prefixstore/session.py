@@ -90,11 +90,12 @@ class Session(PagedCache):
             for start, (step_ids, position_ids) in self._steps.items():
                 # A step that failed midway has left no KV: its tokens count no more.
                 _compare(tokens[: self.num_tokens], start, step_ids, position_ids)
-            self._tokens = tokens
+            # A token that is not stored may yet turn out to be another.
+            self._tokens = tokens[: max(len(self._tokens), self.num_tokens)]
             self._steps = {
                 start: step
                 for start, step in self._steps.items()
-                if start + step[0].numel() > len(tokens)  # the others were compared for good
+                if start + step[0].numel() > len(self._tokens)  # the others were compared for good
             }
         self._commit_stored()
         return self._num_committed * self._device.block_size

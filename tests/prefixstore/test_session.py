@@ -102,7 +102,9 @@ def test_what_a_step_costs_does_not_grow_with_the_steps_before(model, open_cache
         assert not session._steps  # none of them is compared again
         steps = session._steps
         more = as_row(generate(model, whole, session, num_new=30))
-        assert session._steps is steps and len(steps) == 29  # nor copied
+        assert (
+            session._steps is steps and len(steps) == 30
+        )  # nor copied; one is the last of `whole`
         assert session.commit(torch.cat([whole, more], dim=1)) == 96
         with pytest.raises(ValueError, match="token_ids: expected to continue"):
             session.commit(torch.cat([tokens, more], dim=1))
@@ -301,3 +303,14 @@ def test_what_was_cropped_away_may_be_other_tokens(model, open_cache):
         assert session.commit(whole) == 32
     plain = generate(model, whole)
     assert run(cache, model, whole)[0] == plain
+
+
+def test_commit_leaves_the_last_token_open(model, open_cache):
+    """What `generate` returns ends with a token that the model has not stored."""
+    tokens = random_tokens(40)
+    with open_cache().session(tokens) as session:
+        whole = torch.cat([tokens, as_row(generate(model, tokens, session, num_new=8))], dim=1)
+        assert session.num_tokens == whole.shape[1] - 1
+        session.commit(whole)
+        other = torch.cat([whole[:, :-1], (whole[:, -1:] + 1) % 8], dim=1)
+        generate(model, other, session, num_new=3)
