@@ -339,7 +339,7 @@ def _open_store(config: CacheConfig, groups: Sequence[PagedGroup]) -> Store | No
     tiers, policies = open_tiers(config.tier_urls)
     if not tiers:
         return None
-    store_config = config.store if config.store is not None else _store_config(groups)
+    store_config = _store_config(config.store or StoreConfig(), groups)
     try:
         return Store(tiers, replace(store_config, policies=policies))
     except BaseException:
@@ -348,13 +348,13 @@ def _open_store(config: CacheConfig, groups: Sequence[PagedGroup]) -> Store | No
         raise
 
 
-def _store_config(groups: Sequence[PagedGroup]) -> StoreConfig:
+def _store_config(config: StoreConfig, groups: Sequence[PagedGroup]) -> StoreConfig:
     # The writer reads blocks where they lie: waiting costs no memory, so a whole pool may wait
     # and no block of a long prompt is dropped. A pool short of blocks waits for the writer.
-    default = StoreConfig()
-    pool_bytes = sum(group.pool.capacity_bytes for group in groups)
-    num_blocks = sum(group.pool.num_blocks for group in groups)
-    return StoreConfig(
-        queue_bytes=max(default.queue_bytes, pool_bytes),
-        queue_entries=max(default.queue_entries, num_blocks),
-    )
+    if config.queue_bytes is None:
+        pool_bytes = sum(group.pool.capacity_bytes for group in groups)
+        config = replace(config, queue_bytes=max(config.max_queue_bytes, pool_bytes))
+    if config.queue_entries is None:
+        num_blocks = sum(group.pool.num_blocks for group in groups)
+        config = replace(config, queue_entries=max(config.max_queue_entries, num_blocks))
+    return config

@@ -11,6 +11,7 @@ from cached_models import BLOCK_SIZE, as_row, generate, random_tokens, run
 
 from kvkernels import PoolFullError
 from prefixstore.cache import PrefixCache
+from prefixstore.config import CacheConfig
 from prefixstore.index import RadixIndex
 from prefixstore.store.config import StoreConfig
 from prefixstore.tiers.memory import MemoryTier
@@ -244,13 +245,14 @@ def test_pressure_waits_for_writes_before_it_evicts_more(model, open_cache, monk
     assert cache.stats().evicted_blocks == 3  # 30 blocks, then 12 and one of the answer, in 40
 
 
-def test_no_block_is_dropped_while_the_writer_is_slow(model, open_cache, monkeypatch):
+@pytest.mark.parametrize("store", [None, StoreConfig(write_timeout_s=29)], ids=["default", "set"])
+def test_no_block_is_dropped_while_the_writer_is_slow(model, open_cache, monkeypatch, store):
     may_write = threading.Event()
     delay_puts(monkeypatch, lambda: may_write.wait(60))
-    cache = open_cache(pool_tokens=20_000, memory_bytes=1 << 28)
+    cache = open_cache(pool_tokens=20_000, memory_bytes=1 << 28, config=CacheConfig(store=store))
     for seed in range(9):  # more blocks than a store queues by default
         run(cache, model, random_tokens(2000, seed=seed), num_new=1)
-    assert cache.stats().store.queue_entries > StoreConfig().queue_entries
+    assert cache.stats().store.queue_entries > StoreConfig().max_queue_entries
     may_write.set()
     assert cache.flush(60)
     assert cache.stats().store.num_dropped == 0

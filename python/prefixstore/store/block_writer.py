@@ -47,7 +47,7 @@ class BlockWriter:
         self._tiers = tiers
         self._first = tiers[0] if tiers else None
         self._config = config
-        self._queue = WriteQueue(config.queue_bytes, config.queue_entries)
+        self._queue = WriteQueue(config.max_queue_bytes, config.max_queue_entries)
         self._writers = {
             number: TierWriter(tiers[number], tiers[:number], config)
             for number in range(1, len(tiers))

@@ -38,6 +38,10 @@ class TierPolicy:
         check_seconds_or_0("negative_ttl_s", self.negative_ttl_s)
 
 
+DEFAULT_QUEUE_BYTES = 256 << 20
+DEFAULT_QUEUE_ENTRIES = 1024
+
+
 @dataclass(frozen=True)
 class StoreConfig:
     """Bounds of a store.
@@ -45,8 +49,10 @@ class StoreConfig:
     Attributes:
         queue_bytes: Blocks that may wait to be written, in bytes, with the memory of records that
             are to go to faster tiers; and, for each tier behind the first, records that no faster
-            tier keeps meanwhile.
-        queue_entries: Blocks and records that may wait to be written; for each tier as well.
+            tier keeps meanwhile. None for 256 MiB, or for as many as the pool of a cache holds if
+            that is more.
+        queue_entries: Blocks and records that may wait to be written; for each tier as well. None
+            for 1024, or for the blocks of the pool.
         load_timeout_s: How long a request waits for its tiers in all. They have 95 % of it: what
             came by then is restored in the rest, what did not is a miss.
         write_timeout_s: How long one write into a tier may take before it counts as failed.
@@ -55,8 +61,8 @@ class StoreConfig:
         breaker: When a failing tier is left alone.
     """
 
-    queue_bytes: int = 256 << 20
-    queue_entries: int = 1024
+    queue_bytes: int | None = None
+    queue_entries: int | None = None
     load_timeout_s: float = 2.0
     write_timeout_s: float = 30.0
     close_timeout_s: float = 30.0
@@ -64,8 +70,18 @@ class StoreConfig:
     breaker: BreakerConfig = field(default_factory=BreakerConfig)
 
     def __post_init__(self) -> None:
-        check_bytes("queue_bytes", self.queue_bytes, 1)
-        check_count("queue_entries", self.queue_entries, 1)
+        if self.queue_bytes is not None:
+            check_bytes("queue_bytes", self.queue_bytes, 1)
+        if self.queue_entries is not None:
+            check_count("queue_entries", self.queue_entries, 1)
         for name in ("load_timeout_s", "write_timeout_s"):
             check_seconds(name, getattr(self, name), MAX_WAIT_S)
         check_seconds_or_0("close_timeout_s", self.close_timeout_s, MAX_WAIT_S)
+
+    @property
+    def max_queue_bytes(self) -> int:
+        return DEFAULT_QUEUE_BYTES if self.queue_bytes is None else self.queue_bytes
+
+    @property
+    def max_queue_entries(self) -> int:
+        return DEFAULT_QUEUE_ENTRIES if self.queue_entries is None else self.queue_entries

@@ -90,7 +90,7 @@ class TierWriter:
         """Queue a record; False, and counted, where the queue is full or closed."""
         with self._changed:
             num_entries = len(self._jobs) + len(self._running)
-            has_room = num_entries < self._config.queue_entries and self._fits(job.held_bytes)
+            has_room = num_entries < self._config.max_queue_entries and self._fits(job.held_bytes)
             if has_room and not self._is_closed and os.getpid() == self._pid:
                 self._jobs.append(job)
                 self._held_bytes += job.held_bytes
@@ -114,7 +114,7 @@ class TierWriter:
                 del self._elsewhere[name]
 
     def _fits(self, num_bytes: int) -> bool:
-        return self._held_bytes + num_bytes <= self._config.queue_bytes
+        return self._held_bytes + num_bytes <= self._config.max_queue_bytes
 
     def _forget(self, jobs: Iterable[TierJob]) -> None:
         """Rescue nothing for these any more."""
