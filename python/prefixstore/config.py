@@ -54,7 +54,7 @@ class CacheConfig:
         tiers: URLs of the tiers, fastest first, see tier_urls.py; in place of the next three.
         memory_bytes: Size of the host memory tier, at least 4096; 0 for none. Default 1 GiB.
         disk_path: Directory of the disk tier, shared by processes; None for none.
-        disk_bytes: Bound of the disk tier, at least 4096. Default 4 GiB.
+        disk_bytes: Bound of the disk tier, at least 4096. Default 4 GiB. Only with `disk_path`.
         salt: Namespace; sessions of different salts never share blocks.
         codec: How blocks are written into the tiers: one of `kvkernels.CODECS` for all layers, or
             one for each of the model's layers. "raw" and "l12" change nothing; the others are
@@ -78,13 +78,13 @@ class CacheConfig:
     store: StoreConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.block_size not in (16, 32, 64, 128, 256):
+        if type(self.block_size) is not int or self.block_size not in (16, 32, 64, 128, 256):
             raise ConfigError(
                 f"block_size: expected one of 16, 32, 64, 128, 256, got {self.block_size!r}"
             )
         for name in ("pool_tokens", "window_pool_tokens", "memory_bytes", "disk_bytes"):
             value = getattr(self, name)
-            if not isinstance(value, int) and value is not None:
+            if type(value) is not int and value is not None:
                 raise ConfigError(f"{name}: expected an integer, got {value!r}")
         if not isinstance(self.salt, str):
             raise ConfigError(f"salt: expected a string, got {self.salt!r}")
@@ -95,7 +95,7 @@ class CacheConfig:
         for name in (self.codec,) if isinstance(self.codec, str) else self.codec:
             if name not in CODECS:
                 raise ConfigError(f"codec: expected one of {tuple(CODECS)}, got {name!r}")
-        if not isinstance(self.exact_blocks, int) or self.exact_blocks < 0:
+        if type(self.exact_blocks) is not int or self.exact_blocks < 0:
             raise ConfigError(f"exact_blocks: expected 0 or more, got {self.exact_blocks!r}")
         for name in ("pool_tokens", "window_pool_tokens"):
             value = getattr(self, name)
@@ -115,6 +115,10 @@ class CacheConfig:
             object.__setattr__(self, "disk_path", Path(self.disk_path))
         if self.disk_bytes is not None:
             check_bytes("disk_bytes", self.disk_bytes, PAGE_BYTES)
+            if self.disk_path is None:
+                raise ConfigError(
+                    f"disk_bytes: expected none without disk_path, got {self.disk_bytes!r}"
+                )
 
     @classmethod
     def from_toml(cls, path: str | Path) -> CacheConfig:

@@ -24,6 +24,7 @@ FILE = """
 [server]
 port = 9000
 drain_timeout_s = "2m"
+retry_after_s = "2s"
 max_body_bytes = "1MiB"
 
 [engine]
@@ -64,6 +65,7 @@ def test_serves_with_what_the_parts_have_by_default(serve):
 def test_reads_a_file(serve):
     (*_, config), _ = serve("model", "--config", "FILE")
     assert (config.server.port, config.server.drain_timeout_s) == (9000, 120)
+    assert config.server.retry_after_s == 2
     assert config.server.max_body_bytes == 1 << 20
     assert config.engine.max_running == 4
     assert config.cache.tier_urls == ["memory://1GiB"]
@@ -87,6 +89,7 @@ def test_options_come_before_the_file(serve):
         api_keys_file=Path("keys.toml"),
         allow_anonymous=True,
         drain_timeout_s=5,
+        retry_after_s=2,
         max_body_bytes=1 << 20,
     )
     assert config.engine == EngineConfig(

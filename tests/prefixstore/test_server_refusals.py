@@ -95,7 +95,7 @@ def test_refuses_a_chat_without_a_template():
 
 def test_an_overloaded_engine_is_429_and_takes_nothing_of_the_request():
     engine = ScriptedEngine(chat_tokenizer(), max_running=1, max_queued=2, step_s=0.01)
-    with serving(engine, retry_after_s=7) as server:
+    with serving(engine, retry_after_s=6.5) as server:
         answer = server.post(PATHS[0], {**CHAT, "n": 8})
         assert answer.status_code == 429
         assert answer.headers["retry-after"] == "7"

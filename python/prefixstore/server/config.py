@@ -23,9 +23,9 @@ from prefixstore.settings import MAX_WAIT_S, check_known, check_seconds
 
 _TIMES = (
     *("header_timeout_s", "body_timeout_s", "idle_timeout_s", "write_timeout_s"),
-    *("drain_timeout_s", "flush_timeout_s"),
+    *("drain_timeout_s", "flush_timeout_s", "retry_after_s"),
 )
-_COUNTS = ("max_body_bytes", "max_choices", "max_connections", "retry_after_s")
+_COUNTS = ("max_body_bytes", "max_choices", "max_connections")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ServerConfig:
         drain_timeout_s: For accepted requests, once the server is told to end; the rest are
             cancelled.
         flush_timeout_s: For what the tiers have still to write then.
-        retry_after_s: What a refused client is told to wait.
+        retry_after_s: What a refused client is told to wait, in whole seconds.
     """
 
     host: str = "127.0.0.1"
@@ -68,7 +68,7 @@ class ServerConfig:
     write_timeout_s: float = 30.0
     drain_timeout_s: float = 60.0
     flush_timeout_s: float = 60.0
-    retry_after_s: int = 1
+    retry_after_s: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("host", "model_name"):

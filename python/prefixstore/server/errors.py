@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,9 +72,9 @@ def context_exceeded(param: str, max_model_len: int, got: int | str) -> ApiError
     return ApiError(400, message, param=param, code="context_length_exceeded")
 
 
-def overloaded(message: str, retry_after_s: int) -> ApiError:
+def overloaded(message: str, retry_after_s: float) -> ApiError:
     """For a request that found all places taken."""
-    headers = {"retry-after": str(retry_after_s)}
+    headers = {"retry-after": str(math.ceil(retry_after_s))}
     return ApiError(429, message, code="engine_overloaded", headers=headers)
 
 

@@ -21,7 +21,7 @@ class Worker:
         retry_after_s: What one more is told to wait.
     """
 
-    def __init__(self, name: str, max_waiting: int, retry_after_s: int) -> None:
+    def __init__(self, name: str, max_waiting: int, retry_after_s: float) -> None:
         self._max_waiting = max_waiting
         self._retry_after_s = retry_after_s
         self._num_waiting = 0
