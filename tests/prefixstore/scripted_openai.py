@@ -65,6 +65,7 @@ class ScriptedOpenAI:
         self._make_reply = make_reply
         self.port = 0
         self.seen: list[Seen] = []
+        self.num_connections = 0  # so far
         self.num_running = 0
         self.most_running = 0
 
@@ -81,6 +82,7 @@ class ScriptedOpenAI:
             await server.serve_forever()
 
     async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.num_connections += 1
         try:
             while True:
                 seen = await _read_request(reader)

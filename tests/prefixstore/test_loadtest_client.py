@@ -154,6 +154,19 @@ def test_an_answer_ends_with_its_reason(reply: Reply, kind: str | None) -> None:
     assert ask_scripted(reply)[0].error == kind
 
 
+def test_asks_again_on_the_same_connection() -> None:
+    answer, server = ask_scripted(Reply())
+    assert answer.error is None
+    assert (len(server.seen), server.num_connections) == (2, 1)
+
+
+@pytest.mark.parametrize("is_cut", [False, True], ids=["ended", "cut"])
+def test_what_comes_after_the_last_event_changes_no_answer(is_cut: bool) -> None:
+    answer, _ = ask_scripted(Reply(extra=(END, "[DONE]", '{"choices"'), is_cut=is_cut))
+    assert (answer.error, answer.text) == (None, "one two three")
+    assert answer.end_s > answer.piece_s[-1]
+
+
 def test_ignores_proxies_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     assert ask_scripted(Reply())[0].error is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
@@ -16,6 +17,7 @@ from prefixstore.loadtest.workloads import Message
 
 ERROR_CHARS = 300  # of what a server says is kept
 DONE = "[DONE]"
+_REST_S = 1.0  # for a stream to end after its last event; else its connection is given up
 
 
 @dataclass(frozen=True)
@@ -129,15 +131,17 @@ class Client:
         try:
             await asyncio.wait_for(self._read(path, body, answer), asked.timeout_s)
         except asyncio.TimeoutError:
-            answer.error = "timeout"
-            answer.error_text = f"no complete answer within {asked.timeout_s:g} s"
+            if not answer.end_s:
+                answer.error = "timeout"
+                answer.error_text = f"no complete answer within {asked.timeout_s:g} s"
         except _Failed as error:
             answer.error, answer.error_text = error.kind, str(error)[:ERROR_CHARS]
         except httpx.ConnectError as error:
             answer.error, answer.error_text = "connect", str(error)
         except httpx.TransportError as error:
             answer.error, answer.error_text = "disconnect", str(error)
-        answer.end_s = time.perf_counter() - answer.sent_at
+        if not answer.end_s:
+            answer.end_s = time.perf_counter() - answer.sent_at
         return answer
 
     async def _read(self, path: str, body: dict[str, Any], answer: Answer) -> None:
@@ -145,14 +149,26 @@ class Client:
             if response.status_code != 200:
                 text = (await response.aread()).decode(errors="replace")
                 raise _Failed(f"http {response.status_code}", text)
-            is_complete = False
-            async for data in _events(response):
+            events = _events(response)
+            async for data in events:
                 if data == DONE:
-                    is_complete = True
-                    break
+                    answer.end_s = time.perf_counter() - answer.sent_at
+                    await _read_rest(events)
+                    return
                 _note(_parse(data), answer)
-            if not is_complete and answer.finish_reason is None:
+            if answer.finish_reason is None:
                 raise _Failed("disconnect", "the stream ended before the answer did")
+
+
+async def _read_rest(events: AsyncIterator[str]) -> None:
+    """Read an answer's end that says nothing: only then is its connection of use for another."""
+
+    async def read() -> None:
+        async for _ in events:
+            pass
+
+    with contextlib.suppress(httpx.TransportError, asyncio.TimeoutError):
+        await asyncio.wait_for(read(), _REST_S)
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[str]:
