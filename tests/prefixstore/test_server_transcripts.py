@@ -1,6 +1,7 @@
 """The next turn of a chat begins with the tokens of the last one."""
 
 import copy
+import re
 
 import pytest
 from chat_model import chat_tokenizer
@@ -8,6 +9,7 @@ from scripted_engine import ScriptedEngine
 from serving import MODEL, serving
 from tokenizers.processors import TemplateProcessing
 
+from prefixstore.engine.detokenizer import Detokenizer
 from prefixstore.server.transcripts import Transcripts
 
 PROMPT = "<|start|>user\nWhat keeps blocks?<|end|>\n<|start|>assistant\n"
@@ -81,6 +83,29 @@ def test_forgets_an_answer_that_is_not_its_tokens(transcripts):
     for text, ids in [("The pool", by_characters(ANSWER)), (ANSWER, [*encode(ANSWER), 1, 5])]:
         transcripts.remember(PROMPT, text, encode(PROMPT), ids, "a")
         assert transcripts.encode(PROMPT + text + REST, "a") == encode(PROMPT + text + REST)
+
+
+def test_remembers_an_answer_as_it_was_sent():
+    """By a tokenizer that falls back on bytes: a wrong one spoils the others of its run."""
+
+    class Falling:
+        added_tokens_decoder = chat_tokenizer().added_tokens_decoder
+        all_special_ids = chat_tokenizer().all_special_ids
+        __call__ = staticmethod(chat_tokenizer().__call__)
+
+        def decode(self, ids, **options):
+            text = chat_tokenizer().decode(ids, **options)
+            return re.sub(r"[^\x00-\x7f]", "\ufffd", text) if "\ufffd" in text else text
+
+    tokenizer = Falling()
+    start = chat_tokenizer().convert_tokens_to_ids("\u00f0")  # the byte F0, which opens four
+    ids = [*encode("So é"), start, *encode(" it was.")]
+    sent = Detokenizer(tokenizer)
+    answer = sent.push(ids) + sent.finish()
+    assert answer != tokenizer.decode(ids)
+    transcripts = Transcripts(tokenizer)
+    transcripts.remember(PROMPT, answer, encode(PROMPT), ids, "a")
+    assert transcripts.encode(PROMPT + answer + REST, "a") == encode(PROMPT) + ids + encode(REST)
 
 
 def test_keeps_no_more_than_it_may(transcripts):

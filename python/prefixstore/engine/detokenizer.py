@@ -16,6 +16,9 @@ _MAX_TAIL = 16  # tokens of either kind that are decoded again with each new one
 class Detokenizer:
     """The text of one answer, piece by piece; the pieces together are the decoded answer.
 
+    But for bytes that make no character: some tokenizers show a run of them otherwise when all of
+    it is decoded at once, and pieces that are sent cannot be taken back.
+
     A token may end within a character, and what a token reads depends on those before it: some
     tokenizers strip the space in front of the first. So the last few tokens are decoded again with
     each new one, and what the text has grown by is new::

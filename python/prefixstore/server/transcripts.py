@@ -23,6 +23,8 @@ from functools import lru_cache
 from threading import Lock
 from typing import Any
 
+from prefixstore.engine.detokenizer import Detokenizer
+
 _Key = tuple[int, bytes]  # length of salt and text in bytes, digest
 
 
@@ -74,7 +76,7 @@ class Transcripts:
         answer_ids = list(answer_ids)
         while answer_ids and answer_ids[-1] in self._special_ids:
             answer_ids.pop()
-        if self._tokenizer.decode(answer_ids, skip_special_tokens=False) != answer:
+        if not self._is_text_of(answer, answer_ids):
             return
         num_tokens = len(prompt_ids) + len(answer_ids)
         if num_tokens > self._max_tokens:
@@ -98,6 +100,15 @@ class Transcripts:
         if self._lengths != Counter(length for length, _ in self._ids):
             wrong.append(f"transcripts: counted {self._lengths} lengths")
         return wrong
+
+    def _is_text_of(self, answer: str, answer_ids: Sequence[int]) -> bool:
+        if self._tokenizer.decode(answer_ids, skip_special_tokens=False) == answer:
+            return True
+        # As it was sent: bytes that make no character may read otherwise piece by piece.
+        if not self._special_ids.isdisjoint(answer_ids):
+            return False
+        sent = Detokenizer(self._tokenizer)
+        return sent.push(answer_ids) + sent.finish() == answer
 
     def _longest(self, text: str, salt: str) -> tuple[array[int], str] | None:
         content = _salted(text, salt)
