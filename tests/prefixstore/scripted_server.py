@@ -13,7 +13,7 @@ from prefixstore.server.app import create_app
 from prefixstore.server.config import ServerConfig
 from prefixstore.server.lifecycle import Lifecycle
 from prefixstore.server.request_log import log_json_lines
-from prefixstore.server.run import DrainingServer, listen, serve_until_signal
+from prefixstore.server.run import DrainingServer, bind_address, serve_until_signal
 
 
 def write_until_signal(log: Path) -> None:
@@ -35,6 +35,6 @@ def serve(out: Path, log: Path, engine: dict, server: dict) -> None:
     engine = ScriptedEngine(chat_tokenizer(), **engine)
     config = ServerConfig(port=0, model_name="tiny", **server)
     log_json_lines()
-    listener = listen(config)
+    listener = bind_address(config)
     serve_until_signal(create_app(engine, config), engine, config, listener)
     print(json.dumps({"was_flushed": engine.was_flushed, "was_closed": engine.is_closed}))

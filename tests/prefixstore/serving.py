@@ -13,7 +13,7 @@ import openai
 
 from prefixstore.server.app import create_app
 from prefixstore.server.config import ServerConfig
-from prefixstore.server.run import DrainingServer, listen
+from prefixstore.server.run import DrainingServer, bind_address
 
 MODEL = "tiny"
 PATHS = ("/v1/chat/completions", "/v1/completions")
@@ -65,7 +65,7 @@ class Running:
 def serving(engine, **settings):
     """Serves `engine` until the block ends; the engine is the caller's to close."""
     config = ServerConfig(port=0, **{"model_name": MODEL, **settings})
-    listener = listen(config)
+    listener = bind_address(config)
     host, port = listener.getsockname()[:2]
     app = create_app(engine, config)
     server = DrainingServer(app, engine, config, listener)

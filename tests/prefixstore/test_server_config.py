@@ -18,7 +18,7 @@ from prefixstore.errors import ConfigError
 from prefixstore.server import command
 from prefixstore.server.app import create_app
 from prefixstore.server.config import ServeConfig, ServerConfig
-from prefixstore.server.run import listen
+from prefixstore.server.run import bind_address
 
 FILE = """
 [server]
@@ -157,28 +157,40 @@ def test_refuses_a_wrong_file(tmp_path, content, message):
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_listens_to_others_only_with_keys_or_when_told(host):
     with pytest.raises(ConfigError, match="expected a loopback address where there are no API"):
-        listen(ServerConfig(host=host, port=0))
+        bind_address(ServerConfig(host=host, port=0))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_listens_on_a_port_that_the_kernel_chooses(host):
-    with listen(ServerConfig(host=host, port=0)) as listener:
+    with bind_address(ServerConfig(host=host, port=0)) as listener:
         assert listener.getsockname()[1] > 0
+
+
+def test_nobody_can_connect_before_it_is_served():
+    with bind_address(ServerConfig(port=0)) as bound, pytest.raises(ConnectionRefusedError):
+        socket.create_connection(bound.getsockname(), 10)
+
+
+def test_refuses_its_key_file_before_it_looks_for_the_model(tmp_path):
+    server = ServerConfig(port=0, api_keys_file=tmp_path / "keys.toml")
+    with pytest.raises(ConfigError, match=r"keys\.toml: No such file"):
+        command.run_server("no such model", "auto", "cpu", ServeConfig(server))
 
 
 def test_answers_wait_for_no_acknowledgement():
     """asyncio sets TCP_NODELAY on sockets whose protocol is named, and on no others."""
-    with listen(ServerConfig(port=0)) as listener:
+    with bind_address(ServerConfig(port=0)) as listener:
         assert listener.proto == socket.IPPROTO_TCP
 
 
 def test_says_when_an_address_cannot_be_had():
-    with listen(ServerConfig(port=0)) as listener:
+    with bind_address(ServerConfig(port=0)) as listener:
+        listener.listen()
         port = listener.getsockname()[1]
         with pytest.raises(ConfigError, match=f"127.0.0.1 port {port}: Address already in use"):
-            listen(ServerConfig(port=port))
+            bind_address(ServerConfig(port=port))
     with pytest.raises(ConfigError, match="host: expected an address"):
-        listen(ServerConfig(host="no such host", port=0))
+        bind_address(ServerConfig(host="no such host", port=0))
 
 
 @pytest.fixture(scope="module")

@@ -130,10 +130,14 @@ def run_server(model: str, dtype: str, device: str, config: ServeConfig) -> None
     from prefixstore.engine import Engine
     from prefixstore.models import find_model, load_model, load_tokenizer
     from prefixstore.server.app import create_app
+    from prefixstore.server.keys import ApiKeys
     from prefixstore.server.request_log import log_json_lines
-    from prefixstore.server.run import listen, serve_until_signal
+    from prefixstore.server.run import bind_address, serve_until_signal
 
-    listener = listen(config.server)  # what is wrong with it is told before the model is loaded
+    # What is wrong with these is told before the model is loaded.
+    if config.server.api_keys_file is not None:
+        ApiKeys.from_file(config.server.api_keys_file)
+    listener = bind_address(config.server)
     path = find_model(model)
     log_json_lines()
     loaded = load_model(path, choose_dtype(dtype)).to(choose_device(device))

@@ -28,8 +28,8 @@ _GRACE_S = 0.3  # for requests on their way when the door is closed: they are to
 _CUT_OFF_S = 5.0  # for clients to be told that their requests were cut off
 
 
-def listen(config: ServerConfig) -> socket.socket:
-    """A socket that listens where `config` says.
+def bind_address(config: ServerConfig) -> socket.socket:
+    """A socket at the address that `config` says; nobody can connect before it is served.
 
     Raises:
         ConfigError: If the address cannot be had, or others could reach it and nothing asks them
@@ -53,7 +53,6 @@ def listen(config: ServerConfig) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         where = f"{config.host} port {config.port}"
@@ -88,6 +87,7 @@ class DrainingServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                backlog=_BACKLOG,
                 http=bound_protocol(config),
                 ws="none",
                 log_config=None,
