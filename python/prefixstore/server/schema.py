@@ -13,46 +13,20 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from prefixstore.engine import SamplingParams
 from prefixstore.engine.sampling import MAX_LOGPROBS
-from prefixstore.server.errors import UNSUPPORTED
+from prefixstore.server.unserved import (
+    UNSERVED_OF_CHAT,
+    UNSERVED_OF_COMPLETIONS,
+    check_unserved,
+)
 from prefixstore.tokens import text_problem
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_MESSAGES = 10_000  # each takes some 25 µs to be checked, and as long to be rendered
 MAX_SHOWN_CHARACTERS = 64  # of a name that the client made up
-
-# Fields of OpenAI's that are not served, and the values of them that ask for nothing.
-_UNSERVED_OF_BOTH: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-}
-_UNSERVED_OF_CHAT: dict[str, tuple[Any, ...]] = {
-    **_UNSERVED_OF_BOTH,
-    "audio": (),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
-    "prediction": (),
-    "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
-_UNSERVED_OF_COMPLETIONS: dict[str, tuple[Any, ...]] = {
-    **_UNSERVED_OF_BOTH,
-    "best_of": (1,),
-    "suffix": ("",),
-}
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -80,7 +54,7 @@ class StreamOptions(_Strict):
     @field_validator("include_obfuscation")
     @classmethod
     def _check_obfuscation(cls, value: bool, info: ValidationInfo) -> bool:
-        return _check_unserved(value, info, {"include_obfuscation": (False,)})
+        return check_unserved(value, info, {"include_obfuscation": (False,)})
 
 
 class _Generation(_Strict):
@@ -243,10 +217,10 @@ class ChatRequest(_Generation):
                     raise _error_at(name, "string_type", cls.__name__)
         return value
 
-    @field_validator(*_UNSERVED_OF_CHAT)
+    @field_validator(*UNSERVED_OF_CHAT)
     @classmethod
     def _check_unserved(cls, value: Any, info: ValidationInfo) -> Any:
-        return _check_unserved(value, info, _UNSERVED_OF_CHAT)
+        return check_unserved(value, info, UNSERVED_OF_CHAT)
 
     @field_validator("max_completion_tokens")
     @classmethod
@@ -303,10 +277,10 @@ class CompletionRequest(_Generation):
                 return value
         raise ValueError("expected a string, token ids, or a list of several of either")
 
-    @field_validator(*_UNSERVED_OF_COMPLETIONS)
+    @field_validator(*UNSERVED_OF_COMPLETIONS)
     @classmethod
     def _check_unserved(cls, value: Any, info: ValidationInfo) -> Any:
-        return _check_unserved(value, info, _UNSERVED_OF_COMPLETIONS)
+        return check_unserved(value, info, UNSERVED_OF_COMPLETIONS)
 
     @field_validator("logprobs")
     @classmethod
@@ -355,12 +329,3 @@ def _error_at(
     return ValidationError.from_exception_data(
         title, [{"type": kind, "loc": (shown,), "input": None}]
     )
-
-
-def _check_unserved(value: Any, info: ValidationInfo, neutral: dict[str, tuple[Any, ...]]) -> Any:
-    """`value`, if it asks for nothing."""
-    assert info.field_name is not None
-    allowed = neutral[info.field_name]
-    if value is None or any(type(value) in (type(x), float) and value == x for x in allowed):
-        return value
-    raise PydanticCustomError(UNSUPPORTED, "not served; leave it out")
