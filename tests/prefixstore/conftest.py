@@ -1,5 +1,6 @@
 """Fixtures: models with caches, tiers, and servers."""
 
+import inspect
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,8 +17,33 @@ from tier_kinds import make_any_tier, make_kind, make_tier, open_tiers
 
 from prefixstore.cache import PrefixCache
 from prefixstore.store import Store, StoreConfig
+from prefixstore.tiers.disk import DiskTierConfig
+from prefixstore.tiers.redis.config import RedisTierConfig
 
 __all__ = ["make_any_tier", "make_kind", "make_tier", "open_tiers"]
+
+PATIENCE_S = 60.0
+WAITS = {
+    StoreConfig: {"load_timeout_s"},
+    DiskTierConfig: {"timeout_s"},
+    RedisTierConfig: {"timeout_s", "connect_timeout_s"},
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _patience() -> Iterator[None]:
+    """Where a test names no deadline, a machine that stands still for seconds makes nothing late.
+
+    What a deadline costs is for the tests that name one.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for config, waits in WAITS.items():
+            parameters = inspect.signature(config.__init__).parameters.values()
+            defaults = {one.name: one.default for one in parameters if one.default is not one.empty}
+            assert waits <= defaults.keys()
+            patched = {**defaults, **dict.fromkeys(waits, PATIENCE_S)}
+            patch.setattr(config.__init__, "__defaults__", tuple(patched.values()))
+        yield
 
 
 @pytest.fixture(scope="session")
