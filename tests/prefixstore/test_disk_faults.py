@@ -85,7 +85,7 @@ def test_gives_up_on_a_locked_index_in_time(tmp_path):
     started = time.monotonic()
     with pytest.raises(TierTimeout, match=r"locked for 0.2 s"):
         put(tier, [key])
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20
     assert not tier.contains(key.name)  # reading goes on meanwhile
     blocker.execute("ROLLBACK")
     blocker.close()
@@ -96,20 +96,23 @@ def test_gives_up_on_a_locked_index_in_time(tmp_path):
 
 def test_gives_up_on_a_locked_index_at_the_deadline(tmp_path):
     held, new = make_keys(2)
-    tier = open_tier(tmp_path, timeout_s=30)
+    tier = open_tier(tmp_path, timeout_s=60)
     put(tier, [held])
     blocker = sqlite3.connect(tmp_path / "index.sqlite", isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
-    started = time.monotonic()
     record = memoryview(make_record(new))
     for call in (
-        lambda: tier.put_many([new.name], [record], deadline=started + 0.2),
-        lambda: tier.delete_many([held.name], deadline=started + 0.4),
+        lambda deadline: tier.put_many([new.name], [record], deadline=deadline),
+        lambda deadline: tier.delete_many([held.name], deadline=deadline),
     ):
-        with pytest.raises(TierTimeout):
-            call()
+        started = time.monotonic()
+        try:
+            (outcome,) = call(started + 0.4)
+        except TierTimeout as error:
+            outcome = error
+        assert isinstance(outcome, TierTimeout)
+        assert 0.3 < time.monotonic() - started < 20
     assert tier.contains_many([held.name], deadline=time.monotonic() + 30) == [True]
-    assert 0.3 < time.monotonic() - started < 5
     blocker.execute("ROLLBACK")
     blocker.close()
     put(tier, [new])

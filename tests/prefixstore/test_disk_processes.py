@@ -77,7 +77,8 @@ def make_process(tmp_path) -> Iterator[Callable[[], DiskProcess]]:
 
 
 def test_kill_minus_nine_in_the_middle_of_writes(tmp_path, make_process):
-    """50 writers on one directory killed at random moments, and 10 more while they open it.
+    """50 writers on one directory killed at random moments, and 10 more while they open it; more
+    of them where no kill came in the middle of a write.
 
     Each process mends what the one before left, finds nothing to complain of in it, and reads back
     rightly all that the index knows; or it fails, and with it the test.
@@ -85,7 +86,9 @@ def test_kill_minus_nine_in_the_middle_of_writes(tmp_path, make_process):
     random = np.random.default_rng(0)
     process = make_process()
     totals = dict.fromkeys(("kills", "puts", "evictions", "cut_off", "served"), 0)
-    for round_number in range(60):
+    for round_number in range(600):
+        if round_number >= 60 and totals["cut_off"] > 0:
+            break
         process.start(seed=round_number)
         if round_number % 6 == 5:
             time.sleep(random.uniform(0, 0.02))
@@ -93,7 +96,9 @@ def test_kill_minus_nine_in_the_middle_of_writes(tmp_path, make_process):
             continue
         opened = process.read()
         assert opened["served"] == opened["found"]
-        time.sleep(random.uniform(0, 0.1))
+        for _ in range(random.integers(20)):
+            process.read()  # after each put
+        time.sleep(random.uniform(0, 0.005))
         counts = {**opened, **process.kill(), "kills": 1}
         totals = {name: total + counts.get(name, 0) for name, total in totals.items()}
     tier = open_tier(tmp_path, capacity_bytes=PROCESS_CAPACITY)
@@ -103,7 +108,7 @@ def test_kill_minus_nine_in_the_middle_of_writes(tmp_path, make_process):
     tier.close()
     print(totals)
     # it was writing, evicting and in the middle of a write when the kills came, and kept something
-    assert totals["kills"] == 50 and totals["cut_off"] > 0
+    assert totals["kills"] >= 50 and totals["cut_off"] > 0
     assert min(totals["puts"], totals["evictions"], totals["served"]) > 50
 
 
