@@ -284,7 +284,7 @@ def test_refuses_after_drain_and_ends_what_runs_at_close(model):
         assert not engine.drain(0.01)
         with pytest.raises(EngineClosed):
             engine.submit(prompt(40))
-    assert handle.result(5).finish_reason == FinishReason.CANCELLED
+    assert handle.result(60).finish_reason == FinishReason.CANCELLED
     engine.close()
 
 

@@ -235,12 +235,12 @@ def test_a_call_that_is_not_waited_for_is_learnt_while_it_hangs(model, tier, ope
 
 
 def test_what_the_store_gives_up_on_is_not_planned(tier, open_engine, monkeypatch):
-    engine, tokens = open_engine(load_timeout_s=0.3), prompt(LENGTH)
+    engine, tokens = open_engine(load_timeout_s=5), prompt(LENGTH)
     warm(engine, tokens)
     deadlines = []
     watch(monkeypatch, engine._loop.planner, "plan", lambda _, __, named: deadlines.append(named))
     engine.submit(tokens, GREEDY).result(60)
-    assert [0 < one["deadline_s"] <= 0.3 for one in deadlines] == [True]
+    assert [0 < one["deadline_s"] <= 5 for one in deadlines] == [True]
 
 
 def test_a_pass_half_beside_a_load_tells_no_speed(tier, open_engine):

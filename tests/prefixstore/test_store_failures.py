@@ -2,6 +2,7 @@
 
 import logging
 import time
+from functools import partial
 
 import pytest
 from dict_tier import DictTier, fill, held, raises
@@ -25,7 +26,10 @@ def test_a_tier_that_raises_costs_only_its_hits(make_store, error):
     broken.fail = lambda call: None
 
 
-def test_a_failing_tier_is_left_alone_and_comes_back(make_store, caplog):
+def test_a_failing_tier_is_left_alone_and_comes_back(make_store, monkeypatch, caplog):
+    now = [0.0]
+    breaker = partial(Breaker, clock=lambda: now[0])
+    monkeypatch.setattr("prefixstore.store.tier_calls.Breaker", breaker)
     tier = DictTier("flaky")
     config = BreakerConfig(failures=3, window_s=10, pause_s=0.2, max_pause_s=1)
     store = make_store(tier, breaker=config)
@@ -40,7 +44,7 @@ def test_a_failing_tier_is_left_alone_and_comes_back(make_store, caplog):
         use = use_of(store, "flaky")
         assert (use.is_down, use.num_errors, use.num_skipped) == (True, 3, 47)
         tier.fail = lambda call: None
-        time.sleep(0.25)
+        now[0] += 0.25
         assert load(store, key) == "flaky"
     assert not use_of(store, "flaky").is_down
     assert [record.message.split(":")[1] for record in caplog.records] == [

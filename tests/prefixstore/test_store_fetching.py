@@ -224,7 +224,7 @@ def test_claims_end_whatever_happens(make_store):
         load_block(store, key, bytearray(3))
     started = time.monotonic()
     assert load(store, key) == "slow"
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20
     assert store.stats().num_coalesced == 0
 
 

@@ -165,17 +165,20 @@ def test_a_bug_reaches_the_caller_and_leaves_no_claim(tier, where: str) -> None:
 
 def test_after_the_deadline_the_rest_are_misses(tier) -> None:
     keys = make_keys(NUM_BLOCKS)
-    deadline = time.monotonic() + 1.5
+    for seconds in (0.5, 3, 20):  # where the machine stands still, the first may be late as well
+        deadline = time.monotonic() + seconds
 
-    def outlast(number: int) -> None:
-        if number == 1:
-            time.sleep(max(0.0, deadline + 0.05 - time.monotonic()))
+        def outlast(number: int, deadline: float = deadline) -> None:
+            if number == 1:
+                time.sleep(max(0.0, deadline + 0.05 - time.monotonic()))
 
-    target = Target(keys, outlast)
-    with Store([tier]) as store:
-        found = store.load_many(keys, target, deadline)
-        assert use_of(store, "tier").num_timeouts >= BATCH
-    target.check(found)
+        target = Target(keys, outlast)
+        with Store([tier]) as store:
+            found = store.load_many(keys, target, deadline)
+            assert use_of(store, "tier").num_timeouts >= BATCH
+        target.check(found)
+        if found[: 2 * BATCH] == ["tier"] * 2 * BATCH:
+            break
     # The third was read while the second was decoded.
     assert found[: 2 * BATCH] == ["tier"] * 2 * BATCH and found[3 * BATCH :] == [None] * BATCH
 

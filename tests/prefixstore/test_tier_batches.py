@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import pytest
+from disk_tiers import Clock
 from sample_blocks import LARGE_LAYOUT, LAYOUT, make_keys, make_record
 from tier_kinds import SLOT, get, held, put, put_many, stored_bytes
 
@@ -186,12 +187,13 @@ def test_who_abandons_late_buffers_gets_the_same_in_time(make_tier):
 
 
 def test_records_expire_unless_they_are_pinned(make_tier):
-    tier = make_tier(64 * SLOT, ttl_s=0.4)
+    clock = Clock()
+    tier = make_tier(64 * SLOT, ttl_s=100, clock=clock)
     keys = make_keys(3)
     put_many(tier, keys)
     assert held(tier, keys) == [True] * 3
     tier.pin_many([keys[1].name])
-    time.sleep(0.5)
+    clock.seconds += 101
     assert held(tier, keys) == [False, True, False]
     assert get(tier, keys[0]) is None
     assert get(tier, keys[1]) == make_record(keys[1])

@@ -44,16 +44,18 @@ def open_tiers() -> Iterator[list[Tier]]:
 
 @pytest.fixture
 def make_kind(request, tmp_path, open_tiers) -> Callable[..., Tier]:
-    """Makes a tier of a kind. Where a server sets the bound, capacities say nothing."""
+    """Makes a tier of a kind. Where a server sets the bound, capacities say nothing; of a kind that
+    keeps its own, the option `clock` tells the seconds by which records age."""
 
     def make(kind: str, capacity_bytes: int, slab_bytes: int | None = None, **options) -> Tier:
+        clocks = [options.pop("clock")] if "clock" in options else []
         *protection, medium = kind.split()
         path = tmp_path / str(len(open_tiers))
         tier: Tier
         if medium == "memory":
-            tier = MemoryTier(MemoryTierConfig(capacity_bytes, slab_bytes, **options))
+            tier = MemoryTier(MemoryTierConfig(capacity_bytes, slab_bytes, **options), *clocks)
         elif medium == "disk":
-            tier = DiskTier(DiskTierConfig(path, capacity_bytes, slab_bytes, **options))
+            tier = DiskTier(DiskTierConfig(path, capacity_bytes, slab_bytes, **options), *clocks)
         elif medium == "directory":
             tier = RemoteTier(RemoteTierConfig("file", str(path), **options))
         elif medium == "s3":
