@@ -135,6 +135,20 @@ class S3Server:
         return _status(urllib.request.Request(f"{self.endpoint}/{BUCKET}")) == 403  # unsigned
 
 
+def start_server(directory: Path) -> S3Server:
+    """A server that has started: on other ports, where somebody took those it had chosen."""
+    for attempt in range(3):
+        server = S3Server(directory / str(attempt))
+        try:
+            server.start()
+        except RuntimeError:
+            if attempt == 2:
+                raise
+        else:
+            break
+    return server
+
+
 def free_ports(num_ports: int) -> list[int]:
     """Ports nobody listens on."""
     with ExitStack() as stack:
