@@ -235,7 +235,7 @@ class Sentinels:
             f"port {port}\nbind 127.0.0.1\ndir {directory}\n"
             f"logfile {directory}/sentinel-{port}.log\n"
             f"sentinel monitor {self.MASTER} 127.0.0.1 {self.primary.port} 2\n"
-            f"sentinel down-after-milliseconds {self.MASTER} 500\n"
+            f"sentinel down-after-milliseconds {self.MASTER} 60000\n"
             f"sentinel failover-timeout {self.MASTER} 3000\n"
         )
         command = [str(program), str(path), "--sentinel"]
@@ -245,6 +245,15 @@ class Sentinels:
         with redis.Redis(port=port, retry=Retry(NoBackoff(), 0)) as client:
             words = client.sentinel_master(self.MASTER)
             return words["num-slaves"] == 1 and words["num-other-sentinels"] == 2
+
+    def watch_closely(self) -> None:
+        """Have them replace a primary that is silent for half a second.
+
+        Until then they are patient: a machine may stand still so long.
+        """
+        for _, port in self.sentinels:
+            with redis.Redis(port=port, retry=Retry(NoBackoff(), 0)) as client:
+                client.sentinel_set(self.MASTER, "down-after-milliseconds", 500)
 
     @property
     def primary(self) -> Server:

@@ -230,13 +230,13 @@ def test_a_store_finds_and_mends_what_lies_beside_a_damaged_record(redis_server,
     with Store([open_tier(redis_server.url)]) as store:
         for key, payload in zip(keys, payloads, strict=True):
             assert store.save(key, payload)
-        assert store.flush(5)
+        assert store.flush(30)
         spoil(redis_client, [key.name for key in keys])
         for _ in range(6):  # more often than a breaker lets pass
             assert store.contains_many(keys) == [None] * 3 + ["redis"]
         for key, payload in zip(keys, payloads, strict=True):
             store.save(key, payload)
-        assert store.flush(5)
+        assert store.flush(30)
         assert store.contains_many(keys) == ["redis"] * 4
         assert store.stats().tiers[0].num_errors == 0
 

@@ -34,7 +34,7 @@ def test_records_expire_and_a_hit_begins_their_time_anew(redis_tier, redis_serve
     assert redis_client.ttl(keys[0]) <= 100
     short = make_names(1)
     put(quiet, short, [record])
-    wait_until(lambda: not quiet.contains_many(short)[0], 3)
+    wait_until(lambda: not quiet.contains_many(short)[0])
     quiet.close()
 
 
