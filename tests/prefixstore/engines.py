@@ -1,6 +1,8 @@
 """Engines on tiny models, and what their requests must answer."""
 
 import contextlib
+import threading
+import time
 
 from cached_models import BLOCK_SIZE, as_row, generate, random_tokens
 
@@ -49,6 +51,15 @@ def open_over(model, *tiers, policies=None, **settings):
         yield it
         assert it.drain(60), "requests hang"
         assert it.check() == []
+
+
+def wait_threads(num_threads: int) -> None:
+    """No more are left than that; those that were joined may still be on their way out."""
+    ends_at = time.monotonic() + 30
+    while threading.active_count() > num_threads and time.monotonic() < ends_at:
+        time.sleep(0.01)
+    names = [thread.name for thread in threading.enumerate()]
+    assert len(names) <= num_threads, names
 
 
 def prompt(num_tokens, seed=0):

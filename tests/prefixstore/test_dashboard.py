@@ -12,6 +12,7 @@ import torch
 from cached_models import BLOCK_SIZE, random_tokens, run, tiny_llama
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from serving import wait_until
 from watched_engine import WatchedEngine, make_report
 
 from prefixstore.cache import PrefixCache
@@ -187,17 +188,21 @@ def test_sampler_runs_while_the_application_does(engine) -> None:
 def test_sampler_goes_on_after_a_failure(engine, monkeypatch, caplog) -> None:
     monkeypatch.setattr(sampler, "SAMPLE_INTERVAL_S", 0.01)
     watcher = sampler.Sampler(engine)
-    stats = engine.stats
-    monkeypatch.setattr(engine, "stats", lambda: 1 / 0)
+    stats, failures = engine.stats, []
+
+    def fail():
+        failures.append(time.monotonic())
+        return 1 / 0
+
+    monkeypatch.setattr(engine, "stats", fail)
     with caplog.at_level(logging.ERROR):
         watcher.start()
         try:
-            time.sleep(0.2)
+            wait_until(lambda: len(failures) > 5, 30)
             assert len(caplog.records) == 1
             assert "ZeroDivisionError" in caplog.text
             monkeypatch.setattr(engine, "stats", stats)
-            time.sleep(0.2)
-            assert len(watcher.history()) == 1
+            wait_until(watcher.history, 30)
         finally:
             watcher.stop()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cached_models import BLOCK_SIZE, tiny_gemma3, tiny_llama
-from engines import Numbers, expected, prompt
+from engines import Numbers, expected, prompt, wait_threads
 from failing_tiers import FaultyTier
 
 from prefixstore.cache import PrefixCache
@@ -121,15 +121,6 @@ def open_files() -> int:
 def resident_bytes() -> int:
     num_pages = int(Path("/proc/self/statm").read_text().split()[1])
     return num_pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def wait_threads(num_threads: int) -> None:
-    """Threads that were joined may still be on their way out."""
-    ends_at = time.monotonic() + 10
-    while threading.active_count() > num_threads and time.monotonic() < ends_at:
-        time.sleep(0.01)
-    names = [thread.name for thread in threading.enumerate()]
-    assert len(names) <= num_threads, names
 
 
 def wait_audits(engine: Engine) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from cached_models import VOCABULARY, generate, random_tokens, run
+from engines import wait_threads
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -215,7 +216,7 @@ def test_a_cache_that_cannot_be_opened_leaves_nothing_open(tmp_path):
     with pytest.raises(UnsupportedError):
         PrefixCache.open(bloom, pool_tokens=64, disk_path=tmp_path)
     assert bloom.config._attn_implementation == before
-    assert threading.active_count() == threads
+    wait_threads(threads)
     assert not list(tmp_path.iterdir())
 
 
@@ -234,8 +235,8 @@ def test_a_cache_that_cannot_be_opened_closes_its_tiers(model, tmp_path, options
     with pytest.raises(ConfigError):
         PrefixCache.open(model, pool_tokens=64, **options)
     assert model.config._attn_implementation == before
-    assert threading.active_count() == threads
-    assert len([*Path("/proc/self/fd").iterdir()]) == files
+    wait_threads(threads)
+    assert len([*Path("/proc/self/fd").iterdir()]) <= files
 
 
 def test_a_tier_that_cannot_be_opened_leaves_the_model_alone(model, tmp_path):
