@@ -141,6 +141,7 @@ def put_on_a_node_to_stop(cluster, tier, num_records: int, num_bytes: int):
 @pytest.mark.parametrize("num_bytes", [1000, 3 * PART], ids=["one part", "three parts"])
 def test_a_silent_node_costs_its_own_records_alone(cluster, num_bytes):
     tier = open_tier(cluster.url, timeout_s=4)  # no longer than a connection may take to open
+    tier._servers.silent = SilentServers(pause_s=600)
     names, record, node, is_silent = put_on_a_node_to_stop(cluster, tier, 30, num_bytes)
     with no_failover(cluster), node.stopped():
         found = get(tier, names, num_bytes)
@@ -163,10 +164,10 @@ def test_a_silent_node_is_not_waited_for_again(cluster):
     with no_failover(cluster), node.stopped():
         for _ in range(5):
             begin = time.monotonic()
-            assert guarded.contains_many(names, begin + 2) == expected
+            assert guarded.contains_many(names, begin + 5) == expected
             seconds.append(time.monotonic() - begin)
         assert guarded.contains_many(lost) == [None] * len(lost)
-        assert seconds[0] > 1 and min(seconds[1:]) < 0.5
+        assert seconds[0] > 4 and min(seconds[1:]) < 2
         use = guarded.use()
         assert (use.num_errors, use.num_timeouts) == (5 * len(lost) + 1, len(lost))
         assert not use.is_down
@@ -174,7 +175,7 @@ def test_a_silent_node_is_not_waited_for_again(cluster):
 
 
 def test_a_silent_node_that_answers_again_is_found_again(cluster):
-    tier = open_tier(cluster.url, timeout_s=1)
+    tier = open_tier(cluster.url, timeout_s=4)
     names, record, node, is_silent = put_on_a_node_to_stop(cluster, tier, 30, 1000)
     with no_failover(cluster), node.stopped():
         for is_there, is_lost in zip(tier.contains_many(names), is_silent, strict=True):
