@@ -87,7 +87,7 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
         "prefixstore.module_state",
     ),
     ("prefixstore.module_state",): ("torch", "prefixstore.errors"),
-    ("prefixstore.foreign_code",): ("torch",),
+    ("prefixstore.foreign_code",): ("torch", "kvkernels.nn.forward_patch"),
     ("prefixstore.module_watch",): (
         *("torch", "prefixstore.foreign_code", "prefixstore.module_state"),
     ),
