@@ -14,6 +14,8 @@ from prefixstore.planner.plan import RestorePlan
 from prefixstore.planner.progress import Meeting
 from prefixstore.planner.rates import PrefillEstimate, TierEstimate
 
+_MAX_EVENTS = 100_000
+
 
 @dataclass
 class World:
@@ -115,7 +117,7 @@ def simulate(plan: RestorePlan, world: World, step_s: float = float("inf")) -> R
     now = 0.0
     chunk: Work | None = None
     call: Work | None = None
-    while True:
+    for _ in range(_MAX_EVENTS):
         if call is not None and meeting.should_cancel:
             meeting.stop_loading(now)
             call.ended_at = now
@@ -136,7 +138,8 @@ def simulate(plan: RestorePlan, world: World, step_s: float = float("inf")) -> R
                 run.given_up = call
             return run
         is_late = chunk is not None and chunk.waits_for(call) and now >= chunk.until
-        if chunk is not None and (call is None or is_late) and not meeting.is_chunk_valid:
+        is_alone = chunk is not None and (call is not chunk.beside or is_late)
+        if chunk is not None and is_alone and not meeting.is_chunk_valid:
             meeting.chunk_void(now)
             run.voids.append(chunk.what)
             chunk = None
@@ -163,6 +166,7 @@ def simulate(plan: RestorePlan, world: World, step_s: float = float("inf")) -> R
         if chunk is not None and is_computing:
             chunk.seconds -= wait_s * compute_speed
             if chunk.seconds <= 1e-12:
+                assert meeting.is_chunk_valid, "expected all blocks before a chunk to be there"
                 meeting.chunk_done(now)
                 run.computed[chunk.what.start : chunk.what.stop] += 1
                 chunk.ended_at = now
@@ -176,6 +180,7 @@ def simulate(plan: RestorePlan, world: World, step_s: float = float("inf")) -> R
                 call.ended_at = now
                 run.calls.append(call)
                 call = None
+    raise AssertionError(f"expected an end, got {_MAX_EVENTS} events in {now} s")
 
 
 def _pass_s(world: World, tokens: range) -> float:
