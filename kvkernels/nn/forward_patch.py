@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -23,6 +23,7 @@ Forwards = dict[torch.nn.Module, Callable[..., Any]]
 # `copy` and `pickle` ask an object, not its class, for the state that they take with them.
 _REPLACED = ("forward", "__getstate__")
 
+# Those in place now. Weakly, for a forward holds its layer.
 _installed: WeakSet[Callable[..., Any]] = WeakSet()
 
 
@@ -83,7 +84,8 @@ def has_own_forward(module: torch.nn.Module) -> bool:
 
 def has_installed_forward(module: torch.nn.Module) -> bool:
     """Whether the forward of a layer is one that a `ForwardPatch` put there."""
-    return vars(module).get("forward") in _installed
+    forward = vars(module).get("forward")
+    return isinstance(forward, Hashable) and forward in _installed
 
 
 def hook_tables(*modules: torch.nn.Module) -> list[dict[int, Callable[..., Any]]]:

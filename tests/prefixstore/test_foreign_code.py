@@ -40,6 +40,17 @@ def replace_with_a_function(model):
     mlp_of(model).forward = torch.nn.functional.relu
 
 
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self, x):
+        return x
+
+
+def replace_with_an_object(model):
+    mlp_of(model).forward = Unhashable()
+
+
 def borrow_a_forward(model):
     norm, mlp = model.model.norm, mlp_of(model)
     mlp.forward = types.MethodType(type(norm).forward, mlp)
@@ -73,7 +84,8 @@ def hook_by_accelerate(model):
 @pytest.mark.parametrize(
     "change",
     [
-        *(replace_forward, skip, replace_with_a_function, borrow_a_forward, wrap_forward),
+        *(replace_forward, skip, replace_with_a_function, replace_with_an_object),
+        *(borrow_a_forward, wrap_forward),
         *(compile_a_wrapped_forward, cast_forward, place_a_wrapped_forward, hook_by_accelerate),
     ],
 )
