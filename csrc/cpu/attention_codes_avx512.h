@@ -79,18 +79,6 @@ struct alignas(64) KeyScales {
 // Keys are rounded 32 together; what lies past the last gets 0.
 inline int64_t whole_pairs(int64_t num_keys) { return (num_keys + 31) / 32 * 32; }
 
-// Quarter q of v[i] becomes quarter i of v[q].
-inline void transpose_quarters(__m512* v) {
-  const __m512 a = _mm512_shuffle_f32x4(v[0], v[1], 0x44);
-  const __m512 b = _mm512_shuffle_f32x4(v[2], v[3], 0x44);
-  const __m512 c = _mm512_shuffle_f32x4(v[0], v[1], 0xee);
-  const __m512 d = _mm512_shuffle_f32x4(v[2], v[3], 0xee);
-  v[0] = _mm512_shuffle_f32x4(a, b, 0x88);
-  v[1] = _mm512_shuffle_f32x4(a, b, 0xdd);
-  v[2] = _mm512_shuffle_f32x4(c, d, 0x88);
-  v[3] = _mm512_shuffle_f32x4(c, d, 0xdd);
-}
-
 // Four groups, as heads of 128 have them, 16 keys at a time.
 inline void spread_scales_of_four(const uint16_t* pairs, int64_t num_keys, float c,
                                   KeyScales& spread) {

@@ -92,7 +92,7 @@ void start_rows(const AttentionTile& tile, int64_t head, float* scratch, Rows& r
   for (int64_t r = 0; r < rows.count; ++r) {
     const auto* query = static_cast<const typename R::Item*>(tile.args->query) +
                         query_offset(tile, tile.row_begin + r, head);
-    R::start_row(query, rows.query + r * rows.head_dim, rows.head_dim);
+    R::start_row(query, r, rows.count, rows.head_dim, rows.query);
     for (int64_t i = 0; keeps_floats && i < rows.head_dim; i += 16) {
       _mm512_store_ps(rows.floats + r * rows.head_dim + i, R::Element::load(query + i));
     }

@@ -36,9 +36,9 @@ inline void store_scores(const SixteenColumns<kRows>& columns, int64_t first, fl
 
 // scores[r][t] = query row r * key t, for t < num_keys rounded up to 16. Asks for as much of `next`
 // as it reads.
-template <typename E, int kRows>
-void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E::Item>& keys,
-                Prefetch& next, int64_t num_keys, float* scores) {
+template <typename E, int kRows, Asking kAsking>
+void score_widened(const float* query, int64_t head_dim, const CacheRows<typename E::Item>& keys,
+                   Prefetch& next, int64_t num_keys, float* scores) {
   using Columns = SixteenColumns<kRows>;
   constexpr int kTokens = Columns::kColumns;
   constexpr int64_t kItemBytes = sizeof(typename E::Item);
@@ -47,7 +47,7 @@ void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E
 #pragma GCC unroll 1
     for (int part = 0; part < 16 / kTokens; ++part) {
       const int64_t token = first + part * kTokens;
-      Prefetch::Lines ahead = next.take(kTokens * head_dim * kItemBytes);
+      auto ahead = next.take<kAsking>(kTokens * head_dim * kItemBytes, keys.row(token));
       __m512 sums[kRows * kTokens];
 #pragma GCC unroll 16
       for (__m512& sum : sums) sum = _mm512_setzero_ps();
@@ -63,7 +63,7 @@ void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E
         for (int t = 0; t < kTokens; ++t) {
           __m512 a, b;
           E::load_pair(keys.row(token + t) + i, a, b);
-          ahead.ask<32 * kItemBytes>();
+          ahead.template ask<32 * kItemBytes>();
 #pragma GCC unroll 4
           for (int r = 0; r < kRows; ++r) {
             sums[r * kTokens + t] = _mm512_fmadd_ps(q[2 * r], a, sums[r * kTokens + t]);
@@ -75,7 +75,7 @@ void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E
 #pragma GCC unroll 16
         for (int t = 0; t < kTokens; ++t) {
           const __m512 a = E::load(keys.row(token + t) + i);
-          ahead.ask<16 * kItemBytes>();
+          ahead.template ask<16 * kItemBytes>();
 #pragma GCC unroll 4
           for (int r = 0; r < kRows; ++r) {
             const __m512 q = _mm512_load_ps(query + r * head_dim + i);
@@ -89,9 +89,17 @@ void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E
   }
 }
 
+template <typename E, int kRows>
+void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E::Item>& keys,
+                Prefetch& next, int64_t num_keys, float* scores) {
+  with_asking(next, [&](auto asking) {
+    score_widened<E, kRows, asking()>(query, head_dim, keys, next, num_keys, scores);
+  });
+}
+
 // out[r] = out[r] * decay[r] + sum over t of weights[r][t] * value t, for 16 * kVectors items of
 // head_dim from `first`. Asks for as much of `next` as it reads.
-template <typename E, int kRows, int kVectors>
+template <typename E, int kRows, int kVectors, Asking kAsking>
 void add_value_panel(const float* weights, const float* decay,
                      const CacheRows<typename E::Item>& values, Prefetch& next, int64_t num_keys,
                      int64_t head_dim, int64_t first, float* out) {
@@ -107,7 +115,7 @@ void add_value_panel(const float* weights, const float* decay,
   constexpr int64_t kTokenBytes = 16 * kVectors * sizeof(typename E::Item);
   for (int64_t begin = 0; begin < num_keys; begin += 16) {
     const int64_t end = std::min<int64_t>(begin + 16, num_keys);
-    Prefetch::Lines ahead = next.take((end - begin) * kTokenBytes);
+    auto ahead = next.take<kAsking>((end - begin) * kTokenBytes, values.row(begin) + first);
     for (int64_t t = begin; t < end; ++t) {
       __m512 v[kVectors];
       if constexpr (kVectors == 1) {
@@ -118,7 +126,7 @@ void add_value_panel(const float* weights, const float* decay,
           E::load_pair(values.row(t) + first + 16 * i, v[i], v[i + 1]);
         }
       }
-      ahead.ask<kTokenBytes>();
+      ahead.template ask<kTokenBytes>();
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         const __m512 weight = _mm512_set1_ps(weights[r * kTileKeys + t]);
@@ -139,17 +147,22 @@ void add_value_panel(const float* weights, const float* decay,
 template <typename E, int kRows>
 void add_values(float* weights, const float* decay, const CacheRows<typename E::Item>& values,
                 Prefetch& next, int64_t num_keys, int64_t head_dim, float* out) {
-  int64_t i = 0;
-  for (; i + 64 <= head_dim; i += 64) {
-    add_value_panel<E, kRows, 4>(weights, decay, values, next, num_keys, head_dim, i, out);
-  }
-  if (i + 32 <= head_dim) {
-    add_value_panel<E, kRows, 2>(weights, decay, values, next, num_keys, head_dim, i, out);
-    i += 32;
-  }
-  if (i < head_dim) {
-    add_value_panel<E, kRows, 1>(weights, decay, values, next, num_keys, head_dim, i, out);
-  }
+  with_asking(next, [&](auto asking) {
+    int64_t i = 0;
+    for (; i + 64 <= head_dim; i += 64) {
+      add_value_panel<E, kRows, 4, asking()>(weights, decay, values, next, num_keys, head_dim, i,
+                                             out);
+    }
+    if (i + 32 <= head_dim) {
+      add_value_panel<E, kRows, 2, asking()>(weights, decay, values, next, num_keys, head_dim, i,
+                                             out);
+      i += 32;
+    }
+    if (i < head_dim) {
+      add_value_panel<E, kRows, 1, asking()>(weights, decay, values, next, num_keys, head_dim, i,
+                                             out);
+    }
+  });
 }
 
 // The two steps for a number of rows. The second may overwrite the weights.
@@ -175,7 +188,8 @@ struct WidenedRows {
 
   static const CodeKernels* code_kernels(BlockKind) { return avx512_vnni_code_kernels(); }
 
-  static void start_row(const Item* query, float* target, int64_t head_dim) {
+  static void start_row(const Item* query, int64_t row, int64_t, int64_t head_dim, float* rows) {
+    float* const target = rows + row * head_dim;
     int64_t i = 0;
     for (; i + 32 <= head_dim; i += 32) {
       __m512 a, b;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/attention_unpack.h"
@@ -94,6 +95,9 @@ inline void find_spans(const AttentionTile& tile, int64_t begin, int64_t end, Sp
   });
 }
 
+// How a reader's lines are asked for: how often, and into which cache.
+enum class Asking { kOnceL1, kOnceL2, kTwiceL1 };
+
 // What an item reads, in the order of reading, asked for ahead of the reader, line after line:
 // hardware prefetch stops at the end of each 4 KiB page and cannot guess the next block, but it
 // follows where these requests lead. They go to the L2 cache where those to the L1 cache would
@@ -111,22 +115,26 @@ class Prefetch {
   static constexpr int64_t kSecondLead = 6 << 10;  // on Zen 5 anything from 4 to 8 KiB
 
   // Lines that a reader asks for as it goes: a burst of requests fills the buffers for misses, and
-  // what is read then waits for one.
+  // what is read then waits for one. How they are asked for is part of the type: branches for each
+  // line took 4 to 8 % of decode's time on Zen 5 where memory was fast.
+  template <Asking kAsking>
   struct Lines {
-    const char *first, *second;  // null: none
+    static constexpr CacheLevel kLevel =
+        kAsking == Asking::kOnceL2 ? CacheLevel::kL2 : CacheLevel::kL1;
+
+    const char *first, *second;
 
     template <int64_t kBytes>
     [[gnu::always_inline]] void ask() {
       ask<kBytes>(first);
-      ask<kBytes>(second);
+      if constexpr (kAsking == Asking::kTwiceL1) ask<kBytes>(second);
     }
 
    private:
     template <int64_t kBytes>
     [[gnu::always_inline]] static void ask(const char*& lines) {
-      if (lines == nullptr) return;
-#pragma GCC unroll 4
-      for (int64_t i = 0; i < kBytes; i += 64) prefetch_line(lines + i);
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kBytes; i += 64) prefetch_line<kLevel>(lines + i);
       lines += kBytes;
     }
   };
@@ -135,8 +143,8 @@ class Prefetch {
   explicit Prefetch(int64_t lead = kLead, bool asks_twice = false)
       : asks_twice_(asks_twice), first_{lead}, second_{kSecondLead} {}
 
-  // Of who asks once.
-  void set_lead(int64_t lead) { first_.lead = lead; }
+  // Of who asks once, before the reader begins.
+  void set_lead(int64_t lead) { first_.room = lead; }
 
   // The tile that will be read after all those added before: the keys of all heads, then the
   // values.
@@ -159,16 +167,26 @@ class Prefetch {
   // The reader begins with the next `num_bytes`. What it should have asked for by now and has not,
   // is.
   void begin(int64_t num_bytes) {
-    advance(first_, allowed_ + first_.lead - first_.asked);
-    if (asks_twice_) advance(second_, allowed_ + second_.lead - second_.asked);
-    allowed_ += num_bytes;
+    advance(first_, first_.room);
+    if (asks_twice_) advance(second_, second_.room);
+    first_.room += num_bytes;
+    second_.room += num_bytes;
+  }
+
+  Asking asking() const {
+    if (asks_twice_) return Asking::kTwiceL1;
+    return kPrefetchesToL1 ? Asking::kOnceL1 : Asking::kOnceL2;
   }
 
   // As advance(), for a reader that will ask itself for the next `num_bytes`. Where they are not in
-  // one piece they are asked for here.
-  Lines take(int64_t num_bytes) {
-    const char* lines = take(first_, num_bytes);
-    return {lines, asks_twice_ ? take(second_, num_bytes) : nullptr};
+  // one piece they are asked for here, and the reader's are those from `instead` on, which it reads
+  // now.
+  template <Asking kAsking>
+  Lines<kAsking> take(int64_t num_bytes, const void* instead) {
+    const char *first = take(first_, num_bytes), *second = nullptr;
+    if constexpr (kAsking == Asking::kTwiceL1) second = take(second_, num_bytes);
+    const auto* read = static_cast<const char*>(instead);
+    return {first != nullptr ? first : read, second != nullptr ? second : read};
   }
 
   // Asks for the next `num_bytes`, but not for what lies further ahead of the reader than it may.
@@ -184,16 +202,15 @@ class Prefetch {
   };
 
   struct Cursor {
-    int64_t lead;
+    int64_t room;     // how much more may be asked for: the lead, before the reader begins
     size_t next = 0;  // among the segments
     const char* line = nullptr;
     int64_t left = 0;  // of the segment that `line` lies in
-    int64_t asked = 0;
 
     void pass(int64_t num_bytes) {
       line += num_bytes;
       left -= num_bytes;
-      asked += num_bytes;
+      room -= num_bytes;
     }
   };
 
@@ -205,9 +222,19 @@ class Prefetch {
     return true;
   }
 
-  const char* take(Cursor& cursor, int64_t num_bytes) {
-    const bool is_near = num_bytes <= allowed_ + cursor.lead - cursor.asked;
-    if (is_near && (cursor.left > 0 || begin_segment(cursor)) && num_bytes <= cursor.left) {
+  [[gnu::always_inline]] const char* take(Cursor& cursor, int64_t num_bytes) {
+    if (num_bytes <= std::min(cursor.left, cursor.room)) {
+      const char* lines = cursor.line;
+      cursor.pass(num_bytes);
+      return lines;
+    }
+    return take_rarely(cursor, num_bytes);
+  }
+
+  // Where a segment ends, or the reader may not ask for more.
+  [[gnu::noinline]] const char* take_rarely(Cursor& cursor, int64_t num_bytes) {
+    if (num_bytes <= cursor.room && cursor.left <= 0 && begin_segment(cursor) &&
+        num_bytes <= cursor.left) {
       const char* lines = cursor.line;
       cursor.pass(num_bytes);
       return lines;
@@ -217,11 +244,11 @@ class Prefetch {
   }
 
   void advance(Cursor& cursor, int64_t num_bytes) {
-    num_bytes = std::min(num_bytes, allowed_ + cursor.lead - cursor.asked);
+    num_bytes = std::min(num_bytes, cursor.room);
     while (num_bytes > 0) {
       if (cursor.left <= 0 && !begin_segment(cursor)) return;
       const int64_t part = std::min(cursor.left, num_bytes);
-      for (int64_t i = 0; i < part; i += 64) prefetch_line(cursor.line + i);
+      prefetch_lines(cursor.line, part);
       cursor.pass(part);
       num_bytes -= part;
     }
@@ -230,8 +257,20 @@ class Prefetch {
   bool asks_twice_;
   std::vector<Segment> segments_;
   Cursor first_, second_;
-  int64_t allowed_ = 0;
 };
+
+// Calls `work` with the constant that says how `next` asks.
+template <typename Work>
+inline void with_asking(const Prefetch& next, const Work& work) {
+  switch (next.asking()) {
+    case Asking::kOnceL1:
+      return work(std::integral_constant<Asking, Asking::kOnceL1>());
+    case Asking::kOnceL2:
+      return work(std::integral_constant<Asking, Asking::kOnceL2>());
+    case Asking::kTwiceL1:
+      return work(std::integral_constant<Asking, Asking::kTwiceL1>());
+  }
+}
 
 // Of a tile's bytes, in whole lines, those to ask for with each of `num_parts` pieces of work. Many
 // rows keep a processor busy long after their tile has been read, and reading the next one at once

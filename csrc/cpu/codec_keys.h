@@ -27,7 +27,7 @@ class Ahead {
       : items_(items), codes_(codes), item_step_(item_step), code_step_(code_step) {}
 
   void touch() {
-    for (int64_t i = 0; i < item_step_; i += kLineBytes) prefetch_line(items_ + i);
+    prefetch_lines(items_, item_step_);
     __builtin_prefetch(codes_, 1, 2);
     items_ += item_step_;
     codes_ += code_step_;

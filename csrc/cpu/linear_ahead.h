@@ -17,7 +17,8 @@ struct Ahead {
   const char* line;
 
   [[gnu::always_inline]] void advance(int64_t num_lines) {
-    for (int64_t i = 0; i < num_lines; ++i, line += 64) prefetch_line(line);
+    prefetch_lines(line, 64 * num_lines);
+    line += 64 * num_lines;
   }
 };
 

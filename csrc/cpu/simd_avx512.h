@@ -218,6 +218,18 @@ class SixteenColumns {
   __m512 quarters_[kRows][4];
 };
 
+// Quarter q of v[i] becomes quarter i of v[q].
+inline void transpose_quarters(__m512* v) {
+  const __m512 a = _mm512_shuffle_f32x4(v[0], v[1], 0x44);
+  const __m512 b = _mm512_shuffle_f32x4(v[2], v[3], 0x44);
+  const __m512 c = _mm512_shuffle_f32x4(v[0], v[1], 0xee);
+  const __m512 d = _mm512_shuffle_f32x4(v[2], v[3], 0xee);
+  v[0] = _mm512_shuffle_f32x4(a, b, 0x88);
+  v[1] = _mm512_shuffle_f32x4(a, b, 0xdd);
+  v[2] = _mm512_shuffle_f32x4(c, d, 0x88);
+  v[3] = _mm512_shuffle_f32x4(c, d, 0xdd);
+}
+
 // Transposes 16 x 16 floats in registers.
 inline void transpose_16x16(__m512* v) {
   __m512 t[16];
