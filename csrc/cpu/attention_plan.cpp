@@ -27,7 +27,7 @@ constexpr int64_t kMaxRowsOfHeads = 32;  // of all heads of a tile: they should 
 // Keys of a chunk where chunks are cut by position. Fewer would cost more merging, more would leave
 // threads idle when one sequence of a few thousand tokens comes alone.
 constexpr int64_t kPositionChunk = 512;
-// Their results may take this much memory for a sequence; past it a tile keeps its chunks together.
+// Their results may take this much memory for a call; past it a tile keeps its chunks together.
 constexpr int64_t kMaxPartialFloats = 4 << 20;
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
@@ -141,19 +141,20 @@ void cut_by_length(SequencePlan& plan, int64_t first_visible) {
 
 // Cuts the keys at the same positions whatever the length and the number of queries. A query's
 // chunks are merged in order by whoever computes them, so how they are shared out may go by length.
-void cut_by_position(SequencePlan& plan, int64_t first_visible) {
+void cut_by_position(SequencePlan& plan, int64_t first_visible, int64_t& partials_left) {
   plan.first_key = first_visible / kPositionChunk * kPositionChunk;
   plan.chunk_size = kPositionChunk;
   plan.num_chunks =
       std::max<int64_t>(1, (plan.seq_len - plan.first_key + kPositionChunk - 1) / kPositionChunk);
   const int64_t num_tiles = plan.num_tiles * plan.num_head_tiles;
   const int64_t num_floats = num_tiles * plan.num_chunks * plan.heads_per_tile * plan.result_size;
-  const bool is_split = num_tiles < kItemsPerSequence && num_floats <= kMaxPartialFloats;
+  const bool is_split = num_tiles < kItemsPerSequence && num_floats <= partials_left;
   plan.num_splits = is_split ? plan.num_chunks : 1;
+  if (plan.num_splits > 1) partials_left -= num_floats;
 }
 
 SequencePlan plan_sequence(const PagedAttentionArgs& args, int64_t seq,
-                           const AttentionKernel& kernel) {
+                           const AttentionKernel& kernel, int64_t& partials_left) {
   const QueryRange queries = queries_of(args, seq);
   const int64_t num_queries = queries.end - queries.begin;
   SequencePlan plan = {};
@@ -170,7 +171,7 @@ SequencePlan plan_sequence(const PagedAttentionArgs& args, int64_t seq,
   plan.num_head_tiles = (plan.num_kv_heads + plan.heads_per_tile - 1) / plan.heads_per_tile;
   const int64_t first_visible = first_visible_key(args, plan.seq_len, num_queries);
   if (args.batch_invariant) {
-    cut_by_position(plan, first_visible);
+    cut_by_position(plan, first_visible, partials_left);
   } else {
     cut_by_length(plan, first_visible);
   }
@@ -218,10 +219,11 @@ void check_indices(const PagedAttentionArgs& args) {
 Plan make_plan(const PagedAttentionArgs& args, const AttentionKernel& kernel) {
   Plan plan;
   plan.sequences.reserve(args.num_seqs);
+  int64_t partials_left = kMaxPartialFloats;
   for (int64_t seq = 0; seq < args.num_seqs; ++seq) {
     const QueryRange queries = queries_of(args, seq);
     if (queries.begin < queries.end) {
-      plan.sequences.push_back(plan_sequence(args, seq, kernel));
+      plan.sequences.push_back(plan_sequence(args, seq, kernel, partials_left));
     }
   }
   // The longest items first: the threads then end at about the same time.
