@@ -15,6 +15,7 @@
 #include <system_error>
 #include <thread>
 #include <utility>
+#include <vector>
 
 namespace kvkernels {
 namespace {
@@ -43,10 +44,10 @@ int note_openmp_library(dl_phdr_info* info, size_t, void* result) {
   const bool is_openmp =
       std::strstr(name, "libgomp") || std::strstr(name, "libiomp") || std::strstr(name, "libomp");
   if (!is_openmp) return 0;
-  std::string& found = *static_cast<std::string*>(result);
-  const bool is_torchs = std::strstr(path, "torch") != nullptr;
-  if (found.empty() || is_torchs) found = path;
-  return is_torchs;  // several runtimes may be loaded; PyTorch's is the one whose threads spin
+  // Several runtimes may be loaded; PyTorch's is the one whose threads spin.
+  auto& paths = *static_cast<std::vector<std::string>*>(result);
+  paths.insert(std::strstr(path, "torch") != nullptr ? paths.begin() : paths.end(), path);
+  return 0;
 }
 
 struct HostRuntime {
@@ -55,13 +56,17 @@ struct HostRuntime {
 };
 
 HostRuntime find_host_runtime() {
-  std::string path;
-  dl_iterate_phdr(note_openmp_library, &path);
-  if (path.empty()) return {};
-  void* library = dlopen(path.c_str(), RTLD_NOLOAD | RTLD_LAZY);
-  if (library == nullptr) return {};
-  return {reinterpret_cast<GompParallel>(dlsym(library, "GOMP_parallel")),
-          reinterpret_cast<void (*)(int)>(dlsym(library, "omp_set_num_threads"))};
+  std::vector<std::string> paths;
+  dl_iterate_phdr(note_openmp_library, &paths);
+  for (const std::string& path : paths) {
+    void* library = dlopen(path.c_str(), RTLD_NOLOAD | RTLD_LAZY);
+    if (library == nullptr) continue;
+    // Open MPI has libraries whose names begin alike.
+    auto* const parallel = reinterpret_cast<GompParallel>(dlsym(library, "GOMP_parallel"));
+    if (parallel == nullptr) continue;
+    return {parallel, reinterpret_cast<void (*)(int)>(dlsym(library, "omp_set_num_threads"))};
+  }
+  return {};
 }
 
 // PyTorch's MKL: once PyTorch was told a number of threads it has one of its own, and no longer
