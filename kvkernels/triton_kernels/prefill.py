@@ -192,7 +192,8 @@ def _prefill_kernel(
         positions = before + tree_depths(trees, queries, num_queries)
     elif IS_CAUSAL:
         row_hi = positions + 1
-    row_lo = tl.zeros([TILE_M], tl.int32)
+    # Tokens of a tree stand before position 0 where a sequence is shorter than its new tokens.
+    row_lo = tl.full([TILE_M], -(1 << 30), tl.int32)
     if HAS_WINDOW:
         row_lo = positions - window + 1
 

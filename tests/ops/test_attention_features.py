@@ -87,6 +87,7 @@ def _features() -> list[Feature]:
         Feature("tree_window", Case("", TREES, window=6), tree=True),
         # Tokens deep in the tree see nothing of the first tile, or of the last chunk.
         Feature("tree_window_edge", Case("", ((6, 80),), window=12), tree=True),
+        Feature("tree_of_more_than_there_are", Case("", ((5, 3), (2, 1), (7, 0))), tree=True),
         Feature("tree_chunks", Case("", ((16, 1030),), is_small=False), tree=True),
         Feature("tree_all", Case("", TREES, window=21), 2.0, True, True, True, kinds=("int8",)),
         Feature("empty", Case("", ((1, 0), (2, 0), (1, 5), (3, 2))), sinks=True),
