@@ -10,6 +10,10 @@ import torch
 MAX_TREE_TOKENS = 16
 
 
+# No sequence is that long, so no window need be wider; places in one stay within 32 bits with it.
+WIDEST_WINDOW = 1 << 30
+
+
 class Scoring(NamedTuple):
     """The rules of one attention call, as the implementations take them.
 
@@ -24,7 +28,8 @@ class Scoring(NamedTuple):
     Attributes:
         sm_scale: See above; finite.
         causal: Whether a query sees only keys with t <= p.
-        window: Whether a query sees only keys with t > p - window; 0 for all.
+        window: Whether a query sees only keys with t > p - window; 0 for all, `WIDEST_WINDOW` at
+            most.
         soft_cap: Positive, or 0 for none.
         sinks: `[num_heads]`, float32: logit of each head's sink, a key without a value (as in
             gpt-oss). The log-sum-exp counts it.

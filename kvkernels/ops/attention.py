@@ -15,7 +15,7 @@ from kvkernels.ops.attention_checks import (
 from kvkernels.ops.library import LIBRARY
 from kvkernels.quantized_cache import QuantizedCache
 from kvkernels.reference import attention as reference
-from kvkernels.scoring import Scoring
+from kvkernels.scoring import WIDEST_WINDOW, Scoring
 from kvkernels.signatures import CheckedCalls, is_checked_at_launch
 
 _checked_merges = CheckedCalls()
@@ -122,7 +122,7 @@ def paged_attention(
         cu_seqlens_q,
         query.shape[2] ** -0.5 if sm_scale is None else sm_scale,
         causal,
-        window or 0,
+        min(window or 0, WIDEST_WINDOW),
         soft_cap or 0.0,
         sinks,
         alibi_slopes,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from kvkernels.checks import (
@@ -17,6 +15,8 @@ from kvkernels.checks import (
 from kvkernels.quantized_cache import KIND_SHIFT, QuantizedCache
 from kvkernels.scoring import MAX_TREE_TOKENS, Scoring
 from kvkernels.signatures import CheckedCalls
+
+_FLOAT32 = torch.finfo(torch.float32)
 
 _checked = CheckedCalls()
 
@@ -159,9 +159,9 @@ def check_scoring(
     if not isinstance(causal, bool):
         raise ValueError(f"causal: expected True or False, got {causal!r}")
     if sm_scale is not None and not _is_finite(sm_scale):
-        raise ValueError(f"sm_scale: expected a finite number or None, got {sm_scale!r}")
-    if soft_cap is not None and not (_is_finite(soft_cap) and soft_cap > 0):
-        raise ValueError(f"soft_cap: expected a positive number or None, got {soft_cap!r}")
+        raise ValueError(f"sm_scale: expected a finite float32 number or None, got {sm_scale!r}")
+    if soft_cap is not None and not (_is_finite(soft_cap) and soft_cap >= _FLOAT32.tiny):
+        raise ValueError(f"soft_cap: expected a positive float32 number or None, got {soft_cap!r}")
     for name, tensor, size, dtype in (
         ("sinks", sinks, num_heads, torch.float32),
         ("alibi_slopes", alibi_slopes, num_heads, torch.float32),
@@ -178,7 +178,8 @@ def check_scoring(
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and -math.inf < value < math.inf
+    """As a float32, which is what kernels compute with."""
+    return isinstance(value, (int, float)) and _FLOAT32.min <= value <= _FLOAT32.max
 
 
 def check_index_values(

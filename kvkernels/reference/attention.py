@@ -62,7 +62,9 @@ def paged_attention(
             sinks = scoring.sinks.to(scores.dtype)[:, None, None].expand(-1, last - first, 1)
             scores = torch.cat([scores, sinks], dim=-1)
         seq_lse = torch.logsumexp(scores.to(wide), -1)
-        weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)[..., : key.shape[0]]
+        # Rows that see no key have no weights; with scores that are no numbers they have none.
+        sees_nothing = (scores == -torch.inf).all(dim=-1, keepdim=True)
+        weights = torch.softmax(scores, dim=-1).masked_fill(sees_nothing, 0.0)[..., : key.shape[0]]
         out[first:last] = torch.einsum("hqk,khd->qhd", weights, value)
         lse[first:last] = seq_lse.transpose(0, 1).to(torch.float32)
     return out, lse if return_lse else lse.new_empty((0, num_heads))
@@ -121,11 +123,12 @@ def merge_attention(
     """Attention over the union of two disjoint sets of keys; see `kvkernels.merge_attention`."""
     lse = torch.logaddexp(lse_a, lse_b)
     # Both empty: -inf - -inf is NaN, and the union of nothing is zero.
-    weight_a = torch.exp(lse_a - lse).nan_to_num(0.0)[..., None]
-    weight_b = torch.exp(lse_b - lse).nan_to_num(0.0)[..., None]
+    is_empty = lse == -torch.inf
+    weight_a = torch.exp(lse_a - lse).masked_fill(is_empty, 0.0)[..., None]
+    weight_b = torch.exp(lse_b - lse).masked_fill(is_empty, 0.0)[..., None]
     wide_a = out_a.to(torch.promote_types(out_a.dtype, torch.float32))
     wide_b = out_b.to(wide_a.dtype)
     # A partial over no keys contributes nothing, whatever its output holds.
-    part_a = torch.where(weight_a > 0, wide_a * weight_a, 0.0)
-    part_b = torch.where(weight_b > 0, wide_b * weight_b, 0.0)
+    part_a = torch.where(weight_a == 0, 0.0, wide_a * weight_a)
+    part_b = torch.where(weight_b == 0, 0.0, wide_b * weight_b)
     return (part_a + part_b).to(out_a.dtype), lse

@@ -219,7 +219,7 @@ class Call:
             "sm_scale": scoring.sm_scale,
             "soft_cap": scoring.soft_cap,
             # A kernel counts in 32 bits; no sequence is as long.
-            "window": min(scoring.window, 1 << 30),
+            "window": scoring.window,
             "stride_query_token": query.stride(0),
             "stride_query_head": query.stride(1),
             "stride_table": self.block_table.stride(0),

@@ -5,6 +5,7 @@ import torch
 from attention_inputs import CASES, DTYPES, MIXED, ODD_CASES, Case, make_inputs
 from implementations import Implementation, every_implementation
 
+import kvkernels
 from accuracy import assert_as_accurate
 from kvkernels.reference import attention as reference
 from kvkernels.scoring import Scoring
@@ -96,16 +97,32 @@ def test_large_scores_do_not_overflow(
 @every_implementation()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_queries", [1, 12])
+@pytest.mark.parametrize("heads", [(4, 2), (7, 1)])
 def test_an_infinite_last_value_stays_infinite(
-    implementation: Implementation, num_queries: int, dtype: torch.dtype, device: torch.device
+    implementation: Implementation,
+    heads: tuple[int, int],
+    num_queries: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     """What stands beside the last of an odd number of keys must not turn it into a NaN."""
-    inputs = make_inputs(Case("infinite", ((num_queries, 37),)), dtype, device)
+    inputs = make_inputs(Case("infinite", ((num_queries, 37),), heads=heads), dtype, device)
     last = inputs.block_table[0, 36 // 16]
     inputs.value_cache[last, :, 36 % 16, 5] = float("inf")
     out, _ = implementation.paged_attention(*inputs.tensors(), Scoring(0.125), False)
     assert torch.isposinf(out[-1, :, 5]).all()
     assert torch.isfinite(out[-1, :, :5]).all() and torch.isfinite(out[-1, :, 6:]).all()
+
+
+def test_the_widest_window_hides_nothing() -> None:
+    """Not from queries before position 0 either, whose windows begin far below it."""
+    case = Case("window", ((7, 3), (200, 150), (1, 9)))
+    inputs = make_inputs(case, torch.float32, torch.device("cpu"))
+    options = {"sm_scale": 0.125, "return_lse": True}
+    wanted = kvkernels.paged_attention(*inputs.tensors(), **options)
+    for window in (1 << 31, (1 << 63) - 1):
+        found = kvkernels.paged_attention(*inputs.tensors(), **options, window=window)
+        assert all(map(torch.equal, found, wanted))
 
 
 @every_implementation()

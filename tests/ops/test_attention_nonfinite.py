@@ -64,30 +64,14 @@ def test_only_queries_that_see_it_notice(
             assert torch.equal(lse[others], clean[1][others])
 
 
-@on_every_cpu_path
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case("few_rows", ((1, 41),)),
-        Case("rows_of_a_tile", ((1, 33),), heads=(7, 1)),
-        Case("prefill", ((40, 75),)),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("batch_invariant", [False, True])
-def test_an_infinite_value_comes_out_so(
-    implementation: Implementation, batch_invariant: bool, case: Case, dtype: torch.dtype
-) -> None:
-    """Not as a number that is none, by the weights of keys that there are not."""
-    inputs = make_inputs(case, dtype, CPU)
-    scoring = make_scoring(Feature("", case), CPU)
-    ((_, length),) = case.sequences
-    block = inputs.block_table[0, (length - 1) // case.block_size]
-    inputs.value_cache[block, :, (length - 1) % case.block_size, 1] = torch.inf
-    out, _ = implementation.paged_attention(
-        *inputs.tensors(), scoring, True, batch_invariant=batch_invariant
+def test_the_reference_tells_no_number_from_no_key() -> None:
+    case = Case("", ((1, 0), (2, 5)))
+    inputs = make_inputs(case, torch.float32, CPU)
+    inputs.key_cache[inputs.block_table[1, 0], :, 2, 3] = torch.nan
+    out, lse = reference.paged_attention(
+        *inputs.tensors(), make_scoring(Feature("", case), CPU), True
     )
-    assert (out[-1, :, 1] == torch.inf).all()
-    out[-1, :, 1] = 0
-    assert out.isfinite().all()
+    assert out[0].eq(0).all() and lse[0].isneginf().all()
+    assert out[1:].isnan().all() and lse[1:].isnan().all()
+    merged, _ = reference.merge_attention(out, lse, torch.zeros_like(out), torch.zeros_like(lse))
+    assert merged[0].eq(0).all() and merged[1:].isnan().all()

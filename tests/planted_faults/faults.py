@@ -233,7 +233,7 @@ FAULTS = [
           "seen[r + whole].end >= kTileKeys) {", "true) {", isa="avx512"),
     Fault("values that there are not repeat the last", CSRC + "attention_amx_keys.h",
           "values.row[t] = work.zeros;", "values.row[t] = values.row[t - 1];",
-          isa="amx_emulated", files=NONFINITE),
+          isa="amx_emulated"),
     Fault("pairs of values overwritten too early", CSRC + "attention_amx_few_rows.h",
           "work.values + i / kStep % 2 * kKeys * kStep;", "work.values;", isa="amx_emulated"),
     Fault("keys after the last a row sees", CSRC + "attention_amx_softmax.h",
