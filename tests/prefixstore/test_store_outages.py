@@ -5,6 +5,7 @@ import os
 import threading
 import time
 
+import numpy as np
 import pytest
 from dict_tier import DictTier, fill, held, raises
 from disk_tiers import put, replace_preadv
@@ -17,6 +18,7 @@ from prefixstore.store import Store, StoreConfig, TierPolicy, block_sources
 from prefixstore.store.block_sources import HostBlock
 from prefixstore.store.block_targets import HostBlocks
 from prefixstore.store.breaker import BreakerConfig
+from prefixstore.store.guarded_tier import GuardedTier
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 from prefixstore.tiers.outcomes import raise_if_all
 from prefixstore.tiers.remote import RemoteTier
@@ -296,3 +298,30 @@ def test_a_part_that_is_left_alone_neither_begins_an_outage_nor_ends_one(make_st
     assert not use_of(store, "tier").is_down
     with pytest.raises(TierTimeout):  # of both, what tells of the tier
         raise_if_all([TierPartSilent("x"), TierTimeout("x")], TierUnavailable, TierTimeout)
+
+
+@pytest.mark.parametrize("call", ["fetch_many", "fetch_parts", "read_many", "put_many"])
+def test_a_tier_is_not_called_after_the_deadline_nor_blamed(disk, call):
+    keys = make_keys(3)
+    put(disk, keys)
+    tier, abandoned = GuardedTier(disk, LONG), []
+    rows = [np.empty(LAYOUT.max_record_bytes, np.uint8) for _ in keys]
+    late, names, numbers = time.monotonic() - 1, [key.name for key in keys], [0] * len(keys)
+
+    def abandon() -> None:
+        abandoned.append(call)
+
+    answers = {
+        "fetch_many": lambda: tier.fetch_many(keys, rows, late, abandon),
+        "fetch_parts": lambda: tier.fetch_parts(keys, rows, numbers, late),
+        "read_many": lambda: tier.read_many(names, rows, late, abandon),
+        "put_many": lambda: tier.put_many(names, rows, numbers, late),
+    }[call]()
+    use = tier.use()
+    assert not any(answers) and abandoned == []
+    assert (use.is_down, use.num_errors, use.num_skipped) == (False, 0, 0)
+    assert (use.num_misses, use.num_dropped) == (
+        3 * (call == "fetch_many"),
+        3 * (call == "put_many"),
+    )
+    tier.close()

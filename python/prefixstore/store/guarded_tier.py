@@ -96,6 +96,7 @@ class GuardedTier:
             "reads",
             lambda: self._tier.get_many(names, views, offsets=offsets, deadline=deadline),
             was_read,
+            deadline,
         )
         return [None] * len(keys) if outcomes is None else outcomes
 
@@ -317,7 +318,7 @@ class GuardedTier:
                 abandon()
             return outcomes
 
-        return self._calls.attempt("reads", get, was_read)
+        return self._calls.attempt("reads", get, was_read, deadline)
 
     def _put_alike(
         self,
@@ -332,6 +333,7 @@ class GuardedTier:
             "writes",
             lambda: self._tier.put_many(names, views, priority=priority, deadline=deadline),
             was_kept,
+            deadline,
         )
         if self._absent is not None:  # what came too late may be there all the same
             self._absent.note_written(names)

@@ -8,6 +8,7 @@ from typing import Literal, TypeVar, get_args
 from prefixstore.errors import BlockCorrupted, TierError, TierFull, TierPartSilent, TierTimeout
 from prefixstore.store.breaker import Breaker, BreakerConfig, Leave
 from prefixstore.store.stats import Counts
+from prefixstore.tiers.base import is_past
 
 T = TypeVar("T")
 Kind = Literal["look-ups", "reads", "writes"]
@@ -67,9 +68,14 @@ class TierCalls:
         return self._breakers[kind].is_pausing
 
     def attempt(
-        self, kind: Kind, call: Callable[[], T], was_done: Judge = was_answered
+        self,
+        kind: Kind,
+        call: Callable[[], T],
+        was_done: Judge = was_answered,
+        deadline: float | None = None,
     ) -> T | None:
-        """The call's answer; None if it failed, or the tier is left alone by this kind.
+        """The call's answer; None if it failed, the tier is left alone by this kind, or the
+        deadline is past: it could not answer in time, and is not to blame.
 
         To the breaker it is one call, however many records it has. It succeeded where any of them
         got an answer, and of a tier that knows what it holds one that needed its medium: what
@@ -80,7 +86,10 @@ class TierCalls:
             kind: Of the call.
             call: Returns what its records met, in a list, or one answer for all of it.
             was_done: Whether what a record met needed the medium.
+            deadline: Of `time.monotonic()`; None where the call is worth making at any time.
         """
+        if is_past(deadline):
+            return None
         breaker = self._breakers[kind]
         leave = breaker.allows()
         if leave is None:
