@@ -11,7 +11,7 @@ import torch
 from dict_tier import DictTier
 from failing_tiers import Gate, GatedMemory
 from sample_blocks import LAYOUT, make_keys, make_payload, make_record
-from stores import use_of
+from stores import save, use_of
 from test_record_codecs import make_record as make_record_of
 
 from kvkernels import KVPool
@@ -150,6 +150,23 @@ def test_a_tier_that_fails_at_a_part_is_blamed(part: int, caplog: pytest.LogCapt
     assert [key.block_hash in tier.records for key in keys] == [
         number < 5 * part for number in range(12)
     ]
+
+
+def test_a_look_up_before_a_write_leaves_half_the_time_for_the_write(make_store) -> None:
+    deadlines = []
+
+    class Slow(DictTier):
+        def contains_many(self, names, *, deadline=None):
+            deadlines.append(deadline)
+            return super().contains_many(names, deadline=deadline)
+
+        def put_many(self, names, records, *, priority=0, deadline=None):
+            deadlines.append(deadline)
+            return super().put_many(names, records, priority=priority, deadline=deadline)
+
+    save(make_store(DictTier("fast"), Slow("slow"), write_timeout_s=60), make_keys(1))
+    looked_up, written = deadlines
+    assert written - looked_up == pytest.approx(30)
 
 
 def make_coded_pool() -> tuple[list[BlockKey], KVPool]:

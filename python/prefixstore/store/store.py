@@ -21,7 +21,7 @@ from prefixstore.errors import ConfigError
 from prefixstore.store.block_sources import BlockSource
 from prefixstore.store.block_targets import BlockTarget, LayerProgress, LayerTarget
 from prefixstore.store.block_writer import BlockWriter
-from prefixstore.store.config import StoreConfig, TierPolicy
+from prefixstore.store.config import LOOK_UP_SHARE, StoreConfig, TierPolicy
 from prefixstore.store.deletion import Deleter
 from prefixstore.store.guarded_tier import GuardedTier
 from prefixstore.store.holders import Holders, find_holders
@@ -34,8 +34,6 @@ from prefixstore.store.write_queue import WriteJob, noop
 from prefixstore.tiers.base import Swept, Tier, TierStats
 
 _TIERS_SHARE = 0.95  # of a request's time: in the rest its thread wakes and restores what came
-# And of that the time to find out what they hold: the rest is for loading it.
-_LOOK_UP_SHARE = 0.5
 _REUSE_S = 60.0  # after which a tier is offered again what it waits to see reused
 
 
@@ -109,7 +107,7 @@ class Store:
     def look_up(self, groups: Sequence[Sequence[BlockKey]], deadline: float) -> list[Holders]:
         """Who holds the blocks of a request that is to load them; all its groups at once."""
         now, keys = time.monotonic(), list(chain.from_iterable(groups))
-        found = self._find(keys, now + _LOOK_UP_SHARE * (deadline - now))
+        found = self._find(keys, now + LOOK_UP_SHARE * (deadline - now))
         return found.split([len(own) for own in groups])
 
     def contains_many(

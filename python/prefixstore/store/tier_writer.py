@@ -20,7 +20,7 @@ import numpy as np
 
 from prefixstore.block_key import RecordName
 from prefixstore.record_header import TRAILER_BYTES
-from prefixstore.store.config import StoreConfig
+from prefixstore.store.config import LOOK_UP_SHARE, StoreConfig
 from prefixstore.store.fetcher import Slab, Slabs
 from prefixstore.store.guarded_tier import GuardedTier
 from prefixstore.store.write_queue import Chooser
@@ -213,8 +213,10 @@ class TierWriter:
         if not self.tier.takes_writes:
             self.tier.skip_writes(len(jobs))
             return
-        deadline = time.monotonic() + self._config.write_timeout_s
-        answers = self.tier.contains_many([job.name for job in jobs], deadline)
+        now, seconds = time.monotonic(), self._config.write_timeout_s
+        deadline = now + seconds
+        names = [job.name for job in jobs]
+        answers = self.tier.contains_many(names, now + LOOK_UP_SHARE * seconds)
         lacking = [job for job, answer in zip(jobs, answers, strict=True) if answer is False]
         self.tier.count_present(answers.count(True))
         self.tier.count_dropped(answers.count(None))  # it would not take them either
