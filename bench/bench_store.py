@@ -140,7 +140,7 @@ def run(case: Case, num_rounds: int) -> None:
     batches = [blocks.new_keys() for _ in range(NUM_BATCHES)]
     with tempfile.TemporaryDirectory(prefix="kvk") as path, ExitStack() as stack:
         tier = open_tier(case, NUM_BATCHES * case.batch_size, Path(path), stack)
-        config = StoreConfig(queue_bytes=1 << 30, queue_entries=1 << 20)
+        config = StoreConfig(queue_bytes=1 << 30, held_bytes=1 << 30, queue_entries=1 << 20)
         tiers: list[Tier] = [tier]
         if case.what == "spill":
             slab_bytes = case.batch_size * case.row_bytes

@@ -144,6 +144,8 @@ class PoolBlocks:
 class PoolBlock:
     """One block on its way out; see `BlockSource`."""
 
+    held_bytes = 0
+
     def __init__(self, blocks: PoolBlocks, block_id: int) -> None:
         self.maker = blocks
         self.block_id = block_id

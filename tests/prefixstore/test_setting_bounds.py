@@ -65,6 +65,7 @@ def test_refuses_times_without_an_end(make, name, most):
     ("make", "name", "most"),
     [
         (StoreConfig, "queue_bytes", MAX_BYTES),
+        (StoreConfig, "held_bytes", MAX_BYTES),
         (StoreConfig, "queue_entries", MAX_COUNT),
         (BreakerConfig, "failures", MAX_COUNT),
         (BreakerConfig, "timeout_failures", MAX_COUNT),

@@ -58,7 +58,7 @@ def test_short_records_in_long_rows_keep_no_more_than_themselves(make_store, hel
         slow.records[key.block_hash] = bytes(record[:num_bytes])
     assert 4 * num_bytes < record_room(keys[0])
     bound = 40 * num_bytes
-    store = make_store(held_up, slow, queue_bytes=bound)
+    store = make_store(held_up, slow, held_bytes=bound)
     for first in range(0, 200, 4):
         assert load_many(store, keys[first : first + 4]) == ["slow"] * 4
     stats = store.stats()
@@ -77,7 +77,8 @@ def test_few_records_keep_no_large_buffer(make_store, held_up):
     assert kept_bytes(store) == store.stats().queue_bytes == 4 * LAYOUT.record_bytes
 
 
-def test_all_loads_together_keep_no_more_than_the_bound(make_store, held_up, monkeypatch):
+@pytest.mark.parametrize("bounded", ["queue_bytes", "held_bytes"])
+def test_all_loads_together_keep_no_more_than_the_bound(make_store, held_up, monkeypatch, bounded):
     (key,) = make_keys(1)
     monkeypatch.setattr(loader, "BATCH_BYTES", 4 * record_room(key))
     slow = DictTier("slow")
@@ -85,7 +86,7 @@ def test_all_loads_together_keep_no_more_than_the_bound(make_store, held_up, mon
     for keys in of_loads:
         fill(slow, keys)
     bound = 20 * record_room(key)
-    store = make_store(held_up, slow, queue_bytes=bound)
+    store = make_store(held_up, slow, **{bounded: bound})
     at_work = threading.Barrier(len(of_loads) + 1)
 
     def progress(keys, loaded) -> bool:

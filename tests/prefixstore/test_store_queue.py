@@ -105,7 +105,7 @@ def test_a_stalled_slower_tier_holds_no_block(make_store):
 def test_what_the_fastest_tier_evicts_before_its_turn_is_not_lost(make_store):
     gate = Gate("put")
     memory, slow = MemoryTier(MemoryTierConfig(8 * 4096)), DictTier("slow", gate)
-    store = make_store(memory, slow, queue_bytes=300 * LAYOUT.record_bytes)
+    store = make_store(memory, slow, held_bytes=300 * LAYOUT.record_bytes)
     keys = make_keys(300)
     for key in keys:
         assert store.save(key, HostBlock(make_payload(key)))
@@ -164,8 +164,7 @@ def test_what_is_evicted_after_it_was_taken_and_before_it_was_read_is_not_lost(
 ):
     gate = Gate("contains")  # the slower tier is asked between the two
     memory, slow = MemoryTier(MemoryTierConfig(4 * 4096)), DictTier("slow", gate)
-    queue_bytes = max(num_fitting * LAYOUT.record_bytes, LAYOUT.payload_bytes)
-    store = make_store(memory, slow, queue_bytes=queue_bytes)
+    store = make_store(memory, slow, held_bytes=num_fitting * LAYOUT.record_bytes or 1)
     keys = make_keys(6)
     save_each(store, keys[:1])
     assert gate.entered.wait(30)
@@ -185,7 +184,7 @@ def test_what_is_evicted_after_it_was_taken_and_before_it_was_read_is_not_lost(
 def test_what_was_read_takes_no_room_when_it_is_evicted(make_store):
     gate = Gate("put")
     memory, slow = MemoryTier(MemoryTierConfig(4 * 4096)), DictTier("slow", gate)
-    store = make_store(memory, slow, queue_bytes=LAYOUT.record_bytes)
+    store = make_store(memory, slow, held_bytes=LAYOUT.record_bytes)
     keys = make_keys(6)
     save_each(store, keys[:1])
     assert gate.entered.wait(30)

@@ -51,6 +51,8 @@ class Maker:
 class Block:
     """A block in host memory that another maker makes records of."""
 
+    held_bytes = 0
+
     def __init__(self, payload, maker: Maker) -> None:
         self.block, self.maker = HostBlock(payload), maker
         self.num_bytes = self.block.num_bytes
@@ -264,7 +266,7 @@ def test_a_pool_that_fails_costs_what_it_had_at_hand(
 
 
 def test_a_queue_gives_as_many_as_fit_into_a_batch() -> None:
-    queue = WriteQueue(1 << 30, 100)
+    queue = WriteQueue(1 << 30, 100, 1 << 30)
     (key,) = make_keys(1)
     sizes = [300, 200, 500, 1, 2000, 7]
     for size in sizes:

@@ -59,6 +59,11 @@ class BlockSource(Protocol):
         ...
 
     @property
+    def held_bytes(self) -> int:
+        """Of those, memory that is kept for it alone; none of a block that waits where it lies."""
+        ...
+
+    @property
     def maker(self) -> RecordMaker:
         """What makes a record of it."""
         ...
@@ -73,6 +78,8 @@ class HostBlock:
     Raises:
         ValueError: If `block` is not contiguous.
     """
+
+    held_bytes = 0
 
     def __init__(self, block: Buffer) -> None:
         self.block = as_bytes("block", block)
@@ -96,11 +103,11 @@ class WrittenRecord:
 
     def __init__(self, record: np.ndarray, held_bytes: int) -> None:
         self.record = record
-        self._held_bytes = held_bytes
+        self.held_bytes = held_bytes
 
     @property
     def num_bytes(self) -> int:
-        return self._held_bytes
+        return self.held_bytes
 
     @property
     def maker(self) -> RecordMaker:

@@ -47,7 +47,9 @@ class BlockWriter:
         self._tiers = tiers
         self._first = tiers[0] if tiers else None
         self._config = config
-        self._queue = WriteQueue(config.max_queue_bytes, config.max_queue_entries)
+        self._queue = WriteQueue(
+            config.max_queue_bytes, config.max_queue_entries, config.held_bytes
+        )
         self._writers = {
             number: TierWriter(tiers[number], tiers[:number], config)
             for number in range(1, len(tiers))
@@ -63,9 +65,9 @@ class BlockWriter:
         """Queue a block; False if it does not fit, the queue is closed or the process forked."""
         return self._queue.offer(job)
 
-    def has_room(self, num_blocks: int, num_bytes: int) -> bool:
-        """Whether the queue would take so many blocks now."""
-        return self._queue.has_room(num_blocks, num_bytes)
+    def has_room(self, num_records: int, held_bytes: int) -> bool:
+        """Whether the queue would take records now that hold so much memory."""
+        return self._queue.has_room(num_records, held_bytes)
 
     def hand_on(self, number: int, job: TierJob) -> bool:
         """Queue a record that a faster tier holds for a slower one."""

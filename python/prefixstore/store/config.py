@@ -41,7 +41,7 @@ class TierPolicy:
 # Of the time for a load or a write, to find out what a tier holds: the rest is for the records,
 # also where a part of the tier is silent.
 LOOK_UP_SHARE = 0.5
-DEFAULT_QUEUE_BYTES = 256 << 20
+DEFAULT_QUEUE_BYTES = DEFAULT_HELD_BYTES = 256 << 20
 DEFAULT_QUEUE_ENTRIES = 1024
 
 
@@ -50,10 +50,11 @@ class StoreConfig:
     """Bounds of a store.
 
     Attributes:
-        queue_bytes: Blocks that may wait to be written, in bytes, with the memory of records that
-            are to go to faster tiers; and, for each tier behind the first, records that no faster
-            tier keeps meanwhile. None for 256 MiB, or for as many as the pool of a cache holds if
-            that is more.
+        queue_bytes: Blocks that may wait to be written, in bytes, with records that are to go to
+            faster tiers. None for 256 MiB, or for as many as the pool of a cache holds if that is
+            more: its blocks wait where they lie.
+        held_bytes: Memory that may be kept meanwhile for records that are to go to faster tiers;
+            and, for each tier behind the first, for records that no faster tier keeps.
         queue_entries: Blocks and records that may wait to be written; for each tier as well. None
             for 1024, or for the blocks of the pool.
         load_timeout_s: How long a request waits for its tiers in all. They have 95 % of it: what
@@ -65,6 +66,7 @@ class StoreConfig:
     """
 
     queue_bytes: int | None = None
+    held_bytes: int = DEFAULT_HELD_BYTES
     queue_entries: int | None = None
     load_timeout_s: float = 2.0
     write_timeout_s: float = 30.0
@@ -75,6 +77,7 @@ class StoreConfig:
     def __post_init__(self) -> None:
         if self.queue_bytes is not None:
             check_bytes("queue_bytes", self.queue_bytes, 1)
+        check_bytes("held_bytes", self.held_bytes, 1)
         if self.queue_entries is not None:
             check_count("queue_entries", self.queue_entries, 1)
         for name in ("load_timeout_s", "write_timeout_s"):

@@ -3,7 +3,7 @@
     a load:  records of a batch, in their slab -> its promotions -> queue of blocks -> faster tiers
 
 Writing waits until a load has all it can get: it would take the processor and the memory from who
-waits for these blocks. What loads keep until then and what is queued has room in `queue_bytes`
+waits for these blocks. What loads keep until then and what is queued has room in `held_bytes`
 together; the rest is dropped, and counted.
 """
 

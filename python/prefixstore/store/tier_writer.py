@@ -114,7 +114,7 @@ class TierWriter:
                 del self._elsewhere[name]
 
     def _fits(self, num_bytes: int) -> bool:
-        return self._held_bytes + num_bytes <= self._config.max_queue_bytes
+        return self._held_bytes + num_bytes <= self._config.held_bytes
 
     def _forget(self, jobs: Iterable[TierJob]) -> None:
         """Rescue nothing for these any more."""

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from prefixstore.block_key import BlockKey, RecordName
@@ -41,34 +41,44 @@ class WriteJob:
 
 
 class WriteQueue:
-    """First in, first out, bounded in bytes and entries; a job being written still counts."""
+    """First in, first out; a job being written still counts.
 
-    def __init__(self, max_bytes: int, max_entries: int) -> None:
+    Args:
+        max_bytes: Of all that waits.
+        max_entries: Of all that waits.
+        max_held_bytes: Of memory that is kept for what waits, see `BlockSource`.
+    """
+
+    def __init__(self, max_bytes: int, max_entries: int, max_held_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._max_entries = max_entries
+        self._max_held_bytes = max_held_bytes
         self._jobs: deque[WriteJob] = deque()
         self._running: list[WriteJob] = []
-        self._num_bytes = 0
+        self._num_bytes = self._held_bytes = 0
         self._is_closed = False
         self._changed = threading.Condition()
         self._pid = os.getpid()  # a fork takes the queue along and leaves the writer behind
 
-    def has_room(self, num_entries: int, num_bytes: int) -> bool:
-        """Whether jobs of so many bytes fit; none do if it is closed or the process forked."""
+    def has_room(self, num_entries: int, held_bytes: int) -> bool:
+        """Whether jobs fit for which so many bytes are kept; none do if it is closed or the process
+        forked.
+        """
         if self._is_forked():
             return False
         with self._changed:
-            return self._takes(num_entries, num_bytes)
+            return self._takes(num_entries, held_bytes, held_bytes)
 
     def offer(self, job: WriteJob) -> bool:
         """Queue a job; False if it does not fit, the queue is closed or the process forked."""
         if self._is_forked():
             return False
         with self._changed:
-            if not self._takes(1, job.source.num_bytes):
+            if not self._takes(1, job.source.num_bytes, job.source.held_bytes):
                 return False
             self._jobs.append(job)
             self._num_bytes += job.source.num_bytes
+            self._held_bytes += job.source.held_bytes
             self._changed.notify_all()
             return True
 
@@ -88,7 +98,7 @@ class WriteQueue:
     def finish(self) -> None:
         """The jobs that were taken are done with."""
         with self._changed:
-            self._num_bytes -= sum(job.source.num_bytes for job in self._running)
+            self._let_go(self._running)
             self._running = []
             self._changed.notify_all()
 
@@ -110,7 +120,7 @@ class WriteQueue:
         with self._changed:
             removed = [job for job in self._jobs if is_meant(job.key.name)]
             self._jobs = deque(job for job in self._jobs if not is_meant(job.key.name))
-            self._num_bytes -= sum(job.source.num_bytes for job in removed)
+            self._let_go(removed)
             self._changed.notify_all()
             return removed
 
@@ -133,18 +143,25 @@ class WriteQueue:
 
     def check(self) -> list[str]:
         with self._changed:
-            num_bytes = sum(job.source.num_bytes for job in [*self._jobs, *self._running])
-            if num_bytes != self._num_bytes:
-                return [f"write queue: expected {num_bytes} bytes, got {self._num_bytes}"]
+            sources = [job.source for job in [*self._jobs, *self._running]]
+            expected = sum(one.num_bytes for one in sources), sum(one.held_bytes for one in sources)
+            found = self._num_bytes, self._held_bytes
+            if found != expected:
+                return [f"write queue: expected {expected} bytes, waiting and held, got {found}"]
             return []
 
     def _is_forked(self) -> bool:
         return os.getpid() != self._pid
 
-    def _takes(self, num_entries: int, num_bytes: int) -> bool:
+    def _let_go(self, jobs: Sequence[WriteJob]) -> None:
+        self._num_bytes -= sum(job.source.num_bytes for job in jobs)
+        self._held_bytes -= sum(job.source.held_bytes for job in jobs)
+
+    def _takes(self, num_entries: int, num_bytes: int, held_bytes: int) -> bool:
         return (
             not self._is_closed
             and self._num_bytes + num_bytes <= self._max_bytes
+            and self._held_bytes + held_bytes <= self._max_held_bytes
             and self._num_entries() + num_entries <= self._max_entries
         )
 

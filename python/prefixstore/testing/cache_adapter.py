@@ -97,7 +97,9 @@ def cache_config(setup: Setup) -> CacheConfig:
         pool_tokens=setup.pool_tokens,
         tiers=setup.tiers,
         codec=setup.codec,
-        store=StoreConfig(queue_bytes=1 << 40, queue_entries=1 << 20, load_timeout_s=30.0),
+        store=StoreConfig(
+            queue_bytes=1 << 40, held_bytes=1 << 40, queue_entries=1 << 20, load_timeout_s=30.0
+        ),
     )
 
 
