@@ -17,12 +17,20 @@ class TierUnavailable(TierError):
     """The tier cannot be reached or opened."""
 
 
-class TierPartSilent(TierUnavailable):
+class TierTimeout(TierError):
+    """The tier did not answer before the deadline."""
+
+
+class TierPartError(TierError):
+    """A part of the tier failed where other parts answer: that tells nothing of the tier."""
+
+
+class TierPartSilent(TierPartError, TierUnavailable):
     """A part of the tier was not asked, for it gave no answer lately where other parts did."""
 
 
-class TierTimeout(TierError):
-    """The tier did not answer before the deadline."""
+class TierPartTimeout(TierPartError, TierTimeout):
+    """A part of the tier gave no answer before the deadline, where other parts did."""
 
 
 class TierFull(TierError):

@@ -4,6 +4,7 @@ import contextlib
 import secrets
 import time
 
+import numpy as np
 import pytest
 from redis_servers import FLAVOURS, Cluster, Sentinels, stopped, wait_until
 from redis_tiers import PART, get, make_names, open_tier, put, random_bytes
@@ -171,6 +172,25 @@ def test_a_silent_node_is_not_waited_for_again(cluster):
         use = guarded.use()
         assert (use.num_errors, use.num_timeouts) == (5 * len(lost) + 1, len(lost))
         assert not use.is_down
+    tier.close()
+
+
+@pytest.mark.parametrize("num_bytes", [1000, 3 * PART], ids=["one part", "three parts"])
+def test_a_tier_is_not_to_blame_for_a_call_on_a_silent_node_alone(cluster, num_bytes):
+    tier = open_tier(cluster.url)
+    names, _, node, is_silent = put_on_a_node_to_stop(cluster, tier, 30, num_bytes)
+    lost = [name for name, is_lost in zip(names, is_silent, strict=True) if is_lost]
+    for seconds in (0.5, 5, 20):  # where the machine stands still, the others may be late as well
+        tier._servers.silent = SilentServers()
+        guarded = GuardedTier(tier, BreakerConfig(failures=1, pause_s=600))
+        rows = [np.empty(num_bytes, np.uint8) for _ in lost]
+        with no_failover(cluster), node.stopped():
+            found = guarded.read_many(lost, rows, time.monotonic() + seconds, lambda: None)
+        use = guarded.use()
+        assert found == [None] * len(lost)
+        if not use.is_down:
+            break
+    assert (use.num_timeouts, use.is_down) == (1, False)
     tier.close()
 
 

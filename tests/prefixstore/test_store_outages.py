@@ -13,7 +13,7 @@ from faulty_network import ScriptedServer
 from sample_blocks import LAYOUT, make_keys, make_payload
 from stores import load, save, use_of
 
-from prefixstore.errors import TierPartSilent, TierTimeout, TierUnavailable
+from prefixstore.errors import TierPartSilent, TierPartTimeout, TierTimeout, TierUnavailable
 from prefixstore.store import Store, StoreConfig, TierPolicy, block_sources
 from prefixstore.store.block_sources import HostBlock
 from prefixstore.store.block_targets import HostBlocks
@@ -281,7 +281,8 @@ def test_a_server_that_says_it_lacks_records_is_there(make_store):
     assert not use_of(store, "tier").is_down
 
 
-def test_a_part_that_is_left_alone_neither_begins_an_outage_nor_ends_one(make_store):
+@pytest.mark.parametrize("error", [TierPartSilent, TierPartTimeout])
+def test_a_part_that_is_silent_neither_begins_an_outage_nor_ends_one(make_store, error):
     tier, keys = DictTier("tier"), make_keys(1)
     fill(tier, keys)
     store = make_store(tier, breaker=SHORT)
@@ -290,14 +291,14 @@ def test_a_part_that_is_left_alone_neither_begins_an_outage_nor_ends_one(make_st
             tier.fail = raises(TierTimeout, "contains")
             assert store.contains_many(keys) == [None]
             time.sleep(0.06)  # the next call would be a trial
-        tier.fail = raises(TierPartSilent, "contains")
+        tier.fail = raises(error, "contains")
         assert store.contains_many(keys) == [None]
         assert use_of(store, "tier").is_down is is_down
     tier.fail = lambda call: None
     assert store.contains_many(keys) == ["tier"]
     assert not use_of(store, "tier").is_down
-    with pytest.raises(TierTimeout):  # of both, what tells of the tier
-        raise_if_all([TierPartSilent("x"), TierTimeout("x")], TierUnavailable, TierTimeout)
+    with pytest.raises(TierTimeout, match="whole"):  # of both, what tells of the tier
+        raise_if_all([error("part"), TierTimeout("whole")], TierUnavailable, TierTimeout)
 
 
 @pytest.mark.parametrize("call", ["fetch_many", "fetch_parts", "read_many", "put_many"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar, get_args
 
-from prefixstore.errors import BlockCorrupted, TierError, TierFull, TierPartSilent, TierTimeout
+from prefixstore.errors import BlockCorrupted, TierError, TierFull, TierPartError, TierTimeout
 from prefixstore.store.breaker import Breaker, BreakerConfig, Leave
 from prefixstore.store.stats import Counts
 from prefixstore.tiers.base import is_past
@@ -144,10 +144,11 @@ class TierCalls:
 
 
 def _blame(breaker: Breaker, leave: Leave, failures: Sequence[TierError]) -> None:
-    """A call met nothing but these. Parts of a tier that it leaves alone tell nothing of it: they
-    are few, and whoever asks for their records alone is not to take the others' from everybody.
+    """A call met nothing but these. Parts of a tier that are silent, and those that it leaves alone
+    for that, tell nothing of it: they are few, and whoever asks for their records alone is not to
+    take the others' from everybody.
     """
-    against = [one for one in failures if not isinstance(one, TierPartSilent)]
+    against = [one for one in failures if not isinstance(one, TierPartError)]
     if against:
         breaker.failed(against[0], leave)
     else:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from prefixstore.errors import TierError, TierPartSilent
+from prefixstore.errors import TierError, TierPartError
 from prefixstore.tiers.base import ReadOutcome, TierCounters
 
 T = TypeVar("T")
@@ -57,5 +57,5 @@ def raise_if_all(outcomes: Sequence[object], *kinds: type[TierError]) -> None:
     """Raise what the whole call met: an error of these kinds, if no record met anything else."""
     failures = [outcome for outcome in outcomes if isinstance(outcome, kinds)]
     if failures and len(failures) == len(outcomes):
-        # what was not even asked tells the least
-        raise next((one for one in failures if not isinstance(one, TierPartSilent)), failures[0])
+        # what a part of the tier met tells the least
+        raise next((one for one in failures if not isinstance(one, TierPartError)), failures[0])

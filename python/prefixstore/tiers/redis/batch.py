@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from prefixstore.errors import TierError
 from prefixstore.tiers.redis.config import Address
-from prefixstore.tiers.redis.errors import ConnectionLost, ServerSilent, no_answer
+from prefixstore.tiers.redis.errors import ConnectionLost, ServerSilent, no_answer, of_a_part
 from prefixstore.tiers.redis.pool import PooledChannel
 from prefixstore.tiers.redis.servers import Servers
 from prefixstore.tiers.redis.wire import UNANSWERED, Reply, RespBatch, Word, open_batch, run_batch
@@ -121,13 +121,15 @@ class CommandBatch:
                 num_missing[lane] += 1
         lanes = self._lanes.values()
         answered = [lane for lane in lanes if num_missing[lane] < lane.num_commands]
-        self._note(answered, [lane for lane in num_missing if is_late and lane.error is None])
-        return found
+        late = [lane for lane in num_missing if is_late and lane.error is None]
+        return of_a_part(found) if self._note(answered, late) else found
 
-    def _note(self, answered: Iterable[_Lane], unanswered: Iterable[_Lane]) -> None:
-        """Tell which servers answered, and which did not though they had the time."""
+    def _note(self, answered: Iterable[_Lane], unanswered: Iterable[_Lane]) -> bool:
+        """Tell which servers answered, and which did not though they had the time. See
+        `Servers.note_call`.
+        """
         unreached = [lane for lane in self._lanes.values() if isinstance(lane.error, ServerSilent)]
-        self._servers.note_call(
+        return self._servers.note_call(
             {lane.address for lane in answered if lane.address is not None},
             {lane.address for lane in (*unanswered, *unreached) if lane.address is not None},
             self._begun_at,

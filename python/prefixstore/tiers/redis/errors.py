@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TypeVar
+
 from prefixstore.errors import (
     BlockCorrupted,
     TierError,
     TierFull,
+    TierPartTimeout,
     TierTimeout,
     TierUnavailable,
 )
 from prefixstore.tiers.redis.wire import ErrorReply
+
+T = TypeVar("T")
 
 # What another try, perhaps at another server, may get over.
 _PASSING = ("READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")
@@ -30,6 +36,13 @@ class ServerSilent(TierTimeout):
 def no_answer(tier_name: str) -> TierTimeout:
     """The time is over."""
     return TierTimeout(f"{tier_name}: expected an answer before the deadline, got none")
+
+
+def of_a_part(outcomes: Iterable[T]) -> list[T | TierPartTimeout]:
+    """The outcomes of a call, of which nothing was late but what servers have that were silent
+    where others answered.
+    """
+    return [TierPartTimeout(str(o)) if isinstance(o, TierTimeout) else o for o in outcomes]
 
 
 def tier_error(tier_name: str, reply: ErrorReply) -> TierError:

@@ -19,7 +19,13 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 from prefixstore.errors import TierError
 from prefixstore.tiers.redis.config import Address
-from prefixstore.tiers.redis.errors import ConnectionLost, ServerSilent, no_answer, tier_error
+from prefixstore.tiers.redis.errors import (
+    ConnectionLost,
+    ServerSilent,
+    no_answer,
+    of_a_part,
+    tier_error,
+)
 from prefixstore.tiers.redis.pool import PooledChannel
 from prefixstore.tiers.redis.servers import Servers
 from prefixstore.tiers.redis.wire import Command, ErrorReply, Reply, take_turn
@@ -127,7 +133,8 @@ class Exchange(Generic[T]):
                     take_turn([channel for _, channel in awaiting], remaining)
                 for lane, channel in awaiting:
                     self._collect(lane, channel)
-            self._note(unanswered)
+            if self._note(unanswered):
+                self._outcomes = of_a_part(self._outcomes)
         finally:
             for lane in self._lanes.values():
                 for channel in lane.channels:
@@ -136,12 +143,12 @@ class Exchange(Generic[T]):
                 one.operation.close()
         return self._outcomes
 
-    def _note(self, unanswered: set[Address]) -> None:
-        """Tell who answered, and who did not though it had the time."""
+    def _note(self, unanswered: set[Address]) -> bool:
+        """Tell who answered, and who did not though it had the time. See `Servers.note_call`."""
         lanes = self._lanes.values()
         answered = {lane.address for lane in lanes if lane.has_answered}
         unreached = {lane.address for lane in lanes if isinstance(lane.error, ServerSilent)}
-        self._servers.note_call(answered, unanswered | unreached, self._begun_at)
+        return self._servers.note_call(answered, unanswered | unreached, self._begun_at)
 
     # ---- operations ----------------------------------------------------------------------------
 

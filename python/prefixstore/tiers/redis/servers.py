@@ -112,18 +112,22 @@ class Servers(ABC):
 
     def note_call(
         self, answered: Collection[Address], unanswered: Collection[Address], begun_at: float
-    ) -> None:
+    ) -> bool:
         """What came of a call.
 
         Args:
             answered: Servers that gave an answer.
             unanswered: Those that did not give all, or let nobody connect, in the time they had.
             begun_at: When the call began.
+
+        Returns:
+            Whether others answered than those that were late, which gave no answer at all.
         """
         for address in unanswered:
             self.suspect(address)
         silent = [address for address in unanswered if address not in answered]
         self.silent.note_call(answered, silent, begun_at)
+        return bool(answered and silent) and len(silent) == len(unanswered)
 
     def to_connect(
         self, addresses: Sequence[Address], num_servers: int, deadline: float
