@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 from disk_tiers import Clock, count_right, open_tier, put
+from hanging_calls import hang_writing
 from sample_blocks import LAYOUT, make_keys, make_payload, make_record
 
+from prefixstore.errors import TierTimeout
 from prefixstore.record import BlockKey, chain_keys, encode
 from prefixstore.tiers.base import PAGE_BYTES
 from prefixstore.tiers.disk import DiskTier
@@ -72,6 +74,19 @@ def test_no_older_copy_of_a_deleted_record_is_found_again(tmp_path, two_copies, 
     assert contains(tier, [two_copies]) == [False]
     put(tier, [two_copies])
     assert count_right(tier, [two_copies]) == 1
+    tier.close()
+
+
+@pytest.mark.parametrize("delete", [DiskTier.delete, DiskTier.delete_identity])
+def test_a_disk_that_hangs_is_waited_for_no_longer_than_a_lease(tmp_path, monkeypatch, delete):
+    (key,) = make_keys(1)
+    tier = open_tier(tmp_path, write_lease_s=0.2)
+    put(tier, [key])
+    hanging = hang_writing(monkeypatch, 0)
+    with pytest.raises(TierTimeout):
+        delete(tier, key.name if delete is DiskTier.delete else key.identity)
+    assert contains(tier, [key]) == [False]
+    hanging.may_go_on.set()
     tier.close()
 
 

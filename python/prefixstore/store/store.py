@@ -284,7 +284,8 @@ class Store:
     def delete_identity(self, identity: bytes) -> list[str]:
         """Forget every record of an identity, see `stored_identity`, and what is on its way.
 
-        What is being written just now is waited for, at most `write_timeout_s`.
+        What is being written just now is waited for, at most `write_timeout_s`, and each tier then
+        has its own timeouts.
 
         Returns:
             The names of the tiers that could not, or that may get some of them yet.

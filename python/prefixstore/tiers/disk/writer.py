@@ -12,6 +12,7 @@ follows the other.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -209,12 +210,14 @@ class RecordWriter:
         """Wipe and release slots that are this call's own.
 
         Raises:
-            TierError: If one cannot be wiped by the deadline; it stays taken until its lease is
-                over, and is then tried again.
+            TierError: If one cannot be wiped by the deadline, or within its lease, after which it
+                may be another's; it stays taken until then, and is then tried again.
         """
         refs = list(refs)
         if not refs:
             return
+        lease_end = time.monotonic() + self._config.write_lease_s
+        deadline = lease_end if deadline is None else min(deadline, lease_end)
         errors = self._transfers.wipe_many([(ref.slab, ref.offset) for ref in refs], deadline)
         wiped = [ref for ref, error in zip(refs, errors, strict=True) if error is None]
         self._index.release(wiped, deadline)
