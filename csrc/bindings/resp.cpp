@@ -251,9 +251,7 @@ class Batch {
     ~Lanes() {
       for (const auto& lane : channels) {
         for (RespChannel* channel : lane) {
-          if (!channel->abandon().empty() && channel->failure().empty()) {
-            channel->fail("a reply did not come in time");
-          }
+          channel->give_up();
           channel->release_sent();
         }
       }
@@ -303,7 +301,10 @@ void bind_resp(py::module_& module) {
       .def_property_readonly("num_awaited", [](Channel& self) { return self.core().num_awaited(); })
       .def_property_readonly("awaited_bytes",
                              [](Channel& self) { return self.core().awaited_bytes(); })
-      .def_property_readonly("failure", [](Channel& self) { return self.core().failure(); });
+      .def_property_readonly("failure", [](Channel& self) { return self.core().failure(); })
+      .def_property_readonly("is_late", [](Channel& self) { return self.core().is_late(); })
+      .def_property_readonly("num_received",
+                             [](Channel& self) { return self.core().num_received(); });
   py::class_<Batch>(module, "RespBatch")
       .def(py::init<>())
       .def("add", &Batch::add, py::arg("lane"), py::arg("commands"))

@@ -153,6 +153,7 @@ size_t RespChannel::next_input(iovec* parts, size_t max_parts) {
 }
 
 void RespChannel::received(size_t num_bytes) {
+  num_received_ += num_bytes;
   while (in_string_ && num_bytes > 0 && string_left_ > 0) {
     const iovec target = string_target(0);
     const size_t part = std::min({num_bytes, target.iov_len, static_cast<size_t>(string_left_)});
@@ -326,6 +327,12 @@ std::vector<RespOwner> RespChannel::abandon() {
   frames_.clear();
   begin_ = end_ = num_scanned_ = 0;
   return owners;
+}
+
+void RespChannel::give_up() {
+  if (abandon().empty() || !failure_.empty()) return;
+  is_late_ = true;
+  fail("a reply did not come in time");
 }
 
 }  // namespace kvkernels

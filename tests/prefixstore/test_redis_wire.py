@@ -208,6 +208,7 @@ def test_a_batch_says_what_was_not_answered_and_lets_go_of_the_buffers(ends, end
     assert run_all(batch, [[channel]], 0.2) == [4, UNANSWERED, UNANSWERED]
     assert time.monotonic() - begin < 5
     assert channel.failure and channel.num_awaited == 0
+    assert channel.is_late == (ending == "silent")
     del batch
     for out in outs:
         out.append(0)  # a BufferError while anybody might still write there

@@ -77,6 +77,8 @@ class RespChannel {
   std::vector<RespAnswer> take_answers();
   // The owners of all commands whose replies will not come.
   std::vector<RespOwner> abandon();
+  // The same, of what did not come in time; the channel has failed, and is late, if there are any.
+  void give_up();
   // Releases what sending is done with.
   void release_sent() { sent_owners_.clear(); }
 
@@ -88,6 +90,10 @@ class RespChannel {
   // Why it cannot be used any more; empty while it can.
   const std::string& failure() const { return failure_; }
   void fail(std::string why) { failure_ = std::move(why); }
+  // Whether that is so because a reply did not come in time.
+  bool is_late() const { return is_late_; }
+  // Bytes that have come so far.
+  uint64_t num_received() const { return num_received_; }
 
   // ---- over the socket; they throw RespStreamError
 
@@ -132,6 +138,8 @@ class RespChannel {
 
   int fd_;
   std::string failure_;
+  bool is_late_ = false;
+  uint64_t num_received_ = 0;
 
   std::deque<Piece> output_;
   size_t num_sent_ = 0;  // of the first piece

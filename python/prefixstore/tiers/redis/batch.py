@@ -32,7 +32,13 @@ class _Lane:
     num_commands: int = 0
     num_bytes: int = 0
     channels: list[PooledChannel] = field(default_factory=list)
+    asked_at: float = 0.0
     error: TierError | None = None  # why nothing can be sent
+
+    @property
+    def failures(self) -> list[str]:
+        """How connections ended, but for those whose reply did not come in time."""
+        return [one.failure for one in self.channels if one.failure and not one.is_late]
 
 
 class CommandBatch:
@@ -53,7 +59,6 @@ class CommandBatch:
     ) -> None:
         self._servers = servers
         self._name = servers.config.name
-        self._begun_at = time.monotonic()
         self._deadline = deadline
         self._batch = RespBatch()
         self._lanes: dict[Address | None, _Lane] = {}
@@ -112,16 +117,18 @@ class CommandBatch:
             self._note([], [])
             return [lane.error or no_answer(self._name) for lane in self._lane_of]
         found = run_batch(self._batch, remaining)
-        is_late = time.monotonic() >= self._deadline
         num_missing: Counter[_Lane] = Counter()
         for i, reply in enumerate(found):
             if reply is UNANSWERED:
                 lane = self._lane_of[i]
-                found[i] = self._missing(lane, is_late)
+                found[i] = self._missing(lane)
                 num_missing[lane] += 1
-        lanes = self._lanes.values()
-        answered = [lane for lane in lanes if num_missing[lane] < lane.num_commands]
-        late = [lane for lane in num_missing if is_late and lane.error is None]
+        answered = [
+            lane
+            for lane in self._lanes.values()
+            if num_missing[lane] < lane.num_commands or any(c.has_received for c in lane.channels)
+        ]
+        late = [lane for lane in num_missing if lane.error is None and not lane.failures]
         return of_a_part(found) if self._note(answered, late) else found
 
     def _note(self, answered: Iterable[_Lane], unanswered: Iterable[_Lane]) -> bool:
@@ -129,11 +136,7 @@ class CommandBatch:
         `Servers.note_call`.
         """
         unreached = [lane for lane in self._lanes.values() if isinstance(lane.error, ServerSilent)]
-        return self._servers.note_call(
-            {lane.address for lane in answered if lane.address is not None},
-            {lane.address for lane in (*unanswered, *unreached) if lane.address is not None},
-            self._begun_at,
-        )
+        return self._servers.note_call(_times_of(answered), _times_of([*unanswered, *unreached]))
 
     def _advance(self) -> None:
         self._open(*self._expected)
@@ -154,17 +157,22 @@ class CommandBatch:
         for address, latest in in_turn:
             lane = self._lanes[address]
             most = max(lane.num_commands, num_commands), max(lane.num_bytes, num_bytes)
+            lane.asked_at = time.monotonic()
             try:
-                lane.channels = self._servers.borrow(address, *most, latest)
+                lane.channels = self._servers.borrow(address, *most, latest, lane.asked_at)
             except TierError as error:
                 lane.error = error
         open_batch(self._batch, [lane.channels for lane in self._lanes.values()])
 
-    def _missing(self, lane: _Lane, is_late: bool) -> TierError:
+    def _missing(self, lane: _Lane) -> TierError:
         """Why a command has no reply."""
         if lane.error is not None:
             return lane.error
-        if is_late:
-            return no_answer(self._name)
-        failures = [channel.failure for channel in lane.channels if channel.failure]
-        return ConnectionLost(f"{self._name}: {lane.address}: {failures[0]}")
+        if lane.failures:
+            return ConnectionLost(f"{self._name}: {lane.address}: {lane.failures[0]}")
+        return no_answer(self._name)
+
+
+def _times_of(lanes: Iterable[_Lane]) -> dict[Address, float]:
+    """When the servers were asked."""
+    return {lane.address: lane.asked_at for lane in lanes if lane.address is not None}

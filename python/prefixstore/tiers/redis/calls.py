@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 from prefixstore.block_key import RecordName
 from prefixstore.errors import TierError
+from prefixstore.tiers.base import is_past
 from prefixstore.tiers.redis.batch import BatchReply, CommandBatch
 from prefixstore.tiers.redis.bulk import UNSETTLED, Bulk, Unsettled
 from prefixstore.tiers.redis.errors import ConnectionLost, PassingTrouble, tier_error
@@ -123,7 +124,8 @@ class Caller:
 
     def _may_pass(self, troubles: Sequence[object], deadline: float) -> bool:
         is_lost = any(isinstance(trouble, ConnectionLost) for trouble in troubles)
-        return self._servers.refresh(deadline) or is_lost
+        may_have_changed = self._servers.refresh(deadline) or is_lost
+        return may_have_changed and not is_past(deadline)  # else what they met is all there is
 
     def _run_once(
         self,

@@ -72,8 +72,10 @@ class _Lane:
     unstarted: deque[tuple[_Running[Any], list[Command]]] = field(default_factory=deque)
     waiting: deque[_Job] = field(default_factory=deque)
     channels: list[PooledChannel] = field(default_factory=list)
+    asked_at: float = 0.0
     error: TierError | None = None  # why there is no connection, which is tried but once
     has_answered: bool = False
+    has_lost: bool = False  # a connection: whatever is missing, it is not silent
     num_active: int = 0  # commands without their reply
     active_bytes: int = 0
 
@@ -110,7 +112,6 @@ class Exchange(Generic[T]):
     def __init__(self, servers: Servers, deadline: float) -> None:
         self._servers = servers
         self._name = servers.config.name
-        self._begun_at = time.monotonic()
         self._deadline = deadline
         self._new: deque[_Running[T]] = deque()  # of which no lane is known yet
         self._lanes: dict[Address, _Lane] = {}
@@ -120,14 +121,14 @@ class Exchange(Generic[T]):
         """What each returned, or why it did not."""
         running = [_Running(operation, i) for i, operation in enumerate(operations)]
         self._outcomes = [no_answer(self._name)] * len(running)
-        unanswered: set[Address] = set()
+        unanswered: set[_Lane] = set()
         try:
             self._new.extend(running)
             while self._start_more():
                 awaiting = self._hand_out()
                 remaining = self._deadline - time.monotonic()
                 if remaining <= 0:
-                    unanswered = {lane.address for lane, _ in awaiting}
+                    unanswered = {lane for lane, _ in awaiting if not lane.has_lost}
                     break
                 if awaiting:
                     take_turn([channel for _, channel in awaiting], remaining)
@@ -143,12 +144,18 @@ class Exchange(Generic[T]):
                 one.operation.close()
         return self._outcomes
 
-    def _note(self, unanswered: set[Address]) -> bool:
+    def _note(self, unanswered: set[_Lane]) -> bool:
         """Tell who answered, and who did not though it had the time. See `Servers.note_call`."""
         lanes = self._lanes.values()
-        answered = {lane.address for lane in lanes if lane.has_answered}
-        unreached = {lane.address for lane in lanes if isinstance(lane.error, ServerSilent)}
-        return self._servers.note_call(answered, unanswered | unreached, self._begun_at)
+        unreached = [lane for lane in lanes if isinstance(lane.error, ServerSilent)]
+        return self._servers.note_call(
+            {
+                lane.address: lane.asked_at
+                for lane in lanes
+                if lane.has_answered or any(c.has_received for c in lane.channels)
+            },
+            {lane.address: lane.asked_at for lane in (*unanswered, *unreached)},
+        )
 
     # ---- operations ----------------------------------------------------------------------------
 
@@ -289,9 +296,10 @@ class Exchange(Generic[T]):
     def _open(self, lane: _Lane, latest: float) -> None:
         if lane.error is None:
             num_bytes = sum(job.command.num_bytes for job in lane.waiting)
+            lane.asked_at = time.monotonic()
             try:
                 lane.channels = self._servers.borrow(
-                    lane.address, len(lane.waiting), num_bytes, latest
+                    lane.address, len(lane.waiting), num_bytes, latest, lane.asked_at
                 )
                 return
             except TierError as error:
@@ -324,6 +332,7 @@ class Exchange(Generic[T]):
     def _lose(self, lane: _Lane, channel: PooledChannel) -> None:
         """What a connection that ended leaves unanswered has failed."""
         lane.channels.remove(channel)
+        lane.has_lost = True
         lost = ConnectionLost(f"{self._name}: {lane.address}: {channel.failure}")
         for job in channel.abandon():
             if job is not None:

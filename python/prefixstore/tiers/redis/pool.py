@@ -42,6 +42,17 @@ class PooledChannel(Channel):
         super().__init__(sock)
         self.address = address
         self._pid = os.getpid()
+        self._received_before = 0
+
+    def lend(self) -> PooledChannel:
+        """Itself, to whoever borrows it."""
+        self._received_before = self.native.num_received
+        return self
+
+    @property
+    def has_received(self) -> bool:
+        """Whether anything has come since it was lent, be it a part of a reply."""
+        return self.native.num_received > self._received_before
 
     def close(self) -> None:
         if os.getpid() == self._pid:  # a forked process closes its own descriptor alone
@@ -88,11 +99,11 @@ class Pool:
             raise TierTimeout(f"{self._name}: {address}: no time left to ask")
         while (channel := self._take_idle(address)) is not None:
             if channel.is_quiet():
-                return channel
+                return channel.lend()
             channel.close()
         latest = time.monotonic() + self._config.connect_timeout_s
         try:
-            return self._open(address, min(deadline, latest))
+            return self._open(address, min(deadline, latest)).lend()
         except (OSError, UnicodeError, StreamError, ErrorReply) as error:
             raise self._translated(error, address) from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
@@ -87,15 +87,27 @@ class Servers(ABC):
         return None
 
     def borrow(
-        self, address: Address, num_commands: int, num_bytes: int, deadline: float
+        self,
+        address: Address,
+        num_commands: int,
+        num_bytes: int,
+        deadline: float,
+        asked_at: float,
     ) -> list[PooledChannel]:
         """As many connections to a server as are worth it for so many commands that move so much;
         fewer if it has no more, but one at least. To be given back to the pool.
 
+        Args:
+            address: The server's.
+            num_commands: That it gets.
+            num_bytes: That they move.
+            deadline: For connecting to it.
+            asked_at: The time now, for `note_call`.
+
         Raises:
             TierError: If there is none to be had.
         """
-        if not self.silent.may_ask(address):
+        if not self.silent.may_ask(address, asked_at):
             self.suspect(address)  # another one may have taken over since
             raise TierPartSilent(f"{self.config.name}: {address}: left alone, for it was silent")
         # Over a unix socket one keeps a server busy, which reads but one at a time.
@@ -111,22 +123,21 @@ class Servers(ABC):
         return channels
 
     def note_call(
-        self, answered: Collection[Address], unanswered: Collection[Address], begun_at: float
+        self, answered: Mapping[Address, float], unanswered: Mapping[Address, float]
     ) -> bool:
         """What came of a call.
 
         Args:
-            answered: Servers that gave an answer.
+            answered: Servers that gave an answer, or a part of one, and when they were asked.
             unanswered: Those that did not give all, or let nobody connect, in the time they had.
-            begun_at: When the call began.
 
         Returns:
             Whether others answered than those that were late, which gave no answer at all.
         """
         for address in unanswered:
             self.suspect(address)
-        silent = [address for address in unanswered if address not in answered]
-        self.silent.note_call(answered, silent, begun_at)
+        silent = {address: unanswered[address] for address in unanswered.keys() - answered.keys()}
+        self.silent.note_call(answered, silent)
         return bool(answered and silent) and len(silent) == len(unanswered)
 
     def to_connect(

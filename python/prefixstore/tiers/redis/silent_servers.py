@@ -7,7 +7,7 @@ the tier is there, for the records of the other servers got their answers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from prefixstore.tiers.redis.config import Address
@@ -43,34 +43,31 @@ class SilentServers:
         self._clock = clock
         self._pauses: dict[Address, _Pause] = {}
 
-    def may_ask(self, address: Address) -> bool:
+    def may_ask(self, address: Address, now: float) -> bool:
         """Whether to ask a server now; where it was silent, others wait for what comes of it."""
         pause = self._pauses.get(address)
         if pause is None:
             return True
-        now = self._clock()
         if now < pause.until:
             return False
-        pause.until, pause.is_tried = now + pause.seconds, True  # if it never ends, another may
+        pause.is_tried = True
+        pause.until = now + pause.seconds  # if the trial never ends, another may begin
         return True
 
-    def note_call(
-        self, answered: Collection[Address], silent: Collection[Address], begun_at: float
-    ) -> None:
+    def note_call(self, answered: Mapping[Address, float], silent: Mapping[Address, float]) -> None:
         """What came of a call.
 
         Args:
-            answered: Servers that gave an answer, to whatever it was.
+            answered: Servers that gave an answer, to whatever it was, and when they were asked.
             silent: Those that gave none in the time they had.
-            begun_at: When the call began.
         """
         for address in answered:
             self._pauses.pop(address, None)
         now = self._clock()
-        if not answered or now - begun_at < _MIN_WAIT_S:
-            return
-        for address in silent:
+        for address, asked_at in silent.items() if answered else ():
             pause = self._pauses.get(address)
+            if now - asked_at < _MIN_WAIT_S:
+                continue
             if pause is None:
                 self._pauses[address] = _Pause(self._pause_s, now + self._pause_s)
             elif pause.is_tried:  # else the call was under way before the pause

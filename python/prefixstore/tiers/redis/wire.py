@@ -119,6 +119,11 @@ class Channel:
         """Why the connection cannot be used any more; empty while it can."""
         return self._failure or self.native.failure
 
+    @property
+    def is_late(self) -> bool:
+        """Whether it failed because a reply did not come in time."""
+        return self.native.is_late
+
     def push(self, command: Command, ticket: object = None) -> None:
         """Queue a command; `take_turn` sends it. `ticket` comes back with its reply."""
         self.native.push(command.args, command.into, command.num_bytes, ticket)

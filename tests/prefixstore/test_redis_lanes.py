@@ -1,0 +1,115 @@
+"""What a call of the Redis tier makes of servers that answer, are silent, reset, or stream on."""
+
+import socket
+import struct
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from prefixstore.errors import TierTimeout
+from prefixstore.tiers.redis.batch import CommandBatch
+from prefixstore.tiers.redis.config import Address, RedisTierConfig
+from prefixstore.tiers.redis.errors import ConnectionLost
+from prefixstore.tiers.redis.exchange import Exchange
+from prefixstore.tiers.redis.servers import Servers
+from prefixstore.tiers.redis.silent_servers import SilentServers
+from prefixstore.tiers.redis.wire import Command
+
+
+def answer(client: socket.socket) -> None:
+    client.sendall(b"$2\r\nhi\r\n")
+
+
+def keep_silent(client: socket.socket) -> None:
+    pass
+
+
+def reset(client: socket.socket) -> None:
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
+def begin_to_stream(client: socket.socket) -> None:
+    client.sendall(b"$100\r\nhi")
+
+
+ACTS = {act.__name__.encode(): act for act in (answer, keep_silent, reset, begin_to_stream)}
+
+
+@contextmanager
+def serving(act):
+    """A server that greets one client, and does that with its first command; its address."""
+
+    def serve() -> None:
+        client, _ = listener.accept()
+        with client:
+            client.recv(1 << 16)
+            client.sendall(b"+OK\r\n")
+            client.recv(1 << 16)
+            act(client)
+            is_over.wait(60)
+
+    is_over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)  # nobody may come
+        thread.start()
+        yield Address("127.0.0.1", listener.getsockname()[1])
+        is_over.set()
+        thread.join(5)
+
+
+class Named(Servers):
+    """Each key has a server of its own, which is never replaced."""
+
+    has_one_address = False
+
+    def __init__(self, addresses: dict[bytes, Address]) -> None:
+        super().__init__(RedisTierConfig())
+        self.addresses = addresses
+        self.silent = SilentServers(pause_s=600)
+
+    def address_of(self, key, deadline):
+        return self.addresses[key]
+
+    def primaries(self, deadline):
+        return [*self.addresses.values()]
+
+    def refresh(self, deadline):
+        return False
+
+    def suspect(self, address):
+        pass
+
+
+def run_batch(servers: Named, deadline: float) -> list[object]:
+    with CommandBatch(servers, deadline) as batch:
+        batch.add([((b"GET", key), None, 0) for key in ACTS])
+        return batch.run()
+
+
+def run_exchange(servers: Named, deadline: float) -> list[object]:
+    def get(key):
+        (reply,) = yield [Command((b"GET", key))]
+        return reply
+
+    return Exchange(servers, deadline).run([get(key) for key in ACTS])
+
+
+@pytest.mark.parametrize("run", [run_batch, run_exchange])
+def test_only_who_sends_nothing_at_all_is_silent(run):
+    for seconds in (0.3, 3, 20):  # where the machine stands still, others may be late as well
+        with ExitStack() as stack:
+            addresses = {key: stack.enter_context(serving(act)) for key, act in ACTS.items()}
+            servers = Named(addresses)
+            outcomes = run(servers, time.monotonic() + seconds)
+            may_ask = [servers.silent.may_ask(a, time.monotonic()) for a in addresses.values()]
+            servers.close()
+        if outcomes[0] == b"hi":
+            break
+    assert may_ask == [True, False, True, True]
+    answered, silent, was_reset, streaming = outcomes
+    assert answered == b"hi"
+    assert isinstance(silent, TierTimeout) and isinstance(streaming, TierTimeout)
+    assert isinstance(was_reset, ConnectionLost)
