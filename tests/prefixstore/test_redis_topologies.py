@@ -229,11 +229,14 @@ def test_silent_servers_are_tried_again_after_pauses_that_grow():
     note([other], [silent], -1)
     for pause in (1, 2, 4, 8, 16, 32, 60, 60):
         note([other], [silent], now[0] - 1)  # of calls that were under way
+        note([silent], [], now[0] - 1)
         now[0] += pause - 0.01
         assert not may_ask() and may_ask(other)
         now[0] += 0.02
         assert may_ask()
         assert not may_ask()  # one call at a time
+        note([other], [silent], now[0] - 0.5)  # of one that began before the trial
+        note([silent], [], now[0] - 0.5)
         now[0] += 0.1
         note([other], [silent], now[0] - 0.1)
     now[0] += 60.01

@@ -21,6 +21,9 @@ _MAX_PAUSE_S = 60.0
 @dataclass
 class _Pause:
     seconds: float
+    since: (
+        float  # when it began, or its trial: what was asked before tells nothing of how it is now
+    )
     until: float
     is_tried: bool = False  # since it is over, and nothing has come of that yet
 
@@ -50,7 +53,7 @@ class SilentServers:
             return True
         if now < pause.until:
             return False
-        pause.is_tried = True
+        pause.since, pause.is_tried = now, True
         pause.until = now + pause.seconds  # if the trial never ends, another may begin
         return True
 
@@ -61,15 +64,17 @@ class SilentServers:
             answered: Servers that gave an answer, to whatever it was, and when they were asked.
             silent: Those that gave none in the time they had.
         """
-        for address in answered:
-            self._pauses.pop(address, None)
+        for address, asked_at in answered.items():
+            pause = self._pauses.get(address)
+            if pause is not None and asked_at >= pause.since:
+                self._pauses.pop(address, None)
         now = self._clock()
         for address, asked_at in silent.items() if answered else ():
             pause = self._pauses.get(address)
             if now - asked_at < _MIN_WAIT_S:
                 continue
             if pause is None:
-                self._pauses[address] = _Pause(self._pause_s, now + self._pause_s)
-            elif pause.is_tried:  # else the call was under way before the pause
+                self._pauses[address] = _Pause(self._pause_s, now, now + self._pause_s)
+            elif pause.is_tried and asked_at >= pause.since:
                 seconds = min(2 * pause.seconds, _MAX_PAUSE_S)
-                self._pauses[address] = _Pause(seconds, now + seconds)
+                self._pauses[address] = _Pause(seconds, now, now + seconds)
