@@ -30,7 +30,10 @@ def parse_bytes(name: str, value: int | str) -> int:
     Raises:
         ConfigError: If it is none; the message names `name`.
     """
-    return int(_parse(name, value, _BYTES, 'a size such as 4096 or "4GiB"'))
+    wanted = 'a size such as 4096 or "4GiB"'
+    if isinstance(value, float):  # which `_parse` would take, and bytes have no fractions
+        raise ConfigError(f"{name}: expected {wanted}, got {value!r}")
+    return int(_parse(name, value, _BYTES, wanted))
 
 
 def parse_seconds(name: str, value: float | str) -> float:

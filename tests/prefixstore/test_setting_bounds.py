@@ -80,7 +80,7 @@ def test_refuses_times_without_an_end(make, name, most):
 )
 def test_refuses_what_is_no_whole_number_in_range(make, name, most):
     make(**{name: most})
-    for value in (math.inf, math.nan, 5.5, -1):
+    for value in (math.inf, math.nan, 5.5, -1, True):
         with pytest.raises(ConfigError, match=rf"^{name}: expected an integer of at least "):
             make(**{name: value})
     with pytest.raises(ConfigError, match=rf"^{name}: expected at most {most}, got "):

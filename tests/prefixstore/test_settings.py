@@ -50,7 +50,20 @@ def test_reads_what_people_write(parse, text, expected):
     [
         *(
             (parse_bytes, value)
-            for value in ("", "GiB", "4 gigs", "-1", -1, True, None, "1e9", "9" * 400, *INFINITE)
+            for value in (
+                "",
+                "GiB",
+                "4 gigs",
+                "-1",
+                -1,
+                True,
+                None,
+                "1e9",
+                1.5,
+                4e9,
+                "9" * 400,
+                *INFINITE,
+            )
         ),
         *(
             (parse_seconds, value)
@@ -185,6 +198,7 @@ def test_sizes_stand_for_tiers():
         ("[store]\npolicies = {}", "store: expected one of .*, got 'policies'"),
         ("store = 3", "store: expected a table, got int"),
         ("[store]\nqueue_bytes = 'lots'", "queue_bytes: expected a size"),
+        ("[store]\nqueue_bytes = 1.5", "queue_bytes: expected a size .*, got 1.5"),
         ("[store.breaker]\nfailures = 'two'", "failures: expected an integer of at least 1"),
         ("codec = [['raw']]", "config: expected values of the right types, got codec: list"),
         ("codec = 8", "codec: expected a name or a list of them, got 8"),

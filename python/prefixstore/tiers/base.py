@@ -319,7 +319,7 @@ def check_priority(priority: int) -> None:
 
 def check_bytes(name: str, value: int, least: int) -> None:
     """Raise `ConfigError` unless a setting is a whole number of bytes in its range."""
-    if not isinstance(value, int) or value < least:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"{name}: expected an integer of at least {least}, got {value!r}")
     if value > MAX_BYTES:
         raise ConfigError(f"{name}: expected at most {MAX_BYTES}, got {value}")
