@@ -12,6 +12,7 @@ from test_engine_restoring import warm, watch
 from prefixstore.cache import PrefixCache
 from prefixstore.config import CacheConfig
 from prefixstore.engine import Engine, EngineConfig, SamplingParams
+from prefixstore.engine.load_call import LoadCall
 from prefixstore.engine.overlap import Overlap
 from prefixstore.engine.restoring import Restoring
 from prefixstore.planner import Meeting
@@ -149,3 +150,39 @@ def test_a_layer_that_does_not_come_delays_nobody(tier, engine, voids):
     assert len(voids) == 1
     assert list(output.token_ids) == expected(engine.model, TOKENS)
     assert output.report.reuse.num_recomputed == len(TOKENS)
+
+
+@pytest.mark.parametrize(
+    "is_alone, num_behind",
+    [(True, 20), (True, 40), (False, 20)],
+    ids=["alone", "alone without logits", "beside another"],
+)
+def test_a_layer_that_comes_after_its_wait_counts_for_nothing(
+    tier, engine, voids, is_alone, num_behind, monkeypatch
+):
+    """Though it is there by the time that the pass is over."""
+    is_over, last = threading.Event(), last_layer_of(tier)
+    tier.before_part = lambda offset: offset == last and is_over.wait(10)
+    wait_layer, valid_steps = LoadCall.wait_layer, Overlap.valid_steps
+
+    def wait_for_all_but_the_last(load, layer, until):
+        return wait_layer(load, layer, 0.0 if layer == NUM_LAYERS - 1 else until)
+
+    def judge_once_all_is_loaded(overlap):
+        for restoring in [step.request.restoring for step in overlap.steps if step.load]:
+            is_over.set()
+            assert overlap._changed.wait_for(lambda one=restoring: one.load_under_way is None, 10)
+        return valid_steps(overlap)
+
+    asked = TOKENS[: NUM_BLOCKS * BLOCK_SIZE] + prompt(num_behind, seed=9)
+    if not is_alone:
+        other = engine.submit(prompt(20, seed=3), SamplingParams(max_tokens=60, temperature=0))
+        assert next(iter(other)).text
+    monkeypatch.setattr(LoadCall, "wait_layer", wait_for_all_but_the_last)
+    monkeypatch.setattr(Overlap, "valid_steps", judge_once_all_is_loaded)
+    output = engine.submit(asked, GREEDY).result(60)
+    assert len(voids) == 1
+    assert list(output.token_ids) == expected(engine.model, asked)
+    assert output.report.reuse.tokens_by_tier == {"slow": NUM_BLOCKS * BLOCK_SIZE}
+    again = engine.submit(asked, GREEDY).result(60)
+    assert again.token_ids == output.token_ids

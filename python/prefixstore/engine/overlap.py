@@ -55,9 +55,10 @@ class Overlap:
             return True
         restoring = step.request.restoring
         assert restoring is not None and restoring.meeting is not None, "only prompts are loaded"
+        # One whose wait ran out may have come since, behind a pass that read what was there before.
         if i in self._waiting:  # all layers came
             self._changed.wait_for(lambda: restoring.load_under_way is not step.load, _VERDICT_S)
-        is_valid = restoring.meeting.is_chunk_valid
-        if not is_valid:
-            restoring.meeting.chunk_void(time.monotonic())
-        return is_valid
+            if restoring.meeting.is_chunk_valid:
+                return True
+        restoring.meeting.chunk_void(time.monotonic())
+        return False
