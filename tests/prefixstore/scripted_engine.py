@@ -114,7 +114,7 @@ class ScriptedEngine:
         self.tokenizer, self.max_model_len, self.step_s = tokenizer, max_model_len, step_s
         self.vocab_size = len(tokenizer)
         self.max_running, self.max_queued = max_running, max_queued
-        self.config = SimpleNamespace(max_queued=max_queued)
+        self.config = SimpleNamespace(max_queued=max_queued, max_running=max_running)
         self.error, self.error_after, self.is_endless = error, error_after, is_endless
         self.answer = answer
         self.asked = []  # all handles, in order
@@ -134,7 +134,7 @@ class ScriptedEngine:
         with self._changed:
             if self.is_draining:
                 raise EngineClosed("the engine is draining")
-            if len(self.queued) >= self.max_queued:
+            if len(self.queued) + len(self.running) >= self.max_queued + self.max_running:
                 raise EngineOverloaded(f"expected fewer than {self.max_queued} waiting requests")
             if not all(0 <= token_id < len(self.tokenizer) for token_id in prompt):
                 raise ValueError("prompt: expected token ids of the vocabulary, got others")

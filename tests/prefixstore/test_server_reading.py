@@ -55,7 +55,7 @@ def tokenizer():
 @pytest.fixture
 def engine(tokenizer):
     engine = ScriptedEngine(
-        tokenizer, is_endless=True, step_s=0.01, max_model_len=CONTEXT, max_queued=4
+        tokenizer, is_endless=True, step_s=0.01, max_model_len=CONTEXT, max_running=4, max_queued=0
     )
     yield engine
     tokenizer.go_on.set()
@@ -109,7 +109,7 @@ def test_of_a_client_that_goes_before_its_turn_nothing_is_read(
     assert not [text for text in tokenizer.texts if "Nobody" in text or "Hello" in text]
 
 
-def test_no_more_prompts_wait_than_requests_may(server, tokenizer):
+def test_no_more_prompts_wait_than_the_engine_would_take(server, tokenizer):
     threads = post_held(server, tokenizer, 5)
     wait_until(lambda: any(answers for _, answers in threads))
     tokenizer.go_on.set()
@@ -122,6 +122,7 @@ def test_no_more_prompts_wait_than_requests_may(server, tokenizer):
     assert refused.status_code == 429
     assert refused.headers["retry-after"] == "1"
     assert "4 requests that wait to be read" in refused.json()["error"]["message"]
+    assert "\nkvkernels_requests_refused_total 1.0\n" in server.get("/metrics").text
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -56,7 +56,9 @@ def create_app(
     keys = None if config.api_keys_file is None else ApiKeys.from_file(config.api_keys_file)
     registry = CollectorRegistry()
     lifecycle = Lifecycle()
-    reading = Worker("kvkernels-reading", engine.config.max_queued, config.retry_after_s)
+    # As many as the engine would take at once: no fewer may be on their way to it.
+    num_places = engine.config.max_queued + engine.config.max_running
+    reading = Worker("kvkernels-reading", num_places, config.retry_after_s)
     service = Service(
         engine=engine,
         config=config,
@@ -67,7 +69,7 @@ def create_app(
         latencies=Latencies(registry),
         lifecycle=lifecycle,
     )
-    registry.register(EngineCollector(engine))
+    registry.register(EngineCollector(engine, reading))
     app = FastAPI(title="kvkernels", docs_url=None, redoc_url=None)
     app.state.lifecycle = lifecycle
     app.add_middleware(Gate, config=config, keys=keys, lifecycle=lifecycle)

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from prefixstore.cache import CacheStats
 from prefixstore.engine import Engine, EngineStats, OutputDelta
 from prefixstore.planner import PlannerStats
+from prefixstore.server.worker import Worker
 from prefixstore.store import StoreStats, TierUse
 from prefixstore.tiers.base import TierStats
 
@@ -86,14 +87,20 @@ class AnswerClock:
 
 
 class EngineCollector(Collector):
-    """Turns the statistics of an engine and its cache into metrics when they are asked for."""
+    """Turns the statistics of an engine and its cache into metrics when they are asked for.
 
-    def __init__(self, engine: Engine) -> None:
+    Args:
+        engine: The server's.
+        reading: What a request has to get past before the engine has it.
+    """
+
+    def __init__(self, engine: Engine, reading: Worker) -> None:
         self._engine = engine
+        self._reading = reading
 
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats()
-        yield from _engine_metrics(stats)
+        yield from _engine_metrics(stats, self._reading.num_refused)
         yield from _planner_metrics(stats.planner)
         yield from _cache_metrics(stats.cache)
         if stats.cache.store is not None:
@@ -101,10 +108,11 @@ class EngineCollector(Collector):
         yield from _tier_metrics(self._engine.cache.tier_stats())
 
 
-def _engine_metrics(stats: EngineStats) -> Iterator[Metric]:
+def _engine_metrics(stats: EngineStats, num_unread: int) -> Iterator[Metric]:
+    num_refused = stats.num_refused + num_unread
     yield from _counters(
         _Named("requests_submitted", "Requests taken on.", stats.num_submitted),
-        _Named("requests_refused", "Requests that found the queue full.", stats.num_refused),
+        _Named("requests_refused", "Requests that found all places taken.", num_refused),
         _Named("preemptions", "Requests that gave their blocks away.", stats.num_preemptions),
         _Named("engine_steps", "Forward passes.", stats.num_steps),
         _Named("engine_step_seconds", "Time in steps of the engine.", stats.step_s),

@@ -15,6 +15,9 @@ T = TypeVar("T")
 class Worker:
     """Does one thing after the other, for callers on an event loop.
 
+    Attributes:
+        num_refused: Callers that found all places taken.
+
     Args:
         name: Of its thread.
         max_waiting: Callers that may wait, the one being served among them.
@@ -25,6 +28,7 @@ class Worker:
         self._max_waiting = max_waiting
         self._retry_after_s = retry_after_s
         self._num_waiting = 0
+        self.num_refused = 0
         self._thread = ThreadPoolExecutor(1, name)
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -34,6 +38,7 @@ class Worker:
             ApiError: 429 if as many wait as may.
         """
         if self._num_waiting >= self._max_waiting:
+            self.num_refused += 1
             message = f"expected fewer than {self._max_waiting} requests that wait to be read"
             raise overloaded(message, self._retry_after_s)
         self._num_waiting += 1
