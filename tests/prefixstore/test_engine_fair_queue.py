@@ -179,6 +179,26 @@ def test_a_removed_item_costs_nothing():
     assert take_all(queue) == ["a1", "b1", "b2"]
 
 
+@pytest.mark.parametrize("tenant, lost", [("few", "many 2"), ("new", "many 2"), ("many", None)])
+def test_makes_room_at_the_cost_of_whoever_has_most(tenant, lost):
+    queue = FairQueue(4)
+    for number in range(3):
+        queue.push("many", 1, f"many {number}")
+    queue.push("few", 1, "few 0")
+    assert queue.displace(tenant) == lost
+    left = take_all(queue)
+    assert len(left) == (4 if lost is None else 3) and lost not in left
+    assert queue.displace(tenant) is None
+
+
+def test_makes_no_room_for_one_that_would_have_more():
+    queue = FairQueue(3)
+    for item in ("a0", "a1", "b0"):
+        queue.push(item[0], 1, item)
+    assert queue.displace("b") is None
+    assert queue.check() == [] and len(queue) == 3
+
+
 def test_a_queue_that_holds_nothing_refuses():
     with pytest.raises(EngineOverloaded):
         FairQueue(0).push("a", 1, "a1")

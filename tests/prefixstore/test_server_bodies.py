@@ -76,13 +76,15 @@ def test_shows_no_more_of_a_made_up_name_than_can_be_read(server, field, name):
 def test_only_a_large_body_waits_for_the_thread():
     async def read_both():
         worker, is_over = Worker("test", max_waiting=3, retry_after_s=7), threading.Event()
-        blocking = asyncio.create_task(worker.run(is_over.wait))
-        small = await read_body(ChatRequest, json.dumps(CHAT).encode(), worker)
+        blocking = asyncio.create_task(worker.run("a", 1, is_over.wait))
+        small = await read_body(ChatRequest, json.dumps(CHAT).encode(), worker, "a")
         content = json.dumps({**CHAT, "messages": [MESSAGE] * 1000}).encode()
-        reading = [asyncio.create_task(read_body(ChatRequest, content, worker)) for _ in range(2)]
+        reading = [
+            asyncio.create_task(read_body(ChatRequest, content, worker, "a")) for _ in range(2)
+        ]
         done, _ = await asyncio.wait([blocking, *reading], timeout=0.1)
         with pytest.raises(ApiError) as refused:
-            await read_body(ChatRequest, content, worker)
+            await read_body(ChatRequest, content, worker, "a")
         is_over.set()
         return small, done, refused.value, await reading[0]
 

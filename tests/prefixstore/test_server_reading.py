@@ -68,9 +68,9 @@ def server(engine):
         yield running
 
 
-def post_held(server, tokenizer, number=1):
+def post_held(server, tokenizer, number=1, **options):
     """Posts the prompt that takes long, `number` times; the answers once it may go on."""
-    threads = [in_thread(lambda: server.post(PATHS[1], HELD)) for _ in range(number)]
+    threads = [in_thread(lambda: server.post(PATHS[1], HELD, **options)) for _ in range(number)]
     wait_until(lambda: "held" in tokenizer.texts)
     return threads
 
@@ -123,6 +123,31 @@ def test_no_more_prompts_wait_than_the_engine_would_take(server, tokenizer):
     assert refused.headers["retry-after"] == "1"
     assert "4 requests that wait to be read" in refused.json()["error"]["message"]
     assert "\nkvkernels_requests_refused_total 1.0\n" in server.get("/metrics").text
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_tenant_that_asks_much_delays_no_other(engine, tokenizer, path, tmp_path):
+    """It is given one of the places that are taken, and its turn."""
+    key_file = tmp_path / "keys.toml"
+    keys = {tenant: f"kvk-of-{tenant}-0123456789" for tenant in ("many", "few")}
+    key_file.write_text(
+        "".join(f'[[keys]]\ntenant = "{tenant}"\nkey = "{key}"\n' for tenant, key in keys.items())
+    )
+    key_file.chmod(0o600)
+    headers = {tenant: {"authorization": f"Bearer {key}"} for tenant, key in keys.items()}
+    with serving(engine, api_keys_file=str(key_file)) as server:
+        threads = post_held(server, tokenizer, 5, headers=headers["many"])
+        wait_until(lambda: any(answers for _, answers in threads))
+        body = {**{PATHS[0]: CHAT, PATHS[1]: TEXT}[path], "max_tokens": 1}
+        asking, few = in_thread(lambda: server.post(path, body, headers=headers["few"]))
+        wait_until(lambda: sum(map(len, (answers for _, answers in threads))) == 2)
+        tokenizer.go_on.set()
+        for thread, _ in [*threads, (asking, few)]:
+            thread.join()
+    assert few[0].status_code == 200
+    statuses = [answers[0].status_code for _, answers in threads]
+    assert sorted(statuses) == [200] * 3 + [429] * 2
+    assert tokenizer.texts[tokenizer.texts.index("held") + 1] != "held"
 
 
 @pytest.mark.parametrize("path", PATHS)

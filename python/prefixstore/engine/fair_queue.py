@@ -167,6 +167,20 @@ class FairQueue(Generic[T]):
             self._rest_all_without_items()
         return True
 
+    def displace(self, tenant: str) -> T | None:
+        """Take out the last item of whoever has the most, to make room for one more of `tenant`.
+
+        Returns:
+            The item; None if that one would then have fewer than `tenant`.
+        """
+        counts = {name: len(one.costs) for name, one in self._tenants.items()}
+        name = max(counts, key=counts.__getitem__, default=tenant)
+        if counts.get(name, 0) < counts.get(tenant, 0) + 2:
+            return None
+        item = next(reversed(self._tenants[name].costs))
+        self.remove(item)
+        return item
+
     def check(self) -> list[str]:
         """Recount; a description of each thing that is wrong."""
         wrong = []

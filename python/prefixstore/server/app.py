@@ -17,7 +17,7 @@ from prefixstore.server.config import ServerConfig
 from prefixstore.server.errors import install_handlers
 from prefixstore.server.gate import Gate
 from prefixstore.server.generation import Job, unless_disconnected
-from prefixstore.server.keys import ApiKeys
+from prefixstore.server.keys import ApiKeys, Caller
 from prefixstore.server.lifecycle import Lifecycle
 from prefixstore.server.logprobs import TokenTexts
 from prefixstore.server.metrics import EngineCollector, Latencies
@@ -87,13 +87,13 @@ def _openai_routes(service: Service) -> APIRouter:
 
     @router.post(CHAT_PATH, openapi_extra=body_schema(CHAT_PATH, ChatRequest))
     async def create_chat_completion(request: Request) -> Response:
-        salt = request.state.caller.salt or ""
+        caller: Caller = request.state.caller
         content = await request.body()
 
         async def read() -> tuple[ChatRequest, Prompt]:
-            body = await read_body(ChatRequest, content, service.reading)
+            body = await read_body(ChatRequest, content, service.reading, caller.tenant)
             service.check_model(body.model)
-            return body, await service.prompts.read_chat(body.messages, salt)
+            return body, await service.prompts.read_chat(body.messages, len(content), caller)
 
         body, prompt = await unless_disconnected(request.receive, read())
         jobs = service.plan(body, [prompt], body.wanted_tokens)
@@ -103,21 +103,26 @@ def _openai_routes(service: Service) -> APIRouter:
 
     @router.post(TEXT_PATH, openapi_extra=body_schema(TEXT_PATH, CompletionRequest))
     async def create_completion(request: Request) -> Response:
+        tenant: str = request.state.caller.tenant
         content = await request.body()
         reader, most = service.prompts, service.config.max_choices + 1
 
         async def read() -> tuple[CompletionRequest, list[Job], list[str]]:
-            body = await read_body(CompletionRequest, content, service.reading)
+            body = await read_body(CompletionRequest, content, service.reading, tenant)
             service.check_model(body.model)
             given = body.prompts
             prompts = [
-                await reader.read_text(one) if isinstance(one, str) else reader.read_ids(one)
+                await reader.read_text(one, tenant)
+                if isinstance(one, str)
+                else reader.read_ids(one)
                 for one in given[:most]
             ]
             jobs = service.plan(body, prompts, body.max_tokens or COMPLETION_TOKENS)
             if not body.echo:
                 return body, jobs, [""] * len(jobs)
-            texts = [one if isinstance(one, str) else await reader.decode(one) for one in given]
+            texts = [
+                one if isinstance(one, str) else await reader.decode(one, tenant) for one in given
+            ]
             return body, jobs, [text for text in texts for _ in range(body.num_answers)]
 
         body, jobs, echoes = await unless_disconnected(request.receive, read())

@@ -16,15 +16,15 @@ _SMALL_BYTES = 4096
 Body = TypeVar("Body", bound=BaseModel)
 
 
-async def read_body(kind: type[Body], content: bytes, worker: Worker) -> Body:
-    """The request in `content`; `worker` reads a large one.
+async def read_body(kind: type[Body], content: bytes, worker: Worker, tenant: str) -> Body:
+    """The request in `content`; `worker` reads a large one when it is the tenant's turn.
 
     Raises:
         ApiError: 400 if it is no JSON, or not what `kind` takes; 429 as the worker.
     """
     if len(content) <= _SMALL_BYTES:
         return _read(kind, content)
-    return await worker.run(_read, kind, content)
+    return await worker.run(tenant, len(content), _read, kind, content)
 
 
 def body_schema(path: str, kind: type[BaseModel]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from prefixstore.server.errors import ApiError, context_exceeded
+from prefixstore.server.keys import Caller
 from prefixstore.server.schema import Message
 from prefixstore.server.transcripts import Transcripts
 from prefixstore.server.worker import Worker
@@ -63,13 +64,13 @@ class PromptReader:
         self._memory = ThreadPoolExecutor(1, "kvkernels-transcripts")
         self._remembering: deque[Future[None]] = deque()
 
-    async def read_text(self, text: str) -> Prompt:
+    async def read_text(self, text: str, tenant: str) -> Prompt:
         """A text as the tokenizer cuts it, with the special tokens it begins texts with.
 
         Raises:
             ApiError: 400 if it is much too long; 429 as the worker.
         """
-        return await self._worker.run(self._read_text, text)
+        return await self._worker.run(tenant, len(text), self._read_text, text)
 
     def read_ids(self, token_ids: Sequence[int]) -> Prompt:
         """A prompt that came as token ids.
@@ -85,14 +86,22 @@ class PromptReader:
             raise ApiError(400, message, param="prompt", code="invalid_value")
         return Prompt(token_ids, None)
 
-    async def read_chat(self, messages: Sequence[Message], salt: str) -> Prompt:
+    async def read_chat(
+        self, messages: Sequence[Message], num_bytes: int, caller: Caller
+    ) -> Prompt:
         """A chat by the model's template, up to where the next answer begins.
+
+        Args:
+            messages: Of the chat.
+            num_bytes: Of the request they came in.
+            caller: Only chats of the same salt are gone on from.
 
         Raises:
             ApiError: 400 if the model has no template, or it refuses the messages, or they are
                 much too long; 429 as the worker.
         """
-        return await self._worker.run(self._read_chat, messages, salt, tuple(self._remembering))
+        arguments = messages, caller.salt or "", tuple(self._remembering)
+        return await self._worker.run(caller.tenant, num_bytes, self._read_chat, *arguments)
 
     def remember(self, prompt: Prompt, text: str, token_ids: Sequence[int], salt: str) -> None:
         """Let a next turn of a chat, read from now on, begin with the tokens of this one."""
@@ -106,9 +115,10 @@ class PromptReader:
         remembering.add_done_callback(_log_failure)
         self._remembering.append(remembering)
 
-    async def decode(self, token_ids: Sequence[int]) -> str:
+    async def decode(self, token_ids: Sequence[int], tenant: str) -> str:
         """The text of a prompt that came as token ids."""
-        return await self._worker.run(self._tokenizer.decode, list(token_ids))
+        ids = list(token_ids)
+        return await self._worker.run(tenant, len(ids), self._tokenizer.decode, ids)
 
     def _read_text(self, text: str) -> Prompt:
         self._check_length(text, "prompt")
