@@ -1,6 +1,7 @@
 """Connections whose clients stop in the middle, or read slowly: none stays for ever."""
 
 import socket
+import sys
 import time
 
 import pytest
@@ -25,15 +26,21 @@ def engine():
 
 
 @pytest.fixture
-def protocols(monkeypatch):
-    """The server's side of each connection, in order. The system keeps little of what it sends."""
+def num_held():
+    """Half the bytes that the system keeps of what it sends: little."""
+    return 8192
+
+
+@pytest.fixture
+def protocols(monkeypatch, num_held):
+    """The server's side of each connection, in order."""
     made = []
 
     class Seen(connections.BoundedProtocol):
         def connection_made(self, transport):
             made.append(self)
             connected = transport.get_extra_info("socket")
-            connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, num_held)
             super().connection_made(transport)
 
     monkeypatch.setattr(connections, "BoundedProtocol", Seen)
@@ -107,6 +114,20 @@ def test_a_client_that_hangs_up_half_and_reads_nothing_is_cut_off(engine, protoc
         assert client.recv(1)
         client.shutdown(socket.SHUT_WR)
         wait_until(lambda: is_over(protocols[0]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not tell")
+@pytest.mark.parametrize("num_held", [100_000])
+def test_a_client_reads_that_takes_what_the_system_still_holds(engine, protocols):
+    """Of which the server is asked for more only later."""
+    with serving(engine) as server, ask_for(server, 600_000) as client:
+        wait_until(lambda: protocols and num_unsent(protocols[0]) > 0)
+        (protocol,), before = protocols, num_unsent(protocols[0])
+        for _ in range(12):  # more than its own system holds: the server's has the word of it
+            assert client.recv(2048)
+        protocol.loop.call_soon_threadsafe(protocol._check_reading)
+        server.assert_answers()
+        assert not is_over(protocol) and num_unsent(protocol) == before
 
 
 @pytest.mark.parametrize("headers", [[], ["connection: close"]], ids=["kept", "closed"])
