@@ -156,6 +156,13 @@ def test_an_answer_may_fill_the_context_by_default(client, engine):
     assert handle.sampling.max_tokens == engine.max_model_len - len(handle.prompt)
 
 
+def test_an_answer_may_be_no_longer_than_the_server_allows_by_default(engine):
+    with serving(engine, max_tokens=8) as server:
+        server.client().chat.completions.create(model=MODEL, messages=CHAT)
+        server.client().completions.create(model=MODEL, prompt="A block")
+    assert [handle.sampling.max_tokens for handle in engine.asked[-2:]] == [8, 8]
+
+
 def test_joins_the_parts_of_a_message(client, engine):
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]

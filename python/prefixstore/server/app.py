@@ -24,7 +24,7 @@ from prefixstore.server.metrics import EngineCollector, Latencies
 from prefixstore.server.prompts import Prompt, PromptReader
 from prefixstore.server.responses import ChatForm, CompletionForm
 from prefixstore.server.schema import ChatRequest, CompletionRequest
-from prefixstore.server.service import COMPLETION_TOKENS, Service
+from prefixstore.server.service import Service
 from prefixstore.server.worker import Worker
 
 DEFAULT_MODEL_NAME = "default"
@@ -96,7 +96,7 @@ def _openai_routes(service: Service) -> APIRouter:
             return body, await service.prompts.read_chat(body.messages, len(content), caller)
 
         body, prompt = await unless_disconnected(request.receive, read())
-        jobs = service.plan(body, [prompt], body.wanted_tokens)
+        jobs = service.plan(body, [prompt])
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
         form = ChatForm(answer_id, service.model_name, bool(body.stream))
         return await service.answer(request, body, jobs, form, answer_id, [""] * len(jobs))
@@ -117,7 +117,7 @@ def _openai_routes(service: Service) -> APIRouter:
                 else reader.read_ids(one)
                 for one in given[:most]
             ]
-            jobs = service.plan(body, prompts, body.max_tokens or COMPLETION_TOKENS)
+            jobs = service.plan(body, prompts)
             if not body.echo:
                 return body, jobs, [""] * len(jobs)
             texts = [

@@ -60,6 +60,8 @@ class StreamOptions(_Strict):
 class _Generation(_Strict):
     """What both kinds of request have."""
 
+    DEFAULT_TOKENS: ClassVar[int | None] = None  # of an answer; None for as many as fit
+
     model: Text
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -97,6 +99,11 @@ class _Generation(_Strict):
     def num_answers(self) -> int:
         """Of each prompt."""
         return 1 if self.n is None else self.n
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """Of each answer; None where the request does not say."""
+        return self.max_tokens
 
     @property
     def num_logprobs(self) -> int | None:
@@ -249,6 +256,7 @@ class CompletionRequest(_Generation):
     """The body of `/v1/completions`."""
 
     PROMPT: ClassVar = "prompt"
+    DEFAULT_TOKENS: ClassVar = 16  # as OpenAI's
 
     prompt: str | list[str] | list[int] | list[list[int]]
     echo: bool | None = None

@@ -35,8 +35,6 @@ from prefixstore.server.responses import DONE, AnswerForm, describe, event, usag
 from prefixstore.server.schema import ChatRequest, CompletionRequest
 from prefixstore.server.worker import Worker
 
-COMPLETION_TOKENS = 16  # where a completion names no max_tokens, as OpenAI's
-
 
 @dataclass(frozen=True)
 class Service:
@@ -57,15 +55,8 @@ class Service:
             message = f"model: expected {self.model_name!r}, got {name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def plan(
-        self, body: ChatRequest | CompletionRequest, prompts: Sequence[Prompt], wanted: int | None
-    ) -> list[Job]:
-        """The answers that are asked for.
-
-        Args:
-            body: The request.
-            prompts: Its prompts.
-            wanted: Tokens of each answer; None for as many as fit.
+    def plan(self, body: ChatRequest | CompletionRequest, prompts: Sequence[Prompt]) -> list[Job]:
+        """The answers that are asked for, each to a prompt of the request.
 
         Raises:
             ApiError: 400 if there are too many, or a prompt leaves no room for a token.
@@ -77,7 +68,7 @@ class Service:
             raise ApiError(400, f"{message} {num_choices}", param=param, code="invalid_value")
         jobs: list[Job] = []
         for prompt in prompts:
-            max_tokens = self._max_tokens(body, prompt, wanted)
+            max_tokens = self._max_tokens(body, prompt)
             jobs += [
                 Job(prompt, body.sampling(max_tokens, number), number == 0)
                 for number in range(body.num_answers)
@@ -129,9 +120,7 @@ class Service:
         message = f"{body.PROMPT}: {str(error).partition(': ')[2] or error}"
         return ApiError(400, message, param=body.PROMPT, code="invalid_value")
 
-    def _max_tokens(
-        self, body: ChatRequest | CompletionRequest, prompt: Prompt, wanted: int | None
-    ) -> int:
+    def _max_tokens(self, body: ChatRequest | CompletionRequest, prompt: Prompt) -> int:
         room = self.engine.max_model_len - len(prompt.token_ids)
         if room < 1:
             num_tokens = len(prompt.token_ids)
@@ -139,12 +128,12 @@ class Service:
         if not prompt.token_ids:
             message = f"{body.PROMPT}: expected at least one token, got none"
             raise ApiError(400, message, param=body.PROMPT, code="invalid_value")
-        limit = self.config.max_tokens
+        wanted, limit = body.wanted_tokens, self.config.max_tokens
         if wanted is not None and limit is not None and wanted > limit:
             param = "max_tokens" if body.max_tokens else "max_completion_tokens"
             message = f"{param}: expected at most {limit}, got {wanted}"
             raise ApiError(400, message, param=param, code="invalid_value")
-        return min(wanted or room, limit or room, room)
+        return min(wanted or body.DEFAULT_TOKENS or room, limit or room, room)
 
 
 @dataclass(frozen=True)
