@@ -200,6 +200,20 @@ def test_what_lies_behind_a_missing_block_is_loaded_unless_windows_need_it(
     assert reuse.misses.get("window", 0) == num_cut_off * BLOCK_SIZE
 
 
+def test_what_came_before_a_lost_block_in_vain_is_not_said_to_be_late(model, tier, open_engine):
+    engine, tokens, number = open_engine(), prompt(LENGTH), 20
+    warm(engine, tokens)
+    for keys in engine.cache.blocks.keys(np.array(tokens, dtype=np.uint32), ""):
+        damaged = bytearray(tier.records[keys[number].block_hash])
+        damaged[-100] ^= 1
+        tier.records[keys[number].block_hash] = bytes(damaged)
+    output = engine.submit(tokens, GREEDY).result(60)
+    assert list(output.token_ids) == expected(model, tokens)
+    has_windows = len(engine.cache.blocks.device.windows) > 1
+    cut_off = {"window": number * BLOCK_SIZE} if has_windows else {}
+    assert output.report.reuse.misses == {"lost": BLOCK_SIZE, **cut_off}
+
+
 def test_a_tier_that_gives_nothing_in_time_is_learnt_as_slow(model, tier, open_engine):
     engine, tokens = open_engine(), prompt(LENGTH)
     warm(engine, tokens)

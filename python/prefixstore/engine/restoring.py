@@ -209,7 +209,7 @@ class Restoring:
         missing = [number for number in numbers if number not in found]
         kept = self._meeting.call_done(now, missing)
         self._lost.update(missing)
-        self._late.update(found.keys() - set(kept))
+        self._late.update(found.keys() - set(kept) - set(self._meeting.cut_off))
         self._loaded.update((number, found[number]) for number in kept)
         return kept
 
@@ -291,7 +291,7 @@ class Restoring:
             return MissReason.LATE
         if self._held is None or number in self._held.unanswered:
             return MissReason.UNREACHABLE
-        if number in self._held.cut_off:
+        if number in self._held.cut_off or number in self._meeting.cut_off:
             return MissReason.WINDOW
         if at >= len(self._held.tiers) or self._held.tiers[at] is None:
             return MissReason.EVICTED if self._was_published[at] else MissReason.NEW

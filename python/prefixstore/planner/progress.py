@@ -62,6 +62,7 @@ class Meeting:
         self._is_overlap_tried = False
         self._outlook = Outlook(plan)
         self._overtaken: set[int] = set()
+        self._cut_off: set[int] = set()
         self._num_computed = self._num_loaded = self._num_dropped = 0
         self._is_given_up = False
         self._wake_at: float | None = None
@@ -227,6 +228,7 @@ class Meeting:
         kept = [block for block in wanted if block not in missing]
         if self._inputs.has_windows and missing:
             # Attention windows would reach over the gap: all before it is computed.
+            self._cut_off.update(block for block in kept if block < max(missing))
             kept = [block for block in kept if block > max(missing)]
             self._is_loading_over = True
         states[states == _LOADING] = _ABSENT
@@ -270,6 +272,11 @@ class Meeting:
     def overtaken(self) -> Collection[int]:
         """Blocks that were no longer waited for."""
         return self._overtaken
+
+    @property
+    def cut_off(self) -> Collection[int]:
+        """Blocks that came in vain: windows would reach from behind a missing one to them."""
+        return self._cut_off
 
     def counts(self) -> MeetingCounts:
         return MeetingCounts(
