@@ -28,6 +28,8 @@ _OF_KNOWN_HOOKS = ("accelerate.", "kvkernels.", "prefixstore.", "torch.", "trans
 # PyTorch only what compiles does: `torch.autocast` as a decorator is another, and so is any
 # function of `torch.nn.functional`.
 _OF_KNOWN_FORWARDS = ("accelerate.", "torch._dynamo.", "transformers.")
+# Objects of PyTorch's classes that hold no code of others: those of `torch.jit` and `torch.fx` do.
+_OF_TORCH_OBJECTS = ("torch.nn.utils.",)
 
 
 def find_foreign_code(model: torch.nn.Module) -> str | None:
@@ -93,8 +95,10 @@ def _is_of(libraries: tuple[str, ...], function: Callable[..., Any]) -> bool:
     """Whether its code is: a decorator gives it the name of what it is put around."""
     function = getattr(function, "__func__", function)
     names = getattr(function, "__globals__", None)
-    origin = type(function).__module__ if names is None else names.get("__name__")
-    return f"{origin}.".startswith(libraries)
+    origin = f"{type(function).__module__ if names is None else names.get('__name__')}."
+    if names is None and origin.startswith("torch.") and not origin.startswith(_OF_TORCH_OBJECTS):
+        return False
+    return origin.startswith(libraries)
 
 
 def _accelerate_hooks(hook: Any) -> Iterator[Any]:

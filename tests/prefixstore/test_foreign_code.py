@@ -8,6 +8,7 @@ import pytest
 import torch
 from cached_models import tiny_llama
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import prune
 from torch.utils.module_tracker import ModuleTracker
 
 from kvkernels.nn import batch_invariance, decoder_layers, fused_layers
@@ -95,11 +96,34 @@ def test_finds_forwards_that_may_do_anything(change):
     assert find_foreign_code(model) == "a forward of its own in model.layers.0.mlp"
 
 
-def test_finds_hooks_whatever_they_are_decorated_with():
+class Doubling(torch.nn.Module):
+    def forward(self, module, args, output):
+        return 2 * output
+
+
+SCRIPT = """
+def double(module: Any, args: Any, output: Tensor) -> Tensor:
+    return 2 * output
+"""
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        torch.no_grad()(lambda *_: None),
+        torch.jit.CompilationUnit(SCRIPT).double,
+        torch.fx.symbolic_trace(Doubling()),
+    ],
+    ids=["no_grad", "script", "trace"],
+)
+def test_finds_hooks_whatever_pytorch_makes_of_them(hook):
     model = plain_llama()
-    handle = mlp_of(model).register_forward_pre_hook(torch.no_grad()(lambda *_: None))
+    mlp_of(model).register_forward_hook(hook)
     assert find_foreign_code(model) == "a forward hook on model.layers.0.mlp"
-    handle.remove()
+
+
+def test_finds_hooks_on_all_modules():
+    model = plain_llama()
     handle = register_module_forward_hook(functools.partial(lambda *_: None))
     assert find_foreign_code(model) == "a forward hook on all modules"
     handle.remove()
@@ -129,6 +153,7 @@ def test_known_forwards_change_nothing(change):
 
 def test_what_kvkernels_and_pytorch_install_changes_nothing():
     model = plain_llama()
+    prune.identity(mlp_of(model).up_proj, "weight")
     with paged_attention(model), batch_invariance.batch_invariant(model):
         assert fused_layers.install(model) > 0
         assert decoder_layers.install(model) > 0
