@@ -1,6 +1,7 @@
 """`kvkernels serve`: its options, its file, where it listens, and a server mounted elsewhere."""
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from prefixstore.errors import ConfigError
 from prefixstore.server import command
 from prefixstore.server.app import create_app
 from prefixstore.server.config import ServeConfig, ServerConfig
-from prefixstore.server.run import bind_address
+from prefixstore.server.run import bind_address, serve_until_signal
 
 FILE = """
 [server]
@@ -191,6 +192,19 @@ def test_says_when_an_address_cannot_be_had():
             bind_address(ServerConfig(port=port))
     with pytest.raises(ConfigError, match="host: expected an address"):
         bind_address(ServerConfig(host="no such host", port=0))
+
+
+def test_says_when_another_took_the_address_meanwhile():
+    config = ServerConfig(port=0)
+    engine = ScriptedEngine(chat_tokenizer())
+    with bind_address(config) as first:
+        config = replace(config, port=first.getsockname()[1])
+        with bind_address(config) as second:
+            first.listen()
+            message = f"127.0.0.1 port {config.port}: Address already in use"
+            with pytest.raises(ConfigError, match=message):
+                serve_until_signal(create_app(engine, config), engine, config, second)
+    assert engine.was_flushed and engine.is_closed
 
 
 @pytest.fixture(scope="module")

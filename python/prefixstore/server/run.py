@@ -55,8 +55,7 @@ def bind_address(config: ServerConfig) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        where = f"{config.host} port {config.port}"
-        raise ConfigError(f"host, port: cannot listen on {where}: {error.strerror}") from error
+        raise _cannot_listen(config, error) from error
     return listener
 
 
@@ -67,9 +66,16 @@ def serve_until_signal(
 
     Once it listens it prints a line of JSON: `{"event": "ready", "url": ..., "pid": ...}`.
     A second signal ends the process at once.
+
+    Raises:
+        ConfigError: If another process listens at the address by now: two may bind it.
     """
     server = DrainingServer(app, engine, config, listener)
     try:
+        try:
+            listener.listen(_BACKLOG)
+        except OSError as error:
+            raise _cannot_listen(config, error) from error
         server.run(sockets=[listener])
     finally:
         logger.info("flushing the cache")
@@ -149,6 +155,11 @@ class DrainingServer(uvicorn.Server):
                 await lifecycle.wait_idle(_CUT_OFF_S)
         finally:
             self.should_exit = True
+
+
+def _cannot_listen(config: ServerConfig, error: OSError) -> ConfigError:
+    where = f"{config.host} port {config.port}"
+    return ConfigError(f"host, port: cannot listen on {where}: {error.strerror}")
 
 
 def _url(listener: socket.socket) -> str:
