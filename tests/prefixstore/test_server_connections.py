@@ -74,11 +74,12 @@ def ask_for(server, num_characters, *headers):
     return connection
 
 
-def test_the_rest_of_an_answered_request_has_to_come_in_time(engine, protocols):
+@pytest.mark.parametrize("rest", [b"x", b"0123456789"], ids=["a part", "whole"])
+def test_an_early_answer_is_the_last_word_whether_or_not_the_rest_comes(engine, protocols, rest):
     with serving(engine, body_timeout_s=TIMEOUT_S, **TIMES) as server, server.connect() as client:
         client.sendall(HEAD)
         read_answer(client)
-        client.sendall(b"x")
+        client.sendall(rest)
         begun = time.monotonic()
         assert read_all(client) == b""
         assert time.monotonic() - begun < TIMEOUT_S * 8

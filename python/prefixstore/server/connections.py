@@ -68,8 +68,13 @@ class BoundedProtocol(H11Protocol):
             and not self._was_refused
             and not self.transport.is_closing()
         ):
-            # The first bytes of one more request on this connection.
-            self._asking = self.loop.call_later(self.limits.header_timeout_s, self._give_up_asking)
+            if self.conn.trailing_data[0]:  # the first bytes of one more request
+                wait_s = self.limits.header_timeout_s
+                self._asking = self.loop.call_later(wait_s, self._give_up_asking)
+            else:  # the rest of one that has its answer: the connection is idle, as uvicorn has it
+                self.timeout_keep_alive_task = self.loop.call_later(
+                    self.timeout_keep_alive, self.timeout_keep_alive_handler
+                )
 
     def eof_received(self) -> None:
         super().eof_received()
