@@ -49,7 +49,7 @@ class ModuleWatch:
 
     def change(self) -> str | None:
         """What was expected and what is there, in words; None if nothing has changed."""
-        if any(fields["training"] for fields in self._fields):
+        if any(module.training for module in self._modules):
             return "expected evaluation mode, got training mode"
         if any(_switches(module) != switches for module, switches in self._adapters):
             return "expected the adapters as they were when the cache was opened, got others"

@@ -35,3 +35,15 @@ def test_a_model_may_be_compiled_under_an_engine():
     with open_engine(model) as engine:
         model.compile(backend="eager")
         assert list(answer(engine, prompt(20)).token_ids) == wanted
+
+
+def test_an_engine_serves_a_part_that_torch_compile_wraps():
+    model = tiny_llama()
+    wanted = expected(model, prompt(20))
+    mlp = model.model.layers[1].mlp
+    model.model.layers[1].mlp = torch.compile(mlp, backend="eager")
+    with open_engine(model) as engine:
+        assert list(answer(engine, prompt(20)).token_ids) == wanted
+        mlp.train()
+        with pytest.raises(ValueError, match="expected evaluation mode, got training mode"):
+            engine.submit(prompt(20))

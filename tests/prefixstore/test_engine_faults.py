@@ -100,3 +100,17 @@ def test_changed_weights_end_the_requests(model):
         time.sleep(1.1)
         with pytest.raises(ValueError, match="expected the weights"):
             engine.submit(prompt(40))
+
+
+def test_a_model_that_cannot_be_compared_ends_its_requests_alone(model, monkeypatch):
+    with open_engine(model) as engine:
+        before = answer(engine, prompt(40))
+        with monkeypatch.context() as patch:
+            with engine._loop.changed:
+                handle = engine.submit(prompt(40, seed=3), GREEDY)
+                patch.setattr(engine.cache.served_model, "check_weights", lambda: {}["training"])
+                engine._loop._weights_checked = 0.0
+            output = handle.result(60)
+        assert output.finish_reason == FinishReason.ERROR
+        assert output.error == "model: KeyError: 'training'"
+        assert answer(engine, prompt(40)).token_ids == before.token_ids

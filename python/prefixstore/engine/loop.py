@@ -278,11 +278,21 @@ class EngineLoop:
         self.planner.observe_prefill(num_new, context, seconds, is_loading=is_loading)
 
     def _check_weights(self) -> None:
-        if self._cache.served_model is not None:
+        """Raise ValueError if the model is not the one any more that the cache was opened for."""
+        if self._cache.served_model is None:
+            return
+        try:
             self._cache.served_model.check_weights()
+        except ValueError:
+            raise
+        except Exception as error:
+            # Anybody's modules are looked at, and may raise anything: what they hold is theirs to
+            # repair, and no block is any less known for it.
+            logger.exception("the model could not be compared with what it was")
+            raise ValueError(f"model: {type(error).__name__}: {error}") from error
 
     def _has_changed_weights(self, now: float) -> bool:
-        """End all requests if the model is not the one any more that the cache was opened for."""
+        """End all requests if `_check_weights` raises."""
         if now < self._weights_checked + _WEIGHTS_CHECK_S:
             return False
         self._weights_checked = now
