@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch.nn.modules import module as torch_module
@@ -23,8 +23,9 @@ Forwards = dict[torch.nn.Module, Callable[..., Any]]
 # `copy` and `pickle` ask an object, not its class, for the state that they take with them.
 _REPLACED = ("forward", "__getstate__")
 
-# Those in place now. Weakly, for a forward holds its layer.
-_installed: WeakSet[Callable[..., Any]] = WeakSet()
+# Those in place now, by `id`, for anybody's may be compared with them. Weakly, for a forward holds
+# its layer.
+_installed: WeakValueDictionary[int, Callable[..., Any]] = WeakValueDictionary()
 
 
 @dataclass
@@ -55,8 +56,9 @@ class ForwardPatch:
             if patched is None:
                 forwards = self._find(model)
                 for module, forward in forwards.items():
+                    # First, for other threads look at the module meanwhile.
+                    _installed[id(forward)] = forward
                     vars(module).update(forward=forward, __getstate__=partial(_own_state, module))
-                    _installed.add(forward)
                 patched = self._patched[model] = _Patched(list(forwards))
             patched.num_users += 1
             return len(patched.modules)
@@ -82,10 +84,9 @@ def has_own_forward(module: torch.nn.Module) -> bool:
     return "forward" in vars(module)
 
 
-def has_installed_forward(module: torch.nn.Module) -> bool:
+def is_installed(forward: object) -> bool:
     """Whether the forward of a layer is one that a `ForwardPatch` put there."""
-    forward = vars(module).get("forward")
-    return isinstance(forward, Hashable) and forward in _installed
+    return forward is not None and _installed.get(id(forward)) is forward
 
 
 def hook_tables(*modules: torch.nn.Module) -> list[dict[int, Callable[..., Any]]]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.nn.modules import module as torch_module
 
-from kvkernels.nn.forward_patch import has_installed_forward
+from kvkernels.nn.forward_patch import is_installed
 
 # As prefixes of the full names of modules.
 _OF_KNOWN_HOOKS = ("accelerate.", "kvkernels.", "prefixstore.", "torch.", "transformers.")
@@ -58,9 +58,9 @@ def foreign_global_hooks() -> list[Callable[..., Any]]:
 
 def foreign_forward(module: torch.nn.Module) -> Callable[..., Any] | None:
     """What a module computes with in place of its class's forward, unless that is known."""
-    if has_installed_forward(module):
+    forward = vars(module).get("forward")  # once: other threads install theirs meanwhile
+    if is_installed(forward):
         return None
-    forward = vars(module).get("forward")
     for part in _with_wrapped(forward):
         if isinstance(part, MethodType):
             if part.__self__ is module and part.__func__ is type(module).forward:

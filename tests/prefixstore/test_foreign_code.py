@@ -1,6 +1,10 @@
 """Which hooks and forwards make a model's KV of use to nobody else."""
 
+import contextlib
+import dataclasses
 import functools
+import itertools
+import sys
 import types
 
 import accelerate
@@ -11,8 +15,9 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import prune
 from torch.utils.module_tracker import ModuleTracker
 
-from kvkernels.nn import batch_invariance, decoder_layers, fused_layers
+from kvkernels.nn import batch_invariance, decoder_layers, forward_patch, fused_layers
 from kvkernels.nn.transformers import paged_attention
+from prefixstore import foreign_code
 from prefixstore.foreign_code import find_foreign_code
 
 
@@ -41,15 +46,18 @@ def replace_with_a_function(model):
     mlp_of(model).forward = torch.nn.functional.relu
 
 
+@dataclasses.dataclass(frozen=True)
 class Unhashable:
-    __hash__ = None
+    """It has a `__hash__`, which fails."""
+
+    parts: list
 
     def __call__(self, x):
         return x
 
 
 def replace_with_an_object(model):
-    mlp_of(model).forward = Unhashable()
+    mlp_of(model).forward = Unhashable([])
 
 
 def borrow_a_forward(model):
@@ -159,3 +167,38 @@ def test_what_kvkernels_and_pytorch_install_changes_nothing():
         assert decoder_layers.install(model) > 0
         with ModuleTracker():
             assert find_foreign_code(model) is None
+
+
+@contextlib.contextmanager
+def before_each_line(module, function):
+    """Does there what another thread may do."""
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename != module.__file__:
+            return None
+        if event == "line":
+            function()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def test_what_kvkernels_installs_is_known_at_any_time():
+    model, found = torch.nn.Linear(2, 2), []
+    with before_each_line(forward_patch, lambda: found.append(find_foreign_code(model))):
+        batch_invariance.install(model)
+        batch_invariance.uninstall(model)
+    assert {*found} == {None}
+
+
+def test_kvkernels_may_install_while_foreign_code_is_looked_for():
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(2)))
+    changes = itertools.cycle([batch_invariance.install, batch_invariance.uninstall])
+    with before_each_line(foreign_code, lambda: next(changes)(model)):
+        found = [find_foreign_code(model) for _ in range(2)]
+    assert found == [None, None]
