@@ -20,7 +20,6 @@ install_lock = threading.RLock()
 
 Forwards = dict[torch.nn.Module, Callable[..., Any]]
 
-# `copy` and `pickle` ask an object, not its class, for the state that they take with them.
 _REPLACED = ("forward", "__getstate__")
 
 # Those in place now, by `id`, for anybody's may be compared with them. Weakly, for a forward holds
@@ -30,7 +29,7 @@ _installed: WeakValueDictionary[int, Callable[..., Any]] = WeakValueDictionary()
 
 @dataclass
 class _Patched:
-    modules: list[torch.nn.Module]
+    fields: dict[torch.nn.Module, dict[str, Any]]
     num_users: int = 0
 
 
@@ -55,16 +54,20 @@ class ForwardPatch:
             patched = self._patched.get(model)
             if patched is None:
                 forwards = self._find(model)
-                for module, forward in forwards.items():
+                patched = _Patched({one: _fields(one, own) for one, own in forwards.items()})
+                for module, fields in patched.fields.items():
                     # First, for other threads look at the module meanwhile.
-                    _installed[id(forward)] = forward
-                    vars(module).update(forward=forward, __getstate__=partial(_own_state, module))
-                patched = self._patched[model] = _Patched(list(forwards))
+                    _installed[id(fields["forward"])] = fields["forward"]
+                    vars(module).update(fields)
+                self._patched[model] = patched
             patched.num_users += 1
-            return len(patched.modules)
+            return len(patched.fields)
 
     def uninstall(self, model: torch.nn.Module) -> bool:
-        """Give the layers of the last user's model back; whether this was it."""
+        """Give the layers of the last user's model back; whether this was it.
+
+        What somebody else has put in the place of a replaced forward since then stays.
+        """
         with install_lock:
             patched = self._patched.get(model)
             if patched is None:
@@ -72,10 +75,11 @@ class ForwardPatch:
             patched.num_users -= 1
             if patched.num_users:
                 return False
+            for module, fields in patched.fields.items():
+                for name, value in fields.items():
+                    if vars(module).get(name) is value:
+                        vars(module).pop(name, None)
             del self._patched[model]
-            for module in patched.modules:
-                for name in _REPLACED:
-                    del vars(module)[name]
             return True
 
 
@@ -94,6 +98,12 @@ def hook_tables(*modules: torch.nn.Module) -> list[dict[int, Callable[..., Any]]
     of_all = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
     own = ((module._forward_hooks, module._forward_pre_hooks) for module in modules)
     return [*of_all, *chain.from_iterable(own)]
+
+
+def _fields(module: torch.nn.Module, forward: Callable[..., Any]) -> dict[str, Any]:
+    """What a layer is given: `copy` and `pickle` ask an object, not its class, for the state that
+    they take with them."""
+    return dict(zip(_REPLACED, (forward, partial(_own_state, module)), strict=True))
 
 
 def _own_state(module: torch.nn.Module) -> dict[str, Any]:

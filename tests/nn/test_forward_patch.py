@@ -57,6 +57,31 @@ def test_layers_stay_replaced_until_the_last_thread_is_done():
     assert "forward" not in vars(model)
 
 
+def skip(x):
+    return x
+
+
+def replace(layer):
+    layer.forward = skip
+
+
+def remove(layer):
+    del layer.forward
+
+
+@pytest.mark.parametrize(("change", "left"), [(replace, {"forward": skip}), (remove, {})])
+def test_what_is_put_in_the_place_of_a_replaced_forward_is_left_alone(change, left):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    own_names = set(vars(model[0]))
+    with batch_invariant(model):
+        change(model[0])
+    assert {name: vars(model[0])[name] for name in set(vars(model[0])) - own_names} == left
+    assert set(vars(model[1])) == own_names
+    vars(model[0]).pop("forward", None)
+    with batch_invariant(model):
+        assert all("forward" in vars(layer) for layer in model)
+
+
 @pytest.mark.parametrize(
     "make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
 )
