@@ -33,12 +33,13 @@ class ModuleWatch:
             (module, _switches(module)) for module in self._modules if has_adapter(module)
         ]
         # Integers are left out: some modules count in them.
-        self._numbers = [
-            (fields, name, value)
+        self._number_names = [
+            (fields, name)
             for fields in self._fields
             for name, value in fields.items()
             if isinstance(value, float)
         ]
+        self._expected_numbers = self._numbers()
         self._hook_tables = [
             *(torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks),
             *(fields["_forward_hooks"] for fields in self._fields),
@@ -55,7 +56,7 @@ class ModuleWatch:
             return "expected the adapters as they were when the cache was opened, got others"
         if self._has_other_modules():
             return "expected the modules the cache was opened with, got others"
-        if any(fields.get(name) != value for fields, name, value in self._numbers):
+        if self._numbers() != self._expected_numbers:
             return "expected the modules' numbers as the cache was opened with, got others"
         if self._hooks.have_changed():
             return "expected the forward hooks the cache was opened with, got others"
@@ -66,6 +67,9 @@ class ModuleWatch:
     def _has_other_modules(self) -> bool:
         children = [fields["_modules"] for fields in self._fields]
         return children != self._children or [*map(type, self._modules)] != self._classes
+
+    def _numbers(self) -> list[Any]:
+        return [fields.get(name) for fields, name in self._number_names]
 
     def _hook_ids(self) -> list[int]:
         """Of each hook there is, a number that no other has."""

@@ -174,6 +174,13 @@ def test_forwards_of_kvkernels_may_come_and_go(model, open_cache):
     assert run(cache, model, tokens)[0] == plain
 
 
+def test_a_number_that_is_none_is_no_change(model, open_cache):
+    model.model.layers[0].note = float("nan")
+    tokens = random_tokens(40)
+    with open_cache().session(tokens) as session:
+        assert session.report.num_prompt_tokens == 40
+
+
 def test_a_model_in_training_mode_is_refused(model, open_cache):
     before = model.config._attn_implementation
     model.train()
