@@ -93,7 +93,8 @@ class SharedPrefixes:
             num_queries: Of each sequence; default 1.
 
         Raises:
-            ValueError: If shapes disagree, or a sequence is longer than its row of the table.
+            ValueError: If shapes disagree, a sequence is longer than its row of the table, or
+                `num_queries` holds something else than numbers of queries.
         """
         check_shape("block_table", block_table, (None, None))
         num_seqs, width = block_table.shape
@@ -101,6 +102,8 @@ class SharedPrefixes:
         counts = list(num_queries) if num_queries is not None else [1] * num_seqs
         if len(counts) != num_seqs:
             raise ValueError(f"num_queries: expected {num_seqs} numbers, got {len(counts)}")
+        if any(not isinstance(count, int) or count < 0 for count in counts):
+            raise ValueError(f"num_queries: expected integers of 0 or more, got {counts}")
         rows, lens = block_table.tolist(), seq_lens.tolist()
         max_tokens = width * block_size
         for length in lens:

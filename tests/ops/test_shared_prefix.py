@@ -196,10 +196,12 @@ def test_sequences_without_a_prefix_may_be_empty() -> None:
         ((2, 2), [20, 33], None, "seq_lens: expected 0 to 32 (the table's width), got 33"),
         ((2, 2), [-1, 20], None, "seq_lens: expected 0 to 32 (the table's width), got -1"),
         ((2, 2), [20, 20], [1], "num_queries: expected 2 numbers, got 1"),
+        ((2, 2), [20, 20], [-20, 1], "num_queries: expected integers of 0 or more, got [-20, 1]"),
+        ((2, 2), [20, 20], [1.5, 1], "num_queries: expected integers of 0 or more, got [1.5, 1]"),
     ],
 )
 def test_refuses_to_look_where_nothing_is(
-    shape: tuple[int, ...], lens: list[int], counts: list[int] | None, message: str
+    shape: tuple[int, ...], lens: list[int], counts: list[float] | None, message: str
 ) -> None:
     table = torch.zeros(shape, dtype=torch.int32)
     with pytest.raises(ValueError, match="^" + re.escape(message)):
