@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch.compiler import is_compiling
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -16,6 +17,11 @@ def is_plain(tensor: torch.Tensor | None) -> bool:
     and have no memory itself.
     """
     return type(tensor) in _PLAIN_TYPES
+
+
+def is_traced() -> bool:
+    """Whether somebody writes down what is called, and knows operators alone, no addresses."""
+    return is_compiling() or torch.jit.is_tracing()
 
 
 def has_memory(tensor: torch.Tensor) -> bool:

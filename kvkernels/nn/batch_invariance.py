@@ -23,10 +23,9 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch.compiler import is_compiling
 
 from kvkernels import native
-from kvkernels.checks import FLOAT_DTYPES, is_plain
+from kvkernels.checks import FLOAT_DTYPES, is_plain, is_traced
 from kvkernels.errors import UnsupportedError
 from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward, install_lock
 from kvkernels.nn.functional_activations import find_functional_activation
@@ -190,7 +189,7 @@ def _apply_linear(module: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
         and not torch.is_grad_enabled()
         and type(input) is torch.Tensor
         and is_plain(weight)
-        and not is_compiling()
+        and not is_traced()
         and input.dtype == weight.dtype
         and input.dtype in FLOAT_DTYPES
         and input.is_cpu

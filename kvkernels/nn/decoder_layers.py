@@ -28,9 +28,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.compiler import is_compiling
 
 from kvkernels import native
+from kvkernels.checks import is_traced
 from kvkernels.nn.batch_invariance import is_batch_invariant
 from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward, hook_tables
 from kvkernels.nn.fused_layers import FusedMLP, FusedNorm
@@ -133,7 +133,7 @@ class FusedDecoderLayer:
 
     def serves(self, hidden_states: torch.Tensor, options: dict[str, Any]) -> bool:
         """Whether `run` takes such a call."""
-        if is_compiling():  # which follows no addresses
+        if is_traced():  # which follows no addresses
             return False
         if options.keys() != self._option_names or hidden_states.dim() != 3 or any(self._hooks):
             return False

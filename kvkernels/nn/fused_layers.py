@@ -25,10 +25,9 @@ from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch.compiler import is_compiling
 
 from kvkernels import native
-from kvkernels.checks import FLOAT_DTYPES, is_plain
+from kvkernels.checks import FLOAT_DTYPES, is_plain, is_traced
 from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward, hook_tables
 from kvkernels.ops.pointwise import rotary_embedding_cpu
 
@@ -239,7 +238,7 @@ def _rotate(
     tensors = (query, key, cos, sin)
     if others or options or not _are_served(*tensors) or not _are_whole_rotations(*tensors):
         return rotate(*tensors, *others, **options)
-    goes_straight = all(type(tensor) is torch.Tensor for tensor in tensors) and not is_compiling()
+    goes_straight = all(type(tensor) is torch.Tensor for tensor in tensors) and not is_traced()
     rotate_one = rotary_embedding_cpu if goes_straight else _rotary_embedding
     return rotate_one(query, cos, sin), rotate_one(key, cos, sin)
 
@@ -272,12 +271,12 @@ def _are_served(*tensors: torch.Tensor) -> bool:
 
 def _goes_straight(tensor: torch.Tensor) -> bool:
     """Whether the C++ kernels take it as it is. In a small model, the ways of PyTorch to an
-    operator take longer than many kernels; but a compiler knows operators alone."""
+    operator take longer than many kernels; but who traces knows operators alone."""
     return (
         native.is_available
         and type(tensor) is torch.Tensor
         and tensor.is_contiguous()
-        and not is_compiling()
+        and not is_traced()
     )
 
 

@@ -76,3 +76,16 @@ def test_no_bits_are_promised_of_what_is_compiled(model, name):
 def test_no_bits_are_promised_of_a_compiled_wrapper(model):
     with pytest.raises(UnsupportedError, match="not compiled"):
         batch_invariance.install(torch.compile(model, backend="eager"))
+
+
+@pytest.mark.parametrize("name", ["input_layernorm", "mlp"])
+@pytest.mark.parametrize("layers", [batch_invariance, fused_layers])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_what_is_traced_computes_with_its_own_input(model, layers, name):
+    part = model.model.layers[0].get_submodule(name)
+    layers.install(part)
+    first, second = torch.randn(2, 4, model.config.hidden_size)
+    with torch.no_grad():
+        traced = torch.jit.trace(part, (first,), check_trace=False)
+        assert torch.equal(traced(second), part(second))
+    layers.uninstall(part)
