@@ -21,9 +21,7 @@ _MAX_PAUSE_S = 60.0
 @dataclass
 class _Pause:
     seconds: float
-    since: (
-        float  # when it began, or its trial: what was asked before tells nothing of how it is now
-    )
+    since: float  # when it began, or its trial: what was asked before tells nothing any more
     until: float
     is_tried: bool = False  # since it is over, and nothing has come of that yet
 
