@@ -85,21 +85,49 @@ def test_forgets_an_answer_that_is_not_its_tokens(transcripts):
         assert transcripts.encode(PROMPT + text + REST, "a") == encode(PROMPT + text + REST)
 
 
-def test_remembers_an_answer_as_it_was_sent():
-    """By a tokenizer that falls back on bytes: a wrong one spoils the others of its run."""
+class Reading:
+    """The tokenizer, but that its texts then read otherwise; counts how often it decodes."""
 
-    class Falling:
-        added_tokens_decoder = chat_tokenizer().added_tokens_decoder
-        all_special_ids = chat_tokenizer().all_special_ids
-        __call__ = staticmethod(chat_tokenizer().__call__)
+    added_tokens_decoder = chat_tokenizer().added_tokens_decoder
+    all_special_ids = chat_tokenizer().all_special_ids
+    __call__ = staticmethod(chat_tokenizer().__call__)
 
-        def decode(self, ids, **options):
-            text = chat_tokenizer().decode(ids, **options)
-            return re.sub(r"[^\x00-\x7f]", "\ufffd", text) if "\ufffd" in text else text
+    def __init__(self, change=lambda text, **_: text):
+        self._change = change
+        self.num_decoded = 0
 
-    tokenizer = Falling()
-    start = chat_tokenizer().convert_tokens_to_ids("\u00f0")  # the byte F0, which opens four
-    ids = [*encode("So é"), start, *encode(" it was.")]
+    def decode(self, ids, **options):
+        self.num_decoded += 1
+        return self._change(chat_tokenizer().decode(ids, **options), **options)
+
+
+def test_an_answer_that_a_stop_string_ended_is_decoded_once():
+    transcripts = Transcripts(tokenizer := Reading())
+    transcripts.remember(PROMPT, ANSWER[:-7], encode(PROMPT), encode(ANSWER), "a")
+    assert tokenizer.num_decoded == 1
+
+
+def spoil_runs(text, **_):
+    """As a tokenizer that falls back on bytes: a wrong one spoils the others of its run."""
+    return re.sub(r"[^\x00-\x7f]", "\ufffd", text) if "\ufffd" in text else text
+
+
+def clean_up(text, clean_up_tokenization_spaces=True, **_):
+    return text.replace(" .", ".") if clean_up_tokenization_spaces else text
+
+
+BYTE = chat_tokenizer().convert_tokens_to_ids("\u00f0")  # F0, which opens four
+
+
+@pytest.mark.parametrize(
+    "change, ids",
+    [
+        (spoil_runs, [*encode("So é"), BYTE, *encode(" it was.")]),
+        (clean_up, by_characters("So it was . So it is .")),
+    ],
+)
+def test_remembers_an_answer_as_it_was_sent(change, ids):
+    tokenizer = Reading(change)
     sent = Detokenizer(tokenizer)
     answer = sent.push(ids) + sent.finish()
     assert answer != tokenizer.decode(ids)

@@ -25,6 +25,8 @@ from typing import Any
 
 from prefixstore.engine.detokenizer import Detokenizer
 
+_REPLACEMENT = "\ufffd"  # how tokenizers show bytes that make no character
+
 _Key = tuple[int, bytes]  # length of salt and text in bytes, digest
 
 
@@ -102,10 +104,15 @@ class Transcripts:
         return wrong
 
     def _is_text_of(self, answer: str, answer_ids: Sequence[int]) -> bool:
-        if self._tokenizer.decode(answer_ids, skip_special_tokens=False) == answer:
+        text = self._tokenizer.decode(
+            answer_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        if text == answer:
             return True
-        # As it was sent: bytes that make no character may read otherwise piece by piece.
-        if not self._special_ids.isdisjoint(answer_ids):
+        # As it was sent: bytes that make no character may read otherwise piece by piece. Without
+        # any, something was cut off.
+        has_bytes = _REPLACEMENT in text or _REPLACEMENT in answer
+        if not has_bytes or not self._special_ids.isdisjoint(answer_ids):
             return False
         sent = Detokenizer(self._tokenizer)
         return sent.push(answer_ids) + sent.finish() == answer
