@@ -157,6 +157,8 @@ def test_a_silent_node_costs_its_own_records_alone(cluster, num_bytes):
             assert isinstance(got, TierTimeout) if is_lost else got == record
         for is_there, is_lost in zip(tier.contains_many(names), is_silent, strict=True):
             assert isinstance(is_there, TierPartSilent) if is_lost else is_there is True
+        for was_there, is_lost in zip(tier.delete_many(names), is_silent, strict=True):
+            assert isinstance(was_there, TierPartSilent) if is_lost else was_there is True
     tier.close()
 
 

@@ -281,6 +281,19 @@ def test_a_server_that_says_it_lacks_records_is_there(make_store):
     assert not use_of(store, "tier").is_down
 
 
+def test_a_deletion_that_reaches_some_records_failed_and_blames_no_tier(make_store):
+    class PartlyLate(DictTier):
+        def delete_many(self, names, *, deadline=None):
+            return [*super().delete_many(names[1:], deadline=deadline), TierTimeout("late")]
+
+    tier, keys = PartlyLate("tier"), make_keys(3)
+    fill(tier, keys)
+    store = make_store(tier, breaker=LONG)
+    assert store.delete_many(keys) == ["tier"]
+    use = use_of(store, "tier")
+    assert (use.num_timeouts, use.is_down) == (1, False)
+
+
 @pytest.mark.parametrize("error", [TierPartSilent, TierPartTimeout])
 def test_a_part_that_is_silent_neither_begins_an_outage_nor_ends_one(make_store, error):
     tier, keys = DictTier("tier"), make_keys(1)

@@ -243,11 +243,11 @@ class GuardedTier:
         self._counts.add(num_dropped=num_records)
 
     def delete_many(self, names: Sequence[RecordName], deadline: float | None = None) -> bool:
-        """Forget records; False where the tier could not."""
+        """Forget records; False where the tier could not forget all of them."""
         answers = self._calls.attempt(
             "writes", lambda: self._tier.delete_many(names, deadline=deadline), was_deleted
         )
-        return answers is not None
+        return answers is not None and not any(isinstance(one, TierError) for one in answers)
 
     def delete_identity(self, identity: bytes) -> bool:
         """Forget all of an identity; False where the tier could not."""

@@ -183,8 +183,11 @@ class Tier(ABC):
     @abstractmethod
     def delete_many(
         self, names: Sequence[RecordName], *, deadline: float | None = None
-    ) -> list[bool]:
-        """Forget records, pinned ones too; False where there was none."""
+    ) -> list[LookOutcome]:
+        """Forget records, pinned ones too; False where there was none, or why it may be there yet.
+
+        Where none of them got an answer, that is raised.
+        """
 
     @abstractmethod
     def delete_identity(self, identity: bytes) -> None:
@@ -297,8 +300,11 @@ class Tier(ABC):
         return outcome
 
     def delete(self, name: RecordName) -> bool:
-        """`delete_many` of one."""
-        return self.delete_many([name])[0]
+        """`delete_many` of one; an error is raised."""
+        (outcome,) = self.delete_many([name])
+        if isinstance(outcome, TierError):
+            raise outcome
+        return outcome
 
 
 def is_past(deadline: float | None) -> bool:

@@ -144,17 +144,26 @@ class ProtectedTier(Tier):
 
     def delete_many(
         self, names: Sequence[RecordName], *, deadline: float | None = None
-    ) -> list[bool]:
-        return self._any_key(
-            names, lambda stored: self._tier.delete_many(stored, deadline=deadline)
-        )
+    ) -> list[LookOutcome]:
+        by_key = [
+            self._tier.delete_many([key.stored_name(name) for name in names], deadline=deadline)
+            for key in self._keys
+        ]
+        return [
+            next((one for one in outcomes if isinstance(one, TierError)), any(outcomes))
+            for outcomes in zip(*by_key, strict=True)
+        ]
 
     def delete_identity(self, identity: bytes) -> None:
         for key in self._keys:
             self._tier.delete_identity(key.stored_identity(identity))
 
     def pin_many(self, names: Sequence[RecordName], is_pinned: bool = True) -> list[bool]:
-        return self._any_key(names, lambda stored: self._tier.pin_many(stored, is_pinned))
+        by_key = [
+            self._tier.pin_many([key.stored_name(name) for name in names], is_pinned)
+            for key in self._keys
+        ]
+        return [any(outcomes) for outcomes in zip(*by_key, strict=True)]
 
     def list_identities(self) -> dict[bytes, Held]:
         """See `Tier.list_identities`; bytes with the trailers.
@@ -211,13 +220,6 @@ class ProtectedTier(Tier):
             for i, outcome in zip(missing, found, strict=True):
                 outcomes[i] = outcome
         return outcomes
-
-    def _any_key(
-        self, names: Sequence[RecordName], call: Callable[[list[RecordName]], list[bool]]
-    ) -> list[bool]:
-        """For each name whether the answer is yes for its record under any of the keys."""
-        answers = [call([key.stored_name(name) for name in names]) for key in self._keys]
-        return [any(column) for column in zip(*answers, strict=True)]
 
 
 def _protect(

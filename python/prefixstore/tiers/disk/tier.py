@@ -141,11 +141,11 @@ class DiskTier(Tier):
 
     def delete_many(
         self, names: Sequence[RecordName], *, deadline: float | None = None
-    ) -> list[bool]:
+    ) -> list[LookOutcome]:
         hidden, held = self._index.unpublish_many(set(names), deadline)
         self._counters.add(num_deletes=len(held))
         self._writer.wipe(hidden, deadline)
-        outcomes = []
+        outcomes: list[LookOutcome] = []
         for name in names:  # one that comes again is gone by then
             outcomes.append(name in held)
             held.discard(name)

@@ -189,7 +189,7 @@ class MemoryTier(Tier):
 
     def delete_many(
         self, names: Sequence[RecordName], *, deadline: float | None = None
-    ) -> list[bool]:
+    ) -> list[LookOutcome]:
         with self._locked():
             return [self._delete(self._find(name.block_hash)) for name in names]
 

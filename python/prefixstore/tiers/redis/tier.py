@@ -147,14 +147,14 @@ class RedisTier(Tier):
 
     def delete_many(
         self, names: Sequence[RecordName], *, deadline: float | None = None
-    ) -> list[bool]:
+    ) -> list[LookOutcome]:
         def start(i: int, key: bytes, generation: bytes) -> Operation[bool]:
             return delete_record(key, self._keys.pinned(names[i].identity, generation))
 
         outcomes = self._caller.run(Call(names, start, absent=False), self._deadline(deadline))
-        deleted = raise_first(outcomes)
-        self._counters.add(num_deletes=sum(deleted))
-        return deleted
+        self._counters.add(num_deletes=outcomes.count(True))
+        raise_if_all(outcomes, TierError)
+        return outcomes
 
     def delete_identity(self, identity: bytes) -> None:
         """Forget every record of an identity, in one step: it begins a new generation.

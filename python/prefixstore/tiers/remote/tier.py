@@ -118,11 +118,12 @@ class RemoteTier(Tier):
 
     def delete_many(
         self, names: Sequence[RecordName], *, deadline: float | None = None
-    ) -> list[bool]:
+    ) -> list[LookOutcome]:
         different = list(dict.fromkeys(names))
         answers = self._run([DeleteRecord(self._records, name) for name in different], deadline)
-        was_there = dict(zip(different, raise_first(answers), strict=True))
-        self._counters.add(num_deletes=sum(was_there.values()))
+        was_there = dict(zip(different, answers, strict=True))
+        self._counters.add(num_deletes=answers.count(True))
+        raise_if_all(answers, TierError)
         return [was_there.pop(name, False) for name in names]
 
     def delete_identity(self, identity: bytes) -> None:
