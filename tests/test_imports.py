@@ -86,10 +86,12 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
         *("torch", "numpy", "kvkernels", "prefixstore.errors", "prefixstore.foreign_code"),
         "prefixstore.module_state",
     ),
-    ("prefixstore.module_state",): ("torch", "prefixstore.errors"),
+    ("prefixstore.module_fields",): ("torch", "kvkernels.checks"),
+    ("prefixstore.module_state",): ("torch", "prefixstore.errors", "prefixstore.module_fields"),
     ("prefixstore.foreign_code",): ("torch", "kvkernels.nn.forward_patch"),
     ("prefixstore.module_watch",): (
-        *("torch", "prefixstore.foreign_code", "prefixstore.module_state"),
+        *("torch", "prefixstore.foreign_code"),
+        *("prefixstore.module_fields", "prefixstore.module_state"),
     ),
     ("prefixstore.models",): ("torch", "transformers", "prefixstore.errors"),
     CACHE: (

@@ -79,8 +79,8 @@ def model_identity(
     Two models that share a name differ, two names of one model agree. Adapters count as they are
     now: their weights, which of them are active, and how much; so does whatever else in the modules
     is not as the configuration makes it, see `state_beside_weights`. What a forward hook does, or a
-    forward that a module was given, nobody knows: the digest of a model that has one is of no
-    other, nor the same again (see `foreign_code`).
+    forward that a module was given, or an object in an attribute, nobody knows: the digest of a
+    model that has one is of no other, nor the same again (see `foreign_code`, `module_fields`).
 
     It holds for one version of this library, and of the model library as far as that adds fields
     to the configuration.
@@ -106,11 +106,14 @@ def model_identity(
     _add(digest, "salt", salt.encode() if isinstance(salt, str) else salt)
     for name, weight_digest in _weight_digests(model):
         _add(digest, f"weight {name}", weight_digest)
+    foreign = find_foreign_code(model)
     for name, state in state_beside_weights(model):
         if isinstance(state, torch.Tensor):
             state = _tensor_digest(name, state)
-        _add(digest, name, state)
-    foreign = find_foreign_code(model)
+        if state is None:
+            foreign = foreign or f"an object whose effect is not known, {name}"
+        else:
+            _add(digest, name, state)
     if foreign is not None:
         logger.warning("model: %s: its KV is of use to this cache alone", foreign)
         _add(digest, "hooks", os.urandom(IDENTITY_BYTES))

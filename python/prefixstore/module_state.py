@@ -5,6 +5,7 @@ configuration tells already. The rest was set by hand, or by a library of adapte
 
     model.layers.0.self_attn           scaling 0.25                  as built: not mentioned
     model.layers.1.self_attn           scaling 0.5                   set by hand
+    model.layers.2                     control, a tensor             of a class of somebody's
     model.layers.1.self_attn.q_proj    a LoRA layer, "a" is active   its weights do not tell that
     model.rotary_emb                   inv_freq, 4 times as low      not saved with the weights
 """
@@ -15,11 +16,20 @@ import copy
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 
 from prefixstore.errors import ConfigError
+from prefixstore.module_fields import (
+    Unknown,
+    class_name,
+    describe,
+    is_whole_model,
+    leaves,
+    own_fields,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -43,17 +53,18 @@ _BUFFER_TOLERANCE = 1e-6
 
 def state_beside_weights(
     model: torch.nn.Module,
-) -> Iterator[tuple[str, bytes | torch.Tensor]]:
+) -> Iterator[tuple[str, bytes | torch.Tensor | None]]:
     """Names and values of all that is not as the model's configuration makes it.
 
-    Of each module its class and numbers, and with an adapter what says which one is active and
-    how; of each buffer that is not saved its values.
+    Of each module its class and attributes, and with an adapter what says which one is active and
+    how; of each buffer that is not saved its values. None for what nobody knows the effect of.
     """
     built = _as_built(model)
+    names = _names_within(model)
+    built_names = _names_within(built[""]) if built else {}
     for name, module in model.named_modules():
-        state = _state(module)
-        if name not in built or state != _state(built[name]):
-            yield f"module {name}", _as_text(state).encode()
+        as_built = _state(built[name], built_names) if name in built else {}
+        yield from _differences(name, _state(module, names), as_built)
     for name, buffer in model.named_buffers():
         owner_name, _, own_name = name.rpartition(".")
         if own_name in model.get_submodule(owner_name)._non_persistent_buffers_set:
@@ -122,17 +133,49 @@ def _agrees(buffer: torch.Tensor, expected: torch.Tensor) -> bool:
     )
 
 
-def _state(module: torch.nn.Module) -> dict[str, Any]:
-    """Class, numbers and adapters of a module."""
-    # A whole model repeats its configuration, and notes where it was loaded from.
-    kinds: tuple[type, ...] = (float,) if hasattr(module, "from_pretrained") else (int, float)
-    numbers = {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, kinds) and not isinstance(value, bool) and name[0] != "_"
-    }
-    state = {"class": _class_name(module), "numbers": numbers}
-    return state | {"adapter": _adapter_state(module)} if has_adapter(module) else state
+def _differences(
+    name: str, state: Mapping[str, Any], expected: Mapping[str, Any]
+) -> Iterator[tuple[str, bytes | torch.Tensor | None]]:
+    """What of a module's state is not as expected, as `state_beside_weights` has it."""
+    if state["class"] != expected.get("class"):
+        expected = {}
+    texts: dict[str, Any] = dict.fromkeys(expected.keys() - state.keys())
+    for own_name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            yield f"tensor {name}{own_name}", value
+        elif own_name not in expected or value != expected[own_name]:
+            if isinstance(value, Unknown):
+                yield f"{name}{own_name}", None
+            else:
+                texts[own_name] = value
+    if texts:
+        yield f"module {name}", _as_text(texts).encode()
+
+
+def _state(module: torch.nn.Module, names: Mapping[int, str]) -> dict[str, Any]:
+    """Class, attributes and adapters of a module.
+
+    Args:
+        module: Part of a model.
+        names: See `_names_within`, of the model.
+    """
+    state: dict[str, Any] = {"class": class_name(module)}
+    if has_adapter(module):
+        return state | {"adapter": _adapter_state(module)}
+    for own_name, field in own_fields(module).items():
+        for name, value in leaves(f".{own_name}", field):
+            known = names.get(id(value))
+            state[name] = describe(value) if known is None else known
+            # What libraries put there works with all of the model.
+            if isinstance(state[name], Unknown) and is_whole_model(module):
+                state[name] = state[name].class_name
+    return state
+
+
+def _names_within(model: torch.nn.Module) -> dict[int, str]:
+    """What a model's modules and weights are called, by `id`: other modules may hold them too."""
+    parts = (model.named_modules(), model.named_parameters(), model.named_buffers())
+    return {id(part): f"the model's {name}" for name, part in chain.from_iterable(parts)}
 
 
 def _adapter_state(module: torch.nn.Module) -> dict[str, Any]:
@@ -169,12 +212,8 @@ def _plain(value: Any) -> Any:
         return sorted((_plain(one) for one in value), key=repr)
     if isinstance(value, torch.Tensor):
         return [str(value.dtype), value.tolist()]
-    return _class_name(value)
+    return class_name(value)
 
 
 def _as_text(fields: Mapping[str, Any]) -> str:
     return json.dumps(fields, sort_keys=True, default=str)
-
-
-def _class_name(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"

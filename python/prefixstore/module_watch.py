@@ -6,14 +6,16 @@ what takes longer comes only where that has found something: 0.05 ms for a model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
 from torch.nn.modules import module as torch_module
 
 from prefixstore.foreign_code import foreign_forward, foreign_global_hooks, foreign_hooks
+from prefixstore.module_fields import SCALARS, holds_others, leaves, own_fields
 from prefixstore.module_state import has_adapter
 
 
@@ -32,14 +34,7 @@ class ModuleWatch:
         self._adapters = [
             (module, _switches(module)) for module in self._modules if has_adapter(module)
         ]
-        # Integers are left out: some modules count in them.
-        self._number_names = [
-            (fields, name)
-            for fields in self._fields
-            for name, value in fields.items()
-            if isinstance(value, float)
-        ]
-        self._expected_numbers = self._numbers()
+        self._attributes = _Attributes(self._modules)
         self._hook_tables = [
             *(torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks),
             *(fields["_forward_hooks"] for fields in self._fields),
@@ -56,8 +51,8 @@ class ModuleWatch:
             return "expected the adapters as they were when the cache was opened, got others"
         if self._has_other_modules():
             return "expected the modules the cache was opened with, got others"
-        if self._numbers() != self._expected_numbers:
-            return "expected the modules' numbers as the cache was opened with, got others"
+        if self._attributes.have_changed():
+            return "expected the modules' attributes as the cache was opened with, got others"
         if self._hooks.have_changed():
             return "expected the forward hooks the cache was opened with, got others"
         if self._forwards.have_changed():
@@ -67,9 +62,6 @@ class ModuleWatch:
     def _has_other_modules(self) -> bool:
         children = [fields["_modules"] for fields in self._fields]
         return children != self._children or [*map(type, self._modules)] != self._classes
-
-    def _numbers(self) -> list[Any]:
-        return [fields.get(name) for fields, name in self._number_names]
 
     def _hook_ids(self) -> list[int]:
         """Of each hook there is, a number that no other has."""
@@ -85,6 +77,59 @@ class ModuleWatch:
 
     def _foreign_forwards(self) -> list[Any]:
         return [*map(foreign_forward, self._modules)]
+
+
+class _Attributes:
+    """What modules hold besides weights and modules; of tensors which they are, not their values.
+
+    Args:
+        modules: Of the model.
+    """
+
+    def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
+        fields = [
+            (vars(module), name, value)
+            for module in modules
+            for name, value in own_fields(module).items()
+            # Some modules count in integers. Of what else adapters hold `_switches` knows.
+            if not _is_integer(value) and not (has_adapter(module) and holds_others(value))
+        ]
+        self._places = [(own, name) for own, name, _ in fields]
+        self._expected = [value for *_, value in fields]
+        self._tensors = [value for value in self._expected if _is_tensor(value)]
+        self._versions = [*map(_version, self._tensors)]
+        self._holders = [value for value in self._expected if holds_others(value)]
+        self._held = [*map(_held_by, self._holders)]
+
+    def have_changed(self) -> bool:
+        now = [own.get(name) for own, name in self._places]
+        if not all(map(is_, now, self._expected)) and not all(map(_is_same, now, self._expected)):
+            return True
+        return [*map(_version, self._tensors)] != self._versions or any(
+            _held_by(holder) != held for holder, held in zip(self._holders, self._held, strict=True)
+        )
+
+
+def _held_by(value: Any) -> list[tuple[str, Any]]:
+    """To compare with what it is later."""
+    return [
+        (name, _TensorState(leaf) if _is_tensor(leaf) else leaf)
+        for name, leaf in leaves("", value)
+        if not _is_integer(leaf)
+    ]
+
+
+def _is_same(now: Any, before: Any) -> bool:
+    """Whether it is one object, or equal numbers, texts or none."""
+    return now is before or (
+        isinstance(before, SCALARS)
+        and type(now) is type(before)
+        and (now == before or (now != now and before != before))  # NaN
+    )
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class _Foreign:
@@ -132,13 +177,17 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
+def _version(tensor: torch.Tensor) -> int:
+    """How often it was written to; tensors made in inference mode do not know."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 class _TensorState:
     """Equal to that of the same tensor while nobody writes to it; its values may lie on a GPU."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
-        # Tensors made in inference mode keep no version.
-        self._version = -1 if tensor.is_inference() else tensor._version
+        self._version = _version(tensor)
 
     def __eq__(self, other: object) -> bool:
         return (

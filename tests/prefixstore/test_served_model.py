@@ -121,13 +121,14 @@ def replace_forward(model):
     mlp.forward = lambda x: 0.5 * type(mlp).forward(mlp, x)
 
 
+OTHER_ATTRIBUTES = "the modules' attributes as the cache was opened with, got others"
 OTHER_MODULES = "the modules the cache was opened with, got others"
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (set_scaling, "the modules' numbers as the cache was opened with, got others"),
+        (set_scaling, OTHER_ATTRIBUTES),
         (add_hook, "the forward hooks the cache was opened with, got others"),
         (train, "evaluation mode, got training mode"),
         (replace_module, OTHER_MODULES),
