@@ -84,7 +84,7 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     # Beside the cache: what a model's KV depends on, and models to try it with.
     ("prefixstore.identity",): (
         *("torch", "numpy", "kvkernels", "prefixstore.errors", "prefixstore.foreign_code"),
-        "prefixstore.module_state",
+        *("prefixstore.module_fields", "prefixstore.module_state"),
     ),
     ("prefixstore.module_fields",): ("torch", "kvkernels.checks"),
     ("prefixstore.module_state",): ("torch", "prefixstore.errors", "prefixstore.module_fields"),

@@ -16,6 +16,7 @@ from kvkernels import KVLayout
 from kvkernels.checks import has_memory
 from prefixstore.errors import ConfigError
 from prefixstore.foreign_code import find_foreign_code
+from prefixstore.module_fields import class_name, describe, leaves
 from prefixstore.module_state import state_beside_weights
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,9 @@ _CHUNK_BYTES = 16 << 20
 # hashlib lets go of the interpreter lock; two threads nearly halve the time on two cores and more
 # would only crowd out the model's own.
 _NUM_THREADS = 2
+
+# What PyTorch calls that which a module saves besides its weights.
+_EXTRA_STATE = "_extra_state"
 
 # What a configuration holds besides the arithmetic: names, token ids, output options, and the dtype
 # (a wish; the weights carry the real one). Everything else counts, so that a field this list does
@@ -155,8 +159,18 @@ def _relevant(fields: Any) -> Any:
 
 
 def _weight_digests(model: torch.nn.Module) -> Iterator[tuple[str, bytes]]:
-    """Name and digest of every parameter and persistent buffer, in the order of their names."""
-    weights = dict(sorted(model.state_dict(keep_vars=True).items()))
+    """Name and digest of every parameter and persistent buffer, in the order of their names.
+
+    So of what modules save besides, which may consist of other things than tensors.
+    """
+    weights: dict[str, Any] = {}
+    for saved_name, value in model.state_dict(keep_vars=True).items():
+        if saved_name.rpartition(".")[2] == _EXTRA_STATE:
+            for name, leaf in leaves(saved_name, value):
+                weights[name] = _extra_tensor(name, leaf)
+        else:
+            weights[saved_name] = value
+    weights = dict(sorted(weights.items()))
     for name, weight in weights.items():
         _check_loaded(name, weight)
     # Tied weights are one object under two names: hashed once.
@@ -174,10 +188,26 @@ def _weight_digests(model: torch.nn.Module) -> Iterator[tuple[str, bytes]]:
         yield name, finished[id(weight)]
 
 
+def _extra_tensor(name: str, leaf: Any) -> torch.Tensor:
+    """A part of what a module saves besides its weights, with the bytes of a text if it is none."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf
+    text = describe(leaf)
+    if not isinstance(text, str):
+        raise ConfigError(
+            "model: expected extra state of tensors, numbers, texts and containers of these, got"
+            f" {class_name(leaf)} for {name}"
+        )
+    return torch.tensor([*text.encode()], dtype=torch.uint8)
+
+
 def _check_loaded(name: str, weight: Any) -> None:
-    if not isinstance(weight, torch.Tensor) or weight.is_meta:
-        what = "a tensor without values" if isinstance(weight, torch.Tensor) else type(weight)
-        raise ConfigError(f"model: expected loaded weights, got {what} for {name}")
+    if not isinstance(weight, torch.Tensor):
+        raise ConfigError(
+            f"model: expected weights that are tensors, got {class_name(weight)} for {name}"
+        )
+    if weight.is_meta:
+        raise ConfigError(f"model: expected loaded weights, got a tensor without values for {name}")
     if not has_memory(weight):
         raise ConfigError(
             "model: expected weights with memory of their own, got a"

@@ -263,10 +263,38 @@ def test_weights_that_lie_in_other_tensors_are_refused():
         model_identity(model, LAYOUT)
 
 
-def test_state_that_is_no_tensor_is_refused():
-    class WithExtra(torch.nn.Linear):
+def identity_with_extra(extra):
+    class WithExtra(torch.nn.Identity):
         def get_extra_state(self):
-            return {"scale": 1.0}
+            return extra
 
-    with pytest.raises(ConfigError, match=r"dict.* for _extra_state"):
-        model_identity(WithExtra(2, 2), LAYOUT)
+    return model_identity(WithExtra(), LAYOUT)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"scale": 1.0}, {"scale": 2.0}),
+        ({"scale": 1.0}, {"scale": "1.0"}),
+        (torch.ones(2), torch.zeros(2)),
+        ({"scales": [torch.ones(2)]}, {"scales": [torch.zeros(2)]}),
+        (None, ()),
+    ],
+)
+def test_extra_state_counts(one, other):
+    assert identity_with_extra(one) == identity_with_extra(one) != identity_with_extra(other)
+
+
+def test_extra_state_of_which_nobody_knows_what_it_is_is_refused():
+    message = r"extra state of tensors, .*, got builtins.object for _extra_state.scale"
+    with pytest.raises(ConfigError, match=message):
+        identity_with_extra({"scale": object()})
+
+
+def test_weights_that_are_no_tensors_are_refused():
+    model = torch.nn.Linear(2, 2)
+    model.register_state_dict_post_hook(lambda _, state, *__: state.update(packed=(1, 2)))
+    with pytest.raises(
+        ConfigError, match=r"weights that are tensors, got builtins\.tuple for packed"
+    ):
+        model_identity(model, LAYOUT)
