@@ -38,6 +38,7 @@ from kvkernels.nn.layer_kernels import LayerKernels, LayerParts
 from kvkernels.nn.paged_kv import PagedKV
 from kvkernels.nn.transformers import attend, observe_attention
 from kvkernels.nn.transformers_batch import BatchCache
+from kvkernels.nn.transformers_compat import is_idle_capture
 from kvkernels.nn.transformers_mask import find_window
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,11 @@ class FusedDecoderLayer:
         """Whether `run` takes such a call."""
         if is_traced():  # which follows no addresses
             return False
-        if options.keys() != self._option_names or hidden_states.dim() != 3 or any(self._hooks):
+        if (
+            options.keys() != self._option_names
+            or hidden_states.dim() != 3
+            or _has_listener(self._hooks)
+        ):
             return False
         if self._parts != self._expected_parts:  # others may be put there any time
             return False
@@ -188,6 +193,11 @@ class FusedDecoderLayer:
 def _hooks_within(module: torch.nn.Module) -> list[dict[int, Any]]:
     """Where those are who ask to be told of what goes on inside a layer: they may come any time."""
     return hook_tables(*(part for part in module.modules() if part is not module))
+
+
+def _has_listener(hook_tables: Iterable[dict[int, Any]]) -> bool:
+    """Whether anybody is among them to whom what goes on matters."""
+    return any(not is_idle_capture(hook) for table in hook_tables for hook in table.values())
 
 
 def _find_parts(module: Any, attention_options: dict[str, Any]) -> LayerParts:
@@ -259,7 +269,7 @@ def _may_be_replaced(module: torch.nn.Module) -> bool:
         and has_own_forward(attention)
         and _names_in_forward(module) <= _LAYER_NAMES
         and _names_in_forward(attention) <= _ATTENTION_NAMES
-        and not any(_hooks_within(module))
+        and not _has_listener(_hooks_within(module))
     )
 
 

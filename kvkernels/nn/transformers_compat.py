@@ -13,15 +13,35 @@ from transformers.masking_utils import causal_mask_function
 
 from kvkernels.errors import UnsupportedError
 
+try:
+    from transformers.utils import output_capturing
+except ImportError:  # 4.57
+    _of_captures: dict[str, Any] = {}
+else:
+    _of_captures = vars(output_capturing)
+
 __all__ = [
     "AttentionInterface",
     "AttentionMaskInterface",
     "Cache",
     "check_mask_span",
+    "is_idle_capture",
     "mask_window",
     "num_queries",
     "without_idle_packing",
 ]
+
+
+def is_idle_capture(hook: Callable[..., Any]) -> bool:
+    """Whether a forward hook is one with which transformers 5 captures outputs, and none are now.
+
+    A model keeps them from the first pass on that was asked for hidden states or attentions. 4.57
+    leaves none.
+    """
+    collector = _of_captures.get("_active_collector")
+    if collector is None or getattr(hook, "__globals__", None) is not _of_captures:
+        return False
+    return not collector.get()
 
 
 def num_queries(query: int | torch.Tensor) -> int:

@@ -264,6 +264,22 @@ def test_a_hook_may_come_later(register, monkeypatch):
     assert all(map(torch.equal, got, expected))
 
 
+@pytest.mark.parametrize("output", ["hidden_states", "attentions"])
+def test_what_captures_outputs_for_transformers_counts_while_it_does(output, monkeypatch):
+    model = tiny_models.llama(attn_implementation="eager")
+    with torch.inference_mode():
+        model(torch.arange(20)[None], **{f"output_{output}": True})  # which leaves hooks behind
+    with with_kernels(model):
+        assert decoder_layers.install(model) == 3
+        runs = count_runs(monkeypatch)
+        make_packed(model, (20,)).run_whole()
+        assert len(runs) == 3
+        model.config.output_hidden_states = True
+        make_packed(model, (20,)).run_whole()
+        assert len(runs) == 3
+        decoder_layers.uninstall(model)
+
+
 @pytest.mark.parametrize("kind", ["hook", "pre_hook"])
 def test_a_hook_of_all_models_may_come_later(kind, monkeypatch):
     model = tiny_models.llama()
