@@ -130,17 +130,23 @@ def test_a_primary_that_falls_silent_is_replaced_by_its_replica(cluster):
 
 def put_on_a_node_to_stop(cluster, tier, num_records: int, num_bytes: int):
     """Names of records, all of them the same one, which are spread over the nodes; a node that has
-    some, and which ones it has. It has not their identity's generation, on which all depend.
+    some, and which ones it has. It has neither their identity's generation, on which all depend,
+    nor its pins, on which deletions do.
     """
     address_of, ends_at = tier._servers.address_of, time.monotonic() + 60
     primaries = tier._servers.primaries(ends_at)
-    identity = secrets.token_bytes(16)
-    home = address_of(tier._keys.generation(identity), ends_at)
     others = [node for node in cluster.nodes[1:] if node.address in primaries]  # 0 is to die
-    node = next(node for node in others if node.address != home)
-    names, record = make_names(num_records, identity), random_bytes(num_bytes)
-    assert put(tier, names, [record] * num_records) == [None] * num_records
-    keys = tier._keys.records(enumerate(names), tier._caller._generations)
+    node, record = None, random_bytes(num_bytes)
+    while node is None:  # where that is left to chance
+        identity = secrets.token_bytes(16)
+        names = make_names(num_records, identity)
+        assert put(tier, names, [record] * num_records) == [None] * num_records
+        generations = tier._caller._generations
+        pins = tier._keys.pinned(identity, generations[identity])
+        shared = (tier._keys.generation(identity), pins)
+        homes = [address_of(key, ends_at) for key in shared]
+        node = next((node for node in others if node.address not in homes), None)
+    keys = tier._keys.records(enumerate(names), generations)
     is_there = [address_of(keys[i], ends_at) == node.address for i in range(num_records)]
     assert 0 < sum(is_there) < num_records
     return names, record, node, is_there

@@ -217,8 +217,8 @@ class RecordWriter:
         if not refs:
             return
         lease_end = time.monotonic() + self._config.write_lease_s
-        deadline = lease_end if deadline is None else min(deadline, lease_end)
-        errors = self._transfers.wipe_many([(ref.slab, ref.offset) for ref in refs], deadline)
+        latest = lease_end if deadline is None else min(deadline, lease_end)
+        errors = self._transfers.wipe_many([(ref.slab, ref.offset) for ref in refs], latest)
         wiped = [ref for ref, error in zip(refs, errors, strict=True) if error is None]
         self._index.release(wiped, deadline)
         for error in errors:
