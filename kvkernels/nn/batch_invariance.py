@@ -27,6 +27,7 @@ import torch
 from kvkernels import native
 from kvkernels.checks import FLOAT_DTYPES, is_plain, is_traced
 from kvkernels.errors import UnsupportedError
+from kvkernels.nn.forward_code import read_forward
 from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward, install_lock
 from kvkernels.nn.functional_activations import find_functional_activation
 from kvkernels.ops import linear
@@ -127,12 +128,16 @@ def _refuse_unserved(model: torch.nn.Module) -> None:
                 f" {rope_type!r} in {name}"
             )
         if type(module).__module__ not in _ACTIVATION_MODULES:
-            activation = find_functional_activation(module)
-            if activation is not None:
-                raise UnsupportedError(
-                    "model: expected activations that are modules, got a forward that calls"
-                    f" {activation} as a function: {name or 'the model'} of {type(module).__name__}"
-                )
+            _refuse_functions(name or "the model", module)
+
+
+def _refuse_functions(name: str, module: torch.nn.Module) -> None:
+    activation = find_functional_activation(read_forward(module))
+    if activation is not None:
+        raise UnsupportedError(
+            "model: expected activations that are modules, got a forward that calls"
+            f" {activation} as a function: {name} of {type(module).__name__}"
+        )
 
 
 def _is_compiled(module: torch.nn.Module) -> bool:

@@ -5,51 +5,25 @@ What is a module of its own can be replaced, a function that a forward calls can
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-from types import FunctionType
-
-import torch
+from kvkernels.nn.forward_code import ForwardCode
 
 # Those of which PyTorch computes what is left over behind the last whole vector by other code, with
 # other roundings. Of `tanh`, `exp`, `sin` and `cos` it does not.
 _ACTIVATIONS = {
-    name + ending
-    for name in ("celu", "elu", "gelu", "mish", "selu", "sigmoid", "silu", "softplus")
-    for ending in ("", "_")
+    *(
+        name + ending
+        for name in ("celu", "elu", "gelu", "mish", "selu", "sigmoid", "silu", "softplus")
+        for ending in ("", "_")
+    ),
+    *("atan2", "atanh", "cosh", "exp2", "expit", "logaddexp", "logaddexp2", "sinh"),
 }
+# Powers that are products, quotients and roots; see `inverse_roots` for the inverse root.
+_STEADY_EXPONENTS = {-2, -1, -0.5, 0, 0.5, 1, 2, 3}
 
 
-def find_functional_activation(module: torch.nn.Module) -> str | None:
-    """Name of an activation that the module's forward calls as a function; None if it seems not to.
-
-    Looked through are the forward, the methods of its class and the functions of its file that it
-    names, and so on.
-    """
-    submodules = module._modules.keys()
-    attributes = vars(module)
-    for function in _reachable(module):
-        for name in function.__code__.co_names:
-            if name in _ACTIVATIONS and name not in submodules:
-                return name
-            called = getattr(attributes.get(name), "__name__", None)  # as of self.act = F.silu
-            if called in _ACTIVATIONS:
-                return called
-    return None
-
-
-def _reachable(module: torch.nn.Module) -> Iterator[FunctionType]:
-    kind = type(module)
-    forward = inspect.unwrap(kind.forward)
-    if not isinstance(forward, FunctionType):
-        return
-    found, waiting = {forward}, [forward]
-    while waiting:
-        function = waiting.pop()
-        yield function
-        for name in function.__code__.co_names:
-            named = getattr(kind, name, None) or function.__globals__.get(name)
-            named = inspect.unwrap(named) if isinstance(named, FunctionType) else None
-            if named is not None and named.__module__ == forward.__module__ and named not in found:
-                found.add(named)
-                waiting.append(named)
+def find_functional_activation(code: ForwardCode) -> str | None:
+    """Name of an activation that a forward calls as a function; None if it seems not to."""
+    found = code.names & _ACTIVATIONS
+    exponents = {exponent for _, exponent in code.exponents} - _STEADY_EXPONENTS
+    found |= {f"pow({exponent})" for exponent in exponents}
+    return min(found, default=None)

@@ -1,9 +1,12 @@
 """Activations that a forward calls as functions: found wherever they hide, and refused."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import silu
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 from kvkernels import UnsupportedError
 from kvkernels.nn import batch_invariance
@@ -42,17 +45,65 @@ def gate(rows):
     return rows * torch.sigmoid(rows)
 
 
-class Kept(nn.Module):
-    def __init__(self):
+class InAFunctionWithin(nn.Module):
+    def forward(self, rows):
+        def gate(rows):
+            return silu(rows)
+
+        return gate(rows)
+
+
+class Held(nn.Module):
+    def __init__(self, act):
         super().__init__()
-        self.act = nn.functional.gelu
+        self.act = act
 
     def forward(self, rows):
         return self.act(rows)
 
 
+def as_a_closure(act):
+    return lambda rows: act(rows)
+
+
+HELD = {
+    "function": (nn.functional.gelu, "gelu"),
+    "partial": (functools.partial(nn.functional.gelu, approximate="tanh"), "gelu"),
+    "lambda": (lambda rows: torch.special.expit(rows), "expit"),
+    "lambda_of_one_held": (as_a_closure(torch.sigmoid), "sigmoid"),
+    "of_two": (lambda rows: torch.logaddexp(rows, -rows), "logaddexp"),
+    "power": (lambda rows: torch.pow(rows.abs().add(0.5), 1.7), r"pow\(1.7\)"),
+    "power_by_name": (lambda rows: torch.pow(rows, exponent=0.3), r"pow\(0.3\)"),
+    "operator": (lambda rows: rows**2.5, r"pow\(2.5\)"),
+}
+
+
+class HeldExponent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.exponent = 1.5
+
+    def forward(self, rows):
+        return rows.pow(self.exponent)
+
+
+class ForInheritedForward(Gemma2RMSNorm):
+    """Whose forward is in another file."""
+
+    def __init__(self):
+        super().__init__(3)
+
+    def _norm(self, x):
+        return x.sigmoid()
+
+
 class Inherited(InAFunction):
     pass
+
+
+class Above(InAMethod):
+    def forward(self, rows):
+        return -super().forward(rows)
 
 
 class Wrapped(nn.Module):
@@ -69,8 +120,11 @@ class Wrapped(nn.Module):
         (InPlace, "sigmoid_"),
         (InAMethod, "softplus"),
         (InAFunction, "sigmoid"),
-        (Kept, "gelu"),
+        (InAFunctionWithin, "silu"),
+        (HeldExponent, r"pow\(1.5\)"),
+        (ForInheritedForward, "sigmoid"),
         (Inherited, "sigmoid"),
+        (Above, "softplus"),
         (Wrapped, "silu"),
     ],
 )
@@ -81,6 +135,13 @@ def test_is_refused(kind, activation):
         batch_invariance.install(model)
 
 
+@pytest.mark.parametrize("name", HELD)
+def test_a_held_one_is_refused(name):
+    act, called = HELD[name]
+    with pytest.raises(UnsupportedError, match=rf"calls {called} as a function: the model of Held"):
+        batch_invariance.install(Held(act))
+
+
 class OfModules(nn.Module):
     """Modules with the names of functions, and functions that keep an element's bits."""
 
@@ -89,7 +150,9 @@ class OfModules(nn.Module):
         self.sigmoid, self.gelu = nn.Sigmoid(), nn.GELU()
 
     def forward(self, rows):
-        return torch.tanh(self.sigmoid(rows)) * self.gelu(rows).softmax(dim=-1)
+        rows = torch.tanh(self.sigmoid(rows)) * self.gelu(rows).softmax(dim=-1)
+        cubes = torch.pow(nn.functional.leaky_relu(rows, 0.3), 3) * rows.shape[-1] ** -0.5
+        return (cubes * rows**2).abs().add(1e-6).pow(-0.5)
 
 
 def test_modules_of_the_same_name_are_not_refused():

@@ -1,0 +1,137 @@
+"""What the code of a module's forward names and calls, read without running it.
+
+Read are the forward, and as far as these name them: methods that its class has or inherits,
+functions that the module or a closure holds, functions within functions, and those of the same
+file. Behind decorators, methods and partial arguments is the function that counts.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from types import CellType, CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+
+_POWERS = ("pow", "pow_", "float_power", "float_power_")
+
+
+@dataclass
+class ForwardCode:
+    """What a module's forward names.
+
+    Args:
+        names: Of anything but submodules, and those that functions have by themselves.
+        exponents: Of powers, where the code tells them, with "pow" or "**" for how they are
+            written: the second is that of Python's numbers too.
+    """
+
+    names: set[str] = field(default_factory=set)
+    exponents: set[tuple[str, float]] = field(default_factory=set)
+
+
+def read_forward(module: torch.nn.Module) -> ForwardCode:
+    """Read it, and what it may call."""
+    code = ForwardCode()
+    found: set[FunctionType] = set()
+    waiting = [_unwrap(type(module).forward)]
+    while waiting:
+        function = waiting.pop()
+        if not isinstance(function, FunctionType) or function in found:
+            continue
+        found.add(function)
+        names, exponents = _read(function.__code__)
+        for name in names:
+            held = [*filter(callable, map(_unwrap, _held(module, function, name)))]
+            of_file = _unwrap(function.__globals__.get(name))
+            if not held and getattr(of_file, "__module__", None) == function.__module__:
+                waiting.append(of_file)
+            waiting += held
+            if name not in module._modules:
+                code.names.add(name)  # and what it is the name of, as in self.act = F.silu
+                code.names.update(str(getattr(v, "__name__", name)) for v in held or [of_file])
+        for form, exponent in exponents:
+            value = vars(module).get(exponent) if isinstance(exponent, str) else exponent
+            if isinstance(value, (int, float)):
+                code.exponents.add((form, value))
+    return code
+
+
+def _held(module: torch.nn.Module, function: FunctionType, name: str) -> Iterator[Any]:
+    """What a name in a function may stand for, of what a module, its class and a closure have."""
+    yield vars(module).get(name)
+    kinds = [kind for kind in type(module).__mro__ if kind not in torch.nn.Module.__mro__]
+    of_class = [vars(kind)[name] for kind in kinds if name in vars(kind)]
+    yield from of_class if "super" in function.__code__.co_names else of_class[:1]
+    if name in function.__code__.co_freevars:
+        yield _content((function.__closure__ or ())[function.__code__.co_freevars.index(name)])
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing is assigned to it yet
+        return None
+
+
+def _unwrap(value: Any) -> Any:
+    while True:
+        if isinstance(value, partial):
+            value = value.func
+        elif isinstance(value, (MethodType, classmethod, staticmethod)):
+            value = value.__func__
+        elif isinstance(value, FunctionType) and hasattr(value, "__wrapped__"):
+            value = inspect.unwrap(value)
+        else:
+            return value
+
+
+@lru_cache(maxsize=1024)
+def _read(code: CodeType) -> tuple[frozenset[str], frozenset[tuple[str, float | str]]]:
+    """Names in a function and those within it, and exponents: numbers, or names of attributes."""
+    names = {*code.co_names, *code.co_freevars}
+    exponents = set(_find_exponents(code))
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            inner_names, inner_exponents = _read(constant)
+            names |= inner_names
+            exponents |= inner_exponents
+    return frozenset(names), frozenset(exponents)
+
+
+def _find_exponents(code: CodeType) -> Iterator[tuple[str, float | str]]:
+    steps = list(dis.get_instructions(code))
+    for at, step in enumerate(steps):
+        if _is_power(step):
+            form, end = "**", at
+        elif step.opname.startswith("LOAD_") and step.argval in _POWERS:
+            form, end = "pow", _find_call(steps, at)
+        else:
+            continue
+        # The exponent is loaded last, but for the names of arguments.
+        while end and (steps[end - 1].opname == "KW_NAMES" or type(steps[end - 1].argval) is tuple):
+            end -= 1
+        last = steps[end - 1]
+        if end and last.opname.startswith(("LOAD_CONST", "LOAD_SMALL_INT", "LOAD_ATTR")):
+            yield form, last.argval
+
+
+def _is_power(step: dis.Instruction) -> bool:
+    if step.opname == "BINARY_OP":
+        return step.argrepr in ("**", "**=")
+    return step.opname in ("BINARY_POWER", "INPLACE_POWER")  # before Python 3.11
+
+
+def _find_call(steps: list[dis.Instruction], at: int) -> int:
+    """Where what is loaded at one step is called: all that was loaded since is gone then."""
+    depth = 0
+    for later in range(at + 1, len(steps)):
+        step = steps[later]
+        depth += dis.stack_effect(step.opcode, step.arg, jump=False)
+        if depth <= 0 and "CALL" in step.opname:
+            return later
+    return 0
