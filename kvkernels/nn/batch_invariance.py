@@ -28,7 +28,14 @@ from kvkernels import native
 from kvkernels.checks import FLOAT_DTYPES, is_plain, is_traced
 from kvkernels.errors import UnsupportedError
 from kvkernels.nn.forward_code import read_forward
-from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward, install_lock
+from kvkernels.nn.forward_patch import (
+    ForwardPatch,
+    Forwards,
+    has_own_forward,
+    install_lock,
+    is_installed,
+    is_of_class,
+)
 from kvkernels.nn.functional_activations import find_functional_activation
 from kvkernels.ops import linear
 
@@ -120,6 +127,12 @@ def _refuse_unserved(model: torch.nn.Module) -> None:
                 "model: expected modules that are not compiled (code of another batch size may"
                 f" round otherwise), got {name or 'a model'} that is"
             )
+        own = vars(module).get("forward")
+        if not (own is None or is_installed(own) or is_of_class(module, own)):
+            raise UnsupportedError(
+                "model: expected modules with the forward of their class, got"
+                f" {name or 'a model'} with a {type(own).__name__} of {_origin(own)}"
+            )
         rope_type = getattr(module, "rope_type", None)
         used = set(rope_type.values()) if isinstance(rope_type, dict) else {rope_type}
         if used & _LENGTH_DEPENDENT_ROPE:
@@ -143,6 +156,15 @@ def _refuse_functions(name: str, module: torch.nn.Module) -> None:
 def _is_compiled(module: torch.nn.Module) -> bool:
     """Whether it is so by its `compile()`, or is what `torch.compile` makes of a module."""
     return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+
+
+def _origin(forward: Any) -> str:
+    """The file of its code: a decorator gives it the name of what it is put around."""
+    while isinstance(forward, partial):
+        forward = forward.func
+    function = getattr(forward, "__func__", forward)
+    names = getattr(function, "__globals__", {"__name__": type(function).__module__})
+    return str(names["__name__"])
 
 
 def _find_forward(name: str, module: torch.nn.Module) -> Callable[..., Any] | None:

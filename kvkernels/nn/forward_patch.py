@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -91,6 +92,15 @@ def has_own_forward(module: torch.nn.Module) -> bool:
 def is_installed(forward: object) -> bool:
     """Whether the forward of a layer is one that a `ForwardPatch` put there."""
     return forward is not None and _installed.get(id(forward)) is forward
+
+
+def is_of_class(module: torch.nn.Module, forward: object) -> bool:
+    """Whether it is the forward of a module's class, as libraries put it back into the module."""
+    return (
+        isinstance(forward, MethodType)
+        and forward.__self__ is module
+        and forward.__func__ is type(module).forward
+    )
 
 
 def hook_tables(*modules: torch.nn.Module) -> list[dict[int, Callable[..., Any]]]:

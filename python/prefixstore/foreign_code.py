@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.nn.modules import module as torch_module
 
-from kvkernels.nn.forward_patch import is_installed
+from kvkernels.nn.forward_patch import is_installed, is_of_class
 
 # As prefixes of the full names of modules.
 _OF_KNOWN_HOOKS = ("accelerate.", "kvkernels.", "prefixstore.", "torch.", "transformers.")
@@ -63,7 +63,7 @@ def foreign_forward(module: torch.nn.Module) -> Callable[..., Any] | None:
         return None
     for part in _with_wrapped(forward):
         if isinstance(part, MethodType):
-            if part.__self__ is module and part.__func__ is type(module).forward:
+            if is_of_class(module, part):
                 break
             return part
         if not _is_of(_OF_KNOWN_FORWARDS, part):

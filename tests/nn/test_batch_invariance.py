@@ -229,7 +229,7 @@ def with_another_forward():
     [
         (with_own_linear, "OwnLinear"),
         (with_a_matrix_of_its_own, r"0\.experts in Identity"),
-        (with_another_forward, "forward of their class, got 0"),
+        (with_another_forward, "forward of their class, got 0 with a function of test_batch_inv"),
         (
             lambda: tiny_models.llama(
                 rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}

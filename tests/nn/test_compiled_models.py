@@ -78,6 +78,15 @@ def test_no_bits_are_promised_of_a_compiled_wrapper(model):
         batch_invariance.install(torch.compile(model, backend="eager"))
 
 
+@pytest.mark.parametrize("name", ["", "model.layers.1.mlp"])
+def test_no_bits_are_promised_of_a_compiled_forward(model, name):
+    part = model.get_submodule(name)
+    part.forward = torch.compile(part.forward, backend="eager")
+    what = rf"forward of their class, got {name or 'a model'} with a function of torch\._dynamo"
+    with pytest.raises(UnsupportedError, match=what):
+        batch_invariance.install(model)
+
+
 @pytest.mark.parametrize("name", ["input_layernorm", "mlp"])
 @pytest.mark.parametrize("layers", [batch_invariance, fused_layers])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
