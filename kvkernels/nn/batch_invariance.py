@@ -11,7 +11,8 @@ of it came from a cache, what else is in the forward pass or how many threads wo
                    tensor, or of a thread's share, goes through other code there, with other
                    roundings; softmax of rows: as it is
     all else       rows on their own (norms, cosines), or single roundings (sums, products); that
-                   PyTorch gives these the same bits was found by trying (bench_batch_invariance)
+                   PyTorch gives these the same bits was found by trying (bench_batch_invariance),
+                   and norms that need not compute in float32 are tried when a model is made so
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from kvkernels.nn.forward_patch import (
     is_of_class,
 )
 from kvkernels.nn.functional_activations import find_functional_activation
+from kvkernels.nn.inverse_roots import HALF_DTYPES, find_unsteady_root
 from kvkernels.ops import linear
 
 # PyTorch's loops over elements take two vectors of the widest kind at a time, and give a thread no
@@ -121,6 +123,7 @@ def _refuse_unserved(model: torch.nn.Module) -> None:
                 "model: expected matrices in linear and embedding layers only, got"
                 f" {name} in {type(owner).__name__}"
             )
+    halves = sorted({p.dtype for p in model.parameters()} & {*HALF_DTYPES}, key=str)
     for name, module in model.named_modules():
         if _is_compiled(module):
             raise UnsupportedError(
@@ -141,15 +144,22 @@ def _refuse_unserved(model: torch.nn.Module) -> None:
                 f" {rope_type!r} in {name}"
             )
         if type(module).__module__ not in _ACTIVATION_MODULES:
-            _refuse_functions(name or "the model", module)
+            _refuse_functions(name or "the model", module, halves)
 
 
-def _refuse_functions(name: str, module: torch.nn.Module) -> None:
-    activation = find_functional_activation(read_forward(module))
+def _refuse_functions(name: str, module: torch.nn.Module, halves: list[torch.dtype]) -> None:
+    code = read_forward(module)
+    activation = find_functional_activation(code)
     if activation is not None:
         raise UnsupportedError(
             "model: expected activations that are modules, got a forward that calls"
             f" {activation} as a function: {name} of {type(module).__name__}"
+        )
+    root = find_unsteady_root(module, code, halves)
+    if root is not None:
+        raise UnsupportedError(
+            "model: expected inverse roots of float32 (those of half numbers depend on the batch),"
+            f" got {root} in {name} of {type(module).__name__}"
         )
 
 

@@ -1,0 +1,91 @@
+"""Norms that take inverse roots: of half numbers refused, of float32 not."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from kvkernels import UnsupportedError
+from kvkernels.nn import batch_invariance
+from kvkernels.nn.batch_invariance import batch_invariant
+
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+WIDTH = 48
+
+
+class OwnNorm(nn.Module):
+    def __init__(self, invert_root):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+        self.invert_root = invert_root
+
+    def forward(self, rows):
+        squares = rows.pow(2).mean(-1, keepdim=True)
+        return rows * self.invert_root(squares + 1e-6) * self.weight
+
+
+class NormInAttention(nn.Module):
+    """Not of rows alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.o_proj = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, query, key):
+        return self.o_proj(query * torch.rsqrt(query.pow(2).mean(-1, keepdim=True)) * key)
+
+
+class Scaling(nn.Module):
+    """By a power of a number of Python's."""
+
+    def forward(self, query, key):
+        return query * key * query.shape[-1] ** -0.5
+
+
+REFUSED = {
+    "rsqrt": lambda: OwnNorm(torch.rsqrt),
+    "method": lambda: OwnNorm(lambda squares: squares.rsqrt()),
+    "power": lambda: OwnNorm(lambda squares: torch.pow(squares, -0.5)),
+    "operator": lambda: OwnNorm(lambda squares: squares**-0.5),
+    "not_of_rows": NormInAttention,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.bfloat16) for name in REFUSED), ("rsqrt", torch.float16)],
+    ids=str,
+)
+def test_of_half_numbers_are_refused(name, dtype):
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), REFUSED[name]()).to(dtype)
+    with pytest.raises(UnsupportedError, match=r"inverse roots .*, got .* in 1 of "):
+        batch_invariance.install(model)
+    with batch_invariant(model.float()):
+        pass
+
+
+SERVED = {
+    "llama": lambda: LlamaRMSNorm(WIDTH),
+    "gemma": lambda: Gemma2RMSNorm(WIDTH),
+    "pytorch": lambda: nn.RMSNorm(WIDTH),
+    "root": lambda: OwnNorm(lambda squares: 1 / squares.sqrt()),
+    "in_float32": lambda: OwnNorm(lambda squares: squares.float().rsqrt().to(squares.dtype)),
+}
+
+
+@HALVES
+@pytest.mark.parametrize("name", SERVED)
+def test_others_have_the_same_bits(name, dtype):
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), SERVED[name]()).to(dtype)
+    rows = torch.randn(200, WIDTH).to(dtype)
+    with torch.inference_mode(), batch_invariant(model):
+        whole = model(rows)
+        for begin, end in ((0, 1), (1, 32), (32, 95), (95, 200)):
+            assert torch.equal(model(rows[begin:end]), whole[begin:end])
+
+
+@HALVES
+def test_powers_of_plain_numbers_are_none(dtype):
+    with batch_invariant(nn.Sequential(nn.Linear(3, 3), Scaling()).to(dtype)):
+        pass
