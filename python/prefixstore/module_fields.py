@@ -18,7 +18,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from functools import partial
-from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
+from inspect import isroutine
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    FunctionType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any
 
 import torch
@@ -54,9 +62,11 @@ class Unknown:
 
     Attributes:
         class_name: Of its class.
+        content: What else is seen of it: where two objects differ in that, they do not do the same.
     """
 
     class_name: str
+    content: tuple[Any, ...] = ()
 
 
 def own_fields(module: torch.nn.Module) -> dict[str, Any]:
@@ -114,8 +124,10 @@ def describe(value: Any) -> str | torch.Tensor | Unknown:
     if isinstance(value, torch.device) or _is_config(value) or _is_of_quantizer(value):
         return class_name(value)
     if isinstance(value, type | FunctionType | BuiltinFunctionType):
-        return _importable_name(value) or Unknown(class_name(value))
-    return Unknown(class_name(value))
+        name = _importable_name(value)
+        if name is not None:
+            return name
+    return Unknown(class_name(value), _content(value))
 
 
 def class_name(value: Any) -> str:
@@ -148,6 +160,42 @@ def _parts(value: Any) -> list[tuple[Any, Any]] | None:
     ):
         return [*vars(value).items()] if hasattr(value, "__dict__") else None
     return None
+
+
+def _content(value: Any, around: tuple[int, ...] = ()) -> tuple[Any, ...]:
+    """What is seen of an unknown object: the code of a function, and what it was made with; of
+    others their fields.
+
+    Args:
+        value: The object.
+        around: Numbers of the functions that it is made with, for one may hold itself.
+    """
+    if isinstance(value, MethodType):
+        return class_name(value.__self__), _glance(value.__func__, around)
+    if isinstance(value, FunctionType):
+        cells = [cell for cell in value.__closure__ or () if cell != CellType()]  # one that is set
+        held = [
+            *(value.__defaults__ or ()),
+            *(value.__kwdefaults__ or {}).values(),
+            *(cell.cell_contents for cell in cells),
+        ]
+        return value.__code__, *(_glance(one, (*around, id(value))) for one in held)
+    if isroutine(value):
+        return (value.__qualname__,)
+    if isinstance(value, ModuleType):
+        return (value.__name__,)
+    if isinstance(value, torch.nn.Module) or not hasattr(value, "__dict__"):
+        return ()
+    return tuple((name, _glance(one, around)) for name, one in sorted(vars(value).items()))
+
+
+def _glance(value: Any, around: tuple[int, ...]) -> Any:
+    """A number or a text, what is seen of a function, or but the class of anything else."""
+    if isinstance(value, SCALARS):
+        return f"{class_name(value)} {value!r}"
+    if isroutine(value) and id(value) not in around:
+        return class_name(value), _content(value, around)
+    return class_name(value)
 
 
 def _is_config(value: Any) -> bool:

@@ -57,7 +57,8 @@ def state_beside_weights(
     """Names and values of all that is not as the model's configuration makes it.
 
     Of each module its class and attributes, and with an adapter what says which one is active and
-    how; of each buffer that is not saved its values. None for what nobody knows the effect of.
+    how; of each buffer that is not saved its values. None for what nobody knows the effect of: of
+    such an object that the configuration makes as well, only what is seen of it is compared.
     """
     built = _as_built(model)
     names = _names_within(model)

@@ -138,6 +138,73 @@ def test_a_model_that_holds_what_nobody_knows_is_like_no_other(value, caplog):
     assert "an object whose effect is not known, model.layers.1.params.combine" in caplog.text
 
 
+def scaled(factor):
+    return lambda x: factor * x
+
+
+class Helper:
+    def __init__(self):
+        self.scale, self.decorated = 1.0, torch.no_grad()(lambda x: x)
+
+    def double(self, x):
+        return 2 * x
+
+    def halve(self, x):
+        return x / 2
+
+
+class WithHelpers(transformers.LlamaForCausalLM):
+    """Its layers are built with what is not understood."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.helper = Helper()
+            layer.method, layer.factor = layer.helper.double, scaled(2)
+            layer.defaults = lambda x, factor=1: factor * x
+            layer.operation, layer.library = torch.Tensor.tanh, torch.special
+
+
+def with_helpers():
+    torch.manual_seed(1)
+    model = WithHelpers(tiny_llama().config).eval()
+    return model, model.model.layers[1]
+
+
+def test_what_a_model_is_built_with_need_not_be_known():
+    (model, _), (same, _) = with_helpers(), with_helpers()
+    assert [*state_beside_weights(model)] == []
+    assert model_identity(model, LAYOUT) == model_identity(same, LAYOUT)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: setattr(layer.helper, "scale", 2.0),
+        lambda layer: setattr(layer.helper, "decorated", torch.no_grad()(lambda x: 2 * x)),
+        lambda layer: setattr(layer, "method", layer.helper.halve),
+        lambda layer: setattr(layer, "factor", scaled(3)),
+        lambda layer: setattr(layer, "defaults", lambda x, factor=1: factor * x * x),
+        lambda layer: setattr(layer.defaults, "__defaults__", (2,)),
+        lambda layer: setattr(layer, "operation", torch.Tensor.sigmoid),
+        lambda layer: setattr(layer, "library", torch.linalg),
+    ],
+    ids=["field", "wrapped", "method", "closure", "code", "default", "operation", "library"],
+)
+def test_what_differs_from_what_a_model_is_built_with_is_not_known(change):
+    model, layer = with_helpers()
+    change(layer)
+    assert [value for _, value in state_beside_weights(model)] == [None]
+    assert model_identity(model, LAYOUT) != model_identity(model, LAYOUT)
+
+
+def test_a_function_may_hold_itself():
+    def repeat(x):
+        return repeat(x)
+
+    assert describe(repeat) == describe(repeat)
+
+
 MODELS = ["Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Phi", "Phi3", "SmolLM3", "GptOss"]
 
 
@@ -179,7 +246,7 @@ def test_takes_apart_what_holds_others():
         (torch.nn.Linear, "torch.nn.modules.linear.Linear"),
         (torch.ones(2, device="meta"), "torch.float32 (2,) without values"),
         (torch.ones(2).to_sparse(), Unknown("torch.Tensor")),
-        ([].append, Unknown("builtins.builtin_function_or_method")),
+        ([].append, Unknown("builtins.builtin_function_or_method", ("list.append",))),
     ],
 )
 def test_describes_alike_in_every_process(value, expected):
