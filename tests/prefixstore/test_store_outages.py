@@ -339,3 +339,12 @@ def test_a_tier_is_not_called_after_the_deadline_nor_blamed(disk, call):
         3 * (call == "put_many"),
     )
     tier.close()
+
+
+def test_a_deletion_after_the_deadline_blames_no_tier(disk):
+    put(disk, keys := make_keys(3))
+    tier, names = GuardedTier(disk, LONG), [key.name for key in keys]
+    assert not tier.delete_many(names, time.monotonic() - 1)
+    assert (tier.use().is_down, tier.use().num_timeouts) == (False, 1)
+    assert tier.contains_many(names) == [False] * 3
+    tier.close()
