@@ -113,3 +113,32 @@ def test_only_who_sends_nothing_at_all_is_silent(run):
     assert answered == b"hi"
     assert isinstance(silent, TierTimeout) and isinstance(streaming, TierTimeout)
     assert isinstance(was_reset, ConnectionLost)
+
+
+def test_a_server_is_not_silent_where_this_process_stood_still():
+    def answer_second(client: socket.socket) -> None:
+        has_begun.wait(60)
+        answer(client)
+        has_answered.set()
+
+    def get(key: bytes):
+        (reply,) = yield [Command((b"GET", key))]
+        if key == b"first":
+            has_begun.set()
+            has_answered.wait(60)
+            time.sleep(max(0.05, deadline - time.monotonic()))
+        return reply
+
+    acts, expected = {b"first": answer, b"second": answer_second}, ([b"hi", b"hi"], [True, True])
+    for seconds in (0.5, 5, 20):  # for the first one to answer
+        has_begun, has_answered = threading.Event(), threading.Event()
+        with ExitStack() as stack:
+            addresses = {key: stack.enter_context(serving(act)) for key, act in acts.items()}
+            servers, deadline = Named(addresses), time.monotonic() + seconds
+            outcomes = Exchange(servers, deadline).run([get(key) for key in acts])
+            may_ask = [servers.silent.may_ask(a, time.monotonic()) for a in addresses.values()]
+            has_begun.set()
+            servers.close()
+        if (outcomes, may_ask) == expected:
+            break
+    assert (outcomes, may_ask) == expected

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -128,7 +128,7 @@ class Exchange(Generic[T]):
                 awaiting = self._hand_out()
                 remaining = self._deadline - time.monotonic()
                 if remaining <= 0:
-                    unanswered = {lane for lane, _ in awaiting if not lane.has_lost}
+                    unanswered = self._end(awaiting)
                     break
                 if awaiting:
                     take_turn([channel for _, channel in awaiting], remaining)
@@ -143,6 +143,16 @@ class Exchange(Generic[T]):
             for one in running:
                 one.operation.close()
         return self._outcomes
+
+    def _end(self, awaiting: Sequence[tuple[_Lane, PooledChannel]]) -> set[_Lane]:
+        """The deadline has come; returns who has not answered all.
+
+        What came meanwhile counts, and is read: this process may have stood still, not the server.
+        """
+        for lane, channel in awaiting:
+            channel.try_to(channel.receive)
+            self._collect(lane, channel)
+        return {lane for lane, _ in awaiting if lane.num_active and not lane.has_lost}
 
     def _note(self, unanswered: set[_Lane]) -> bool:
         """Tell who answered, and who did not though it had the time. See `Servers.note_call`."""
