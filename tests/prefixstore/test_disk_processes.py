@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from disk_process import KEYS, count_found, count_served, count_writing
-from disk_tiers import count_right, open_tier, put
+from disk_tiers import Clock, count_right, open_tier, put
 from sample_blocks import LAYOUT, make_keys
 
+from prefixstore.block_key import RecordName
 from prefixstore.errors import TierTimeout, TierUnavailable
 from prefixstore.tiers.base import Swept
 from prefixstore.tiers.disk import slab_table
@@ -256,6 +257,28 @@ def test_a_writer_past_its_lease_publishes_nothing(tmp_path, monkeypatch):
     assert fast.check() == []
     slow.close()
     fast.close()
+
+
+def test_a_writer_past_its_lease_wipes_nothing(tmp_path, monkeypatch):
+    first, second = make_keys(1), make_keys(1, seed=1)
+    clock, large = Clock(), RecordName(bytes(16), bytes(32))
+    dead, slow, fast = [open_tier(tmp_path, clock=clock, write_lease_s=0.5) for _ in range(3)]
+    dead._index.allocate_many({first[0].name: LAYOUT.record_bytes}, 0)  # and never published
+    clock.seconds += 1
+    write = slow._files.write
+
+    def slow_write(slab, offset, buffers):
+        write(slab, offset, buffers)
+        clock.seconds += 1
+        time.sleep(0.6)
+        put(fast, second)  # where `slow` has a dead one's slot to wipe
+
+    monkeypatch.setattr(slow._files, "write", slow_write)
+    with pytest.raises(TierTimeout, match=r"within 0.5 s"):
+        slow.put(large, memoryview(bytes(4 * LAYOUT.record_bytes)))
+    assert count_right(fast, second) == 1
+    for tier in (dead, slow, fast):
+        tier.close()
 
 
 def test_refuses_to_work_across_a_fork(tmp_path):

@@ -7,8 +7,11 @@ wrong. Each slab is looked at in a transaction of its own: others go on meanwhil
 from __future__ import annotations
 
 import sqlite3
+import time
+from collections.abc import Callable
 
 from prefixstore.block_key import RecordName
+from prefixstore.errors import TierError
 from prefixstore.tiers.disk import slab_table, slot_table
 from prefixstore.tiers.disk.files import Slab, SlabFiles
 from prefixstore.tiers.disk.headers import find_records
@@ -34,19 +37,30 @@ class Checker:
 
     Attributes:
         problems: What was found, in words.
-        wrong: With `fix`, slots without the record they should hold, which nobody else has now:
-            they are to be wiped and released.
-        dropped: With `fix`, slabs that were forgotten; their files are to be removed.
+        dropped: Where it mends, slabs that were forgotten; their files are to be removed.
+        errors: Why slots that should hold a record, and do not, could not be wiped.
+
+    Args:
+        index: The tier's.
+        files: Of the slabs.
+        limits: Bounds of the tier.
+        wipe: Wipes and releases slots that were taken at a time; None where nothing is mended.
     """
 
-    def __init__(self, index: SlotIndex, files: SlabFiles, limits: Limits, fix: bool) -> None:
+    def __init__(
+        self,
+        index: SlotIndex,
+        files: SlabFiles,
+        limits: Limits,
+        wipe: Callable[[list[SlotRef], float], None] | None,
+    ) -> None:
         self._index = index
         self._files = files
         self._limits = limits
-        self._fix = fix
+        self._wipe = wipe
         self.problems: list[str] = []
-        self.wrong: list[SlotRef] = []
         self.dropped: list[Slab] = []
+        self.errors: list[TierError] = []
 
     def run(self) -> None:
         name, bound = self._limits.tier_name, self._limits.capacity_bytes
@@ -54,15 +68,22 @@ class Checker:
             self.problems += [f"{name}: index: {row[0]}" for row in sql.execute(QUICK_CHECK)]
             if (num_bytes := slab_table.total_bytes(sql)) > bound:
                 self.problems.append(f"{name}: expected at most {bound} bytes, got {num_bytes}")
-                if self._fix:
+                if self._wipe is not None:
                     self.dropped += slab_table.shrink(sql, bound)
             slabs = slab_table.list_slabs(sql)
         for slab in slabs:
+            now, taken = time.monotonic(), list[SlotRef]()
             with self._index.frozen() as sql:
                 if slab in slab_table.list_slabs(sql):  # not dropped meanwhile
-                    self._check_slab(sql, slab)
+                    taken = self._check_slab(sql, slab)
+            if self._wipe is not None:  # at once: all slabs may take longer than a lease
+                try:
+                    self._wipe(taken, now)
+                except TierError as error:
+                    self.errors.append(error)
 
-    def _check_slab(self, sql: sqlite3.Connection, slab: Slab) -> None:
+    def _check_slab(self, sql: sqlite3.Connection, slab: Slab) -> list[SlotRef]:
+        """Returns slots that nobody else has now, and that are to be wiped and released."""
         where = f"{self._limits.tier_name}: {slab.file_name}"
         # Counted in SQL: of a slab with thousands of slots few may be in use.
         misshapen = [
@@ -78,8 +99,8 @@ class Checker:
             f"{where}: slot {ref.slot} does not hold the record {ref.name.block_hash.hex()}"
             for ref in wrong
         ]
-        if not self._fix:
-            return
+        if self._wipe is None:
+            return []
         now = self._index.now()
         if wrong and self._files.num_bytes(slab) is None:
             slab_table.drop_slab(sql, slab)
@@ -88,7 +109,8 @@ class Checker:
             slab_table.drop_slab(sql, slab)
             read_anew(sql, self._files, slab, now, now)
         else:
-            self.wrong += slot_table.take(sql, wrong, now)
+            return slot_table.take(sql, wrong, now)
+        return []
 
     def _find_wrong(self, sql: sqlite3.Connection, slab: Slab) -> list[SlotRef]:
         """Slots that do not hold the record they should.

@@ -18,6 +18,7 @@ system (SQLite's WAL needs shared memory between the processes).
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 from prefixstore.block_key import RecordName
@@ -142,9 +143,10 @@ class DiskTier(Tier):
     def delete_many(
         self, names: Sequence[RecordName], *, deadline: float | None = None
     ) -> list[LookOutcome]:
+        now = time.monotonic()
         hidden, held = self._index.unpublish_many(set(names), deadline)
         self._counters.add(num_deletes=len(held))
-        self._writer.wipe(hidden, deadline)
+        self._writer.wipe(hidden, now, deadline)
         outcomes: list[LookOutcome] = []
         for name in names:  # one that comes again is gone by then
             outcomes.append(name in held)
@@ -158,9 +160,10 @@ class DiskTier(Tier):
         rebuilt index will find it.
         """
         with self._writer.nothing_ahead():
+            now = time.monotonic()
             hidden, num_deletes = self._index.unpublish_identity(identity)
         self._counters.add(num_deletes=num_deletes)
-        self._writer.wipe(hidden)
+        self._writer.wipe(hidden, now)
         self._remove_orphans()
 
     def pin_many(self, names: Sequence[RecordName], is_pinned: bool = True) -> list[bool]:
@@ -192,13 +195,16 @@ class DiskTier(Tier):
                 Damage to SQLite's own pages stays: it is mended when the tier is next opened while
                 no other process has it.
         """
-        checker = Checker(self._index, self._files, self._config.limits, fix)
+        checker = Checker(
+            self._index, self._files, self._config.limits, self._writer.wipe if fix else None
+        )
         with self._writer.nothing_ahead():
             checker.run()
         for slab in checker.dropped:
             self._files.remove(slab)
+        if checker.errors:
+            raise checker.errors[0]
         if fix:
-            self._writer.wipe(checker.wrong)
             self._remove_orphans()
         return checker.problems
 
@@ -211,8 +217,9 @@ class DiskTier(Tier):
         with self._writer.nothing_ahead():
             num_expired, num_bytes = self._index.expire()
         self._counters.add(num_expired=num_expired)
+        now = time.monotonic()
         dead = self._index.take_dead()
-        self._writer.wipe(dead)
+        self._writer.wipe(dead, now)
         orphans = self._remove_orphans()
         num_bytes += sum(ref.slab.slot_bytes for ref in dead)
         num_bytes += sum(slab.num_bytes for slab in orphans)

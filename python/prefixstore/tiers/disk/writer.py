@@ -53,11 +53,13 @@ class _Put:
     Attributes:
         records: All of them, by name.
         allocation: Of which some have a slot, and some are there already.
+        began: When, before it had any slots.
         writing: Those, in order.
     """
 
     records: Mapping[RecordName, memoryview]
     allocation: Allocation
+    began: float
     writing: Writing
 
 
@@ -123,6 +125,7 @@ class RecordWriter:
         self, records: Mapping[RecordName, memoryview], priority: int, deadline: float | None
     ) -> _Put:
         """Take slots, and let the threads write to them."""
+        began = time.monotonic()
         sizes = {name: record.nbytes for name, record in records.items()}
         allocation = self._reserve.allocate(sizes, priority, deadline)
         if allocation is None:
@@ -136,7 +139,7 @@ class RecordWriter:
         spans = [
             Span(slab, slot * slab.slot_bytes, records[name]) for slab, slot, _, name, *_ in refs
         ]
-        return _Put(records, allocation, self._transfers.begin_writing(spans, deadline))
+        return _Put(records, allocation, began, self._transfers.begin_writing(spans, deadline))
 
     def _take_ahead(self, puts: Sequence[_Put], priority: int) -> None:
         """Take slots for another portion like the first of these, while they are transferred."""
@@ -177,7 +180,7 @@ class RecordWriter:
             errors[name] = self._no_room(put.records[name].nbytes, priority)
         self._index.touch(allocation.held.values(), self._ttl_ns)
         try:
-            self.wipe(allocation.dead, deadline)
+            self.wipe(allocation.dead, put.began, deadline)
         except TierError as error:  # no reason to fail a put
             logger.warning("slots of writers that died stay out of use for now: %s", error)
         return errors
@@ -206,8 +209,13 @@ class RecordWriter:
         """Meanwhile only records under way have slots; others go back with the next transaction."""
         return self._reserve.nothing_ahead()
 
-    def wipe(self, refs: Iterable[SlotRef], deadline: float | None = None) -> None:
+    def wipe(self, refs: Iterable[SlotRef], taken_at: float, deadline: float | None = None) -> None:
         """Wipe and release slots that are this call's own.
+
+        Args:
+            refs: Which ones.
+            taken_at: When their lease began, or before, of `time.monotonic()`.
+            deadline: Likewise.
 
         Raises:
             TierError: If one cannot be wiped by the deadline, or within its lease, after which it
@@ -216,7 +224,7 @@ class RecordWriter:
         refs = list(refs)
         if not refs:
             return
-        lease_end = time.monotonic() + self._config.write_lease_s
+        lease_end = taken_at + self._config.write_lease_s
         latest = lease_end if deadline is None else min(deadline, lease_end)
         errors = self._transfers.wipe_many([(ref.slab, ref.offset) for ref in refs], latest)
         wiped = [ref for ref, error in zip(refs, errors, strict=True) if error is None]
