@@ -1,7 +1,10 @@
 """What is deleted from the disk tier, of one block or a whole identity, is never found again."""
 
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from disk_tiers import Clock, count_right, open_tier, put
 from hanging_calls import hang_writing
@@ -9,8 +12,8 @@ from sample_blocks import LAYOUT, make_keys, make_payload, make_record
 
 from prefixstore.errors import TierTimeout
 from prefixstore.record import BlockKey, chain_keys, encode
-from prefixstore.tiers.base import PAGE_BYTES
-from prefixstore.tiers.disk import DiskTier
+from prefixstore.tiers.base import PAGE_BYTES, Swept
+from prefixstore.tiers.disk import DiskTier, writer
 
 HOUR = 3600.0
 YEAR_NS = 365 * 86400 * 10**9
@@ -88,6 +91,33 @@ def test_a_disk_that_hangs_is_waited_for_no_longer_than_a_lease(tmp_path, monkey
     assert contains(tier, [key]) == [False]
     hanging.may_go_on.set()
     tier.close()
+
+
+def test_what_takes_longer_to_delete_than_a_lease_is_not_taken_over(tmp_path, monkeypatch):
+    clock, begun, taken_over = Clock(), Clock().seconds, []
+    keys, tokens = make_keys(8), np.arange(8 * LAYOUT.block_size, dtype=np.uint32)
+    others = chain_keys(LAYOUT, bytes(16), tokens)
+    tier, other = open_tier(tmp_path, clock=clock), open_tier(tmp_path, clock=clock)
+    for pair in zip(keys, others, strict=True):  # so that each is written to by itself
+        put(tier, [*pair])
+    write = tier._files.write
+
+    def slow_write(slab, offset, buffers):
+        write(slab, offset, buffers)
+        clock.seconds += 25  # of a lease of 60
+        taken_over.append(other.sweep())
+
+    monkeypatch.setattr(tier._files, "write", slow_write)
+    passing = SimpleNamespace(monotonic=lambda: time.monotonic() + clock.seconds - begun)
+    monkeypatch.setattr(writer, "time", passing)
+    monkeypatch.setattr(writer, "_WIPED_AT_ONCE", 1)
+    tier.delete_identity(keys[0].identity)
+    assert taken_over == [Swept()] * 8
+    assert tier.sweep() == Swept()
+    put(tier, keys)
+    assert count_right(tier, keys) == 8
+    tier.close()
+    other.close()
 
 
 def test_a_record_deleted_past_its_time_is_not_found_again(tmp_path):

@@ -209,6 +209,11 @@ class SlotIndex:
             with self._writing(deadline) as sql:
                 slot_table.release_wiped(sql, refs)
 
+    def renew(self, refs: Sequence[SlotRef], deadline: float | None = None) -> list[SlotRef]:
+        """Begin the leases of slots anew; returns those that nobody has taken over since."""
+        with self._writing(deadline) as sql:
+            return slot_table.renew(sql, refs, self.now())
+
     def pin_many(self, names: Sequence[RecordName], is_pinned: bool) -> set[RecordName]:
         """Pin or unpin those that are there; returns them."""
         found = self.look_ups.names_among(names)

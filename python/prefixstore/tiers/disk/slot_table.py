@@ -291,6 +291,20 @@ def end_leases(sql: sqlite3.Connection, refs: Iterable[SlotRef]) -> None:
     )
 
 
+def renew(sql: sqlite3.Connection, refs: Sequence[SlotRef], now: int) -> list[SlotRef]:
+    """Begin the leases of slots anew; returns those that nobody has taken over since."""
+    rows = ((ref.slab.slab_id, ref.slot, (ref.ticket,), ref) for ref in refs)
+    held: list[SlotRef] = []
+    for run in runs_of(rows):
+        where = f"{_RUN} AND ticket = ? AND state = 1"
+        values = (*run.place, *run.common)
+        sql.execute(f"UPDATE slots SET last_used = ? WHERE {where}", (now, *values))
+        found = sql.execute(f"SELECT slot FROM slots WHERE {where}", values)
+        slots = {slot for (slot,) in found}
+        held += [ref for ref in run.payload if ref.slot in slots]
+    return held
+
+
 def mark_used(sql: sqlite3.Connection, marks: Mapping[Place, Mark]) -> None:
     """Enter when records were used, of those that are still there."""
     if not marks:
