@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch._C import _len_torch_dispatch_stack
 from torch.compiler import is_compiling
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -20,8 +21,11 @@ def is_plain(tensor: torch.Tensor | None) -> bool:
 
 
 def is_traced() -> bool:
-    """Whether somebody writes down what is called, and knows operators alone, no addresses."""
-    return is_compiling() or torch.jit.is_tracing()
+    """Whether somebody writes down what is called, and knows operators alone, no addresses.
+
+    Modes of dispatch are such: that of `make_fx` has plain tensors in its hands.
+    """
+    return is_compiling() or torch.jit.is_tracing() or _len_torch_dispatch_stack() > 0
 
 
 def has_memory(tensor: torch.Tensor) -> bool:

@@ -3,6 +3,7 @@
 import pytest
 import tiny_models
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from kvkernels import UnsupportedError
 from kvkernels.nn import batch_invariance, decoder_layers, fused_layers
@@ -97,4 +98,16 @@ def test_what_is_traced_computes_with_its_own_input(model, layers, name):
     with torch.no_grad():
         traced = torch.jit.trace(part, (first,), check_trace=False)
         assert torch.equal(traced(second), part(second))
+    layers.uninstall(part)
+
+
+@pytest.mark.parametrize("name", ["input_layernorm", "mlp"])
+@pytest.mark.parametrize("layers", [batch_invariance, fused_layers])
+def test_what_make_fx_writes_down_computes_with_its_own_input(model, layers, name):
+    part = model.model.layers[0].get_submodule(name)
+    layers.install(part)
+    first, second = torch.randn(2, 4, model.config.hidden_size)
+    with torch.no_grad():
+        written = make_fx(lambda rows: part(rows), tracing_mode="real")(first)
+        assert torch.equal(written(second), part(second))
     layers.uninstall(part)
