@@ -202,7 +202,7 @@ def _find_forward(name: str, module: torch.nn.Module) -> Callable[..., Any] | No
         forward = partial(_activate, module.forward, getattr(module, "inplace", False))
     else:
         return None
-    if has_own_forward(module):
+    if has_own_forward(module) and not is_of_class(module, vars(module)["forward"]):
         raise UnsupportedError(
             f"model: expected layers with the forward of their class, got {name} with another"
         )

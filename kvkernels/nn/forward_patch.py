@@ -31,6 +31,7 @@ _installed: WeakValueDictionary[int, Callable[..., Any]] = WeakValueDictionary()
 @dataclass
 class _Patched:
     fields: dict[torch.nn.Module, dict[str, Any]]
+    before: dict[torch.nn.Module, dict[str, Any]]  # what they took the place of, if of anything
     num_users: int = 0
 
 
@@ -55,7 +56,13 @@ class ForwardPatch:
             patched = self._patched.get(model)
             if patched is None:
                 forwards = self._find(model)
-                patched = _Patched({one: _fields(one, own) for one, own in forwards.items()})
+                patched = _Patched(
+                    {one: _fields(one, own) for one, own in forwards.items()},
+                    {
+                        one: {n: vars(one)[n] for n in _REPLACED if n in vars(one)}
+                        for one in forwards
+                    },
+                )
                 for module, fields in patched.fields.items():
                     # First, for other threads look at the module meanwhile.
                     _installed[id(fields["forward"])] = fields["forward"]
@@ -77,8 +84,13 @@ class ForwardPatch:
             if patched.num_users:
                 return False
             for module, fields in patched.fields.items():
+                before = patched.before[module]
                 for name, value in fields.items():
-                    if vars(module).get(name) is value:
+                    if vars(module).get(name) is not value:
+                        continue
+                    if name in before:
+                        vars(module)[name] = before[name]
+                    else:
                         vars(module).pop(name, None)
             del self._patched[model]
             return True

@@ -1,6 +1,7 @@
 """Models that several threads install kvkernels in at once: each is done, and undone, once."""
 
 import copy
+import operator
 import pickle
 import sys
 import threading
@@ -9,6 +10,7 @@ import time
 import pytest
 import tiny_models
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
 from kvkernels.nn import batch_invariance, decoder_layers, fused_layers
 from kvkernels.nn.batch_invariance import batch_invariant
@@ -80,6 +82,20 @@ def test_what_is_put_in_the_place_of_a_replaced_forward_is_left_alone(change, le
     vars(model[0]).pop("forward", None)
     with batch_invariant(model):
         assert all("forward" in vars(layer) for layer in model)
+
+
+def test_a_forward_that_a_hook_left_behind_is_that_of_the_class():
+    model = tiny_models.llama()
+    for module in model.modules():
+        add_hook_to_module(module, ModelHook())
+    remove_hook_from_module(model, recurse=True)
+    before = [vars(module)["forward"] for module in model.modules()]
+    tokens = torch.arange(20)[None]
+    with torch.inference_mode(), paged_attention(model), batch_invariant(model):
+        whole = model(tokens).logits
+        assert torch.equal(model(tokens[:, :7]).logits, whole[:, :7])
+    after = [vars(module)["forward"] for module in model.modules()]
+    assert all(map(operator.is_, after, before))
 
 
 @pytest.mark.parametrize(
