@@ -109,6 +109,8 @@ def _find_exponents(code: CodeType) -> Iterator[tuple[str, float | str]]:
         if _is_power(step):
             form, end = "**", at
         elif step.opname.startswith("LOAD_") and step.argval in _POWERS:
+            if at and steps[at - 1].argval == "math":  # of Python's numbers alone
+                continue
             form, end = "pow", _find_call(steps, at)
         else:
             continue

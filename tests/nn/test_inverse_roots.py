@@ -1,5 +1,7 @@
 """Norms that take inverse roots: of half numbers refused, of float32 not."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -37,10 +39,11 @@ class NormInAttention(nn.Module):
 
 
 class Scaling(nn.Module):
-    """By a power of a number of Python's."""
+    """By powers of numbers of Python's."""
 
     def forward(self, query, key):
-        return query * key * query.shape[-1] ** -0.5
+        width = query.shape[-1]
+        return query * width**-0.5 * key * math.pow(width, -0.5) * math.pow(width, 0.3)
 
 
 REFUSED = {
