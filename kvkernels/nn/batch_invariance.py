@@ -28,7 +28,7 @@ import torch
 from kvkernels import native
 from kvkernels.checks import FLOAT_DTYPES, is_plain, is_traced
 from kvkernels.errors import UnsupportedError
-from kvkernels.nn.forward_code import read_forward
+from kvkernels.nn.forward_code import LINEAR, read_forward
 from kvkernels.nn.forward_patch import (
     ForwardPatch,
     Forwards,
@@ -154,6 +154,11 @@ def _refuse_functions(name: str, module: torch.nn.Module, halves: list[torch.dty
         raise UnsupportedError(
             "model: expected activations that are modules, got a forward that calls"
             f" {activation} as a function: {name} of {type(module).__name__}"
+        )
+    if LINEAR in code.names and not isinstance(module, torch.nn.Linear):
+        raise UnsupportedError(
+            "model: expected linear layers that are modules, got a forward that calls linear as a"
+            f" function: {name} of {type(module).__name__}"
         )
     root = find_unsteady_root(module, code, halves)
     if root is not None:

@@ -12,10 +12,14 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import pairwise
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
+
+# A name of a forward that calls it as a function. Modules have attributes of that name, too.
+LINEAR = "functional.linear"
 
 _POWERS = ("pow", "pow_", "float_power", "float_power_")
 
@@ -53,7 +57,10 @@ def read_forward(module: torch.nn.Module) -> ForwardCode:
             waiting += held
             if name not in module._modules:
                 code.names.add(name)  # and what it is the name of, as in self.act = F.silu
-                code.names.update(str(getattr(v, "__name__", name)) for v in held or [of_file])
+                named = held or [of_file]
+                code.names.update(str(getattr(value, "__name__", name)) for value in named)
+                if any(value is torch.nn.functional.linear for value in named):
+                    code.names.add(LINEAR)
         for form, exponent in exponents:
             value = vars(module).get(exponent) if isinstance(exponent, str) else exponent
             if isinstance(value, (int, float)):
@@ -94,6 +101,9 @@ def _unwrap(value: Any) -> Any:
 def _read(code: CodeType) -> tuple[frozenset[str], frozenset[tuple[str, float | str]]]:
     """Names in a function and those within it, and exponents: numbers, or names of attributes."""
     names = {*code.co_names, *code.co_freevars}
+    for module, function in pairwise(dis.get_instructions(code)):
+        if module.argval in ("F", "functional") and function.argval == "linear":
+            names.add(LINEAR)
     exponents = set(_find_exponents(code))
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

@@ -1,11 +1,11 @@
-"""Activations that a forward calls as functions: found wherever they hide, and refused."""
+"""Activations and linear layers that a forward calls as functions: found, and refused."""
 
 import functools
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import silu
+from torch.nn.functional import linear, silu
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 from kvkernels import UnsupportedError
@@ -145,15 +145,34 @@ def test_a_held_one_is_refused(name):
         batch_invariance.install(Held(act))
 
 
+class Tied(nn.Module):
+    """Whose last layer has the weights of the first, as a function of them."""
+
+    def __init__(self, apply=None):
+        super().__init__()
+        self.embed, self.apply_linear = nn.Embedding(9, 3), apply
+
+    def forward(self, rows):
+        if self.apply_linear is not None:
+            return self.apply_linear(rows, self.embed.weight)
+        return nn.functional.linear(rows, self.embed.weight)
+
+
+@pytest.mark.parametrize("apply", [None, nn.functional.linear, lambda *args: linear(*args)])
+def test_linear_layers_as_functions_are_refused(apply):
+    with pytest.raises(UnsupportedError, match=r"calls linear as a function: 1 of Tied"):
+        batch_invariance.install(nn.Sequential(nn.Identity(), Tied(apply)))
+
+
 class OfModules(nn.Module):
     """Modules with the names of functions, and functions that keep an element's bits."""
 
     def __init__(self):
         super().__init__()
-        self.sigmoid, self.gelu = nn.Sigmoid(), nn.GELU()
+        self.sigmoid, self.gelu, self.linear = nn.Sigmoid(), nn.GELU(), nn.Linear(37, 37)
 
     def forward(self, rows):
-        rows = torch.tanh(self.sigmoid(rows)) * self.gelu(rows).softmax(dim=-1)
+        rows = torch.tanh(self.sigmoid(self.linear(rows))) * self.gelu(rows).softmax(dim=-1)
         cubes = torch.pow(nn.functional.leaky_relu(rows, 0.3), 3) * rows.shape[-1] ** -0.5
         return (cubes * rows**2).abs().add(1e-6).pow(-0.5)
 
