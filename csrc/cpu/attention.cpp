@@ -240,8 +240,10 @@ void merge_attention(const MergeAttentionArgs& args, AttentionPath path, int num
     float* b = a + head_dim;
     for (int64_t row = begin; row < end; ++row) {
       const float lse_a = args.lse_a[row], lse_b = args.lse_b[row];
+      constexpr float kNoKey = -std::numeric_limits<float>::infinity();
       const float max = std::max(lse_a, lse_b);
-      const bool is_empty = max == -std::numeric_limits<float>::infinity();
+      // Of both, not of `max`: beside a NaN it may be either.
+      const bool is_empty = lse_a == kNoKey && lse_b == kNoKey;
       const float exp_a = is_empty ? 0.0f : std::exp(lse_a - max);
       const float exp_b = is_empty ? 0.0f : std::exp(lse_b - max);
       const float sum = exp_a + exp_b;

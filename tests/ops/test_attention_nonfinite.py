@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_inputs import DTYPES, Case, make_inputs
-from implementations import Implementation
+from implementations import Implementation, every_implementation
 from test_attention_features import Feature, make_scoring
 from test_attention_properties import on_every_cpu_path
 
@@ -75,3 +75,18 @@ def test_the_reference_tells_no_number_from_no_key() -> None:
     assert out[1:].isnan().all() and lse[1:].isnan().all()
     merged, _ = reference.merge_attention(out, lse, torch.zeros_like(out), torch.zeros_like(lse))
     assert merged[0].eq(0).all() and merged[1:].isnan().all()
+
+
+@every_implementation()
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_merge_tells_no_number_from_no_key(
+    implementation: Implementation, is_first: bool, device: torch.device
+) -> None:
+    """Rows of which one part has a score that is no number, and the other part no key or some."""
+    out = torch.randn(4, 2, 64, device=device)
+    unknown = (out * torch.nan, torch.full((4, 2), torch.nan, device=device))
+    known = (out, torch.zeros(4, 2, device=device))
+    known[1][:2] = -torch.inf
+    parts = (*unknown, *known) if is_first else (*known, *unknown)
+    merged, lse = implementation.merge_attention(*parts)
+    assert merged.isnan().all() and lse.isnan().all()
