@@ -28,7 +28,7 @@ import torch
 from kvkernels import native
 from kvkernels.checks import FLOAT_DTYPES, is_plain, is_traced
 from kvkernels.errors import UnsupportedError
-from kvkernels.nn.forward_code import LINEAR, read_forward
+from kvkernels.nn.forward_code import LINEAR, SCALED_SUM, read_forward
 from kvkernels.nn.forward_patch import (
     ForwardPatch,
     Forwards,
@@ -159,6 +159,11 @@ def _refuse_functions(name: str, module: torch.nn.Module, halves: list[torch.dty
         raise UnsupportedError(
             "model: expected linear layers that are modules, got a forward that calls linear as a"
             f" function: {name} of {type(module).__name__}"
+        )
+    if halves and SCALED_SUM in code.names:
+        raise UnsupportedError(
+            "model: expected sums of half numbers without a factor (with one their bits depend on"
+            f" the batch), got {SCALED_SUM} in {name} of {type(module).__name__}"
         )
     root = find_unsteady_root(module, code, halves)
     if root is not None:

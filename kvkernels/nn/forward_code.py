@@ -21,6 +21,10 @@ import torch
 # A name of a forward that calls it as a function. Modules have attributes of that name, too.
 LINEAR = "functional.linear"
 
+# One that it has where it adds a multiple of a tensor in one operation.
+SCALED_SUM = "add(alpha)"
+
+_SUMS = {name + ending for name in ("add", "sub", "subtract") for ending in ("", "_")} | {"rsub"}
 _POWERS = ("pow", "pow_", "float_power", "float_power_")
 
 
@@ -101,10 +105,16 @@ def _unwrap(value: Any) -> Any:
 def _read(code: CodeType) -> tuple[frozenset[str], frozenset[tuple[str, float | str]]]:
     """Names in a function and those within it, and exponents: numbers, or names of attributes."""
     names = {*code.co_names, *code.co_freevars}
-    for module, function in pairwise(dis.get_instructions(code)):
+    steps = list(dis.get_instructions(code))
+    for module, function in pairwise(steps):
         if module.argval in ("F", "functional") and function.argval == "linear":
             names.add(LINEAR)
-    exponents = set(_find_exponents(code))
+    if any(
+        step.argval in _SUMS and "alpha" in _keywords(code, steps, at)
+        for at, step in enumerate(steps)
+    ):
+        names.add(SCALED_SUM)
+    exponents = set(_find_exponents(steps))
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             inner_names, inner_exponents = _read(constant)
@@ -113,8 +123,18 @@ def _read(code: CodeType) -> tuple[frozenset[str], frozenset[tuple[str, float | 
     return frozenset(names), frozenset(exponents)
 
 
-def _find_exponents(code: CodeType) -> Iterator[tuple[str, float | str]]:
-    steps = list(dis.get_instructions(code))
+def _keywords(code: CodeType, steps: list[dis.Instruction], at: int) -> tuple[str, ...]:
+    """Names in the call of what is loaded at one step: a tuple just before it, if there are any."""
+    end = _find_call(steps, at)
+    for step in steps[max(0, end - 2) : end]:
+        # Of KW_NAMES Python 3.11 does not tell the value.
+        value = code.co_consts[step.arg or 0] if step.opname == "KW_NAMES" else step.argval
+        if type(value) is tuple:
+            return value
+    return ()
+
+
+def _find_exponents(steps: list[dis.Instruction]) -> Iterator[tuple[str, float | str]]:
     for at, step in enumerate(steps):
         if _is_power(step):
             form, end = "**", at

@@ -1,4 +1,4 @@
-"""Norms that take inverse roots: of half numbers refused, of float32 not."""
+"""Inverse roots, and sums with a factor: refused of half numbers, not of float32."""
 
 import math
 
@@ -68,7 +68,34 @@ def test_of_half_numbers_are_refused(name, dtype):
         pass
 
 
+class Scaled(nn.Module):
+    def __init__(self, add):
+        super().__init__()
+        self.up, self.add = nn.Linear(WIDTH, WIDTH), add
+
+    def forward(self, rows):
+        return self.add(rows, self.up(rows))
+
+
+SUMS = {
+    "function": lambda a, b: torch.add(a, b, alpha=0.37),
+    "method": lambda a, b: a.sub(b, alpha=0.37),
+    "in_place": lambda a, b: b.add_(a, alpha=0.37),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_of_half_numbers_with_a_factor_are_refused(name):
+    model = Scaled(SUMS[name]).bfloat16()
+    with pytest.raises(UnsupportedError, match=r"got add\(alpha\) in the model of Scaled"):
+        batch_invariance.install(model)
+    rows = torch.randn(200, WIDTH)
+    with torch.inference_mode(), batch_invariant(model.float()):
+        assert torch.equal(model(rows[:7]), model(rows)[:7])
+
+
 SERVED = {
+    "sum": lambda: Scaled(lambda a, b: torch.add(a, b * 0.37)),
     "llama": lambda: LlamaRMSNorm(WIDTH),
     "gemma": lambda: Gemma2RMSNorm(WIDTH),
     "pytorch": lambda: nn.RMSNorm(WIDTH),
