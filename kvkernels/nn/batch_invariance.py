@@ -28,7 +28,7 @@ import torch
 from kvkernels import native
 from kvkernels.checks import FLOAT_DTYPES, is_plain, is_traced
 from kvkernels.errors import UnsupportedError
-from kvkernels.nn.forward_code import LINEAR, SCALED_SUM, read_forward
+from kvkernels.nn.forward_code import LINEAR, SCALED_SUM, ForwardCode, read_forward
 from kvkernels.nn.forward_patch import (
     ForwardPatch,
     Forwards,
@@ -125,7 +125,8 @@ def _refuse_unserved(model: torch.nn.Module) -> None:
             )
     halves = sorted({p.dtype for p in model.parameters()} & {*HALF_DTYPES}, key=str)
     for name, module in model.named_modules():
-        if _is_compiled(module):
+        code = read_forward(module)
+        if _is_compiled(module) or code.is_compiled:
             raise UnsupportedError(
                 "model: expected modules that are not compiled (code of another batch size may"
                 f" round otherwise), got {name or 'a model'} that is"
@@ -144,11 +145,12 @@ def _refuse_unserved(model: torch.nn.Module) -> None:
                 f" {rope_type!r} in {name}"
             )
         if type(module).__module__ not in _ACTIVATION_MODULES:
-            _refuse_functions(name or "the model", module, halves)
+            _refuse_functions(name or "the model", module, code, halves)
 
 
-def _refuse_functions(name: str, module: torch.nn.Module, halves: list[torch.dtype]) -> None:
-    code = read_forward(module)
+def _refuse_functions(
+    name: str, module: torch.nn.Module, code: ForwardCode, halves: list[torch.dtype]
+) -> None:
     activation = find_functional_activation(code)
     if activation is not None:
         raise UnsupportedError(

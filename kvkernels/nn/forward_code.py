@@ -36,15 +36,17 @@ class ForwardCode:
         names: Of anything but submodules, and those that functions have by themselves.
         exponents: Of powers, where the code tells them, with "pow" or "**" for how they are
             written: the second is that of Python's numbers too.
+        is_compiled: Whether `torch.compile` was put around it, or around what it names.
     """
 
     names: set[str] = field(default_factory=set)
     exponents: set[tuple[str, float]] = field(default_factory=set)
+    is_compiled: bool = False
 
 
 def read_forward(module: torch.nn.Module) -> ForwardCode:
     """Read it, and what it may call."""
-    code = ForwardCode()
+    code = ForwardCode(is_compiled=_is_compiled(type(module).forward))
     found: set[FunctionType] = set()
     waiting = [_unwrap(type(module).forward)]
     while waiting:
@@ -54,8 +56,10 @@ def read_forward(module: torch.nn.Module) -> ForwardCode:
         found.add(function)
         names, exponents = _read(function.__code__)
         for name in names:
-            held = [*filter(callable, map(_unwrap, _held(module, function, name)))]
-            of_file = _unwrap(function.__globals__.get(name))
+            values = [*_held(module, function, name), function.__globals__.get(name)]
+            code.is_compiled |= any(map(_is_compiled, values))
+            held = [*filter(callable, map(_unwrap, values[:-1]))]
+            of_file = _unwrap(values[-1])
             if not held and getattr(of_file, "__module__", None) == function.__module__:
                 waiting.append(of_file)
             waiting += held
@@ -70,6 +74,12 @@ def read_forward(module: torch.nn.Module) -> ForwardCode:
             if isinstance(value, (int, float)):
                 code.exponents.add((form, value))
     return code
+
+
+def _is_compiled(value: Any) -> bool:
+    """Whether `torch.compile` was put around a function, and nothing that has it run as it is."""
+    marks = getattr(value, "__dict__", {})
+    return "_torchdynamo_orig_callable" in marks and not marks.get("_torchdynamo_disable")
 
 
 def _held(module: torch.nn.Module, function: FunctionType, name: str) -> Iterator[Any]:

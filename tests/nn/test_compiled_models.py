@@ -88,6 +88,49 @@ def test_no_bits_are_promised_of_a_compiled_forward(model, name):
         batch_invariance.install(model)
 
 
+@torch.compile(backend="eager")
+def double(rows):
+    return rows * 2
+
+
+class Decorated(torch.nn.Identity):
+    @torch.no_grad()
+    @torch.compile(backend="eager")
+    def forward(self, rows):
+        return rows * 2
+
+
+class Calling(torch.nn.Identity):
+    def forward(self, rows):
+        return double(rows)
+
+
+class Holding(torch.nn.Identity):
+    def __init__(self):
+        super().__init__()
+        self.function = double
+
+    def forward(self, rows):
+        return self.function(rows)
+
+
+class Disabled(torch.nn.Identity):
+    @torch.compiler.disable
+    def forward(self, rows):
+        return rows * 2
+
+
+@pytest.mark.parametrize("kind", [Decorated, Calling, Holding])
+def test_no_bits_are_promised_of_functions_that_are_compiled(kind):
+    with pytest.raises(UnsupportedError, match=r"not compiled .*, got 0 that is"):
+        batch_invariance.install(torch.nn.Sequential(kind()))
+
+
+def test_bits_are_promised_of_what_the_compiler_leaves_alone():
+    with batch_invariant(torch.nn.Sequential(Disabled())) as model:
+        assert batch_invariance.is_batch_invariant(model[0])
+
+
 @pytest.mark.parametrize("name", ["input_layernorm", "mlp"])
 @pytest.mark.parametrize("layers", [batch_invariance, fused_layers])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
