@@ -218,7 +218,6 @@ class Call:
             "tree_mask_ptr": scoring.tree_mask,
             "sm_scale": scoring.sm_scale,
             "soft_cap": scoring.soft_cap,
-            # A kernel counts in 32 bits; no sequence is as long.
             "window": scoring.window,
             "stride_query_token": query.stride(0),
             "stride_query_head": query.stride(1),
