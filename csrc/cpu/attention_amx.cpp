@@ -5,7 +5,7 @@
 namespace kvkernels {
 
 const AttentionKernel* amx_kernel(DType dtype, HeadDims dims) {
-  return tile_kernel<AmxTiles>(dtype, dims);
+  return tile_kernel<AmxTiles, attend_codes_amx>(dtype, dims);
 }
 
 }  // namespace kvkernels

@@ -5,7 +5,7 @@
 namespace kvkernels {
 
 const AttentionKernel* amx_emulated_kernel(DType dtype, HeadDims dims) {
-  return tile_kernel<EmulatedTiles>(dtype, dims);
+  return tile_kernel<EmulatedTiles, attend_codes_amx_emulated>(dtype, dims);
 }
 
 }  // namespace kvkernels

@@ -198,11 +198,13 @@ bool may_hold_codes(const PagedAttentionArgs& args) {
   return args.int8.num_blocks > 0 || args.int4.num_blocks > 0 || args.cache_dtype != args.dtype;
 }
 
-template <typename Tiles>
+template <typename Tiles, auto kAttendCodes>
 void attend(const AttentionTile& tile, const TileResult* results) {
   const int64_t num_rows = tile.row_end - tile.row_begin;
-  const int64_t few = may_hold_codes(*tile.args) ? kFewRows : kFewRowsBesideTiles;
+  const bool may_be_codes = may_hold_codes(*tile.args);
+  const int64_t few = may_be_codes ? kFewRows : kFewRowsBesideTiles;
   if (num_rows <= few && !tile.args->batch_invariant) {
+    if (may_be_codes && num_rows >= kLeastCodeRows) return kAttendCodes(tile, results);
     avx512_kernel(DType::kBFloat16, {tile.args->head_dim, tile.args->value_dim})
         ->attend(tile, results);
     return;
@@ -219,12 +221,13 @@ void attend(const AttentionTile& tile, const TileResult* results) {
   }
 }
 
-template <typename Tiles>
+template <typename Tiles, auto kAttendCodes>
 const AttentionKernel* tile_kernel(DType dtype, HeadDims dims) {
   if (dtype != DType::kBFloat16 || !dims.are_multiples_of(kStep)) return nullptr;
   static const AttentionKernel* const rows = avx512_kernel(dtype, dims);
-  static const AttentionKernel kernel = {kTileRows,   kFewRows,    attend<Tiles>,   rows->narrow,
-                                         rows->merge, rows->widen, rows->are_finite};
+  static const AttentionKernel kernel = {kTileRows,       kFewRows,    attend<Tiles, kAttendCodes>,
+                                         rows->narrow,    rows->merge, rows->widen,
+                                         rows->are_finite};
   return &kernel;
 }
 

@@ -275,8 +275,8 @@ struct PairRows {
                                            add_pairs<3>, add_pairs<4>, add_pairs<5>,
                                            add_pairs<6>, add_pairs<7>, add_pairs<8>};
 
-  static const CodeKernels* code_kernels(BlockKind kind) {
-    return kind == BlockKind::kInt4 ? avx512_bf16_code_kernels() : avx512_vnni_code_kernels();
+  static const CodeKernels* code_kernels(const CodeShape& shape) {
+    return shape.is_int4 ? avx512_bf16_code_kernels() : avx512_vnni_code_kernels();
   }
 
   static void start_row(const Item* query, int64_t row, int64_t num_rows, int64_t head_dim,

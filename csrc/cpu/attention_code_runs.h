@@ -18,21 +18,19 @@ struct CodeRuns {
   BlockKind kind() const { return runs[0].block.kind; }
 };
 
-// `kernels_of` says which kernels serve a kind; null: none.
+// `kernels_of` says which kernels are tried for a shape; null: none.
 inline void find_code_runs(const AttentionTile& tile, int64_t begin, int64_t end,
-                           const CodeKernels* (*kernels_of)(BlockKind), CodeRuns& found) {
+                           const CodeKernels* (*kernels_of)(const CodeShape&), CodeRuns& found) {
   const PagedAttentionArgs& args = *tile.args;
   found.count = 0;
   const BlockKind kind = block_entry(tile.blocks[begin / args.block_size]).kind;
   // The kernels keep at least as much as 16-bit floats do, but less than float32.
   if (kind == BlockKind::kFloat || args.dtype == DType::kFloat32) return;
-  found.kernels = kernels_of(kind);
-  if (found.kernels == nullptr) return;
   const QuantizedCache& cache = quantized_cache(args, kind);
-  if (!found.kernels->suits({args.block_size, args.head_dim, args.value_dim, cache.key_groups,
-                             cache.value_groups, kind == BlockKind::kInt4})) {
-    return;
-  }
+  const CodeShape shape = {args.block_size,  args.head_dim,      args.value_dim,
+                           cache.key_groups, cache.value_groups, kind == BlockKind::kInt4};
+  found.kernels = kernels_of(shape);
+  if (found.kernels == nullptr || !found.kernels->suits(shape)) return;
   bool is_one_kind = true;
   for_each_run(tile, begin, end, [&](const Run& run) {
     is_one_kind &= run.block.kind == kind;
@@ -59,33 +57,39 @@ inline CodeRun code_run(const Part& part, const Run& run, const PagedAttentionAr
           args.block_size};
 }
 
+// Of as many heads as a tile may have.
+template <typename Job>
+struct CodeJobs {
+  int64_t count = 0;
+  Job jobs[kMaxTileHeads * CodeRuns::kMaxRuns];
+};
+
 // scores[r][t] = query row r * key t, for one of the tile's heads.
-inline void score_code_runs(const AttentionTile& tile, int64_t head, const CodeRuns& keys,
-                            const float* query, int64_t num_rows, Prefetch& next, float* scores) {
+inline void add_key_jobs(const AttentionTile& tile, int64_t head, const CodeRuns& keys,
+                         const float* query, float* scores, CodeJobs<KeyJob>& all) {
   const PagedAttentionArgs& args = *tile.args;
   const QuantizedCache& cache = quantized_cache(args, keys.kind());
   for (int i = 0; i < keys.count; ++i) {
     const Run& run = keys.runs[i];
-    keys.kernels->score(code_run({cache.key_codes, cache.key_scales}, run, args,
-                                 tile.kv_head + head, args.head_dim, cache.key_groups),
-                        query, num_rows, scores + run.first, ahead_of(next));
+    all.jobs[all.count++] = {code_run({cache.key_codes, cache.key_scales}, run, args,
+                                      tile.kv_head + head, args.head_dim, cache.key_groups),
+                             query, scores + run.first};
   }
 }
 
 // sums[r][i] = sums[r][i] * decay[r] + sum over t of weights[r][t] * value t, for one of the tile's
 // heads.
-inline void add_code_runs(const AttentionTile& tile, int64_t head, const CodeRuns& values,
-                          const float* weights, int64_t num_rows, const float* decay,
-                          Prefetch& next, float* sums) {
-  constexpr float kNoDecay[kMaxCodeRows] = {1, 1, 1, 1, 1, 1, 1, 1};
+inline void add_value_jobs(const AttentionTile& tile, int64_t head, const CodeRuns& values,
+                           const float* weights, const float* decay, float* sums,
+                           CodeJobs<ValueJob>& all) {
+  static constexpr float kNoDecay[kMaxCodeRows] = {1, 1, 1, 1, 1, 1, 1, 1};
   const PagedAttentionArgs& args = *tile.args;
   const QuantizedCache& cache = quantized_cache(args, values.kind());
   for (int i = 0; i < values.count; ++i) {
     const Run& run = values.runs[i];
-    values.kernels->add(code_run({cache.value_codes, cache.value_scales}, run, args,
-                                 tile.kv_head + head, args.value_dim, cache.value_groups),
-                        weights + run.first, num_rows, i == 0 ? decay : kNoDecay, sums,
-                        ahead_of(next));
+    all.jobs[all.count++] = {code_run({cache.value_codes, cache.value_scales}, run, args,
+                                      tile.kv_head + head, args.value_dim, cache.value_groups),
+                             weights + run.first, i == 0 ? decay : kNoDecay, sums};
   }
 }
 

@@ -41,16 +41,41 @@ struct CodeShape {
   }
 };
 
-// Each asks for about as much of what is read next as it reads.
+// scores[r * kCodeRowStride + t] = query row r * key t; may write up to the next 16 keys.
+struct KeyJob {
+  CodeRun keys;
+  const float* query;
+  float* scores;
+};
+
+// sums[r][i] = sums[r][i] * decay[r] + sum over t of weights[r * kCodeRowStride + t] * value t
+struct ValueJob {
+  CodeRun values;
+  const float *weights, *decay;
+  float* sums;
+};
+
+// Jobs of one shape, in order. Each asks for about as much of what is read next as it reads.
 struct CodeKernels {
   bool (*suits)(const CodeShape& shape);
-  // scores[r * kCodeRowStride + t] = query row r * key t; may write up to the next 16 keys.
-  void (*score)(const CodeRun& keys, const float* query, int64_t num_rows, float* scores,
-                const Ahead& next);
-  // sums[r][i] = sums[r][i] * decay[r] + sum over t of weights[r * kCodeRowStride + t] * value t
-  void (*add)(const CodeRun& values, const float* weights, int64_t num_rows, const float* decay,
-              float* sums, const Ahead& next);
+  void (*score)(const KeyJob* jobs, int64_t num_jobs, int64_t num_rows, const Ahead& next);
+  void (*add)(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, const Ahead& next);
 };
+
+// CodeKernels of who does one job after another.
+template <auto kScore>
+void score_each(const KeyJob* jobs, int64_t num_jobs, int64_t num_rows, const Ahead& next) {
+  for (const KeyJob* job = jobs; job < jobs + num_jobs; ++job) {
+    kScore(job->keys, job->query, num_rows, job->scores, next);
+  }
+}
+
+template <auto kAdd>
+void add_each(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, const Ahead& next) {
+  for (const ValueJob* job = jobs; job < jobs + num_jobs; ++job) {
+    kAdd(job->values, job->weights, num_rows, job->decay, job->sums, next);
+  }
+}
 
 // For processors with AVX2.
 const CodeKernels* avx2_code_kernels();

@@ -71,6 +71,16 @@ inline Scales load_scales(const uint16_t* pairs, __mmask16 mask, float c) {
   return widen_scales(_mm512_permutexvar_epi16(order, both), c);
 }
 
+// Calls visit(slot, count, pairs) for neighbouring keys that share their scales.
+template <typename Visit>
+inline void for_each_key_group(const CodeRun& run, const Visit& visit) {
+  const int64_t group_size = run.block_size / run.groups, end = run.slot + run.count;
+  for (int64_t slot = run.slot, next; slot < end; slot = next) {
+    next = std::min((slot / group_size + 1) * group_size, end);
+    visit(slot, next - slot, run.scales + slot / group_size * run.dim * 2);
+  }
+}
+
 // Scale and middle of one group of channels, key by key.
 struct alignas(64) KeyScales {
   float scale[kMaxGroups][kMaxKeys], middle[kMaxGroups][kMaxKeys];
@@ -79,24 +89,45 @@ struct alignas(64) KeyScales {
 // Keys are rounded 32 together; what lies past the last gets 0.
 inline int64_t whole_pairs(int64_t num_keys) { return (num_keys + 31) / 32 * 32; }
 
-// Four groups, as heads of 128 have them, 16 keys at a time.
-inline void spread_scales_of_four(const uint16_t* pairs, int64_t num_keys, float c,
-                                  KeyScales& spread) {
-  // Pair i of 16 belongs to key i / 4 and group i % 4.
-  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-  for (int64_t t = 0; t < whole_pairs(num_keys); t += 16) {
-    __m512 scale[4], middle[4];
+// Vectors of elements of kGroups groups in turn become one vector for each group.
+template <int kGroups>
+inline void split_groups(__m512* v) {
+  if constexpr (kGroups > 1) {
+    const __m512i evens =
+        _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+    constexpr int kHalf = kGroups / 2;
+    __m512 even[kHalf], odd[kHalf];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const Scales both =
-          load_scales(pairs + 8 * (t + 4 * i), first_lanes(4 * (num_keys - t) - 16 * i), c);
-      scale[i] = _mm512_permutexvar_ps(order, both.scale);
-      middle[i] = _mm512_permutexvar_ps(order, both.middle);
+    for (int i = 0; i < kHalf; ++i) {
+      even[i] = _mm512_permutex2var_ps(v[2 * i], evens, v[2 * i + 1]);
+      odd[i] = _mm512_permutex2var_ps(v[2 * i], odds, v[2 * i + 1]);
     }
-    transpose_quarters(scale);
-    transpose_quarters(middle);
+    split_groups<kHalf>(even);
+    split_groups<kHalf>(odd);
 #pragma GCC unroll 4
-    for (int group = 0; group < 4; ++group) {
+    for (int i = 0; i < kHalf; ++i) {
+      v[2 * i] = even[i];
+      v[2 * i + 1] = odd[i];
+    }
+  }
+}
+
+template <int kGroups>
+inline void spread_scales_of(const uint16_t* pairs, int64_t num_keys, float c, KeyScales& spread) {
+  for (int64_t t = 0; t < whole_pairs(num_keys); t += 16) {
+    __m512 scale[kGroups], middle[kGroups];
+#pragma GCC unroll 8
+    for (int i = 0; i < kGroups; ++i) {
+      const Scales both = load_scales(pairs + 2 * (kGroups * t + 16 * i),
+                                      first_lanes(kGroups * (num_keys - t) - 16 * i), c);
+      scale[i] = both.scale;
+      middle[i] = both.middle;
+    }
+    split_groups<kGroups>(scale);
+    split_groups<kGroups>(middle);
+#pragma GCC unroll 8
+    for (int group = 0; group < kGroups; ++group) {
       _mm512_store_ps(spread.scale[group] + t, scale[group]);
       _mm512_store_ps(spread.middle[group] + t, middle[group]);
     }
@@ -105,14 +136,15 @@ inline void spread_scales_of_four(const uint16_t* pairs, int64_t num_keys, float
 
 inline void spread_scales(const CodeRun& run, float c, KeyScales& spread) {
   const uint16_t* pairs = run.scales + run.slot * run.groups * 2;
-  if (run.groups == 4) return spread_scales_of_four(pairs, run.count, c, spread);
-  if (run.groups == 1) {
-    for (int64_t t = 0; t < whole_pairs(run.count); t += 16) {
-      const Scales both = load_scales(pairs + 2 * t, first_lanes(run.count - t), c);
-      _mm512_store_ps(spread.scale[0] + t, both.scale);
-      _mm512_store_ps(spread.middle[0] + t, both.middle);
-    }
-    return;
+  switch (run.groups) {
+    case 1:
+      return spread_scales_of<1>(pairs, run.count, c, spread);
+    case 2:
+      return spread_scales_of<2>(pairs, run.count, c, spread);
+    case 4:
+      return spread_scales_of<4>(pairs, run.count, c, spread);
+    case 8:
+      return spread_scales_of<8>(pairs, run.count, c, spread);
   }
   alignas(64) float scale[16 * kMaxGroups], middle[16 * kMaxGroups];
   for (int64_t t = 0; t < whole_pairs(run.count); t += 16) {

@@ -74,17 +74,14 @@ using ScoreGroup = void (*)(const uint8_t* codes, const uint16_t* pairs, int64_t
 // Scores of all keys of a run: `kernels[n]` serves n rows.
 void score_groups(const CodeRun& run, const ScoreGroup* kernels, const float* query,
                   int64_t num_rows, float* scores, const Ahead& next_read) {
-  const int64_t num_bytes = run.is_int4 ? run.dim / 2 : run.dim, end = run.slot + run.count;
-  const int64_t group_size = run.block_size / run.groups;
-  for (int64_t slot = run.slot, next; slot < end; slot = next) {
-    next = std::min((slot / group_size + 1) * group_size, end);
-    const uint16_t* pairs = run.scales + slot / group_size * run.dim * 2;
+  const int64_t num_bytes = run.is_int4 ? run.dim / 2 : run.dim;
+  for_each_key_group(run, [&](int64_t slot, int64_t num_keys, const uint16_t* pairs) {
     for_each_batch(num_rows, kMaxBatch, [&](int64_t first, int64_t count) {
-      kernels[count](run.codes + slot * num_bytes, pairs, next - slot, run.dim,
+      kernels[count](run.codes + slot * num_bytes, pairs, num_keys, run.dim,
                      query + first * run.dim, scores + first * kCodeRowStride + slot - run.slot,
                      next_read);
     });
-  }
+  });
 }
 
 // Scores of `count` keys that share their scales, with up to 4 rows.
@@ -257,7 +254,7 @@ void add(const CodeRun& values, const float* weights, int64_t num_rows, const fl
 
 const CodeKernels* avx512_vnni_code_kernels() {
   static const bool has_vnni = __builtin_cpu_supports("avx512vnni");
-  static const CodeKernels kernels = {suits_vectors, score, add};
+  static const CodeKernels kernels = {suits_vectors, score_each<score>, add_each<add>};
   return has_vnni ? &kernels : nullptr;
 }
 

@@ -36,7 +36,7 @@ inline void find_tile(const AttentionTile& tile, int64_t begin, Tile& found) {
     find_rows(tile, begin, found.end, found.keys, found.values);
   } else {
     find_code_runs(
-        tile, begin, found.end, [](BlockKind) { return avx2_code_kernels(); }, found.codes);
+        tile, begin, found.end, [](const CodeShape&) { return avx2_code_kernels(); }, found.codes);
     found.form = found.codes.count > 0 ? Form::kCodes : Form::kUnpacked;
     for (int64_t token = 0; token < num_keys; ++token) {
       found.keys[token] = token * tile.args->head_dim;
@@ -153,7 +153,9 @@ class FewRows {
       score_all<E>(rows.query, rows.count, rows.head_dim, {cache, now.keys}, prefetch_,
                    now.num_keys(), rows.scores);
     } else if (now.form == Form::kCodes) {
-      score_code_runs(tile_, head, now.codes, rows.floats, rows.count, prefetch_, rows.scores);
+      CodeJobs<KeyJob> all;
+      add_key_jobs(tile_, head, now.codes, rows.floats, rows.scores, all);
+      now.codes.kernels->score(all.jobs, all.count, rows.count, ahead_of(prefetch_));
     } else {
       unpack_keys<Avx2Unpacker<E>>(tile_, head, now.begin, now.end, scales_, unpacked_);
       score_all<Float32>(rows.floats, rows.count, rows.head_dim, {unpacked_, now.keys}, prefetch_,
@@ -175,7 +177,9 @@ class FewRows {
     constexpr float kNoDecay[kFewRows] = {1, 1, 1, 1, 1, 1, 1, 1};
     std::fill_n(sums_, rows.count * rows.value_dim, 0.0f);
     if (now.form == Form::kCodes) {
-      add_code_runs(tile_, head, now.codes, rows.scores, rows.count, kNoDecay, prefetch_, sums_);
+      CodeJobs<ValueJob> all;
+      add_value_jobs(tile_, head, now.codes, rows.scores, kNoDecay, sums_, all);
+      now.codes.kernels->add(all.jobs, all.count, rows.count, ahead_of(prefetch_));
     } else {
       unpack_values<Avx2Unpacker<E>>(tile_, head, now.begin, now.end, scales_, unpacked_);
       add_all<Float32>(rows.scores, rows.count, kNoDecay, {unpacked_, now.values}, prefetch_,

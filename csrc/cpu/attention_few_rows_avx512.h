@@ -178,15 +178,6 @@ void add_head(const Tile& now, const CacheRows<typename R::Item>& values, Prefet
   }
 }
 
-// add_head for a tile of codes.
-inline void add_codes(const AttentionTile& tile, int64_t head, const Tile& now, Prefetch& next,
-                      Rows& rows) {
-  if (rows.has_floats) decay_rows(rows, rows.out);
-  if (!rows.has_codes) std::fill_n(rows.of_codes, rows.count * rows.value_dim, 0.0f);
-  rows.has_codes = true;
-  add_code_runs(tile, head, now.codes, rows.scores, rows.count, rows.decay, next, rows.of_codes);
-}
-
 // Whether a line is worth a second request. One of 4-bit codes serves for too long.
 inline bool asks_twice(const PagedAttentionArgs& args) {
   return kPrefetchesToL1 && args.int4.num_blocks == 0;
@@ -233,24 +224,40 @@ class FewRows {
   }
 
   void add(const Tile& now) {
+    if (now.codes.count > 0) return add_codes(now);
     for (int64_t head = 0; head < tile_.num_kv_heads; ++head) {
       prefetch_.begin(now.key_spans.num_bytes);
-      if (now.codes.count > 0) {
-        const Rows& rows = rows_[head];
-        score_code_runs(tile_, head, now.codes, rows.floats, rows.count, prefetch_, rows.scores);
-      } else {
-        score_head<R>(now, keys(now, head), prefetch_, rows_[head]);
-      }
+      score_head<R>(now, keys(now, head), prefetch_, rows_[head]);
       weigh_head(tile_, head, seen_, now, rows_[head]);
     }
     for (int64_t head = 0; head < tile_.num_kv_heads; ++head) {
       prefetch_.begin(now.value_spans.num_bytes);
-      if (now.codes.count > 0) {
-        add_codes(tile_, head, now, prefetch_, rows_[head]);
-      } else {
-        add_head<R>(now, values(now, head), prefetch_, rows_[head]);
-      }
+      add_head<R>(now, values(now, head), prefetch_, rows_[head]);
     }
+  }
+
+  // All heads' keys, then all heads' values: the kernels may work on several at a time.
+  void add_codes(const Tile& now) {
+    const int64_t num_heads = tile_.num_kv_heads, num_rows = rows_[0].count;
+    prefetch_.begin(num_heads * now.key_spans.num_bytes);
+    CodeJobs<KeyJob> keys;
+    for (int64_t head = 0; head < num_heads; ++head) {
+      add_key_jobs(tile_, head, now.codes, rows_[head].floats, rows_[head].scores, keys);
+    }
+    now.codes.kernels->score(keys.jobs, keys.count, num_rows, ahead_of(prefetch_));
+    for (int64_t head = 0; head < num_heads; ++head) {
+      weigh_head(tile_, head, seen_, now, rows_[head]);
+    }
+    prefetch_.begin(num_heads * now.value_spans.num_bytes);
+    CodeJobs<ValueJob> values;
+    for (int64_t head = 0; head < num_heads; ++head) {
+      Rows& rows = rows_[head];
+      if (rows.has_floats) decay_rows(rows, rows.out);
+      if (!rows.has_codes) std::fill_n(rows.of_codes, num_rows * rows.value_dim, 0.0f);
+      rows.has_codes = true;
+      add_value_jobs(tile_, head, now.codes, rows.scores, rows.decay, rows.of_codes, values);
+    }
+    now.codes.kernels->add(values.jobs, values.count, num_rows, ahead_of(prefetch_));
   }
 
   CacheRows<Item> keys(const Tile& now, int64_t head) {

@@ -67,6 +67,10 @@ const AttentionKernel* avx512_bf16_kernel(DType dtype, HeadDims dims);
 const AttentionKernel* amx_kernel(DType dtype, HeadDims dims);
 const AttentionKernel* amx_emulated_kernel(DType dtype, HeadDims dims);
 
+// Few rows of bfloat16 on matrix tiles, where blocks may hold codes.
+void attend_codes_amx(const AttentionTile& tile, const TileResult* results);
+void attend_codes_amx_emulated(const AttentionTile& tile, const TileResult* results);
+
 constexpr float kLog2E = 1.44269504088896340736f;
 
 // The keys that a row sees of the tile's, as [begin, end); empty where end <= begin.

@@ -186,7 +186,7 @@ struct WidenedRows {
   static constexpr AddRows<Item> kAdd[] = {nullptr, add_values<E, 1>, add_values<E, 2>,
                                            add_values<E, 3>, add_values<E, 4>};
 
-  static const CodeKernels* code_kernels(BlockKind) { return avx512_vnni_code_kernels(); }
+  static const CodeKernels* code_kernels(const CodeShape&) { return avx512_vnni_code_kernels(); }
 
   static void start_row(const Item* query, int64_t row, int64_t, int64_t head_dim, float* rows) {
     float* const target = rows + row * head_dim;

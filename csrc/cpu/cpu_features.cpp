@@ -29,11 +29,11 @@ bool has_avx512_bf16() {
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5) & 1;
 }
 
-bool has_amx_bf16() {
+bool has_amx() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-  const bool has_tile = (edx >> 24) & 1, has_bf16 = (edx >> 22) & 1;
-  if (!has_tile || !has_bf16) return false;
+  const bool has_tile = (edx >> 24) & 1, has_bf16 = (edx >> 22) & 1, has_int8 = (edx >> 25) & 1;
+  if (!has_tile || !has_bf16 || !has_int8) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
@@ -42,7 +42,7 @@ Isa find_best_isa() {
   if (!has_avx2()) return Isa::kPortable;
   if (!has_avx512()) return Isa::kAvx2;
   if (!has_avx512_bf16()) return Isa::kAvx512;
-  return has_amx_bf16() ? Isa::kAmx : Isa::kAvx512Bf16;
+  return has_amx() ? Isa::kAmx : Isa::kAvx512Bf16;
 }
 
 // AMD's processors from Zen 5 on: an L1 cache of 48 KiB, and more misses under way than before.

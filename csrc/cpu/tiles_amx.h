@@ -3,7 +3,10 @@
 // namespace: each file that includes this gets its own copy, compiled with that file's flags.
 //
 //   zero<T>(), load<T>(source, stride in bytes), store<T>(target, stride in bytes)
-//   dot<C, A, B>(): C[m][n] += sum over k < 32 of A[m][k] * B[k / 2][2 n + k % 2]
+//   dot<C, A, B>(): C[m][n] += sum over k < 32 of A[m][k] * B[k / 2][2 n + k % 2], of bfloat16
+//   dot_unsigned_signed<C, A, B>(), dot_signed_unsigned<C, A, B>():
+//     C[m][n] += sum over k < 64 of A[m][k] * B[k / 4][4 n + k % 4], of bytes, to 32 bits; A and B
+//     are unsigned or signed as the name says
 #pragma once
 
 #include <immintrin.h>
@@ -36,27 +39,37 @@ class AmxTiles {
 
   // GCC's own intrinsics paste the text of their argument into the instruction, so they take no
   // template argument; these are the same instructions.
+  // Writes anything into tile 0.
+  static void keep_awake() { asm volatile("tdpbusd %%tmm2, %%tmm1, %%tmm0" : :); }
   template <int kTile>
-  void zero() {
+  static void zero() {
     asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
   }
   template <int kTile>
-  void load(const void* source, int64_t stride) {
+  static void load(const void* source, int64_t stride) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2"
                  :
                  : "r"(source), "r"(stride), "i"(kTile)
                  : "memory");
   }
   template <int kTile>
-  void store(void* target, int64_t stride) {
+  static void store(void* target, int64_t stride) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)"
                  :
                  : "r"(target), "r"(stride), "i"(kTile)
                  : "memory");
   }
   template <int kC, int kA, int kB>
-  void dot() {
+  static void dot() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
+  }
+  template <int kC, int kA, int kB>
+  static void dot_unsigned_signed() {
+    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
+  }
+  template <int kC, int kA, int kB>
+  static void dot_signed_unsigned() {
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
   }
 };
 

@@ -13,41 +13,76 @@ namespace {
 
 class EmulatedTiles {
  public:
+  static void keep_awake() {}
   template <int kTile>
-  void zero() {
-    std::memset(tiles_[kTile], 0, sizeof(tiles_[kTile]));
+  static void zero() {
+    std::memset(registers().tiles[kTile], 0, sizeof(registers().tiles[kTile]));
   }
   template <int kTile>
-  void load(const void* source, int64_t stride) {
+  static void load(const void* source, int64_t stride) {
     for (int64_t row = 0; row < 16; ++row) {
-      std::memcpy(tiles_[kTile][row], static_cast<const char*>(source) + row * stride, 64);
+      std::memcpy(registers().tiles[kTile][row], static_cast<const char*>(source) + row * stride,
+                  64);
     }
   }
   template <int kTile>
-  void store(void* target, int64_t stride) {
+  static void store(void* target, int64_t stride) {
     for (int64_t row = 0; row < 16; ++row) {
-      std::memcpy(static_cast<char*>(target) + row * stride, tiles_[kTile][row], 64);
+      std::memcpy(static_cast<char*>(target) + row * stride, registers().tiles[kTile][row], 64);
     }
   }
   template <int kC, int kA, int kB>
-  void dot() {
+  static void dot() {
     for (int m = 0; m < 16; ++m) {
       float sums[16];
-      std::memcpy(sums, tiles_[kC][m], sizeof(sums));
+      std::memcpy(sums, registers().tiles[kC][m], sizeof(sums));
       for (int pair = 0; pair < 16; ++pair) {
-        const uint32_t a = tiles_[kA][m][pair];
+        const uint32_t a = registers().tiles[kA][m][pair];
         const float low = float_from_bits(a << 16), high = float_from_bits(a & 0xffff0000);
         for (int n = 0; n < 16; ++n) {
-          const uint32_t b = tiles_[kB][pair][n];
+          const uint32_t b = registers().tiles[kB][pair][n];
           sums[n] += low * float_from_bits(b << 16) + high * float_from_bits(b & 0xffff0000);
         }
       }
-      std::memcpy(tiles_[kC][m], sums, sizeof(sums));
+      std::memcpy(registers().tiles[kC][m], sums, sizeof(sums));
     }
   }
 
+  template <int kC, int kA, int kB>
+  static void dot_unsigned_signed() {
+    dot_bytes<uint8_t, int8_t>(kC, kA, kB);
+  }
+  template <int kC, int kA, int kB>
+  static void dot_signed_unsigned() {
+    dot_bytes<int8_t, uint8_t>(kC, kA, kB);
+  }
+
  private:
-  uint32_t tiles_[8][16][16];
+  template <typename A, typename B>
+  static void dot_bytes(int c, int a, int b) {
+    for (int m = 0; m < 16; ++m) {
+      for (int n = 0; n < 16; ++n) {
+        for (int four = 0; four < 16; ++four) {
+          A left[4];
+          B right[4];
+          std::memcpy(left, &registers().tiles[a][m][four], sizeof(left));
+          std::memcpy(right, &registers().tiles[b][four][n], sizeof(right));
+          for (int i = 0; i < 4; ++i)
+            registers().tiles[c][m][n] += static_cast<uint32_t>(left[i] * right[i]);
+        }
+      }
+    }
+  }
+
+  struct Registers {
+    uint32_t tiles[8][16][16];
+  };
+
+  // Each thread has its own: kernels of codes find them as they were left.
+  static Registers& registers() {
+    static thread_local Registers all;
+    return all;
+  }
 };
 
 }  // namespace

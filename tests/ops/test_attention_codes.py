@@ -27,6 +27,8 @@ class Codes:
     key_groups: int = 1
     value_groups: int = 1
     num_blocks: int = 3
+    block_size: int = 32
+    dtype: torch.dtype = torch.float16
     is_float8: bool = False
 
     def __str__(self) -> str:
@@ -34,7 +36,8 @@ class Codes:
 
     def cache(self, device: torch.device) -> QuantizedCache:
         def codes(width: int) -> torch.Tensor:
-            shape = (self.num_blocks, 1, 32, width if self.kind == "int8" else width // 2)
+            row_bytes = width if self.kind == "int8" else width // 2
+            shape = (self.num_blocks, 1, self.block_size, row_bytes)
             return torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
 
         def scales(*shape: int) -> torch.Tensor:
@@ -45,7 +48,7 @@ class Codes:
             codes(self.head_dim),
             scales(self.key_groups, self.head_dim),
             codes(self.value_dim),
-            scales(32, self.value_groups),
+            scales(self.block_size, self.value_groups),
         )
 
 
@@ -58,6 +61,9 @@ CODES = [
     Codes("groups_of_5_channels", "int4", 80, 80, 2, value_groups=16),
     Codes("groups_of_6_channels", "int8", 96, 96, 2, value_groups=16),
     Codes("no_blocks", "int8", 64, 64, num_blocks=0),
+    Codes("tiles_of_one_group", "int8", 128, 128, block_size=64, dtype=torch.bfloat16),
+    Codes("tiles_of_narrow_values", "int4", 128, 64, 2, block_size=128, dtype=torch.bfloat16),
+    Codes("tiles_of_narrow_keys", "int8", 64, 128, 4, 2, block_size=64, dtype=torch.bfloat16),
 ]
 
 
@@ -68,23 +74,28 @@ def test_codes_of_odd_layouts(
     implementation: Implementation, num_queries: int, codes: Codes, device: torch.device
 ) -> None:
     keys, values = (
-        torch.randn(3, 1, 32, width, device=device).half()
+        torch.randn(3, 1, codes.block_size, width, device=device).to(codes.dtype)
         for width in (codes.head_dim, codes.value_dim)
     )
     if codes.is_float8:
         keys, values = keys.to(torch.float8_e4m3fn), values.to(torch.float8_e4m3fn)
     ints = {"dtype": torch.int32, "device": device}
-    table, lens = torch.tensor([[2, 0, 1]], **ints), torch.tensor([90], **ints)
+    table, lens = (
+        torch.tensor([[2, 0, 1]], **ints),
+        torch.tensor([3 * codes.block_size - 6], **ints),
+    )
     sums = None if num_queries == 1 else torch.tensor([0, num_queries], **ints)
     if codes.num_blocks:
         table[0, 1] = tag_blocks(table[0, 1:2] + 1, codes.kind)[0]
-    query = torch.randn(num_queries, 2, codes.head_dim, device=device).half()
+    query = torch.randn(num_queries, 2, codes.head_dim, device=device).to(codes.dtype)
     rest = (table, lens, sums, Scoring(0.125), True)
     options = {f"{codes.kind}_cache": codes.cache(device)}
     exact = reference.paged_attention(
         query.double(), keys.double(), values.double(), *rest, **options
     )
-    rounded = reference.paged_attention(query, keys.half(), values.half(), *rest, **options)
+    rounded = reference.paged_attention(
+        query, keys.to(codes.dtype), values.to(codes.dtype), *rest, **options
+    )
     out, lse = implementation.paged_attention(query, keys, values, *rest, **options)
     assert_as_accurate(out, rounded[0], exact[0], "out")
     assert_as_accurate(lse, rounded[1], exact[1], "lse")

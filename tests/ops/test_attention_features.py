@@ -76,6 +76,8 @@ def _features() -> list[Feature]:
         Feature("int4_b128", replace(long, block_size=128), kinds=("int4",)),
         Feature("group_9_b64", replace(long, heads=(9, 1), head_dim=128), kinds=("int4", "int8")),
         Feature("heads_8", replace(long, heads=(32, 8), head_dim=128), kinds=("int4", "int8")),
+        Feature("group_5_b64", replace(long, heads=(5, 1)), kinds=("int8", "float", "int4")),
+        Feature("group_8_b64", replace(long, heads=(16, 2), head_dim=128), kinds=("int4", "int8")),
         Feature("tokens_first", replace(mixed, layout="tokens_first"), kinds=("int4", "float")),
         Feature("d72", replace(mixed, head_dim=72), kinds=("int4", "int8")),
         Feature("d96", replace(mixed, head_dim=96), kinds=("int4", "int8")),

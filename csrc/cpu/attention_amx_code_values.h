@@ -1,0 +1,280 @@
+// Sums of values of codes on matrix tiles of bytes, see attention_amx_code_numbers.h:
+//
+//   O [16, 16 channels] += x [16, 64 keys] * codes, four keys of a channel side by side
+//
+// Rows 0 to 3 have the low bytes of up to four rows of weights, a batch, and 4 to 7 the high ones,
+// for the first half of a piece's channels; 8 to 15 those for the second half, whose scales may be
+// others.
+#pragma once
+
+#include "cpu/attention_amx_code_numbers.h"
+
+namespace kvkernels {
+namespace {
+
+// Rows of weights, folded with the scales of a tile's values and rounded. Set r * groups + g is row
+// r's for group g of channels; four keys side by side are t, t + 32, t + 16 and t + 48.
+struct alignas(64) FoldedWeights {
+  uint8_t low[kMaxSets][kMaxKeys], high[kMaxSets][kMaxKeys];
+};
+
+// What is added = sum of products * unit + base, of each set.
+struct alignas(64) WeightUnits {
+  float unit[kMaxSets], base[kMaxSets];
+};
+
+// A row of numbers for 64 keys, of which a run has `masks`. kIsWhole: all.
+template <bool kIsWhole>
+struct KeyVectors {
+  __m512 v[4];
+
+  KeyVectors(const KeyMasks& masks, const float* keys) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      v[i] = kIsWhole ? _mm512_loadu_ps(keys + 16 * i) : masks.load(keys, 16 * i);
+    }
+  }
+
+  __m512 largest() const {
+    return _mm512_max_ps(_mm512_max_ps(_mm512_abs_ps(v[0]), _mm512_abs_ps(v[1])),
+                         _mm512_max_ps(_mm512_abs_ps(v[2]), _mm512_abs_ps(v[3])));
+  }
+};
+
+template <bool kIsWhole>
+void fold_weights(const float* weights, int64_t num_rows, const CodeRun& run,
+                  const KeyScales& scales, FoldedWeights& folded, WeightUnits& rounded) {
+  using Keys = KeyVectors<kIsWhole>;
+  const int64_t groups = run.groups, num_sets = num_rows * groups;
+  const SetLanes& lanes = kSetLanes[groups];
+  const KeyMasks masks(run.count);
+  __m512 largest[16];
+  for (__m512& one : largest) one = _mm512_setzero_ps();
+  for (int64_t r = 0; r < num_rows; ++r) {
+    largest[r] = Keys(masks, weights + r * kCodeRowStride).largest();
+  }
+  for (int64_t group = 0; group < groups; ++group) {
+    largest[kMaxBatch + group] = Keys(masks, scales.scale[group]).largest();
+  }
+  const __m512 tops = max_lanes_of_16(largest);
+  alignas(64) float inverse[kMaxSets], base[kMaxSets][16];
+  for (int64_t first = 0; first < num_sets; first += 16) {
+    const __m512 top_weight = _mm512_permutexvar_ps(_mm512_load_si512(lanes.row + first), tops);
+    const __m512 top_scale = _mm512_permutexvar_ps(_mm512_load_si512(lanes.group + first), tops);
+    const Units units = units_of(_mm512_mul_ps(top_weight, top_scale), kLargestNumber);
+    _mm512_store_ps(inverse + first, units.inverse);
+    _mm512_store_ps(rounded.unit + first, units.unit);
+  }
+  int64_t set = 0;
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const Keys row(masks, weights + r * kCodeRowStride);
+    for (int64_t group = 0; group < groups; ++group, ++set) {
+      const Keys scale(masks, scales.scale[group]), minimum(masks, scales.middle[group]);
+      const __m512 to_numbers = _mm512_set1_ps(inverse[set]);
+      __m512i numbers[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        numbers[i] = round_number(_mm512_mul_ps(row.v[i], scale.v[i]), to_numbers);
+      }
+      const __m512i a = join_halves(numbers[0], numbers[1]);
+      const __m512i b = join_halves(numbers[2], numbers[3]);
+      const __m512i evens = _mm512_set1_epi16(0xff);
+      _mm512_store_si512(folded.low[set], center_low(select(evens, a, _mm512_slli_epi16(b, 8))));
+      _mm512_store_si512(folded.high[set], select(evens, _mm512_srli_epi16(a, 8), b));
+      const __m512 front =
+          _mm512_fmadd_ps(row.v[1], minimum.v[1], _mm512_mul_ps(row.v[0], minimum.v[0]));
+      const __m512 back =
+          _mm512_fmadd_ps(row.v[3], minimum.v[3], _mm512_mul_ps(row.v[2], minimum.v[2]));
+      _mm512_store_ps(base[set], _mm512_add_ps(front, back));
+    }
+  }
+  for (; set % 16 != 0; ++set) _mm512_store_ps(base[set], _mm512_setzero_ps());
+  for (int64_t first = 0; first < num_sets; first += 16) {
+    __m512 sums[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) sums[i] = _mm512_load_ps(base[first + i]);
+    _mm512_store_ps(rounded.base + first, sum_lanes_of_16(sums));
+  }
+}
+
+// A piece of the values: tile j has the channels 16 l + 4 j to 16 l + 4 j + 3 of each l below 4.
+struct alignas(64) ValueTiles {
+  uint8_t bytes[4][kTile];
+};
+
+// Keys past the last weigh nothing, so any will do for them. kIsWhole: there are none.
+template <bool kIsInt4, bool kIsWhole>
+void interleave_values(const CodeRun& run, int64_t piece, ValueTiles& tiles, const Ahead& next) {
+  const int64_t row_bytes = kIsInt4 ? run.dim / 2 : run.dim;
+  const uint8_t* codes = run.codes + run.slot * row_bytes;
+  for (int64_t t = 0; t < 16; ++t) {
+    if (t % 4 == 0) next(run.count / 4 * (kIsInt4 ? 32 : 64));
+    const auto row_of = [&](int64_t key) {
+      if (!kIsWhole) key = std::min(key, run.count - 1);
+      return load_codes<kIsInt4>(codes + key * row_bytes, piece);
+    };
+    const __m512i rows[4] = {row_of(t), row_of(t + 32), row_of(t + 16), row_of(t + 48)};
+    const __m512i a = _mm512_unpacklo_epi8(rows[0], rows[1]);
+    const __m512i b = _mm512_unpackhi_epi8(rows[0], rows[1]);
+    const __m512i c = _mm512_unpacklo_epi8(rows[2], rows[3]);
+    const __m512i d = _mm512_unpackhi_epi8(rows[2], rows[3]);
+    _mm512_store_si512(tiles.bytes[0] + t * kTileRow, _mm512_unpacklo_epi16(a, c));
+    _mm512_store_si512(tiles.bytes[1] + t * kTileRow, _mm512_unpackhi_epi16(a, c));
+    _mm512_store_si512(tiles.bytes[2] + t * kTileRow, _mm512_unpacklo_epi16(b, d));
+    _mm512_store_si512(tiles.bytes[3] + t * kTileRow, _mm512_unpackhi_epi16(b, d));
+  }
+}
+
+// The bytes of a batch's weights for both halves of a piece.
+void pack_weights(const FoldedWeights& folded, const int64_t* groups, int64_t num_groups,
+                  int64_t num_rows, uint8_t* tile) {
+  for (int64_t half = 0; half < 2; ++half) {
+    for (int64_t r = 0; r < num_rows; ++r) {
+      const int64_t set = r * num_groups + groups[half];
+      uint8_t* const row = tile + (8 * half + r) * kTileRow;
+      _mm512_store_si512(row, _mm512_load_si512(folded.low[set]));
+      _mm512_store_si512(row + kMaxBatch * kTileRow, _mm512_load_si512(folded.high[set]));
+    }
+  }
+}
+
+// Sums of products by rows and channels, of each tile of values.
+struct alignas(64) ValueSums {
+  int32_t sums[4][16][16];
+};
+
+template <typename Tiles>
+void multiply_values(const uint8_t* weights, const ValueTiles& values, ValueSums& sums) {
+  Tiles::template load<4>(weights, kTileRow);
+  Tiles::template zero<0>();
+  Tiles::template load<5>(values.bytes[0], kTileRow);
+  Tiles::template dot_signed_unsigned<0, 4, 5>();
+  Tiles::template zero<1>();
+  Tiles::template load<6>(values.bytes[1], kTileRow);
+  Tiles::template dot_signed_unsigned<1, 4, 6>();
+  Tiles::template zero<2>();
+  Tiles::template load<7>(values.bytes[2], kTileRow);
+  Tiles::template dot_signed_unsigned<2, 4, 7>();
+  Tiles::template zero<3>();
+  Tiles::template load<5>(values.bytes[3], kTileRow);
+  Tiles::template dot_signed_unsigned<3, 4, 5>();
+  Tiles::template store<0>(sums.sums[0], kTileRow);
+  Tiles::template store<1>(sums.sums[1], kTileRow);
+  Tiles::template store<2>(sums.sums[2], kTileRow);
+  Tiles::template store<3>(sums.sums[3], kTileRow);
+}
+
+// From whole numbers to what is added to a batch's rows of sums.
+template <bool kIsInt4>
+void add_sums(const ValueSums& products, const WeightUnits& rounded, const int64_t* groups,
+              int64_t num_groups, const Pieces<kIsInt4>& pieces, int64_t piece, int64_t num_rows,
+              const float* decay, float* sums) {
+  for (int64_t r = 0; r < num_rows; ++r) {
+    __m512 channels[4];
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < 4; ++j) {
+      const int32_t (*tile)[16] = products.sums[j];
+      const auto both_halves = [&](int64_t row) {
+        return _mm512_mask_load_epi32(_mm512_load_si512(tile[row]), 0xff00, tile[8 + row]);
+      };
+      channels[j] = _mm512_cvtepi32_ps(join_sums(both_halves(r), both_halves(kMaxBatch + r)));
+    }
+    transpose_quarters(channels);
+#pragma GCC unroll 2
+    for (int64_t half = 0; half < 2; ++half) {
+      const int64_t set = r * num_groups + groups[half];
+      const __m512 unit = _mm512_set1_ps(rounded.unit[set]);
+      const __m512 base = _mm512_set1_ps(rounded.base[set]);
+      const __m512 before = _mm512_set1_ps(decay[r]);
+      float* const row = sums + r * pieces.dim + pieces.begin(piece, half);
+#pragma GCC unroll 2
+      for (int64_t i = 0; i < 2; ++i) {
+        const __m512 added = _mm512_fmadd_ps(channels[2 * half + i], unit, base);
+        _mm512_storeu_ps(row + 16 * i,
+                         _mm512_fmadd_ps(_mm512_loadu_ps(row + 16 * i), before, added));
+      }
+    }
+  }
+}
+
+// Of which groups of channels the halves of a row's pieces are.
+struct PieceGroups {
+  int64_t of[kMaxPieces][2];
+
+  template <bool kIsInt4>
+  PieceGroups(const Pieces<kIsInt4>& pieces, int64_t group_size) {
+    for (int64_t piece = 0; piece < pieces.count(); ++piece) {
+      for (int64_t half = 0; half < 2; ++half) {
+        of[piece][half] = pieces.begin(piece, half) / group_size;
+      }
+    }
+  }
+};
+
+// While the products of some values are made, the next ones are made ready.
+template <bool kIsInt4, typename Tiles>
+void add_jobs(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, const Ahead& next) {
+  const CodeRun& any = jobs->values;
+  const Pieces<kIsInt4> pieces = {any.dim};
+  const PieceGroups groups(pieces, any.dim / any.groups);
+  const int64_t num_pieces = pieces.count();
+  KeyScales scales;
+  FoldedWeights folded;
+  WeightUnits rounded[2][kMaxBatches];
+  alignas(64) uint8_t weights[kMaxBatches][kMaxPieces][kTile];
+  ValueTiles values[kMaxPieces];
+  ValueSums products[kMaxBatches][kMaxPieces];
+  const auto prepare = [&](const ValueJob& job, WeightUnits* units) {
+    const CodeRun& run = job.values;
+    Tiles::keep_awake();
+    spread_scales(run, 0, scales);
+    int64_t batch = 0;
+    for_each_batch(num_rows, kMaxBatch, [&](int64_t first, int64_t count) {
+      Tiles::keep_awake();
+      (run.count == kMaxKeys ? fold_weights<true>
+                             : fold_weights<false>)(job.weights + first * kCodeRowStride, count,
+                                                    run, scales, folded, units[batch]);
+      for (int64_t piece = 0; piece < num_pieces; ++piece) {
+        pack_weights(folded, groups.of[piece], run.groups, count, weights[batch][piece]);
+      }
+      ++batch;
+    });
+    for (int64_t piece = 0; piece < num_pieces; ++piece) {
+      Tiles::keep_awake();
+      (run.count == kMaxKeys ? interleave_values<kIsInt4, true>
+                             : interleave_values<kIsInt4, false>)(run, piece, values[piece], next);
+    }
+  };
+  const auto multiply = [&] {
+    for (int64_t batch = 0; batch * kMaxBatch < num_rows; ++batch) {
+      for (int64_t piece = 0; piece < num_pieces; ++piece) {
+        multiply_values<Tiles>(weights[batch][piece], values[piece], products[batch][piece]);
+      }
+    }
+  };
+  const auto finish = [&](const ValueJob& job, const WeightUnits* units) {
+    int64_t batch = 0;
+    for_each_batch(num_rows, kMaxBatch, [&](int64_t first, int64_t count) {
+      for (int64_t piece = 0; piece < num_pieces; ++piece) {
+        add_sums(products[batch][piece], units[batch], groups.of[piece], any.groups, pieces, piece,
+                 count, job.decay + first, job.sums + first * any.dim);
+      }
+      ++batch;
+    });
+  };
+  for (int64_t i = 0; i < num_jobs; ++i) {
+    prepare(jobs[i], rounded[i % 2]);
+    if (i > 0) finish(jobs[i - 1], rounded[(i - 1) % 2]);
+    multiply();
+  }
+  finish(jobs[num_jobs - 1], rounded[(num_jobs - 1) % 2]);
+}
+
+template <typename Tiles>
+void add_on_tiles(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, const Ahead& next) {
+  (jobs->values.is_int4 ? add_jobs<true, Tiles> : add_jobs<false, Tiles>)(jobs, num_jobs, num_rows,
+                                                                          next);
+}
+
+}  // namespace
+}  // namespace kvkernels
