@@ -2,8 +2,8 @@
 //
 //   S^T [16 keys, 16] = codes [16 keys, 64 channels] * x^T
 //
-// int8 codes are used where they lie. Columns 0 to 3 have the low bytes of up to four rows of the
-// query, a batch, 4 to 7 the high ones; 8 to 15 those of a second batch.
+// Columns 0 to 3 have the low bytes of up to four rows of the query, a batch, 4 to 7 the high ones;
+// 8 to 15 those of a second batch.
 #pragma once
 
 #include "cpu/attention_amx_code_numbers.h"
@@ -45,11 +45,11 @@ void store_columns(const __m512i* numbers, uint8_t* tile_rows) {
   store(3, _mm512_extracti64x4_epi64(back, 1));
 }
 
-template <bool kIsInt4, int kPieces, int kRows>
+template <int kPieces, int kRows>
 void fold_query(const float* query, const uint16_t* pairs, int64_t batch, QueryTiles& tiles,
-                QueryUnits& rounded) {
+                QueryUnits& rounded, const AheadInSteps& next) {
   constexpr int64_t kDim = 64 * kPieces;
-  const Pieces<kIsInt4> pieces = {kDim};
+  const Pieces<true> pieces = {kDim};
   __m512 largest[kRows], base[kRows];
   alignas(64) float folded[4 * kPieces][kRows][16];
 #pragma GCC unroll 4
@@ -57,6 +57,7 @@ void fold_query(const float* query, const uint16_t* pairs, int64_t batch, QueryT
 #pragma GCC unroll 2
   for (int64_t part = 0; part < 4 * kPieces; ++part) {
     const int64_t first = pieces.begin(part / 4, part / 2 % 2) + part % 2 * 16;
+    if (part % 2 == 0) next();
     const Scales scales = load_scales(pairs + 2 * first, 0xffff, 0);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
@@ -76,6 +77,7 @@ void fold_query(const float* query, const uint16_t* pairs, int64_t batch, QueryT
     inverse[r] = _mm512_permutexvar_ps(_mm512_set1_epi32(4 * r), units.inverse);
   }
   for (int64_t part = 0; part < 4 * kPieces; ++part) {
+    if (part % 2 == 0) next();
     __m512i numbers[kMaxBatch];
 #pragma GCC unroll 4
     for (int r = 0; r < kMaxBatch; ++r) {
@@ -87,34 +89,23 @@ void fold_query(const float* query, const uint16_t* pairs, int64_t batch, QueryT
   }
 }
 
-// Keys that share their scales, as rows of bytes: where they lie, or copies.
+// The codes of keys that share their scales, as rows of bytes.
 template <int kPieces>
 struct KeyRows {
   static constexpr int64_t kRowBytes = 64 * kPieces;
 
-  const uint8_t* part[kMaxKeys / 16];
   int64_t num_parts;
-  alignas(64) uint8_t copies[kMaxKeys * kRowBytes];
+  alignas(64) uint8_t parts[kMaxKeys / 16][16 * kRowBytes];
 
-  template <bool kIsInt4>
-  void find(const uint8_t* codes, int64_t count, const Ahead& next) {
-    constexpr int64_t kKeyBytes = kIsInt4 ? kRowBytes / 2 : kRowBytes;
+  void unpack(const uint8_t* codes, int64_t count, const AheadInSteps& next) {
     num_parts = (count + 15) / 16;
-    for (int64_t i = 0; i < num_parts; ++i) {
-      next(std::min<int64_t>(count - 16 * i, 16) * kKeyBytes);
-      if (!kIsInt4 && 16 * i + 16 <= count) {
-        part[i] = codes + 16 * i * kKeyBytes;
-        continue;
-      }
-      uint8_t* const copy = copies + 16 * i * kRowBytes;
-      for (int64_t t = 0; t < 16; ++t) {
-        const uint8_t* row = codes + std::min(16 * i + t, count - 1) * kKeyBytes;
+    for (int64_t t = 0; t < 16 * num_parts; ++t) {
+      if (t % 16 == 0) next();
+      const uint8_t* row = codes + std::min(t, count - 1) * kPieces * kPieceBytes;
 #pragma GCC unroll 2
-        for (int64_t piece = 0; piece < kPieces; ++piece) {
-          _mm512_store_si512(copy + t * kRowBytes + 64 * piece, load_codes<kIsInt4>(row, piece));
-        }
+      for (int64_t piece = 0; piece < kPieces; ++piece) {
+        _mm512_store_si512(parts[t / 16] + t % 16 * kRowBytes + 64 * piece, load_codes(row, piece));
       }
-      part[i] = copy;
     }
   }
 };
@@ -129,10 +120,10 @@ template <int kPieces, int kC, typename Tiles>
 void multiply_part(const KeyRows<kPieces>& keys, int64_t part) {
   constexpr int64_t kStride = KeyRows<kPieces>::kRowBytes;
   Tiles::template zero<kC>();
-  Tiles::template load<6>(keys.part[part], kStride);
+  Tiles::template load<6>(keys.parts[part], kStride);
   Tiles::template dot_unsigned_signed<kC, 6, 4>();
   if constexpr (kPieces > 1) {
-    Tiles::template load<7>(keys.part[part] + 64, kStride);
+    Tiles::template load<7>(keys.parts[part] + 64, kStride);
     Tiles::template dot_unsigned_signed<kC, 7, 5>();
   }
 }
@@ -152,10 +143,16 @@ void multiply_keys(const KeyRows<kPieces>& keys, const QueryTiles& query, KeySum
     Tiles::template store<3>(sums.sums[3], kTileRow);
     return;
   }
-  for (int64_t part = 0; part < keys.num_parts; ++part) {
+  int64_t part = 0;
+  for (; part + 2 <= keys.num_parts; part += 2) {
     multiply_part<kPieces, 0, Tiles>(keys, part);
+    multiply_part<kPieces, 1, Tiles>(keys, part + 1);
     Tiles::template store<0>(sums.sums[part], kTileRow);
+    Tiles::template store<1>(sums.sums[part + 1], kTileRow);
   }
+  if (part == keys.num_parts) return;
+  multiply_part<kPieces, 0, Tiles>(keys, part);
+  Tiles::template store<0>(sums.sums[part], kTileRow);
 }
 
 // Four columns of the keys t, 4 + t, 8 + t and 12 + t, in quarters.
@@ -184,9 +181,10 @@ void transpose_fours(const __m512i* rows, __m512i* fours) {
 
 // From whole numbers to the scores of a batch's rows.
 void write_scores(const KeySums& sums, const QueryUnits& query, int64_t batch, int64_t num_rows,
-                  int64_t count, float* scores) {
+                  int64_t count, float* scores, const AheadInSteps& next) {
   const float *unit = query.unit[batch], *base = query.base[batch];
   for (int64_t first = 0; first < count; first += 16) {
+    next();
     __m512i keys[4], rows[4];
 #pragma GCC unroll 4
     for (int64_t t = 0; t < 4; ++t) {
@@ -209,22 +207,23 @@ struct KeysUnderWay {
   QueryUnits query;
 };
 
-void write_scores(const KeysUnderWay& keys, const KeySums& sums, int64_t num_rows) {
+void write_scores(const KeysUnderWay& keys, const KeySums& sums, int64_t num_rows,
+                  const AheadInSteps& next) {
   int64_t batch = 0;
   for_each_batch(num_rows, kMaxBatch, [&](int64_t first, int64_t count) {
     write_scores(sums, keys.query, batch++, count, keys.count,
-                 keys.job->scores + first * kCodeRowStride + keys.slot - keys.job->keys.slot);
+                 keys.job->scores + first * kCodeRowStride + keys.slot - keys.job->keys.slot, next);
   });
 }
 
 // While the products of some keys are made, the query is folded for the next ones.
-template <bool kIsInt4, int kPieces, typename Tiles>
-void score_jobs(const KeyJob* jobs, int64_t num_jobs, int64_t num_rows, const Ahead& next) {
-  constexpr void (*kFoldQuery[])(const float*, const uint16_t*, int64_t, QueryTiles&,
-                                 QueryUnits&) = {
-      nullptr, fold_query<kIsInt4, kPieces, 1>, fold_query<kIsInt4, kPieces, 2>,
-      fold_query<kIsInt4, kPieces, 3>, fold_query<kIsInt4, kPieces, 4>};
-  constexpr int64_t kKeyBytes = kIsInt4 ? 32 * kPieces : 64 * kPieces;
+template <int kPieces, typename Tiles>
+void score_jobs(const KeyJob* jobs, int64_t num_jobs, int64_t num_rows, const Ahead& ahead) {
+  constexpr void (*kFoldQuery[])(const float*, const uint16_t*, int64_t, QueryTiles&, QueryUnits&,
+                                 const AheadInSteps&) = {
+      nullptr, fold_query<kPieces, 1>, fold_query<kPieces, 2>, fold_query<kPieces, 3>,
+      fold_query<kPieces, 4>};
+  constexpr int64_t kKeyBytes = kPieceBytes * kPieces;
   QueryTiles tiles;
   KeyRows<kPieces> rows;
   KeySums sums;
@@ -236,29 +235,32 @@ void score_jobs(const KeyJob* jobs, int64_t num_jobs, int64_t num_rows, const Ah
       KeysUnderWay& keys = under_way[now];
       now = 1 - now;
       Tiles::keep_awake();
+      // Folding a batch takes 4 * kPieces steps, 16 keys one, and what was under way as many.
+      const int64_t num_batches = (num_rows + kMaxBatch - 1) / kMaxBatch,
+                    num_parts = count / 16 + 1;
+      const AheadInSteps next(ahead, count * kKeyBytes,
+                              num_batches * (4 * kPieces + num_parts) + num_parts);
       int64_t batch = 0;
       for_each_batch(num_rows, kMaxBatch, [&](int64_t first, int64_t num_some) {
-        kFoldQuery[num_some](job->query + first * 64 * kPieces, pairs, batch++, tiles, keys.query);
+        kFoldQuery[num_some](job->query + first * 64 * kPieces, pairs, batch++, tiles, keys.query,
+                             next);
       });
       Tiles::keep_awake();
-      rows.template find<kIsInt4>(job->keys.codes + slot * kKeyBytes, count, next);
-      if (under_way[now].count > 0) write_scores(under_way[now], sums, num_rows);
+      rows.unpack(job->keys.codes + slot * kKeyBytes, count, next);
+      if (under_way[now].count > 0) write_scores(under_way[now], sums, num_rows, next);
       multiply_keys<kPieces, Tiles>(rows, tiles, sums);
       keys.job = job;
       keys.slot = slot;
       keys.count = count;
     });
   }
-  write_scores(under_way[1 - now], sums, num_rows);
+  write_scores(under_way[1 - now], sums, num_rows, AheadInSteps(ahead, 0, 1));
 }
 
 template <typename Tiles>
 void score_on_tiles(const KeyJob* jobs, int64_t num_jobs, int64_t num_rows, const Ahead& next) {
-  using Score = void (*)(const KeyJob*, int64_t, int64_t, const Ahead&);
-  constexpr Score kScore[2][kMaxPieces] = {
-      {score_jobs<false, 1, Tiles>, score_jobs<false, 2, Tiles>},
-      {score_jobs<true, 1, Tiles>, score_jobs<true, 2, Tiles>}};
-  kScore[jobs->keys.is_int4][jobs->keys.dim / 64 - 1](jobs, num_jobs, num_rows, next);
+  (jobs->keys.dim == 64 ? score_jobs<1, Tiles> : score_jobs<2, Tiles>)(jobs, num_jobs, num_rows,
+                                                                       next);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Products with codes on matrix tiles of bytes, for few query rows: numbers as bytes. In an
+// Products with 4-bit codes on matrix tiles of bytes, for few query rows: numbers as bytes. In an
 // anonymous namespace: each file that includes this gets its own copy, compiled with that file's
 // flags.
 //
@@ -26,6 +26,20 @@ constexpr int64_t kTileRow = 64;  // bytes
 constexpr int64_t kTile = 16 * kTileRow;
 constexpr int64_t kMaxPieces = 2;  // with more, values and their products fill the L1 cache
 constexpr int64_t kMaxBatches = kMaxCodeRows / kMaxBatch;
+
+// Asks for what is read next in steps: requests come one by one while numbers are made, for many
+// together fill the buffers for misses, and what is read then waits for one.
+class AheadInSteps {
+ public:
+  AheadInSteps(const Ahead& next, int64_t num_bytes, int64_t num_steps)
+      : next_(next), step_bytes_((num_bytes / num_steps + 63) / 64 * 64) {}
+
+  void operator()() const { next_(step_bytes_); }
+
+ private:
+  const Ahead& next_;
+  int64_t step_bytes_;
+};
 
 // ---- numbers of 16 bits as bytes -----------------------------------------------------------
 
@@ -59,14 +73,14 @@ __m512i join_sums(__m512i low, __m512i high) {
 
 // ---- codes ---------------------------------------------------------------------------------
 
+constexpr int64_t kPieceBytes = 32;  // of a row of codes: 64 channels
+
 // One piece of a row, a byte each, in the order of Pieces.
-template <bool kIsInt4>
 __m512i load_codes(const uint8_t* row, int64_t piece) {
-  if constexpr (!kIsInt4) return _mm512_loadu_si512(row + 64 * piece);
   const __m512i shifts = _mm512_set_epi64(0x4000400040004, 0x4000400040004, 0x4000400040004,
                                           0x4000400040004, 0, 0, 0, 0);
   const __m512i twice = _mm512_broadcast_i64x4(
-      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 32 * piece)));
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + kPieceBytes * piece)));
   return _mm512_and_si512(_mm512_srlv_epi16(twice, shifts), _mm512_set1_epi8(15));
 }
 

@@ -43,7 +43,8 @@ struct KeyVectors {
 
 template <bool kIsWhole>
 void fold_weights(const float* weights, int64_t num_rows, const CodeRun& run,
-                  const KeyScales& scales, FoldedWeights& folded, WeightUnits& rounded) {
+                  const KeyScales& scales, FoldedWeights& folded, WeightUnits& rounded,
+                  const AheadInSteps& next) {
   using Keys = KeyVectors<kIsWhole>;
   const int64_t groups = run.groups, num_sets = num_rows * groups;
   const SetLanes& lanes = kSetLanes[groups];
@@ -67,6 +68,7 @@ void fold_weights(const float* weights, int64_t num_rows, const CodeRun& run,
   }
   int64_t set = 0;
   for (int64_t r = 0; r < num_rows; ++r) {
+    next();
     const Keys row(masks, weights + r * kCodeRowStride);
     for (int64_t group = 0; group < groups; ++group, ++set) {
       const Keys scale(masks, scales.scale[group]), minimum(masks, scales.middle[group]);
@@ -103,15 +105,16 @@ struct alignas(64) ValueTiles {
 };
 
 // Keys past the last weigh nothing, so any will do for them. kIsWhole: there are none.
-template <bool kIsInt4, bool kIsWhole>
-void interleave_values(const CodeRun& run, int64_t piece, ValueTiles& tiles, const Ahead& next) {
-  const int64_t row_bytes = kIsInt4 ? run.dim / 2 : run.dim;
+template <bool kIsWhole>
+void interleave_values(const CodeRun& run, int64_t piece, ValueTiles& tiles,
+                       const AheadInSteps& next) {
+  const int64_t row_bytes = run.dim / 2;
   const uint8_t* codes = run.codes + run.slot * row_bytes;
   for (int64_t t = 0; t < 16; ++t) {
-    if (t % 4 == 0) next(run.count / 4 * (kIsInt4 ? 32 : 64));
+    if (t % 2 == 0) next();
     const auto row_of = [&](int64_t key) {
       if (!kIsWhole) key = std::min(key, run.count - 1);
-      return load_codes<kIsInt4>(codes + key * row_bytes, piece);
+      return load_codes(codes + key * row_bytes, piece);
     };
     const __m512i rows[4] = {row_of(t), row_of(t + 32), row_of(t + 16), row_of(t + 48)};
     const __m512i a = _mm512_unpacklo_epi8(rows[0], rows[1]);
@@ -165,11 +168,11 @@ void multiply_values(const uint8_t* weights, const ValueTiles& values, ValueSums
 }
 
 // From whole numbers to what is added to a batch's rows of sums.
-template <bool kIsInt4>
 void add_sums(const ValueSums& products, const WeightUnits& rounded, const int64_t* groups,
-              int64_t num_groups, const Pieces<kIsInt4>& pieces, int64_t piece, int64_t num_rows,
-              const float* decay, float* sums) {
+              int64_t num_groups, const Pieces<true>& pieces, int64_t piece, int64_t num_rows,
+              const float* decay, float* sums, const AheadInSteps& next) {
   for (int64_t r = 0; r < num_rows; ++r) {
+    next();
     __m512 channels[4];
 #pragma GCC unroll 4
     for (int64_t j = 0; j < 4; ++j) {
@@ -201,8 +204,7 @@ void add_sums(const ValueSums& products, const WeightUnits& rounded, const int64
 struct PieceGroups {
   int64_t of[kMaxPieces][2];
 
-  template <bool kIsInt4>
-  PieceGroups(const Pieces<kIsInt4>& pieces, int64_t group_size) {
+  PieceGroups(const Pieces<true>& pieces, int64_t group_size) {
     for (int64_t piece = 0; piece < pieces.count(); ++piece) {
       for (int64_t half = 0; half < 2; ++half) {
         of[piece][half] = pieces.begin(piece, half) / group_size;
@@ -212,10 +214,10 @@ struct PieceGroups {
 };
 
 // While the products of some values are made, the next ones are made ready.
-template <bool kIsInt4, typename Tiles>
-void add_jobs(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, const Ahead& next) {
+template <typename Tiles>
+void add_on_tiles(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, const Ahead& ahead) {
   const CodeRun& any = jobs->values;
-  const Pieces<kIsInt4> pieces = {any.dim};
+  const Pieces<true> pieces = {any.dim};
   const PieceGroups groups(pieces, any.dim / any.groups);
   const int64_t num_pieces = pieces.count();
   KeyScales scales;
@@ -224,7 +226,9 @@ void add_jobs(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, const Ah
   alignas(64) uint8_t weights[kMaxBatches][kMaxPieces][kTile];
   ValueTiles values[kMaxPieces];
   ValueSums products[kMaxBatches][kMaxPieces];
-  const auto prepare = [&](const ValueJob& job, WeightUnits* units) {
+  // A row is folded and, for each piece, added in a step, and a piece interleaved in 8.
+  const int64_t num_steps = num_rows * (1 + num_pieces) + 8 * num_pieces;
+  const auto prepare = [&](const ValueJob& job, WeightUnits* units, const AheadInSteps& next) {
     const CodeRun& run = job.values;
     Tiles::keep_awake();
     spread_scales(run, 0, scales);
@@ -233,7 +237,7 @@ void add_jobs(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, const Ah
       Tiles::keep_awake();
       (run.count == kMaxKeys ? fold_weights<true>
                              : fold_weights<false>)(job.weights + first * kCodeRowStride, count,
-                                                    run, scales, folded, units[batch]);
+                                                    run, scales, folded, units[batch], next);
       for (int64_t piece = 0; piece < num_pieces; ++piece) {
         pack_weights(folded, groups.of[piece], run.groups, count, weights[batch][piece]);
       }
@@ -241,8 +245,8 @@ void add_jobs(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, const Ah
     });
     for (int64_t piece = 0; piece < num_pieces; ++piece) {
       Tiles::keep_awake();
-      (run.count == kMaxKeys ? interleave_values<kIsInt4, true>
-                             : interleave_values<kIsInt4, false>)(run, piece, values[piece], next);
+      (run.count == kMaxKeys ? interleave_values<true>
+                             : interleave_values<false>)(run, piece, values[piece], next);
     }
   };
   const auto multiply = [&] {
@@ -252,28 +256,24 @@ void add_jobs(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, const Ah
       }
     }
   };
-  const auto finish = [&](const ValueJob& job, const WeightUnits* units) {
+  const auto finish = [&](const ValueJob& job, const WeightUnits* units, const AheadInSteps& next) {
     int64_t batch = 0;
     for_each_batch(num_rows, kMaxBatch, [&](int64_t first, int64_t count) {
       for (int64_t piece = 0; piece < num_pieces; ++piece) {
         add_sums(products[batch][piece], units[batch], groups.of[piece], any.groups, pieces, piece,
-                 count, job.decay + first, job.sums + first * any.dim);
+                 count, job.decay + first, job.sums + first * any.dim, next);
       }
       ++batch;
     });
   };
   for (int64_t i = 0; i < num_jobs; ++i) {
-    prepare(jobs[i], rounded[i % 2]);
-    if (i > 0) finish(jobs[i - 1], rounded[(i - 1) % 2]);
+    const int64_t num_bytes = jobs[i].values.count * pieces.row_bytes();
+    const AheadInSteps next(ahead, num_bytes, num_steps);
+    prepare(jobs[i], rounded[i % 2], next);
+    if (i > 0) finish(jobs[i - 1], rounded[(i - 1) % 2], next);
     multiply();
   }
-  finish(jobs[num_jobs - 1], rounded[(num_jobs - 1) % 2]);
-}
-
-template <typename Tiles>
-void add_on_tiles(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, const Ahead& next) {
-  (jobs->values.is_int4 ? add_jobs<true, Tiles> : add_jobs<false, Tiles>)(jobs, num_jobs, num_rows,
-                                                                          next);
+  finish(jobs[num_jobs - 1], rounded[(num_jobs - 1) % 2], AheadInSteps(ahead, 0, 1));
 }
 
 }  // namespace

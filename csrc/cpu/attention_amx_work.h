@@ -24,8 +24,9 @@ constexpr int64_t kParts = kKeys / kLanes, kHalves = kKeys / kStep;
 // or faster than this: a tile always has 16 rows.
 constexpr int64_t kFewRowsBesideTiles = 4;
 
-// Codes are faster on tiles of bytes from so many rows on: four take as long there as one.
-constexpr int64_t kLeastCodeRows = 3;
+// Codes of 4 bits are faster on tiles of bytes from so many rows on: four take as long as one
+// there.
+constexpr int64_t kLeastCodeRows = 4;
 
 // One item's rows, in groups of kLanes, and the tile of keys that is being worked on. `out` lies in
 // tiles, and of 32 neighbouring channels the first tile holds those at 0 to 3 of every 8: the order

@@ -67,7 +67,7 @@ const AttentionKernel* avx512_bf16_kernel(DType dtype, HeadDims dims);
 const AttentionKernel* amx_kernel(DType dtype, HeadDims dims);
 const AttentionKernel* amx_emulated_kernel(DType dtype, HeadDims dims);
 
-// Few rows of bfloat16 on matrix tiles, where blocks may hold codes.
+// For few rows of bfloat16, where blocks may hold codes: those of 4 bits on matrix tiles.
 void attend_codes_amx(const AttentionTile& tile, const TileResult* results);
 void attend_codes_amx_emulated(const AttentionTile& tile, const TileResult* results);
 

@@ -61,9 +61,9 @@ CODES = [
     Codes("groups_of_5_channels", "int4", 80, 80, 2, value_groups=16),
     Codes("groups_of_6_channels", "int8", 96, 96, 2, value_groups=16),
     Codes("no_blocks", "int8", 64, 64, num_blocks=0),
-    Codes("tiles_of_one_group", "int8", 128, 128, block_size=64, dtype=torch.bfloat16),
+    Codes("tiles_of_one_group", "int4", 128, 128, block_size=64, dtype=torch.bfloat16),
     Codes("tiles_of_narrow_values", "int4", 128, 64, 2, block_size=128, dtype=torch.bfloat16),
-    Codes("tiles_of_narrow_keys", "int8", 64, 128, 4, 2, block_size=64, dtype=torch.bfloat16),
+    Codes("tiles_of_narrow_keys", "int4", 64, 128, 4, 2, block_size=64, dtype=torch.bfloat16),
 ]
 
 

@@ -275,8 +275,8 @@ FAULTS = [
           "const int64_t set = r * num_groups + groups[1];\n      uint8_t*",
           isa="amx_emulated"),
     Fault("sums of codes multiplied once too often", CSRC + "attention_amx_code_values.h",
-          "if (i > 0) finish(jobs[i - 1], rounded[(i - 1) % 2]);",
-          "if (i > 0) finish(jobs[i - 1], rounded[i % 2]);", isa="amx_emulated"),
+          "if (i > 0) finish(jobs[i - 1], rounded[(i - 1) % 2], next);",
+          "if (i > 0) finish(jobs[i - 1], rounded[i % 2], next);", isa="amx_emulated"),
     # ---- the same bits in any cut
     Fault("chunks by length", CSRC + "attention_plan.cpp",
           "if (args.batch_invariant) {", "if (false) {", files=INVARIANCE),
