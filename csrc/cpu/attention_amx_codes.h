@@ -5,7 +5,7 @@
 
 #include "cpu/attention_amx_code_keys.h"
 #include "cpu/attention_amx_code_values.h"
-#include "cpu/attention_few_rows_avx512.h"
+#include "cpu/attention_kernel.h"
 
 namespace kvkernels {
 namespace {
@@ -21,19 +21,16 @@ inline bool suits_tiles(const CodeShape& shape) {
 template <typename Tiles>
 constexpr CodeKernels kTileCodes = {suits_tiles, score_on_tiles<Tiles>, add_on_tiles<Tiles>};
 
-// Floats as without tiles.
 template <typename Tiles>
-struct TileCodeRows : WidenedRows<BFloat16> {
-  static const CodeKernels* code_kernels(const CodeShape& shape) {
-    const CodeKernels* const others = avx512_vnni_code_kernels();
-    return others != nullptr && suits_tiles(shape) ? &kTileCodes<Tiles> : others;
-  }
-};
+const CodeKernels* find_code_kernels(const CodeShape& shape) {
+  const CodeKernels* const others = avx512_vnni_code_kernels();
+  return others != nullptr && suits_tiles(shape) ? &kTileCodes<Tiles> : others;
+}
 
 template <typename Tiles>
 void attend_codes(const AttentionTile& tile, const TileResult* results) {
   [[maybe_unused]] const Tiles tiles;  // configures the registers, and releases them at the end
-  attend_few_rows<TileCodeRows<Tiles>>(tile, results);
+  attend_few_rows_avx512(tile, results, find_code_kernels<Tiles>);
 }
 
 }  // namespace

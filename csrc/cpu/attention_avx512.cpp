@@ -61,6 +61,11 @@ constexpr AttentionKernel kKernel = {kMaxRows, kFewRows, attend<E>, narrow<E>,
 
 }  // namespace
 
+void attend_few_rows_avx512(const AttentionTile& tile, const TileResult* results,
+                            FindCodeKernels kernels_of) {
+  attend_few_rows<WidenedRows<BFloat16>>(tile, results, kernels_of);
+}
+
 const AttentionKernel* avx512_kernel(DType dtype, HeadDims dims) {
   if (!dims.are_multiples_of(16)) return nullptr;
   switch (dtype) {

@@ -18,9 +18,8 @@ struct CodeRuns {
   BlockKind kind() const { return runs[0].block.kind; }
 };
 
-// `kernels_of` says which kernels are tried for a shape; null: none.
 inline void find_code_runs(const AttentionTile& tile, int64_t begin, int64_t end,
-                           const CodeKernels* (*kernels_of)(const CodeShape&), CodeRuns& found) {
+                           FindCodeKernels kernels_of, CodeRuns& found) {
   const PagedAttentionArgs& args = *tile.args;
   found.count = 0;
   const BlockKind kind = block_entry(tile.blocks[begin / args.block_size]).kind;

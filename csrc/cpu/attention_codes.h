@@ -62,6 +62,9 @@ struct CodeKernels {
   void (*add)(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, const Ahead& next);
 };
 
+// Says which kernels are tried for a shape; null: none.
+using FindCodeKernels = const CodeKernels* (*)(const CodeShape&);
+
 // CodeKernels of who does one job after another.
 template <auto kScore>
 void score_each(const KeyJob* jobs, int64_t num_jobs, int64_t num_rows, const Ahead& next) {

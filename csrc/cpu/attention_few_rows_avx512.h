@@ -29,8 +29,7 @@ struct Tile {
 
 // Finds the keys and values from `begin` on. The rest of the offsets repeat the last row, so that
 // loops over a fixed number of rows read nothing that is not part of the sequence.
-template <typename R>
-void find_tile(const AttentionTile& tile, int64_t begin, Tile& found) {
+void find_tile(const AttentionTile& tile, int64_t begin, FindCodeKernels kernels_of, Tile& found) {
   found.begin = begin;
   found.end = begin < tile.key_end ? key_tile_end(tile, begin) : begin;
   const int64_t num_keys = found.num_keys();
@@ -39,7 +38,7 @@ void find_tile(const AttentionTile& tile, int64_t begin, Tile& found) {
   found.is_plain = lies_plain(tile, begin, found.end);
   found.codes.count = 0;
   if (!found.is_plain) {
-    find_code_runs(tile, begin, found.end, R::code_kernels, found.codes);
+    find_code_runs(tile, begin, found.end, kernels_of, found.codes);
   }
   if (found.is_plain) {
     find_rows(tile, begin, found.end, found.keys, found.values);
@@ -190,8 +189,11 @@ class FewRows {
  public:
   using Item = typename R::Item;
 
-  FewRows(const AttentionTile& tile)
-      : tile_(tile), args_(*tile.args), prefetch_(Prefetch::kLead, asks_twice(*tile.args)) {
+  FewRows(const AttentionTile& tile, FindCodeKernels kernels_of)
+      : tile_(tile),
+        args_(*tile.args),
+        kernels_of_(kernels_of),
+        prefetch_(Prefetch::kLead, asks_twice(*tile.args)) {
     const int64_t num_rows = tile.row_end - tile.row_begin, num_heads = tile.num_kv_heads;
     const int64_t rows_size = scratch_size(num_rows, args_);
     const int64_t wide_dim = std::max(args_.head_dim, args_.value_dim);
@@ -218,7 +220,7 @@ class FewRows {
 
  private:
   void find(int64_t begin, Tile& found) {
-    find_tile<R>(tile_, begin, found);
+    find_tile(tile_, begin, kernels_of_, found);
     prefetch_.add_tile(found.key_spans, found.value_spans, tile_.num_kv_heads);
     if (found.num_keys() == 0) add_next(tile_, kTileKeys, prefetch_);
   }
@@ -280,6 +282,7 @@ class FewRows {
 
   const AttentionTile& tile_;
   const PagedAttentionArgs& args_;
+  FindCodeKernels kernels_of_;
   Rows rows_[kMaxTileHeads];
   KeyRange seen_[kFewRows];
   Prefetch prefetch_;
@@ -288,8 +291,9 @@ class FewRows {
 };
 
 template <typename R>
-void attend_few_rows(const AttentionTile& tile, const TileResult* results) {
-  FewRows<R>(tile).attend(results);
+void attend_few_rows(const AttentionTile& tile, const TileResult* results,
+                     FindCodeKernels kernels_of = R::code_kernels) {
+  FewRows<R>(tile, kernels_of).attend(results);
 }
 
 }  // namespace

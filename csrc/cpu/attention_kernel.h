@@ -67,7 +67,14 @@ const AttentionKernel* avx512_bf16_kernel(DType dtype, HeadDims dims);
 const AttentionKernel* amx_kernel(DType dtype, HeadDims dims);
 const AttentionKernel* amx_emulated_kernel(DType dtype, HeadDims dims);
 
-// For few rows of bfloat16, where blocks may hold codes: those of 4 bits on matrix tiles.
+struct CodeKernels;
+struct CodeShape;
+
+// For few rows of bfloat16, as avx512_kernel(), but codes by other kernels: see FindCodeKernels.
+void attend_few_rows_avx512(const AttentionTile& tile, const TileResult* results,
+                            const CodeKernels* (*kernels_of)(const CodeShape&));
+
+// The same, with codes of 4 bits on matrix tiles.
 void attend_codes_amx(const AttentionTile& tile, const TileResult* results);
 void attend_codes_amx_emulated(const AttentionTile& tile, const TileResult* results);
 
