@@ -19,7 +19,8 @@ inline bool suits_tiles(const CodeShape& shape) {
 }
 
 template <typename Tiles>
-constexpr CodeKernels kTileCodes = {suits_tiles, score_on_tiles<Tiles>, add_on_tiles<Tiles>};
+constexpr CodeKernels kTileCodes = {suits_tiles, kMaxTileHeads, score_on_tiles<Tiles>,
+                                    add_on_tiles<Tiles>};
 
 template <typename Tiles>
 const CodeKernels* find_code_kernels(const CodeShape& shape) {

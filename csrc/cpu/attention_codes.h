@@ -58,6 +58,7 @@ struct ValueJob {
 // Jobs of one shape, in order. Each asks for about as much of what is read next as it reads.
 struct CodeKernels {
   bool (*suits)(const CodeShape& shape);
+  int64_t num_heads;  // to give the jobs of at once: one prepares the next's
   void (*score)(const KeyJob* jobs, int64_t num_jobs, int64_t num_rows, const Ahead& next);
   void (*add)(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, const Ahead& next);
 };

@@ -224,7 +224,7 @@ bool suits(const CodeShape& shape) {
 }  // namespace
 
 const CodeKernels* avx2_code_kernels() {
-  static const CodeKernels kernels = {suits, score_each<score>, add_each<add>};
+  static const CodeKernels kernels = {suits, 1, score_each<score>, add_each<add>};
   return &kernels;
 }
 

@@ -286,7 +286,7 @@ bool suits(const CodeShape& shape) { return shape.is_int4 && suits_vectors(shape
 }  // namespace
 
 const CodeKernels* avx512_bf16_code_kernels() {
-  static const CodeKernels kernels = {suits, score_each<score>, add_each<add>};
+  static const CodeKernels kernels = {suits, 1, score_each<score>, add_each<add>};
   return &kernels;
 }
 

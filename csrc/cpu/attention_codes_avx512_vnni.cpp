@@ -254,7 +254,7 @@ void add(const CodeRun& values, const float* weights, int64_t num_rows, const fl
 
 const CodeKernels* avx512_vnni_code_kernels() {
   static const bool has_vnni = __builtin_cpu_supports("avx512vnni");
-  static const CodeKernels kernels = {suits_vectors, score_each<score>, add_each<add>};
+  static const CodeKernels kernels = {suits_vectors, 1, score_each<score>, add_each<add>};
   return has_vnni ? &kernels : nullptr;
 }
 

@@ -238,28 +238,40 @@ class FewRows {
     }
   }
 
-  // All heads' keys, then all heads' values: the kernels may work on several at a time.
   void add_codes(const Tile& now) {
-    const int64_t num_heads = tile_.num_kv_heads, num_rows = rows_[0].count;
-    prefetch_.begin(num_heads * now.key_spans.num_bytes);
+    const int64_t num_heads = tile_.num_kv_heads;
+    const int64_t step = std::min(now.codes.kernels->num_heads, num_heads);
+    for (int64_t head = 0; head < num_heads; head += step) {
+      score_codes(now, head, std::min(head + step, num_heads));
+    }
+    for (int64_t head = 0; head < num_heads; head += step) {
+      add_values_of_codes(now, head, std::min(head + step, num_heads));
+    }
+  }
+
+  void score_codes(const Tile& now, int64_t first, int64_t end) {
+    prefetch_.begin((end - first) * now.key_spans.num_bytes);
     CodeJobs<KeyJob> keys;
-    for (int64_t head = 0; head < num_heads; ++head) {
+    for (int64_t head = first; head < end; ++head) {
       add_key_jobs(tile_, head, now.codes, rows_[head].floats, rows_[head].scores, keys);
     }
-    now.codes.kernels->score(keys.jobs, keys.count, num_rows, ahead_of(prefetch_));
-    for (int64_t head = 0; head < num_heads; ++head) {
+    now.codes.kernels->score(keys.jobs, keys.count, rows_[0].count, ahead_of(prefetch_));
+    for (int64_t head = first; head < end; ++head) {
       weigh_head(tile_, head, seen_, now, rows_[head]);
     }
-    prefetch_.begin(num_heads * now.value_spans.num_bytes);
+  }
+
+  void add_values_of_codes(const Tile& now, int64_t first, int64_t end) {
+    prefetch_.begin((end - first) * now.value_spans.num_bytes);
     CodeJobs<ValueJob> values;
-    for (int64_t head = 0; head < num_heads; ++head) {
+    for (int64_t head = first; head < end; ++head) {
       Rows& rows = rows_[head];
       if (rows.has_floats) decay_rows(rows, rows.out);
-      if (!rows.has_codes) std::fill_n(rows.of_codes, num_rows * rows.value_dim, 0.0f);
+      if (!rows.has_codes) std::fill_n(rows.of_codes, rows.count * rows.value_dim, 0.0f);
       rows.has_codes = true;
       add_value_jobs(tile_, head, now.codes, rows.scores, rows.decay, rows.of_codes, values);
     }
-    now.codes.kernels->add(values.jobs, values.count, num_rows, ahead_of(prefetch_));
+    now.codes.kernels->add(values.jobs, values.count, rows_[0].count, ahead_of(prefetch_));
   }
 
   CacheRows<Item> keys(const Tile& now, int64_t head) {
