@@ -218,7 +218,7 @@ void write_scores(const KeysUnderWay& keys, const KeySums& sums, int64_t num_row
 
 // While the products of some keys are made, the query is folded for the next ones.
 template <int kPieces, typename Tiles>
-void score_jobs(const KeyJob* jobs, int64_t num_jobs, int64_t num_rows, const Ahead& ahead) {
+void score_jobs(const KeyJob* jobs, int64_t num_jobs, int64_t num_rows, ReadAhead& ahead) {
   constexpr void (*kFoldQuery[])(const float*, const uint16_t*, int64_t, QueryTiles&, QueryUnits&,
                                  const AheadInSteps&) = {
       nullptr, fold_query<kPieces, 1>, fold_query<kPieces, 2>, fold_query<kPieces, 3>,
@@ -258,7 +258,7 @@ void score_jobs(const KeyJob* jobs, int64_t num_jobs, int64_t num_rows, const Ah
 }
 
 template <typename Tiles>
-void score_on_tiles(const KeyJob* jobs, int64_t num_jobs, int64_t num_rows, const Ahead& next) {
+void score_on_tiles(const KeyJob* jobs, int64_t num_jobs, int64_t num_rows, ReadAhead& next) {
   (jobs->keys.dim == 64 ? score_jobs<1, Tiles> : score_jobs<2, Tiles>)(jobs, num_jobs, num_rows,
                                                                        next);
 }

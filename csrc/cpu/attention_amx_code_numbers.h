@@ -31,13 +31,13 @@ constexpr int64_t kMaxBatches = kMaxCodeRows / kMaxBatch;
 // together fill the buffers for misses, and what is read then waits for one.
 class AheadInSteps {
  public:
-  AheadInSteps(const Ahead& next, int64_t num_bytes, int64_t num_steps)
+  AheadInSteps(ReadAhead& next, int64_t num_bytes, int64_t num_steps)
       : next_(next), step_bytes_((num_bytes / num_steps + 63) / 64 * 64) {}
 
-  void operator()() const { next_(step_bytes_); }
+  void operator()() const { next_.advance(step_bytes_); }
 
  private:
-  const Ahead& next_;
+  ReadAhead& next_;
   int64_t step_bytes_;
 };
 

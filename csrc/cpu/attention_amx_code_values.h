@@ -215,7 +215,7 @@ struct PieceGroups {
 
 // While the products of some values are made, the next ones are made ready.
 template <typename Tiles>
-void add_on_tiles(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, const Ahead& ahead) {
+void add_on_tiles(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, ReadAhead& ahead) {
   const CodeRun& any = jobs->values;
   const Pieces<true> pieces = {any.dim};
   const PieceGroups groups(pieces, any.dim / any.groups);

@@ -24,7 +24,7 @@ void load_shared(Tiles& tiles, const uint16_t* shared) {
 
 // The scores of 16 keys of kSteps * kStep channels, in tile kC.
 template <int kSteps, int kC, typename Tiles>
-void score_part(Tiles& tiles, const KeyRows& keys, Prefetch& next, float* scores) {
+void score_part(Tiles& tiles, const KeyRows& keys, ReadAhead& next, float* scores) {
   tiles.template zero<kC>();
   tiles.template load<2>(keys.first, keys.stride);
   tiles.template dot<kC, 2, 4>();
@@ -48,7 +48,7 @@ void score_part(Tiles& tiles, const KeyRows& keys, Prefetch& next, float* scores
 }
 
 template <int kSteps, typename Tiles>
-void score_narrow(Tiles& tiles, const Work& work, const KeyRows* keys, Prefetch& next) {
+void score_narrow(Tiles& tiles, const Work& work, const KeyRows* keys, ReadAhead& next) {
   load_shared<kSteps>(tiles, work.query);
   for (int64_t part = 0; part < kParts; part += 2) {
     float* scores = work.scores + part * kLanes * kLanes;
@@ -59,7 +59,7 @@ void score_narrow(Tiles& tiles, const Work& work, const KeyRows* keys, Prefetch&
 
 // Of a query that takes more tiles than those.
 template <typename Tiles>
-void score_wide(Tiles& tiles, const Work& work, const KeyRows* keys, Prefetch& next) {
+void score_wide(Tiles& tiles, const Work& work, const KeyRows* keys, ReadAhead& next) {
   for (int64_t part = 0; part < kParts; part += 2) {
     tiles.template zero<0>();
     tiles.template zero<1>();
@@ -78,7 +78,7 @@ void score_wide(Tiles& tiles, const Work& work, const KeyRows* keys, Prefetch& n
 }
 
 template <typename Tiles>
-void score(Tiles& tiles, const Work& work, const KeyRows* keys, Prefetch& next) {
+void score(Tiles& tiles, const Work& work, const KeyRows* keys, ReadAhead& next) {
   switch (work.head_dim / kStep) {
     case 1:
       return score_narrow<1>(tiles, work, keys, next);
@@ -134,7 +134,7 @@ void add_channels(Tiles& tiles, const uint16_t* ready, float* out, const Between
 // Adds the values by the weights, 32 channels at a time: these are interleaved while those before
 // are multiplied, in so few places that they stay in the L1 cache.
 template <typename Tiles>
-void add_values(Tiles& tiles, const Work& work, const ValueRows& values, Prefetch& next) {
+void add_values(Tiles& tiles, const Work& work, const ValueRows& values, ReadAhead& next) {
   constexpr int64_t kKeysBetween = kKeys / 8;
   static_assert(kHalves == 4);
   load_shared<kHalves>(tiles, work.weights);
@@ -163,7 +163,7 @@ void add_values(Tiles& tiles, const Work& work, const ValueRows& values, Prefetc
 // The rows against the tile of keys [begin, end).
 template <typename Tiles>
 void attend_few_rows(Tiles& tiles, Work& work, int64_t begin, int64_t end, const KeyRows* keys,
-                     const ValueRows& values, Prefetch& next) {
+                     const ValueRows& values, ReadAhead& next) {
   score(tiles, work, keys, next);
   if (work.adjusts) adjust_group(work, 0, begin, end - begin, work.scores);
   weigh(work, 0, begin, work.scores, work.weights);

@@ -73,7 +73,7 @@ inline void add_key_products(const float* query, int64_t head_dim, const uint16_
 
 // Up to 4 rows: 16 products of pairs of channels, of one row and one key, an instruction.
 template <Asking kAsking, int kRows>
-void score_pairs(const float* query, int64_t head_dim, const Rows16& keys, Prefetch& next,
+void score_pairs(const float* query, int64_t head_dim, const Rows16& keys, ReadAhead& next,
                  int64_t num_keys, float* scores) {
   using Columns = SixteenColumns<kRows>;
   constexpr int kTokens = Columns::kColumns;
@@ -123,7 +123,7 @@ inline void combine_eights(const __m512* keys, __m512& even, __m512& odd) {
 }
 
 template <Asking kAsking, int kRows>
-void score_eights(const float* query, int64_t head_dim, const Rows16& keys, Prefetch& next,
+void score_eights(const float* query, int64_t head_dim, const Rows16& keys, ReadAhead& next,
                   int64_t num_keys, float* scores) {
   constexpr int kTokens = 8;
   const auto* eights = reinterpret_cast<const uint16_t*>(query);
@@ -166,7 +166,7 @@ void score_eights(const float* query, int64_t head_dim, const Rows16& keys, Pref
 }
 
 template <int kRows>
-void score_rows(const float* query, int64_t head_dim, const Rows16& keys, Prefetch& next,
+void score_rows(const float* query, int64_t head_dim, const Rows16& keys, ReadAhead& next,
                 int64_t num_keys, float* scores) {
   with_asking(next, [&](auto asking) {
     if constexpr (kRows <= kBatch) {
@@ -208,8 +208,9 @@ template <int kRows, int kVectors, typename Lines>
 // Of 32 neighbouring channels, `out` holds those at 0 to 3 of every 8 before those at 4 to 7: the
 // order that unpacking pairs gives, at two thirds of the cost of one that keeps them.
 template <Asking kAsking, int kRows, int kVectors>
-void add_value_pairs(const float* weights, const float* decay, const Rows16& values, Prefetch& next,
-                     int64_t num_keys, int64_t head_dim, int64_t first, float* out) {
+void add_value_pairs(const float* weights, const float* decay, const Rows16& values,
+                     ReadAhead& next, int64_t num_keys, int64_t head_dim, int64_t first,
+                     float* out) {
   __m512 sums[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -242,7 +243,7 @@ void add_value_pairs(const float* weights, const float* decay, const Rows16& val
 }
 
 template <int kRows>
-void add_pairs(float* weights, const float* decay, const Rows16& values, Prefetch& next,
+void add_pairs(float* weights, const float* decay, const Rows16& values, ReadAhead& next,
                int64_t num_keys, int64_t head_dim, float* out) {
   for (int r = 0; r < kRows; ++r) round_weights(weights + r * kTileKeys, num_keys);
   // As many sums as registers hold.

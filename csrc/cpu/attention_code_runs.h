@@ -38,12 +38,6 @@ inline void find_code_runs(const AttentionTile& tile, int64_t begin, int64_t end
   if (!is_one_kind) found.count = 0;
 }
 
-inline Ahead ahead_of(Prefetch& next) {
-  return {&next, [](void* prefetch, int64_t num_bytes) {
-            static_cast<Prefetch*>(prefetch)->advance(num_bytes);
-          }};
-}
-
 inline CodeRun code_run(const Part& part, const Run& run, const PagedAttentionArgs& args,
                         int64_t kv_head, int64_t dim, int64_t groups) {
   return {part.codes_of(run.block.id, kv_head),

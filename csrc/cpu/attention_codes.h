@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "cpu/attention_read_ahead.h"
+
 namespace kvkernels {
 
 constexpr int64_t kMaxCodeDim = 256;    // head_dim and value_dim at most
@@ -17,14 +19,6 @@ struct CodeRun {
   bool is_int4;
   int64_t slot, count;
   int64_t dim, groups, block_size;
-};
-
-// Asks for the next `num_bytes` of what will be read later.
-struct Ahead {
-  void* prefetch;
-  void (*advance)(void* prefetch, int64_t num_bytes);
-
-  void operator()(int64_t num_bytes) const { advance(prefetch, num_bytes); }
 };
 
 // The shape of a quantised cache.
@@ -59,8 +53,8 @@ struct ValueJob {
 struct CodeKernels {
   bool (*suits)(const CodeShape& shape);
   int64_t num_heads;  // to give the jobs of at once: one prepares the next's
-  void (*score)(const KeyJob* jobs, int64_t num_jobs, int64_t num_rows, const Ahead& next);
-  void (*add)(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, const Ahead& next);
+  void (*score)(const KeyJob* jobs, int64_t num_jobs, int64_t num_rows, ReadAhead& next);
+  void (*add)(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, ReadAhead& next);
 };
 
 // Says which kernels are tried for a shape; null: none.
@@ -68,14 +62,14 @@ using FindCodeKernels = const CodeKernels* (*)(const CodeShape&);
 
 // CodeKernels of who does one job after another.
 template <auto kScore>
-void score_each(const KeyJob* jobs, int64_t num_jobs, int64_t num_rows, const Ahead& next) {
+void score_each(const KeyJob* jobs, int64_t num_jobs, int64_t num_rows, ReadAhead& next) {
   for (const KeyJob* job = jobs; job < jobs + num_jobs; ++job) {
     kScore(job->keys, job->query, num_rows, job->scores, next);
   }
 }
 
 template <auto kAdd>
-void add_each(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, const Ahead& next) {
+void add_each(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, ReadAhead& next) {
   for (const ValueJob* job = jobs; job < jobs + num_jobs; ++job) {
     kAdd(job->values, job->weights, num_rows, job->decay, job->sums, next);
   }

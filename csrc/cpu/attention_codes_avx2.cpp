@@ -65,7 +65,7 @@ void add_bytes_of_keys(const uint8_t* const* keys, int64_t first_byte, const Rou
 // Scores of `count` keys that share their scales, with up to 4 rows.
 template <bool kIsInt4, int kRows>
 void score_group(const uint8_t* codes, const uint16_t* pairs, int64_t count, int64_t dim,
-                 const float* query, float* scores, const Ahead& next) {
+                 const float* query, float* scores, ReadAhead& next) {
   constexpr int kKeys = keys_at_once(kRows);
   const int64_t num_bytes = bytes_of_row(kIsInt4, dim);
   RoundedQuery rounded;
@@ -92,13 +92,13 @@ void score_group(const uint8_t* codes, const uint16_t* pairs, int64_t count, int
       std::memcpy(scores + r * kCodeRowStride + first, results + r * kKeys, kKeys * sizeof(float));
     }
     // Eight keys at a time: asking takes as long as adding up the sums of two.
-    if (first % 8 == 0) next(8 * num_bytes);
+    if (first % 8 == 0) next.advance(8 * num_bytes);
   }
 }
 
 template <bool kIsInt4>
 void score_run(const CodeRun& run, const float* query, int64_t num_rows, float* scores,
-               const Ahead& next_read) {
+               ReadAhead& next_read) {
   constexpr decltype(&score_group<kIsInt4, 1>) kKernels[kMaxBatch] = {
       score_group<kIsInt4, 1>, score_group<kIsInt4, 2>, score_group<kIsInt4, 3>,
       score_group<kIsInt4, 4>};
@@ -116,7 +116,7 @@ void score_run(const CodeRun& run, const float* query, int64_t num_rows, float* 
 }
 
 void score(const CodeRun& keys, const float* query, int64_t num_rows, float* scores,
-           const Ahead& next) {
+           ReadAhead& next) {
   (keys.is_int4 ? score_run<true> : score_run<false>)(keys, query, num_rows, scores, next);
 }
 
@@ -187,17 +187,17 @@ void add_bytes_of_values(const CodeRun& run, int64_t first_byte, const RoundedWe
 
 template <bool kIsInt4, int kRows>
 void add_rows(const CodeRun& run, const RoundedWeights& weights, const float* decay, float* sums,
-              const Ahead& next) {
+              ReadAhead& next) {
   const int64_t num_bytes = bytes_of_row(kIsInt4, run.dim);
   for (int64_t i = 0; i < num_bytes; i += 16) {
-    next(16 * run.count);
+    next.advance(16 * run.count);
     add_bytes_of_values<kIsInt4, kRows>(run, i, weights, decay, sums);
   }
 }
 
 template <bool kIsInt4>
 void add_run(const CodeRun& run, const float* weights, int64_t num_rows, const float* decay,
-             float* sums, const Ahead& next) {
+             float* sums, ReadAhead& next) {
   constexpr decltype(&add_rows<kIsInt4, 1>) kKernels[kMaxBatch] = {
       add_rows<kIsInt4, 1>, add_rows<kIsInt4, 2>, add_rows<kIsInt4, 3>, add_rows<kIsInt4, 4>};
   KeyScales scales;
@@ -210,7 +210,7 @@ void add_run(const CodeRun& run, const float* weights, int64_t num_rows, const f
 }
 
 void add(const CodeRun& values, const float* weights, int64_t num_rows, const float* decay,
-         float* sums, const Ahead& next) {
+         float* sums, ReadAhead& next) {
   (values.is_int4 ? add_run<true> : add_run<false>)(values, weights, num_rows, decay, sums, next);
 }
 

@@ -149,7 +149,7 @@ constexpr int64_t kMaxKeyGroups = kMaxKeys / 16;  // of a tile
 // Scores of a run's keys with kRows rows. The query is folded with the scales of all groups first:
 // what one group waits for, the next can do meanwhile.
 template <int kRows>
-void score_rows(const CodeRun& run, const float* query, float* scores, const Ahead& next) {
+void score_rows(const CodeRun& run, const float* query, float* scores, ReadAhead& next) {
   const Piece pieces = {run.dim};
   const int64_t num_bytes = pieces.row_bytes(), group_size = run.block_size / run.groups;
   const int64_t first_group = run.slot / group_size, end = run.slot + run.count;
@@ -163,7 +163,7 @@ void score_rows(const CodeRun& run, const float* query, float* scores, const Ahe
     const int64_t group = slot / group_size;
     count = std::min({(group + 1) * group_size - slot, end - slot, int64_t{32}});
     const uint8_t* const rows = run.codes + slot * num_bytes;
-    next(count * num_bytes);
+    next.advance(count * num_bytes);
     const FoldedQuery& query_of_group = folded[group - first_group];
     float* const target = scores + slot - run.slot;
     SixteenRows keys[2] = {buffers[0].find(rows, count, pieces)};
@@ -176,13 +176,13 @@ void score_rows(const CodeRun& run, const float* query, float* scores, const Ahe
   }
 }
 
-using ScoreRows = void (*)(const CodeRun&, const float*, float*, const Ahead&);
+using ScoreRows = void (*)(const CodeRun&, const float*, float*, ReadAhead&);
 
 constexpr ScoreRows kScoreRows[kMaxBatch + 1] = {nullptr, score_rows<1>, score_rows<2>,
                                                  score_rows<3>, score_rows<4>};
 
 void score(const CodeRun& keys, const float* query, int64_t num_rows, float* scores,
-           const Ahead& next) {
+           ReadAhead& next) {
   for_each_batch(num_rows, kMaxBatch, [&](int64_t first, int64_t count) {
     kScoreRows[count](keys, query + first * keys.dim, scores + first * kCodeRowStride, next);
   });
@@ -201,7 +201,7 @@ __m512i interleave(__m256i a, __m256i b) {
 // odd ones: their codes lie in different bytes.
 template <bool kIsWhole, int kRows>
 void add_piece(const CodeRun& run, int64_t piece, const FoldedWeights& weights, const float* decay,
-               float* sums, const Ahead& next) {
+               float* sums, ReadAhead& next) {
   const Piece pieces = {run.dim};
   const int64_t num_bytes = pieces.row_bytes(), group_size = run.dim / run.groups;
   const uint8_t* codes = run.codes + run.slot * num_bytes + 32 * piece;
@@ -212,7 +212,7 @@ void add_piece(const CodeRun& run, int64_t piece, const FoldedWeights& weights, 
   for (int half = 0; half < 2; ++half) {
     group[half] = std::min(pieces.begin(piece, half) / group_size, run.groups - 1);
   }
-  next(run.count * 32);
+  next.advance(run.count * 32);
   __m512 products[kRows][2][2];  // [row][half][even or odd]
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
@@ -258,7 +258,7 @@ void add_piece(const CodeRun& run, int64_t piece, const FoldedWeights& weights, 
 
 template <bool kIsWhole, int kRows>
 void add_rows(const CodeRun& values, const float* weights, const float* decay, float* sums,
-              const Ahead& next) {
+              ReadAhead& next) {
   FoldedWeights folded;
   fold_weights<kRows>(weights, values, folded);
   for (int64_t piece = 0; piece < Piece{values.dim}.count(); ++piece) {
@@ -266,14 +266,14 @@ void add_rows(const CodeRun& values, const float* weights, const float* decay, f
   }
 }
 
-using AddRows = void (*)(const CodeRun&, const float*, const float*, float*, const Ahead&);
+using AddRows = void (*)(const CodeRun&, const float*, const float*, float*, ReadAhead&);
 
 template <bool kIsWhole>
 constexpr AddRows kAddRows[kMaxBatch + 1] = {nullptr, add_rows<kIsWhole, 1>, add_rows<kIsWhole, 2>,
                                              add_rows<kIsWhole, 3>, add_rows<kIsWhole, 4>};
 
 void add(const CodeRun& values, const float* weights, int64_t num_rows, const float* decay,
-         float* sums, const Ahead& next) {
+         float* sums, ReadAhead& next) {
   const AddRows* const kernels = Piece{values.dim}.are_whole() ? kAddRows<true> : kAddRows<false>;
   for_each_batch(num_rows, kMaxBatch, [&](int64_t first, int64_t count) {
     kernels[count](values, weights + first * kCodeRowStride, decay + first,

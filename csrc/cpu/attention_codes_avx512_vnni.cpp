@@ -69,11 +69,11 @@ void load_pairs_of_codes(const uint8_t* a, const uint8_t* b, int64_t piece, int6
 // Scores of neighbouring keys that share their scales, `pairs`, with the number of rows that it is
 // made for.
 using ScoreGroup = void (*)(const uint8_t* codes, const uint16_t* pairs, int64_t count, int64_t dim,
-                            const float* query, float* scores, const Ahead& next);
+                            const float* query, float* scores, ReadAhead& next);
 
 // Scores of all keys of a run: `kernels[n]` serves n rows.
 void score_groups(const CodeRun& run, const ScoreGroup* kernels, const float* query,
-                  int64_t num_rows, float* scores, const Ahead& next_read) {
+                  int64_t num_rows, float* scores, ReadAhead& next_read) {
   const int64_t num_bytes = run.is_int4 ? run.dim / 2 : run.dim;
   for_each_key_group(run, [&](int64_t slot, int64_t num_keys, const uint16_t* pairs) {
     for_each_batch(num_rows, kMaxBatch, [&](int64_t first, int64_t count) {
@@ -85,9 +85,9 @@ void score_groups(const CodeRun& run, const ScoreGroup* kernels, const float* qu
 }
 
 // Scores of `count` keys that share their scales, with up to 4 rows.
-template <bool kIsInt4, bool kIsWhole, int kRows>
+template <bool kIsInt4, bool kIsWhole, Asking kAsking, int kRows>
 void score_group(const uint8_t* codes, const uint16_t* pairs, int64_t count, int64_t dim,
-                 const float* query, float* scores, const Ahead& next) {
+                 const float* query, float* scores, ReadAhead& next) {
   using Columns = SixteenColumns<kRows, IntegerSumOf>;
   constexpr int kTokens = Columns::kColumns;
   const Pieces<kIsInt4> pieces = {dim};
@@ -95,7 +95,6 @@ void score_group(const uint8_t* codes, const uint16_t* pairs, int64_t count, int
   RoundedQuery rounded;
   round_query<kIsInt4, kRows>(query, dim, pairs, kLargest, rounded);
   for (int64_t first = 0; first < count; first += 16) {
-    next(std::min<int64_t>(count - first, 16) * num_bytes);
     Columns columns;
 #pragma GCC unroll 1
     for (int part = 0; part < 16 / kTokens; ++part) {
@@ -107,6 +106,7 @@ void score_group(const uint8_t* codes, const uint16_t* pairs, int64_t count, int
       }
 #pragma GCC unroll 16
       for (__m512i& sum : sums) sum = _mm512_setzero_si512();
+      auto ahead = next.take<kAsking>(kTokens * num_bytes, keys[0]);
       for (int64_t piece = 0; piece < num_pieces; ++piece) {
         __m512i x[kRows][2];
 #pragma GCC unroll 4
@@ -118,6 +118,7 @@ void score_group(const uint8_t* codes, const uint16_t* pairs, int64_t count, int
         for (int t = 0; t < kTokens; ++t) {
           __m512i halves[2];
           load_row_codes<kIsInt4, kIsWhole>(keys[t], piece, num_bytes, halves);
+          if (!kIsInt4 || t % 2 == 0) ahead.template ask<64>();
 #pragma GCC unroll 4
           for (int r = 0; r < kRows; ++r) {
             add_products(sums[r * kTokens + t], halves[0], x[r][0]);
@@ -139,22 +140,28 @@ void score_group(const uint8_t* codes, const uint16_t* pairs, int64_t count, int
   }
 }
 
-template <bool kIsInt4, bool kIsWhole>
+template <bool kIsInt4, bool kIsWhole, Asking kAsking>
 constexpr ScoreGroup kScoreGroup[kMaxBatch + 1] = {
-    nullptr, score_group<kIsInt4, kIsWhole, 1>, score_group<kIsInt4, kIsWhole, 2>,
-    score_group<kIsInt4, kIsWhole, 3>, score_group<kIsInt4, kIsWhole, 4>};
+    nullptr, score_group<kIsInt4, kIsWhole, kAsking, 1>, score_group<kIsInt4, kIsWhole, kAsking, 2>,
+    score_group<kIsInt4, kIsWhole, kAsking, 3>, score_group<kIsInt4, kIsWhole, kAsking, 4>};
 
-template <bool kIsInt4>
-const ScoreGroup* score_kernels(int64_t dim) {
-  return Pieces<kIsInt4>{dim}.are_whole() ? kScoreGroup<kIsInt4, true>
-                                          : kScoreGroup<kIsInt4, false>;
-}
+// With rows that end within a piece, which are rare, and with codes of 4 bits, for which processors
+// that ask otherwise have other kernels.
+constexpr Asking kUsually = Asking::kOnceL2;
 
 void score(const CodeRun& keys, const float* query, int64_t num_rows, float* scores,
-           const Ahead& next) {
-  const ScoreGroup* const kernels =
-      keys.is_int4 ? score_kernels<true>(keys.dim) : score_kernels<false>(keys.dim);
-  score_groups(keys, kernels, query, num_rows, scores, next);
+           ReadAhead& next) {
+  const auto score_with = [&](const ScoreGroup* kernels) {
+    score_groups(keys, kernels, query, num_rows, scores, next);
+  };
+  if (keys.is_int4) {
+    score_with(Pieces<true>{keys.dim}.are_whole() ? kScoreGroup<true, true, kUsually>
+                                                  : kScoreGroup<true, false, kUsually>);
+  } else if (Pieces<false>{keys.dim}.are_whole()) {
+    with_asking(next, [&](auto asking) { score_with(kScoreGroup<false, true, asking()>); });
+  } else {
+    score_with(kScoreGroup<false, false, kUsually>);
+  }
 }
 
 // ---- values --------------------------------------------------------------------------------
@@ -169,9 +176,9 @@ void add_half(__m512 a, __m512 b, int64_t count, float decay, float* target) {
 }
 
 // One piece of each value of the run.
-template <bool kIsInt4, bool kIsWhole, int kRows>
+template <bool kIsInt4, bool kIsWhole, Asking kAsking, int kRows>
 void add_piece(const CodeRun& run, int64_t piece, const RoundedWeights& weights, const float* decay,
-               float* sums, const Ahead& next) {
+               float* sums, ReadAhead& next) {
   const Pieces<kIsInt4> pieces = {run.dim};
   const int64_t num_bytes = pieces.row_bytes(), group_size = run.dim / run.groups;
   const uint8_t* codes = run.codes + run.slot * num_bytes;
@@ -186,19 +193,23 @@ void add_piece(const CodeRun& run, int64_t piece, const RoundedWeights& weights,
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) products[r][i] = _mm512_setzero_si512();
   }
-  next(run.count * (kIsInt4 ? 32 : 64));
-  for (int64_t t = 0; t < run.count; t += 2) {
-    // A key past the last has no weight.
-    const int64_t odd = t + 1 < run.count ? t + 1 : t;
-    __m512i pairs[4];
-    load_pairs_of_codes<kIsInt4, kIsWhole>(codes + t * num_bytes, codes + odd * num_bytes, piece,
-                                           num_bytes, pairs);
+  for (int64_t begin = 0; begin < run.count; begin += 16) {
+    const int64_t end = std::min<int64_t>(begin + 16, run.count);
+    auto ahead = next.take<kAsking>(16 * (kIsInt4 ? 32 : 64), codes + begin * num_bytes);
+    for (int64_t t = begin; t < end; t += 2) {
+      // A key past the last has no weight.
+      const int64_t odd = t + 1 < run.count ? t + 1 : t;
+      __m512i pairs[4];
+      load_pairs_of_codes<kIsInt4, kIsWhole>(codes + t * num_bytes, codes + odd * num_bytes, piece,
+                                             num_bytes, pairs);
+      ahead.template ask<kIsInt4 ? 64 : 128>();
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const auto* x = reinterpret_cast<const int32_t*>(weights.x[sets[r][i / 2]]);
-        add_products(products[r][i], pairs[i], _mm512_set1_epi32(x[t / 2]));
+        for (int i = 0; i < 4; ++i) {
+          const auto* x = reinterpret_cast<const int32_t*>(weights.x[sets[r][i / 2]]);
+          add_products(products[r][i], pairs[i], _mm512_set1_epi32(x[t / 2]));
+        }
       }
     }
   }
@@ -221,33 +232,42 @@ void add_piece(const CodeRun& run, int64_t piece, const RoundedWeights& weights,
 }
 
 using AddPiece = void (*)(const CodeRun&, int64_t, const RoundedWeights&, const float*, float*,
-                          const Ahead&);
+                          ReadAhead&);
 
-template <bool kIsInt4, bool kIsWhole>
+template <bool kIsInt4, bool kIsWhole, Asking kAsking>
 constexpr AddPiece kAddPiece[kMaxBatch + 1] = {
-    nullptr, add_piece<kIsInt4, kIsWhole, 1>, add_piece<kIsInt4, kIsWhole, 2>,
-    add_piece<kIsInt4, kIsWhole, 3>, add_piece<kIsInt4, kIsWhole, 4>};
+    nullptr, add_piece<kIsInt4, kIsWhole, kAsking, 1>, add_piece<kIsInt4, kIsWhole, kAsking, 2>,
+    add_piece<kIsInt4, kIsWhole, kAsking, 3>, add_piece<kIsInt4, kIsWhole, kAsking, 4>};
 
 template <bool kIsInt4>
-void add_run(const CodeRun& run, const float* weights, int64_t num_rows, const float* decay,
-             float* sums, const Ahead& next) {
-  const Pieces<kIsInt4> pieces = {run.dim};
-  const AddPiece* const kernels =
-      pieces.are_whole() ? kAddPiece<kIsInt4, true> : kAddPiece<kIsInt4, false>;
+void add_run(const CodeRun& run, const AddPiece* kernels, const float* weights, int64_t num_rows,
+             const float* decay, float* sums, ReadAhead& next) {
   KeyScales scales;
   spread_scales(run, middle_code(kIsInt4), scales);
   RoundedWeights rounded;
   for_each_batch(num_rows, kMaxBatch, [&](int64_t first, int64_t count) {
     round_weights<kIsInt4>(weights + first * kCodeRowStride, count, run, scales, kLargest, rounded);
-    for (int64_t piece = 0; piece < pieces.count(); ++piece) {
+    for (int64_t piece = 0; piece < Pieces<kIsInt4>{run.dim}.count(); ++piece) {
       kernels[count](run, piece, rounded, decay + first, sums + first * run.dim, next);
     }
   });
 }
 
 void add(const CodeRun& values, const float* weights, int64_t num_rows, const float* decay,
-         float* sums, const Ahead& next) {
-  (values.is_int4 ? add_run<true> : add_run<false>)(values, weights, num_rows, decay, sums, next);
+         float* sums, ReadAhead& next) {
+  const auto add_with = [&](auto is_int4, const AddPiece* kernels) {
+    add_run<is_int4()>(values, kernels, weights, num_rows, decay, sums, next);
+  };
+  if (values.is_int4) {
+    add_with(std::true_type(), Pieces<true>{values.dim}.are_whole()
+                                   ? kAddPiece<true, true, kUsually>
+                                   : kAddPiece<true, false, kUsually>);
+  } else if (Pieces<false>{values.dim}.are_whole()) {
+    with_asking(
+        next, [&](auto asking) { add_with(std::false_type(), kAddPiece<false, true, asking()>); });
+  } else {
+    add_with(std::false_type(), kAddPiece<false, false, kUsually>);
+  }
 }
 
 }  // namespace

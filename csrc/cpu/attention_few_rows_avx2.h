@@ -155,7 +155,7 @@ class FewRows {
     } else if (now.form == Form::kCodes) {
       CodeJobs<KeyJob> all;
       add_key_jobs(tile_, head, now.codes, rows.floats, rows.scores, all);
-      now.codes.kernels->score(all.jobs, all.count, rows.count, ahead_of(prefetch_));
+      now.codes.kernels->score(all.jobs, all.count, rows.count, prefetch_);
     } else {
       unpack_keys<Avx2Unpacker<E>>(tile_, head, now.begin, now.end, scales_, unpacked_);
       score_all<Float32>(rows.floats, rows.count, rows.head_dim, {unpacked_, now.keys}, prefetch_,
@@ -179,7 +179,7 @@ class FewRows {
     if (now.form == Form::kCodes) {
       CodeJobs<ValueJob> all;
       add_value_jobs(tile_, head, now.codes, rows.scores, kNoDecay, sums_, all);
-      now.codes.kernels->add(all.jobs, all.count, rows.count, ahead_of(prefetch_));
+      now.codes.kernels->add(all.jobs, all.count, rows.count, prefetch_);
     } else {
       unpack_values<Avx2Unpacker<E>>(tile_, head, now.begin, now.end, scales_, unpacked_);
       add_all<Float32>(rows.scores, rows.count, kNoDecay, {unpacked_, now.values}, prefetch_,

@@ -133,7 +133,7 @@ void finish_rows(const Rows& rows, const TileResult& result) {
 }
 
 template <typename R>
-void score_head(const Tile& now, const CacheRows<typename R::Item>& keys, Prefetch& next,
+void score_head(const Tile& now, const CacheRows<typename R::Item>& keys, ReadAhead& next,
                 Rows& rows) {
   for_each_batch(rows.count, std::size(R::kScore) - 1, [&](int64_t r, int64_t count) {
     R::kScore[count](rows.query + r * rows.head_dim, rows.head_dim, keys, next, now.num_keys(),
@@ -161,7 +161,7 @@ inline void weigh_head(const AttentionTile& tile, int64_t head, const KeyRange* 
 
 // Adds the values that `now` holds, by these weights, to one head's rows.
 template <typename R>
-void add_head(const Tile& now, const CacheRows<typename R::Item>& values, Prefetch& next,
+void add_head(const Tile& now, const CacheRows<typename R::Item>& values, ReadAhead& next,
               Rows& rows) {
   if (rows.has_codes) decay_rows(rows, rows.of_codes);
   rows.has_floats = true;
@@ -255,7 +255,7 @@ class FewRows {
     for (int64_t head = first; head < end; ++head) {
       add_key_jobs(tile_, head, now.codes, rows_[head].floats, rows_[head].scores, keys);
     }
-    now.codes.kernels->score(keys.jobs, keys.count, rows_[0].count, ahead_of(prefetch_));
+    now.codes.kernels->score(keys.jobs, keys.count, rows_[0].count, prefetch_);
     for (int64_t head = first; head < end; ++head) {
       weigh_head(tile_, head, seen_, now, rows_[head]);
     }
@@ -271,7 +271,7 @@ class FewRows {
       rows.has_codes = true;
       add_value_jobs(tile_, head, now.codes, rows.scores, rows.decay, rows.of_codes, values);
     }
-    now.codes.kernels->add(values.jobs, values.count, rows_[0].count, ahead_of(prefetch_));
+    now.codes.kernels->add(values.jobs, values.count, rows_[0].count, prefetch_);
   }
 
   CacheRows<Item> keys(const Tile& now, int64_t head) {

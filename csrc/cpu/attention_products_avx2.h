@@ -62,7 +62,7 @@ void add_row(const float* row, int64_t dim, float decay, float* paired) {
 // as it reads.
 template <typename E, int kRows>
 void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E::Item>& keys,
-                Prefetch& next, int64_t num_keys, float* scores) {
+                ReadAhead& next, int64_t num_keys, float* scores) {
   constexpr int kTokens = kRows == 1 ? 8 : kRows == 2 ? 4 : 2;
   for (int64_t first = 0; first < num_keys; first += kTokens) {
     __m256 sums[kSums];
@@ -113,7 +113,7 @@ void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E
 // value_dim from `first` on. Asks for as much of `next` as it reads.
 template <typename E, int kRows, int kVectors>
 void add_value_panel(const float* weights, const float* decay,
-                     const CacheRows<typename E::Item>& values, Prefetch& next, int64_t num_keys,
+                     const CacheRows<typename E::Item>& values, ReadAhead& next, int64_t num_keys,
                      int64_t value_dim, int64_t first, float* out) {
   constexpr int64_t kAhead = 8;  // keys at a time: asking takes longer than a step of this loop
   __m256 sums[kRows][kVectors];
@@ -159,7 +159,7 @@ void add_value_panel(const float* weights, const float* decay,
 // The same for all of value_dim, whose last vector may be a single one.
 template <typename E, int kRows>
 void add_values(const float* weights, const float* decay, const CacheRows<typename E::Item>& values,
-                Prefetch& next, int64_t num_keys, int64_t value_dim, float* out) {
+                ReadAhead& next, int64_t num_keys, int64_t value_dim, float* out) {
   constexpr int kVectors = kRows <= 2 ? 4 : 2;
   int64_t i = 0;
   for (; i + 8 * kVectors <= value_dim; i += 8 * kVectors) {
@@ -176,7 +176,7 @@ void add_values(const float* weights, const float* decay, const CacheRows<typena
 // score_keys for any number of rows.
 template <typename E>
 void score_all(const float* query, int64_t num_rows, int64_t head_dim,
-               const CacheRows<typename E::Item>& keys, Prefetch& next, int64_t num_keys,
+               const CacheRows<typename E::Item>& keys, ReadAhead& next, int64_t num_keys,
                float* scores) {
   constexpr decltype(&score_keys<E, 1>) kKernels[kBatch] = {score_keys<E, 1>, score_keys<E, 2>,
                                                             score_keys<E, 3>, score_keys<E, 4>};
@@ -189,7 +189,7 @@ void score_all(const float* query, int64_t num_rows, int64_t head_dim,
 // add_values for any number of rows.
 template <typename E>
 void add_all(const float* weights, int64_t num_rows, const float* decay,
-             const CacheRows<typename E::Item>& values, Prefetch& next, int64_t num_keys,
+             const CacheRows<typename E::Item>& values, ReadAhead& next, int64_t num_keys,
              int64_t value_dim, float* out) {
   constexpr decltype(&add_values<E, 1>) kKernels[kBatch] = {add_values<E, 1>, add_values<E, 2>,
                                                             add_values<E, 3>, add_values<E, 4>};

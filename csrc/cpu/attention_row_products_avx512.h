@@ -38,7 +38,7 @@ inline void store_scores(const SixteenColumns<kRows>& columns, int64_t first, fl
 // as it reads.
 template <typename E, int kRows, Asking kAsking>
 void score_widened(const float* query, int64_t head_dim, const CacheRows<typename E::Item>& keys,
-                   Prefetch& next, int64_t num_keys, float* scores) {
+                   ReadAhead& next, int64_t num_keys, float* scores) {
   using Columns = SixteenColumns<kRows>;
   constexpr int kTokens = Columns::kColumns;
   constexpr int64_t kItemBytes = sizeof(typename E::Item);
@@ -91,7 +91,7 @@ void score_widened(const float* query, int64_t head_dim, const CacheRows<typenam
 
 template <typename E, int kRows>
 void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E::Item>& keys,
-                Prefetch& next, int64_t num_keys, float* scores) {
+                ReadAhead& next, int64_t num_keys, float* scores) {
   with_asking(next, [&](auto asking) {
     score_widened<E, kRows, asking()>(query, head_dim, keys, next, num_keys, scores);
   });
@@ -101,7 +101,7 @@ void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E
 // head_dim from `first`. Asks for as much of `next` as it reads.
 template <typename E, int kRows, int kVectors, Asking kAsking>
 void add_value_panel(const float* weights, const float* decay,
-                     const CacheRows<typename E::Item>& values, Prefetch& next, int64_t num_keys,
+                     const CacheRows<typename E::Item>& values, ReadAhead& next, int64_t num_keys,
                      int64_t head_dim, int64_t first, float* out) {
   __m512 sums[kRows][kVectors];
 #pragma GCC unroll 4
@@ -146,7 +146,7 @@ void add_value_panel(const float* weights, const float* decay,
 
 template <typename E, int kRows>
 void add_values(float* weights, const float* decay, const CacheRows<typename E::Item>& values,
-                Prefetch& next, int64_t num_keys, int64_t head_dim, float* out) {
+                ReadAhead& next, int64_t num_keys, int64_t head_dim, float* out) {
   with_asking(next, [&](auto asking) {
     int64_t i = 0;
     for (; i + 64 <= head_dim; i += 64) {
@@ -168,10 +168,10 @@ void add_values(float* weights, const float* decay, const CacheRows<typename E::
 // The two steps for a number of rows. The second may overwrite the weights.
 template <typename Item>
 using ScoreRows = void (*)(const float* query, int64_t head_dim, const CacheRows<Item>& keys,
-                           Prefetch& next, int64_t num_keys, float* scores);
+                           ReadAhead& next, int64_t num_keys, float* scores);
 template <typename Item>
 using AddRows = void (*)(float* weights, const float* decay, const CacheRows<Item>& values,
-                         Prefetch& next, int64_t num_keys, int64_t head_dim, float* out);
+                         ReadAhead& next, int64_t num_keys, int64_t head_dim, float* out);
 
 // Every element is widened to a float in a register. Query and output lie in the order of
 // load_pair.

@@ -2,11 +2,10 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
+#include "cpu/attention_read_ahead.h"
 #include "cpu/attention_unpack.h"
-#include "cpu/prefetch_line.h"
 
 namespace kvkernels {
 namespace {
@@ -95,182 +94,61 @@ inline void find_spans(const AttentionTile& tile, int64_t begin, int64_t end, Sp
   });
 }
 
-// How a reader's lines are asked for: how often, and into which cache.
-enum class Asking { kOnceL1, kOnceL2, kTwiceL1 };
-
 // What an item reads, in the order of reading, asked for ahead of the reader, line after line:
 // hardware prefetch stops at the end of each 4 KiB page and cannot guess the next block, but it
 // follows where these requests lead. They go to the L2 cache where those to the L1 cache would
 // share its few buffers for misses (one core of Zen 4 decoded bfloat16 at 11 GB/s that way, at 19
 // so), and to the L1 cache where it has plenty (one core of Zen 5: 30 GB/s that way, 27 so).
-//
-// Zen 5 drops requests while its buffers are full: one core can ask for lines of memory at 80 GB/s
-// and gets 38. There a line may be asked for twice, and what was dropped is there in time: one core
-// took 15 to 28 % less time to decode bfloat16 so, two 6 to 15 %; int8 7 %; int4 4 % more.
-class Prefetch {
+class Prefetch : public ReadAhead {
  public:
   // Enough to keep the buffers for misses full. With 32 KiB two cores of Zen 4 decoded a tenth
   // slower, with 8 KiB as fast.
   static constexpr int64_t kLead = 12 << 10;
   static constexpr int64_t kSecondLead = 6 << 10;  // on Zen 5 anything from 4 to 8 KiB
 
-  // Lines that a reader asks for as it goes: a burst of requests fills the buffers for misses, and
-  // what is read then waits for one. How they are asked for is part of the type: branches for each
-  // line took 4 to 8 % of decode's time on Zen 5 where memory was fast.
-  template <Asking kAsking>
-  struct Lines {
-    static constexpr CacheLevel kLevel =
-        kAsking == Asking::kOnceL2 ? CacheLevel::kL2 : CacheLevel::kL1;
-
-    const char *first, *second;
-
-    template <int64_t kBytes>
-    [[gnu::always_inline]] void ask() {
-      ask<kBytes>(first);
-      if constexpr (kAsking == Asking::kTwiceL1) ask<kBytes>(second);
-    }
-
-   private:
-    template <int64_t kBytes>
-    [[gnu::always_inline]] static void ask(const char*& lines) {
-#pragma GCC unroll 8
-      for (int64_t i = 0; i < kBytes; i += 64) prefetch_line<kLevel>(lines + i);
-      lines += kBytes;
-    }
-  };
-
   // Args: lead, how far ahead of the reader, in bytes, and no further.
   explicit Prefetch(int64_t lead = kLead, bool asks_twice = false)
-      : asks_twice_(asks_twice), first_{lead}, second_{kSecondLead} {}
+      : ReadAhead{asks_twice, {lead}, {kSecondLead}} {}
+
+  // Its segments are its own.
+  Prefetch(const Prefetch&) = delete;
+  Prefetch& operator=(const Prefetch&) = delete;
 
   // Of who asks once, before the reader begins.
-  void set_lead(int64_t lead) { first_.room = lead; }
+  void set_lead(int64_t lead) { first.room = lead; }
 
   // The tile that will be read after all those added before: the keys of all heads, then the
   // values.
   void add_tile(const Spans& keys, const Spans& values, int64_t num_heads) {
-    if (!asks_twice_) second_.next = first_.next;
-    const size_t num_done = std::min(first_.next, second_.next);
-    segments_.erase(segments_.begin(), segments_.begin() + num_done);
-    first_.next -= num_done;
-    second_.next -= num_done;
+    if (!asks_twice) second.next = first.next;
+    const size_t num_done = std::min(first.next, second.next);
+    own_segments_.erase(own_segments_.begin(), own_segments_.begin() + num_done);
+    first.next -= num_done;
+    second.next -= num_done;
     for (const Spans* spans : {&keys, &values}) {
       for (int64_t head = 0; head < num_heads; ++head) {
         for (int i = 0; i < spans->count; ++i) {
           const Spans::Span& span = spans->spans[i];
-          segments_.push_back({span.data + head * span.head_stride, span.num_bytes});
+          own_segments_.push_back({span.data + head * span.head_stride, span.num_bytes});
         }
       }
     }
+    segments = own_segments_.data();
+    num_segments = own_segments_.size();
   }
 
   // The reader begins with the next `num_bytes`. What it should have asked for by now and has not,
   // is.
   void begin(int64_t num_bytes) {
-    advance(first_, first_.room);
-    if (asks_twice_) advance(second_, second_.room);
-    first_.room += num_bytes;
-    second_.room += num_bytes;
-  }
-
-  Asking asking() const {
-    if (asks_twice_) return Asking::kTwiceL1;
-    return kPrefetchesToL1 ? Asking::kOnceL1 : Asking::kOnceL2;
-  }
-
-  // As advance(), for a reader that will ask itself for the next `num_bytes`. Where they are not in
-  // one piece they are asked for here, and the reader's are those from `instead` on, which it reads
-  // now.
-  template <Asking kAsking>
-  Lines<kAsking> take(int64_t num_bytes, const void* instead) {
-    const char *first = take(first_, num_bytes), *second = nullptr;
-    if constexpr (kAsking == Asking::kTwiceL1) second = take(second_, num_bytes);
-    const auto* read = static_cast<const char*>(instead);
-    return {first != nullptr ? first : read, second != nullptr ? second : read};
-  }
-
-  // Asks for the next `num_bytes`, but not for what lies further ahead of the reader than it may.
-  void advance(int64_t num_bytes) {
-    advance(first_, num_bytes);
-    if (asks_twice_) advance(second_, num_bytes);
+    advance_cursor(*this, first, first.room);
+    if (asks_twice) advance_cursor(*this, second, second.room);
+    first.room += num_bytes;
+    second.room += num_bytes;
   }
 
  private:
-  struct Segment {
-    const char* data;
-    int64_t num_bytes;
-  };
-
-  struct Cursor {
-    int64_t room;     // how much more may be asked for: the lead, before the reader begins
-    size_t next = 0;  // among the segments
-    const char* line = nullptr;
-    int64_t left = 0;  // of the segment that `line` lies in
-
-    void pass(int64_t num_bytes) {
-      line += num_bytes;
-      left -= num_bytes;
-      room -= num_bytes;
-    }
-  };
-
-  bool begin_segment(Cursor& cursor) {
-    if (cursor.next == segments_.size()) return false;
-    cursor.line = segments_[cursor.next].data;
-    cursor.left = segments_[cursor.next].num_bytes;
-    ++cursor.next;
-    return true;
-  }
-
-  [[gnu::always_inline]] const char* take(Cursor& cursor, int64_t num_bytes) {
-    if (num_bytes <= std::min(cursor.left, cursor.room)) {
-      const char* lines = cursor.line;
-      cursor.pass(num_bytes);
-      return lines;
-    }
-    return take_rarely(cursor, num_bytes);
-  }
-
-  // Where a segment ends, or the reader may not ask for more.
-  [[gnu::noinline]] const char* take_rarely(Cursor& cursor, int64_t num_bytes) {
-    if (num_bytes <= cursor.room && cursor.left <= 0 && begin_segment(cursor) &&
-        num_bytes <= cursor.left) {
-      const char* lines = cursor.line;
-      cursor.pass(num_bytes);
-      return lines;
-    }
-    advance(cursor, num_bytes);
-    return nullptr;
-  }
-
-  void advance(Cursor& cursor, int64_t num_bytes) {
-    num_bytes = std::min(num_bytes, cursor.room);
-    while (num_bytes > 0) {
-      if (cursor.left <= 0 && !begin_segment(cursor)) return;
-      const int64_t part = std::min(cursor.left, num_bytes);
-      prefetch_lines(cursor.line, part);
-      cursor.pass(part);
-      num_bytes -= part;
-    }
-  }
-
-  bool asks_twice_;
-  std::vector<Segment> segments_;
-  Cursor first_, second_;
+  std::vector<Segment> own_segments_;
 };
-
-// Calls `work` with the constant that says how `next` asks.
-template <typename Work>
-inline void with_asking(const Prefetch& next, const Work& work) {
-  switch (next.asking()) {
-    case Asking::kOnceL1:
-      return work(std::integral_constant<Asking, Asking::kOnceL1>());
-    case Asking::kOnceL2:
-      return work(std::integral_constant<Asking, Asking::kOnceL2>());
-    case Asking::kTwiceL1:
-      return work(std::integral_constant<Asking, Asking::kTwiceL1>());
-  }
-}
 
 // Of a tile's bytes, in whole lines, those to ask for with each of `num_parts` pieces of work. Many
 // rows keep a processor busy long after their tile has been read, and reading the next one at once
