@@ -43,17 +43,20 @@ std::vector<RespRequest::Piece> encode(const py::sequence& words, Held& held) {
     if (pieces.empty() || pieces.back().data != nullptr) pieces.push_back({{}, nullptr, 0});
     return pieces.back().text;
   };
-  text() += "*" + std::to_string(words.size()) + "\r\n";
+  const auto add_size = [&text](char kind, auto size) -> std::string& {
+    return (text() += kind).append(std::to_string(size)).append("\r\n");
+  };
+  add_size('*', words.size());
   for (const py::handle word : words) {
     if (PyBytes_Check(word.ptr())) {
       const std::string_view bytes = bytes_of(word);
-      (text() += "$" + std::to_string(bytes.size()) + "\r\n") += bytes;
+      add_size('$', bytes.size()) += bytes;
     } else {
       const std::size_t first = held.buffers.size();
       Py_ssize_t size = 0;
       for (const py::handle part : word.cast<py::tuple>())
         size += held.buffers.add(part, PyBUF_SIMPLE).len;
-      text() += "$" + std::to_string(size) + "\r\n";
+      add_size('$', size);
       for (std::size_t i = first; i < held.buffers.size(); ++i) {
         const Py_buffer& buffer = held.buffers[i];
         const auto length = static_cast<std::size_t>(buffer.len);
