@@ -42,9 +42,9 @@ CACHE += (
     "prefixstore.tier_urls",
 )
 ENGINE = ("prefixstore.engine",)
-OUTERMOST = ("prefixstore.cli", "prefixstore.commands", "prefixstore.demo")
-OUTERMOST += ("prefixstore.quality", "prefixstore.records", "prefixstore.server")
-OUTERMOST += ("prefixstore.loadtest", "prefixstore.testing.command")
+OUTERMOST = ("prefixstore.cli", "prefixstore.commands", "prefixstore.extras")
+OUTERMOST += ("prefixstore.demo", "prefixstore.quality", "prefixstore.records")
+OUTERMOST += ("prefixstore.server", "prefixstore.loadtest", "prefixstore.testing.command")
 TESTING = ("prefixstore.testing",)
 DASHBOARD = ("prefixstore.dashboard",)
 

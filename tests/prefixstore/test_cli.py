@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import prefixstore.cli
+import prefixstore.extras
 from kvkernels import UnsupportedError, __version__
 from prefixstore.commands import kvkernels
 from prefixstore.demo import command
@@ -102,7 +103,7 @@ def test_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> Non
     def find_spec(name: str) -> object:
         return None if name in ("rich", "matplotlib") else object()
 
-    monkeypatch.setattr(prefixstore.cli, "find_spec", find_spec)
+    monkeypatch.setattr(prefixstore.extras, "find_spec", find_spec)
     with pytest.raises(SystemExit) as caught:
         prefixstore.cli.main()
     assert str(caught.value) == (
@@ -127,7 +128,7 @@ def test_only_the_server_needs_its_extra(
     def find_spec(name: str) -> object:
         return None if name == "fastapi" else object()
 
-    monkeypatch.setattr(prefixstore.cli, "find_spec", find_spec)
+    monkeypatch.setattr(prefixstore.extras, "find_spec", find_spec)
     monkeypatch.setattr(prefixstore.cli.sys, "argv", ["kvkernels", *words])
     with pytest.raises(SystemExit) as caught:
         prefixstore.cli.main()

@@ -21,7 +21,7 @@ import scripted_openai
 from s3_server import free_ports
 from scripted_openai import Reply, remember_prompts, serving
 
-import prefixstore.cli
+import prefixstore.extras
 from prefixstore.commands import kvkernels
 
 PYTHON = sys.executable
@@ -244,7 +244,7 @@ def test_refuses_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
 
 
 def test_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(prefixstore.cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(prefixstore.extras, "find_spec", lambda name: None)
     result = run(*URL, "--out", tmp_path)
     assert result.exit_code == 1
     assert "expected httpx to be installed; run: pip install 'kvkernels[bench]'" in result.output

@@ -17,10 +17,10 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from prefixstore.cli import missing_extra
 from prefixstore.demo.command import make_writable
 from prefixstore.demo.machine import describe_machine, describe_versions
 from prefixstore.errors import ConfigError
+from prefixstore.extras import missing_extra
 from prefixstore.loadtest.plan import PHASES, Arrival, Plan
 from prefixstore.loadtest.prompts import ENDPOINTS, MakePrompt, load_tokenizer, make_prompts
 from prefixstore.loadtest.workloads import WORKLOADS, CountTokens, Shape
