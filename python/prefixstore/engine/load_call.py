@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,12 +10,10 @@ from kvkernels import PoolFullError
 from prefixstore.block_cache import BlockCache
 from prefixstore.block_key import BlockKey
 from prefixstore.engine.layer_gate import LayerGate
+from prefixstore.engine.sequence import SequenceBlocks
 from prefixstore.pool_blocks import PoolTarget
 from prefixstore.residency import first_block_needed
 from prefixstore.store import Store
-
-if TYPE_CHECKING:  # which holds its call
-    from prefixstore.engine.restoring import Restoring
 
 
 class LoadCall:
@@ -28,10 +25,12 @@ class LoadCall:
 
     Args:
         blocks: The model's.
-        restoring: Whose blocks they are.
+        sequence: Gives the blocks, and gets those that are kept.
         numbers: Which of its blocks.
+        prefix_end: Block behind the last one of the prefix that is being restored. It says which
+            of the blocks a sliding window needs.
         num_layer_steps: See `Meeting.num_layer_steps`.
-        began: Of `time.monotonic`.
+        began: When, by `time.monotonic`.
 
     Raises:
         PoolFullError: If the pool has too few; nothing is taken then.
@@ -40,25 +39,25 @@ class LoadCall:
     def __init__(
         self,
         blocks: BlockCache,
-        restoring: Restoring,
+        sequence: SequenceBlocks,
         numbers: range,
+        prefix_end: int,
         num_layer_steps: int,
         began: float,
     ) -> None:
         self.numbers = numbers
         self.began = began
         self._blocks = blocks
-        self._restoring = restoring
+        self._sequence = sequence
         self._num_steps = num_layer_steps
         self._gate = LayerGate()
         self._target: PoolTarget | None = None  # of layers
         self._taken: list[dict[int, int]] = []  # per group, a block for each number it needs
-        end, size = restoring.prefix_end(numbers), blocks.block_size
         try:
             for group, window in enumerate(blocks.device.windows):
-                least = first_block_needed(end, size, window)
+                least = first_block_needed(prefix_end, blocks.block_size, window)
                 needed = [number for number in numbers if number >= least]
-                ids = restoring.sequence.take(group, len(needed))
+                ids = sequence.take(group, len(needed))
                 self._taken.append(dict(zip(needed, ids, strict=True)))
         except PoolFullError:
             self.keep(())
@@ -66,10 +65,22 @@ class LoadCall:
 
     # ---- in the thread that loads ------------------------------------------------------------
 
-    def run(self, store: Store, keys: Sequence[Sequence[BlockKey]]) -> dict[int, str]:
-        """Load the blocks; the slowest tier of each of which no part is missing."""
+    def run(
+        self, store: Store, keys: Sequence[Sequence[BlockKey]], tier: str, deadline: float
+    ) -> dict[int, str]:
+        """Load the blocks.
+
+        Args:
+            store: Loads them.
+            keys: Per group, those of all blocks of the prompt.
+            tier: The one that is asked where layers come one after another.
+            deadline: By `time.monotonic`; the tiers are not waited for any longer.
+
+        Returns:
+            The slowest tier that each block came from; only for blocks of which no part is missing.
+        """
         if self._num_steps > 1:
-            return self._run_layers(store, keys)
+            return self._run_layers(store, keys, tier, deadline)
         ranks = {name: rank for rank, name in enumerate(store.tier_names)}
         found = dict.fromkeys(self.numbers, store.tier_names[0])
         for group, (own, ids) in enumerate(zip(keys, self._taken, strict=True)):
@@ -77,31 +88,36 @@ class LoadCall:
                 continue
             target = self._blocks.pool_blocks[group].target(list(ids.values()))
             wanted = [own[number] for number in ids]
-            answers = store.load_many(wanted, target, self._restoring.deadline)
-            for number, tier in zip(ids, answers, strict=True):
-                if tier is None:
+            answers = store.load_many(wanted, target, deadline)
+            for number, answer in zip(ids, answers, strict=True):
+                if answer is None:
                     found.pop(number, None)
-                elif number in found and ranks[tier] > ranks[found[number]]:
-                    found[number] = tier
+                elif number in found and ranks[answer] > ranks[found[number]]:
+                    found[number] = answer
         return found
 
-    def _run_layers(self, store: Store, keys: Sequence[Sequence[BlockKey]]) -> dict[int, str]:
+    def _run_layers(
+        self, store: Store, keys: Sequence[Sequence[BlockKey]], tier: str, deadline: float
+    ) -> dict[int, str]:
         (own,), (ids,), (pool_blocks,) = keys, self._taken, self._blocks.pool_blocks
         num_layers = pool_blocks.transfer.pool.layout.num_layers
         length = -(-num_layers // self._num_steps)
         steps = [
             range(first, min(first + length, num_layers)) for first in range(0, num_layers, length)
         ]
-        tier, _ = self._restoring.expected_of(self.numbers)
         self._target = pool_blocks.target(list(ids.values()))
         try:
             answers = store.load_layers(
                 *(tier, [own[number] for number in ids], self._target),
-                *(steps, self._gate, self._restoring.deadline),
+                *(steps, self._gate, deadline),
             )
         finally:
-            self._gate.fail()  # whoever still waits waits for nothing
-        return {number: tier for number, one in zip(ids, answers, strict=True) if one is not None}
+            self._gate.fail()  # nobody is to wait for a layer that has not come by now
+        return {
+            number: answer
+            for number, answer in zip(ids, answers, strict=True)
+            if answer is not None
+        }
 
     # ---- in the engine's thread --------------------------------------------------------------
 
@@ -127,6 +143,6 @@ class LoadCall:
         """Blocks that were filled go to the sequence, others back to the pool."""
         for group, ids in enumerate(self._taken):
             placed = {number: one for number, one in ids.items() if number in kept}
-            self._restoring.sequence.place(group, placed)
+            self._sequence.place(group, placed)
             allocator = self._blocks.device.groups[group].allocator
             allocator.release([one for number, one in ids.items() if number not in kept])

@@ -215,8 +215,12 @@ class Restorer:
                 return False
             assert restoring.meeting is not None
             num_steps = restoring.meeting.num_layer_steps
+            tier, _ = restoring.expected_of(numbers)
             try:
-                call = LoadCall(self._blocks, restoring, numbers, num_steps, now)
+                call = LoadCall(
+                    *(self._blocks, restoring.sequence, numbers),
+                    *(restoring.prefix_end(numbers), num_steps, now),
+                )
             except PoolFullError:
                 restoring.stop_loading(now, has_no_room=not restoring.meeting.is_probing)
                 self._changed.notify_all()
@@ -227,7 +231,7 @@ class Restorer:
             self._changed.notify_all()  # it may be overdue some day, or be computed beside
         found: dict[int, str] = {}
         try:
-            found = call.run(store, keys)
+            found = call.run(store, keys, tier, restoring.deadline)
         finally:
             with self._changed:
                 done = time.monotonic()
