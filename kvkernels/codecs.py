@@ -13,7 +13,7 @@ import torch
 from kvkernels.layout import KVLayout
 
 LAYER_ALIGNMENT = 64
-NUM_ESCAPES = 16  # of each head and side: exponents that "l12" keeps apart
+NUM_ESCAPES = 16  # per head, for keys and for values: exponents that "l12" lists apart
 UNUSED_ESCAPE = 0xFFFFFFFF
 
 _PART_ALIGNMENT = 4  # checksums go over words
@@ -231,7 +231,7 @@ def _sides(layout: KVLayout, codec: Codec) -> list[tuple[int, range, bool, int, 
     if codec.key_bits >= 12:
         return [(0, row, *key)]
     latent, rotary = row[: layout.latent_dim], row[layout.latent_dim :]
-    # Rotary parts are few and bear codes badly.
+    # The rotary channels are few, and quantising them costs much accuracy.
     return [(0, latent, *key)] + ([(0, rotary, True, 16, None)] if rotary else [])
 
 

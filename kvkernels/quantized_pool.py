@@ -12,7 +12,7 @@ from kvkernels.quantized_cache import MAX_BLOCKS_OF_A_KIND, QuantizedCache
 
 _NUM_BITS = {"int8": 8, "int4": 4}
 _LAYER_ALIGNMENT = 64
-# int4: neighbouring tokens of a key's channel, or channels of a value, that share a scale.
+# Of int4: how many tokens of one key channel, or channels of one token's value, share a scale.
 _INT4_GROUP = 32
 
 

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import torch
 
-# New tokens of one sequence that a tree mask has bits for.
+# A tree mask has one bit for each new token of a sequence.
 MAX_TREE_TOKENS = 16
 
 
-# No sequence is that long, so no window need be wider; places in one stay within 32 bits with it.
+# Longer than any sequence, and still small enough for 32-bit arithmetic with positions.
 WIDEST_WINDOW = 1 << 30
 
 

@@ -8,7 +8,8 @@ import torch
 
 Signature = tuple[Hashable, ...]
 
-# Keys that are kept of one kind; a server meets thousands of batch sizes, but not many at a time.
+# Most entries a cache keyed by signatures keeps. A server meets thousands of batch sizes over time,
+# but few at once.
 MAX_SIGNATURES = 4096
 
 

@@ -44,13 +44,13 @@ from kvkernels.nn.transformers_mask import find_window
 logger = logging.getLogger(__name__)
 
 _NUM_TRIAL_TOKENS = 16
-# Of a model that consists of other parts, or wants something else of them.
+# What a model raises that has other parts than expected, or passes other arguments to them.
 _TRIAL_ERRORS = (AttributeError, TypeError, LookupError, ValueError, RuntimeError)
-# What an attention layer may hand to its attention function, and a replaced one hands on.
+# Options that an attention layer may pass to its attention function; replaced layers do the same.
 _ATTENTION_OPTIONS = ("scaling", "sliding_window", "softcap")
 
-# All that the forwards of the layers above refer to. What refers to anything else may do something
-# that a trial of a few tokens does not show, such as scaling queries from some position on.
+# Every name that the forwards of the layers above use. A forward that uses any other may do what a
+# trial of a few tokens does not show, such as scaling queries from some position on.
 _LAYER_NAMES = {
     *("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),
     *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
@@ -134,7 +134,7 @@ class FusedDecoderLayer:
 
     def serves(self, hidden_states: torch.Tensor, options: dict[str, Any]) -> bool:
         """Whether `run` takes such a call."""
-        if is_traced():  # which follows no addresses
+        if is_traced():  # a traced graph cannot hold addresses of memory
             return False
         if (
             options.keys() != self._option_names
@@ -142,7 +142,7 @@ class FusedDecoderLayer:
             or _has_listener(self._hooks)
         ):
             return False
-        if self._parts != self._expected_parts:  # others may be put there any time
+        if self._parts != self._expected_parts:  # an adapter may have replaced one since
             return False
         kernels = self._kernels
         cos, sin = options["position_embeddings"]
@@ -179,7 +179,8 @@ class FusedDecoderLayer:
             query, key, value = layer_pass.heads
         else:
             window = find_window(mask, self._window)
-            # What may differ from layer to layer in a call.
+            # Where all of this is as in the group's first layer, that one's checks need not be
+            # repeated.
             call = (layer_pass.num_tokens, *self._kernels.sizes, self._dtype, window)
             place = cache.next_place(self._layer_idx, call)
             if place is not None:
@@ -265,7 +266,7 @@ def _may_be_replaced(module: torch.nn.Module) -> bool:
         not has_own_forward(module)
         and is_batch_invariant(module)
         and isinstance(attention, torch.nn.Module)
-        # The rotation is `fused_layers`' own.
+        # Its forward is its class's own: the rotation was put in by `fused_layers`.
         and has_own_forward(attention)
         and _names_in_forward(module) <= _LAYER_NAMES
         and _names_in_forward(attention) <= _ATTENTION_NAMES

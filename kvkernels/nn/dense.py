@@ -49,8 +49,9 @@ def tokens_as_blocks(key: torch.Tensor, value: torch.Tensor) -> DensePool:
         value: Like ``key``.
     """
     batch_size, num_kv_heads, num_keys, head_dim = key.shape
-    # Block id: distance of the token's first head from the start, in rows of head_dim. Ids between
-    # two sequences' tokens fall on other heads' rows and stand in no table.
+    # Blocks of one token that overlap: the id is the row, of `head_dim` numbers, where the token's
+    # first head lies, and the stride from head to head is `num_keys` rows. Ids that would mix two
+    # sequences' heads appear in no table.
     per_sequence = num_kv_heads * num_keys
     shape = ((batch_size - 1) * per_sequence + num_keys, num_kv_heads, 1, head_dim)
     strides = (head_dim, num_keys * head_dim, head_dim, 1)

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-# A name of a forward that calls it as a function. Modules have attributes of that name, too.
+# Stands for `torch.nn.functional.linear` among the names of a forward. Plain "linear" would not do:
+# modules have attributes of that name, too.
 LINEAR = "functional.linear"
 
-# One that it has where it adds a multiple of a tensor in one operation.
+# Stands for a sum with a factor in one operation, such as `torch.add(x, y, alpha=0.5)`.
 SCALED_SUM = "add(alpha)"
 
 _SUMS = {name + ending for name in ("add", "sub", "subtract") for ending in ("", "_")} | {"rsub"}
@@ -64,7 +65,7 @@ def read_forward(module: torch.nn.Module) -> ForwardCode:
                 waiting.append(of_file)
             waiting += held
             if name not in module._modules:
-                code.names.add(name)  # and what it is the name of, as in self.act = F.silu
+                code.names.add(name)  # and below the function's own name, as in self.act = F.silu
                 named = held or [of_file]
                 code.names.update(str(getattr(value, "__name__", name)) for value in named)
                 if any(value is torch.nn.functional.linear for value in named):
@@ -137,7 +138,7 @@ def _keywords(code: CodeType, steps: list[dis.Instruction], at: int) -> tuple[st
     """Names in the call of what is loaded at one step: a tuple just before it, if there are any."""
     end = _find_call(steps, at)
     for step in steps[max(0, end - 2) : end]:
-        # Of KW_NAMES Python 3.11 does not tell the value.
+        # For KW_NAMES, `dis` of Python 3.11 gives only the index of the constant.
         value = code.co_consts[step.arg or 0] if step.opname == "KW_NAMES" else step.argval
         if type(value) is tuple:
             return value
@@ -149,12 +150,12 @@ def _find_exponents(steps: list[dis.Instruction]) -> Iterator[tuple[str, float |
         if _is_power(step):
             form, end = "**", at
         elif step.opname.startswith("LOAD_") and step.argval in _POWERS:
-            if at and steps[at - 1].argval == "math":  # of Python's numbers alone
+            if at and steps[at - 1].argval == "math":  # takes plain numbers, never tensors
                 continue
             form, end = "pow", _find_call(steps, at)
         else:
             continue
-        # The exponent is loaded last, but for the names of arguments.
+        # The exponent is loaded last, or last before the names of keyword arguments.
         while end and (steps[end - 1].opname == "KW_NAMES" or type(steps[end - 1].argval) is tuple):
             end -= 1
         last = steps[end - 1]

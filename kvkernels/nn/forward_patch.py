@@ -14,24 +14,25 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch.nn.modules import module as torch_module
 
-# Held over all of an install and an uninstall, of whatever kind: layers are looked at, tried and
-# replaced in many steps, on what another thread's install may have half done, and a trial of
-# decoder layers replaces the attention function of all models meanwhile.
+# Held during the whole of an install or uninstall of any kind. Each inspects, tries and replaces
+# layers in many steps and must not see another thread's half-done ones; and a trial of decoder
+# layers replaces the attention function of all models for a moment.
 install_lock = threading.RLock()
 
 Forwards = dict[torch.nn.Module, Callable[..., Any]]
 
 _REPLACED = ("forward", "__getstate__")
 
-# Those in place now, by `id`, for anybody's may be compared with them. Weakly, for a forward holds
-# its layer.
+# The forwards that are in place now, by `id`, since they are looked up with objects that may not be
+# hashable. Weak references, because a forward refers to its layer.
 _installed: WeakValueDictionary[int, Callable[..., Any]] = WeakValueDictionary()
 
 
 @dataclass
 class _Patched:
     fields: dict[torch.nn.Module, dict[str, Any]]
-    before: dict[torch.nn.Module, dict[str, Any]]  # what they took the place of, if of anything
+    # Attributes of the same names that the modules had before
+    before: dict[torch.nn.Module, dict[str, Any]]
     num_users: int = 0
 
 
@@ -64,7 +65,7 @@ class ForwardPatch:
                     },
                 )
                 for module, fields in patched.fields.items():
-                    # First, for other threads look at the module meanwhile.
+                    # Before the module changes: other threads may look at it at any moment.
                     _installed[id(fields["forward"])] = fields["forward"]
                     vars(module).update(fields)
                 self._patched[model] = patched

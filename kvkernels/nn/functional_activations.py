@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from kvkernels.nn.forward_code import ForwardCode
 
-# Those of which PyTorch computes what is left over behind the last whole vector by other code, with
-# other roundings. Of `tanh`, `exp`, `sin` and `cos` it does not. A `glu` computes half a row at a
-# time, but threads may share a row.
+# PyTorch computes these in vectors, and the elements left over behind the last whole vector by
+# other code that rounds differently. (`tanh`, `exp`, `sin` and `cos` round the same in both.) A
+# `glu` works on half a row at a time, but threads may share a row.
 _FUNCTIONS = (
     *("celu", "elu", "gelu", "glu", "mish", "selu", "sigmoid", "silu", "softplus"),
     *("arctan2", "arctanh", "atan2", "atanh", "cosh", "exp2", "expit", "sinh"),
     *("logaddexp", "logaddexp2"),
 )
 _ACTIVATIONS = {name + ending for name in _FUNCTIONS for ending in ("", "_")}
-# Powers that are products, quotients and roots; see `inverse_roots` for the inverse root.
+# Powers that PyTorch computes as products, quotients and roots, which round the same in both; see
+# `inverse_roots` for -0.5.
 _STEADY_EXPONENTS = {-2, -1, -0.5, 0, 0.5, 1, 2, 3}
 
 

@@ -32,8 +32,9 @@ from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward, 
 from kvkernels.ops.pointwise import rotary_embedding_cpu
 
 _NUM_TRIAL_ROWS = 16
-# The norm of the difference over the norm, in units of the dtype's precision, that another order of
-# summation or another place of rounding may make. Any other function is ten times as far off.
+# The largest relative difference (norm of the difference over the norm), in units of the dtype's
+# precision, that another order of summation or another place of rounding may make. A layer that
+# computes another function is at least ten times as far off.
 _MOST_DISTANT = 4.0
 
 _rms_norm: Callable[..., torch.Tensor] = torch.ops.kvkernels.rms_norm.default
@@ -169,7 +170,7 @@ class FusedMLP:
         (x,) = args
         gate, up = module.gate_proj(x), module.up_proj(x)
         is_served = _are_served(gate, up) and gate.shape == up.shape
-        if not is_served or any(hook_tables(module.act_fn)):  # whose hooks nobody else calls
+        if not is_served or any(hook_tables(module.act_fn)):  # the fused kernel would skip them
             return module.down_proj(module.act_fn(gate) * up)
         goes_straight = _goes_straight(gate) and _goes_straight(up)
         gated = native.gated_activation if goes_straight else _gated_activation

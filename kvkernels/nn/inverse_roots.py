@@ -14,13 +14,13 @@ from kvkernels.nn.forward_code import ForwardCode
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
-# Whole vectors of any instruction set; of one row less many are left over.
+# Whole vectors on every instruction set; with one row less, some elements are left over.
 _NUM_TRIAL_ROWS = 64
 _FEWER_ROWS = (1, _NUM_TRIAL_ROWS - 1)
-# Where nothing tells how wide rows are; the roots are of numbers that are one a row.
+# Used where no parameter tells how wide rows are; a root is then taken of one number a row.
 _ANY_WIDTH = 64
 
-# What modules raise that are not made for rows alone.
+# What modules raise whose input is not just a batch of rows.
 _TRIAL_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -36,7 +36,7 @@ def find_unsteady_root(
     """
     forms = {form for form, exponent in code.exponents if exponent == -0.5}
     forms |= code.names & {"rsqrt", "rsqrt_"}
-    # By operator powers of Python's numbers are taken too, in many attentions of a head's size.
+    # `**` is also applied to plain numbers: many attentions write `head_dim**-0.5`.
     is_of_tensors = forms != {"**"}
     for dtype in dtypes if forms else ():
         is_steady = _try_rows(module, dtype)
@@ -48,7 +48,7 @@ def find_unsteady_root(
 @torch.no_grad()
 def _try_rows(module: torch.nn.Module, dtype: torch.dtype) -> bool | None:
     """Whether rows get the same bits beside other numbers of rows; None if that cannot be tried."""
-    if module._modules:  # linear layers among them would have other bits, until they are replaced
+    if module._modules:  # a linear layer inside would change bits by itself until it is replaced
         return None
     parameter = next(module.parameters(), None)
     width = _ANY_WIDTH if parameter is None or not parameter.dim() else parameter.shape[-1]

@@ -69,7 +69,8 @@ class LayerKernels:
             *(parts.head_dim, gate[0]),
         )
         self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, _ = self.sizes
-        # Where the parameters are kept: weights, biases, norms, in the order of `parts`.
+        # The dictionaries that hold the parameters, to see whether one was replaced: weights,
+        # biases, norms, in the order of `parts`.
         self._places: list[tuple[dict[str, Any], str]] = [
             *((linear._parameters, "weight") for linear in linears),
             *((linear._parameters, "bias") for linear in linears),
@@ -129,7 +130,8 @@ class LayerKernels:
             self.dtype,
         )
         self._identities = _identify(parameters)
-        # Neither the parameters' identities nor their memory may go to others unnoticed.
+        # Keep the parameters and their storages alive: otherwise a new object could get the same
+        # `id`, or another tensor the same memory, unnoticed.
         self._held = [(one, one.detach()) for one in parameters if one is not None]
 
     def _addresses(self, parameters: list[torch.Tensor | None]) -> list[int]:
@@ -198,7 +200,8 @@ class LayerPass:
         self._kernels, self._layer = kernels, layer
         self._hidden_states, self._out = hidden_states, hidden_states.new_empty(hidden_states.shape)
         self._num_tokens = num_tokens = hidden_states.shape[1]
-        # Of a head's worth of all tokens: queries, keys, values, what attention makes of them.
+        # Ends of the buffers for queries, keys, values and attention's output; a plane is one head
+        # of all tokens.
         plane = num_tokens * kernels.head_dim
         self._bounds = (
             kernels.num_heads * plane,
@@ -207,7 +210,7 @@ class LayerPass:
             2 * (kernels.num_heads + kernels.num_kv_heads) * plane,
         )
         size = self._bounds[-1] + num_tokens * layer.workspace_size
-        # Nothing of this outlives the pass: all of it in one piece.
+        # One allocation for all of them: none outlives the pass.
         self._memory = hidden_states.new_empty(size)
         start, item = self._memory.data_ptr(), self._memory.element_size()
         key, value, attended, workspace = (start + bound * item for bound in self._bounds)

@@ -27,7 +27,8 @@ class PagedKV:
     batch: PagedBatch
     window: int | None
 
-    # Both below: a layer, or another attention function, takes it for a tensor.
+    # Both methods below are reached when a layer, or another attention function, takes the handle
+    # for a tensor.
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

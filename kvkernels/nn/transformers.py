@@ -47,8 +47,8 @@ _UNSERVED_ARGUMENTS = {
     "block_indices": "a choice of key blocks for each token (sparse attention)",
 }
 
-# What else comes along, and changes nothing: what the model was called with, and what kernels for
-# packed sequences are told, whom the mask or the cache tells apart here.
+# Arguments that change nothing here: what the model was called with, and the bounds of packed
+# sequences, which the mask or the cache tells us as well.
 _IDLE_ARGUMENTS = {
     *("is_causal", "position_ids", "cache_position", "use_cache", "token_type_ids", "return_dict"),
     *("output_hidden_states", "output_router_logits", "num_items_in_batch", "deterministic"),
@@ -58,7 +58,7 @@ _IDLE_ARGUMENTS = {
 
 @dataclass
 class _Installed:
-    previous: dict[str, str]  # as `set_attn_implementation` takes it
+    previous: dict[str, str]  # in the form that `set_attn_implementation` takes
     num_users: int = 0
 
 
@@ -172,8 +172,8 @@ def attend(
     else:
         if isinstance(value, PagedKV) or key.shape != value.shape:
             raise UnsupportedError("value: expected the shape of key, got another")
-        # A cache that has let tokens go hands on the keys of the last ones. In which order they are
-        # summed goes by their positions.
+        # A cache that dropped old tokens passes on the last keys only. Their order of summation has
+        # to follow their true positions, so that bits do not depend on what was dropped.
         first_key = getattr(attention_mask, "first_key", 0) if is_invariant else 0
         key_cache, value_cache, block_table = as_pool(key, value, first_key)
         seq_lens = torch.full_like(block_table[:, 0], first_key + key.shape[2])

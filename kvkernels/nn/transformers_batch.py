@@ -85,8 +85,8 @@ class BatchCache(PoolCache):
         """Whether the pass has stored its tokens in all layers."""
         return self._layers.is_done
 
-    # What models ask for their masks. The row counts as one that starts at zero: attention reads
-    # positions, lengths and windows from the batches.
+    # Models ask these for their masks. The packed row counts as one sequence that starts at zero:
+    # attention takes positions, lengths and windows from the batches.
 
     def get_seq_length(self, layer_idx: int = 0, *args: Any) -> int:
         return 0

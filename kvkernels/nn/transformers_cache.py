@@ -250,10 +250,10 @@ def _make_room(
     Raises:
         PoolFullError: If the pool has not even that many.
     """
-    if tables.has_holes(num_tokens):  # of a pass that failed
+    if tables.has_holes(num_tokens):  # left by a pass that failed
         tables.shrink(num_tokens)
     size, need = tables.block_size, -(-num_after // tables.block_size)
-    # Where the last whole block ends: whoever goes on from there needs the window before it.
+    # Keep the window before the end of the last whole block: going on from there needs it.
     kept = set(range(tables.first_seen(num_after // size * size), need))
     num_new_blocks = (need - tables.num_blocks) * len(tables.ids)
     if kept.issuperset(range(tables.num_blocks, need)):
@@ -264,7 +264,7 @@ def _make_room(
             tables.grow(num_after)
             return
         except PoolFullError:
-            pass  # others hold it: so the windows alone
+            pass  # others hold the blocks: keep the windows alone
     for end in ends:
         if num_tokens < end <= num_after:
             kept.update(range(tables.first_seen(end // size * size), end // size))

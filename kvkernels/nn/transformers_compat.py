@@ -90,13 +90,13 @@ def mask_window(mask_function: Callable[..., Any], config: Any) -> int | None:
         key = query + torch.tensor([-window, 1 - window, 0, 1])
         zero = torch.zeros((), dtype=torch.int64)
         is_seen = mask_function(zero, zero, query, key)
-        # before the window | its first token | the query itself | after it
+        # keys: before the window | its first token | the query itself | after it
         if torch.equal(is_seen, torch.tensor([[False, True, True, False]]).expand(3, 4)):
             return window
     raise UnsupportedError("attention_mask: expected a causal or sliding-window mask, got another")
 
 
-# Whether a row holds several sequences is for the values of a tensor to say, so no graph holds it.
+# Depends on the values of a tensor, which a compiled graph cannot look at.
 @torch.compiler.disable
 def without_idle_packing(mask_function: Callable[..., Any]) -> Callable[..., Any] | None:
     """The mask function without the part for packed sequences, where there are none.
@@ -114,7 +114,8 @@ def without_idle_packing(mask_function: Callable[..., Any]) -> Callable[..., Any
     for rest, packing in (parts, parts[::-1]):
         packed = _enclosed(packing).get("packed_sequence_mask")
         if isinstance(packed, torch.Tensor) and not bool(packed.any()):
-            # In 5.x the rest is the mask at other positions: those of one sequence, here.
+            # 5.x wraps the mask to restart positions at each sequence; with one sequence that
+            # changes nothing.
             return _enclosed(rest).get("mask_function", rest)
     return None
 

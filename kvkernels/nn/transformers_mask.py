@@ -32,7 +32,7 @@ class MaskStandIn:
         """Itself: `generate` asks this of the masks it makes for a static cache."""
         return self
 
-    # All below: a layer computes with the mask itself.
+    # All methods below are reached when a layer computes with the mask itself.
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -24,10 +24,11 @@ def find_groups(num_seqs: int, common: Sequence[int]) -> list[tuple[int, int]]:
         num_seqs: In the batch.
         common: Leading blocks that each sequence but the first shares with the one before it.
     """
-    # Of the first `end` sequences: blocks that need not be read again, and their last group.
+    # Entry `end` is about the first `end` sequences: the most blocks that need not be read again,
+    # and the last group (start, shared blocks) of the cut that reaches it.
     best, last_groups = [0], [(0, 0)]
-    # Where a group may begin, by what it shares up to the present end: least first.
-    #     common 3 1 2 2   ->   (1, from 0 or 1), (2, from 2 or 3)
+    # Starts that a group ending here may have, with the blocks it would share, ascending:
+    #     common 3 1 2 2   ->   (1, starts 0 and 1), (2, starts 2 and 3)
     runs: list[tuple[int, list[int]]] = []
     for end in range(1, num_seqs + 1):
         if end > 1:
@@ -38,8 +39,9 @@ def find_groups(num_seqs: int, common: Sequence[int]) -> list[tuple[int, int]]:
             saved = best[start] + (end - start - 1) * shared
             if saved >= most:
                 most, group = saved, (start, shared)
-            # A group from an earlier start shares no more than the next run, and what it saves
-            # before this start is no more than the best there and one such share.
+            # Stop early: a group from an earlier start shares at most what the next run does, and
+            # the cut before it saves at most what the best cut before this start does, plus one
+            # such share.
             if index and best[start] + (end - start) * runs[index - 1][0] < most:
                 break
         best.append(most)
@@ -72,7 +74,8 @@ def _add_neighbour(
         while len(starts) > 1 and _is_below(starts[-2], starts[-1], start, best):
             starts.pop()
         starts.append(start)
-    # What a group shares only falls, and the less it is the better are later starts.
+    # Drop early starts for good: as `end` grows, a group shares ever fewer blocks, and the fewer it
+    # shares the better a later start is.
     num_passed = 0
     for start, later in pairwise(starts):
         if best[later] - best[start] <= (later - start) * shared:

@@ -24,10 +24,10 @@ from kvkernels.ops.attention_checks import check_attention_inputs, check_kinds
 from kvkernels.ops.prefix_groups import find_groups
 from kvkernels.quantized_cache import QuantizedCache
 
-# What a second pass and a merge cost, as bytes of the prefix that flat attention reads again in
-# that time. On a GPU they are three more launches, and of a prefix that fits in its cache flat
-# attention reads only the first copy from memory (an H100 with 16 sequences is even at about this);
-# on a CPU one more wake-up of the threads.
+# The cost of a second pass and a merge, as the bytes of prefix that flat attention re-reads in the
+# same time. On a GPU they are three more launches, and flat attention reads a prefix that fits in
+# the L2 from memory only once (an H100 with 16 sequences breaks even near this figure); on a CPU
+# they are one more wake-up of the threads.
 _FIXED_COST_BYTES = {"cuda": 128 << 20, "cpu": 256 << 10}
 
 
@@ -67,7 +67,7 @@ class SharedPrefixes:
         sizes = torch.tensor(self.group_sizes, dtype=torch.int64)
         lens = torch.tensor(self.prefix_lens, dtype=torch.int32)
         bounds = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-        # On the device from the start: the passes then copy nothing and can be captured.
+        # Moved to the device once, here: the passes copy nothing and can be captured in a graph.
         self._first_seqs = bounds[:-1].to(device)
         self._bounds = bounds.to(device)
         self._lens = lens.to(device)
@@ -111,7 +111,7 @@ class SharedPrefixes:
                 raise ValueError(
                     f"seq_lens: expected 0 to {max_tokens} (the table's width), got {length}"
                 )
-        # Whole blocks before the sequence's first query.
+        # Only whole blocks before a sequence's first query can be shared.
         usable = [
             max(0, length - count) // block_size for length, count in zip(lens, counts, strict=True)
         ]
@@ -269,7 +269,8 @@ def _check_prefixes(
     if seq_lens.device.type == "cpu" and seq_lens.numel():
         counts = cu_seqlens_q.diff() if cu_seqlens_q is not None else 1
         left = seq_lens - counts - prefixes._lens_of_seqs
-        # Without a prefix a sequence may be empty, or have queries before its first token.
+        # Sequences without a prefix are exempt: they may be empty, or have more queries than
+        # tokens.
         left = left.where(prefixes._lens_of_seqs > 0, 0)
         if int(left.min()) < 0:
             seq = int(left.argmin())
@@ -288,5 +289,5 @@ def _suffix_table(
         return block_table[:, first:]
     columns = torch.arange(block_table.shape[1], device=block_table.device)
     skipped = prefixes._lens_of_seqs[:, None] // block_size
-    # What lies past a row's end is never read.
+    # Clamped: entries past a row's end may be anything, as they are never read.
     return block_table.gather(1, (columns + skipped).clamp(max=block_table.shape[1] - 1))

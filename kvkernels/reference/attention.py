@@ -62,7 +62,8 @@ def paged_attention(
             sinks = scoring.sinks.to(scores.dtype)[:, None, None].expand(-1, last - first, 1)
             scores = torch.cat([scores, sinks], dim=-1)
         seq_lse = torch.logsumexp(scores.to(wide), -1)
-        # Rows that see no key have no weights; with scores that are no numbers they have none.
+        # Rows that see no key: softmax would make NaN of them. Other rows keep a NaN of their
+        # scores.
         sees_nothing = (scores == -torch.inf).all(dim=-1, keepdim=True)
         weights = torch.softmax(scores, dim=-1).masked_fill(sees_nothing, 0.0)[..., : key.shape[0]]
         out[first:last] = torch.einsum("hqk,khd->qhd", weights, value)
@@ -106,7 +107,7 @@ def _relate(
         sees = ((scoring.tree_mask[first:last, None] >> bits) & 1).bool()
         depths = (sees & ~torch.eye(num_queries, dtype=torch.bool, device=device)).sum(1)
         positions = seq_len - num_queries + depths
-        # Keys of new tokens; a sequence may be shorter than its queries are many.
+        # Only the last keys are new tokens; a sequence may even have fewer tokens than queries.
         kept = min(num_queries, seq_len - start)
         keys_at[seq_len - start - kept :] = positions[num_queries - kept :]
         visible[:, seq_len - start - kept :] = sees[:, num_queries - kept :]

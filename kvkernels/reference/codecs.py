@@ -15,8 +15,8 @@ from kvkernels.reference.quantize import (
     quantize_values,
 )
 
-# Codes may restore what lies a little beyond the range, by the rounding of its scale: from here on
-# that might be past float16's greatest number, 65504.
+# Rounding of the scale lets codes restore numbers slightly beyond the range. Above this bound one
+# of them could exceed float16's largest number, 65504.
 _LARGEST = 65408.0
 
 

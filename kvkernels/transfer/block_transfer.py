@@ -101,7 +101,8 @@ class Restoration:
         self._decode = decode
         self._is_good = is_good
         self._after = after
-        self._steps: list[tuple[range, Done]] = []  # layers, and their way into the pool
+        # Layers, and what to wait for until they are in the pool
+        self._steps: list[tuple[range, Done]] = []
 
     def add_layers(self, layers: range) -> None:
         """The payloads of these layers are there: bring them into the pool, after those before.
@@ -132,7 +133,7 @@ class Restoration:
 
         What was not right was not written.
         """
-        with ExitStack() as waits:  # for every step, whatever another one raises
+        with ExitStack() as waits:  # waits for every step, even where one raises
             for _, done in self._steps:
                 waits.callback(done.wait)
         return self._is_good

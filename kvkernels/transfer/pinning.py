@@ -36,7 +36,7 @@ class PinnedMemory:
         self.is_pinned = int(status) == 0
         if not self.is_pinned:
             logger.warning("%d bytes of host memory not pinned: %s", memory.nbytes, status)
-            # PyTorch raises what the call left behind at the next launch: let it be this one.
+            # CUDA keeps the error and PyTorch raises it at the next launch: let it be this one.
             with contextlib.suppress(RuntimeError):
                 torch.zeros(1, device=device)
 

@@ -96,7 +96,7 @@ class DeviceRoute:
         return _pinned(shape, torch.uint8)
 
     def new_flags(self, num_blocks: int) -> torch.Tensor:
-        # Layer by layer: of a layer's flags the copy is one piece, and nobody waits for it.
+        # Layer-major: the flags of one layer are contiguous, so that copying them needs no wait.
         shape = (self._pool.layout.num_layers, num_blocks)
         return _pinned(shape, torch.bool).zero_().T
 
@@ -114,7 +114,7 @@ class DeviceRoute:
         sums, is_raw = _to_host(encoded.sums), _to_host(encoded.is_raw)
 
         def finish() -> EncodedBlocks:
-            if self._is_staged:  # which of them are raw, and longer, is known only now
+            if self._is_staged:  # raw payloads are longer, and only now is it known which
                 for row in is_raw.nonzero()[:, 0].tolist():
                     payloads[row, num_bytes:] = target[row, num_bytes:].cpu()
             return EncodedBlocks(block_format, payloads, sums, is_raw)
@@ -127,7 +127,7 @@ class DeviceRoute:
         block_format = encoded[0].block_format
         num_blocks, num_layers = is_good.shape
 
-        @functools.cache  # by the first layers' work, so on the lane
+        @functools.cache  # run once, by the first decode, and so on the lane's stream
         def upload() -> tuple[torch.Tensor, ...]:
             flags = torch.empty(num_layers, num_blocks, dtype=torch.bool, device=self._pool.device)
             return *_upload(encoded, block_ids, self._pool.device), flags

@@ -16,9 +16,9 @@ import torch
 
 from kvkernels.ops.codecs import EncodedBlocks
 
-STAGE_BYTES = 64 << 20  # of rows in a buffer: a millisecond of the link, twice what a launch costs
+STAGE_BYTES = 64 << 20  # of rows in a buffer: 1 ms of the link, twice a launch's cost
 MAX_GAP_BYTES = 64 << 10
-_ALIGNMENT = 64  # where layers begin in a row; kernels load up to 16 bytes at once
+_ALIGNMENT = 64  # of layers in a row; kernels load up to 16 bytes at once
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def cut_layers(encoded: Sequence[EncodedBlocks], layers: range) -> Cut:
     block_format = encoded[0].block_format
     has_raw = any(bool(part.is_raw.any()) for part in encoded)
     row_bytes = min(part.payloads.shape[1] for part in encoded)
-    if not has_raw:  # rows wide enough for raw ones are looked through for those
+    if not has_raw:  # only rows wide enough for raw payloads can hold one
         row_bytes = min(row_bytes, block_format.payload_bytes)
     own = block_format.cut(layers), block_format.raw.cut(layers)
     used = own if row_bytes >= block_format.raw.payload_bytes else own[:1]
@@ -90,7 +90,7 @@ def _copy_part(target: torch.Tensor, part: EncodedBlocks, rows: slice, cut: Cut)
         ]
     else:
         target, source = target[:, cut.own[0]], source[:, cut.own[0]]
-        if source.stride(0) == cut.stride:  # all of them, with what lies between
+        if source.stride(0) == cut.stride:  # one copy of all rows, gaps included
             shape = ((len(is_raw) - 1) * cut.stride + source.shape[1],)
             pairs = [(target.as_strided(shape, (1,)), source.as_strided(shape, (1,)))]
         else:
@@ -156,7 +156,8 @@ class Staging:
         emptied = self._emptied[turn]
         if emptied is not None:
             self._copying.wait_event(emptied)
-        # Rows begin before their place: of what lies before the cut nothing is there.
+        # A row is addressed from the payload's start, but only the bytes of the cut are in the
+        # buffer, so the view starts that far before it.
         first = _round_up(cut.row_bytes) - cut.start
         shape, strides = (len(rows), cut.row_bytes), (cut.stride, 1)
         staged = self._buffers[turn].as_strided(shape, strides, first)
@@ -169,11 +170,12 @@ class Staging:
         wanted = num_bytes + 2 * _round_up(row_bytes)
         if self._buffers and self._buffers[0].numel() >= wanted:
             return
-        # The allocator knows nothing of the other stream: the old ones are filled before they go,
-        # and the new ones are not while the lane may be using what they are made of.
+        # PyTorch's allocator does not know that the copying stream uses these buffers. So before
+        # the old ones are freed their copies must have ended, and the new ones are not written
+        # before the lane is done with the memory they may have been made of.
         lane.wait_stream(self._copying)
         self._buffers = []
-        with torch.inference_mode(False):  # for those who come after, in whatever mode
+        with torch.inference_mode(False):  # later calls may run outside inference mode
             self._buffers = [
                 torch.empty(wanted, dtype=torch.uint8, device=self._device) for _ in self._emptied
             ]

@@ -51,7 +51,8 @@ def shapes(arch: int) -> Iterator[Shape]:
         yield Shape("store_kv", "fp32", head_dim)
         yield Shape("merge", "fp32", head_dim)
         for dtype in ("bf16", "fp32"):
-            # A window adds a loop, and blocks smaller than a tile an address a token: the worst.
+            # The most demanding case: a window adds a loop, and blocks smaller than a tile need an
+            # address for each token.
             yield Shape("decode", dtype, head_dim, block_size=16, window=4096)
             for num_queries in (4, 16, 512):
                 if dtype == "bf16" or num_queries < 512:
@@ -63,10 +64,10 @@ def shapes(arch: int) -> Iterator[Shape]:
     # fp16 shares its configurations with bf16; one head dim shows that it compiles.
     yield Shape("decode", "fp16", 128)
     yield Shape("prefill", "fp16", 128, num_queries=512)
-    # Where there is no need of splits in a prompt either.
+    # So many sequences that prompts are not split either.
     for head_dim in (64, 128, 256):
         yield Shape("prefill", "bf16", head_dim, num_queries=512, num_seqs=64)
-    # Of head dim 64, the largest tile takes as many.
+    # At head_dim 64 the largest tile needs as many query rows.
     many = Shape("prefill", "bf16", 64, num_queries=512, num_seqs=64)
     yield replace(many, block_size=16, window=4096)
     yield replace(many, is_float8=True)
@@ -92,7 +93,7 @@ def _feature_shapes() -> Iterator[Shape]:
         yield Shape("prefill", "bf16", head_dim, num_queries=512, rules=_RULES, window=4096)
     yield Shape("prefill", "bf16", 128, num_queries=16, rules=("tree", *_RULES), window=4096)
     for op, num_queries in (("decode", 1), ("prefill", 512)):
-        # Values wider than keys: it is for them that tiles must fit.
+        # Values wider than keys: tiles are cut for the wider of both.
         yield Shape(op, "bf16", 64, 128, num_queries=num_queries)
         yield Shape(op, "bf16", 128, 256, num_queries=num_queries)
         yield Shape(
@@ -121,7 +122,7 @@ def _codec_shapes() -> Iterator[Shape]:
         for codec in list(CODECS)[2:]:
             yield Shape(op, "fp32", 128, codec=codec)
         yield Shape(op, "fp16", 128, codec="q4")
-        # One head, and the largest tiles and the smallest.
+        # A single head, then the largest tiles and the smallest.
         yield Shape(op, "bf16", 128, codec="k4v2", num_kv_heads=1)
         for head_dim, block_size in ((576, 256), (256, 16), (12, 64)):
             yield Shape(op, "bf16", head_dim, block_size=block_size, codec="l12")

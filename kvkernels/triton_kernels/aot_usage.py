@@ -19,18 +19,19 @@ from kvkernels.triton_kernels.shapes import DTYPES, Shape
 # Bytes of shared memory that one program may use; 8.0 has 163 KB, but 8.6, 8.9 and 12.0, which run
 # the same configurations, have 99.
 SHARED_LIMITS = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-# Bytes of local memory by kernel and call. Triton 3.6 needs none; 3.9 puts what stays the same
-# aside before the loop and reads it in each step. With 64 rows latent attention still takes half
-# the time that it takes with 32, which leave registers (on an H100).
+# Bytes of local memory that a kernel may spill, by call. Triton 3.6 needs none; 3.9 spills what
+# stays the same throughout the loop, and reads it back in each step. Even so, latent attention with
+# 64 rows takes half the time (on an H100) that it takes with 32, which do not spill.
 _SPILLS_ALLOWED = {
     ("decode_kernel", Shape("decode", "bf16", 576, 512, group=128, num_kv_heads=1)): 136
 }
 _WIDE_LOAD_BYTES = 16
 _WARP_THREADS = 32
-# Of the tensor cores, from Ampere to Blackwell.
+# Instructions of the tensor cores, from Ampere to Blackwell.
 _PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA")
-# (codes & mask) | magic by its table, 0xea or with the operands swapped 0xf8; see
-# `quantized._FOUR_BITS`. A mere AND, 0xc0, needs an instruction more.
+# The instruction that computes (codes & mask) | magic, recognised by its truth table: 0xea, or 0xf8
+# with the operands swapped; see `quantized._FOUR_BITS`. A plain AND (0xc0) would mean one more
+# instruction.
 _UNPACK = re.compile(r"LOP3\S* .*\b0xf000f\b.*, 0x(?:ea|f8)\b")
 
 
@@ -80,7 +81,7 @@ class Usage:
     def _fault_of_attention(self) -> str:
         if self.num_wide_loads < self.least_wide_loads:
             return "narrow loads"
-        if self.shape.dtype == "fp32":  # runs on the ordinary units
+        if self.shape.dtype == "fp32":  # float32 products do not use tensor cores
             return ""
         if not self.num_products or self.num_plain_dots:
             return "no tensor cores"

@@ -15,8 +15,8 @@ from kvkernels.triton_kernels.merge import plan_merge
 from kvkernels.triton_kernels.prefill import plan_prefill
 from kvkernels.triton_kernels.replay import Replays, addresses, signature
 
-_NUM_INPUTS = 6  # of the tensors of a call, those before the scoring's and other kinds'
-_NUM_SCORING_NUMBERS = 4  # of the fields of `Scoring`, those before its tensors
+_NUM_INPUTS = 6  # tensors from query to cu_seqlens_q, before those of scoring and codes
+_NUM_SCORING_NUMBERS = 4  # fields of `Scoring` before its tensors
 _NO_CACHE = (None,) * len(QuantizedCache._fields)
 _OUTPUTS = ("out_ptr", "lse_ptr")
 attention_replays = Replays(
@@ -73,7 +73,8 @@ def paged_attention(
         *(int4_cache or _NO_CACHE),
     )
     pointers = addresses(tensors)
-    has_one_start = pointers[1] == pointers[2]  # of keys and values; see `Call.is_latent`
+    # Keys and values start together; see `Call.is_latent`
+    has_one_start = pointers[1] == pointers[2]
     numbers = (*scoring[:_NUM_SCORING_NUMBERS], return_lse, batch_invariant, has_one_start)
     key = signature(tensors, pointers, numbers)
     replay = attention_replays.find(key)

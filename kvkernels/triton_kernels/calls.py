@@ -14,9 +14,10 @@ from kvkernels.scoring import Scoring
 from kvkernels.triton_kernels.configs import MAX_HEAD_DIM, TileConfig
 from kvkernels.triton_kernels.launch import Device, cut_row, largest_power_of_2
 
-_MAX_FLOAT32_SUM = 64  # products that are added one after another
-_MIN_TILE_N = 16  # what a product of matrices takes at least
-# Arguments of the kernels that change from call to call of one model.
+_MAX_FLOAT32_SUM = 64  # longest chain of additions in one dot product, for its rounding errors
+_MIN_TILE_N = 16  # the smallest that `tl.dot` takes
+# Kernel arguments that change from call to call of one model: Triton must not compile for their
+# values.
 CHANGING = ["num_seqs", "stride_table", "window"]
 INDEX_TENSORS = ["seq_lens_ptr", "block_table_ptr", "cu_seqlens_q_ptr", "tree_mask_ptr"]
 
@@ -157,7 +158,8 @@ class Call:
                 _lies_in_words(cache.key_codes, 2)
                 and _lies_in_words(cache.value_codes, 2)
                 and _lies_in_words(cache.key_scales, 4)  # scale and minimum of two channels
-                and self.value_dim // cache.value_scales.shape[3] % 2 == 0  # a pair shares a scale
+                # Both channels of a pair have one scale
+                and self.value_dim // cache.value_scales.shape[3] % 2 == 0
                 for cache in caches
             )
         )
@@ -189,13 +191,14 @@ class Call:
         """Arguments that the kernels share, by name."""
         query, key, value, scoring = self.query, self.key_cache, self.value_cache, self.scoring
         in_pairs, floats_in_pairs = self.in_pairs, self._has_float8_pairs(device)
-        if self.is_float8:  # Ampere's compiler does not know the type
+        if self.is_float8:  # Triton does not compile the type for Ampere
             integer = torch.int16 if floats_in_pairs else torch.uint8
             key, value = key.view(integer), value.view(integer)
-        # Of pairs, narrow parts take fewer registers, where they are as many channels in all.
+        # In pairs, cutting a head into halves saves registers where the halves have as many
+        # channels in all.
         is_even = query.shape[2] == largest_power_of_2(query.shape[2]) >= 64
         in_halves = self.int4_cache is not None or ((in_pairs or floats_in_pairs) and is_even)
-        # A part of pairs is cut in two, and a product takes at least 16 channels.
+        # A part held in pairs is split into even and odd channels, and `tl.dot` takes at least 16.
         least = 32 if in_pairs or floats_in_pairs else 16
         value_parts = cut_row(self.value_dim, in_halves, least)
         layouts = {

@@ -90,7 +90,7 @@ def decode_blocks(
         return
     device = device_of(blocks)
     work = Work(blocks, block_ids, block_format, payloads, is_raw, device, num_programs, layers)
-    missing = sums.neg()  # until what is there has been added
+    missing = sums.neg()  # becomes zero where the payload's own sums, added to it, are right
     run(plan_sums(work, missing), blocks)
     torch.any(missing, 2, out=is_good)
     if not holds_raw(work):

@@ -109,7 +109,7 @@ def _decode_values_kernel(
     TILE_N: tl.constexpr,  # next power of two of the bytes of a token's codes
     TILE_GROUPS: tl.constexpr,  # and of the groups
 ):
-    # One item is some tokens; those of the next head follow.
+    # One item is TILE_M tokens of one head; heads follow each other in the items' order.
     PARTS: tl.constexpr = 8 // NUM_BITS
     WIDTH: tl.constexpr = NUM_CHANNELS // PARTS
     GROUP: tl.constexpr = NUM_CHANNELS // NUM_GROUPS

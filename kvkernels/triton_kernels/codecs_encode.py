@@ -53,9 +53,9 @@ def _encode_keys_kernel(
     TILE_M: tl.constexpr,  # tokens at a time, a multiple of 4
     TILE_N: tl.constexpr,  # bytes of codes of each
 ):
-    # One item is a group of tokens, TILE_N bytes wide. The bytes of all heads' tokens are columns
-    # beside each other, so that a warp finds enough of them; a thread keeps to its own, and looks
-    # at the tokens twice, the second time out of a cache.
+    # One item is a group of tokens, TILE_N bytes wide. The columns of all heads lie beside each
+    # other, so that one head's few bytes do not leave a warp half idle. A thread keeps to its
+    # column and reads the tokens twice: for the range, then (from a cache) for the codes.
     PARTS: tl.constexpr = 8 // NUM_BITS  # codes a byte, of channels WIDTH apart
     WIDTH: tl.constexpr = NUM_CHANNELS // PARTS
     GROUP: tl.constexpr = BLOCK_SIZE // NUM_GROUPS
@@ -157,7 +157,7 @@ def _encode_values_kernel(
     TILE_GROUPS: tl.constexpr,  # and of the groups
     TILE_GROUP: tl.constexpr,  # and of the channels of one
 ):
-    # One item is some tokens; those of the next head follow.
+    # One item is TILE_M tokens of one head; heads follow each other in the items' order.
     PARTS: tl.constexpr = 8 // NUM_BITS
     WIDTH: tl.constexpr = NUM_CHANNELS // PARTS
     GROUP: tl.constexpr = NUM_CHANNELS // NUM_GROUPS
@@ -174,8 +174,8 @@ def _encode_values_kernel(
         start = piece * TILE_M
         source_ptr += layer * LAYER + FIRST + start * HEAD_DIM
         layer_ptr = payloads_ptr + row * stride_row * 4 + offset
-        # Group by group for their ranges, and then, out of the nearest cache, in the order of
-        # codes: a byte's channels may lie in groups of any kind.
+        # Read group by group to find the ranges, and a second time, from L1, in the order of the
+        # codes: the channels that share a byte may belong to different groups.
         channels = groups[:, :, None] * GROUP + members
         is_inside = (groups < NUM_GROUPS)[:, :, None] & (members < GROUP)
         items = tl.load(

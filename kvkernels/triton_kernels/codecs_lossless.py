@@ -57,8 +57,8 @@ def _list_escapes(
         is_far = _far_below(tops, exponents)
         in_halves = tl.sum(is_far, 2)  # [2, TILE_M]
         in_tokens = tl.sum(in_halves, 0)
-        # Before an element lie those of earlier tokens, of its token's first half if it is in the
-        # second, and of its own half.
+        # An element's rank counts the escapes of earlier tokens, of its token's first half if it
+        # lies in the second, and of its own half before it.
         before = tl.cumsum(in_tokens, 0) - in_tokens
         ranks = before[None, :] + tl.cumsum(in_halves, 0) - in_halves
         ranks = num_before + ranks[:, :, None] + tl.cumsum(is_far, 2) - is_far
@@ -101,8 +101,8 @@ def _encode_lossless_kernel(
     TILE_M: tl.constexpr,  # tokens at a time, a multiple of 4
     TILE_N: tl.constexpr,  # next power of two of half the channels
 ):
-    # One item is a head: escapes are in the order of its tokens, which are looked at twice, and
-    # once more where there are escapes.
+    # One item is a head, as its escapes are listed in the order of its tokens. The tokens are read
+    # twice (highest exponents, then codes), and once more if there are escapes.
     HALF: tl.constexpr = HEAD_DIM // 2
     STEPS: tl.constexpr = BLOCK_SIZE // TILE_M
     STEP: tl.constexpr = TILE_M * HEAD_DIM
@@ -114,7 +114,7 @@ def _encode_lossless_kernel(
     channels = (halves * HALF)[:, None] + columns[None, :]
     elements = (tokens * HEAD_DIM)[None, :, None] + channels[:, None, :]
     for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
-        # Values follow keys, in blocks and in layers: like more heads.
+        # Values follow keys both in the pool and in the payload, so they count as further heads.
         row, layer, offset, piece = find_item(item, layers_ptr, num_chosen, NUM_SIDES * NUM_HEADS)
         base = piece // NUM_HEADS * NEXT
         head = piece % NUM_HEADS
@@ -148,7 +148,8 @@ def _encode_lossless_kernel(
             exponents = _exponents_of(bits)
             num_far += tl.sum(_far_below(tops, exponents), 0)
             low = (bits >> 8 & 0x80) | (bits & 0x7F)
-            # One half after the other: a store of both would be laid out over other threads.
+            # Stored one half after the other: a single store would need another layout over the
+            # threads.
             first, second = tl.split(tl.permute(low.to(tl.uint8), (1, 2, 0)))
             low_ptr = layer_ptr + step * STEP + first_places
             tl.store(low_ptr, first, mask=is_column[None, :])
@@ -184,7 +185,7 @@ def _encode_lossless_kernel(
         plain += total(slot_plain)
         weighted += total(slot_weighted)
         add_sums(sums_ptr, row, layer, num_layers, plain, weighted)
-        if head == NUM_HEADS - 1:  # up to the values, or to the layer's end
+        if head == NUM_HEADS - 1:  # zeros up to where the values begin, or to the layer's end
             write_zeros(layer_ptr, base + END, tl.where(base == 0, NEXT, NUM_BYTES))
         if num_escapes > _NUM_ESCAPES:
             tl.store(is_raw_ptr + row, 1)
@@ -255,7 +256,8 @@ def _decode_lossless_kernel(
             distances = (escapes & 0xFFFFFF) - begin
             is_here = (distances >= 0) & (distances < TILE_M * HEAD_DIM) & (escapes != _UNUSED)
             if tl.sum(is_here.to(tl.int32), 0) > 0:
-                for slot in range(_NUM_ESCAPES):  # in order: where two name a place, the later
+                # In order, so that of two with one place the later one wins
+                for slot in range(_NUM_ESCAPES):
                     escape = tl.load(escapes_ptr + slot)
                     is_place = (places == (escape & 0xFFFFFF)) & (escape != _UNUSED)
                     exponents = tl.where(is_place, escape >> 24 & 255, exponents)

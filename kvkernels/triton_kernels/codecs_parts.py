@@ -7,7 +7,7 @@ apart, so any number of programs does all of the work.
 import triton
 import triton.language as tl
 
-# The interpreter cuts bits off where it makes bfloat16 (Triton 3.9).
+# The interpreter truncates where it converts to bfloat16 (Triton 3.9), so we round ourselves.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _TO_INTEGER = tl.constexpr(float(1 << 23))  # from here on, float32 has no bits after the point
 _SMALLEST_NORMAL = tl.constexpr(2.0**-14)  # below it a float16 has fewer bits
@@ -20,7 +20,7 @@ def find_item(item, layers_ptr, num_chosen, NUM_PIECES: tl.constexpr):
     rest = item // NUM_PIECES
     entry_ptr = layers_ptr + 2 * (rest % num_chosen)
     row = (rest // num_chosen).to(tl.int64)
-    # In units of 64 bytes in the table, which lets the compiler see how far bytes are aligned.
+    # The table counts units of 64 bytes; the multiplication tells the compiler the alignment.
     return row, tl.load(entry_ptr), tl.load(entry_ptr + 1) * 64, piece
 
 
@@ -68,7 +68,7 @@ def weigh_steps(counts, levers, places, STEP: tl.constexpr):
         places: Of the first step.
     """
     plain, weighted = weigh_bytes(counts, places)
-    # Below 2^31: a column has at most 256 bytes that lie at most 1024 apart.
+    # `levers` times the step stays below 2^31: a column has at most 256 bytes, at most 1024 apart.
     return plain, weighted + ((levers * (STEP // 4)).to(tl.int64) << ((places & 3) * 8))
 
 
@@ -139,10 +139,11 @@ def find_scales(lowest, highest, NUM_BITS: tl.constexpr, DTYPE: tl.constexpr):
         The word of scale and minimum, the minimum, one over the scale or zero, and the greatest
         code.
     """
-    lowest = lowest + 0.0  # no minus zero
+    lowest = lowest + 0.0  # turns -0.0 into 0.0, so that equal numbers have equal bits
     nearest = lowest.to(tl.float16)
     bits = nearest.to(tl.int16, bitcast=True).to(tl.int32)
-    # The next float16 below: away from zero if negative. A positive zero is never above.
+    # The next smaller float16: for negative numbers the next larger bits. A positive zero needs no
+    # case of its own, as it is never above.
     below = tl.where(bits < 0, bits + 1, bits - 1)
     is_above = (nearest.to(tl.float32) > lowest) & (tl.abs(lowest) >= _SMALLEST_NORMAL)
     bits = tl.where(is_above, below, bits)
@@ -150,7 +151,7 @@ def find_scales(lowest, highest, NUM_BITS: tl.constexpr, DTYPE: tl.constexpr):
     low = _half(bits)
     scale, top, restored = _fit_scale(low, highest, NUM_BITS, DTYPE)
     is_coarse = scale.to(tl.float32) < _SMALLEST_NORMAL
-    # Sets with coarse scales are rare, but for zeros.
+    # Subnormal scales are rare, except for sets of zeros, so the second fit is usually skipped.
     num_coarse = tl.sum(tl.reshape((is_coarse & (highest > low)).to(tl.int32), [scale.numel]), 0)
     if num_coarse > 0:
         fitted_scale, fitted_top, restored = _fit_scale(low, restored, NUM_BITS, DTYPE)
@@ -177,7 +178,7 @@ def _inverse_of(scale):
     """One over a float16, or zero."""
     scale = scale.to(tl.float32)
     is_some = scale > 0
-    # `/` need not be rounded correctly.
+    # Triton's `/` may be an approximation; codes must not depend on that.
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(is_some, scale, 1.0))
     return tl.where(is_some, inverse, 0.0)
 
@@ -213,7 +214,7 @@ def to_codes(numbers, low, inverse, top, NUM_BITS: tl.constexpr):
     """Codes of float32 numbers, int32."""
     levels: tl.constexpr = (1 << NUM_BITS) - 1
     codes = tl.minimum(tl.maximum((numbers - low) * inverse, 0.0), top)
-    # The sum is rounded to a whole number, ties to even, which its last bits then are.
+    # Adding 2^23 rounds to a whole number, ties to even, and leaves it in the low bits.
     return (codes + _TO_INTEGER).to(tl.int32, bitcast=True) & levels
 
 
@@ -221,7 +222,7 @@ def to_codes(numbers, low, inverse, top, NUM_BITS: tl.constexpr):
 def spread(sets, channels, GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr):
     """What the groups of tokens have, `[tokens, groups]`, for each of some channels."""
     if NUM_GROUPS > 1:
-        # Channels past the last are masked, but their group must be one that there is.
+        # Channels past the last are masked, but `gather` still needs a valid group for them.
         groups = tl.minimum(channels // GROUP, NUM_GROUPS - 1)
         sets = tl.gather(sets, tl.broadcast_to(groups, [sets.shape[0], channels.shape[1]]), 1)
     return sets

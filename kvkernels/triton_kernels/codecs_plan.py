@@ -32,11 +32,12 @@ _MAX_COLUMNS = 256
 _VALUE_ELEMENTS = 4096
 _TILE_WORDS = 4096
 _NUM_WARPS = 4
-# Left to itself, the assembler now and then spills a few bytes to stay at a round number.
+# Without this, the assembler sometimes spills a few bytes to stay at a round number of registers.
 _MAX_REGISTERS = 255
-# Programs for each multiprocessor where there is no bound: more than run at once.
+# Programs per multiprocessor where the caller sets no bound: more than run at once.
 _MAX_PROGRAMS = 32
-# The bits of 65408, see `kvkernels.reference.codecs`, or in bfloat16 of the number below it.
+# The bits of 65408, the largest number quantisers take (see `kvkernels.reference.codecs`); for
+# bfloat16 those of the next number below it.
 _LIMITS = {torch.float32: 0x477F8000, torch.float16: 0x7BFC, torch.bfloat16: 0x477F}
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}  # by bytes
@@ -193,8 +194,8 @@ def _value_tile(side: SideFormat, layout: KVLayout) -> tuple[int, dict[str, int]
     group = triton.next_power_of_2(num_channels // side.num_groups)
     width = triton.next_power_of_2(num_channels * side.bits // 8)
     widest = max(groups * group, width * 8 // side.bits)
-    # Before Triton 3.9 the compiler fails where groups are gathered from and do not give every
-    # thread one (triton-lang/triton#11600).
+    # Before Triton 3.9 the compiler fails on a gather from a tensor with less than one element for
+    # each thread (triton-lang/triton#11600).
     fewest = 32 * _NUM_WARPS // groups if groups > 1 else 1
     tokens = max(fewest, _VALUE_ELEMENTS // widest)
     tokens = min(layout.block_size, tokens)
@@ -263,7 +264,7 @@ def _plan_encode_lossless(
     constants = _lossless_tile(layer, layout)
     constants |= {"END": layer.sides[0].end, "NUM_BYTES": layer.num_bytes}
     pieces = constants["NUM_SIDES"] * layout.num_kv_heads
-    # Heads wider than usual need tiles that are larger.
+    # Wide heads have larger tiles, for which four warps lack registers.
     num_warps = 2 * _NUM_WARPS if constants["TILE_N"] > _MAX_COLUMNS else _NUM_WARPS
     arguments = {"sums_ptr": sums, **work.rows}
     return work.launch(_encode_lossless_kernel, layers, pieces, num_warps, **arguments, **constants)
@@ -281,7 +282,8 @@ def _plan_encode_side(
     arguments = work.elements(side) | more | {"LIMIT": _LIMITS[layout.dtype]}
     if side.is_key:
         pieces, constants = _key_tile(side, layout)
-        # What sets share, four a byte, takes more registers than four warps have.
+        # With four codes a byte, the scales and minima of a byte take more registers than four
+        # warps have.
         num_warps = 2 * _NUM_WARPS if side.bits == 2 else _NUM_WARPS
         return work.launch(_encode_keys_kernel, layers, pieces, num_warps, **arguments, **constants)
     pieces, constants = _value_tile(side, layout)

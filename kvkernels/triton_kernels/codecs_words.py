@@ -119,7 +119,7 @@ def _copy_channels_out_kernel(
     TILE_M: tl.constexpr,  # tokens
     TILE_N: tl.constexpr,  # next power of two of the channels
 ):
-    # One item is some tokens; those of the next head follow.
+    # One item is TILE_M tokens of one head; heads follow each other in the items' order.
     CUTS: tl.constexpr = NUM_HEADS * BLOCK_SIZE // TILE_M
     dtype: tl.constexpr = blocks_ptr.dtype.element_ty
     columns = tl.arange(0, TILE_N)[None, :]

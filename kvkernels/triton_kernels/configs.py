@@ -66,15 +66,17 @@ _DECODE = {
     (9, 4, 576): (16, 8, 2, 2),
 }
 
-# From so many query heads to a key-value head on: these, tile_m, and the rest as above. Of latent
-# attention products are the bound then, and not the memory; wide heads need more warps for it.
+# The first number is the least query heads to a key-value head; then tile_m, and the rest as above.
+# With that many heads latent attention is bound by its products and no longer by memory, and wide
+# heads need more warps for them.
 _DECODE_MANY_HEADS = {
     (9, 2, 256): (17, 32, 64, 8, 3, 1),
     (9, 2, 576): (33, 64, 32, 8, 3, 1),
     (10, 2, 256): (17, 32, 64, 8, 3, 1),
 }
 
-# Where blocks may be quantised: a step is a quarter to half as many bytes, so more are in flight.
+# Where blocks may be quantised: a step reads a quarter to half as many bytes, so more steps are in
+# flight.
 _DECODE_CODES = {
     (8, 2, 64): (64, 4, 4, 2),
     (8, 2, 128): (32, 4, 4, 2),
@@ -94,8 +96,9 @@ _DECODE_CODES = {
     (9, 4, 576): (16, 8, 2, 1),
 }
 
-# The same for heads of exactly so many channels and up to 8 query heads to each. One warp to a
-# program: no sums over warps and no barriers, which with 8 rows are most of a step.
+# The same for heads of exactly this many channels and at most 8 query heads to each. One warp to a
+# program: that needs no sums across warps and no barriers, which take most of a step when there are
+# only 8 rows.
 _DECODE_CODES_ALONE = {
     (9, 2, 64): (64, 1, 3, 8),
     (9, 2, 128): (32, 1, 3, 8),
@@ -127,8 +130,8 @@ _PREFILL = {
     (9, 4, 576): {16: (16, 8, 1)},
 }
 
-# Rows in which Blackwell needs another cut than Hopper: its tensor memory changes what is held in
-# registers, and Hopper's cut would spill.
+# Entries where Blackwell needs other tiles than Hopper: its accumulators lie in tensor memory,
+# which changes what registers hold, and Hopper's tiles would spill.
 _PREFILL_BLACKWELL = {
     (10, 2, 64): {16: (64, 4, 3), 64: (64, 8, 3), 128: (64, 8, 3)},
     (10, 2, 128): {16: (64, 4, 3), 64: (64, 8, 3), 128: (64, 8, 3)},
@@ -138,7 +141,7 @@ _PREFILL_BLACKWELL = {
 }
 
 
-# Rows in which rules of scoring or quantised blocks need more registers than plain floats.
+# Entries where rules of scoring or quantised blocks need more registers than plain floats.
 _PREFILL_HEAVY = {
     (8, 2, 128): {16: (64, 4, 3), 64: (16, 8, 3)},
     (8, 2, 256): {16: (32, 4, 2), 32: (16, 8, 3)},
@@ -149,8 +152,9 @@ _PREFILL_HEAVY = {
     (10, 2, 128): {16: (64, 4, 3), 64: (32, 8, 3)},
 }
 
-# Tiles, by row and tile_m, that pay only from so many query rows a multiprocessor on: a program
-# takes longer than with the next smaller tile, and the last ones leave the device half empty.
+# By entry and tile_m: the least query rows per multiprocessor for which this tile pays. One program
+# takes longer than with the next smaller tile, so with fewer rows the last programs would leave the
+# device half empty.
 _LEAST_ROWS = {
     ((9, 2, 64), 128): 1024,
 }
@@ -160,7 +164,7 @@ def _row(arch: int, dtype: torch.dtype, head_dim: int) -> tuple[int, int, int]:
     """The key of a row; Blackwell's 10 falls back to 9 where it has no row of its own."""
     if arch < 8:
         raise UnsupportedError(f"device: the kernels need compute capability 8.0, got {arch}.x")
-    # From 12 on chips have as little shared memory as the smaller ones of 8 (99 KB).
+    # From compute capability 12 on chips have only 99 KB of shared memory, like 8.6 and 8.9.
     served_as = 8 if arch >= 12 else min(arch, 10)
     return (served_as, dtype.itemsize, _width(head_dim))
 
@@ -184,8 +188,8 @@ def decode_config(
     least_group, *many = _DECODE_MANY_HEADS.get((served_as, itemsize, width), (group + 1,))
     if group >= least_group and not is_quantized:
         return TileConfig(*many)
-    # Twice the rows spare a second read of the cache; float32 has no registers for them, and
-    # Ampere no shared memory for latent queries as wide.
+    # 32 rows instead of 16 avoid reading the cache a second time. Not for float32, which lacks the
+    # registers, nor for wide latent queries on Ampere, which lacks the shared memory.
     is_narrow = group <= 16 or itemsize == 4 or (served_as == 8 and width > 256 and is_quantized)
     tile_m = 16 if is_narrow else 32
     return TileConfig(tile_m, *table[min(served_as, 9), itemsize, width])

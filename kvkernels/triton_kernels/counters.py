@@ -7,13 +7,13 @@ import threading
 import torch
 import triton
 
-# One buffer for each device and stream: launches of one stream run one after another.
+# By device and stream. Launches on one stream run one after another, so they can share a buffer.
 _buffers: dict[tuple[int, int], torch.Tensor] = {}
-# Counters for launches in captured graphs, and how many are dealt out. A graph keeps its own for
-# good: replays may run beside other streams.
+# By device: counters for launches in captured graphs, and how many have been dealt out. A graph
+# keeps its counters for good, since its replays may run beside other streams.
 _graph_buffers: dict[int, tuple[torch.Tensor, int]] = {}
 _GRAPH_COUNTERS = 1 << 20
-_dealing = threading.Lock()  # threads may capture at once
+_dealing = threading.Lock()  # several threads may capture at once
 
 
 def zeroed_counters(count: int, tensor: torch.Tensor) -> torch.Tensor:

@@ -37,12 +37,14 @@ from kvkernels.triton_kernels.splits import (
 )
 from kvkernels.triton_kernels.tiles import finish, start_rows
 
-# Tokens of a split where the batch must not matter.
+# With `batch_invariant`, splits have this fixed length in tokens instead of one that fits the
+# batch.
 _INVARIANT_SPLIT_TOKENS = 2048
-# Programs in the grid, as a multiple of those that run at once. More serve very unequal lengths
-# better, but each one that is not needed still has to start and exit.
+# Programs in the grid, as a multiple of those that run at once. More balance very unequal lengths
+# better, but each superfluous one still has to start and exit.
 _GRID_FACTOR = 8
-# Elements of a split's result up to which the last program joins all of them.
+# A split's result may have this many elements for the last program to join all of them; above it a
+# second kernel does.
 _MAX_JOIN_ELEMENTS = 2048
 
 
@@ -143,7 +145,8 @@ def _decode_kernel(
         lo = tl.maximum(seq_len - window, 0)
     hi = seq_len
     if tree_mask_ptr is not None:
-        hi -= 1 - (tl.load(tree_mask_ptr + seq) & 1)  # whether the token sees itself
+        # Bit 0 of its mask: whether the token sees itself
+        hi -= 1 - (tl.load(tree_mask_ptr + seq) & 1)
     every_row = tl.zeros([TILE_M], tl.int32)
     slopes = 0
     if slopes_ptr is not None:
@@ -228,7 +231,7 @@ def _limit_splits(
     max_splits = min(
         MAX_SPLITS,
         triton.cdiv(max_tokens, config.tile_n * min_split_tiles),
-        triton.cdiv(at_once, num_groups),  # one sequence cannot use more
+        triton.cdiv(at_once, num_groups),  # even one sequence alone cannot use more
         triton.cdiv(_GRID_FACTOR * at_once, num_seqs * num_groups),
     )
     return max(1, max_splits), at_once
@@ -258,7 +261,7 @@ def plan_decode(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device
         split_tiles = min_split_tiles = _INVARIANT_SPLIT_TOKENS // config.tile_n
         max_splits = max(1, triton.cdiv(max_tokens, _INVARIANT_SPLIT_TOKENS))
     splits_of_join, rows_of_join = tile_of_join(value_dim, num_rows)
-    # One warp would take as long to join what many left it as to attend to its split.
+    # For a single warp, joining many splits would take as long as attending to one.
     joins_itself = config.num_warps > 1 and num_rows * value_dim <= _MAX_JOIN_ELEMENTS
     partials = Partials.like(
         out, max_splits, num_seqs * num_groups if max_splits > 1 and joins_itself else 0
@@ -278,9 +281,10 @@ def plan_decode(call: Call, out: torch.Tensor, lse: torch.Tensor, device: Device
             "max_splits": max_splits,
             "num_programs_at_once": at_once,
             **call.arguments(config, device),
-            # One warp alone has no registers for as many floats as codes.
+            # A single warp has registers for a full tile of codes, but not of floats.
             "FLOAT_TILE_N": min(config.tile_n, 16) if config.num_warps == 1 else config.tile_n,
-            # Of a tree, one query needs a bit alone.
+            # No tree rule: with one query a sequence, only bit 0 of the mask matters, and `hi`
+            # takes it in.
             "RULES": (*call.rules[:2], False, call.scales_last),
             "MIN_SPLIT_TILES": min_split_tiles,
             "SPLIT_TILES": split_tiles,

@@ -11,9 +11,10 @@ mov.b32 {low, high}, $2;
 cvt.rn.f16x2.e4m3x2 $0, low;
 cvt.rn.f16x2.e4m3x2 $1, high;
 }""")
-# For Ampere. The exponent's bias is 7 where float16 has 15, so the bits mean a 256th. All bits set
-# are a NaN: of all numbers only they overflow when multiplied by 36000 (0x7865), and 0 times
-# infinity is a NaN.
+# For Ampere, by shifting the bits into a float16. Its exponent's bias is 15 instead of 7, so the
+# number comes out 256 times too small and is multiplied. The one NaN, all bits set, would become a
+# number: of all numbers it alone overflows when multiplied by 36000 (0x7865), and infinity times 0
+# is a NaN, which is added.
 _FLOAT8_BY_BITS = tl.constexpr("""{
 .reg .b32 low, high, sign, test, factor, most, zero;
 mov.b32 factor, 0x5C005C00;

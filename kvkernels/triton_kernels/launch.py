@@ -32,7 +32,7 @@ class Device:
     num_multiprocessors: int
 
 
-# Where kernels are interpreted, they are cut as for this: Hopper's tiles, but few units, since
+# What kernels are tuned for in the interpreter: Hopper's tiles, but few multiprocessors, since
 # programs run one after another.
 _INTERPRETED_DEVICE = Device(arch=9, num_multiprocessors=4)
 
@@ -89,7 +89,7 @@ def device_of(tensor: torch.Tensor) -> Device:
 
 def current_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """Makes the device that holds `tensor` the current one, where it is not already."""
-    # To ask takes a tenth of what the guard does.
+    # Asking for the current device takes a tenth of the time that the guard takes.
     if not tensor.is_cuda or torch.cuda.current_device() == tensor.get_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)

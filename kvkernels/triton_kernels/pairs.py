@@ -15,7 +15,7 @@ Tiles lie in one block, which is full, so codes are loaded without masks: addres
 plus what never changes from tile to tile.
 """
 
-# Tuples grow from part to part, and the compiler knows no iterable unpacking.
+# Kernels build tuples with `+`, which changes their type: Triton compiles no iterable unpacking.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
 
@@ -90,7 +90,8 @@ def _load_codes(
     """Codes as floats, in the order of `split_parts`."""
     pairs = ()
     for i in tl.static_range(0, len(PARTS), 8 // NUM_BITS):
-        # Of 4 bits, a part and the one after it share bytes.
+        # 4-bit codes: one load holds this part (low halves of the bytes) and the next (high
+        # halves).
         words = _load_words(base_ptr, PARTS, i, ROW_WORDS, TILE_N, EVICTION, AS_COLUMNS)
         if _INTERPRETED or dtype == tl.float32:
             bits = words.to(tl.int32)
@@ -218,7 +219,8 @@ def load_value_pairs(
     keep = tl.expand_dims(keep, 0 if AS_COLUMNS else 1)
     pairs = ()
     for i in tl.static_range(len(PARTS)):
-        # A run of so many channels lies in one group, and the part is a whole number of runs.
+        # RUNS[i] neighbouring channels always share a group, and divide the part evenly: one word
+        # is loaded for each run and repeated.
         firsts = tl.arange(0, width_of(PARTS, i) // at(RUNS, i))
         firsts = first_of(PARTS, i) + at(RUNS, i) * firsts
         firsts = tl.expand_dims(firsts, 1 if AS_COLUMNS else 0)

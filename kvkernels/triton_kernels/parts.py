@@ -5,7 +5,7 @@ A row is cut into parts, each as wide as a power of two: `((first, width, end), 
 tile for each part; `kvkernels.triton_kernels.launch.cut_row` chooses them.
 """
 
-# Tuples grow from part to part, and the compiler knows no iterable unpacking.
+# Kernels build tuples with `+`, which changes their type: Triton compiles no iterable unpacking.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
 
@@ -15,8 +15,8 @@ import triton.language as tl
 from kvkernels.triton_kernels.float8 import from_float8, from_float8_pairs
 
 
-# What a tuple holds. Triton 3.6 takes an item that a kernel picks from one for a plain number,
-# which it neither passes on nor makes a shape of.
+# An item of a tuple, as a constexpr. Where a kernel indexes a tuple itself, Triton 3.6 makes a
+# plain number of the item, which can neither be passed on as a constexpr nor be part of a shape.
 @triton.constexpr_function
 def at(values, index):
     return values[index]

@@ -36,7 +36,7 @@ from kvkernels.triton_kernels.splits import (
 )
 from kvkernels.triton_kernels.tiles import finish, start_rows
 
-# Query rows of a sequence that the tile is chosen for where the batch must not matter.
+# With `batch_invariant`, the tile is chosen as for this many query rows of a sequence.
 _INVARIANT_ROWS = 64
 
 
@@ -104,7 +104,7 @@ def _prefill_kernel(
 ):
     TILE_Q: tl.constexpr = TILE_M // GROUP_TILE
     HEAD_TILES: tl.constexpr = (GROUP + GROUP_TILE - 1) // GROUP_TILE
-    # Backwards: under a causal mask the last tokens have the most to do, so they start first.
+    # In reverse order: under a causal mask the last tokens have the most work, so they start first.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     seq = _find_sequence(cu_seqlens_q_ptr, num_seqs, program, TILE_Q)
     first_token = tl.load(cu_seqlens_q_ptr + seq)
@@ -192,15 +192,17 @@ def _prefill_kernel(
         positions = before + tree_depths(trees, queries, num_queries)
     elif IS_CAUSAL:
         row_hi = positions + 1
-    # Tokens of a tree stand before position 0 where a sequence is shorter than its new tokens.
+    # Lower than any position: a tree's tokens may have negative ones, where a sequence is shorter
+    # than its new tokens.
     row_lo = tl.full([TILE_M], -(1 << 30), tl.int32)
     if HAS_WINDOW:
         row_lo = positions - window + 1
 
     table_ptr = block_table_ptr + seq * stride_table
-    # 0: the window's edge; 1: seen by all rows; 2: the causal edge and the end of the sequence.
-    # Quantised blocks have masks throughout: they cost little beside what codes cost, and a loop
-    # for each phase and kind would make the kernel many times as large.
+    # Phases. 0: tiles at the window's edge; 1: tiles that all rows see, without masks; 2: tiles at
+    # the causal edge and the end of the sequence. Quantised blocks go through phase 2 alone: masks
+    # cost little beside decoding codes, and a loop for each phase and kind would multiply the
+    # kernel's size.
     IS_QUANTIZED: tl.constexpr = int8_cache is not None or int4_cache is not None
     for phase in tl.static_range(2 if IS_QUANTIZED else (0 if HAS_WINDOW else 1), 3):
         begin = first_tile if phase == 0 else (full_first if phase == 1 else full_last)
@@ -237,17 +239,18 @@ def _max_splits(
     max_tokens = call.block_table.shape[1] * call.block_size
     if call.scoring.window:
         max_tokens = min(max_tokens, call.scoring.window + call.query.shape[0])
-    # Codes and rules beside all the rows there may be leave no registers for more.
+    # Splitting needs registers that codes and rules, with this many rows, have not left.
     is_full = config.tile_m > 64 and (call.is_heavy or call.is_float8)
     if call.batch_invariant or is_full or num_programs > at_once:
         return 1
     max_splits = min(
         MAX_SPLITS,
         triton.cdiv(max_tokens, min_split_tiles * config.tile_n),
-        # Programs may be without queries, and the device then takes more splits of the others.
+        # Twice, since some programs may have no queries and leave room for more splits of the
+        # others.
         triton.cdiv(2 * at_once, num_programs),
     )
-    return max(1, max_splits)  # of a table of no blocks, too
+    return max(1, max_splits)  # also for a table without blocks
 
 
 def _max_registers(call: Call, tile_m: int, is_split: bool) -> int | None:

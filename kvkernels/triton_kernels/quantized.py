@@ -12,7 +12,7 @@ bfloat16 would go through float32. A row of queries is divided by a power of two
 fits.
 """
 
-# Tuples grow from part to part, and the compiler knows no iterable unpacking.
+# Kernels build tuples with `+`, which changes their type: Triton compiles no iterable unpacking.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
 
@@ -72,7 +72,7 @@ def as_half(q, scale):
         largest = tl.max(tl.abs(q[0].to(tl.float32)), 1)
         for i in tl.static_range(1, len(q)):
             largest = tl.maximum(largest, tl.max(tl.abs(q[i].to(tl.float32)), 1))
-        # The exponent alone: multiplication by a power of two is exact.
+        # Only the exponent is used: multiplying by a power of two is exact.
         exponent = tl.minimum(largest.to(tl.int32, bitcast=True) >> 23, 253)
         exponent = tl.where(exponent == 0, 127, exponent)
         factor = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
@@ -169,7 +169,8 @@ def _load_values(
     TILE_N: tl.constexpr = codes_rows.shape[0]
     parts = ()
     for i in tl.static_range(len(PARTS)):
-        # A run of so many channels lies in one group, and the part is a whole number of runs.
+        # RUNS[i] neighbouring channels always share a group, and divide the part evenly: one word
+        # is loaded for each run and repeated.
         firsts = tl.arange(0, width_of(PARTS, i) // at(RUNS, i))
         firsts = first_of(PARTS, i) + at(RUNS, i) * firsts
         # Slots nobody sees may have scales of NaN, which a weight of zero would not silence.

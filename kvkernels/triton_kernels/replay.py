@@ -22,7 +22,7 @@ from kvkernels.signatures import MAX_SIGNATURES, Signature, layouts
 from kvkernels.triton_kernels.launch import Launch, current_device_of, run
 from kvkernels.triton_kernels.scratch import SCRATCH_NAMES
 
-# What Triton specialises an address on, beside its dtype.
+# Besides the dtype, Triton compiles for whether an address is a multiple of this.
 _ALIGNMENT = 16
 
 
@@ -53,11 +53,12 @@ class _Repeat:
 
     def __init__(self, launch: Launch, compiled: CompiledKernel, names: Sequence[str]) -> None:
         self._launch = compiled[(*launch.grid, 1, 1)[:3]]
-        # The tensors themselves are not kept: they would stay in memory.
+        # Tensors are replaced by addresses: keeping them would keep their memory.
         self._arguments: list[Any] = []
-        # Of an argument that is an address, its index and that of the address.
+        # For each argument that is one address: the argument's index, and the address's.
         self._places: list[tuple[int, int]] = []
-        # Of one that is a tuple, its index, those of its addresses, and what follows them.
+        # For each argument that is a tuple: its index, the addresses' indices, and the rest of the
+        # tuple.
         self._tuples: list[tuple[int, slice, tuple[Any, ...]]] = []
         for index, name in enumerate(launch.kernel.arg_names):
             value = launch.arguments[name]
@@ -106,7 +107,8 @@ class Replay:
         """
         with current_device_of(tensor):
             if self._scratch is not None:
-                memory = self._scratch.allocate(tensor)  # named, to live until all is queued
+                # Bound to a name so that it lives until all launches are queued
+                memory = self._scratch.allocate(tensor)
                 pointers += self._scratch.addresses(*memory)
             for repeat in self._repeats:
                 repeat.run(pointers)
@@ -135,7 +137,7 @@ class Replays:
     def run(self, signature: Signature, launches: Sequence[Launch], tensor: torch.Tensor) -> None:
         """Queue launches on the device that holds `tensor`, and remember them."""
         kernels = run(launches, tensor)
-        # Something else where kernels are interpreted, or compiled in the background.
+        # `run` returns something else where kernels are interpreted or compiled in the background.
         if not _is_watched() and all(isinstance(kernel, CompiledKernel) for kernel in kernels):
             if len(self._replays) >= MAX_SIGNATURES:
                 self._replays.clear()

@@ -70,7 +70,7 @@ def attend_cache(
     float_q = q
     float_scale = scale
     half_q, half_scale = as_half(q, scale)
-    # float8, one byte an element, goes through float16 like codes do: it is exact there.
+    # float8 is loaded as bytes and converted to float16, as codes are, which holds it exactly.
     if cache[0].dtype.element_ty == tl.uint8 or cache[0].dtype.element_ty == tl.int16:
         float_q = half_q
         float_scale = half_scale
@@ -81,8 +81,8 @@ def attend_cache(
             TILE_N, MASKED, RULES, EVICTION,
         )  # fmt: skip
     else:
-        # With masks throughout: they cost little beside what codes cost, and a second loop for
-        # each kind would double the kernel.
+        # Masked throughout: masks cost little beside decoding codes, and a second, unmasked loop
+        # for each kind would double the kernel.
         token = first_tile * TILE_N
         last = tl.minimum(last_tile * TILE_N, hi)
         while token < last:

@@ -9,7 +9,7 @@ import torch
 
 from kvkernels.triton_kernels.counters import zeroed_counters
 
-# Which arguments of the kernels it becomes.
+# The kernel arguments that point into scratch memory.
 SCRATCH_NAMES = ("partial_out_ptr", "partial_lse_ptr", "num_splits_ptr", "counters_ptr")
 
 

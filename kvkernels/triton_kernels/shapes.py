@@ -143,7 +143,7 @@ def make_call(shape: Shape) -> Call:
     dtype = DTYPES[shape.dtype]
     num_tokens, num_heads = shape.num_seqs * shape.num_queries, shape.num_kv_heads * shape.group
     cache_dtype = torch.float8_e4m3fn if shape.is_float8 else dtype
-    # Two of them, one after another, as in a pool.
+    # Keys and values of a block lie one after another, as in a pool.
     width = max(shape.head_dim, shape.value_dim)
     pool = _empty(*(_MAX_BLOCKS, 2, shape.num_kv_heads, shape.block_size, width), dtype=cache_dtype)
     key_cache, value_cache = pool.unbind(1)

@@ -12,14 +12,14 @@ from kvkernels.triton_kernels.calls import Call
 from kvkernels.triton_kernels.launch import Launch
 from kvkernels.triton_kernels.scratch import Scratch
 
-# A split has two tiles at least, and reads twice what it writes: a shorter one costs more to join
-# than it gains.
+# A split has at least two tiles and reads at least twice what it writes: shorter ones cost more to
+# join than they gain.
 _MIN_SPLIT_TILES = 2
 _READ_TO_WRITTEN = 2
 MAX_SPLITS = 128
 # Elements of partial results that a program holds while it joins them.
 _JOIN_ELEMENTS = 8192
-_JOIN_SPLITS = 16  # of a row at least, in one step
+_JOIN_SPLITS = 16  # joined in one step, at least, for each row
 
 
 def shortest_split(num_rows: int, tile_n: int, call: Call) -> int:
@@ -119,7 +119,8 @@ def cut(total, num_tiles, num_programs_at_once, max_splits, MIN_SPLIT_TILES: tl.
     fit = (num_tiles + max_splits - 1) // max_splits
     shortest = tl.maximum(tl.maximum(share, fit), MIN_SPLIT_TILES)
     num_splits = tl.maximum(num_tiles // shortest, 1)
-    # Of a share and a half too: one program would take up to twice as long as all others.
+    # Split in two already from one and a half shares on: one program alone would take up to twice
+    # as long as all others.
     num_splits = tl.where((num_splits == 1) & (2 * num_tiles > 3 * shortest), 2, num_splits)
     tiles_per_split = tl.maximum((num_tiles + num_splits - 1) // num_splits, 1)
     return tl.maximum((num_tiles + tiles_per_split - 1) // tiles_per_split, 1), tiles_per_split
@@ -128,8 +129,8 @@ def cut(total, num_tiles, num_programs_at_once, max_splits, MIN_SPLIT_TILES: tl.
 @triton.jit
 def arrive(counter_ptr, num_splits):
     """Whether this program is the last of its splits to end; then the counter is zero again."""
-    # All threads have stored their share before one of them says so, and the release and the
-    # acquire of the addition order the stores of one program before the loads of another.
+    # The barrier: all threads of this program have stored before one of them counts it. Release and
+    # acquire of the addition: stores of the programs before come before loads of the last one.
     tl.debug_barrier()
     is_last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == num_splits - 1
     if is_last:
@@ -212,7 +213,7 @@ def _join_kernel(
 ):
     rows = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     if cu_seqlens_q_ptr is not None:
-        # Nobody has counted splits of the tokens after the last sequence.
+        # Tokens after the last sequence have no count of splits.
         num_tokens = tl.minimum(tl.load(cu_seqlens_q_ptr + num_seqs), num_tokens)
     counts = tl.load(num_splits_ptr + rows, mask=rows < num_tokens * num_heads, other=1)
     counts = tl.minimum(counts, max_splits)
@@ -264,7 +265,7 @@ class Partials:
 def plan_join(call: Call, partials: Partials, out: torch.Tensor, lse: torch.Tensor) -> Launch:
     """The launch that joins the splits of all rows once they are all there."""
     num_tokens, num_heads, value_dim = out.shape
-    # By the rows of one token: how many tokens there are must not matter for the order of a sum.
+    # Chosen from the rows of one token, as the number of tokens must not change the order of a sum.
     tile_splits, tile_rows = tile_of_join(value_dim, num_heads)
     return Launch(
         _join_kernel,

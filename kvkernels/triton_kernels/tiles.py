@@ -1,6 +1,6 @@
 """What the attention kernels share: one step of softmax attention over a tile of the cache."""
 
-# Tuples grow from part to part, and the compiler knows no iterable unpacking.
+# Kernels build tuples with `+`, which changes their type: Triton compiles no iterable unpacking.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
 
@@ -42,9 +42,9 @@ def dot(a, b, acc):
         b = b.to(tl.float32)
     # ieee: float32 operands would otherwise be rounded to tf32; 16-bit ones are not affected.
     if a.dtype == tl.float32:
-        # One product after another is added, and rounding errors grow with the length of a sum: so
-        # each tile has its own. The compiler would join it with the addition, but not where a
-        # number of products with a lesser precision is given; for float32 it means nothing else.
+        # Sum each tile by itself, then add: rounding errors grow with the length of a chain of
+        # additions. The compiler would fuse the addition into the dot product; naming
+        # max_num_imprecise_acc prevents that, and for float32 has no other effect.
         return acc + tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=32)
     return tl.dot(a, b, acc)
 
@@ -63,7 +63,8 @@ def load_block_ids(
         # Tiles are visited from the one that holds lo on, so only the end needs a look.
         entries = tl.load(table_ptr + start // BLOCK_SIZE, mask=start < hi, other=0)
     else:
-        # For powers of two the division is a shift, and tokens of one block share a load.
+        # The compiler turns the division by a power of two into a shift, and tokens of one block
+        # into one load.
         tokens = start + tl.arange(0, TILE_N)
         keep = (tokens >= lo) & (tokens < hi)
         entries = tl.load(table_ptr + tokens // BLOCK_SIZE, mask=keep, other=0)
@@ -113,7 +114,7 @@ def advance(
     scores = apply_rules(scores, scale, rows, rules, tokens, MASKED, RULES)
     largest = tl.max(scores, 1)
     if RULES[3]:
-        # Zero, as a smaller one may come out, would make NaN of minus infinity.
+        # A tiny scale may round to zero, and zero times minus infinity would be NaN.
         scale = tl.maximum(tl.cast(scale, tl.float32), 1e-37)
         largest *= scale
     new_max = tl.maximum(row_max, largest)
@@ -190,14 +191,14 @@ def attend(
         start = tile * TILE_N
         tokens = start + tl.arange(0, TILE_N)
         keep = (tokens >= lo) & (tokens < hi)
-        # Ids are loaded one tile ahead by hand: left in the chain, the pipeliner would count them
-        # as a stage of their own and keep half as many keys and values in flight.
+        # Ids are loaded one tile ahead by hand: within the loop's chain of loads the pipeliner
+        # would give them a stage of their own and keep half as many keys and values in flight.
         block = next_block.to(tl.int64)
         next_block = load_block_ids(table_ptr, start + TILE_N, lo, hi, BLOCK_SIZE, TILE_N)
         key_tile = key_ptr
         value_tile = value_ptr
         if BLOCK_SIZE % TILE_N == 0 and (IN_PAIRS or KEEPS_OFFSETS):
-            # Addresses of the tile, plus what never changes from tile to tile.
+            # The tile's start moves; the offsets within a tile stay the same from tile to tile.
             slot = (start % BLOCK_SIZE).to(tl.int64)
             key_tile += block * key_block + slot * key_slot
             value_tile += block * value_block + slot * value_slot
@@ -208,7 +209,7 @@ def attend(
             key_rows = block * key_block + slots * key_slot
             value_rows = block * value_block + slots * value_slot
 
-        # Scores of tokens nobody sees are replaced, whatever their keys are.
+        # Keys need no mask: scores of tokens that nobody sees are replaced anyway.
         k = load_parts(
             key_tile, key_rows, keep, KEY_WORDS, MASKED and not IN_PAIRS, EVICTION, dtype,
             HAS_FLOAT8,

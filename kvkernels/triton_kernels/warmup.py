@@ -19,7 +19,7 @@ from kvkernels.triton_kernels.launch import Device, device_of
 from kvkernels.triton_kernels.prefill import query_counts
 from kvkernels.triton_kernels.shapes import DTYPES, Shape, make_call, plan
 
-# Sequences that are split wherever any are, and so many that none is.
+# Numbers of sequences: one, which is split wherever any call is, and so many that none is.
 _NUM_SEQS = (1, 1 << 16)
 
 
@@ -30,7 +30,7 @@ def shapes_of_model(model: Shape, device: Device, codecs: Sequence[str] = ()) ->
     `codecs` are those that its blocks are written by, if any.
     """
     model = replace(model, codec="")
-    if not model.is_float8:  # such caches are filled by others
+    if not model.is_float8:  # `store_kv` does not write float8 caches
         yield replace(model, op="store_kv", num_seqs=512, num_queries=1)
     yield replace(model, op="merge")
     formats = ("raw", *codecs) if codecs else ()  # what a codec cannot hold is written raw
