@@ -31,7 +31,7 @@ _installed: WeakValueDictionary[int, Callable[..., Any]] = WeakValueDictionary()
 @dataclass
 class _Patched:
     fields: dict[torch.nn.Module, dict[str, Any]]
-    # Attributes of the same names that the modules had before
+    # Attributes of the same names that the modules had before.
     before: dict[torch.nn.Module, dict[str, Any]]
     num_users: int = 0
 

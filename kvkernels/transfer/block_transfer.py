@@ -101,7 +101,7 @@ class Restoration:
         self._decode = decode
         self._is_good = is_good
         self._after = after
-        # Layers, and what to wait for until they are in the pool
+        # Layers, and what to wait for until they are in the pool.
         self._steps: list[tuple[range, Done]] = []
 
     def add_layers(self, layers: range) -> None:

@@ -30,8 +30,8 @@ def close_at_exit(close: Callable[[], Any]) -> None:
     _registered[key] = os.getpid(), reference
 
 
-# In the order of registration. What is done to it takes one step each, so threads need no lock, and
-# a forked process does not inherit one that is held.
+# In the order of registration. Every access is one atomic step of the interpreter, so threads need
+# no lock, and a forked process cannot inherit a lock that is held.
 _registered: dict[int, tuple[int, weakref.WeakMethod[Callable[[], Any]]]] = {}
 _numbers = itertools.count()
 
@@ -44,10 +44,11 @@ def _close_all() -> None:
             continue
         try:
             close()
-        except Exception:  # the others are to be closed too
+        except Exception:  # one failure must not keep the others open
             logger.exception("%s failed at the end of the process", close.__qualname__)
 
 
-# Functions of `atexit` come too late: by then `concurrent.futures` has shut its pools, with which
-# tiers write, by this same hook. Who registered last runs first.
+# Functions registered with `atexit` run too late: by then `concurrent.futures`, whose pools the
+# tiers write with, has shut them through this same hook. Hooks run in reverse order of
+# registration, and the import above made sure that its hook is registered before ours.
 vars(threading).get("_register_atexit", atexit.register)(_close_all)

@@ -176,7 +176,7 @@ class PrefixCache:
             report = self._report(tokens, restored, time.perf_counter() - started)
             publish = partial(self._publish, salt)
             session = Session(device, tokens, restored, report, publish, self.served_model)
-            held.pop_all()  # they are the session's from now on
+            held.pop_all()  # the session releases them from now on
             return session
 
     def checked_prompt(
@@ -349,8 +349,9 @@ def _open_store(config: CacheConfig, groups: Sequence[PagedGroup]) -> Store | No
 
 
 def _store_config(config: StoreConfig, groups: Sequence[PagedGroup]) -> StoreConfig:
-    # The writer reads blocks where they lie: waiting costs no memory, so a whole pool may wait
-    # and no block of a long prompt is dropped. A pool short of blocks waits for the writer.
+    # Waiting blocks cost no memory, as the writer reads them where they lie in the pool. So the
+    # queue may hold a whole pool, and no block of a long prompt is dropped. A pool that runs out of
+    # blocks waits for the writer.
     if config.queue_bytes is None:
         pool_bytes = sum(group.pool.capacity_bytes for group in groups)
         config = replace(config, queue_bytes=max(config.max_queue_bytes, pool_bytes))

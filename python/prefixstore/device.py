@@ -24,8 +24,8 @@ from prefixstore.index import Match, Outline, RadixIndex, Stats
 from prefixstore.residency import first_block_needed, longest_prefix, num_window_blocks
 from prefixstore.write_holds import WriteHolds
 
-# Of a pool of windows, one forward pass takes one block in so many at most, so that the windows of
-# others stay.
+# One forward pass may take at most a quarter of a sliding group's pool, so that other sequences
+# keep their windows.
 _PASS_SHARE = 4
 
 _WRITERS_WAIT_S = 10.0  # how long a full pool waits for writers to let blocks go
@@ -53,7 +53,8 @@ class DeviceBlocks:
         self._lock = threading.Lock()
         self._evicted_blocks = 0
         self.writes = WriteHolds(self.groups, self.holds_windows)
-        # Group and id: offered to nobody any more, until the id comes to mean another block.
+        # (group, block id) of blocks that were found wrong: they are not offered to anybody until
+        # the id is given to another block.
         self._detached: set[tuple[int, int]] = set()
         self._abandoned: deque[tuple[Sequence[BlockTables], Match]] = deque()
 
@@ -71,7 +72,8 @@ class DeviceBlocks:
         with self._lock:
             match = self._index.match(tokens, salt.encode())
             self._index.pin(match)
-            # Referenced under the same lock: what was found must not be evicted in between.
+            # Take references under the same lock, so that nothing is evicted between finding and
+            # using it.
             self.share(match.block_ids)
             return match, match.block_ids
 
@@ -90,7 +92,8 @@ class DeviceBlocks:
             block_ids = match.block_ids
             num_usable = self._num_usable(block_ids)
             if num_usable < len(block_ids):
-                # Pinned where it is used: behind that place a window would be kept for nobody.
+                # Pin the run only as far as it is used: a pin further on would keep a window that
+                # nobody needs.
                 match = self._index.peek(tokens[: num_usable * self.block_size], salt.encode())
                 block_ids = block_ids[:num_usable]
             for group, window in enumerate(self.windows):
@@ -118,7 +121,8 @@ class DeviceBlocks:
         """
         with self._lock:
             match = self._index.peek(tokens, salt.encode())
-            # Where a window has passed the caller holds none; whose block is there is no matter.
+            # Compare only blocks that the caller holds (id >= 0): those behind a window may be
+            # anybody's.
             is_held = block_ids >= 0
             if match.block_ids.shape != block_ids.shape or not np.array_equal(
                 match.block_ids[is_held], block_ids[is_held]
@@ -208,8 +212,9 @@ class DeviceBlocks:
             try:
                 return self._allocate(group, num_blocks)
             except PoolFullError:
-                # Evicted and yet not free: a writer reads them. Wait for it before more go. What it
-                # lets go of just now counts twice here, for this is asked first, and not never.
+                # Some evicted blocks are not free yet, as a writer still reads them: wait for those
+                # before evicting more. They are counted before the free blocks are, so that one let
+                # go in between counts twice rather than never.
                 num_leaving = self.writes.num_leaving(group) if may_wait else 0
                 missing = num_blocks - allocator.num_free
                 if missing <= 0:
@@ -231,8 +236,9 @@ class DeviceBlocks:
         self.release_abandoned()
         allocator = self.groups[group].allocator
         while (missing := num_blocks - allocator.num_free) > 0:
-            # For what a writer has in hand a whole prefix is not evicted; a window is, for of these
-            # there are few, and who does not get one in time gives up its place.
+            # Blocks that a writer is about to let go need no eviction of a prefix. Windows are
+            # evicted all the same: there are few of them, and a request that gets none in time
+            # loses its place.
             if not self.holds_windows(group):
                 missing -= self.writes.num_leaving(group)
             if missing <= 0 or not self._give_up(group, missing):

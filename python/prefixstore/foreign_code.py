@@ -22,13 +22,12 @@ from torch.nn.modules import module as torch_module
 
 from kvkernels.nn.forward_patch import is_installed, is_of_class
 
-# As prefixes of the full names of modules.
+# All of these are prefixes of full module names.
 _OF_KNOWN_HOOKS = ("accelerate.", "kvkernels.", "prefixstore.", "torch.", "transformers.")
-# What functions of these put in a forward's place calls that forward, or was tried beside it. Of
-# PyTorch only what compiles does: `torch.autocast` as a decorator is another, and so is any
-# function of `torch.nn.functional`.
+# A forward that these modules put in place calls the original one, or was tried against it. Of
+# PyTorch only `torch.compile` does; `torch.autocast` as a decorator computes something else.
 _OF_KNOWN_FORWARDS = ("accelerate.", "torch._dynamo.", "transformers.")
-# Objects of PyTorch's classes that hold no code of others: those of `torch.jit` and `torch.fx` do.
+# Objects of these classes hold no code of others; those of `torch.jit` and `torch.fx` do.
 _OF_TORCH_OBJECTS = ("torch.nn.utils.",)
 
 

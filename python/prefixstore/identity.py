@@ -30,16 +30,16 @@ _SCHEME = b"kvkernels identity 1, record 1"
 # Large enough that hashlib's own cost vanishes, small enough to share a big tensor among threads.
 _CHUNK_BYTES = 16 << 20
 
-# hashlib lets go of the interpreter lock; two threads nearly halve the time on two cores and more
-# would only crowd out the model's own.
+# hashlib releases the interpreter lock. Two threads nearly halve the time on two cores; more would
+# only crowd out the model.
 _NUM_THREADS = 2
 
-# What PyTorch calls that which a module saves besides its weights.
+# PyTorch's name for what a module saves besides its weights (`get_extra_state`).
 _EXTRA_STATE = "_extra_state"
 
-# What a configuration holds besides the arithmetic: names, token ids, output options, and the dtype
-# (a wish; the weights carry the real one). Everything else counts, so that a field this list does
-# not know makes a miss and never a wrong hit.
+# Fields of a configuration that do not change the arithmetic: names, token ids, output options, and
+# the dtype (only a wish; the weights have the real one). All others count, so that a field this
+# list does not know makes a miss and never a wrong hit.
 _IRRELEVANT_KEYS = frozenset(
     {
         "_attn_implementation",

@@ -33,7 +33,8 @@ import torch
 
 from kvkernels.checks import has_memory, is_plain
 
-# What a module has besides: PyTorch's own, what `foreign_code` looks at, what libraries note.
+# Attributes that are not a module's own: those of PyTorch, those that `foreign_code` looks at, and
+# notes of libraries.
 _OF_LIBRARIES = frozenset(
     {
         *vars(torch.nn.Module()),
@@ -41,7 +42,7 @@ _OF_LIBRARIES = frozenset(
         *("_is_hf_initialized", "_old_forward", "_output_capturing_hooks_installed", "forward"),
     }
 )
-# A whole model repeats its configuration, and notes how it was loaded.
+# Attributes of whole models that repeat the configuration or note how the model was loaded.
 _OF_WHOLE_MODELS = frozenset(
     {
         *("all_tied_weights_keys", "generation_config", "gradient_checkpointing", "hf_device_map"),
@@ -50,7 +51,7 @@ _OF_WHOLE_MODELS = frozenset(
         *("warnings_issued",),
     }
 )
-# Its objects hold the weights once more, from the first pass on.
+# Objects of this library hold a second copy of the weights from the first pass on.
 _QUANTIZER = "bitsandbytes."
 
 SCALARS = (bool, int, float, complex, str, bytes, type(None))
@@ -120,7 +121,8 @@ def describe(value: Any) -> str | torch.Tensor | Unknown:
         return _describe_tensor(value)
     if isinstance(value, torch.dtype):
         return str(value)
-    # A configuration counts by itself. Of where a model lies nothing depends.
+    # The class is enough: configurations are digested separately, and results do not depend on the
+    # device.
     if isinstance(value, torch.device) or _is_config(value) or _is_of_quantizer(value):
         return class_name(value)
     if isinstance(value, type | FunctionType | BuiltinFunctionType):
@@ -136,7 +138,7 @@ def class_name(value: Any) -> str:
 
 
 def _describe_tensor(tensor: torch.Tensor) -> str | torch.Tensor | Unknown:
-    if tensor.is_meta:  # without values, so it is computed with nowhere
+    if tensor.is_meta:  # it has no values, so nothing can be computed with it
         return f"{tensor.dtype} {tuple(tensor.shape)} without values"
     if not is_plain(tensor) or tensor.layout is not torch.strided or tensor.is_quantized:
         return Unknown(class_name(tensor))

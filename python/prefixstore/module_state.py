@@ -33,7 +33,7 @@ from prefixstore.module_fields import (
 
 logger = logging.getLogger(__name__)
 
-# Of an adapter's options: where it came from, and what it was made with.
+# Options of an adapter that do not change its arithmetic: where it came from, and how it was made.
 _IRRELEVANT_OPTIONS = frozenset(
     {
         "auto_mapping",
@@ -47,7 +47,7 @@ _IRRELEVANT_OPTIONS = frozenset(
     }
 )
 
-# Relative: two processors may compute the same frequencies with other last bits.
+# Relative, since two processors may compute frequencies that differ in the last bits.
 _BUFFER_TOLERANCE = 1e-6
 
 
@@ -104,7 +104,7 @@ def _as_built(model: torch.nn.Module) -> Mapping[str, torch.nn.Module]:
     if config is None:
         return {}
     try:
-        config._attn_implementation = "eager"  # others may ask for a device
+        config._attn_implementation = "eager"  # other implementations may need a device
         with torch.device("meta"):
             built = type(model)(config)
         for module in built.modules():
@@ -127,7 +127,7 @@ def _fill_buffers(module: torch.nn.Module) -> None:
 def _agrees(buffer: torch.Tensor, expected: torch.Tensor) -> bool:
     if buffer.is_meta or expected.is_meta or buffer.shape != expected.shape:
         return False
-    if buffer.dim() == 0:  # of which the dtype is that of the model
+    if buffer.dim() == 0:  # scalars have the dtype of the model
         expected = expected.to(buffer.dtype)
     return buffer.dtype == expected.dtype and torch.allclose(
         buffer.detach().cpu().double(), expected.double(), rtol=_BUFFER_TOLERANCE, atol=0.0
@@ -167,7 +167,7 @@ def _state(module: torch.nn.Module, names: Mapping[int, str]) -> dict[str, Any]:
         for name, value in leaves(f".{own_name}", field):
             known = names.get(id(value))
             state[name] = describe(value) if known is None else known
-            # What libraries put there works with all of the model.
+            # A library's object on the whole model refers to all of it: its class alone counts.
             if isinstance(state[name], Unknown) and is_whole_model(module):
                 state[name] = state[name].class_name
     return state
@@ -184,7 +184,7 @@ def _adapter_state(module: torch.nn.Module) -> dict[str, Any]:
     own = {
         name: _plain(value)
         for name, value in vars(module).items()
-        if name[0] != "_" and name not in ("forward", "training")  # which caches and callers set
+        if name[0] != "_" and name not in ("forward", "training")  # which caches and callers change
     }
     # PEFT keeps them under private names, or in the class.
     return own | {

@@ -91,7 +91,8 @@ class _Attributes:
             (vars(module), name, value)
             for module in modules
             for name, value in own_fields(module).items()
-            # Some modules count in integers. Of what else adapters hold `_switches` knows.
+            # Integers are left out, as some modules count in them; what adapters hold is watched by
+            # `_switches`.
             if not _is_integer(value) and not (has_adapter(module) and holds_others(value))
         ]
         self._places = [(own, name) for own, name, _ in fields]

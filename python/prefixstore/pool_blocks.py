@@ -20,9 +20,9 @@ from prefixstore.store.block_sources import MAX_RECORDS, MAX_RECORDS_BYTES
 from prefixstore.store.block_targets import FetchedRecord
 
 _MIN_SLOTS = 4
-# Of a GPU that encode what leaves, so that they take few multiprocessors from who computes: on an
-# H100 beside a batch that decodes with a model of 8 billion weights, 12 leave it 1.06 times as slow
-# at 22 GB/s of blocks; all of them 1.9 times at 73 GB/s, more than any tier takes.
+# Programs that encode leaving blocks on a GPU: few, so that they take few multiprocessors from the
+# model. On an H100, beside a decoding batch of an 8B model, 12 programs make decoding 1.06 times as
+# slow and encode 22 GB/s; with all of them it is 1.9 times, for 73 GB/s, more than any tier takes.
 _EVICT_PROGRAMS = 12
 
 
@@ -129,7 +129,7 @@ class PoolBlocks:
         payloads = _payloads(run, layout)
         eviction = self.transfer.evict_into(block_ids, layout.block_format, payloads, written)
         encoded = eviction.wait()
-        is_there = ~encoded.is_raw  # raw ones would be longer
+        is_there = ~encoded.is_raw  # raw payloads would not have fitted, and were not written
         there = [place for place, is_own in zip(run, is_there.tolist(), strict=True) if is_own]
         numbers = [place.number for place in there]
         data = [place.data for place in there]
@@ -162,7 +162,8 @@ class PoolTarget:
     def __init__(self, transfer: BlockTransfer, block_ids: Sequence[int]) -> None:
         self._transfer = transfer
         self._block_ids = torch.tensor(block_ids, dtype=torch.int64)
-        self._free = transfer.mark()  # what still reads them was queued before
+        # The point in the stream before which the blocks may still be read.
+        self._free = transfer.mark()
         self._ways: list[_Way] = []
 
     def start(self, records: Sequence[FetchedRecord]) -> Callable[[], list[str | None]]:
@@ -172,7 +173,7 @@ class PoolTarget:
             for way in ways:
                 way.restoration.add_layers(layers)
         except BaseException:
-            _wait(ways)  # the blocks may be another's next
+            _wait(ways)  # the blocks may belong to somebody else next
             raise
         return partial(_problems, ways)
 

@@ -22,9 +22,9 @@ from prefixstore.config import CacheConfig, physical_memory_bytes
 from prefixstore.errors import ConfigError
 from prefixstore.residency import num_window_blocks
 
-_SHARE = 8  # of the tokens that the full groups hold a sliding one holds one in so many
-_NUM_WINDOWS = 16  # but so many windows at least: of running sequences and of cached ends
-_CHUNK_TOKENS = 512  # and what is computed at a time
+_SHARE = 8  # a sliding group holds one token for each 8 of the full groups,
+_NUM_WINDOWS = 16  # but at least this many windows: of running and of cached sequences,
+_CHUNK_TOKENS = 512  # and the tokens of one chunk
 
 
 def pool_sizes(
@@ -60,7 +60,8 @@ def pool_sizes(
         sizes = _sizes(config, windows, num_blocks)
         return sum(n * spec.layout.block_bytes for n, spec in zip(sizes, specs, strict=True))
 
-    # It rises with the number of blocks, so the most that the memory affords can be bisected.
+    # `total_bytes` rises with the number of blocks, so bisection finds the most that memory
+    # affords.
     memory_bytes = _memory_bytes(device)
     budget = memory_bytes // 4
     affordable = bisect_right(range(1, wanted + 1), budget, key=total_bytes)

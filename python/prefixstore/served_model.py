@@ -13,7 +13,7 @@ from kvkernels.errors import UnsupportedError
 from kvkernels.nn.transformers import install, uninstall
 from prefixstore.module_watch import ModuleWatch
 
-# Arguments that change keys and values without a trace in the token ids.
+# Arguments of a forward pass that change keys and values without changing token ids.
 _BEYOND_TOKENS = (
     "adapter_names",
     "alora_offsets",
@@ -24,7 +24,7 @@ _BEYOND_TOKENS = (
     "pixel_values_videos",
 )
 
-_SAMPLE_SIZE = 16  # values of a weight that are compared
+_SAMPLE_SIZE = 16  # values compared of each weight
 
 
 @runtime_checkable
@@ -127,7 +127,7 @@ class ServedModel:
         session = self._session_of(inputs)
         if session is None or self._is_closed:
             return
-        if inputs.get("is_first_iteration"):  # transformers 5; 4.57 does not tell
+        if inputs.get("is_first_iteration"):  # only transformers 5 says so
             session.begin_prompt()
         num_new = inputs.get("next_sequence_length")  # transformers 5; None: nothing is left out
         if inputs.get("cache_position") is not None:  # 4.57

@@ -44,11 +44,12 @@ class Session(PagedCache):
         self._tokens = tokens
         self._match: Match | None = None  # pinned; None once released
         self._num_committed = restored.num_blocks
-        # Steps beyond the known tokens, by the position they start at: compared when `commit`
-        # names those tokens, for reading them at every step would stop a GPU's stream.
+        # Inputs of steps beyond the known tokens, by the position they start at. They are compared
+        # when `commit` names those tokens: reading them at every step would make the host wait for
+        # a GPU.
         self._steps: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._checked_step: tuple[int, int] | None = None  # start and length
-        # A copy of the tokens `check_prompt` saw last, and how many are then stored.
+        # The tokens that `check_prompt` saw last (a copy), and how many tokens will then be stored.
         self._checked_prompt = (torch.empty(0, dtype=torch.int64), -1)
         self._publish = publish
         super().__init__(
@@ -60,8 +61,9 @@ class Session(PagedCache):
             ends=(restored.num_found * device.block_size,),
             max_pass_blocks=device.max_pass_blocks(),
         )
-        self._last_step = self.num_tokens  # where it began
-        self._match = restored.match  # last: what was not made gives nothing back
+        self._last_step = self.num_tokens  # where the last step began
+        # Last: a session that could not be made must not give the match back.
+        self._match = restored.match
 
     def commit(self, token_ids: torch.Tensor | Sequence[int]) -> int:
         """Offer the whole blocks of `token_ids` stored so far to later sessions.
@@ -88,14 +90,16 @@ class Session(PagedCache):
             )
         if len(tokens) > len(self._tokens):
             for start, (step_ids, position_ids) in self._steps.items():
-                # A step that failed midway has left no KV: its tokens count no more.
+                # Up to `num_tokens`: a step that failed midway left no KV, so its tokens do not
+                # count.
                 _compare(tokens[: self.num_tokens], start, step_ids, position_ids)
-            # A token that is not stored may yet turn out to be another.
+            # Tokens that are not stored yet may still change.
             self._tokens = tokens[: max(len(self._tokens), self.num_tokens)]
             self._steps = {
                 start: step
                 for start, step in self._steps.items()
-                if start + step[0].numel() > len(self._tokens)  # the others were compared for good
+                # The others need no further comparison.
+                if start + step[0].numel() > len(self._tokens)
             }
         self._commit_stored()
         return self._num_committed * self._device.block_size
@@ -127,8 +131,8 @@ class Session(PagedCache):
         before, num_expected = self._checked_prompt
         self._checked_prompt = (given.clone(), self.num_tokens + num_new)
         goes_on = len(before) == len(left_out) and num_expected == self.num_tokens
-        # At the next token of one generation nothing is read back from a GPU, which would stop its
-        # stream: the prompt was compared at the first.
+        # Further steps of one generation read nothing back from a GPU, which would make the host
+        # wait: the prompt was compared at the first.
         if goes_on and (given.is_cuda or torch.equal(left_out, before)):
             return
         first = max(self.num_tokens - len(left_out), 0)
@@ -230,7 +234,8 @@ class Session(PagedCache):
         size = self._device.block_size
         for tables in self._tables:
             if tables.group.window is not None:
-                # Some tokens of the last pass may be taken back, as `generate` does with guesses.
+                # Keep a window behind the start of the last pass: assisted generation may take back
+                # its guesses.
                 least = max(self._last_step, self.num_tokens - tables.group.window)
                 tables.drop_before(tables.first_seen(min(least, self.num_tokens) // size * size))
 

@@ -93,12 +93,13 @@ def fold(outline: Outline, max_nodes: int) -> dict[str, Any]:
     """
     below, runs_below = _sum_below(outline)
     kept = np.sort(np.argsort(-below, kind="stable")[:max_nodes])
-    # Where each run is drawn: its place among the nodes; the last place is for what has none.
+    # places[run]: the run's number among the nodes, or len(kept) where it is folded away.
     places = np.full(len(below) + 1, len(kept))
     places[kept] = np.arange(len(kept))
-    parents = places[outline.parents]  # -1, the first of a salt, is the last place too
+    # Parent -1 (first run of a salt) indexes the extra last entry: none.
+    parents = places[outline.parents]
     folded = places[:-1] == len(kept)
-    # Only the first of what was folded away: what comes after it is in its sums.
+    # Of each folded subtree count only its root: the sums include what lies below.
     folded &= (outline.parents < 0) | (parents < len(kept))
     folded_runs, folded_blocks = (
         np.bincount(parents[folded], sums[folded], len(kept) + 1).astype(np.int64).tolist()
@@ -131,7 +132,7 @@ def _sum_below(outline: Outline) -> tuple[np.ndarray, np.ndarray]:
     """Blocks and runs in and below each node, `[num_runs]` int64 each."""
     blocks, parents = outline.num_blocks.tolist(), outline.parents.tolist()
     runs = [1] * len(blocks)
-    # Children come after their parents, so from the end each is whole when it is added.
+    # Children follow their parents, so going backwards a node's sum is complete when it is added.
     for row in range(len(blocks) - 1, -1, -1):
         above = parents[row]
         if above >= 0:

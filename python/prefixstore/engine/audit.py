@@ -30,15 +30,15 @@ from prefixstore.residency import first_block_needed
 
 logger = logging.getLogger(__name__)
 
-_MAX_WAITING = 16  # audits; one more is not made
+_MAX_WAITING = 16  # audits that wait; further ones are skipped
 _PATIENCE_S = 60.0  # how long an audit waits for the engine to be idle before it is dropped
 
-# How far honest blocks differ: the norm of the difference over the norm, of one layer's keys or
-# values in a block. docs/security.md has what was measured; the bounds are three times that and
-# more, but for 2 bits, where twice as much is all the difference there is.
-# Without loss it is the order of summation, which chunks and batches change.
+# How far recomputed blocks may differ from right ones: the norm of the difference over the norm,
+# for one layer's keys or values in a block. Each bound is at least three times what was measured
+# (docs/security.md), but twice for codecs of 2 bits, where blocks differ too much for more.
+# Lossless codecs: only the order of summation differs, with chunks and batches.
 LOSSLESS_BOUNDS = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
-# With loss, what the codec takes and what is computed on top of it.
+# Lossy codecs: what the codec loses, and its effect on all that is computed from it.
 LOSSY_BOUNDS = {"q8": 0.1, "k8v4": 0.4, "q4": 0.4, "k4v2": 1.2, "q2": 1.2}
 
 
@@ -94,9 +94,9 @@ class _Audit:
         self.number = 0  # of the next block
         self._device, self._size = blocks.device, blocks.block_size
         tokens = job.request.tokens[: (max(job.reused) + 1) * self._size]
-        # Of a sliding group the last window, which is what was read of it.
+        # In a sliding group only the last window was read, so only that is held.
         self._match, self.held = blocks.device.find_usable(tokens, job.request.salt)
-        # Evicted since: what is left is audited, up to the last block that was reused.
+        # Blocks may have been evicted since: audit those left, up to the last reused one.
         left = [number for number in job.reused if number < len(self.held)]
         self.num_blocks = max(left, default=-1) + 1
         self._own = np.full((len(blocks.device.groups), self.num_blocks), -1, dtype=np.int32)
@@ -124,7 +124,7 @@ class _Audit:
         )
         for group, held, own in places:
             data = group.pool.data
-            is_held = held >= 0  # what a window has passed is nowhere
+            is_held = held >= 0  # blocks that a window has passed are not held
             found.append(relative_errors(data[held], data[own]) if is_held else torch.zeros(1, 1))
         return found
 
@@ -184,7 +184,8 @@ class Auditor:
             self.give_way()
         while self._jobs and now > self._jobs[0].until:
             self._jobs.popleft()
-        # In this order: another thread that asks must not miss a job that is being begun.
+        # Read in this order, since `step` sets `_audit` before it removes the job: another thread
+        # always sees one of the two.
         return bool(self._jobs) or self._audit is not None
 
     def step(self) -> None:
@@ -194,7 +195,8 @@ class Auditor:
                 try:
                     self._audit = _Audit(self._blocks, self._jobs[0])
                 finally:
-                    self._jobs.popleft()  # there is work to be seen all the time
+                    # Last, so that `has_work` never sees neither job nor audit.
+                    self._jobs.popleft()
             if self._audit.is_done or not self._step(self._audit):
                 self.give_way()
         except Exception:
@@ -225,14 +227,15 @@ class Auditor:
         if audit.number in audit.job.reused:
             errors = audit.errors()
             self.audited_blocks += 1
-            # not below, rather than above: NaN agrees with nothing
+            # "not all below" instead of "any above", since a comparison with NaN is false
             if not all(bool((one <= self._bound).all()) for one in errors):
                 self.num_audits += 1
                 self._remove(audit, errors)
                 return False
         audit.end_block()
         if audit.is_done:
-            self.give_way()  # first: who sees it counted finds its blocks free
+            # Before it is counted, so that whoever sees the count finds the blocks free.
+            self.give_way()
             self.num_audits += 1
         return not audit.is_done
 

@@ -42,7 +42,7 @@ class BlockOrigins:
         for number in present:
             if number in origins:
                 by_tier[origins[number]] += size
-            else:  # the reason was known when it was computed: most often this one
+            else:  # it was computed before; why is no longer known, but mostly it was new
                 misses[MissReason.NEW.value] += size
         return replace(
             reuse,

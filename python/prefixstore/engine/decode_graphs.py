@@ -29,12 +29,12 @@ from prefixstore.engine.pass_layout import DecodeShape, idle_decode, pad_decode
 
 logger = logging.getLogger(__name__)
 
-# To record a shape takes as long as about so many passes of it: what comes less often is not worth
-# it, and whoever waited so long may wait as long once more.
+# Passes of one shape before it is recorded. Recording takes about as long as this many passes, so
+# it at most doubles what a shape has cost so far, and rare shapes are never recorded.
 NUM_FORWARD_PASSES = 8
 
 BeforeLayer = Callable[[int], None]
-# From the device's copies of what `pad_decode` made to logits, ``[num_seqs, vocab_size]``.
+# Takes the device's copies of the arrays of `pad_decode`; gives logits, ``[num_seqs, vocab_size]``.
 Forward = Callable[[Sequence[torch.Tensor], BeforeLayer | None], torch.Tensor]
 
 
@@ -170,7 +170,8 @@ class DecodeGraphs:
             assert decode.logits is not None
             replayed = decode.logits.clone()
         except Exception as error:
-            # Whatever it is: if the model itself is at fault, its own pass below fails as well.
+            # Any error only means that this shape is not replayed. If the model itself fails, so
+            # does its own pass below, and raises.
             problem = f"{type(error).__name__}: {error}"
         decode.load(padded)
         logits = self._forward(decode.tensors, None)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 _REPLACEMENT = "\ufffd"  # how tokenizers show bytes that are no whole character
-# A character has at most 4 bytes and a token at least one: bytes that so many tokens have not made
-# whole never will be.
+# UTF-8 has at most 4 bytes a character, and a token at least one byte: an incomplete character
+# older than this many tokens stays incomplete.
 _MAX_TOKENS_PER_CHARACTER = 4
-_MAX_TAIL = 16  # tokens of either kind that are decoded again with each new one
+_MAX_TAIL = 16  # tokens of context, and of pending ones, decoded again with each new one
 
 
 class Detokenizer:
@@ -34,9 +34,9 @@ class Detokenizer:
     def __init__(self, tokenizer: Any) -> None:
         """Start an answer in the words of a `transformers.PreTrainedTokenizerBase`."""
         self._tokenizer = tokenizer
-        self._context: list[int] = []  # all of their text is returned
-        self._pending: list[int] = []  # after them; they end within a character
-        self._num_returned = 0  # characters of the text of both
+        self._context: list[int] = []  # tokens whose text was returned completely
+        self._pending: list[int] = []  # tokens after those; they may end within a character
+        self._num_returned = 0  # characters of the text of both that were returned
 
     def push(self, token_ids: Sequence[int]) -> str:
         """New text after these tokens, whole characters only; may be empty."""
@@ -51,7 +51,8 @@ class Detokenizer:
         text = self._decode(self._context + self._pending)
         num_held = len(text) - len(text.rstrip(_REPLACEMENT))
         if len(self._pending) >= _MAX_TOKENS_PER_CHARACTER:
-            # Only the last bytes may still become a character.
+            # Earlier replacement characters are final by now; only the last may still become a
+            # character.
             num_held = min(num_held, 1)
         end = len(text) - num_held
         piece = text[self._num_returned : end]
@@ -71,10 +72,11 @@ class Detokenizer:
                 self._context = self._pending
                 self._num_returned = len(self._decode(self._context))
         elif self._num_returned == 0:
-            # There may be a space that no one saw, for it was the first.
+            # The first tokens of an answer may stand for a leading space, which decoders drop: keep
+            # them.
             self._context = (self._context + self._pending)[-_MAX_TAIL:]
-        # Others without text, such as special tokens, are left out: alone they would make the next
-        # token the first.
+        # Other tokens without text, such as special ones, are left out of the context: the next
+        # token decoded behind them alone would lose its space, as the first of a text.
         self._pending = []
 
     def _decode(self, token_ids: list[int]) -> str:

@@ -12,7 +12,7 @@ from prefixstore.errors import EngineOverloaded
 
 T = TypeVar("T", bound=Hashable)
 
-_MAX_IDLE_TENANTS = 1024  # remembered; a forgotten one gets one turn early
+_MAX_IDLE_TENANTS = 1024  # whose finish tags are kept; a forgotten tenant gets one turn early
 
 
 @dataclass
@@ -162,7 +162,8 @@ class FairQueue(Generic[T]):
         if name is None:
             return False
         del self._tenants[name].costs[item]
-        # Rarely enough that removing takes constant time on average.
+        # Rebuild the heap only when half of it is stale, so that removing takes constant time on
+        # average.
         if len(self._heap) > 2 * len(self._tenant_of) + 64:
             self._rest_all_without_items()
         return True

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvkernels import UnsupportedError
 
-# To begin a graph waits for the device, which is not allowed while another one is recorded.
+# Beginning a capture synchronises the device, which CUDA forbids while another capture runs.
 _one_at_a_time = threading.Lock()
 
 
@@ -39,9 +39,10 @@ class CudaGraphRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # PyTorch deals streams of one priority out in turns, from a few: another thread's might be
-        # the same one, and what it queues would end up in the graph. Nobody else here asks for this
-        # priority. It stays with the kernels: copies and codecs beside a replay give way.
+        # PyTorch hands out the streams of one priority in turns from a small pool, so another
+        # thread could get this same stream, and its work would end up in the graph. Nothing else
+        # here asks for this priority. It is recorded with the kernels: copies and codecs beside a
+        # replay give way to it.
         self._stream = torch.cuda.Stream(device, priority=-1)
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -56,9 +57,10 @@ class CudaGraphRecorder:
         caller = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(caller)
         try:
-            # `torch.cuda.graph` sets the stream, too, but if it fails it leaves it like that.
+            # `torch.cuda.graph` sets the stream as well, but leaves it set if the capture fails.
             with torch.cuda.stream(self._stream):
-                # Kernels are compiled, and libraries take their workspaces.
+                # Warm-up: kernels are compiled and libraries allocate workspaces, which a capture
+                # must not do.
                 with WithoutWaiting(self._device):
                     function()
                 function()
@@ -71,14 +73,15 @@ class CudaGraphRecorder:
     def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads may allocate and copy meanwhile: on other streams.
+            # "thread_local": other threads may allocate and copy meanwhile, on other streams.
             with torch.cuda.graph(
                 graph, self._pool, self._stream, capture_error_mode="thread_local"
             ):
                 function()
         except RuntimeError:
-            # Before 2.12 a graph that cannot be ended leaves the allocator believing that it goes
-            # on: no memory would be given back to the device any more. Later it knows, and says so.
+            # Before PyTorch 2.12 a failed capture leaves the allocator in capture mode, and it
+            # never returns memory to the device again. Later versions end it themselves, and raise
+            # here.
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
             raise
@@ -117,7 +120,7 @@ class WithoutWaiting(TorchDispatchMode):
             raise UnsupportedError(
                 f"model: expected a pass that does not wait for the device, got {func}"
             )
-        # In inference mode operators come whole that consist of others.
+        # In inference mode composite operators arrive here undecomposed: look at their parts.
         with self:
             result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
@@ -134,13 +137,14 @@ class WithoutWaiting(TorchDispatchMode):
 
 
 _COPIES = (torch.ops.aten.copy_, torch.ops.aten._to_copy)
-# Their shapes depend on values only if an index is a mask.
+# The result's shape depends on values only if an index is a mask.
 _INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
 _READING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 def _waits(func: Any, tensors: list[torch.Tensor]) -> bool:
-    if func.overloadpacket is torch.ops.aten.lift_fresh:  # made of Python's numbers, and copied
+    # Made from Python numbers, and copied to the device.
+    if func.overloadpacket is torch.ops.aten.lift_fresh:
         return tensors[0].device.type != "cpu"
     if func.overloadpacket in _INDEXING:
         return any(tensor.dtype in (torch.bool, torch.uint8) for tensor in tensors[1:])

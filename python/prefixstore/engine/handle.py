@@ -54,7 +54,7 @@ class RequestHandle:
             try:
                 loop.call_soon_threadsafe(event.set)
             except RuntimeError:
-                # In a closed loop nobody reads any more; the engine has others to answer.
+                # Nobody reads in a closed event loop; the engine goes on with other requests.
                 if not loop.is_closed():
                     raise
 

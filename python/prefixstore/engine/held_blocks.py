@@ -65,7 +65,7 @@ def held_blocks(
             if number >= first_block_needed(end, block_size, window)
             and (tier := own.tiers[number - first]) is not None
         ]
-        # What no group needs is as good as there.
+        # A block that no group needs counts as held by the fastest tier.
         slowest = max(held, key=ranks.__getitem__, default=tier_names[0])
         tiers.append(slowest if is_usable[number] else None)
     unanswered = frozenset(np.flatnonzero(might_be_usable).tolist()).difference(

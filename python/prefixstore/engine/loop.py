@@ -30,9 +30,10 @@ from prefixstore.planner import Planner, PlannerConfig
 
 logger = logging.getLogger(__name__)
 
-# Out of memory, two cores of an EPYC (Zen 4): 47 MB in 11 ms, nearly all of it on the processor.
+# What two cores decode from host memory (EPYC Zen 4): 47 MB in 11 ms, nearly all of it processor
+# time.
 _CORES_BYTES_PER_S = 4e9
-_MOSTLY = 0.9  # of a pass: as good as all of it
+_MOSTLY = 0.9  # this share of a pass counts as all of it
 _WEIGHTS_CHECK_S = 1.0  # how often the model's weights are compared with those the cache knows
 
 
@@ -114,7 +115,7 @@ class EngineLoop:
         try:
             self._run_steps()
         except Exception as error:
-            # A fault of ours: whose blocks are whose is not known any more.
+            # A bug of ours: which blocks belong to whom is no longer known, so nothing can go on.
             logger.exception("the engine stopped")
             with self.changed:
                 self.has_failed = True
@@ -138,7 +139,7 @@ class EngineLoop:
             try:
                 valid, tokens = self._compute(steps, chunks, overlap)
             except Exception as error:
-                # Nobody else sees it: the requests of this batch end, the others go on.
+                # Logged here, as nobody else sees it. The requests of this batch end, others go on.
                 logger.exception("a forward pass failed")
                 with self.changed:
                     self.restorer.note_computing(False)
@@ -186,7 +187,7 @@ class EngineLoop:
         if logits is None:
             return valid, []
         wanting = [step for step in steps if step.wants_logits]
-        # What read blocks that did not come has logits of no meaning, perhaps no numbers at all.
+        # Steps that read blocks which never came have meaningless logits: leave them out.
         rows = [row for row, step in enumerate(wanting) if step in valid]
         sampled = [
             SamplingRow(step.request.sampling, step.request.seed, step.request.num_output)
@@ -195,7 +196,8 @@ class EngineLoop:
         ]
         if not rows:
             return valid, []
-        # Indexing copies, and on a GPU waits for the copy of the index.
+        # Avoid indexing where all rows count: it copies, and on a GPU waits for the copy of the
+        # index.
         counting = logits if len(rows) == len(wanting) else logits[rows]
         return valid, sample_tokens(counting, sampled)
 
@@ -227,7 +229,8 @@ class EngineLoop:
                 if request.restoring.is_done:
                     self._end_prefill(request, now)
             reason = request.push(token, now) if token is not None else None
-            # No token waits for this. One that goes on after a preemption shares its own blocks.
+            # Done after the answer is pushed, so that no token waits for it. A resumed request is
+            # left out: what it reuses are its own blocks.
             if not request.num_preemptions:
                 request.sequence.touch_reused()
             request.sequence.drop_passed(step.stop)
@@ -265,15 +268,16 @@ class EngineLoop:
         """Tell the planner what a pass over prompts took, blocks being loaded for some of it."""
         is_loading = loading_s > _MOSTLY * seconds
         is_alone = loading_s < (1 - _MOSTLY) * seconds
-        # One that waited for loads, or beside which blocks were loaded for a part of it, tells
-        # neither speed.
+        # A pass that waited for loads, or ran beside loading for a part of its time, tells neither
+        # the speed alone nor the speed beside a load.
         if any(step.load is not None for step in steps) or not (is_loading or is_alone):
             return
         if all(step.request.is_decoding for step in steps):
             return
         num_new = sum(step.stop - step.start for step in steps)
         pairs = sum((step.stop - step.start) * (step.start + step.stop) / 2 for step in steps)
-        # The context that one sequence with as many new tokens would have for as many pairs.
+        # The planner knows passes by new tokens and context. This is the context of a single
+        # sequence with as many new tokens and as many query-key pairs.
         context = max(0, round(pairs / num_new - num_new / 2))
         self.planner.observe_prefill(num_new, context, seconds, is_loading=is_loading)
 
@@ -322,7 +326,7 @@ def _restore_bytes_per_s(blocks: BlockCache) -> float:
 def _chunk(step: Step) -> Chunk:
     request = step.request
     assert request.sequence is not None
-    # Loads write into tables while the model runs: of other blocks, but of the same array.
+    # A copy: loads write to the array while the model runs, though to other blocks' entries.
     tables = request.sequence.tables.copy()
     if step.load is not None:
         step.load.show_in(tables)

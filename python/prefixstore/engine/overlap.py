@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from prefixstore.engine.scheduler import Step
 
-_VERDICT_S = 0.1  # between the last layer and the end of its load
+_VERDICT_S = 0.1  # longest wait, after the last layer, for the load to be judged
 
 
 class PassIsVoid(Exception):
@@ -55,8 +55,9 @@ class Overlap:
             return True
         restoring = step.request.restoring
         assert restoring is not None and restoring.meeting is not None, "only prompts are loaded"
-        # One whose wait ran out may have come since, behind a pass that read what was there before.
-        if i in self._waiting:  # all layers came
+        # Only steps that waited successfully for every layer: a layer that came after its wait had
+        # run out was not there when the pass read it.
+        if i in self._waiting:
             self._changed.wait_for(lambda: restoring.load_under_way is not step.load, _VERDICT_S)
             if restoring.meeting.is_chunk_valid:
                 return True

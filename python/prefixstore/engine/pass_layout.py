@@ -23,10 +23,10 @@ import torch
 
 from kvkernels.nn.module import PagedBatch
 
-# Rows of a decode pass up to which there is a shape for every power of two; then for every eighth.
+# A decode pass has a power of two of rows up to this many, then a multiple of it.
 _ROW_STEP = 8
-# Blocks of the narrowest table, and how many times as wide the next one is. A table wider than
-# needed costs programs that end at once; each width costs graphs.
+# The narrowest block table, in blocks, and by how much each next width is wider. A table wider than
+# needed costs programs that end at once; every width costs graphs of its own.
 _NARROWEST, _WIDENING = 32, 4
 
 

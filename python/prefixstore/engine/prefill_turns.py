@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-LEAST_TOKENS = 32  # of a share: a chunk takes its part of a pass however short it is
+LEAST_TOKENS = 32  # of a share: even the shortest chunk costs a pass its fixed part
 
-# Remembered from pass to pass, of what a role got less than others or more: enough to take turns.
+# Most tokens that a role may be owed, or owe, from pass to pass: enough to take turns.
 _MOST_OWED = 2 * LEAST_TOKENS
 
 _Role = tuple[str, str]  # tenant, and whether it is its shortest prompt or its oldest
@@ -84,7 +84,7 @@ class PrefillTurns:
             yield turn
             taken[i] = turn.num_taken
             left -= turn.num_taken
-        # Who has no chunk now or none any more waits for no other's tokens.
+        # Prompts that want no chunk, or got all that is left of them, are owed nothing.
         content = {i for i, num in taken.items() if num == 0 or num >= prompts[i].num_left}
         self._settle(roles, {i: taken.get(i, 0) for i in roles}, content)
 
@@ -95,7 +95,7 @@ class PrefillTurns:
         debts = {
             i: sum(self._owed.get(role, 0.0) for role in own) / len(own) for i, own in roles.items()
         }
-        # Of equal ones the shorter first: they came in this order.
+        # `sorted` is stable, so of equal debts the shorter prompt comes first, as in `roles`.
         by_debt = sorted(roles, key=lambda i: -debts[i])
         num_served = _num_with_room([len(roles[i]) for i in by_debt], budget)
         served = set(by_debt[:num_served])
@@ -120,8 +120,8 @@ class PrefillTurns:
         for i, own in roles.items():
             for role in own:
                 owed = before.get(role, 0.0) + due - taken[i] / len(own)
-                # Nothing is saved up. And chunks that end with a block leave odd tokens in every
-                # pass, which must not add up either.
+                # Bounded, for two reasons: nobody saves up turns, and the odd tokens that chunks
+                # ending at block boundaries leave in every pass must not add up.
                 most = 0.0 if i in content else _MOST_OWED
                 self._owed[role] = max(-_MOST_OWED, min(owed, most))
 

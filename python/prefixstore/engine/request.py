@@ -24,10 +24,10 @@ class Clock:
     """When things happened to a request, on `time.monotonic`, 0 for never; sums in seconds."""
 
     arrived: float
-    admitted: float = 0.0  # for the first time
+    admitted: float = 0.0  # first admission
     first_token: float = 0.0
     last_token: float = 0.0
-    preempted: float = 0.0  # since when it has waited to go on
+    preempted: float = 0.0  # when it was last preempted, while it waits to go on
     preempted_s: float = 0.0
     compute_s: float = 0.0
 
@@ -74,16 +74,17 @@ class Request:
         self._tokens = np.empty(max_tokens, dtype=np.uint32)
         self._tokens[: len(prompt)] = prompt
         self.num_computed = 0
-        # Per group, of its whole blocks so far.
+        # Per group, the keys of its whole blocks so far.
         self.keys: Sequence[list[BlockKey]] = [[] for _ in range(num_groups)]
         self.sequence: SequenceBlocks | None = None  # while it runs
         self.restoring: Restoring | None = None  # while it is in prefill
-        self.origins = BlockOrigins()  # of the prompt's blocks, as long as it is new
-        self.is_counted = False  # by the index, as looked up; not again where it resumes
+        self.origins = BlockOrigins()  # where the prompt's blocks came from, until it is computed
+        # Whether the index counted its look-up; a resumed request is not counted again.
+        self.is_counted = False
         self.num_preemptions = 0
         self.clock = Clock(time.monotonic())
         self._arrived_at = time.time()
-        self._restored: Restored | None = None  # what became of its prompt when it was new
+        self._restored: Restored | None = None  # what became of its prompt, the first time
 
     @property
     def request_id(self) -> str:
@@ -115,7 +116,8 @@ class Request:
 
     def push(self, token: SampledToken, now: float) -> FinishReason | None:
         """The next token of the answer; returns why the answer ends with it, if it does."""
-        if self.num_tokens < self.max_tokens:  # the last one is never computed
+        # No KV is computed for the last token, so it needs no place.
+        if self.num_tokens < self.max_tokens:
             self._tokens[self.num_tokens] = token.token_id
         self.num_tokens += 1
         self.clock.first_token = self.clock.first_token or now
@@ -128,7 +130,7 @@ class Request:
         if clock.preempted:
             clock.preempted_s += now - clock.preempted
             clock.preempted = 0.0
-        # It may have ended before its prompt was computed.
+        # None if it ended before its prompt was computed.
         restored = self._restored or Restored(ReuseReport(self.num_prompt, {}, 0, 0.0))
         return RequestReport(
             request_id=self.request_id,

@@ -23,7 +23,7 @@ from prefixstore.store import Store
 logger = logging.getLogger(__name__)
 
 _LEAST_LOOKUP_S = 0.02  # a thread that wakes late is not a slow tier
-_LOOKUP_SHARE = 0.05  # of the time of computing the prompt, that its look-up may take
+_LOOKUP_SHARE = 0.05  # a look-up may take this share of the prompt's computing time
 
 
 class Restorer:
@@ -121,7 +121,8 @@ class Restorer:
         try:
             work(store, restoring, keys)
         except Exception:
-            # What a tier may do was handled below; this is a fault of ours. The prompt is computed.
+            # Errors of tiers are handled in the store: this is a bug of ours. The prompt is
+            # computed.
             logger.exception("loading blocks failed")
             with self._changed:
                 now = time.monotonic()
@@ -139,7 +140,8 @@ class Restorer:
         with self._changed:
             if restoring.is_over:
                 return
-            if restoring.is_planned:  # it was not waited for; the next chunk begins with it
+            # Its time was up and computing has begun; `prepare` takes the answer.
+            if restoring.is_planned:
                 restoring.answer_late(held)
                 return
             self._start(restoring, keys, held, time.monotonic())
@@ -183,7 +185,8 @@ class Restorer:
         has_loads = plan is not None and (plan.num_load_blocks > 0 or plan.is_probe)
         restoring.restart(plan if has_loads else None, held, now)
         if has_loads:
-            restoring.sequence.cut(first)  # a block that was begun: it is computed anew or loaded
+            # Drop a block that is half computed: it is loaded or begun anew.
+            restoring.sequence.cut(first)
             self._threads.submit(self._run, store, restoring, keys, self._load_all)
 
     def _plan(
@@ -211,7 +214,8 @@ class Restorer:
             now = time.monotonic()
             numbers = restoring.next_call(now)
             if numbers is None:
-                self._changed.notify_all()  # whoever waits for the next call computes
+                # A chunk that waited for the next call may be computed now.
+                self._changed.notify_all()
                 return False
             assert restoring.meeting is not None
             num_steps = restoring.meeting.num_layer_steps
@@ -228,7 +232,8 @@ class Restorer:
             restoring.begin_call(call)
             self._loading_s, self._loading_since = self.loading_s(now), now
             self._num_loading += 1
-            self._changed.notify_all()  # it may be overdue some day, or be computed beside
+            # The engine now waits until it is overdue, or computes beside it.
+            self._changed.notify_all()
         found: dict[int, str] = {}
         try:
             found = call.run(store, keys, tier, restoring.deadline)

@@ -44,7 +44,7 @@ class Roster:
         self._config = config
         self._changed = changed
         self._requests: dict[str, Request] = {}
-        self._cancelled: set[str] = set()  # of these
+        self._cancelled: set[str] = set()  # ids of `_requests` that are to end
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -63,7 +63,7 @@ class Roster:
             raise ValueError(
                 f"request_id: expected one that does not run, got {request.request_id!r}"
             )
-        # Who goes into the batch at the next step does not wait.
+        # Requests that enter the batch at the next step do not count as waiting.
         num_places = self._config.max_running - len(self._scheduler.running)
         if self._scheduler.num_waiting >= self._config.max_queued + num_places:
             self.counts.num_refused += 1

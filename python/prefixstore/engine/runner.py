@@ -90,7 +90,8 @@ class ModelRunner:
             if fuses_layers:
                 num_fused = fused_layers.install(model)
                 changes.callback(fused_layers.uninstall, model)
-            # A pass is then all but nothing else than our kernels.
+            # With fused layers a pass is almost only kernels of ours, and that is what
+            # `own_threads` is for.
             is_ours = self.is_batch_invariant and num_fused > 0
             self.threads: Callable[[], AbstractContextManager[None]] = (
                 own_threads if is_ours else nullcontext
@@ -145,7 +146,7 @@ class ModelRunner:
         else:
             logits = self._forward(arrays, wanted, is_decode, before_layer)
         if self._device.type == "cuda":
-            # The planner learns from how long passes take, not from how long queueing them does.
+            # The planner needs the time a pass takes, not the time it takes to queue it.
             torch.cuda.current_stream(self._device).synchronize()
         return logits if wanted else None
 
@@ -156,7 +157,7 @@ class ModelRunner:
         is_decode: bool,
         before_layer: BeforeLayer | None,
     ) -> torch.Tensor:
-        # A model computes logits of one place at least.
+        # Models compute logits of at least one position, even if none is wanted.
         places = np.array(wanted or [0])
         tensors = to_device([*arrays, places], self._device)
         input_ids, position_ids, seq_lens, bounds, *own, places_there = tensors

@@ -22,8 +22,8 @@ import torch
 from prefixstore.engine.outputs import TokenLogprob
 from prefixstore.engine.sampling import MAX_LOGPROBS, SamplingParams
 
-# An integer weight is a probability times this: exact down to 2**-36 and zero below
-# 2**-60, and a row's weights add up to about 2**60, far from the end of int64.
+# Probabilities are summed as integers, times this, so that sums do not depend on their order: exact
+# down to 2**-36 and zero below 2**-60. A row adds up to about 2**60, far below int64's end.
 _WEIGHT_OF_ONE = 2.0**60
 _SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny  # smaller ones would divide 0 by 0
 
@@ -81,7 +81,7 @@ def sample_tokens(
         )
     if not rows:
         return []
-    # Of equal ones `max` gives the first, and a NaN is larger than all: one pass serves the greedy
+    # `max` gives the first of equal logits, and NaN if there is one. So one pass serves the greedy
     # rows and checks every row.
     largest, token_ids = logits.max(dim=-1)
     peaks = largest.tolist()
@@ -102,8 +102,8 @@ def sample_tokens(
 def _rows_at_once(logits: torch.Tensor) -> int:
     if logits.device.type != "cpu":
         return len(logits)
-    # 2 MB of weights: temporaries of all 16 rows of 49,152 went back to the system at every step,
-    # and faulting 3,000 pages in again took longer than the arithmetic.
+    # At most 2 MB of weights at once: larger temporaries (16 rows of 49,152) were returned to the
+    # system at every step, and faulting their 3,000 pages in again took longer than the arithmetic.
     return max(1, (1 << 18) // logits.shape[-1])
 
 
@@ -127,7 +127,7 @@ def _draw_tokens(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Ten
         tokens[waiting] = drawn[:, 0]
         if all(rows[at].params.top_p == 1 for at in waiting):
             break
-        # What remains are the tokens above.
+        # Keep only tokens that are likelier than the drawn one.
         weights.masked_fill_(weights <= weights.gather(-1, drawn), 0)
         is_outside = weights.sum(dim=-1) >= needed
         weights, needed = weights[is_outside], needed[is_outside]
@@ -139,7 +139,7 @@ def _weigh(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tens
     """Probabilities after temperature and top-k as integers, `[num_rows, vocab_size]`, int64."""
     temperatures = [max(one.temperature, _SMALLEST_TEMPERATURE) for one in params]
     scores = _widen(logits)
-    # The peak first: dividing by a small temperature must not make it infinite.
+    # Subtract the peak before dividing: a small temperature would make it infinite.
     scores = scores - scores.amax(dim=-1, keepdim=True)
     scores /= torch.tensor(temperatures, device=logits.device).unsqueeze(-1)
     weights = scores.softmax(dim=-1).mul_(_WEIGHT_OF_ONE).long()
@@ -167,7 +167,7 @@ def _draw_once(weights: torch.Tensor, streams: Sequence[np.random.Philox]) -> to
     totals = sums[:, -1:]
     uniform = [[(stream.random_raw() >> 11) * 2.0**-53] for stream in streams]  # in [0, 1)
     points = torch.tensor(uniform, dtype=torch.float64).to(weights.device) * totals
-    # Rounding may reach the total; a point must lie within the last token.
+    # Rounding may give the total itself; a point must lie within the last token.
     points = torch.minimum(points.long(), totals - 1)
     return torch.searchsorted(sums, points, right=True)
 
@@ -188,7 +188,7 @@ def _find_logprobs(
         return {}
     logprobs = _widen(_select(logits, asking)).log_softmax(dim=-1)
     chosen = token_ids[asking].unsqueeze(-1)
-    # As many whatever is asked: which of several equals `topk` takes may depend on how many.
+    # Always the same number: which of several equal tokens `topk` takes may depend on it.
     best = logprobs.topk(min(MAX_LOGPROBS, logits.shape[-1]))
     found = {}
     for at, token_id, logprob, ids, values in zip(

@@ -20,7 +20,7 @@ from prefixstore.engine.restoring import Restoring
 from prefixstore.engine.sequence import SequenceBlocks
 from prefixstore.engine.window_budget import WindowBudget
 
-_RETRY_S = 0.02  # how soon a pool that was too full is tried again
+_RETRY_S = 0.02  # after which a full pool is tried again
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Scheduler:
         budget: WindowBudget,
         give_way: Callable[[], bool],
     ) -> None:
-        # Those for whom the batch has room pass through it too.
+        # Every request passes through the queue, also those that the batch has room for.
         self.queue: FairQueue[Request] = FairQueue(config.max_queued + config.max_running)
         self.running: list[Request] = []  # in the order of their admission
         self.num_preemptions = 0
@@ -81,7 +81,8 @@ class Scheduler:
         self._budget = budget
         self._give_way = give_way
         self._turns = PrefillTurns()
-        self._held_back: deque[Request] = deque()  # others compute what they begin with
+        # Wait for running requests to compute their common prefix.
+        self._held_back: deque[Request] = deque()
         self._retry_at = 0.0
 
     @property
@@ -101,7 +102,7 @@ class Scheduler:
         """Let requests run as long as there is room."""
         if now < self._retry_at or not self.num_waiting:
             return
-        self._retry_at = 0.0  # whoever finds no room sets it again
+        self._retry_at = 0.0  # set again below where there is no room
         if len(self.running) >= self._config.max_running:
             return
         producing = self._producing()
@@ -140,8 +141,8 @@ class Scheduler:
             sequence.release()
             if self._give_way():
                 return self._try_admit(request, producing, now)
-            # Who will give blocks back, be it a request, the writer or a session, is not waited for
-            # here: submit, cancel and stats need the lock meanwhile.
+            # Do not wait here for blocks to be given back (by a request, the writer or a session):
+            # submit, cancel and stats need the lock meanwhile.
             self._retry_at = now + _RETRY_S
             return False
         if not request.is_counted:
@@ -192,7 +193,7 @@ class Scheduler:
         with_room = [
             one for one in decoding if one in self.running and self._make_room(one, one.num_tokens)
         ]
-        # Who was preempted for another's sake after its turn computes nothing.
+        # Room for a later request may have preempted an earlier one: that one computes nothing.
         steps = [
             Step(one, one.num_computed, one.num_tokens) for one in with_room if one in self.running
         ]
@@ -255,8 +256,8 @@ class Scheduler:
                 victim = self.running[-1]
                 self.preempt(victim)
                 if victim is request:
-                    # What holds the blocks is no request: the writer, or a session. Neither says
-                    # when it lets go of them.
+                    # The blocks are held by the writer or a session, and neither says when it lets
+                    # go of them.
                     self._retry_at = time.monotonic() + _RETRY_S
                     return False
 

@@ -46,7 +46,8 @@ class SequenceBlocks:
         self._salt = salt
         self._keys = keys
         self._spare: list[list[int]] = [[] for _ in device.groups]
-        self._dropped = [0] * len(device.groups)  # blocks before it were given back
+        # Per group: blocks before this one were given back.
+        self._dropped = [0] * len(device.groups)
         capacity = -(-max_tokens // blocks.block_size)
         self.tables = np.full((len(device.groups), capacity), -1, dtype=np.int32)
         self._match: Match | None = None
@@ -132,7 +133,7 @@ class SequenceBlocks:
         match = self._blocks.publish(prefix, self._salt, ids, computed, self._keys)
         self._computed = self._computed[len(computed) :]
         self.num_published = num_blocks
-        # The old pin would keep a window that was passed, for nobody.
+        # The old pin would keep a window alive that has passed.
         if match is not None or any(self._dropped):
             self._unpin()
             self._match = match

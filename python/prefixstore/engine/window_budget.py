@@ -35,7 +35,8 @@ class WindowBudget:
     def __init__(self, blocks: BlockCache, max_batch_tokens: int, max_model_len: int) -> None:
         size = self._block_size = blocks.block_size
         self._has_store = blocks.store is not None
-        self._rooms: list[tuple[int, int]] = []  # of a window and of all sequences, in blocks
+        # Per group, in blocks: one sequence's window, and room for all.
+        self._rooms: list[tuple[int, int]] = []
         for number, group in enumerate(blocks.device.groups):
             if group.window is None or not blocks.device.holds_windows(number):
                 continue

@@ -9,7 +9,8 @@ import numpy as np
 
 from prefixstore.planner.costs import Costs
 
-# A call is large enough that its latency is 2 % of it: calls are where a load can turn.
+# A call takes 50 times its tier's latency. Larger ones would be cheaper, but a load can only be
+# stopped or turned between calls.
 _LATENCIES_PER_CALL = 50.0
 _LEAST_CALL_S = 5e-3
 

@@ -116,15 +116,15 @@ class Costs:
         context = inputs.num_device_blocks * size
         self._compute = tokens * (prefill.token_s + prefill.pair_s * (context + tokens / 2))
         self._passes = prefill.pass_s * np.ceil(tokens / inputs.chunk_tokens)
-        # The last entry is for -1: a block that no tier holds takes no time to load.
+        # Tier -1 (no tier holds the block) indexes the extra last entry: it takes no time to load.
         byte_s = np.array([1 / one.bytes_per_s for one in inputs.estimates] + [0.0])
         latency_s = np.array([one.latency_s for one in inputs.estimates] + [0.0])
         seconds = inputs.record_bytes * byte_s[self.tiers]
-        # A call brings blocks of one tier, from the last to the first: it begins at a run's end.
+        # Each run of blocks of one tier costs its latency once. Runs are loaded from their ends.
         seconds[self.run_ends - 1] += latency_s[self.tiers[self.run_ends - 1]]
         self._load = _running_sum(seconds)
         self._latency_s = latency_s
-        # Of a load, while the cores wait for its bytes.
+        # The share of a load in which the cores only wait for bytes; the rest they copy and decode.
         self._idle_share = 1 - np.minimum(1 / (inputs.restore_bytes_per_s * byte_s[:-1]), 1.0)
         self._idle_share = np.append(self._idle_share, 0.0)
         is_layered = inputs.is_layered or [False] * len(inputs.estimates)
@@ -212,13 +212,13 @@ class Costs:
         own_load = load_scale * load
         load = load_ready_s + own_load
         seconds = both_s(compute, load, slowdown)
-        waits_s = np.maximum(load - compute, 0.0)  # what is loaded beside no computing yet
-        # of it the load to come may bring layers, but not the one under way before it
+        waits_s = np.maximum(load - compute, 0.0)  # loading time that no computing overlaps yet
+        # only the load to come may bring layers, not the one under way before it
         waits_s[:-1] = np.minimum(waits_s[:-1], own_load[:-1])
         if self._holes is not None:
             holes_s = self._holes[end] - self._holes[first : end + 1]
             seconds += compute_scale * holes_s
-            waits_s[holes_s > 0] = 0.0  # the pass waits for these, too
+            waits_s[holes_s > 0] = 0.0  # the pass would wait for the holes before it as well
         if pass_s > 0 and self._gives_layers:
             tiers = np.append(self.tiers[first:end], layered_tier)
             num_records = np.arange(end - first, -1, -1)

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-# Chi-square of a measurement beyond which it may be an accident, and beyond which, if the one
-# before was no better, things have changed.
+# Chi-square of a measurement. Above the first bound it may be an accident; above the second, if the
+# measurement before was no better, things have changed.
 _ACCIDENT = 4.0
 _CHANGE = 9.0
 _NUM_ITERATIONS = 6  # a surprise of a factor of ten needs about three

@@ -22,7 +22,7 @@ class Outlook:
         self._inputs = inputs = plan.costs.inputs
         self._offset = inputs.num_device_blocks
         self._pace = Pace(inputs.slowdown)
-        # Of the forward pass that waits for nothing but the loads.
+        # The forward pass over the tokens behind the loaded blocks, which only waits for the loads.
         self._tail_pass_s = plan.costs.tail_pass_s(plan.num_compute_blocks + plan.num_load_blocks)
         self._call = range(0)  # the last one
         self._idle_since: float | None = None  # while no call is under way

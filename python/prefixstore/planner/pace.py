@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_NEWEST_WEIGHT = 0.7  # of the last measurement in what a request believes of its own speed
+_NEWEST_WEIGHT = 0.7  # weight of the newest measurement in a request's estimate of its own speed
 _LEAST_SCALE = 1e-3  # a clock may stand still
 
 
@@ -14,7 +14,7 @@ class _Work:
 
     started_at: float
     expected_s: float  # by itself, as estimated
-    beside_s: float = 0.0  # of its time: while the other side was at work too
+    beside_s: float = 0.0  # seconds of it in which the other side was at work too
 
 
 class Side:

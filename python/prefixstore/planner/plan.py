@@ -9,10 +9,10 @@ import numpy as np
 
 from prefixstore.planner.costs import Costs, PlanInputs
 
-_MAX_ENDS = 8  # of the runs of blocks that are tried as the end of what is loaded
-_PATIENCE_SPREADS = 2.0  # so many times the usual error above the expected seconds is no surprise,
-_LEAST_PATIENCE = 1.25  # so many times the expected seconds neither
-_LEAST_PATIENCE_S = 2e-3  # a thread that wakes late is not a slow tier
+_MAX_ENDS = 8  # at most this many runs' ends are tried as the end of what is loaded
+_PATIENCE_SPREADS = 2.0  # a load may be late by this many times its tier's usual error,
+_LEAST_PATIENCE = 1.25  # by this factor in any case,
+_LEAST_PATIENCE_S = 2e-3  # and by this many seconds: a thread may wake late
 
 
 class PlanMode(str, Enum):

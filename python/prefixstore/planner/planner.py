@@ -13,14 +13,14 @@ from prefixstore.planner.plan import RestorePlan, plan_probe, plan_restore, unme
 from prefixstore.planner.rates import PrefillEstimate, PrefillRate, Slowdown, TierRate
 from prefixstore.planner.stats import MeetingCounts, PlanCounts, PlannerStats
 
-# Passes beside a load say how much it slows them once so many passes are known; before, they are
-# better than a guess of the model's speed.
+# Passes beside a load measure its slowdown once this many passes without a load are known. Before
+# that they measure the model's speed, still better than the guess it starts with.
 _NUM_KNOWN_PASSES = 5
 
 
 POLICIES = ("planned", "load", "recompute")
-# Whoever waits for all that is loaded takes computing for something that never ends.
-# By the token, not by the pass: what is left to compute takes a pass whatever is loaded.
+# The policy "load" waits for everything that is loaded, so computing must look endless. Endless by
+# the token, not by the pass: the rest of the prompt takes one pass whatever is loaded.
 _ENDLESS_PREFILL = PrefillEstimate(pass_s=0.0, token_s=1e6, pair_s=0.0)
 
 
@@ -86,7 +86,7 @@ class Planner:
         self._chunk_tokens = chunk_tokens
         self._has_windows = has_windows
         self._restore_bytes_per_s = restore_bytes_per_s
-        # Who always loads is to be measured against: nothing is computed beside it.
+        # Only the policy "planned" computes beside layers: "load" is a baseline to measure against.
         is_planned = self._config.policy == "planned"
         self._is_layered = [is_planned and name in layered_tiers for name in self._names]
         self._lock = threading.Lock()

@@ -25,11 +25,12 @@ PRIOR_PASS_S = 2e-3
 PRIOR_TOKEN_S = 2e-4
 PRIOR_PAIR_S = PRIOR_TOKEN_S / 16384
 
-_AGING_PER_S = 0.01  # variance of a tier's logarithms; a minute makes it nearly forget
+# Growth of a tier's variance (of logarithms): after a minute little is remembered.
+_AGING_PER_S = 0.01
 _SPREAD_WEIGHT = 0.2
 _SLOWDOWN_WEIGHT = 0.2
 _MAX_SLOWDOWN = 4.0
-_SLOWDOWN_ACCIDENT = 1.5  # a pass so many times slower than believed may be one
+_SLOWDOWN_ACCIDENT = 1.5  # a single pass this many times slower than predicted may be an accident
 _SLOWDOWN_MEMORY_S = 1200.0
 
 
@@ -114,7 +115,7 @@ class TierRate:
         if self._observed_at is not None:
             self._fit.age(_AGING_PER_S * max(0.0, now - self._observed_at))
         surprise = self._fit.observe(_tier_features(num_bytes), seconds)
-        if self._num_calls:  # the first one only says how wrong the guess was
+        if self._num_calls:  # the first call only says how wrong the prior was
             self._spread = _blend_spread(self._spread, surprise)
         self._observed_at = now
         self._num_calls += 1

@@ -13,8 +13,8 @@ from prefixstore.checksum import Buffer, as_bytes
 from prefixstore.record import encode
 from prefixstore.tiers.base import page_aligned
 
-MAX_RECORDS = 256  # that are made and written together
-MAX_RECORDS_BYTES = 32 << 20  # of them in memory of their maker
+MAX_RECORDS = 256  # records that are made and written together
+MAX_RECORDS_BYTES = 32 << 20  # of such records, in memory of the maker
 
 
 class RecordMaker(Protocol):

@@ -29,9 +29,8 @@ from prefixstore.store.write_queue import Chooser, WriteJob, WriteQueue
 
 logger = logging.getLogger(__name__)
 
-# Of blocks that are taken from the queue together. Writing them drives everything else out of the
-# processor's caches, so what is done once for a batch is slow: with half as many a block takes a
-# twentieth longer.
+# Blocks taken from the queue at once. Writing evicts everything else from the processor's caches,
+# so what is done once per batch runs slowly: with half the size each block takes 5 % longer.
 _BATCH_BYTES = 64 << 20
 
 
@@ -54,9 +53,11 @@ class BlockWriter:
             number: TierWriter(tiers[number], tiers[:number], config)
             for number in range(1, len(tiers))
         }
-        self._unread: dict[WriteJob, None] = {}  # of those at hand, whose blocks may be read yet
-        self._silent: set[RecordName] = set()  # of those at hand, for which tier 0 had no answer
-        self._not_evicted: set[RecordName] = set()  # of those put into tier 0 last
+        # Jobs of the batch whose blocks are still to be read.
+        self._unread: dict[WriteJob, None] = {}
+        self._silent: set[RecordName] = set()  # names of the batch for which tier 0 gave no answer
+        # Names put into tier 0 last that were not evicted since.
+        self._not_evicted: set[RecordName] = set()
         self._thread = threading.Thread(target=self._run, name="prefixstore-writer", daemon=True)
         self._thread.start()
         close_at_exit(self.close)
@@ -185,7 +186,7 @@ class BlockWriter:
         while the next part's are made.
         """
         maker = jobs[0].source.maker
-        at_once = max(1, maker.max_records // 2)  # the other half holds those that are being put
+        at_once = max(1, maker.max_records // 2)  # the other half holds records that are being put
         putting = Beside()
         try:
             for first in range(0, len(jobs), at_once):
@@ -255,13 +256,14 @@ class BlockWriter:
         Tier 0 holds it, or is the only one to get it and gives no answer.
         """
         if self._first is None or not jobs:
-            return [True] * len(jobs)  # nobody needs a record
+            return [True] * len(jobs)  # no tier needs a record
         deadline = time.monotonic() + self._config.write_timeout_s
         with _blaming(self._first):
             answers = self._first.contains_many([job.key.name for job in jobs], deadline)
         asked = [answer for answer, job in zip(answers, jobs, strict=True) if 0 in job.tiers]
         self._first.count_present(asked.count(True))
-        self._first.count_dropped(asked.count(None))  # it would not take them either
+        # A tier that cannot say what it holds would not take them either.
+        self._first.count_dropped(asked.count(None))
         self._silent = {
             job.key.name for job, answer in zip(jobs, answers, strict=True) if answer is None
         }
@@ -291,8 +293,8 @@ class BlockWriter:
                 time.monotonic() + self._config.write_timeout_s,
             )
         for i, name, is_kept in zip(chosen, names, outcomes, strict=True):
-            # Nothing else evicts from tier 0, but the last of them may have taken the place of the
-            # first, for which no writer of a slower tier was waiting yet.
+            # Only this thread's puts evict from tier 0; but the last of them may have evicted the
+            # first, and no slower tier's writer was waiting for that one yet.
             kept[i] = is_kept and name in self._not_evicted
         return kept
 

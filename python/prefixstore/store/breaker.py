@@ -99,7 +99,8 @@ class Breaker:
                 return _WHILE_UP
             if now < self._down_until:
                 return None
-            self._down_until = now + self._pause_s  # a trial that never ends is not the last one
+            # If this trial never ends, another may begin after the pause.
+            self._down_until = now + self._pause_s
             return Leave(self._num_outages, self._down_until)
 
     def succeeded(self, leave: Leave) -> None:

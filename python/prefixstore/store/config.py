@@ -38,8 +38,8 @@ class TierPolicy:
         check_seconds_or_0("negative_ttl_s", self.negative_ttl_s)
 
 
-# Of the time for a load or a write, to find out what a tier holds: the rest is for the records,
-# also where a part of the tier is silent.
+# The share of a load's or write's time in which a tier must say what it holds. The rest is kept for
+# the records, even where a part of the tier is silent.
 LOOK_UP_SHARE = 0.5
 DEFAULT_QUEUE_BYTES = DEFAULT_HELD_BYTES = 256 << 20
 DEFAULT_QUEUE_ENTRIES = 1024

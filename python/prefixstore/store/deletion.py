@@ -65,7 +65,7 @@ class Deleter:
         self, is_meant: Chooser, delete: Callable[[GuardedTier], bool], deadline: float | None
     ) -> list[str]:
         """Delete tier after tier; the names of those that could not, or may get some of it yet."""
-        if deadline is None:  # a write that is under way has no longer than that
+        if deadline is None:  # no write under way takes longer
             deadline = time.monotonic() + self._config.write_timeout_s
         failed = []
         with self._loader.passing_over(is_meant):

@@ -35,7 +35,7 @@ class Slab:
     """Memory that records are read into, uint8; it begins on a page."""
 
     memory: np.ndarray
-    is_abandoned: bool = False  # a tier may write to it at any time
+    is_abandoned: bool = False  # a tier that missed its deadline may still write to it
 
     def abandon(self) -> None:
         self.is_abandoned = True
@@ -51,7 +51,8 @@ class Slabs:
     def take(self, num_bytes: int) -> Slab:
         """One of that size at least; the caller's."""
         with self._lock:
-            for number in reversed(range(len(self._free))):  # the last may be in a cache yet
+            # The last one may still be in a processor's cache.
+            for number in reversed(range(len(self._free))):
                 if self._free[number].memory.nbytes >= num_bytes:
                     return self._free.pop(number)
         return Slab(page_aligned(num_bytes))
@@ -95,8 +96,8 @@ class Fetcher:
         if len(batches) == 1:
             yield self._fetch(batches[0])
             return
-        # A thread for this load alone: a pool of them would have to outlive a fork, and loads
-        # would wait for each other's. Starting one takes 0.1 ms, a batch some milliseconds.
+        # A thread for this load alone. A shared pool would have to survive forks, and loads would
+        # wait for each other in it. Starting a thread takes 0.1 ms, a batch some milliseconds.
         with ThreadPoolExecutor(1, thread_name_prefix="prefixstore-fetch") as thread:
             ahead = thread.submit(self._fetch, batches[0])
             for following in batches[1:]:

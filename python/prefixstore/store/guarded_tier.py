@@ -37,7 +37,7 @@ class GuardedTier:
         self._is_full = False
         self._absent = AbsentNames(negative_ttl_s) if negative_ttl_s else None
         self._rejected: dict[RecordName, None] = {}
-        self._lock = threading.Lock()  # over what was rejected
+        self._lock = threading.Lock()  # guards `_rejected`
 
     @property
     def name(self) -> str:
@@ -163,7 +163,8 @@ class GuardedTier:
             return
         with self._lock:
             names, self._rejected = [*self._rejected], {}
-        self.delete_many(names, deadline)  # what this does not reach is met, and rejected, again
+        # A record that is not reached is rejected again at its next hit.
+        self.delete_many(names, deadline)
 
     def read_many(
         self,
@@ -248,7 +249,8 @@ class GuardedTier:
         def delete() -> list[LookOutcome]:
             return self._tier.delete_many(names, deadline=deadline)
 
-        if is_past(deadline):  # it may hide them all the same, and is not to blame for the rest
+        # Try all the same, to hide the records, but blame the tier for nothing.
+        if is_past(deadline):
             answers = self._calls.ask(delete)
         else:
             answers = self._calls.attempt("writes", delete, was_deleted)
@@ -259,7 +261,7 @@ class GuardedTier:
 
         def delete() -> bool:
             self._tier.delete_identity(identity)
-            return False  # it may have held none
+            return False  # deleting nothing shows nothing of the tier
 
         return self._calls.attempt("writes", delete, was_deleted) is not None
 
@@ -340,7 +342,7 @@ class GuardedTier:
             was_kept,
             deadline,
         )
-        if self._absent is not None:  # what came too late may be there all the same
+        if self._absent is not None:  # even a write that came too late may have stored its records
             self._absent.note_written(names)
         if outcomes is None:
             return None

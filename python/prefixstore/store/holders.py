@@ -55,7 +55,7 @@ def find_holders(
             break
         if not tier.lends and is_past(deadline):
             unanswered.update(missing)
-            continue  # it could not answer in time, and is not to blame
+            continue  # it is out of time through no fault of its own
         answers = tier.contains_many([names[i] for i in missing], deadline)
         for i, is_there in zip(missing, answers, strict=True):
             if is_there:

@@ -49,11 +49,14 @@ class Load:
         self.coalesces = True
         self.found: list[str | None] = [None] * len(keys)
         self.promotions: list[WriteJob] = []
-        self.held_bytes = self.num_held = 0  # room in the queue that is kept for these
-        self.passed_over: list[Chooser] = []  # go to no faster tier: they were deleted meanwhile
-        self.claimed: set[int] = set()  # others wait for these
-        self.elsewhere: set[int] = set()  # fetched by other threads just now
-        self.work: defaultdict[int, Work] = defaultdict(Work)  # by tier that was asked
+        self.held_bytes = self.num_held = 0  # room reserved in the queue for `promotions`
+        # Records deleted meanwhile, which must go to no faster tier.
+        self.passed_over: list[Chooser] = []
+        self.claimed: set[int] = set()  # blocks that other threads leave to this load, and wait for
+        # Blocks that other threads are fetching, and this one waits for.
+        self.elsewhere: set[int] = set()
+        # By number of the tier that was asked.
+        self.work: defaultdict[int, Work] = defaultdict(Work)
 
     def goes_on_after(self, batch: Sequence[int]) -> bool:
         """Say what of a batch was found; False if the caller has had enough."""

@@ -82,10 +82,10 @@ class Loader:
             if load.elsewhere and not load.is_stopped:
                 waited = sorted(load.elsewhere)
                 self._take_shared(load, waited)
-                self._delete_rejected(load)  # so that what was wrong is not met again
+                self._delete_rejected(load)  # so that wrong records are not found again below
                 load.elsewhere.clear()
                 load.coalesces = False
-                self._load(load, waited)  # what was not shared
+                self._load(load, waited)  # those that the other threads did not get
         num_misses = 0 if load.is_stopped else load.found.count(None)
         num_found = len(keys) - load.found.count(None)
         self._counts.add(num_loads=num_found + num_misses, num_misses=num_misses)
@@ -123,7 +123,8 @@ class Loader:
         steps: Sequence[range],
         progress: LayerProgress,
     ) -> None:
-        # Other threads that want these blocks fetch them, too: they want whole ones, and sooner.
+        # Not claimed: other threads that want these blocks fetch whole ones themselves, which come
+        # sooner.
         row_bytes = max(map(record_room, load.keys))
         slab = self._slabs.take(len(load.keys) * row_bytes)
         rows = slab.memory[: len(load.keys) * row_bytes].reshape(-1, row_bytes)
@@ -132,7 +133,7 @@ class Loader:
         wanted = [i for i, barred in enumerate(is_barred) if not barred]
         records = reader.begin(wanted, steps[0].stop)
         try:
-            target.begin(records)  # nothing is read there before its layers are added
+            target.begin(records)  # reads nothing until `add_layers`
             for layers in steps:
                 reader.read_to(layers.stop)
                 target.add_layers(layers)
@@ -141,7 +142,7 @@ class Loader:
                 else:
                     progress.fail()
         finally:
-            problems = target.end()  # before anybody else gets the blocks
+            problems = target.end()  # even on errors, as somebody else may get the blocks next
         whole = [i for i, record in enumerate(records) if reader.is_whole(record)]
         own = self._judge(load, number, [records[i] for i in whole], [problems[i] for i in whole])
         self._promoter.add(load, number, own, slab)
@@ -162,17 +163,17 @@ class Loader:
                 continue
             is_lent = number == 0 and tier.lends
             if not is_lent and is_past(load.deadline):
-                tier.count_misses(len(missing))  # it could not answer in time, and is not to blame
+                tier.count_misses(len(missing))  # it is out of time through no fault of its own
                 continue
             with load.timed(number):
                 if is_lent:
-                    # What comes from there goes nowhere else.
+                    # What the fastest tier lends is promoted nowhere.
                     batches = _batches(load.keys, missing, _record_bytes, LENT_BATCH_BYTES)
                     self._load_lent(load, batches)
                 else:
                     batches = _batches(load.keys, missing, record_room, BATCH_BYTES)
                     self._load_fetched(load, number, batches)
-        self._promote(load)  # before this thread waits for another: that one may wait for this
+        self._promote(load)  # before waiting for other threads, which may wait for these
 
     def _load_lent(self, load: Load, batches: Sequence[Sequence[int]]) -> None:
         """Have a batch under way while the next is borrowed and its headers are verified."""
@@ -223,7 +224,7 @@ class Loader:
 
         def finish() -> list[FetchedRecord]:
             problems = wait() if wait else ()
-            if load.is_stopped:  # meanwhile: it is not wanted any more
+            if load.is_stopped:  # the load was stopped meanwhile
                 return []
             return self._judge(load, number, records, problems)
 
@@ -246,7 +247,7 @@ class Loader:
                 right.append(record)
             else:
                 tier.reject(record.key, problem)
-        # What another thread fetched was read once, and is on its way to faster tiers.
+        # What another thread fetched is counted and promoted by that one.
         own = [record for record in right if record.index not in load.elsewhere]
         num_bytes = sum(record.data.nbytes for record in own)
         tier.accept(len(right), num_bytes)
@@ -268,7 +269,8 @@ class Loader:
                 of_tier[record.number][i] = record.data
         for number, data in of_tier.items():
             for batch in _batches(load.keys, [*data], _record_bytes, LENT_BATCH_BYTES):
-                keys = [load.keys[i] for i in batch]  # which may expect something else of them
+                # This load's own keys: they may demand more than those of the thread that fetched.
+                keys = [load.keys[i] for i in batch]
                 found = self._tiers[number].verified(keys, [data[i] for i in batch])
                 self._start(load, number, batch, found)()
                 if not load.goes_on_after(batch):
@@ -296,7 +298,8 @@ class Loader:
         """Hand records on to faster tiers; what was claimed and is not among them will not come."""
         self._in_flight.release([load.keys[i].name for i in load.claimed])
         load.claimed.clear()
-        self._delete_rejected(load)  # first, for what a tier holds is not written to it
+        # First: a tier is not given records that it still seems to hold.
+        self._delete_rejected(load)
         self._promoter.hand_on(load)
 
     def _delete_rejected(self, load: Load) -> None:

@@ -48,7 +48,7 @@ class Promoter:
         self._counts = counts
         self._in_flight = in_flight
         self._slabs = slabs
-        # over the two below and what each load holds, and held while records are handed on
+        # guards the next two and every load's promotions; held while records are handed on
         self._lock = threading.Lock()
         self._under_way: set[Load] = set()
         self._passed_over: list[Chooser] = []
@@ -93,8 +93,8 @@ class Promoter:
             return
         num_bytes = sum(record.data.nbytes for record in records)
         share = -(-slab.memory.nbytes // len(records))
-        # Records that fill most of their slab stay there. Few, or ones much shorter than the rows
-        # that they were read into, would keep memory several times their length: they are copied.
+        # Records that fill at least half of their slab keep it. Fewer, or much shorter than their
+        # rows, would hold several times their own size in memory, so they are copied.
         is_full = 2 * num_bytes >= slab.memory.nbytes
         stays = is_full and self._takes_room(load, share * len(records), len(records))
         if stays or self._takes_room(load, num_bytes, len(records)):
@@ -111,11 +111,12 @@ class Promoter:
             self._slabs.give_back(slab)
         if dropped:
             self._counts.add(num_promotions_dropped=len(dropped))
-            self.hand_on(load)  # what is written makes room
+            self.hand_on(load)  # writing makes room for further ones
 
     def hand_on(self, load: Load) -> None:
         """Hand on what was loaded so far; its claims end where the records arrive."""
-        with self._lock:  # or one might pass between `passing_over` and the emptying of the queue
+        # The lock: no record may slip through between `passing_over` and the emptying of the queue.
+        with self._lock:
             for job in load.promotions:
                 if load.passes_over(job) or not self._writer.offer(job):
                     self._counts.add(num_promotions_dropped=1)

@@ -33,8 +33,9 @@ from prefixstore.store.tier_writer import TierJob
 from prefixstore.store.write_queue import WriteJob, noop
 from prefixstore.tiers.base import Swept, Tier, TierStats
 
-_TIERS_SHARE = 0.95  # of a request's time: in the rest its thread wakes and restores what came
-_REUSE_S = 60.0  # after which a tier is offered again what it waits to see reused
+# Share of a request's time; in the rest the thread wakes up and restores what came.
+_TIERS_SHARE = 0.95
+_REUSE_S = 60.0  # after which a reused block is offered again to second-touch tiers
 
 
 class Store:
@@ -70,8 +71,9 @@ class Store:
         ]
         self._write_through = self._numbers_of("write_through")
         self._second_touch = self._numbers_of("write_second_touch")
-        self._saved = RecentNames()  # a block that is saved again was used again
-        self._reused = RecentNames(ttl_s=_REUSE_S)  # and has gone to the tiers that wait for that
+        self._saved = RecentNames()  # blocks saved once; saving one again shows that it was reused
+        # Reused blocks that second-touch tiers were offered.
+        self._reused = RecentNames(ttl_s=_REUSE_S)
         self._quarantined = RecentNames()
         self._counts = Counts()
         self._is_closed = False
@@ -217,7 +219,8 @@ class Store:
             if is_reuse or was_saved:
                 self._reused.add([key.name])
                 numbers = tuple(sorted(numbers + self._second_touch))
-        if not numbers or self._quarantined.contains_many([key.name])[0]:  # no tier is to have it
+        # A quarantined block goes to no tier.
+        if not numbers or self._quarantined.contains_many([key.name])[0]:
             done()
             return True
         is_taken = self._writer.offer(WriteJob(key, source, numbers, priority, done))

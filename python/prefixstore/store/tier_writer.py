@@ -72,12 +72,12 @@ class TierWriter:
         self._config = config
         self._jobs: deque[TierJob] = deque()
         self._running: set[TierJob] = set()
-        # those of both that hold no record and have yet to read it; of one name, the last
+        # jobs of both whose record is still to be read from a faster tier; the last one by name
         self._elsewhere: dict[RecordName, TierJob] = {}
         self._held_bytes = 0
         self._is_closed = False
         self._changed = threading.Condition()
-        self._pid = os.getpid()  # a fork takes the queue along and leaves the threads behind
+        self._pid = os.getpid()  # a forked process inherits the queue, but not the threads
         self._slabs = Slabs()
         self._threads = [
             threading.Thread(target=self._run, name=f"prefixstore-writer-{tier.name}", daemon=True)
@@ -140,7 +140,7 @@ class TierWriter:
         """
         self._drop_queued(is_meant)
         if os.getpid() != self._pid:
-            return True  # nothing is written from here
+            return True  # a forked process writes nothing
         with self._changed:
             meant = {job for job in self._running if is_meant(job.name)}
             return self._changed.wait_for(
@@ -183,7 +183,7 @@ class TierWriter:
         while jobs := self._take():
             self._write_or_log(jobs)
             with self._changed:
-                self._forget(jobs)  # where they did not come to be read
+                self._forget(jobs)  # in case they failed before their records were read
                 self._running.difference_update(jobs)
                 self._held_bytes -= sum(job.held_bytes for job in jobs)
                 self._changed.notify_all()
@@ -219,16 +219,17 @@ class TierWriter:
         answers = self.tier.contains_many(names, now + LOOK_UP_SHARE * seconds)
         lacking = [job for job, answer in zip(jobs, answers, strict=True) if answer is False]
         self.tier.count_present(answers.count(True))
-        self.tier.count_dropped(answers.count(None))  # it would not take them either
+        # A tier that cannot say what it holds would not take them either.
+        self.tier.count_dropped(answers.count(None))
         if not lacking:
             return
-        # so that protected records are opened where they lie
+        # room for the trailer too: protected records are then opened in place
         sizes = [round_up(job.max_bytes + TRAILER_BYTES, PAGE_BYTES) for job in lacking]
         slab = self._slabs.take(sum(sizes))
         rows = np.split(slab.memory, np.cumsum(sizes))[:-1]
         records = self._collect(lacking, rows, deadline, slab)
         with self._changed:
-            self._forget(jobs)  # before the write: it may take long, and needs no second copy
+            self._forget(jobs)  # before the write, which may take long: the records were read
         found = [
             (job, record)
             for job, record in zip(lacking, records, strict=True)
@@ -255,7 +256,8 @@ class TierWriter:
         records = [job.record for job in jobs]
         for tier in self._faster:
             wanted = [i for i, record in enumerate(records) if record is None]
-            # Into a row that a tier may yet write to no other may read. (It took all the time.)
+            # No other tier may read into rows that an abandoned call may still write to. (That call
+            # used up all the time anyway.).
             if not wanted or slab.is_abandoned:
                 break
             found = tier.read_many(
@@ -263,7 +265,8 @@ class TierWriter:
             )
             for i, record in zip(wanted, found, strict=True):
                 records[i] = record
-        # A tier hands over what it gives up before it forgets it: what was not found is here now.
+        # A tier hands over what it evicts before it forgets it: a record that was not found has
+        # arrived in its job by now.
         return [
             job.record if record is None else record
             for job, record in zip(jobs, records, strict=True)

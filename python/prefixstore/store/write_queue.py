@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from prefixstore.block_key import BlockKey, RecordName
 from prefixstore.store.block_sources import BlockSource
 
-Chooser = Callable[[RecordName], bool]  # whether a record is one of those that are meant
+Chooser = Callable[[RecordName], bool]  # whether a record is to be dropped or waited for
 
 
 def noop() -> None:
@@ -58,7 +58,7 @@ class WriteQueue:
         self._num_bytes = self._held_bytes = 0
         self._is_closed = False
         self._changed = threading.Condition()
-        self._pid = os.getpid()  # a fork takes the queue along and leaves the writer behind
+        self._pid = os.getpid()  # a forked process inherits the queue, but not the writer
 
     def has_room(self, num_entries: int, held_bytes: int) -> bool:
         """Whether jobs fit for which so many bytes are kept; none do if it is closed or the process
@@ -127,7 +127,7 @@ class WriteQueue:
     def wait_finished(self, is_meant: Chooser, deadline: float) -> list[WriteJob]:
         """Wait until what is running of these is done with; what is not by the deadline."""
         if self._is_forked():
-            return []  # nothing is written from here
+            return []  # a forked process writes nothing
         with self._changed:
             batch = self._running
             meant = [job for job in batch if is_meant(job.key.name)]
