@@ -56,7 +56,7 @@ def create_app(
     keys = None if config.api_keys_file is None else ApiKeys.from_file(config.api_keys_file)
     registry = CollectorRegistry()
     lifecycle = Lifecycle()
-    # As many as the engine would take at once: no fewer may be on their way to it.
+    # As many requests may be on their way to the engine as it takes at once.
     num_places = engine.config.max_queued + engine.config.max_running
     reading = Worker("kvkernels-reading", num_places, config.retry_after_s)
     service = Service(
@@ -149,7 +149,7 @@ def _operations_routes(
     engine: Engine, lifecycle: Lifecycle, registry: CollectorRegistry
 ) -> APIRouter:
     router = APIRouter()
-    scraping = asyncio.Lock()  # a tier far away may take its time: one look at a time
+    scraping = asyncio.Lock()  # one scrape at a time: a distant tier may take long to answer
 
     @router.get("/health/live")
     async def is_live() -> JSONResponse:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from prefixstore.server.errors import ApiError, invalid_value
 from prefixstore.server.worker import Worker
 
-# What is checked where it came from: some 2 ms at worst, where a thread costs 0.1.
+# Smaller bodies are checked on the event loop, in at most 2 ms; a thread would cost 0.1 ms more.
 _SMALL_BYTES = 4096
 
 Body = TypeVar("Body", bound=BaseModel)

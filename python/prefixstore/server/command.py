@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-# Options by the part of the configuration they belong to, and its field.
+# Command-line options and the fields they set, by part of the configuration.
 _SERVER = {
     "host": "host",
     "port": "port",
@@ -134,7 +134,7 @@ def run_server(model: str, dtype: str, device: str, config: ServeConfig) -> None
     from prefixstore.server.request_log import log_json_lines
     from prefixstore.server.run import bind_address, serve_until_signal
 
-    # What is wrong with these is told before the model is loaded.
+    # Check these before the model is loaded, which takes long.
     if config.server.api_keys_file is not None:
         ApiKeys.from_file(config.server.api_keys_file)
     listener = bind_address(config.server)
@@ -144,14 +144,14 @@ def run_server(model: str, dtype: str, device: str, config: ServeConfig) -> None
     server = replace(config.server, model_name=config.server.model_name or path.resolve().name)
     engine = Engine.open(loaded, load_tokenizer(path), config.engine, config.cache)
     app = create_app(engine, server, dashboard=dashboard_router(engine))
-    # What is there now stays. Else each full collection would walk through all of PyTorch, while
-    # every request waits.
+    # All objects so far stay for good. Without this, each full collection would walk through all of
+    # PyTorch while every request waits.
     gc.collect()
     gc.freeze()
     try:
         serve_until_signal(app, engine, server, listener)
     finally:
-        gc.unfreeze()  # or extensions complain at the end that objects of theirs were left
+        gc.unfreeze()  # otherwise extensions report leaked objects at exit
 
 
 def choose_device(name: str) -> str:

@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
 API = "/v1/"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-# So much of a body that is too large is read and dropped, for most clients read the answer only
-# once they have sent all they have.
+# Of too large a body, this many times the limit is read and dropped: most clients read the answer
+# only once they have sent everything.
 _DROPPED_BODIES = 4
 
 
@@ -64,7 +64,7 @@ class Gate:
         except Disconnected:
             passage.status = 499
         except asyncio.CancelledError:
-            # uvicorn's, of what it waited for long enough at its end.
+            # uvicorn cancels what is still running at its end.
             if passage.status is not None or not self._lifecycle.is_draining:
                 raise
             await shutting_down().response()(scope, receive, passage.send)
@@ -114,7 +114,7 @@ class Gate:
             key = _password(credentials)
         caller = self._keys.find(key) if key else None
         if caller is None or not (is_api or caller.is_operator):
-            # A browser that is told "Basic" asks its user, for pages that are no API.
+            # "Basic" makes browsers ask for a password: right for the pages, wrong for the API.
             challenge = "Bearer" if is_api else 'Basic realm="an operator\'s key as password"'
             what = "an API key" if is_api else "an operator's API key"
             raise ApiError(
@@ -185,7 +185,7 @@ async def _read_body(receive: Receive, headers: Headers, max_bytes: int) -> byte
     declared = headers.get("content-length", "")
     is_too_large = declared.isdecimal() and int(declared) > max_bytes
     if is_too_large and headers.get("expect", "").lower() == "100-continue":
-        raise _too_large(max_bytes)  # the client waits to be told
+        raise _too_large(max_bytes)  # the client has not sent the body yet
     chunks: list[bytes] = []
     num_bytes = 0
     while True:
@@ -215,8 +215,8 @@ def _too_large(max_bytes: int) -> ApiError:
 
 
 def _check_host(headers: Headers) -> None:
-    # A page of another site may give its own name the address 127.0.0.1, and so ask through its
-    # visitor's browser as if it came from here. Its name gives it away.
+    # DNS rebinding: another site may point its own name at 127.0.0.1, so that its pages can ask
+    # this server through a visitor's browser. The Host header gives it away.
     given = headers.get("host", "")
     try:
         name = urlsplit(f"//{given}").hostname or ""
@@ -229,8 +229,8 @@ def _check_host(headers: Headers) -> None:
 
 
 def _check_content_type(headers: Headers) -> None:
-    # Also keeps a page of another site from asking through its visitor's browser: this type
-    # needs a permission that is never given.
+    # Also keeps pages of other sites out: browsers ask the server's permission before they send
+    # this type across sites, and it is never given.
     given = headers.get("content-type", "")
     if given.partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, f"content-type: expected application/json, got {given!r}")

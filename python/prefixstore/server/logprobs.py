@@ -53,7 +53,7 @@ class TokenTexts:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.special_ids = frozenset(tokenizer.all_special_ids)
-        # The first token of a text may lose its space: each is read behind another.
+        # Tokens are read behind this one, as the first token of a text may lose its space.
         self._anchor = tokenizer("a", add_special_tokens=False).input_ids
         self._num_before = len(self._decode(self._anchor))
         self._read = lru_cache(maxsize=1 << 14)(self._find)
@@ -101,9 +101,10 @@ class LogprobReader:
     def __init__(self, texts: TokenTexts) -> None:
         self._texts = texts
         self._detokenizer = Detokenizer(texts.tokenizer)
-        self._num_read = 0  # characters of the tokens so far, whether shown or not
+        self._num_read = 0  # characters of all tokens so far, shown or not
         self._num_shown = 0
-        self._waiting: deque[tuple[int, TokenLogprob]] = deque()  # with their offsets
+        # Tokens that are not shown yet, with their offsets.
+        self._waiting: deque[tuple[int, TokenLogprob]] = deque()
 
     def push(self, delta: OutputDelta) -> list[ShownToken]:
         """The tokens that this piece of the answer shows."""
@@ -111,12 +112,14 @@ class LogprobReader:
         for logprob in delta.logprobs or ():
             before = self._num_read
             self._num_read += len(self._detokenizer.push([logprob.token_id]))
-            # Where half a character stood before, this token may have shown that it stays one.
+            # If half a character came before, this token may have shown that it stays incomplete:
+            # those characters are not this token's.
             own_text = self._texts.read(logprob.token_id).text
             offset = max(before, self._num_read - len(own_text))
             self._waiting.append((offset, logprob))
         if delta.finish_reason is FinishReason.STOP and self._ends_with_special():
-            self._waiting.pop()  # behind half a character it would stand at that one's offset
+            # Behind half a character the special token would get that one's offset.
+            self._waiting.pop()
         shown = []
         while self._waiting and self._waiting[0][0] < self._num_shown:
             shown.append(self._describe(*self._waiting.popleft()))

@@ -19,14 +19,14 @@ from prefixstore.server.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-# A text longer than so many characters for each token of the context is tried by its beginning: of
-# most texts it shows that the whole is too long, in a small part of the time.
+# Of a text longer than this many characters per token of the context, the beginning is tokenized
+# first: it mostly shows that the whole is too long, in a fraction of the time.
 _CHARACTERS_PER_TOKEN = 8
-# More tokens than a text can lose by going on where its beginning was cut off.
+# At the cut, a beginning may have more tokens than the whole text has there; never this many.
 _TOKENS_AT_A_CUT = 256
-_MAX_REMEMBERING = 256  # finished chats that may wait to be remembered; the next are not
+_MAX_REMEMBERING = 256  # finished chats waiting to be remembered; further ones are not
 
-# What a template raises that is given what it does not expect: its own complaint, or a slip.
+# What templates raise for messages they do not expect: their own complaint, or an accident.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 
@@ -60,7 +60,8 @@ class PromptReader:
         self._transcripts = Transcripts(tokenizer)
         self._max_model_len = max_model_len
         self._worker = worker
-        # Of its own: an answer is remembered before its last word is sent, and waits for no prompt.
+        # A thread of its own: an answer is remembered before its last word is sent, and must not
+        # wait for prompts.
         self._memory = ThreadPoolExecutor(1, "kvkernels-transcripts")
         self._remembering: deque[Future[None]] = deque()
 

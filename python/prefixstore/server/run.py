@@ -24,8 +24,8 @@ from prefixstore.server.lifecycle import Lifecycle
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
-_GRACE_S = 0.3  # for requests on their way when the door is closed: they are told 503
-_CUT_OFF_S = 5.0  # for clients to be told that their requests were cut off
+_GRACE_S = 0.3  # requests that arrive this soon after shutdown began are answered with 503
+_CUT_OFF_S = 5.0  # time to tell clients that their requests were cut off
 
 
 def bind_address(config: ServerConfig) -> socket.socket:
@@ -119,7 +119,7 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the door, then answer those who stand inside before the connections are closed."""
-        for _ in range(2):  # the event loop accepts who waits at the door
+        for _ in range(2):  # two turns of the event loop accept connections in the backlog
             await asyncio.sleep(0)
         for server in self.servers:
             server.close()
@@ -130,7 +130,7 @@ class DrainingServer(uvicorn.Server):
         """In place of uvicorn's, which stops listening before requests are finished."""
         if self._lifecycle.is_draining or self._loop is None:
             try:
-                sys.stderr.flush()  # refused if the signal came in the middle of a write to it
+                sys.stderr.flush()  # raises if the signal interrupted a write to it
             finally:
                 os._exit(128 + sig)
         self._lifecycle.is_draining = True
@@ -145,7 +145,7 @@ class DrainingServer(uvicorn.Server):
         loop, lifecycle = asyncio.get_running_loop(), self._lifecycle
         deadline = loop.time() + timeout_s
         try:
-            # Those that are still read have yet to be submitted: the engine is told after them.
+            # Requests still being read are not in the engine yet, so it is drained only after them.
             is_idle = await lifecycle.wait_idle(timeout_s)
             left_s = max(0.0, deadline - loop.time())
             if not await asyncio.to_thread(self._engine.drain, left_s) or not is_idle:

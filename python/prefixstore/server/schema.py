@@ -49,7 +49,7 @@ class StreamOptions(_Strict):
     """What a stream has beside the answer."""
 
     include_usage: bool = False
-    include_obfuscation: bool = False  # padding against a listener who counts bytes: never sent
+    include_obfuscation: bool = False  # padding against eavesdroppers who count bytes: never sent
 
     @field_validator("include_obfuscation")
     @classmethod
@@ -60,7 +60,7 @@ class StreamOptions(_Strict):
 class _Generation(_Strict):
     """What both kinds of request have."""
 
-    DEFAULT_TOKENS: ClassVar[int | None] = None  # of an answer; None for as many as fit
+    DEFAULT_TOKENS: ClassVar[int | None] = None  # default `max_tokens`; None for as many as fit
 
     model: Text
     max_tokens: int | None = Field(default=None, ge=1)
@@ -143,7 +143,7 @@ class Message(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _drop_empty(cls, value: Any) -> Any:
-        # Clients send an answer back as they got it, with all that was not in it as null or [].
+        # Clients send answers back as messages, with every absent field as null or [].
         if not isinstance(value, dict):
             return value
         return {name: one for name, one in value.items() if one is not None and one != []}
@@ -271,7 +271,8 @@ class CompletionRequest(_Generation):
     @field_validator("prompt", mode="wrap")
     @classmethod
     def _read_prompt(cls, value: Any, _: Any) -> Any:
-        # By hand: trying one kind after the other would tell of each token what it is not.
+        # By hand: pydantic would try one type after the other, and report for each token what it is
+        # not.
         if _is_token_ids(value):
             return value
         if isinstance(value, str):
@@ -294,7 +295,7 @@ class CompletionRequest(_Generation):
     @classmethod
     def _check_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value is not None and info.data.get("echo"):
-            # Those of a prompt are not known where it is reused instead of computed.
+            # Log-probabilities of a prompt are unknown where it is reused instead of computed.
             raise ValueError("expected only without echo: a prompt's tokens have none")
         return value
 

@@ -38,7 +38,7 @@ class SharedCounters:
             return replace(self._counters)
 
     def _locked(self) -> threading.Lock:
-        if self._pid != os.getpid():  # a forked process: the lock may have been held just then
+        if self._pid != os.getpid():  # forked: the lock may have been held at that moment
             self._lock, self._pid = threading.Lock(), os.getpid()
         return self._lock
 
@@ -57,5 +57,5 @@ def raise_if_all(outcomes: Sequence[object], *kinds: type[TierError]) -> None:
     """Raise what the whole call met: an error of these kinds, if no record met anything else."""
     failures = [outcome for outcome in outcomes if isinstance(outcome, kinds)]
     if failures and len(failures) == len(outcomes):
-        # what a part of the tier met tells the least
+        # prefer an error of the whole tier to one of a part of it
         raise next((one for one in failures if not isinstance(one, TierPartError)), failures[0])

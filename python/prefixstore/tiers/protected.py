@@ -42,8 +42,8 @@ class ProtectedTier(Tier):
     def __init__(self, tier: Tier, config: ProtectionConfig) -> None:
         self._tier = tier
         self._keys = make_record_keys(config)
-        # apart: a write that the other tier gave up may still be under way in its medium, and
-        # must find nothing there but protected records
+        # two memories: a write that the inner tier gave up may still be reading its own, and must
+        # find nothing there but protected records
         self._to_write = Scratch()
         self._to_read = Scratch()
 
@@ -93,7 +93,7 @@ class ProtectedTier(Tier):
 
     @property
     def gives_parts(self) -> bool:
-        return False  # a part cannot be verified alone
+        return False  # one tag covers the whole record
 
     def put_many(
         self,
@@ -134,10 +134,11 @@ class ProtectedTier(Tier):
             stored = [key.stored_name(names[i]) for i in missing]
             try:
                 answers = self._tier.contains_many(stored, deadline=deadline)
-            except TierError as error:  # what another key found is known all the same
+            except TierError as error:  # answers under other keys still count
                 answers = [error] * len(missing)
             for i, answer in zip(missing, answers, strict=True):
-                if answer is not False:  # which would hide that another key got no answer
+                # "not there" must not overwrite that another key got no answer.
+                if answer is not False:
                     outcomes[i] = answer
         raise_if_all(outcomes, TierError)
         return outcomes

@@ -39,7 +39,7 @@ def read_offset(sql: sqlite3.Connection, boot: str, boot_now_ns: int, wall_now_n
     row = sql.execute("SELECT offset_ns FROM clock WHERE boot_id = ?", (boot,)).fetchone()
     if row is not None:
         return row[0]
-    # never earlier than the last use of anything: the order of use has to stand
+    # after a reboot the clock must not go behind any last use, or the order of use would break
     (last_used,) = sql.execute("SELECT ifnull(max(last_used), 0) FROM slabs").fetchone()
     offset_ns = max(wall_now_ns, last_used) - boot_now_ns
     sql.execute("DELETE FROM clock")

@@ -31,7 +31,7 @@ def take_names(
     for hashes in batches_of_hashes(names):
         held |= names_among(sql, hashes, now) & names
         places = ",".join("?" * len(hashes))
-        for state in (FREE, READY):  # each has an index of its own
+        for state in (FREE, READY):  # each state has a partial index of its own
             rows = sql.execute(
                 "SELECT slab_id, slots.slot_bytes, num_slots, slot, ticket, identity, block_hash"
                 " FROM slots JOIN slabs USING (slab_id)"
@@ -39,7 +39,8 @@ def take_names(
                 hashes,
             )
             refs += refs_of(row[:5] for row in rows if RecordName(*row[5:]) in names)
-        # What others have taken, maybe ahead of their records, is theirs: `release` sees to it.
+        # Slots that other writers have taken, perhaps before they know their records, are only
+        # marked: `release` frees them.
         for slot_bytes in slab_table.slot_sizes(sql):
             sql.execute(
                 "UPDATE slots SET expires_at = 0 WHERE slot_bytes = ? AND state = 1"

@@ -85,7 +85,8 @@ class SlabFiles:
         self._may_fall_back = io == "auto"
         self._open_files: OrderedDict[int, OpenFile] = OrderedDict()
         self._lock = threading.Lock()
-        self._growing = threading.Lock()  # so that no room is promised to two threads
+        # Held while a file grows: two threads must not count on the same free space.
+        self._growing = threading.Lock()
 
     @property
     def is_direct(self) -> bool:
@@ -123,7 +124,7 @@ class SlabFiles:
             while rest:
                 n = os.preadv(file.fd, rest, offset + num_read)
                 num_read += n
-                # past an odd length a direct read cannot go on, and need not: there the file ends
+                # a direct read of an odd length has reached the end of the file
                 if n == 0 or (file.is_direct and n % PAGE_BYTES):
                     break
                 rest = _after(rest, n)

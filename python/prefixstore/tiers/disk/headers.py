@@ -42,7 +42,7 @@ def find_records(files: SlabFiles, slab: Slab, slots: Iterable[int]) -> Findings
     """
     buffer = page_aligned(round_up(MAX_HEADER_BYTES, PAGE_BYTES)).data
     file_bytes = files.num_bytes(slab) or 0
-    files.read(slab, 0, [])  # opens it
+    files.read(slab, 0, [])  # opens the file, or raises here rather than for each slot
     found = Findings([], {})
     for slot in slots:
         try:

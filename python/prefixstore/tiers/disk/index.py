@@ -158,7 +158,7 @@ class SlotIndex:
         self, names: Collection[RecordName], version: int, deadline: float | None = None
     ) -> dict[RecordName, SlotRef] | None:
         """Those that are there; None where that is not the `version_of_others` any more."""
-        # here, for a reader's own cache has nothing of what was just changed
+        # the writer's connection: a reader's cache does not have what was just changed
         with self._writer.reading(deadline) as sql:
             return _held_among(sql, names, self.now()) if data_version(sql) == version else None
 
@@ -271,7 +271,7 @@ class SlotIndex:
             with self._writing(deadline):
                 pass
         except TierError as error:
-            # that others have the index just now is nothing to tell of
+            # another process holding the index just now is nothing unusual
             is_usual = deadline is not None and isinstance(error, TierTimeout)
             level = logging.DEBUG if is_usual else logging.WARNING
             logger.log(level, "marks of use have to wait for another transaction: %s", error)
@@ -291,7 +291,7 @@ def _held_among(
     """The records of these names that are there."""
     held: dict[RecordName, SlotRef] = {}
     for hashes in slot_table.batches_of_hashes(names):
-        # mostly there are none, and this asks for that in half the time
+        # mostly none is there, and the names alone are found in half the time
         if slot_table.names_among(sql, hashes, now):
             found = slot_table.find(sql, hashes, now)
             held.update((ref.name, ref) for ref in found if ref.name in names)

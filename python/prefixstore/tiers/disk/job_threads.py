@@ -36,7 +36,7 @@ class JobBatch:
         self._num_left = len(jobs)
         self._bug: BaseException | None = None
         self._lock = threading.Lock()
-        self._is_done = threading.Lock()  # held until all are
+        self._is_done = threading.Lock()  # held until all jobs are done
         if jobs:
             self._is_done.acquire()
 
@@ -137,4 +137,4 @@ class JobThreads:
 def _work(batches: SimpleQueue[Batch | None]) -> None:
     while (batch := batches.get()) is not None:
         batch.work()
-        del batch  # and the memory of its jobs with it, while this waits for the next
+        del batch  # lets go of its jobs' memory while this waits for the next batch

@@ -28,14 +28,14 @@ class LookUps:
     def __init__(self, reader: Connection, clock: Clock) -> None:
         self._reader = reader
         self._now = clock
-        # what was found at a version of the index, by who had the turn at the reader
+        # what was found at version `_found_at`; guarded by the turn at the reader
         self._found: dict[RecordName, SlotRef] = {}
         self._found_at: int | None = None
 
     def version(self, deadline: float | None = None) -> int:
         """A number that every transaction changes, of this process and of others: between two
         calls with the same result nobody changed anything."""
-        # for SQLite this leaves out the connection's own, and that of the look-ups makes none
+        # SQLite's data_version leaves out changes of its own connection, but this one only reads.
         with self._reader.reading(deadline) as sql:
             return data_version(sql)
 
@@ -71,7 +71,7 @@ class LookUps:
             refs = list(slot_table.find(sql, hashes, now))
             if len(self._found) > _MAX_FOUND:
                 self._found.clear()
-            # these are of that version, or of a later one, at which they will be forgotten
+            # found at that version or a later one; in the second case they are forgotten next time
             self._found.update((ref.name, ref) for ref in refs)
             return refs
 

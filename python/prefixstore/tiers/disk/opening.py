@@ -92,7 +92,7 @@ class Directory:
                 files.remove(slab)
             reader = Connection(path, config.name, config.timeout_s)
             index = SlotIndex(reader, writer, config.limits, clock)
-            index.look_ups.version()  # has the reader open its files while they are there
+            index.look_ups.version()  # lets the reader open its files while they exist
         except BaseException:
             writer.close()
             raise
@@ -143,7 +143,7 @@ def reconcile(sql: sqlite3.Connection, files: SlabFiles, transfers: Transfers, n
     for slab in slab_table.list_slabs(sql):
         if on_disk.get(slab.slab_id) == slab:
             del on_disk[slab.slab_id]
-        else:  # a file of that number but of another shape is read anew below
+        else:  # the file is missing, or has another shape and is read anew below
             slab_table.drop_slab(sql, slab)
     for slab in on_disk.values():
         read_anew(sql, files, slab, min(files.modified_ns(slab), now), now)

@@ -79,8 +79,9 @@ class PendingChanges:
         if going.unused:
             version = data_version(sql)
             slot_table.release(sql, [ref for ref, then in going.unused if then == version])
-            # Another process may have wiped the identity meanwhile whose bytes still lie there:
-            # such a slot is wiped as well, by whoever takes it over.
+            # Another process may meanwhile have deleted an identity whose bytes still lie in these
+            # slots. It could not wipe slots that were taken, so their lease ends and whoever takes
+            # them over wipes them.
             slot_table.end_leases(sql, [ref for ref, then in going.unused if then != version])
         slot_table.mark_used(sql, going.marks)
         return going

@@ -31,12 +31,13 @@ from prefixstore.tiers.disk.sql import NOW
 logger = logging.getLogger(__name__)
 
 _NS = 1_000_000_000
-_LEAST_BYTES = 1 << 20  # of a put: less is written before slots are taken
-# Records give way for what is taken ahead: no more than a sixteenth of all, and none as long as the
-# puts themselves find free slots.
+_LEAST_BYTES = 1 << 20  # smaller puts are over before slots could be taken ahead
+# Slots taken ahead may evict records: at most a sixteenth of the capacity, and none while puts find
+# free slots by themselves.
 _PART_OF_CAPACITY = 16
-_NEXT_WITHIN_NS = _NS  # puts further apart do not wait for transactions
-_LEASE_PARTS = 4  # slots are used in the first quarter of their lease: writing takes time, too
+_NEXT_WITHIN_NS = _NS  # where puts are rarer than that, none waits for a transaction
+# Slots are used only in the first quarter of their lease, as writing takes time too.
+_LEASE_PARTS = 4
 
 
 class _Kind(NamedTuple):
@@ -131,13 +132,13 @@ class SlotReserve:
                 return None
             put = _Put(kind, self._index.now(), self._index.version_of_others(NOW))
             self._last = put
-            # where others write as well, what is taken ahead could hardly ever be used
+            # where other processes write too, slots taken ahead would hardly ever be usable
             if last is None or (last.kind, last.version) != (kind, put.version):
                 return None
             if put.when - last.when > _NEXT_WITHIN_NS:
                 return None
             return self._take(put, len(sizes), evicted)
-        except TierError as error:  # a put that needs them will tell
+        except TierError as error:  # not an error yet: the put that needs slots reports it
             logger.debug("no slots are taken ahead: %s", error)
             return None
         finally:
@@ -177,7 +178,7 @@ class SlotReserve:
         most_bytes = self._limits.capacity_bytes // _PART_OF_CAPACITY
         if not _LEAST_BYTES <= num_slots * slot_bytes <= most_bytes:
             return None
-        ahead = self._ahead  # what this put left, or one of another thread
+        ahead = self._ahead  # slots that this put left over, or that another thread's left
         if ahead is not None and (ahead.kind, ahead.version) != (put.kind, put.version):
             self._give_back()
             ahead = None
@@ -191,7 +192,7 @@ class SlotReserve:
         allocation, taken, version = self._index.take_slots(
             slot_bytes, num_slots - len(refs), priority, may_evict=evicted, deadline=NOW
         )
-        if version != put.version:  # another process came between
+        if version != put.version:  # another process has written since
             self._give_back()
             refs, when = [], put.when
         self._ahead = _Ahead(put.kind, refs + taken, when, version, allocation.num_evicted > 0)

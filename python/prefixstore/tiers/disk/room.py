@@ -34,7 +34,8 @@ class Room:
 
     slots: list[SlotRef] = field(default_factory=list)
     num_evicted: int = 0
-    dropped: list[Slab] = field(default_factory=list)  # their files are to be removed afterwards
+    # Slabs whose files are to be removed once the transaction is over.
+    dropped: list[Slab] = field(default_factory=list)
 
 
 def admit(
@@ -55,7 +56,7 @@ def admit(
     if quota_bytes is None:
         return list(sizes), 0
     admitted, num_evicted = [], 0
-    num_bytes: Counter[bytes] = Counter()  # of what was admitted, by identity
+    num_bytes: Counter[bytes] = Counter()  # by identity: bytes admitted so far
     for name, size in sizes.items():
         num_gone = slab_table.keep_quota(
             sql, name.identity, num_bytes[name.identity] + size, quota_bytes
@@ -110,7 +111,7 @@ def _evict(sql: sqlite3.Connection, wanted: Demand, num_slots: int, room: Room) 
         " ORDER BY rank, slots.last_used LIMIT ?",
         (wanted.slot_bytes, wanted.priority, num_slots),
     ).fetchall()
-    # without a victim, anything that is not worth more than what is to come
+    # without a victim of that size: any slab worth no more than the new record
     limit = victims[0][:2] if victims else (wanted.priority, wanted.now + 1)
     slab = next(slab_table.slabs_to_drop(sql, wanted.slot_bytes, limit), None)
     if slab is not None:

@@ -54,7 +54,8 @@ _TABLES = (
     f"PRAGMA user_version = {VERSION}",
 )
 
-# For deletions; a full tier has few such slots: what is evicted is written to at once.
+# Finds, for deletions, free slots where a record's bytes still lie. A full tier has few of them, as
+# evicted slots are written to at once.
 _OF_WHAT_IS_LEFT = (
     "CREATE INDEX IF NOT EXISTS slots_by_left_hash ON slots (block_hash)"
     " WHERE state = 0 AND block_hash IS NOT NULL"
@@ -103,7 +104,8 @@ def prepare(connection: Connection, is_alone: bool) -> None:
             _execute_all(sql, (*_SET_VERSION_1_ASIDE, *_TABLES))
         elif version != VERSION:
             raise IndexDamaged(f"{where}: expected an index of ours")
-        sql.execute(_OF_WHAT_IS_LEFT)  # older programs made none, and keep it up to date
+        # Older versions did not create this index, but SQLite updates it for them.
+        sql.execute(_OF_WHAT_IS_LEFT)
 
 
 def prepare_quotas(sql: sqlite3.Connection) -> None:

@@ -61,7 +61,7 @@ class Mark(NamedTuple):
 
 def refs_of(rows: Iterable[tuple[int, int, int, int, int]]) -> list[SlotRef]:
     """Slots out of rows of slab_id, slot_bytes, num_slots, slot and ticket; of nobody yet."""
-    refs, slab = [], None  # neighbours share their slab
+    refs, slab = [], None  # neighbouring rows are mostly of one slab
     for slab_id, slot_bytes, num_slots, slot, ticket in rows:
         if slab is None or slab.slab_id != slab_id:
             slab = Slab(slab_id, slot_bytes, num_slots)

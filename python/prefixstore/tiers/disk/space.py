@@ -18,10 +18,11 @@ from prefixstore.tiers.base import PAGE_BYTES, round_up
 
 logger = logging.getLogger(__name__)
 
-# SQLite's log takes 4 MB, and more in a long transaction; the index may grow by as much when the
-# log starts over; and other processes may have seen the same room, and write a job each.
+# Room that must stay for the index. SQLite's log takes 4 MB, or more in a long transaction; the
+# index may grow by as much when the log starts over; and other processes may have seen the same
+# free space and write a job each.
 _INDEX_BYTES = 16 << 20
-_SMALLEST_INDEX_PART = 8  # an eighth of a file system that is small
+_SMALLEST_INDEX_PART = 8  # on a small file system an eighth of it
 _LOG_PAGES = 1000  # SQLite's own choice
 _RESERVED_AT_ONCE = 16 << 20
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from prefixstore.errors import TierError, TierFull, TierTimeout, TierUnavailable
 
-NOW = 0.0  # a deadline that is over: for who does not wait for a turn
+NOW = 0.0  # a deadline that has passed: do not wait for a turn
 
 
 class IndexDamaged(TierUnavailable):

@@ -35,9 +35,9 @@ try:
 except ImportError:
     _kvkernels = None
 
-# Out of the page cache a call is a copy, and many of them are shared more evenly among threads.
+# Reads from the page cache are copies: in pieces of this size threads share them evenly.
 _COPIED_AT_ONCE = 1 << 20
-_preadv_address = 0  # of what is called in place of the system's preadv, by tests
+_preadv_address = 0  # tests put the address of another function here; 0 for the system's preadv
 
 
 class Call(NamedTuple):
@@ -47,7 +47,7 @@ class Call(NamedTuple):
     parts: Sequence[Part]
     file: OpenFile
     buffers: Sequence[memoryview]
-    last_pages: Sequence[memoryview] = ()  # of each part that goes by whole pages
+    last_pages: Sequence[memoryview] = ()  # for direct reads: the page that holds each part's end
 
     def shares(self, num_read: int) -> Sequence[int]:
         """Bytes of each part, which is whole in memory now as far as those go."""
@@ -73,7 +73,7 @@ def plan_reads(files: SlabFiles, spans: Sequence[Span], num_threads: int) -> Str
         jobs = list(cut(spans, job_bytes))
         if all_on_pages([part for job in jobs for part in job.parts], in_memory=True):
             return StraightReads(_direct_calls(files, jobs), job_bytes)
-    except OSError:  # met again, and told of, by who reads in the general way
+    except OSError:  # the general way of reading meets the same error and reports it
         pass
     return None
 

@@ -148,7 +148,7 @@ class DiskTier(Tier):
         self._counters.add(num_deletes=len(held))
         self._writer.wipe(hidden, now, deadline)
         outcomes: list[LookOutcome] = []
-        for name in names:  # one that comes again is gone by then
+        for name in names:  # a name that is given twice is gone the second time
             outcomes.append(name in held)
             held.discard(name)
         return outcomes
@@ -284,13 +284,14 @@ class DiskTier(Tier):
         if not asked:
             return outcomes, []
         results = read(spans, deadline)
-        # an eviction shows in the index before the slot is overwritten: still there means intact
+        # a slot is overwritten only after the eviction shows in the index: names still there were
+        # read intact
         intact = None
         if self._look_ups.version(deadline) != version:
             intact = self._look_ups.places_among([ref.name for _, ref in asked], deadline)
         used = []
         for (number, ref), result in zip(asked, results, strict=True):
-            # (what may yet be written to is told of even if the record is gone)
+            # (a buffer that may still be written to is reported even if its record is gone)
             if intact is None or ref.place in intact or isinstance(result, TierTimeout):
                 outcomes[number] = result
                 if isinstance(result, int):

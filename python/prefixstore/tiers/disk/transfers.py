@@ -97,7 +97,7 @@ class Transfers:
         reads = plan_reads(self._files, spans, self._num_threads)
         if reads is None:
             return _sum(len(spans), self._run(spans, self._read_straight, deadline))
-        is_one = deadline is None  # of the threads
+        is_one = deadline is None  # without a deadline the calling thread is one of the threads
         self._threads.help(reads.batch, min(self._num_threads, len(reads)) - is_one)
         outcomes: list[int | TierError] = [0] * len(spans)
         again: list[tuple[Slab, Part]] = []
@@ -110,7 +110,7 @@ class Transfers:
             else:
                 for part, count in zip(call.parts, call.shares(num_read), strict=True):
                     _add(outcomes, part.number, count)
-        if again:  # each on its own, and what is wrong with it is told
+        if again:  # once more, one by one, which also tells what is wrong with each
             parts = [Span(slab, part.offset, part.data) for slab, part in again]
             for part, result in self._run(parts, self._read_straight, deadline):
                 _add(outcomes, again[part.number][1].number, result)
@@ -223,13 +223,14 @@ class Transfers:
 
     def _results(self, job: Job) -> list[int | TierError]:
         """What the job did; nobody waits for it from now on."""
-        with job.lock:  # a copy into the caller's memory ends first
+        with job.lock:  # waits for a copy into the caller's memory that is under way
             if job.results is not None:
                 return job.results
             job.is_abandoned = True
             error, num_parts = too_late(self._tier_name), len(job.parts)
             if not job.is_begun:
-                job.parts = []  # the memory: threads that hang may leave the job waiting for long
+                # Frees the memory now: hanging threads may leave the job queued for long.
+                job.parts = []
             else:
                 where = f"{self._tier_name}: {job.slab.file_name}"
                 error = StillWriting(f"{where}: expected an answer before the deadline, got none")
@@ -312,5 +313,6 @@ def _add(outcomes: list[int | TierError], number: int, result: int | TierError) 
     before = outcomes[number]
     if isinstance(before, int):
         outcomes[number] = before + result if isinstance(result, int) else result
-    elif isinstance(result, TierTimeout):  # whatever else failed: memory may yet be written to
+    # A timeout outweighs other errors: the memory may still be written to.
+    elif isinstance(result, TierTimeout):
         outcomes[number] = result

@@ -33,19 +33,20 @@ from prefixstore.tiers.outcomes import SharedCounters
 
 logger = logging.getLogger(__name__)
 
-# Of records that share two transactions. Others are transferred beside these where there is more to
-# write; but a transaction takes a quarter of a millisecond of a processor that copies and system
-# calls want as well: on two cores 16 MiB went a tenth faster in one portion than in four. Of small
-# records the index takes as long for each as of large ones, and is what others wait for.
+# Records that share two transactions (taking slots, publishing); one portion is transferred while
+# another's transactions run. Larger is better, as a transaction takes a quarter of a millisecond of
+# a processor that copies and system calls want as well: on two cores 16 MiB went a tenth faster in
+# one portion than in four. Smaller for small records, for which the index takes as long each as for
+# large ones and is what others wait for.
 _PORTION_BYTES = 16 << 20
 _SMALL_PORTION_BYTES = 8 << 20
 _SMALL_BYTES = 128 << 10
-# In that time the threads begin their system calls, for which they need Python's lock: with a
-# transaction beside them from the start, puts of 16 MiB took a fifteenth longer.
+# Head start for the threads that begin their system calls, for which they need the interpreter's
+# lock: beside a transaction from the start, puts of 16 MiB took a fifteenth longer.
 _START_S = 1e-3
-# Of slots, which one transaction releases: few enough for a disk that seeks to do in 10 s.
+# Slots released in one transaction: few enough for a seeking disk to do in 10 s.
 _WIPED_AT_ONCE = 1024
-_PUTS_AT_ONCE = 3  # portions: one is transferred, one waits for that, one is published
+_PUTS_AT_ONCE = 3  # portions at once: one is transferred, one waits for that, one is published
 
 
 @dataclass
@@ -91,9 +92,10 @@ class RecordWriter:
         self._counters = counters
         self._ttl_ns = None if config.ttl_s is None else int(config.ttl_s * 1e9)
         self._reserve = SlotReserve(index, config.limits)
-        # On a small file system the index is to take its room for all before payload takes any.
+        # On a small file system the index must get its room for all records before payloads take
+        # any.
         self._has_portions = not is_small(config.path)
-        # Only what is published counts towards a quota, and can give way to the next portion.
+        # A quota counts published records only, and only those can give way to the next portion.
         self._puts_at_once = _PUTS_AT_ONCE if config.quota_bytes is None else 1
 
     def write(
@@ -113,11 +115,12 @@ class RecordWriter:
                     end(puts.popleft())
                 try:
                     puts.append(self._begin_put(portion, *how))
-                except TierFull as error:  # there is no room for the index itself
+                except TierFull as error:  # not even the index has room
                     errors |= dict.fromkeys(portion, error)
             self._take_ahead(puts, priority)
         finally:
-            # The threads read the caller's memory: each is waited for, whatever came of another.
+            # The threads still read the caller's memory: wait for every put, whatever became of the
+            # others.
             with ExitStack() as rest:
                 for put in reversed(puts):
                     rest.callback(end, put)
@@ -157,7 +160,7 @@ class RecordWriter:
         puts[-1].allocation.dead += ahead.dead
         try:
             self._enter(ahead)
-        except TierError as error:  # no reason to fail a put
+        except TierError as error:  # not worth failing the put for
             logger.warning("files that the index dropped stay until a sweep: %s", error)
 
     def _enter(self, allocation: Allocation) -> None:
@@ -173,7 +176,7 @@ class RecordWriter:
         refs = list(put.allocation.refs.values())
         outcomes = self._transfers.end_writing(put.writing)
         errors = {ref.name: e for ref, e in zip(refs, outcomes, strict=True) if e is not None}
-        # where the kernel is still writing, the slot stays taken until its lease is over
+        # a slot that the kernel may still write to stays taken until its lease is over
         failed = [name for name, error in errors.items() if not isinstance(error, StillWriting)]
         self._index.abandon([ref for ref in refs if ref.name in failed])
         errors |= self._publish([r for r in refs if r.name not in errors], priority, deadline)
@@ -183,7 +186,7 @@ class RecordWriter:
         self._index.touch(allocation.held.values(), self._ttl_ns)
         try:
             self.wipe(allocation.dead, put.began, deadline)
-        except TierError as error:  # no reason to fail a put
+        except TierError as error:  # not worth failing the put for
             logger.warning("slots of writers that died stay out of use for now: %s", error)
         return errors
 

@@ -30,8 +30,8 @@ class Slab:
     slot_bytes: int = 0  # 0: serves no size yet
     free_offsets: list[int] = field(default_factory=list)
     records: set[Record] = field(default_factory=set)
-    num_by_priority: Counter[int] = field(default_factory=Counter)  # of those in the table
-    num_pins: int = 0  # of its records
+    num_by_priority: Counter[int] = field(default_factory=Counter)  # only of published records
+    num_pins: int = 0  # of its records, together
     last_used: int = 0
 
     @property
@@ -49,7 +49,8 @@ class Tenant:
     """
 
     num_bytes: int = 0
-    records: OrderedDict[BlockHash, Record] = field(default_factory=OrderedDict)  # by use
+    # Least recently used first.
+    records: OrderedDict[BlockHash, Record] = field(default_factory=OrderedDict)
 
 
 @dataclass(eq=False)
@@ -62,8 +63,9 @@ class Record:
     offset: int
     data: np.ndarray  # its bytes in the arena
     tenant: Tenant
-    order: OrderedDict[BlockHash, Record] = field(default_factory=OrderedDict)  # of its like
-    num_pins: int = 0  # copies that are using the slot, and one of the user's
+    # The order of eviction that it stands in.
+    order: OrderedDict[BlockHash, Record] = field(default_factory=OrderedDict)
+    num_pins: int = 0  # readers of the slot, plus one if `is_kept`
     is_kept: bool = False  # pinned by the user
     is_published: bool = False
     last_used: int = 0
@@ -126,7 +128,7 @@ class Arena:
         """Enter a record that is whole, and let its pin go; False where it was not needed."""
         block_hash = record.name.block_hash
         if block_hash in self.records:
-            self.unpin(record)  # frees the slot: another thread put the same block first
+            self.unpin(record)  # another thread has put the same block: free this slot
             return False
         record.is_published = True
         self.records[block_hash] = record

@@ -243,7 +243,8 @@ class MemoryTier(Tier):
         with self._lock:
             self._is_closed = True
             self._arena.clear()
-            self._arena = self._make_arena(0)  # a copy under way keeps the old one until it ends
+            # A copy under way keeps the old arena alive until it ends.
+            self._arena = self._make_arena(0)
 
     def _read(self, block_hash: BlockHash, out: memoryview, start: int | None) -> ReadOutcome:
         """One record, or from `start` on as much of it as `out` holds."""

@@ -33,7 +33,7 @@ class _Lane:
     num_bytes: int = 0
     channels: list[PooledChannel] = field(default_factory=list)
     asked_at: float = 0.0
-    error: TierError | None = None  # why nothing can be sent
+    error: TierError | None = None  # why nothing can be sent on this lane
 
     @property
     def failures(self) -> list[str]:
@@ -82,7 +82,8 @@ class CommandBatch:
             for command in commands:
                 self._add_to(self._lane_to(command[0][1]), [command])
         elif commands:
-            # once the first are under way, others follow them wherever those went
+            # with one server: once a lane is open, further commands follow on it without asking for
+            # the address
             lane = self._lane_of[-1] if self._is_open else self._lane_to(commands[0][0][1])
             self._add_to(lane, commands)
             if any(self._expected):
@@ -102,7 +103,8 @@ class CommandBatch:
             address = self._servers.address_of(key, self._deadline)
         except TierError as failure:
             error = failure
-        if self._lane_of and address is self._lane_of[-1].address:  # as nearly always
+        # Nearly always the lane of the command before.
+        if self._lane_of and address is self._lane_of[-1].address:
             return self._lane_of[-1]
         lane = self._lanes.get(address)
         if lane is None:

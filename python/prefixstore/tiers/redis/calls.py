@@ -26,12 +26,14 @@ from prefixstore.tiers.redis.wire import ErrorReply
 T = TypeVar("T")
 Generations: TypeAlias = "dict[bytes, bytes | TierError | None]"  # by identity
 
-# Before another try: a failover takes seconds and is not waited for, a moved slot is found at once.
+# Pauses before each further try. A failover takes seconds and is not waited for; a moved slot is
+# found at once.
 _PAUSES_S = (0.0, 0.02, 0.05)
 _MAX_REMEMBERED = 10_000  # identities
 _ERRORS = (ErrorReply, TierError)
-# Records whose commands a server has to do while those of the next are prepared: of 64 KiB, 16
-# take it 0.7 ms, and with 64 it waited. What moves little is prepared before anything is sent.
+# Records sent before the commands of the next are prepared, so that both sides work at once: 16 of
+# 64 KiB keep a server busy for 0.7 ms; with portions of 64 it waited. Batches below
+# `_LEAST_PORTIONED_BYTES` are prepared as a whole.
 _PORTION = 16
 _LEAST_PORTIONED_BYTES = 1 << 20
 

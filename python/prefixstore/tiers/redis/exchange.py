@@ -73,10 +73,10 @@ class _Lane:
     waiting: deque[_Job] = field(default_factory=deque)
     channels: list[PooledChannel] = field(default_factory=list)
     asked_at: float = 0.0
-    error: TierError | None = None  # why there is no connection, which is tried but once
+    error: TierError | None = None  # why there is no connection; it is tried only once
     has_answered: bool = False
-    has_lost: bool = False  # a connection: whatever is missing, it is not silent
-    num_active: int = 0  # commands without their reply
+    has_lost: bool = False  # lost a connection, so missing replies do not mean that it is silent
+    num_active: int = 0  # commands sent whose reply has not come
     active_bytes: int = 0
 
     @property
@@ -171,11 +171,12 @@ class Exchange(Generic[T]):
 
     def _start_more(self) -> bool:
         """Begin as many operations as keep the connections busy; False when all are done."""
-        for lane in list(self._lanes.values()):  # a slot that moved meanwhile may add one
+        # A copy, as an operation whose slot moved may add a lane.
+        for lane in list(self._lanes.values()):
             while lane.unstarted and lane.has_room:
                 self._start(lane, *lane.unstarted.popleft())
-        # One server gets its first commands while others are prepared. Of many, one that has enough
-        # must not keep what the others have to do from being known.
+        # With one server, stop once it has enough: the rest is prepared while it works. With
+        # several, go on: what is first in line must not hide work for the others.
         is_one, has_room = self._servers.has_one_address, True
         while self._new and (has_room or not is_one):
             has_room = self._line_up(self._new.popleft())

@@ -62,7 +62,8 @@ def end_generation(keys: Keys, identity: bytes) -> Operation[None]:
     if known is not None:
         yield [Command((b"SADD", ended_key, known))]
     (last,) = yield [Command((b"SET", generation_key, new_generation(), b"GET"))]
-    if last not in (None, known):  # somebody else ended that one meanwhile
+    # Somebody else has started another generation meanwhile: that one ends too.
+    if last not in (None, known):
         yield [Command((b"SADD", ended_key, last))]
 
 

@@ -16,10 +16,11 @@ from prefixstore.tiers.redis.silent_servers import SilentServers
 from prefixstore.tiers.redis.wire import ErrorReply, Reply
 
 _BYTES_PER_CONNECTION = 1 << 20  # less is not worth another connection
-# Before silence makes us ask again who holds what. A failover takes seconds, and calls with
-# deadlines that no server can meet are not to ask each time.
+# Least age of the map of servers before silence makes us ask for a new one. A failover takes
+# seconds, and calls whose deadlines no server can meet must not each ask again.
 _MIN_AGE_S = 0.5
-_MAX_SHARES = 4  # of a call's time: less than a quarter may be too little for a server far away
+# A call's time is shared by at most this many addresses: a distant server needs a quarter.
+_MAX_SHARES = 4
 
 _REDIRECT = re.compile(r"(?P<code>MOVED|ASK) (?P<slot>\d+) (?P<host>.*):(?P<port>\d+)")
 
@@ -108,9 +109,9 @@ class Servers(ABC):
             TierError: If there is none to be had.
         """
         if not self.silent.may_ask(address, asked_at):
-            self.suspect(address)  # another one may have taken over since
+            self.suspect(address)  # another server may have taken over since
             raise TierPartSilent(f"{self.config.name}: {address}: left alone, for it was silent")
-        # Over a unix socket one keeps a server busy, which reads but one at a time.
+        # A single connection over a unix socket keeps a server busy, as it reads one at a time.
         most = self.config.num_connections if address.port else 1
         num_wanted = min(most, num_commands, max(1, num_bytes // _BYTES_PER_CONNECTION))
         channels: list[PooledChannel] = []
@@ -287,7 +288,8 @@ class _ClusterServers(Servers):
 
     def redirected(self, reply: ErrorReply) -> Address | None:
         match = _REDIRECT.fullmatch(str(reply))
-        if match is None or not match["host"]:  # without a host: the next map will tell
+        # Without a host: the next map of servers will name it.
+        if match is None or not match["host"]:
             return None
         address = Address(match["host"], int(match["port"]))
         slots = self._slots
@@ -316,7 +318,7 @@ def _read_ranges(reply: Reply, node: Address) -> Iterator[tuple[int, int, Addres
     """First slot, last slot and primary of each range of CLUSTER SLOTS."""
     for first, last, primary, *_replicas in reply if isinstance(reply, list) else ():
         host = (primary[0] or b"").decode()
-        # a node that does not know its own name, or is not to tell it, is where it was asked
+        # "" and "?": the node does not know its name, or hides it; then it is where it was asked
         yield first, last, Address(host if host not in ("", "?") else node.host, primary[1])
 
 

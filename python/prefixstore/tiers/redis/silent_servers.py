@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from prefixstore.tiers.redis.config import Address
 
 _MIN_WAIT_S = 0.05  # a server may be too busy to answer sooner
-# As long as the store leaves a tier alone by default.
+# The same pause as the store's breaker has by default.
 _PAUSE_S = 1.0
 _MAX_PAUSE_S = 60.0
 
@@ -21,9 +21,10 @@ _MAX_PAUSE_S = 60.0
 @dataclass
 class _Pause:
     seconds: float
-    since: float  # when it began, or its trial: what was asked before tells nothing any more
+    # Start of the pause or of its last trial; calls begun earlier say nothing about it.
+    since: float
     until: float
-    is_tried: bool = False  # since it is over, and nothing has come of that yet
+    is_tried: bool = False  # the pause is over and a trial is under way
 
 
 class SilentServers:

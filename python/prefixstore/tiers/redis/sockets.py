@@ -16,11 +16,11 @@ from typing import Any, TypeAlias
 
 from prefixstore.tiers.redis.config import Address, TlsConfig
 
-_Place: TypeAlias = "tuple[int, Any]"  # an address family, and an address of it
+_Place: TypeAlias = "tuple[int, Any]"  # address family and socket address
 
-_UNIX_SEND_BYTES = 4 << 20  # the kernel gives what it allows
-# Seconds until probes begin, seconds between them, and how many may be lost: so that a way that
-# forgets silent connections keeps them, and a host that is gone is found out while nobody calls.
+_UNIX_SEND_BYTES = 4 << 20  # the kernel may grant less
+# Seconds until probes begin, seconds between them, and how many may be lost. Probes keep
+# connections alive in routers that forget silent ones, and find out dead hosts between calls.
 _KEEP_ALIVE = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
 
 
@@ -36,7 +36,7 @@ def open_socket(
     """
     if address.port == 0:
         sock = _connect(socket.AF_UNIX, address.host, deadline)
-        # those of TCP grow by themselves
+        # TCP buffers grow by themselves, those of unix sockets do not.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_SEND_BYTES)
         return sock
     sock = _connect_to_any(_look_up(address, deadline), deadline)
@@ -54,9 +54,9 @@ def open_socket(
 
 def _look_up(address: Address, deadline: float) -> list[_Place]:
     """Where a host is, in the order of preference."""
-    with contextlib.suppress(socket.gaierror):  # one that is a name
+    with contextlib.suppress(socket.gaierror):  # not an IP address but a name
         return _ask_system(address, socket.AI_NUMERICHOST)
-    # The system knows no deadline. Its look-up goes on, by itself, until its own limits end it.
+    # The system's look-up has no deadline: it runs in a thread, which may outlive the call.
     found: concurrent.futures.Future[list[_Place]] = concurrent.futures.Future()
 
     def look_up() -> None:

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 _SCAN_COUNT = b"1000"
 _BATCH = 1000  # operations of one exchange
-# A part is written before its manifest: one as young as this may belong to a write under way.
+# Parts are written before their manifest: one younger than this may belong to a write under way.
 _WRITE_GRACE_S = 60
 
 
@@ -38,9 +38,10 @@ _WRITE_GRACE_S = 60
 class Survey:
     """What SCAN found under a prefix, by key."""
 
-    manifests: dict[bytes, bytes] = field(default_factory=dict)  # key of a record: identity
-    parts: dict[bytes, tuple[bytes, bytes]] = field(default_factory=dict)  # its record, write id
-    stale: list[bytes] = field(default_factory=list)  # whatever is of an ended generation
+    manifests: dict[bytes, bytes] = field(default_factory=dict)  # a record's key: its identity
+    # A part's key: the record's key, and the write's id.
+    parts: dict[bytes, tuple[bytes, bytes]] = field(default_factory=dict)
+    stale: list[bytes] = field(default_factory=list)  # keys of ended generations
 
 
 def scan(address: Address, pattern: bytes) -> Operation[list[bytes]]:
@@ -191,7 +192,7 @@ def _reclaim(key: bytes, at_most_ttl_s: int | None) -> Operation[int | None]:
     """Delete a key; returns its bytes, or None if it still has longer to live than that."""
     ttl_s, num_bytes = yield [
         Command((b"TTL", key)),
-        Command((b"STRLEN", key), is_optional=True),  # a set has none
+        Command((b"STRLEN", key), is_optional=True),  # a set has no STRLEN
     ]
     if at_most_ttl_s is not None and ttl_s > at_most_ttl_s:
         return None

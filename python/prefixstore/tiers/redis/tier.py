@@ -50,7 +50,7 @@ from prefixstore.tiers.redis.sweep import Sweeper, list_problems
 T = TypeVar("T")
 
 _SAMPLE = 64  # own writes that `check` looks at
-_RENEWAL_SHARE = 1 / 16  # of the time to live, that may pass before it begins anew
+_RENEWAL_SHARE = 1 / 16  # share of the time to live that passes before a hit renews it
 _MAX_REMEMBERED = 1 << 15  # keys of renewed records
 _SWEEP_TIMEOUT_S = 300.0
 
@@ -68,7 +68,7 @@ class RedisTier(Tier):
         self._servers = open_servers(config)
         self._caller = Caller(self._servers, self._keys)
         self._counters = SharedCounters()
-        self._renewed: dict[bytes, float] = {}  # when that is due again, by key
+        self._renewed: dict[bytes, float] = {}  # by key: when its next renewal is due
         self._written: deque[bytes] = deque(maxlen=_SAMPLE)  # keys
 
     @property
@@ -84,7 +84,7 @@ class RedisTier(Tier):
         deadline: float | None = None,
     ) -> list[ReadOutcome]:
         views = [flat_bytes(out) for out in outs]
-        due: set[bytes] = set()  # of a record that is asked for twice, both times
+        due: set[bytes] = set()  # a record that is asked for twice in a call is renewed both times
         now = time.monotonic()
 
         def is_due(key: bytes) -> bool:

@@ -35,7 +35,7 @@ Reply: TypeAlias = "bytes | int | list[Any] | ErrorReply | None"
 
 UNANSWERED: Final = object()
 
-_TLS_PIECE_BYTES = 64 << 10  # handed to TLS at a time, which cuts records of 16 KiB of it
+_TLS_PIECE_BYTES = 64 << 10  # given to TLS in one call; it makes records of 16 KiB of it
 _RECEIVE_BYTES = 1 << 20  # read from one channel before others have their turn
 
 
@@ -93,7 +93,8 @@ class Channel:
         self._sock = sock
         self.is_tls = isinstance(sock, ssl.SSLSocket)
         self.native = RespChannel(-1 if self.is_tls else sock.fileno(), ErrorReply)
-        self._unsent = memoryview(b"")  # to TLS, which must be offered the same again
+        # TLS must be given the same bytes again after a partial write.
+        self._unsent = memoryview(b"")
         self._failure = ""
 
     def fileno(self) -> int:

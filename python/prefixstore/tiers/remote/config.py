@@ -24,7 +24,7 @@ from prefixstore.settings import (
 from prefixstore.tiers.base import check_bytes
 from prefixstore.tiers.remote.endpoints import is_server
 
-# What every store takes in a name without encoding it.
+# Characters that every store takes in a name without encoding them.
 _PREFIX = re.compile(r"[A-Za-z0-9!_.*'()-]+(/[A-Za-z0-9!_.*'()-]+)*")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
 _MIN_PART_BYTES = 5 << 20  # the least that S3 takes for a part

@@ -20,8 +20,8 @@ from prefixstore.tiers.remote.endpoints import may_be_plain
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-# A long answer comes in pieces of so many bytes: one of 8 MiB at once would be a new allocation
-# each time, and be copied only after it is whole.
+# Long answers are read in pieces of this size. Read at once, 8 MiB would be a new allocation each
+# time, and be copied only after all of it has come.
 PIECE_BYTES = 1 << 20
 DELETE_BATCH = 1000  # what S3 takes at most
 _MAX_PARTS_AT_ONCE = 4
@@ -32,7 +32,7 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")
 _BAD_RANGE = ("Requested range was invalid", "status code: 416")
 _METADATA = ("//169.254.169.254", "//metadata.google.internal")
-_BAD_ADDRESS = ("builder error",)  # all that it says of one that it may not ask, or cannot
+_BAD_ADDRESS = ("builder error",)  # the client's only words for an address that it cannot ask
 _DENIED = (401, 403)
 _SLOW_DOWN = (429, 503)
 
@@ -115,7 +115,7 @@ class Objects:
             except self._errors.GenericError as error:
                 if part is None or not _is_any_of(_BAD_RANGE, error):
                     raise
-                return await self.head(path)  # there, but shorter
+                return await self.head(path)  # the object is there, but ends before the range
             info = _info(result.meta)
             start, end = result.range
             if not wants(info):
@@ -170,7 +170,7 @@ class Objects:
                 return
             except FileNotFoundError as error:
                 self._check_bucket(error)
-        for path in paths:  # where one was gone the others may still be there
+        for path in paths:  # one by one: where one was gone, the others may still exist
             with self._translated():
                 try:
                     await self._store.delete_async(path)
@@ -251,7 +251,7 @@ def _open_store(config: RemoteTierConfig) -> ObjectStore:
         "retry_config": {
             "max_retries": config.max_retries,
             "retry_timeout": timedelta(seconds=config.request_timeout_s),
-            # the pauses are drawn at random up to twice the one before
+            # each pause is drawn at random, up to twice the one before
             "backoff": {
                 "init_backoff": timedelta(milliseconds=50),
                 "max_backoff": timedelta(seconds=5),

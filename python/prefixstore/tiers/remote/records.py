@@ -19,7 +19,7 @@ from prefixstore.tiers.remote.objects import DELETE_BATCH, ObjectInfo, Objects
 from prefixstore.tiers.remote.requests import HandOver, Request
 
 _NAME = re.compile(r"[0-9a-f]{32}/([0-9a-f]{2})/\1[0-9a-f]{30}\.kvb")
-_MAX_PROBLEMS = 100  # told one by one
+_MAX_PROBLEMS = 100  # reported one by one; more are only counted
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class ReadRecord(Request[ReadOutcome]):
 
     async def run(self, hand_over: HandOver) -> ReadOutcome:
         start, room = self._start, self._out.nbytes
-        if start is not None and room == 0:  # no request can ask for no bytes
+        if start is not None and room == 0:  # HTTP has no range of zero bytes
             return None if await self._records.find(self._path) is None else 0
 
         def hand_on(piece: Any) -> None:
@@ -105,13 +105,13 @@ class WriteRecord(Request[bool]):
         self._copy = b""
 
     def begin(self) -> None:
-        # The client would send from the caller's memory, for a while even after it was told to
-        # stop, and the caller may use it for something else by then.
+        # A copy: the client goes on reading what it sends for a while even after it was stopped,
+        # when the caller may already use its memory for something else.
         self._copy = bytes(self._record)
 
     async def run(self, hand_over: HandOver) -> bool:
         objects, data, self._copy = self._records.objects, self._copy, b""
-        if objects.takes_in_parts(len(data)):  # such an upload cannot be made to depend on absence
+        if objects.takes_in_parts(len(data)):  # multipart uploads cannot be conditional on absence
             if await self._records.find(self._path) is not None:
                 return False
         elif await objects.create(self._path, data):

@@ -100,7 +100,7 @@ class Window:
 
     def _has_room(self, num_bytes: int) -> bool:
         if self._num_requests == 0:
-            return True  # one larger than the bound goes alone
+            return True  # a request larger than the bound goes alone
         fits = self._num_bytes + num_bytes <= self._max_bytes
         return fits and self._num_requests < self._max_requests
 
@@ -139,7 +139,7 @@ class _Call(Generic[T]):
         self.reports.put((number, report))
 
     def _end(self, number: int, task: asyncio.Future[T]) -> None:
-        if task.cancelled():  # by `close`; after `cancel` nobody reads this
+        if task.cancelled():  # cancelled by `close`, or by `cancel`, after which nobody reads this
             closed = TierUnavailable(f"{self._tier_name}: closed while a request was open")
             self._report(number, _Ended(closed))
         elif (error := task.exception()) is None:
@@ -151,7 +151,8 @@ class _Call(Generic[T]):
 class Requests:
     """Runs requests for any number of threads. The event loop starts with the first."""
 
-    # Where any of them ran: the client has one runtime for the whole process, and no fork keeps it.
+    # The process in which the client's runtime was started. There is one for all tiers of a
+    # process, and it does not survive a fork.
     _runtime_pid: ClassVar[int] = 0
 
     def __init__(self, tier_name: str, max_requests: int, max_bytes: int) -> None:
@@ -244,13 +245,13 @@ class Requests:
             if self._loop is None:
                 Requests._runtime_pid = os.getpid()
                 self._loop, stop = _start_loop(self._tier_name)
-                # also where nobody closes it, and before the interpreter goes away
+                # also stops the loop if nobody calls `close`, before the interpreter exits
                 self._stop = weakref.finalize(self, stop)
             self._loop.call_soon_threadsafe(call.start, numbers)
 
     def _give_up(self, call: _Call[T]) -> None:
         with self._lock:
-            if self._loop is not None and not self._is_closed:  # `close` cancels what is left
+            if self._loop is not None and not self._is_closed:  # otherwise `close` has cancelled it
                 self._loop.call_soon_threadsafe(call.cancel)
 
     def check_usable(self) -> None:
@@ -285,7 +286,8 @@ def _start_loop(name: str) -> tuple[asyncio.AbstractEventLoop, Callable[[], None
 
     def stop() -> None:
         loop.call_soon_threadsafe(is_over.set)
-        if threading.current_thread() is not thread:  # garbage is collected in any
+        # The finalizer may run in any thread, the loop's own too.
+        if threading.current_thread() is not thread:
             thread.join()
 
     return loop, stop

@@ -57,7 +57,7 @@ class RemoteTier(Tier):
         self._records = Records(config.name, Objects(config), config.root, config.ttl_s)
         self._requests = Requests(config.name, config.max_requests, config.max_in_flight_bytes)
         self._counters = SharedCounters()
-        self._listed: dict[bytes, Held] = {}  # when `sweep` last counted
+        self._listed: dict[bytes, Held] = {}  # what the last `sweep` counted, by identity
         self._lock = threading.Lock()
 
     @property
