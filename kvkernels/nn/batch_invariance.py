@@ -25,7 +25,7 @@ from weakref import WeakSet
 
 import torch
 
-from kvkernels import native
+from kvkernels import native, native_layers
 from kvkernels.checks import FLOAT_DTYPES, is_plain, is_traced
 from kvkernels.errors import UnsupportedError
 from kvkernels.nn.forward_code import LINEAR, SCALED_SUM, ForwardCode, read_forward
@@ -249,7 +249,7 @@ def _apply_linear(module: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
         and weight.stride(1) == 1
         and (bias is None or _is_row(bias, weight))
     ):
-        return native.linear(input, weight, bias)
+        return native_layers.linear(input, weight, bias)
     return linear(input, weight, bias)
 
 

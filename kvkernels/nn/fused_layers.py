@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from kvkernels import native
+from kvkernels import native, native_layers
 from kvkernels.checks import FLOAT_DTYPES, is_plain, is_traced
 from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward, hook_tables
 from kvkernels.ops.pointwise import rotary_embedding_cpu
@@ -130,7 +130,7 @@ class FusedNorm:
         ):
             return type(self.module).forward(self.module, hidden_states)
         if _goes_straight(hidden_states) and weight.is_contiguous():
-            return native.rms_norm(hidden_states, weight, self.eps, self.is_offset)
+            return native_layers.rms_norm(hidden_states, weight, self.eps, self.is_offset)
         return _rms_norm(hidden_states, weight, self.eps, self.is_offset)
 
 
@@ -173,7 +173,7 @@ class FusedMLP:
         if not is_served or any(hook_tables(module.act_fn)):  # the fused kernel would skip them
             return module.down_proj(module.act_fn(gate) * up)
         goes_straight = _goes_straight(gate) and _goes_straight(up)
-        gated = native.gated_activation if goes_straight else _gated_activation
+        gated = native_layers.gated_activation if goes_straight else _gated_activation
         return module.down_proj(gated(gate, up, self.activation))
 
 

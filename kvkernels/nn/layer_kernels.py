@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kvkernels import native
+from kvkernels import native, native_layers
 from kvkernels.checks import (
     address_of,
     check_device,
@@ -113,7 +113,7 @@ class LayerKernels:
         num_linears = len(self._parts.linears)
         of_norms = iter(addresses[2 * num_linears :])
         weights = [weight for weight in parameters[:num_linears] if weight is not None]
-        self._layer = native.decoder_layer(
+        self._layer = native_layers.decoder_layer(
             self.sizes,
             [
                 (0, 0.0, False)

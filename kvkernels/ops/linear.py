@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvkernels import native
+from kvkernels import native, native_layers
 from kvkernels.checks import (
     FLOAT_DTYPES,
     check_device,
@@ -67,9 +67,9 @@ LIBRARY.define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 def _linear_cpu(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    if not native.has_even_rows(input):
+    if not native_layers.has_even_rows(input):
         input = input.contiguous()
-    implementation = native if native.is_available else reference
+    implementation = native_layers if native.is_available else reference
     return implementation.linear(input, weight, bias)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvkernels import native
+from kvkernels import native, native_layers
 from kvkernels.checks import (
     FLOAT_DTYPES,
     check_device,
@@ -17,7 +17,7 @@ from kvkernels.errors import UnsupportedError
 from kvkernels.ops.library import LIBRARY
 from kvkernels.reference import pointwise as reference
 
-_implementation = native if native.is_available else reference
+_implementation = native_layers if native.is_available else reference
 
 
 def rms_norm(
@@ -140,7 +140,7 @@ def rotary_embedding_cpu(input: torch.Tensor, cos: torch.Tensor, sin: torch.Tens
     out = input.new_empty((batch_size, num_tokens, num_heads, head_dim)).transpose(1, 2)
     if not native.is_available:
         return out.copy_(reference.rotary_embedding(input, cos, sin))
-    native.rotary_embedding(input, cos, sin, out)
+    native_layers.rotary_embedding(input, cos, sin, out)
     return out
 
 
