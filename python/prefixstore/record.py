@@ -16,12 +16,11 @@ are right: that takes a key, see protection.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
 
-from kvkernels import CODECS, EncodedBlocks, KVPool, decode_blocks, encode_blocks
+from kvkernels import EncodedBlocks, KVPool, decode_blocks, encode_blocks
 from prefixstore.block_key import (
     ROOT_HASH,
     BlockHash,
@@ -31,22 +30,8 @@ from prefixstore.block_key import (
 )
 from prefixstore.checksum import WORD_BYTES, Buffer, as_bytes, checksum_words
 from prefixstore.errors import BlockCorrupted
-from prefixstore.record_header import (
-    FIXED_BYTES,
-    PROTECTIONS,
-    FixedHeader,
-    corrupted,
-    read_fixed,
-)
-from prefixstore.record_headers import (
-    CODEC_LIST,
-    DTYPE_CODES,
-    TABLE_ENTRY,
-    RecordHeader,
-    codec_code,
-    codec_list,
-    header_form,
-)
+from prefixstore.record_header import corrupted
+from prefixstore.record_headers import RecordHeader, header_form, read_header
 from prefixstore.record_layout import TABLE_ENTRY_BYTES, RecordLayout
 
 __all__ = [
@@ -56,6 +41,7 @@ __all__ = [
     "RecordHeader",
     "RecordLayout",
     "chain_keys",
+    "check_head",
     "check_header",
     "check_headers",
     "decode",
@@ -67,8 +53,7 @@ __all__ = [
     "write_headers",
 ]
 
-_DTYPE_NAMES = {code: name for name, code in DTYPE_CODES.items()}
-_CODEC_NAMES = {codec.code: name for name, codec in CODECS.items()}
+_FIRST = torch.zeros(1, dtype=torch.int64)  # id of the only block of a pool of one
 
 
 def stack_sums(headers: Sequence[RecordHeader]) -> torch.Tensor:
@@ -219,7 +204,12 @@ def check_headers(
 
 
 def check_head(record: Buffer, key: BlockKey) -> RecordHeader:
-    """`check_header` of what may end anywhere after the header."""
+    """`check_header` of a record that may end anywhere after its header.
+
+    Raises:
+        BlockCorrupted: As `check_header`, but for the record's length.
+        ValueError: If `record` is not contiguous.
+    """
     header = read_header(record)
     found = header.key
     if found.layout != key.layout and not key.layout.accepts(found.layout):
@@ -259,84 +249,6 @@ def verify(record: Buffer) -> RecordHeader:
             f"payload: expected the table's checksums, got others in layers {wrong}"
         )
     return header
-
-
-def read_header(record: Buffer) -> RecordHeader:
-    """Read and verify all before the payload; `record` may end anywhere after that.
-
-    Raises:
-        BlockCorrupted: If the bytes are no header of version 1, or not as they were written.
-    """
-    data = as_bytes("record", record)
-    fixed = read_fixed(data)
-    if fixed.flags in PROTECTIONS:
-        what = PROTECTIONS[fixed.flags]
-        raise BlockCorrupted(f"flags: expected a plain record, got one {what} with a key")
-    dtype = _DTYPE_NAMES.get(fixed.dtype)
-    if dtype is None:
-        raise corrupted("dtype", f"one of {list(_DTYPE_NAMES)}", fixed.dtype)
-    try:
-        layout = _find_layout(
-            fixed.num_layers,
-            fixed.num_kv_heads,
-            fixed.head_dim,
-            fixed.block_size,
-            dtype,
-            fixed.layer_group,
-            _read_codecs(data, fixed),
-            fixed.latent_dim or None,
-        )
-    except ValueError as error:
-        raise BlockCorrupted(str(error)) from None
-    for name, expected in (
-        ("codec", codec_code(layout)),
-        ("flags", 0),
-        ("reserved", bytes(10)),
-        ("num_tokens", layout.block_size),
-        ("header_bytes", layout.header_bytes),
-        ("payload_bytes", layout.payload_bytes),
-    ):
-        if getattr(fixed, name) != expected:
-            raise corrupted(name, expected, getattr(fixed, name))
-    tokens = np.frombuffer(data, "<u4", layout.block_size, FIXED_BYTES)
-    key = BlockKey(
-        layout,
-        fixed.identity,
-        BlockHash(fixed.parent_hash),
-        BlockHash(fixed.block_hash),
-        tokens.astype(np.uint32, copy=False),
-    )
-    return RecordHeader(key, _read_table(data, layout))
-
-
-def _read_codecs(data: memoryview, fixed: FixedHeader) -> tuple[str, ...]:
-    """The names of the layers' codecs, one where it serves all of them."""
-    codes = [fixed.codec]
-    if fixed.codec == CODEC_LIST:
-        start = FIXED_BYTES + 4 * fixed.block_size + TABLE_ENTRY_BYTES * fixed.num_layers
-        codes = list(data[start : min(start + fixed.num_layers, fixed.header_bytes)])
-    unknown = [code for code in codes if code not in _CODEC_NAMES]
-    if unknown:
-        raise corrupted("codec", f"one of {[*_CODEC_NAMES, CODEC_LIST]}", unknown[0])
-    return tuple(_CODEC_NAMES[code] for code in codes)
-
-
-def _read_table(data: memoryview, layout: RecordLayout) -> np.ndarray:
-    table = np.frombuffer(data, TABLE_ENTRY, layout.num_layers, FIXED_BYTES + 4 * layout.block_size)
-    places = table.view("<u4").reshape(-1, TABLE_ENTRY_BYTES // 4)[:, :2]
-    if places.tobytes() != layout.layer_places.tobytes():
-        raise BlockCorrupted(
-            f"layer table: expected adjoining layers of {layout.payload_bytes} bytes in all,"
-            " got others"
-        )
-    padding = data[layout.table_end + len(codec_list(layout)) : layout.header_bytes]
-    if any(padding):
-        raise BlockCorrupted("padding: expected zeros, got other bytes")
-    return table
-
-
-_find_layout = lru_cache(maxsize=64)(RecordLayout)  # its checks took a fifth of read_header
-_FIRST = torch.zeros(1, dtype=torch.int64)
 
 
 def _as_tensor(view: memoryview) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""All before a record's payload, of many records of one layout at a time.
+"""All before a record's payload: written and compared for many records at a time, or read.
 
-Of one record after another, Python takes longer for the header than a copy does for a payload of
-64 KiB.
+`HeaderForm` handles all records of one layout at once: record by record, Python takes longer for
+the header than a copy does for a payload of 64 KiB.
 """
 
 from __future__ import annotations
@@ -13,9 +13,20 @@ from functools import lru_cache
 import numpy as np
 
 from kvkernels import CODECS
-from prefixstore.block_key import BlockKey
-from prefixstore.checksum import crc32c_rows
-from prefixstore.record_header import CRC_OFFSET, FIXED, FIXED_BYTES, MAGIC, VERSION, FixedHeader
+from prefixstore.block_key import BlockHash, BlockKey
+from prefixstore.checksum import Buffer, as_bytes, crc32c_rows
+from prefixstore.errors import BlockCorrupted
+from prefixstore.record_header import (
+    CRC_OFFSET,
+    FIXED,
+    FIXED_BYTES,
+    MAGIC,
+    PROTECTIONS,
+    VERSION,
+    FixedHeader,
+    corrupted,
+    read_fixed,
+)
 from prefixstore.record_layout import TABLE_ENTRY_BYTES, RecordLayout
 
 CODEC_LIST = 255  # a codec for each layer, in a list of their own
@@ -23,6 +34,8 @@ DTYPE_CODES = {"float32": 1, "float16": 2, "bfloat16": 3}
 TABLE_ENTRY = np.dtype([("offset", "<u4"), ("bytes", "<u4"), ("sum", "<u8"), ("weighted", "<u8")])
 assert TABLE_ENTRY.itemsize == TABLE_ENTRY_BYTES
 
+_DTYPE_NAMES = {code: name for name, code in DTYPE_CODES.items()}
+_CODEC_NAMES = {codec.code: name for name, codec in CODECS.items()}
 _CRC = slice(CRC_OFFSET, CRC_OFFSET + 4)
 _NAMES = slice(CRC_OFFSET - 48, CRC_OFFSET)  # identity, block_hash, parent_hash
 
@@ -89,6 +102,7 @@ class HeaderForm:
 
 
 header_form = lru_cache(maxsize=64)(HeaderForm)
+_find_layout = lru_cache(maxsize=64)(RecordLayout)  # its checks took a fifth of read_header
 
 
 def codec_code(layout: RecordLayout) -> int:
@@ -124,3 +138,78 @@ def _common_fields(layout: RecordLayout) -> FixedHeader:
         latent_dim=layout.latent_dim or 0,
         reserved=b"",
     )
+
+
+def read_header(record: Buffer) -> RecordHeader:
+    """Read and verify all before the payload; `record` may end anywhere after that.
+
+    Raises:
+        BlockCorrupted: If the bytes are no header of version 1, or not as they were written.
+        ValueError: If `record` is not contiguous.
+    """
+    data = as_bytes("record", record)
+    fixed = read_fixed(data)
+    if fixed.flags in PROTECTIONS:
+        what = PROTECTIONS[fixed.flags]
+        raise BlockCorrupted(f"flags: expected a plain record, got one {what} with a key")
+    dtype = _DTYPE_NAMES.get(fixed.dtype)
+    if dtype is None:
+        raise corrupted("dtype", f"one of {list(_DTYPE_NAMES)}", fixed.dtype)
+    try:
+        layout = _find_layout(
+            fixed.num_layers,
+            fixed.num_kv_heads,
+            fixed.head_dim,
+            fixed.block_size,
+            dtype,
+            fixed.layer_group,
+            _read_codecs(data, fixed),
+            fixed.latent_dim or None,
+        )
+    except ValueError as error:
+        raise BlockCorrupted(str(error)) from None
+    for name, expected in (
+        ("codec", codec_code(layout)),
+        ("flags", 0),
+        ("reserved", bytes(10)),
+        ("num_tokens", layout.block_size),
+        ("header_bytes", layout.header_bytes),
+        ("payload_bytes", layout.payload_bytes),
+    ):
+        if getattr(fixed, name) != expected:
+            raise corrupted(name, expected, getattr(fixed, name))
+    tokens = np.frombuffer(data, "<u4", layout.block_size, FIXED_BYTES)
+    key = BlockKey(
+        layout,
+        fixed.identity,
+        BlockHash(fixed.parent_hash),
+        BlockHash(fixed.block_hash),
+        tokens.astype(np.uint32, copy=False),
+    )
+    return RecordHeader(key, _read_table(data, layout))
+
+
+def _read_codecs(data: memoryview, fixed: FixedHeader) -> tuple[str, ...]:
+    """The names of the layers' codecs, one where it serves all of them."""
+    codes = [fixed.codec]
+    if fixed.codec == CODEC_LIST:
+        start = FIXED_BYTES + 4 * fixed.block_size + TABLE_ENTRY_BYTES * fixed.num_layers
+        codes = list(data[start : min(start + fixed.num_layers, fixed.header_bytes)])
+    unknown = [code for code in codes if code not in _CODEC_NAMES]
+    if unknown:
+        raise corrupted("codec", f"one of {[*_CODEC_NAMES, CODEC_LIST]}", unknown[0])
+    return tuple(_CODEC_NAMES[code] for code in codes)
+
+
+def _read_table(data: memoryview, layout: RecordLayout) -> np.ndarray:
+    table = np.frombuffer(data, TABLE_ENTRY, layout.num_layers, FIXED_BYTES + 4 * layout.block_size)
+    places = table.view("<u4").reshape(-1, TABLE_ENTRY_BYTES // 4)[:, :2]
+    if places.tobytes() != layout.layer_places.tobytes():
+        raise BlockCorrupted(
+            f"layer table: expected adjoining layers of {layout.payload_bytes} bytes in all,"
+            " got others"
+        )
+    padding = data[layout.table_end + len(codec_list(layout)) : layout.header_bytes]
+    if any(padding):
+        raise BlockCorrupted("padding: expected zeros, got other bytes")
+    return table

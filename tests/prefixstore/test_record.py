@@ -26,11 +26,14 @@ from prefixstore.record import (
     BlockKey,
     RecordLayout,
     chain_keys,
+    check_head,
+    check_header,
     check_headers,
     decode,
     encode,
     hash_block,
     read_header,
+    verify,
 )
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "record-format.md"
@@ -212,6 +215,22 @@ def test_refuses_buffers_of_other_sizes():
         encode(KEY, np.zeros((3072, 2), np.uint8)[:, 0], bytearray(LAYOUT.record_bytes))
     with pytest.raises(ValueError, match="block_out: expected a writable"):
         decode(make_record(KEY), KEY, bytes(3072))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        read_header,
+        verify,
+        lambda record: check_head(record, KEY),
+        lambda record: check_header(record, KEY),
+    ],
+    ids=["read_header", "verify", "check_head", "check_header"],
+)
+def test_refuses_records_in_pieces(read):
+    record = np.zeros((LAYOUT.record_bytes, 2), np.uint8)[:, 0]
+    with pytest.raises(ValueError, match="record: expected a contiguous"):
+        read(record)
 
 
 @pytest.mark.parametrize("offset", [1, 2, 4])
