@@ -161,30 +161,13 @@ def attend(
     if s_aux is not None:
         check_inference("s_aux", s_aux)
     is_invariant = is_batch_invariant(module)
+    # A cache that dropped old tokens passes on the last keys only. Their order of summation has to
+    # follow their true positions, so that bits do not depend on what was dropped.
+    first_key = getattr(attention_mask, "first_key", 0) if is_invariant else 0
     batch_size, num_heads, num_new, head_dim = query.shape
-    if isinstance(key, PagedKV):
-        if key.window is not None and (window is None or window > key.window):
-            raise ValueError(
-                f"sliding_window: expected at most {key.window} (the layer group's), got {window}"
-            )
-        key_cache, value_cache, batch = key.key_cache, key.value_cache, key.batch
-        block_table, seq_lens, cu_seqlens_q = batch.block_table, batch.seq_lens, batch.cu_seqlens_q
-    else:
-        if isinstance(value, PagedKV) or key.shape != value.shape:
-            raise UnsupportedError("value: expected the shape of key, got another")
-        # A cache that dropped old tokens passes on the last keys only. Their order of summation has
-        # to follow their true positions, so that bits do not depend on what was dropped.
-        first_key = getattr(attention_mask, "first_key", 0) if is_invariant else 0
-        key_cache, value_cache, block_table = as_pool(key, value, first_key)
-        seq_lens = torch.full_like(block_table[:, 0], first_key + key.shape[2])
-        cu_seqlens_q = equal_bounds(batch_size, num_new, query.device)
     out = ops.paged_attention(
         merge_tokens(query),
-        key_cache,
-        value_cache,
-        block_table,
-        seq_lens,
-        cu_seqlens_q,
+        *_find_keys(query, key, value, window, first_key),
         sm_scale=scaling,
         window=window,
         soft_cap=softcap,
@@ -193,6 +176,34 @@ def attend(
     )
     assert isinstance(out, torch.Tensor)  # a pair only where the log-sum-exp was asked for
     return out.view(batch_size, num_new, num_heads, head_dim), None
+
+
+def _find_keys(
+    query: torch.Tensor,
+    key: torch.Tensor | PagedKV,
+    value: torch.Tensor | PagedKV,
+    window: int | None,
+    first_key: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """key_cache, value_cache, block_table, seq_lens and cu_seqlens_q of `paged_attention`.
+
+    Of tensors, the first key has position `first_key`.
+    """
+    if isinstance(key, PagedKV):
+        if key.window is not None and (window is None or window > key.window):
+            raise ValueError(
+                f"sliding_window: expected at most {key.window} (the layer group's), got {window}"
+            )
+        batch = key.batch
+        places = (batch.block_table, batch.seq_lens, batch.cu_seqlens_q)
+        return (key.key_cache, key.value_cache, *places)
+    if isinstance(value, PagedKV) or key.shape != value.shape:
+        raise UnsupportedError("value: expected the shape of key, got another")
+    key_cache, value_cache, block_table = as_pool(key, value, first_key)
+    seq_lens = torch.full_like(block_table[:, 0], first_key + key.shape[2])
+    batch_size, _, num_new, _ = query.shape
+    cu_seqlens_q = equal_bounds(batch_size, num_new, query.device)
+    return key_cache, value_cache, block_table, seq_lens, cu_seqlens_q
 
 
 @contextmanager

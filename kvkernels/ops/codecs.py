@@ -148,20 +148,7 @@ def decode_blocks(
         raise ValueError(f"layers: expected a range within {range(num_layers)}, got {layers}")
     _check_num_programs(num_programs)
     if device.type == "cuda":
-        from kvkernels.triton_kernels import codecs as triton_kernels
-
-        held = [block_format]
-        if encoded.payloads.shape[-1] >= block_format.raw.payload_bytes:
-            held.append(block_format.raw)
-        span = _span(held, layers)
-        _check_payloads(encoded.payloads, num_blocks, block_format.payload_bytes, device, span)
-        is_good = torch.empty(num_blocks, num_layers, dtype=torch.bool, device=device)
-        tensors = (encoded.payloads, encoded.sums.contiguous(), encoded.is_raw.contiguous())
-        ids = block_ids.contiguous()
-        triton_kernels.decode_blocks(
-            pool.data, ids, block_format, *tensors, is_good, layers, num_programs
-        )
-        return is_good[:, layers.start : layers.stop]
+        return _decode_cuda(encoded, pool, block_ids, layers, num_programs)
     _check_payloads(encoded.payloads, num_blocks, 0, device)
     if len(set(block_ids.tolist())) != num_blocks:
         raise ValueError("block_ids: expected distinct ids, got one twice")
@@ -180,6 +167,38 @@ def decode_blocks(
         )
         is_good[rows] = _decode_alike(chosen, pool, block_ids[rows], alike, layers)
     return is_good
+
+
+def _decode_cuda(
+    encoded: EncodedBlocks,
+    pool: KVPool,
+    block_ids: torch.Tensor,
+    layers: range,
+    num_programs: int | None,
+) -> torch.Tensor:
+    """Decode blocks of which only the device knows which are written raw."""
+    from kvkernels.triton_kernels import codecs as triton_kernels
+
+    block_format, payloads = encoded.block_format, encoded.payloads
+    num_blocks, device = len(block_ids), pool.data.device
+    held = [block_format]
+    if payloads.shape[-1] >= block_format.raw.payload_bytes:
+        held.append(block_format.raw)
+    span = _span(held, layers)
+    _check_payloads(payloads, num_blocks, block_format.payload_bytes, device, span)
+    is_good = torch.empty(num_blocks, len(block_format.layers), dtype=torch.bool, device=device)
+    triton_kernels.decode_blocks(
+        pool.data,
+        block_ids.contiguous(),
+        block_format,
+        payloads,
+        encoded.sums.contiguous(),
+        encoded.is_raw.contiguous(),
+        is_good,
+        layers,
+        num_programs,
+    )
+    return is_good[:, layers.start : layers.stop]
 
 
 def _decode_alike(

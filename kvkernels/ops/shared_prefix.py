@@ -191,6 +191,7 @@ def shared_prefix_attention(
     """
     rules: dict[str, Any] = {"sm_scale": sm_scale, "soft_cap": soft_cap}
     rules |= {"int8_cache": int8_cache, "int4_cache": int4_cache}
+    # Only for the tokens behind the prefix. A sink, for one, is a key: it may be counted only once.
     own: dict[str, Any] = {"causal": causal, "sinks": sinks, "tree_mask": tree_mask}
     check_kinds(int8_cache, int4_cache)
     check_attention_inputs(
@@ -214,35 +215,52 @@ def shared_prefix_attention(
             return_lse=return_lse,
             batch_invariant=batch_invariant,
         )
+    out, lse = _attend_in_two_passes(
+        *(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q),
+        *(prefixes, rules, own),
+    )
+    return (out, lse) if return_lse else out
+
+
+def _attend_in_two_passes(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    prefixes: SharedPrefixes,
+    rules: dict[str, Any],
+    own: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to the prefixes, a group at a time, merged with that to each sequence's rest.
+
+    `rules` count for both passes, `own` only for the second.
+    """
     bounds = prefixes._bounds
-    group_bounds = bounds.to(torch.int32) if cu_seqlens_q is None else cu_seqlens_q[bounds]
     shared = paged_attention(
         query,
         key_cache,
         value_cache,
         block_table[prefixes._first_seqs],
         prefixes._lens,
-        group_bounds,
+        bounds.to(torch.int32) if cu_seqlens_q is None else cu_seqlens_q[bounds],
         **rules,
         causal=False,
         return_lse=True,
     )
-    suffix_lens = seq_lens - prefixes._lens_of_seqs
-    suffixes = _suffix_table(block_table, prefixes, key_cache.shape[2])
-    # A sink is one more key: it may only be counted once.
     rest = paged_attention(
         query,
         key_cache,
         value_cache,
-        suffixes,
-        suffix_lens,
+        _suffix_table(block_table, prefixes, key_cache.shape[2]),
+        seq_lens - prefixes._lens_of_seqs,
         cu_seqlens_q,
         **rules,
         **own,
         return_lse=True,
     )
-    out, lse = merge_attention(*shared, *rest)
-    return (out, lse) if return_lse else out
+    return merge_attention(*shared, *rest)
 
 
 def _check_prefixes(

@@ -74,16 +74,16 @@ def create_app(
     app.state.lifecycle = lifecycle
     app.add_middleware(Gate, config=config, keys=keys, lifecycle=lifecycle)
     install_handlers(app)
-    app.include_router(_openai_routes(service))
+    app.include_router(_answer_routes(service))
+    app.include_router(_model_routes(service))
     app.include_router(_operations_routes(engine, lifecycle, registry))
     if dashboard is not None:
         app.include_router(dashboard)
     return app
 
 
-def _openai_routes(service: Service) -> APIRouter:
+def _answer_routes(service: Service) -> APIRouter:
     router = APIRouter()
-    created = int(time.time())
 
     @router.post(CHAT_PATH, openapi_extra=body_schema(CHAT_PATH, ChatRequest))
     async def create_chat_completion(request: Request) -> Response:
@@ -130,8 +130,13 @@ def _openai_routes(service: Service) -> APIRouter:
         form = CompletionForm(answer_id, service.model_name)
         return await service.answer(request, body, jobs, form, answer_id, echoes)
 
+    return router
+
+
+def _model_routes(service: Service) -> APIRouter:
+    router = APIRouter()
     model: dict[str, Any] = {"id": service.model_name, "object": "model", "owned_by": "kvkernels"}
-    model |= {"created": created, "max_model_len": service.engine.max_model_len}
+    model |= {"created": int(time.time()), "max_model_len": service.engine.max_model_len}
 
     @router.get(f"{API}/models")
     async def list_models() -> dict[str, Any]:
