@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from prefixstore.errors import ConfigError
 
@@ -135,6 +135,20 @@ def split_url(name: str, url: str) -> SplitResult:
     if "#" in url:
         raise ConfigError(f"{name}: expected no #, got one (in a name or a password it is %23)")
     return parts
+
+
+def split_options(what: str, query: str) -> dict[str, str]:
+    """The options in a URL's query, by name.
+
+    Raises:
+        ConfigError: If one is given twice; without showing its values, which may be secret.
+    """
+    options: dict[str, str] = {}
+    for name, text in parse_qsl(query, keep_blank_values=True):
+        if name in options:
+            raise ConfigError(f"{what}: expected each option once, got {name} twice")
+        options[name] = text
+    return options
 
 
 def check_user_info(name: str, parts: SplitResult) -> None:

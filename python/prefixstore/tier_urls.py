@@ -14,7 +14,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, unquote, urlencode
+from urllib.parse import SplitResult, unquote, urlencode
 
 from prefixstore.errors import ConfigError
 from prefixstore.keys import ProtectionConfig, split_paths
@@ -25,6 +25,7 @@ from prefixstore.settings import (
     parse_seconds,
     parse_switch,
     parse_whole,
+    split_options,
     split_url,
 )
 from prefixstore.store import TierPolicy
@@ -155,12 +156,7 @@ def parse_tier_url(url: str) -> TierUrl:
     kind = _KINDS[parts.scheme]
     if parts.scheme not in _WITHOUT_USERS:
         check_user_info(f"tiers: {kind.name}", parts)
-    pairs = parse_qsl(parts.query, keep_blank_values=True)
-    options = dict(pairs)
-    names = [name for name, _ in pairs]
-    if len(options) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ConfigError(f"tiers: {kind.name}: expected each option once, got {twice} twice")
+    options = split_options(f"tiers: {kind.name}", parts.query)
     common = {name: options.pop(name) for name in _COMMON_OPTIONS if name in options}
     write = common.get("write")
     if write is not None:

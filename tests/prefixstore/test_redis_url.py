@@ -66,7 +66,7 @@ def test_reads_urls(url, fields):
         ("http://h", "scheme: expected one of"),
         ("redis+clutser://h", r"did you mean redis\+cluster\?"),
         ("redis://h?tll=1h", "got 'tll'; did you mean ttl"),
-        ("redis://h?ttl=1h&ttl=2h", "ttl: expected once"),
+        ("redis://h?ttl=1h&ttl=2h", "url: expected each option once, got ttl twice$"),
         ("redis://h?ttl=soon", "ttl: expected a time such as .* got 'soon'"),
         ("redis://h?ttl=1y", "ttl: expected"),
         ("redis://h?ttl=0", "ttl_s: expected an integer of at least 1"),

@@ -66,7 +66,7 @@ def test_reads_urls(url, fields):
         ("s3://bucket?regoin=x", "got 'regoin'; did you mean region"),
         ("s3://bucket?account=x", "s3: option: expected one of .*, got 'account'"),
         ("file:///kv?region=x", "file: option: expected one of .*, got 'region'"),
-        ("s3://bucket?ttl=1h&ttl=2h", "expected each option once"),
+        ("s3://bucket?ttl=1h&ttl=2h", "s3: expected each option once, got ttl twice$"),
         ("s3://bucket?ttl=soon", "ttl: expected a time"),
         ("s3://bucket?ttl=0", "ttl_s: expected more than 0, got 0"),
         ("s3://bucket?max_requests=0", "max_requests: expected an integer of at least 1, got 0"),

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, unquote
+from urllib.parse import SplitResult, unquote
 
 from prefixstore.errors import ConfigError
 from prefixstore.settings import (
@@ -26,6 +26,7 @@ from prefixstore.settings import (
     parse_seconds,
     parse_switch,
     parse_whole,
+    split_options,
     split_url,
 )
 from prefixstore.tiers.redis.config import Address, TlsConfig, Topology
@@ -104,14 +105,9 @@ def _read_address(text: str, default_port: int) -> Address:
 
 
 def _read_options(query: str) -> dict[str, Any]:
-    pairs = parse_qsl(query, keep_blank_values=True)
-    check_known("url: option", [name for name, _ in pairs], _OPTIONS)
-    options: dict[str, Any] = {}
-    for name, text in pairs:
-        if name in options:
-            raise ConfigError(f"{name}: expected once, got it twice")
-        options[name] = _OPTIONS[name](name, text)
-    return options
+    options = split_options("url", query)
+    check_known("url: option", options, _OPTIONS)
+    return {name: _OPTIONS[name](name, text) for name, text in options.items()}
 
 
 def _whole_seconds(name: str, text: str) -> int:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, unquote
+from urllib.parse import SplitResult, unquote
 
 from prefixstore.errors import ConfigError
 from prefixstore.settings import (
@@ -19,6 +19,7 @@ from prefixstore.settings import (
     parse_seconds,
     parse_switch,
     parse_whole,
+    split_options,
     split_url,
 )
 from prefixstore.tiers.base import check_bytes
@@ -111,13 +112,11 @@ class RemoteTierConfig:
         if parts.scheme != "file":
             check_user_info("url", parts)
         known = _COMMON_OPTIONS | _OWN_OPTIONS[parts.scheme]
-        pairs = parse_qsl(parts.query, keep_blank_values=True)
-        check_known(f"{parts.scheme}: option", [name for name, _ in pairs], known)
+        options = split_options(parts.scheme, parts.query)
+        check_known(f"{parts.scheme}: option", options, known)
         read: dict[str, Any] = {
-            known[name].field: known[name].parse(name, text) for name, text in pairs
+            known[name].field: known[name].parse(name, text) for name, text in options.items()
         }
-        if len(read) != len(pairs):
-            raise ConfigError(f"{parts.scheme}: expected each option once, got one twice")
         return cls(parts.scheme, **_read_place(parts), **read, **fields)
 
     @property
