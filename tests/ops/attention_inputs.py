@@ -1,8 +1,12 @@
 """What tests of attention share: shapes of batches, and inputs whose unused slots are poison."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+
+from accuracy import assert_as_accurate
+from kvkernels.reference import attention as reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 UNUSED_ID = 2147480000  # past any cache: reading the block it names would fault
@@ -175,3 +179,13 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
         torch.tensor(lens, dtype=torch.int32, device=device),
         None if set(counts) == {1} else cu_seqlens_q.to(device),
     )
+
+
+def assert_attends(
+    out: torch.Tensor, lse: torch.Tensor, inputs: Inputs, *arguments: Any, **options: Any
+) -> None:
+    """Hold a result to the reference's, which gets the same arguments after the tensors."""
+    exact = reference.paged_attention(*inputs.tensors(torch.float64), *arguments, **options)
+    rounded = reference.paged_attention(*inputs.tensors(), *arguments, **options)
+    assert_as_accurate(out, rounded[0], exact[0], "out")
+    assert_as_accurate(lse, rounded[1], exact[1], "lse")

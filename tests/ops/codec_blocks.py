@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+import numpy as np
 import torch
 
 import kvkernels
@@ -127,3 +128,44 @@ def assert_is_reference(encoded: EncodedBlocks, pool: KVPool) -> None:
         assert torch.equal(encoded.payload(index), want)
         sums = reference.sum_layers(want, encoded.format_of(index))
         assert torch.equal(encoded.sums[index], sums)
+
+
+def assert_bits_are_found(pool: KVPool, codec: str, num_bits: int) -> None:
+    """Flip some bits of a payload, one at a time: its layer alone is refused and not written.
+
+    Args:
+        pool: One block.
+        codec: Writes it.
+        num_bits: How many to flip.
+    """
+    encoded = encode(pool, codec)
+    generator = np.random.default_rng(0)
+    for bit in generator.integers(0, 8 * encoded.block_format.payload_bytes, num_bits):
+        payloads = encoded.payloads.clone()
+        payloads[0, bit // 8] ^= 1 << int(bit % 8)
+        broken = EncodedBlocks(encoded.block_format, payloads, encoded.sums, encoded.is_raw)
+        target = KVPool(pool.layout, 2)
+        target.data.fill_(7.0)
+        is_good = kvkernels.decode_blocks(broken, target, torch.tensor([1]))
+        offsets = [one.offset for one in encoded.block_format.layers]
+        hit = sum(offset <= bit // 8 for offset in offsets) - 1
+        assert is_good[0].tolist() == [layer != hit for layer in range(pool.layout.num_layers)]
+        assert (target.data[0] == 7).all() and (target.data[1, hit] == 7).all()
+
+
+def assert_any_bytes_decode(layout: KVLayout, codec: str) -> None:
+    """Codes, scales and escapes that no encoder writes, under right sums: what the reference makes
+    of them, and nothing is read or written elsewhere.
+    """
+    block_format = BlockFormat(layout, codec)
+    generator = torch.Generator().manual_seed(3)
+    shape = (8, block_format.payload_bytes)
+    payloads = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    sums = torch.stack([reference.sum_layers(row, block_format) for row in payloads])
+    encoded = EncodedBlocks(block_format, payloads, sums, torch.zeros(8, dtype=torch.bool))
+    restored = decode(encoded)
+    for index in range(8):
+        want = reference.decode_block(payloads[index], block_format)
+        same = as_bytes(restored[index]) == as_bytes(want)
+        is_nan = restored[index].isnan() & want.isnan()
+        assert (same | as_bytes(is_nan).repeat_interleave(layout.dtype.itemsize, -1)).all()

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_inputs import DECODE, DTYPES, MIXED, Case, Inputs, make_inputs
+from attention_inputs import (
+    DECODE,
+    DTYPES,
+    MIXED,
+    Case,
+    Inputs,
+    assert_attends,
+    make_inputs,
+)
 from implementations import Implementation, every_implementation
 
 from accuracy import assert_as_accurate
@@ -199,13 +207,9 @@ def check(implementation: Implementation, feature: Feature, dtype: torch.dtype, 
         width = feature.case.head_dim
         caches = quantize_some(inputs, feature.kinds, width, feature.value_dim or width)
     scoring = make_scoring(feature, device)
-    wide = inputs.tensors(torch.float64)
-    exact = reference.paged_attention(*wide, scoring, True, **caches)
-    rounded = reference.paged_attention(*inputs.tensors(), scoring, True, **caches)
     out, lse = implementation.paged_attention(*inputs.tensors(), scoring, True, **caches)
     assert out.dtype == dtype and lse.dtype == torch.float32
-    assert_as_accurate(out, rounded[0], exact[0], "out")
-    assert_as_accurate(lse, rounded[1], exact[1], "lse")
+    assert_attends(out, lse, inputs, scoring, True, **caches)
 
 
 @every_implementation()

@@ -6,15 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_inputs import DTYPES, Case, Inputs, make_inputs
+from attention_inputs import (
+    DTYPES,
+    Case,
+    Inputs,
+    assert_attends,
+    make_inputs,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from implementations import IMPLEMENTATIONS, Implementation
 from test_attention_features import Feature, check, make_scoring, quantize_some
 
-from accuracy import assert_as_accurate
 from kvkernels.quantized_cache import KIND_SHIFT, QuantizedCache
-from kvkernels.reference import attention as reference
 from kvkernels.scoring import MAX_TREE_TOKENS, Scoring
 
 CPU = torch.device("cpu")
@@ -178,7 +182,4 @@ def test_keys_cut_at_any_block_merge_to_the_whole(
         *(query, *cache, table[:, cut:], lens - cut * block_size, sums, scoring, True), **caches
     )
     out, lse = implementation.merge_attention(*first, *rest)
-    exact = reference.paged_attention(*inputs.tensors(torch.float64), scoring, True, **caches)
-    rounded = reference.paged_attention(*inputs.tensors(), scoring, True, **caches)
-    assert_as_accurate(out, rounded[0], exact[0], "out")
-    assert_as_accurate(lse, rounded[1], exact[1], "lse")
+    assert_attends(out, lse, inputs, scoring, True, **caches)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from codec_blocks import (
@@ -13,6 +12,8 @@ from codec_blocks import (
     LOSSY,
     LOSSY_AND_DTYPES,
     as_bytes,
+    assert_any_bytes_decode,
+    assert_bits_are_found,
     assert_is_reference,
     decode,
     encode,
@@ -21,7 +22,7 @@ from codec_blocks import (
 )
 
 import kvkernels
-from kvkernels import CODECS, BlockFormat, EncodedBlocks, KVLayout, KVPool
+from kvkernels import CODECS, BlockFormat, KVLayout, KVPool
 from kvkernels.reference import codecs as reference
 
 # NumPy, which interprets Triton's kernels, says where numbers are not finite.
@@ -207,41 +208,15 @@ def test_a_codec_for_each_layer(codec_implementation: str) -> None:
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_flipped_bit_is_found_in_its_layer(codec: str, codec_implementation: str) -> None:
-    pool = make_pool(latents(3, 1, 12, 4, 16), 1)
-    encoded = encode(pool, codec)
-    generator = np.random.default_rng(0)
     num_bits = 8 if is_interpreted(codec_implementation) else 100
-    for bit in generator.integers(0, 8 * encoded.block_format.payload_bytes, num_bits):
-        payloads = encoded.payloads.clone()
-        payloads[0, bit // 8] ^= 1 << int(bit % 8)
-        broken = EncodedBlocks(encoded.block_format, payloads, encoded.sums, encoded.is_raw)
-        target = KVPool(pool.layout, 2)
-        target.data.fill_(7.0)
-        is_good = kvkernels.decode_blocks(broken, target, torch.tensor([1]))
-        offsets = [one.offset for one in encoded.block_format.layers]
-        hit = sum(offset <= bit // 8 for offset in offsets) - 1
-        assert is_good[0].tolist() == [layer != hit for layer in range(3)]
-        assert (target.data[0] == 7).all() and (target.data[1, hit] == 7).all()
+    assert_bits_are_found(make_pool(latents(3, 1, 12, 4, 16), 1), codec, num_bits)
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_any_bytes_with_the_right_sums_decode_to_something(
     codec: str, codec_implementation: str
 ) -> None:
-    """Codes, scales and escapes that no encoder writes: nothing is read or written elsewhere."""
-    layout = latents(*SMALL)
-    block_format = BlockFormat(layout, codec)
-    generator = torch.Generator().manual_seed(3)
-    shape = (8, block_format.payload_bytes)
-    payloads = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    sums = torch.stack([reference.sum_layers(row, block_format) for row in payloads])
-    encoded = EncodedBlocks(block_format, payloads, sums, torch.zeros(8, dtype=torch.bool))
-    restored = decode(encoded)
-    for index in range(8):
-        want = reference.decode_block(payloads[index], block_format)
-        same = as_bytes(restored[index]) == as_bytes(want)
-        is_nan = restored[index].isnan() & want.isnan()
-        assert (same | as_bytes(is_nan).repeat_interleave(layout.dtype.itemsize, -1)).all()
+    assert_any_bytes_decode(latents(*SMALL), codec)
 
 
 def test_sizes() -> None:

@@ -39,6 +39,16 @@ def put(tier: DiskTier, keys: list[BlockKey]) -> None:
         tier.put(key.name, memoryview(make_record(key)))
 
 
+def put_with(tier: DiskTier, keys: list[BlockKey], priority: int) -> list[TierError | None]:
+    """Put records in one call; what came of each."""
+    records = [memoryview(make_record(key)) for key in keys]
+    return tier.put_many([key.name for key in keys], records, priority=priority)
+
+
+def contains(tier: DiskTier, keys: list[BlockKey]) -> list[bool]:
+    return tier.contains_many([key.name for key in keys])
+
+
 def count_right(tier: DiskTier, keys: list[BlockKey]) -> int:
     """How many come back and verify; one that comes back right but is not fails the test."""
     num_right = 0

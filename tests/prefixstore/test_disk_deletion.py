@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from disk_tiers import Clock, count_right, open_tier, put
+from disk_tiers import Clock, contains, count_right, open_tier, put
 from hanging_calls import hang_writing
-from sample_blocks import LAYOUT, make_keys, make_payload, make_record
+from sample_blocks import LAYOUT, make_keys, make_payload
 
 from prefixstore.errors import TierTimeout
 from prefixstore.record import BlockKey, chain_keys, encode
@@ -17,15 +17,6 @@ from prefixstore.tiers.disk import DiskTier, writer
 
 HOUR = 3600.0
 YEAR_NS = 365 * 86400 * 10**9
-
-
-def put_with(tier: DiskTier, keys: list[BlockKey], priority: int) -> list:
-    records = [memoryview(make_record(key)) for key in keys]
-    return tier.put_many([key.name for key in keys], records, priority=priority)
-
-
-def contains(tier: DiskTier, keys: list[BlockKey]) -> list[bool]:
-    return tier.contains_many([key.name for key in keys])
 
 
 def make_keys_of(identity: bytes, num_blocks: int) -> list[BlockKey]:

@@ -3,26 +3,15 @@
 import time
 
 import pytest
-from disk_tiers import Clock, count_right, open_tier, put
-from sample_blocks import LARGE_LAYOUT, LAYOUT, make_keys, make_record
+from disk_tiers import Clock, contains, count_right, open_tier, put, put_with
+from sample_blocks import LARGE_LAYOUT, LAYOUT, make_keys
 
 from prefixstore.errors import TierFull
-from prefixstore.record import BlockKey
 from prefixstore.tiers.base import PAGE_BYTES, Swept
-from prefixstore.tiers.disk import DiskTier
 from prefixstore.tiers.disk import clock as disk_clock
 
 HOUR = 3600.0
 YEAR_NS = 365 * 86400 * 10**9
-
-
-def put_with(tier: DiskTier, keys: list[BlockKey], priority: int) -> list:
-    records = [memoryview(make_record(key)) for key in keys]
-    return tier.put_many([key.name for key in keys], records, priority=priority)
-
-
-def contains(tier: DiskTier, keys: list[BlockKey]) -> list[bool]:
-    return tier.contains_many([key.name for key in keys])
 
 
 # ---- time to live --------------------------------------------------------------------------------
