@@ -32,13 +32,16 @@ class BlockAllocator:
 
     @property
     def num_blocks(self) -> int:
+        """Blocks in the pool."""
         return len(self._ref_counts)
 
     @property
     def num_free(self) -> int:
+        """Blocks that nobody uses."""
         return len(self._free)
 
     def ref_count(self, block_id: int) -> int:
+        """How many users a block has, 0 for a free one; ValueError for an id that there is not."""
         self._check_id(block_id)
         return self._ref_counts[block_id]
 

@@ -67,6 +67,7 @@ class Part:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the part, without padding behind it."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -92,6 +93,7 @@ class SideFormat:
 
     @property
     def end(self) -> int:
+        """Where its last part ends, in bytes from the start of the layer."""
         return self.parts[-1].offset + self.parts[-1].num_bytes
 
 

@@ -68,10 +68,12 @@ class KVPool:
 
     @property
     def device(self) -> torch.device:
+        """Where the blocks lie."""
         return self.data.device
 
     @property
     def capacity_bytes(self) -> int:
+        """Bytes of all blocks, used or not."""
         return self.num_blocks * self.layout.block_bytes
 
     def key_cache(self, layer: int) -> torch.Tensor:

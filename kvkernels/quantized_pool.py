@@ -80,6 +80,7 @@ class QuantizedPool:
 
     @property
     def capacity_bytes(self) -> int:
+        """Bytes of all blocks, used or not."""
         return self.data.numel()
 
     def cache(self, layer: int) -> QuantizedCache:

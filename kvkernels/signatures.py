@@ -60,6 +60,7 @@ class CheckedCalls:
         )
 
     def add(self, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        """Remember that calls with tensors like these are right."""
         if torch.compiler.is_compiling() or type(tensors[0]) is not torch.Tensor:
             return
         if len(self._signatures) >= MAX_SIGNATURES:

@@ -35,9 +35,11 @@ class LayerStore:
 
     @property
     def num_layers(self) -> int:
+        """Layers of the model, in all groups."""
         return len(self._places)
 
     def group_of(self, layer_idx: int) -> PagedGroup:
+        """The layer group of one of the model's layers."""
         return self._groups[self._places[layer_idx][0]]
 
     def begin(self) -> None:

@@ -24,16 +24,19 @@ def at(values, index):
 
 @triton.constexpr_function
 def first_of(parts, index):
+    """First channel of a part."""
     return parts[index][0]
 
 
 @triton.constexpr_function
 def width_of(parts, index):
+    """Channels that a part is loaded as, a power of two."""
     return parts[index][1]
 
 
 @triton.constexpr_function
 def end_of(parts, index):
+    """Channel before which a part's own channels end; those up to its width are masked."""
     return parts[index][2]
 
 
@@ -112,6 +115,7 @@ def store_parts(
     factor,  # [num_rows]: multiplies a row
     PARTS: tl.constexpr,
 ):
+    """Store parts of rows, each row multiplied by its factor."""
     for i in tl.static_range(len(PARTS)):
         channels = first_of(PARTS, i) + tl.arange(0, width_of(PARTS, i))
         pointers = base_ptr + offsets[:, None] + channels[None, :]

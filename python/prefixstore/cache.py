@@ -210,6 +210,7 @@ class PrefixCache:
         return store.flush(timeout_s) if store else True
 
     def stats(self) -> CacheStats:
+        """Counters since the cache was opened, and what its pools hold now."""
         device, store = self.blocks.device, self.blocks.store
         device.release_abandoned()
         pools = tuple(

@@ -229,4 +229,5 @@ def _kind_of(value: Any) -> str:
 
 
 def physical_memory_bytes() -> int:
+    """This machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

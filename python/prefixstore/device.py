@@ -60,6 +60,7 @@ class DeviceBlocks:
 
     @property
     def windows(self) -> list[int | None]:
+        """The window of each layer group, in tokens; None for full attention."""
         return [group.window for group in self.groups]
 
     def find(self, tokens: np.ndarray, salt: str) -> tuple[Match, np.ndarray]:
@@ -132,6 +133,7 @@ class DeviceBlocks:
             return match
 
     def unpin(self, match: Match) -> None:
+        """Let the run of a match be evicted again."""
         with self._lock:
             self._index.unpin(match)
 
@@ -286,23 +288,28 @@ class DeviceBlocks:
 
     @property
     def evicted_blocks(self) -> int:
+        """Blocks that gave way to others so far, in all groups."""
         return self._evicted_blocks
 
     def index_stats(self) -> Stats:
+        """See `RadixIndex.stats`."""
         self.release_abandoned()
         with self._lock:
             return self._index.stats()
 
     def outline(self) -> Outline:
+        """See `RadixIndex.outline`."""
         self.release_abandoned()
         with self._lock:
             return self._index.outline()
 
     def tokens_of(self, handle: int) -> np.ndarray | None:
+        """See `RadixIndex.tokens_of`."""
         with self._lock:
             return self._index.tokens_of(handle)
 
     def check(self) -> list[str]:
+        """Recount index, pools and references; one line for each thing that is wrong."""
         self.release_abandoned()
         with self._lock:
             problems = [f"index: {line}" for line in self._index.check()]

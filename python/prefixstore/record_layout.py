@@ -95,6 +95,7 @@ class RecordLayout:
 
     @property
     def is_raw(self) -> bool:
+        """Whether all layers are written as they are."""
         return self.codecs == ("raw",)
 
     @property

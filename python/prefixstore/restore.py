@@ -36,6 +36,7 @@ class RestoredPrefix:
 
     @property
     def num_blocks(self) -> int:
+        """Blocks of the restored prefix."""
         return len(self.tiers)
 
 

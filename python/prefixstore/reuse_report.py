@@ -40,4 +40,5 @@ class ReuseReport:
 
     @property
     def num_reused(self) -> int:
+        """Tokens of the prompt that were not computed."""
         return self.num_prompt_tokens - self.num_recomputed

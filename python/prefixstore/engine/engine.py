@@ -176,6 +176,7 @@ class Engine:
     # ---- the engine as a whole ---------------------------------------------------------------
 
     def stats(self) -> EngineStats:
+        """Counters since the engine was opened, and how many requests wait and run now."""
         loop = self._loop
         cache, planner = self.cache.stats(), loop.planner.stats()
         with loop.changed:

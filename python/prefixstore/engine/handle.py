@@ -30,6 +30,7 @@ class RequestHandle:
 
     @property
     def is_finished(self) -> bool:
+        """Whether the last piece of the answer is there; it may still be unread."""
         with self._condition:
             return self._is_finished()
 

@@ -48,6 +48,7 @@ class Chunk:
 
     @property
     def stop(self) -> int:
+        """Position behind its last token."""
         return self.start + len(self.tokens)
 
 

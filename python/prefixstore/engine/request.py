@@ -88,6 +88,7 @@ class Request:
 
     @property
     def request_id(self) -> str:
+        """As the caller knows it."""
         return self.answer.handle.request_id
 
     @property
@@ -97,6 +98,7 @@ class Request:
 
     @property
     def num_output(self) -> int:
+        """Tokens of the answer so far."""
         return self.num_tokens - self.num_prompt
 
     @property

@@ -110,10 +110,12 @@ class Restoring:
 
     @property
     def is_planned(self) -> bool:
+        """Whether there is a plan: before, nothing is computed."""
         return self._meeting is not None
 
     @property
     def began(self) -> float:
+        """When it was admitted, on `time.monotonic`."""
         return self._began
 
     def answer_late(self, held: HeldBlocks) -> None:
@@ -162,11 +164,13 @@ class Restoring:
         return min(self._meeting.overdue_at(now), self.deadline)
 
     def chunk_done(self, now: float) -> None:
+        """See `Meeting.chunk_done`."""
         assert self._meeting is not None
         self._meeting.chunk_done(now)
 
     @property
     def is_done(self) -> bool:
+        """Whether every token of the prompt is there."""
         return self._meeting is not None and self._meeting.is_done
 
     @property
@@ -231,6 +235,7 @@ class Restoring:
 
     @property
     def plan(self) -> RestorePlan | None:
+        """The newest plan; None before there is one."""
         return self._plan
 
     def prefix_end(self, numbers: range) -> int:
@@ -247,6 +252,7 @@ class Restoring:
 
     @property
     def meeting(self) -> Meeting | None:
+        """The state of that plan; None before there is one."""
         return self._meeting
 
     @property

@@ -86,10 +86,12 @@ class Roster:
             self._changed.notify_all()
 
     def end_cancelled(self) -> None:
+        """End the requests that were cancelled since the last step."""
         for request_id in list(self._cancelled):
             self.end(self._requests[request_id], FinishReason.CANCELLED)
 
     def end_all(self, reason: FinishReason, error: str | None = None) -> None:
+        """End every request, for the same reason."""
         for request in list(self._requests.values()):
             self.end(request, reason, error)
 

@@ -59,6 +59,7 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken, without drawing."""
         return self.temperature == 0
 
 

@@ -40,6 +40,7 @@ class Step:
 
     @property
     def wants_logits(self) -> bool:
+        """Whether the next token is sampled after this step."""
         return self.stop == self.request.num_tokens
 
 
@@ -87,6 +88,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
+        """Requests that are not in the batch yet, or any more."""
         return len(self.queue) + len(self._held_back)
 
     def remove_waiting(self, request: Request) -> bool:

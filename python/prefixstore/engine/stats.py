@@ -71,6 +71,7 @@ class EngineCounts:
         self.miss_tokens: Counter[str] = Counter()
 
     def add_finished(self, reason: FinishReason, report: RequestReport) -> None:
+        """Count a request that has ended."""
         self.finished[reason.value] += 1
         if report.times.ttft_s:
             self.prompt_tokens += report.reuse.num_prompt_tokens

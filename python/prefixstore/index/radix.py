@@ -114,10 +114,12 @@ class RadixIndex:
 
     @property
     def block_size(self) -> int:
+        """Tokens in a block."""
         return self._block_size
 
     @property
     def num_groups(self) -> int:
+        """Layer groups, for each of which a block has an id."""
         return self._num_groups
 
     @property
@@ -255,6 +257,7 @@ class RadixIndex:
         return None if fields is None else fields[2]
 
     def stats(self) -> Stats:
+        """Sizes of the tree now, and counters since it was made."""
         return Stats(**self._tree.stats())
 
     def check(self) -> list[str]:

@@ -134,6 +134,7 @@ class Costs:
 
     @property
     def num_blocks(self) -> int:
+        """Blocks that may be loaded."""
         return len(self.tiers)
 
     def recompute_s(self) -> float:

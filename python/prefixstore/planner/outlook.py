@@ -31,6 +31,7 @@ class Outlook:
     # ---- what happens ------------------------------------------------------------------------
 
     def begin_chunk(self, tokens: range, now: float) -> None:
+        """The model begins to compute these tokens."""
         self._pace.begin(self._pace.compute, self._pass_s(tokens), now)
 
     def end_chunk(self, now: float, *, learns: bool = True) -> None:
@@ -38,6 +39,7 @@ class Outlook:
         self._pace.end(self._pace.compute, now, learns=learns)
 
     def begin_call(self, blocks: range, num_layer_steps: int, now: float) -> None:
+        """A call for these blocks begins, in so many steps of layers; 1 for whole blocks."""
         self._call, self._num_layer_steps, self._idle_since = blocks, num_layer_steps, None
         first, end = blocks.start - self._offset, blocks.stop - self._offset
         self._pace.begin(self._pace.load, self._costs.load_s(first, end, num_layer_steps), now)

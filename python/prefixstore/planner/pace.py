@@ -57,6 +57,7 @@ class Pace:
         self._counted_at = 0.0
 
     def begin(self, side: Side, expected_s: float, now: float) -> None:
+        """A side begins something that takes so many seconds by itself, as estimated."""
         self.advance(now)
         side.work = _Work(now, expected_s)
 

@@ -279,6 +279,7 @@ class Meeting:
         return self._cut_off
 
     def counts(self) -> MeetingCounts:
+        """Blocks computed, loaded and dropped so far."""
         return MeetingCounts(
             self._num_computed, self._num_loaded, self._num_dropped, self._is_given_up
         )

@@ -139,6 +139,7 @@ class TierRate:
         self._observed_at = now
 
     def snapshot(self) -> TierEstimate:
+        """What is believed of the tier now."""
         latency_s, byte_s = self._fit.coefficients.tolist()
         return TierEstimate(
             latency_s=latency_s,
@@ -177,6 +178,7 @@ class PrefillRate:
         self._num_passes += 1
 
     def snapshot(self) -> PrefillEstimate:
+        """What is believed of the model now."""
         pass_s, token_s, pair_s = self._fit.coefficients.tolist()
         return PrefillEstimate(pass_s, token_s, pair_s, self._spread, self._num_passes)
 
@@ -198,6 +200,7 @@ class Slowdown:
 
     @property
     def factor(self) -> float:
+        """How many times as long a pass takes beside a load as alone."""
         return math.exp(self._log)
 
     def observe(self, alone_s: float, beside_s: float) -> None:

@@ -91,10 +91,12 @@ class PlanCounts:
         self._counts: Counter[str] = Counter()
 
     def add_plan(self, plan: RestorePlan) -> None:
+        """Count a plan that was made."""
         self._modes[plan.mode].num_plans += 1
         self._counts["num_probes"] += plan.is_probe
 
     def add_finished(self, plan: RestorePlan, measured_s: float, counts: MeetingCounts) -> None:
+        """Count a plan that was carried out in `measured_s` seconds."""
         self._modes[plan.mode].add(plan, measured_s)
         self._counts.update(
             num_given_up=counts.is_given_up,

@@ -81,6 +81,7 @@ class Breaker:
 
     @property
     def is_down(self) -> bool:
+        """Whether an outage goes on, be it in a pause or in a trial."""
         return self._down_until is not None
 
     @property
@@ -104,6 +105,7 @@ class Breaker:
             return Leave(self._num_outages, self._down_until)
 
     def succeeded(self, leave: Leave) -> None:
+        """A call that had leave succeeded: a trial ends its outage."""
         if leave.outage is None:
             return
         with self._lock:
@@ -121,6 +123,7 @@ class Breaker:
                 self._down_until = self._clock()
 
     def failed(self, error: BaseException, leave: Leave) -> None:
+        """A call that had leave failed: a trial prolongs the pause, others may begin an outage."""
         with self._lock:
             now = self._clock()
             if self._down_until is not None:

@@ -86,8 +86,10 @@ class StoreConfig:
 
     @property
     def max_queue_bytes(self) -> int:
+        """`queue_bytes`, or its default."""
         return DEFAULT_QUEUE_BYTES if self.queue_bytes is None else self.queue_bytes
 
     @property
     def max_queue_entries(self) -> int:
+        """`queue_entries`, or its default."""
         return DEFAULT_QUEUE_ENTRIES if self.queue_entries is None else self.queue_entries

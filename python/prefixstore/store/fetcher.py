@@ -38,6 +38,7 @@ class Slab:
     is_abandoned: bool = False  # a tier that missed its deadline may still write to it
 
     def abandon(self) -> None:
+        """Never use it again: a tier may still write to it."""
         self.is_abandoned = True
 
 

@@ -41,9 +41,11 @@ class GuardedTier:
 
     @property
     def name(self) -> str:
+        """The tier's name."""
         return self._tier.name
 
     def use(self) -> TierUse:
+        """What the store asked of the tier so far, and what came of it."""
         counts = self._counts.as_dict()
         return TierUse(self.name, is_down=self._calls.is_down, **counts)
 
@@ -287,6 +289,7 @@ class GuardedTier:
             return [f"{self.name}: cannot be checked: {error}"]
 
     def close(self) -> None:
+        """Close the tier; that it fails is logged."""
         try:
             self._tier.close()
         except TierError as error:

@@ -44,6 +44,7 @@ class RecentNames:
             return is_new
 
     def contains_many(self, names: Sequence[RecordName]) -> list[bool]:
+        """For each name whether it was added lately."""
         if not self._added_s:
             return [False] * len(names)
         with self._lock:
@@ -51,6 +52,7 @@ class RecentNames:
             return [self._holds(name, now) for name in names]
 
     def discard(self, names: Iterable[RecordName]) -> None:
+        """Forget names, whether they are there or not."""
         with self._lock:
             for name in names:
                 self._added_s.pop(name, None)

@@ -81,9 +81,11 @@ class Counts:
         self._lock = threading.Lock()
 
     def add(self, **increments: int) -> None:
+        """Add to counters by name."""
         with self._lock:
             self._counts.update(increments)
 
     def as_dict(self) -> dict[str, int]:
+        """A copy of all counters."""
         with self._lock:
             return dict(self._counts)

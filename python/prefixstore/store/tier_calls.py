@@ -16,18 +16,22 @@ Judge = Callable[[object], bool]  # of what one record met
 
 
 def was_answered(outcome: object) -> bool:
+    """Whether a tier said anything; that it is full or a record damaged counts."""
     return not isinstance(outcome, TierError) or isinstance(outcome, (TierFull, BlockCorrupted))
 
 
 def was_read(outcome: object) -> bool:
+    """Whether a record, or a part of one, came."""
     return isinstance(outcome, int)
 
 
 def was_kept(outcome: object) -> bool:
+    """Whether a record was written."""
     return outcome is None
 
 
 def was_deleted(outcome: object) -> bool:
+    """Whether a record was there, and deleted."""
     return outcome is True
 
 

@@ -142,6 +142,7 @@ class WriteQueue:
             return self._num_entries(), self._num_bytes
 
     def check(self) -> list[str]:
+        """Recount what is queued; one line for each thing that is wrong."""
         with self._changed:
             sources = [job.source for job in [*self._jobs, *self._running]]
             expected = sum(one.num_bytes for one in sources), sum(one.held_bytes for one in sources)

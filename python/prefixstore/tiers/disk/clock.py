@@ -56,4 +56,5 @@ def boot_id() -> str:
 
 
 def boot_ns() -> int:
+    """Nanoseconds since this machine was started, those in suspend included."""
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)

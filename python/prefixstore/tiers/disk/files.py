@@ -48,10 +48,12 @@ class Slab:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of its file once all slots were written."""
         return self.slot_bytes * self.num_slots
 
     @property
     def file_name(self) -> str:
+        """Without the folder; it tells number and shape, so that the index can be rebuilt."""
         return f"slab-v{VERSION}-{self.slab_id:06d}-{self.slot_bytes}x{self.num_slots}.kvb"
 
 
@@ -203,6 +205,7 @@ class SlabFiles:
         return status.st_mtime_ns if status else 0
 
     def close(self) -> None:
+        """Forget the open files; those that are being used close when that ends."""
         with self._lock:
             self._open_files.clear()
 

@@ -102,6 +102,7 @@ def share_of(part: Part, start: int, num_bytes: int) -> int:
 
 
 def whole_pages(num_bytes: int) -> int:
+    """Bytes of the pages that so many bytes take."""
     return num_bytes // PAGE_BYTES * PAGE_BYTES
 
 

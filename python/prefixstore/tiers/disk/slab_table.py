@@ -36,6 +36,7 @@ class Limits:
 
 
 def list_slabs(sql: sqlite3.Connection) -> list[Slab]:
+    """Every slab that the index knows."""
     return [Slab(*row) for row in sql.execute(_SELECT + " ORDER BY slab_id")]
 
 
@@ -144,6 +145,7 @@ def drop_slab(sql: sqlite3.Connection, slab: Slab) -> int:
 
 
 def total_bytes(sql: sqlite3.Connection) -> int:
+    """Bytes of all slabs."""
     return sql.execute("SELECT ifnull(sum(slot_bytes * num_slots), 0) FROM slabs").fetchone()[0]
 
 

@@ -44,6 +44,7 @@ class SlotRef(NamedTuple):
 
     @property
     def place(self) -> Place:
+        """What names the slot in the index."""
         return Place(self.slab.slab_id, self.slot, self.ticket)
 
     @property
@@ -274,6 +275,7 @@ def _release_written(sql: sqlite3.Connection, refs: Iterable[SlotRef]) -> None:
 
 
 def set_pinned(sql: sqlite3.Connection, names: Iterable[RecordName], is_pinned: bool) -> None:
+    """Pin records, or let them go."""
     change, is_due = (PINNED, "rank < 8") if is_pinned else (-PINNED, "rank >= 8")
     _for_each(
         sql,

@@ -53,15 +53,19 @@ class Keys:
     prefix: str
 
     def generation(self, identity: bytes) -> bytes:
+        """The key that holds an identity's current generation."""
         return f"{self.prefix}:{_SCHEMA}:{identity.hex()}:generation".encode()
 
     def ended(self, identity: bytes) -> bytes:
+        """The set of ended generations of which pins are left."""
         return f"{self.prefix}:{_SCHEMA}:{identity.hex()}:ended".encode()
 
     def pinned(self, identity: bytes, generation: bytes) -> bytes:
+        """The set of pinned records of a generation."""
         return b"%b:pinned" % _stem(self.prefix, identity, generation)
 
     def record(self, name: RecordName, generation: bytes) -> bytes:
+        """The key of a record: of its manifest and its first part."""
         stem = _stem(self.prefix, name.identity, generation)
         return b"%b:{%b}" % (stem, hexlify(name.block_hash))
 
@@ -103,6 +107,7 @@ class Manifest:
 
     @property
     def num_parts(self) -> int:
+        """Values that the record is split into."""
         return max(1, -(-self.record_bytes // self.part_bytes))
 
     @property
@@ -111,6 +116,7 @@ class Manifest:
         return min(self.record_bytes, self.part_bytes)
 
     def encode(self) -> bytes:
+        """Its bytes, `MANIFEST_BYTES` of them."""
         return MANIFEST.pack(
             MAGIC, self.num_parts, self.record_bytes, self.part_bytes, self.write_id
         )

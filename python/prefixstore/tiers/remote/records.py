@@ -32,6 +32,7 @@ class Records:
     ttl_s: float | None
 
     def path(self, name: RecordName) -> str:
+        """Where a record lies in the store."""
         digits = name.block_hash.hex()
         return f"{self.folder(name.identity)}/{digits[:2]}/{digits}.kvb"
 
@@ -40,6 +41,7 @@ class Records:
         return f"{self.root}/{identity.hex()}"
 
     def is_expired(self, info: ObjectInfo) -> bool:
+        """Whether its time to live is over."""
         return self.ttl_s is not None and time.time() - info.modified.timestamp() >= self.ttl_s
 
     async def find(self, path: str) -> ObjectInfo | None:
