@@ -20,7 +20,6 @@ from kvkernels.triton_kernels.merge import plan_merge
 from kvkernels.triton_kernels.prefill import plan_prefill
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OPS = ("store_kv", "merge", "decode", "prefill", "encode_blocks", "decode_blocks")
 _MAX_BLOCKS = 4096
 
 
