@@ -17,13 +17,13 @@ import torch
 
 from kvkernels.codecs import BlockFormat
 from kvkernels.triton_kernels.codecs_plan import (
-    Work,
     holds_raw,
     plan_decode,
     plan_encode,
     plan_encode_raw,
     plan_sums,
 )
+from kvkernels.triton_kernels.codecs_work import Work
 from kvkernels.triton_kernels.launch import device_of, run
 
 

@@ -13,6 +13,7 @@ from kvkernels.quantized_cache import QuantizedCache
 from kvkernels.scoring import Scoring
 from kvkernels.triton_kernels import codecs_plan
 from kvkernels.triton_kernels.calls import Call
+from kvkernels.triton_kernels.codecs_work import Work
 from kvkernels.triton_kernels.decode import plan_decode
 from kvkernels.triton_kernels.kv_cache import plan_store_kv
 from kvkernels.triton_kernels.launch import Device, Launch
@@ -176,7 +177,7 @@ def _plan_codec(shape: Shape, device: Device) -> list[Launch]:
     )
     block_format = BlockFormat(layout, shape.codec)
     num_rows = 64
-    work = codecs_plan.Work(
+    work = Work(
         _empty(_MAX_BLOCKS, *layout.block_shape, dtype=layout.dtype),
         _empty(num_rows, dtype=torch.int64),
         block_format,

@@ -17,6 +17,7 @@ from kvkernels.layout import KVLayout
 jit = pytest.importorskip("triton.runtime.jit", reason="Triton is only on Linux")
 aot = pytest.importorskip("kvkernels.triton_kernels.aot")
 codecs_plan = pytest.importorskip("kvkernels.triton_kernels.codecs_plan")
+codecs_work = pytest.importorskip("kvkernels.triton_kernels.codecs_work")
 launch = pytest.importorskip("kvkernels.triton_kernels.launch")
 shapes = pytest.importorskip("kvkernels.triton_kernels.shapes")
 warmup = pytest.importorskip("kvkernels.triton_kernels.warmup")
@@ -92,7 +93,7 @@ def test_reaches_what_codecs_launch(codec: str, num_layers: int) -> None:
     is_good = empty(7, num_layers, dtype=torch.bool)
     launches = []
     for chosen in (None, range(1), range(num_layers)):
-        work = codecs_plan.Work(
+        work = codecs_work.Work(
             empty(100, *layout.block_shape, dtype=layout.dtype),
             empty(7, dtype=torch.int64),
             block_format,
