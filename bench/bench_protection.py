@@ -23,7 +23,7 @@ from prefixstore.block_key import BlockKey
 from prefixstore.protection import RecordKey
 from prefixstore.record import RecordLayout, chain_keys, encode
 from prefixstore.record_header import AUTHENTICATED, SEALED, TRAILER_BYTES
-from prefixstore.tiers.base import page_aligned
+from prefixstore.tiers.pages import page_aligned
 
 BATCH_BYTES = 16 << 20  # of records in a run
 MIN_RECORDS = 4  # so that two threads have something to share

@@ -10,7 +10,7 @@ import torch
 
 from bench.harness import check_agreement, make_cold, run_case
 from prefixstore.record import BlockKey, RecordLayout, chain_keys, decode, encode
-from prefixstore.tiers.base import page_aligned
+from prefixstore.tiers.pages import page_aligned
 
 
 @dataclass(frozen=True)

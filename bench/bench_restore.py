@@ -22,9 +22,10 @@ from bench.harness import check_agreement, run_case, write_out
 from prefixstore.record import BlockKey, RecordLayout, chain_keys, encode
 from prefixstore.store import Store
 from prefixstore.store.block_targets import HostBlocks
-from prefixstore.tiers.base import PAGE_BYTES, Tier, page_aligned, round_up
+from prefixstore.tiers.base import Tier
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
+from prefixstore.tiers.pages import PAGE_BYTES, page_aligned, round_up
 
 BATCH_BYTES = 16 << 20
 

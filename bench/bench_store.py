@@ -28,9 +28,10 @@ from kvkernels import KVPool
 from prefixstore.pool_blocks import PoolBlocks
 from prefixstore.record import BlockKey, RecordLayout, chain_keys, encode
 from prefixstore.store import Store, StoreConfig
-from prefixstore.tiers.base import PAGE_BYTES, Tier, page_aligned, round_up
+from prefixstore.tiers.base import Tier
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
+from prefixstore.tiers.pages import PAGE_BYTES, page_aligned, round_up
 from prefixstore.tiers.redis import RedisTier
 from prefixstore.tiers.redis.config import RedisTierConfig
 

@@ -27,9 +27,10 @@ import torch
 
 from bench.harness import check_agreement, print_line, run_case, spread, write_out
 from prefixstore.block_key import BlockHash, RecordName
-from prefixstore.tiers.base import PAGE_BYTES, ReadOutcome, Tier, page_aligned, round_up
+from prefixstore.tiers.base import ReadOutcome, Tier
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
+from prefixstore.tiers.pages import PAGE_BYTES, page_aligned, round_up
 
 BATCH_BYTES = 16 << 20
 NUM_BATCHES = 16  # that are held

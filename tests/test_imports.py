@@ -27,6 +27,8 @@ NAMES += ("prefixstore.record_header", "prefixstore.index", "prefixstore.keys")
 AT_EXIT = ("prefixstore.at_exit",)
 PROTECTION = ("prefixstore.protection",)
 RECORD = ("prefixstore.record", "prefixstore.record_headers", "prefixstore.record_layout")
+TIER_BASE = ("prefixstore.tiers.base", "prefixstore.tiers.pages")
+TIER_PARTS = (*TIER_BASE, "prefixstore.tiers.outcomes")
 DISK = ("prefixstore.tiers.disk",)
 REDIS = ("prefixstore.tiers.redis",)
 REMOTE = ("prefixstore.tiers.remote",)
@@ -76,10 +78,10 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     # A tier sees bytes: no tensors, and never the store.
     ("prefixstore.tiers",): ("numpy", *NAMES, *PROTECTION),
     # The extension tells where buffers begin, and moves the bytes of Redis.
-    DISK: ("numpy", "_kvkernels", "prefixstore.tiers.base", "prefixstore.tiers.outcomes", *NAMES),
-    REDIS: ("redis", "_kvkernels", "prefixstore.tiers.base", "prefixstore.tiers.outcomes", *NAMES),
-    REMOTE: ("obstore", "prefixstore.tiers.base", "prefixstore.tiers.outcomes", *NAMES),
-    STORE: ("numpy", "prefixstore.tiers.base", *NAMES, *RECORD, *AT_EXIT),
+    DISK: ("numpy", "_kvkernels", *TIER_PARTS, *NAMES),
+    REDIS: ("redis", "_kvkernels", *TIER_PARTS, *NAMES),
+    REMOTE: ("obstore", *TIER_PARTS, *NAMES),
+    STORE: ("numpy", *TIER_BASE, *NAMES, *RECORD, *AT_EXIT),
     PLANNER: ("numpy",),
     # Beside the cache: what a model's KV depends on, and models to try it with.
     ("prefixstore.identity",): (

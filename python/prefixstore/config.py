@@ -27,7 +27,8 @@ from kvkernels import CODECS
 from prefixstore.errors import ConfigError
 from prefixstore.settings import check_known, parse_bytes, parse_seconds
 from prefixstore.store import BreakerConfig, StoreConfig
-from prefixstore.tiers.base import PAGE_BYTES, check_bytes
+from prefixstore.tiers.base import check_bytes
+from prefixstore.tiers.pages import PAGE_BYTES
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -13,8 +13,8 @@ from sample_blocks import make_payload, make_record
 from prefixstore.block_key import BlockHash, RecordName
 from prefixstore.errors import BlockCorrupted, TierError
 from prefixstore.record import BlockKey, decode
-from prefixstore.tiers.base import PAGE_BYTES, page_aligned, round_up
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig, straight_reads
+from prefixstore.tiers.pages import PAGE_BYTES, page_aligned, round_up
 
 CAPACITY = 2 << 20
 MIB = 1 << 20

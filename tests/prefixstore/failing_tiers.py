@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dict_tier import DictTier
 
 from prefixstore.errors import TierTimeout, TierUnavailable
-from prefixstore.tiers.base import PAGE_BYTES
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
+from prefixstore.tiers.pages import PAGE_BYTES
 
 _DAMAGED_SHARE = 0.1  # of the records
 

@@ -29,8 +29,8 @@ from sample_blocks import LAYOUT, make_keys, make_record
 from prefixstore.errors import TierTimeout
 from prefixstore.keys import ProtectionConfig
 from prefixstore.record_header import TRAILER_BYTES
-from prefixstore.tiers.base import page_aligned
 from prefixstore.tiers.disk.jobs import JOB_BYTES
+from prefixstore.tiers.pages import page_aligned
 from prefixstore.tiers.protected import ProtectedTier
 
 
@@ -229,7 +229,7 @@ def test_a_thread_that_hangs_does_not_keep_the_process(tmp_path, by_extension):
         import pytest
         from disk_tiers import MIB, make_bytes, make_names, open_tier, replace_preadv
         from prefixstore.errors import TierTimeout
-        from prefixstore.tiers.base import page_aligned
+        from prefixstore.tiers.pages import page_aligned
 
         tier = open_tier(Path({str(tmp_path)!r}), slab_bytes=2 * MIB, capacity_bytes=4 * MIB)
         (name,) = make_names(1)

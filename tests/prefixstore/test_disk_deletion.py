@@ -12,8 +12,9 @@ from sample_blocks import LAYOUT, make_keys, make_payload
 
 from prefixstore.errors import TierTimeout
 from prefixstore.record import BlockKey, chain_keys, encode
-from prefixstore.tiers.base import PAGE_BYTES, Swept
+from prefixstore.tiers.base import Swept
 from prefixstore.tiers.disk import DiskTier, writer
+from prefixstore.tiers.pages import PAGE_BYTES
 
 HOUR = 3600.0
 YEAR_NS = 365 * 86400 * 10**9

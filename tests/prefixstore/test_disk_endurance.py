@@ -9,7 +9,8 @@ import pytest
 from disk_tiers import Clock, open_tier
 
 from prefixstore.block_key import BlockHash, RecordName
-from prefixstore.tiers.base import PAGE_BYTES, Swept, page_aligned
+from prefixstore.tiers.base import Swept
+from prefixstore.tiers.pages import PAGE_BYTES, page_aligned
 
 CAPACITY = 2 << 20
 STEP_S = 120

@@ -20,9 +20,9 @@ from prefixstore.errors import TierFull, TierTimeout, TierUnavailable
 from prefixstore.record import BlockKey
 from prefixstore.store import Store
 from prefixstore.store.block_sources import HostBlock
-from prefixstore.tiers.base import PAGE_BYTES, round_up
 from prefixstore.tiers.disk import DiskTier
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
+from prefixstore.tiers.pages import PAGE_BYTES, round_up
 
 
 def put_batch(tier: DiskTier, keys: list[BlockKey]) -> tuple[list[BlockKey], list[BlockKey]]:

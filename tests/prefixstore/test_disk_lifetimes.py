@@ -7,8 +7,9 @@ from disk_tiers import Clock, contains, count_right, open_tier, put, put_with
 from sample_blocks import LARGE_LAYOUT, LAYOUT, make_keys
 
 from prefixstore.errors import TierFull
-from prefixstore.tiers.base import PAGE_BYTES, Swept
+from prefixstore.tiers.base import Swept
 from prefixstore.tiers.disk import clock as disk_clock
+from prefixstore.tiers.pages import PAGE_BYTES
 
 HOUR = 3600.0
 YEAR_NS = 365 * 86400 * 10**9

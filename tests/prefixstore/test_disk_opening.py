@@ -15,7 +15,8 @@ from sample_blocks import LAYOUT, make_keys, make_record
 
 from prefixstore.errors import TierUnavailable
 from prefixstore.record import BlockKey
-from prefixstore.tiers.base import PAGE_BYTES, Swept
+from prefixstore.tiers.base import Swept
+from prefixstore.tiers.pages import PAGE_BYTES
 
 
 def test_records_survive_reopening(tmp_path):

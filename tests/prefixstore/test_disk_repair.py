@@ -13,9 +13,10 @@ from sample_blocks import LARGE_LAYOUT, LAYOUT, make_keys
 
 from prefixstore.errors import TierTimeout, TierUnavailable
 from prefixstore.record import BlockKey
-from prefixstore.tiers.base import PAGE_BYTES, Swept
+from prefixstore.tiers.base import Swept
 from prefixstore.tiers.disk import DiskTier
 from prefixstore.tiers.disk.schema import FREE, READY, WRITING
+from prefixstore.tiers.pages import PAGE_BYTES
 
 SLAB = 10 * PAGE_BYTES
 

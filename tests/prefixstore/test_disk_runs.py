@@ -8,9 +8,9 @@ import pytest
 from disk_tiers import Clock, open_tier
 
 from prefixstore.block_key import BlockHash, RecordName
-from prefixstore.tiers.base import PAGE_BYTES
 from prefixstore.tiers.disk import DiskTier
 from prefixstore.tiers.disk.runs import Run, runs_of
+from prefixstore.tiers.pages import PAGE_BYTES
 
 NUM_SLOTS = 64
 SLOT_BYTES = 2 * PAGE_BYTES

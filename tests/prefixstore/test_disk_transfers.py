@@ -23,9 +23,9 @@ from disk_tiers import (
 from sample_blocks import make_keys
 
 from prefixstore.errors import TierFull, TierUnavailable
-from prefixstore.tiers.base import PAGE_BYTES, page_aligned
 from prefixstore.tiers.disk import straight_reads
 from prefixstore.tiers.disk.jobs import JOB_BYTES
+from prefixstore.tiers.pages import PAGE_BYTES, page_aligned
 
 CAPACITY = 256 << 20
 # around a page, around a job, and of several jobs

@@ -12,8 +12,8 @@ from hanging_calls import Hanging, hang_reading
 from sample_blocks import make_keys
 
 from prefixstore.errors import TierTimeout
-from prefixstore.tiers.base import PAGE_BYTES
 from prefixstore.tiers.disk import DiskTier
+from prefixstore.tiers.pages import PAGE_BYTES
 
 
 @contextmanager

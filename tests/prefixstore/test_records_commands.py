@@ -18,8 +18,8 @@ from prefixstore.commands import kvkernels
 from prefixstore.errors import TierTimeout
 from prefixstore.record import BlockKey
 from prefixstore.record_layout import RecordLayout
-from prefixstore.tiers.base import PAGE_BYTES, round_up
 from prefixstore.tiers.disk import DiskTier, DiskTierConfig
+from prefixstore.tiers.pages import PAGE_BYTES, round_up
 
 LAYOUTS = [RecordLayout(2, 1, 16, 32, "bfloat16", 0, (codec,)) for codec in ("raw", "q8")] + [MIXED]
 

@@ -17,7 +17,7 @@ from prefixstore.record_layout import RecordLayout
 from prefixstore.store import Store
 from prefixstore.store.block_sources import HostBlock
 from prefixstore.store.block_targets import BlockTarget, HostBlocks
-from prefixstore.tiers.base import PAGE_BYTES
+from prefixstore.tiers.pages import PAGE_BYTES
 
 NUM_BLOCKS = 20
 MISSING, DAMAGED, RAW = 8, (3, 4, 13), (4, 5, 11)

@@ -21,7 +21,7 @@ from prefixstore.record_layout import RecordLayout
 from prefixstore.store import Store, StoreConfig, beside
 from prefixstore.store.block_sources import MAX_RECORDS_BYTES, HostBlock, WrittenRecord
 from prefixstore.store.write_queue import WriteJob, WriteQueue
-from prefixstore.tiers.base import PAGE_BYTES
+from prefixstore.tiers.pages import PAGE_BYTES
 
 NUM_BLOCKS = 24
 CODED = RecordLayout(3, 1, 16, 16, "bfloat16", 0, ("q8",))

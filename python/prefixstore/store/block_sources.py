@@ -11,7 +11,7 @@ import numpy as np
 from prefixstore.block_key import BlockKey
 from prefixstore.checksum import Buffer, as_bytes
 from prefixstore.record import encode
-from prefixstore.tiers.base import page_aligned
+from prefixstore.tiers.pages import page_aligned
 
 MAX_RECORDS = 256  # records that are made and written together
 MAX_RECORDS_BYTES = 32 << 20  # of such records, in memory of the maker

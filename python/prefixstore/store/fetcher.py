@@ -20,7 +20,7 @@ from prefixstore.block_key import BlockKey
 from prefixstore.record_header import TRAILER_BYTES
 from prefixstore.store.guarded_tier import GuardedTier
 from prefixstore.store.header_check import Found
-from prefixstore.tiers.base import PAGE_BYTES, page_aligned, round_up
+from prefixstore.tiers.pages import PAGE_BYTES, page_aligned, round_up
 
 _MAX_FREE = 4
 

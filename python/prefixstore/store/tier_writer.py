@@ -24,7 +24,7 @@ from prefixstore.store.config import LOOK_UP_SHARE, StoreConfig
 from prefixstore.store.fetcher import Slab, Slabs
 from prefixstore.store.guarded_tier import GuardedTier
 from prefixstore.store.write_queue import Chooser
-from prefixstore.tiers.base import PAGE_BYTES, round_up
+from prefixstore.tiers.pages import PAGE_BYTES, round_up
 
 logger = logging.getLogger(__name__)
 

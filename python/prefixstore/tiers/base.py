@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -15,9 +13,6 @@ import numpy as np
 from prefixstore.block_key import RecordName
 from prefixstore.errors import ConfigError, TierError, TierTimeout
 from prefixstore.settings import MAX_BYTES
-
-PAGE_BYTES = 4096
-LARGE_PAGE_BYTES = 2 << 20
 
 ReadOutcome = int | None | TierError
 LookOutcome = bool | TierError
@@ -329,34 +324,3 @@ def check_bytes(name: str, value: int, least: int) -> None:
         raise ConfigError(f"{name}: expected an integer of at least {least}, got {value!r}")
     if value > MAX_BYTES:
         raise ConfigError(f"{name}: expected at most {MAX_BYTES}, got {value}")
-
-
-def page_aligned(num_bytes: int) -> np.ndarray:
-    """An array of zeros, uint8, that starts on a page, so that copies and devices may stream.
-
-    A large one lies in large pages where the system has them: a disk that writes straight to it is
-    then given few long pieces in place of many short ones, and reads up to twice as fast.
-    """
-    if num_bytes == 0:
-        return np.empty(0, np.uint8)
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    if num_bytes < LARGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return np.frombuffer(mmap.mmap(-1, num_bytes, flags=private), np.uint8)
-    memory = mmap.mmap(-1, num_bytes + LARGE_PAGE_BYTES, flags=private)
-    with contextlib.suppress(OSError):  # a kernel without large pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    array = np.frombuffer(memory, np.uint8)
-    start = -array.ctypes.data % LARGE_PAGE_BYTES
-    return array[start : start + num_bytes]
-
-
-def flat_bytes(buffer: memoryview) -> memoryview:
-    """The same memory, a byte at a time; most lies like that already, and a cast takes longer."""
-    view = memoryview(buffer)
-    is_flat = view.ndim == 1 and view.format == "B" and view.contiguous
-    return view if is_flat else view.cast("B")
-
-
-def round_up(num_bytes: int, unit: int) -> int:
-    """The least multiple of `unit` that is not below `num_bytes`."""
-    return -(-num_bytes // unit) * unit

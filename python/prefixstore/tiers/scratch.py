@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from prefixstore.tiers.base import PAGE_BYTES, page_aligned, round_up
+from prefixstore.tiers.pages import PAGE_BYTES, page_aligned, round_up
 
 BATCH_BYTES = 16 << 20  # that are held at a time, in each thread
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from prefixstore.errors import ConfigError
 from prefixstore.settings import MAX_WAIT_S, check_seconds
-from prefixstore.tiers.base import PAGE_BYTES, check_bytes
+from prefixstore.tiers.base import check_bytes
 from prefixstore.tiers.disk.slab_table import Limits
+from prefixstore.tiers.pages import PAGE_BYTES
 
 _MAX_SLAB_BYTES = 256 << 20
 _IO = ("auto", "direct", "buffered")

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefixstore.errors import TierError, TierFull, TierUnavailable
-from prefixstore.tiers.base import PAGE_BYTES
 from prefixstore.tiers.disk.space import needs_room, reserve, room_bytes
+from prefixstore.tiers.pages import PAGE_BYTES
 
 logger = logging.getLogger(__name__)
 

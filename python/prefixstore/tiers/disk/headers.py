@@ -9,8 +9,8 @@ from typing import NamedTuple
 from prefixstore.block_key import BlockHash, RecordName
 from prefixstore.errors import BlockCorrupted, TierUnavailable
 from prefixstore.record_header import MAX_HEADER_BYTES, read_fixed
-from prefixstore.tiers.base import PAGE_BYTES, page_aligned, round_up
 from prefixstore.tiers.disk.files import Slab, SlabFiles
+from prefixstore.tiers.pages import PAGE_BYTES, page_aligned, round_up
 
 
 @dataclass(frozen=True)

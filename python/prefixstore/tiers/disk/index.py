@@ -23,7 +23,6 @@ from dataclasses import dataclass, field, replace
 
 from prefixstore.block_key import RecordName
 from prefixstore.errors import TierError, TierTimeout
-from prefixstore.tiers.base import PAGE_BYTES, round_up
 from prefixstore.tiers.disk import deletion, slab_table, slot_table
 from prefixstore.tiers.disk.clock import Clock
 from prefixstore.tiers.disk.files import Slab
@@ -33,6 +32,7 @@ from prefixstore.tiers.disk.room import Demand, admit, take_room
 from prefixstore.tiers.disk.slab_table import Limits
 from prefixstore.tiers.disk.slot_table import SlotRef
 from prefixstore.tiers.disk.sql import NOW, Connection, data_version
+from prefixstore.tiers.pages import PAGE_BYTES, round_up
 
 logger = logging.getLogger(__name__)
 

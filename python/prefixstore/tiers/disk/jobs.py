@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from prefixstore.errors import TierError
-from prefixstore.tiers.base import PAGE_BYTES, round_up
 from prefixstore.tiers.disk.files import Slab
+from prefixstore.tiers.pages import PAGE_BYTES, round_up
 
 # Few large requests: writing in 1 MiB requests was a tenth slower than in 4 MiB ones. But they are
 # cut smaller where some thread would get none. In pages, 4 MiB is as many buffers as one system

@@ -22,11 +22,11 @@ from typing import NamedTuple
 
 from prefixstore.block_key import RecordName
 from prefixstore.errors import TierError
-from prefixstore.tiers.base import PAGE_BYTES, round_up
 from prefixstore.tiers.disk.index import Allocation, SlotIndex
 from prefixstore.tiers.disk.slab_table import Limits
 from prefixstore.tiers.disk.slot_table import SlotRef
 from prefixstore.tiers.disk.sql import NOW
+from prefixstore.tiers.pages import PAGE_BYTES, round_up
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import logging
 import os
 from pathlib import Path
 
-from prefixstore.tiers.base import PAGE_BYTES, round_up
+from prefixstore.tiers.pages import PAGE_BYTES, round_up
 
 logger = logging.getLogger(__name__)
 

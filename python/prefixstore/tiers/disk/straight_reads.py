@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prefixstore.tiers.base import PAGE_BYTES, page_aligned
 from prefixstore.tiers.disk.files import OpenFile, Slab, SlabFiles
 from prefixstore.tiers.disk.job_threads import Batch
 from prefixstore.tiers.disk.jobs import (
@@ -29,6 +28,7 @@ from prefixstore.tiers.disk.jobs import (
     shares_of,
     straight_buffers,
 )
+from prefixstore.tiers.pages import PAGE_BYTES, page_aligned
 
 try:
     import _kvkernels

@@ -31,7 +31,6 @@ from prefixstore.tiers.base import (
     Tier,
     TierStats,
     check_priority,
-    flat_bytes,
     is_past,
     too_late,
 )
@@ -45,6 +44,7 @@ from prefixstore.tiers.disk.slot_table import SlotRef
 from prefixstore.tiers.disk.transfers import Transfers
 from prefixstore.tiers.disk.writer import RecordWriter
 from prefixstore.tiers.outcomes import SharedCounters
+from prefixstore.tiers.pages import flat_bytes
 
 logger = logging.getLogger(__name__)
 

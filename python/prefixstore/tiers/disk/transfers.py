@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from prefixstore.errors import TierError, TierTimeout
-from prefixstore.tiers.base import PAGE_BYTES, page_aligned, round_up, too_late
+from prefixstore.tiers.base import too_late
 from prefixstore.tiers.disk.files import Slab, SlabFiles
 from prefixstore.tiers.disk.job_threads import JobBatch, JobThreads
 from prefixstore.tiers.disk.jobs import (
@@ -41,6 +41,7 @@ from prefixstore.tiers.disk.jobs import (
     straight_buffers,
 )
 from prefixstore.tiers.disk.straight_reads import all_on_pages, plan_reads
+from prefixstore.tiers.pages import PAGE_BYTES, page_aligned, round_up
 
 _WIPED_AT_ONCE = 1024
 _ZEROS = memoryview(bytes(PAGE_BYTES))

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 from prefixstore.block_key import RecordName
 from prefixstore.errors import TierError, TierFull, TierTimeout
-from prefixstore.tiers.base import PAGE_BYTES, round_up
 from prefixstore.tiers.disk.config import DiskTierConfig
 from prefixstore.tiers.disk.files import SlabFiles
 from prefixstore.tiers.disk.index import Allocation, SlotIndex
@@ -30,6 +29,7 @@ from prefixstore.tiers.disk.slot_table import SlotRef
 from prefixstore.tiers.disk.space import is_small
 from prefixstore.tiers.disk.transfers import StillWriting, Transfers, Writing
 from prefixstore.tiers.outcomes import SharedCounters
+from prefixstore.tiers.pages import PAGE_BYTES, round_up
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ import numpy as np
 
 from prefixstore.block_key import BlockHash, RecordName
 from prefixstore.errors import TierFull
-from prefixstore.tiers.base import PAGE_BYTES, EvictionListener, page_aligned, round_up
+from prefixstore.tiers.base import EvictionListener
+from prefixstore.tiers.pages import PAGE_BYTES, page_aligned, round_up
 
 
 @dataclass(eq=False)

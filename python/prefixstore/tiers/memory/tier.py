@@ -19,7 +19,6 @@ from prefixstore.block_key import BlockHash, RecordName
 from prefixstore.errors import BlockCorrupted, ConfigError, TierError, TierFull, TierUnavailable
 from prefixstore.settings import check_seconds
 from prefixstore.tiers.base import (
-    PAGE_BYTES,
     EvictionListener,
     Held,
     LookOutcome,
@@ -34,6 +33,7 @@ from prefixstore.tiers.base import (
     too_late,
 )
 from prefixstore.tiers.memory.arena import Arena, Record, Tenant
+from prefixstore.tiers.pages import PAGE_BYTES
 
 _MAX_SLAB_BYTES = 256 << 20
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Generic, TypeAlias, TypeVar
 
-from prefixstore.tiers.base import flat_bytes
+from prefixstore.tiers.pages import flat_bytes
 from prefixstore.tiers.redis.batch import BatchCommand, BatchReply
 from prefixstore.tiers.redis.config import RedisTierConfig
 from prefixstore.tiers.redis.records import (

@@ -27,9 +27,9 @@ from prefixstore.tiers.base import (
     Tier,
     TierStats,
     check_priority,
-    flat_bytes,
 )
 from prefixstore.tiers.outcomes import SharedCounters, raise_first, raise_if_all
+from prefixstore.tiers.pages import flat_bytes
 from prefixstore.tiers.redis.bulk import Bulk, BulkLooks, BulkRanges, BulkReads, BulkWrites
 from prefixstore.tiers.redis.calls import Call, Caller
 from prefixstore.tiers.redis.config import Address, RedisTierConfig

@@ -24,9 +24,9 @@ from prefixstore.tiers.base import (
     Tier,
     TierStats,
     check_priority,
-    flat_bytes,
 )
 from prefixstore.tiers.outcomes import SharedCounters, raise_first, raise_if_all
+from prefixstore.tiers.pages import flat_bytes
 from prefixstore.tiers.remote.config import RemoteTierConfig
 from prefixstore.tiers.remote.objects import Objects
 from prefixstore.tiers.remote.records import (
