@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-_REPLACEMENT = "\ufffd"  # how tokenizers show bytes that are no whole character
+REPLACEMENT = "\ufffd"  # how tokenizers show bytes that are no whole character
 # UTF-8 has at most 4 bytes a character, and a token at least one byte: an incomplete character
 # older than this many tokens stays incomplete.
 _MAX_TOKENS_PER_CHARACTER = 4
@@ -49,7 +49,7 @@ class Detokenizer:
     def _push_one(self, token_id: int) -> str:
         self._pending.append(token_id)
         text = self._decode(self._context + self._pending)
-        num_held = len(text) - len(text.rstrip(_REPLACEMENT))
+        num_held = len(text) - len(text.rstrip(REPLACEMENT))
         if len(self._pending) >= _MAX_TOKENS_PER_CHARACTER:
             # Earlier replacement characters are final by now; only the last may still become a
             # character.

@@ -9,9 +9,8 @@ from functools import lru_cache
 from typing import Any
 
 from prefixstore.engine import FinishReason, OutputDelta, TokenLogprob
-from prefixstore.engine.detokenizer import Detokenizer
+from prefixstore.engine.detokenizer import REPLACEMENT, Detokenizer
 
-_REPLACEMENT = "\ufffd"  # how tokenizers show bytes that are no whole character
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # how SentencePiece writes a byte
 
 
@@ -64,7 +63,7 @@ class TokenTexts:
 
     def _find(self, token_id: int) -> TokenText:
         text = self._decode([*self._anchor, token_id])[self._num_before :]
-        data = text.encode() if _REPLACEMENT not in text else self._bytes_of_piece(token_id, text)
+        data = text.encode() if REPLACEMENT not in text else self._bytes_of_piece(token_id, text)
         try:
             return TokenText(data.decode(), data)
         except UnicodeDecodeError:

@@ -23,9 +23,7 @@ from functools import lru_cache
 from threading import Lock
 from typing import Any
 
-from prefixstore.engine.detokenizer import Detokenizer
-
-_REPLACEMENT = "\ufffd"  # how tokenizers show bytes that make no character
+from prefixstore.engine.detokenizer import REPLACEMENT, Detokenizer
 
 _Key = tuple[int, bytes]  # length of salt and text in bytes, digest
 
@@ -111,7 +109,7 @@ class Transcripts:
             return True
         # As it was sent: bytes that make no character may read otherwise piece by piece. Without
         # any, something was cut off.
-        has_bytes = _REPLACEMENT in text or _REPLACEMENT in answer
+        has_bytes = REPLACEMENT in text or REPLACEMENT in answer
         if not has_bytes or not self._special_ids.isdisjoint(answer_ids):
             return False
         sent = Detokenizer(self._tokenizer)
