@@ -1,6 +1,7 @@
 // Many commands on the connections of one or several servers.
 #include <algorithm>
 #include <chrono>
+#include <iterator>
 #include <memory>
 #include <utility>
 
@@ -16,6 +17,10 @@ namespace {
 // socket's one connection idled.
 constexpr int64_t kWindowBytes = 1 << 20;
 constexpr size_t kMinCommands = 2, kMaxCommands = 256;
+
+bool owes_replies(const RespChannel* channel) {
+  return channel->failure().empty() && channel->num_awaited() > 0;
+}
 
 bool takes_more(const RespChannel& channel, int64_t window_bytes) {
   if (!channel.failure().empty()) return false;
@@ -63,14 +68,23 @@ bool RespBatch::run(const std::vector<std::vector<RespChannel*>>& lanes, double 
   using Clock = std::chrono::steady_clock;
   const auto ends_at = Clock::now() + std::chrono::duration<double>(timeout_s);
   while (true) {
+    const std::chrono::duration<double> left = ends_at - Clock::now();
+    if (left.count() <= 0) break;
     const std::vector<RespChannel*> busy = hand_out(lanes);
     if (busy.empty()) return true;
-    const std::chrono::duration<double> left = ends_at - Clock::now();
     const RespTurn turn = take_turn(busy, left.count());
     collect(busy);
-    if (turn == RespTurn::kTimedOut) return true;
+    if (turn == RespTurn::kTimedOut) break;
     if (turn == RespTurn::kInterrupted) return false;
   }
+  // What came meanwhile counts, and is read: this process may have stood still, not the servers.
+  std::vector<RespChannel*> awaiting;
+  for (const std::vector<RespChannel*>& lane : lanes) {
+    std::copy_if(lane.begin(), lane.end(), std::back_inserter(awaiting), owes_replies);
+  }
+  read_what_came(awaiting);
+  collect(awaiting);
+  return true;
 }
 
 std::vector<RespChannel*> RespBatch::hand_out(const std::vector<std::vector<RespChannel*>>& lanes) {
@@ -83,7 +97,7 @@ std::vector<RespChannel*> RespBatch::hand_out(const std::vector<std::vector<Resp
       for (; !waiting.empty() && takes_more(*channel, window); waiting.pop_front()) {
         send(requests_[waiting.front()], waiting.front(), *channel);
       }
-      if (channel->failure().empty() && channel->num_awaited() > 0) busy.push_back(channel);
+      if (owes_replies(channel)) busy.push_back(channel);
     }
   }
   return busy;

@@ -1,5 +1,6 @@
 // Turns over several connections: each sends and receives what it can.
 #include <poll.h>
+#include <sys/ioctl.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -45,6 +46,17 @@ void move_bytes(RespChannel& channel, bool is_to_receive) {
 
 void move_at_once(const std::vector<RespChannel*>& channels) {
   for (RespChannel* channel : channels) move_bytes(*channel, true);
+}
+
+void read_what_came(const std::vector<RespChannel*>& channels) {
+  for (RespChannel* channel : channels) {
+    int num_bytes = 0;
+    if (ioctl(channel->fd(), FIONREAD, &num_bytes) < 0) {
+      throw std::system_error(errno, std::generic_category(), "FIONREAD");
+    }
+    // where there is nothing, it may have been closed
+    try_to(*channel, [&] { channel->receive(std::max(num_bytes, 1)); });
+  }
 }
 
 RespTurn take_turn(const std::vector<RespChannel*>& channels, double timeout_s) {

@@ -218,6 +218,25 @@ void test_channels_that_fail() {
   CHECK(is_refused);
 }
 
+// Where this process stood still, what lies in a socket was in time.
+void test_reads_what_came_before_the_time_was_over() {
+  const Ends ends[2];
+  RespChannel answered(ends[0].fds[0]), silent(ends[1].fds[0]);
+  const std::vector<std::vector<RespChannel*>> lanes = {{&answered}, {&silent}};
+  Get gets[6] = {Get(90000), Get(10), Get(10), Get(10), Get(10), Get(10)};
+  RespBatch batch;
+  for (int i = 0; i < 6; ++i) batch.add(gets[i].request(i % 2));
+  batch.advance(lanes);
+  const std::string value = value_of(90000, 6);
+  ends[0].write(wire_of(value) + wire_of("0123456789") + "$10\r\n012");
+  batch.add(gets[0].request(0));
+  CHECK(batch.run(lanes, -1));
+  for (size_t i = 0; i < 7; ++i) CHECK(batch.is_answered(i) == (i == 0 || i == 2));
+  CHECK(std::equal(gets[0].rest.begin(), gets[0].rest.end(), value.begin() + 7));
+  CHECK(answered.num_awaited() == 1 && silent.num_awaited() == 3);  // and the last is not sent
+  CHECK(answered.failure().empty() && silent.failure().empty());
+}
+
 void test_sends_more_than_a_socket_takes() {
   const Ends ends;
   RespChannel channel(ends.fds[0]);
@@ -249,6 +268,7 @@ int main() {
   test_batches_grow_while_they_run();
   test_whatever_comes();
   test_channels_that_fail();
+  test_reads_what_came_before_the_time_was_over();
   test_sends_more_than_a_socket_takes();
   return 0;
 }

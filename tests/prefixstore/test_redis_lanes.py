@@ -142,3 +142,25 @@ def test_a_server_is_not_silent_where_this_process_stood_still():
         if (outcomes, may_ask) == expected:
             break
     assert (outcomes, may_ask) == expected
+
+
+def test_what_came_while_more_was_prepared_is_read_after_the_deadline():
+    def answer_and_tell(client: socket.socket) -> None:
+        answer(client)
+        has_answered.set()
+
+    for seconds in (0.5, 5, 20):  # for the server to greet
+        has_answered = threading.Event()
+        with serving(answer_and_tell) as address:
+            servers, deadline = Named({b"key": address}), time.monotonic() + seconds
+            servers.has_one_address = True
+            with CommandBatch(servers, deadline, num_commands=2) as batch:
+                batch.add([((b"GET", b"key"), None, 0)])
+                is_in_time = has_answered.wait(seconds)
+                time.sleep(max(0.05, deadline - time.monotonic()))
+                batch.add([((b"GET", b"key"), None, 0)])
+                answered, late = batch.run()
+            servers.close()
+        if is_in_time:
+            break
+    assert answered == b"hi" and isinstance(late, TierTimeout)

@@ -169,6 +169,9 @@ RespTurn take_turn(const std::vector<RespChannel*>& channels, double timeout_s);
 // Sends and receives what can be moved without waiting.
 void move_at_once(const std::vector<RespChannel*>& channels);
 
+// Receives what lies in the sockets, and no more, however fast more comes.
+void read_what_came(const std::vector<RespChannel*>& channels);
+
 // A command for a batch: what it sends, then what is known of its reply.
 struct RespRequest {
   struct Piece {
@@ -193,9 +196,10 @@ class RespBatch {
   // Begins with what was added, as far as that needs no waiting.
   void advance(const std::vector<std::vector<RespChannel*>>& lanes);
 
-  // Runs all that was added. False if a signal came before the end: to be called again. What is
-  // not answered when it is over was lost with a channel, found none, or ran out of time; replies
-  // may still come to its channels, so they are of no more use.
+  // Runs all that was added. False if a signal came before the end: to be called again. When the
+  // time is over, or was before, nothing more is sent, but what has come is read. What is not
+  // answered then was lost with a channel, found none, or ran out of time; replies may still come
+  // to its channels, so they are of no more use.
   bool run(const std::vector<std::vector<RespChannel*>>& lanes, double timeout_s);
 
   bool is_answered(size_t index) const { return is_answered_[index]; }

@@ -115,10 +115,7 @@ class CommandBatch:
         """The reply to each command, or why there is none."""
         self._open(0, 0)
         remaining = self._deadline - time.monotonic()
-        if remaining <= 0:
-            self._note([], [])
-            return [lane.error or no_answer(self._name) for lane in self._lane_of]
-        found = run_batch(self._batch, remaining)
+        found = run_batch(self._batch, remaining)  # of what was sent already, also where it is late
         num_missing: Counter[_Lane] = Counter()
         for i, reply in enumerate(found):
             if reply is UNANSWERED:
@@ -131,6 +128,8 @@ class CommandBatch:
             if num_missing[lane] < lane.num_commands or any(c.has_received for c in lane.channels)
         ]
         late = [lane for lane in num_missing if lane.error is None and not lane.failures]
+        if remaining <= 0:  # preparing took all the time: no server had any
+            late = []
         return of_a_part(found) if self._note(answered, late) else found
 
     def _note(self, answered: Iterable[_Lane], unanswered: Iterable[_Lane]) -> bool:
