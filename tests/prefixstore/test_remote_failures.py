@@ -326,6 +326,20 @@ def test_deletes_one_by_one_where_it_is_told_to(open_scripted, scripted, bulk_de
     assert [one for one, _, _ in scripted.requests] == ["HEAD", method]
 
 
+def test_what_could_not_be_deleted_is_told_wherever_it_is_named(open_scripted, scripted):
+    def answer(method, path, headers):
+        is_refused = method == "DELETE" and NAMES[1].block_hash.hex() in path
+        dates = {"Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT", "ETag": '"1"'}
+        return (403, {}, b"<Code>AccessDenied</Code>") if is_refused else (200, dates, b"")
+
+    scripted.answer = answer
+    tier = open_scripted(bulk_delete=False, max_retries=0)
+    outcomes = tier.delete_many([NAMES[0], NAMES[1], NAMES[1], NAMES[0]])
+    assert outcomes[::3] == [True, False]
+    assert all(isinstance(outcome, TierError) for outcome in outcomes[1:3])
+    assert tier.stats().num_deletes == 1
+
+
 def test_errors_are_of_a_tier(open_scripted, scripted):
     scripted.close()
     for call in (lambda tier: get(tier, KEYS[0]), lambda tier: tier.check()):

@@ -50,8 +50,17 @@ def test_the_same_name_may_come_twice_in_a_batch(make_tier):
     put_many(tier, [key, key])
     assert tier.get_many([key.name] * 2, buffers(2)) == [BYTES] * 2
     assert tier.stats().num_records == 1
-    assert tier.delete_many([key.name] * 2)[0]
+    tier.delete_many([key.name] * 2)
     assert tier.stats().num_records == 0
+
+
+def test_a_name_that_comes_again_in_a_deletion_finds_none(make_any_tier):
+    tier = make_any_tier(64 * SLOT)
+    first, missing, second = (key.name for key in make_keys(3))
+    put_many(tier, make_keys(3)[::2])
+    outcomes = tier.delete_many([first, missing, second, first, missing, first])
+    assert outcomes == [True, False, True, False, False, False]
+    assert tier.stats().num_deletes == 2
 
 
 def test_a_buffer_may_be_longer_than_the_record_and_keeps_its_rest(make_any_tier):

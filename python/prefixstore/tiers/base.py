@@ -181,7 +181,8 @@ class Tier(ABC):
     ) -> list[LookOutcome]:
         """Forget records, pinned ones too; False where there was none, or why it may be there yet.
 
-        Where none of them got an answer, that is raised.
+        A name that comes again finds none any more, or meets the same error as before. Where none
+        of them got an answer, that is raised.
         """
 
     @abstractmethod

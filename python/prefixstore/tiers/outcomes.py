@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from prefixstore.block_key import RecordName
 from prefixstore.errors import TierError, TierPartError
-from prefixstore.tiers.base import ReadOutcome, TierCounters
+from prefixstore.tiers.base import LookOutcome, ReadOutcome, TierCounters
 
 T = TypeVar("T")
 
@@ -41,6 +42,21 @@ class SharedCounters:
         if self._pid != os.getpid():  # forked: the lock may have been held at that moment
             self._lock, self._pid = threading.Lock(), os.getpid()
         return self._lock
+
+
+def of_each_mention(
+    names: Sequence[RecordName], deletions: Mapping[RecordName, LookOutcome]
+) -> list[LookOutcome]:
+    """What `Tier.delete_many` answers, from what became of each name: of one that comes again the
+    record was gone by then, or the error is what each of its mentions met.
+    """
+    left = dict(deletions)
+    outcomes = []
+    for name in names:
+        outcomes.append(left[name])
+        if left[name] is True:
+            left[name] = False
+    return outcomes
 
 
 def raise_first(outcomes: Sequence[T | TierError]) -> list[T]:

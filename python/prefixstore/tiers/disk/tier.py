@@ -43,7 +43,7 @@ from prefixstore.tiers.disk.opening import Directory
 from prefixstore.tiers.disk.slot_table import SlotRef
 from prefixstore.tiers.disk.transfers import Transfers
 from prefixstore.tiers.disk.writer import RecordWriter
-from prefixstore.tiers.outcomes import SharedCounters
+from prefixstore.tiers.outcomes import SharedCounters, of_each_mention
 from prefixstore.tiers.pages import flat_bytes
 
 logger = logging.getLogger(__name__)
@@ -147,11 +147,7 @@ class DiskTier(Tier):
         hidden, held = self._index.unpublish_many(set(names), deadline)
         self._counters.add(num_deletes=len(held))
         self._writer.wipe(hidden, now, deadline)
-        outcomes: list[LookOutcome] = []
-        for name in names:  # a name that is given twice is gone the second time
-            outcomes.append(name in held)
-            held.discard(name)
-        return outcomes
+        return of_each_mention(names, {name: name in held for name in names})
 
     def delete_identity(self, identity: bytes) -> None:
         """Forget every record of an identity: of one model and salt. None is found afterwards.

@@ -28,7 +28,12 @@ from prefixstore.tiers.base import (
     TierStats,
     check_priority,
 )
-from prefixstore.tiers.outcomes import SharedCounters, raise_first, raise_if_all
+from prefixstore.tiers.outcomes import (
+    SharedCounters,
+    of_each_mention,
+    raise_first,
+    raise_if_all,
+)
 from prefixstore.tiers.pages import flat_bytes
 from prefixstore.tiers.redis.bulk import Bulk, BulkLooks, BulkRanges, BulkReads, BulkWrites
 from prefixstore.tiers.redis.calls import Call, Caller
@@ -148,13 +153,15 @@ class RedisTier(Tier):
     def delete_many(
         self, names: Sequence[RecordName], *, deadline: float | None = None
     ) -> list[LookOutcome]:
-        def start(i: int, key: bytes, generation: bytes) -> Operation[bool]:
-            return delete_record(key, self._keys.pinned(names[i].identity, generation))
+        different = list(dict.fromkeys(names))
 
-        outcomes = self._caller.run(Call(names, start, absent=False), self._deadline(deadline))
+        def start(i: int, key: bytes, generation: bytes) -> Operation[bool]:
+            return delete_record(key, self._keys.pinned(different[i].identity, generation))
+
+        outcomes = self._caller.run(Call(different, start, absent=False), self._deadline(deadline))
         self._counters.add(num_deletes=outcomes.count(True))
         raise_if_all(outcomes, TierError)
-        return outcomes
+        return of_each_mention(names, dict(zip(different, outcomes, strict=True)))
 
     def delete_identity(self, identity: bytes) -> None:
         """Forget every record of an identity, in one step: it begins a new generation.

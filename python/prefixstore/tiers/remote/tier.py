@@ -25,7 +25,7 @@ from prefixstore.tiers.base import (
     TierStats,
     check_priority,
 )
-from prefixstore.tiers.outcomes import SharedCounters, raise_first, raise_if_all
+from prefixstore.tiers.outcomes import SharedCounters, of_each_mention, raise_first, raise_if_all
 from prefixstore.tiers.pages import flat_bytes
 from prefixstore.tiers.remote.config import RemoteTierConfig
 from prefixstore.tiers.remote.objects import Objects
@@ -121,10 +121,9 @@ class RemoteTier(Tier):
     ) -> list[LookOutcome]:
         different = list(dict.fromkeys(names))
         answers = self._run([DeleteRecord(self._records, name) for name in different], deadline)
-        was_there = dict(zip(different, answers, strict=True))
         self._counters.add(num_deletes=answers.count(True))
         raise_if_all(answers, TierError)
-        return [was_there.pop(name, False) for name in names]
+        return of_each_mention(names, dict(zip(different, answers, strict=True)))
 
     def delete_identity(self, identity: bytes) -> None:
         """List the records of an identity and delete them, a thousand a request where the store
