@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from disk_process import KEYS, count_found, count_served, count_writing
-from disk_tiers import Clock, count_right, open_tier, put
+from disk_tiers import MIB, Clock, count_right, get_all, make_bytes, make_names, open_tier, put
 from sample_blocks import LAYOUT, make_keys
 
 from prefixstore.block_key import RecordName
@@ -255,6 +255,32 @@ def test_a_writer_past_its_lease_publishes_nothing(tmp_path, monkeypatch):
     assert not fast.contains(first.name)
     assert count_right(fast, [second]) == 1
     assert fast.check() == []
+    slow.close()
+    fast.close()
+
+
+def test_a_writer_past_its_lease_begins_no_write(tmp_path, monkeypatch):
+    """Its slots may be another's by then, whose record it would write over."""
+    settings = {"capacity_bytes": 8 * MIB, "slab_bytes": 8 * MIB, "num_threads": 1}
+    clock, names, offsets = Clock(), make_names(2), []
+    slow = open_tier(tmp_path, clock=clock, write_lease_s=0.4, **settings)
+    fast = open_tier(tmp_path, clock=clock, **settings)
+    other, bytes_of_other = make_names(1, seed=1)[0], make_bytes(4 * MIB, 1)
+    write = slow._files.write
+
+    def slow_write(slab, offset, buffers):
+        offsets.append(offset)
+        write(slab, offset, buffers)
+        time.sleep(0.25)  # more than a half of the lease
+        clock.seconds += 100
+        assert fast.put_many([other], [bytes_of_other.data]) == [None]
+
+    monkeypatch.setattr(slow._files, "write", slow_write)
+    records = [make_bytes(4 * MIB, n).data for n in (2, 3)]
+    with pytest.raises(TierTimeout, match=r"expected a write within 0.4 s \(write_lease_s\)"):
+        raise slow.put_many(names, records, deadline=time.monotonic() + 60)[1]
+    assert len(offsets) <= 1  # none where this process stood still before the first
+    assert get_all(fast, [other], 4 * MIB) == ([bytes_of_other.tobytes()] if offsets else [None])
     slow.close()
     fast.close()
 

@@ -35,7 +35,8 @@ class DiskTierConfig:
             the file system takes it.
         num_threads: How many transfers run at once.
         timeout_s: How long to wait for another process's transaction.
-        write_lease_s: After this long an unfinished write counts as dead and its slot is reused.
+        write_lease_s: After this long an unfinished write counts as dead and its slot is reused; no
+            write is begun once half of it is over, whatever the deadline.
         name: In messages and statistics.
     """
 

@@ -24,14 +24,20 @@ class JobBatch:
         jobs: What is to be done, in that order.
         do: Does one.
         deadline: Of `time.monotonic()`; what was not begun by then never is.
+        latest: Likewise, but what was begun is waited for until the deadline.
     """
 
     def __init__(
-        self, jobs: Sequence[Job], do: Callable[[Job], None], deadline: float | None
+        self,
+        jobs: Sequence[Job],
+        do: Callable[[Job], None],
+        deadline: float | None,
+        latest: float | None = None,
     ) -> None:
         self.jobs = jobs
         self._do = do
         self._deadline = deadline
+        self._latest = latest
         self._waiting = deque(jobs)
         self._num_left = len(jobs)
         self._bug: BaseException | None = None
@@ -48,7 +54,8 @@ class JobBatch:
             except IndexError:
                 return
             try:
-                self._do(job)
+                if not is_past(self._latest):
+                    self._do(job)
             except BaseException as bug:  # whoever waits for the jobs raises it
                 self._bug = bug
             with self._lock:

@@ -126,9 +126,14 @@ class Transfers:
         """
         return self.end_writing(self.begin_writing(spans, deadline))
 
-    def begin_writing(self, spans: Sequence[Span], deadline: float | None = None) -> Writing:
-        """`write_many`, but its outcomes are fetched by `end_writing`, and only once."""
-        batch = self._batch(spans, self._write, deadline)
+    def begin_writing(
+        self, spans: Sequence[Span], deadline: float | None = None, latest: float | None = None
+    ) -> Writing:
+        """`write_many`, but its outcomes are fetched by `end_writing`, and only once.
+
+        After `latest` nothing is begun; what was is waited for until the deadline.
+        """
+        batch = self._batch(spans, self._write, deadline, latest)
         self._threads.help(batch, len(batch.jobs))
         return Writing(len(spans), batch)
 
@@ -201,10 +206,14 @@ class Transfers:
         return self._wait(batch)
 
     def _batch(
-        self, spans: Sequence[Span], transfer: _Transfer, deadline: float | None
+        self,
+        spans: Sequence[Span],
+        transfer: _Transfer,
+        deadline: float | None,
+        latest: float | None = None,
     ) -> JobBatch:
         jobs = list(cut(spans, share_bytes(spans, self._num_threads)))
-        return JobBatch(jobs, lambda job: self._do(job, transfer), deadline)
+        return JobBatch(jobs, lambda job: self._do(job, transfer), deadline, latest)
 
     def _wait(self, batch: JobBatch) -> Iterator[tuple[Part, int | TierError]]:
         """Wait for the jobs, no longer than until the deadline; what came of each part."""

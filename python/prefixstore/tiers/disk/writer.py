@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from prefixstore.block_key import RecordName
 from prefixstore.errors import TierError, TierFull, TierTimeout
+from prefixstore.tiers.base import is_past
 from prefixstore.tiers.disk.config import DiskTierConfig
 from prefixstore.tiers.disk.files import SlabFiles
 from prefixstore.tiers.disk.index import Allocation, SlotIndex
@@ -46,6 +47,10 @@ _SMALL_BYTES = 128 << 10
 _START_S = 1e-3
 # Slots released in one transaction: few enough for a seeking disk to do in 10 s.
 _WIPED_AT_ONCE = 1024
+# Part of a slot's lease in which writes are begun; once the lease is over the slot may belong to
+# another process. Slots taken ahead have a quarter of it behind them (reserve.py), and the last
+# write begun needs time to end, too.
+_LEASE_PART = 0.5
 _PUTS_AT_ONCE = 3  # portions at once: one is transferred, one waits for that, one is published
 
 
@@ -144,7 +149,9 @@ class RecordWriter:
         spans = [
             Span(slab, slot * slab.slot_bytes, records[name]) for slab, slot, _, name, *_ in refs
         ]
-        return _Put(records, allocation, began, self._transfers.begin_writing(spans, deadline))
+        latest = began + self._config.write_lease_s * _LEASE_PART
+        writing = self._transfers.begin_writing(spans, deadline, latest)
+        return _Put(records, allocation, began, writing)
 
     def _take_ahead(self, puts: Sequence[_Put], priority: int) -> None:
         """Take slots for another portion like the first of these, while they are transferred."""
@@ -176,6 +183,10 @@ class RecordWriter:
         refs = list(put.allocation.refs.values())
         outcomes = self._transfers.end_writing(put.writing)
         errors = {ref.name: e for ref, e in zip(refs, outcomes, strict=True) if e is not None}
+        if not is_past(deadline):
+            errors |= {
+                name: self._past_lease() for name, e in errors.items() if type(e) is TierTimeout
+            }
         # a slot that the kernel may still write to stays taken until its lease is over
         failed = [name for name, error in errors.items() if not isinstance(error, StillWriting)]
         self._index.abandon([ref for ref in refs if ref.name in failed])
@@ -206,9 +217,7 @@ class RecordWriter:
             raise
         kept = [ref.record_bytes for ref in refs if ref.name in published]
         self._counters.add(num_puts=len(kept), written_bytes=sum(kept))
-        lease_s = self._config.write_lease_s
-        late = TierTimeout(f"{self._config.name}: expected a write within {lease_s} s, got more")
-        return {ref.name: late for ref in refs if ref.name not in published}
+        return {ref.name: self._past_lease() for ref in refs if ref.name not in published}
 
     def nothing_ahead(self) -> AbstractContextManager[None]:
         """Meanwhile only records under way have slots; others go back with the next transaction."""
@@ -240,6 +249,10 @@ class RecordWriter:
             errors += [error for error in outcomes if error is not None]
         if errors:
             raise errors[0]
+
+    def _past_lease(self) -> TierTimeout:
+        lease = f"{self._config.write_lease_s} s (write_lease_s)"
+        return TierTimeout(f"{self._config.name}: expected a write within {lease}, got more")
 
     def _no_room(self, num_bytes: int, priority: int) -> TierFull:
         return TierFull(
