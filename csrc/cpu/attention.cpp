@@ -262,7 +262,9 @@ void merge_attention(const MergeAttentionArgs& args, AttentionPath path, int num
       }
       for (int64_t i = 0; i < head_dim; ++i) a[i] = weight_a * a[i] + weight_b * b[i];
       kernel.narrow(a, 1.0f, static_cast<char*>(args.out) + row * row_bytes, head_dim);
-      args.lse[row] = is_empty ? max : max + std::log(sum);
+      // Beyond all numbers stays so, though no weights follow from it.
+      const bool is_infinite = std::isinf(max) && !std::isnan(lse_a) && !std::isnan(lse_b);
+      args.lse[row] = is_infinite ? max : max + std::log(sum);
     }
   });
 }

@@ -145,7 +145,8 @@ def merge_attention(
     Args:
         out_a: ``[num_tokens, num_heads, head_dim]``, contiguous; float32, float16 or bfloat16.
         lse_a: ``[num_tokens, num_heads]``, float32, contiguous, natural logarithm; minus infinity
-            where no key was seen, and then ``out_a`` is not read as a number.
+            where no key was seen, and then ``out_a`` is not read as a number. Infinity, a sum
+            beyond all numbers, stays infinity, and the output is not a number: no share of it is.
         out_b: Like ``out_a``.
         lse_b: Like ``lse_a``.
 

@@ -35,7 +35,10 @@ def _merge_kernel(
     weight_b = tl.exp(lse_b - pivot)
     total = weight_a + weight_b
     total = tl.where(total == 0.0, 1.0, total)
-    tl.store(lse_ptr + rows, largest + tl.log(total), mask=keep)
+    lse = largest + tl.log(total)
+    # Beyond all numbers stays so, though no weights follow from it; `largest` may leave out a NaN.
+    is_infinite = (largest == float("inf")) & (lse_a == lse_a) & (lse_b == lse_b)
+    tl.store(lse_ptr + rows, tl.where(is_infinite, largest, lse), mask=keep)
 
     weight_a /= total
     weight_b /= total

@@ -90,3 +90,19 @@ def test_a_merge_tells_no_number_from_no_key(
     parts = (*unknown, *known) if is_first else (*known, *unknown)
     merged, lse = implementation.merge_attention(*parts)
     assert merged.isnan().all() and lse.isnan().all()
+
+
+@every_implementation()
+def test_a_merge_of_what_is_no_finite_number_is_that_of_the_reference(
+    implementation: Implementation, device: torch.device
+) -> None:
+    kinds = torch.tensor([torch.inf, -torch.inf, 0.0, torch.nan], device=device)
+    lse_a, lse_b = (lse.contiguous() for lse in torch.meshgrid(kinds, kinds, indexing="ij"))
+    out_a, out_b = torch.randn(2, 4, 4, 64, device=device)
+    parts = out_a, lse_a, out_b, lse_b
+    merged, lse = implementation.merge_attention(*parts)
+    exact, exact_lse = reference.merge_attention(*(part.double() for part in parts))
+    torch.testing.assert_close(merged, exact.float(), equal_nan=True)
+    torch.testing.assert_close(lse, exact_lse.float(), equal_nan=True)
+    assert lse[lse_a == torch.inf].tolist()[:3] == [torch.inf] * 3
+    assert merged[lse_a == torch.inf].isnan().all()
