@@ -28,7 +28,13 @@ import torch
 from kvkernels import native, native_layers
 from kvkernels.checks import FLOAT_DTYPES, is_plain, is_traced
 from kvkernels.errors import UnsupportedError
-from kvkernels.nn.forward_code import LINEAR, SCALED_SUM, ForwardCode, read_forward
+from kvkernels.nn.forward_code import (
+    LINEAR,
+    MATRIX_PRODUCT,
+    SCALED_SUM,
+    ForwardCode,
+    read_forward,
+)
 from kvkernels.nn.forward_patch import (
     ForwardPatch,
     Forwards,
@@ -59,6 +65,22 @@ _ELEMENT_WISE = {
 }
 # Along the last dimension PyTorch computes each row on its own.
 _ROW_WISE = {"LogSoftmax", "Softmax", "Softmin"}
+
+# Products of matrices, for which PyTorch takes kernels by their shapes.
+_PRODUCTS = {
+    *(
+        MATRIX_PRODUCT,
+        "matmul",
+        "__matmul__",
+        "mm",
+        "bmm",
+        "mv",
+        "einsum",
+        "tensordot",
+        "multi_dot",
+    ),
+    *(name + ending for name in ("addmm", "addmv", "addbmm", "baddbmm") for ending in ("", "_")),
+}
 
 # Frequencies of these go by the length of the forward pass, so no batching can be without effect.
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
@@ -162,6 +184,12 @@ def _refuse_functions(
             "model: expected linear layers that are modules, got a forward that calls linear as a"
             f" function: {name} of {type(module).__name__}"
         )
+    product = min(code.names & _PRODUCTS, default=None)
+    if product is not None and not _has_angles(module):
+        raise UnsupportedError(
+            "model: expected products of matrices in linear layers and attention only, got"
+            f" {product} in {name} of {type(module).__name__}"
+        )
     if halves and SCALED_SUM in code.names:
         raise UnsupportedError(
             "model: expected sums of half numbers without a factor (with one their bits depend on"
@@ -173,6 +201,13 @@ def _refuse_functions(
             "model: expected inverse roots of float32 (those of half numbers depend on the batch),"
             f" got {root} in {name} of {type(module).__name__}"
         )
+
+
+def _has_angles(module: torch.nn.Module) -> bool:
+    """Whether it makes rotary angles: by products of matrices, too, but of single numbers."""
+    names = [name for name, _ in module.named_buffers(recurse=False)]
+    is_bare = not module._modules and not module._parameters
+    return is_bare and any(name.endswith("inv_freq") for name in names)
 
 
 def _is_compiled(module: torch.nn.Module) -> bool:

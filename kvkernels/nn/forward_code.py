@@ -2,7 +2,8 @@
 
 Read are the forward, and as far as these name them: methods that its class has or inherits,
 functions that the module or a closure holds, functions within functions, and those of the same
-file. Behind decorators, methods and partial arguments is the function that counts.
+file, but for the attention that ours is installed in place of. Behind decorators, methods and
+partial arguments is the function that counts.
 """
 
 from __future__ import annotations
@@ -25,8 +26,23 @@ LINEAR = "functional.linear"
 # Stands for a sum with a factor in one operation, such as `torch.add(x, y, alpha=0.5)`.
 SCALED_SUM = "add(alpha)"
 
+# Stands for a number raised to a tensor's power, or to anything else that is in a variable.
+EXPONENTIAL = "pow(number, ...)"
+
+# Stands for a product of matrices written with the operator.
+MATRIX_PRODUCT = "@"
+
 _SUMS = {name + ending for name in ("add", "sub", "subtract") for ending in ("", "_")} | {"rsub"}
 _POWERS = ("pow", "pow_", "float_power", "float_power_")
+
+_NUMBERS = ("LOAD_CONST", "LOAD_SMALL_INT")
+_OPERATIONS = {  # before Python 3.11
+    "**": ("BINARY_POWER", "INPLACE_POWER"),
+    "@": ("BINARY_MATRIX_MULTIPLY", "INPLACE_MATRIX_MULTIPLY"),
+}
+
+# Of transformers: the attention of a model for which no other one is installed.
+_NOT_READ = "eager_attention_forward"
 
 
 @dataclass
@@ -56,7 +72,7 @@ def read_forward(module: torch.nn.Module) -> ForwardCode:
             continue
         found.add(function)
         names, exponents = _read(function.__code__)
-        for name in names:
+        for name in names - {_NOT_READ}:
             values = [*_held(module, function, name), function.__globals__.get(name)]
             code.is_compiled |= any(map(_is_compiled, values))
             held = [*filter(callable, map(_unwrap, values[:-1]))]
@@ -72,7 +88,9 @@ def read_forward(module: torch.nn.Module) -> ForwardCode:
                     code.names.add(LINEAR)
         for form, exponent in exponents:
             value = vars(module).get(exponent) if isinstance(exponent, str) else exponent
-            if isinstance(value, (int, float)):
+            if not isinstance(value, (int, float)):
+                code.names |= {form} & {EXPONENTIAL}
+            elif form != EXPONENTIAL:  # else of Python's numbers
                 code.exponents.add((form, value))
     return code
 
@@ -125,7 +143,14 @@ def _read(code: CodeType) -> tuple[frozenset[str], frozenset[tuple[str, float | 
         for at, step in enumerate(steps)
     ):
         names.add(SCALED_SUM)
-    exponents = set(_find_exponents(steps))
+    if any(_is_operator(step, "@") for step in steps):
+        names.add(MATRIX_PRODUCT)
+    exponents = set()
+    for form, base, exponent in _find_powers(code, steps):
+        if base is None and exponent is not None:
+            exponents.add((form, exponent))
+        elif base is not None and not isinstance(exponent, (int, float)):
+            exponents.add((EXPONENTIAL, exponent or ""))
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             inner_names, inner_exponents = _read(constant)
@@ -135,38 +160,67 @@ def _read(code: CodeType) -> tuple[frozenset[str], frozenset[tuple[str, float | 
 
 
 def _keywords(code: CodeType, steps: list[dis.Instruction], at: int) -> tuple[str, ...]:
-    """Names in the call of what is loaded at one step: a tuple just before it, if there are any."""
-    end = _find_call(steps, at)
-    for step in steps[max(0, end - 2) : end]:
+    """Names in the call of what is loaded at one step."""
+    return _split_call(code, steps, _find_call(steps, at))[1]
+
+
+def _split_call(
+    code: CodeType, steps: list[dis.Instruction], end: int
+) -> tuple[int, tuple[str, ...]]:
+    """Where the arguments of the call at the step `end` end, and the names of the last of them: a
+    tuple just before the call, if there are any.
+    """
+    for at in range(max(0, end - 2), end):
+        step = steps[at]
         # For KW_NAMES, `dis` of Python 3.11 gives only the index of the constant.
         value = code.co_consts[step.arg or 0] if step.opname == "KW_NAMES" else step.argval
         if type(value) is tuple:
-            return value
-    return ()
+            return at, value
+    return end, ()
 
 
-def _find_exponents(steps: list[dis.Instruction]) -> Iterator[tuple[str, float | str]]:
+def _find_powers(
+    code: CodeType, steps: list[dis.Instruction]
+) -> Iterator[tuple[str, float | None, float | str | None]]:
+    """Powers: how each is written, its base and its exponent; None of what the code does not tell.
+
+    A base is told if it is a number, an exponent also if it is an attribute: by its name.
+    """
     for at, step in enumerate(steps):
-        if _is_power(step):
+        names: tuple[str, ...] = ()
+        if _is_operator(step, "**"):
             form, end = "**", at
         elif step.opname.startswith("LOAD_") and step.argval in _POWERS:
             if at and steps[at - 1].argval == "math":  # takes plain numbers, never tensors
                 continue
-            form, end = "pow", _find_call(steps, at)
+            form = "pow"
+            end, names = _split_call(code, steps, _find_call(steps, at))
         else:
             continue
-        # The exponent is loaded last, or last before the names of keyword arguments.
-        while end and (steps[end - 1].opname == "KW_NAMES" or type(steps[end - 1].argval) is tuple):
-            end -= 1
-        last = steps[end - 1]
-        if end and last.opname.startswith(("LOAD_CONST", "LOAD_SMALL_INT", "LOAD_ATTR")):
-            yield form, last.argval
+        for name in reversed(names):
+            if name == "exponent":
+                break
+            end = _find_begin(steps, end)
+        base, exponent = steps[_find_begin(steps, end) - 1], steps[end - 1]
+        is_number = base.opname.startswith(_NUMBERS) and type(base.argval) in (int, float)
+        is_told = exponent.opname.startswith((*_NUMBERS, "LOAD_ATTR"))
+        yield form, base.argval if is_number else None, exponent.argval if is_told else None
 
 
-def _is_power(step: dis.Instruction) -> bool:
+def _is_operator(step: dis.Instruction, operator: str) -> bool:
     if step.opname == "BINARY_OP":
-        return step.argrepr in ("**", "**=")
-    return step.opname in ("BINARY_POWER", "INPLACE_POWER")  # before Python 3.11
+        return step.argrepr in (operator, f"{operator}=")
+    return step.opname in _OPERATIONS[operator]
+
+
+def _find_begin(steps: list[dis.Instruction], end: int) -> int:
+    """Where an expression begins whose value is on top of the stack before the step `end`."""
+    depth = 0
+    for at in reversed(range(end)):
+        depth += dis.stack_effect(steps[at].opcode, steps[at].arg, jump=False)
+        if depth > 0:
+            return at
+    return 0
 
 
 def _find_call(steps: list[dis.Instruction], at: int) -> int:

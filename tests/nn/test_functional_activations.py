@@ -77,7 +77,10 @@ HELD = {
     "of_two": (lambda rows: torch.logaddexp(rows, -rows), "logaddexp"),
     "power": (lambda rows: torch.pow(rows.abs().add(0.5), 1.7), r"pow\(1.7\)"),
     "power_by_name": (lambda rows: torch.pow(rows, exponent=0.3), r"pow\(0.3\)"),
+    "power_into": (lambda rows: torch.pow(rows, 0.3, out=torch.empty(0)), r"pow\(0.3\)"),
+    "power_of_a_number": (lambda rows: torch.pow(10, rows - 1), r"pow\(number, ...\)"),
     "operator": (lambda rows: rows**2.5, r"pow\(2.5\)"),
+    "operator_of_a_number": (lambda rows: 1 + 2 ** (rows + 1).neg(), r"pow\(number, ...\)"),
 }
 
 
@@ -164,15 +167,49 @@ def test_linear_layers_as_functions_are_refused(apply):
         batch_invariance.install(nn.Sequential(nn.Identity(), Tied(apply)))
 
 
+PRODUCTS = {
+    "@": lambda rows: rows @ rows.transpose(-1, -2),
+    "matmul": lambda rows: torch.matmul(rows, rows.mT),
+    "bmm": lambda rows: rows.bmm(rows.mT),
+    "baddbmm_": lambda rows: torch.zeros(1, 3, 3).baddbmm_(rows, rows.mT),
+    "einsum": lambda rows: torch.einsum("bij,bkj->bik", rows, rows),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_of_matrices_are_refused(name):
+    message = f"in linear layers and attention only, got {name} in the model of Held"
+    with pytest.raises(UnsupportedError, match=message):
+        batch_invariance.install(Held(PRODUCTS[name]))
+
+
+class Angles(nn.Module):
+    """Of rotations, as models make them: products of single numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("inv_freq", torch.rand(9))
+
+    def forward(self, rows):
+        return self.inv_freq[:, None] @ rows[None]
+
+
+def test_products_of_single_numbers_are_not_refused():
+    with batch_invariant(nn.Sequential(Angles())) as model:
+        assert torch.equal(model(torch.ones(5))[:, 0], model[0].inv_freq)
+
+
 class OfModules(nn.Module):
     """Modules with the names of functions, and functions that keep an element's bits."""
 
     def __init__(self):
         super().__init__()
         self.sigmoid, self.gelu, self.linear = nn.Sigmoid(), nn.GELU(), nn.Linear(37, 37)
+        self.matmul, self.num_bits = nn.Identity(), 5
 
     def forward(self, rows):
         rows = torch.tanh(self.sigmoid(self.linear(rows))) * self.gelu(rows).softmax(dim=-1)
+        rows = self.matmul(rows) * 2**self.num_bits
         cubes = torch.pow(nn.functional.leaky_relu(rows, 0.3), 3) * rows.shape[-1] ** -0.5
         return (cubes * rows**2).abs().add(1e-6).pow(-0.5)
 
