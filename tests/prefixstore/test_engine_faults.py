@@ -114,3 +114,27 @@ def test_a_model_that_cannot_be_compared_ends_its_requests_alone(model, monkeypa
         assert output.finish_reason == FinishReason.ERROR
         assert output.error == "model: KeyError: 'training'"
         assert answer(engine, prompt(40)).token_ids == before.token_ids
+
+
+def test_tells_once_why_a_model_cannot_be_compared(model, monkeypatch, caplog):
+    reasons = ["gone", "gone", "gone\nfor good", "gone\nfor good", None, "gone"]
+
+    def check_weights():
+        if reasons[0] is not None:
+            raise RuntimeError(reasons[0])
+
+    with open_engine(model) as engine:
+        monkeypatch.setattr(engine.cache.served_model, "check_weights", check_weights)
+        with engine._loop.changed:
+            while reasons:
+                if reasons[0] is None:
+                    engine._loop._check_weights()
+                else:
+                    with pytest.raises(ValueError, match="model: RuntimeError: gone"):
+                        engine._loop._check_weights()
+                del reasons[0]
+            monkeypatch.undo()
+    told = [record for record in caplog.records if record.name == "prefixstore.engine.loop"]
+    expected = "the model cannot be compared with what it was: RuntimeError: gone"
+    assert [one.getMessage() for one in told] == [expected, f"{expected} for good", expected]
+    assert not any(one.exc_info for one in told)

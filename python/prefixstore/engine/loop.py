@@ -94,6 +94,7 @@ class EngineLoop:
         self.has_failed = False
         self._is_closed = False
         self._weights_checked = 0.0
+        self._not_compared = ""  # why the last check could not be made
         self._thread = threading.Thread(target=self._run, name="kv-engine", daemon=True)
         self._thread.start()
         close_at_exit(self.close)
@@ -288,12 +289,17 @@ class EngineLoop:
         try:
             self._cache.served_model.check_weights()
         except ValueError:
+            self._not_compared = ""
             raise
         except Exception as error:
             # Anybody's modules are looked at, and may raise anything: what they hold is theirs to
             # repair, and no block is any less known for it.
-            logger.exception("the model could not be compared with what it was")
-            raise ValueError(f"model: {type(error).__name__}: {error}") from error
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            if reason != self._not_compared:  # there is a check every second
+                logger.error("the model cannot be compared with what it was: %s", reason)
+            self._not_compared = reason
+            raise ValueError(f"model: {reason}") from error
+        self._not_compared = ""
 
     def _has_changed_weights(self, now: float) -> bool:
         """End all requests if `_check_weights` raises."""
