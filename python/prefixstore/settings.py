@@ -25,7 +25,7 @@ _SWITCHES |= {"false": False, "0": False, "no": False, "off": False}
 
 
 def parse_bytes(name: str, value: int | str) -> int:
-    """A size: 4096, "64KiB", "1.5GiB", "10GB".
+    """A size: 4096, "64KiB", "1.5GiB", "10GB"; without a unit it must be whole.
 
     Raises:
         ConfigError: If it is none; the message names `name`.
@@ -33,7 +33,12 @@ def parse_bytes(name: str, value: int | str) -> int:
     wanted = 'a size such as 4096 or "4GiB"'
     if isinstance(value, float):  # which `_parse` would take, and bytes have no fractions
         raise ConfigError(f"{name}: expected {wanted}, got {value!r}")
-    return int(_parse(name, value, _BYTES, wanted))
+    num_bytes = _parse(name, value, _BYTES, wanted)
+    # With a unit a part of a byte is cut; without one it was forgotten, or is meant to be there.
+    match = _NUMBER.fullmatch(value) if isinstance(value, str) else None
+    if match is not None and _BYTES[match[2].lower()] == 1 and num_bytes != int(num_bytes):
+        raise ConfigError(f'{name}: expected whole bytes, or a unit as in "4GiB", got {value!r}')
+    return int(num_bytes)
 
 
 def parse_seconds(name: str, value: float | str) -> float:

@@ -1,6 +1,7 @@
 """Settings as people write them, URLs of tiers, and configuration files."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ INFINITE = (math.inf, -math.inf, math.nan)  # a TOML file may say any of them
     [
         (parse_bytes, 4096, 4096),
         (parse_bytes, "4096", 4096),
+        (parse_bytes, "4096.0 B", 4096),
+        (parse_bytes, "1.3KiB", 1331),
         (parse_bytes, "64KiB", 65536),
         (parse_bytes, "1.5 GiB", 3 * GIB // 2),
         (parse_bytes, "10GB", 10**10),
@@ -43,6 +46,17 @@ INFINITE = (math.inf, -math.inf, math.nan)  # a TOML file may say any of them
 )
 def test_reads_what_people_write(parse, text, expected):
     assert math.isclose(parse("name", text), expected)
+
+
+@pytest.mark.parametrize("size", ["1.5", "4096.5", "1.5B"])
+@pytest.mark.parametrize(
+    "url", ["memory://{}", "disk:///kv?max_bytes={}", "redis://h?part_bytes={}"]
+)
+def test_refuses_a_part_of_a_byte(url, size):
+    name = "memory" if "?" not in url else url.partition("?")[2].partition("=")[0]
+    message = f"{name}: expected whole bytes, or a unit as in \"4GiB\", got '{size}'"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        open_tiers([url.format(size)])
 
 
 @pytest.mark.parametrize(
