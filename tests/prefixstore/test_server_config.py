@@ -19,7 +19,7 @@ from prefixstore.errors import ConfigError
 from prefixstore.server import command
 from prefixstore.server.app import create_app
 from prefixstore.server.config import ServeConfig, ServerConfig
-from prefixstore.server.run import bind_address, serve_until_signal
+from prefixstore.server.run import DrainingServer, bind_address, serve_until_signal
 
 FILE = """
 [server]
@@ -194,16 +194,51 @@ def test_says_when_an_address_cannot_be_had():
         bind_address(ServerConfig(host="no such host", port=0))
 
 
-def test_says_when_another_took_the_address_meanwhile():
-    config = ServerConfig(port=0)
+def test_refuses_an_address_that_another_has_before_it_looks_for_the_model():
+    """Whose model may be loading just then."""
+    with bind_address(ServerConfig(port=0)) as bound:
+        server = ServerConfig(port=bound.getsockname()[1])
+        with pytest.raises(ConfigError, match=f"port {server.port}: Address already in use"):
+            command.run_server("no such model", "auto", "cpu", ServeConfig(server))
+
+
+def end_with_a_connection(listener):
+    """Serve one client, and leave the connection's end to the system."""
+    with socket.create_connection(listener.getsockname(), 60) as client:
+        listener.accept()[0].close()
+        assert client.recv(1) == b""
+    listener.close()
+
+
+def test_has_the_address_of_a_server_that_has_just_ended(monkeypatch):
     engine = ScriptedEngine(chat_tokenizer())
-    with bind_address(config) as first:
-        config = replace(config, port=first.getsockname()[1])
-        with bind_address(config) as second:
-            first.listen()
-            message = f"127.0.0.1 port {config.port}: Address already in use"
-            with pytest.raises(ConfigError, match=message):
-                serve_until_signal(create_app(engine, config), engine, config, second)
+    config, served = ServerConfig(port=0), []
+
+    def serve(server, sockets):
+        served.extend(sockets)
+        end_with_a_connection(*sockets)
+
+    monkeypatch.setattr(DrainingServer, "run", serve)
+    for _ in range(3):
+        listener = bind_address(config)
+        config = replace(config, port=listener.getsockname()[1])
+        with pytest.raises(ConfigError, match="Address already in use"):
+            bind_address(config)
+        serve_until_signal(create_app(engine, config), engine, config, listener)
+    assert len(served) == 3
+
+
+def test_says_when_another_took_the_address_meanwhile():
+    engine = ScriptedEngine(chat_tokenizer())
+    with socket.socket() as first, socket.socket() as second:
+        for one in (first, second):
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind(("127.0.0.1", 0) if one is first else first.getsockname())
+        first.listen()
+        config = ServerConfig(port=first.getsockname()[1])
+        message = f"127.0.0.1 port {config.port}: Address already in use"
+        with pytest.raises(ConfigError, match=message):
+            serve_until_signal(create_app(engine, config), engine, config, second)
     assert engine.was_flushed and engine.is_closed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import json
 import logging
@@ -11,6 +12,7 @@ import signal
 import socket
 import sys
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -29,7 +31,8 @@ _CUT_OFF_S = 5.0  # time to tell clients that their requests were cut off
 
 
 def bind_address(config: ServerConfig) -> socket.socket:
-    """A socket at the address that `config` says; nobody can connect before it is served.
+    """A socket at the address that `config` says; nobody can connect before it is served, nor have
+    the address meanwhile.
 
     Raises:
         ConfigError: If the address cannot be had, or others could reach it and nothing asks them
@@ -51,12 +54,30 @@ def bind_address(config: ServerConfig) -> socket.socket:
     # TCP_NODELAY, without which the second packet of each answer waits 40 ms for the client.
     listener = socket.socket(family, kind, protocol)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        _bind(listener, address)
     except OSError as error:
         listener.close()
         raise _cannot_listen(config, error) from error
     return listener
+
+
+def _bind(listener: socket.socket, address: Any) -> None:
+    """Have an address that no other socket has, be it one that does not listen yet: two that
+    allow it may bind one, and the second to listen would find that out after its model is loaded.
+    """
+    try:
+        listener.bind(address)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        # Maybe by connections of a server before this one, which have ended.
+        _allow_reuse(listener, True)
+        listener.bind(address)
+        _allow_reuse(listener, False)
+
+
+def _allow_reuse(listener: socket.socket, is_allowed: bool) -> None:
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, is_allowed)
 
 
 def serve_until_signal(
@@ -68,11 +89,13 @@ def serve_until_signal(
     A second signal ends the process at once.
 
     Raises:
-        ConfigError: If another process listens at the address by now: two may bind it.
+        ConfigError: If another process listens at the address by now, which some systems allow.
     """
     server = DrainingServer(app, engine, config, listener)
     try:
         try:
+            # With it the connections that are left in the end are in no next server's way.
+            _allow_reuse(listener, True)
             listener.listen(_BACKLOG)
         except OSError as error:
             raise _cannot_listen(config, error) from error
