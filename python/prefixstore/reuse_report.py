@@ -16,7 +16,7 @@ class MissReason(str, Enum):
     CHEAPER = "cheaper"  # a tier holds it; computing it was expected to be faster
     UNREACHABLE = "unreachable"  # a tier that might hold it gave no answer
     NO_ROOM = "no_room"  # a tier holds it; the pool had no blocks left
-    WINDOW = "window"  # a tier holds it; a sliding window needs another block that is gone
+    WINDOW = "window"  # a tier holds it; a sliding window needs another block that is gone or lost
 
 
 @dataclass(frozen=True)

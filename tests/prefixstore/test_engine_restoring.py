@@ -200,10 +200,17 @@ def test_what_lies_behind_a_missing_block_is_loaded_unless_windows_need_it(
     assert reuse.misses.get("window", 0) == num_cut_off * BLOCK_SIZE
 
 
-def test_what_came_before_a_lost_block_in_vain_is_not_said_to_be_late(model, tier, open_engine):
-    engine, tokens, number = open_engine(), prompt(LENGTH), 20
+@pytest.mark.parametrize("num_first", [0, 15])
+def test_what_lies_before_a_lost_block_is_said_to_be_cut_off_by_windows(
+    model, tier, open_engine, num_first
+):
+    """Be it that it came in vain, or that another tier was not asked for it any more."""
+    first_tier = DictTier("first") if num_first else None
+    engine, tokens, number = open_engine(first_tier=first_tier), prompt(LENGTH), 20
     warm(engine, tokens)
     for keys in engine.cache.blocks.keys(np.array(tokens, dtype=np.uint32), ""):
+        for key in keys[num_first:] if num_first else ():
+            del first_tier.records[key.block_hash]
         damaged = bytearray(tier.records[keys[number].block_hash])
         damaged[-100] ^= 1
         tier.records[keys[number].block_hash] = bytes(damaged)

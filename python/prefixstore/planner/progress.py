@@ -227,8 +227,11 @@ class Meeting:
         wanted = [block for block in self._call if self._is_wanted(block)]
         kept = [block for block in wanted if block not in missing]
         if self._inputs.has_windows and missing:
-            # Attention windows would reach over the gap: all before it is computed.
+            # Attention windows would reach over the gap: all before it is computed, and what of
+            # that other calls were to bring is not asked for.
+            not_asked = [] if self._is_probing else self._planned_before(self._call.start)
             self._cut_off.update(block for block in kept if block < max(missing))
+            self._cut_off.update(not_asked)
             kept = [block for block in kept if block > max(missing)]
             self._is_loading_over = True
         states[states == _LOADING] = _ABSENT
@@ -275,7 +278,9 @@ class Meeting:
 
     @property
     def cut_off(self) -> Collection[int]:
-        """Blocks that came in vain: windows would reach from behind a missing one to them."""
+        """Blocks that came in vain, or were not asked for any more: windows would reach from behind
+        a missing one to them.
+        """
         return self._cut_off
 
     def counts(self) -> MeetingCounts:
@@ -351,6 +356,11 @@ class Meeting:
         if self._is_probing:
             return block >= self._claimed_until() and bool(self._states[block] == _ABSENT)
         return bool(self._states[block] == _LOADING)
+
+    def _planned_before(self, back: int) -> list[int]:
+        """Blocks before `back` that the plan has loaded, as far as computing has not come."""
+        first = max(self._offset + self._plan.num_compute_blocks, self._claimed_until())
+        return [block for block in range(first, back) if self._states[block] == _ABSENT]
 
     def _states_of_call(self) -> np.ndarray:
         """A view of them."""
