@@ -46,6 +46,15 @@ def _patience() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def waits_for_look_ups(monkeypatch):
+    """An engine computes no prompt because the machine stood still while its tiers were asked.
+
+    For tests that are not about tiers that answer late: of a short prompt the look-up has 20 ms.
+    """
+    monkeypatch.setattr("prefixstore.engine.restorer._LEAST_LOOKUP_S", PATIENCE_S)
+
+
 @pytest.fixture(scope="session")
 def shared_s3_server(tmp_path_factory):
     """A server that speaks S3, for all tests that leave it running."""

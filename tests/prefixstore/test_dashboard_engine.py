@@ -25,6 +25,7 @@ def engine(tmp_path):
 
 
 @pytest.mark.model
+@pytest.mark.usefixtures("waits_for_look_ups")
 def test_shows_what_an_engine_served(engine) -> None:
     prompt = random_tokens(6 * BLOCK_SIZE + 1)[0].tolist()
     sampling = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)

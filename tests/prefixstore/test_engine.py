@@ -14,6 +14,8 @@ from prefixstore.engine import Engine, EngineConfig, FinishReason, SamplingParam
 from prefixstore.engine.sequence import SequenceBlocks
 from prefixstore.errors import ConfigError, EngineClosed, EngineOverloaded
 
+pytestmark = pytest.mark.usefixtures("waits_for_look_ups")
+
 LENGTHS = (5, 40, 100, 257, 16, 64, 1, 17)
 
 

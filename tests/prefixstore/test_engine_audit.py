@@ -49,10 +49,9 @@ class LyingTier(DictTier):
 
 
 @pytest.fixture(autouse=True)
-def waits_for_tiers(monkeypatch):
+def waits_for_tiers(monkeypatch, waits_for_look_ups):
     """On a busy machine prompts would be computed in place of restored."""
     monkeypatch.setattr("prefixstore.planner.plan._LEAST_PATIENCE_S", 30.0)
-    monkeypatch.setattr("prefixstore.engine.restorer._LEAST_LOOKUP_S", 30.0)
 
 
 @pytest.fixture

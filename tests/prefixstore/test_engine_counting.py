@@ -59,11 +59,11 @@ def test_an_audit_looks_nothing_up(model):
         assert index_counts(engine) == (2, 2 * SHARED, SHARED)
 
 
+@pytest.mark.usefixtures("waits_for_look_ups")
 @pytest.mark.parametrize("tier", ["computed", "loaded"])
 def test_a_prompt_that_gave_its_blocks_away_hits_none_of_its_own(model, tier, monkeypatch):
     """Preempted before its first token, when half of it was published."""
     monkeypatch.setattr("prefixstore.planner.plan._LEAST_PATIENCE_S", 30.0)
-    monkeypatch.setattr("prefixstore.engine.restorer._LEAST_LOOKUP_S", 30.0)
     tokens = prompt(20 * BLOCK_SIZE + 5)
     first, loaded = 2, 5  # blocks that are on the device; that the tier holds
     config = CacheConfig(block_size=BLOCK_SIZE, pool_tokens=1024)

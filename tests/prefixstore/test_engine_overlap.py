@@ -43,7 +43,7 @@ def tier():
 
 
 @pytest.fixture
-def engine(tier, monkeypatch):
+def engine(tier, monkeypatch, waits_for_look_ups):
     """Holds `TOKENS` in its tier alone, and believes that loading them is well worth it."""
     # Loads wait for the model here: on a busy machine for longer than the plan would for them.
     monkeypatch.setattr("prefixstore.planner.plan._LEAST_PATIENCE", 10.0)

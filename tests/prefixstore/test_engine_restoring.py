@@ -240,6 +240,7 @@ def test_a_tier_that_gives_nothing_in_time_is_learnt_as_slow(model, tier, open_e
     )
 
 
+@pytest.mark.usefixtures("waits_for_look_ups")
 def test_a_call_that_is_not_waited_for_is_learnt_while_it_hangs(model, tier, open_engine):
     engine, tokens = open_engine(restore_policy="planned"), prompt(LENGTH)
     warm(engine, tokens)
@@ -282,8 +283,8 @@ def test_a_pass_half_beside_a_load_tells_no_speed(tier, open_engine):
     assert beside[0] == before[0] + 1 and beside[1] != before[1]
 
 
-def test_the_policy_to_load_loads_what_one_pass_would_compute(tier, open_engine, monkeypatch):
-    monkeypatch.setattr("prefixstore.engine.restorer._LEAST_LOOKUP_S", 30.0)
+@pytest.mark.usefixtures("waits_for_look_ups")
+def test_the_policy_to_load_loads_what_one_pass_would_compute(tier, open_engine):
     engine, tokens = open_engine(max_batch_tokens=512), prompt(5 * BLOCK_SIZE + 5)
     warm(engine, tokens)
     report = engine.submit(tokens, GREEDY).result(60).report
@@ -319,6 +320,7 @@ def test_a_tier_that_writes_slowly_holds_up_only_who_needs_its_blocks(
     assert list(waiting.result(60).token_ids) == expected(model, tokens)
 
 
+@pytest.mark.usefixtures("waits_for_look_ups")
 @pytest.mark.parametrize("is_first", [True, False])
 def test_a_tier_believed_slow_is_measured_beside_one_that_is_fast(
     model, tier, open_engine, monkeypatch, is_first
