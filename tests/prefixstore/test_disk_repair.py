@@ -3,12 +3,11 @@
 import errno
 import os
 import sqlite3
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from disk_tiers import break_page, count_right, open_tier, put
+from disk_tiers import Clock, break_page, count_right, open_tier, put
 from sample_blocks import LARGE_LAYOUT, LAYOUT, make_keys
 
 from prefixstore.errors import TierTimeout, TierUnavailable
@@ -164,7 +163,8 @@ def test_files_that_nobody_knows_are_given_back(tmp_path, monkeypatch, mend):
 
 def test_a_sweep_gives_unfinished_writes_back(tmp_path, monkeypatch):
     """Wiped, so that a rebuilt index does not find half a record."""
-    tier = open_tier(tmp_path, capacity_bytes=SLAB, slab_bytes=SLAB, write_lease_s=0.05)
+    clock = Clock()
+    tier = open_tier(tmp_path, clock=clock, capacity_bytes=SLAB, slab_bytes=SLAB)
     keys = make_keys(10)
     put(tier, keys[:6])
 
@@ -177,7 +177,7 @@ def test_a_sweep_gives_unfinished_writes_back(tmp_path, monkeypatch):
         with pytest.raises(TierTimeout):
             put(tier, [key])
     monkeypatch.undo()
-    time.sleep(0.06)
+    clock.seconds += 100
     assert tier.sweep() == Swept(num_orphans=4, num_bytes=4 * PAGE_BYTES)
     assert tier.sweep() == Swept()
     put(tier, keys)
