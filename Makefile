@@ -69,7 +69,7 @@ fuzz: $(VENV)/.test $(VENV)/.native  ## mutated records, led by coverage, then u
 	$(WITH_ASAN) $(BIN)/python $(FUZZ) -runs=0 build/fuzz/corpus
 	$(WITH_ASAN) $(BIN)/python $(FUZZ) -max_total_time=60 build/fuzz/corpus
 
-planted-faults: $(VENV)/.test  ## show that the attention tests notice faults; some 20 minutes
+planted-faults: $(VENV)/.test  ## show that the attention tests notice faults; some 60 minutes
 	$(BIN)/python tests/planted_faults/run.py
 
 aot: $(VENV)/.base  ## every Triton kernel compiled ahead of time, some minutes; no GPU is needed
