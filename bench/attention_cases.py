@@ -11,7 +11,7 @@ BLOCK_SIZE = 64
 
 @dataclass(frozen=True)
 class Case:
-    """`num_seqs` sequences of `seq_len` tokens, of which the last `num_queries` ask."""
+    """`num_seqs` sequences of `seq_len` tokens; the last `num_queries` of each are the queries."""
 
     name: str
     num_seqs: int
@@ -36,17 +36,17 @@ class Case:
 
     @property
     def num_query_elements(self) -> int:
-        """Of the queries, and of the output."""
+        """Elements of the queries, as many as of the output."""
         return self.num_seqs * self.num_queries * self.num_heads * self.head_dim
 
     @property
     def num_scores(self) -> int:
-        """Of all heads, with those that the causal mask hides."""
+        """Scores of all heads, including those that the causal mask hides."""
         return self.num_seqs * self.num_heads * self.num_queries * self.seq_len
 
     @property
     def num_flops(self) -> int:
-        """Two products, counting only the keys a query sees."""
+        """Operations of both matrix products, counting only the keys that a query sees."""
         n, queries = self.seq_len, self.num_queries
         pairs = queries * n - queries * (queries - 1) // 2
         return 4 * self.num_seqs * self.num_heads * self.head_dim * pairs
@@ -74,7 +74,7 @@ CASES = [
     Case("prefill_2k_fp32", 1, 2048, 2048, 32, 8, 128, torch.float32),
 ]
 
-# Decode over more and more tokens: of one sequence, of four, and of more and more sequences.
+# Decode over more and more tokens: in one sequence, in four, and in a growing number of sequences.
 POWERS = (1, 2, 4, 8, 16, 32)
 SCALING = {
     "1 sequence": [Case(f"context_1x{n}k", 1, n << 10, 1, 32, 8, 128) for n in POWERS],
@@ -85,7 +85,7 @@ SCALING = {
 
 @dataclass
 class Inputs:
-    pool: KVPool  # of one layer, which the two caches are views of
+    pool: KVPool  # one layer; both caches are views of it
     query: torch.Tensor  # [num_tokens, num_heads, head_dim]
     key_cache: torch.Tensor
     value_cache: torch.Tensor
@@ -94,7 +94,7 @@ class Inputs:
     cu_seqlens_q: torch.Tensor | None  # None for decode, which on a GPU has kernels of its own
     key: torch.Tensor  # [num_seqs, num_kv_heads, seq_len, head_dim], contiguous
     value: torch.Tensor
-    mask: torch.Tensor | None  # None also where PyTorch's own causal mask serves
+    mask: torch.Tensor | None  # None where PyTorch's own causal mask is enough, too
 
     @property
     def queries_by_head(self) -> torch.Tensor:

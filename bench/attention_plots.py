@@ -1,4 +1,4 @@
-"""Pictures of the attention bench: the roofline, and how decode grows. Needs matplotlib."""
+"""Plots of the attention bench: the roofline, and how decode time grows. Needs matplotlib."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ STYLES = {  # label, colour, marker
 }
 ROOF_COLOUR = "#555555"
 
-# Cases with one roof: float16 is multiplied in float32.
+# Dtypes that share a roof: the CPU multiplies float16 in float32.
 PANELS = {
     "bfloat16": ("bfloat16",),
     "float32 and float16": ("float32", "float16"),
@@ -45,7 +45,7 @@ def _tidy(axes: Any) -> None:
 
 
 def plot_roofline(rows: Sequence[Row], machine: Row, path: Path) -> None:
-    """Draw each case of kvkernels, and of PyTorch's fastest sdpa, under what the machine can do."""
+    """Draw kvkernels and PyTorch's fastest sdpa in each case, under the machine's rates."""
     groups = {}
     for title, dtypes in PANELS.items():
         chosen = [row for row in rows if row["provider"] in STYLES and row["dtype"] in dtypes]
@@ -69,7 +69,7 @@ def plot_roofline(rows: Sequence[Row], machine: Row, path: Path) -> None:
 
 
 def _best_sdpa(rows: Sequence[Row]) -> list[Row]:
-    """Rows of kvkernels and, for each case, the faster one of sdpa."""
+    """kvkernels' rows, and for each case the faster of the sdpa rows."""
     best: dict[tuple[str, bool], Row] = {}
     for row in rows:
         key = (row["case"], row["provider"] == "kvkernels")
@@ -120,7 +120,7 @@ def _points(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
 
 
 def _free_heights(rows: Sequence[Row]) -> dict[str, float]:
-    """For each case of kvkernels the height of its label: the nearest that covers nothing."""
+    """The height of each kvkernels label: the nearest to its point that covers nothing."""
     taken = [(x, x, y) for x, y in zip(*_points(rows), strict=True)]  # from, to, at height
     heights = {}
     for row in rows:
@@ -148,7 +148,7 @@ def _are_close(height: float, other: float) -> bool:
 
 
 def plot_scaling(series: Mapping[str, Sequence[Row]], machine: Row, path: Path) -> None:
-    """Draw decode's time over the tokens of a sequence and over the number of sequences."""
+    """Draw decode time over the tokens per sequence and over the number of sequences."""
     figure = _make_figure(14, 5)
     panels = figure.subplots(1, len(series), sharey=True, squeeze=False)[0]
     for axes, (title, rows) in zip(panels, series.items(), strict=True):

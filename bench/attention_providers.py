@@ -1,6 +1,6 @@
 """Ways to compute a case's attention: PyTorch's own, the baseline first, and kvkernels.
 
-A provider over pools of another form, or another op over the same pools, is one more entry.
+To compare another cache format, or another op over the same pools, add an entry.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,9 @@ from bench.attention_cases import BLOCK_SIZE, Case, Inputs, gather
 
 Call = Callable[[], torch.Tensor]
 
-# How far from the exact output, over its length. Of random numbers around 0, over any number of
-# tokens, rounding to 16 bits makes up to 0.007, int8 0.009, float8 0.04, int4 0.11.
+# Largest error allowed: norm of the difference over norm of the exact output. For random numbers
+# around 0 and any number of tokens, rounding to 16 bits causes up to 0.007, int8 0.009, float8
+# 0.04, int4 0.11.
 KIND_TOLERANCES = {"int8": 2e-2, "float8": 8e-2, "int4": 2e-1}
 
 
@@ -25,15 +26,15 @@ class Provider:
     """One way to compute a case's attention.
 
     Attributes:
-        prepare: From a case and its inputs, what is timed: a call that gives an output like
-            ``query``. What it makes of the inputs before is not timed.
-        form: How the keys and values lie that the call gets.
+        prepare: Takes a case and its inputs and returns the call that is timed, which returns an
+            output like ``query``. The preparation is not timed.
+        form: Layout of the keys and values that the call gets.
         serves: Which cases it can run.
-        kv_bits: Of one element of keys and values, where it is not the case's dtype.
+        kv_bits: Bits of an element of keys and values, where they are not of the case's dtype.
         dtype: What it computes in, where it is not the case's dtype.
         tolerance: How far it may be from the baseline, where that is not the dtype's rounding; see
             `check_agreement`.
-        has_own_threads: Whether it runs on other threads than PyTorch's.
+        has_own_threads: Whether it runs on threads other than PyTorch's.
     """
 
     prepare: Callable[[Case, Inputs], Call]
@@ -52,7 +53,7 @@ class Provider:
         return round(case.num_kv_elements * kv_bits / 8)
 
     def num_bytes(self, case: Case) -> int:
-        """Keys, values and queries read once, the output written once."""
+        """Bytes of keys, values and queries, read once, and of the output, written once."""
         return self.num_kv_bytes(case) + 2 * case.num_query_elements * self.dtype_in(case).itemsize
 
 
@@ -70,7 +71,7 @@ def attend_contiguous(inputs: Inputs) -> torch.Tensor:
 
 
 def attend_in_float32(inputs: Inputs) -> torch.Tensor:
-    """What the others shall come near to; of one key-value head at a time, for it takes memory."""
+    """The exact output; one key-value head at a time, since scores in float32 take much memory."""
     query = inputs.queries_by_head
     outs = [
         F.scaled_dot_product_attention(
@@ -86,8 +87,8 @@ def attend_in_float32(inputs: Inputs) -> torch.Tensor:
 
 
 def attend_grouped(inputs: Inputs) -> torch.Tensor:
-    """Decode only: the queries of one group as the rows of one head, which spares PyTorch the
-    copies of keys and values that `enable_gqa` makes on a CPU. It takes a caller who knows."""
+    """Decode only: the queries of one group as the rows of one head, which avoids the copies of
+    keys and values that `enable_gqa` makes on a CPU. A caller has to know this trick."""
     num_seqs, num_kv_heads, _, head_dim = inputs.key.shape
     query = inputs.query.view(num_seqs, num_kv_heads, -1, head_dim)
     out = F.scaled_dot_product_attention(query, inputs.key, inputs.value)
@@ -95,7 +96,7 @@ def attend_grouped(inputs: Inputs) -> torch.Tensor:
 
 
 def attend_gathered(inputs: Inputs) -> torch.Tensor:
-    """What one does without a paged kernel: copy, then attend."""
+    """The way without a paged kernel: copy out of the blocks, then attend."""
     key = gather(inputs.key_cache, inputs.block_table)
     value = gather(inputs.value_cache, inputs.block_table)
     return attend_contiguous(replace(inputs, key=key, value=value))
@@ -135,7 +136,7 @@ def prepare_quantized(kind: str) -> Callable[[Case, Inputs], Call]:
 
 
 def bits_of(kind: str) -> float:
-    """Of an element of a quantised pool, scales included, with heads of 128."""
+    """Bits of an element of a quantised pool, scales included, with heads of 128."""
     layout = kvkernels.KVLayout(1, num_kv_heads=1, head_dim=128, block_size=BLOCK_SIZE)
     pool = kvkernels.QuantizedPool(layout, kind, num_blocks=1)
     return 8 * pool.layer_bytes / (2 * BLOCK_SIZE * layout.head_dim)
@@ -146,7 +147,7 @@ def is_quantized_case(case: Case) -> bool:
 
 
 def on_inputs(attend: Callable[[Inputs], torch.Tensor]) -> Callable[[Case, Inputs], Call]:
-    """`Provider.prepare` of a function that takes the inputs as they are."""
+    """`Provider.prepare` for a function that takes the inputs as they are."""
     return lambda _, inputs: partial(attend, inputs)
 
 

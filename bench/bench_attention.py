@@ -1,4 +1,4 @@
-"""paged_attention beside PyTorch's attention over contiguous keys and values, and its peers."""
+"""Compare paged_attention with PyTorch's attention over contiguous tensors, and with peers."""
 
 import json
 import statistics
@@ -25,12 +25,12 @@ from bench.rates import make_probes, rates_of
 Row = dict[str, Any]
 Calls = dict[str, Call]
 
-# fp16 and bfloat16 round to 3 or 2 digits; two ways to sum then differ by this.
+# fp16 and bfloat16 hold 3 or 2 decimal digits, so two orders of summation differ by this much.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 
 
 def prepare(case: Case, providers: Mapping[str, Provider]) -> Calls:
-    """What each provider runs on one and the same inputs."""
+    """For each provider its call on the given inputs."""
     inputs = make_inputs(case)
     return {name: provider.prepare(case, inputs) for name, provider in providers.items()}
 
@@ -48,7 +48,7 @@ def check_outputs(case: Case, providers: Mapping[str, Provider], calls: Calls) -
 
 
 def measure(case: Case, providers: Mapping[str, Provider], num_rounds: int) -> list[Row]:
-    """A row for each provider that serves the case, printed too; the first is the baseline."""
+    """Print and return a row for each provider that serves the case; the first is the baseline."""
     providers = {name: one for name, one in providers.items() if one.serves(case)}
     # Each run follows an untimed one of its provider: of the smallest pools, too, twice the cache.
     num_kv_bytes = min(one.num_kv_bytes(case) for one in providers.values())

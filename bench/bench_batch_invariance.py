@@ -1,10 +1,10 @@
-"""What the same bits in any batch cost whole models, and which of their layers lack them without.
+"""What batch invariance costs whole models, and which layers lack it by default.
 
 The cases time a forward pass in bfloat16 with kvkernels' attention: prompts of one sequence, and
 decode steps of several. The baseline has PyTorch's layers and attention as it is by default;
-"fused" is what an engine runs on a CPU, with norms, rotations and gates in one pass each besides.
-Case "layers" times nothing: it tells which layers give a token other bits beside another number of
-tokens, or with another number of threads.
+"fused" is what an engine runs on a CPU: batch-invariant layers, with norms, rotations and gates in
+one pass each. Case "layers" times nothing: it reports which layers give a token other bits with
+another number of tokens or of threads.
 """
 
 import copy
@@ -39,11 +39,11 @@ CASES = [
     Case("decode_8x1k", 8, 1024, 1),
     Case("decode_16x1k", 16, 1024, 1),
 ]
-# Numbers of tokens that a layer is tried with, out of NUM_TOKENS.
+# Each layer is tried with these numbers of tokens, out of NUM_TOKENS.
 TRIED = (1, 2, 3, 5, 8, 16, 17, 33, 64, 100, 512)
 NUM_TOKENS = 513
 
-# Two ways to sum in bfloat16 lie so far apart after all layers.
+# After all layers, two orders of summation in bfloat16 differ by this much.
 MAX_LOGITS_ERROR = 0.1
 
 
@@ -55,14 +55,14 @@ def load(name: str, dtype: torch.dtype) -> Any:
 
 @dataclass
 class Runner:
-    """A model, and the cache of a context."""
+    """A model, and a cache that holds a context."""
 
     model: Any
     cache: Any
     tokens: torch.Tensor  # [batch_size, num_new]
 
     def run(self) -> torch.Tensor:
-        """Last logits of each sequence; the cache forgets the new tokens."""
+        """Return each sequence's last logits; afterwards the cache forgets the new tokens."""
         logits = self.model(self.tokens, past_key_values=self.cache, logits_to_keep=1).logits
         self.cache.crop(-self.tokens.shape[1])
         return logits[:, -1].float()
@@ -91,7 +91,7 @@ def open_runner(model: Any, case: Case) -> Iterator[Runner]:
 
 
 def make_models(model: Any) -> dict[str, Any]:
-    """A model for each provider: to install takes a good part of a decode step."""
+    """A model for each provider, since installing would take a good part of a decode step."""
     from kvkernels.nn import batch_invariance, fused_layers
 
     models = {"default": model, "batch_invariant": copy.deepcopy(model)}
@@ -130,21 +130,21 @@ def measure(model_name: str, model: Any, case: Case, num_rounds: int) -> None:
 
 @dataclass
 class Layer:
-    """A layer and what a model called it with."""
+    """A layer and the arguments that the model called it with."""
 
     module: torch.nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def on_tokens(self, begin: int, end: int) -> list[torch.Tensor]:
-        """What it gives for some of the tokens."""
+        """Its output for some of the tokens."""
         args = [narrow_tokens(arg, begin, end) for arg in self.args]
         kwargs = {name: narrow_tokens(arg, begin, end) for name, arg in self.kwargs.items()}
         result = self.module(*args, **kwargs)
         return list(result) if isinstance(result, tuple) else [result]
 
     def differs_at(self) -> list[int]:
-        """Numbers of tokens beside which a token's bits are others than beside all."""
+        """Numbers of tokens with which some token gets other bits than with all of them."""
         whole = self.on_tokens(0, NUM_TOKENS)
         return [
             count
@@ -161,14 +161,14 @@ class Layer:
 
 
 def narrow_tokens(value: Any, begin: int, end: int) -> Any:
-    """Of a tensor the tokens [begin, end), along the dimension that has NUM_TOKENS."""
+    """Tokens [begin, end) of a tensor, along the dimension of length NUM_TOKENS."""
     if not isinstance(value, torch.Tensor) or NUM_TOKENS not in value.shape:
         return value
     return value.narrow(value.shape.index(NUM_TOKENS), begin, end - begin).clone()
 
 
 def find_layers(model: Any) -> dict[str, Layer]:
-    """The model's first block's layers, and those outside of blocks, each as it was called."""
+    """The layers of the model's first block and those outside of blocks, as they were called."""
     found: dict[str, Layer] = {}
 
     def note(name: str) -> Callable[..., None]:

@@ -1,7 +1,7 @@
 """Writing blocks as payloads and back, codec by codec, beside a plain copy of the blocks.
 
-`checksums_...` is what share of the time out goes into checksums. Of `raw` and of `l12`, which are
-summed on the way and only then written around the cache, it may be less than none.
+`checksums_...` is the share of the encoding time that goes into checksums. It may be negative for
+`raw` and `l12`, which only with checksums are written past the caches.
 """
 
 import statistics
@@ -26,7 +26,7 @@ class Case:
 
     @property
     def num_bytes(self) -> int:
-        """Of the blocks in the pool: what a copy reads, and writes again."""
+        """Bytes of the blocks in the pool, which a copy reads and writes."""
         return NUM_BLOCKS * self.layout.block_bytes
 
 
@@ -71,7 +71,7 @@ RUNS: dict[str, tuple[Callable[[Blocks], None], Callable[[Blocks], None]]] = {
 
 
 def make_blocks(layout: KVLayout, codec: str) -> Blocks:
-    """Blocks whose channels have sizes of their own, in an order that is not that of memory."""
+    """Blocks whose channels have different magnitudes, and their ids in random order."""
     pool = KVPool(layout, NUM_BLOCKS)
     pool.data.normal_()
     pool.data *= torch.rand(layout.head_dim) + 0.5
@@ -79,7 +79,7 @@ def make_blocks(layout: KVLayout, codec: str) -> Blocks:
     return Blocks(pool, ids, encode(pool, ids, BlockFormat(layout, codec)))
 
 
-Inputs = dict[str, Blocks]  # by provider: none finds what another left in the caches
+Inputs = dict[str, Blocks]  # by provider, so that none finds another's data in the caches
 
 
 def make_inputs(layout: KVLayout, providers: Iterable[str]) -> Inputs:
@@ -94,7 +94,7 @@ def run_on_own(name: str, run: Callable[[Blocks], None], inputs: Inputs) -> None
 
 
 def run_native_encode(with_sums: bool, blocks: Blocks) -> None:
-    """The kernels alone, so that sums are all that differs."""
+    """Run only the kernels, so that the checksums are the only difference."""
     encoded = blocks.encoded
     sums = encoded.sums if with_sums else None
     is_good = torch.empty(encoded.sums.shape[:2], dtype=torch.bool)

@@ -1,7 +1,7 @@
 """Answers of many requests at once, against transformers' `generate`, one after another.
 
-Each round runs the same prompts both ways. `overhead_ms` is what the engine spends on a step beside
-the model: scheduling, sampling, publishing blocks, handing tokens out.
+Each round runs the same prompts both ways. `overhead_ms` is the time per step outside the
+model: scheduling, sampling, publishing blocks, delivering tokens.
 """
 
 import statistics
@@ -20,7 +20,7 @@ from prefixstore.models import load_model, load_tokenizer, prepare_smollm2
 
 @dataclass(frozen=True)
 class Case:
-    """So many requests at the same time, of one length each."""
+    """Requests that are submitted at once, all of one length."""
 
     num_requests: int
     prompt_tokens: int
@@ -35,7 +35,7 @@ CASES = (Case(1, 128, 64), Case(8, 128, 64), Case(16, 128, 64), Case(16, 512, 64
 
 
 def make_prompts(tokenizer: Any, case: Case) -> list[list[int]]:
-    """Real questions, none beginning like another, cut to the case's length."""
+    """Real questions without common beginnings, cut to the case's length."""
     text = " ".join(question.text for question in load_questions())
     tokens = tokenizer(text * 8).input_ids
     step = len(tokens) // 8 // case.num_requests
@@ -44,7 +44,7 @@ def make_prompts(tokenizer: Any, case: Case) -> list[list[int]]:
 
 @torch.inference_mode()
 def run_sequential(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
-    """Seconds that transformers takes for one answer after another."""
+    """Seconds that transformers takes to answer one prompt after another."""
     started = time.perf_counter()
     for prompt in prompts:
         model.generate(
@@ -62,7 +62,7 @@ def run_case(case: Case, models: dict[str, Any], tokenizer: Any, num_rounds: int
     sampling = SamplingParams(max_tokens=case.new_tokens, temperature=0, ignore_eos=True)
     run_sequential(models["transformers"], prompts[:1], 4)
     sequential, batched, overheads, in_model = [], [], [], []
-    # Nothing is reused: each answer is computed both ways.
+    # No reuse, because `generate` has none either.
     with Engine.open(
         models["engine"], tokenizer, reuses_prefixes=False, memory_bytes=0, pool_tokens=32768
     ) as engine:

@@ -23,7 +23,7 @@ from prefixstore.index import RadixIndex
 
 
 class HashIndex:
-    """The usual prefix cache: one dict entry a block, keyed by a hash of it and its parent's hash.
+    """The usual prefix cache: a dict entry per block, keyed by a hash of it and its parent's hash.
 
     It keeps neither recency nor pins, so it does less than the radix tree in each call.
     """
@@ -113,8 +113,9 @@ class Workload:
         return np.arange(first, first + per_prompt, dtype=np.int32).reshape(-1, 1)
 
 
-# "one block a run": the worst for memory; first, while the heap is empty. "long": 32k tokens among
-# a million blocks. "agents": the load other engines' indexes were measured with.
+# "one block a run" is the worst case for memory; it comes first, while the heap is empty.
+# "long": 32k tokens among a million blocks. "agents": the load that other
+# engines' indexes were measured with.
 CASES = {
     "one block a run": Workload(1_000_000, 64, 0, 1, 64),
     "long": Workload(1985, 32768, 512, 10, 64),
@@ -147,7 +148,7 @@ def ids_of(answer: Any) -> list[int]:
 
 
 def check_agreement(indexes: dict[str, Any], prompts: list[np.ndarray]) -> None:
-    """Also asks for prompts that end elsewhere, at a place drawn from all blocks."""
+    """Prompts that end after a randomly drawn block are asked for, too."""
     rng = np.random.default_rng(1)
     for tokens in prompts[:: max(1, len(prompts) // 200)]:
         changed = tokens.copy()
@@ -159,7 +160,7 @@ def check_agreement(indexes: dict[str, Any], prompts: list[np.ndarray]) -> None:
 
 
 def time_match(name: str, workload: Workload, num_rounds: int) -> None:
-    """Match whole cached prompts, in an order that leaves none in a near cache."""
+    """Match whole cached prompts, in an order in which none is still in a near cache."""
     prompts = workload.prompts()
     indexes = {provider: make(workload.block_size) for provider, make in PROVIDERS.items()}
     for index in indexes.values():
@@ -206,7 +207,7 @@ def time_match(name: str, workload: Workload, num_rounds: int) -> None:
 
 
 def time_insert(name: str, workload: Workload, num_rounds: int) -> None:
-    """Fill an empty index; then fill one as a server does, with a match before each insert."""
+    """Fill an empty index; then another as a server does, with a match before each insert."""
     prompts = workload.prompts()
     ids = [workload.block_ids(i) for i in range(len(prompts))]
 
@@ -245,10 +246,10 @@ def resident_bytes() -> int:
 
 
 def measure_memory_and_eviction(name: str, workload: Workload) -> None:
-    """Bytes a block beyond its token ids, then what it takes to give all blocks up."""
+    """Bytes per block beyond its token ids, then the time to evict all blocks."""
     prompts = workload.prompts()
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # else the index would move into what the last case left
+    ctypes.CDLL(None).malloc_trim(0)  # else the index would reuse memory that the last case freed
     before = resident_bytes()
     index = RadixIndex(workload.block_size)
     fill(index, workload, prompts)
@@ -284,6 +285,6 @@ def main(case_filter: str, num_rounds: int) -> None:
             continue
         measure_memory_and_eviction(name, workload)
         if workload.num_shared == 0:
-            continue  # nothing to find
+            continue  # no prompt to match
         time_match(name, workload, num_rounds)
         time_insert(name, workload, num_rounds)

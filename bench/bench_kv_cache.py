@@ -1,4 +1,4 @@
-"""store_kv beside PyTorch's indexed assignment."""
+"""Compare store_kv with PyTorch's indexed assignment."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ class Case:
 
     @property
     def num_bytes(self) -> int:
-        """Keys and values, read and written."""
+        """Bytes of keys and values, read and written."""
         return 4 * self.num_tokens * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
@@ -37,7 +37,7 @@ PROVIDERS = {
     "index_put": lambda inputs: reference.store_kv(*inputs),
     "kvkernels": lambda inputs: kvkernels.store_kv(*inputs),
 }
-MAX_INPUTS = 64  # small cases would need thousands to leave the cache
+MAX_INPUTS = 64  # small cases would need thousands to exceed the cache
 
 
 def make_inputs(case: Case) -> tuple[torch.Tensor, ...]:

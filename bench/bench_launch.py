@@ -1,8 +1,9 @@
-"""What a call on a GPU takes of the processor: microseconds until it returns.
+"""Processor time of a call on a GPU: microseconds until it returns.
 
-`remembered` is a call like one before it, `planned` one of which nothing is remembered, though its
-kernel is compiled. Where there is no GPU, launches do nothing and the functions that launch are
-called without PyTorch's dispatcher before them: what is timed is this project's own part.
+`remembered` is a call laid out like an earlier one, whose launch is repeated; `planned` one without
+a remembered launch, though its kernel is compiled. Without a GPU, launches do nothing and the
+launching functions are called directly, not through PyTorch's dispatcher: only this project's own
+part is timed.
 """
 
 import statistics
@@ -23,7 +24,7 @@ from bench.gpu.attention_timing import make_narrow
 from bench.harness import print_line
 from kvkernels.scoring import Scoring
 
-NUM_CALLS = 200  # in a timed run: fewer than a device has room for in its queue
+NUM_CALLS = 200  # in a timed run: fewer than fit into a device's queue, or calls would wait
 
 ONE = Case("decode_1x1k", 1, 1024, 1, 32, 8, 128)
 MANY = Case("decode_32x1k", 32, 1024, 1, 32, 8, 128)
@@ -43,7 +44,7 @@ class _NoKernel:
 
 @contextmanager
 def _launches() -> Iterator[tuple[Callable[..., Any], ...]]:
-    """The three ops, on a GPU; elsewhere, what launches their kernels, with nothing to launch."""
+    """The three ops on a GPU; elsewhere their launching functions, with empty launches."""
     if torch.cuda.is_available():
         yield kvkernels.paged_attention, kvkernels.store_kv, kvkernels.merge_attention
         return
@@ -100,7 +101,7 @@ def _nothing_remembered() -> Iterator[None]:
 
 
 def _time_call(call: Call) -> float:
-    """Microseconds of the processor; the device may still be at work when it ends."""
+    """Microseconds of processor time per call; the device may still be at work afterwards."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -110,10 +111,10 @@ def _time_call(call: Call) -> float:
 
 
 def time_launches(case_filter: str = "", num_rounds: int = 15) -> Iterator[dict[str, Any]]:
-    """A row for each call whose name contains `case_filter`: medians and least of the rounds."""
+    """A row for each call whose name contains `case_filter`: median and minimum of the rounds."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.inference_mode(), _launches() as ops:
-        with torch.device(device):  # not while timing: it looks at each call of PyTorch
+        with torch.device(device):  # not while timing: this mode intercepts each PyTorch call
             calls = _make_calls(ops)
         for name, call in calls.items():
             if case_filter not in name:

@@ -1,4 +1,4 @@
-"""kvkernels.linear beside PyTorch's, on weights that lie in memory and not in a cache."""
+"""Compare kvkernels.linear with PyTorch's, on weights that are in no cache."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ class Case:
 
     @property
     def num_bytes(self) -> int:
-        """The weight read, the input read and the result written."""
+        """Bytes of the weight and the input, read, and of the result, written."""
         num_items = (
             self.out_features * self.in_features
             + self.num_rows * self.in_features

@@ -1,4 +1,4 @@
-"""merge_attention beside the same arithmetic in PyTorch."""
+"""Compare merge_attention with the same arithmetic in PyTorch."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ class Case:
 
     @property
     def num_bytes(self) -> int:
-        """Two outputs and two sums read, one of each written."""
+        """Bytes of two outputs and two log-sum-exps, read, and of one of each, written."""
         return 3 * self.num_tokens * self.num_heads * (self.head_dim * self.dtype.itemsize + 4)
 
 

@@ -1,8 +1,8 @@
-"""Decoding with a whole model, SmolLM2-135M in bfloat16: the drop-in beside transformers' own.
+"""Decoding with a whole model, SmolLM2-135M in bfloat16: drop-in attention and transformers' own.
 
-Each provider has read the same prompt (transformers' with `sdpa`). A run is so many greedy steps
-with one token each, at the end of which its cache forgets them. transformers' `sdpa` and `eager`
-stand on its DynamicCache. All share one copy of the weights.
+Each provider has read the same prompt (transformers' with `sdpa`). A run is some greedy steps of
+one token each, which its cache then forgets. transformers' `sdpa` and `eager` use its DynamicCache.
+All share one copy of the weights.
 """
 
 import statistics
@@ -33,12 +33,12 @@ class Case:
 
 CASES = [Case("smollm2_135m_1x4k", 4096)]
 
-# Two ways to sum in bfloat16 lie so far apart after all layers; another attention lies further.
+# After all layers two orders of summation in bfloat16 differ by this much; wrong attention by more.
 MAX_LOGITS_ERROR = 0.1
 
 
 def load() -> tuple[Callable[[], Any], torch.Tensor]:
-    """What makes the model once more, over the same weights, and tokens of some English text."""
+    """A function that makes further models over the same weights, and tokens of English text."""
     from prefixstore.models import load_model, load_tokenizer, prepare_smollm2
 
     path = prepare_smollm2()
@@ -56,7 +56,7 @@ def load() -> tuple[Callable[[], Any], torch.Tensor]:
 
 @dataclass
 class Decoder:
-    """A model and the cache of a prompt, but for the prompt's last token."""
+    """A model and a cache that holds a prompt except its last token."""
 
     model: Any
     cache: Any
@@ -120,7 +120,7 @@ PROVIDERS: dict[str, Callable[[Callable[[], Any], torch.Tensor, int], Any]] = {
 
 
 def check_logits(decoders: dict[str, Decoder]) -> dict[str, float]:
-    """Distance of the first step's logits from the baseline's, over their length."""
+    """Norm of the difference of the first step's logits from the baseline's, over their norm."""
     logits = {name: decoder.first_logits() for name, decoder in decoders.items()}
     want = logits[next(iter(logits))]
     errors = {name: ((one - want).norm() / want.norm()).item() for name, one in logits.items()}
@@ -133,13 +133,13 @@ def check_logits(decoders: dict[str, Decoder]) -> dict[str, float]:
 
 
 def num_equal(tokens: list[int], want: list[int]) -> int:
-    """How many of the first tokens are equal: behind a near tie two answers go their own ways."""
+    """How many tokens from the start are equal: after a near tie two answers may differ."""
     pairs = enumerate(zip(tokens, want, strict=True))
     return next((step for step, (token, other) in pairs if token != other), len(want))
 
 
 def num_bytes_read(decoder: Decoder, case: Case) -> int:
-    """Of a run: in each step all weights, and the keys and values of the prompt."""
+    """Bytes read in a run: all weights and the prompt's keys and values in each step."""
     weights = {p.data_ptr(): p.nbytes for p in decoder.model.parameters()}
     specs = layer_groups(decoder.model.config, BLOCK_SIZE, torch.bfloat16)
     kv = case.num_context * sum(spec.layout.block_bytes for spec in specs) // BLOCK_SIZE

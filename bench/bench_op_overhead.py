@@ -1,4 +1,4 @@
-"""What a call costs beside its work: microseconds on inputs so small that there is hardly any."""
+"""Overhead of a call: microseconds on inputs so small that there is hardly any work."""
 
 import statistics
 from collections.abc import Callable
@@ -18,7 +18,7 @@ NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 2, 1, 64, 16
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps the last call of a kvkernels op, as a call that goes past the public function."""
+    """Keeps the last call of a kvkernels op, to be repeated without the public function."""
 
     def __init__(self) -> None:
         super().__init__()

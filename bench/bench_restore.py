@@ -1,8 +1,8 @@
-"""Hits beside what they stand on: a record out of a tier, then its payload in the pool.
+"""Time hits, from a record in a tier to its payload in the pool, and the copies they stand on.
 
-A run restores a batch of records, one at a time. `copy` is two copies in memory, `raw_file` a read
-past the page cache, as the disk tier does, and a copy, `plain_file` the same out of a warm page
-cache; `unverified` is the tier without the store's checks. All files are on the disk before.
+A run restores a batch of records, one at a time. `copy` is two copies in memory; `raw_file` a read
+past the page cache, as the disk tier does, and a copy; `plain_file` the same from a warm page
+cache; `unverified` the tier without the store's checks. All files are flushed to disk before.
 """
 
 import os
@@ -51,7 +51,7 @@ class Case:
 
     @property
     def slot_bytes(self) -> int:
-        """Of a record in whole pages."""
+        """Size of a record, rounded up to whole pages."""
         return round_up(self.layout.record_bytes, PAGE_BYTES)
 
     @property
@@ -63,7 +63,7 @@ CASES = [Case(medium, model) for medium in ("memory", "disk") for model in LAYOU
 
 
 class Holder(Protocol):
-    """Holds a number of records; each is given and taken at the beginning of whole pages."""
+    """Holds a number of records; buffers begin on pages."""
 
     def put(self, number: int, record: np.ndarray) -> None: ...
     def get(self, number: int, out: np.ndarray) -> None: ...
@@ -87,7 +87,7 @@ class Copies:
 
 
 class PlainFile:
-    """The limit of the disk: one system call each, at fixed places of one file."""
+    """The limit of the disk: one system call per record, at fixed places of one file."""
 
     def __init__(self, path: Path, flags: int) -> None:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | flags)
@@ -103,7 +103,7 @@ class PlainFile:
 
 
 class TierHolder:
-    """A tier."""
+    """A tier as a holder."""
 
     def __init__(self, tier: Tier, keys: list[BlockKey], record_bytes: int) -> None:
         self.tier = tier
@@ -122,7 +122,7 @@ class TierHolder:
 
 
 def make_holders(case: Case, keys: list[BlockKey], directory: Path) -> dict[str, Holder]:
-    """One for each provider, the baseline first: nobody finds what another left in the caches."""
+    """A holder for each provider, the baseline first; none finds another's data in the caches."""
     num_records, record_bytes = len(keys), case.layout.record_bytes
     slab_bytes = case.batch_size * case.slot_bytes
     capacity_bytes = num_records // case.batch_size * slab_bytes
@@ -172,7 +172,7 @@ def make_providers(
     providers: dict[str, Callable[[range], None]] = {}
     for name, holder in holders.items():
         pool = np.zeros((num_records, case.layout.payload_bytes), np.uint8)
-        pool[:] = 1  # so that no page is touched for the first time in a timed run
+        pool[:] = 1  # so that page faults fall outside timed runs
         if isinstance(holder, TierHolder) and name == "kvkernels":
             store = stack.enter_context(Store([holder.tier]))
             providers[name] = partial(load_all, store, keys, pool)
@@ -207,14 +207,14 @@ def main(case_filter: str = "", num_rounds: int = 15) -> None:
     for case in CASES:
         if case_filter not in case.name:
             continue
-        # a batch for each round and the one that warms up: no round reads what another left
+        # a batch for each round and the warm-up: no round finds another's data in the caches
         num_records = case.batch_size * (num_rounds + 1)
         keys, records = make_keys_and_records(case, num_records)
         batches = [
             range(start, start + case.batch_size)
             for start in range(0, num_records, case.batch_size)
         ]
-        random.Random(0).shuffle(batches)  # so that reading ahead from one does not serve the next
+        random.Random(0).shuffle(batches)  # so that read-ahead of one does not help the next
         with tempfile.TemporaryDirectory() as path, ExitStack() as stack:
             holders = make_holders(case, keys, Path(path))
             for holder in holders.values():

@@ -1,6 +1,6 @@
-"""shared_prefix_attention beside paged_attention of the same batch, which reads the prefix again
-and again: out of memory once, and then as far as it stays there out of the caches. The bytes of a
-row are those that exist.
+"""Compare shared_prefix_attention with paged_attention on the same batch, which reads the prefix
+for each sequence: from memory once, and then from the caches, as far as it fits. A row counts each
+byte of the batch's KV once.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ BLOCK_SIZE = 64
 
 @dataclass(frozen=True)
 class Case:
-    """Sequences with a prefix in common, that ask one query each."""
+    """Sequences with a common prefix and one query each."""
 
     name: str
     num_seqs: int
@@ -28,7 +28,7 @@ class Case:
 
     @property
     def num_bytes(self) -> int:
-        """Of keys and values, the prefix once."""
+        """Bytes of keys and values, the prefix counted once."""
         tokens = self.prefix_len + self.num_seqs * self.own_len
         return 2 * 2 * tokens * self.num_kv_heads * self.head_dim
 

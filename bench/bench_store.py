@@ -1,10 +1,10 @@
-"""Blocks between a pool and the tiers through the store, beside the bare tier.
+"""Time blocks between a pool and the tiers through the store, and through the bare tier.
 
 A run saves a batch of new blocks out of a pool and waits until the tier has them, or loads a batch
 into it. `tier` moves the same records between the tier and plain memory in one call, and neither
-encodes nor verifies. All places are full before anything is timed. Records are raw, and of a disk
-they are read past the page cache. `disk_spill` saves into memory and waits until the disk behind
-it has the records, too.
+encodes nor verifies. All tiers are full before anything is timed. Records are raw; those on disk
+are read past the page cache. `disk_spill` saves into memory and waits until the disk tier after it
+has the records, too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from prefixstore.tiers.pages import PAGE_BYTES, page_aligned, round_up
 from prefixstore.tiers.redis import RedisTier
 from prefixstore.tiers.redis.config import RedisTierConfig
 
-NUM_BATCHES = 4  # that are held
+NUM_BATCHES = 4  # that the tier holds
 LAYOUTS = {
     "96k": RecordLayout(6, 1, 64, 64, "bfloat16"),
     "1m": RecordLayout(32, 2, 64, 64, "bfloat16"),
@@ -64,7 +64,7 @@ class Case:
 
     @property
     def batch_size(self) -> int:
-        """Several of the store's own batches."""
+        """Blocks of a run: several of the store's own batches."""
         return (128 << 20) // self.row_bytes // 4 * 4
 
 
@@ -78,7 +78,7 @@ CASES = [
 
 
 def open_tier(case: Case, num_records: int, directory: Path, stack: ExitStack) -> Tier:
-    """A tier for so many records; where records are saved it evicts for each."""
+    """A tier with room for so many records; each save then evicts one."""
     slab_bytes = case.batch_size // 4 * case.row_bytes
     capacity_bytes = round_up(num_records * case.row_bytes, slab_bytes)
     if case.medium == "memory":
@@ -92,7 +92,7 @@ def open_tier(case: Case, num_records: int, directory: Path, stack: ExitStack) -
 
 
 class Blocks:
-    """A pool full of blocks, and fresh keys for them without end."""
+    """A pool full of blocks, and an endless supply of fresh keys for them."""
 
     def __init__(self, case: Case) -> None:
         self.layout = case.layout

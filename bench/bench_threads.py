@@ -1,6 +1,6 @@
-"""A model's pass on threads of kvkernels' own and on OpenMP's, beside processes that do not rest.
+"""A model's pass on threads of kvkernels' own and on OpenMP's, beside busy processes.
 
-The baseline is the host program's OpenMP runtime, whose regions end when all their threads have.
+The baseline is the host program's OpenMP runtime, where each region waits for all its threads.
 """
 
 import multiprocessing
@@ -25,7 +25,7 @@ START_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class Case:
-    """So many new tokens after others, beside so many busy processes."""
+    """A pass over new tokens after cached ones, beside some busy processes."""
 
     kind: str
     num_cached: int
@@ -56,7 +56,7 @@ def keep_busy(begin: Barrier, end: Event) -> None:
 
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """So many processes that are busy from the beginning; to start one takes seconds."""
+    """Run busy processes for all cases, since starting one takes seconds."""
     context = multiprocessing.get_context("spawn")
     begin, end = context.Barrier(count + 1), context.Event()
     processes = [

@@ -1,12 +1,12 @@
-"""Tiers beside what they stand on: copies in memory, direct and buffered files (in TMPDIR).
+"""Compare tiers with copies in memory and with direct and buffered files (in TMPDIR).
 
-A run moves a batch of records, as a store does: 16 MiB of rows that begin on pages. All places are
-full before anything is timed, so each put evicts a record, and the plain providers write over one.
-Nobody flushes to the platters. `raw_file` is the best that is known of a disk from Python:
-O_DIRECT, four threads, one system call a record, one file that was reserved beforehand.
-`buffered_file` finds what it reads in the page cache; `buffered_file_cold` throws it out first,
-which takes a small part of its time. To what goes past the page cache they are the same. `lookup`
-asks for 32 records, half of which are there; `reopen` opens a directory with 100,000 records.
+A run moves a batch of records, as a store does: 16 MiB of rows that begin on pages. All tiers are
+full before anything is timed, so each put evicts a record, and the plain providers overwrite one.
+No provider flushes the disk. `raw_file` is the fastest known way to use a disk from Python:
+O_DIRECT, four threads, one system call per record, one preallocated file. `buffered_file` reads
+from the page cache; `buffered_file_cold` evicts its file from it first, which takes a small part of
+its time. `lookup` asks for 32 records, half of which are there; `reopen` opens a directory with
+100,000 records.
 """
 
 import os
@@ -33,7 +33,7 @@ from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
 from prefixstore.tiers.pages import PAGE_BYTES, page_aligned, round_up
 
 BATCH_BYTES = 16 << 20
-NUM_BATCHES = 16  # that are held
+NUM_BATCHES = 16  # that a holder holds
 NUM_THREADS = 4
 NUM_LOOKED_UP = 32
 NUM_HELD = 10_000  # while looking up
@@ -54,7 +54,7 @@ class Case:
 
     @property
     def record_bytes(self) -> int:
-        return ROW_BYTES[self.size] - 704  # as records are: no multiple of a page
+        return ROW_BYTES[self.size] - 704  # like a record, no multiple of a page
 
     @property
     def row_bytes(self) -> int:
@@ -74,7 +74,7 @@ CASES = [
 
 
 class Holder(Protocol):
-    """Holds a number of records: what is put goes over the oldest."""
+    """Holds a number of records: a put overwrites the oldest."""
 
     def put(self, numbers: range, rows: np.ndarray) -> None: ...
     def get(self, numbers: range, rows: np.ndarray) -> None: ...
@@ -84,7 +84,7 @@ class Holder(Protocol):
 class Copies:
     """The limit of memory: copies into an array and out of it.
 
-    The array is the tier's own: on some machines the rate depends on the memory that one gets.
+    It is the tier's own arena: on some machines the rate depends on which memory is used.
     """
 
     def __init__(self, arena: np.ndarray, case: Case) -> None:
@@ -106,7 +106,7 @@ class Copies:
 
 
 class PlainFile:
-    """The limit of the disk: one system call each, at fixed places of one file, in threads."""
+    """The limit of the disk: a system call per record, at fixed places of one file, in threads."""
 
     def __init__(self, path: Path, num_records: int, case: Case, flags: int) -> None:
         self._num_records = num_records
@@ -135,7 +135,7 @@ class PlainFile:
 
 
 class ColdFile(PlainFile):
-    """The same, out of the page cache."""
+    """The same file, evicted from the page cache before each read."""
 
     def get(self, numbers: range, rows: np.ndarray) -> None:
         start = numbers.start % self._num_records * self._row_bytes
@@ -144,11 +144,11 @@ class ColdFile(PlainFile):
 
 
 class TierHolder:
-    """A tier that has room for so many records and no more."""
+    """A tier with room for exactly so many records."""
 
     def __init__(self, tier: Tier, num_records: int, record_bytes: int) -> None:
         self._tier = tier
-        # when a name's turn comes again, its record was evicted long ago
+        # a name comes again only long after its record was evicted
         self._names = make_names(2 * num_records)
         self._num_put = 0
         self._record_bytes = record_bytes
@@ -170,7 +170,7 @@ class TierHolder:
 
 
 class WaitingTierHolder(TierHolder):
-    """The same with a deadline: it may give up on a disk that hangs, and so copies once more."""
+    """The same with a deadline: to be able to abandon a hanging read, it copies once more."""
 
     def get(self, numbers: range, rows: np.ndarray) -> None:
         names = self._names[numbers.start : numbers.stop]
@@ -184,7 +184,7 @@ class WaitingTierHolder(TierHolder):
 
 
 class AbandoningTierHolder(WaitingTierHolder):
-    """As the store reads: it would let go of memory that was not read in time."""
+    """Reads as the store does: buffers that were not filled in time would be given up."""
 
     def _get(
         self, outs: list[memoryview], names: list[RecordName], deadline: float
@@ -198,7 +198,7 @@ def make_names(num_names: int) -> list[RecordName]:
 
 
 def make_holders(case: Case, num_records: int, directory: Path) -> dict[str, Holder]:
-    """One for each provider, the baseline first: nobody finds what another left in the caches."""
+    """A holder for each provider, the baseline first; none finds another's data in the caches."""
     slab_bytes = case.batch_size * case.row_bytes
     capacity_bytes = num_records // case.batch_size * slab_bytes
     if case.medium == "memory":
@@ -217,7 +217,7 @@ def make_holders(case: Case, num_records: int, directory: Path) -> dict[str, Hol
         "kvkernels": (TierHolder, "auto"),
         "kvkernels_with_deadline": (WaitingTierHolder, "auto"),
         "kvkernels_as_store": (AbandoningTierHolder, "auto"),
-        "kvkernels_buffered": (TierHolder, "buffered"),  # like buffered_file, out of a warm cache
+        "kvkernels_buffered": (TierHolder, "buffered"),  # like buffered_file, page cache warm
     }
     for name in ["kvkernels"] if case.what == "put" else kinds:
         kind, io = kinds[name]
@@ -243,7 +243,7 @@ def run(case: Case, num_rounds: int) -> None:
     batches = [
         range(start, start + case.batch_size) for start in range(0, num_records, case.batch_size)
     ]
-    random.Random(0).shuffle(batches)  # so that reading ahead from one does not serve the next
+    random.Random(0).shuffle(batches)  # so that read-ahead of one does not help the next
     rows = page_aligned(case.batch_size * case.row_bytes).reshape(case.batch_size, -1)
     rows[:] = np.resize(np.arange(251, dtype=np.uint8), rows.shape)
     with tempfile.TemporaryDirectory() as path, ExitStack() as stack:
@@ -263,7 +263,7 @@ def run(case: Case, num_rounds: int) -> None:
 
 
 def run_lookups(num_rounds: int) -> None:
-    """Print the median and the 99th percentile of look-ups, the tiers taking turns."""
+    """Print the median and the 99th percentile of look-ups; the tiers take turns."""
     names = make_names(2 * NUM_HELD)
     held, source = names[:NUM_HELD], random.Random(1)
     rows = page_aligned(NUM_HELD * PAGE_BYTES).reshape(NUM_HELD, -1)

@@ -1,4 +1,4 @@
-"""Times providers of one result against each other, on cold caches, in alternating order."""
+"""Times providers of the same result against each other, with cold caches, in alternating order."""
 
 import itertools
 import json
@@ -45,7 +45,7 @@ def _cpu_name() -> str:
 
 
 def describe_machine() -> dict[str, Any]:
-    """What the timings depend on."""
+    """The machine and versions that the timings depend on."""
     from kvkernels import native
 
     return {
@@ -71,14 +71,14 @@ def last_level_cache_bytes() -> int:
 
 
 def make_cold(make: Callable[[], Inputs], num_bytes: int) -> list[Inputs]:
-    """As many inputs as together are twice the last level cache, to be used in turn."""
+    """Inputs that together are twice as large as the last level cache, to be used in turn."""
     return [make() for _ in range(max(1, -(-2 * last_level_cache_bytes() // num_bytes)))]
 
 
 def write_out(directory: Path) -> None:
-    """Leave none of a directory's files to be written while others are timed.
+    """Write a directory's files out, so that none is written while others are timed.
 
-    Clean pages can be dropped, too.
+    Clean pages can also be dropped from the page cache.
     """
     for path in directory.rglob("*"):
         if path.is_file():
@@ -94,8 +94,8 @@ def check_agreement(
 ) -> None:
     """Raise RuntimeError unless all providers gave about what the baseline gave.
 
-    What counts is the length of the difference over that of what was wanted: the outputs of
-    attention over many tokens are small, so by their largest difference zeros would agree.
+    The error is the norm of the difference over the norm of the baseline's output. By the largest
+    difference zeros would pass, since outputs of attention over many tokens are small.
     """
     for name, tensors in results.items():
         for got, want in zip(tensors, results[baseline], strict=True):
@@ -115,16 +115,16 @@ def time_alternating(
     probes: Mapping[str, Callable[[], Any]] | None = None,
     with_own_threads: Collection[str] = (),
 ) -> dict[str, list[float]]:
-    """Seconds of each run; every round runs all probes, then all providers, in the order of the
-    round before reversed. Each run takes the next of the inputs: none finds what the one before
-    has read.
+    """Seconds of each run; every round runs all probes, then all providers, in the reverse order of
+    the previous round. Each run takes the next of the inputs, so that none finds in the caches what
+    the previous one read.
 
-    The probes push code and page tables out of the caches, and what a provider wrote must leave
-    them before the next one's inputs find room. So where a round is short enough for that to
-    matter, each timed run follows an untimed one of the same provider. Those `with_own_threads`
-    run after a pause: for milliseconds after a run OpenMP's threads spin, and would take the
-    processors from them. After CASE_LIMIT_S no round begins, but MIN_ROUNDS are run (or as many as
-    were asked for).
+    The probes push code and page tables out of the caches, and a provider's writes must leave the
+    caches before there is room for the next one's inputs. So where rounds are short enough for that
+    to matter, each timed run follows an untimed one of the same provider. Providers in
+    `with_own_threads` run after a pause, because OpenMP's threads spin for milliseconds after a run
+    and would take the processors from theirs. After CASE_LIMIT_S no round begins, but at least
+    MIN_ROUNDS are run (or as many as were asked for).
     """
     probes = probes or {}
     names = list(providers)
@@ -157,7 +157,7 @@ def _seconds_of(call: Callable[[], Any]) -> float:
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
-    """The median and, of so many runs, the 10th and 90th percentiles."""
+    """Median, 10th and 90th percentile, and number of runs."""
     low, high = tails(seconds)
     return {
         "median_ms": 1e3 * statistics.median(seconds),
@@ -168,7 +168,7 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def tails(values: Sequence[float]) -> tuple[float, float]:
-    """The 10th and the 90th percentile, each one of the values; of a single one, that."""
+    """The 10th and 90th percentile, not interpolated: each is one of the values."""
     ordered = sorted(values)
     last = len(ordered) - 1
     return ordered[round(0.1 * last)], ordered[round(0.9 * last)]
@@ -177,7 +177,7 @@ def tails(values: Sequence[float]) -> tuple[float, float]:
 def figures(
     seconds: Sequence[float], rates: Rates, num_bytes: int, num_flops: int = 0
 ) -> dict[str, float]:
-    """A provider's times, the least they could be at the measured rates, and its share of those."""
+    """A provider's times, the least times at the measured rates, and the shares of those."""
     median = statistics.median(seconds)
     found = {
         **spread(seconds),

@@ -1,4 +1,4 @@
-"""Attention of other packages, where they are installed; none of them is a dependency."""
+"""Attention of other packages, for those that are installed; none is a dependency."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -11,7 +11,7 @@ import torch
 from bench.attention_cases import Case, Inputs
 from bench.attention_providers import Call, Provider
 
-# These write out the scores of all heads in float32.
+# These providers store the scores of all heads in float32.
 MAX_SCORES_BYTES = 1 << 30
 
 
@@ -100,7 +100,7 @@ def _onnxruntime_session(
     model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads
-    # Its idle threads would otherwise spin while the other providers have their turns.
+    # Otherwise its idle threads would spin while other providers are timed.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -108,7 +108,7 @@ def _onnxruntime_session(
 
 
 def _prepare_onnxruntime(dtype: torch.dtype, case: Case, inputs: Inputs) -> Call:
-    """The cache holds all tokens but the new ones, which each run writes in place."""
+    """Prepare a cache of all tokens but the new ones, which each run writes in place."""
     import numpy as np
 
     def merged_heads(tensor: torch.Tensor) -> torch.Tensor:
@@ -141,7 +141,7 @@ def _prepare_onnxruntime(dtype: torch.dtype, case: Case, inputs: Inputs) -> Call
         session.run_with_iobinding(binding)
         return out.view(inputs.query.shape)
 
-    call.tensors = feeds  # the binding holds addresses only
+    call.tensors = feeds  # keeps them alive: the binding holds only addresses
     return call
 
 
@@ -149,7 +149,7 @@ def _prepare_onnxruntime(dtype: torch.dtype, case: Case, inputs: Inputs) -> Call
 
 
 def _make_onnxruntime_provider(dtype: torch.dtype) -> Provider:
-    """It has no bfloat16 on a CPU: such cases run in float32 and in float16."""
+    """A provider in float32 or float16, as ONNX Runtime has no bfloat16 on a CPU."""
     return Provider(
         partial(_prepare_onnxruntime, dtype),
         "contiguous, new tokens written in each run",
@@ -179,7 +179,7 @@ def missing_packages() -> list[str]:
 
 
 def installed_peers() -> dict[str, Provider]:
-    """The providers all of whose packages are installed."""
+    """The providers whose packages are all installed."""
     missing = set(missing_packages())
     peers: dict[str, Provider] = {}
     for names, providers in PACKAGES.items():

@@ -1,4 +1,4 @@
-"""What the machine can do at best, measured among the runs of a case and with as many threads."""
+"""The machine's best rates, measured among the runs of a case with as many threads."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -11,16 +11,16 @@ import torch
 from kvkernels import native
 
 READ_BUFFER_BYTES = 256 << 20
-# On some machines the rate depends on the memory a buffer happens to get, or changes in time.
+# Several buffers: on some machines the rate depends on a buffer's memory, or changes over time.
 NUM_READ_BUFFERS = 3
 MATMUL_SIZE = 2048
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes read and operations done in a second.
+    """Bytes read and operations done per second.
 
-    Each is the median of all runs, and at best: of the fastest buffer, of the fastest product.
+    Each as the median of all runs and as the best: of the fastest buffer, of the fastest product.
     """
 
     read: float
@@ -31,7 +31,7 @@ class Rates:
 
 @cache
 def _read_buffers(num_bytes: int) -> list[torch.Tensor]:
-    # In large pages, as the pools lie: with small ones some machines read a tenth slower.
+    # In large pages, like the pools: with small ones some machines read a tenth slower.
     buffers = [
         native.empty_pool((num_bytes // 4,), torch.float32, "cpu") for _ in range(NUM_READ_BUFFERS)
     ]
@@ -39,10 +39,10 @@ def _read_buffers(num_bytes: int) -> list[torch.Tensor]:
 
 
 def matmul_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What PyTorch multiplies at the machine's rate in place of this dtype.
+    """The dtype to measure the machine's product rate in, for cases of this dtype.
 
-    It takes a hundred times as long for 16-bit floats where it has no kernels for them: for
-    float16 on most processors, for bfloat16 on those without AVX-512.
+    PyTorch takes a hundred times as long for 16-bit floats that it has no kernels for: float16 on
+    most processors, bfloat16 on those without AVX-512.
     """
     has_kernels = dtype == torch.bfloat16 and "avx512" in native.available_isas()
     return dtype if has_kernels or dtype.itemsize > 2 else torch.float32
@@ -54,7 +54,7 @@ def _matrices(size: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def make_probes(dtype: torch.dtype | None = None) -> dict[str, Callable[[], Any]]:
-    """What takes turns with the providers of a case.
+    """Probes of the machine, which take turns with the providers of a case.
 
     `torch.sum` over float32 does nothing but read. With `dtype`, `torch.matmul` of square
     matrices is among them, in that dtype or the one that `matmul_dtype` gives for it.

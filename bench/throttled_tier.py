@@ -1,4 +1,4 @@
-"""A tier that gives records at a chosen rate: memory behind a narrow link."""
+"""A memory tier that delivers records at a chosen rate, as if behind a narrow link."""
 
 import threading
 import time
@@ -11,7 +11,7 @@ from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
 
 
 class ThrottledTier(MemoryTier):
-    """Reads take as long as their bytes need on the link, one after another, or as memory takes.
+    """Reads take one after another as long as their bytes need on the link, or as memory if longer.
 
     Args:
         config: Of the memory.
@@ -34,7 +34,7 @@ class ThrottledTier(MemoryTier):
 
     @property
     def lends(self) -> bool:
-        return False  # what lies behind a link is copied
+        return False  # records behind a link are copied, not lent
 
     def get_many(
         self,

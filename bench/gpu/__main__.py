@@ -1,8 +1,7 @@
 """Checks and times the kernels on a CUDA device; see run.sh.
 
-First everything that may run beside each other, on all processors, for most of its time goes into
-compiling: the C++ extension, the checks, a rehearsal of what is timed, the tests. Then the timings,
-alone on the device.
+First, in parallel on all processors, what mostly takes time for compiling: the C++ extension, the
+checks, a rehearsal of what is timed, the tests. Then the timings, alone on the device.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ from bench.gpu.summary import summarise
 PARTS = ("checks", "peers", "tests", "timings", "engine")
 REHEARSED = ("timings", "tune")
 COMPILED_APART = ("_flashinfer", "_flex")  # by `peers.prepare`
-# Seconds from the start: what runs beside each other ends, and then the timings. run.sh leaves a
-# little more, to begin and to write the result.
+# Seconds from the start until the parallel part ends, and until the timings end. run.sh allows a
+# little more, to start and to write the result.
 PREPARED_S = 300
 TIMED_S = 500
 STEP_S = 120
@@ -56,7 +55,7 @@ TESTS = "triton or splits or batches"
 
 
 def _commit() -> str | None:
-    """The commit that is checked out, where there is a repository and git."""
+    """The commit that is checked out; needs a repository and git."""
     try:
         command = ["git", "rev-parse", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
@@ -73,7 +72,7 @@ def _driver() -> str | None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """The machine and versions that the figures depend on."""
     properties = torch.cuda.get_device_properties(0)
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -112,7 +111,7 @@ class Run:
         return [row for value in self.result.values() if isinstance(value, list) for row in value]
 
     def finish(self, is_ended: bool) -> list[str]:
-        """Write whether all of it was done, unless it was ended before; returns what failed."""
+        """Write whether the run is complete, unless it was ended before; returns what failed."""
         rows = self.rows()
         failed = [row["name"] for row in rows if not row["ok"]]
         self.result |= {
@@ -132,12 +131,12 @@ def topic_of(name: str) -> str:
 
 
 class Ended(Exception):
-    """The process is asked to end: what has been measured shall not be lost."""
+    """The process was asked to end; raised so that the figures so far are kept."""
 
 
 @contextmanager
 def ended_by_signal() -> Iterator[None]:
-    """`Ended` is raised within where the process is asked to end; none of its own then stay."""
+    """Raise `Ended` inside when the process is asked to end; its children are then ended."""
 
     def end(*_: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice
@@ -151,7 +150,7 @@ def ended_by_signal() -> Iterator[None]:
 
 
 def run_logged(command: Sequence[str | Path], log: str, timeout_s: float) -> tuple[int | str, str]:
-    """Status of a process, or why there is none, and the end of what it printed."""
+    """A process's exit status, or why there is none, and the end of its output."""
     path = LOGS / f"{log.replace('/', '-')}.log"
     with started(command, path) as process:
         try:
@@ -162,10 +161,10 @@ def run_logged(command: Sequence[str | Path], log: str, timeout_s: float) -> tup
 
 
 def run_steps(names: Sequence[str], timeout_s: float, rows: list[Row], *flags: str) -> None:
-    """Add rows of the steps to `rows`, from one process, and another behind every device error.
+    """Add the steps' rows to `rows`, from one process and, after each device error, another.
 
-    They stand in a file beside the logs as soon as there are any, and those that do are in `rows`
-    whatever ends this call.
+    Each row is written to a file beside the logs at once, and rows in the file get into `rows`
+    however this call ends.
     """
     end = time.monotonic() + timeout_s
     while len(rows) < len(names):
@@ -190,7 +189,7 @@ def row_without_time(name: str) -> Row:
 
 
 def rows_file(first: str) -> Path:
-    """Where a process that begins with this step leaves its rows, one a line."""
+    """The file where a process that begins with this step writes its rows, one per line."""
     return LOGS / f"{first.replace('/', '-')}.jsonl"
 
 
@@ -199,7 +198,7 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def build_extension(run: Run) -> Row:
-    """The C++ extension, in place; what needs it is left out where it does not build."""
+    """Build the C++ extension in place; if that fails, what needs it is left out."""
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     status, text = run_logged(command, "build", run.left_s(PREPARED_S))
     row = {"name": "build", "ok": status == 0, "took_s": time.monotonic() - run.begin}
@@ -207,12 +206,12 @@ def build_extension(run: Run) -> Row:
 
 
 def run_tests(run: Run) -> Row:
-    """The Triton part of the tests."""
+    """Run the Triton part of the tests."""
     begin = time.monotonic()
     command = [sys.executable, "-m", "pytest", *TEST_FILES, "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(max(2, (os.cpu_count() or 2) // 2))]
-    # By name, for a run that is cut short.
+    # -v names each test as it ends, so that a run that is cut short shows how far it came.
     command += ["-k", TESTS, "--no-header", "-v", "-rfE", "--tb=line"]
     status, text = run_logged(command, "tests", run.left_s(PREPARED_S))
     took_s = round(time.monotonic() - begin, 1)
@@ -220,7 +219,7 @@ def run_tests(run: Run) -> Row:
 
 
 def prepare(run: Run, parts: Sequence[str], names: Sequence[str]) -> None:
-    """What may run beside each other, in processes of their own, which end with this call."""
+    """Run the parallel part, in processes that end with this call."""
     with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) - 2)) as pool:
         topics = {pool.submit(build_extension, run): "build"}
         if "peers" in parts:
@@ -235,7 +234,7 @@ def prepare(run: Run, parts: Sequence[str], names: Sequence[str]) -> None:
                 topics[pool.submit(_run_one, run, name, flags)] = topic
         try:
             _record(run, topics)
-        except BaseException:  # of a signal: nobody waits for what still runs
+        except BaseException:  # also a signal's: do not wait for what still runs
             pool.shutdown(wait=False, cancel_futures=True)
             end_all()
             raise
@@ -244,7 +243,7 @@ def prepare(run: Run, parts: Sequence[str], names: Sequence[str]) -> None:
 def _record(run: Run, topics: Mapping[Future[Row], str]) -> None:
     for future in as_completed(topics):
         topic, row = topics[future], future.result()
-        if topic not in REHEARSED:  # those fail again, when they are timed
+        if topic not in REHEARSED:  # a rehearsal's error shows again when it is timed
             run.record(topic, row)
         elif not row["ok"]:
             print("rehearsal", json.dumps(row)[:500], flush=True)
@@ -293,7 +292,7 @@ def main() -> int:
     with ended_by_signal():
         try:
             prepare(run, options.parts, [name for name in steps() if wanted.search(name)])
-            # The engine's are among the steps since the extension is built.
+            # After the extension is built, as only then `steps` has the engine's.
             run_steps(choose(options.parts, wanted), run.left_s(TIMED_S), timed)
             is_ended = False
         except Ended:

@@ -1,4 +1,4 @@
-"""Times attention beside its peers, and against what the device's rates would allow."""
+"""Times attention and its peers, and compares them with what the device's rates would allow."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +38,7 @@ NARROW_CASES = [
 ]
 INVARIANT_CASE = next(case for case in CASES if case.name == "decode_8x4k")
 
-# Only to notice that another thing is timed; what is right is for check.py to say.
+# Loose: it only shows that all compute the same thing; accuracy is tested by check.py.
 TOLERANCE = 0.02
 
 
@@ -59,7 +59,7 @@ class LatentCase:
 
     @property
     def num_bytes(self) -> int:
-        """The cache and the queries read once, the output written once."""
+        """Bytes of the cache and the queries, read once, and of the output, written once."""
         width = self.key_dim + self.value_dim
         return self.num_kv_bytes + 2 * self.num_seqs * self.num_heads * width
 
@@ -73,14 +73,14 @@ LATENT_CASES = [LatentCase("decode_128x4k_mla", 128, 4096), LatentCase("decode_1
 
 
 def _num_bytes(case: Case, num_kv_bytes: int) -> int:
-    """Keys and values in so many bytes and the queries read once, the output written once."""
+    """Bytes of keys and values (given) and queries, read once, and of the output, written once."""
     return num_kv_bytes + 2 * case.num_query_elements * case.dtype.itemsize
 
 
 def with_floor(
     times: Mapping[str, float], num_bytes: int, num_flops: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Times of ours and how near they come to the least that the device's rates allow."""
+    """kvkernels' times, and how near they come to the least that the device's rates allow."""
     floor = find_floor(num_bytes, num_flops, dtype)
     return {
         "num_bytes": num_bytes,
@@ -96,7 +96,7 @@ def with_floor(
 
 
 def check_ours(call: Call, exact: torch.Tensor, tolerance: float = TOLERANCE) -> torch.Tensor:
-    """What a call gives; RuntimeError if that is not about the exact, or from a graph is not."""
+    """A call's output; RuntimeError if it, or its replay from a graph, is not about the exact."""
     out = call()
     results = {"float32": [exact] * 2, "kvkernels": [out, replayed(call)]}
     check_agreement(results, "float32", tolerance)
@@ -111,7 +111,7 @@ def time_peers(
     ours_us: float,
     tolerance: float = TOLERANCE,
 ) -> dict[str, dict[str, Any]]:
-    """Times of each peer that serves the case and their ratio to ours, or its error."""
+    """For each peer that serves the case its times and their ratio to ours, or its error."""
     found: dict[str, dict[str, Any]] = {}
     for name, peer in peers.items():
         if not peer.serves(case):
@@ -122,7 +122,7 @@ def time_peers(
                 results = {"kvkernels": [expected] * 2, name: [calls[0](), replayed(calls[0])]}
                 check_agreement(results, "kvkernels", tolerance)
                 times = time_both_ways(calls)
-        except Exception as error:  # of another package: it must not cost our row
+        except Exception as error:  # another package's error must not cost our row
             found[name] = {"error": f"{type(error).__name__}: {error}"[:1000]}
             continue
         found[name] = {**times, "graph_over_ours": times["graph_us"] / ours_us, "form": peer.form}
@@ -142,7 +142,7 @@ def time_attention(case: Case, peers: Mapping[str, Peer]) -> dict[str, Any]:
 
 
 def make_narrow(inputs: Inputs, kind: str) -> tuple[Inputs, dict[str, QuantizedCache]]:
-    """The inputs with all blocks of a kind, and the quantised caches that hold them."""
+    """The inputs with all blocks of one kind, and the quantised caches that hold them."""
     keys, values = inputs.key_cache, inputs.value_cache
     if kind == "float8":
         keys, values = (cache.to(torch.float8_e4m3fn) for cache in (keys, values))
@@ -187,7 +187,7 @@ def time_narrow(case: Case, kind: str, peers: Mapping[str, Peer]) -> dict[str, A
 
 @torch.inference_mode()
 def time_invariant(case: Case) -> dict[str, Any]:
-    """Decode with the same bits in every batch, and how much longer than without it."""
+    """Time batch-invariant decode, and how much longer it takes than the default."""
     inputs = make_cold(partial(attention_cases.make_inputs, case), case.num_kv_bytes)
     calls = [partial(attend_decode, one, batch_invariant=True) for one in inputs]
     check_ours(calls[0], attend_in_float32(inputs[0]))
@@ -211,7 +211,7 @@ def make_latent_inputs(case: LatentCase) -> tuple[torch.Tensor, ...]:
 def attend_latent_in_float32(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor, _: Any
 ) -> torch.Tensor:
-    """All heads as the rows of one."""
+    """Attention with all query heads as rows of one head, in float32."""
     gathered = (gather(cache, table).float() for cache in (keys, values))
     return F.scaled_dot_product_attention(query[:, None].float(), *gathered)[:, 0]
 

@@ -1,4 +1,4 @@
-"""What must hold on a device before a timing means anything; needs no pytest."""
+"""Correctness checks that must pass on a device before its timings mean anything; no pytest."""
 
 from collections.abc import Callable
 from functools import partial
@@ -33,11 +33,11 @@ def make_inputs(
     block_size: int,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, ...]:
-    """Query, caches, table, lengths and running sums; slots that nobody uses are NaN."""
+    """Query, caches, table, lengths and running sums; unused slots are NaN."""
     counts = torch.tensor([count for count, _ in sequences])
     lens = torch.tensor([length for _, length in sequences])
     width = -(-int(lens.max()) // block_size)
-    # Blocks of a sequence lie scattered, and two are nobody's.
+    # The blocks of a sequence are scattered, and two belong to none.
     table = torch.randperm(len(sequences) * width + 2)[:-2].view(len(sequences), width)
     shape = (len(sequences) * width + 2, heads[1], block_size, head_dim)
     caches = [torch.randn(shape, device=DEVICE).to(dtype) for _ in range(2)]
@@ -74,7 +74,7 @@ def quantize(
 
 
 def make_rules(rules: tuple[str, ...], num_heads: int, counts: torch.Tensor) -> dict[str, Any]:
-    """Keyword arguments of `paged_attention`."""
+    """Keyword arguments of `paged_attention` for the named rules."""
     made: dict[str, Any] = {}
     if "soft_cap" in rules:
         made["soft_cap"] = 5.0
@@ -82,7 +82,7 @@ def make_rules(rules: tuple[str, ...], num_heads: int, counts: torch.Tensor) -> 
         made["sinks"] = torch.randn(num_heads, device=DEVICE)
     if "alibi" in rules:
         made["alibi_slopes"] = torch.rand(num_heads, device=DEVICE) / 8
-    if "tree" in rules:  # every token sees itself and each second one before it
+    if "tree" in rules:  # every token sees itself and every second one before it
         depths = torch.cat([torch.arange(count) for count in counts.tolist()])
         bits = [sum(1 << bit for bit in range(depth, -1, -2)) for depth in depths.tolist()]
         made["tree_mask"] = torch.tensor(bits, dtype=torch.int32, device=DEVICE)
@@ -101,7 +101,7 @@ def check_attention(
     value_dim: int = 0,
     batch_invariant: bool = False,
 ) -> None:
-    """As accurate as the reference, and the same bits again."""
+    """Check that attention is as accurate as the reference, and gives the same bits again."""
     query, keys, values, table, lens, sums = make_inputs(
         sequences, heads, head_dim, block_size, dtype
     )
@@ -139,7 +139,7 @@ def check_attention(
 
 
 def check_invariance() -> None:
-    """A sequence gets the same bits alone and in a batch, where that is asked for."""
+    """Check that with `batch_invariant` a sequence gets the same bits alone and in a batch."""
     query, keys, values, table, lens, _ = make_inputs(DECODE, (32, 8), 128, 64, BF16)
     together = kvkernels.paged_attention(query, keys, values, table, lens, batch_invariant=True)
     for seq in range(len(DECODE)):
@@ -151,7 +151,7 @@ def check_invariance() -> None:
 
 
 def check_graph() -> None:
-    """A captured decode stays right when lengths, tables, queries and caches change."""
+    """Check that a captured decode stays right when lengths, tables, queries and caches change."""
     shape = ((32, 8), 128, 64, BF16)
     captured = make_inputs(((1, 5000),) * 4, *shape)[:5]
     kvkernels.paged_attention(*captured)  # compiles
@@ -161,14 +161,14 @@ def check_graph() -> None:
     for sequences in (((1, 5000), (1, 1), (1, 0), (1, 64)), ((1, 70),) * 3 + ((1, 4999),)):
         fresh = make_inputs(sequences, *shape)[:5]
         for old, new in zip(captured, fresh, strict=True):
-            # What the shorter sequences do not need stays as it was.
+            # Table entries past the shorter sequences keep their old values.
             old[tuple(slice(size) for size in new.shape)].copy_(new)
         graph.replay()
         assert torch.equal(out, kvkernels.paged_attention(*captured)), "a replay differs"
 
 
 def check_merge() -> None:
-    """Merged halves are as accurate as the reference's merge."""
+    """Check that merged halves are as accurate as the reference's merge."""
     for dtype in (BF16, FP32):
         outs = [torch.randn(300, 32, 128, device=DEVICE).to(dtype) for _ in range(2)]
         lses = [5 * torch.randn(300, 32, device=DEVICE) for _ in range(2)]
@@ -184,7 +184,7 @@ def check_merge() -> None:
 
 
 def check_store() -> None:
-    """Exactly the named slots are written."""
+    """Check that exactly the named slots are written."""
     for dtype in (BF16, FP32):
         key, value = (torch.randn(500, 8, 128, device=DEVICE).to(dtype) for _ in range(2))
         slots = torch.randperm(64 * 20, device=DEVICE)[:500]
@@ -197,11 +197,11 @@ def check_store() -> None:
 
 
 def check_codec(codec: str, layout: KVLayout) -> None:
-    """The processor's bytes, in memory of either, and blocks that come back the same from both."""
+    """Check that CPU and GPU encode the same bytes, to either memory, and decode them alike."""
     here, there = KVPool(layout, 6), KVPool(layout, 6, DEVICE)
     here.data.normal_()
     here.data[:, :, 0] += 100 * torch.randn(6, 3, layout.num_kv_heads, 1, layout.head_dim)
-    here.data[2, 1, 0, -1, 3, 5] = torch.inf  # most codecs do not hold it
+    here.data[2, 1, 0, -1, 3, 5] = torch.inf  # most codecs cannot hold it, so the block is raw
     there.data.copy_(here.data)
     ids = torch.tensor([5, 2, 0, 3])
     block_format = BlockFormat(layout, codec)
@@ -242,9 +242,9 @@ def check_codecs(codec: str) -> None:
 
 
 def check_transfer(codec: str, is_staged: bool) -> None:
-    """Out beside the stream that wrote the blocks and overwrites them, and in, some layers or all.
+    """Check evicting beside a stream that overwrites the blocks, and restoring some layers or all.
 
-    What comes in passes through buffers of two blocks, and so each of them several times.
+    Restores pass through buffers of two blocks, so that each buffer is reused.
     """
     layout = KVLayout(6, 4, 128, 64, BF16)
     pool, target = (KVPool(layout, 64, DEVICE) for _ in range(2))
@@ -260,7 +260,7 @@ def check_transfer(codec: str, is_staged: bool) -> None:
         pool.data.copy_(numbers)
         with outwards.evict(ids, block_format, outwards.mark()) as eviction:
             encoded = eviction.wait()
-            pool.data.fill_(torch.nan)  # they may be written now
+            pool.data.fill_(torch.nan)  # the transfer no longer reads them
             target.data.fill_(torch.nan)
             step = (2, 5, None)[seed % 3]
             restoration = inwards.restore(encoded, ids, layers_per_step=step, after=inwards.mark())

@@ -1,5 +1,5 @@
-"""Times the engine on models with random weights: first tokens, decode steps, and these beside
-evictions; what is needed is in engine_setup.py.
+"""Times the engine on models with random weights: first tokens, decode steps, and decode steps
+during evictions. The set-up is in engine_setup.py.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ Row = dict[str, Any]
 
 
 def check_answers(case: Case, model: Any, codec: str) -> Row:
-    """A restored prompt is answered with the bits that it is answered with from the pool.
+    """Check that a restored prompt gets the same answer, bit for bit, as from the pool.
 
-    The computed prompt went through other passes, of other lengths: without batch invariance its
-    last bits differ, and sooner or later its answer.
+    Not compared with the computed prompt: it went through passes of other lengths, so without
+    batch invariance its last bits differ, and sooner or later its answer.
     """
     prompt = make_prompt(case, case.prompt_lens[0], 0)
     with open_engine(case, model, codec) as engine:
@@ -68,10 +68,10 @@ def check_answers(case: Case, model: Any, codec: str) -> Row:
 
 
 def check_graphs(case: Case, model: Any) -> Row:
-    """Replayed passes give the bits of the model's own, which have the same shapes."""
+    """Check that replayed passes give the bits of the model's own passes of the same shapes."""
     prompts = [make_prompt(case, case.context + 1, 0)]
     with open_engine(case, model) as engine:
-        answer(engine, prompts, 1)  # from now on all but the last token is cached
+        answer(engine, prompts, 1)  # so that all but the last token is cached
         (run,) = answer(engine, prompts, NUM_FORWARD_PASSES, logprobs=1)
         (replayed,) = answer(engine, prompts, NUM_FORWARD_PASSES + 1, logprobs=1)
         shapes = _graph_shapes(engine)
@@ -110,7 +110,7 @@ def time_first_token(case: Case, model: Any, num_tokens: int, codec: str | None)
             record_bytes = _read_bytes(engine) - read_bytes
             loads_s.append(output.report.times.load_s)
         block_bytes = engine.cache.blocks.device.groups[0].pool.layout.block_bytes
-    # The first of each compiled kernels.
+    # The first of each is left out: it compiled kernels.
     row: Row = {f"{name}_ms": statistics.median(times[1:]) for name, times in ttft_ms.items()}
     row["computed_to_device"] = row["computed_ms"] / row["device_ms"]
     if codec:
@@ -137,10 +137,10 @@ def _read_bytes(engine: Engine) -> int:
 
 
 def time_decode(case: Case, model: Any, num_seqs: int, cuda_graphs: bool) -> Row:
-    """Milliseconds of a decode step, and of it the engine's beside the model's forward pass.
+    """Milliseconds of a decode step, and those of the engine outside the model's forward pass.
 
-    The model's are of all steps, also of the first few, which do not have the whole batch yet: a
-    small answer would be over before anybody knows that the last prompt is in it.
+    The model's time is that of all steps, including the first few without the whole batch: a short
+    answer would be over before it is known that the last prompt is in the batch.
     """
     prompts = [make_prompt(case, case.context + 1, seed) for seed in range(num_seqs)]
     with (
@@ -166,16 +166,16 @@ def time_decode(case: Case, model: Any, num_seqs: int, cuda_graphs: bool) -> Row
 
 
 def _warm_up(engine: Engine, prompts: Sequence[list[int]]) -> None:
-    """Have every prompt in the pool but for its last token, and decode passes recorded."""
+    """Get every prompt but its last token into the pool, and decode passes recorded."""
     answer(engine, prompts, 4)
     num_passes = 2 * NUM_FORWARD_PASSES if engine.config.cuda_graphs else 0
-    answer(engine, prompts, num_passes + 4)  # of which the first do not have all of the prompts
+    answer(engine, prompts, num_passes + 4)  # the first passes lack some prompts
 
 
 def _step_ms(outputs: Sequence[RequestOutput]) -> float:
-    """Between two tokens of the answer whose prompt was submitted last.
+    """Milliseconds between two tokens of the answer whose prompt was submitted last.
 
-    The steps before that share the interpreter with who submits.
+    Earlier steps share the Python interpreter with the thread that submits.
     """
     last = outputs[-1]
     return 1e3 * last.report.times.decode_s / (len(last.token_ids) - 1)
@@ -185,7 +185,7 @@ def _step_ms(outputs: Sequence[RequestOutput]) -> float:
 def time_generate(case: Case, model: Any) -> Row:
     """Milliseconds of a step of transformers' own `generate`: a growing cache, PyTorch's attention.
 
-    That of a long answer less that of a short one, so that the prompt is in neither.
+    The time of a long answer less that of a short one, so that the prompt's cancels out.
     """
     ids = torch.tensor([make_prompt(case, case.context, 0)], device=model.device)
     lengths = (2, 2 + case.num_new)
@@ -216,13 +216,13 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# ---- decode steps beside evictions -----------------------------------------------------------
+# ---- decode steps during evictions -----------------------------------------------------------
 
 
 def time_beside_evictions(case: Case, model: Any) -> Row:
-    """How much slower a batch decodes while its pool's blocks leave, by how many programs may run.
+    """How much slower a batch decodes during evictions, by how many programs those may use.
 
-    What leaves are blocks of the pool whoever has them, over and over: a writer that never rests.
+    Blocks of the pool are evicted over and over, in use or not: a writer that never rests.
     """
     num_seqs = sorted(case.batches)[len(case.batches) // 2]
     prompts = [make_prompt(case, case.context + 1, seed) for seed in range(num_seqs)]
@@ -246,9 +246,9 @@ def time_beside_evictions(case: Case, model: Any) -> Row:
 
 @contextmanager
 def _evicting(pool: KVPool, num_programs: int | None) -> Iterator[Callable[[], int]]:
-    """Evict blocks in a thread all the while; yields how to ask for the bytes of the pool gone.
+    """Evict blocks in a thread; yields a function that returns the pool bytes evicted so far.
 
-    What ends the evictions before is raised at the end.
+    An error of the thread is raised at the end.
     """
     num_blocks = min(16, pool.num_blocks)
     transfer = BlockTransfer(pool, num_slots=num_blocks, num_programs=num_programs)
@@ -272,7 +272,7 @@ def _evicting(pool: KVPool, num_programs: int | None) -> Iterator[Callable[[], i
             yield lambda: num_evictions * num_blocks * pool.layout.block_bytes
         finally:
             is_over.set()
-        evicting.result()  # raises what ended it
+        evicting.result()  # raises the thread's error
 
 
 # ---- all of it -------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def _evicting(pool: KVPool, num_programs: int | None) -> Iterator[Callable[[], i
 def engine_cases(
     device: torch.device | str = "cuda", cases: Sequence[Case] = CASES
 ) -> Iterator[tuple[str, Callable[[], Row]]]:
-    """Names and what to run; one model at a time lies on the device, from its first row on."""
+    """Names and what to run; a model is loaded at its first row, one at a time."""
     models: dict[str, Any] = {}
 
     def run(case: Case, work: Callable[..., Row], *args: Any) -> Row:

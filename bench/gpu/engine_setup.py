@@ -1,6 +1,6 @@
-"""Models with random weights, engines on them, and how they are asked; for engine.py.
+"""Models with random weights, engines on them and requests to those, for engine.py.
 
-Needs transformers and the C++ extension, whose radix tree finds prefixes; no files.
+Needs transformers and the C++ extension, for the radix tree; reads no files.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Case:
 
     @property
     def pool_blocks(self) -> int:
-        """Twice the room of the largest batch or prompt: nobody waits until others are evicted."""
+        """Twice the room of the largest batch or prompt, so that no request waits for evictions."""
         sequence = self.context + self.num_new + BLOCK_SIZE
         num_tokens = 2 * max(max(self.batches) * sequence, *self.prompt_lens)
         return -(-num_tokens // BLOCK_SIZE)
@@ -91,7 +91,7 @@ CASES = (
 
 
 class Numbers:
-    """A tokenizer whose text is the tokens' numbers: models with random weights have no other."""
+    """A tokenizer whose text is the token ids, as models with random weights have none."""
 
     eos_token_id = None
 
@@ -117,11 +117,11 @@ def make_prompt(case: Case, num_tokens: int, seed: int) -> list[int]:
 def open_engine(
     case: Case, model: Any, codec: str | None = None, cuda_graphs: bool = True
 ) -> Iterator[Engine]:
-    """An engine that always loads what its host memory tier holds; without a codec it has no tier.
+    """An engine that always loads what its memory tier holds; without a codec it has no tier.
 
     `PrefixCache.open` would digest the weights, which takes longer than all that is timed here.
     """
-    empty_device_cache()  # of the engine before
+    empty_device_cache()  # of the previous engine
     (spec,) = layer_groups(model.config, BLOCK_SIZE, model.dtype)
     pool = KVPool(spec.layout, case.pool_blocks, model.device)
     pool.data.normal_()
@@ -149,7 +149,7 @@ def open_engine(
 
 @contextmanager
 def warnings_of(name: str) -> Iterator[list[str]]:
-    """What a logger and those below it warn of meanwhile."""
+    """Collect the warnings of a logger and those below it."""
     messages: list[str] = []
 
     class Note(logging.Handler):
@@ -184,19 +184,19 @@ def answer(
 
 
 def empty_pool(engine: Engine) -> None:
-    """Leave what was computed to the tier alone."""
+    """Empty the pool, so that only the tier holds what was computed."""
     cache, until = engine.cache, time.monotonic() + TIMEOUT_S
     while cache.stats().pool_free_blocks < cache.stats().pool_blocks:
         cache.evict_pool()
         time.sleep(1e-3)  # an answer is there before its blocks are given back
         if time.monotonic() > until:
             raise RuntimeError("blocks of the pool are held after the last answer")
-    if not cache.flush(TIMEOUT_S):  # now that all of it is on its way
+    if not cache.flush(TIMEOUT_S):  # now that all blocks are queued
         raise RuntimeError("the tier does not take what was computed")
 
 
 def check_source(output: RequestOutput, tier: str | None) -> None:
-    """All whole blocks of a prompt came from where they were to come from."""
+    """Check that all whole blocks of a prompt came from the expected place."""
     reuse = output.report.reuse
     num_whole = (reuse.num_prompt_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE
     expected = {} if tier is None else {tier: num_whole}

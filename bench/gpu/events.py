@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 NUM_ROUNDS = 15
-# An idle device's clocks are low: one that was timed at once took up to a fifth longer.
+# An idle device's clocks are low: without warming up, calls took up to a fifth longer.
 WARM_UP_S = 0.02
-# Inputs used in turn, so that none is in the cache when its turn comes.
+# Number of inputs used in turn, so that none is still in the cache when its turn comes.
 MAX_INPUTS = 24
 
 
 def time_calls(calls: Sequence[Callable[[], Any]]) -> float:
-    """Microseconds of one of the calls, which have run before: median over rounds of all."""
+    """Microseconds per call, the median over rounds of all calls, which must have run before."""
     begin_s = time.monotonic()
     while time.monotonic() < begin_s + WARM_UP_S:
         for call in calls:
@@ -33,7 +33,7 @@ def time_calls(calls: Sequence[Callable[[], Any]]) -> float:
 
 
 def time_both_ways(calls: Sequence[Callable[[], Any]]) -> dict[str, float]:
-    """Microseconds of a call: as called from Python, and replayed from a graph without it."""
+    """Microseconds of a call: as called from Python, and as replayed from a graph."""
     for call in calls:
         call()
     eager_us = time_calls(calls)
@@ -46,18 +46,18 @@ def time_both_ways(calls: Sequence[Callable[[], Any]]) -> dict[str, float]:
 
 
 def replayed(call: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """What a call, which has run before, gives when it is replayed from a graph."""
+    """The output of a call, which must have run before, when replayed from a graph."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = call()
-    out.fill_(torch.nan)  # it stays so where the call launches on another stream
+    out.fill_(torch.nan)  # stays NaN if the call launched on another stream
     graph.replay()
     return out.clone()  # the graph owns its memory
 
 
 def make_cold(make: Callable[[], Any], num_bytes: int) -> list[Any]:
-    """As many inputs as together are four times the device's cache."""
-    torch.cuda.empty_cache()  # what the case before took
+    """Inputs that together are four times as large as the device's cache."""
+    torch.cuda.empty_cache()  # memory of the previous case
     cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
     count = min(MAX_INPUTS, -(-4 * cache_bytes // num_bytes))
     with torch.device("cuda"):

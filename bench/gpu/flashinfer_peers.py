@@ -14,7 +14,8 @@ from bench.gpu.peer import Peer
 HEAD_DIM = 128
 WORKSPACE_BYTES = 256 << 20
 BF16, FLOAT8 = torch.bfloat16, torch.float8_e4m3fn
-# Of a module: indices, widths of keys and values, no position encoding, window or soft cap.
+# What a module is compiled for: index dtype, widths of keys and values, no position encoding,
+# window or soft cap.
 PLAIN = (torch.int32, HEAD_DIM, HEAD_DIM, 0, False, False)
 
 
@@ -38,14 +39,14 @@ def is_installed() -> bool:
 
 @cache
 def _check_compiled(module: str) -> None:
-    """Raise RuntimeError where a call would begin to compile in the midst of timing."""
+    """Raise RuntimeError if a call would have to compile while it is timed."""
     if not MODULES[module]().is_compiled:
         raise RuntimeError(f"flashinfer's module {module} was not compiled before")
 
 
 @cache
 def _workspace() -> torch.Tensor:
-    """One for all calls: they run one after another."""
+    """One workspace for all calls, since they run one after another."""
     return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
 
 
@@ -77,7 +78,7 @@ def _prepare_decode(module: str, layout: str, case: Case, inputs: Inputs) -> Cal
     _check_compiled(module)
     table = page_table(inputs)
     sums, ids, last_lens = (part.to(inputs.query.device) for part in table)
-    # Planned as for a graph that outlives the batch's lengths, which ours does too.
+    # Planned as for a graph that serves changing lengths, as ours does.
     wrapper = BatchDecodeWithPagedKVCacheWrapper(
         _workspace(),
         layout,
@@ -113,7 +114,7 @@ def _prepare_prefill(module: str, case: Case, inputs: Inputs) -> Call:
         q_data_type=case.dtype,
         kv_data_type=case.dtype,
     )
-    # With a place for the output, as engines give it: it would otherwise be filled with zeros.
+    # With an output buffer, as engines pass it; otherwise zeros are written first.
     out = torch.empty_like(inputs.query)
     return partial(wrapper.run, inputs.query, lay_out(inputs, "HND"), out=out)
 
@@ -139,7 +140,7 @@ FLASHINFER_PEERS = {
     "flashinfer_fa3": Peer(partial(_prepare_prefill, "fa3"), f"blocks, {PLANNED}", _serves_prefill),
     "flashinfer_fa2": Peer(partial(_prepare_prefill, "fa2"), f"blocks, {PLANNED}", _serves_prefill),
 }
-# Over caches in float8, of the cases that are timed so.
+# With float8 caches, for the cases that are timed with those.
 FLOAT8_PEERS = {
     "flashinfer": Peer(
         partial(_prepare_decode, "fa2_float8", "HND"), f"float8 blocks, {PLANNED}", _serves_decode

@@ -1,4 +1,4 @@
-"""What another implementation of attention must offer to be timed beside ours."""
+"""The interface of other attention implementations that are timed."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,11 +14,11 @@ class Peer:
     """One way to compute a case's attention on a CUDA device.
 
     Attributes:
-        prepare: From a case and its inputs, what is timed: a call that gives an output like
-            ``query`` and may be captured in a graph. What it does before is not timed.
-        form: How the keys and values lie that the call gets, and what is not timed.
+        prepare: Takes a case and its inputs and returns the call that is timed, which returns an
+            output like ``query`` and can be captured in a graph. The preparation is not timed.
+        form: Layout of the keys and values that the call gets, and what is not timed.
         serves: Which cases it can run.
-        context: What its calls, and their capture, run within.
+        context: Context manager around its calls and their capture.
     """
 
     prepare: Callable[[Case, Inputs], Call]

@@ -1,4 +1,4 @@
-"""The peers that are there, and what compiles their kernels before anything is timed.
+"""The available peers, and how their kernels are compiled before anything is timed.
 
 `python -m bench.gpu.peers NAME` compiles one of `builds`, whose result stays in a cache on disk.
 """
@@ -22,7 +22,7 @@ from bench.gpu.peer import Peer
 from bench.gpu.processes import started
 from bench.gpu.torch_peers import FLEX_PEERS
 
-# Of nvcc at once, in each build.
+# Processes of nvcc at once, in each build.
 NUM_JOBS = 6
 
 
@@ -31,7 +31,7 @@ def flashinfer_peers() -> dict[str, Peer]:
 
 
 def float8_peers() -> dict[str, Peer]:
-    """Over caches in float8."""
+    """Peers with float8 caches."""
     return FLOAT8_PEERS if is_installed() else {}
 
 
@@ -51,7 +51,7 @@ def _compile_module(name: str) -> None:
 
 
 def builds() -> dict[str, Callable[[], Any]]:
-    """What there is to compile: what comes first gets more of the processors."""
+    """Builds by name; the first ones get more of the processors."""
     found: dict[str, Callable[[], Any]] = {"flex": _compile_flex}
     if is_installed():
         found |= {f"flashinfer_{name}": partial(_compile_module, name) for name in MODULES}
@@ -59,18 +59,18 @@ def builds() -> dict[str, Callable[[], Any]]:
 
 
 def digest(log: str) -> str:
-    """The first lines of a compiler's output that tell of errors, and its end."""
+    """The first lines with errors in a compiler's output, and its end."""
     errors = [line[:200] for line in log.splitlines() if "error" in line.lower()][:4]
     return "\n".join([*errors, log[-400:]])
 
 
 def prepare(limit_s: float = 240.0) -> dict[str, str]:
-    """Compile all that the peers need, in processes beside each other.
+    """Compile all that the peers need, in parallel processes.
 
-    Whatever is not done within `limit_s` seconds ends then.
+    Builds that take longer than `limit_s` seconds are ended.
 
     Returns:
-        What failed and the end of its output; empty if nothing did.
+        For each build that failed the end of its output; empty if none did.
     """
     ends_at = time.monotonic() + limit_s
     failed = {}

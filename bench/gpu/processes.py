@@ -1,4 +1,4 @@
-"""Processes that end together with all that they have started: compilers, workers of tests."""
+"""Processes that are ended with all their children, such as compilers and test workers."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ _lock = threading.Lock()
 def started(
     command: Sequence[str | Path], log: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """A process that ends with the block at the latest; what it prints is in `log`."""
+    """A process that is ended at the end of the block; its output goes to `log`."""
     with _lock, log.open("w") as file:
         process = subprocess.Popen(
             command, stdout=file, stderr=file, env=environment, start_new_session=True
@@ -31,15 +31,15 @@ def started(
 
 
 def end_all() -> None:
-    """End those of all threads, which then see them ended."""
+    """End the processes of all threads, which then find theirs ended."""
     with _lock:
         for process in _running:
             _end(process)
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End a process and its children, where it still goes on."""
+    """End a process and its children, if it still runs."""
     if process.poll() is None:
-        with suppress(ProcessLookupError):  # another thread has just seen it end
+        with suppress(ProcessLookupError):  # another thread has just reaped it
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

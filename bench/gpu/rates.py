@@ -1,4 +1,4 @@
-"""What the device can do at best: copy within its memory, and multiply matrices."""
+"""The device's best rates: copies within its memory, and matrix products."""
 
 from functools import cache, partial
 from typing import Any
@@ -21,7 +21,7 @@ def _copy_bytes_per_us() -> float:
 
 @cache
 def _matmul_flops_per_us(dtype: torch.dtype) -> float:
-    # Random numbers: of zeros a product takes less power, and so runs at a higher clock.
+    # Random numbers, since products of zeros take less power and so run at a higher clock.
     a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device="cuda").to(dtype) for _ in "ab")
     multiply = partial(torch.matmul, a, b, out=torch.empty_like(a))
     for _ in range(10):
@@ -41,7 +41,7 @@ def matmul_rate(dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
 
 
 def find_floor(num_bytes: int, num_flops: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The least a kernel could take at the measured rates, and which of them bounds it."""
+    """The least time of a kernel at the measured rates, and which of them bounds it."""
     with torch.inference_mode():
         floors = {
             "copy": num_bytes / _copy_bytes_per_us(),

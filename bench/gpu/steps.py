@@ -1,8 +1,8 @@
-"""Single steps of the run, each a row of its result: ``python -m bench.gpu.steps FILE NAME...``.
+"""Runs single steps, each a row of the result: ``python -m bench.gpu.steps FILE NAME...``.
 
-Appends a row for each to FILE, a JSON document a line. A device error leaves a process that can do
-nothing more on the device, so the first one ends it with status 3; who started it starts another
-for the steps that are left.
+Appends a row for each to FILE, one JSON document per line. After a device error a process cannot
+use the device any more, so the first one ends it with status 3; the caller starts another process
+for the remaining steps.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Step = Callable[[], dict[str, Any] | None]
 
 
 def has_engine() -> bool:
-    """Whether there is what the engine needs: the C++ extension, and transformers for models."""
+    """Whether the engine's requirements are installed: the C++ extension, and transformers."""
     importlib.invalidate_caches()  # the extension may just have been built
     return all(importlib.util.find_spec(name) for name in ("_kvkernels", "redis", "transformers"))
 
@@ -49,13 +49,13 @@ def steps() -> dict[str, Step]:
 
 
 def run_step(name: str, step: Step) -> dict[str, Any]:
-    """The step's row; a failure must not cost the steps behind it, so it becomes one too."""
+    """The step's row; an error becomes a row too, so that it does not cost the later steps."""
     begin = time.monotonic()
     row: dict[str, Any] = {"name": name}
     torch.manual_seed(0)
     try:
         row |= step() or {}
-        torch.cuda.synchronize()  # a late fault is this step's
+        torch.cuda.synchronize()  # an asynchronous error belongs to this step
         row["ok"] = True
     except Exception as error:
         traceback.print_exc()

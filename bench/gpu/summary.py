@@ -1,4 +1,4 @@
-"""A result of `bench.gpu` as a short plain text: a line a case, and what failed.
+"""A result of `bench.gpu` as a short plain text: a line per case, and what failed.
 
 `python -m bench.gpu.summary RESULT.json` prints it.
 """
@@ -18,7 +18,7 @@ HEADER += "best peer, its us, over ours; others over ours (fi: FlashInfer)"
 
 
 def summarise(result: dict[str, Any]) -> str:
-    """At most MAX_LINES lines of at most MAX_COLUMNS characters, of a result whole or cut short."""
+    """At most MAX_LINES lines of MAX_COLUMNS characters, also of an incomplete result."""
     timings: list[Row] = result.get("timings", [])
     lines = [
         *_describe(result),
@@ -60,7 +60,7 @@ def _rows(value: Any) -> list[Row]:
 
 
 def _attention_lines(timings: Iterable[Row]) -> Iterator[str]:
-    """Rows that have a floor; those of one case beside other peers stand on one line."""
+    """Rows that have a floor; rows of one case with different peers share a line."""
     cases: dict[str, list[Row]] = {}
     for row in timings:
         if "floor_us" in row:
@@ -75,7 +75,7 @@ def _attention_line(name: str, rows: list[Row]) -> str:
     first = rows[0]
     line = f"{name:<28}{first['kvkernels']['graph_us']:>9.1f}{first['floor_us']:>10.1f}"
     line += f" {first['floor_by']:<7}{first['share_of_floor']:>6.2f}"
-    # Each against ours in its own row, which was measured beside it.
+    # Each peer compared with ours in the same row, measured in the same rounds.
     ratios = {
         _short(peer): (times["graph_over_ours"], times["graph_us"])
         for row in rows
@@ -141,7 +141,7 @@ def _codec_item(row: Row) -> str:
 
 
 def _fill(title: str, parts: Iterable[str]) -> Iterator[str]:
-    """Lines of as many parts as fit."""
+    """Lines, each with as many parts as fit."""
     line = title
     for part in parts:
         if len(line) + len(part) + 2 > MAX_COLUMNS and line.strip():
@@ -152,7 +152,7 @@ def _fill(title: str, parts: Iterable[str]) -> Iterator[str]:
 
 
 def _failures(result: dict[str, Any]) -> list[str]:
-    """Each error once, of a topic's rows and of peers within them, with how many rows had it."""
+    """Each error of a topic's rows and their peers once, with the number of rows that had it."""
     names: dict[tuple[str, str], list[str]] = {}
     for topic, value in result.items():
         for row in _rows(value):

@@ -1,4 +1,4 @@
-"""What is timed on a CUDA device: the caches' kernels here, and attention beside its peers."""
+"""What is timed on a CUDA device: the cache kernels here, and attention with its peers."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -35,38 +35,38 @@ Step = tuple[str, Callable[[], dict[str, Any]]]
 
 NARROW_KINDS = ("float8", "int8", "int4")
 
-# Blocks that leave the device and come back: one layout, as many as are a good transfer.
+# Layout of the blocks that are moved off the device and back, and how many at a time.
 CODEC_LAYOUT = KVLayout(32, 8, 128)
 NUM_BLOCKS = 16
 TIMED_CODECS = ("raw", "l12", "q8", "q4")
 NUM_PROGRAMS = (4, 12, 32, None)
-NUM_MOVED = (16, 128)  # blocks at a time, on their way between pool and host
+NUM_MOVED = (16, 128)  # blocks per transfer between pool and host
 
 
 @torch.inference_mode()
 def time_store(case: bench_kv_cache.Case) -> dict[str, Any]:
     inputs = make_cold(partial(bench_kv_cache.make_inputs, case), case.num_bytes)
     bench_kv_cache.check_stores(inputs[0])
-    # Boolean indexing, as the reference does, waits for the device: it has no place in a graph.
+    # Boolean indexing, as in the reference, waits for the device and cannot be captured.
     provider = bench_kv_cache.PROVIDERS["kvkernels"]
     times = time_both_ways([partial(provider, one) for one in inputs])
     return {"gbytes_per_s": case.num_bytes / times["graph_us"] / 1e3, **times}
 
 
 def time_overhead() -> dict[str, Any]:
-    """What a call takes of the processor, from Python, by case."""
+    """Processor time of a call from Python, by case."""
     return {row.pop("case"): row for row in time_launches()}
 
 
 def make_payloads(row_bytes: int, place: str) -> torch.Tensor:
-    """Rows for blocks: on the device, to be moved from there, or in memory that it reaches."""
+    """Rows for blocks: on the device, to be moved later, or in host memory that it can access."""
     if place == "device":
         return torch.empty(NUM_BLOCKS, row_bytes, dtype=torch.uint8, device="cuda")
     return torch.empty(NUM_BLOCKS, row_bytes, dtype=torch.uint8, pin_memory=True)
 
 
 def time_transfer() -> dict[str, Any]:
-    """Gigabytes a second of plain copies of the blocks between device and pinned memory."""
+    """GB/s of plain copies of the blocks between device and pinned memory."""
     device, host = (make_payloads(CODEC_LAYOUT.block_bytes, place) for place in ("device", "host"))
     row = {}
     for name, target, source in (("to_host", host, device), ("to_device", device, host)):
@@ -77,7 +77,7 @@ def time_transfer() -> dict[str, Any]:
 
 
 def time_codec(codec: str, place: str) -> dict[str, Any]:
-    """Gigabytes a second of blocks as they are in the pool, by how many programs there may be."""
+    """GB/s, in bytes of the pool, by how many programs may run."""
     pool = KVPool(CODEC_LAYOUT, NUM_BLOCKS, "cuda")
     pool.data.normal_()
     ids = torch.randperm(NUM_BLOCKS, device="cuda")
@@ -106,7 +106,7 @@ def time_codec(codec: str, place: str) -> dict[str, Any]:
 
 
 def _attention_cases() -> Iterator[Step]:
-    """Beside what PyTorch has built in."""
+    """Attention compared with what PyTorch has built in."""
     for case in CASES:
         yield case.name, partial(time_attention, case, SDPA_PEERS)
     yield f"{INVARIANT_CASE.name}_invariant", partial(time_invariant, INVARIANT_CASE)
@@ -120,8 +120,8 @@ def _attention_cases() -> Iterator[Step]:
 
 
 def _compiled_peer_cases() -> Iterator[Step]:
-    """Ours again, beside what is compiled for it. It comes last: a kernel of that kind that reads
-    where it must not would leave the device unusable to all that follows."""
+    """Ours again, with peers that are compiled. They come last: an invalid access in one of their
+    kernels would make the device unusable for all that follows."""
     for topic, peers in (("flashinfer", flashinfer_peers()), ("flex", FLEX_PEERS)):
         for case in CASES:
             if any(peer.serves(case) for peer in peers.values()):

@@ -1,4 +1,4 @@
-"""PyTorch's attention on contiguous tensors: by the backend it picks, a fixed one, and compiled."""
+"""PyTorch's attention on contiguous tensors: by the default backend, a fixed one, and compiled."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -20,13 +20,13 @@ from bench.attention_providers import (
 )
 from bench.gpu.peer import Peer
 
-# Each takes many seconds to compile.
+# Few, since each takes many seconds to compile.
 FLEX_CASES = ("decode_4x8k", "decode_1x32k", "prefill_8k_d128", "extend_512_after_8k")
 
 
 def attend_lower_right(inputs: Inputs) -> torch.Tensor:
-    """Like `attend_contiguous`, with a causal mask that is known by its shape alone: the kernels of
-    FlashAttention take no other."""
+    """Like `attend_contiguous`, with a causal mask that is given by its shape alone, the only kind
+    that FlashAttention's kernels take."""
     if inputs.mask is None:
         return attend_contiguous(inputs)
     query = inputs.queries_by_head
@@ -42,7 +42,7 @@ def attend_lower_right(inputs: Inputs) -> torch.Tensor:
 
 @cache
 def _causal_mask(num_queries: int, seq_len: int, device: torch.device) -> BlockMask:
-    """One for all inputs of a case: a mask of another function would be compiled again."""
+    """One mask for all inputs of a case, since another mask function would be compiled again."""
     first = seq_len - num_queries
 
     def is_seen(batch: Any, head: Any, query: Any, key: Any) -> Any:
@@ -57,7 +57,7 @@ def compiled_flex() -> Callable[..., torch.Tensor]:
 
 
 def prepare_flex(make: Callable[[], Callable[..., Any]], case: Case, inputs: Inputs) -> Call:
-    """`Peer.prepare` of what `make` gives: FlexAttention, compiled or not."""
+    """`Peer.prepare` for the FlexAttention that `make` returns, compiled or not."""
     attend = make()
     mask = _causal_mask(case.num_queries, case.seq_len, inputs.query.device)
 

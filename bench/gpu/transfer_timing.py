@@ -1,5 +1,5 @@
-"""Times blocks that leave a pool and come back, from the call until they are there: the processor's
-part is in it, which rates of kernels do not show.
+"""Times moving blocks out of a pool and back, from the call until they have arrived: unlike rates
+of kernels, with the processor's part.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ MAX_ROUNDS = 7
 LAYERS_PER_STEP = 8
 HEADER_BYTES = 1152  # of a record of 32 layers and 64 tokens
 PAGE_BYTES = 4096
-MAX_LINK_BYTES = 256 << 20  # of a plain copy: it gets no faster
+MAX_LINK_BYTES = 256 << 20  # of a plain copy: larger ones are no faster
 
 Row = dict[str, Any]
 
 
 def _median_s(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of a call on an idle device; the first ones compile and allocate."""
+    """Median seconds of a call on an idle device, after first calls that compile and allocate."""
     for _ in range(2):
         call()
     times_s = []
@@ -55,7 +55,7 @@ def _empty(shape: tuple[int, ...], is_pinned: bool) -> torch.Tensor:
 
 
 def make_records(pool: KVPool, codec: str) -> EncodedBlocks:
-    """All blocks of a pool in host memory, as a memory tier has them: in slots of whole pages."""
+    """All blocks of a pool in host memory, in slots of whole pages as in a memory tier."""
     block_format = BlockFormat(pool.layout, codec)
     ids = torch.arange(pool.num_blocks, device=pool.device)
     encoded = kvkernels.encode_blocks(pool, ids, block_format)
@@ -65,13 +65,13 @@ def make_records(pool: KVPool, codec: str) -> EncodedBlocks:
     slot_bytes = -(-(HEADER_BYTES + num_bytes) // PAGE_BYTES) * PAGE_BYTES
     slots = _empty((pool.num_blocks, slot_bytes), pool.device.type == "cuda")
     payloads = slots[:, HEADER_BYTES : HEADER_BYTES + num_bytes]
-    for target, source in zip(payloads, encoded.payloads, strict=True):  # rows are one piece each
+    for target, source in zip(payloads, encoded.payloads, strict=True):  # contiguous rows
         target.copy_(source[:num_bytes])
     return EncodedBlocks(block_format, payloads, encoded.sums.cpu(), encoded.is_raw.cpu())
 
 
 def _scatter(encoded: EncodedBlocks) -> list[EncodedBlocks]:
-    """Every payload a part of its own, none behind its neighbour."""
+    """Every payload as a separate part, none adjacent to its neighbour."""
     order = list(range(0, len(encoded.is_raw), 2)) + list(range(1, len(encoded.is_raw), 2))
     return [
         EncodedBlocks(encoded.block_format, *(one[i : i + 1] for one in tensors))
@@ -89,7 +89,7 @@ def _make_pool(layout: KVLayout, num_blocks: int, device: torch.device) -> KVPoo
 def time_restore(
     layout: KVLayout, codec: str, num_blocks: int, device: torch.device | str = "cuda"
 ) -> Row:
-    """Gigabytes of records a second: whole, in steps of layers, and out of scattered slots."""
+    """GB/s of records: whole, a few layers at a time, and from scattered slots."""
     device = torch.device(device)
     pool = _make_pool(layout, num_blocks, device)
     encoded, ids = make_records(pool, codec), torch.randperm(num_blocks)
@@ -138,7 +138,7 @@ def time_restore(
 def time_evict(
     layout: KVLayout, codec: str, num_blocks: int, device: torch.device | str = "cuda"
 ) -> Row:
-    """Gigabytes of records a second, with all programs that help and with those of a store."""
+    """GB/s of records, with as many programs as help and with as many as a store uses."""
     device = torch.device(device)
     pool = _make_pool(layout, num_blocks, device)
     block_format, ids = BlockFormat(layout, codec), torch.randperm(num_blocks)

@@ -1,4 +1,4 @@
-"""Times other launch configurations than the table's; what wins is written into the table by hand.
+"""Times launch configurations other than the table's; winners are put into the table by hand.
 
 Not part of a whole run: ``bench/gpu/run.sh FILE --parts tune``.
 """
@@ -50,7 +50,7 @@ DECODE: dict[int, tuple[Tiles, ...]] = {
         *((32, 4, 4, 1), (16, 4, 4, 2)),
     ),
 }
-# Of codes and of float8, for up to 8 query heads to a key-value head.
+# For codes and float8, with up to 8 query heads per key-value head.
 CODES: tuple[Tiles, ...] = (
     *((32, 1, 3, at_once) for at_once in (4, 6, 8, 9, 10, 11)),
     *((32, 1, 2, 8), (32, 1, 4, 6), (32, 1, 4, 8), (64, 1, 3, 4), (64, 1, 3, 6), (64, 1, 2, 8)),
@@ -78,7 +78,7 @@ PREFILL_CASES = (
 
 @contextmanager
 def replaced(table: dict[Any, Any], key: Any, value: Any) -> Iterator[None]:
-    """A row of a table, which may have none for the device, is another meanwhile."""
+    """Replace a row of a table inside the block; the device may have had no row."""
     attention_replays.clear()
     try:
         with mock.patch.dict(table, {key: value}):
@@ -89,15 +89,15 @@ def replaced(table: dict[Any, Any], key: Any, value: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Tuning:
-    """A call, and what is tried in place of its row of a table.
+    """A call, and the candidates for its row of a table.
 
     Attributes:
-        name: Of the row of figures.
-        shape: What is planned for the call.
-        candidates: To be timed.
-        first: What a candidate begins with: 0 tile_m, 1 tile_n.
-        choose: A block in which a device's row is a candidate.
-        make_calls: On inputs to be used in turn.
+        name: Of the result's row.
+        shape: Shape that the plan is made for.
+        candidates: Configurations to time.
+        first: Which field a candidate begins with: 0 tile_m, 1 tile_n.
+        choose: Context manager that makes a candidate the device's row.
+        make_calls: Makes calls on inputs to be used in turn.
     """
 
     name: str
@@ -108,7 +108,7 @@ class Tuning:
     make_calls: Callable[[], list[Call]]
 
     def check_plan(self, device: Device, tiles: Tiles) -> None:
-        """Raise ValueError unless it is these tiles that the call would be launched with."""
+        """Raise ValueError unless the call would be launched with these tiles."""
         launch = plan(self.shape, device)[0]
         sizes, num_programs = launch.arguments, launch.arguments["num_programs_at_once"]
         planned = (
@@ -120,7 +120,7 @@ class Tuning:
 
     @torch.inference_mode()
     def run(self) -> dict[str, Any]:
-        """Microseconds with each candidate, or why there are none; with the table's first."""
+        """Microseconds with the table's row first, then with each candidate, or its error."""
         calls = self.make_calls()
         device = device_of(calls[0]())
         row: dict[str, Any] = {"table": time_both_ways(calls)["graph_us"]}
@@ -136,7 +136,7 @@ class Tuning:
 
 
 def _row_of(device: Device, head_dim: int) -> tuple[int, int, int]:
-    """Key of a device's rows; where Blackwell has none of its own, it is served as Hopper."""
+    """Key of a device's rows; Blackwell uses Hopper's row where it has none."""
     return configs._row(device.arch, torch.bfloat16, head_dim)
 
 
@@ -153,7 +153,7 @@ def _choose_decode(
 
 @contextmanager
 def _choose_prefill(head_dim: int, device: Device, tiles: Tiles) -> Iterator[None]:
-    """The only tiles, so also for few query rows."""
+    """Make a candidate the only tiles, used for few query rows too."""
     row, entries = _row_of(device, head_dim), {tiles[0]: tiles[1:]}
     table = configs._PREFILL_BLACKWELL if row[0] == 10 else configs._PREFILL
     with mock.patch.dict(configs._LEAST_ROWS, clear=True), replaced(table, row, entries):
