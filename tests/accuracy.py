@@ -9,12 +9,12 @@ def assert_as_accurate(
     """Assert that `actual` errs at most twice as much as `rounded` does, both against `exact`.
 
     Args:
-        actual: What the implementation under test gave.
-        rounded: What the reference gives in the same precision.
-        exact: What the reference gives in float64.
-        what: Name for the message.
+        actual: Output of the implementation under test.
+        rounded: Output of the reference in the same precision.
+        exact: Output of the reference in float64.
+        what: Name for the error message.
 
-    Not-a-numbers and infinities must stand in the same places. A term of two units in the last
+    NaNs and infinities must be in the same places. A term of two units in the last
     place of the largest value covers the case that the reference happens to be exact.
     """
     actual64, rounded64, exact64 = (t.double().cpu() for t in (actual, rounded, exact))

@@ -13,27 +13,27 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
-# Worker processes share the processors; as many threads as processors in each would be slower.
+# Worker processes share the processors: each with all threads would be slower.
 NUM_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if NUM_WORKERS > 1:
     torch.set_num_threads(max(1, torch.get_num_threads() // NUM_WORKERS))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the longest tests, those with a time limit of their own, while others remain to run
-    beside them."""
+    """Run the longest tests, those with a time limit of their own, first, so that others run beside
+    them."""
     items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Describe a failure with no garbage collection beside it.
+    """Describe a failure without garbage collection meanwhile.
 
-    pytest parses the source of what failed. Before 3.11.8, Python 3.11 does not stand it when
+    pytest parses the source of what failed. Before 3.11.8, Python 3.11 fails when
     another parse begins within that one (python/cpython#106905): pytest then ends the session with
-    "AST constructor recursion depth mismatch" and shows no failure. A collection begins one where
-    it finds futures whose errors nobody asked for, as a browser leaves them, for their tracebacks
-    are logged; and while it runs, so may other threads.
+    "AST constructor recursion depth mismatch" and shows no failure. A collection begins one when
+    it finds futures with errors that were never read, as a browser leaves them, because it logs
+    their tracebacks; and while it runs, other threads may begin one.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -45,7 +45,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Print what a test recorded as `in_summary`, from worker processes too."""
+    """Print what tests recorded as `in_summary`, also in worker processes."""
     for report in terminalreporter.getreports("passed"):
         for name, text in report.user_properties:
             if name == "in_summary":

@@ -1,4 +1,4 @@
-"""The benches run: every case is checked there before it is timed. Nothing here looks at times."""
+"""The benches run; each checks its case before timing. No test here depends on times."""
 
 import json
 import multiprocessing

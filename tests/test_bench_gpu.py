@@ -1,4 +1,4 @@
-"""The device bench's parts that need no device."""
+"""The parts of the device bench that need no device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL_CASES = [
     Case("prefill", 1, 192, 192, 8, 2, 64),
     Case("extend", 2, 256, 40, 8, 2, 64),
 ]
-# Compiling takes minutes; what is compiled is the same function.
+# Without compiling, which takes minutes; the function is the same.
 TORCH_PEERS = SDPA_PEERS | {"flex": Peer(partial(prepare_flex, lambda: flex_attention), "")}
 
 

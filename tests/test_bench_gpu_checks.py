@@ -1,4 +1,4 @@
-"""The device bench compares what it times, before. Here no device counts the time."""
+"""The device bench compares outputs before it times them; here with no device to time."""
 
 from functools import partial
 

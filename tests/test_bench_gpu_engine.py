@@ -1,4 +1,4 @@
-"""The engine's rows for a GPU are measured, on a tiny model, whatever the times are."""
+"""The engine's GPU rows can be measured on a tiny model; times do not matter."""
 
 import math
 

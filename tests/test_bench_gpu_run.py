@@ -1,4 +1,4 @@
-"""The whole run of the device bench ends in time, with all that it has started and its rows."""
+"""The device bench ends in time, ends all its processes, and keeps its rows."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 
 run_main = pytest.importorskip("bench.gpu.__main__", reason="Triton is only on Linux")
 
-# Like setup.py with ninja and its compilers, or pytest with its workers.
+# Starts a child of its own, like setup.py its compilers or pytest its workers.
 WITH_CHILD = """
 import subprocess, sys
 child = subprocess.Popen(["sleep", "600"])
@@ -80,7 +80,7 @@ def test_processes_beside_each_other_end_with_a_signal(with_child, tmp_path, mon
 
 
 def test_rows_of_all_processes_are_kept(monkeypatch):
-    """The first one ends with a device error, the second is asked to end."""
+    """The first process ends with a device error, the second is asked to end."""
     calls = []
 
     def run_logged(command, log, timeout_s):

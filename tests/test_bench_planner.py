@@ -1,4 +1,4 @@
-"""What benches of restoring time is what they say: from an empty pool, out of the tier or not."""
+"""Benches of restoring time what they claim: an empty pool, and loading or not."""
 
 import contextlib
 import json
@@ -39,7 +39,7 @@ CELLS = [bench_overlap.Cell(*cell, 50.0) for cell in ((256, 128), (128, 192), (1
 
 def test_each_request_leaves_an_empty_pool(subject):
     allocator = subject.cache.blocks.device.groups[0].allocator
-    blocks = allocator.allocate(1)  # as the engine holds some, until after the answer
+    blocks = allocator.allocate(1)  # like blocks that the engine gives back only after the answer
     threading.Timer(0.5, allocator.release, [blocks]).start()
     subject.ttft_s(PROMPT)
     stats = subject.cache.stats()
@@ -74,7 +74,7 @@ def test_no_tier_holds_what_follows_the_prefix(subjects, capsys, monkeypatch):
     monkeypatch.setattr(bench_planner.Subject, "ttft_s", noted)
     for cell in CELLS:
         bench_overlap.measure(subjects, TOKENS, cell, 3)
-        # All whole blocks but that of the last token, which is computed wherever it is.
+        # All whole blocks but the last token's: that token is always computed.
         assert set(tails) == {cell.tail - 64}
         tails.clear()
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"kvkernels": ROOT / "kvkernels", "prefixstore": ROOT / "python" / "prefixstore"}
 
-# What a call consists of, as every implementation takes it.
+# The parts of a call that every implementation takes.
 CONTRACT = ("kvkernels.scoring", "kvkernels.quantized_cache", "kvkernels.codecs")
 CONTRACT += ("kvkernels.layout", "kvkernels.checks", "kvkernels.signatures")
 NAMES = (
@@ -50,8 +50,8 @@ OUTERMOST += ("prefixstore.server", "prefixstore.loadtest", "prefixstore.testing
 TESTING = ("prefixstore.testing",)
 DASHBOARD = ("prefixstore.dashboard",)
 
-# Modules of a part, and what they may import beyond the standard library and each other. A name
-# stands for itself and all below it; the longest name that fits a module decides its part.
+# A part's modules, and what they may import besides the standard library and each other. A name
+# stands for itself and all below it; the longest name that matches a module decides its part.
 RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     # kvkernels never imports prefixstore; its top level offers the ops.
     ("kvkernels",): ("torch", "_kvkernels", "kvkernels.ops", *CONTRACT),
@@ -61,7 +61,7 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("kvkernels.ops",): ("torch", "kvkernels"),
     ("kvkernels.nn",): ("torch", "kvkernels"),
     ("kvkernels.transfer",): ("torch", "kvkernels"),
-    # Only what is for Hugging Face models needs their library.
+    # Only code for Hugging Face models needs their library.
     (
         "kvkernels.nn.pool_cache",
         "kvkernels.nn.transformers",
@@ -83,7 +83,7 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
     REMOTE: ("obstore", *TIER_PARTS, *NAMES),
     STORE: ("numpy", *TIER_BASE, *NAMES, *RECORD, *AT_EXIT),
     PLANNER: ("numpy",),
-    # Beside the cache: what a model's KV depends on, and models to try it with.
+    # Besides the cache: what a model's KV depends on, and models to try it with.
     ("prefixstore.identity",): (
         *("torch", "numpy", "kvkernels", "prefixstore.errors", "prefixstore.foreign_code"),
         *("prefixstore.module_fields", "prefixstore.module_state"),
@@ -104,7 +104,7 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
         *STORE,
         *PLANNER,
     ),
-    # Whoever writes an engine of their own needs none of it.
+    # Not needed with another engine.
     ENGINE: (
         *("torch", "numpy", "kvkernels", "prefixstore.cache", "prefixstore.config"),
         *NAMES,
@@ -114,14 +114,14 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
         *PLANNER,
         *CACHE,
     ),
-    # It looks at an engine and its cache, and changes nothing.
+    # Reads an engine and its cache, and changes nothing.
     DASHBOARD: (
         *("numpy", "fastapi", "anyio", "prefixstore.engine", "prefixstore.tiers.base"),
         *NAMES,
         *STORE,
         *CACHE,
     ),
-    # For whoever tests an engine: ours and their own.
+    # For testing engines: ours and others.
     TESTING: (
         *("torch", "numpy", "kvkernels", "prefixstore.engine"),
         *NAMES,

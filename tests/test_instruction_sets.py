@@ -1,7 +1,7 @@
 """Code that is compiled for one instruction set stays in its file.
 
-Of an inline function in several files the linker keeps any one copy. Were one of them compiled for
-AVX-512, every processor would run it.
+The linker keeps any one copy of an inline function that is in several files. If one of them were
+compiled for AVX-512, every processor would run it.
 """
 
 import re

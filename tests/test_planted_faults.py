@@ -1,4 +1,4 @@
-"""The faults to plant are still where they say: who changes a kernel moves its faults along."""
+"""The planted faults' texts still occur in the kernels: whoever changes a kernel adapts them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Kernels on threads of their own: as many, the same bits, and only where they are wanted."""
+"""Kernels on their own threads: the right number, the same bits, and only inside the block."""
 
 import os
 import re
@@ -42,7 +42,7 @@ def mkl_threads() -> int:
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="PyTorch was built without MKL")
 def test_mkl_gets_one_too():
-    """It has a number of its own once PyTorch was told one."""
+    """MKL keeps its own number of threads once PyTorch's was set."""
     seen = []
     with own_threads():
         assert mkl_threads() == 1
@@ -110,7 +110,7 @@ def test_several_callers_at_once_get_their_results():
 def test_a_forked_child_gets_threads_of_its_own():
     expected = apply_layer()
     with own_threads():
-        apply_layer()  # the parent's threads are there
+        apply_layer()  # starts the parent's threads
     child = os.fork()
     if child == 0:
         is_equal = False

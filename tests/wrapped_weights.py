@@ -1,10 +1,10 @@
-"""Weights that keep their numbers in other tensors, as those of quantising libraries do."""
+"""Weights that keep their numbers in other tensors, as quantising libraries' do."""
 
 import torch
 
 
 class WrappedWeight(torch.Tensor):
-    """Says that it is a float tensor on the CPU, and has no memory: its numbers are int8."""
+    """Claims to be a float tensor on the CPU, but has no memory: its numbers are int8."""
 
     @staticmethod
     def __new__(cls, codes, scales):
@@ -31,7 +31,7 @@ class WrappedWeight(torch.Tensor):
 
 
 def wrap(weight):
-    """A parameter of about the same numbers, or of the rows of a vector."""
+    """A wrapped parameter with about the same numbers; a vector is wrapped as one row."""
     scales = weight.detach().abs().amax(-1, keepdim=True) / 127
     codes = (weight.detach() / scales).round().to(torch.int8)
     return torch.nn.Parameter(WrappedWeight(codes, scales), requires_grad=False)

@@ -1,10 +1,10 @@
 """Coverage-guided fuzzing of the reader of records, by hand: ``make fuzz FUZZ_SECONDS=600``.
 
-What libFuzzer makes of right records gets right checksums again, so that it passes the first checks
-and reaches the codecs. A record is refused with `BlockCorrupted`, or decodes into the block's bytes
-and nothing around them; anything else ends the run with the input that did it. What was found then
-runs again with the C++ side under AddressSanitizer, which takes over what counts coverage and so
-cannot watch from the start.
+libFuzzer mutates valid records, and most mutants get right checksums again, so that they pass the
+first checks and reach the codecs. A record must be refused with `BlockCorrupted`, or decode into
+the block's bytes without writing around them; anything else ends the run and shows the input. The
+inputs found are then run again with the C++ code under AddressSanitizer, which replaces the hooks
+that count coverage and so cannot be used from the start.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LAYOUTS += [
 
 
 def make_seeds() -> list[tuple[records.BlockKey, bytes]]:
-    """A right record of each layout and its key."""
+    """A valid record of each layout, and its key."""
     seeds = []
     for layout in LAYOUTS:
         (key,) = records.chain_keys(layout, bytes(16), range(16))
@@ -52,7 +52,7 @@ SEEDS = make_seeds()
 
 
 def mend(data: bytes) -> bytes:
-    """The record with the sums of its payload and of its header, as far as it has the places."""
+    """The record with right sums of payload and header, as far as it has room for them."""
     record = bytearray(data)
     if len(record) < 96:
         return data
@@ -73,13 +73,13 @@ def mend(data: bytes) -> bytes:
 
 
 def mutate(data: bytes, max_size: int, seed: int) -> bytes:
-    """libFuzzer's own mutations; of eight, one stays unmended."""
+    """libFuzzer's own mutations; seven of eight get right checksums."""
     mutated = atheris.Mutate(data, max_size)
     return mutated if seed % 8 == 0 else mend(mutated)
 
 
 def check(data: bytes) -> None:
-    """Read a record in every way there is; only `BlockCorrupted` may come out."""
+    """Read a record in every way; only `BlockCorrupted` may be raised."""
     for read in (records.read_header, records.verify):
         with suppress(BlockCorrupted):
             read(data)

@@ -1,4 +1,4 @@
-"""Forward passes over pieces of several sequences at once, as a continuous batch runs them."""
+"""Forward passes over pieces of several sequences at once, as in continuous batching."""
 
 import torch
 
@@ -7,11 +7,11 @@ from kvkernels.nn.transformers_batch import BatchCache
 
 
 class PackedModel:
-    """A model and the pools its sequences lie in.
+    """A model and the pools that hold its sequences.
 
     Args:
-        model: On kvkernels' attention.
-        groups: Its layers, each pool with room for all that is run.
+        model: A model that uses kvkernels' attention.
+        groups: Its layer groups, whose pools have room for all sequences.
         sequences: Token ids of each sequence.
     """
 
@@ -19,7 +19,7 @@ class PackedModel:
         self.model = model
         self.groups = groups
         self.sequences = sequences
-        # Blocks as they come: each sequence has other ones in every group.
+        # Block ids in the order of allocation: they differ between sequences and groups.
         self._tables = []
         for group in groups:
             size = group.pool.layout.block_size
@@ -30,7 +30,7 @@ class PackedModel:
 
     @torch.inference_mode()
     def run(self, pieces):
-        """Logits of all tokens of `(sequence, begin, end)` each, in one forward pass."""
+        """Logits of all tokens of each piece `(sequence, begin, end)`, in one forward pass."""
         batches = [
             PagedBatch.build(
                 [tables[seq] for seq, _, _ in pieces],
@@ -59,7 +59,7 @@ class PackedModel:
 
         Args:
             rng: A `random.Random`.
-            sizes: Tokens a piece may have.
+            sizes: Numbers of tokens that a piece may have.
         """
         done = [0] * len(self.sequences)
         while waiting := [seq for seq, ids in enumerate(self.sequences) if done[seq] < len(ids)]:

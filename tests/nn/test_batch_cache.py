@@ -1,4 +1,4 @@
-"""One forward pass over many sequences gives each what it gets alone."""
+"""One forward pass over many sequences gives each the same result as a pass of its own."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ class Sequences:
 
     @torch.no_grad()
     def step(self, num_new, before_layer=None):
-        """Compute so many new tokens of each; returns the logits of all of them, in a row each."""
+        """Compute new tokens of each sequence; returns a row of logits for each token."""
         chosen = [i for i, count in enumerate(num_new) if count]
         ends = {i: self.stored[i] + num_new[i] for i in chosen}
         batches = [

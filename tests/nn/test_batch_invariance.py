@@ -1,4 +1,4 @@
-"""The same bits however tokens are batched: whole models, and what is refused."""
+"""A token gets the same bits in any batch: whole models, and models that are refused."""
 
 import itertools
 import random
@@ -42,7 +42,7 @@ def make_packed(model, lengths, block_size=tiny_models.BLOCK_SIZE):
 
 
 def check_any_steps(packed, sizes, max_threads=3):
-    """Run all in random steps; every token's logits must be those of its sequence run whole."""
+    """Run all in random steps; each token must get the logits of a run of its whole sequence."""
     rng = random.Random(0)
     torch.set_num_threads(2)
     whole = packed.run_whole()

@@ -1,4 +1,4 @@
-"""Models that torch.compile compiles, before layers are replaced in them or after."""
+"""Models compiled by torch.compile, before or after layers are replaced in them."""
 
 import pytest
 import tiny_models

@@ -1,4 +1,4 @@
-"""Decoder layers in one function each: the same bits, and what is left to the layers' own."""
+"""Fused decoder layers: the same bits, and which calls are left to the layers' own forwards."""
 
 import random
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ NAMES = ("llama", "gemma2", "gemma3", "qwen2")
 
 @contextmanager
 def with_kernels(model):
-    """What a model is to have before its decoder layers are replaced."""
+    """Install what a model must have before its decoder layers are replaced."""
     with paged_attention(model), batch_invariance.batch_invariant(model):
         fused_layers.install(model)
         yield model
@@ -82,7 +82,7 @@ def test_is_installed_until_the_last_user_is_done():
         assert len(replaced(model)) == 3
         decoder_layers.uninstall(model)
         assert not replaced(model)
-        decoder_layers.uninstall(model)  # nothing happens
+        decoder_layers.uninstall(model)  # no effect the second time
 
 
 def test_other_passes_go_through_the_layers_own(monkeypatch):
@@ -123,7 +123,7 @@ def replace_parameter(module):
 
 
 def replace_data(module):
-    """The parameter is the same one, its memory is not."""
+    """Move the parameter to other memory; it stays the same object."""
     module.weight.data = module.weight * 1.5
 
 
@@ -149,7 +149,7 @@ def test_weights_may_be_replaced(replace):
 
 
 class WithBranch(torch.nn.Module):
-    """A linear layer and what an adapter adds to it."""
+    """A linear layer with an adapter's branch."""
 
     def __init__(self, base_layer):
         super().__init__()
@@ -197,7 +197,7 @@ def test_modules_may_be_replaced(replace, monkeypatch):
             replace(model.model.layers[1])
         runs = count_runs(monkeypatch)
         got = run_steps(packed)
-        assert len(set(runs)) == 2  # the other two layers are replaced still
+        assert len(set(runs)) == 2  # the other two layers are still replaced
         decoder_layers.uninstall(model)
         expected = run_steps(packed)
     assert all(map(torch.equal, got, expected))
@@ -229,7 +229,7 @@ def test_a_weight_of_another_dtype_is_refused(name):
 
 
 def with_a_scaled_branch(model):
-    """As in Granite: what a layer adds is scaled, by a number that no part of it shows."""
+    """As in Granite: a layer scales what it adds, by a number that is in none of its modules."""
     kind = type(model.model.layers[0])
 
     class ScaledLayer(kind):
@@ -257,7 +257,7 @@ def test_a_hook_may_come_later(register, monkeypatch):
         handle = getattr(mlp, register)(lambda *args: calls.append(args))
         got = run_steps(packed)
         handle.remove()
-        assert len(calls) == len(runs) / 2 > 0  # the other two layers are replaced still
+        assert len(calls) == len(runs) / 2 > 0  # the other two layers are still replaced
         run_steps(packed)
         assert len(calls) == len(runs) / 5
         decoder_layers.uninstall(model)
@@ -268,7 +268,7 @@ def test_a_hook_may_come_later(register, monkeypatch):
 def test_what_captures_outputs_for_transformers_counts_while_it_does(output, monkeypatch):
     model = tiny_models.llama(attn_implementation="eager")
     with torch.inference_mode():
-        model(torch.arange(20)[None], **{f"output_{output}": True})  # which leaves hooks behind
+        model(torch.arange(20)[None], **{f"output_{output}": True})  # leaves hooks behind
     with with_kernels(model):
         assert decoder_layers.install(model) == 3
         runs = count_runs(monkeypatch)
@@ -298,7 +298,7 @@ def test_a_hook_of_all_models_may_come_later(kind, monkeypatch):
         assert set(runs) == set(replaced(model))
         decoder_layers.uninstall(model)
     for pair in zip(got, expected, strict=True):
-        torch.testing.assert_close(*pair)  # the activation's own kernel rounds otherwise
+        torch.testing.assert_close(*pair)  # the activation's own kernel rounds differently
 
 
 def test_a_model_with_few_tokens_is_tried_with_those():
@@ -349,7 +349,7 @@ def test_leaves_models_whose_kernels_are_others():
 
 
 def test_leaves_what_shows_at_far_positions_only():
-    """Ministral 3 scales its queries, from a position on that no trial reaches."""
+    """Ministral 3 scales its queries from a position on that no trial reaches."""
     ministral = pytest.importorskip("transformers.models.ministral3")
     config = ministral.Ministral3Config(**tiny_models.SIZES, num_hidden_layers=2, head_dim=16)
     model = ministral.modeling_ministral3.Ministral3ForCausalLM(config).eval()

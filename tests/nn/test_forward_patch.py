@@ -1,4 +1,4 @@
-"""Models that several threads install kvkernels in at once: each is done, and undone, once."""
+"""Several threads install into one model at once: it is patched once, and restored once."""
 
 import copy
 import operator
@@ -20,7 +20,7 @@ from kvkernels.nn.transformers import paged_attention
 
 @pytest.fixture
 def _eager_switches():
-    """Threads take turns as often as Python lets them."""
+    """Make threads switch as often as Python allows."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -28,7 +28,7 @@ def _eager_switches():
 
 
 def run_in_threads(function, num_threads=2):
-    """Call it in several threads at once; the errors they end with."""
+    """Call `function` in several threads at once; returns the errors that they end with."""
     barrier, errors = threading.Barrier(num_threads), []
 
     def run():
@@ -48,7 +48,7 @@ def run_in_threads(function, num_threads=2):
 
 def test_layers_stay_replaced_until_the_last_thread_is_done():
     def find(model):
-        time.sleep(0.05)  # long enough for all to come
+        time.sleep(0.05)  # long enough for all threads to arrive
         return {model: model.forward}
 
     patch, model = ForwardPatch(find), torch.nn.Linear(2, 2)

@@ -1,4 +1,4 @@
-"""Activations and linear layers that a forward calls as functions: found, and refused."""
+"""Activations and linear layers that a forward calls as functions are found and refused."""
 
 import functools
 
@@ -94,7 +94,7 @@ class HeldExponent(nn.Module):
 
 
 class ForInheritedForward(Gemma2RMSNorm):
-    """Whose forward is in another file."""
+    """Inherits a forward from another file."""
 
     def __init__(self):
         super().__init__(3)
@@ -149,7 +149,7 @@ def test_a_held_one_is_refused(name):
 
 
 class Tied(nn.Module):
-    """Whose last layer has the weights of the first, as a function of them."""
+    """Its last layer is a function call with the first layer's weights."""
 
     def __init__(self, apply=None):
         super().__init__()
@@ -200,7 +200,7 @@ def test_products_of_single_numbers_are_not_refused():
 
 
 class OfModules(nn.Module):
-    """Modules with the names of functions, and functions that keep an element's bits."""
+    """Uses modules named like the functions, and functions that round alike everywhere."""
 
     def __init__(self):
         super().__init__()

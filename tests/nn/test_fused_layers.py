@@ -1,4 +1,4 @@
-"""Fused layers: which are replaced, that the numbers stay, and what is left alone."""
+"""Fused layers: which layers are replaced, that results stay the same, what is left alone."""
 
 import copy
 import inspect
@@ -10,7 +10,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from kvkernels.nn import fused_layers
 
-# Replaced of each layer (norms, its gate, its rotation); besides, a norm at the end.
+# Modules replaced per layer (norms, gate, rotation); one more is the norm at the end.
 NUM_REPLACED = {"llama": 2 + 1 + 1, "gemma2": 4 + 1 + 1, "gemma3": 6 + 1 + 1, "qwen2": 2 + 1 + 1}
 
 
@@ -51,7 +51,7 @@ def test_is_installed_until_the_last_user_is_done():
     assert len(replaced(model)) == num_replaced
     fused_layers.uninstall(model)
     assert not replaced(model)
-    fused_layers.uninstall(model)  # nothing happens
+    fused_layers.uninstall(model)  # no effect the second time
 
 
 def test_another_model_of_the_class_is_not_touched():
@@ -89,13 +89,13 @@ def test_gradients_and_other_dtypes_go_through_the_layers_own_forward():
 
 
 def test_leaves_rotations_of_another_kind():
-    """gpt-oss: cosines of half a head, experts in place of gates."""
+    """gpt-oss has cosines for half a head, and experts in place of gates."""
     assert replaced_kinds(tiny_models.gpt_oss()) == {"GptOssRMSNorm"}
 
 
 @pytest.mark.parametrize("make", [tiny_models.phi3, tiny_models.nemotron])
 def test_leaves_rotations_of_a_part_of_each_head(make):
-    """Their angles are narrower than a head: a rotation of whole heads would read past them."""
+    """A kernel that rotates whole heads would read past their narrower angles."""
     model = make()
     cos, _ = model.model.rotary_emb(torch.zeros(1, 1, 64), torch.arange(3)[None])
     assert cos.shape[-1] < 16
@@ -158,7 +158,7 @@ def test_hooks_of_an_activation_may_come_and_go(register):
 
 
 class CenteredRMSNorm(torch.nn.Module):
-    """Takes the mean away first, whatever it is called."""
+    """Subtracts the mean first, despite its name."""
 
     def __init__(self):
         super().__init__()
@@ -171,14 +171,14 @@ class CenteredRMSNorm(torch.nn.Module):
 
 
 class GatedRMSNorm(CenteredRMSNorm):
-    """Wants another argument."""
+    """Requires another argument."""
 
     def forward(self, rows, gate):
         return super().forward(rows) * gate
 
 
 class SwappedMLP(torch.nn.Module):
-    """The activation is that of the other half."""
+    """Applies the activation to the other half."""
 
     def __init__(self):
         super().__init__()
@@ -195,7 +195,7 @@ def test_leaves_what_only_looks_alike():
 
 
 class OptionallyGatedRMSNorm(torch.nn.Module):
-    """Takes another argument besides, as the norms of Mamba do."""
+    """Takes an optional second argument, as Mamba's norms do."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Inverse roots, and sums with a factor: refused of half numbers, not of float32."""
+"""Inverse roots and sums with a factor are refused in 16-bit floats, not in float32."""
 
 import math
 
@@ -28,7 +28,7 @@ class OwnNorm(nn.Module):
 
 
 class NormInAttention(nn.Module):
-    """Not of rows alone."""
+    """An attention that normalises by itself, so that it cannot be tried on rows alone."""
 
     def __init__(self):
         super().__init__()
@@ -39,7 +39,7 @@ class NormInAttention(nn.Module):
 
 
 class Scaling(nn.Module):
-    """By powers of numbers of Python's."""
+    """Takes inverse roots of plain Python numbers only."""
 
     def forward(self, query, key):
         width = query.shape[-1]

@@ -1,4 +1,4 @@
-"""The plain attention module and the index tensors it needs."""
+"""The plain attention module, `PagedAttention`, and the index tensors it needs."""
 
 import itertools
 import runpy
@@ -16,7 +16,7 @@ HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 4, 2, 16, 16
 
 
 def dense(query, key, value, num_new, window):
-    """What one sequence's last `num_new` tokens should get, in float64."""
+    """The expected output of one sequence's last `num_new` tokens, in float64."""
     seq_len = key.shape[0]
     distance = torch.arange(seq_len - num_new, seq_len)[:, None] - torch.arange(seq_len)
     mask = (distance >= 0) & (distance < (window or seq_len))
@@ -56,7 +56,7 @@ def test_mixed_batch_equals_dense_attention(window):
 
 
 class OwnModel(torch.nn.Module):
-    """A layer whose queries are its keys."""
+    """A layer that uses its queries as keys."""
 
     def __init__(self):
         super().__init__()
@@ -64,7 +64,7 @@ class OwnModel(torch.nn.Module):
         self.attention = PagedAttention(KV_HEADS, KV_HEADS, HEAD_DIM)
 
     def run(self, rows, cuts):
-        """Outputs of one sequence whose prompt comes in pieces that end at `cuts`."""
+        """Outputs of one sequence whose prompt is run in pieces that end at `cuts`."""
         num_blocks = -(-len(rows) // BLOCK_SIZE)
         pool = KVPool(KVLayout(1, KV_HEADS, HEAD_DIM, BLOCK_SIZE, rows.dtype), num_blocks)
         outs = []

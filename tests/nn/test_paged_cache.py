@@ -1,4 +1,4 @@
-"""The paged cache: preloaded blocks, block counts, rolling back, failures."""
+"""The paged cache: preloaded blocks, block counts, cropping, failures."""
 
 import pytest
 import torch
@@ -9,9 +9,9 @@ from kvkernels.nn.transformers import PagedCache, paged_attention
 
 
 def share_prefix(cache, num_tokens):
-    """Block tables for the first tokens of a cache's sequences, as an index would hand them out.
+    """Block tables for the first tokens of a cache's sequences, as an index would return them.
 
-    Blocks that the window never reaches again are left out.
+    Without blocks that the window never reaches again.
     """
     tables = []
     for index, group in enumerate(cache.groups):
@@ -36,7 +36,7 @@ def model(request):
 
 @pytest.mark.parametrize("num_cached", [16, 48, 64, 69, 50], ids="{} cached".format)
 def test_preloaded_blocks_give_the_same_tokens(model, num_cached):
-    """Whole blocks, and a last one that is partly used and shared, so copied."""
+    """Whole blocks, and a shared last block that is partly used, so it is copied before writing."""
     ids = torch.randint(1, 128, (2, 70))
     groups = make_groups(model)
     steps = []
@@ -53,9 +53,9 @@ def test_preloaded_blocks_give_the_same_tokens(model, num_cached):
         ) as warm:
             assert torch.equal(generate(model, ids, past_key_values=warm), want)
         assert steps == list(range(70, 70 + 24))
-        for index, group in enumerate(groups):  # what the first cache holds has not changed
+        for index, group in enumerate(groups):  # the first cache's blocks have not changed
             held = [block for row in range(2) for block in cold.block_ids(index, row)]
-            # As bytes: slots that nothing was stored in may hold NaN.
+            # Compared as bytes, since unused slots may hold NaN.
             now = group.pool.data[held].view(torch.uint8)
             assert torch.equal(now, before[index][held].view(torch.uint8))
     for group in groups:
@@ -98,7 +98,7 @@ def test_compiled_model_stores_and_computes_the_same(model):
 
 
 def test_sliding_window_ignores_what_it_cannot_reach():
-    """Blocks before the window may be gone; one inside it may not."""
+    """Blocks before the window may be missing; one inside it may not."""
     model = gemma3()
     groups = make_groups(model)
     sliding = groups[1]
@@ -148,7 +148,7 @@ def test_reserve_that_gives_too_few_is_refused():
 
 
 def test_full_pool_loses_nothing(model):
-    """After making room the same call goes through, with the right tokens."""
+    """After making room the same call succeeds, with the right tokens."""
     ids = torch.randint(1, 128, (1, 60))
     with PagedCache(make_groups(model)) as cache:
         want = generate(model, ids, past_key_values=cache)

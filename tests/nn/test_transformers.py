@@ -1,4 +1,4 @@
-"""Hugging Face models on kvkernels' attention, beside their own."""
+"""Hugging Face models on kvkernels' attention, compared with their own."""
 
 import pytest
 import torch
@@ -103,7 +103,7 @@ def test_install_is_undone():
     assert model.config._attn_implementation == IMPLEMENTATION
     with paged_attention(model):
         pass
-    assert model.config._attn_implementation == IMPLEMENTATION  # as the block found it
+    assert model.config._attn_implementation == IMPLEMENTATION  # as it was before the block
     uninstall(model)
     assert model.config._attn_implementation == IMPLEMENTATION  # installed twice
     uninstall(model)

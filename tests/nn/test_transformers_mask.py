@@ -1,4 +1,4 @@
-"""What stands in for a mask tensor: of which layers it is taken, and of which not."""
+"""The placeholder for a mask tensor: which layers may get it, and which may not."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Weights that have no memory of their own: no kernel is given their address."""
+"""Weights that have no memory of their own: no kernel gets their address."""
 
 import pytest
 import tiny_models
@@ -37,17 +37,17 @@ def test_fused_layers_work_beside_them():
     model.model.layers[1].input_layernorm.weight = wrap(model.model.norm.weight)
     norm = model.model.norm
     assert fused_layers.install(model.model.layers[0]) == 4
-    assert fused_layers.install(model.model.layers[1]) == 3  # not that norm
+    assert fused_layers.install(model.model.layers[1]) == 3  # all but that norm
     assert fused_layers.install(norm) == 1
     norm.weight = wrap(norm.weight)
-    with pytest.raises(NotImplementedError):  # of the layer's own forward
+    with pytest.raises(NotImplementedError):  # raised by the layer's own forward
         norm(torch.ones(2, 64))
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_those_that_come_later_decide_for_themselves(name):
-    """What the weight's class makes of an operator it does not know; here an error."""
+    """The weight's class decides what an unknown operator does; here it raises."""
     layer = torch.nn.Linear(3, 4)
     with batch_invariant(layer):
         setattr(layer, name, wrap(getattr(layer, name)))
@@ -71,7 +71,7 @@ def test_decoder_layers_refuse_those_that_come_later():
 
 
 def emptied(tensor):
-    """A tensor whose memory was given back, as sharding libraries do between passes."""
+    """A tensor whose memory was freed, as sharding libraries do between passes."""
     tensor.untyped_storage().resize_(0)
     return tensor
 

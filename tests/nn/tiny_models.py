@@ -25,7 +25,7 @@ from transformers import (
 from kvkernels import BlockAllocator, KVPool
 from kvkernels.nn import PagedGroup, layer_groups
 
-# 4.57 looks the attention of fewer models up by name.
+# transformers 4.57 looks up the attention of fewer models by name.
 needs_transformers_5 = pytest.mark.skipif(
     transformers.__version__.startswith("4."), reason="the model is served in transformers 5"
 )
@@ -77,7 +77,7 @@ def qwen2():
 
 
 def qwen2_moe():
-    """A window of nothing in the configuration, as by default, and no layer that has it."""
+    """The configuration's window is None, the default, and no layer has one."""
     config = Qwen2MoeConfig(
         **SIZES,
         num_hidden_layers=2,
@@ -103,9 +103,9 @@ def gemma2():
 
 
 def phi3():
-    """Three quarters of each head are rotated, the rest is not."""
+    """Only three quarters of each head are rotated."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
-    # 4.57 knows the factor by its own name alone.
+    # transformers 4.57 reads the factor only as a field of its own.
     config = Phi3Config(
         **SIZES, num_hidden_layers=3, rope_parameters=rope, partial_rotary_factor=0.75
     )
@@ -113,13 +113,13 @@ def phi3():
 
 
 def nemotron():
-    """Half of each head is rotated; layer norms, and one matrix before the activation."""
+    """Half of each head is rotated; has layer norms, and one matrix before the activation."""
     config = NemotronConfig(**SIZES, head_dim=16, num_hidden_layers=3, partial_rotary_factor=0.5)
     return _initialised(NemotronForCausalLM, config)
 
 
 def gpt_oss():
-    """Attention sinks that take a good share, and a window on every other layer."""
+    """Attention sinks that take a large share of the weight, and a window on every other layer."""
     config = GptOssConfig(
         **SIZES,
         head_dim=16,
@@ -147,7 +147,7 @@ MODELS = {
 
 def _initialised(model_class, config):
     model = model_class(config).eval()
-    # transformers' own 0.02 leaves attention almost uniform, and wrong masks unnoticed.
+    # With transformers' default of 0.02 attention is almost uniform and wrong masks go unnoticed.
     for weight in model.parameters():
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=0.15)
@@ -155,7 +155,7 @@ def _initialised(model_class, config):
 
 
 def make_groups(model, num_blocks=32, block_size=BLOCK_SIZE):
-    """Paged groups whose pools hold NaN wherever nothing was stored."""
+    """Paged groups whose pools hold NaN in unused slots."""
     groups = []
     for spec in layer_groups(model.config, block_size, model.dtype):
         pool = KVPool(spec.layout, num_blocks)

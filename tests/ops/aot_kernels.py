@@ -1,5 +1,5 @@
-"""Kernels that are almost what is wanted, and what is counted in them: compiled, so in a process of
-its own, where nothing is interpreted. Prints JSON."""
+"""Kernels that each miss one property wanted of compiled code, and what is counted in them. They
+are compiled, so this runs as a process of its own, without the interpreter. Prints JSON."""
 
 import json
 
@@ -18,7 +18,7 @@ def one_plain_dot(q, k, v, out):
     keys = tl.load(k + tokens[None, :] * 64 + dims[:, None])
     scores = tl.dot(queries, keys)
     values = tl.load(v + tokens[:, None] * 16 + rows[None, :]).to(tl.float32)
-    total = tl.dot(scores, values, input_precision="ieee")  # float32: on the ordinary units
+    total = tl.dot(scores, values, input_precision="ieee")  # float32 does not use tensor cores
     tl.store(out + rows[:, None] * 16 + rows[None, :], total)
 
 

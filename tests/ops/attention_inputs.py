@@ -1,4 +1,4 @@
-"""What tests of attention share: shapes of batches, and inputs whose unused slots are poison."""
+"""Shared by tests of attention: shapes of batches, and inputs whose unused slots are poisoned."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +9,7 @@ from accuracy import assert_as_accurate
 from kvkernels.reference import attention as reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-UNUSED_ID = 2147480000  # past any cache: reading the block it names would fault
+UNUSED_ID = 2147480000  # past any cache: reading that block would fault
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ CASES = [
     Case("head_dim_128", MIXED, head_dim=128),
     Case("head_dim_192", MIXED, head_dim=192),
     Case("head_dim_256", MIXED, head_dim=256),
-    # One query a sequence has kernels of its own; the query heads of a group fill several tiles.
+    # Sequences with one query have their own kernels; a group's query heads fill several tiles.
     Case("decode_group_40", DECODE, heads=(40, 1)),
     Case("decode_d72", DECODE, head_dim=72),
     Case("decode_d80", DECODE, head_dim=80),
@@ -77,7 +77,7 @@ CASES = [
     Case("tokens_first", MIXED, layout="tokens_first"),
     Case("dense", MIXED, layout="dense"),
     Case("values_lie_otherwise", MIXED, layout="keys_tokens_first"),
-    # Sizes at which the CPU kernels take other ways: many rows, several chunks of keys, several
+    # Sizes at which the CPU kernels take other paths: many rows, several chunks of keys, several
     # tiles of rows.
     Case("many_rows", ((100, 100), (33, 210)), heads=(4, 2), is_small=False),
     Case("many_rows_group_3", ((70, 130),), heads=(9, 3), block_size=64, is_small=False),
@@ -90,7 +90,7 @@ CASES = [
     Case("many_chunks_extend", ((3, 3000), (40, 7000)), heads=(2, 1), is_small=False),
     Case("many_chunks_window", ((1, 3000), (4, 2500)), heads=(2, 1), window=1030, is_small=False),
     Case("rows_5_to_7", ((5, 90), (6, 80), (7, 70)), heads=(2, 2), is_small=False),
-    # Few rows, but more than decoding of small groups has, through several tiles of keys.
+    # Few rows, but more than in decode with small groups, and several tiles of keys.
     Case("rows_5_d32", ((1, 150), (1, 300)), heads=(5, 1), head_dim=32, is_small=False),
     Case("rows_7", ((1, 700), (1, 129), (1, 128)), heads=(14, 2), block_size=64, is_small=False),
     Case("rows_8_d96", ((2, 260), (2, 33)), heads=(4, 1), head_dim=96, is_small=False),
@@ -99,7 +99,7 @@ CASES = [
     Case("rows_8_window", ((1, 700), (2, 300)), heads=(8, 2), window=100, is_small=False),
     Case("huge_block", ((1, 900), (4, 700)), block_size=1024, is_small=False),
 ]
-# Only the CPU kernels, and only those in plain C++, serve these.
+# Only the portable CPU kernels serve these.
 ODD_CASES = [
     Case("head_dim_1", MIXED, head_dim=1),
     Case("head_dim_7", MIXED, head_dim=7),
@@ -120,7 +120,7 @@ class Inputs:
     cu_seqlens_q: torch.Tensor | None
 
     def tensors(self, dtype: torch.dtype | None = None) -> tuple:
-        """In the order of the ops' arguments; those of floats in `dtype`."""
+        """The tensors in the order of the ops' arguments, floats as `dtype`."""
         floats = (self.query, self.key_cache, self.value_cache)
         if dtype is not None:
             floats = tuple(tensor.to(dtype) for tensor in floats)
@@ -128,7 +128,7 @@ class Inputs:
 
 
 def make_cache(case: Case, num_blocks: int, dtype: torch.dtype, device: torch.device) -> tuple:
-    """Two caches in which every slot is NaN (keys) or infinite (values), as unused slots stay."""
+    """Two caches in which every slot is NaN (keys) or infinite (values); unused ones stay so."""
     heads, width, slots = case.heads[1], case.head_dim, case.block_size
     if case.layout == "dense":
         shape = (num_blocks, heads, slots, width)
@@ -150,14 +150,14 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
     lens = [length for _, length in case.sequences]
     counts = [count for count, _ in case.sequences]
     needed = [-(-length // case.block_size) for length in lens]
-    num_blocks = sum(needed) + 2  # two that nobody uses
+    num_blocks = sum(needed) + 2  # two stay unused
     free = torch.randperm(num_blocks).tolist()
     key_cache, value_cache = make_cache(case, num_blocks, dtype, device)
     block_table = torch.full((len(lens), max(needed) + 2), UNUSED_ID, dtype=torch.int32)
     block_table[:, -1] = -1
     for seq, (count, length) in enumerate(case.sequences):
-        # Blocks wholly before the window of the first query, and all of a sequence that asks
-        # nothing, are never looked at.
+        # Blocks wholly before the window of the first query, and all of a sequence without
+        # queries, are never read.
         first_seen = max(0, length - count - case.window + 1) if case.window else 0
         for index in range(needed[seq]):
             begin = index * case.block_size
@@ -184,7 +184,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
 def assert_attends(
     out: torch.Tensor, lse: torch.Tensor, inputs: Inputs, *arguments: Any, **options: Any
 ) -> None:
-    """Hold a result to the reference's, which gets the same arguments after the tensors."""
+    """Compare a result with the reference's, which gets the same arguments after the tensors."""
     exact = reference.paged_attention(*inputs.tensors(torch.float64), *arguments, **options)
     rounded = reference.paged_attention(*inputs.tensors(), *arguments, **options)
     assert_as_accurate(out, rounded[0], exact[0], "out")

@@ -1,4 +1,4 @@
-"""What the tests of codecs share: the implementations, and blocks that are like real ones."""
+"""Shared by the tests of codecs: the implementations, and blocks like real ones."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ LOSSY_AND_DTYPES = [(codec, dtype) for codec in LOSSY for dtype in DTYPES]
 if not native.is_available:
     IMPLEMENTATIONS = ["reference"]
 else:
-    # The others share these four.
+    # The other tests use these four.
     ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
     IMPLEMENTATIONS = [isa for isa in ISAS if isa in native.available_isas()]
-if importlib.util.find_spec("triton"):  # which is only on Linux
+if importlib.util.find_spec("triton"):  # which exists only on Linux
     IMPLEMENTATIONS.append("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -86,7 +86,7 @@ def is_interpreted(implementation: str) -> bool:
 
 
 def make_pool(layout: KVLayout, num_blocks: int, seed: int = 0) -> KVPool:
-    """Channels of different sizes, some far from zero in all tokens, as real keys have."""
+    """Channels of different magnitudes, some far from zero in all tokens, as in real keys."""
     generator = torch.Generator().manual_seed(seed)
 
     def powers(*shape: int) -> torch.Tensor:
@@ -107,7 +107,7 @@ def encode(pool: KVPool, codec: str) -> EncodedBlocks:
 
 
 def decode(encoded: EncodedBlocks) -> torch.Tensor:
-    """The blocks, all of which must be found right."""
+    """The decoded blocks, all of which must verify."""
     pool = KVPool(encoded.block_format.layout, len(encoded.is_raw))
     pool.data.fill_(float("nan"))
     assert kvkernels.decode_blocks(encoded, pool, torch.arange(pool.num_blocks)).all()
@@ -131,7 +131,7 @@ def assert_is_reference(encoded: EncodedBlocks, pool: KVPool) -> None:
 
 
 def assert_bits_are_found(pool: KVPool, codec: str, num_bits: int) -> None:
-    """Flip some bits of a payload, one at a time: its layer alone is refused and not written.
+    """Flip some bits of a payload, one at a time: only its layer is refused and not written.
 
     Args:
         pool: One block.
@@ -154,8 +154,8 @@ def assert_bits_are_found(pool: KVPool, codec: str, num_bits: int) -> None:
 
 
 def assert_any_bytes_decode(layout: KVLayout, codec: str) -> None:
-    """Codes, scales and escapes that no encoder writes, under right sums: what the reference makes
-    of them, and nothing is read or written elsewhere.
+    """Codes, scales and escapes that no encoder writes, under right sums, decode as the reference
+    does, and nothing is read or written elsewhere.
     """
     block_format = BlockFormat(layout, codec)
     generator = torch.Generator().manual_seed(3)

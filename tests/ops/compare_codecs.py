@@ -1,14 +1,14 @@
-"""Every implementation of the codecs beside the reference, on many blocks, byte for byte.
+"""Compares every implementation of the codecs with the reference, on many blocks, byte by byte.
 
     python tests/ops/compare_codecs.py --random 10000
     python tests/ops/compare_codecs.py --real 1000 --model smollm2 --text FILE
 
-What is decoded and encoded again must give the same bytes, but of float32 blocks. "Coarse" are
-blocks with a scale or minimum below float16's normal numbers, 6e-5.
+Decoding and encoding again must give the same bytes, except for float32 blocks. "Coarse" blocks
+have a scale or minimum below float16's normal numbers, 6e-5.
 
-To be run by hand. Where there is no GPU, Triton's interpreter takes an hour of one core for 10,000
-blocks a codec: `--only triton` and a `--seed` each let several processes share them. Ends with
-status 1 at the first byte that differs.
+Run by hand. Without a GPU, Triton's interpreter takes an hour of one core for 10,000 blocks per
+codec: several processes can share them with `--only triton` and a different `--seed` each. Exits
+with status 1 at the first byte that differs.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from kvkernels.codecs import NUM_ESCAPES, UNUSED_ESCAPE
 from kvkernels.reference import codecs as reference
 
 BATCH = 20  # blocks at a time
-PREFIX = 1024  # tokens of a text that a model computes at once
-PER_PREFIX = 200  # blocks of those that are compared
+PREFIX = 1024  # tokens of text that a model computes at once
+PER_PREFIX = 200  # blocks compared of each
 SMALLEST_NORMAL = torch.finfo(torch.float16).smallest_normal
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass
 class Tally:
-    """What was compared of a codec."""
+    """How much was compared for a codec."""
 
     num_blocks: int = 0
     num_raw: int = 0
@@ -55,7 +55,7 @@ class Tally:
 
 
 def implementations() -> dict[str, tuple[Any, Callable[..., Any], Callable[..., Any]]]:
-    """By name: a context, and the two ops in it."""
+    """By name: a context manager, and the two ops to call in it."""
     found = {
         isa: (native.use_isa, kvkernels.encode_blocks, kvkernels.decode_blocks)
         for isa in ("avx512_bf16", "avx512", "avx2", "portable")
@@ -65,7 +65,7 @@ def implementations() -> dict[str, tuple[Any, Callable[..., Any], Callable[..., 
 
 
 def random_pools(num_blocks: int, seed: int) -> Iterator[KVPool]:
-    """Small blocks of every shape and dtype, with channels of all sizes and odd numbers in them."""
+    """Small blocks of every shape and dtype, with channels of all magnitudes and special values."""
     generator = torch.Generator().manual_seed(seed)
 
     def pick(*choices: Any) -> Any:
@@ -84,7 +84,7 @@ def random_pools(num_blocks: int, seed: int) -> Iterator[KVPool]:
         offsets = torch.randn(channels, generator=generator) * sizes.flip(-1)
         pool.data.copy_(numbers + offsets * pick(0, 1))
         odd = (0.0, -0.0, torch.inf, torch.nan, 65504.0, 65536.0, 2.0**-24, -(2.0**-30), 1e-39)
-        for _ in range(4):  # in a few blocks, one number or a whole row of it
+        for _ in range(4):  # in a few blocks, one number or a whole row becomes special
             block, side = pick(*range(BATCH)), pick(0, 1)
             pool.data[block, 0, side, 0, pick(*range(16)), pick(0, slice(None))] = pick(*odd)
         yield pool
@@ -93,7 +93,7 @@ def random_pools(num_blocks: int, seed: int) -> Iterator[KVPool]:
 def real_pools(
     num_blocks: int, seed: int, model_name: str, text: Path, dtype: str
 ) -> Iterator[KVPool]:
-    """Single layers of the blocks that a model makes of a text; of another part for each seed."""
+    """Single layers of the blocks that a model computes from a text, another part per seed."""
     from prefixstore.quality.command import DTYPES as MODEL_DTYPES
     from prefixstore.quality.command import load, locate
     from prefixstore.quality.restored import compute_prefix
@@ -140,7 +140,7 @@ def compare(pool: KVPool, codec: str, tally: Tally, chosen: list[str]) -> None:
                 "sums": torch.equal(encoded.sums[index], reference.sum_layers(payload, one_format)),
                 "verification": bool(is_good[index].all()),
                 "decoded block": torch.equal(_bytes(restored.data[index]), _bytes(block)),
-                "payload of the decoded block": name == "triton"  # too slow to do it twice
+                "payload of the decoded block": name == "triton"  # too slow for a second time
                 or not is_stable
                 or torch.equal(again.payload(index), payload),
             }
@@ -169,7 +169,7 @@ def _encode_by_reference(
 
 
 def _is_coarse(payload: torch.Tensor, block_format: BlockFormat) -> bool:
-    """Whether a set's scale or minimum has fewer bits than float16's normal numbers."""
+    """Whether a scale or minimum is below float16's normal numbers, and so has fewer bits."""
     for layer in block_format.layers:
         for side in layer.sides:
             if side.bits < 12:

@@ -1,4 +1,4 @@
-"""The implementations that tests of the ops run on."""
+"""Fixtures: the implementations that tests of the ops run on."""
 
 import codec_blocks
 import pytest
@@ -13,7 +13,7 @@ quick_interpreter.make_quick()
 
 @pytest.fixture(params=codec_blocks.IMPLEMENTATIONS)
 def codec_implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    """What the ops of `kvkernels` are for a test."""
+    """Which implementation the codec ops of `kvkernels` use in a test."""
     if request.param == "reference":
         yield request.param
     elif request.param == "triton":
@@ -25,7 +25,7 @@ def codec_implementation(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
             yield request.param
 
 
-# Of the ops that run on the CPU alone.
+# Implementations of the ops that exist only on the CPU.
 ISAS = native.available_isas() or ("reference",)
 
 
@@ -40,7 +40,7 @@ def _isa(request):
 
 @pytest.fixture
 def _one_thread():
-    """Whatever the machine: what is compared is run with one thread, then with three."""
+    """Start with one thread on any machine; comparisons then run with three."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""Every implementation of the ops behind one signature, that of the reference functions."""
+"""Every implementation of the ops, with the reference functions' signatures."""
 
 import importlib
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def _on_isa(isa: str, op: Callable[..., Any], *args: Any, **options: Any) -> Any
 
 
 def _public_paged_attention(*args: Any, **caches: Any) -> Any:
-    """The public function, called like an implementation."""
+    """The public function with an implementation's signature."""
     *tensors, scoring, return_lse = args
     rules = scoring._asdict()
     for name in ("window", "soft_cap"):

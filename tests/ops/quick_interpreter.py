@@ -1,6 +1,6 @@
-"""Makes Triton's interpreter spend less of its time beside the kernels.
+"""Makes Triton's interpreter spend less time outside the kernels.
 
-It does the same; half of the time that tests of codecs took went into two things:
+Results stay the same. Half of the time of the codec tests went into two things:
 
 - Each call of one jitted function by another replaced the functions of `triton.language` again,
   and looked through the module's members for them. Once in a launch is enough.
@@ -24,8 +24,8 @@ _OPERATORS = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}
 
 @functools.cache
 def make_quick() -> None:
-    """Once in a process; without effect where kernels are compiled, or where Triton is not."""
-    if importlib.util.find_spec("triton") is None:  # it is only on Linux
+    """Call once per process; no effect where kernels are compiled or Triton is missing."""
+    if importlib.util.find_spec("triton") is None:  # it exists only on Linux
         return
     import triton
 
@@ -69,8 +69,8 @@ def _check_overflow_at_once(interpreter: Any) -> None:
         if bits >= 64 or not semantic.builder.options.sanitize_overflow:
             return
         limits = left.type.scalar.get_int_min_value(), left.type.scalar.get_int_max_value()
-        # Two numbers of 32 bits have their sum, difference and, where both are signed or small,
-        # their product in 64; as in Triton's own check, a larger one wraps.
+        # 64 bits hold the sum and difference of two 32-bit numbers, and their product where both
+        # are signed or small; as in Triton's own check, a larger product wraps.
         name = operation.__name__
         wide = (value.handle.data.astype(np.int64) for value in (left, right))
         exact = _OPERATORS[name](*wide)

@@ -1,4 +1,4 @@
-"""The Triton kernels compile for GPUs that are not here, without spilling."""
+"""The Triton kernels compile for GPUs that this machine lacks, without spilling."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ CODED = ("keys", "values", "lossless")
 
 
 def test_a_spread_of_the_table_has_every_kind() -> None:
-    """It is what `.ci/run` compiles."""
+    """The spread is what `.ci/run` compiles."""
     chosen = aot.spread(aot.choose(sorted(aot.SHARED_LIMITS)))
     assert {arch for arch, _ in chosen} == set(aot.SHARED_LIMITS)
     launches = [launch for arch, shape in chosen for launch in aot.plan_shape(arch, shape)]
@@ -35,8 +35,8 @@ def test_a_spread_of_the_table_has_every_kind() -> None:
 
 
 def test_the_command_compiles_what_fits(tmp_path: Path) -> None:
-    # A process of its own: in this one the kernels may be interpreted. A cache of its own: what
-    # was compiled before would not show that it still compiles.
+    # In another process, since kernels may be interpreted in this one; with a cache of its own,
+    # since a cached kernel would not show that it still compiles.
     shape = "decode bf16 d64 block 64 group 4 int4"
     command = [sys.executable, "-m", "kvkernels.triton_kernels.aot", "--arch", "90"]
     command += ["--only", shape, "--jobs", "1"]

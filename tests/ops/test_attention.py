@@ -1,4 +1,4 @@
-"""paged_attention and merge_attention mean what the reference says, in every implementation."""
+"""paged_attention and merge_attention give the reference's results in every implementation."""
 
 import pytest
 import torch
@@ -101,7 +101,7 @@ def test_an_infinite_last_value_stays_infinite(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """What stands beside the last of an odd number of keys must not turn it into a NaN."""
+    """Padding next to the last of an odd number of keys must not turn it into NaN."""
     inputs = make_inputs(Case("infinite", ((num_queries, 37),), heads=heads), dtype, device)
     last = inputs.block_table[0, 36 // 16]
     inputs.value_cache[last, :, 36 % 16, 5] = float("inf")
@@ -111,7 +111,7 @@ def test_an_infinite_last_value_stays_infinite(
 
 
 def test_the_widest_window_hides_nothing() -> None:
-    """Not from queries before position 0 either, whose windows begin far below it."""
+    """Not even for queries before position 0, whose windows begin far below it."""
     case = Case("window", ((7, 3), (200, 150), (1, 9)))
     inputs = make_inputs(case, torch.float32, torch.device("cpu"))
     options = {"sm_scale": 0.125, "return_lse": True}
@@ -251,7 +251,7 @@ def test_reads_past_two_to_the_31_elements(
 ) -> None:
     if implementation.is_slow:
         pytest.skip("the interpreter copies the whole cache")
-    # 4.25 GiB each; on a CPU only address space, of which the touched pages get memory.
+    # 4.25 GiB each; on a CPU only touched pages take memory.
     num_blocks, block_size, head_dim = 17 << 10, 1024, 128
     shape = (num_blocks, 1, block_size, head_dim)
     key_cache = torch.empty(shape, dtype=torch.bfloat16, device=device)

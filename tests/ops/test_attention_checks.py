@@ -1,4 +1,4 @@
-"""What the attention ops refuse."""
+"""Arguments that the attention ops refuse."""
 
 import re
 
@@ -203,7 +203,7 @@ def test_refuses_tokens_without_sequences() -> None:
 
 @pytest.mark.parametrize("shape", [(64,), (2, 64), (1, 2, 4, 64)], ids=str)
 def test_rules_are_refused_for_queries_of_other_dimensions(shape: tuple[int, ...]) -> None:
-    """On a GPU they are looked at first."""
+    """On a GPU scoring options are checked first, the other inputs only at launch."""
     message = f"query: expected shape [any, any, any], got {list(shape)}"
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         check_scoring(torch.zeros(shape), None, True, None, None, None, None, None)

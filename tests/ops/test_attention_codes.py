@@ -1,5 +1,4 @@
-"""Attention over quantised blocks as no pool of ours has them: what is in a cache may come from
-others."""
+"""Attention over quantised blocks as our pools never hold them: caches may come from other code."""
 
 from dataclasses import dataclass
 
@@ -117,7 +116,7 @@ def test_scales_of_any_sign(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """What quantises here gives no negative scales; what stands in a cache may come from others."""
+    """Our quantiser gives no negative scales, but a cache may come from other code."""
     inputs = make_inputs(Case("", ((num_queries, 64),), block_size=32), dtype, device)
     cache = quantize_some(inputs, (kind,), 64, 64)[f"{kind}_cache"]
     for codes, scales in (cache[:2], cache[2:]):
@@ -135,17 +134,17 @@ def test_scales_of_any_sign(
 def test_many_scales_of_few_channels(
     implementation: Implementation, kind: str, device: torch.device
 ) -> None:
-    """More than a pool of ours has: what stands in a cache may come from others."""
+    """More scales than in our pools, as a cache may come from other code."""
     case = Case("", ((1, 64),), head_dim=256, block_size=32)
     inputs = make_inputs(case, torch.float16, device)
-    values = inputs.value_cache.cpu().clone()  # which quantising poisons
+    values = inputs.value_cache.cpu().clone()  # quantising poisons the original
     cache = quantize_some(inputs, (kind,), 256, 256)[f"{kind}_cache"]
     bits, scales = 8 if kind == "int8" else 4, []
     for block in range(len(values)):
         codes, few = quantize_values(values[block], bits, 16)
         cache.value_codes[len(values) - block] = codes.to(device)
         scales.append(few)
-    scales.append(torch.zeros_like(scales[0]))  # of block 0, which is nobody's
+    scales.append(torch.zeros_like(scales[0]))  # for block 0, which is unused
     cache = cache._replace(value_scales=torch.stack(scales[::-1]).to(device))
     arguments, options = (Scoring(0.0625), True), {f"{kind}_cache": cache}
     out, lse = implementation.paged_attention(*inputs.tensors(), *arguments, **options)
@@ -157,7 +156,7 @@ def test_many_scales_of_few_channels(
 def test_codes_at_odd_addresses(
     implementation: Implementation, kind: str, device: torch.device
 ) -> None:
-    """Which no pool of ours has, and which a kernel cannot load two at a time."""
+    """Addresses that our pools do not have, and where a kernel cannot load two codes at once."""
     inputs = make_inputs(Case("", ((1, 100),), block_size=32), torch.float16, device)
     cache = quantize_some(inputs, (kind,), 64, 64)[f"{kind}_cache"]
     odd = []

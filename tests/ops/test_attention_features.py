@@ -1,5 +1,5 @@
-"""Soft caps, sinks, ALiBi, tree masks, latent heads, float8 and quantised blocks, in every
-implementation: what the reference says."""
+"""Soft caps, sinks, ALiBi, tree masks, latent heads, float8 and quantised blocks match the
+reference in every implementation."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ class Feature:
     sinks: bool = False
     alibi: bool = False
     tree: bool = False
-    value_dim: int = 0  # of latent heads: values are the first channels of keys
-    kinds: tuple[str, ...] = ()  # of blocks, in turn
+    value_dim: int = 0  # for latent heads, whose values are the first channels of the keys
+    kinds: tuple[str, ...] = ()  # kinds of blocks, in turn
 
     def __str__(self) -> str:
         return self.name
 
 
 def _features() -> list[Feature]:
-    """Each feature in decode and in mixed batches, and together."""
+    """Each feature in decode and in mixed batches, and all together."""
     decode, mixed = Case("", DECODE, head_dim=64), Case("", MIXED, head_dim=64)
     long = Case("", LONG, heads=(6, 2), head_dim=64, block_size=64, is_small=False)
     found = []
@@ -95,7 +95,7 @@ def _features() -> list[Feature]:
         Feature("tree_few_rows", Case("", ((4, 200), (8, 150)), is_small=False), tree=True),
         Feature("tree_d128", Case("", TREES, heads=(8, 2), head_dim=128), tree=True),
         Feature("tree_window", Case("", TREES, window=6), tree=True),
-        # Tokens deep in the tree see nothing of the first tile, or of the last chunk.
+        # Tokens deep in the tree see no key in the first tile, or in the last chunk.
         Feature("tree_window_edge", Case("", ((6, 80),), window=12), tree=True),
         Feature("tree_of_more_than_there_are", Case("", ((5, 3), (2, 1), (7, 0))), tree=True),
         Feature("tree_chunks", Case("", ((16, 1030),), is_small=False), tree=True),
@@ -125,7 +125,7 @@ def random_trees(sequences: tuple[tuple[int, int], ...]) -> torch.Tensor:
         for index in range(count):
             parent = int(torch.randint(-1, index, ()).item()) if index else -1
             tree.append((1 << index) | (tree[parent] if parent >= 0 else 0))
-        # Bits of tokens that the sequence does not have mean nothing.
+        # Bits of tokens that the sequence does not have are ignored.
         masks += [mask | (1 << count) for mask in tree]
     return torch.tensor(masks, dtype=torch.int32)
 
@@ -147,9 +147,9 @@ def make_scoring(feature: Feature, device: torch.device) -> Scoring:
 def quantize_some(
     inputs: Inputs, kinds: tuple[str, ...], head_dim: int, value_dim: int
 ) -> dict[str, QuantizedCache]:
-    """Replace whole blocks in use, in turn by the kinds, by quantised ones; the rest is poisoned.
+    """Replace whole used blocks by quantised ones, kinds in turn; poison the quantised pools' rest.
 
-    What was quantised is NaN in the caches afterwards.
+    The quantised blocks are NaN in the caches afterwards.
     """
     num_blocks, num_kv_heads, block_size, _ = inputs.key_cache.shape
     caches = {}
@@ -164,7 +164,7 @@ def quantize_some(
     for seq, length in enumerate(lens):
         for index in range(length // block_size):
             block = int(table[seq, index])
-            if not 0 <= block < num_blocks:  # nobody looks at it
+            if not 0 <= block < num_blocks:  # unused table entry
                 continue
             kind = kinds[turn % len(kinds)]
             turn += 1
@@ -218,7 +218,7 @@ def check(implementation: Implementation, feature: Feature, dtype: torch.dtype, 
 def test_matches_reference(
     implementation: Implementation, feature: Feature, dtype: torch.dtype, device: torch.device
 ) -> None:
-    # One of the types of 16 bits shows what the other would.
+    # One 16-bit dtype is enough: the other runs the same code.
     if implementation.is_slow and (not feature.case.is_small or dtype == torch.float16):
         pytest.skip("too long for the interpreter")
     check(implementation, feature, dtype, device)
@@ -232,7 +232,7 @@ def test_float8_caches(
 ) -> None:
     inputs = make_inputs(Case("", sequences), dtype, device)
     caches = (inputs.key_cache, inputs.value_cache)
-    # An infinity has no float8; the slots nobody uses are NaN.
+    # float8 has no infinity; unused slots are NaN.
     narrow = [cache.nan_to_num(torch.nan, torch.nan).to(torch.float8_e4m3fn) for cache in caches]
     tensors = (inputs.block_table, inputs.seq_lens, inputs.cu_seqlens_q)
     scoring = Scoring(0.125)
@@ -253,7 +253,7 @@ def test_reads_codes_past_two_to_the_31_bytes(
 ) -> None:
     if implementation.is_slow:
         pytest.skip("the interpreter copies the whole cache")
-    # On a CPU only address space, of which the touched pages get memory.
+    # On a CPU only touched pages take memory.
     layout = KVLayout(1, 1, 128, 256, dtype)
     block_bytes = QuantizedPool(layout, kind, 1).layer_bytes
     pool = QuantizedPool(layout, kind, (5 << 30) // block_bytes, device)
@@ -285,7 +285,7 @@ def test_reads_codes_past_two_to_the_31_bytes(
 def test_a_sink_of_minus_infinity_is_none(
     implementation: Implementation, device: torch.device
 ) -> None:
-    # Also where nothing is seen: an empty sequence, and the queries before position 0.
+    # Also for queries that see no key: an empty sequence, and queries before position 0.
     inputs = make_inputs(Case("", ((1, 0), (1, 700), (5, 20), (7, 3))), torch.float32, device)
     plain, sinks = Scoring(0.125), torch.full((4,), -torch.inf, device=device)
     out, lse = implementation.paged_attention(*inputs.tensors(), plain, True)

@@ -48,7 +48,7 @@ def run_layers(
     seq_lens: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
 ) -> torch.Tensor:
-    """Each layer stores what it is given, attends to it, and hands both on to the next."""
+    """Each layer stores its input, attends to it, and passes both to the next."""
     for key_cache, value_cache in caches:
         key = query[:, :2].contiguous()
         kvkernels.store_kv(key, key + 1, key_cache, value_cache, slots)
@@ -101,11 +101,11 @@ def test_works_in_a_forked_child() -> None:
     num_threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        expected = kvkernels.paged_attention(**inputs)  # now the parent has used its threads
+        expected = kvkernels.paged_attention(**inputs)  # starts the parent's threads
         read_end, write_end = os.pipe()
         child = os.fork()
         if child == 0:
-            signal.alarm(60)  # a thread that did not survive the fork would never answer
+            signal.alarm(60)  # waiting for a thread that did not survive the fork would never end
             same = torch.equal(kvkernels.paged_attention(**inputs), expected)
             os.write(write_end, b"same" if same else b"other")
             os._exit(0)

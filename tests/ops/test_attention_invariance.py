@@ -1,4 +1,4 @@
-"""`batch_invariant=True` on the CPU: a query's bits, however its sequence and the batch are cut."""
+"""`batch_invariant=True` on the CPU: the same bits for a query in any cut of sequence and batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from accuracy import assert_as_accurate
 from kvkernels.reference import attention as reference
 
 CPU = torch.device("cpu")
-# Two sequences: queries from position 0 on in one, from one amid its blocks on in the other.
+# Two sequences: queries from position 0 on, and from the middle of a block on.
 SEQUENCES = ((150, 150), (60, 1290))
 
 
@@ -26,7 +26,7 @@ def feature(name: str, scoring: dict | None = None, **case: object) -> Feature:
 
 FEATURES = [
     feature("plain", heads=(6, 2)),
-    # Some 500 queries of a group of 9 are more rows than a tile has, and keep chunks together.
+    # 500 queries with groups of 9 are more rows than a tile has, and span several chunks.
     Feature("long_prompt", Case("", ((600, 1100),), heads=(9, 1), head_dim=32)),
     feature("window", window=37),
     feature("window_past_a_chunk", window=700, block_size=64),
@@ -39,14 +39,14 @@ FEATURES = [
 
 @dataclass
 class Sequences:
-    """The same queries, to be asked in any cut."""
+    """Sequences whose queries can be asked in any cut."""
 
     inputs: Inputs
     lengths: list[int]
     counts: list[int]
 
     def ask(self, pieces: list[tuple[int, int, int]]) -> tuple:
-        """Arguments of a call; a piece is a sequence and a range of its positions."""
+        """Arguments of a call for pieces: each is a sequence and a range of its positions."""
         query, keys, values, table, _, _ = self.inputs.tensors()
         rows, bounds = [], [0]
         for seq, begin, end in pieces:
@@ -60,7 +60,7 @@ class Sequences:
         )
 
     def rows(self, seq: int, begin: int, end: int) -> slice:
-        """Where positions of a sequence stand among all queries."""
+        """Rows of a sequence's positions among all queries."""
         first = sum(self.counts[:seq]) - (self.lengths[seq] - self.counts[seq])
         return slice(first + begin, first + end)
 

@@ -1,4 +1,4 @@
-"""On the CPU an infinite key, or one that is not a number, reaches only queries that see it."""
+"""On the CPU an infinite or NaN key reaches only the queries that see it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FEATURES = [
     Feature("tree", Case("", ((9, 60),)), tree=True),
     Feature("tree_of_few", Case("", ((2, 30),)), tree=True),
     Feature("tree_window", Case("", ((16, 60),), window=3), tree=True),
-    # Windows begin in a chunk of keys that ends before the new tokens.
+    # The windows begin in a chunk of keys that ends before the new tokens.
     Feature("tree_window_chunks", Case("", ((8, 1500),), window=700), tree=True),
 ]
 
@@ -59,7 +59,7 @@ def test_only_queries_that_see_it_notice(
         assert out[sees[:, at]].isnan().all()
         assert_as_accurate(out[others], rounded[0][others], exact[0][others], "out")
         assert_as_accurate(lse[others], rounded[1][others], exact[1][others], "lse")
-        if batch_invariant and not feature.tree:  # a tree's keys are then added up in parts
+        if batch_invariant and not feature.tree:  # then a tree's keys are summed in parts
             assert torch.equal(out[others], clean[0][others])
             assert torch.equal(lse[others], clean[1][others])
 
@@ -82,7 +82,7 @@ def test_the_reference_tells_no_number_from_no_key() -> None:
 def test_a_merge_tells_no_number_from_no_key(
     implementation: Implementation, is_first: bool, device: torch.device
 ) -> None:
-    """Rows of which one part has a score that is no number, and the other part no key or some."""
+    """One part has a NaN score; the other has no key, or some."""
     out = torch.randn(4, 2, 64, device=device)
     unknown = (out * torch.nan, torch.full((4, 2), torch.nan, device=device))
     known = (out, torch.zeros(4, 2, device=device))

@@ -1,4 +1,4 @@
-"""What holds for every call of paged attention on the CPU, tried on calls drawn at random."""
+"""Properties of every call of paged attention on the CPU, tested on random calls."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kvkernels.scoring import MAX_TREE_TOKENS, Scoring
 CPU = torch.device("cpu")
 ON_CPU = [found for found in IMPLEMENTATIONS if found.name != "triton"]
 on_every_cpu_path = pytest.mark.parametrize("implementation", ON_CPU, ids=lambda found: found.name)
-# The same calls in every run: what fails here fails everywhere.
+# The same calls in every run, so that failures are reproducible.
 draw_some = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 
 
@@ -37,7 +37,7 @@ def features(draw: st.DrawFn) -> Feature:
     drawn = draw(st.lists(st.tuples(counts, lengths), max_size=3))
     case = Case(
         "",
-        # One that is always there: the largest error of a few numbers tells little.
+        # One long sequence in every call: the largest error of a few numbers says little.
         ((12, 333), *drawn),
         heads=draw(st.sampled_from([(4, 2), (3, 3), (9, 1), (8, 4)])),
         head_dim=draw(st.sampled_from([16, 64, 72, 80, 128])),
@@ -59,8 +59,8 @@ def features(draw: st.DrawFn) -> Feature:
 
 seeds = st.integers(0, 1000)
 calls = st.tuples(features(), st.sampled_from(DTYPES), seeds)
-# The rule of errors leaves float32 little room: one random call in some hundreds would just miss
-# it. Fixed cases show float32; here a wrong meaning is looked for, which no rounding hides.
+# No float32: the error rule leaves it so little room that one random call in some hundreds would
+# just miss it. Fixed cases test float32; this looks for wrong results that no rounding hides.
 calls_in_16_bits = st.tuples(features(), st.sampled_from(DTYPES[1:]), seeds)
 
 
@@ -100,7 +100,7 @@ def test_where_blocks_lie_does_not_matter(implementation: Implementation, call: 
         inputs.cu_seqlens_q,
     )
     for kind, order in enumerate(orders):
-        places = order.argsort()  # where each block lies now
+        places = order.argsort()  # the new id of each block
         for entry in moved.block_table.view(-1):
             block = int(entry) & ((1 << KIND_SHIFT) - 1)
             if int(entry) >> KIND_SHIFT == kind and block < len(places):
@@ -165,13 +165,13 @@ def test_keys_cut_at_any_block_merge_to_the_whole(
     implementation: Implementation, call: tuple, place: float
 ) -> None:
     feature, dtype, seed = call
-    # A window or a distance would count from another place in a part.
+    # In a part, windows and ALiBi distances would count from another position.
     feature = replace(feature, alibi=False, case=replace(feature.case, window=0))
     inputs, scoring, caches = make_call(feature, dtype, seed)
     query, *cache, table, lens, sums = inputs.tensors()
     counts = [count for count, _ in feature.case.sequences]
     block_size = feature.case.block_size
-    # What comes before the queries, as every one of them sees it.
+    # The keys before the queries, all of which every query sees.
     before = (lens - torch.tensor(counts, dtype=torch.int32)).clamp(min=0) // block_size
     cut = int(place * int(before.min()))
     head = scoring._replace(causal=False, tree_mask=None, sinks=None)

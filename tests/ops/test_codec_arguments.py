@@ -1,4 +1,4 @@
-"""What the codecs refuse, and how they say so."""
+"""Arguments that the codecs refuse, and the messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers near the end of float16: what is restored of them is kept, too."""
+"""Numbers near the end of float16's range: restored ones can be encoded again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from codec_blocks import LOSSY, decode, encode
 
 from kvkernels import KVLayout, KVPool
 
-LIMIT = 65408.0  # of what codes hold
+LIMIT = 65408.0  # largest magnitude that codes hold
 
 
 @pytest.mark.parametrize("codec", LOSSY)

@@ -1,4 +1,4 @@
-"""The codecs: the same bytes from every implementation, verified and restored."""
+"""Codecs: every implementation writes the same bytes, verifies and restores them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ import kvkernels
 from kvkernels import CODECS, BlockFormat, EncodedBlocks, KVLayout, KVPool
 from kvkernels.reference import codecs as reference
 
-# NumPy, which interprets Triton's kernels, says where numbers are not finite.
+# NumPy, in which Triton's interpreter runs, warns of non-finite numbers.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
-# Layers, heads, head_dim, block_size: usual ones, and tails of vectors of every length.
+# Layers, heads, head_dim, block_size: usual ones, and every length of vector tails.
 SHAPES = [(2, 3, 64, 64), (1, 2, 128, 64), (2, 1, 80, 32), (1, 1, 256, 16), (1, 2, 12, 64)]
 SHAPES += [(1, 1, 576, 32), (1, 1, 4, 16), (1, 1, 100, 128)]
 
-# Of those, what Triton's interpreter, which is slow, has time for.
+# A subset for Triton's interpreter, which is slow.
 SMALL_SHAPES = {
     torch.bfloat16: [(2, 1, 80, 32), (1, 1, 256, 16), (1, 2, 12, 64), (1, 1, 4, 16)],
     torch.float16: [(2, 1, 80, 32), (1, 1, 4, 16)],
@@ -72,7 +72,7 @@ def test_decoded_and_encoded_again_the_bytes_stay(codec: str, dtype: torch.dtype
 
 
 def make_small_pool(dtype: torch.dtype, num_blocks: int) -> KVPool:
-    """Channels and tokens of numbers near and below the least that float16 has all bits of."""
+    """Channels and tokens with numbers around float16's smallest normal one."""
     generator = torch.Generator().manual_seed(4)
     pool = KVPool(KVLayout(1, 1, 64, 32, dtype), num_blocks)
 
@@ -89,7 +89,7 @@ def make_small_pool(dtype: torch.dtype, num_blocks: int) -> KVPool:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("codec", LOSSY)
 def test_small_numbers(codec: str, dtype: torch.dtype, codec_implementation: str) -> None:
-    """Where scales have few bits, all write the same, and of 16-bit floats the same again."""
+    """With subnormal scales all write the same bytes; 16-bit floats encode to the same again."""
     pool = make_small_pool(dtype, 4 if is_interpreted(codec_implementation) else 64)
     encoded = encode(pool, codec)
     assert_is_reference(encoded, pool)
@@ -113,7 +113,7 @@ def test_an_element_is_half_a_scale_away_at_most(codec: str, dtype: torch.dtype)
                     length = pool.layout.block_size if side.is_key else pool.layout.head_dim
                     axis = 1 if side.is_key else 2
                     scales = scales.repeat_interleave(length // side.num_groups, axis)
-                    # A scale is rounded to float16, a small one twice: the range is missed by that.
+                    # A scale is rounded to float16, a small one twice: that shifts the end.
                     steps = (1 << side.bits) - 1
                     bound = scales * (0.5 + steps * 2**-11) + steps * 2**-24
                     bound += unit[index, layer, side.plane]
@@ -122,7 +122,7 @@ def test_an_element_is_half_a_scale_away_at_most(codec: str, dtype: torch.dtype)
 
 @pytest.mark.parametrize("codec", ["raw", "l12"])
 def test_every_bfloat16_comes_back(codec: str, codec_implementation: str) -> None:
-    """All 65,536 patterns, payloads of NaN included, beside others of like size."""
+    """All 65,536 patterns, all NaNs included, among others of similar magnitude."""
     layout = KVLayout(1, 1, 64, 64)
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     pool = KVPool(layout, 8)
@@ -168,7 +168,7 @@ def test_what_a_codec_does_not_hold_is_written_raw(
 def test_the_largest_numbers_stay_finite(
     codec: str, dtype: torch.dtype, codec_implementation: str
 ) -> None:
-    """A scale is rounded, and so the last code may stand for more than the greatest element."""
+    """Rounding a scale up may make the last code exceed the largest element."""
     pool = make_pool(KVLayout(1, 1, 64, 32, dtype), 4)
     for block, greatest in enumerate((65408.0, 65440.0)):
         pool.data[block, 0, :, 0, ::3] = greatest
@@ -184,7 +184,7 @@ def test_the_largest_numbers_stay_finite(
 
 
 def test_biases_of_keys_cost_nothing(codec_implementation: str) -> None:
-    """Channels 600 away from zero, as Qwen2's keys have: a scale of their own each."""
+    """Channels around 600, as in Qwen2's keys, lose no accuracy: each has its own scale."""
     pool = KVPool(KVLayout(1, 2, 64, 64, torch.float32), 1)
     pool.data.normal_()
     plain = decode(encode(pool, "q8"))[0, 0, 0] - pool.data[0, 0, 0]
@@ -296,7 +296,7 @@ def test_few_programs_write_the_same(
     codecs: list[str], num_programs: int, codec_implementation: str
 ) -> None:
     pool = make_pool(KVLayout(3, 2, 32, 16), 3)
-    pool.data[1, 2, 0, 1, 3, 3] = torch.inf  # the last layer's codec does not hold it
+    pool.data[1, 2, 0, 1, 3, 3] = torch.inf  # the last layer's codec cannot hold it
     ids = torch.tensor([2, 1, 0])
     block_format = BlockFormat(pool.layout, codecs)
     encoded = kvkernels.encode_blocks(pool, ids, block_format, num_programs=num_programs)
@@ -310,7 +310,7 @@ def test_few_programs_write_the_same(
 
 @pytest.mark.skipif("triton" not in IMPLEMENTATIONS, reason="Triton is only on Linux")
 def test_rows_too_narrow_for_raw_blocks_are_not_right() -> None:
-    """On a GPU nobody looks at the flags before; on the CPU that is an error."""
+    """A GPU cannot check the flags before; on the CPU it is an error."""
     pool = make_pool(KVLayout(2, 1, 16, 16), 2)
     encoded = encode_by_triton(pool, torch.arange(2), BlockFormat(pool.layout, "q4"))
     payloads = encoded.payloads[:, : encoded.block_format.payload_bytes]
@@ -326,7 +326,7 @@ def test_rows_too_narrow_for_raw_blocks_are_not_right() -> None:
 
 @pytest.mark.parametrize("layers", [range(1), range(1, 3), range(3, 4)], ids=str)
 def test_some_layers_alone(layers: range, codec_implementation: str) -> None:
-    """Also of a raw block among others, and with a fault inside and outside of them."""
+    """Also with a raw block among others, and with damage inside and outside of these layers."""
     pool = make_pool(KVLayout(4, 2, 32, 16), 3)
     pool.data[1, 0, 0, 0, 0, 0] = torch.inf
     block_format = BlockFormat(pool.layout, ["q8", "l12", "q8", "q4"])

@@ -1,4 +1,4 @@
-"""The command that checks and times a GPU; where there is none, only that it starts and says so."""
+"""The command that checks and times a GPU; without one, only that it starts and says so."""
 
 import os
 import subprocess

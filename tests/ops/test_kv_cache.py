@@ -46,7 +46,7 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple
 
 
 def make_caches(shape: Shape, dtype: torch.dtype, device: torch.device, layout: str) -> list:
-    """Two caches full of NaN: one tensor each, or views of something with other strides."""
+    """Two caches full of NaN: one tensor each, or views with other strides."""
     blocks, heads, slots, width = (
         shape.num_blocks,
         shape.num_kv_heads,
@@ -120,7 +120,7 @@ def test_writes_past_two_to_the_31_elements(
 ) -> None:
     if implementation.is_slow:
         pytest.skip("the interpreter copies the whole cache")
-    # 5 GiB; on a CPU only address space, of which the two touched pages get memory.
+    # 5 GiB; on a CPU only the two touched pages take memory.
     cache = torch.empty(160 << 10, 1, 16, 1024, dtype=torch.bfloat16, device=device)
     key = torch.randn(1, 1, 1024, device=device).bfloat16()
     slot = cache.shape[0] * 16 - 3
@@ -213,5 +213,5 @@ def test_opcheck() -> None:
 
 
 def test_has_a_native_implementation() -> None:
-    # A build that lost its kernels would pass all the rest on the reference alone.
+    # Without this, a build that lost its kernels would pass all tests with the reference.
     assert "portable" in {found.name for found in IMPLEMENTATIONS}

@@ -1,4 +1,4 @@
-"""The codecs on rows that are keys and values at once, and what attention makes of them."""
+"""Codecs on latent rows, which are keys and values at once, and attention over restored ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ import kvkernels
 from kvkernels import CODECS, BlockFormat, KVLayout, KVPool
 from kvkernels.reference import codecs as reference
 
-# NumPy, which interprets Triton's kernels, says where numbers are not finite.
+# NumPy, in which Triton's interpreter runs, warns of non-finite numbers.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 
@@ -42,8 +42,8 @@ def latents(
 
 
 DEEPSEEK = (1, 1, 512, 64, 32)
-# That of DeepSeek; one that fills no vector; two heads, and channels that fill no word; no rotary
-# part, and hardly anything else.
+# DeepSeek's; one smaller than a vector; two heads, with channels that fill no word; a tiny one
+# without a rotary part.
 SHAPES = [DEEPSEEK, (2, 1, 96, 16, 16), (2, 2, 20, 3, 16), (1, 1, 12, 0, 32), (2, 1, 4, 100, 16)]
 SMALL = (2, 1, 20, 4, 16)
 
@@ -82,7 +82,7 @@ def test_bytes_are_those_of_the_reference(
 
 @pytest.mark.parametrize("codec", ["raw", "q8"])
 def test_a_layer_that_fills_no_line(codec: str, codec_implementation: str) -> None:
-    """32 bytes of the pool are 64 of the payload, and the next layer's are not touched."""
+    """32 bytes in the pool take 64 in the payload; the next layer's bytes are not touched."""
     pool = make_pool(latents(3, 1, 1, 0, 16), 2)
     encoded = encode(pool, codec)
     assert_is_reference(encoded, pool)
@@ -115,7 +115,7 @@ def test_latents_are_half_a_scale_away_and_rotary_parts_stay(
             payload = encoded.payload(index)[layer_format.offset :]
             scales = reference._read(payload, side.parts[1])[..., 0].double()
             scales = scales.repeat_interleave(pool.layout.block_size // side.num_groups, 1)
-            # A scale is rounded to float16, and so may all of the range be missed by.
+            # Rounding the scale to float16 shifts the range's end.
             bound = scales * (0.5 + steps * 2**-11) + steps * 2**-25
             place = (index, layer, 0, ..., slice(pool.layout.latent_dim))
             assert (errors[place] <= bound + unit[place]).all()
@@ -123,7 +123,7 @@ def test_latents_are_half_a_scale_away_and_rotary_parts_stay(
 
 @pytest.mark.parametrize("codec", ["raw", "l12"])
 def test_without_loss_every_bit_comes_back(codec: str, codec_implementation: str) -> None:
-    """All 65,536 patterns, payloads of NaN included; "l12" writes such blocks raw."""
+    """All 65,536 patterns, all NaNs included; "l12" writes such blocks raw."""
     pool = KVPool(latents(1, 1, 48, 16, 64), 16)
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     pool.data.copy_(every.view(pool.data.shape))
@@ -136,7 +136,7 @@ def test_without_loss_every_bit_comes_back(codec: str, codec_implementation: str
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_they_are_written_as_keys_are(codec: str) -> None:
-    """Codes and scales of the latent, or without loss whole rows, have the bytes of keys."""
+    """Codes and scales of the latent (losslessly, whole rows) have the same bytes as keys'."""
     pool = make_pool(latents(1, 2, 32, 8, 32), 1)
     is_exact = codec in ("raw", "l12")
     width = pool.layout.head_dim if is_exact else 32
@@ -166,7 +166,7 @@ def test_decoded_and_encoded_again_the_bytes_stay(codec: str, dtype: torch.dtype
 
 @pytest.mark.parametrize(("codec", "dtype"), LOSSY_AND_DTYPES, ids=str)
 def test_any_rotary_part_is_held(codec: str, dtype: torch.dtype, codec_implementation: str) -> None:
-    """Numbers that no code holds, beside a small latent: no reason to write the block raw."""
+    """Numbers in it that no code can hold are no reason to write the block raw."""
     pool = make_pool(latents(*SMALL, dtype), 2)
     pool.data *= 1e-3
     odd = [torch.finfo(dtype).max, torch.finfo(dtype).min, torch.inf, -torch.inf, torch.nan, -0.0]
@@ -220,7 +220,7 @@ def test_any_bytes_with_the_right_sums_decode_to_something(
 
 
 def test_sizes() -> None:
-    """Bytes of bfloat16 to stored bytes, 512 channels of latent and 64 of rotary part."""
+    """Ratios of bfloat16 bytes to stored bytes, for 512 latent and 64 rotary channels."""
     expected = {"raw": 1.0, "l12": 1.31, "q8": 1.71, "k8v4": 1.71, "q4": 2.57, "k4v2": 2.77}
     for codec, ratio in (expected | {"q2": 4.0}).items():
         block_format = BlockFormat(latents(8, 1, 512, 64, 64), codec)
@@ -228,13 +228,13 @@ def test_sizes() -> None:
         assert found == pytest.approx(ratio, rel=0.01)
 
 
-# How far attention's output may be off, of its norm: as measured, and half as much again.
+# Allowed error of attention's output, relative to its norm: 1.5 times the measured error.
 ERRORS = {"raw": 0.0, "l12": 0.0, "q8": 0.012, "k8v4": 0.012, "q4": 0.15, "k4v2": 0.18, "q2": 0.95}
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_attention_over_restored_latents_is_that_of_the_codec(codec: str) -> None:
-    """576 channels are keys and the first 512 of them values, 16 query heads to one of them."""
+    """Keys have 576 channels, values are the first 512, and one KV head serves 16 query heads."""
     layout = latents(2, 1, 512, 64, 64)
     generator = torch.Generator().manual_seed(0)
     pool = KVPool(layout, 5)

@@ -1,4 +1,4 @@
-"""The linear layer: as accurate as PyTorch's, and a row's bits independent of all else."""
+"""The linear layer: as accurate as PyTorch's, and a row's bits depend on nothing else."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ SHAPES = {
     "SmolLM2 up": (576, 1536),
     "SmolLM2 down": (1536, 576),
 }
-NUM_ROWS = 150  # more than a rectangle has
+NUM_ROWS = 150  # more than one rectangle of the kernel
 
 
 def make_layer(shape, dtype, num_rows=NUM_ROWS):

@@ -1,4 +1,4 @@
-"""What a model does between its matrix products: as accurate as PyTorch, each row on its own."""
+"""Norms, rotations and activations: as accurate as PyTorch's, each row on its own."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ NUM_ROWS = 150
 
 
 def assert_rows_alone(function, *rows):
-    """Cut the rows differently and share them among threads: the bits stay."""
+    """Other cuts of the rows and several threads give the same bits."""
     whole = function(*rows)
     torch.set_num_threads(3)
     assert torch.equal(function(*rows), whole)
@@ -58,7 +58,7 @@ def test_rotary_embedding_has_the_references_bits(head_dim, dtype):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.usefixtures("_isa")
 def test_gated_activation_is_as_accurate_as_the_reference(size, dtype, activation):
-    # One magnitude at a time: an error far from zero would hide one close to it.
+    # One magnitude at a time, as errors of large values would hide those of small ones.
     for scale in (1e-3, 1.0, 30.0):
         gate, up = (torch.randn(9, size) * scale).to(dtype), torch.randn(9, size).to(dtype)
         exact = reference.gated_activation(gate.double(), up.double(), activation)
@@ -151,7 +151,7 @@ def test_refuses_what_does_not_fit(name, call):
     ],
 )
 def test_the_kernel_itself_refuses_angles_that_do_not_fit(name, cos, sin, message):
-    """It would read past their end, and layers call it without the checks of the function."""
+    """It would read past their end; layers call it without the public function's checks."""
     with pytest.raises(ValueError, match=f"^{name}: expected shape {message}"):
         torch.ops.kvkernels.rotary_embedding.default(HEADS, cos, sin)
 

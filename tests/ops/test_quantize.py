@@ -1,4 +1,4 @@
-"""Quantised pools: what their codes stand for, and what quantize_blocks and tag_blocks refuse."""
+"""Quantised pools: what codes mean, and what quantize_blocks and tag_blocks refuse."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_an_element_is_half_a_scale_away_at_most(
     layout: tuple[int, int, int, int], dtype: torch.dtype, kind: str
 ) -> None:
     pool = make_pool(KVLayout(*layout, dtype=dtype))
-    pool.data[:, :, 0, :, :, 1] += 600  # as the biases of some models' keys are
+    pool.data[:, :, 0, :, :, 1] += 600  # like key biases of some models
     pool.data[0, 0, 1] = 0.5  # every value the same
     pool.data[1, 0, 0, 0] *= 1e-3
     target = quantize(pool, kind)
@@ -53,7 +53,7 @@ def test_an_element_is_half_a_scale_away_at_most(
         for got, scales, side in ((keys, key_scales, 0), (values, value_scales, 1)):
             want = pool.data[:, layer, side].flip(0).double()
             error = (got - want).abs()
-            # A scale is rounded to float16, and so may all of the range be missed by.
+            # Rounding the scale to float16 shifts the range's end.
             bound = scales * (0.5 + levels * 2**-11) + levels * 2**-25
             assert (error <= bound + 1e-6 * want.abs()).all()
 
@@ -75,7 +75,7 @@ def test_quantised_again_the_codes_stay(kind: str) -> None:
 
 @pytest.mark.parametrize("num_bits", [8, 4, 2])
 def test_small_ranges_of_bfloat16_give_the_same_codes_again(num_bits: int) -> None:
-    """Those with scales that float16 has few bits for: of some least elements, every greatest."""
+    """Ranges with subnormal float16 scales: for some minima, every maximum."""
     numbers = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16).float()
     numbers = numbers[
         (numbers.abs() < 65408) & ((numbers.abs() > 2**-30) | (numbers == 0))

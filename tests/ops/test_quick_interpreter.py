@@ -1,4 +1,4 @@
-"""Triton's interpreter, made quick, still notices overflow and puts Triton back as it was."""
+"""The quick interpreter still notices overflow, and restores Triton afterwards."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def _kernel(first_ptr, second_ptr, out_ptr, OPERATION: tl.constexpr, SIZE: tl.co
 
 
 def combine(operation: str, first: int, second: int, dtype: torch.dtype) -> int:
-    """Of the last of two lanes."""
+    """The operation's result in the second of two lanes; the first lane holds ones."""
     numbers = [torch.tensor([1, value], dtype=dtype) for value in (first, second)]
     out = torch.zeros(2, dtype=dtype)
     _kernel[(1,)](*numbers, out, operation, 2)

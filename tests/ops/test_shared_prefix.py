@@ -1,4 +1,4 @@
-"""shared_prefix_attention gives what paged_attention gives, and finds what sequences share."""
+"""shared_prefix_attention matches paged_attention; shared prefixes are found."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BLOCK_SIZE = 16
 def make_batch(
     groups: list[tuple[int, list[tuple[int, int]]]], dtype: torch.dtype, heads: tuple[int, int]
 ) -> tuple[torch.Tensor, ...]:
-    """Inputs of groups: blocks they share, and of each member its queries and its own tokens."""
+    """Inputs of groups: shared blocks, and each member's queries and own tokens."""
     members = [member for _, group in groups for member in group]
     width = max(shared + -(-own // BLOCK_SIZE) for shared, group in groups for _, own in group)
     num_blocks = len(members) * width + 1
@@ -103,7 +103,7 @@ def test_never_shares_a_block_that_a_query_stands_in() -> None:
 
 
 def find(table: list[list[int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Group sizes and shared blocks of sequences that have these and one token more."""
+    """Group sizes and numbers of shared blocks, for sequences of these blocks and a token more."""
     blocks = torch.tensor([[*row, -1] for row in table], dtype=torch.int32)
     lens = torch.full((len(table),), len(table[0]) * BLOCK_SIZE + 1, dtype=torch.int32)
     found = SharedPrefixes.find(blocks, lens, BLOCK_SIZE)
@@ -116,13 +116,13 @@ def test_a_neighbour_with_little_in_common_stays_out() -> None:
     assert find([long] * 4 + [stranger]) == ((4, 1), (9, 0))
     assert find([stranger] + [long] * 4) == ((1, 4), (0, 9))
     assert find([long] * 2 + [stranger] * 3) == ((2, 3), (9, 9))
-    # Of so few blocks more that the neighbour is worth more than they are.
+    # A ninth shared block among four saves less than eight shared blocks of a fifth sequence.
     near = [*range(8), 30]
     assert find([long] * 4 + [near]) == ((5,), (8,))
 
 
 def table_of(common: list[int], width: int) -> list[list[int]]:
-    """Of sequences that share so many blocks with the one before."""
+    """A table in which each sequence shares so many blocks with the previous one."""
     table = [[0] * width]
     for number, shared in enumerate(common, start=1):
         table.append(table[-1][:shared] + [number] * (width - shared))
@@ -160,7 +160,7 @@ def test_no_other_groups_of_a_large_batch_would_save_more(seed: int, order: str)
         common = common[::2] + common[1::2][::-1]
     if order == "steps":
         common = [shared - rng.randint(0, 1) for shared in common]
-    most = [0]  # of the first sequences, by where their last group begins
+    most = [0]  # by the number of sequences, the most that they can save
     for end in range(1, len(common) + 2):
         alone = most[-1]
         ends = ((end - first - 1) * min(common[first : end - 1]) for first in range(end - 1))
@@ -172,11 +172,11 @@ def test_a_large_batch_takes_little_longer_than_its_tables() -> None:
     table = table_of([1 + number % 2 for number in range(8000)], 2)
     started = time.monotonic()
     assert blocks_saved(table) == 8000
-    assert time.monotonic() - started < 5  # 20 s where each pair of sequences is looked at
+    assert time.monotonic() - started < 5  # comparing each pair of sequences took 20 s
 
 
 def test_sequences_without_a_prefix_may_be_empty() -> None:
-    """Or have more queries than tokens: those see nothing, as in `paged_attention`."""
+    """They may also have more queries than tokens; those see nothing, as in `paged_attention`."""
     key_cache, value_cache = (torch.randn(8, 2, BLOCK_SIZE, 64) for _ in range(2))
     table = torch.tensor([[0, 1], [0, 2], [3, 3], [4, 5]], dtype=torch.int32)
     lens = torch.tensor([20, 25, 0, 2], dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""The Triton kernels cut long sequences as planned, and join the parts again."""
+"""The Triton kernels split long sequences as planned, and merge the splits."""
 
 import math
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ TILE_N = 16
 
 @dataclass(frozen=True)
 class Batch:
-    """Lengths of sequences that ask one query each, on a machine of so many units."""
+    """Lengths of sequences with one query each, on a device with so many multiprocessors."""
 
     name: str
     seq_lens: tuple[int, ...]
@@ -60,7 +60,7 @@ BATCHES = [
 def expected_splits(
     num_tiles: int, work: int, at_once: int, max_splits: int, shortest: int = 2
 ) -> int:
-    """How many splits of at least the share that each of the programs at once has of all work."""
+    """Splits of a sequence, each at least one concurrent program's share of all work."""
     share = math.ceil(Fraction(work, at_once))
     length = max(share, math.ceil(Fraction(num_tiles, max_splits)), shortest)
     if 2 * num_tiles <= 3 * length:
@@ -96,7 +96,7 @@ def test_splits_as_planned_and_matches_reference(batch: Batch, device: torch.dev
     expected = [expected_splits(count, work, *machine) for count in num_tiles]
     found = [1] * len(expected)
     if planned["IS_SPLIT"]:
-        # A partial of a sequence with several splits was written, of one with a single not.
+        # Only sequences with several splits write partial results.
         partial = planned["partial_lse_ptr"].view(len(expected), batch.heads[0], -1)[:, 0]
         found = [max(1, count) for count in partial.isfinite().sum(1).tolist()]
         assert not planned["counters_ptr"].any(), "a counter is not zero again"
@@ -142,15 +142,15 @@ def test_splits_of_few_queries_match_reference(
     assert planned["IS_SPLIT"] and len(launches) == 2
     for scratch in ("partial_out_ptr", "partial_lse_ptr"):
         planned[scratch].fill_(torch.nan)
-    planned["num_splits_ptr"].fill_(1 << 30)  # each is written, or the kernel that joins never ends
+    planned["num_splits_ptr"].fill_(1 << 30)  # else unwritten: the merging kernel would not end
     launch.run(launches, inputs.query)
 
     assert_attends(out, lse, inputs, scoring, True)
     found = planned["num_splits_ptr"].view(out.shape[:2])
     assert (found == found[:, :1]).all()
     assert found.max() > 1
-    # A partial of a token with several splits was written, of one with a single not; a split that
-    # saw nothing has a log-sum-exp of minus infinity.
+    # Only tokens with several splits write partial results; a split that saw nothing has a
+    # log-sum-exp of minus infinity.
     partial = planned["partial_lse_ptr"].view(*out.shape[:2], -1)
     written = (~partial.isnan()).sum(2)
     assert torch.equal(written, torch.where(found > 1, found, 0).to(written.dtype))
@@ -210,7 +210,7 @@ def test_a_table_of_no_blocks_leaves_one_split(
 
 
 def test_tokens_of_no_sequence_stay_as_they_are(device: torch.device) -> None:
-    """As at the end of a captured graph's batch; nobody has counted their splits."""
+    """Such as padding at the end of a graph's batch; no split counts are written for them."""
     inputs = make_inputs(Case("", ((4, 700),), heads=(2, 1)), torch.float32, device)
     query, *others, lens, _ = inputs.tensors()
     sums = torch.tensor([0, 2], dtype=torch.int32, device=device)

@@ -1,4 +1,4 @@
-"""What a GPU restores is staged in pieces that hold just what is asked for, in as few as may be."""
+"""GPU restores are staged in as few pieces as possible, which hold just what is asked for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NUM_BLOCKS = 7
 
 
 class InOrder:
-    """A stream where there is no GPU: what is queued has been done."""
+    """A stream without a GPU: queued work is already done."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -33,7 +33,7 @@ class InOrder:
 
 @pytest.fixture
 def num_copies(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """A GPU's route on the CPU; how often it copied rows."""
+    """Run a GPU's route on the CPU; returns how often it copied rows."""
     monkeypatch.setattr(torch.cuda, "Stream", InOrder)
     monkeypatch.setattr(torch.cuda, "current_stream", InOrder)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
@@ -53,7 +53,7 @@ def num_copies(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 
 
 def encode(codec: str, has_infinity: bool, distance: int) -> tuple[EncodedBlocks, KVPool]:
-    """Blocks of a pool in rows that lie so many bytes further apart than they are long."""
+    """Encode a pool's blocks into rows with gaps of so many bytes."""
     pool = KVPool(LAYOUT, NUM_BLOCKS)
     pool.data.normal_(generator=torch.Generator().manual_seed(1))
     if has_infinity:

@@ -1,4 +1,4 @@
-"""Blocks travel beside the model's work, and nothing is read before it is there."""
+"""Blocks are moved while the model works; nothing is read before it has arrived."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def make_transfer() -> Iterator[MakeTransfer]:
 
 
 class Gate:
-    """Work of another stream that is done when the test says so."""
+    """Another stream's work that ends when the test says so."""
 
     def __init__(self) -> None:
         self.opened = threading.Event()
@@ -100,7 +100,7 @@ def test_out_and_in_again(codec: str, layout: KVLayout, make_transfer: MakeTrans
 @pytest.mark.parametrize("codec", CODECS)
 def test_out_into_memory_of_others(codec: str, make_transfer: MakeTransfer) -> None:
     pool = make_pool(5)
-    transfer = make_transfer(pool, num_slots=1)  # of which none is needed
+    transfer = make_transfer(pool, num_slots=1)  # none is needed
     ids, block_format = torch.tensor([3, 0, 4]), BlockFormat(LAYOUT, codec)
     wanted = kvkernels.encode_blocks(pool, ids, block_format)
     whole = torch.full((3, block_format.payload_bytes + 64), 170, dtype=torch.uint8)
@@ -128,7 +128,7 @@ def test_blocks_are_read_after_what_wrote_them(make_transfer: MakeTransfer) -> N
         pool.data.fill_(3.0)
         gate.opened.set()
 
-    threading.Thread(target=write_late).start()  # "another stream"
+    threading.Thread(target=write_late).start()  # stands for another stream
     with make_transfer(pool).evict(torch.tensor([0]), block_format, gate) as eviction:
         encoded = eviction.wait()
         assert (encoded.payload(0).view(torch.bfloat16) == 3).all()
@@ -165,7 +165,7 @@ def test_slots_are_not_written_before_they_are_given_back(make_transfer: MakeTra
     for eviction, copy in zip(first[:1], held[:1], strict=True):
         assert torch.equal(eviction.wait().payload(0), copy.payload(0))
     first[0].release()
-    first[0].release()  # means nothing the second time
+    first[0].release()  # no effect the second time
     thread.join(30)
     blocks = pool.data.flatten(1).view(torch.uint8)
     assert torch.equal(later[0].payload(0), blocks[4]) and torch.equal(
@@ -227,7 +227,7 @@ def test_a_wrong_layer_is_told_and_not_written(
 
 
 def test_nothing_is_mixed_up_when_much_is_under_way(make_transfer: MakeTransfer) -> None:
-    """Threads write blocks, evict them, overwrite them, and restore them elsewhere."""
+    """Threads write, evict, overwrite and restore blocks at once."""
     pool, allocator = KVPool(LAYOUT, 24), BlockAllocator(24)
     transfer = make_transfer(pool, num_slots=5)
     block_format = BlockFormat(LAYOUT, "l12")
@@ -317,7 +317,7 @@ def test_bad_arguments_are_named(make_transfer: MakeTransfer) -> None:
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             transfer.evict(ids, block_format)
-    # What only the codec sees comes back to who waits, and the slots with it.
+    # The codec's error reaches the waiting caller, and the slots are given back.
     for _ in range(3):
         with (
             transfer.evict(torch.tensor([1, 3]), block_format) as eviction,

@@ -1,4 +1,4 @@
-"""The Triton kernels: what a batch may change, and counters."""
+"""The Triton kernels: results that do not depend on the batch, and counters."""
 
 import dataclasses
 import sys
@@ -26,7 +26,7 @@ MIXED = ((3, 40), (1, 90), (20, 20), (0, 9), (9, 60))
 
 
 def pick(inputs: Inputs, seqs: list[int]) -> tuple:
-    """The arguments of some of the sequences alone, in another order."""
+    """The arguments of only some of the sequences, in another order."""
     bounds = inputs.cu_seqlens_q
     if bounds is None:
         query, sums = inputs.query[seqs], None
@@ -118,7 +118,7 @@ def test_graphs_that_are_captured_at_once_share_no_counters(monkeypatch) -> None
 
 
 def test_a_length_past_its_table_harms_no_later_call(device: torch.device, monkeypatch) -> None:
-    """On a GPU nobody looks at lengths before the kernel does."""
+    """On a GPU lengths cannot be checked before the kernel runs."""
     monkeypatch.setattr(decode, "_INVARIANT_SPLIT_TOKENS", 128)
     replays = replay.Replays(attention.attention_replays.names)
     monkeypatch.setattr(attention, "attention_replays", replays)

@@ -52,7 +52,7 @@ def quantized(device: torch.device, codes_per_byte: int) -> QuantizedCache:
 
 
 def moved(tensor: torch.Tensor) -> torch.Tensor:
-    """The same, four bytes after a multiple of 16."""
+    """The same tensor at an address four bytes after a multiple of 16."""
     space = tensor.new_empty(tensor.numel() + 8)
     start = (4 - space.data_ptr() % 16) % 16 // tensor.element_size()
     place = space[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
@@ -61,7 +61,7 @@ def moved(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def spread(tensor: torch.Tensor, by: int) -> torch.Tensor:
-    """The same, with the first stride longer by so many elements."""
+    """The same tensor, with the first stride longer by so many elements."""
     length = tensor[0].numel()
     space = tensor.new_empty(len(tensor), length + by)
     return space[:, :length].view(tensor.shape).copy_(tensor)
@@ -71,7 +71,7 @@ def with_scoring(call: Arguments, **rules: Any) -> Arguments:
     return {"scoring": call["scoring"]._replace(**rules)}
 
 
-# What is different from `make_call`, each in one thing that a kernel is compiled or planned for.
+# Calls that differ from `make_call` in one thing that a kernel is compiled or planned for.
 CHANGES = {
     "alignment_of_query": lambda call: {"query": moved(call["query"])},
     "alignment_of_keys": lambda call: {"key_cache": moved(call["key_cache"])},
@@ -109,7 +109,7 @@ CHANGES = {
 
 @pytest.fixture
 def keys(monkeypatch: pytest.MonkeyPatch) -> list[replay.Signature]:
-    """Signatures that are looked for; none is found."""
+    """Collect the signatures that are looked up; none is found."""
     found: list[replay.Signature] = []
 
     def find(self: replay.Replays, signature: replay.Signature) -> None:
@@ -161,7 +161,7 @@ def test_a_store_of_other_alignment_or_strides_has_another_signature(
 
 
 class CompiledKernel:
-    """Takes the place of a kernel that only a GPU could run, and keeps what it is given."""
+    """Stands for a kernel that only a GPU could run, and keeps its arguments."""
 
     def __init__(self) -> None:
         self.launches: list[tuple] = []
@@ -200,7 +200,7 @@ def test_a_replay_is_given_what_its_plan_says(change, device: torch.device, monk
     for one, (grid, arguments) in zip(planned[num_launches:], kernel.launches, strict=True):
         assert grid == (*one.grid, 1, 1)[:3]
         given = dict(zip(one.kernel.arg_names, arguments, strict=True))
-        # What each call allocates is another one; scratch lies in it as in the plan.
+        # Each call allocates its own tensors; scratch is laid out as planned.
         own = {name: given.pop(name, 0) for name in scratch.SCRATCH_NAMES}
         check_scratch(own, one.arguments)
         assert (given.pop("out_ptr"), given.pop("lse_ptr")) == (out.data_ptr(), lse.data_ptr())
@@ -208,7 +208,7 @@ def test_a_replay_is_given_what_its_plan_says(change, device: torch.device, monk
 
 
 def check_scratch(given: dict[str, int], planned: Arguments) -> None:
-    """Parts lie as in the plan, one after another, and the addresses are aligned as there."""
+    """Parts follow each other as planned, with the planned alignment."""
     begin = given["partial_out_ptr"]
     for name, tensor in planned.items():
         if name in given and name != "counters_ptr":
@@ -216,7 +216,7 @@ def check_scratch(given: dict[str, int], planned: Arguments) -> None:
             assert given[name] - begin == offset and offset % 16 == 0
             assert (given[name] == 0) == (tensor.numel() == 0)
     if "counters_ptr" in planned:
-        # One buffer of the stream.
+        # One buffer, shared by the stream's calls.
         assert given["counters_ptr"] == planned["counters_ptr"].data_ptr()
 
 
@@ -227,7 +227,7 @@ def as_given(value: Any) -> Any:
 
 
 def test_later_calls_compute_what_they_are_given(device: torch.device) -> None:
-    """On a GPU the first launches a planned kernel and the others repeat it."""
+    """On a GPU the first call launches a planned kernel and the others repeat that launch."""
     for shift in (False, False, True, True):
         call = make_call(device, width=4)
         if shift:

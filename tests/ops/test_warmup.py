@@ -23,7 +23,7 @@ shapes = pytest.importorskip("kvkernels.triton_kernels.shapes")
 warmup = pytest.importorskip("kvkernels.triton_kernels.warmup")
 
 DEVICES = [(8, 108), (9, 132), (10, 148), (12, 170)]
-# Query heads to a key-value head, key-value heads, widths, and what else there is to them.
+# Query heads per key-value head, key-value heads, head widths, and other options.
 MODELS: dict[str, dict[str, Any]] = {
     "llama_2_7b": {"group": 1, "num_kv_heads": 32, "head_dim": 128},
     "llama_3_8b": {"group": 4, "num_kv_heads": 8, "head_dim": 128},
@@ -44,13 +44,13 @@ NUM_QUERIES = (1, 2, 4, 5, 9, 17, 40, 65, 99, 130, 200, 257, 700, 3000)
 
 @functools.cache
 def to_compile(kernel: Any) -> Any:
-    """A kernel as it would be compiled, also where kernels are interpreted."""
+    """A kernel in the form that is compiled, also where kernels are interpreted."""
     is_interpreted = not isinstance(kernel, jit.JITFunction)
     return jit.JITFunction(kernel.fn, **kernel.kwargs) if is_interpreted else kernel
 
 
 def variants(launches: Iterable[Any]) -> set[str]:
-    """What differs is compiled on its own."""
+    """Arguments that are compiled separately when they differ."""
     found = set()
     for one in launches:
         source = aot._source(replace(one, kernel=to_compile(one.kernel)))

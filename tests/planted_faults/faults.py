@@ -1,4 +1,4 @@
-"""Faults to plant in the kernels, of the kind people make. Each must fail some test."""
+"""Faults to plant in the kernels, as people might make them. Some test must fail for each."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ DECODER_LAYERS = ("tests/nn/test_decoder_layers.py",)
 
 @dataclass(frozen=True)
 class Fault:
-    """A text that occurs once in a file, and what it becomes.
+    """A text that occurs once in a file, and its replacement.
 
     Attributes:
         name: What the fault is.
         path: The file, from the root.
         old: The text.
-        new: What takes its place.
-        isa: Instruction set whose tests are to notice.
+        new: Its replacement.
+        isa: Instruction set whose tests must notice it.
         files: Tests to run.
     """
 

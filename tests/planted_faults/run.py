@@ -1,4 +1,4 @@
-"""Plants one fault after another in a copy of the tree, and demands that some test fails.
+"""Plants one fault after another in a copy of the tree, and requires that some test fails.
 
 Run it: python tests/planted_faults/run.py [--only TEXT]
 """
@@ -21,7 +21,7 @@ TESTS_FAILED = 1  # pytest's exit status; others mean that it could not run them
 
 
 def find_tool(name: str) -> str:
-    """A program beside this Python, or on the path."""
+    """A program next to this Python, or on the path."""
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.exists() else name
 
@@ -41,7 +41,7 @@ def configure(tree: Path) -> None:
     ).stdout.strip()
     command = [find_tool("cmake"), "-S", str(tree), "-B", str(tree / "build"), "-G", "Ninja"]
     command += [f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}", "-DKVKERNELS_EXTENSION=ON"]
-    # Builds count here, not speed.
+    # Build time matters here, not speed.
     command += ["-DCMAKE_BUILD_TYPE=Planted", "-DCMAKE_CXX_FLAGS=-O1"]
     command += [f"-Dpybind11_DIR={pybind11_dir}", f"-DPython_EXECUTABLE={sys.executable}"]
     subprocess.run(command, check=True, capture_output=True)
@@ -74,7 +74,7 @@ def run_tests(tree: Path, fault: Fault) -> tuple[int, str]:
 
 
 def _others(isa: str) -> str:
-    """Names that contain the name of this one."""
+    """Other names that contain this one."""
     return " and not avx512_bf16" if isa == "avx512" else ""
 
 
@@ -91,7 +91,7 @@ def check_fault(tree: Path, fault: Fault) -> bool:
         status, test = run_tests(tree, fault)
     finally:
         path.write_text(text)
-    is_caught = status == TESTS_FAILED or status < 0  # a wild read kills the tests
+    is_caught = status == TESTS_FAILED or status < 0  # an invalid read kills the tests
     test = test or "a crash"
     verdict = f"caught by {test}" if is_caught else f"SURVIVED (pytest's status {status})"
     print(f"{fault.name:48} {time.monotonic() - begin:4.0f} s  {verdict}", flush=True)
