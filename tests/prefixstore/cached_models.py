@@ -1,6 +1,6 @@
 """Random-weight models small enough for a test, and how to run them with a cache.
 
-All on a GPU where there is one, as the `device` fixture.
+All are on a GPU where there is one, like the `device` fixture.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ def tiny_llama():
 
 
 def tiny_gemma3():
-    """Two layer groups; the window of 40 tokens is no multiple of the block."""
+    """Two layer groups; the window of 40 tokens is no multiple of the block size."""
     config = transformers.Gemma3TextConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -49,9 +49,9 @@ def tiny_gemma3():
 
 @contextlib.contextmanager
 def calling_first(layer, function):
-    """Calls a function before each pass of a layer, by its class.
+    """Calls a function before each pass of a layer, by patching the layer's class.
 
-    A cache would let no hook of the layer come and go, nor a forward of its own.
+    An open cache refuses added and removed hooks, and a `forward` set on the layer.
     """
     own_call = type(layer).__call__
 
@@ -67,7 +67,7 @@ def calling_first(layer, function):
 
 @torch.no_grad()
 def sharp(model):
-    """Weights three times as large: attention, and so the cache, decides what is answered."""
+    """Make weights three times as large, so that attention, and with it the cache, matters."""
     for weight in model.parameters():
         if weight.dim() > 1:
             weight *= 3
@@ -80,7 +80,7 @@ def random_tokens(num_tokens, seed=0):
 
 
 def as_row(token_ids):
-    """`[1, num_tokens]`, as a model takes them."""
+    """The tokens as a model takes them, `[1, num_tokens]`."""
     return torch.tensor(np.array(token_ids, np.int64)[None], device=DEVICE)
 
 

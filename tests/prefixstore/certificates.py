@@ -1,4 +1,4 @@
-"""Certificates for tests of TLS, made when they are needed and valid for a day."""
+"""Certificates for tests of TLS, made on demand and valid for a day."""
 
 import datetime
 import ipaddress
@@ -11,7 +11,7 @@ from cryptography.x509.oid import NameOID
 
 
 def make_certificates(directory: Path) -> dict[str, Path]:
-    """A CA's certificate; certificates with keys: right, expired, and of another CA."""
+    """A CA's certificate, and certificates with keys: valid, expired, and of another CA."""
     now = datetime.datetime.now(datetime.timezone.utc)
     day = datetime.timedelta(days=1)
 

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 384
 SPECIALS = ("<|end|>", "<|start|>", "<|pad|>")
-# Refuses what real templates refuse: roles out of turn.
+# Refuses roles out of turn, as real templates do.
 TEMPLATE = """{% for message in messages %}\
 {% if message.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}\
 {{ '<|start|>' + message.role + '\n' + message.content + '<|end|>\n' }}{% endfor %}\

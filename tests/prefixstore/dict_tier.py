@@ -1,4 +1,4 @@
-"""A tier that cannot be wrong and fails as told, and ways to fail."""
+"""A tier on a plain dict, which is obviously right and fails on demand, and ways to fail."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ CAPACITY = 4 << 20
 
 
 class DictTier(Tier):
-    """A tier that cannot be wrong, and fails as told: `fail` runs at the start of every call."""
+    """A tier that is obviously right, and fails on demand: `fail` runs before every call."""
 
     name = ""
 
@@ -88,7 +88,7 @@ class DictTier(Tier):
         self.records.setdefault(name.block_hash, bytes(record))
 
     def _attempt(self, call, run, *args):
-        """A record's outcome; what is said to be down altogether fails the call."""
+        """A record's outcome; `TierUnavailable` fails the whole call."""
         try:
             self._enter(call)
             return run(*args)

@@ -1,11 +1,11 @@
-"""Processes that use a disk tier, for the tests that kill them or run several at once.
+"""Processes that use a disk tier, for tests that kill them or run several at once.
 
 python disk_process.py PATH CAPACITY LEASE: for each line "SEED SECONDS" of its input it forks a
 process and waits for its end; starting Python each time would take longer than the rest. The
-process tells its pid and opens the tier; with a long lease it recounts it and reads all it serves;
-it tells what it found. Then it puts, gets and deletes blocks at random and tells its counts after
-each put. It fails at the first wrong byte. Each is one line of JSON. Never imports torch: it starts
-fast.
+process prints its pid and opens the tier; with a long lease it also recounts the tier and reads all
+that it serves; it prints what it found. Then it puts, gets and deletes blocks at random, and prints
+its counts after each put. It fails at the first wrong byte. Each print is one line of JSON. Never
+imports torch, to start fast.
 """
 
 import json
@@ -24,7 +24,7 @@ from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 from prefixstore.tiers.disk import opening as disk_opening
 from prefixstore.tiers.disk.index import SlotIndex
 
-# of a megabyte: a kill may fall into the middle of a system call that writes it
+# a megabyte, so that a kill may come in the middle of the system call that writes it
 HUGE_LAYOUT = RecordLayout(8, 4, 64, 128, "bfloat16")
 KEYS = make_keys(60) + make_keys(30, LARGE_LAYOUT) + make_keys(20, HUGE_LAYOUT)
 PAYLOADS = [make_payload(key) for key in KEYS]
@@ -38,7 +38,7 @@ reconcile = disk_opening.reconcile
 
 
 def counting_reconcile(sql, *arguments) -> None:
-    """Counts the writes that it finds cut off, and makes sure that it mends them."""
+    """Wrap reconciling: count the writes found cut off, and check that they are mended."""
     global num_cut_off
     num_cut_off = sql.execute(COUNT_WRITING).fetchone()[0]
     reconcile(sql, *arguments)
@@ -51,7 +51,7 @@ def count_writing(index: SlotIndex) -> int:
 
 
 def serves(tier: DiskTier, key: BlockKey, payload: np.ndarray) -> bool:
-    """Whether it has the block; raises where what it has is not exactly right."""
+    """Whether the tier has the block; raises if what it has is not exactly right."""
     record, found = bytearray(key.layout.record_bytes), np.zeros_like(payload)
     num_read = tier.get(key.name, memoryview(record))
     if num_read is None:
@@ -76,7 +76,7 @@ def work(path: Path, capacity_bytes: int, lease_s: float, seed: int, seconds: fl
         problems = tier.check()
         assert problems == [], problems
         tell(cut_off=num_cut_off, found=count_found(tier), served=count_served(tier))
-    else:  # of many short lives most is to be writing; the test looks at what they leave
+    else:  # short lives mostly write; the test looks at what they leave
         tell(cut_off=num_cut_off)
     num_puts = num_hits = num_refused = 0
     end = time.monotonic() + seconds
@@ -87,7 +87,7 @@ def work(path: Path, capacity_bytes: int, lease_s: float, seed: int, seconds: fl
             try:
                 tier.put(KEYS[i].name, memoryview(RECORDS[i]))
                 num_puts += 1
-            except (TierFull, TierTimeout):  # slots of dead neighbours, or a lease that was short
+            except (TierFull, TierTimeout):  # slots of dead neighbours, or a lease that ran out
                 num_refused += 1
             tell(
                 puts=num_puts,
@@ -103,7 +103,7 @@ def work(path: Path, capacity_bytes: int, lease_s: float, seed: int, seconds: fl
 
 
 def tell(**what: int) -> None:
-    # one system call, which a kill does not cut in two
+    # one system call, so that a kill cannot cut a line in two
     os.write(sys.stdout.fileno(), (json.dumps(what) + "\n").encode())
 
 

@@ -21,7 +21,7 @@ MIB = 1 << 20
 
 
 class Clock:
-    """Seconds that pass when told to."""
+    """A clock that a test sets."""
 
     def __init__(self) -> None:
         self.seconds = 1e6
@@ -40,7 +40,7 @@ def put(tier: DiskTier, keys: list[BlockKey]) -> None:
 
 
 def put_with(tier: DiskTier, keys: list[BlockKey], priority: int) -> list[TierError | None]:
-    """Put records in one call; what came of each."""
+    """Put records in one call; returns each one's outcome."""
     records = [memoryview(make_record(key)) for key in keys]
     return tier.put_many([key.name for key in keys], records, priority=priority)
 
@@ -50,7 +50,7 @@ def contains(tier: DiskTier, keys: list[BlockKey]) -> list[bool]:
 
 
 def count_right(tier: DiskTier, keys: list[BlockKey]) -> int:
-    """How many come back and verify; one that comes back right but is not fails the test."""
+    """How many records are found and verify; a wrong one that passes for right fails the test."""
     num_right = 0
     for key in keys:
         record, payload = bytearray(key.layout.record_bytes), bytearray(key.layout.payload_bytes)
@@ -101,18 +101,18 @@ _PREADV = ctypes.CFUNCTYPE(
 )
 
 
-_REPLACED: list = []  # called by threads that may outlive their tests
+_REPLACED: list = []  # kept alive for threads that may outlive their tests
 either_way = pytest.mark.parametrize("by_extension", [True, False])
 
 
 def replace_preadv(
     monkeypatch, by_extension: bool, call: Callable[[Callable[[], int], int, int], int]
 ) -> None:
-    """Let `call(read, offset, num_bytes)` make the system calls that read: `read()` makes one.
+    """Replace system calls that read by `call(read, offset, num_bytes)`; `read()` is the real one.
 
     Args:
-        monkeypatch: Ends it.
-        by_extension: Whether the extension's calls are made by it; otherwise there are none.
+        monkeypatch: Undoes it.
+        by_extension: Whether to replace the extension's calls too; otherwise it is not used.
         call: Returns the bytes read, or raises OSError.
     """
     read_files = os.preadv
@@ -148,7 +148,7 @@ def replace_preadv(
 
 
 def break_page(monkeypatch, page: int) -> None:
-    """Neither what lies on that page of a slab can be read, nor anything be written there."""
+    """Make reads and writes of that page of a slab fail."""
     bad, write_files = page * PAGE_BYTES, os.pwritev
 
     def fail_at(offset: int, num_bytes: int) -> None:

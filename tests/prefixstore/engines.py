@@ -15,7 +15,7 @@ GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 
 
 class Numbers:
-    """A tokenizer whose text is the tokens' numbers: " 17 4"."""
+    """A tokenizer whose text is the token ids: " 17 4"."""
 
     eos_token_id = None
 
@@ -25,7 +25,7 @@ class Numbers:
 
 @contextlib.contextmanager
 def open_engine(model, **settings):
-    """An engine in small blocks; its recount and the number of threads are right at the end."""
+    """An engine with small blocks; at the end its recount and the number of threads are checked."""
     settings = {"block_size": BLOCK_SIZE, "pool_tokens": 4096, "max_batch_tokens": 64, **settings}
     with Engine.open(model, Numbers(), **settings) as engine:
         yield engine
@@ -37,13 +37,13 @@ def open_engine(model, **settings):
         for pool in stats.pools:
             num_held = pool.num_blocks - pool.num_free
             assert num_held <= stats.index.num_blocks, "blocks leak"
-            # Of a window the index may know blocks without holding them.
+            # In a sliding group the index may know blocks without holding them.
             assert pool.window is not None or num_held == stats.index.num_blocks
 
 
 @contextlib.contextmanager
 def open_over(model, *tiers, policies=None, **settings):
-    """An engine over tiers of the test's own."""
+    """An engine over the test's own tiers."""
     store = Store(list(tiers), StoreConfig(policies=policies or {}))
     config = CacheConfig(block_size=BLOCK_SIZE, pool_tokens=2048)
     cache = PrefixCache.open(model, config, store=store)
@@ -54,7 +54,7 @@ def open_over(model, *tiers, policies=None, **settings):
 
 
 def wait_threads(num_threads: int) -> None:
-    """No more are left than that; those that were joined may still be on their way out."""
+    """Wait until at most so many threads are left: joined ones may still be ending."""
     ends_at = time.monotonic() + 30
     while threading.active_count() > num_threads and time.monotonic() < ends_at:
         time.sleep(0.01)
@@ -67,7 +67,7 @@ def prompt(num_tokens, seed=0):
 
 
 def expected(model, tokens, num_new=12):
-    """What the model answers by itself, its end-of-sequence token one like all others."""
+    """The model's own answer, with its end-of-sequence token treated like any other."""
     model.generation_config.eos_token_id = None
     return generate(model, as_row(tokens), num_new=num_new)
 

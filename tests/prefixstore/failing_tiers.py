@@ -1,4 +1,4 @@
-"""Tiers that fail in every way a tier may, by chance or when told, and wait when told."""
+"""Tiers that fail in every way a tier may, at random or on demand, and tiers that wait."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _DAMAGED_SHARE = 0.1  # of the records
 
 
 class FaultyTier(DictTier):
-    """Raises, stalls, loses and damages, by chance.
+    """Raises, stalls, loses and damages records, at random.
 
     Args:
         name: Of the tier.
-        seed: Of the chances.
+        seed: Seed of the random choices.
         stall_s: How long it stalls.
     """
 
@@ -51,7 +51,7 @@ class FaultyTier(DictTier):
             raise TierUnavailable(f"{self.name}: expected a tier, got none")
 
     def _lose(self) -> None:
-        """Now and then a record is gone, though `contains_many` has just said it is there."""
+        """Now and then drop a record that `contains_many` has just reported."""
         names = list(self.records)
         if names and self._rng.random() < 0.2:
             self.num_faults += self.records.pop(self._rng.choice(names), None) is not None
@@ -63,7 +63,7 @@ class FaultyTier(DictTier):
             if is_damaged:
                 self.num_faults += 1
                 out[self._rng.randrange(num_bytes)] ^= 1 << self._rng.randrange(8)
-                num_bytes -= self._rng.randrange(2)  # cut off besides
+                num_bytes -= self._rng.randrange(2)  # sometimes also truncated
         return num_bytes
 
 
@@ -83,7 +83,7 @@ class Gate:
 
 
 class GatedMemory(MemoryTier):
-    """Asked what it holds, waits at a gate; knows what it was given by `put_many`."""
+    """A memory tier whose look-ups wait at a gate; records what `put_many` got."""
 
     def __init__(self, gate: Gate, capacity_bytes: int) -> None:
         super().__init__(MemoryTierConfig(capacity_bytes, 16 * PAGE_BYTES))

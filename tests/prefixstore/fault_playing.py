@@ -1,4 +1,4 @@
-"""Plays a scenario: traffic before, during and after a fault, and what came of it."""
+"""Plays a scenario: traffic before, during and after a fault, and the results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fault_traffic import Seen, Traffic
 from prefixstore.errors import TierError
 from prefixstore.store import Store, StoreConfig
 
-GRACE_S = 0.25  # beyond the deadline: what a thread may wait for its turn
+GRACE_S = 0.25  # allowed past the deadline, as a thread may wait for a processor
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class Result:
 
     Attributes:
         num_requests: In all.
-        num_failed: Those that raised.
+        num_failed: Requests that raised.
         num_wrong: Blocks that were not the right ones.
-        hit_share: Of the blocks asked for before the fault.
-        fault_hit_share: During it.
-        after_hit_share: After it.
+        hit_share: Hits over blocks asked for, before the fault.
+        fault_hit_share: The same during the fault.
+        after_hit_share: The same after it.
         longest_s: The longest wait of a request.
         reasons: Misses and lost writes of the tier, by reason.
-        problems: What is not as it must be.
+        problems: Violated expectations.
     """
 
     num_requests: int
@@ -54,14 +54,14 @@ def play(
     grace_s: float = GRACE_S,
     num_requests: int = 250,
 ) -> Result:
-    """Break a tier for so many seconds while requests go on.
+    """Break a tier for some seconds while requests go on.
 
     Args:
         scenario: What breaks, and how.
         directory: For its files; made.
         seconds: How long it stays broken.
-        grace_s: A request may wait so much longer than its deadline.
-        num_requests: Before it breaks, and after it is mended.
+        grace_s: How much longer than its deadline a request may wait.
+        num_requests: Requests before the tier breaks, and again after it is mended.
 
     Raises:
         Unavailable: If this machine cannot play it.
@@ -107,7 +107,7 @@ def play(
 
 
 def _wait_up(store: Store) -> None:
-    """Returns once the breaker has let the tier back, and what then waited is written."""
+    """Wait until the breaker lets the tier back and queued records are written."""
     ends_at = time.monotonic() + 20
     while store.stats().tiers[1].is_down:
         assert time.monotonic() < ends_at, "expected a mended tier to be tried again within 20 s"
@@ -125,7 +125,7 @@ def _find_problems(seen: Seen, grace_s: float) -> list[str]:
 
 
 def _recount(store: Store, after: Seen, during: Seen) -> list[str]:
-    """What a tier that was mended still has wrong."""
+    """Problems that a recount of the mended tier still finds."""
     problems = []
     if after.num_hits == during.num_hits:
         problems.append("no hit after the fault")

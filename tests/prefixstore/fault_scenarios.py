@@ -29,7 +29,7 @@ from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
 from prefixstore.tiers.redis import RedisTier
 from prefixstore.tiers.redis.config import RedisTierConfig
 
-MEMORY_BYTES = 8 << 20  # about four prompts: most requests go on to the tier behind
+MEMORY_BYTES = 8 << 20  # about four prompts, so that most requests reach the next tier
 DISK_BYTES = 256 << 20
 LOAD_TIMEOUT_S = 0.5
 BREAKER = BreakerConfig(failures=3, window_s=10, pause_s=0.2, max_pause_s=1)
@@ -39,11 +39,11 @@ Break = Callable[[float], None]  # for so many seconds
 
 @dataclass
 class Scene:
-    """What a scenario set up.
+    """What a scenario has set up.
 
     Attributes:
-        tier: The tier behind the memory tier.
-        run: Breaks it, for so many seconds, and mends it.
+        tier: The tier after the memory tier.
+        run: Breaks it for some seconds, and mends it.
         comes_back: Whether it serves again afterwards.
     """
 
@@ -64,7 +64,7 @@ class Unavailable(Exception):
 
 
 def scenario(name: str) -> Callable[[Callable[[Path], Iterator[Scene]]], Scenario]:
-    """Enter a scenario into the table."""
+    """Add a scenario to the table."""
 
     def decorate(function: Callable[[Path], Iterator[Scene]]) -> Scenario:
         SCENARIOS[name] = contextmanager(function)
@@ -229,7 +229,7 @@ def slab_files(path: Path) -> list[Path]:
 
 @scenario("disk: full")
 def full_disk(directory: Path) -> Iterator[Scene]:
-    """A file system of its own, smaller than the tier's bound, and then full."""
+    """A file system smaller than the tier's bound, which then fills up."""
     directory.mkdir(exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(directory)]
     mounted = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -245,7 +245,7 @@ def full_disk(directory: Path) -> Iterator[Scene]:
         filler.unlink()
 
     try:
-        # the tier itself fills what is free: its books cannot be written, and so not checked
+        # the tier itself fills the disk, so its index cannot be written or checked
         yield Scene(disk_tier(directory / "tier"), run, comes_back=False)
     finally:
         subprocess.run(["umount", "-l", str(directory)], check=True)

@@ -1,4 +1,4 @@
-"""Requests that go on while something breaks, and what they saw of it."""
+"""Requests that go on while something breaks, and what they saw."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ NUM_PROMPTS = 60
 
 @dataclass
 class Seen:
-    """What requests met.
+    """Results of requests.
 
     Attributes:
         num_requests: Requests that ended.
-        num_failed: Those that raised.
+        num_failed: Requests that raised.
         num_wrong: Blocks that were not the right ones.
         num_hits: Blocks that came from a tier.
         num_misses: Blocks that were computed.
@@ -75,7 +75,7 @@ class Traffic:
         assert not any(thread.is_alive() for thread in self._threads), "a request hangs"
 
     def wait_requests(self, count: int, timeout_s: float = 60.0) -> None:
-        """Returns after so many more requests."""
+        """Wait for so many more requests."""
         ends_at = time.monotonic() + timeout_s
         wanted = self.seen.num_requests + count
         while self.seen.num_requests < wanted:
@@ -89,7 +89,7 @@ class Traffic:
             prompt = self._prompts[random.integers(len(self._prompts))]
             try:
                 num_hits, num_wrong, waited_s = self._request(prompt, outs)
-            except Exception as error:  # whatever it is, a request has failed
+            except Exception as error:  # any error fails the request
                 with self._lock:
                     self.seen.num_requests += 1
                     self.seen.num_failed += 1

@@ -1,4 +1,4 @@
-"""What goes wrong between a client and a server that speaks HTTP: a proxy, and scripted answers."""
+"""Network faults between an HTTP client and server: a faulty proxy, and scripted answers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class FaultyProxy:
     """Forwards connections to a port of this machine until it is closed.
 
     Attributes:
-        latency_s: How long the beginning of each answer is held back.
-        bytes_per_s: How fast answers pass; None for as they come.
-        cut_after: A connection is cut after so many bytes of its answers; None for never.
-        num_cuts: So many connections are cut.
+        latency_s: How long the beginning of each answer is delayed.
+        bytes_per_s: How fast answers pass; None for no limit.
+        cut_after: After how many bytes of its answers a connection is cut; None for never.
+        num_cuts: How many connections are still to be cut.
         num_accepted: Connections so far.
     """
 
@@ -47,9 +47,9 @@ class FaultyProxy:
         self._listener.close()
 
     def wait_until_given_up(self, timeout_s: float) -> bool:
-        """Whether by then all connections have ended that were asked while answers passed slowly.
+        """Whether all connections with requests while answers passed slowly end by then.
 
-        Others may stay open: a client keeps those it does not need at the moment.
+        Others may stay open, since a client keeps idle connections.
         """
         end = time.monotonic() + timeout_s
         while self._slowed and time.monotonic() < end:
@@ -69,7 +69,7 @@ class FaultyProxy:
             with client, socket.create_connection(("127.0.0.1", self._target)) as server:
                 self._forward(client, server)
         except OSError:
-            pass  # a side is gone, and with it this connection
+            pass  # one side has closed, so this connection ends
         finally:
             self._slowed.discard(client)
 
@@ -103,7 +103,7 @@ class FaultyProxy:
         return max(1, bytes_per_s // 100)
 
     def _bytes_before_cut(self, num_answered: int, num_bytes: int) -> int | None:
-        """How many of these pass before the connection is cut; None where it is not."""
+        """How many of these bytes pass before the connection is cut; None if it is not."""
         with self._lock:
             cut_after = self.cut_after
             if cut_after is None or num_answered + num_bytes < cut_after or self.num_cuts == 0:
@@ -116,12 +116,12 @@ Answer = tuple[int, dict[str, str], bytes]
 
 
 class ScriptedServer:
-    """Answers each request with the next answer of its script, and without one with `answer`.
+    """Answers each request with the next answer of its script, or else with `answer`.
 
     Attributes:
         script: Status, headers and body of the next answers.
         answer: Makes an answer from method, path and headers; None leaves the request waiting.
-        requests: Method, path and time of all that came.
+        requests: Method, path and time of all requests.
     """
 
     def __init__(self) -> None:

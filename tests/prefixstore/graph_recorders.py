@@ -1,4 +1,4 @@
-"""Recorders that stand in for those of CUDA graphs, which need a GPU."""
+"""Stand-ins for the recorder of CUDA graphs, which needs a GPU."""
 
 import torch
 from cached_models import DEVICE
@@ -7,11 +7,11 @@ from prefixstore.engine.graph_recorder import WithoutWaiting
 
 
 class SameAgain:
-    """Records by running, replays by running again.
+    """Recording runs the function; a replay runs it again.
 
     Attributes:
-        num_recorded: Functions.
-        num_replays: Of all of them.
+        num_recorded: Functions recorded.
+        num_replays: Replays of all of them.
     """
 
     def __init__(self):
@@ -29,7 +29,7 @@ class SameAgain:
 
 
 class NeverWaiting(SameAgain):
-    """Refuses what waits, as one for a GPU does."""
+    """Refuses functions that wait for the device, as on a GPU."""
 
     def record(self, function):
         with WithoutWaiting(torch.empty(0, device=DEVICE).device):  # by its number
@@ -44,7 +44,7 @@ class Raising:
 
 
 class Stale:
-    """As a graph that holds its inputs: a replay leaves what the recording wrote."""
+    """Like a graph that captured its inputs' values: a replay repeats the recorded results."""
 
     def record(self, function):
         function()

@@ -1,4 +1,4 @@
-"""System calls of the disk tier that hang at one offset until they are let go."""
+"""System calls of the disk tier that hang at one offset until they are released."""
 
 import os
 import threading
@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from disk_tiers import replace_preadv
 
-# Seconds until the deadline, in one attempt after the other: where the machine stands still, what
-# does not hang is late as well, and is given more.
+# Seconds until the deadline, attempt by attempt: on a stalled machine calls that do not hang are
+# late as well, and get more time.
 WAITS_S = (0.3, 3, 20)
 
 
 class Hanging:
-    """A system call that hangs at one offset until it is let go; `meanwhile` runs first."""
+    """A system call that hangs at one offset until it is released; `meanwhile` runs first."""
 
     def __init__(self, offset: int) -> None:
         self._offset = offset

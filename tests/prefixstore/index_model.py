@@ -1,4 +1,4 @@
-"""What the prefix index means, kept in a plain dict by looking at everything each time."""
+"""The prefix index's semantics on a plain dict: slow, as it looks at everything each time."""
 
 from collections.abc import Sequence
 
@@ -60,7 +60,7 @@ class IndexModel:
         return rejected
 
     def detach(self, tokens: list[int], num_kept: int, salt: bytes) -> list[list[int]]:
-        """What is detached keeps its place under a name that nobody asks for."""
+        """Detached blocks keep their place, under a salt that is never asked for."""
         path = self._path(tokens, salt)
         if len(path) <= num_kept or len(self.peek(tokens[: num_kept * self.block_size], salt)) < (
             num_kept
@@ -115,7 +115,7 @@ class IndexModel:
         return victims
 
     def _worth(self, key: tuple[bytes, tuple[int, ...]], group: int) -> int:
-        """When an end whose window has the block was used last; much more if it is pinned."""
+        """When an end whose window holds the block was last used; far later if it is pinned."""
         assert self.window_blocks is not None
         reach = self.window_blocks[group]
         assert reach is not None
@@ -134,7 +134,7 @@ class IndexModel:
         return worth
 
     def _after(self, key: tuple[bytes, tuple[int, ...]]) -> list[tuple[bytes, tuple[int, ...]]]:
-        """The blocks that come right after one."""
+        """The direct successors of a block."""
         salt, tokens = key
         end = len(tokens)
         return [
@@ -146,7 +146,7 @@ class IndexModel:
         ]
 
     def _forget_unheld(self) -> None:
-        """With windows, what no group holds and nothing comes after goes."""
+        """With windows, remove blocks that no group holds and that have no successor."""
         if self.window_blocks is None:
             return
         while unheld := [key for key in self._evictable() if max(self.blocks[key].ids) < 0]:
@@ -156,7 +156,7 @@ class IndexModel:
     def _evictable(self) -> list[tuple[bytes, tuple[int, ...]]]:
         kept = set()
         for (salt, tokens), block in self.blocks.items():
-            kept.add((salt, tokens[: -self.block_size]))  # it has this block after it
+            kept.add((salt, tokens[: -self.block_size]))  # its successor is kept
             if block.num_pins > 0:
                 kept.update(self._path(list(tokens), salt))
         return [key for key in self.blocks if key not in kept]

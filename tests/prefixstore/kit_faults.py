@@ -1,7 +1,7 @@
-"""Faults planted in a cache, for the kit to notice: each a context manager that patches the code.
+"""Faults to plant in a cache, which the kit must notice; each is a context manager.
 
-Keys carry their positions, so attention does not mind in which order blocks, or tokens within a
-block, are read: what is to be noticed must lose or repeat some, or bring strange ones.
+Keys carry their positions, so the order of blocks, or of tokens in a block, does not matter to
+attention: a fault only shows if it loses, repeats or swaps in foreign tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Damage = Callable[[KVPool, list[int]], None]
 
 @contextlib.contextmanager
 def damaged_restores(damage: Damage) -> Iterator[None]:
-    """What is done to blocks right after they were restored from a tier."""
+    """Apply a damage to blocks right after they were restored from a tier."""
     start = PoolTarget.start
 
     def damaged(self: PoolTarget, records: Sequence[Any]) -> Callable[[], list[str | None]]:
@@ -41,7 +41,7 @@ def damaged_restores(damage: Damage) -> Iterator[None]:
 
 
 class BlockOfAnother:
-    """The last block is one that was restored in an earlier call, for another prompt."""
+    """The last block becomes one that an earlier call restored for another prompt."""
 
     def __init__(self) -> None:
         self._earlier: torch.Tensor | None = None
@@ -54,30 +54,30 @@ class BlockOfAnother:
 
 
 def shift_tokens(pool: KVPool, block_ids: list[int]) -> None:
-    """Each token's KV stands one place further on; the first one's stays too."""
+    """Each token's KV moves to the next slot; the first one's also stays."""
     blocks = pool.data[block_ids]
     blocks[..., 1:, :] = blocks[..., :-1, :].clone()
     pool.data[block_ids] = blocks
 
 
 def empty_last_block(pool: KVPool, block_ids: list[int]) -> None:
-    """The last block is called restored and was not."""
+    """The last block is reported as restored, but was not."""
     pool.data[block_ids[-1]] = 0
 
 
 def round_to_bfloat16(pool: KVPool, block_ids: list[int]) -> None:
-    """Half of the bits are gone, though "raw" was promised."""
+    """Half of the bits are lost, though the codec is "raw"."""
     pool.data[block_ids] = pool.data[block_ids].to(torch.bfloat16).to(pool.data.dtype)
 
 
 def negate(pool: KVPool, block_ids: list[int]) -> None:
-    """Every number is as far from what it was as it is large, twice."""
+    """Every number changes its sign: an error of twice its size."""
     pool.data[block_ids] = -pool.data[block_ids]
 
 
 @contextlib.contextmanager
 def dropped_last_block() -> Iterator[None]:
-    """The last block of each call is a miss."""
+    """The last block of each call becomes a miss."""
     start = PoolTarget.start
 
     def dropped(self: PoolTarget, records: Sequence[Any]) -> Callable[[], list[str | None]]:
@@ -90,7 +90,7 @@ def dropped_last_block() -> Iterator[None]:
 
 @contextlib.contextmanager
 def overwritten_on_device() -> Iterator[None]:
-    """The first block that the index finds was given to others, who wrote into it."""
+    """The first block that the index finds has been overwritten, as if given to another request."""
 
     def overwriting(find: Callable[..., Any]) -> Callable[..., Any]:
         def overwritten(self: DeviceBlocks, tokens: Any, salt: str) -> Any:

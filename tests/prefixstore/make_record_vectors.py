@@ -1,4 +1,4 @@
-"""Writes docs/record-vectors.json; to be run by hand when the format gets something new."""
+"""Writes docs/record-vectors.json; run by hand when the format is extended."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ IDENTITY = bytes(range(16))
 
 
 def layouts() -> dict[str, RecordLayout]:
-    """What there is a vector of."""
+    """The layouts that vectors are made of, by name."""
     of_codecs = {name: RecordLayout(1, 1, 8, 16, "bfloat16", 0, (name,)) for name in CODECS}
     return of_codecs | {
         "q8 of float16": RecordLayout(1, 2, 4, 16, "float16", 1, ("q8",)),
@@ -28,7 +28,7 @@ def layouts() -> dict[str, RecordLayout]:
 
 
 def make_block(layout: RecordLayout, name: str) -> np.ndarray:
-    """Numbers of different sizes, one of them far off, and an infinity where that is wanted."""
+    """Numbers of different magnitudes with one outlier, and an infinity if asked for."""
     generator = torch.Generator().manual_seed(len(name))
     shape = layout.block_format.layout.block_shape
     sizes = 2.0 ** torch.randint(-6, 3, (shape[-1],), generator=generator)
@@ -37,7 +37,7 @@ def make_block(layout: RecordLayout, name: str) -> np.ndarray:
     if "does not hold" in name:
         numbers[0, 1, 0, 5, 2] = float("inf")
     if layout.latent_dim:
-        numbers[0, 0, 0, 7, layout.latent_dim] = 3e38  # a rotary part stays as it is
+        numbers[0, 0, 0, 7, layout.latent_dim] = 3e38  # rotary parts are not quantised
     return numbers.to(DTYPES[layout.dtype]).view(torch.uint8).numpy().reshape(-1)
 
 

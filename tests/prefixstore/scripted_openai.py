@@ -1,7 +1,7 @@
-"""A server that speaks OpenAI's protocol by a script: known delays, and known ways to fail.
+"""A scripted server with OpenAI's protocol: known delays, and known failures.
 
-In a thread of a test (`serving`), or a process of its own: `python scripted_openai.py PORT`, which
-says of a prompt that it saw before that it is cached, until the process ends.
+Runs in a thread of a test (`serving`), or as a process: `python scripted_openai.py PORT` reports
+prompts that it has seen before as cached, until the process ends.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class Reply:
     """How a request is answered.
 
     Attributes:
-        pieces: Of text, each a chunk.
-        first_s: Before the first piece.
-        gap_s: Before each later one.
+        pieces: Texts, each sent as a chunk.
+        first_s: Seconds before the first piece.
+        gap_s: Seconds before each later one.
         usage: The `usage` of the last chunk; None to leave it out.
-        status: Of HTTP; other than 200 nothing but an error is sent.
+        status: HTTP status; if not 200, only an error is sent.
         extra: Events sent in place of the end of the stream; None for the proper end.
-        is_cut: Whether the connection is cut after `extra`; otherwise the stream ends there.
+        is_cut: Whether the connection is cut after `extra`; otherwise the stream ends properly.
     """
 
     pieces: tuple[str, ...] = ("one", " two", " three")
@@ -46,7 +46,7 @@ class Reply:
 
 @dataclass
 class Seen:
-    """A request as it came, and when the pieces of its answer were written (perf_counter)."""
+    """A request, and when the pieces of its answer were written (perf_counter)."""
 
     path: str
     headers: dict[str, str]
@@ -59,7 +59,7 @@ MakeReply = Callable[[dict[str, Any]], Reply]
 
 
 class ScriptedOpenAI:
-    """The server; `make_reply` gets each request's body."""
+    """The server; `make_reply` makes the reply from each request's body."""
 
     def __init__(self, make_reply: MakeReply) -> None:
         self._make_reply = make_reply
@@ -168,7 +168,7 @@ def serving(make_reply: MakeReply) -> Iterator[ScriptedOpenAI]:
 
 
 def remember_prompts() -> MakeReply:
-    """Replies of a server that has a cache: what it saw comes at once."""
+    """Replies of a server with a cache: prompts seen before are answered at once."""
     prompts: set[str] = set()
 
     def make_reply(body: dict[str, Any]) -> Reply:

@@ -1,4 +1,4 @@
-"""Processes of their own that serve a scripted engine until a signal, or a part of that."""
+"""Functions run as processes: a server on a scripted engine until a signal, or a part of that."""
 
 import json
 import os
@@ -17,9 +17,9 @@ from prefixstore.server.run import DrainingServer, bind_address, serve_until_sig
 
 
 def write_until_signal(log: Path) -> None:
-    """Writes to its standard error, the pipe `log`, more than anyone reads; ends by a signal.
+    """Write more to standard error, the pipe `log`, than is read; ends by a signal.
 
-    It is as far as a server whose first signal has not come through: one is enough.
+    Like a server blocked before it handles its first signal: that one signal must be enough.
     """
     sys.stderr = log.open("w")  # buffered, whatever PYTHONUNBUFFERED says
     server = object.__new__(DrainingServer)
@@ -29,7 +29,7 @@ def write_until_signal(log: Path) -> None:
 
 
 def serve(out: Path, log: Path, engine: dict, server: dict) -> None:
-    """What it prints goes to the file `out`, and what it logs to `log`.
+    """Serve; prints go to the file `out`, and the log to `log`.
 
     After the signal SIGUSR1 the engine's steps take no time.
     """

@@ -1,4 +1,4 @@
-"""A server in this process, on a port the kernel chose, and raw talk with it."""
+"""A server in this process, on a port that the kernel chose, and raw HTTP to it."""
 
 import json
 import signal
@@ -17,14 +17,14 @@ from prefixstore.server.run import DrainingServer, bind_address
 
 MODEL = "tiny"
 PATHS = ("/v1/chat/completions", "/v1/completions")
-# The least that each takes.
+# The smallest valid body of each endpoint.
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}]}
 TEXT = {"model": MODEL, "prompt": "Hello"}
 
 
 @dataclass
 class Running:
-    """A server that runs, and its engine."""
+    """A running server, and its engine."""
 
     engine: object
     app: object
@@ -52,7 +52,7 @@ class Running:
         return socket.create_connection((self.host, self.port), timeout_s)
 
     def begin_ending(self):
-        """As at SIGTERM."""
+        """Begin the shutdown, as SIGTERM does."""
         self.server.handle_exit(signal.SIGTERM, None)
 
     def assert_answers(self):
@@ -81,7 +81,7 @@ def serving(engine, **settings):
 
 
 def wait_until(condition, timeout_s=10):
-    """Waits for what another thread or process brings about."""
+    """Wait for a condition that another thread or process brings about."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -89,7 +89,7 @@ def wait_until(condition, timeout_s=10):
 
 
 def in_thread(function):
-    """Runs `function` beside the test; its result is the last element of the list."""
+    """Run `function` in a thread; its result is the last element of the list."""
     results = []
     thread = threading.Thread(target=lambda: results.append(function()))
     thread.start()
@@ -105,7 +105,7 @@ def request_bytes(path, body, *headers, method="POST"):
 
 
 def read_all(connection):
-    """What comes until the server closes; a reset ends it too."""
+    """All bytes until the server closes the connection or resets it."""
     received = b""
     try:
         while chunk := connection.recv(65536):

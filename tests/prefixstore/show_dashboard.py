@@ -3,8 +3,8 @@
     python tests/prefixstore/show_dashboard.py  # prints the address; Ctrl-C ends it
     python tests/prefixstore/show_dashboard.py --png docs/dashboard.png --requests 60
 
-Agents of several documents ask in turn. The pool holds the prefixes of some of them: those of the
-others come back from memory and disk.
+Agents with different documents take turns. The pool holds the prefixes of some; the others' are
+restored from memory and disk.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def make_prompts(tokenizer, num_requests: int) -> list[tuple[str, list[int]]]:
 
 
 def send(engine: Engine, prompts: list[tuple[str, list[int]]]) -> None:
-    """Have a few clients ask one prompt after the other, with pauses as people make them."""
+    """Have a few clients send one prompt after another, with human pauses."""
     lock = threading.Lock()
 
     def ask(seed: int) -> None:
@@ -76,7 +76,7 @@ def send(engine: Engine, prompts: list[tuple[str, list[int]]]) -> None:
 
 
 def take_picture(address: str, png: Path, scheme: str) -> None:
-    """The page as a browser shows it, with few colours, so that it stays small."""
+    """Save the page as a browser shows it, with few colours, to keep the file small."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -91,7 +91,7 @@ def take_picture(address: str, png: Path, scheme: str) -> None:
         page.wait_for_timeout(1000)
         page.screenshot(path=png, full_page=True)
         browser.close()
-    # The method that keeps rare colours: those of the tiers are few pixels.
+    # This method keeps rare colours: the tiers' colours cover few pixels.
     picture = Image.open(png).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
     picture.save(png, optimize=True)
 

@@ -1,4 +1,4 @@
-"""Blocks that are put into a store and taken out of it."""
+"""Helpers that save blocks into a store and load them."""
 
 import numpy as np
 from dict_tier import CAPACITY
@@ -25,7 +25,7 @@ def save(store: Store, keys: list[BlockKey]) -> None:
 
 
 def load(store: Store, key: BlockKey) -> str | None:
-    """Load a block; a payload that is not the right one fails the test."""
+    """Load a block; a wrong payload fails the test."""
     out = np.full(key.layout.payload_bytes, 0xEE, np.uint8)
     name = load_block(store, key, out)
     assert name is None or np.array_equal(out, make_payload(key)), "wrong output"

@@ -1,4 +1,4 @@
-"""Every kind of tier, for the tests of what all of them promise."""
+"""Every kind of tier, for tests of the common contract."""
 
 import secrets
 from collections.abc import Callable, Iterator
@@ -24,8 +24,8 @@ from prefixstore.tiers.remote.config import RemoteTierConfig
 REMOTE = ("directory", "s3")
 OWN_BOUND = ("memory", "disk", "authenticated memory", "sealed memory", "sealed disk")
 PAGE = 4096
-SLOT = 4096  # of a LAYOUT record, 3,328 bytes
-LARGE_SLOT = 86016  # of a LARGE_LAYOUT record, 82,240 bytes
+SLOT = 4096  # bytes of the slot of a LAYOUT record, which has 3,328
+LARGE_SLOT = 86016  # of a LARGE_LAYOUT record, which has 82,240
 
 KEY_NAMES = {"authenticated": "auth_key", "sealed": "seal_key"}
 
@@ -34,7 +34,7 @@ MakeTier = Callable[..., Tier]
 
 @pytest.fixture
 def open_tiers() -> Iterator[list[Tier]]:
-    """Each tier in it is checked and closed after the test."""
+    """A list of tiers; each is checked and closed after the test."""
     tiers: list[Tier] = []
     yield tiers
     for tier in tiers:
@@ -44,8 +44,8 @@ def open_tiers() -> Iterator[list[Tier]]:
 
 @pytest.fixture
 def make_kind(request, tmp_path, open_tiers) -> Callable[..., Tier]:
-    """Makes a tier of a kind. Where a server sets the bound, capacities say nothing; of a kind that
-    keeps its own, the option `clock` tells the seconds by which records age."""
+    """Make a tier of a kind. Kinds whose server sets the bound ignore capacities; for kinds with
+    their own bound, the option `clock` gives the time by which records age."""
 
     def make(kind: str, capacity_bytes: int, slab_bytes: int | None = None, **options) -> Tier:
         clocks = [options.pop("clock")] if "clock" in options else []
@@ -63,7 +63,7 @@ def make_kind(request, tmp_path, open_tiers) -> Callable[..., Tier]:
             tier = RemoteTier(RemoteTierConfig.from_url(url, **options))
         else:
             server = request.getfixturevalue("shared_servers")(medium)
-            # A busy machine is to make no call late.
+            # Long enough for a busy machine.
             prefix = f"contract-{secrets.token_hex(8)}"
             options = {"prefix": prefix, "timeout_s": 30.0, **options}
             tier = RedisTier(RedisTierConfig.from_url(server.url, **options))
@@ -76,13 +76,13 @@ def make_kind(request, tmp_path, open_tiers) -> Callable[..., Tier]:
 
 
 def stored_bytes(tier: Tier, layout: RecordLayout) -> int:
-    """What a record takes in a tier."""
+    """Bytes that a record takes in a tier."""
     return layout.record_bytes + (TRAILER_BYTES if isinstance(tier, ProtectedTier) else 0)
 
 
 @pytest.fixture(params=OWN_BOUND)
 def make_tier(request, make_kind) -> MakeTier:
-    """Makes tiers of one kind, which keep a bound of their own and count all they hold."""
+    """Makes tiers of a kind with its own bound, which count all they hold."""
     return partial(make_kind, request.param)
 
 
@@ -96,12 +96,12 @@ def make_tier(request, make_kind) -> MakeTier:
     ]
 )
 def make_any_tier(request, make_kind) -> MakeTier:
-    """Makes tiers of one kind, for what all kinds promise."""
+    """Makes tiers of any kind, for the contract of all kinds."""
     return partial(make_kind, request.param)
 
 
 def get(tier: Tier, key: BlockKey) -> bytes | None:
-    out = bytearray(b"\xee" * (key.layout.record_bytes + TRAILER_BYTES))  # as a store does
+    out = bytearray(b"\xee" * (key.layout.record_bytes + TRAILER_BYTES))  # a buffer like a store's
     num_read = tier.get(key.name, memoryview(out))
     return None if num_read is None else bytes(out[:num_read])
 
@@ -117,7 +117,7 @@ def put_many(tier: Tier, keys: list[BlockKey], priority: int = 0) -> None:
 
 
 def put_in_place(tier: Tier, key: BlockKey) -> None:
-    """`put`, of a tier that reserves; as a store does."""
+    """`put` for a tier that reserves, as a store does it."""
     with tier.reserve_many([key.name], [key.layout.record_bytes]) as places:
         if places[0] is not None:
             places[0][:] = make_record(key)

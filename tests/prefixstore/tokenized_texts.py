@@ -1,4 +1,4 @@
-"""Texts that are hard to cut into tokens, and a tokenizer of a kind that no model here has."""
+"""Texts that are hard to tokenize, and a kind of tokenizer that none of the test models has."""
 
 from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import WordLevel
@@ -16,7 +16,7 @@ TEXTS = {
 
 
 def make_stripping_tokenizer():
-    """As SentencePiece was used before Gemma: the space in front of the first token is none."""
+    """A SentencePiece tokenizer as before Gemma: the first token's leading space is dropped."""
     words = [
         "▁a",
         "▁b",

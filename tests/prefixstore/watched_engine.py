@@ -1,4 +1,4 @@
-"""An engine to be looked at whose figures a test can choose: a real cache, and requests made up."""
+"""An engine for the dashboard whose figures a test chooses: a real cache, made-up requests."""
 
 import time
 from types import SimpleNamespace
@@ -14,10 +14,10 @@ NUMBERS += ("num_audits", "audited_blocks", "num_quarantined")
 
 
 class WatchedEngine:
-    """Has the parts of an `Engine` that the dashboard reads.
+    """The parts of an `Engine` that the dashboard reads.
 
-    A real one takes minutes to have a history, a slow request or a queue: test_dashboard_engine.py
-    looks at one; here the figures are what a test wants to see.
+    A real one takes minutes to get a history, a slow request or a queue; test_dashboard_engine.py
+    tests one.
 
     Attributes:
         given: Fields of `EngineStats` by name.
@@ -43,7 +43,7 @@ class WatchedEngine:
         return list(self.reports)
 
     def serve(self, report):
-        """Count a request as an engine does."""
+        """Count a request, as an engine does."""
         self.reports = [*self.reports, report][-256:]
         self.given["prompt_tokens"] += report.reuse.num_prompt_tokens
         self.given["output_tokens"] += report.num_output_tokens
@@ -57,7 +57,7 @@ class WatchedEngine:
 
 
 def make_report(number=0, tiers=None, computed=7000, ttft_s=5.0, tenant="", **times):
-    """A request whose first token took so long; other times by name."""
+    """A report with this time to first token; other times by name."""
     tiers = tiers or {}
     num_tokens = sum(tiers.values()) + computed
     shares = {"queue_s": 0.01, "lookup_s": 0.02, "compute_s": 0.9}
