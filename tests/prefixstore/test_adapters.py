@@ -1,4 +1,4 @@
-"""Adapters of one model never answer with each other's KV."""
+"""Adapters of one model never reuse each other's KV."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj"]
 
 
 class LoraLinear(torch.nn.Module):
-    """What a layer of PEFT says of itself, for where PEFT is not installed."""
+    """A layer with the attributes of PEFT's, for machines without PEFT."""
 
     def __init__(self, base_layer, alphas):
         super().__init__()
@@ -43,7 +43,7 @@ class LoraLinear(torch.nn.Module):
 
 
 class StandIn:
-    """A model with two adapters, made here."""
+    """A model with two adapters, without PEFT."""
 
     def __init__(self, model, alpha=64):
         self.model = model
@@ -65,7 +65,7 @@ class StandIn:
 
 
 class Peft:
-    """The same of PEFT."""
+    """The same with PEFT."""
 
     def __init__(self, model, alpha=64):
         peft = pytest.importorskip("peft", reason="needs PEFT")
@@ -92,7 +92,7 @@ def model():
 
 @pytest.fixture(params=[StandIn, Peft])
 def adapt(request):
-    """Puts adapters on a model, the same each time."""
+    """Puts the same adapters on a model each time."""
 
     def make(model, **options):
         torch.manual_seed(2)
@@ -167,7 +167,7 @@ def test_a_scaling_that_is_a_tensor_is_watched_without_its_values(model, adapt, 
     scaling = layers_of(model)[0].scaling
     scaling["A"] = torch.tensor(2.0)
     watch = ModuleWatch(model.eval())
-    with monkeypatch.context() as patch:  # which on a GPU would wait for what is queued there
+    with monkeypatch.context() as patch:  # on a GPU that would wait for queued work
         for name in ("tolist", "item", "__bool__"):
             patch.setattr(torch.Tensor, name, None)
         assert watch.change() is None

@@ -1,4 +1,4 @@
-"""A program that ends without closing anything ends well, and what it computed is kept."""
+"""A program that exits without closing anything exits cleanly, and keeps what it computed."""
 
 import os
 import subprocess
@@ -41,12 +41,12 @@ def test_blocks_of_an_engine_that_nobody_closed_are_kept(tmp_path):
     torch.manual_seed(0)
     with open_engine(tiny_llama(), tiers=(tier,), restore_policy="load") as engine:
         report = answer(engine, prompt(50 * BLOCK_SIZE)).report
-    assert report.reuse.tokens_by_tier["disk"] == 49 * BLOCK_SIZE  # all but that of the last token
+    assert report.reuse.tokens_by_tier["disk"] == 49 * BLOCK_SIZE  # all but the last token's block
 
 
 @pytest.fixture
 def registered(monkeypatch):
-    """A dict of its own: what the test's process has open is not to be closed."""
+    """A separate registry, so that nothing else in the test's process gets closed."""
     methods = {}
     monkeypatch.setattr(prefixstore.at_exit, "_registered", methods)
     return methods

@@ -165,7 +165,7 @@ def test_a_session_passed_straight_to_generate_gives_its_blocks_back(model, open
     generate(model, tokens, cache.session(tokens))
     gc.collect()
     used = cache.stats().pool_blocks - cache.stats().pool_free_blocks
-    assert used == 6  # the whole blocks of the prompt stay, in the index alone
+    assert used == 6  # the prompt's whole blocks stay, held only by the index
 
 
 def test_a_session_may_be_collected_while_its_locks_are_held(model, open_cache, monkeypatch):
@@ -187,7 +187,7 @@ def test_a_session_may_be_collected_while_its_locks_are_held(model, open_cache, 
     assert session() is None
     assert num_collected > 0
     used = cache.stats().pool_blocks - cache.stats().pool_free_blocks
-    assert used == 6  # the whole blocks of the prompt stay, in the index alone
+    assert used == 6  # the prompt's whole blocks stay, held only by the index
 
 
 def test_a_full_pool_raises_and_recovers(model, open_cache):
@@ -211,7 +211,7 @@ def test_open_sessions_keep_their_blocks_under_pressure(model, open_cache):
 
 
 def test_pressure_leaves_what_open_sessions_hold_in_the_index(model, open_cache):
-    """Evicting it would free nothing."""
+    """Evicting blocks that a session holds would free nothing."""
     cache = open_cache(pool_tokens=40 * BLOCK_SIZE)
     held_tokens, large = random_tokens(30 * BLOCK_SIZE + 1, seed=1), random_tokens(240, seed=2)
     with cache.session(held_tokens) as held:
@@ -224,7 +224,7 @@ def test_pressure_leaves_what_open_sessions_hold_in_the_index(model, open_cache)
 
 
 def delay_puts(monkeypatch, wait):
-    """Have a memory tier wait before it takes records, whichever way they come."""
+    """Make a memory tier wait before it takes records, in every way of putting them."""
 
     def late(take):
         def wait_and_take(*arguments, **options):

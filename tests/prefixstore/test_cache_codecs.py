@@ -1,4 +1,4 @@
-"""What a cache's codec changes: the bytes in the tiers, and with a loss the output."""
+"""What a cache's codec changes: the bytes in the tiers, and if lossy the output."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def bfloat16_model(request: pytest.FixtureRequest):
 
 
 def fill(model, path: Path, **options):
-    """Answer a prompt with a cache that writes to disk, and give the answer."""
+    """Answer a prompt with a cache that writes to disk; returns the answer."""
     with PrefixCache.open(model, **OPTIONS, disk_path=path, **options) as cache:
         out, _ = run(cache, model, random_tokens(LENGTH))
         assert cache.flush()
@@ -42,7 +42,7 @@ def reopen(model, path: Path, **options):
 
 
 def layouts_in(path: Path):
-    """Of all records in a store, first the group's number and then that of the block."""
+    """Layouts of all records in a store, by group, then by block."""
     found = []
     with open_store(path) as tier:
         for name, num_bytes in tier.list_records():
@@ -89,7 +89,7 @@ def test_exact_caches_never_see_what_was_written_with_a_loss(bfloat16_model, tmp
     assert by_tier == {}
     out, by_tier = reopen(model, tmp_path, codec="raw")
     assert out == cold and by_tier == {"disk": 6 * BLOCK_SIZE}
-    # Exact first blocks do not help: what was computed behind lossy ones is lossy.
+    # Exact first blocks do not help: blocks computed after lossy ones are not exact.
     assert reopen(model, tmp_path, codec="q2", exact_blocks=2)[1] == {}
 
 
@@ -116,7 +116,7 @@ def test_what_a_codec_does_not_hold_is_kept_raw(tmp_path):
     torch.manual_seed(0)
     model = tiny_llama()
     with torch.no_grad():
-        model.model.layers[1].self_attn.v_proj.weight *= 1e7  # past what float16 holds
+        model.model.layers[1].self_attn.v_proj.weight *= 1e7  # exceeds float16
     fill(model, tmp_path, codec="q8")
     out, by_tier = reopen(model, tmp_path, codec="q8")
     assert out == generate(model, random_tokens(LENGTH))
@@ -169,7 +169,7 @@ def test_refuses_codecs_that_do_not_fit(options, message):
 
 
 def test_nothing_is_mixed_up_while_blocks_are_reused(tmp_path):
-    """The writer reads blocks in the pool while sessions go on, and the pool is small."""
+    """The writer reads blocks in the pool while sessions reuse them, as the pool is small."""
     torch.manual_seed(0)
     model = tiny_llama()
     options = OPTIONS | {"pool_tokens": 10 * BLOCK_SIZE}
@@ -184,7 +184,7 @@ def test_nothing_is_mixed_up_while_blocks_are_reused(tmp_path):
 
 
 def test_a_salt_is_forgotten_for_the_settings_of_the_cache(tmp_path: Path) -> None:
-    """Codecs without a loss share an identity; one with a loss has its own, and keeps it."""
+    """Lossless codecs share an identity; a lossy one has its own, whose records stay."""
     torch.manual_seed(0)
     model, tokens = tiny_llama().to(torch.bfloat16), random_tokens(LENGTH)
 

@@ -1,4 +1,4 @@
-"""Checksums: native and fallback give what the definitions say, and refuse what they cannot."""
+"""Checksums: native and fallback code follow the definitions, and refuse invalid input."""
 
 import threading
 import time
@@ -114,7 +114,7 @@ def test_refuses_what_is_no_row_of_words(checksums, data, message):
 def test_lets_other_threads_run_meanwhile(checksums):
     if checksum._kvkernels is None:
         pytest.skip("the fallback holds the lock")
-    data = np.zeros(256 << 20, np.uint8)  # 20 ms and more: a lock held would stop the ticking
+    data = np.zeros(256 << 20, np.uint8)  # 20 ms or more, in which a held GIL shows
     ticks: list[float] = []
     stop = threading.Event()
 
@@ -126,11 +126,11 @@ def test_lets_other_threads_run_meanwhile(checksums):
     thread = threading.Thread(target=tick)
     thread.start()
     spans = []
-    for _ in range(10):  # on a busy machine the other thread may get no time in one of them
+    for _ in range(10):  # on a busy machine the other thread may not run during one of them
         started = time.perf_counter()
         checksums.checksum_words(data)
         spans.append((started, time.perf_counter()))
     stop.set()
     thread.join()
     counts = [sum(begin < moment < end for moment in ticks) for begin, end in spans]
-    assert max(counts) >= 3  # with the lock held one might slip in before, and one after
+    assert max(counts) >= 3  # with the GIL held there might be one before and one after

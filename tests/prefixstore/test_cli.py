@@ -1,4 +1,4 @@
-"""The command line: its errors, and what it leaves behind."""
+"""The command line: its errors, and the files that it leaves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(*arguments: str) -> Result:
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> list[command.Arguments]:
-    """Stands between the command line and the model; collects the arguments."""
+    """Replaces the model behind the command line; collects the arguments."""
     seen: list[command.Arguments] = []
     monkeypatch.setattr(command, "run_demo", lambda arguments, *_: seen.append(arguments))
     return seen
@@ -119,7 +119,7 @@ def test_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> Non
             ["-v", "serve", "--help"],
             "kvkernels: expected fastapi to be installed; run: pip install",
         ),
-        (["bench", "serve", "--help"], "0"),  # asks servers, and is none
+        (["bench", "serve", "--help"], "0"),  # a client of servers, which needs no fastapi
     ],
 )
 def test_only_the_server_needs_its_extra(

@@ -1,7 +1,7 @@
-"""Answers of real models are the model's own, token for token, however the cache stands.
+"""Answers of real models equal the model's own, token for token, in every cache state.
 
-In float32, beside the model with its own attention and no cache. The text is MT-bench's questions
-and the demo's documents.
+In float32, compared with the model's own attention without a cache. The texts are MT-bench's
+questions and the demo's documents.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ CHAINED = ("cold", "warm", "evicted", "restarted")
 
 
 def questions(tokenizer, count, chat):
-    """Two-turn chats of MT-bench, every fourth one behind six others."""
+    """Two-turn chats of MT-bench; every fourth one follows six others in its prompt."""
     lines = [json.loads(line) for line in QUESTIONS.read_text().splitlines()]
     texts = ["\n\n".join(line["turns"]) for line in lines]
     chosen = []

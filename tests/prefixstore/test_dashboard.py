@@ -1,4 +1,4 @@
-"""What the dashboard answers: shapes, bounds, and what it keeps to itself."""
+"""The dashboard's answers: shapes, bounds, and what they must not reveal."""
 
 import logging
 import re
@@ -45,7 +45,7 @@ def engine(model, cache):
 
 @pytest.fixture
 def ask(engine):
-    """Asks the dashboard of `engine` a question; its sampler runs."""
+    """Query the dashboard of `engine`, with its sampler running."""
     app = FastAPI()
     app.include_router(dashboard_router(engine))
     with TestClient(app) as client:
@@ -245,7 +245,7 @@ def test_tells_cold_from_warm(engine, ask) -> None:
     for i in range(10):
         engine.serve(make_report(i, {}, computed=100, ttft_s=5.0 + i))
         engine.serve(make_report(i, {"device": 900}, computed=100, ttft_s=0.1))
-    engine.serve(make_report(99, {"device": 900}, ttft_s=0.0))  # was never answered
+    engine.serve(make_report(99, {"device": 900}, ttft_s=0.0))  # ended without a token
     groups = ask("requests")["first_token"]
     assert groups["cold"]["num_requests"] == groups["warm"]["num_requests"] == 10
     assert (groups["cold"]["p50_s"], groups["cold"]["p95_s"]) == (9.0, 14.0)

@@ -1,4 +1,4 @@
-"""The dashboard's colours, as people see them who lack one kind of cone."""
+"""The dashboard's colours are distinct for colour-blind people, too."""
 
 import itertools
 import re
@@ -7,7 +7,7 @@ from importlib.resources import files
 import numpy as np
 import pytest
 
-# What people without one kind of cone see of linear RGB (Machado, Oliveira, Fernandes 2009).
+# How linear RGB looks without one kind of cone (Machado, Oliveira, Fernandes 2009).
 SIGHTS = {
     "all cones": np.eye(3),
     "no red": [[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]],
@@ -19,7 +19,7 @@ WHITE = TO_XYZ.sum(axis=1)
 
 
 def to_lab(colour: str, sight) -> np.ndarray:
-    """Where a colour such as #0d4f9a lies in CIELAB, as it is seen."""
+    """CIELAB coordinates of a colour such as #0d4f9a, as it is seen."""
     rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     xyz = TO_XYZ @ np.clip(np.array(sight) @ linear, 0, 1) / WHITE

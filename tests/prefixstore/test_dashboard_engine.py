@@ -1,4 +1,4 @@
-"""The dashboard of a real engine: what it served is what the answers say."""
+"""The dashboard of a real engine: its answers agree with what the engine served."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The dashboard's page in a real browser: what it loads, shows, withstands and keeps still."""
+"""The dashboard's page in a real browser: what it loads and shows, also for hostile names."""
 
 import re
 import socket
@@ -47,7 +47,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def busy_engine(engine):
-    """With prefixes of two namespaces, requests cold and warm, and hostile names."""
+    """An engine with prefixes of two namespaces, cold and warm requests, and hostile names."""
     shared = random_tokens(12 * BLOCK_SIZE, 1)
     for seed in range(6):
         tokens = torch.cat([shared, random_tokens(3 * BLOCK_SIZE, seed + 2)], 1)
@@ -65,7 +65,7 @@ def busy_engine(engine):
 
 @pytest.fixture(scope="module")
 def serve():
-    """Serves a dashboard on a free port of this machine; gives its address."""
+    """Serve a dashboard on a free port of this machine; yields its address."""
     servers = []
 
     def start(engine):
@@ -93,7 +93,7 @@ def address(serve, busy_engine):
 
 @pytest.fixture
 def open_page(chromium):
-    """Opens an address in a browser of its own; afterwards nothing may have been reported."""
+    """Opens an address in its own browser; afterwards no error may have been reported."""
     contexts, problems = [], []
 
     def open_one(address, size=WIDE, scheme="light", **options):
@@ -118,7 +118,7 @@ def open_page(chromium):
 
 
 def wait_filled(page):
-    """Waits until every question was answered once; the page's own rules forbid to poll by eval."""
+    """Wait until every query was answered once, without eval, which the page's CSP forbids."""
     page.locator("#request-list .request").first.wait_for()
     page.locator("#tree-plot rect").first.wait_for()
 
@@ -148,7 +148,7 @@ def test_page_fills_and_fits(open_page, address, scheme, size) -> None:
     assert {url.split("/dashboard/")[0].rstrip("/") for url in page.asked} == {address}
 
 
-# The least of all contrasts of text with what is behind it, and that text (WCAG: 4.5 or more).
+# The lowest contrast of any text with its background, and that text (WCAG: 4.5 or more).
 LEAST_CONTRAST = """() => {
   const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
   const luminance = (rgb) => rgb.slice(0, 3).map((value) => value / 255)
@@ -300,7 +300,7 @@ def test_says_when_the_server_does_not_answer_and_goes_on_after(open_page, addre
     page.context.set_offline(False)
     wait_state(page, "live")
     assert not banner.is_visible()
-    # The browser's own report of the failed request is the only one.
+    # Only the browser itself reports the failed request.
     assert all("ERR_INTERNET_DISCONNECTED" in problem for problem in page.problems)
     page.problems.clear()
 

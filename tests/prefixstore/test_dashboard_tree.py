@@ -1,4 +1,4 @@
-"""The tree of cached prefixes as the dashboard draws it: what is folded is still counted."""
+"""The dashboard's tree of cached prefixes: folded nodes are still counted."""
 
 import numpy as np
 import pytest

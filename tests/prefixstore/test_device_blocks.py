@@ -1,4 +1,4 @@
-"""Blocks of the pool are taken as soon as they are free, and waited for no longer than they may."""
+"""Loads take pool blocks as soon as they are free, and wait no longer than the deadline."""
 
 import threading
 import time
@@ -26,7 +26,7 @@ def make_blocks(allocator):
 @pytest.mark.parametrize("failure", [1, 2, 3])
 def test_blocks_that_another_thread_gives_back_are_taken(failure):
     class GivesBack(BlockAllocator):
-        """Another thread gives blocks back right after a request for some failed."""
+        """An allocator where another thread frees blocks right after an allocation failed."""
 
         num_failures = 0
 
@@ -43,7 +43,7 @@ def test_blocks_that_another_thread_gives_back_are_taken(failure):
     held = allocator.allocate(4)
     if failure <= 2:
         assert len(make_blocks(allocator).reserve(0, 2)) == 2
-    else:  # it has been found full before and after the wait
+    else:  # found full both before and after the wait
         with pytest.raises(PoolFullError):
             make_blocks(allocator).reserve(0, 2)
 
@@ -95,7 +95,7 @@ def test_a_writer_that_hangs_is_waited_for_until_the_deadline():
 
 
 def test_a_tier_that_hangs_in_a_write_delays_a_session_until_its_load_timeout(monkeypatch):
-    monkeypatch.setattr("prefixstore.pool_blocks.MAX_RECORDS", 4)  # made at once; others wait
+    monkeypatch.setattr("prefixstore.pool_blocks.MAX_RECORDS", 4)  # per batch; the rest waits
     torch.manual_seed(1)
     model, tier, goes_on = tiny_llama(), DictTier("slow"), threading.Event()
     store = Store([tier], StoreConfig(load_timeout_s=0.5, queue_bytes=1 << 30))
@@ -106,7 +106,7 @@ def test_a_tier_that_hangs_in_a_write_delays_a_session_until_its_load_timeout(mo
         assert cache.flush()
         cache.evict_pool()
         tier.fail = lambda call: goes_on.wait(60) if call == "put" else None
-        run(cache, model, second)  # all of it waits to be written
+        run(cache, model, second)  # all its blocks wait to be written
         started = time.monotonic()
         with cache.session(first):
             assert time.monotonic() - started < 5.0

@@ -1,4 +1,4 @@
-"""The disk tier at a deadline: what is not begun, and what hangs in the kernel."""
+"""The disk tier at a deadline: work that is not begun, and calls that hang in the kernel."""
 
 import errno
 import os
@@ -50,7 +50,7 @@ def test_nothing_is_begun_after_the_deadline(tmp_path):
 
 @either_way
 def test_a_read_that_hangs_is_left_behind_at_the_deadline(tmp_path, monkeypatch, by_extension):
-    """And does not write into the caller's memory when it ends at last."""
+    """When it ends at last, it does not write into the caller's memory."""
     tier = open_tier(tmp_path, slab_bytes=8 << 20, capacity_bytes=16 << 20)
     names = make_names(4)
     records = [make_bytes(MIB, n) for n in range(4)]
@@ -118,7 +118,7 @@ def test_under_a_key_abandoned_buffers_are_not_read_through_another_either(
         (outcome,) = tier.get_or_abandon_many([key.name], [out.data], deadline=deadline)
         return outcome
 
-    # without room for the trailer it comes by way of the tier's own memory, which it keeps
+    # without room for the trailer the tier reads into its own memory, and keeps that
     assert ask(tight, 60) == num_bytes and tight.tobytes() == bytes(make_record(key))
     monkeypatch.setattr(disk._transfers, "_read_through", None)
     assert ask(out, 60) == num_bytes and out[:num_bytes].tobytes() == bytes(make_record(key))
@@ -172,7 +172,7 @@ def test_what_may_yet_be_written_to_is_told_of_even_if_another_piece_cannot_be_r
         return read()
 
     replace_preadv(monkeypatch, by_extension, fail_at_the_start)
-    read_failing = os.preadv  # the extension's reads do not hang: what failed is read again here
+    read_failing = os.preadv  # failed reads of the extension are repeated here
 
     def read_hanging(fd, buffers, offset):
         assert offset == 0 or may_go_on.wait(60)

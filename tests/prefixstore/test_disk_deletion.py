@@ -1,4 +1,4 @@
-"""What is deleted from the disk tier, of one block or a whole identity, is never found again."""
+"""Blocks and identities deleted from the disk tier are never found again."""
 
 import time
 from pathlib import Path
@@ -38,7 +38,7 @@ def lose_index(path: Path) -> None:
 
 @pytest.fixture
 def two_copies(tmp_path) -> BlockKey:
-    """A block that lies in two slots of a tier: it expired in one before it was put again."""
+    """A block in two slots of a tier: it expired in one before it was put again."""
     clock = Clock()
     other, key = make_keys_of(b"m" * 16, 2)
     tier = open_tier(tmp_path, ttl_s=HOUR, clock=clock)
@@ -92,7 +92,7 @@ def test_what_takes_longer_to_delete_than_a_lease_is_not_taken_over(tmp_path, mo
     keys, tokens = make_keys(8), np.arange(8 * LAYOUT.block_size, dtype=np.uint32)
     others = chain_keys(LAYOUT, bytes(16), tokens)
     tier, other = open_tier(tmp_path, clock=clock), open_tier(tmp_path, clock=clock)
-    for pair in zip(keys, others, strict=True):  # so that each is written to by itself
+    for pair in zip(keys, others, strict=True):  # in separate calls
         put(tier, [*pair])
     write = tier._files.write
 
@@ -150,7 +150,7 @@ def test_an_identity_is_forgotten_whole(tmp_path):
 
 
 def test_no_byte_of_a_forgotten_identity_is_found_again(tmp_path):
-    """Nor where it was evicted before, in a slot or with a whole slab whose file stayed."""
+    """Not even bytes evicted earlier, from a slot or with a whole slab whose file stayed."""
     mine, other = make_keys_of(b"m" * 16, 8), make_keys_of(b"o" * 16, 4)
     sizes = {"capacity_bytes": 8 * PAGE_BYTES, "slab_bytes": 8 * PAGE_BYTES}
     clock = Clock()
@@ -160,7 +160,7 @@ def test_no_byte_of_a_forgotten_identity_is_found_again(tmp_path):
     stayed = tmp_path / slab.name.replace("slab-v1-000001", "slab-v1-000099")
     stayed.write_bytes(slab.read_bytes())
     clock.seconds += 2 * HOUR
-    put_all(tier, other)  # expires the eight, and writes over four
+    put_all(tier, other)  # expires the eight, and overwrites four
     assert b"m" * 16 in slab.read_bytes()
     tier.delete_identity(b"m" * 16)
     assert b"m" * 16 not in slab.read_bytes()

@@ -1,4 +1,4 @@
-"""A disk tier for a long time and with many records: what it takes of disk and memory, and when."""
+"""A disk tier over a long time and with many records: its use of disk, memory and time."""
 
 import os
 import time
@@ -18,7 +18,7 @@ STEPS_AN_HOUR = 3600 // STEP_S
 
 
 def disk_bytes(path: Path) -> int:
-    """What the payload files take, as the file system counts it."""
+    """Bytes that the payload files take, as the file system counts them."""
     return sum(file.stat().st_blocks * 512 for file in path.glob("slab-*"))
 
 
@@ -35,8 +35,8 @@ def resident_bytes() -> int:
 def test_a_day_of_churn_stays_within_disk_and_memory(tmp_path):
     """Ten times as many records as fit, of three sizes, put, read, deleted and expired.
 
-    Two minutes of the tier's time are a few calls. At every sample the files are within the bound,
-    and from the sixth hour on neither the process nor the index grows.
+    A few calls stand for two minutes. At every sample the files are within the bound, and from the
+    sixth hour on neither the process nor the index grows.
     """
     random = np.random.default_rng(0)
     clock = Clock()
@@ -51,7 +51,7 @@ def test_a_day_of_churn_stays_within_disk_and_memory(tmp_path):
     memory, index = [], []
     for step in range(24 * STEPS_AN_HOUR):
         clock.seconds += STEP_S
-        size = sizes[step // STEPS_AN_HOUR % 3]  # the sizes take turns, so that slabs change theirs
+        size = sizes[step // STEPS_AN_HOUR % 3]  # alternate, so that slabs change theirs
         drawn = [names[n] for n in random.integers(0, num_names, 32)]
         records = [row[:size].data for row in rows]
         assert tier.put_many(drawn, records) == [None] * 32
@@ -67,7 +67,7 @@ def test_a_day_of_churn_stays_within_disk_and_memory(tmp_path):
     stats = tier.stats()
     assert stats.written_bytes > 50 * CAPACITY
     assert min(stats.num_evictions, stats.num_expired, stats.num_hits) > 1000
-    # What other tests left to this process is given back, and taken again, at times.
+    # Memory that other tests left is at times freed and taken again.
     assert max(memory[6:]) - max(memory[:6]) < 4 << 20
     assert max(index) <= 2 * index[5]
     tier.close()
@@ -75,7 +75,7 @@ def test_a_day_of_churn_stays_within_disk_and_memory(tmp_path):
 
 @pytest.mark.timeout(120)
 def test_many_records_are_there_at_once(tmp_path):
-    """A tier of 20,000 records opens without looking at each; `bench tiers` times 100,000."""
+    """A tier of 20,000 records opens without reading each; `bench tiers` times 100,000."""
     capacity_bytes = 20_000 * PAGE_BYTES
     random = np.random.default_rng(0)
     names = [RecordName(bytes(16), BlockHash(random.bytes(16))) for _ in range(20_000)]

@@ -1,4 +1,4 @@
-"""The disk tier where the disk fails: damaged files, full and read-only disks, locked indexes."""
+"""The disk tier on failing disks: damaged files, full and read-only disks, locked indexes."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ from prefixstore.tiers.pages import PAGE_BYTES, round_up
 
 
 def put_batch(tier: DiskTier, keys: list[BlockKey]) -> tuple[list[BlockKey], list[BlockKey]]:
-    """Put all in one call; those that were kept, and those that there was no room for."""
+    """Put all in one call; returns those kept, and those without room."""
     outcomes = tier.put_many(
         [key.name for key in keys], [memoryview(make_record(key)) for key in keys]
     )
@@ -86,7 +86,7 @@ def test_gives_up_on_a_locked_index_in_time(tmp_path):
     with pytest.raises(TierTimeout, match=r"locked for 0.2 s"):
         put(tier, [key])
     assert time.monotonic() - started < 20
-    assert not tier.contains(key.name)  # reading goes on meanwhile
+    assert not tier.contains(key.name)  # reads still work
     blocker.execute("ROLLBACK")
     blocker.close()
     put(tier, [key])
@@ -191,7 +191,7 @@ def test_a_disk_that_fails_while_open_is_unavailable(tmp_path, monkeypatch, call
     def broken(*_):
         raise OSError(code, os.strerror(code))
 
-    if call == "preadv":  # the extension's, too: by chance memory may begin on a page
+    if call == "preadv":  # the extension's, too: memory may happen to begin on a page
         replace_preadv(monkeypatch, True, broken)
     else:
         monkeypatch.setattr(os, call, broken)
@@ -210,7 +210,7 @@ def test_a_disk_that_fails_while_open_is_unavailable(tmp_path, monkeypatch, call
 
 @pytest.mark.parametrize("io", ["auto", "buffered"])
 def test_a_file_size_limit_refuses_writes_and_loses_nothing(tmp_path, io):
-    """The kernel cuts the write that crosses the limit short, then refuses the rest."""
+    """The kernel writes up to the limit, then refuses the rest."""
     keys = make_keys(20, LARGE_LAYOUT)
     slot_bytes = round_up(LARGE_LAYOUT.record_bytes, PAGE_BYTES)
     tier = open_tier(tmp_path, slab_bytes=20 * slot_bytes, io=io)
@@ -271,7 +271,7 @@ def test_a_batch_larger_than_the_disk_is_kept_in_part(small_disk, num_records):
     keys = make_keys(num_records)
     settings = {"slab_bytes": 32 * PAGE_BYTES, "capacity_bytes": 2 * num_records * PAGE_BYTES}
     tier = open_tier(small_disk, **settings)
-    for _ in range(5):  # what was refused is refused again, and nothing wears out
+    for _ in range(5):  # refusals repeat, and use nothing up
         kept, refused = put_batch(tier, keys)
         assert len(kept) > 100 and refused
         assert count_right(tier, kept) == len(kept) == tier.stats().num_records

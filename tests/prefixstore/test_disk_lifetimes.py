@@ -87,7 +87,7 @@ def test_expired_records_go_before_others_are_evicted(tmp_path):
     clock.seconds += 1
     put(mortal, keys[2:4])
     clock.seconds += 2 * HOUR
-    put(immortal, keys[4:6])  # in place of the two that expired, though they were used later
+    put(immortal, keys[4:6])  # replace the two expired ones, though those were used later
     assert contains(immortal, keys[:6]) == [True, True, False, False, True, True]
     stats = immortal.stats()
     assert (stats.num_expired, stats.num_evictions) == (2, 0)
@@ -137,7 +137,7 @@ def test_a_step_of_the_wall_clock_changes_nothing(tmp_path, monkeypatch, step_ns
     tier.close()
     tier = open_tier(tmp_path, ttl_s=0.05)  # reopened in the same run of the machine
     assert contains(tier, keys) == [True, True]
-    put(tier, keys)  # from now on with the new time to live
+    put(tier, keys)  # restarts with the new time to live
     time.sleep(0.06)
     assert contains(tier, keys) == [False, False]
     tier.close()
@@ -161,7 +161,7 @@ def test_a_clock_that_was_set_back_keeps_no_old_record_for_ever(tmp_path, monkey
 
 
 def restart(monkeypatch, name: str, wall_s: float) -> None:
-    """The machine starts again, and its clock says that so many seconds have passed."""
+    """Reboot the machine; its clock then says that so many seconds have passed."""
     now_ns = time.time_ns
     monkeypatch.setattr(disk_clock, "boot_id", lambda: name)
     monkeypatch.setattr(disk_clock, "boot_ns", lambda: 10**9)
@@ -182,7 +182,7 @@ def test_over_a_restart_the_wall_clock_counts_and_never_backwards(
     tier = open_tier(tmp_path, ttl_s=HOUR)
     assert contains(tier, keys) == [is_kept] * 2
     monkeypatch.setattr(disk_clock, "boot_ns", lambda: 10**9 + int(1.1 * HOUR * 1e9))
-    assert contains(tier, keys) == [False] * 2  # not for ever
+    assert contains(tier, keys) == [False] * 2  # the old expiry does not last for ever
     tier.close()
 
 
@@ -216,7 +216,7 @@ def test_a_tier_full_of_pinned_records_refuses_and_deletes(tmp_path):
     tier = open_tier(tmp_path, **sizes)
     keys, (large,) = make_keys(6), make_keys(1, LARGE_LAYOUT)
     put(tier, keys[:4])
-    assert all(tier.pin_many([key.name for key in keys[:4]] * 2))  # twice is once
+    assert all(tier.pin_many([key.name for key in keys[:4]] * 2))  # pinning twice counts once
     with pytest.raises(TierFull, match="pinned"):
         put(tier, keys[4:])
     assert tier.delete(keys[0].name)
@@ -237,7 +237,7 @@ def test_a_slab_with_a_pinned_record_is_not_dropped_for_another_size(tmp_path):
     assert contains(tier, [small[0], large[-1]]) == [True, True]
     assert tier.stats().num_records == 22
     tier.close()
-    tier = open_tier(tmp_path, capacity_bytes=slot, slab_bytes=slot)  # nor for a smaller bound
+    tier = open_tier(tmp_path, capacity_bytes=slot, slab_bytes=slot)  # a smaller bound
     assert contains(tier, [small[0], large[-1]]) == [True, False]
     assert tier.check() == []
     tier.close()
@@ -274,7 +274,7 @@ def test_a_slab_is_worth_its_best_record(tmp_path):
     small, large = make_keys(42), make_keys(3, LARGE_LAYOUT)
     put_with(tier, small[:1], 5)
     put_with(tier, small[1:], 0)
-    put_with(tier, large[:1], 0)  # drops the second slab, though it was used later
+    put_with(tier, large[:1], 0)  # drops the second slab, though it was used more recently
     assert contains(tier, [small[0], small[41], large[0]]) == [True, False, True]
     assert put_with(tier, large[1:], 5) == [None, None]
     assert contains(tier, [small[0], *large]) == [False, False, True, True]

@@ -1,4 +1,4 @@
-"""The disk tier's look-ups: what was found before is found again as long as it is there."""
+"""The disk tier's look-ups: remembered ones stay right when other processes change the index."""
 
 import random
 
@@ -16,7 +16,7 @@ def count_look_ups(tier):
 
 @pytest.fixture
 def two(tmp_path):
-    """Two tiers on one directory, as two processes have them."""
+    """Two tiers on one directory, like two processes."""
     tiers = [open_tier(tmp_path) for _ in range(2)]
     yield tiers
     for tier in tiers:
@@ -33,7 +33,7 @@ def test_is_looked_up_again_only_when_anybody_changed_anything(two):
         assert get_all(reader, names[:2], 3000) == records[:2]
     assert num_look_ups() == 1
     assert get_all(reader, names, 3000) == [*records[:2], None]
-    assert num_look_ups() == 2  # for the third
+    assert num_look_ups() == 2  # the second is for the third record
     assert other.put(names[2], memoryview(records[2])) is None
     for _ in range(5):
         assert get_all(reader, names, 3000) == records

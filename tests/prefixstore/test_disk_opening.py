@@ -1,4 +1,4 @@
-"""Opening a disk tier: what survives, what is rebuilt, what is refused and left alone."""
+"""Opening a disk tier: what survives, what is rebuilt, what is refused and left unchanged."""
 
 import fcntl
 import os
@@ -70,7 +70,7 @@ def test_a_lost_index_is_rebuilt_from_the_slabs(tmp_path, damage):
             with sqlite3.connect(index) as sql:
                 sql.execute("CREATE TABLE strangers (name TEXT)")
             sql.close()
-        case "no text":  # SQLite's message quotes the bytes, which are no UTF-8
+        case "no text":  # SQLite's message quotes bytes that are not UTF-8
             damaged = index.read_bytes().replace(b"WITHOUT ROWID", b"WITHOUT \xff\xfeWID")
             index.write_bytes(damaged)
     tier = open_tier(tmp_path)
@@ -126,7 +126,7 @@ def test_a_slot_that_cannot_be_read_costs_its_own_record(tmp_path, monkeypatch, 
         assert "cannot read 1 slots, the first of them 2" in caplog.text
         assert [tier.contains(key.name) for key in keys[:6]] == [True] * 2 + [False] + [True] * 3
         assert count_right(tier, keys) == 5
-        put(tier, keys[6:])  # none of them is given that slot
+        put(tier, keys[6:])  # none of them gets that slot
         assert count_right(tier, keys) == 9
         assert tier.check() == []
         clock.seconds += 11
@@ -166,7 +166,7 @@ def test_a_slab_of_another_shape_than_the_index_says_is_read_anew(tmp_path):
     other = slab.rename(slab.with_name(slab.name.replace("4096x20", "8192x10")))
     tier = open_tier(tmp_path, slab_bytes=20 * 4096)
     assert tier.check() == []
-    assert count_right(tier, keys) == 2  # those that start where the larger slots do
+    assert count_right(tier, keys) == 2  # those that begin where a larger slot begins
     assert list(tmp_path.glob("slab-*")) == [other]
     tier.close()
 
@@ -231,8 +231,8 @@ PRAGMA journal_mode = WAL;
 
 
 def write_version_1(path: Path, keys: list[BlockKey]) -> sqlite3.Connection:
-    """A slab of ten slots as the first version left it: seven records, used last first; one that
-    was evicted and whose bytes lie there still; one that was cut off; one that was never used."""
+    """Write a slab of ten slots as version 1 did: seven records, the most recently used first;
+    an evicted one whose bytes are still there; a truncated one; a slot never used."""
     with (path / "slab-v1-000001-4096x10.kvb").open("wb") as file:
         for slot, key in enumerate(keys[:9]):
             file.seek(slot * 4096)
@@ -256,10 +256,10 @@ def test_an_index_of_version_1_is_taken_over_with_its_order_of_use(tmp_path):
     tier = open_tier(tmp_path, **settings)
     assert tier.check() == []
     assert [tier.contains(key.name) for key in keys[:10]] == [True] * 7 + [False] * 3
-    put(tier, keys[10:15])  # three in free slots, two in place of those idle longest
+    put(tier, keys[10:15])  # three in free slots, two replace those unused longest
     assert [tier.contains(key.name) for key in keys[:7]] == [True] * 5 + [False] * 2
     assert tier.pin_many([keys[0].name]) == [True]
-    tier.delete_identity(keys[0].identity)  # which version 1 did not know
+    tier.delete_identity(keys[0].identity)  # version 1 stored no identities
     assert tier.stats().num_records == 0
     tier.close()
     open_tier(tmp_path, **settings).close()
@@ -270,7 +270,7 @@ def test_an_index_of_version_1_in_use_is_left_alone(tmp_path):
     keys = make_keys(20)
     write_version_1(tmp_path, keys).close()
     with (tmp_path / "tier.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)  # as the program that uses it does
+        fcntl.flock(lock, fcntl.LOCK_SH)  # as a program does that has the tier open
         with pytest.raises(TierUnavailable, match="got 1 and a program that has it open"):
             open_tier(tmp_path)
     tier = open_tier(tmp_path)
@@ -302,7 +302,7 @@ def test_shrinks_to_a_smaller_bound(tmp_path):
 
 @pytest.fixture
 def closed_directory() -> Iterator[Path]:
-    """A directory with five records that this process may read but not write, root or not."""
+    """A directory with five records that this process may read but not write, even as root."""
     user = os.geteuid()
     with tempfile.TemporaryDirectory() as name:  # pytest's own are closed to other users
         path = Path(name) / "tier"
@@ -314,7 +314,7 @@ def closed_directory() -> Iterator[Path]:
         for file in path.iterdir():
             file.chmod(0o444)
         if user == 0:
-            os.seteuid(65534)  # modes mean nothing to root
+            os.seteuid(65534)  # root ignores file modes
         try:
             yield path
         finally:

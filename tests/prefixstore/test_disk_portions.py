@@ -1,5 +1,5 @@
-"""Much at once goes to the disk in portions, of which several are under way; nothing tells them
-apart from outside, whatever fails."""
+"""Large puts are written in portions, several at a time; callers see no difference, whatever
+fails."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from prefixstore.tiers.disk.index import SlotIndex
 from prefixstore.tiers.disk.transfers import Transfers
 
 MIB = 1 << 20
-NUM_RECORDS = 10  # two to a small portion
+NUM_RECORDS = 10  # two per small portion
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_the_next_portion_is_allocated_while_one_is_written(tier, records, monke
 
 @pytest.mark.usefixtures("small_portions")
 def test_an_identity_keeps_to_its_quota_over_all_portions(tmp_path, records) -> None:
-    """As over as many calls: the last ones are kept."""
+    """As with separate calls: the last records are kept."""
     tier = open_tier(tmp_path, capacity_bytes=64 * MIB, slab_bytes=32 * MIB, quota_bytes=6 * MIB)
     names = make_names(NUM_RECORDS)
     assert tier.put_many(names, [record.data for record in records]) == [None] * NUM_RECORDS
@@ -103,7 +103,7 @@ def test_portions_before_one_that_fails_are_kept(tier, records, monkeypatch, err
 
     monkeypatch.setattr(SlotIndex, "allocate_many", failing)
     views = [record.data for record in records]
-    if isinstance(error, TierFull):  # what is full for one may not be for the next
+    if isinstance(error, TierFull):  # full for one record need not be full for the next
         assert tier.put_many(names, views) == [None] * 6 + [error] * 2 + [None] * 2
         assert num_kept(tier, names, records) == NUM_RECORDS - 2
     else:
@@ -117,7 +117,7 @@ def test_portions_before_one_that_fails_are_kept(tier, records, monkeypatch, err
 
 @pytest.mark.usefixtures("small_portions")
 def test_what_another_published_meanwhile_stands(tmp_path, records) -> None:
-    """Both have it then, and neither its slot twice."""
+    """Both processes then have it, and no slot is used twice."""
     names = make_names(NUM_RECORDS)
     tiers = [open_tier(tmp_path, capacity_bytes=64 * MIB, slab_bytes=32 * MIB) for _ in range(2)]
     mine, theirs = tiers
@@ -127,7 +127,7 @@ def test_what_another_published_meanwhile_stands(tmp_path, records) -> None:
     def overtaken(refs, *args):
         nonlocal num_calls
         num_calls += 1
-        if num_calls == 2:  # one record of this portion
+        if num_calls == 2:  # publish one record of this portion first
             assert theirs.put_many([refs[1].name], [records[names.index(refs[1].name)].data]) == [
                 None
             ]
@@ -143,7 +143,7 @@ def test_what_another_published_meanwhile_stands(tmp_path, records) -> None:
 
 @pytest.mark.usefixtures("small_portions")
 def test_all_portions_are_waited_for_where_publishing_fails(tier, records, monkeypatch) -> None:
-    """Nobody reads the caller's memory afterwards."""
+    """The caller's memory is not read after the call."""
     ended: list[int] = []
     end = Transfers.end_writing
 
@@ -160,7 +160,7 @@ def test_all_portions_are_waited_for_where_publishing_fails(tier, records, monke
     names, views = make_names(NUM_RECORDS), [record.data for record in records]
     with pytest.raises(TierTimeout):
         tier.put_many(names, views)
-    assert ended == [2] * 3  # as many as were under way
+    assert ended == [2] * 3  # the three that were under way
     monkeypatch.undo()
     assert num_kept(tier, names, records) == 0
     assert tier.put_many(names, views) == [None] * NUM_RECORDS

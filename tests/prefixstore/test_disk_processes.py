@@ -1,4 +1,4 @@
-"""The disk tier among processes: killed writers, neighbours, readers and writers overtaken."""
+"""The disk tier shared by processes: killed writers, neighbours, overtaken readers and writers."""
 
 import json
 import os
@@ -25,7 +25,7 @@ PROCESS_CAPACITY = 6 << 20  # less than the processes write
 
 
 class DiskProcess:
-    """Starts processes on one directory, one at a time; see disk_process.py."""
+    """Starts processes on one directory, one after another; see disk_process.py."""
 
     def __init__(self, path: Path, lease_s: float = 60) -> None:
         python_path = os.pathsep.join([str(HERE), *filter(None, sys.path)])
@@ -39,7 +39,7 @@ class DiskProcess:
         self._pid = 0
 
     def start(self, seed: int, seconds: float = 60) -> None:
-        """Returns when it is about to open the tier."""
+        """Start a process; returns when it is about to open the tier."""
         self._forker.stdin.write(f"{seed} {seconds}\n")
         self._forker.stdin.flush()
         self._pid = self.read()["pid"]
@@ -52,7 +52,7 @@ class DiskProcess:
         return self.wait(-signal.SIGKILL)
 
     def wait(self, exit_code: int = 0) -> dict[str, int]:
-        """The last that it told before its end."""
+        """Wait for its end; returns the last line that it printed."""
         last: dict[str, int] = {}
         while "exit_code" not in (told := self.read()):
             last = told
@@ -78,11 +78,11 @@ def make_process(tmp_path) -> Iterator[Callable[[], DiskProcess]]:
 
 
 def test_kill_minus_nine_in_the_middle_of_writes(tmp_path, make_process):
-    """50 writers on one directory killed at random moments, and 10 more while they open it; more
-    of them where no kill came in the middle of a write.
+    """50 writers on one directory are killed at random moments, and 10 more while they open it;
+    more of them if no kill came in the middle of a write.
 
-    Each process mends what the one before left, finds nothing to complain of in it, and reads back
-    rightly all that the index knows; or it fails, and with it the test.
+    Each process mends what the previous one left, finds no fault in its recount, and reads back
+    rightly all that the index knows; otherwise it fails, and with it the test.
     """
     random = np.random.default_rng(0)
     process = make_process()
@@ -108,13 +108,13 @@ def test_kill_minus_nine_in_the_middle_of_writes(tmp_path, make_process):
     assert tier.stats().used_bytes <= PROCESS_CAPACITY
     tier.close()
     print(totals)
-    # it was writing, evicting and in the middle of a write when the kills came, and kept something
+    # kills came while it wrote, evicted and was in the middle of a write, and it kept something
     assert totals["kills"] >= 50 and totals["cut_off"] > 0
     assert min(totals["puts"], totals["evictions"], totals["served"]) > 50
 
 
 def test_a_writer_killed_beside_others_leaves_them_unharmed(tmp_path, make_process):
-    """The dead one's slots come back when its lease is over."""
+    """The dead writer's slots become free when its lease ends."""
     survivor = open_tier(tmp_path, capacity_bytes=PROCESS_CAPACITY, write_lease_s=2)
     process = make_process()
     for seed in range(10):
@@ -137,10 +137,10 @@ def test_a_writer_killed_beside_others_leaves_them_unharmed(tmp_path, make_proce
 
 @pytest.mark.timeout(120)
 def test_a_hundred_kills_of_two_writers_leak_nothing(tmp_path, make_process):
-    """Two processes write to one directory at a time, and one after the other is killed.
+    """Two processes at a time write to one directory, and one after another is killed.
 
-    A third has it open all the time, so that nobody mends it: what the dead leave, leases and
-    sweeps have to give back.
+    A third has it open all the time, so that it is never mended at opening: leases and sweeps must
+    free what the dead ones left.
     """
     random = np.random.default_rng(1)
     survivor = open_tier(tmp_path, capacity_bytes=PROCESS_CAPACITY, write_lease_s=1)
@@ -166,7 +166,7 @@ def test_a_hundred_kills_of_two_writers_leak_nothing(tmp_path, make_process):
     assert survivor.check() == []
     with survivor._index.frozen() as sql:
         known = {slab.file_name for slab in slab_table.list_slabs(sql)}
-    # a writer that dies before it makes its slab's file leaves a row, and the next makes the file
+    # a writer that dies before it makes its slab's file leaves a row; the next one makes the file
     assert {path.name for path in tmp_path.glob("slab-*")} <= known
     assert sum(path.stat().st_size for path in tmp_path.glob("slab-*")) <= PROCESS_CAPACITY
     assert count_served(survivor) == count_found(survivor) > 0
@@ -199,7 +199,7 @@ def test_a_reader_overtaken_by_an_eviction_reports_a_miss(
     read = reader._files.read
 
     def slow_read(slab, slot, out):
-        put(writer, [second])  # takes the only slot between look-up and read, or the other one
+        put(writer, [second])  # takes the only slot, or the other one, between look-up and read
         return read(slab, slot, out)
 
     monkeypatch.setattr(reader._files, "read", slow_read)
@@ -289,7 +289,7 @@ def test_a_writer_past_its_lease_wipes_nothing(tmp_path, monkeypatch):
     first, second = make_keys(1), make_keys(1, seed=1)
     clock, large = Clock(), RecordName(bytes(16), bytes(32))
     dead, slow, fast = [open_tier(tmp_path, clock=clock, write_lease_s=0.5) for _ in range(3)]
-    dead._index.allocate_many({first[0].name: LAYOUT.record_bytes}, 0)  # and never published
+    dead._index.allocate_many({first[0].name: LAYOUT.record_bytes}, 0)  # never published
     clock.seconds += 1
     write = slow._files.write
 
@@ -297,7 +297,7 @@ def test_a_writer_past_its_lease_wipes_nothing(tmp_path, monkeypatch):
         write(slab, offset, buffers)
         clock.seconds += 1
         time.sleep(0.6)
-        put(fast, second)  # where `slow` has a dead one's slot to wipe
+        put(fast, second)  # into the slot that `slow` is about to wipe for a dead writer
 
     monkeypatch.setattr(slow._files, "write", slow_write)
     with pytest.raises(TierTimeout, match=r"within 0.5 s"):

@@ -1,4 +1,4 @@
-"""Mending a disk tier while it is open: `check(fix=True)` and `sweep`."""
+"""Repairing an open disk tier: `check(fix=True)` and `sweep`."""
 
 import errno
 import os
@@ -40,7 +40,7 @@ def overwrite(path: Path) -> None:
 
 
 def swap(path: Path) -> None:
-    """Two records lie where the other should."""
+    """Swap two records in the file."""
     data = first_slab(path).read_bytes()
     with first_slab(path).open("r+b") as file:
         file.write(data[PAGE_BYTES : 2 * PAGE_BYTES] + data[:PAGE_BYTES])
@@ -65,7 +65,7 @@ def change_sizes(path: Path) -> None:
         (overwrite, 3, 27),
         (swap, 2, 28),
         (remove, 10, 20),
-        (lose_rows, 1, 30),  # the records are there: the slab is read anew
+        (lose_rows, 1, 30),  # the records are there: the slab is scanned again
         (change_sizes, 8, 30),
     ],
 )
@@ -79,7 +79,7 @@ def test_what_check_finds_it_mends(
     damage(tmp_path)
     problems = tier.check()
     assert len(problems) == num_problems
-    assert tier.check() == problems  # looking changes nothing
+    assert tier.check() == problems  # a check alone changes nothing
     assert tier.check(fix=True) == problems
     assert tier.check() == []
     assert tier.stats().num_records == num_left
@@ -125,7 +125,7 @@ def test_a_bound_that_was_passed_is_mended(tmp_path):
 
 
 def fail_to_remove(tier: DiskTier, keys: list[BlockKey], monkeypatch) -> None:
-    """Lose a file to a put that drops a slab and cannot delete it."""
+    """Leave a file behind: a put drops a slab but cannot delete its file."""
 
     def failing(path, missing_ok=False):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -147,13 +147,13 @@ def test_files_that_nobody_knows_are_given_back(tmp_path, monkeypatch, mend):
     orphan = first_slab(tmp_path)
     if mend == "sweep":
         swept = tier.sweep()
-        assert swept == Swept(num_orphans=2, num_bytes=2 * slot)  # and the slot it was to have
+        assert swept == Swept(num_orphans=2, num_bytes=2 * slot)  # and its allocated slot
     elif mend == "fix":
         assert tier.check(fix=True) == []
     else:
         tier.close()
         tier = open_tier(tmp_path, **settings)
-        assert count_right(tier, make_keys(5)) == 5  # it is taken in again
+        assert count_right(tier, make_keys(5)) == 5  # the orphan is indexed again
         tier.delete_many([key.name for key in make_keys(5)])
     assert orphan.exists() == (mend == "reopen")
     put(tier, make_keys(1, LARGE_LAYOUT))
@@ -162,7 +162,7 @@ def test_files_that_nobody_knows_are_given_back(tmp_path, monkeypatch, mend):
 
 
 def test_a_sweep_gives_unfinished_writes_back(tmp_path, monkeypatch):
-    """Wiped, so that a rebuilt index does not find half a record."""
+    """They are wiped, so that a rebuilt index does not find half a record."""
     clock = Clock()
     tier = open_tier(tmp_path, clock=clock, capacity_bytes=SLAB, slab_bytes=SLAB)
     keys = make_keys(10)
@@ -198,12 +198,12 @@ def test_a_slot_whose_write_failed_is_used_again(tmp_path, monkeypatch):
         put(tier, [second])
     with pytest.raises(TierUnavailable):
         tier.delete(first.name)
-    assert not tier.contains(first.name)  # hidden, if not wiped
+    assert not tier.contains(first.name)  # hidden, though not wiped
     monkeypatch.undo()
     put(tier, [second])
     with tier._index.frozen() as sql:
         states = sql.execute("SELECT state, count(*) FROM slots GROUP BY state").fetchall()
-    # the one whose deletion failed stays hidden until its lease is over
+    # the record whose deletion failed stays hidden until its lease ends
     assert dict(states) == {FREE: 8, WRITING: 1, READY: 1}
     assert count_right(tier, [first, second]) == 1
     assert LAYOUT.record_bytes == tier.stats().used_bytes

@@ -1,4 +1,4 @@
-"""Slots that the disk tier takes ahead of puts that follow each other."""
+"""Slots that the disk tier takes ahead for puts in quick succession."""
 
 import random
 import sqlite3
@@ -26,7 +26,7 @@ from prefixstore.tiers.disk.reserve import SlotReserve
 from prefixstore.tiers.disk.transfers import Transfers
 
 RECORD_BYTES = 64 << 10
-BATCH = 16  # records of a put: a megabyte, and a sixteenth of the tier
+BATCH = 16  # records per put: a megabyte, and a sixteenth of the tier
 NUM_BATCHES = 16
 CAPACITY = NUM_BATCHES * BATCH * RECORD_BYTES
 MINE, THEIRS = b"m" * 16, b"t" * 16  # identities
@@ -38,12 +38,12 @@ _NUMBERS = (
 
 @pytest.fixture(autouse=True)
 def _slow_transfers(monkeypatch) -> None:
-    """However fast the disk is, there is time for a transaction beside each transfer."""
+    """Slow transfers down, so that a transaction fits beside each on any disk."""
     monkeypatch.setattr(Transfers, "is_over", lambda *_: False)
 
 
 class TickingClock(Clock):
-    """No two puts are at the same time, and none is long after another."""
+    """A clock that advances a little with each reading: puts follow each other closely."""
 
     def __call__(self) -> float:
         self.seconds += 1e-3
@@ -72,7 +72,7 @@ def names_of(batch: int, identity: bytes = MINE, count: int = BATCH) -> list[Rec
 
 
 def record_of(name: RecordName, num_bytes: int = RECORD_BYTES) -> np.ndarray:
-    """Its own bytes behind a header that names it."""
+    """A record: a header that names it, and its own bytes."""
     data = make_bytes(num_bytes, int.from_bytes(name.block_hash, "big"))
     header = FixedHeader(
         magic=MAGIC,
@@ -103,7 +103,7 @@ def num_right(tier: DiskTier, names: list[RecordName]) -> int:
 
 
 def num_taken(path: Path) -> int:
-    """Slots that no record can be read from, and nobody else can take."""
+    """Slots without a readable record that no other writer can take."""
     with sqlite3.connect(path / "index.sqlite") as sql:
         (count,) = sql.execute("SELECT count(*) FROM slots WHERE state = 1").fetchone()
     sql.close()
@@ -180,7 +180,7 @@ def test_other_puts_find_free_what_was_taken(tier, tmp_path, monkeypatch) -> Non
         put(tier, names_of(batch))
     assert num_taken(tmp_path) == BATCH
     order = note_calls(monkeypatch)
-    put(tier, names_of(3, count=2 * BATCH))  # these need them, and others
+    put(tier, names_of(3, count=2 * BATCH))  # these use them, and need more
     assert order[0] == "allocate"
     for batch in range(10, 13):
         put(tier, names_of(batch))
@@ -191,10 +191,10 @@ def test_other_puts_find_free_what_was_taken(tier, tmp_path, monkeypatch) -> Non
 
 
 def test_what_another_put_left_is_never_taken_for_one_of_another_size(tier, monkeypatch) -> None:
-    """Where a put of other records came between, and its thread had the turn."""
+    """Even if a put of records of another size comes between, in whichever thread order."""
     for batch in range(3):
         put(tier, names_of(batch))
-    put(tier, names_of(3)[:10])  # leaves six
+    put(tier, names_of(3)[:10])  # six slots remain
     large = [names_of(100 + batch)[:8] for batch in range(3)]
     records = [[record_of(name, 2 * RECORD_BYTES) for name in names] for names in large]
     for number, (names, rows) in enumerate(zip(large, records, strict=True)):
@@ -228,7 +228,7 @@ def test_they_are_not_used_when_their_lease_has_run_for_a_while(
     order = note_calls(monkeypatch)
     clock.seconds += 16  # of a lease of 60
     put(tier, names_of(3))
-    assert order == ["allocate", "begin", "publish"]  # nor does it follow the ones before
+    assert order == ["allocate", "begin", "publish"]  # nor does it continue the earlier puts
     assert num_taken(tmp_path) == 0
 
 
@@ -272,7 +272,7 @@ def test_those_of_a_process_that_died_are_taken_over(tmp_path, clock) -> None:
     assert other.sweep() == Swept(0, BATCH, BATCH * RECORD_BYTES)
     assert num_taken(tmp_path) == 0
     put(other, names_of(3))
-    put(dead, names_of(4))  # it was only slow
+    put(dead, names_of(4))  # it was not dead, only slow
     for tier in (dead, other):
         assert all(num_right(tier, names_of(batch)) == BATCH for batch in range(5))
         assert tier.check() == []
@@ -288,10 +288,10 @@ def test_they_are_not_used_after_another_process_changed_anything(
     assert num_taken(tmp_path) == BATCH
     put(other, names_of(3))
     order = note_calls(monkeypatch)
-    put(tier, names_of(3))  # all are there
+    put(tier, names_of(3))  # all of them exist already
     put(tier, names_of(4))
     assert order[0] == "allocate"
-    for batch in range(5, 9):  # they take turns: nothing is taken ahead
+    for batch in range(5, 9):  # two sizes alternate: nothing is taken ahead
         put([tier, other][batch % 2], names_of(batch))
         assert batch == 5 or num_taken(tmp_path) == 0
     assert all(num_right(other, names_of(batch)) == BATCH for batch in range(9))
@@ -309,7 +309,7 @@ def delete_records(tier: DiskTier) -> None:
 @pytest.mark.parametrize("delete", [delete_identity, delete_records])
 @pytest.mark.parametrize("who", ["mine", "other"])
 def test_what_is_deleted_is_gone_from_them_too(tmp_path, clock, who, delete) -> None:
-    """No rebuilt index finds it, where slots taken ahead still held evicted records."""
+    """A rebuilt index does not find it, not even in slots taken ahead that still hold its bytes."""
     tier = open_tier(tmp_path, clock=clock, capacity_bytes=CAPACITY)
     other = open_tier(tmp_path, clock=clock, capacity_bytes=CAPACITY)
     for batch in range(NUM_BATCHES):
@@ -320,7 +320,7 @@ def test_what_is_deleted_is_gone_from_them_too(tmp_path, clock, who, delete) -> 
     delete({"mine": tier, "other": other}[who])
     tier.close()
     other.close()
-    open_tier(tmp_path, clock=clock, capacity_bytes=CAPACITY).close()  # wipes what was left
+    open_tier(tmp_path, clock=clock, capacity_bytes=CAPACITY).close()  # wipes leftovers
     for path in tmp_path.glob("index.sqlite*"):
         path.unlink()
     tier = open_tier(tmp_path, clock=clock, capacity_bytes=CAPACITY)
@@ -340,7 +340,7 @@ def test_a_put_does_not_fail_because_none_can_be_taken(tier, monkeypatch, caplog
         patched.setattr(SlotIndex, "take_slots", busy)
         for batch in range(3):
             put(tier, names_of(batch))
-    # slabs of another size have to go for what is taken ahead
+    # slabs of another size must be dropped to take slots ahead
     for batch in range(3, 3 * NUM_BATCHES):
         put(tier, names_of(batch))
     take = SlotIndex.take_slots
@@ -363,7 +363,7 @@ def test_a_put_does_not_fail_because_none_can_be_taken(tier, monkeypatch, caplog
 
 @pytest.mark.parametrize("seed", range(3))
 def test_random_calls_beside_a_dict(tmp_path, seed, monkeypatch) -> None:
-    """Of two tiers in one directory; whatever is read is right."""
+    """Random calls of two tiers on one directory: whatever is read is right."""
     choice = random.Random(seed)
     tiers = [open_tier(tmp_path, capacity_bytes=CAPACITY) for _ in range(2)]
     order = note_calls(monkeypatch)

@@ -1,4 +1,4 @@
-"""Many slots are changed by few statements; what each of them holds is nevertheless its own."""
+"""Few statements change many slots, and each slot still holds its own record."""
 
 import random
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_a_run_ends_with_its_slab_at_a_gap_and_where_slots_differ() -> None:
 
 
 def test_each_slot_of_a_run_gets_its_own_record(tier: DiskTier) -> None:
-    """Of random identities, sizes and hashes of odd lengths, evicted in a random order."""
+    """Random identities, sizes and hashes of odd lengths, evicted in a random order."""
     source = random.Random(0)
     held: dict[RecordName, int] = {}
     identities = [source.randbytes(16) for _ in range(2)]
@@ -94,8 +94,8 @@ def test_records_written_together_are_published_and_marked_by_one_statement(
     tier.put(other, record_of(other, SLOT_BYTES).data)
     updates = [s for s in statements if s.startswith("UPDATE") and "slots SET" in s]
     assert [s.partition("SET ")[2][:9] for s in updates] == [
-        *("state = 1", "state = 2"),  # 32 records are taken and published
-        *("last_used", "state = 1", "state = 2"),  # their use is marked beside another's
+        *("state = 1", "state = 2"),  # statements for 32 slots taken and published
+        *("last_used", "state = 1", "state = 2"),  # and for marking use, together with another's
     ]
 
 
@@ -107,7 +107,7 @@ def test_of_a_run_only_the_record_of_a_block_that_is_there_gives_way(
     publish = tier._index.publish_many
 
     def overtaken(*args):
-        """Another process was faster with one of the blocks."""
+        """Let another process publish one of the blocks first."""
         theirs = open_tier(tmp_path, clock=clock, capacity_bytes=NUM_SLOTS * SLOT_BYTES)
         theirs.put(names[3], records[3])
         theirs.close()

@@ -1,4 +1,4 @@
-"""The threads that do the disk tier's jobs: none is lost, none is waited for in vain."""
+"""The disk tier's worker threads: no job is lost, and no wait hangs."""
 
 import threading
 import time
@@ -83,7 +83,7 @@ def test_a_bug_is_raised_to_who_waits_once_the_rest_is_done(threads, num_helpers
     with pytest.raises(ZeroDivisionError):
         batch.wait()
     assert sorted(done) == [0, 2, 3]
-    good = JobBatch(make_jobs(4), lambda job: None, None)  # no thread was lost
+    good = JobBatch(make_jobs(4), lambda job: None, None)  # no thread died
     threads.help(good, 4)
     good.wait()
 
@@ -101,7 +101,7 @@ def test_nobody_waits_past_the_deadline_and_what_was_not_begun_never_is(threads)
     assert not done
     may_go_on.set()
     threads.close(wait=True)
-    assert len(done) == 3  # one a thread
+    assert len(done) == 3  # one per thread
 
 
 def test_closed_threads_refuse_and_may_be_closed_again(threads):

@@ -37,7 +37,7 @@ def aligned(num_bytes: int) -> np.ndarray:
 
 
 def crooked(num_bytes: int) -> np.ndarray:
-    """Memory that begins at an odd address."""
+    """A buffer at an odd address."""
     return page_aligned(num_bytes + 1)[1 : num_bytes + 1]
 
 
@@ -81,7 +81,7 @@ def test_any_memory_will_do(tmp_path, io, make_in, make_out, deadline_s, method)
     assert outcomes == [record.size for record in records]
     for record, out in zip(records, memory, strict=True):
         assert np.array_equal(out[: record.size], record)
-        assert (out[record.size :] == 0xEE).all()  # nothing behind the record is touched
+        assert (out[record.size :] == 0xEE).all()  # nothing after the record is touched
     tier.close()
 
 
@@ -100,14 +100,14 @@ def test_reads_parts_of_records(tmp_path, io, make_out):
         [names[n] for n in numbers], [out.data for out in outs], offsets=starts
     )
     for n, start, out, outcome in zip(numbers, starts, outs, outcomes, strict=True):
-        expected = records[n][start : start + out.size]  # what lies past the record is not there
+        expected = records[n][start : start + out.size]  # clipped at the record's end
         assert outcome == expected.size
         assert np.array_equal(out[:outcome], expected)
     tier.close()
 
 
 def test_direct_and_buffered_tiers_on_one_directory_agree(tmp_path):
-    """With few slots, so that each is written both ways, and read both ways afterwards."""
+    """There are few slots, so that each is written both ways, and read both ways afterwards."""
     random = np.random.default_rng(0)
     settings = {"capacity_bytes": 8 * 3 * PAGE_BYTES, "slab_bytes": 8 * 3 * PAGE_BYTES}
     tiers = [open_tier(tmp_path, io=io, **settings) for io in ("auto", "buffered")]
@@ -190,7 +190,7 @@ def test_a_batch_takes_a_few_statements(tmp_path):
     get_all(tier, names, 3000)
     assert [s.partition(" ")[0] for s in statements] == ["PRAGMA", "SELECT", "PRAGMA"]
     statements.clear()
-    get_all(tier, names, 3000)  # nobody changed anything: they are where they were
+    get_all(tier, names, 3000)  # nothing changed: their places are remembered
     assert [s.partition(" ")[0] for s in statements] == ["PRAGMA", "PRAGMA"]
     statements.clear()
     assert all(tier.delete_many(names))
@@ -248,8 +248,8 @@ def test_who_reads_without_a_deadline_is_one_of_the_threads(
 
 @pytest.fixture
 def interruptible():
-    """SIGINT interrupts, also where whoever started the tests ignores it, as a shell does for what
-    it runs in the background."""
+    """Make SIGINT interrupt, even if the tests were started with it ignored, as by a shell in the
+    background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -271,7 +271,7 @@ def test_an_interrupted_reader_waits_for_the_other_threads(tmp_path, monkeypatch
             raise KeyboardInterrupt
         has_begun.set()
         time.sleep(0.2)
-        if by_extension:  # whose other thread waits by now
+        if by_extension:  # whose other thread is waiting by now
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.2)
         ended.append(read())
@@ -347,7 +347,7 @@ def test_what_has_no_room_does_not_keep_the_rest_of_a_batch_out(tmp_path):
 def test_a_bad_spot_on_the_disk_costs_only_the_record_read_there(
     tmp_path, monkeypatch, by_extension, io
 ):
-    """Though its neighbours were to be read in the same system call."""
+    """Its neighbours were to be read in the same system call."""
     tier = open_tier(tmp_path, slab_bytes=20 * PAGE_BYTES, io=io)
     names = make_names(10)
     records = [make_bytes(3000, n) for n in range(10)]
@@ -370,7 +370,7 @@ def test_a_bad_spot_on_the_disk_costs_only_the_record_read_there(
 
 
 def test_a_bad_spot_on_the_disk_costs_only_the_record_written_there(tmp_path, monkeypatch):
-    """Though its neighbours were to be written in the same system call."""
+    """Its neighbours were to be written in the same system call."""
     tier = open_tier(tmp_path, slab_bytes=20 * PAGE_BYTES)
     names = make_names(10)
     records = [make_bytes(3000, n) for n in range(10)]

@@ -1,4 +1,4 @@
-"""The disk tier waits neither for locks nor for calls that hang where it need not."""
+"""The disk tier does not wait for locks or hanging calls where it need not."""
 
 import sqlite3
 import threading
@@ -26,7 +26,7 @@ def locked_by_another(tier: DiskTier) -> Iterator[None]:
 
 @pytest.mark.parametrize("locked", [locked_by_another, lambda tier: tier._index.frozen()])
 def test_marks_of_use_wait_for_nobody(tmp_path, locked):
-    """And go along with the next transaction."""
+    """They are written with the next transaction."""
     clock = Clock()
     tier = open_tier(tmp_path, clock=clock, ttl_s=160, timeout_s=20)
     key, other = make_keys(2)
@@ -43,7 +43,7 @@ def test_marks_of_use_wait_for_nobody(tmp_path, locked):
 
 
 def wipe_of_a_dead_writer(tier: DiskTier, clock: Clock, monkeypatch) -> Hanging:
-    """Let a writer die beside a record, and reading what it left hang."""
+    """Let a writer die beside a record, and make reading its slot hang."""
     names = make_names(2, seed=1)
     assert tier.put(names[0], make_bytes(2 * PAGE_BYTES, 0).data) is None
     (slot,) = tier._index.allocate_many({names[1]: 2 * PAGE_BYTES}, 0).refs.values()

@@ -1,4 +1,4 @@
-"""The engine: what it answers, reuses, refuses and gives back."""
+"""The engine: its answers, what it reuses, refuses and releases."""
 
 import asyncio
 import threading
@@ -38,7 +38,7 @@ def test_reuses_what_was_computed_before_answers_too(model):
         second = answer(engine, turn)
         assert list(second.token_ids) == expected(model, turn)
     assert first.report.reuse.misses == {"new": 96}
-    # 111 of the first request's tokens were computed: the last one's KV was not needed.
+    # 111 tokens of the first request were computed: the last one's KV was not needed.
     assert second.report.reuse.tokens_by_tier == {"device": 96}
     assert second.report.reuse.misses == {"new": 32}
 
@@ -65,7 +65,7 @@ def test_restores_from_a_tier_after_a_restart(model, tier, tmp_path):
         answer(engine, tokens)
         assert engine.cache.flush()
         if tier == "memory":
-            answer(engine, prompt(600, seed=1))  # the pool holds no more than that
+            answer(engine, prompt(600, seed=1))  # fills the whole pool
             output = answer(engine, tokens)
     if tier == "disk":
         with open_engine(model, **settings) as engine:
@@ -95,7 +95,7 @@ def test_streams_pieces_as_they_come_to_threads_and_event_loops(model):
         assert [one for delta in deltas for one in delta.token_ids] == expected(model, tokens)
         assert all(delta.finish_reason is None for delta in deltas[:-1])
         assert deltas[-1].finish_reason == FinishReason.LENGTH and deltas[-1].report is not None
-    assert len(again) == 1  # all of it was there
+    assert len(again) == 1  # the whole prefix was there
 
 
 def test_ends_at_stop_strings_and_stop_tokens(model):
@@ -165,7 +165,7 @@ def test_a_cancelled_request_ends_wherever_it_is(model):
         running.cancel()
         ended = running.result(60)
         assert ended.finish_reason == FinishReason.CANCELLED and ended.token_ids
-        running.cancel()  # of no effect
+        running.cancel()  # no effect
         assert answer(engine, prompt(40)).token_ids
 
 
@@ -173,7 +173,7 @@ def test_to_cancel_a_finished_request_does_nothing_to_the_next_of_its_id(model):
     with open_engine(model) as engine:
         first = engine.submit(prompt(40), GREEDY, request_id="a")
         first.result(60)
-        with engine._loop.changed:  # the next is there when the first is cancelled
+        with engine._loop.changed:  # so that the next is queued when the first is cancelled
             following = engine.submit(prompt(40), GREEDY, request_id="a")
             first.cancel()
         assert following.result(60).finish_reason == FinishReason.LENGTH
@@ -229,7 +229,7 @@ def test_overload_is_answered_at_once(model):
 
 
 def test_who_has_a_free_place_does_not_count_as_waiting(model):
-    """However late the engine's thread wakes up: here it waits for the lock all the time."""
+    """However late the engine's thread wakes up: here it waits for the lock throughout."""
     with open_engine(model, max_running=2, max_queued=1) as engine:
         with engine._loop.changed:
             handles = [engine.submit(prompt(40, i), GREEDY) for i in range(3)]

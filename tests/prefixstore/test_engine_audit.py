@@ -1,4 +1,4 @@
-"""Audits: what was reused is computed once more, and what is wrong is not used again."""
+"""Audits: reused blocks are recomputed, and wrong ones are not used again."""
 
 import logging
 import threading
@@ -26,11 +26,11 @@ WRONG = 3  # the block that is altered
 
 
 class LyingTier(DictTier):
-    """Gives other keys and values than it was given, with checksums that agree."""
+    """Returns keys and values other than it was given, with right checksums."""
 
     def __init__(self):
         super().__init__("lying")
-        self.altered = {}  # by hash: the key
+        self.altered = {}  # keys of altered blocks, by hash
         self.num_lies = 0
 
     def _read(self, name, out):
@@ -50,7 +50,7 @@ class LyingTier(DictTier):
 
 @pytest.fixture(autouse=True)
 def waits_for_tiers(monkeypatch, waits_for_look_ups):
-    """On a busy machine prompts would be computed in place of restored."""
+    """Else prompts would be computed instead of restored on a busy machine."""
     monkeypatch.setattr("prefixstore.planner.plan._LEAST_PATIENCE_S", 30.0)
 
 
@@ -61,7 +61,7 @@ def lying():
 
 @pytest.fixture
 def engine(model, lying):
-    """Over the lying tier alone, auditing all; checked at the end."""
+    """An engine with only the lying tier, which audits everything; checked at the end."""
     config = CacheConfig(block_size=BLOCK_SIZE, pool_tokens=1024)
     cache = PrefixCache.open(model, config, store=Store([lying]))
     engine_config = EngineConfig(audit_share=1, restore_policy="load")
@@ -76,7 +76,7 @@ def engine(model, lying):
 
 
 def idle(engine):
-    """The counters once no audit is left."""
+    """Wait for all audits to end; returns the counters."""
     ends_at = time.monotonic() + 60
     while engine._loop.auditor.has_work(0.0):
         assert time.monotonic() < ends_at, "an audit hangs"
@@ -92,7 +92,7 @@ def test_a_record_that_lies_is_caught_quarantined_and_computed(engine, lying, ca
     tokens = prompt(LENGTH)
     exact = answer(engine, tokens).token_ids
     assert engine.cache.flush()
-    # Of a sliding window only the last blocks are loaded.
+    # With a sliding window only the last blocks are loaded.
     wrong = NUM_BLOCKS - 1
     lying.altered = {own[wrong].block_hash: own[wrong] for own in keys_of(engine, tokens)}
     with caplog.at_level(logging.ERROR, "prefixstore.engine.audit"):
@@ -100,7 +100,7 @@ def test_a_record_that_lies_is_caught_quarantined_and_computed(engine, lying, ca
         misled = answer(engine, tokens)
         stats = idle(engine)
     assert lying.num_lies and misled.report.reuse.tokens_by_tier["lying"] >= BLOCK_SIZE
-    # The answer's block was computed on the wrong one.
+    # The answer's block was computed from the wrong one.
     assert stats.num_quarantined == 2
     (line,) = caplog.messages
     assert f"block {wrong} (" in line and "from lying: relative error 2 in" in line
@@ -125,7 +125,7 @@ def test_what_is_quarantined_is_deleted_and_never_loaded_again(engine, lying):
     assert blocks.store.delete_many(wrong) == []
     is_kept = [[key.block_hash in lying.records for key in own] for own in keys]
     assert is_kept == [[True] * WRONG + [False] * (NUM_BLOCKS - WRONG)] * len(keys)
-    lying.records.update(planted)  # as another process would
+    lying.records.update(planted)  # as by another process
     engine.cache.evict_pool()
     output = answer(engine, tokens)
     assert output.token_ids == exact
@@ -170,7 +170,7 @@ def test_honest_blocks_are_never_quarantined(make, codec, dtype, tmp_path):
         answer(engine, tokens[:120])
         assert engine.cache.flush()
         engine.cache.evict_pool()
-        answer(engine, tokens)  # restores the front, computes on it
+        answer(engine, tokens)  # restores the front, computes the rest from it
         answer(engine, tokens)  # reuses both
         stats = idle(engine)
         assert stats.audited_blocks >= 12 and stats.num_quarantined == 0
@@ -200,7 +200,7 @@ def test_a_request_waits_for_one_block_of_an_audit_at_most(model):
         handle = engine.submit(prompt(10, seed=5), GREEDY)
         is_told.set()
         handle.result(60)
-        # It goes on only after all twelve tokens of the answer.
+        # The audit goes on only after all twelve tokens of the answer.
         assert passes[3:15] == ["request"] * 12
         engine._loop.runner.run = run
         stats = idle(engine)

@@ -1,4 +1,4 @@
-"""Engines on models that are compiled: the model's own answers, with no promise of bits."""
+"""Engines on compiled models: the model's own answers, without a promise of bits."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What is counted once: a prompt that waits, is audited, or gives its blocks away and goes on."""
+"""Counted once: prompts that wait, are audited, or are preempted and go on."""
 
 import threading
 import time
@@ -62,10 +62,10 @@ def test_an_audit_looks_nothing_up(model):
 @pytest.mark.usefixtures("waits_for_look_ups")
 @pytest.mark.parametrize("tier", ["computed", "loaded"])
 def test_a_prompt_that_gave_its_blocks_away_hits_none_of_its_own(model, tier, monkeypatch):
-    """Preempted before its first token, when half of it was published."""
+    """It is preempted before its first token, when half of it was published."""
     monkeypatch.setattr("prefixstore.planner.plan._LEAST_PATIENCE_S", 30.0)
     tokens = prompt(20 * BLOCK_SIZE + 5)
-    first, loaded = 2, 5  # blocks that are on the device; that the tier holds
+    first, loaded = 2, 5  # blocks on the device; blocks in the tier
     config = CacheConfig(block_size=BLOCK_SIZE, pool_tokens=1024)
     cache = PrefixCache.open(model, config, store=Store([DictTier("dict")]))
     settings = EngineConfig(max_batch_tokens=2 * BLOCK_SIZE, audit_share=0, restore_policy="load")

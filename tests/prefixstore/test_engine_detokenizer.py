@@ -1,4 +1,4 @@
-"""Text of an answer piece by piece, with the tokenizers of both real models and of a third kind."""
+"""An answer's text piece by piece, with both real models' tokenizers and one of a third kind."""
 
 import random
 
@@ -33,12 +33,12 @@ def decode(tokenizer, token_ids):
 
 
 def without_end(text):
-    """What no later token can change, of a byte-level tokenizer."""
+    """The text that no later token can change, with a byte-level tokenizer."""
     return text.rstrip("\ufffd")
 
 
 class WatchedTokenizer:
-    """A tokenizer, and how many tokens it was given at once."""
+    """A tokenizer that records how many tokens it gets at once."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -58,7 +58,7 @@ def push_all(tokenizer, token_ids, step=1):
 
 
 def is_stable(tokenizer, token_ids):
-    """Whether no token changes the text of those before it, but for bytes at its end."""
+    """Whether no token changes the text before it, except for bytes of a partial character."""
     whole = decode(tokenizer, token_ids)
     return all(
         whole.startswith(without_end(decode(tokenizer, token_ids[:end])))
@@ -99,7 +99,7 @@ def test_random_tokens(tokenizer):
 
 
 def test_random_bytes_of_a_byte_level_tokenizer(smollm2):
-    """The hardest case: hardly any character becomes whole."""
+    """The hardest case: hardly any character is complete."""
     byte_ids = [
         token_id
         for token, token_id in smollm2.get_vocab().items()
@@ -172,7 +172,7 @@ def test_bytes_between_words(values):
 
 
 def before_stop(text, stop):
-    """The text before the stop string that is complete first, None if there is none."""
+    """The text before the first complete stop string; None if there is none."""
     for end in range(1, len(text) + 1):
         lengths = [len(one) for one in stop if text[:end].endswith(one)]
         if lengths:
@@ -181,7 +181,7 @@ def before_stop(text, stop):
 
 
 def longest_beginning(text, stop):
-    """The longest end of `text` that begins a stop string."""
+    """The longest suffix of `text` that is a prefix of a stop string."""
     ends = (text[at:] for at in range(len(text)))
     return next((end for end in ends if any(one.startswith(end) for one in stop)), "")
 
@@ -234,7 +234,7 @@ def test_refuses_text_after_the_end():
 
 
 def test_stop_strings_of_any_length_take_linear_time():
-    """Thousands of characters that nearly match: quadratic, they would take minutes."""
+    """Thousands of characters nearly match: with quadratic time they would take minutes."""
     strings = StopStrings(["a" * 20_000 + "b"] * 16)
     shown = "".join(strings.push("a" * 1000)[0] for _ in range(200))
     assert len(shown) == 180_000

@@ -1,4 +1,4 @@
-"""A thousand requests on a pool too small for them, over failing tiers: nothing hangs or leaks."""
+"""A thousand requests on too small a pool, over failing tiers: nothing hangs or leaks."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
 
 NUM_REQUESTS = {"llama": 800, "gemma3": 200}
 MODELS = {"llama": tiny_llama, "gemma3": tiny_gemma3}
-NUM_ALONE = 20  # of them
+NUM_ALONE = 20  # requests by `run_alone`
 POOL_TOKENS = 480
 WINDOW_POOL_TOKENS = 320
 MAX_TOKENS = 12
-RECORDS = 1 << 20  # bytes of each bounded tier: too few, so that records give way
+RECORDS = 1 << 20  # bytes of each bounded tier, so few that records are evicted
 
 
 @dataclass
 class Prompt:
     tokens: list[int]
-    answer: list[int]  # of the plain model, `MAX_TOKENS` of them
+    answer: list[int]  # of the plain model, `MAX_TOKENS` long
 
 
 def make_prompts(model, rng: random.Random) -> list[Prompt]:
-    """Trees of prompts: endings of a few beginnings, some of them whole turns longer."""
+    """Prompts with a few common beginnings and different endings, some longer by whole turns."""
     prompts = []
     for tree in range(4):
         root = prompt(rng.choice((BLOCK_SIZE - 1, 3 * BLOCK_SIZE, 100)), seed=tree)
@@ -51,7 +51,7 @@ def make_prompts(model, rng: random.Random) -> list[Prompt]:
 
 
 class Client:
-    """Sends requests as it pleases, cancels some, and compares the answers to the others."""
+    """Sends random requests, cancels some, and checks the answers to the others."""
 
     def __init__(self, engine: Engine, prompts: list[Prompt], rng: random.Random) -> None:
         self._engine = engine
@@ -73,7 +73,7 @@ class Client:
             self._compare(*one)
 
     def run_alone(self, num_requests: int) -> None:
-        """One prompt again and again, with nothing else to do: its blocks stay to be audited."""
+        """Send one prompt again and again on an idle engine, so that its blocks stay for audits."""
         chosen = max(self._prompts, key=lambda one: len(one.tokens))
         sampling = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
         for _ in range(num_requests):
@@ -173,7 +173,7 @@ def test_nothing_hangs_is_wrong_or_leaks(kind, window_pool_tokens, tmp_path):
     assert sum(stats.num_finished.values()) == stats.num_submitted == NUM_REQUESTS[kind]
     assert stats.num_finished["cancelled"] == client.num_cancelled > 0
     assert faulty.num_faults > 0
-    # Where windows are few, fewer are admitted, and so all of them stay.
+    # With few windows fewer requests are admitted, and so none is preempted.
     assert stats.num_preemptions > 0 or window_pool_tokens is not None
     assert stats.num_audits > 0 and stats.num_quarantined == 0
     assert {"device", "memory"} <= stats.hit_tokens.keys()
@@ -190,5 +190,5 @@ def test_nothing_hangs_is_wrong_or_leaks(kind, window_pool_tokens, tmp_path):
     cache.close()
     wait_threads(num_threads)
     assert open_files() <= num_files
-    # What a pool of allocators keeps is no leak; a request's blocks or answers would be far more.
+    # Memory kept by allocators is no leak; leaked blocks or answers would be far more.
     assert resident_bytes() - after_warming_up < 32 << 20
