@@ -1,4 +1,4 @@
-"""Turns of tenants: nothing lost, nothing twice, and nobody waits long for others."""
+"""Turns of tenants: nothing is lost or served twice, and no tenant waits long for others."""
 
 from itertools import count
 
@@ -67,7 +67,7 @@ def test_a_tenant_saves_nothing_up_while_idle():
     others=st.lists(COSTS, max_size=20),
 )
 def test_two_tenants_are_served_alike_while_both_wait(costs, weights, others):
-    """The bound of the paper, over every stretch in which both have items waiting."""
+    """The paper's bound, over every stretch in which both have items waiting."""
     queue = FairQueue(1000, weights={"0": weights[0], "1": weights[1]})
     for number, cost in enumerate(others):
         queue.push("other", cost, ("other", number, cost))

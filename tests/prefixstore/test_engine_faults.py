@@ -1,4 +1,4 @@
-"""What an engine's requests are told when something fails: a pass, a reader, the engine."""
+"""What an engine's requests report when a pass, a reader or the engine fails."""
 
 import asyncio
 import itertools
@@ -35,7 +35,7 @@ def test_logits_that_are_no_numbers_end_their_own_request_alone(model):
         def spoil_last(chunks, *arguments):
             logits = run(chunks, *arguments)
             if len(chunks) == 3 and logits is not None:
-                logits = logits.clone()  # of a graph's output others may be given views
+                logits = logits.clone()  # others may hold views of a graph's output
                 logits[-1, 3] = torch.nan
             return logits
 
@@ -50,8 +50,8 @@ def test_logits_that_are_no_numbers_end_their_own_request_alone(model):
 
 
 def test_a_reader_whose_event_loop_is_closed_stops_nobody(model, monkeypatch):
-    """Not even itself: who reads its answer elsewhere gets all of it."""
-    with open_engine(model, memory_bytes=0) as engine:  # no look-up may keep one from a pass
+    """Not even its own request: its answer can still be read elsewhere, whole."""
+    with open_engine(model, memory_bytes=0) as engine:  # no look-up delays a request
         run, num_passes, loop_closed = engine._loop.runner.run, itertools.count(), threading.Event()
 
         def run_when_closed(*arguments):

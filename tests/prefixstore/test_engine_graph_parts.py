@@ -1,4 +1,4 @@
-"""What decode passes of fixed shapes are made of: the shapes, and what no graph can hold."""
+"""The parts of fixed-shape decode passes: the shapes, and passes that no graph can hold."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_shapes_are_few_and_hold_the_batch(num_seqs, num_blocks, shape):
 
 
 def constant(value, noted):
-    """A model that gives the same logits for every row, and notes what it was called with."""
+    """A model that gives every row the same logits, and records its calls."""
 
     def forward(tensors, before_layer):
         noted.append((len(tensors[0]), before_layer))
@@ -76,7 +76,7 @@ def test_larger_shapes_leave_what_smaller_ones_write_to(value):
             )
     assert graphs.shapes == [(2, 32), (4, 32)]
     num_replays, before_layer = recorder.num_replays, lambda layer: None
-    graphs.run(arrays, before_layer)  # who waits for layers is called, so the model runs
+    graphs.run(arrays, before_layer)  # waiting for layers takes a call per layer, so the model runs
     assert recorder.num_replays == num_replays
     assert noted[-1] == (2, before_layer)
 

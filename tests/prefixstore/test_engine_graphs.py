@@ -1,7 +1,7 @@
 """Decode passes of fixed shapes, recorded and replayed, answer as the model alone does.
 
-CUDA graphs need a GPU. In their place comes `SameAgain`, whose replay runs the recorded
-function once more on the same inputs: all but the recording itself is what runs on a GPU.
+CUDA graphs need a GPU. `SameAgain` stands in for them: its replay runs the recorded function once
+more on the same inputs. All but the recording itself is the code that runs on a GPU.
 """
 
 import logging
@@ -20,7 +20,7 @@ MODELS = {"llama": tiny_llama, "gemma 3": tiny_gemma3}
 SAMPLING = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True, logprobs=2)
 
 
-# There answers depend on their batch in the last bits, and the batch on how long passes take.
+# On a GPU the last bits of answers depend on the batch, and the batch on timing.
 in_any_batch = pytest.mark.skipif(
     torch.cuda.is_available(), reason="needs a device where results are batch invariant"
 )
@@ -34,7 +34,7 @@ def model(request):
 
 @pytest.fixture
 def use(monkeypatch):
-    """Have engines that are opened from now on record with a recorder."""
+    """Make engines opened from now on use a recorder."""
 
     def use(recorder):
         monkeypatch.setattr("prefixstore.engine.runner.find_recorder", lambda device: recorder)
@@ -95,7 +95,7 @@ def test_restored_and_pooled_prompts_are_answered_alike(model, use):
         restored = answer(engine, tokens, SAMPLING)
         assert restored.report.reuse.tokens_by_tier["memory"] > 0
         assert engine.graph_shapes == [(1, 32)]
-        # The computed one went through other passes: on a GPU its last bits differ.
+        # The computed answer came from other passes: on a GPU its last bits differ.
         alike = [pooled, restored, *([computed] if engine.is_batch_invariant else [])]
     for output in alike:
         assert (output.token_ids, output.logprobs) == (pooled.token_ids, pooled.logprobs)
@@ -153,11 +153,11 @@ def test_a_shape_is_recorded_when_it_comes_often(use):
     with open_engine(tiny_llama()) as engine:
 
         def decode(num_passes):
-            """The first token comes of the pass over the prompt."""
+            """Decode `num_passes` times; the first token comes from the pass over the prompt."""
             sampling = SamplingParams(num_passes + 1, temperature=0, ignore_eos=True)
             answer(engine, prompt(20), sampling)
 
-        decode(1)  # and then the whole prompt but for four tokens is in the pool
+        decode(1)  # afterwards all but four tokens of the prompt are in the pool
         decode(NUM_FORWARD_PASSES - 1)
         assert recorder.num_recorded == 0
         decode(3)
@@ -165,14 +165,14 @@ def test_a_shape_is_recorded_when_it_comes_often(use):
 
 
 def test_hooks_that_come_later_are_called(use):
-    """PyTorch's own: an open cache refuses others."""
+    """These are PyTorch's own hooks, as an open cache refuses others."""
     torch.manual_seed(1)
     model, recorder = tiny_llama(), use(SameAgain())
     num_parents = []
     with open_engine(model) as engine:
         answer(engine, prompt(20), SAMPLING)
         assert recorder.num_recorded == 1
-        # Of the recorder here a replay calls the model once more; a graph would not.
+        # A replay of this recorder calls the model once more; a graph would not.
         num_replays = recorder.num_replays
         with (
             ModuleTracker() as tracker,
@@ -180,7 +180,7 @@ def test_hooks_that_come_later_are_called(use):
         ):
             answer(engine, prompt(20), SAMPLING)
         assert recorder.num_replays == num_replays
-        assert num_parents == [2] * 40  # the model, and what it is called in
+        assert num_parents == [2] * 40  # the model, and the module that calls it
         answer(engine, prompt(20), SAMPLING)
         assert recorder.num_replays > num_replays
 

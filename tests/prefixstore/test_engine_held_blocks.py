@@ -1,4 +1,4 @@
-"""What of the tiers' answers an engine can use, with windows and without."""
+"""Which blocks that tiers report an engine can use, with and without windows."""
 
 import pytest
 
@@ -9,7 +9,7 @@ NAMES = ("a", "b")  # fastest first
 
 
 def tiers_of(text):
-    """The tier of each block; a point where none holds it, a question mark where one is silent."""
+    """Each block's tier; "." if none holds it, "?" if one gave no answer."""
     return [None if letter in ".?" else letter for letter in text]
 
 
@@ -24,7 +24,7 @@ def answers(text):
         (["a.b."], [None], "a.b", []),
         (["...."], [None], "", []),
         (["abab", "aab."], [None, None], "abb", []),
-        # A window of two blocks, after the two that are there.
+        # A window of two blocks, after the two on the device.
         (["aaaa", "..ba"], [None, 32], "aaba", []),
         (["aaaa", "aa.."], [None, 32], "aa", [4, 5]),
         (["aa.a", "aaaa"], [None, 32], "aa", [5]),
@@ -44,7 +44,7 @@ def test_finds_what_can_be_used(groups, windows, tiers, cut_off):
     [
         (["a?.b"], [None], "a..b", [], [3]),
         (["a.??"], [None], "a", [], [4, 5]),
-        (["a??a", "a?.a"], [None, None], "a..a", [], [3]),  # the other says it has none
+        (["a??a", "a?.a"], [None, None], "a..a", [], [3]),  # the other group has none
         (["aaaa", "aa?a"], [None, 32], "aa", [], [4, 5]),  # the window might be there
         (["a?aa", "aaaa"], [None, 32], "a", [], [3, 4, 5]),
         (["a?a.aa", "aaaaaa"], [None, 32], "a", [6, 7], [3, 4]),

@@ -1,4 +1,4 @@
-"""Prompts whose last tokens are computed while the layers before them come, one after another."""
+"""Prompts whose last tokens are computed while the prefix is loaded layer after layer."""
 
 import threading
 
@@ -25,7 +25,7 @@ LAYER_BYTES = BLOCK_SIZE * 2 * 2 * 16 * 4  # keys and values, heads, head_dim, f
 
 
 class LayerTier(DictTier):
-    """Says where it is asked to begin, before it gives parts of records."""
+    """A tier that calls a test's function with the offset before it reads parts of records."""
 
     def __init__(self):
         super().__init__("slow")
@@ -44,8 +44,8 @@ def tier():
 
 @pytest.fixture
 def engine(tier, monkeypatch, waits_for_look_ups):
-    """Holds `TOKENS` in its tier alone, and believes that loading them is well worth it."""
-    # Loads wait for the model here: on a busy machine for longer than the plan would for them.
+    """An engine with `TOKENS` only in its tier, whose planner believes that loading pays well."""
+    # Loads wait for the model here, on a busy machine longer than the plan would allow.
     monkeypatch.setattr("prefixstore.planner.plan._LEAST_PATIENCE", 10.0)
     torch.manual_seed(1)
     store = Store([tier], StoreConfig(load_timeout_s=20.0))
@@ -71,14 +71,14 @@ def engine(tier, monkeypatch, waits_for_look_ups):
 
 
 def last_layer_of(tier):
-    """Where the last layer begins in a record; they are all of one length."""
+    """Where the last layer begins in a record; all layers have the same length."""
     (length,) = {len(record) for record in tier.records.values()}
     return length - LAYER_BYTES
 
 
 @pytest.fixture
 def voids(monkeypatch):
-    """Passes that were computed for nothing."""
+    """Number of chunks computed for nothing."""
     seen = []
     watch(monkeypatch, Meeting, "chunk_void", lambda *_: seen.append(1))
     return seen
@@ -93,7 +93,7 @@ def test_the_first_layer_is_computed_before_the_last_one_has_come(tier, engine, 
             has_waited.append(is_computed.wait(10))
 
     tier.before_part = wait_for_the_model
-    # The second begins when the first is computed.
+    # The second load begins once the first chunk is computed.
     with calling_first(engine.model.model.layers[1], is_computed.set):
         output = engine.submit(TOKENS, GREEDY).result(60)
     assert has_waited == [True]
@@ -104,7 +104,7 @@ def test_the_first_layer_is_computed_before_the_last_one_has_come(tier, engine, 
 
 @pytest.mark.parametrize("layer", range(NUM_LAYERS))
 def test_a_damaged_layer_spoils_nothing_but_its_block(tier, engine, voids, layer, monkeypatch):
-    """What was computed on it is computed again; who shares the pass does not notice."""
+    """Tokens computed from it are computed again; others in the pass are not affected."""
     number, is_begun, passes = 17, threading.Event(), []
     watch(
         *(monkeypatch, Overlap, "valid_steps"),
@@ -160,7 +160,7 @@ def test_a_layer_that_does_not_come_delays_nobody(tier, engine, voids):
 def test_a_layer_that_comes_after_its_wait_counts_for_nothing(
     tier, engine, voids, is_alone, num_behind, monkeypatch
 ):
-    """Though it is there by the time that the pass is over."""
+    """Even if it arrives before the pass ends."""
     is_over, last = threading.Event(), last_layer_of(tier)
     tier.before_part = lambda offset: offset == last and is_over.wait(10)
     wait_layer, valid_steps = LoadCall.wait_layer, Overlap.valid_steps

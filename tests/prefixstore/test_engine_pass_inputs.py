@@ -1,4 +1,4 @@
-"""What a forward pass is given: packed for one copy to a GPU, and the same there."""
+"""The inputs of a forward pass: packed for one copy to a GPU, and unpacked to the same there."""
 
 import numpy as np
 import pytest

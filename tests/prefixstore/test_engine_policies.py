@@ -1,4 +1,4 @@
-"""What becomes of an engine's blocks in tiers that do not take every block."""
+"""An engine's blocks in tiers with other write policies than write-through."""
 
 import pytest
 from cached_models import BLOCK_SIZE

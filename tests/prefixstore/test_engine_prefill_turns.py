@@ -8,7 +8,7 @@ from prefixstore.engine.prefill_turns import LEAST_TOKENS, Prefill, PrefillTurns
 
 
 def run_pass(turns, prompts, budget, computes=lambda prompt: True):
-    """One pass, in which each prompt takes what it may; the tokens of each that was asked."""
+    """Run one pass in which each prompt takes all it may; returns the tokens of each one asked."""
     taken = {}
     for turn in turns.of_pass(prompts, budget):
         prompt = prompts[turn.index]
@@ -52,7 +52,7 @@ def test_where_shares_are_too_short_to_be_worth_it_tenants_take_turns():
 @pytest.mark.parametrize("num_others", [3, 17, 18, 19, 30])
 @pytest.mark.parametrize("length", [10, 33, 200, 5000])
 def test_tenants_have_equal_shares_however_short_their_prompts_are(num_others, length, budget):
-    """One has a single prompt without end, the others the next as soon as one is done."""
+    """One tenant has a single endless prompt, the others start the next when one is done."""
     turns, left, sums = PrefillTurns(), [length] * num_others, [0] * (num_others + 1)
     num_passes = 300
     for _ in range(num_passes):
@@ -64,7 +64,7 @@ def test_tenants_have_equal_shares_however_short_their_prompts_are(num_others, l
                 left[i - 1] = left[i - 1] - num or length
     share = num_passes * budget / (num_others + 1)
     assert sums[0] > 0.85 * share
-    # What a prompt's last chunk lacks is not made up for.
+    # A short last chunk is not made up for.
     assert min(sums[1:]) > 0.7 * min(share, num_passes * length / 2)
 
 
@@ -95,7 +95,7 @@ def test_who_waited_for_a_load_has_saved_nothing_up():
 
 
 def test_an_uneven_past_is_forgotten():
-    """Chunks end with blocks, so one prompt may get a little more in every pass."""
+    """Chunks end at block boundaries, so one prompt may get a little more in every pass."""
     turns, rng = PrefillTurns(), random.Random(0)
     prompts = [Prefill(tenant, 1 << 30) for tenant in "ab"]
     for _ in range(20000):

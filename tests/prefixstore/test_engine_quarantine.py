@@ -1,4 +1,4 @@
-"""What the engine keeps of a request that came to no numbers: nothing that would spoil another."""
+"""After a request with NaN logits the engine keeps nothing that would spoil another."""
 
 import logging
 
@@ -22,16 +22,16 @@ CHUNK = 4 * BLOCK_SIZE
 
 @pytest.fixture
 def overflowing(model):
-    """A model that knows no numbers behind one token."""
+    """A model whose KV becomes NaN after one token."""
     head = model.get_output_embeddings()
-    head.weight = torch.nn.Parameter(head.weight.detach().clone())  # Gemma's are one
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())  # Gemma ties it to the embedding
     with torch.no_grad():
         model.get_input_embeddings().weight[BAD_TOKEN] = torch.inf
     return model
 
 
 def bad_prompt():
-    """Of three chunks, and the first two are published before there are logits."""
+    """A prompt of three chunks; the first two are published before there are logits."""
     clean = prompt(NUM_CLEAN * BLOCK_SIZE)
     return clean, [*clean, BAD_TOKEN, *prompt(3 * CHUNK - len(clean) - 5, seed=1)]
 
@@ -78,7 +78,7 @@ def test_records_that_hold_no_numbers_are_deleted_from_the_tiers(overflowing):
 
 
 def test_a_pass_that_came_to_no_numbers_publishes_nothing(model):
-    """Even where the keys and values are numbers."""
+    """Even if its keys and values are finite."""
     tokens = prompt(CHUNK + BLOCK_SIZE)
     with open_engine(model, memory_bytes=0, max_batch_tokens=CHUNK) as engine:
         run = engine._loop.runner.run
@@ -90,13 +90,13 @@ def test_a_pass_that_came_to_no_numbers_publishes_nothing(model):
         engine._loop.runner.run = spoil
         assert answer(engine, tokens).finish_reason == FinishReason.ERROR
         engine._loop.runner.run = run
-        assert 0 < num_cached(engine, tokens) < CHUNK // BLOCK_SIZE  # those of the first pass
+        assert 0 < num_cached(engine, tokens) < CHUNK // BLOCK_SIZE  # the first pass's blocks
         assert engine.stats().num_quarantined == 0
         assert list(answer(engine, tokens).token_ids) == expected(model, tokens)
 
 
 def test_a_block_that_is_read_after_its_eviction_stays_quarantined():
-    """Of sliding windows a running request pins nothing that it has passed."""
+    """A running request no longer pins blocks that its sliding window has passed."""
     torch.manual_seed(1)
     tokens = np.array(prompt(10 * BLOCK_SIZE), np.uint32)
     config = CacheConfig(block_size=BLOCK_SIZE, pool_tokens=64 * BLOCK_SIZE)
@@ -128,6 +128,6 @@ def test_a_block_that_is_read_after_its_eviction_stays_quarantined():
         again = SequenceBlocks(blocks, tokens, "", keys, len(tokens))
         again.grow(0, len(tokens))
         again.publish(tokens, len(tokens))
-        assert blocks.device.num_cached(tokens, "") == 10  # its ids are other blocks now
+        assert blocks.device.num_cached(tokens, "") == 10  # its block ids are reused by now
         again.release()
         assert cache.check() == []

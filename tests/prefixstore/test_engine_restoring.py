@@ -1,4 +1,4 @@
-"""Prompts on their way from the tiers: late answers, slow and hanging tiers, what is learnt."""
+"""Restoring prompts from tiers: late answers, slow and hanging tiers, what is learnt."""
 
 import threading
 import time
@@ -36,7 +36,7 @@ def tier():
 
 @pytest.fixture
 def open_engine(model, tier):
-    """Opens an engine over the tier alone; checks and closes it when the test is over."""
+    """Opens an engine with only the given tier; checks and closes it after the test."""
     engines = []
 
     def open_one(load_timeout_s=5.0, first_tier=None, **settings):
@@ -60,14 +60,14 @@ def open_engine(model, tier):
 
 
 def warm(engine, tokens):
-    """Have the tier hold the prompt, and the pool nothing."""
+    """Get the prompt into the tier, and empty the pool."""
     engine.submit(tokens, GREEDY).result(60)
     assert engine.cache.flush()
     engine.cache.evict_pool()
 
 
 def watch(monkeypatch, owner, name, then):
-    """Have `then(its answer, its arguments)` run after each call of a method."""
+    """Run `then(result, arguments)` after each call of a method."""
     method = getattr(owner, name)
 
     def watched(*args, **kwargs):
@@ -79,7 +79,7 @@ def watch(monkeypatch, owner, name, then):
 
 
 def wait_little(monkeypatch):
-    """Have look-ups waited for no longer than where the planner weighs them."""
+    """Make the engine wait only 20 ms for look-ups."""
     monkeypatch.setattr(Restorer, "look_up_until", lambda self, restoring: restoring.began + 0.02)
 
 
@@ -147,7 +147,7 @@ def test_a_late_answer_delays_nobody_whose_loads_find_no_thread(
     watch(monkeypatch, engine._loop.restorer, "_look_up", lambda *_: has_answer.set())
     watch(monkeypatch, engine._loop.runner, "run", let_answer)
     tier.fail = hold
-    with engine._loop.changed:  # the second look-up waits for the thread before the first answers
+    with engine._loop.changed:  # the second look-up is queued before the first ends
         handles = [engine.submit(tokens, GREEDY), engine.submit(prompt(LENGTH, 1), GREEDY)]
     output = handles[0].result(20)
     assert hanging.entered.is_set(), "the thread was free"
@@ -173,7 +173,7 @@ def test_what_a_tier_that_is_down_may_hold_is_neither_new_nor_evicted(model, tie
     engine, tokens = open_engine(), prompt(LENGTH)
     warm(engine, tokens)
     tier.fail = raises(TierUnavailable, "contains", "get")
-    for _ in range(7):  # it is asked at first, and then left alone
+    for _ in range(7):  # after some failures it is not asked
         output = engine.submit(tokens, GREEDY).result(60)
         assert list(output.token_ids) == expected(model, tokens)
         assert output.report.reuse.misses == {"unreachable": 30 * BLOCK_SIZE}
@@ -311,7 +311,7 @@ def test_a_tier_that_writes_slowly_holds_up_only_who_needs_its_blocks(
     try:
         waiting = engine.submit(tokens, GREEDY)
         assert has_no_room.wait(30)
-        # What submit, cancel and stats take.
+        # The lock that submit, cancel and stats take.
         assert engine._loop.changed.acquire(timeout=5), "the engine waits under its lock"
         engine._loop.changed.release()
         assert not waiting.is_finished
@@ -325,7 +325,7 @@ def test_a_tier_that_writes_slowly_holds_up_only_who_needs_its_blocks(
 def test_a_tier_believed_slow_is_measured_beside_one_that_is_fast(
     model, tier, open_engine, monkeypatch, is_first
 ):
-    """Whether it holds the first half of a prompt or the second."""
+    """With the first half of a prompt in it, or the second."""
     fast, tokens = DictTier("fast"), prompt(LENGTH)
     engine = open_engine(restore_policy="planned", first_tier=fast)
     engine.submit(tokens, GREEDY).result(60)

@@ -1,4 +1,4 @@
-"""What a model runner changes in its model, and gives back."""
+"""What a model runner changes in its model, and restores."""
 
 import contextlib
 import sys
@@ -29,12 +29,12 @@ def replaced(model):
 
 @pytest.fixture
 def model():
-    """On the CPU, where layers are replaced."""
+    """A model on the CPU, the only device where layers are replaced."""
     return tiny_llama().cpu()
 
 
 def test_replaces_later_what_could_not_be_replaced_before(model):
-    """One runner after another: the first finds a hook in each layer, or another dtype."""
+    """The first runner finds a hook in each layer, or another dtype; the second does not."""
     with paged_attention(model):
         with open_runner(model):
             every_name = replaced(model)

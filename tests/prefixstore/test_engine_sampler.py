@@ -1,4 +1,4 @@
-"""Sampling: distributions against exact probabilities, and rows that do not see each other."""
+"""Sampling: distributions match exact probabilities, and rows do not affect each other."""
 
 import math
 
@@ -24,7 +24,7 @@ CASES = {
 
 
 def sample(logits, params, seeds=None, positions=None):
-    """Tokens of rows with their own wishes; seeds count up and positions are 0 unless given."""
+    """Sample rows, each with its own parameters; by default seeds count up and positions are 0."""
     seeds = range(len(params)) if seeds is None else seeds
     positions = [0] * len(params) if positions is None else positions
     rows = [SamplingRow(*row) for row in zip(params, seeds, positions, strict=True)]
@@ -32,7 +32,7 @@ def sample(logits, params, seeds=None, positions=None):
 
 
 def exact_probabilities(logits, params):
-    """What is to be drawn from, one step after the other, `[vocab_size]`, float64."""
+    """The exact distribution, computed step by step, `[vocab_size]`, float64."""
     scores = logits.double() / params.temperature
     if params.top_k:
         scores[scores < scores.sort(descending=True).values[params.top_k - 1]] = -math.inf
@@ -43,14 +43,14 @@ def exact_probabilities(logits, params):
 
 
 def assert_drawn_from(probabilities, counts):
-    """Chi-square: sound code fails for one choice of seeds in 30,000."""
+    """Chi-square test: correct code fails for one choice of seeds in 30,000."""
     possible = probabilities > 0
     assert counts[~possible].sum() == 0
     expected = probabilities[possible] * counts.sum()
     assert expected.min() > 5
     degrees = len(expected) - 1
     found = ((counts[possible] - expected) ** 2 / expected).sum()
-    # Wilson and Hilferty: the cube root of chi-square over its degrees is about normal.
+    # Wilson and Hilferty: the cube root of chi-square over its degrees of freedom is about normal.
     spread = 2 / (9 * degrees)
     assert ((found / degrees) ** (1 / 3) - (1 - spread)) / math.sqrt(spread) < 4
 
@@ -68,7 +68,7 @@ def test_draws_from_the_exact_distribution(params, device):
     ("seed", "expected"), [(42, [52, 13, 27, 18, 30]), (-1, [15, 44, 16, 37, 28])]
 )
 def test_a_seed_gives_the_same_tokens_forever(seed, expected, device):
-    """Written down, so that neither our code nor NumPy's changes what a seed stands for."""
+    """The tokens are written down here, so that a change of our code or NumPy's shows."""
     logits = torch.zeros(5, 64, device=device)
     assert sample(logits, [SamplingParams()] * 5, [seed] * 5, range(5)) == expected
 
@@ -87,7 +87,7 @@ def test_one_token_says_nothing_of_the_next(varied, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_does_not_see_the_rows_beside_it(dtype, device):
     rng = np.random.default_rng(0)
-    # An odd vocabulary: rows begin at any alignment. Long enough to be shared among threads.
+    # An odd vocabulary, so that rows begin at any alignment; enough rows for several threads.
     logits = torch.from_numpy(rng.normal(size=(24, 40_007)) * 3).to(device, dtype)
     params = [
         SamplingParams(

@@ -1,4 +1,4 @@
-"""Who runs and who waits, while others hold places, blocks or the tokens of a pass."""
+"""Which requests run and wait while others hold places, blocks or the tokens of a pass."""
 
 import time
 
@@ -14,7 +14,7 @@ LONG = SamplingParams(max_tokens=1000, temperature=0, ignore_eos=True)
 
 
 def count_calls(monkeypatch, owner, name):
-    """A list that grows with each call of a method."""
+    """A list that gets an entry with each call of a method."""
     method, calls = getattr(owner, name), []
 
     def counted(*args, **kwargs):
@@ -49,7 +49,7 @@ def test_the_engine_sleeps_when_who_found_no_room_has_left(model, monkeypatch):
         too_long.cancel()
         too_long.result(60)
         handles.append(engine.submit(tokens[:300] + prompt(20, 2), GREEDY))
-        wait_until(lambda: scheduler.num_waiting == 1)  # for what the first begins with
+        wait_until(lambda: scheduler.num_waiting == 1)  # for the prefix that the first computes
         calls = count_calls(monkeypatch, scheduler, "admit")
         time.sleep(0.5)
         num_calls = len(calls)
@@ -89,7 +89,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(model, tenants):
 
 
 def test_a_long_prompt_is_computed_while_short_ones_of_many_tenants_keep_coming(model):
-    """A pass has room for chunks of two tenants."""
+    """Each pass has room for chunks of only two tenants."""
     with open_engine(model, max_batch_tokens=64, memory_bytes=0) as engine:
         with engine._loop.changed:
             handles = [engine.submit(prompt(600), GREEDY, tenant="long")]

@@ -1,4 +1,4 @@
-"""Which hooks and forwards make a model's KV of use to nobody else."""
+"""Which hooks and forwards keep a model's KV from being shared."""
 
 import contextlib
 import dataclasses
@@ -48,7 +48,7 @@ def replace_with_a_function(model):
 
 @dataclasses.dataclass(frozen=True)
 class Unhashable:
-    """It has a `__hash__`, which fails."""
+    """Has a `__hash__` that raises."""
 
     parts: list
 
@@ -66,7 +66,7 @@ def borrow_a_forward(model):
 
 
 def wrap_forward(model):
-    """Under the name of what it wraps."""
+    """Wrap a forward under its own name."""
     forward = mlp_of(model).forward
     mlp_of(model).forward = functools.wraps(forward)(lambda x: 0.5 * forward(x))
 
@@ -171,7 +171,7 @@ def test_what_kvkernels_and_pytorch_install_changes_nothing():
 
 @contextlib.contextmanager
 def before_each_line(module, function):
-    """Does there what another thread may do."""
+    """Run a function before each line, as another thread might run it there."""
 
     def trace(frame, event, _):
         if frame.f_code.co_filename != module.__file__:

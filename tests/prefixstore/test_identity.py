@@ -1,4 +1,4 @@
-"""The identity of a model's KV: what must agree and what must not."""
+"""The identity of a model's KV: which models must have the same one, and which must not."""
 
 import dataclasses
 
@@ -90,7 +90,7 @@ def test_differs_with_the_configuration(identity, changes):
 
 
 def test_rope_alone_makes_the_difference(identity):
-    """Weights are equal here: only the configuration tells the models apart."""
+    """The weights are equal: only the configuration tells the models apart."""
     model = make_model(rope_theta=20000.0)
     for (name, weight), other in zip(
         make_model().state_dict().items(), model.state_dict().values(), strict=True
@@ -227,7 +227,7 @@ def test_a_model_with_code_of_anybodys_is_like_no_other(identity, caplog, change
 
 def test_hooks_of_transformers_change_nothing(identity):
     model = make_model().eval()
-    model(torch.arange(4)[None], output_hidden_states=True)  # hooks stay where it notes them
+    model(torch.arange(4)[None], output_hidden_states=True)  # its hooks stay in place
     assert model_identity(model, LAYOUT) == identity
 
 

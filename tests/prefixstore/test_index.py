@@ -52,7 +52,7 @@ def test_empty_and_short_prompts_match_nothing(index: RadixIndex) -> None:
         match = index.match(tokens)
         assert match.num_tokens == 0
         assert match.block_ids.shape == (0, 1)
-        index.pin(match)  # the empty run: nothing to keep
+        index.pin(match)  # an empty run pins nothing
         index.unpin(match)
     assert index.num_blocks == 0
     assert index.stats().num_salts == 0
@@ -94,7 +94,7 @@ def test_evicts_the_tail_of_the_least_recent_leaf(index: RadixIndex) -> None:
     index.insert(prompt(1, 2, 3), rows(11, 12, 13))
     index.insert(prompt(1, 4), rows(0, 14))
     index.match(prompt(1, 2))
-    # Block 3 is oldest, then block 4; the match kept 2 and 1, which also goes last as a parent.
+    # Block 3 is oldest, then block 4; the match renewed 2 and 1, and 1 goes last as their parent.
     assert flat(index.evict(1)) == [13]
     assert flat(index.evict(2)) == [14, 12]
     assert flat(index.evict(9)) == [11]
@@ -164,7 +164,7 @@ def test_refuses_stale_handles(index: RadixIndex) -> None:
     index.evict(1)
     with pytest.raises(ValueError, match="match: expected a run that is still cached"):
         index.pin(whole)
-    index.insert(prompt(1, 2), rows(0, 22))  # the same tokens, but another block
+    index.insert(prompt(1, 2), rows(0, 22))  # the same tokens, but another block id
     with pytest.raises(ValueError, match="still cached"):
         index.unpin(whole)
     index.pin(front)
@@ -291,7 +291,7 @@ def test_needs_no_torch() -> None:
 
 
 def test_threads_lose_and_double_no_block() -> None:
-    """Whatever ids go in come out once: rejected, evicted, or still there at the end."""
+    """Each id inserted comes out once: rejected, evicted, or still there at the end."""
     num_threads, num_steps = 4, 400
     index = RadixIndex(2)
     out: list[list[int]] = [[] for _ in range(num_threads)]

@@ -1,4 +1,4 @@
-"""What the prefix index takes as tokens and block ids, and what it refuses."""
+"""Tokens and block ids that the prefix index accepts and refuses."""
 
 import array
 from collections.abc import Callable

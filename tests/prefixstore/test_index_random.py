@@ -1,4 +1,4 @@
-"""The prefix index under seeded random operations, beside the model; every answer is compared."""
+"""The prefix index under seeded random operations; every answer is compared with a plain model."""
 
 import random
 
@@ -39,7 +39,7 @@ class Pair:
         self.prompts: list[list[int]] = [[]]
 
     def prompt(self) -> list[int]:
-        """The front of an earlier prompt with a new ending."""
+        """The beginning of an earlier prompt, with a new ending."""
         old = self.rng.choice(self.prompts)
         front = old[: self.rng.randint(0, len(old))]
         length = self.rng.randint(0, 4 * self.model.block_size)
@@ -144,5 +144,5 @@ def test_agrees_with_the_model(case: str, seed: int) -> None:
     assert stats.num_blocks == len(pair.model.blocks) == pair.index.num_blocks
     assert stats.evicted_blocks > 0
     assert (stats.stripped_blocks > 0) == bool(pair.windowed)
-    assert pair.index.evict(10**9).tolist() == pair.model.evict(10**9)  # all that is not pinned
+    assert pair.index.evict(10**9).tolist() == pair.model.evict(10**9)  # all unpinned blocks
     assert pair.index.check() == []

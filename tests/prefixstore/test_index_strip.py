@@ -1,4 +1,4 @@
-"""What the index gives up of one windowed group, and in which order."""
+"""What the index gives up of a windowed group, and in which order."""
 
 from collections.abc import Iterator, Sequence
 
@@ -52,7 +52,7 @@ def test_windows_of_ends_go_whole_and_by_their_last_use(index: RadixIndex) -> No
 
 
 def test_the_steps_of_a_growing_sequence_are_no_ends(index: RadixIndex) -> None:
-    """Each publishes and pins what it has: nodes of their own, and newer than another's end."""
+    """Each step publishes and pins its blocks: nodes that are newer than another prompt's end."""
     index.insert(prompt(1, 2), rows(1, 2))
     pinned = index.peek(prompt(5))
     for end in range(6, 12):
@@ -62,14 +62,14 @@ def test_the_steps_of_a_growing_sequence_are_no_ends(index: RadixIndex) -> None:
         pinned = index.peek(tokens)
         index.pin(pinned)
     assert index.stats().num_runs == 7
-    # All but the window go before the older end, which some prompt may yet continue.
+    # All but the last window go before the older end, which a prompt may still continue.
     assert index.strip(1, 4).tolist() == [105, 106, 107, 108]
     assert index.strip(1, 1).tolist() == [101, 102]
     assert held(index, range(5, 11))[-2:] == [[9, 109], [10, 110]]
 
 
 def test_windows_of_pinned_ends_go_last(index: RadixIndex) -> None:
-    """Their sequences use them, unless they have passed them since."""
+    """Running sequences still use them, unless they have moved past them."""
     index.insert(prompt(1, 2), rows(1, 2))
     pinned = index.peek(prompt(1, 2))
     index.pin(pinned)

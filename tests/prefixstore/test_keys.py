@@ -132,7 +132,7 @@ def test_urls_name_keys(tmp_path, monkeypatch):
 
 @pytest.fixture(params=["auth_key", "seal_key"])
 def store(request, tmp_path, monkeypatch) -> tuple[Path, Path]:
-    """A store with two protected records and one plain one, and the file of the key."""
+    """A store with two protected records and a plain one, and the key's file."""
     monkeypatch.delenv("KVKERNELS_SEAL_KEY_FILE", raising=False)
     monkeypatch.delenv("KVKERNELS_AUTH_KEY_FILE", raising=False)
     path, key_file = tmp_path / "store", tmp_path / "key"

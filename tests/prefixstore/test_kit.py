@@ -1,4 +1,4 @@
-"""The cold-versus-warm kit on tiny models: all cells as they must be, and what it says of them."""
+"""The cold-versus-warm kit on tiny models: every cell passes, and its report."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from prefixstore.testing import (
 from prefixstore.testing.states import STATES
 
 OWN_ENGINE = Path(__file__).parents[2] / "docs" / "own_engine.py"
-NUM_NEW = 17  # more than a block: answers outgrow a pool that holds the prompts alone
+NUM_NEW = 17  # more than a block, so that answers outgrow a pool for only the prompts
 
 
 def prompts():
-    """Lengths around whole blocks, and two prompts that share a beginning."""
+    """Prompts with lengths around whole blocks, two of them with a common beginning."""
     tokens = [random_tokens(length, seed)[0].tolist() for seed, length in enumerate((70, 33, 96))]
     return [*tokens, tokens[2][:43] + tokens[1]]
 

@@ -1,4 +1,4 @@
-"""`kvkernels check` on a small model: what it prints, writes and refuses, and its exit status."""
+"""`kvkernels check` on a small model: its output, files, refusals and exit status."""
 
 from __future__ import annotations
 

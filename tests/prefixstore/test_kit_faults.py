@@ -1,4 +1,4 @@
-"""The kit notices caches that are wrong: each fault is planted in ours, and some cell says so."""
+"""The kit notices wrong caches: each fault is planted in ours, and some cell reports it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def adapter(request, model):
     return CacheAdapter(model) if request.param == "session" else EngineAdapter(model, Numbers())
 
 
-# What rounding does to a model this small is 1e-6; a larger one shows lost bits as much more.
+# In so small a model rounding errors are 1e-6; lost bits show as much more in a larger one.
 PLAN = Plan(
     tiers=("memory",),
     states=("cold", "warm", "evicted", "other salt"),
@@ -95,7 +95,7 @@ def test_notices(fault, adapter, model, prompts):
 
 
 def test_a_state_that_was_not_reached_is_a_fault(model, prompts):
-    """Where the tier gives nothing back, equal answers show nothing."""
+    """If the tier returns nothing, equal answers prove nothing."""
     plan = Plan(tiers=("memory://1GiB?write=never",), states=("cold", "evicted"), num_new=2)
     report = check_engines([EngineAdapter(model, Numbers())], ModelReference(model), prompts, plan)
     (cell,) = report.find(state="evicted")

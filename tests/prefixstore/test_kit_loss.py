@@ -1,4 +1,4 @@
-"""The kit notices wrong blocks behind a lossy codec, and bears with what the codec itself does."""
+"""The kit notices wrong blocks despite a lossy codec, and tolerates the codec's own loss."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_notices_wrong_blocks(way, damage, codecs, prompts):
 
 
 class Guessing:
-    """An engine that tells nothing but tokens, and after a restore makes them up."""
+    """An engine that reports only tokens, and makes them up after a restore."""
 
     name, abilities = "guessing", frozenset()
 
@@ -114,7 +114,7 @@ class Guessing:
 
 
 class Sevens:
-    """A model that answers with sevens, and likes nothing else."""
+    """A model that always answers with sevens, with no close second."""
 
     def score(self, prompt, answer):
         gaps = np.array([0 if token == 7 else 9 for token in answer], np.float32)

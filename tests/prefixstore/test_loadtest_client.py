@@ -16,12 +16,12 @@ from prefixstore.loadtest.client import Answer, Asked, Client
 from prefixstore.loadtest.prompts import make_prompts
 
 MESSAGES = [{"role": "user", "content": "Count."}]
-# How much later the client may notice a piece, as the median: this machine may be busy.
+# How late the client may notice a piece, as the median, since this machine may be busy.
 LATE_S = 0.05
 
 
 def ask(url: str, endpoint: str = "chat", api_key: str | None = None, **asked: Any) -> list[Answer]:
-    """Two requests over one client."""
+    """Send two requests with one client."""
 
     async def run() -> list[Answer]:
         client = Client(url, make_prompts(endpoint), api_key)
@@ -124,14 +124,14 @@ def test_sends_completions_as_chatml() -> None:
 def test_tells_failures_apart(reply: Reply, kind: str, said: str) -> None:
     timeout_s = 0.5 if kind == "timeout" else 30.0
     with serving(lambda body: reply) as server:
-        for answer in ask(server.url, timeout_s=timeout_s):  # a failure leaves the client of use
+        for answer in ask(server.url, timeout_s=timeout_s):  # a client survives failures
             assert answer.error == kind
             assert said in answer.error_text
             assert answer.end_s > 0
 
 
 def test_a_server_that_is_not_there() -> None:
-    with socket.socket() as bound:  # but does not listen
+    with socket.socket() as bound:  # bound, but not listening
         bound.bind(("127.0.0.1", 0))
         answer, _ = ask(f"http://127.0.0.1:{bound.getsockname()[1]}/v1")
     assert answer.error == "connect"
@@ -144,7 +144,7 @@ END = '{"choices": [{"text": "", "finish_reason": "stop"}]}'
 @pytest.mark.parametrize(
     ("reply", "kind"),
     [
-        (Reply(extra=(END,), is_cut=False), None),  # some servers leave out the last event
+        (Reply(extra=(END,), is_cut=False), None),  # some servers omit the last event
         (Reply(extra=(), is_cut=False), "disconnect"),
         (Reply(extra=(END,), is_cut=True), "disconnect"),
     ],

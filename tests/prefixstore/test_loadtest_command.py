@@ -106,7 +106,7 @@ def test_starts_a_server_and_starts_it_again(tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     cached = {row["phase"]: row["cached_tokens"] for row in read(tmp_path)["rows"]}
-    assert cached == {"cold": 0, "warm": 128, "restart": 0}  # this server keeps nothing
+    assert cached == {"cold": 0, "warm": 128, "restart": 0}  # a restart empties this cache
     assert not listens(port)
     assert (tmp_path / "server.log").exists()
 

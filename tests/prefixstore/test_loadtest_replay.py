@@ -1,4 +1,4 @@
-"""Who is asked next, and when: order, histories, concurrency and random arrival."""
+"""Which request is sent next, and when: order, histories, concurrency and random arrivals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(
     conversations: list[Conversation],
     arrival: Arrival,
 ) -> tuple[list[Request], ScriptedOpenAI, int]:
-    """The requests, the server, and how often progress was told."""
+    """Replay; returns the requests, the server, and the number of progress reports."""
     told = itertools.count()
 
     async def run_replay(url: str) -> list[Request]:
@@ -140,7 +140,7 @@ def test_an_open_loop_sends_at_random_times_whether_answered_or_not() -> None:
     times_s = itertools.accumulate(draw(rate) for _ in range(num_requests))
     in_order = sorted(requests, key=lambda one: int(one.conversation[1:]))
     after_s = [one.sent_s - one.late_s - at for one, at in zip(in_order, times_s, strict=True)]
-    # Each knows how late it was; how long its task then took to run it does not.
+    # Requests record how late they were sent, but not when their task then ran.
     assert min(after_s) > -1e-6
     assert statistics.median(after_s) < 0.1
     assert server.most_running > 10

@@ -23,7 +23,7 @@ SETTINGS: dict[str, Any] = {
     "date": "2026-01-01T00:00:00+00:00",
     "arguments": {"workload": "agent", "requests": 3, "rate": None, "concurrency": 2},
 }
-# Every key of a row and of a request, so that whoever reads the JSON can rely on them.
+# Every key of a row and of a request, which readers of the JSON rely on.
 ROW_KEYS = {
     *("target", "phase", "num_requests", "num_answered", "errors", "num_without_text"),
     *("duration_s", "first_ttft_s", "ttft_s", "inter_token_s", "time_per_token_s", "total_s"),
@@ -90,7 +90,7 @@ def test_a_row_has_the_figures_of_its_requests() -> None:
     requests = [request(2.0, sent_s=1.0), request(3.0, sent_s=0.0), request(1.0, sent_s=2.0)]
     (row,) = summary_of(replayed(*requests))["rows"]
     assert (row["num_requests"], row["num_answered"], row["errors"]) == (3, 3, {})
-    assert row["first_ttft_s"] == 3.0  # of what was sent first, not answered first
+    assert row["first_ttft_s"] == 3.0  # of the request sent first, not answered first
     assert (row["ttft_s"]["p50"], row["ttft_s"]["p90"]) == (2.0, 3.0)
     assert row["inter_token_s"]["p50"] == pytest.approx(0.1)
     assert row["inter_token_s"]["p99"] == pytest.approx(0.3)
@@ -150,7 +150,7 @@ def test_compares_servers_round_by_round() -> None:
     assert (ratios["target"], ratios["than"], ratios["phase"]) == ("ours", "theirs", "cold")
     expected = {"median": 3.0, "low": 2.0, "high": 6.0, "num_rounds": 3}
     assert ratios["ttft_s"] == ratios["first_ttft_s"] == pytest.approx(expected)
-    assert ratios["output_tokens_per_s"] == pytest.approx(expected)  # more of it is faster
+    assert ratios["output_tokens_per_s"] == pytest.approx(expected)  # higher is faster
     assert ratios["inter_token_s"]["median"] == pytest.approx(1.0)
 
 

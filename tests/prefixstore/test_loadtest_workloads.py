@@ -1,4 +1,4 @@
-"""What is replayed, against the data it comes from."""
+"""The replayed workloads, compared with their source data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Log-probabilities beside the text of an answer, with the tokenizers of both real models."""
+"""Log-probabilities aligned with an answer's text, with both real models' tokenizers."""
 
 import pytest
 from tokenized_texts import TEXTS, make_stripping_tokenizer
@@ -58,7 +58,7 @@ def test_every_token_has_its_bytes_and_place(texts_of, name, text):
     for one in shown:
         before = text.encode()[:num_bytes].decode(errors="ignore")
         if one.token.text == "\ufffd":
-            before = before.rstrip("\ufffd")  # in a row all have the place of the first
+            before = before.rstrip("\ufffd")  # a run of these all have the first one's offset
         assert one.offset == len(before)
         num_bytes += len(one.token.data)
 

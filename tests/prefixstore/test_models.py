@@ -1,4 +1,4 @@
-"""Real models out of Python packages."""
+"""Real models from Python packages."""
 
 import sys
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ FIRST_WORDS = {"smollm2": " Paris", "gemma3": " the"}
 
 @pytest.fixture
 def fake_source(tmp_path, monkeypatch):
-    """A package with a file of two bytes in place of a model."""
+    """A package with a file of two bytes instead of a model."""
     package = tmp_path / "site" / "fake_model_package"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise ImportError('must not be imported')\n")
@@ -41,7 +41,7 @@ def test_parts_are_joined_without_importing_their_package(fake_source, tmp_path,
     path = models._prepare(fake_source, tmp_path / "cache")
     assert path == tmp_path / "cache" / "fake"
     assert models._prepare(fake_source, tmp_path / "cache") == path
-    assert seen == [b"ab"]  # the second call found it done
+    assert seen == [b"ab"]  # the second call found it prepared
     assert [entry.name for entry in (tmp_path / "cache").iterdir()] == ["fake"]
     assert "fake_model_package" not in sys.modules
 
@@ -100,8 +100,8 @@ def test_default_directory_follows_the_cache_home(monkeypatch, tmp_path):
 @pytest.mark.model
 @pytest.mark.parametrize("name", PREPARE)
 def test_real_model_loads_and_speaks(name):
-    # Where this machine has none yet it is made: a package that this needs and the extra does not
-    # name shows here.
+    # Made here if this machine has none yet: that shows packages that are needed but not in the
+    # extra.
     path = PREPARE[name]()
     assert PREPARE[name]() == path
     model, tokenizer = models.load_model(path), models.load_tokenizer(path)

@@ -1,4 +1,4 @@
-"""What modules hold in plain attributes counts as weights do, but for what a model is made with."""
+"""Plain attributes of modules count for the identity, unless a newly built model has them too."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ class Params:
 
 
 class SteeredLayer(torch.nn.Module):
-    """As libraries put control vectors into models."""
+    """A layer with a control vector, as libraries put them into models."""
 
     def __init__(self, layer):
         super().__init__()
@@ -154,7 +154,7 @@ class Helper:
 
 
 class WithHelpers(transformers.LlamaForCausalLM):
-    """Its layers are built with what is not understood."""
+    """A model whose layers are built with objects that cannot be digested."""
 
     def __init__(self, config):
         super().__init__(config)

@@ -26,7 +26,7 @@ MODEL = PrefillEstimate(pass_s=5e-3, token_s=1e-4, pair_s=1e-8)
 
 
 def obvious_seconds(inputs: PlanInputs, first: int, end: int) -> float:
-    """Computing `first` blocks, loading those up to `end`, computing the rest, block by block."""
+    """Seconds to compute `first` blocks, load up to `end` and compute the rest, block by block."""
     size, start = inputs.block_size, inputs.num_device_blocks * inputs.block_size
     tiers = inputs.tiers.tolist()
     front = inputs.prefill.seconds(first * size, start, inputs.chunk_tokens)

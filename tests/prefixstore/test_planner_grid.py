@@ -1,7 +1,7 @@
-"""Never slower: restores in simulated time at every speed of tier and model.
+"""Planned restores are never slower: in simulated time, at every speed of tier and model.
 
-The bounds are of time to first token over the better of computing all and loading all, both at the
-speeds that there really are.
+Bounds are on the time to first token over the better of computing all and loading all, both at the
+true speeds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MIB = 1 << 20
 
 
 def speeds(gb_per_s: float, latency_ms: float, tokens_per_s: float) -> World:
-    """Attention costs as much as all else at 16k tokens, a pass as much as 6 tokens."""
+    """Speeds: attention costs as much as all else at 16k tokens, a pass as much as 6 tokens."""
     return World(
         PrefillEstimate(6 / tokens_per_s, 1 / tokens_per_s, 1 / tokens_per_s / 16384),
         TierEstimate(latency_ms * 1e-3, gb_per_s * 1e9, spread=0.1),
@@ -42,10 +42,10 @@ def restores(
     block_bytes: int = MIB,
     is_layered: bool = False,
 ) -> Iterator[tuple[PlanInputs, World]]:
-    """Cells: what is believed, and how things are. An error of 2: believed twice as slow.
+    """Cells: believed and true speeds. An error of 2 means believed to be twice as slow.
 
-    Where all is right and plain these are all cells, else every third one. Behind the prefix come
-    32 tokens, or 256 where they may be computed beside the last load.
+    All cells if beliefs are right and nothing else is varied, else every third one. After the
+    prefix come 32 tokens, or 256 if they may be computed beside the last load.
     """
     is_plain = (tier_error, model_error, slowdown, block_bytes, is_layered) == (1, 1, 1, MIB, False)
     for gb_per_s, latency_ms, tokens_per_s, num_tokens in CELLS[:: 1 if is_plain else 3]:
@@ -92,10 +92,10 @@ def test_computes_beside_the_last_layers_where_that_is_faster(slowdown: float, b
         whole_blocks = dataclasses.replace(inputs, is_layered=[False])
         seconds = simulate(plan, world).ttft_s
         ratios.append(seconds / simulate(plan_restore(whole_blocks), world).ttft_s)
-        # Both ends may do better than the plan: where they meet follows what is left.
+        # The restore may beat the plan, as the meeting point adapts to what is left.
         assert seconds <= 1.03 * plan.predicted_s
         if plan.mode == PlanMode.LOAD and plan.num_load_blocks == len(inputs.tiers):
-            # A plan counts the cost of steps as if nothing of it were hidden beside a longer pass.
+            # A plan counts the full cost of steps, though a longer pass may hide some of it.
             assert seconds >= 0.88 * plan.predicted_s
     assert max(ratios) <= 1.03
     assert min(ratios) <= best
@@ -119,7 +119,7 @@ def test_meets_in_the_middle_where_loading_and_computing_are_as_fast() -> None:
 def test_loses_little_where_estimates_are_wrong_by_two(
     tier_error: float, model_error: float, bound: float, is_layered: bool
 ) -> None:
-    """One wrong estimate costs less than its own error; two against each other less than theirs."""
+    """One wrong estimate costs less than its error; two opposite ones less than theirs together."""
     cells = restores(tier_error=tier_error, model_error=model_error, is_layered=is_layered)
     assert max(ratio(*one) for one in cells) <= bound
 
@@ -155,7 +155,7 @@ CHANGES: dict[str, Callable[[float, float], tuple[float, float]]] = {
 
 
 def seconds_for(work_s: float, speed: Callable[[float], float], half: float, start: float) -> float:
-    """Until work that begins at `start` is done, where `speed` changes at `half`."""
+    """Seconds for work that begins at `start`, if `speed` changes at `half`."""
     before = min(work_s, max(0.0, half - start) * speed(0.0))
     left, later = work_s - before, speed(half)
     return before / speed(0.0) + (left / later if left and later else math.inf if left else 0.0)
@@ -173,6 +173,6 @@ def test_loses_little_where_speeds_change_halfway(change: str) -> None:
         loaded_s = seconds_for(load_s(inputs, world) - tail_s, world.load_speed, half, 0.0)
         tail_s = seconds_for(tail_s, world.compute_speed, half, loaded_s)
         computed_s = seconds_for(recompute_s(inputs, world), world.compute_speed, half, 0.0)
-        # A pass that was begun is finished, at whatever speed.
+        # A pass that has begun is finished, at any speed.
         pass_s = world.prefill.seconds(512, inputs.num_tokens, 512) / world.compute_speed(half)
         assert run.ttft_s <= 2.0 * min(computed_s, loaded_s + tail_s) + pass_s

@@ -1,4 +1,4 @@
-"""A planner over many requests: it tries what it does not know, and counts how right it was."""
+"""A planner over many requests: it explores, learns, and counts its errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BLOCK_BYTES = 1 << 20
 
 
 def serve(planner: Planner, world: World, now: float) -> tuple[RestorePlan, Run]:
-    """One request, whose measurements the planner is told."""
+    """Serve one request, and report its measurements to the planner."""
     plan = planner.plan(
         NUM_BLOCKS * 64 + 32, 0, ["disk"] * NUM_BLOCKS, [BLOCK_BYTES] * NUM_BLOCKS, now
     )
@@ -73,7 +73,7 @@ def test_a_slow_tier_costs_next_to_nothing_for_ever_after() -> None:
     ideal_s = recompute_s(runs[0][0].costs.inputs, world)
     assert sum(run.ttft_s for _, run in runs[5:]) <= 1.05 * 95 * ideal_s
     assert all(plan.mode == PlanMode.RECOMPUTE for plan, _ in runs[5:])
-    assert 5 <= sum(plan.is_probe for plan, _ in runs) <= 11  # one in ten seconds
+    assert 5 <= sum(plan.is_probe for plan, _ in runs) <= 11  # one probe every ten seconds
 
 
 def test_a_tier_that_is_fast_again_is_used_again_within_a_probe() -> None:
@@ -127,7 +127,7 @@ def test_a_dead_tier_is_given_up_and_then_left_alone() -> None:
 
 
 def a_planner_of_even_speeds(slowdown: float = 1.1, load_s: float = 1.0) -> tuple[Planner, World]:
-    """Loading takes about as long as computing; somebody computed what is in the tier now."""
+    """A planner that has learnt the model's speed, and a tier that is about as fast."""
     planner, even = a_planner(), TierEstimate(1e-3, NUM_BLOCKS * BLOCK_BYTES / load_s)
     for context in range(0, 4096, 512):
         planner.observe_prefill(512, context, MODEL.seconds(512, context, 512))
@@ -145,7 +145,7 @@ def test_both_is_done_again_after_a_time_in_which_loading_slowed_computing() -> 
     planner, world = a_planner_of_even_speeds(load_s=1.3)
     for i in range(20):
         serve(planner, world, float(i))
-    for _ in range(6):  # something else took the cores
+    for _ in range(6):  # another process took the cores
         planner.observe_prefill(512, 0, 5 * MODEL.seconds(512, 0, 512), is_loading=True)
     assert planner.stats().slowdown > 2
     modes = [serve(planner, world, 20.0 + 120 * i)[0].mode for i in range(30)]
@@ -239,4 +239,4 @@ def test_the_policy_load_loads_whatever_it_costs(num_blocks):
     plan = planner.plan(NUM_BLOCKS * 64 + 32, 0, ["disk"] * num_blocks, [1] * num_blocks, 1.0)
     assert plan.mode == PlanMode.LOAD
     assert plan.num_load_blocks == num_blocks
-    assert planner.prefill_s(64, 0) > 1e6  # nobody stops waiting for a look-up either
+    assert planner.prefill_s(64, 0) > 1e6  # so it does not stop waiting for look-ups either

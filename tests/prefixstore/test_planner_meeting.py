@@ -1,4 +1,4 @@
-"""Meetings: who does which block, while speeds and answers differ from what was planned."""
+"""Meetings: which side does which block while speeds and answers differ from the plan."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EVEN = TierEstimate(latency_s=1e-3, bytes_per_s=1.5e7, spread=0.1)  # about as f
 
 
 def check_once(run: Run, inputs: PlanInputs) -> None:
-    """Every token that was not on the device was computed or loaded, once."""
+    """Check that every token not on the device was computed or loaded exactly once."""
     size, start = inputs.block_size, inputs.num_device_blocks * inputs.block_size
     times = run.computed + np.repeat(run.loaded, size)[: inputs.num_tokens]
     assert (times[:start] == 0).all()
@@ -127,7 +127,7 @@ def test_takes_blocks_back_from_a_call_that_stalls_and_cancels_it() -> None:
 
 @pytest.mark.parametrize("num_called", [0, 1])
 def test_does_not_wait_for_ever_for_a_call_that_nobody_begins(num_called: int) -> None:
-    """No thread may be free to load, before the first call or between two."""
+    """There may be no free thread to load, before the first call or between two."""
     near = dataclasses.replace(FAST, latency_s=1e-5)
     inputs = one_tier(8192, near, MODEL)
     plan = plan_restore(inputs)
@@ -170,7 +170,7 @@ def test_does_not_wait_for_blocks_that_no_tier_holds() -> None:
     meeting = Meeting(plan_restore(inputs))
     assert meeting.next_call(0.0) == range(1, 16)
     meeting.call_done(0.01)
-    assert meeting.next_chunk(0.01) == range(64)  # no further call was asked for yet
+    assert meeting.next_chunk(0.01) == range(64)  # no further call was requested yet
 
 
 def test_drops_what_arrives_too_late() -> None:
@@ -191,7 +191,7 @@ def test_drops_what_arrives_too_late() -> None:
 
 @pytest.mark.parametrize("has_windows", [False, True])
 def test_computes_a_block_that_was_missing(has_windows: bool) -> None:
-    """With a window, computing cannot begin between loaded blocks: all before is computed too."""
+    """With a window, computing cannot begin between loaded blocks: all before it is computed."""
     inputs = one_tier(1024, FAST, MODEL, has_windows=has_windows)
     run = simulate(plan_restore(inputs), World(MODEL, FAST, missing=frozenset([5])))
     check_once(run, inputs)
@@ -201,7 +201,7 @@ def test_computes_a_block_that_was_missing(has_windows: bool) -> None:
 
 
 def beside_last_load(num_tail: int = 256) -> PlanInputs:
-    """Worth loading in one call, beside which what follows is computed in about the same time."""
+    """A prefix worth loading in one call, and a tail that takes about as long to compute."""
     return one_tier(1024, BESIDE, MODEL, num_tail=num_tail, is_layered=True)
 
 
@@ -339,7 +339,7 @@ def test_nobody_waits_for_a_probe(answers: bool) -> None:
 @pytest.mark.parametrize(
     ("tiers", "calls", "num_probed"),
     [
-        ([0] * 8 + [1] * 8, [range(8), range(12, 16)], 3),  # behind it; one is overtaken
+        ([0] * 8 + [1] * 8, [range(8), range(12, 16)], 3),  # after it; one is overtaken
         ([1] * 8 + [0] * 8, [range(8, 16), range(4, 8)], 4),  # before it
     ],
 )

@@ -1,4 +1,4 @@
-"""Rates: learnt from noisy measurements, with few of them, and learnt again when things change."""
+"""Rates are learnt from few noisy measurements, and learnt again when speeds change."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MODELS = [
 def feed(
     rate: TierRate, tier: TierEstimate, sizes: tuple[int, ...], num: int, start: float = 0.0
 ) -> None:
-    """Calls a second apart, each off by about 10 %."""
+    """Observe calls a second apart, each off by about 10 %."""
     random = np.random.default_rng(num)
     for i in range(num):
         num_bytes = sizes[i % len(sizes)]
@@ -94,7 +94,7 @@ def test_does_not_believe_one_stall() -> None:
 
 
 def test_what_is_known_ages() -> None:
-    """After a pause one call is believed that would have been an accident before."""
+    """After a pause a single call is believed that would have counted as an outlier before."""
     soon, late = TierRate(), TierRate()
     faster = TierEstimate(1e-4, 1e10)
     for rate, pause_s in ((soon, 0.0), (late, 600.0)):
@@ -124,7 +124,7 @@ def test_a_call_that_was_given_up_makes_the_tier_slower_never_faster() -> None:
 
 
 def prefill(rate: PrefillRate, model: PrefillEstimate, num_tokens: int, seed: int) -> None:
-    """A whole prompt in chunks; one pass of twenty was slow because the machine was busy."""
+    """Observe a prompt in chunks; one pass of twenty is slow, as on a busy machine."""
     random = np.random.default_rng(seed)
     for context in range(0, num_tokens, 512):
         num_new = min(512, num_tokens - context)

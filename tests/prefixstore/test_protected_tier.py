@@ -1,4 +1,4 @@
-"""Protected tiers: what others do to the tier below, other keys, changes of keys, and the store."""
+"""Protected tiers: tampering with the tier below, other keys, changes of keys, and the store."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONFIGS = {
 
 
 class CountingTier(MemoryTier):
-    """A memory tier that notes how it is read."""
+    """A memory tier that records how it is read."""
 
     def __init__(self, capacity_bytes: int = 1 << 24) -> None:
         super().__init__(MemoryTierConfig(capacity_bytes))
@@ -68,7 +68,7 @@ def stored(tier: Tier, name: RecordName) -> bytes:
 
 
 def replace(tier: Tier, name: RecordName, data: bytes) -> None:
-    """What somebody does who can write to the medium."""
+    """Replace a record, as someone can who may write to the medium."""
     tier.delete(name)
     tier.put(name, memoryview(data))
 
@@ -144,7 +144,7 @@ def test_a_length_that_is_made_up_costs_no_memory(guarded, below):
 
 
 def test_an_older_record_of_the_same_block_may_come_back(guarded, below):
-    """Whoever kept it can put it back: it was written under this name, and promises no date."""
+    """Whoever kept it can put it back: it is authentic, and records carry no date."""
     tier, record_key = guarded
     (key,) = make_keys(1)
     put(tier, key)
@@ -183,7 +183,7 @@ def test_who_has_another_key_or_none_neither_finds_nor_deletes(guarded, below, c
         assert (use.num_misses, use.num_corrupted, use.num_errors) == (3, 0, 0)
         assert other.delete_many([key.name for key in keys]) == [False] * 3
         other.delete_identity(IDENTITY)
-        save(store, keys[:1])  # both have one now
+        save(store, keys[:1])  # both keys have written one now
         assert [load_block(store, key, out) for key in keys] == ["memory", None, None]
         assert [get(mine, key) for key in keys] == [make_record(key) for key in keys]
 
@@ -215,7 +215,7 @@ def test_a_store_counts_a_damaged_record_that_was_to_be_written(guarded):
     fast = MemoryTier(MemoryTierConfig(1 << 20, name="fast"))
     with Store([fast, tier]) as store:
         fast.put(key.name, memoryview(damaged))
-        save(store, [key])  # fast has it already, and hands it on
+        save(store, [key])  # fast has it already, and passes it on
         assert store.stats().tiers[1].num_corrupted == 1
         assert not tier.contains(key.name)
 
@@ -327,7 +327,7 @@ def test_a_buffer_with_room_is_read_once_and_a_tight_one_twice(guarded, below):
 
 def test_a_store_reads_each_record_once(guarded, below):
     tier, _ = guarded
-    # all but 64 bytes of a whole number of pages: the store's rows are longer than that
+    # 64 bytes less than whole pages: the store's rows are longer
     pages = RecordLayout(31, 1, 16, 16, "float16")
     assert pages.max_record_bytes == pages.record_bytes == 8 * PAGE - 64
     keys = make_keys(3) + make_keys(3, pages, seed=1)

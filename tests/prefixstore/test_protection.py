@@ -1,4 +1,4 @@
-"""Records under keys: what a key protected comes back; what anyone else touched never does."""
+"""Records under keys: protected ones come back; tampered ones never do."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def is_refused(record_key: RecordKey, data: bytes) -> bool:
 
 
 def with_right_crc(data: bytearray) -> bytearray:
-    """What an attacker does who has no key: the header's checksum is no secret."""
+    """Mend the header's checksum, as an attacker without the key can."""
     header_bytes = struct.unpack_from("<H", data, 6)[0]
     crc = crc32c(data[84:header_bytes], crc32c(bytes(4), crc32c(data[:80])))
     data[80:84] = crc.to_bytes(4, "little")
@@ -75,7 +75,7 @@ def test_gives_back_what_was_protected(record_key, layout):
     assert opened(record_key, data) == (key.name, record)
     assert read_fixed(memoryview(data)).record_bytes == len(data) == len(record) + TRAILER_BYTES
     again = protect(record_key, key)
-    assert again != data  # another seed, another key
+    assert again != data  # another seed gives another record key
     assert opened(record_key, again) == (key.name, record)
 
 
@@ -86,7 +86,7 @@ def test_refuses_every_flipped_bit(record_key, knows_crc):
     num_bits = HEADER_BITS if knows_crc else 8 * len(data)
     for bit in range(num_bits):
         if knows_crc and 640 <= bit < 672:
-            continue  # the checksum itself, which would be put right
+            continue  # the checksum itself, which would be mended
         wrong = bytearray(data)
         wrong[bit // 8] ^= 1 << bit % 8
         assert is_refused(record_key, with_right_crc(wrong) if knows_crc else wrong), f"bit {bit}"
@@ -162,7 +162,7 @@ def test_stored_names_tell_nothing_of_the_tokens_and_keep_identities_together():
 
 
 def open_plainly(data: bytes, person: bytes) -> bytes:
-    """docs/record-format.md once more, by other calls: the names and what follows the header."""
+    """Open a record as docs/record-format.md says, with other calls; returns names and the rest."""
     root = hashlib.blake2b(b"records", key=SECRET, digest_size=32, person=person).digest()
     key_id, seed, names, tag = data[-88:-80], data[-80:-64], data[-64:-16], data[-16:]
     record_key = hashlib.blake2b(
@@ -193,7 +193,7 @@ def test_the_document_says_how_to_open_a_record(record_key):
 
 
 def test_protects_the_same_in_every_version(record_key, monkeypatch):
-    """Else a store would turn into misses with an update; the digests are of version 1."""
+    """Else an update would turn a store's records into misses; the digests are version 1's."""
     monkeypatch.setattr(protection.os, "urandom", bytes)
     (key,) = make_keys(1, SMALL_LAYOUT)
     digest = hashlib.sha256(protect(record_key, key)).hexdigest()
