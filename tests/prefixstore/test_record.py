@@ -1,4 +1,4 @@
-"""Records: what is written comes back; what is not exactly what was written never does."""
+"""Records: what was written comes back; anything else is refused."""
 
 import dataclasses
 import hashlib
@@ -50,7 +50,7 @@ VECTORS = json.loads(make_record_vectors.PATH.read_text())
 
 
 def with_right_crc(record: bytearray) -> bytearray:
-    """The record with the checksum its header should have, as far as its length is sane."""
+    """The record with its header's right checksum, as far as its length makes sense."""
     header_bytes = struct.unpack_from("<H", record, 6)[0]
     record[80:84] = bytes(4)
     record[80:84] = crc32c(bytes(record[:header_bytes])).to_bytes(4, "little")
@@ -87,7 +87,7 @@ def test_writes_every_byte_of_the_record():
 
 
 def test_bytes_never_change():
-    """A record written today is read by every later version-1 reader."""
+    """Otherwise later version-1 readers could not read records written today."""
     key = chain_keys(LAYOUT, IDENTITY, range(16))[0]
     record = bytearray(LAYOUT.record_bytes)
     encode(key, bytes(i * i % 251 for i in range(LAYOUT.payload_bytes)), record)
@@ -132,7 +132,7 @@ def test_refuses_the_record_of_another_block(what):
         decode(make_record(KEY), key, bytearray(key.layout.block_bytes))
 
 
-FIELDS = {  # offset, struct code, values that are wrong in a version-1 record of LAYOUT
+FIELDS = {  # offset, struct code, wrong values for a version-1 record of LAYOUT
     "magic": (0, "I", (0, 0x3242564B)),
     "version": (4, "H", (0, 2, 65535)),
     "header_bytes": (6, "H", (0, 95, 96, 192, 320, 65472, 65535)),

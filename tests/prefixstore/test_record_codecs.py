@@ -34,7 +34,7 @@ LAYOUTS = [
     if codec != "l12" or dtype == "bfloat16"
 ]
 LAYOUTS += [MIXED, LATENT, replace(LATENT, codecs=("q2", "raw")), replace(LATENT, codecs=("l12",))]
-# Where leaving the list of codecs out makes the header a line shorter.
+# A layout where the header is 64 bytes shorter without the list of codecs.
 LONG_LIST = RecordLayout(6, 1, 16, 16, "bfloat16", 0, ("q8", *("raw",) * 5))
 
 
@@ -109,7 +109,7 @@ def test_every_flipped_bit_is_found(codec: str) -> None:
 
 
 def test_a_record_of_other_codecs_is_refused() -> None:
-    """As an approximation of the block it may do for others, but not for who asked for this."""
+    """It may be a good approximation of the block, but not the one that was asked for."""
     keys = {
         codec: make_keys(1, RecordLayout(*SHAPE, "bfloat16", 0, (codec,)))[0] for codec in CODECS
     }
@@ -138,7 +138,7 @@ def test_a_list_of_codecs_is_as_the_format_has_it() -> None:
         record = bytearray(right)
         record[LIST_AT : LIST_AT + 2] = bytes(codes)
         assert is_refused(with_right_crc(record), key), codes
-    # One codec for all layers is named in the header, and in no list.
+    # One codec for all layers is named in the header, without a list.
     (key,) = make_keys(1, replace(MIXED, codecs=("q4",)))
     record = make_record(key, make_block(MIXED))
     record[CODEC_AT] = 255
@@ -158,13 +158,13 @@ def test_latents_are_as_the_format_has_them() -> None:
     struct.pack_into("<H", right, LATENT_AT, 17)
     with pytest.raises(BlockCorrupted, match="latent_dim: expected 1 to 16, got 17"):
         restore(with_right_crc(right), key)
-    # Where keys and values lie apart the field is zero: records have the bytes that they had.
+    # With separate keys and values the field is zero, so those records' bytes are unchanged.
     (key,) = make_keys(1, replace(LATENT, latent_dim=None))
     assert make_record(key, make_block(key.layout))[LATENT_AT : LATENT_AT + 2] == bytes(2)
 
 
 def put_right_sums(record: bytearray, layout: RecordLayout) -> None:
-    """The sums that the payload's bytes have, into the table."""
+    """Put the sums of the payload's bytes into the table."""
     payload = torch.frombuffer(bytearray(record[layout.header_bytes :]), dtype=torch.uint8)
     sums = reference.sum_layers(payload, layout.block_format)
     for layer, pair in enumerate(sums.tolist()):
@@ -173,7 +173,7 @@ def put_right_sums(record: bytearray, layout: RecordLayout) -> None:
 
 
 def damage(record: bytearray, random: np.random.Generator, layout: RecordLayout) -> bytearray:
-    """Change a record in one of the ways that checks alone do not tell from a right one."""
+    """Damage a record in a way that may pass the checks."""
     kind = random.integers(0, 5)
     if kind == 0:  # a field of the header
         offset = int(random.integers(4, 32))
@@ -218,7 +218,7 @@ def test_ten_thousand_hostile_records_are_refused_or_give_the_declared_bytes() -
             continue
         num_decoded += 1
         if num_decoded % 10 and record != right:
-            continue  # the reference takes its time
+            continue  # the reference is slow
         payload = torch.from_numpy(
             np.frombuffer(record, np.uint8)[key.layout.header_bytes :].copy()
         )
@@ -230,7 +230,7 @@ def test_ten_thousand_hostile_records_are_refused_or_give_the_declared_bytes() -
 
 
 def test_headers_of_many_are_those_of_each():
-    """Right, damaged, another's, of another length, written raw: each in its place."""
+    """Right, damaged, another block's, of another length, raw: each gets its own result."""
     layouts = MIXED, RecordLayout(*SHAPE, "bfloat16", 0, ("raw",))
     pairs = zip(*(make_keys(8, layout) for layout in layouts), strict=True)
     keys = [key for pair in pairs for key in pair]

@@ -41,7 +41,7 @@ def store(tmp_path: Path) -> tuple[Path, list[BlockKey]]:
 
 
 def flip_a_payload_bit(store: Path, key: BlockKey) -> None:
-    """In the file, behind the tier's back."""
+    """Flip a bit in the file, without the tier."""
     for path in store.glob("slab-v*.kvb"):
         data = bytearray(path.read_bytes())
         start = data.find(key.block_hash)
@@ -127,7 +127,7 @@ def test_verifies_a_store(store: tuple[Path, list[BlockKey]]) -> None:
 
 @pytest.fixture
 def bad_spot(tmp_path: Path, monkeypatch) -> tuple[Path, list[BlockKey]]:
-    """A store of eight records: the second is damaged, the fourth cannot be read."""
+    """A store of eight records; the second is damaged, the fourth unreadable."""
     layout = LAYOUTS[0]
     keys = make_keys(8, layout)
     path = tmp_path / "store"
@@ -157,7 +157,7 @@ def test_verifying_goes_on_past_a_record_that_cannot_be_read(
     assert found["num_records"] == 7
     assert list(found["damaged"]) == [keys[1].block_hash.hex(), keys[3].block_hash.hex()]
     assert os.strerror(errno.EIO) in found["damaged"][keys[3].block_hash.hex()]
-    (problem,) = found["problems"]  # the books are checked, too
+    (problem,) = found["problems"]  # the index is checked, too
     assert problem.endswith("Input/output error: slot 3 cannot be read")
     found = json.loads(run("verify", path, "--delete", "--json").stdout)
     assert (found["num_deleted"], found["problems"]) == (2, [])

@@ -1,4 +1,4 @@
-"""Records in a real server: parts, ranges, what is not whole, counts, threads, forks."""
+"""Records in a real server: parts, ranges, incomplete records, counts, threads, forks."""
 
 import os
 import threading
@@ -32,11 +32,11 @@ def test_a_server_has_the_first_records_before_the_last_are_looked_at(redis_tier
     stored = []
 
     class Looking(list):
-        """Of records: sees what is stored when the last one is asked for."""
+        """Names or records; records which keys are stored when the last one is accessed."""
 
         def __getitem__(self, index):
             if index == 99:
-                wait_until(lambda: redis_client.dbsize() > 1)  # more than the generation
+                wait_until(lambda: redis_client.dbsize() > 1)  # more keys than the generation
                 stored.append(redis_client.dbsize())
             return super().__getitem__(index)
 
@@ -80,7 +80,7 @@ def test_reads_parts_of_records(redis_tier):
     assert redis_tier.get_many([name] * 2, beyond, offsets=[4 * PART + 90, 5 * PART]) == [10, 0]
 
 
-SMALL = [1, 300, PART - 50, PART]  # records of one part, and so of one command each
+SMALL = [1, 300, PART - 50, PART]  # records of one part, so one command each
 
 
 def test_reads_many_small_records_and_misses_at_once(redis_tier):
@@ -91,7 +91,7 @@ def test_reads_many_small_records_and_misses_at_once(redis_tier):
     expected = [found for record in records for found in (record, None)]
     assert get(redis_tier, mixed, PART) == expected
     assert redis_tier.contains_many(mixed) == [found is not None for found in expected]
-    assert put(redis_tier, names, records) == [None] * 200  # they are there
+    assert put(redis_tier, names, records) == [None] * 200  # they exist already
 
 
 @pytest.mark.parametrize("begin", [0, 1, 299, 300, PART - 60])
@@ -161,7 +161,7 @@ def test_a_part_that_is_gone_makes_a_miss_and_a_new_record_mends_it(redis_tier, 
 
 
 def test_parts_of_two_writers_never_mix(redis_tier, redis_server, redis_client):
-    """Both write the same names at once; whoever reads gets the whole of one of them."""
+    """Both write the same names at once; a reader gets the whole record of one of them."""
     other = open_tier(redis_server.url, prefix=redis_tier._config.prefix)
     names = make_names(8)
     versions = [random_bytes(3 * PART + 1, seed) for seed in range(2)]
@@ -202,7 +202,7 @@ def test_what_is_not_ours_is_corrupted_and_not_a_hit(redis_tier, redis_client):
 
 
 def spoil(client, names) -> None:
-    """What is under the first three names is no record any more, in three ways."""
+    """Spoil the records under the first three names, in three ways."""
     client.set(record_key(client, names[0]), b"short")
     client.setrange(record_key(client, names[1]), 0, b"XXXX")
     key = record_key(client, names[2])
@@ -256,7 +256,7 @@ def test_counts(redis_tier, redis_client):
 
 
 def test_counts_the_keys_of_servers_that_tell_more(redis_tier, monkeypatch):
-    """As Redis 8 does of the sizes of keys."""
+    """Redis 8 adds the sizes of keys, for example."""
     put(redis_tier, make_names(3), [bytes(10)] * 3)
     num_records = redis_tier.stats().num_records
     ask = Pool.ask

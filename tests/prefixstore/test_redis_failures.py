@@ -1,4 +1,4 @@
-"""The Redis tier where things go wrong: servers that stop, die, are full or slow, or say no."""
+"""The Redis tier with failing servers: stopped, dead, full, slow or refusing."""
 
 import time
 
@@ -25,7 +25,7 @@ from prefixstore.store.block_sources import HostBlock
 
 @pytest.fixture
 def make_server(server_directory):
-    """Starts a server for one test, of every flavour in turn unless told which."""
+    """Starts a server for one test, by default of every flavour in turn."""
     servers = []
 
     def make(flavour: str, **options: str) -> Server:
@@ -77,7 +77,7 @@ def test_a_server_that_restarts_is_empty_and_serves_again(make_server, flavour):
     ):
         with pytest.raises(TierUnavailable):
             call()
-    assert_in_time(begin, 10)  # a call that waited would take a minute
+    assert_in_time(begin, 10)  # waiting would take a minute
     server.start()
     assert get(tier, names, 2 * PART) == [None, None]
     assert put(tier, names, [record] * 2) == [None, None]
@@ -131,7 +131,7 @@ def test_a_stopped_server_costs_the_deadline_and_no_more(make_server, flavour):
             tier.stats,
         ):
             assert_gives_up(call)
-    # what the server answers late must not be taken for the answer to something else
+    # a late reply must not be taken for the reply to another command
     assert get(tier, names, 2 * PART) in (records, [None] * 3)  # the deletion may have arrived
     tier.close()
 
@@ -141,7 +141,7 @@ def test_a_slow_server_costs_the_deadline_and_what_is_complete_is_a_hit(proxy, p
     records = [b"short", random_bytes(3 * PART), b"also short"]
     put(proxied, names, records)
     proxy.bytes_per_s = 5000  # 40 s for the long one
-    for seconds in (2 * TIGHT, 5, 15):  # where the machine stands still, the short one may be late
+    for seconds in (2 * TIGHT, 5, 15):  # on a stalled machine the short one may be late
         begin = time.monotonic()
         outcomes = get(proxied, names, 3 * PART, deadline=begin + seconds)
         assert_in_time(begin, seconds + 10)
@@ -186,7 +186,7 @@ def test_a_full_server_refuses_and_keeps_what_it_has(make_server, flavour):
     found = get(tier, names, 1 << 20)
     for outcome, record, kept in zip(outcomes, found, records, strict=True):
         assert record == (kept if outcome is None else None)
-    with server.client() as client:  # of the refused ones nothing is left: 17 keys a record
+    with server.client() as client:  # nothing is left of refused ones: 17 keys per record
         assert client.dbsize() <= 1 + num_kept * 16
     assert tier.stats().capacity_bytes == 24 << 20
     tier.close()
@@ -202,9 +202,9 @@ def test_a_server_that_evicts_only_forgets(make_server, flavour, policy):
     found = get(tier, names, 1 << 20)
     assert all(got in (None, record) for got, record in zip(found, records, strict=True))
     assert found.count(None) > 0
-    if policy == "volatile-lru":  # which never takes the generation
+    if policy == "volatile-lru":  # never evicts the generation
         assert found.count(None) < 60
-    # replies take memory, so reading evicts as well
+    # replies take memory, so reads evict as well
     for is_there, record in zip(tier.contains_many(names), found, strict=True):
         assert record is not None or not is_there
     assert tier.stats().num_evictions > 0

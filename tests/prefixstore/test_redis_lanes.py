@@ -1,4 +1,4 @@
-"""What a call of the Redis tier makes of servers that answer, are silent, reset, or stream on."""
+"""Calls of the Redis tier to servers that answer, are silent, reset, or never stop sending."""
 
 import socket
 import struct
@@ -40,7 +40,7 @@ ACTS = {act.__name__.encode(): act for act in (answer, keep_silent, reset, begin
 
 @contextmanager
 def serving(act):
-    """A server that greets one client, and does that with its first command; its address."""
+    """A server that greets one client and handles its first command so; yields its address."""
 
     def serve() -> None:
         client, _ = listener.accept()
@@ -53,7 +53,7 @@ def serving(act):
 
     is_over = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=serve, daemon=True)  # nobody may come
+        thread = threading.Thread(target=serve, daemon=True)  # no client may connect
         thread.start()
         yield Address("127.0.0.1", listener.getsockname()[1])
         is_over.set()
@@ -61,7 +61,7 @@ def serving(act):
 
 
 class Named(Servers):
-    """Each key has a server of its own, which is never replaced."""
+    """Each key has its own server, which is never replaced."""
 
     has_one_address = False
 
@@ -99,7 +99,7 @@ def run_exchange(servers: Named, deadline: float) -> list[object]:
 
 @pytest.mark.parametrize("run", [run_batch, run_exchange])
 def test_only_who_sends_nothing_at_all_is_silent(run):
-    for seconds in (0.3, 3, 20):  # where the machine stands still, others may be late as well
+    for seconds in (0.3, 3, 20):  # on a stalled machine others may be late, too
         with ExitStack() as stack:
             addresses = {key: stack.enter_context(serving(act)) for key, act in ACTS.items()}
             servers = Named(addresses)
@@ -130,7 +130,7 @@ def test_a_server_is_not_silent_where_this_process_stood_still():
         return reply
 
     acts, expected = {b"first": answer, b"second": answer_second}, ([b"hi", b"hi"], [True, True])
-    for seconds in (0.5, 5, 20):  # for the first one to answer
+    for seconds in (0.5, 5, 20):  # until the first one answers
         has_begun, has_answered = threading.Event(), threading.Event()
         with ExitStack() as stack:
             addresses = {key: stack.enter_context(serving(act)) for key, act in acts.items()}

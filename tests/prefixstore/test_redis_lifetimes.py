@@ -66,7 +66,7 @@ def test_a_deleted_identity_is_gone_for_everybody(redis_tier, redis_server, redi
     names, kept = make_names(6), make_names(2, b"k" * 16)
     records = [random_bytes(2 * PART, seed) for seed in range(8)]
     put(redis_tier, names + kept, records)
-    assert get(other, names, 2 * PART) == records[:6]  # it knows the generation now
+    assert get(other, names, 2 * PART) == records[:6]  # so it knows the generation
     redis_tier.pin_many(names[:2])
     redis_tier.delete_identity(names[0].identity)
     for one in (other, redis_tier):
@@ -74,24 +74,24 @@ def test_a_deleted_identity_is_gone_for_everybody(redis_tier, redis_server, redi
         assert one.contains_many(names) == [False] * 6
         assert one.pin_many(names[:1]) == [False]
         assert one.delete_many(names[:1]) == [False]
-    assert redis_client.keys(f"*{names[0].block_hash.hex()}*") == []  # it was pinned: nothing stays
+    assert redis_client.keys(f"*{names[0].block_hash.hex()}*") == []  # nothing stays, pinned or not
     put(other, names, records[:6])
     assert get(redis_tier, names, 2 * PART) == records[:6]
     other.close()
 
 
 def leftovers(client) -> list[bytes]:
-    """Keys beside the generations."""
+    """All keys except the generations."""
     return [key for key in client.keys("*") if not key.endswith(b":generation")]
 
 
 def test_pinned_records_go_with_their_identity_however_many(redis_tier, redis_server, redis_client):
-    """Deleting them takes longer than a call may take."""
+    """Deleting them takes longer than one call may take."""
     names = make_names(2000)
     put(redis_tier, names, [b"x"] * len(names))
     assert all(redis_tier.pin_many(names))
     hasty = open_tier(redis_server.url, prefix=redis_tier._config.prefix, timeout_s=0.05)
-    for _ in range(100):  # on a busy machine even the first step is late now and then
+    for _ in range(100):  # on a busy machine even the first step may be late
         with suppress(TierTimeout):
             hasty.delete_identity(names[0].identity)
             break
@@ -102,7 +102,7 @@ def test_pinned_records_go_with_their_identity_however_many(redis_tier, redis_se
 def test_a_deletion_that_is_cut_short_is_finished_by_the_next(
     redis_tier, redis_server, redis_client
 ):
-    """Its connection is cut at every command, which the server still gets."""
+    """The connection is cut at each command in turn; the server still gets that command."""
     names, record = make_names(3), random_bytes(2 * PART)
     with (
         closing(Proxy(redis_server.port)) as proxy,
@@ -121,7 +121,7 @@ def test_a_deletion_that_is_cut_short_is_finished_by_the_next(
 
 
 def test_a_deletion_that_never_came_to_it_costs_no_pins(redis_tier, redis_client):
-    """One names the generation that it will end, and dies before it does."""
+    """A client announces the generation that it will end, and dies before ending it."""
     (name,) = make_names(1)
     put(redis_tier, [name], [b"x"])
     assert redis_tier.pin_many([name]) == [True]
@@ -136,7 +136,7 @@ def test_a_deletion_that_never_came_to_it_costs_no_pins(redis_tier, redis_client
 
 
 def test_nothing_written_before_a_deletion_is_found_after_it(redis_tier, redis_server):
-    """One writes all the time; what it wrote before a deletion began is never found after."""
+    """A writer never stops; what it wrote before a deletion began is not found afterwards."""
     other = open_tier(redis_server.url, prefix=redis_tier._config.prefix)
     names, is_over = make_names(4), threading.Event()
     counts = [0, 0]  # begun, done
@@ -164,14 +164,14 @@ def test_nothing_written_before_a_deletion_is_found_after_it(redis_tier, redis_s
 def test_a_lost_generation_brings_back_nothing(redis_tier, redis_client):
     names, record = make_names(2), random_bytes(100)
     put(redis_tier, names, [record] * 2)
-    redis_client.delete(*redis_client.keys("*generation"))  # as an eviction would
+    redis_client.delete(*redis_client.keys("*generation"))  # as an eviction might
     assert get(redis_tier, names, 100) == [None, None]
     put(redis_tier, names[:1], [record])
     assert get(redis_tier, names, 100) == [record, None]
 
 
 def test_nothing_is_waited_for_where_a_server_lost_all(redis_tier, redis_client, monkeypatch):
-    """Its new generation is known at once; only passing trouble is given time to pass."""
+    """Its new generation is known at once; only for temporary trouble the tier waits."""
     names, records = make_names(3), [bytes([i]) * 100 for i in range(3)]
     put(redis_tier, names, records)
     redis_client.flushall()
@@ -191,7 +191,7 @@ def test_sweep_finds_orphans_and_ended_generations(redis_tier, redis_client):
     old_part, new_part = (part_keys(redis_client, name)[0] for name in names[:2])
     for name in names[:2]:
         redis_client.delete(record_key(redis_client, name))
-    assert redis_tier.sweep() == Swept()  # as young as parts that are being written
+    assert redis_tier.sweep() == Swept()  # too young: such parts may still be written
     for key in redis_client.keys(f"*{names[0].block_hash.hex()}*"):
         redis_client.expire(key, 60)
     assert redis_tier.sweep() == Swept(num_orphans=2, num_bytes=2 * PART)

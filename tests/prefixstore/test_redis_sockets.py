@@ -1,4 +1,4 @@
-"""Connections of the Redis tier to servers that are slow to be found, reached, or logged in to."""
+"""Connections of the Redis tier to servers that are slow to resolve, connect or log in."""
 
 import socket
 import threading
@@ -48,7 +48,7 @@ def test_a_name_has_all_its_addresses_tried_in_time(monkeypatch, shared_servers)
     server = shared_servers(next(iter(FLAVOURS)))
     with socket.create_server(("127.0.0.1", 0), backlog=0) as deaf:
         place = deaf.getsockname()
-        # it takes one or two that it is never to accept, and no more
+        # its backlog takes one or two connections, never accepted, and no more
         waiting = [socket.socket() for _ in range(3)]
         for one in waiting:
             one.setblocking(False)
@@ -56,7 +56,7 @@ def test_a_name_has_all_its_addresses_tried_in_time(monkeypatch, shared_servers)
         places = [place, ("127.0.0.1", server.port)]
         found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", one) for one in places]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
-        # Half of that each; a machine that stands still so long does not three times.
+        # Half of that each; a machine may stall so long once, but not three times.
         tier = open_tier("redis://two.example", timeout_s=20, connect_timeout_s=2)
 
         def is_reached() -> bool:

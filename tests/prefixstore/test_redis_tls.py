@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def make_tls_server(server_directory, tmp_path):
-    """Starts a server that speaks TLS alone, with one of the certificates."""
+    """Starts a server that speaks only TLS, with one of the certificates."""
     files, servers = make_certificates(tmp_path), []
 
     def make(certificate: str) -> tuple[str, dict[str, Path]]:

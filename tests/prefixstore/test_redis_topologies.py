@@ -27,27 +27,27 @@ def cluster(server_directory):
 
 @contextlib.contextmanager
 def no_failover(cluster):
-    """A node that is silent stays a primary meanwhile."""
+    """Silent nodes stay primaries inside the block."""
     clients = [node.client() for node in cluster.nodes]
     for client in clients:
         client.config_set("cluster-node-timeout", 60_000)
     try:
         yield
     finally:
-        wait_until(lambda: all(map(hears_all, clients)))  # else what was silent is replaced now
+        wait_until(lambda: all(map(hears_all, clients)))  # else a silent node is replaced now
         for client in clients:
             client.config_set("cluster-node-timeout", 1000)
 
 
 def hears_all(client) -> bool:
-    """Whether no other node owes this one an answer."""
+    """Whether this node waits for no other node's answer."""
     nodes = client.execute_command("CLUSTER NODES").values()
     return all(node["last_ping_sent"] == "0" for node in nodes)
 
 
 @pytest.fixture
 def _no_failover(cluster):
-    """No node is replaced because the machine stands still."""
+    """No node is replaced because the machine stalls."""
     with no_failover(cluster):
         yield
 
@@ -104,7 +104,7 @@ def test_follows_slots_that_move(cluster):
 def test_a_cluster_behind_the_url_of_one_server_is_said(cluster):
     tier = open_tier(cluster.nodes[0].url)
     with pytest.raises(TierUnavailable, match=r"redis\+cluster://"):
-        for number in range(30):  # only the slots of others give it away
+        for number in range(30):  # only other nodes' slots show it
             tier.contains_many(make_names(1, bytes([number]) * 16))
     tier.close()
 
@@ -129,15 +129,15 @@ def test_a_primary_that_falls_silent_is_replaced_by_its_replica(cluster):
 
 
 def put_on_a_node_to_stop(cluster, tier, num_records: int, num_bytes: int):
-    """Names of records, all of them the same one, which are spread over the nodes; a node that has
-    some, and which ones it has. It has neither their identity's generation, on which all depend,
-    nor its pins, on which deletions do.
+    """Put one record under many names, spread over the nodes. Returns the names, a node to stop,
+    and which names it has. It has neither their identity's generation, on which all depend, nor its
+    pins, on which deletions do.
     """
     address_of, ends_at = tier._servers.address_of, time.monotonic() + 60
     primaries = tier._servers.primaries(ends_at)
     others = [node for node in cluster.nodes[1:] if node.address in primaries]  # 0 is to die
     node, record = None, random_bytes(num_bytes)
-    while node is None:  # where that is left to chance
+    while node is None:  # slots are random
         identity = secrets.token_bytes(16)
         names = make_names(num_records, identity)
         assert put(tier, names, [record] * num_records) == [None] * num_records
@@ -154,7 +154,7 @@ def put_on_a_node_to_stop(cluster, tier, num_records: int, num_bytes: int):
 
 @pytest.mark.parametrize("num_bytes", [1000, 3 * PART], ids=["one part", "three parts"])
 def test_a_silent_node_costs_its_own_records_alone(cluster, num_bytes):
-    tier = open_tier(cluster.url, timeout_s=4)  # no longer than a connection may take to open
+    tier = open_tier(cluster.url, timeout_s=4)  # no longer than opening a connection may take
     tier._servers.silent = SilentServers(pause_s=600)
     names, record, node, is_silent = put_on_a_node_to_stop(cluster, tier, 30, num_bytes)
     with no_failover(cluster), node.stopped():
@@ -169,7 +169,7 @@ def test_a_silent_node_costs_its_own_records_alone(cluster, num_bytes):
 
 
 def test_a_silent_node_is_not_waited_for_again(cluster):
-    """Nor is the tier to blame that some ask for that node's records alone."""
+    """Nor does the tier count as failing when calls ask only for that node's records."""
     tier = open_tier(cluster.url)
     tier._servers.silent = SilentServers(pause_s=600)
     guarded = GuardedTier(tier, BreakerConfig(failures=1, pause_s=600))
@@ -195,7 +195,7 @@ def test_a_tier_is_not_to_blame_for_a_call_on_a_silent_node_alone(cluster, num_b
     tier = open_tier(cluster.url)
     names, _, node, is_silent = put_on_a_node_to_stop(cluster, tier, 30, num_bytes)
     lost = [name for name, is_lost in zip(names, is_silent, strict=True) if is_lost]
-    for seconds in (0.5, 5, 20):  # where the machine stands still, the others may be late as well
+    for seconds in (0.5, 5, 20):  # on a stalled machine the others may be late, too
         tier._servers.silent = SilentServers()
         guarded = GuardedTier(tier, BreakerConfig(failures=1, pause_s=600))
         rows = [np.empty(num_bytes, np.uint8) for _ in lost]
@@ -231,26 +231,26 @@ def test_silent_servers_are_tried_again_after_pauses_that_grow():
     def note(answered, unanswered, asked_at) -> None:
         servers.note_call(dict.fromkeys(answered, asked_at), dict.fromkeys(unanswered, asked_at))
 
-    note([], [silent, other], -1)  # nobody answered: that is not for them
+    note([], [silent, other], -1)  # no node answered: no evidence against one
     note([other], [silent], now[0])  # it was given no time
     assert may_ask()
     note([other], [silent], -1)
     for pause in (1, 2, 4, 8, 16, 32, 60, 60):
-        note([other], [silent], now[0] - 1)  # of calls that were under way
+        note([other], [silent], now[0] - 1)  # calls that were already under way
         note([silent], [], now[0] - 1)
         now[0] += pause - 0.01
         assert not may_ask() and may_ask(other)
         now[0] += 0.02
         assert may_ask()
         assert not may_ask()  # one call at a time
-        note([other], [silent], now[0] - 0.5)  # of one that began before the trial
+        note([other], [silent], now[0] - 0.5)  # a call that began before the trial
         note([silent], [], now[0] - 0.5)
         now[0] += 0.1
         note([other], [silent], now[0] - 0.1)
     now[0] += 60.01
     assert may_ask()
     now[0] += 60.01
-    assert may_ask()  # nothing came of the one before
+    assert may_ask()  # the trial before had no result
     note([silent], [], now[0])
     assert may_ask() and may_ask()
 
@@ -261,7 +261,7 @@ def test_much_that_waits_for_a_silent_node_does_not_hold_up_the_others(cluster):
     lost = [name for name, is_lost in zip(names, is_silent, strict=True) if is_lost]
     others = [name for name in names if name not in lost]
     with no_failover(cluster), node.stopped():
-        found = get(tier, lost + others, 2 << 20)  # a read moves as much as there is room for
+        found = get(tier, lost + others, 2 << 20)  # a read moves what the buffers have room for
         assert all(isinstance(got, TierTimeout) for got in found[: len(lost)])
         assert found[len(lost) :] == [record] * len(others)
     tier.close()
@@ -280,7 +280,7 @@ def test_a_primary_that_dies_costs_misses_until_its_replica_takes_over(cluster):
             found = get(tier, names, 3 * PART)
         except TierError:
             found = []
-        assert time.monotonic() - begin < 20  # the call's own timeout, and ten times that
+        assert time.monotonic() - begin < 20  # ten times the call's own timeout
         right = [got == record for got, record in zip(found, records, strict=False)]
         assert all(
             got == record or got is None or isinstance(got, TierError)
@@ -330,7 +330,7 @@ def test_sentinels_are_asked_again_when_the_primary_falls_silent(server_director
 def test_a_silent_sentinel_leaves_time_for_the_others(server_directory):
     sentinels = Sentinels(FLAVOURS[FLAVOUR], server_directory)
     try:
-        tier = open_tier(sentinels.url, timeout_s=1)  # no longer than a connection may take to open
+        tier = open_tier(sentinels.url, timeout_s=1)  # no longer than opening a connection may take
         (first, _), (second, _), _ = sentinels.sentinels
         with stopped(first), stopped(second):
             assert tier.contains_many(make_names(1)) == [False]

@@ -1,4 +1,4 @@
-"""URLs and settings of the Redis tier: what they mean, and what is refused."""
+"""URLs and settings of the Redis tier: their meaning, and refusals."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The reader and writer of the Redis protocol, against a socket of this test."""
+"""The reader and writer of the Redis protocol, on a socket pair."""
 
 import socket
 import threading
@@ -24,7 +24,7 @@ GET = (b"GET", b"key")
 
 @pytest.fixture
 def ends():
-    """A channel and the other end of its connection."""
+    """A channel, and the other end of its connection."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         yield Channel(ours), theirs
@@ -142,7 +142,7 @@ def test_says_when_the_other_side_is_gone(ends):
     channel, other = ends
     channel.push(Command(GET))
     channel.flush()
-    assert other.recv(100)  # or closing would be a reset
+    assert other.recv(100)  # else closing would be a reset
     other.sendall(b"$10\r\nabc")
     other.close()
     with pytest.raises(StreamError, match="closed the connection"):
@@ -211,7 +211,7 @@ def test_a_batch_says_what_was_not_answered_and_lets_go_of_the_buffers(ends, end
     assert channel.is_late == (ending == "silent")
     del batch
     for out in outs:
-        out.append(0)  # a BufferError while anybody might still write there
+        out.append(0)  # raises BufferError while the buffer may still be written
 
 
 def test_a_lane_without_channels_has_no_answers(ends):
@@ -249,7 +249,7 @@ def test_a_batch_that_is_closed_half_way_leaves_no_channel_to_others(ends):
     batch.close()
     assert channel.failure and channel.num_awaited == 0
     del batch
-    out.append(0)  # a BufferError while anybody might still write there
+    out.append(0)  # raises BufferError while the buffer may still be written
 
 
 def test_refuses_words_that_are_no_buffers_and_queues_nothing(ends):

@@ -1,4 +1,4 @@
-"""Remote tiers: names, expiry, parts, what they list, many callers, and a store above them."""
+"""Remote tiers: names, expiry, parts, listings, many callers, and a store above them."""
 
 import asyncio
 import os
@@ -31,7 +31,7 @@ def make_remote(request, make_kind):
 
 @pytest.fixture
 def directory(tmp_path) -> Path:
-    """Of the first tier that `make_local` makes."""
+    """Directory of the first tier that `make_local` makes."""
     return tmp_path / "0"
 
 
@@ -67,12 +67,12 @@ def test_records_expire_by_the_time_they_were_written(make_local, directory):
     put_many(tier, keys)
     make_older(path_of(directory, keys[0]), 3601)
     make_older(path_of(directory, keys[1]), 3500)
-    assert get(tier, keys[1]) is not None  # a use does not make it younger
+    assert get(tier, keys[1]) is not None  # a use does not extend its life
     assert held(tier, keys) == [False, True, True]
     assert get(tier, keys[0]) is None
     assert not tier.delete(keys[0].name)
     assert tier.stats().num_expired == 1
-    put(tier, keys[0])  # over what expired
+    put(tier, keys[0])  # replaces the expired record
     assert get(tier, keys[0]) == make_record(keys[0])
     assert tier.stats().num_puts == 4
     put(tier, keys[1])
@@ -86,7 +86,7 @@ def test_records_expire_by_the_time_they_were_written(make_local, directory):
 
 
 def test_a_server_tells_how_old_records_are(make_remote):
-    tier = make_remote(ttl_s=2.5)  # servers tell whole seconds
+    tier = make_remote(ttl_s=2.5)  # servers report whole seconds
     (key,) = make_keys(1)
     put(tier, key)
     assert held(tier, [key]) == [True]
@@ -113,7 +113,7 @@ def test_long_records_go_in_parts_once(make_remote):
 
 
 class Listening:
-    """Objects that tell what they were to write."""
+    """Objects that report what they are asked to write."""
 
     def __init__(self) -> None:
         self.written: dict[str, bytes] = {}
@@ -132,7 +132,7 @@ def test_a_write_under_way_does_not_read_the_callers_memory():
     record = make_record(key)
     write = WriteRecord(records, key.name, memoryview(record))
     write.begin()
-    record[:] = bytes(len(record))  # the call is over, and its buffer used for something else
+    record[:] = bytes(len(record))  # the call has ended, and its buffer is reused
     assert asyncio.run(write.run(lambda piece: None))
     assert objects.written == {records.path(key.name): make_record(key)}
 

@@ -1,4 +1,4 @@
-"""URLs and bounds of remote tiers, and what is never shown of them."""
+"""URLs and bounds of remote tiers, and secrets that are never shown."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Which server a remote tier asks: its URL's, or else the environment's, also by plain HTTP."""
+"""Which server a remote tier uses: its URL's, or else the environment's, also by plain HTTP."""
 
 import json
 import os
@@ -26,7 +26,7 @@ SETTINGS = {
 
 @pytest.fixture
 def set_environment(monkeypatch):
-    """Leaves nothing of the three clouds in the environment but what is given."""
+    """Sets the given variables, and removes all others of the three clouds."""
 
     def set_all(**variables: str) -> None:
         for name in list(os.environ):

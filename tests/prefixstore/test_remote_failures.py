@@ -21,7 +21,7 @@ NAMES = [key.name for key in KEYS]
 
 @pytest.fixture
 def open_s3(s3_server):
-    """Opens tiers of the shared server; they are not checked: the server may be out of reach."""
+    """Opens tiers on the shared server, unchecked, as the server may be out of reach."""
     tiers: list[RemoteTier] = []
 
     def open_one(prefix: str, url_options=None, **options) -> RemoteTier:
@@ -77,7 +77,7 @@ def test_a_trickle_is_cut_off_at_the_deadline(open_s3, proxy):
         outcomes = tier.get_many(NAMES, views(buffers()), deadline=after(0.25))
         taken_s.append(time.monotonic() - begin)
         assert [type(outcome) for outcome in outcomes] == [TierTimeout] * len(KEYS)
-    assert min(taken_s) < 0.5  # what else runs here may hold up some, but not all
+    assert min(taken_s) < 0.5  # other work may delay some, but not all
 
 
 def test_what_comes_after_the_deadline_touches_nothing(open_s3, proxy):
@@ -100,7 +100,7 @@ def test_no_request_is_left_behind_after_the_deadline(open_s3, proxy):
     put_many(open_s3("left-behind"), KEYS)
     tier = open_s3("left-behind", {"endpoint": proxy.endpoint})
     assert get(tier, KEYS[0]) == make_record(KEYS[0])
-    proxy.bytes_per_s = 10_000  # 8 s a record: none could be read to its end meanwhile
+    proxy.bytes_per_s = 10_000  # 8 s per record, so none is read to its end meanwhile
     outcomes = tier.get_many(NAMES, views(buffers()), deadline=after(0.5))
     assert [type(outcome) for outcome in outcomes] == [TierTimeout] * len(KEYS)
     assert proxy.wait_until_given_up(30)
@@ -124,7 +124,7 @@ def test_a_slow_server_costs_no_more_than_the_deadline(open_s3, proxy):
 def test_records_that_came_in_time_are_kept(open_s3, proxy):
     put_many(open_s3("in-time"), KEYS)
     tier = open_s3("in-time", {"endpoint": proxy.endpoint, "max_requests": 1})
-    proxy.bytes_per_s = 400_000  # 0.2 s a record
+    proxy.bytes_per_s = 400_000  # 0.2 s per record
     outs = buffers()
     outcomes = tier.get_many(NAMES, views(outs), deadline=after(0.9))
     num_read = outcomes.count(BYTES)
@@ -158,7 +158,7 @@ def test_lives_on_when_the_server_comes_back(tmp_path, monkeypatch):
     server = S3Server(tmp_path / "own")
     server.set_credentials(monkeypatch)
     config = RemoteTierConfig.from_url(server.url("kv"), max_retries=1)
-    tier = RemoteTier(config)  # before there is a server
+    tier = RemoteTier(config)  # before the server exists
     try:
         with pytest.raises(TierUnavailable, match="cannot be made, or was cut"):
             get(tier, KEYS[0])
@@ -221,7 +221,7 @@ def test_says_that_credentials_are_wrong_and_never_shows_them(
 def test_says_that_there_are_no_credentials(monkeypatch):
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    server = ScriptedServer()  # in place of the cloud's own service
+    server = ScriptedServer()  # instead of the cloud's own service
     server.answer = lambda *_: (500, {}, b"")
     for name in ("HTTP_PROXY", "http_proxy"):
         monkeypatch.setenv(name, server.endpoint)
@@ -243,7 +243,7 @@ def test_says_that_there_is_no_such_bucket(s3_server, monkeypatch):
         get(tier, KEYS[0])
     with pytest.raises(TierUnavailable):  # this server says 500
         put(tier, KEYS[0])
-    assert not tier.contains(NAMES[0])  # the answer to a HEAD does not tell
+    assert not tier.contains(NAMES[0])  # a HEAD's answer does not say so
     tier.close()
 
 
@@ -286,7 +286,7 @@ def test_gives_up_a_throttled_call_at_the_deadline(open_scripted, scripted):
     assert all(isinstance(outcome, TierTimeout) for outcome in outcomes)
     num_requests = len(scripted.requests)
     time.sleep(0.5)
-    assert len(scripted.requests) <= num_requests + len(KEYS)  # those that were on their way
+    assert len(scripted.requests) <= num_requests + len(KEYS)  # plus those already under way
 
 
 def test_a_server_that_never_answers_costs_the_request_timeout(open_scripted, scripted):
@@ -299,7 +299,7 @@ def test_a_server_that_never_answers_costs_the_request_timeout(open_scripted, sc
 
 
 def test_writes_over_where_the_store_cannot_create(open_scripted, scripted):
-    """Such stores refuse the condition; then it is left out for good."""
+    """Such stores refuse conditional puts; from then on puts are unconditional."""
 
     def answer(method, path, headers):
         if "if-none-match" in headers:

@@ -16,7 +16,7 @@ def soon(seconds: float = 30.0) -> float:
 
 
 class Gauge:
-    """The most requests and bytes that ran at a time."""
+    """Records the most requests and bytes that ran at a time."""
 
     def __init__(self) -> None:
         self.num_requests = self.num_bytes = 0
@@ -30,7 +30,7 @@ class Gauge:
 
 
 class Pause(Request[int]):
-    """Takes a while, hands over two pieces, and tells its number."""
+    """Takes a while, delivers two pieces, and returns its number."""
 
     def __init__(self, number: int, seconds: float, num_bytes: int = 0, gauge=None) -> None:
         self.num_bytes = num_bytes
@@ -66,7 +66,7 @@ class Pause(Request[int]):
 
 
 class Beside(Pause):
-    """Does not end before 20 run at a time."""
+    """Ends only once 20 run at the same time."""
 
     async def pause(self) -> None:
         while self.gauge.most_requests < 20:
@@ -75,7 +75,7 @@ class Beside(Pause):
 
 
 class Held(Pause):
-    """Ends when it may."""
+    """Ends when the test allows it."""
 
     def __init__(self, number: int, gauge: Gauge) -> None:
         super().__init__(number, 0.0, gauge=gauge)
@@ -138,7 +138,7 @@ def test_stays_within_its_bounds(make_requests, max_requests, max_bytes):
     for thread in threads:
         thread.join()
     assert results == [list(range(10))] * 4
-    expected = min(max_requests, max(1, max_bytes // 100))  # larger than the bound: alone
+    expected = min(max_requests, max(1, max_bytes // 100))  # one larger than the bound runs alone
     assert (gauge.most_requests, gauge.most_bytes) == (expected, 100 * expected)
 
 
@@ -167,7 +167,7 @@ def test_whoever_waits_is_served_in_order():
 
 def test_no_call_is_kept_out_by_one_with_many_requests(make_requests):
     requests, gauge = make_requests(max_requests=2), Gauge()
-    last = Held(99, gauge)  # the first call is not over before it
+    last = Held(99, gauge)  # keeps the first call from ending
     pauses = [*(Pause(i, 0.01, gauge=gauge) for i in range(99)), last]
     first = threading.Thread(target=requests.run, args=(pauses, soon(60)))
     first.start()
@@ -179,7 +179,7 @@ def test_no_call_is_kept_out_by_one_with_many_requests(make_requests):
 
 def test_gives_up_at_the_deadline_and_cancels(make_requests):
     requests = make_requests(max_requests=2)
-    for seconds in (0.2, 3, 20):  # the first three may begin late where the machine stands still
+    for seconds in (0.2, 3, 20):  # the first three may begin late on a stalled machine
         pauses = [Pause(0, 0.0), Pause(1, 60.0), Pause(2, 60.0), Pause(3, 0.0)]
         begin = time.monotonic()
         outcomes = requests.run(pauses, soon(seconds))
@@ -235,7 +235,7 @@ def test_a_forked_process_is_told(make_requests):
     requests.run([Pause(0, 0.0)], soon())
     pid = os.fork()
     if pid == 0:
-        another = Requests("another", 1, 1)  # it has no use for a loop of its own either
+        another = Requests("another", 1, 1)  # it needs no loop of its own either
         is_told = is_told_of_the_fork(requests) and is_told_of_the_fork(another)
         requests.close()
         os._exit(0 if is_told else 1)

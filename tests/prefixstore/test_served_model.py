@@ -1,4 +1,4 @@
-"""A cache watches the weights of its model, gives it back, and refuses arguments that are none."""
+"""A cache watches its model's weights, restores the model, and refuses invalid arguments."""
 
 import copy
 import threading
@@ -39,7 +39,7 @@ def scale(model):
 
 
 def scale_data(model):
-    # leaves the version counter as it is; adapters are merged so
+    # does not change the version counter; adapters are merged like this
     key_weight(model).data.mul_(1.5)
 
 
@@ -57,7 +57,7 @@ def assign_state(model):
 
 
 def scale_frequencies(model):
-    next(model.model.rotary_emb.buffers()).mul_(2)  # not saved with the weights
+    next(model.model.rotary_emb.buffers()).mul_(2)  # a buffer that is not saved
 
 
 CHANGES = [
@@ -161,7 +161,7 @@ def test_a_hook_of_all_models_needs_another_cache(model, open_cache):
             cache.session(tokens)
         assert run(open_cache(), model, tokens)[1].num_reused == 0
         handle.remove()
-    with ModuleTracker():  # of PyTorch
+    with ModuleTracker():  # PyTorch's own
         assert run(cache, model, tokens)[1].num_reused == 32
 
 

@@ -87,7 +87,7 @@ def test_gives_several_answers(client, engine, stream):
             texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     else:
         texts = [choice.message.content for choice in answer.choices]
-        assert answer.usage.prompt_tokens == len(engine.asked[-1].prompt)  # once
+        assert answer.usage.prompt_tokens == len(engine.asked[-1].prompt)  # counted once
     assert texts == [ANSWER] * 3
     seeds = [handle.sampling.seed for handle in engine.asked[-3:]]
     assert seeds == [(1 << 63) - 2, (1 << 63) - 1, -(1 << 63)]

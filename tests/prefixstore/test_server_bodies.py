@@ -1,4 +1,4 @@
-"""Large bodies: refused at the first thing that is wrong, and read off the event loop."""
+"""Large bodies: refused at the first error, and parsed outside the event loop."""
 
 import asyncio
 import json

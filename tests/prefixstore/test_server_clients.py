@@ -1,4 +1,4 @@
-"""Clients that are slow, silent, gone, many or hostile; after each the server still answers."""
+"""Slow, silent, vanished, many and hostile clients; after each the server still answers."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ WAITS = ("header_timeout_s", "body_timeout_s", "write_timeout_s")
 
 @pytest.fixture(scope="module")
 def engine():
-    """Answers that end only when they are cancelled or their tokens are used up."""
+    """An engine whose answers end only when cancelled or at their last token."""
     engine = ScriptedEngine(
         chat_tokenizer(), is_endless=True, max_model_len=1 << 22, max_queued=1000, max_running=256
     )
@@ -40,7 +40,7 @@ def server(engine):
 
 @pytest.fixture(scope="module")
 def hasty_server(engine):
-    """For the tests of its timeouts alone: a busy machine is late, too."""
+    """A server with short timeouts, only for tests of these: a busy machine exceeds them, too."""
     with serving(engine, **dict.fromkeys(WAITS, TIMEOUT_S), idle_timeout_s=TIMEOUT_S) as running:
         yield running
 
@@ -53,7 +53,7 @@ def _still_answers(server, engine):
 
 
 def exchange(server, content):
-    """What the server says to some bytes before it closes."""
+    """Send some bytes; returns all that the server sends before it closes."""
     with server.connect() as connection:
         connection.sendall(content)
         return read_all(connection)
@@ -164,7 +164,7 @@ def test_does_not_read_on_for_ever(server):
             while sent < 100_000_000:
                 connection.sendall(chunk(b" " * 60_000))
                 sent += 60_000
-    assert sent < 50_000_000  # what lay in the sockets' buffers, and a little
+    assert sent < 50_000_000  # the sockets' buffers, and a little more
 
 
 def test_tells_a_client_that_waits_before_it_sends(server):
@@ -264,7 +264,7 @@ def test_a_client_that_does_not_read_is_cut_off_and_blocks_nobody(hasty_server, 
         slow = engine.asked[-1]
         while not slow.is_cancelled:
             hasty_server.assert_answers()
-    # What it was sent lies in the sockets' buffers: the rest of the answer was never made.
+    # Only the sockets' buffers were filled: the rest of the answer was never generated.
     assert slow.num_sent < 3_000_000
 
 

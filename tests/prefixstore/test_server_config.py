@@ -42,7 +42,7 @@ load_timeout_s = "2s"
 
 @pytest.fixture
 def serve(monkeypatch, tmp_path):
-    """Runs the command up to where it would load the model; gives what it would serve."""
+    """Run the command up to loading the model; returns what it would serve."""
     seen = []
     monkeypatch.setattr(command, "run_server", lambda *arguments: seen.append(arguments))
     path = tmp_path / "serve.toml"
@@ -179,7 +179,7 @@ def test_refuses_its_key_file_before_it_looks_for_the_model(tmp_path):
 
 
 def test_answers_wait_for_no_acknowledgement():
-    """asyncio sets TCP_NODELAY on sockets whose protocol is named, and on no others."""
+    """asyncio sets TCP_NODELAY only on sockets created with an explicit protocol."""
     with bind_address(ServerConfig(port=0)) as listener:
         assert listener.proto == socket.IPPROTO_TCP
 

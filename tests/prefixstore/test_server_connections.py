@@ -1,4 +1,4 @@
-"""Connections whose clients stop in the middle, or read slowly: none stays for ever."""
+"""Connections whose clients stop halfway or read slowly: none stays open for ever."""
 
 import socket
 import sys
@@ -12,7 +12,7 @@ from serving import MODEL, read_all, request_bytes, serving, wait_until
 from prefixstore.server import connections
 
 PATH = "/v1/completions"
-COMPUTED = 348  # a token of 9 characters
+COMPUTED = 348  # an id whose text has 9 characters
 TIMEOUT_S = 0.5
 TIMES = {"header_timeout_s": TIMEOUT_S, "idle_timeout_s": TIMEOUT_S, "write_timeout_s": TIMEOUT_S}
 HEAD = b"GET /health/live HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10\r\n\r\n"
@@ -27,13 +27,13 @@ def engine():
 
 @pytest.fixture
 def num_held():
-    """Half the bytes that the system keeps of what it sends: little."""
+    """SO_SNDBUF in bytes, half of what Linux then allows: small."""
     return 8192
 
 
 @pytest.fixture
 def protocols(monkeypatch, num_held):
-    """The server's side of each connection, in order."""
+    """The server's protocol object of each connection, in order."""
     made = []
 
     class Seen(connections.BoundedProtocol):
@@ -63,7 +63,7 @@ def read_answer(client):
 
 
 def ask_for(server, num_characters, *headers):
-    """A connection on which an answer of so many characters is on its way."""
+    """A connection on which an answer of so many characters was requested."""
     prompt = [COMPUTED] * (num_characters // len(" computed"))
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -98,7 +98,7 @@ def test_a_request_may_follow_one_that_was_answered_early(engine, protocols):
 def test_a_client_that_stops_before_the_end_of_an_answer_is_cut_off(
     engine, protocols, headers, caplog
 ):
-    # Short enough for the idle timeout to pass first, where the connection is kept.
+    # Short enough that on a kept connection the idle timeout comes first.
     times = {**TIMES, "write_timeout_s": 2.0}
     with serving(engine, **times) as server, ask_for(server, 400_000, *headers) as client:
         wait_until(lambda: protocols and num_unsent(protocols[0]) > 100_000)
@@ -120,11 +120,11 @@ def test_a_client_that_hangs_up_half_and_reads_nothing_is_cut_off(engine, protoc
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not tell")
 @pytest.mark.parametrize("num_held", [100_000])
 def test_a_client_reads_that_takes_what_the_system_still_holds(engine, protocols):
-    """Of which the server is asked for more only later."""
+    """It reads from the system's buffers; the server is asked for more only later."""
     with serving(engine) as server, ask_for(server, 600_000) as client:
         wait_until(lambda: protocols and num_unsent(protocols[0]) > 0)
         (protocol,), before = protocols, num_unsent(protocols[0])
-        for _ in range(12):  # more than its own system holds: the server's has the word of it
+        for _ in range(12):  # more than its own buffers hold: the server's system knows of it
             assert client.recv(2048)
         protocol.loop.call_soon_threadsafe(protocol._check_reading)
         server.assert_answers()

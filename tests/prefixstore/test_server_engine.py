@@ -24,7 +24,7 @@ GREEDY = {"temperature": 0, "ignore_eos": True}
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts servers over engines of their own; checks and closes them when the test is over."""
+    """Starts servers with their own engines; checks and closes them after the test."""
     opened = []
 
     def start_one(engine_settings=None, **settings):
@@ -54,7 +54,7 @@ def ask(server, messages, **options):
 
 
 def test_the_next_turn_computes_only_what_is_new(start):
-    """The answers of random weights are no text that a tokenizer would cut as it was written."""
+    """A tokenizer would cut random weights' answers into other tokens than were generated."""
     server = start()
     messages = list(CHAT)
     num_cached = 0
@@ -64,8 +64,8 @@ def test_the_next_turn_computes_only_what_is_new(start):
         assert usage["prompt_tokens_details"]["cached_tokens"] >= num_cached
         assert answer["choices"][0]["finish_reason"] == "length"
         text = answer["choices"][0]["message"]["content"]
-        is_kept = "�" not in text  # half a character is no text to go on from
-        # The last token of an answer was never an input: its KV is not there.
+        is_kept = "�" not in text  # text with half a character cannot be continued
+        # The last token of an answer was never an input, so it has no KV.
         num_known = usage["prompt_tokens"] + usage["completion_tokens"] - 1
         num_cached = whole_blocks(num_known if is_kept else usage["prompt_tokens"])
         messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "Go on."}]
@@ -167,7 +167,7 @@ def test_refuses_prompts_that_the_model_cannot_have(start, prompt):
 
 
 def metrics_of(server):
-    """Name without its prefix and label of each sample, and its value."""
+    """Values of all samples, by name without its prefix and label."""
     text = server.get("/metrics").text
     return {
         (sample.name.removeprefix("kvkernels_"), *sample.labels.values()): sample.value
@@ -208,7 +208,7 @@ def cached_blocks(answer):
 
 
 def test_metrics_count_audits_and_what_they_find(start):
-    """One honest audit, and one of a block that was changed where it lay."""
+    """An audit without findings, and one of a block that was changed in the pool."""
     server = start({"audit_share": 1})
     engine = server.engine
     ask(server, CHAT)
@@ -230,7 +230,7 @@ def test_metrics_count_audits_and_what_they_find(start):
     assert counts["quarantined_blocks"] == engine.stats().num_quarantined >= num_blocks
 
 
-# The process tells how many objects no garbage collection walked through while it served.
+# The process reports how many objects were frozen, exempt from garbage collections.
 PROGRAM = """
 import gc
 from prefixstore.cli import main
@@ -242,7 +242,7 @@ main()
 
 
 class Process:
-    """`kvkernels serve` in a process of its own."""
+    """`kvkernels serve` in its own process."""
 
     def __init__(self, *arguments):
         self.process = subprocess.Popen(
@@ -257,17 +257,17 @@ class Process:
         self.url = json.loads(line)["url"]
 
     def stop(self):
-        """Ends it in order; gives its log lines."""
+        """End it with SIGTERM; returns its log lines."""
         self.process.send_signal(signal.SIGTERM)
         out, err = self.process.communicate(timeout=60)
         assert self.process.returncode == 0, err
-        assert int(out) > 100_000  # else requests wait while PyTorch is looked through for garbage
+        assert int(out) > 100_000  # else collections walk through PyTorch while requests wait
         return [json.loads(line) for line in err.splitlines()]
 
 
 @pytest.fixture
 def arguments(tmp_path):
-    """The command line that serves a folder with the model, with its blocks on disk."""
+    """The command line that serves a folder with the model, with blocks on disk."""
     folder = tmp_path / "small"
     chat_model().save_pretrained(folder)
     chat_tokenizer().save_pretrained(folder)
@@ -278,7 +278,7 @@ def arguments(tmp_path):
 
 
 def test_the_next_process_goes_on_from_disk(arguments, tmp_path):
-    # Whatever is faster on the machine: so small a model computes as fast as a busy disk reads.
+    # Load even if computing is faster: so small a model computes as fast as a busy disk reads.
     config = tmp_path / "config.toml"
     config.write_text('[engine]\nrestore_policy = "load"\n')
     arguments += ["--config", str(config)]
@@ -315,7 +315,7 @@ def test_a_process_under_load_finishes_what_it_accepted(arguments):
             try:
                 answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
             except (httpx.ConnectError, httpx.ReadError, httpx.RemoteProtocolError):
-                return  # the door is closed, or closed while this one stood before it
+                return  # no longer listening, or stopped while this one was in the backlog
             statuses.append(answer.status_code)
             if answer.status_code == 200:
                 assert answer.json()["usage"]["completion_tokens"] == 30
@@ -330,6 +330,6 @@ def test_a_process_under_load_finishes_what_it_accepted(arguments):
         finally:
             server.process.kill()
     assert set(statuses) <= {200, 503}
-    # Whatever the server took in, its client has the answer of.
+    # Every request that the server accepted was answered to its client.
     answered = [line["status"] for line in lines if line["message"] == "request"]
     assert sorted(answered) == sorted(statuses)

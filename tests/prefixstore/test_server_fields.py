@@ -1,4 +1,4 @@
-"""Fields that the server refuses: each by its name, with 400, before the engine is asked."""
+"""Fields that the server refuses: with 400 and the field's name, before the engine is asked."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Who is answered: API keys and their file, hosts, pages for operators."""
+"""Which requests are allowed: API keys and their file, hosts, pages for operators."""
 
 from hashlib import sha256
 

@@ -1,4 +1,4 @@
-"""Log-probabilities as OpenAI's own client reads them, beside those of the engine."""
+"""Log-probabilities as OpenAI's own client reads them, compared with the engine's."""
 
 import math
 
@@ -26,7 +26,7 @@ def server():
 
 
 def complete(server, stream=False, **options):
-    """Text, log-probabilities and finish reason of a completion, of a stream's pieces together."""
+    """Text, log-probabilities and finish reason of a completion, joined from a stream's pieces."""
     answer = server.client().completions.create(
         **{**GREEDY, "prompt": PROMPT, "stream": stream, **options}
     )
@@ -43,7 +43,7 @@ def complete(server, stream=False, **options):
 
 
 def chat(server, stream=False, **options):
-    """Text and log-probabilities of a chat's answer, of a stream's pieces together."""
+    """Text and log-probabilities of a chat's answer, joined from a stream's pieces."""
     answer = server.client().chat.completions.create(
         **{**GREEDY, "messages": CHAT, "stream": stream, "logprobs": True, **options}
     )
@@ -76,7 +76,7 @@ def test_a_completion_has_the_engines_log_probabilities(server, stream):
     for table, token, one in zip(
         logprobs["top_logprobs"], logprobs["tokens"], expected.logprobs, strict=True
     ):
-        # The model has more ids than the tokenizer: those read the same, which is nothing.
+        # The model has more ids than the tokenizer: the others all have empty text.
         by_text = {min(token_id, len(chat_tokenizer())): value for token_id, value in one.top[::-1]}
         assert sorted(table.values()) == sorted(by_text.values())
         assert table[token] == one.logprob  # greedy: it is the most likely
@@ -121,7 +121,7 @@ def test_a_sampled_token_stands_beside_the_most_likely(server, stream):
 
 @WAYS
 def test_bytes_make_the_text(server, stream):
-    """Random weights write halves of characters, which read as U+FFFD."""
+    """Random weights generate parts of characters, which decode as U+FFFD."""
     text, content = chat(server, stream, max_tokens=200, extra_body={"ignore_eos": True})
     specials = set(chat_tokenizer().all_special_tokens)
     data = b"".join(bytes(one.bytes) for one in content if one.token not in specials)

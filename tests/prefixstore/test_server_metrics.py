@@ -1,4 +1,4 @@
-"""What a server tells of itself: metrics, log lines, request ids."""
+"""What a server reports: metrics, log lines, request ids."""
 
 import json
 import logging
@@ -32,7 +32,7 @@ def server(engine):
 
 @pytest.fixture
 def lines(caplog):
-    """The log's lines, as they are written."""
+    """The log's lines, in the format in which they are written."""
     caplog.set_level(logging.INFO, "prefixstore.server")
 
     def requests():
@@ -43,7 +43,7 @@ def lines(caplog):
 
 
 def metrics_of(server):
-    """Name and labels of each sample, and its value."""
+    """Values of all samples, by name and labels."""
     text = server.get("/metrics").text
     return {
         (sample.name, *sorted(sample.labels.items())): sample.value

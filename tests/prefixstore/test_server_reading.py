@@ -1,4 +1,4 @@
-"""Prompts that take long to be read hold up nobody's answer, and no more of them wait than may."""
+"""Prompts that are slow to tokenize delay no other request, and only a bounded number waits."""
 
 import logging
 import threading
@@ -25,7 +25,7 @@ HELD = {**TEXT, "prompt": "held"}
 
 
 class HeldTokenizer:
-    """Cuts as `tokenizer`, but for the text "held": it has to wait for `go_on`."""
+    """Tokenizes like `tokenizer`, but waits for `go_on` with the text "held"."""
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
@@ -69,7 +69,7 @@ def server(engine):
 
 
 def post_held(server, tokenizer, number=1, **options):
-    """Posts the prompt that takes long, `number` times; the answers once it may go on."""
+    """Post the slow prompt `number` times; its answers come once it may go on."""
     threads = [in_thread(lambda: server.post(PATHS[1], HELD, **options)) for _ in range(number)]
     wait_until(lambda: "held" in tokenizer.texts)
     return threads
@@ -127,7 +127,7 @@ def test_no_more_prompts_wait_than_the_engine_would_take(server, tokenizer):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_tenant_that_asks_much_delays_no_other(engine, tokenizer, path, tmp_path):
-    """It is given one of the places that are taken, and its turn."""
+    """The other one gets a place that was taken, and its turn."""
     key_file = tmp_path / "keys.toml"
     keys = {tenant: f"kvk-of-{tenant}-0123456789" for tenant in ("many", "few")}
     key_file.write_text(

@@ -1,4 +1,4 @@
-"""Requests that the server refuses whatever their fields say, and how it says so."""
+"""Requests that the server refuses whatever their fields say, and the errors."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""How a server ends: what it accepted is finished, and what it has to write is written."""
+"""How a server shuts down: accepted requests are finished, and pending writes are written."""
 
 import json
 import multiprocessing
@@ -19,11 +19,11 @@ TEXT = {"model": MODEL, "prompt": "Hello"}
 
 
 class Process:
-    """A server in a process of its own.
+    """A server in its own process.
 
     Args:
-        context: Makes the process.
-        folder: For what it writes.
+        context: Context of `multiprocessing` that makes the process.
+        folder: Where its output goes.
         engine: Arguments of a `ScriptedEngine`.
         server: Arguments of a `ServerConfig`.
     """
@@ -42,7 +42,7 @@ class Process:
         os.kill(self.process.pid, number)
 
     def wait(self):
-        """Exit status, what it printed after the first line, and its log lines."""
+        """Wait for its end; returns exit status, prints after the first line, and log lines."""
         self.process.join(60)
         out = self._out.read_text().partition("\n")[2]
         lines = self._log.read_text().splitlines()
@@ -55,7 +55,7 @@ class Process:
 
 @pytest.fixture(scope="module")
 def context():
-    """Forks each server from one process that has imported all it needs: that takes seconds."""
+    """Forks each server from one process with all imports done, as these take seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["scripted_server"])
     with pytest.MonkeyPatch.context() as patch:
@@ -104,7 +104,7 @@ def test_what_was_accepted_is_finished_and_nothing_else_is_taken(start, stream):
     assert refused.status_code == 503
     assert refused.json()["error"]["code"] == "shutting_down"
     assert refused.headers["connection"] == "close"
-    server.signal(signal.SIGUSR1)  # from here on the engine makes haste
+    server.signal(signal.SIGUSR1)  # from here on the engine's steps take no time
     thread.join()
     assert answers[0].status_code == 200
     if stream:
@@ -168,7 +168,7 @@ def test_a_second_signal_ends_it_in_the_middle_of_a_log_line_too(context, tmp_pa
 
 
 def test_under_load_no_accepted_request_is_lost(start):
-    """Every request is answered whole, told 503, or meets a closed door; none breaks off."""
+    """Every request is answered whole, gets a 503 or cannot connect; none is cut off."""
     server = start(engine={"is_endless": True, "step_s": 0.001, "max_running": 8})
     outcomes = []
     is_over = threading.Event()
@@ -179,7 +179,7 @@ def test_under_load_no_accepted_request_is_lost(start):
             try:
                 answer = httpx.post(server.url + "/v1/completions", json=body, timeout=60)
             except (httpx.ConnectError, httpx.ReadError):
-                return  # the door is closed, or closed while this one stood before it
+                return  # no longer listening, or stopped while this one was in the backlog
             if answer.status_code == 503:
                 outcomes.append("refused")
                 continue
@@ -196,14 +196,14 @@ def test_under_load_no_accepted_request_is_lost(start):
     status, _, lines = server.wait()
     assert status == 0
     assert "broken" not in outcomes
-    # Whatever the server took in, its client has the answer of.
+    # Every request that the server accepted was answered to its client.
     answered = [line["status"] for line in lines if line["message"] == "request"]
     assert answered.count(200) == outcomes.count("whole")
     assert answered.count(503) == outcomes.count("refused") == len(answered) - answered.count(200)
 
 
 def _is_busy(server):
-    """Whether the server has begun a request; it stands in no log before it ends."""
+    """Whether the server has begun a request; the log shows a request only at its end."""
     metrics = httpx.get(server.url + "/metrics").text
     return any(
         line.startswith("kvkernels_requests_running ") and not line.endswith(" 0.0")

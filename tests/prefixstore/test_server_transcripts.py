@@ -22,7 +22,7 @@ def encode(text):
 
 
 def by_characters(text):
-    """Tokens of a text as no tokenizer would cut it."""
+    """Tokens of a text, split as no tokenizer would."""
     return [token_id for character in text for token_id in encode(character)]
 
 
@@ -61,7 +61,7 @@ def test_goes_on_from_the_longest_text_that_fits(transcripts):
     [
         (PROMPT + ANSWER + REST, "b"),
         (PROMPT + ANSWER + REST, ""),
-        (PROMPT + ANSWER + " And so on." + REST, "a"),  # the last word might go on
+        (PROMPT + ANSWER + " And so on." + REST, "a"),  # the last word might be continued
         (PROMPT + ANSWER[:-1] + REST, "a"),
         (PROMPT.replace("What", "Who") + ANSWER + REST, "a"),
         (PROMPT + ANSWER, "a"),
@@ -86,7 +86,7 @@ def test_forgets_an_answer_that_is_not_its_tokens(transcripts):
 
 
 class Reading:
-    """The tokenizer, but that its texts then read otherwise; counts how often it decodes."""
+    """The tokenizer, with decoded texts changed; counts how often it decodes."""
 
     added_tokens_decoder = chat_tokenizer().added_tokens_decoder
     all_special_ids = chat_tokenizer().all_special_ids
@@ -108,7 +108,7 @@ def test_an_answer_that_a_stop_string_ended_is_decoded_once():
 
 
 def spoil_runs(text, **_):
-    """As a tokenizer that falls back on bytes: a wrong one spoils the others of its run."""
+    """Like a tokenizer with byte fallback: one wrong byte spoils its whole run."""
     return re.sub(r"[^\x00-\x7f]", "\ufffd", text) if "\ufffd" in text else text
 
 
@@ -142,7 +142,7 @@ def test_keeps_no_more_than_it_may(transcripts):
         transcripts.remember(prompt, ANSWER, encode(prompt), by_characters(ANSWER), "a")
         assert transcripts.check() == []
         text = prompt + ANSWER + REST
-        assert transcripts.encode(text, "a") != encode(text)  # the newest is there
+        assert transcripts.encode(text, "a") != encode(text)  # the newest is kept
     assert len(transcripts._ids) <= 4
     long = "x " * 1000
     transcripts.remember(PROMPT, long, encode(PROMPT), by_characters(long), "a")
@@ -151,7 +151,7 @@ def test_keeps_no_more_than_it_may(transcripts):
 
 def test_trusts_no_tokenizer_that_cuts_otherwise_before_a_special_token():
     class Swallowing:
-        """Drops the full stop before a special token, as some drop spaces."""
+        """A tokenizer that drops full stops before special tokens, as some drop spaces."""
 
         added_tokens_decoder = chat_tokenizer().added_tokens_decoder
         all_special_ids = chat_tokenizer().all_special_ids
@@ -167,7 +167,7 @@ def test_trusts_no_tokenizer_that_cuts_otherwise_before_a_special_token():
 
 
 class ByCharacters(ScriptedEngine):
-    """Answers in tokens that its tokenizer would not have chosen."""
+    """An engine that answers in tokens that its tokenizer would not have chosen."""
 
     def answer_ids(self, sampling):
         return [*by_characters(self.answer), self.tokenizer.eos_token_id]
@@ -194,7 +194,7 @@ def test_a_chat_over_http_keeps_its_tokens(stream):
 
 
 def test_no_chat_begins_with_the_tokens_of_a_completion():
-    """A client may render a chat itself; the tokenizer then puts its own token before the text."""
+    """A client may render a chat itself, but the tokenizer then adds its own first token."""
     tokenizer = copy.deepcopy(chat_tokenizer())
     start_id = tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

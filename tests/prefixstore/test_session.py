@@ -1,4 +1,4 @@
-"""A session takes the tokens and positions it was made for, in every way `generate` gives them."""
+"""A session accepts its own tokens and positions, however `generate` passes them."""
 
 from functools import partial
 
@@ -30,7 +30,7 @@ def test_commit_refuses_other_tokens(model, open_cache):
 
 
 def refusal(cache, model, tokens, **inputs):
-    """What the model says to a session of `tokens` run on other inputs; nothing gets cached."""
+    """The error of running a session of `tokens` on other inputs; nothing must get cached."""
     with cache.session(tokens) as session, torch.no_grad():
         with pytest.raises((ValueError, UnsupportedError)) as error:
             model(past_key_values=session, **inputs)
@@ -61,7 +61,7 @@ def test_a_session_refuses_what_is_not_its_own(model, open_cache):
 
 
 def assert_goes_on(model, session, tokens):
-    """The session can still be used as if nothing had been refused."""
+    """Check that the session still works as if nothing had been refused."""
     expected = generate(model, tokens)
     assert generate(model, tokens, session) == expected
 
@@ -81,7 +81,7 @@ def test_a_session_is_not_generated_from_twice(model, open_cache):
 def test_a_second_generation_is_compared_also_where_its_steps_are_not(
     model, open_cache, monkeypatch
 ):
-    """On a GPU the tokens of one generation are read once; those of the next are others."""
+    """On a GPU tokens are read once per generation; the next generation has others."""
     cache, tokens = open_cache(), random_tokens(40)
     with cache.session(tokens) as session:
         answer = generate(model, tokens, session)
@@ -155,7 +155,7 @@ def test_a_conversation_goes_on_in_its_session_unless_it_was_edited(model, open_
 
 
 def test_an_edited_token_far_back_is_seen_at_the_next_token_too(model, open_cache):
-    """Also where a generation goes on by one token, as each step of the last one did."""
+    """Also if a generation begins with one token, like each step of the last one."""
     tokens = random_tokens(40)
     with open_cache().session(tokens) as session:
         answer = as_row(generate(model, tokens, session))
@@ -200,7 +200,7 @@ def test_a_prompt_may_be_run_in_chunks(model, open_cache):
 
 @needs_transformers_5  # 4.57 takes whole prompts
 def test_new_tokens_may_come_alone(model, open_cache):
-    """With an attention mask over all tokens, `generate` leaves none out."""
+    """With an attention mask over all tokens, `generate` passes the new ones in full."""
     tokens, new = random_tokens(40), random_tokens(5, seed=3)
     with open_cache().session(tokens) as session:
         answer = generate(model, tokens, session)
@@ -306,7 +306,7 @@ def test_what_was_cropped_away_may_be_other_tokens(model, open_cache):
 
 
 def test_commit_leaves_the_last_token_open(model, open_cache):
-    """What `generate` returns ends with a token that the model has not stored."""
+    """The last token that `generate` returns has no KV yet."""
     tokens = random_tokens(40)
     with open_cache().session(tokens) as session:
         whole = torch.cat([tokens, as_row(generate(model, tokens, session, num_new=8))], dim=1)

@@ -1,4 +1,4 @@
-"""Times, sizes and counts that nothing could work with are refused, and the largest others work."""
+"""Impossible times, sizes and counts are refused; the largest possible ones work."""
 
 import fcntl
 import math
@@ -141,7 +141,7 @@ def test_redis_works_with_the_longest_times_there_are(redis_server, tmp_path):
 
 
 def is_open(path: Path) -> bool:
-    """Whether a process has the disk tier open, this one too."""
+    """Whether any process, also this one, has the disk tier open."""
     with (path / "tier.lock").open("r+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

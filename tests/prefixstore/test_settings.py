@@ -1,4 +1,4 @@
-"""Settings as people write them, URLs of tiers, and configuration files."""
+"""Settings as people write them, tiers' URLs, and configuration files."""
 
 import math
 import re
@@ -159,7 +159,7 @@ def test_closes_what_it_opened_when_a_later_tier_fails(tmp_path):
     (tmp_path / "file").write_text("not a directory")
     with pytest.raises(Exception, match="file"):
         open_tiers([f"disk://{tmp_path}/good?max_bytes=1MiB", f"disk://{tmp_path}/file"])
-    (tmp_path / "good").rename(tmp_path / "moved")  # nobody holds it
+    (tmp_path / "good").rename(tmp_path / "moved")  # it is not open any more
 
 
 # ---- files ---------------------------------------------------------------------------------------
