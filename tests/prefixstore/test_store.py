@@ -1,4 +1,4 @@
-"""The store: order of tiers, promotion, what it forgets, and what it refuses."""
+"""The store: order of tiers, promotion, deletion, and refusals."""
 
 import threading
 
@@ -86,7 +86,7 @@ def test_a_present_record_is_not_written_again(make_store):
 
 
 def test_threads_save_and_load_at_once(make_store, tmp_path):
-    memory = MemoryTier(MemoryTierConfig(8 * 4096))  # evicts all the time
+    memory = MemoryTier(MemoryTierConfig(8 * 4096))  # so small that it keeps evicting
     store = make_store(memory, DiskTier(DiskTierConfig(tmp_path, 24 * 4096)))
     keys = make_keys(40)
     problems: list[str] = []
@@ -145,7 +145,7 @@ DELETIONS = {
 
 
 def keys_of_another(num_blocks: int) -> list[BlockKey]:
-    """Of an identity that stays."""
+    """Keys of an identity that is not deleted."""
     tokens = np.arange(num_blocks * LAYOUT.block_size, dtype=np.uint32)
     return chain_keys(LAYOUT, b"another identity", tokens)
 
@@ -165,7 +165,7 @@ def test_blocks_that_are_deleted_before_their_turn_are_not_written(make_store, d
     done: list[BlockKey] = []
     for key in [*keys, queued]:
         assert store.save(key, HostBlock(make_payload(key)), lambda key=key: done.append(key))
-    assert delete(store, keys) == []  # waits for nothing: the others do not concern it
+    assert delete(store, keys) == []  # waits for nothing: queued records are of other identities
     assert done == keys
     assert store.stats().num_dropped == 3
     gate.open()
@@ -179,7 +179,7 @@ def test_records_on_their_way_to_a_slower_tier_are_deleted_too(make_store, delet
     gate = Gate(call)
     memory, slow = MemoryTier(MemoryTierConfig(CAPACITY)), DictTier("slow", gate)
     store = make_store(memory, slow)
-    keys = make_keys(600)  # more than both threads of the writer take before they wait at the gate
+    keys = make_keys(600)  # more than the writer's two threads take before they wait at the gate
     for key in keys:
         assert store.save(key, HostBlock(make_payload(key)))
     assert store.wait_blocks(30) and gate.entered.wait(30)
@@ -187,7 +187,7 @@ def test_records_on_their_way_to_a_slower_tier_are_deleted_too(make_store, delet
     thread = threading.Thread(target=lambda: failed.append(delete(store, keys)))
     thread.start()
     thread.join(0.1)
-    assert thread.is_alive()  # it waits for what is being written
+    assert thread.is_alive()  # the deletion waits for the write under way
     gate.open()
     thread.join(30)
     assert failed == [[]]
@@ -229,7 +229,7 @@ def test_what_is_deleted_while_it_is_loaded_goes_to_no_faster_tier(make_store, d
     assert store.load_many(keys, blocks, progress=delete_them) == ["slow"] * 3
     assert store.flush(30)
     assert (fast.records, slow.records) == ({}, {})
-    fill(slow, keys)  # a later load is none of its business
+    fill(slow, keys)  # the deletion does not affect later loads
     assert store.load_many(keys, blocks) == ["slow"] * 3
     assert store.flush(30)
     assert held(fast, keys) == [True] * 3

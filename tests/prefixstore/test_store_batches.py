@@ -1,4 +1,4 @@
-"""Many blocks at once: fetched together, decoded together, each of them verified."""
+"""Many blocks at once are fetched and decoded together, and each is verified."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from prefixstore.tiers.pages import PAGE_BYTES
 NUM_BLOCKS = 20
 MISSING, DAMAGED, RAW = 8, (3, 4, 13), (4, 5, 11)
 LAYOUT = RecordLayout(3, 1, 16, 16, "bfloat16", 0, ("q8",))
-# Of it the raw records have a shorter header.
+# A layout whose raw records have a shorter header.
 LISTED = RecordLayout(6, 1, 16, 16, "bfloat16", 0, ("q8", *("raw",) * 5))
 
 
 class Targets:
-    """Twenty blocks in host memory or in a pool, to be restored and looked at."""
+    """Twenty blocks in host memory or in a pool, to restore into and read."""
 
     def __init__(self, kind: str, layout: RecordLayout) -> None:
         self._layout = layout
@@ -58,7 +58,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 def test_all_that_is_right_comes_back(
     kind: str, layout: RecordLayout, batch_pages: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Missing, damaged and raw ones among them, and promoted while the next batch is read."""
+    """With missing, damaged and raw ones among them; hits are promoted while the next is read."""
     monkeypatch.setattr(loader, "BATCH_BYTES", batch_pages * PAGE_BYTES)
     keys = make_keys(NUM_BLOCKS, layout)
     blocks = [
@@ -70,7 +70,7 @@ def test_all_that_is_right_comes_back(
     for number, key in enumerate(keys):
         if number != MISSING:
             slow.records[key.block_hash] = records[number]
-        if number in DAMAGED:  # where it is found first
+        if number in DAMAGED:  # in the tier where it is found first
             damaged = bytearray(records[number])
             damaged[layout.raw.header_bytes + 100] ^= 1
             fast.records[key.block_hash] = bytes(damaged)
@@ -78,7 +78,7 @@ def test_all_that_is_right_comes_back(
     expected = ["slow"] * NUM_BLOCKS
     expected[MISSING] = None
     with Store([fast, slow]) as store:
-        for tier in ("slow", "fast"):  # then from where they were promoted to
+        for tier in ("slow", "fast"):  # then from the tier that they were promoted to
             names = store.load_many(keys, targets.new())
             assert names == [name and tier for name in expected]
             for number, key in enumerate(keys):

@@ -1,4 +1,4 @@
-"""`kvkernels store`: what tiers hold, checking, sweeping and clearing them."""
+"""`kvkernels store`: statistics, checking, sweeping and clearing of tiers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(*arguments: object) -> Result:
 
 
 def results(*arguments: object) -> list[dict[str, Any]]:
-    """What a command prints as JSON, whatever its status."""
+    """The JSON that a command prints, whatever its status."""
     return json.loads(run(*arguments, "--json").stdout)
 
 
@@ -48,7 +48,7 @@ def put_into(url: str, keys: list[BlockKey]) -> None:
 
 
 def count_in(url: str, keys: list[BlockKey]) -> int:
-    """How many of the records a store would find."""
+    """How many of the records a store finds."""
     with closing(open_tier(parse_tier_url(url))) as tier:
         return sum(tier.contains_many([key.name for key in keys]))
 
@@ -236,7 +236,7 @@ def test_says_which_identity_no_target_has(path: Path, tmp_path: Path) -> None:
     url = f"file://{tmp_path}/objects"
     put_into(url, keys_of(OTHER, 1))
     result = run("clear", path, url, "--identity", "AB", "--identity", "cd")
-    assert result.exit_code == 0, result.output  # each is somewhere
+    assert result.exit_code == 0, result.output  # each identity is in some target
     result = run("clear", path, url, "--identity", "ab")
     assert result.exit_code == 1
     assert "identity: expected digits of one that is there, got 'ab'" in result.stderr
@@ -270,7 +270,7 @@ def test_forgets_an_identity_that_an_older_key_sealed(tmp_path: Path) -> None:
     url = f"disk://{tmp_path}/sealed?seal_key="
     put_into(url + old, keys_of(MINE, 3))
     put_into(url + new, keys_of(OTHER, 2))
-    assert run("clear", url + new, "--identity", MINE.hex()).exit_code == 1  # none of its business
+    assert run("clear", url + new, "--identity", MINE.hex()).exit_code == 1  # another key's
     assert run("clear", f"{url}{new}:{old}", "--identity", MINE.hex()).exit_code == 0
     assert count_in(url + old, keys_of(MINE, 3)) == 0
     assert count_in(url + new, keys_of(OTHER, 2)) == 2

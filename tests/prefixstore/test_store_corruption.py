@@ -1,4 +1,4 @@
-"""Records that are wrong: whatever a tier gives, no block is."""
+"""Wrong records: whatever a tier returns, no wrong block is restored."""
 
 import os
 import time
@@ -27,7 +27,7 @@ REGIONS = {
 
 
 def flip_stored_bit(tier: MemoryTier | DiskTier, key: BlockKey, position: int, bit: int) -> None:
-    """Behind the tier's back: in its arena, or in its file."""
+    """Flip a bit directly in the tier's arena or file."""
     if isinstance(tier, MemoryTier):
         tier._arena.records[key.block_hash].data[position] ^= 1 << bit
         return
@@ -41,14 +41,14 @@ def flip_stored_bit(tier: MemoryTier | DiskTier, key: BlockKey, position: int, b
 
 @pytest.fixture(params=["memory", "disk"])
 def tier(request, tmp_path) -> MemoryTier | DiskTier:
-    """Each real tier; the store that gets it closes it."""
+    """Each real tier in turn; the test's store closes it."""
     if request.param == "memory":
         return MemoryTier(MemoryTierConfig(CAPACITY))
     return DiskTier(DiskTierConfig(tmp_path, CAPACITY))
 
 
 def test_a_thousand_flipped_bits_give_a_thousand_misses(make_store, tier):
-    """One bit of one of many records at a time, 200 in each region, at random within it."""
+    """One bit of one record at a time, 200 in each region of a record, at random places."""
     random = np.random.default_rng(0)
     store = make_store(tier)
     keys = make_keys(20)
@@ -59,7 +59,7 @@ def test_a_thousand_flipped_bits_give_a_thousand_misses(make_store, tier):
             position, bit = int(random.integers(start, end)), int(random.integers(8))
             flip_stored_bit(tier, key, position, bit)
             assert load(store, key) is None, f"bit {bit} of byte {position}"
-            assert not tier.contains(key.name)  # it is not met twice
+            assert not tier.contains(key.name)  # deleted, so it is met only once
             save(store, [key])
     use = use_of(store, tier.name)
     assert (use.num_corrupted, use.num_misses, use.num_hits) == (1000, 1000, 0)
@@ -69,7 +69,7 @@ def test_a_thousand_flipped_bits_give_a_thousand_misses(make_store, tier):
 
 
 def other_records(key: BlockKey) -> dict[str, bytes]:
-    """What may lie under a key's hash and must not be used."""
+    """Records that may be stored under a key's hash but must not be used."""
     right = bytes(make_record(key))
     tokens = key.tokens.copy()
     tokens[3] ^= 1
@@ -119,7 +119,7 @@ def test_a_corrupted_record_is_deleted_and_the_next_tier_answers(make_store):
     fast.records[key.block_hash] = bytes(damaged)
     assert load(store, key) == "slow"
     assert store.flush(30)
-    assert load(store, key) == "fast"  # promoted over the one that was deleted
+    assert load(store, key) == "fast"  # promoted in place of the deleted one
     assert use_of(store, "fast").num_corrupted == 1
 
 
@@ -178,5 +178,5 @@ def test_a_tier_that_lies_about_lengths_is_a_miss(make_store, claim):
     tier.records[key.block_hash] = bytes(make_record(key))
     read = tier._read
     tier._read = lambda name, out: read(name, out) and claim
-    name = load(store, key)  # fails where the payload is wrong
+    name = load(store, key)  # fails the test if the payload is wrong
     assert name is None or claim > LAYOUT.record_bytes

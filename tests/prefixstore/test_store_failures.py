@@ -1,4 +1,4 @@
-"""Tiers that raise, time out or have bugs: what it costs, and when they are asked again."""
+"""Tiers that raise, time out or have bugs: what that costs, and when they are called again."""
 
 import logging
 import time
@@ -137,7 +137,7 @@ def test_a_trial_whose_records_all_fail_brings_no_tier_back(make_store):
     store = make_store(tier, breaker=config)
     (key,) = make_keys(1)
     fill(tier, [key])
-    tier.fail = raises(TierTimeout, "get")  # an outcome of the record, not of the call
+    tier.fail = raises(TierTimeout, "get")  # the outcome of a record, not of the call
     for _ in range(2):
         assert load(store, key) is None
     assert use_of(store, "tier").is_down
@@ -162,7 +162,7 @@ def test_a_timeout_counts_for_several_failures(make_store):
 
 
 def begin(breaker: Breaker) -> Leave:
-    """A call of the tier that is allowed."""
+    """Begin a call of the tier, which must be allowed."""
     leave = breaker.allows()
     assert leave is not None
     return leave
@@ -251,7 +251,7 @@ def test_a_trial_that_tells_nothing_leaves_its_place_to_the_next_call():
 
 def test_a_tier_whose_turn_comes_too_late_is_not_blamed(make_store):
     class Slow(DictTier):
-        """Answers at the deadline, that nothing is there."""
+        """Answers at the deadline that nothing is there."""
 
         def get_many(self, names, outs, *, offsets=None, deadline=None):
             self._wait(deadline)

@@ -1,4 +1,4 @@
-"""Every fault for a moment: no request fails, waits too long or gets a wrong block."""
+"""Every scenario's fault for a moment: no request fails, hangs or gets a wrong block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fault_scenarios import SCENARIOS, Unavailable
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    """A short path: the name of a unix socket may have 107 bytes."""
+    """A short path, since a unix socket's name may have at most 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="kvf") as path:
         yield Path(path) / "d"
 
@@ -21,7 +21,7 @@ def directory() -> Iterator[Path]:
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_requests_go_on_while_a_tier_fails(name: str, directory: Path) -> None:
     try:
-        # how long requests wait is for `run_faults.py` to tell, on a machine that does nothing else
+        # how long requests wait is measured by `run_faults.py`, on a machine that does nothing else
         result = play(SCENARIOS[name], directory, seconds=0.5, grace_s=10.0, num_requests=100)
     except Unavailable as error:
         pytest.skip(str(error))

@@ -1,4 +1,4 @@
-"""What is asked of tiers and fetched once, however many want it, and who waits for it how long."""
+"""A record that several requests want is fetched once, and how long each of them waits."""
 
 import threading
 import time
@@ -25,7 +25,7 @@ def test_absence_is_remembered_for_a_while(make_store):
     fill(slow, keys[:1])
     for _ in range(5):
         assert store.contains_many(keys) == ["slow", None, None, None]
-    assert slow.calls.count("contains") == 5  # for the one that is there
+    assert slow.calls.count("contains") == 5  # only for the record that is there
     assert store.contains_many(keys[1:]) == [None] * 3
     assert slow.calls.count("contains") == 5
     save(store, keys[1:2])
@@ -33,7 +33,7 @@ def test_absence_is_remembered_for_a_while(make_store):
 
 
 def test_a_request_waits_no_longer_than_its_deadline(make_store):
-    """A tier keeps to the deadline that it is given, and it is given that of the request."""
+    """A tier gets the request's deadline, and keeps it."""
 
     class Slow(DictTier):
         def get_many(self, names, outs, *, offsets=None, deadline=None):
@@ -42,7 +42,7 @@ def test_a_request_waits_no_longer_than_its_deadline(make_store):
 
     fast, slow = DictTier("fast"), Slow("slow")
     store = make_store(fast, slow, load_timeout_s=0.2)
-    assert store.deadline() - time.monotonic() <= 0.191  # the rest is for what comes back
+    assert store.deadline() - time.monotonic() <= 0.191  # the rest is for restoring what came
     keys = make_keys(4)
     fill(slow, keys)
     fill(fast, keys[:1])
@@ -54,7 +54,7 @@ def test_a_request_waits_no_longer_than_its_deadline(make_store):
 
 
 def run_both(store, first, second, is_fetching: threading.Event, gate: threading.Event) -> None:
-    """Run two requests; the second one waits for what the first fetches until the gate opens."""
+    """Run two requests; until the gate opens, the second waits for the first's fetch."""
     threads = [threading.Thread(target=request) for request in (first, second)]
     threads[0].start()
     assert is_fetching.wait(30)
@@ -95,7 +95,7 @@ def test_two_requests_fetch_a_record_once(make_store):
 
 
 def test_what_a_long_load_has_yet_to_fetch_is_fetched_once(make_store, monkeypatch):
-    """Though what it fetched before is on its way to the faster tier."""
+    """Even while its earlier records are on their way to the faster tier."""
     monkeypatch.setattr(loader, "BATCH_BYTES", 1)  # one record at a time
     gate, is_at_last = threading.Event(), threading.Event()
 
@@ -121,7 +121,7 @@ def test_what_a_long_load_has_yet_to_fetch_is_fetched_once(make_store, monkeypat
 
 @pytest.fixture
 def held_up():
-    """A fast tier whose writer waits at a gate, which is open once the test is over."""
+    """A fast tier whose writer waits at a gate, which opens after the test."""
     gate = threading.Event()
 
     def fail(call: str) -> None:
@@ -152,7 +152,7 @@ def test_no_request_waits_while_what_another_fetched_is_written(make_store, held
     gate.set()
     assert store.flush(30)
     assert [load(store, key) for key in keys] == ["fast"] * 3
-    assert use_of(store, "fast").num_present == 0  # nothing went up twice
+    assert use_of(store, "fast").num_present == 0  # nothing was promoted twice
 
 
 def test_who_is_given_what_another_fetched_verifies_it_too(make_store, held_up):
@@ -180,7 +180,7 @@ def test_who_is_given_what_another_fetched_verifies_it_too(make_store, held_up):
 def test_a_load_that_is_stopped_takes_no_more_of_what_another_fetched(
     make_store, held_up, monkeypatch, num_own, found
 ):
-    """Neither after what it fetched itself, nor after the first that the other one did."""
+    """Neither after a batch of its own, nor after the first batch of the other load."""
     monkeypatch.setattr(loader, "LENT_BATCH_BYTES", LAYOUT.record_bytes)
     (fast, _), slow = held_up, DictTier("slow")
     store = make_store(fast, slow)
@@ -215,7 +215,7 @@ def test_who_waits_for_a_fetch_that_fails_tries_for_itself(make_store):
 
 
 def test_claims_end_whatever_happens(make_store):
-    """A wrong buffer raises out of the load; the next one must not wait for it."""
+    """A wrong buffer makes the load raise; the next load must not wait for it."""
     fast, slow = DictTier("fast"), DictTier("slow")
     store = make_store(fast, slow)
     (key,) = make_keys(1)
@@ -230,7 +230,7 @@ def test_claims_end_whatever_happens(make_store):
 
 def test_threads_that_want_the_same_never_wait_for_each_other_in_a_ring(make_store):
     fast, slow = DictTier("fast"), DictTier("slow")
-    store = make_store(fast, slow, queue_bytes=LAYOUT.block_bytes)  # promotions are mostly dropped
+    store = make_store(fast, slow, queue_bytes=LAYOUT.block_bytes)  # most promotions are dropped
     keys = make_keys(64)
     fill(slow, keys)
     problems = []
@@ -282,7 +282,7 @@ def test_a_claim_has_one_holder_and_wakes_all_who_wait():
     in_flight.release(names)
     assert in_flight.wait(names, started + 60) == [None] * 3
     assert in_flight.claim(names) == [True] * 3
-    assert not in_flight.give(names[0], shared)  # nobody waits
+    assert not in_flight.give(names[0], shared)  # no load waits
     in_flight.wait(names[1:], started)
     assert in_flight.give(names[1], shared)
     assert in_flight.wait(names[:2], started + 60) == [None] * 2

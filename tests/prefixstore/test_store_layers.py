@@ -1,4 +1,4 @@
-"""Blocks whose layers come a few at a time, those of all blocks together, each of them verified."""
+"""Loads that bring a few layers of all blocks at a time, each layer verified."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
 from prefixstore.tiers.protected import ProtectedTier
 
 NUM_BLOCKS = 8
-RAW = (2, 5)  # written longer than the others, so that their layers lie elsewhere
+RAW = (2, 5)  # longer than the others, so their layers are at other offsets
 LAYOUT = RecordLayout(6, 1, 16, 16, "bfloat16", 0, ("q8",))
 STEPS = (range(2), range(2, 4), range(4, 6))
 KEYS = make_keys(NUM_BLOCKS, LAYOUT)
@@ -41,7 +41,7 @@ RECORDS = [
 
 
 class Progress:
-    """What a load said of itself: layers, or None where it failed."""
+    """The progress that a load reported: layers, or None for failure."""
 
     def __init__(self, then: Callable[[int], None] = lambda num_layers: None) -> None:
         self.seen: list[int | None] = []
@@ -56,7 +56,7 @@ class Progress:
 
 
 class Pool:
-    """Blocks of sevens, to be filled."""
+    """A pool of blocks full of sevens, to be overwritten."""
 
     def __init__(self) -> None:
         self.pool = KVPool(LAYOUT.block_format.layout, NUM_BLOCKS)
@@ -104,11 +104,11 @@ def test_layers_of_all_blocks_come_step_by_step(pool: Pool, tier: DictTier) -> N
         assert all(pool.is_right(number) for number in range(NUM_BLOCKS))
         assert use_of(store, "slow").num_hits == NUM_BLOCKS
         assert store.flush(30)
-        assert fast.records == tier.records  # whole ones were promoted
+        assert fast.records == tier.records  # whole records were promoted
 
 
 def test_a_disk_gives_layers(pool: Pool, tmp_path: Path) -> None:
-    """Their bytes begin and end anywhere in its pages."""
+    """A disk gives layers, whose bytes may begin and end anywhere in its pages."""
     disk = DiskTier(DiskTierConfig(tmp_path, 1 << 20))
     errors = disk.put_many([key.name for key in KEYS], [memoryview(one) for one in RECORDS])
     assert errors == [None] * NUM_BLOCKS
@@ -173,7 +173,7 @@ def test_a_tier_that_fails_between_two_layers_loses_no_record(pool: Pool, tier: 
 
 
 def test_a_load_that_raises_has_let_go_of_its_blocks(pool: Pool, tier: DictTier) -> None:
-    """The lane has other blocks to bring first: theirs are not to be written when it is done."""
+    """The lane is busy with other blocks; afterwards it must not write the released ones."""
     num_reads, is_raised, is_free = 0, threading.Event(), threading.Event()
 
     def fail(call: str) -> None:
@@ -193,19 +193,19 @@ def test_a_load_that_raises_has_let_go_of_its_blocks(pool: Pool, tier: DictTier)
         is_free.set()
         with pytest.raises(MemoryError):
             loading.result(30)
-        pool.pool.data.fill_(3.0)  # they are another's
+        pool.pool.data.fill_(3.0)  # the blocks belong to others now
         lane.submit(lambda: None).wait()
     assert (pool.pool.data == 3.0).all()
 
 
 def test_a_restoration_that_raises_waits_for_what_it_began(pool: Pool) -> None:
-    """Records of two layouts are restored side by side, and the second may fail to begin."""
+    """Records of two layouts are restored at the same time, and the second may fail to start."""
     target, is_free = pool.target(), threading.Event()
     lane = pool.blocks.transfer._lane
     begun = []
 
     class Busy:
-        """A lane that has no room for a second piece of work."""
+        """A lane that has no room for a second job."""
 
         def run(self, work: Callable[[], None], after: Done | None = None) -> Done:
             if begun:
@@ -229,7 +229,7 @@ def test_a_restoration_that_raises_waits_for_what_it_began(pool: Pool) -> None:
 
 
 def test_layers_are_asked_of_tiers_that_give_them_sooner() -> None:
-    """Memory is decoded where it lies, and a part of a protected record cannot be verified."""
+    """Memory's records are decoded in place, and parts of protected records cannot be verified."""
     memory = MemoryTier(MemoryTierConfig(1 << 20))
     protected = ProtectedTier(DictTier("protected"), ProtectionConfig(auth_key=bytes(range(32))))
     with Store([memory, DictTier("slow"), protected]) as store:

@@ -1,4 +1,4 @@
-"""Whether records are there: tiers that answer for some of them alone, and what is remembered."""
+"""Look-ups: tiers that answer for only some records, and which answers are remembered."""
 
 import threading
 import time
@@ -17,11 +17,11 @@ from prefixstore.store.breaker import BreakerConfig
 from prefixstore.tiers.remote import RemoteTier
 from prefixstore.tiers.remote.config import RemoteTierConfig
 
-AT_ONCE = BreakerConfig(failures=1, pause_s=60)  # one failed call, and a tier is left alone
+AT_ONCE = BreakerConfig(failures=1, pause_s=60)  # one failed call takes a tier down
 
 
 class PartlySilent(DictTier):
-    """Says nothing of some records."""
+    """Gives no answer for some records."""
 
     def __init__(self, name: str, silent: set[bytes]) -> None:
         super().__init__(name)
@@ -47,7 +47,7 @@ def test_what_got_an_answer_is_found_and_no_tier_is_blamed_for_the_rest(make_sto
         assert not use.is_down
     tier.silent.update(key.block_hash for key in keys)
     assert store.contains_many(keys) == [None] * 6
-    assert use_of(store, "tier").is_down  # now none of them got an answer
+    assert use_of(store, "tier").is_down  # none of these got an answer
 
 
 def test_what_got_no_answer_is_not_remembered_as_absent(make_store):
@@ -78,20 +78,20 @@ def test_what_got_no_answer_is_told_from_what_is_not_there(make_store):
     assert look_up(soon) == [(["slow", None, None], [1]), ([None, "fast", None], [])]
     assert look_up(time.monotonic() - 1) == [([None] * 3, [0, 1, 2]), ([None] * 3, [0, 1, 2])]
     slow.fail = raises(TierUnavailable, "contains")
-    for _ in range(2):  # now it is down, and then it is left alone
-        # Of the others it is known still that they were not there.
+    for _ in range(2):  # the first takes it down, the second skips it
+        # The others are still remembered as absent.
         assert look_up(soon) == [([None] * 3, [0, 1]), ([None, "fast", None], [])]
 
 
 @pytest.mark.parametrize("is_there_late", [False, True])
 def test_what_is_written_during_a_look_up_is_not_remembered_as_absent(make_store, is_there_late):
-    """Also where the write failed, and yet the record was kept."""
+    """Even if the write failed but the record was kept."""
     answered, go_on = threading.Event(), threading.Event()
 
     class Slow(DictTier):
         def contains_many(self, names, *, deadline=None):
             answers = super().contains_many(names, deadline=deadline)
-            if threading.current_thread() is looking:  # the answer is on its way
+            if threading.current_thread() is looking:  # the look-up's answer is on its way
                 answered.set()
                 assert go_on.wait(30)
             return answers
@@ -136,7 +136,7 @@ def test_a_request_of_an_object_store_that_hangs_costs_its_own_hit_alone(scripte
     scripted.answer = lambda method, path, headers: None if lost in path else (200, there, b"x")
     place = {"region": "us-east-1", "endpoint": scripted.endpoint}
     expected = [None if key is keys[2] else "remote" for key in keys]
-    for load_timeout_s in (1, 5, 20):  # where the machine stands still, others may be late as well
+    for load_timeout_s in (1, 5, 20):  # on a stalled machine others may be late, too
         tier = RemoteTier(RemoteTierConfig("s3", "bucket", **place))
         config = StoreConfig(load_timeout_s=load_timeout_s, breaker=AT_ONCE)
         with Store([tier], config) as store:

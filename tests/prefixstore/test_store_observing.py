@@ -1,4 +1,4 @@
-"""What a store tells of each load: records, bytes and seconds by tier."""
+"""What a store reports of each load: records, bytes and seconds by tier."""
 
 import threading
 import time
@@ -18,7 +18,7 @@ SLOW_S = 0.02
 
 
 class Told:
-    """Keeps what it is told, and in which thread."""
+    """Records what it is told, and in which thread."""
 
     def __init__(self) -> None:
         self.loads: list[tuple[str, int, int, float]] = []

@@ -1,4 +1,4 @@
-"""What takes a tier down, for whom, and what alone brings it back."""
+"""What takes a tier down, for which kinds of calls, and what brings it back."""
 
 import errno
 import os
@@ -29,13 +29,13 @@ SHORT = BreakerConfig(failures=1, pause_s=0.05, max_pause_s=0.05)
 
 
 def use_and_save(store, keys) -> None:
-    """What requests and their writers do with a tier, but for reading from it."""
+    """Make the calls that requests and writers make of a tier, except reads."""
     store.contains_many(keys)
     save(store, keys)
 
 
 def look_after(store, keys) -> None:
-    """What tools, metrics and pages do with a tier."""
+    """Make the calls that tools, metrics and the dashboard make of a tier."""
     store.tier_stats()
     store.pin_many(keys)
     store.sweep()
@@ -119,7 +119,7 @@ def test_a_tier_that_is_left_alone_is_looked_after(make_store):
 
 def test_what_looking_after_a_tier_meets_is_counted_and_takes_it_from_nobody(make_store):
     class Dumb(DictTier):
-        """Keeps records, and says nothing of them."""
+        """Keeps records, but raises in the calls of tools and metrics."""
 
         def _refuse(self, *_: object):
             raise TierTimeout("no answer")
@@ -159,20 +159,20 @@ def test_an_object_store_that_hangs_is_not_brought_back_by_who_asks_for_its_metr
 
 
 def load_all(store, keys, seconds: float = 10) -> list[str | None]:
-    """Load blocks in one call, as a session does: every tier is asked for all it may hold."""
+    """Load blocks in one call, as a session does: each tier is asked for all that it may hold."""
     target = HostBlocks([bytearray(LAYOUT.payload_bytes) for _ in keys])
     return store.load_many(keys, target, time.monotonic() + seconds)
 
 
 @pytest.fixture
 def disk(tmp_path):
-    """A store is to close it."""
+    """A disk tier, which the test's store closes."""
     return DiskTier(DiskTierConfig(tmp_path, 4 << 20))
 
 
 @pytest.fixture
 def hanging(monkeypatch):
-    """While it is set, whatever reads from a disk hangs."""
+    """An event: while it is set, reads from a disk hang."""
     event, go_on = threading.Event(), threading.Event()
 
     def read(transfer, offset, num_bytes):
@@ -200,7 +200,7 @@ def test_a_disk_that_hangs_is_left_alone_though_it_knows_what_it_lacks(make_stor
 
 
 class Nowhere:
-    """A target of layers, and their progress, that keeps nothing."""
+    """A target for layers and their progress that keeps nothing."""
 
     begin = add_layers = fail = end = staticmethod(lambda *_: [])
 
@@ -210,7 +210,7 @@ def load_what_it_lacks(store, keys) -> None:
 
 
 def load_nothing(store, keys) -> None:
-    """All of these are barred, so the tier is asked for none of them."""
+    """Load with all keys barred, so that the tier is asked for none of them."""
     barred = make_keys(3, seed=2)
     store.quarantine(barred)
     nowhere, steps = Nowhere(), [range(LAYOUT.num_layers)]
@@ -230,7 +230,7 @@ def test_what_a_disk_knows_by_its_index_ends_no_outage_of_reads(make_store, disk
         time.sleep(0.06)  # the next call would be a trial
         do(store, keys)
         assert use_of(store, "disk").is_down
-    assert load_all(store, keys) == ["disk"]  # no other call has taken the trial from this one
+    assert load_all(store, keys) == ["disk"]  # this call is the trial: no other took it
     assert not use_of(store, "disk").is_down
 
 
@@ -263,7 +263,7 @@ def delete(store, keys) -> None:
 
 
 def test_a_server_that_says_it_lacks_records_is_there(make_store):
-    """So it is not to blame where it was late with another, and such an answer ends an outage."""
+    """An absence is an answer: it ends an outage, and outweighs another record's timeout."""
     keys = make_keys(4)
     tier = DictTier("tier")
     store = make_store(tier, breaker=SHORT)
@@ -310,7 +310,7 @@ def test_a_part_that_is_silent_neither_begins_an_outage_nor_ends_one(make_store,
     tier.fail = lambda call: None
     assert store.contains_many(keys) == ["tier"]
     assert not use_of(store, "tier").is_down
-    with pytest.raises(TierTimeout, match="whole"):  # of both, what tells of the tier
+    with pytest.raises(TierTimeout, match="whole"):  # of both errors the tier's
         raise_if_all([error("part"), TierTimeout("whole")], TierUnavailable, TierTimeout)
 
 

@@ -1,4 +1,4 @@
-"""What goes into which tier, and when."""
+"""What is written to which tier, and when."""
 
 import pytest
 from dict_tier import DictTier, held

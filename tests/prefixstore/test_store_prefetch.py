@@ -1,4 +1,4 @@
-"""While a batch is decoded the next is read; what fails meanwhile costs no more than itself."""
+"""While a batch is decoded the next is read; a failure meanwhile costs nothing else."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Target(HostBlocks):
-    """Blocks in host memory; `before` runs with the number of each batch, before it is decoded."""
+    """Blocks in host memory; `before` is called with each batch's number before it is decoded."""
 
     def __init__(self, keys: Sequence[BlockKey], before: Callable[[int], object]) -> None:
         self.blocks = [np.full(LAYOUT.block_bytes, 0xEE, np.uint8) for _ in keys]
@@ -47,13 +47,13 @@ class Target(HostBlocks):
         return super().start(records)
 
     def check(self, found: Sequence[str | None]) -> None:
-        """What was found is right."""
+        """Check that what was found is right."""
         for key, block, name in zip(self._keys, self.blocks, found, strict=True):
             assert name is None or np.array_equal(block, make_payload(key))
 
 
 class BatchTier(DictTier):
-    """`before` runs with the number of each `get_many`; keeps deadlines."""
+    """A tier that calls `before` with the number of each `get_many`, and keeps deadlines."""
 
     def __init__(self, name: str, before: Callable[[int], object] = lambda number: None) -> None:
         super().__init__(name)
@@ -85,7 +85,7 @@ def test_the_next_batch_is_read_while_one_is_decoded_and_none_further(tier) -> N
     decoded: list[int] = []
 
     def before_get(number: int) -> None:
-        assert number <= len(decoded) + 1  # of two buffers one is being decoded
+        assert number <= len(decoded) + 1  # one of the two buffers is being decoded
         begun[number].set()
 
     def before_restore(number: int) -> None:
@@ -140,7 +140,7 @@ def test_what_a_tier_lacks_the_next_is_asked_for_together(tier) -> None:
 
 @pytest.mark.parametrize("where", ["reading", "decoding"])
 def test_a_bug_reaches_the_caller_and_leaves_no_claim(tier, where: str) -> None:
-    """Another load does not wait for what this one had begun."""
+    """Another load must not wait for what this one had begun."""
 
     def fail(number: int) -> None:
         if number == 1:
@@ -165,7 +165,7 @@ def test_a_bug_reaches_the_caller_and_leaves_no_claim(tier, where: str) -> None:
 
 def test_after_the_deadline_the_rest_are_misses(tier) -> None:
     keys = make_keys(NUM_BLOCKS)
-    for seconds in (0.5, 3, 20):  # where the machine stands still, the first may be late as well
+    for seconds in (0.5, 3, 20):  # on a stalled machine the first may be late, too
         deadline = time.monotonic() + seconds
 
         def outlast(number: int, deadline: float = deadline) -> None:
@@ -199,7 +199,7 @@ def test_a_store_closed_meanwhile_gives_misses(tmp_path) -> None:
 
 
 def test_progress_is_told_in_the_order_of_the_keys(tier) -> None:
-    """And only what was found, of every tier."""
+    """Only for found blocks, of every tier."""
     keys = make_keys(NUM_BLOCKS)
     memory = MemoryTier(MemoryTierConfig(1 << 20))
     for key in keys[6:]:
@@ -244,14 +244,14 @@ def test_a_load_that_is_stopped_leaves_the_rest(tier, kind: str, last: int) -> N
         assert (stats.num_loads, stats.num_misses) == (num_loaded, 0)
         assert store.flush(30)
         target = Target(keys, nothing)
-        found = store.load_many(keys, target)  # nobody waits for what was not loaded
+        found = store.load_many(keys, target)  # no claim is left on what was not loaded
         assert None not in found and store.stats().num_coalesced == 0
         target.check(found)
         assert store.check() == []
 
 
 def test_two_loads_of_the_same_blocks_of_which_one_is_stopped(tier) -> None:
-    """The other one waits for what it was about to get, and fetches it itself then."""
+    """The other load waits for the stopped one's records, and then fetches them itself."""
     keys = make_keys(NUM_BLOCKS)
     other, others_target = threading.Event(), Target(keys, nothing)
     founds: list[list[str | None]] = []
@@ -309,7 +309,7 @@ def test_abandoned_buffers_are_not_used_again() -> None:
 
 @pytest.mark.parametrize("how", ["one outcome", "all of it", "nothing"])
 def test_what_came_too_late_is_written_to_no_buffer_in_use(tier, how) -> None:
-    """A tier that goes on reading after the deadline writes to memory that nobody has any more."""
+    """A tier that goes on reading after the deadline writes to buffers that are no longer used."""
     keys = make_keys(NUM_BLOCKS)[:2]
     late: list[memoryview] = []
 
@@ -338,7 +338,7 @@ def test_what_came_too_late_is_written_to_no_buffer_in_use(tier, how) -> None:
         del tier.get_or_abandon_many
         free = store._loader._slabs._free
         assert len(free) == (1 if how == "nothing" else 0)
-        if how != "all of it":  # then the tier is left alone for a while
+        if how != "all of it":  # then the tier is down for a while
             second = Target(keys, nothing)
             found = store.load_many(keys, second)
             for out in late:
@@ -348,7 +348,7 @@ def test_what_came_too_late_is_written_to_no_buffer_in_use(tier, how) -> None:
 
 
 def test_promoted_records_keep_their_buffers(tier) -> None:
-    """They are written to the faster tier after the load, and others load meanwhile."""
+    """They are written to the faster tier after the load, while others load."""
     keys = make_keys(NUM_BLOCKS)
     gate = threading.Event()
     fast = DictTier("fast", lambda call: call == "put" and gate.wait(30))

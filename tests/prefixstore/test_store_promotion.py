@@ -1,4 +1,4 @@
-"""What goes up to faster tiers: the memory that it keeps while it waits, and who gets it then."""
+"""Promotion to faster tiers: the memory that waiting records keep, and its release."""
 
 import threading
 import time
@@ -22,7 +22,7 @@ Q2 = RecordLayout(2, 2, 64, 32, "bfloat16", 0, ("q2",))
 
 @pytest.fixture
 def held_up():
-    """A fast tier whose writer waits until the test is over."""
+    """A fast tier whose writer waits until the test ends."""
     gate = Gate("put")
     yield DictTier("fast", gate)
     gate.open()
@@ -34,7 +34,7 @@ def load_many(store: Store, keys, progress=None) -> list[str | None]:
 
 
 def kept_bytes(store: Store) -> int:
-    """Of the memory in which records lie that wait for a faster tier, or for their load's end."""
+    """Bytes of memory with records that wait for a faster tier, or for their load's end."""
     queue = store._writer._queue
     jobs = [*queue._jobs, *queue._running]
     for one in store._loader._promoter._under_way:
@@ -64,7 +64,7 @@ def test_short_records_in_long_rows_keep_no_more_than_themselves(make_store, hel
     stats = store.stats()
     assert bound - num_bytes < kept_bytes(store) <= bound
     assert (stats.queue_entries, stats.num_promotions_dropped) == (40, 160)
-    assert len(store._loader._slabs._free) == 1  # what was copied left it for the next load
+    assert len(store._loader._slabs._free) == 1  # copied records left it to the next load
 
 
 def test_few_records_keep_no_large_buffer(make_store, held_up):
@@ -152,7 +152,7 @@ def test_a_key_that_comes_twice_leaves_the_claim_of_another_load_alone(make_stor
     thread.start()
     while thread.is_alive() and not reads.entered.is_set():
         time.sleep(0.001)
-    writes.open()  # the first load's claim ends, and no other
+    writes.open()  # ends only the first load's claim
     assert store.flush(30)
     reads.open()
     thread.join(30)

@@ -1,4 +1,4 @@
-"""The queue of blocks to be written: bounded, and nobody waits for it."""
+"""The queue of blocks to be written is bounded, and saving never waits for it."""
 
 import os
 import threading
@@ -60,7 +60,7 @@ def test_payload_may_change_after_done(make_store):
     (key,) = make_keys(1)
     payload, is_done = make_payload(key), threading.Event()
     assert store.save(key, HostBlock(payload), is_done.set)
-    assert is_done.wait(30)  # before the put, which the gate still holds
+    assert is_done.wait(30)  # before the put, which still waits at the gate
     payload[:] = 0
     gate.open()
     assert store.flush(30)
@@ -89,7 +89,7 @@ def test_a_stalled_slower_tier_holds_no_block(make_store):
     done: list[int] = []
     for key in keys:
         while not store.save(key, HostBlock(make_payload(key)), lambda: done.append(1)):
-            done.pop()  # dropped, and said so
+            done.pop()  # dropped, and reported
             assert store.wait_blocks(30)
     assert store.wait_blocks(30)
     assert len(done) == 30
@@ -118,7 +118,7 @@ def test_what_the_fastest_tier_evicts_before_its_turn_is_not_lost(make_store):
 
 
 def save_each(store: Store, keys: list[BlockKey]) -> None:
-    """Save blocks so that the fastest tier has each before the next comes."""
+    """Save blocks one by one, each once the fastest tier has the previous one."""
     for key in keys:
         assert store.save(key, HostBlock(make_payload(key)))
         assert store.wait_blocks(30)
@@ -162,13 +162,13 @@ def test_nothing_is_read_into_memory_that_a_late_tier_may_write_to(make_store, i
 def test_what_is_evicted_after_it_was_taken_and_before_it_was_read_is_not_lost(
     make_store, num_fitting: int
 ):
-    gate = Gate("contains")  # the slower tier is asked between the two
+    gate = Gate("contains")  # the slower tier's look-up comes between the two
     memory, slow = MemoryTier(MemoryTierConfig(4 * 4096)), DictTier("slow", gate)
     store = make_store(memory, slow, held_bytes=num_fitting * LAYOUT.record_bytes or 1)
     keys = make_keys(6)
     save_each(store, keys[:1])
     assert gate.entered.wait(30)
-    save_each(store, keys[1:])  # the first, taken, and the second, queued, have to go
+    save_each(store, keys[1:])  # evicts the first, being written, and the second, queued
     assert [memory.contains(key.name) for key in keys] == [False, False, True, True, True, True]
     assert store.check() == []
     gate.open()
@@ -188,7 +188,7 @@ def test_what_was_read_takes_no_room_when_it_is_evicted(make_store):
     keys = make_keys(6)
     save_each(store, keys[:1])
     assert gate.entered.wait(30)
-    save_each(store, keys[1:])  # the first, which is being written, and the second have to go
+    save_each(store, keys[1:])  # evicts the first, being written, and the second
     assert [memory.contains(key.name) for key in keys] == [False, False, True, True, True, True]
     gate.open()
     assert store.flush(30)
@@ -196,7 +196,7 @@ def test_what_was_read_takes_no_room_when_it_is_evicted(make_store):
 
 
 def test_a_record_queued_again_while_it_is_being_read_is_not_lost(make_store):
-    """Whichever of the two gets the bytes."""
+    """Whichever of the two jobs gets the bytes."""
     gate = Gate("contains")
     memory, slow = MemoryTier(MemoryTierConfig(4 * 4096)), DictTier("slow", gate)
     store = make_store(memory, slow)
@@ -215,7 +215,7 @@ def test_records_that_are_gone_when_their_turn_comes_are_counted(make_store):
     gate = Gate("put")
     fast, slow = DictTier("fast"), DictTier("slow", gate)
     store = make_store(fast, slow)
-    keys = make_keys(800)  # more than both threads of the writer take before they wait at the gate
+    keys = make_keys(800)  # more than the writer's two threads take before they wait at the gate
     save_all = [store.save(key, HostBlock(make_payload(key))) for key in keys]
     assert all(save_all) and store.wait_blocks(30)
     fast.records.clear()
@@ -247,7 +247,7 @@ def test_close_gives_up_on_a_stalled_tier(make_store):
     store.close()
     assert time.monotonic() - started < 10
     assert len(done) == 3
-    assert 0 <= store.stats().num_dropped <= 2  # the rest was being written
+    assert 0 <= store.stats().num_dropped <= 2  # the others were being written
     gate.open()
 
 

@@ -1,4 +1,4 @@
-"""Blocks become records many at a time, and whatever fails, each block is let go of once."""
+"""Blocks are encoded as records in batches; whatever fails, each block is released once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CODED = RecordLayout(3, 1, 16, 16, "bfloat16", 0, ("q8",))
 
 
 class Maker:
-    """Makes records as a host's blocks do, 5 at a time, and may fail."""
+    """Encodes blocks in host memory, 5 at a time, and may fail."""
 
     max_records = 10
 
@@ -49,7 +49,7 @@ class Maker:
 
 
 class Block:
-    """A block in host memory that another maker makes records of."""
+    """A block in host memory, encoded by a given maker."""
 
     held_bytes = 0
 
@@ -59,7 +59,7 @@ class Block:
 
 
 def save_behind(store: Store, gate: Gate, keys, sources) -> list[int]:
-    """Save blocks while the writer is held up by another, so that it takes them together."""
+    """Save blocks while another holds up the writer, so that it takes them together."""
     done: list[int] = []
     (first,) = make_keys(1, seed=99)
     assert store.save(first, HostBlock(make_payload(first)))
@@ -86,7 +86,7 @@ def test_records_are_made_together_by_maker() -> None:
 
 
 def test_a_maker_that_fails_costs_what_it_had_at_hand(caplog: pytest.LogCaptureFixture) -> None:
-    """The tier is not blamed, and the writing goes on."""
+    """The tier does not count as failed, and writing goes on."""
     gate, maker = Gate("put"), Maker(fails_at=1)
     tier = DictTier("tier", gate)
     keys = make_keys(12)
@@ -140,7 +140,7 @@ def test_a_tier_that_fails_at_a_part_is_blamed(part: int, caplog: pytest.LogCapt
 
     def fail(call: str) -> None:
         gate(call)
-        if call == "put" and len(tier.records) == 1 + 5 * part:  # one is of `save_behind`
+        if call == "put" and len(tier.records) == 1 + 5 * part:  # one is from `save_behind`
             raise ZeroDivisionError("a bug")
 
     tier = DictTier("tier", fail)
@@ -172,7 +172,7 @@ def test_a_look_up_before_a_write_leaves_half_the_time_for_the_write(make_store)
 
 
 def make_coded_pool() -> tuple[list[BlockKey], KVPool]:
-    """Blocks of which every fifth is asked for raw, and one, number 7, has to be."""
+    """Blocks of which every fifth is requested raw, and number 7 cannot be encoded otherwise."""
     keys = [
         key if number % 5 else replace(key, layout=CODED.raw)
         for number, key in enumerate(make_keys(NUM_BLOCKS, CODED))
@@ -198,7 +198,7 @@ def test_blocks_of_a_pool_with_several_codecs_in_one_call() -> None:
 
 
 def test_records_are_made_where_the_memory_tier_keeps_them() -> None:
-    """Those that turn out longer, raw, go the other way; slower tiers get all of them."""
+    """Those that turn out raw, and longer, are put as usual; slower tiers get all of them."""
     gate = Gate("contains")
     memory, slow = GatedMemory(gate, 1 << 20), DictTier("slow")
     keys, pool = make_coded_pool()
@@ -214,7 +214,7 @@ def test_records_are_made_where_the_memory_tier_keeps_them() -> None:
         assert {name: slow.records[name] for name in records} == records
         written_bytes = use_of(store, "memory").written_bytes - LAYOUT.record_bytes
         assert written_bytes == sum(map(len, records.values()))
-        if pool.device.type == "cpu":  # one was saved to hold the writer up
+        if pool.device.type == "cpu":  # one was saved to hold up the writer
             assert memory.put_names[1:] == [keys[7].block_hash]
         for key in keys:
             out = memoryview(bytearray(key.layout.max_record_bytes))

@@ -1,4 +1,4 @@
-"""What every tier promises of batches, parts, pins, priorities, identities and deadlines."""
+"""The contract of every tier: batches, parts, pins, priorities, identities and deadlines."""
 
 import time
 
@@ -131,7 +131,7 @@ def test_a_tier_full_of_pins_is_full(make_tier):
     (outcome,) = tier.put_many([large.name], [memoryview(make_record(large))])
     assert isinstance(outcome, TierFull)
     assert held(tier, keys) == [True] * 4 + [False]
-    assert tier.delete_many([keys[0].name]) == [True]  # a pin is no lock
+    assert tier.delete_many([keys[0].name]) == [True]  # a pin does not prevent deletion
     put(tier, keys[4])
     assert held(tier, keys) == [False, True, True, True, True]
 
@@ -258,7 +258,7 @@ def test_an_identity_keeps_to_its_quota(make_tier):
 def test_nothing_gives_way_to_a_record_that_the_quota_refuses_all_the_same(
     make_kind, num_lent, too_long
 ):
-    """Two of three records have to go for a long one, and may unless they are lent."""
+    """A long record needs the room of two of three, which may be evicted unless they are lent."""
     (long,) = make_keys(1, LARGE_LAYOUT)
     quota_bytes = LARGE_LAYOUT.record_bytes - 1 if too_long else LARGE_LAYOUT.record_bytes + BYTES
     tier = make_kind("memory", 256 * SLOT, 64 * SLOT, quota_bytes=quota_bytes)
@@ -277,7 +277,7 @@ def test_nothing_gives_way_to_a_record_that_the_quota_refuses_all_the_same(
 
 @pytest.fixture
 def memory(make_kind):
-    """The tier that records are made in; four slots of theirs, and no other slab."""
+    """A memory tier that records are made in, with room for four and no other slab."""
     return make_kind("memory", 4 * SLOT, 4 * SLOT)
 
 
@@ -330,10 +330,10 @@ def test_no_place_is_given_twice_nor_without_room(memory):
     with reserve(memory, [kept, *keys[:2], keys[0]]) as places:
         assert [place is None for place in places] == [True, False, False, False]
         fill(places[1:], [*keys[:2], keys[0]])
-        with reserve(memory, keys[2:]) as others:  # one is free for an eviction, the rest in use
+        with reserve(memory, keys[2:]) as others:  # an eviction frees one, the rest are in use
             assert [place is None for place in others] == [False, True, True, True]
             fill(others[:1], keys[2:3])
-        put(memory, keys[1])  # somebody was faster
+        put(memory, keys[1])  # another writer was faster
     assert held(memory, keys) == [True, True, False, False, False, False]
     assert [get(memory, key) for key in keys[:2]] == [make_record(key) for key in keys[:2]]
 
@@ -342,7 +342,7 @@ def test_places_keep_to_priorities_and_quota(make_kind):
     tier = make_kind("memory", 4 * SLOT, 4 * SLOT, quota_bytes=2 * BYTES)
     important, *keys = make_keys(4)
     put_many(tier, [important], priority=1)
-    with reserve(tier, keys) as places:  # the important one gives way to its own identity's quota
+    with reserve(tier, keys) as places:  # its own identity's quota evicts the important one
         assert [place is None for place in places] == [False, False, True]
         fill(places[:2], keys[:2])
     assert held(tier, keys) == [True, True, False]

@@ -64,7 +64,7 @@ def test_counts_what_it_holds(make_tier):
 
 def test_answers_for_many_at_once(make_any_tier):
     tier = make_any_tier(1024 * SLOT)
-    keys = make_keys(600)  # more than one query of the disk tier takes
+    keys = make_keys(600)  # more than the disk tier looks up in one query
     for key in keys[::7]:
         put(tier, key)
     expected = [i % 7 == 0 for i in range(600)]
@@ -146,7 +146,7 @@ def test_says_when_it_is_closed(make_any_tier, open_tiers):
 
 
 def run_random_operations(tier: Tier, seed: int, is_roomy: bool) -> dict[bytes, bytes]:
-    """Returns what a dict holds after the same operations; short of room a tier may forget."""
+    """Returns a dict after the same operations; a tier short of room may have fewer records."""
     random = np.random.default_rng(seed)
     keys = make_keys(40) + make_keys(10, LARGE_LAYOUT)
     records = {key.block_hash: bytes(make_record(key)) for key in keys}

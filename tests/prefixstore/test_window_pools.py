@@ -1,4 +1,4 @@
-"""Pools of sliding layers that hold windows: how large they are, and that no answer changes."""
+"""Pools of sliding layers hold only windows: their sizes, and that no answer changes."""
 
 import contextlib
 import threading
@@ -16,11 +16,11 @@ from prefixstore.engine import Engine, SamplingParams
 from prefixstore.errors import ConfigError
 from prefixstore.pool_sizes import least_window_blocks, pool_sizes
 
-WINDOW = 40  # of the tiny models: what three blocks hold
+WINDOW = 40  # of the tiny models, in tokens; three blocks hold it
 
 
 def sliding_only():
-    """One layer group, and that has a window."""
+    """A model with a single layer group, which has a window."""
     config = transformers.MistralConfig(
         vocab_size=97,
         hidden_size=64,
@@ -42,7 +42,7 @@ def model(request):
 
 
 def check_empty(cache):
-    """Every part recounts, and nothing is held once all is evicted."""
+    """Check that every recount is right, and that nothing is held once all is evicted."""
     assert cache.flush()
     assert cache.check() == []
     cache.evict_pool()
@@ -62,7 +62,7 @@ def open_cache(model, window_blocks, **options):
 
 
 def gemma3_270m():
-    """The sizes of Gemma 3 270M, which its pools follow from."""
+    """The fields of Gemma 3 270M's configuration that decide its pools' sizes."""
     return transformers.Gemma3TextConfig(
         hidden_size=640,
         num_hidden_layers=18,
@@ -99,9 +99,9 @@ def test_a_pool_of_windows_is_never_larger_than_that_of_whole_contexts():
 
 
 def test_what_windows_spare_holds_more_tokens(monkeypatch):
-    """In the same memory, where that is what bounds the pool."""
+    """In the same memory, if that is what limits the pool."""
     block_bytes = 64 * 2 * 256 * 2
-    memory_bytes = 4 * 512 * 18 * block_bytes  # a quarter of it is as much as 32768 tokens took
+    memory_bytes = 4 * 512 * 18 * block_bytes  # a quarter of it took 32768 tokens without windows
     monkeypatch.setattr("prefixstore.pool_sizes.physical_memory_bytes", lambda: memory_bytes)
     sizes, num_bytes = sizes_of(gemma3_270m())
     assert sizes == [2048, 204] or sum(num_bytes) <= memory_bytes // 4
@@ -163,7 +163,7 @@ def test_a_session_answers_as_the_model_alone(model, window_blocks, length):
 
 
 def test_a_long_pass_goes_on_from_what_is_cached(model):
-    """The window before it is copied from the pool, also a block of which a part is used."""
+    """The window before it is copied from the pool, including a partly used block."""
     first = random_tokens(75)
     longer = torch.cat([first, random_tokens(500, seed=2)], 1)
     plain = model(longer, use_cache=False).logits[0, -1]
@@ -192,7 +192,7 @@ def test_a_long_pass_that_failed_is_made_again(model):
         with pytest.raises(KeyboardInterrupt):
             model(tokens, past_key_values=session)
         hook.remove()
-        model(tokens[:, :30], past_key_values=session)  # a shorter one, for which there is room
+        model(tokens[:, :30], past_key_values=session)  # a shorter pass, for which there is room
         assert generate(model, tokens, session) == plain
 
 
@@ -205,7 +205,7 @@ def test_sessions_hold_windows_and_not_what_these_have_passed(model):
                 session = stack.enter_context(cache.session(tokens))
                 assert generate(model, tokens, session, 60) == generate(model, tokens, None, 60)
                 held = [one for one in session.block_ids(sliding, 0) if one >= 0]
-                assert len(held) <= 7  # what is generated may be taken back
+                assert len(held) <= 7  # generated tokens may be taken back, so one block more stays
             cache.evict_pool()
             cache.blocks.device._give_up(sliding, 20)
             assert cache.stats().pools[sliding].num_free >= 32 - 3 * 7
@@ -241,7 +241,7 @@ def test_sessions_in_several_threads_share_few_windows(model):
 
 
 def test_the_ends_of_many_prompts_stay_cached():
-    """Of eight prompts the pool has the last windows, though not a quarter of their tokens."""
+    """The pool keeps the last windows of eight prompts, though not a quarter of their tokens."""
     model = tiny_gemma3()
     prompts = [random_tokens(230, seed=seed) for seed in range(8)]
     with open_cache(model, 40) as cache:
@@ -254,7 +254,7 @@ def test_the_ends_of_many_prompts_stay_cached():
 
 
 def test_a_long_pass_learns_where_prompts_part():
-    """The first finds nothing of its like, the second the place, the third the window there."""
+    """The first prompt finds nothing, the second learns the branch, the third finds its window."""
     model = tiny_gemma3()
     shared = random_tokens(300, seed=1)
     prompts = [torch.cat([shared, random_tokens(200, seed=seed)], 1) for seed in range(2, 5)]
@@ -268,7 +268,7 @@ def test_a_long_pass_learns_where_prompts_part():
 
 
 def test_a_window_that_was_given_up_comes_back_from_a_tier():
-    """What the full layers kept is not loaded again."""
+    """Blocks that the full layers kept are not loaded again."""
     model = tiny_gemma3()
     tokens = random_tokens(230)
     with open_cache(model, 12, memory_bytes=1 << 24) as cache:
@@ -316,7 +316,7 @@ def test_an_engine_runs_a_sequence_of_any_length_in_the_least_pool(model):
 
 
 def test_answers_that_grow_together_are_not_preempted(model):
-    """As many run as have room for their windows to the end; the others wait for their turn."""
+    """Only as many run as have room for their windows to the end; the others wait."""
     sampling = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
     settings = {"window_pool_tokens": 20 * BLOCK_SIZE, "max_batch_tokens": 64, "tiers": ()}
     prompts = [prompt(10 + seed, seed) for seed in range(10)]
