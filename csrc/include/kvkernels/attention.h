@@ -1,4 +1,4 @@
-// Attention over the block-table cache, and the union of two attentions.
+// Attention over the block-table (paged) cache, and the merge of two attentions.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,8 @@ namespace kvkernels {
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat8 = 3 };  // e4m3fn
 
-// Which code runs. kAmxEmulated computes what kAmx does without its instructions, to test it.
+// The set of kernels that runs. kAmxEmulated computes what kAmx does without its instructions, so
+// that it can be tested on any processor with AVX512-BF16.
 enum class AttentionPath : int {
   kPortable = 0,
   kAvx512 = 1,
@@ -17,37 +18,39 @@ enum class AttentionPath : int {
   kAvx2 = 5
 };
 
-// Whether this processor has a path. One that does not serve a dtype or head_dim leaves the call to
-// the next: AMX and AVX512-BF16 to AVX-512, that to AVX2, that to portable.
+// Whether this processor has a path. A path that does not serve a dtype or head_dim leaves the call
+// to the next in this order: AMX or AVX512-BF16, AVX-512, AVX2, portable.
 bool has_attention_path(AttentionPath path);
 
-// One of the four arrays of a quantised cache. All but the first two of its dimensions are dense.
+// One of the four arrays of a quantised cache. Dense in all dimensions after block and head.
 template <typename T>
 struct CachePart {
   const T* data;
   int64_t block_stride, head_stride;  // in elements
 };
 
-// Blocks of 8- or 4-bit codes; an element is minimum + scale * code. Scales are float16 pairs of
-// scale and minimum. Codes of 4 bits: channel j in the low half of byte j, channel j + dim / 2 in
-// the high half.
+// Blocks of 8- or 4-bit codes: an element is minimum + scale * code. Scales are pairs of float16:
+// scale, then minimum. A row of 4-bit codes holds channel j in the low half of byte j, and channel
+// j + dim / 2 in its high half.
 struct QuantizedCache {
   CachePart<uint8_t> key_codes;      // [num_blocks, num_kv_heads, block_size, bytes of head_dim]
   CachePart<uint16_t> key_scales;    // [num_blocks, num_kv_heads, key_groups, head_dim, 2]
   CachePart<uint8_t> value_codes;    // [num_blocks, num_kv_heads, block_size, bytes of value_dim]
   CachePart<uint16_t> value_scales;  // [num_blocks, num_kv_heads, block_size, value_groups, 2]
   int64_t num_blocks;                // 0: there is no such cache
-  int64_t key_groups;                // of neighbouring tokens, in a block
-  int64_t value_groups;              // of neighbouring channels, in a head
+  int64_t key_groups;    // per block: groups of neighbouring tokens that share a channel's scale
+  int64_t value_groups;  // per token and head: groups of neighbouring channels that share a scale
 };
 
-// Entries of the block table hold a kind above the block id, which counts within that kind.
+// An entry of the block table is the kind of cache, shifted left by kKindShift, plus the block id
+// within the cache of that kind.
 enum class BlockKind : int32_t { kFloat = 0, kInt8 = 1, kInt4 = 2 };
 constexpr int kKindShift = 28;
 
 constexpr int64_t kMaxTreeTokens = 16;
 
-// Strides are in elements; the last dimension of every tensor is dense.
+// Arguments of paged_attention. Strides are in elements; the last dimension of every tensor is
+// dense. All memory is the caller's and is used only until the call returns.
 struct PagedAttentionArgs {
   const void* query;            // [num_tokens, num_heads, head_dim]
   const void* key_cache;        // [num_blocks, num_kv_heads, block_size, head_dim]
@@ -57,9 +60,9 @@ struct PagedAttentionArgs {
   const int32_t* cu_seqlens_q;  // [num_seqs + 1], or null for one query a sequence
   void* out;                    // [num_tokens, num_heads, value_dim], contiguous
   float* lse;                   // [num_tokens, num_heads], contiguous, or null
-  const float* sinks;           // [num_heads]: logits, or null
+  const float* sinks;           // [num_heads]: attention sinks, as logits; or null
   const float* alibi_slopes;    // [num_heads], or null
-  const int32_t* tree_mask;     // [num_tokens], or null
+  const int32_t* tree_mask;     // [num_tokens]: bit j: sees the sequence's j-th new token; or null
   int64_t num_tokens, num_heads, num_kv_heads, head_dim, value_dim;
   int64_t num_seqs, max_blocks_per_seq, num_blocks, block_size;
   int64_t query_token_stride, query_head_stride;
@@ -76,10 +79,16 @@ struct PagedAttentionArgs {
   DType cache_dtype;  // dtype, or kFloat8
 };
 
-// Fills out, and lse unless it is null. The result depends neither on num_threads nor on the other
-// sequences of the call; with batch_invariant that of a query also not on the other queries of its
-// sequence, so prompts may be cut anywhere. Throws std::invalid_argument, before any work, if a
-// value inside an index tensor is out of range.
+// Writes out, and lse (natural logarithm) unless it is null. A row that sees no key, nor a sink,
+// gives zeros and an lse of minus infinity.
+//
+// The result depends neither on num_threads nor on the other sequences of the call. With
+// batch_invariant a query's result does not depend on the other queries of its sequence either, so
+// prompts may be cut anywhere.
+//
+// Throws std::invalid_argument, before any work, if a value inside block_table, seq_lens or
+// cu_seqlens_q is out of range or a tree has more than kMaxTreeTokens tokens. Shapes and strides
+// are the caller's to check.
 void paged_attention(const PagedAttentionArgs& args, AttentionPath path, int num_threads);
 
 struct MergeAttentionArgs {
@@ -91,8 +100,8 @@ struct MergeAttentionArgs {
   DType dtype;
 };
 
-// Merges the attention over two disjoint sets of keys. A row whose lse is minus infinity is not
-// read as numbers.
+// Merges the attentions of the same queries over two disjoint sets of keys. A row whose lse is
+// minus infinity has no weight: its `out` is not read, so it may hold anything.
 void merge_attention(const MergeAttentionArgs& args, AttentionPath path, int num_threads);
 
 }  // namespace kvkernels

@@ -6,27 +6,30 @@
 
 namespace kvkernels {
 
-// Over the little-endian u32 words w_0, w_1, ... of a buffer, both modulo 2^64. Order-free, so any
-// parallel schedule gives the same pair. Every change within one word and every two-bit error
-// changes `sum` or `weighted`; swapped words change `weighted`.
+// Two sums, both modulo 2^64, over the little-endian u32 words w_0, w_1, ... of a buffer. They do
+// not depend on the order of addition, so any parallel schedule gives the same pair. Every change
+// within one word and every two-bit error changes `sum` or `weighted`; swapped words change
+// `weighted`.
 struct WordSums {
   std::uint64_t sum;       // of w_i
   std::uint64_t weighted;  // of (i + 1) * w_i
 };
 
-// Adds the sums of words that begin at word `first_word` of a buffer.
+// Adds to a buffer's `sums` those of a part of it, `part`, summed by itself, whose first word is
+// word `first_word` of the buffer.
 inline void append_sums(const WordSums& part, std::size_t first_word, WordSums& sums) {
   sums.sum += part.sum;
   sums.weighted += part.weighted + first_word * part.sum;
 }
 
-// CRC-32C (Castagnoli) of `size` bytes. `crc` continues an earlier call; 0 starts.
+// CRC-32C (Castagnoli) of `size` bytes. `crc` is 0 for the first part of the data, the result so
+// far for a later one.
 std::uint32_t crc32c(const void* data, std::size_t size, std::uint32_t crc = 0);
 
-// `size` is a multiple of 4; no alignment is needed.
+// Sums of `size` bytes, a multiple of 4. Needs no alignment.
 WordSums checksum_words(const void* data, std::size_t size);
 
-// Copies `size` bytes, a multiple of 4, and sums them on the way. The ranges must not overlap.
+// Copies `size` bytes, a multiple of 4, and returns their sums. The ranges must not overlap.
 WordSums copy_with_checksum(const void* source, void* target, std::size_t size);
 
 }  // namespace kvkernels

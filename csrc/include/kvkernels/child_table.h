@@ -1,14 +1,13 @@
-// One hash table for all parent-to-child edges of a radix tree: open addressing, eight bytes a
-// slot.
+// One hash table for all parent-to-child edges of a radix tree: open addressing, 8 bytes a slot.
 //
 //   slot      0           1           2           3
 //          [h=..4, n=7] [h=..4, n=9] [   free   ] [h=..3, n=2]
 //
-// An entry lies at its home, `hash * size / 2^32`, or, where that is taken, in the next free slot
-// after it; no free slot lies between the two. Removal moves later entries back, so there are no
-// tombstones and the table does not wear out. With this home any size will do, so the table grows
-// by a quarter and not to the double, and growing reads and writes in order of memory.
-// The table knows hashes and node numbers only: the caller compares.
+// An entry lies at its home slot, `hash * size / 2^32`, or, where that is taken, in the next free
+// slot after it; no free slot lies between the two. Removing an entry moves later ones back, so
+// there are no tombstones and the table does not fill up with them. This home works for any size,
+// so the table grows by a quarter instead of doubling, and growing goes through memory in order.
+// The table knows hashes and node numbers only: the caller compares tokens.
 #pragma once
 
 #include <cstddef>
@@ -35,13 +34,13 @@ class ChildTable {
   // Makes room for one more entry, so that the next insert cannot fail.
   void reserve_one();
 
-  // Adds an entry; reserve_one() was called since the last insert.
+  // Adds an entry. reserve_one() must have been called since the last insert.
   void insert(std::uint32_t hash, std::uint32_t node) noexcept;
 
-  // Lets the entry of `old_node` name `new_node`; the entry exists.
+  // Changes the entry of `old_node`, which must exist, to name `new_node`.
   void rename(std::uint32_t hash, std::uint32_t old_node, std::uint32_t new_node) noexcept;
 
-  // Removes the entry of `node`; it exists.
+  // Removes the entry of `node`, which must exist.
   void erase(std::uint32_t hash, std::uint32_t node) noexcept;
 
   std::size_t size() const { return size_; }

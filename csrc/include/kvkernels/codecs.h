@@ -1,5 +1,5 @@
-// Codecs: blocks of the pool to payloads of records and back, with the checksums of every layer.
-// kvkernels/reference/codecs.py says what the bytes mean; every path writes the same.
+// Codecs: turn blocks of the pool into payloads of records and back, with the checksums of every
+// layer. kvkernels/reference/codecs.py says what the bytes mean; every path writes the same bytes.
 #pragma once
 
 #include <cstddef>
@@ -10,30 +10,32 @@
 
 namespace kvkernels {
 
-constexpr int64_t kNumEscapes = 16;  // of each head and side, of lossless codes
+constexpr int64_t kNumEscapes = 16;  // per head, for keys and for values: exponents listed apart
 constexpr uint32_t kUnusedEscape = 0xffffffff;
 constexpr int64_t kRawBits = 16, kLosslessBits = 12;
 
-// How one side of a layer is written: its keys, its values, or a part of its latents. Offsets are
-// from the layer's start.
+// How one side of a layer is written: its keys, its values, or a part of its latents (MLA). Offsets
+// are in bytes from the layer's start.
 struct SideFormat {
-  int64_t plane, first_channel, num_channels;  // where in the pool; of values, all channels
-  int64_t is_key;      // whether tokens of a channel share a scale, or channels of a token
-  int64_t bits;        // of a code; kRawBits: as they are; kLosslessBits: bfloat16 without loss
-  int64_t num_groups;  // of tokens for keys, of channels for values
-  int64_t parts[4];    // raw: items; codes: codes, scales; lossless: low, exponents, escapes, tops
+  int64_t plane, first_channel, num_channels;  // in the pool; values use all channels
+  int64_t is_key;      // 1: neighbouring tokens of a channel share a scale; 0: channels of a token
+  int64_t bits;        // of a code; kRawBits: copied; kLosslessBits: bfloat16 without loss
+  int64_t num_groups;  // groups that share a scale: of tokens (keys), of channels (values)
+  // Offsets in bytes. raw: items; codes: codes, scales; lossless: low, exponents, escapes, tops.
+  int64_t parts[4];
 };
 
 constexpr int64_t kMaxSides = 2;
 
-struct LayerFormat {  // as Python's table has it
+struct LayerFormat {  // one row of the table that Python hands over, field by field
   int64_t offset, num_bytes, num_sides;
   SideFormat sides[kMaxSides];
 };
 static_assert(sizeof(LayerFormat) == 23 * sizeof(int64_t));
 
 struct CodecArgs {
-  // [.., num_layers, num_planes, num_heads, block_size, head_dim], layers in one piece
+  // [blocks, num_layers, num_planes, num_heads, block_size, head_dim]; each block's layers are
+  // contiguous. Memory is the caller's, here and below.
   std::byte* pool;
   int64_t block_stride;  // in bytes
   int64_t num_layers, num_planes, num_heads, block_size, head_dim;
@@ -43,10 +45,12 @@ struct CodecArgs {
   const LayerFormat* layers;  // [num_layers]
   std::byte* payloads;        // [num_blocks, payload_stride]
   int64_t payload_stride;
-  // [num_blocks, num_layers], of a layer's bytes; encode: null to leave them out.
+  // [num_blocks, num_layers]: checksums of each layer's bytes. encode_blocks writes them unless
+  // this is null; decode_blocks compares with them.
   WordSums* sums;
-  // [num_blocks, num_layers]. encode: whether the codec holds the layer; decode: whether its bytes
-  // are those of `sums`, and so were written to the pool.
+  // [num_blocks, num_layers], written. encode_blocks: whether the codec can hold the layer (if not,
+  // its payload is unspecified). decode_blocks: whether its bytes agree with `sums`; a layer that
+  // does not is left as it was in the pool.
   uint8_t* is_good;
 };
 

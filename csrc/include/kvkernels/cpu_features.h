@@ -1,4 +1,4 @@
-// Which instruction sets this processor, and this process, may use.
+// Which instruction sets this processor has and this process may use.
 #pragma once
 
 namespace kvkernels {
@@ -10,11 +10,12 @@ enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, k
 // asks Linux for permission to use the tile registers, for all threads started from then on.
 Isa best_isa();
 
-// Whether a product of pairs of bfloat16 takes no longer than one of floats.
+// Whether an instruction that multiplies pairs of bfloat16 (AVX512-BF16) takes no longer than a
+// multiplication of floats. False where there is no AVX512-BF16.
 bool has_fast_bf16_products();
 
-// Whether what will be read soon is better asked for into the L1 cache than into the L2 cache.
-// Found when the library is loaded.
+// Whether prefetches go to the L1 cache (true) or to the L2 cache: see attention_spans.h for the
+// figures. Set when the library is loaded.
 extern const bool kPrefetchesToL1;
 
 const char* isa_name(Isa isa);

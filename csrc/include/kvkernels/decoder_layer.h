@@ -1,4 +1,4 @@
-// A layer of a decoder over some tokens: all of its kernels, one after another.
+// One decoder layer of a transformer over some tokens: all of its kernels, one after another.
 //
 //   x = input_norm(hidden)
 //   query, key, value = rotate(query_norm(query(x))), rotate(key_norm(key(x))), value(x)
@@ -6,7 +6,7 @@
 //   x + mlp_norm(down(activation(gate(gate_norm(x))) * up(gate_norm(x))))
 //
 // The bits are those of the kernels called one by one: every step is rounded to the dtype, and a
-// token's do not depend on what other tokens there are.
+// token's result does not depend on what other tokens there are.
 #pragma once
 
 #include "kvkernels/attention.h"
@@ -15,9 +15,9 @@
 
 namespace kvkernels {
 
-// See RmsNormArgs.
+// A norm of the layer; fields as in RmsNormArgs.
 struct LayerNorm {
-  const void* weight;  // null: there is no such norm
+  const void* weight;  // null: the model has no such norm; input_norm and gate_norm must be there
   float eps;
   bool is_offset;
 };
@@ -26,13 +26,13 @@ struct DecoderLayer {
   DType dtype;  // of all tensors; not kFloat8
   int64_t hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size;
   LayerNorm input_norm, query_norm, key_norm, attention_norm, gate_norm, mlp_norm;
-  LinearLayer query, key, value, out, gate, up, down;  // their own `out` is not used
+  LinearLayer query, key, value, out, gate, up, down;  // `out` of each is ignored
   Activation activation;
   float sm_scale;
   float soft_cap;  // 0: none
 };
 
-// All tensors are contiguous.
+// The tokens of one call. All tensors are contiguous and the caller's.
 struct LayerTokens {
   const void* hidden;                    // [num_tokens, hidden_size]
   void* out;                             // [num_tokens, hidden_size]
@@ -42,14 +42,14 @@ struct LayerTokens {
   int64_t num_tokens;
 };
 
-// Elements that a token needs between the steps.
+// Elements of workspace per token.
 int64_t workspace_size(const DecoderLayer& layer);
 
-// The layer up to its attention: fills query, key and value.
+// The layer up to its attention: writes query, key and value, normalised and rotated.
 void project_heads(const DecoderLayer& layer, const LayerTokens& tokens, AttentionPath path,
                    int num_threads);
 
-// Where a layer's keys and values lie, and which of them the tokens see: see StoreKVArgs and
+// The cache of the layer, and which of its tokens each new one sees: see StoreKVArgs and
 // PagedAttentionArgs. Strides are in elements.
 struct LayerCache {
   void *key_cache, *value_cache;
@@ -60,12 +60,13 @@ struct LayerCache {
   int64_t window;                            // 0: none
 };
 
-// Stores key and value, and fills attended. Throws std::invalid_argument as store_kv and
-// paged_attention do.
+// Stores key and value in the cache, then attends causally: writes `attended`. Batch invariant.
+// Throws std::invalid_argument as store_kv and paged_attention do; if paged_attention does, the
+// cache has been written.
 void attend_cache(const DecoderLayer& layer, const LayerTokens& tokens, const LayerCache& cache,
                   AttentionPath path, int num_threads);
 
-// The layer after its attention: fills out.
+// The layer after its attention: writes out.
 void finish_layer(const DecoderLayer& layer, const LayerTokens& tokens, AttentionPath path,
                   int num_threads);
 

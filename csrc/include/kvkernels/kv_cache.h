@@ -6,8 +6,9 @@
 
 namespace kvkernels {
 
-// One of the two caches, [num_blocks, num_kv_heads, block_size, head_dim], and what goes into it,
-// [num_tokens, num_kv_heads, head_dim]. Strides are in bytes.
+// Keys or values: the new ones, [num_tokens, num_kv_heads, head_dim], and the cache that they go
+// to, [num_blocks, num_kv_heads, block_size, head_dim]. Strides are in bytes; head_dim is dense.
+// The caller owns both.
 struct StoreSide {
   const std::byte* source;
   std::byte* cache;
@@ -23,7 +24,7 @@ struct StoreKVArgs {
   int64_t head_bytes;  // head_dim elements
 };
 
-// Copies each token's key and value into its slot. Slots must be distinct.
+// Copies each token's key and value into its slot, whatever the dtype. Slots must be distinct.
 // Throws std::invalid_argument, before anything is written, if a slot lies past the cache.
 void store_kv(const StoreKVArgs& args, int num_threads);
 

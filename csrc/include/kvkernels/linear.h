@@ -1,4 +1,5 @@
-// A linear layer whose result for a row does not depend on what other rows there are.
+// Linear layers, batch invariant: a row of the result has the same bits whatever other rows are in
+// the call.
 #pragma once
 
 #include "kvkernels/attention.h"
@@ -13,7 +14,8 @@ struct LinearLayer {
   int64_t out_features, weight_stride;
 };
 
-// One input, and the layers that it goes through: a query's, a key's and a value's, say.
+// One input and all layers that multiply it, such as those of queries, keys and values. All memory
+// is the caller's; `out` of a layer must not overlap an input of the call.
 struct LinearArgs {
   const void* input;  // [num_rows, in_features]
   const LinearLayer* layers;
@@ -21,9 +23,10 @@ struct LinearArgs {
   DType dtype;  // of all tensors; not kFloat8
 };
 
-// out = input * weight^T + bias, of each layer. A row is the same bits for any number of rows,
-// wherever it stands among them, beside any other layers, and for any number of threads. The path
-// is used as in paged_attention.
+// out = input * weight^T + bias, for each layer. A row of the result has the same bits for any
+// number of rows, at any place among them, beside any other layers and for any number of threads. A
+// path that does not serve the dtype, or that this processor lacks, leaves the call to the next
+// (see has_attention_path); kAmxEmulated leaves it to portable. Shapes are the caller's to check.
 void linear(const LinearArgs& args, AttentionPath path, int num_threads);
 
 }  // namespace kvkernels

@@ -5,9 +5,11 @@
 
 namespace kvkernels {
 
-// Asks for pages of 2 MiB under [data, data + num_bytes), where Linux leaves it to the program.
-// Blocks lie scattered, and with pages of 4 KiB each one costs look-ups of many addresses: decode
-// read 12 % more a second with large ones (one core of Zen 4). Nothing changes where it is refused.
+// Asks Linux to back [data, data + num_bytes), memory of the caller, with pages of 2 MiB where it
+// leaves that to the program (`madvise`). Blocks of a pool lie scattered, and with pages of 4 KiB
+// reading one needs many address translations: decode read 12 % more a second with large pages (one
+// core of Zen 4). Only an advice: does nothing where the system has no such pages, and reports no
+// error.
 void advise_huge_pages(void* data, int64_t num_bytes);
 
 }  // namespace kvkernels

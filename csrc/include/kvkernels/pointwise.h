@@ -1,13 +1,15 @@
-// What a model does between its matrix products. A row is the same bits whatever rows lie beside it
-// and for any number of threads. Every step that PyTorch would round to the dtype is rounded.
+// The row-wise functions of a model between its matrix products. Batch invariant: a row has the
+// same bits whatever rows lie beside it and for any number of threads. Every intermediate that
+// PyTorch would round to the dtype is rounded here too.
 #pragma once
 
 #include "kvkernels/attention.h"
 
 namespace kvkernels {
 
-// Strides are in elements; the last dimension of every tensor is dense. The dtype is that of all
-// tensors; not kFloat8. A result may be written over an input of the same shape and strides.
+// Strides are in elements; the last dimension of every tensor is dense. All tensors have the dtype,
+// which is not kFloat8, and are the caller's. A result may be written over an input of the same
+// shape and strides. None of the functions checks its arguments. `path` as in paged_attention.
 
 struct RmsNormArgs {
   const void* input;   // [num_rows, size]
@@ -17,10 +19,10 @@ struct RmsNormArgs {
   int64_t input_stride;
   DType dtype;
   float eps;
-  bool is_offset;  // the factor is 1 + weight, and nothing is rounded before it
+  bool is_offset;  // multiplies by 1 + weight (Gemma), and rounds only the result
 };
 
-// A row over the root of the mean of its squares, times the weight.
+// out = input / sqrt(mean(input^2) + eps) * weight, row by row.
 void rms_norm(const RmsNormArgs& args, AttentionPath path, int num_threads);
 
 struct RotaryArgs {
@@ -33,10 +35,10 @@ struct RotaryArgs {
   DType dtype;
 };
 
-// Rotary position embedding whose pairs lie half a head apart.
+// Rotary position embedding, where channel i pairs with channel i + head_dim / 2 (Llama's order).
 void rotary_embedding(const RotaryArgs& args, AttentionPath path, int num_threads);
 
-// As in Python.
+// Numbered as in Python.
 enum class Activation : int { kSilu = 0, kGeluTanh = 1 };
 
 struct GatedActivationArgs {
@@ -48,7 +50,7 @@ struct GatedActivationArgs {
   Activation activation;
 };
 
-// activation(gate) * up
+// out = activation(gate) * up
 void gated_activation(const GatedActivationArgs& args, AttentionPath path, int num_threads);
 
 struct AddArgs {
@@ -58,7 +60,7 @@ struct AddArgs {
   DType dtype;
 };
 
-// a + b
+// out = a + b
 void add(const AddArgs& args, AttentionPath path, int num_threads);
 
 }  // namespace kvkernels

@@ -4,8 +4,8 @@
 //
 //   root -- [a b|c d|e f]         node 7: block ids 4 5 6, tick 1, pinned once
 //
-// match(a b c d x y) at tick 2 hits two blocks of the three, so the run is split there. The lower
-// part stays node 7 and keeps its handle, its pins and its children:
+// match(a b c d x y) at tick 2 hits two blocks of the three, so the run is split after them. The
+// lower part stays node 7 and keeps its handle, its pins and its children:
 //
 //   root -- [a b|c d] -- [e f]    node 8: block ids 4 5, tick 2; node 7: block id 6, tick 1, pinned
 //
@@ -14,16 +14,18 @@
 //   root -- [a b|c d] -+- [e f]   node 7: block id 6, tick 1, pinned
 //                      +- [x y]   node 9: block id 9, tick 3
 //
-// detach(a b c d, 1) then takes block 5 and all after it out of reach: they move below a root of
-// their own that no salt leads to, keep handles and pins, and are evicted in their turn:
+// detach(a b c d, 1) then takes block 5, and all blocks after it, out of reach: they move below a
+// root of their own that no salt leads to. They keep handles and pins, and are evicted when their
+// turn comes:
 //
 //   root -- [a b]                 node 10: block id 4
 //   (no salt) -- [c d] -+- [e f]  node 8: block id 5; node 7: block id 6, pinned
 //                       +- ...
 //
-// With two groups, of which the second has a window of one block, strip(1, n) takes its ids alone.
-// Below, each block with its ids. Prompts that end behind a block need the window before that place
-// and nothing else of the group, so what no end needs goes first:
+// With two groups of layers, the second of which has a window of one block, strip(1, n) gives up
+// ids of that group alone. Below, each block with its two ids. A prompt that ends behind a block
+// needs the ids of the window before that place, and no others of the group; so ids that no end
+// needs go first:
 //
 //   root -- [a b|c d|e f]         ids 4/14 5/15 6/16; all that was inserted ends after block 6
 //   strip(1, 1)                   ids 4/-1 5/15 6/16; block 6 is as old, but its end needs it
@@ -31,7 +33,7 @@
 // Invariants, all recounted by check():
 //  1. A node other than a root holds one block or more; a root (one per salt, and one for each
 //     detached run) holds none. The first blocks of siblings differ, so each sequence of blocks has
-//     one place. A root of a salt has no block before it; a detached one may.
+//     one place. Only a detached root may have blocks before it on its path.
 //  2. All blocks of a node were last touched at the same tick: a match or insert touches its whole
 //     path at one tick and splits where the path ends inside a node. Hence recency is exact for
 //     each block, and ticks never rise from a parent to its child.
@@ -40,13 +42,11 @@
 //  4. Pins stand on the last node of the pinned run. All before it is kept by invariant 5.
 //  5. Only the tail of an unpinned leaf is ever evicted.
 //  6. Every unpinned leaf has one entry in the eviction heap, keyed by a tick no later than its
-//  own.
-//     Touching a node leaves the entry alone; evict() puts stale entries right when they surface,
-//     so a match costs no heap work and an eviction O(log n), amortised.
+//     own. Touching a node leaves the entry alone; evict() puts stale entries right when they
+//     surface, so a match costs no heap work and an eviction O(log n), amortised.
 //  7. A handle names a node and its generation; the generation changes when the last block of the
 //     node is evicted. A node whose handle was given out never grows at its end. So a handle stands
 //     for the same blocks as long as it is valid.
-//
 //  8. With windowed groups an unpinned leaf ends in a block that some group holds.
 //  9. Every node that holds an id of a windowed group is in holders_, once: as many as that group's
 //     pool has blocks at most, and strip() looks at no others.
@@ -90,18 +90,18 @@ class RadixTree {
 
   struct Run {  // one node, for walks
     std::string salt;
-    std::size_t first_block = 0;  // blocks before it on its path
+    std::size_t first_block = 0;  // number of blocks before it on its path
     std::vector<std::uint32_t> tokens;
     std::vector<std::int32_t> block_ids;
     std::uint64_t tick = 0;
     std::uint32_t num_pins = 0;
   };
 
-  // Every node as it stands in the tree, without its tokens: what a picture of a large tree needs.
-  // Row i of each array is one node; parents come before their children.
+  // All nodes as they stand in the tree, without their tokens: enough to draw a large tree. Row i
+  // of each array is one node; parents come before their children.
   struct Outline {
     std::vector<Handle> handles;
-    std::vector<std::int32_t> parents;  // row of the node before it; -1: none is, see detach
+    std::vector<std::int32_t> parents;  // row of the parent; -1: a root, of a salt or detached
     std::vector<std::uint32_t> salt_numbers, first_blocks, num_blocks, num_pins;
     std::vector<std::uint64_t> ticks;
     std::vector<std::string> salts;  // by number
@@ -117,66 +117,71 @@ class RadixTree {
     std::size_t token_bytes = 0, overhead_bytes = 0;  // token ids; all else
   };
 
-  // `window_blocks`: for each group, how many blocks before a place the next token there can see;
-  // kNoWindow for all, as for every group of an empty one. Throws std::invalid_argument unless the
-  // first two are in 1..65535 and it has as many entries as there are groups. `hash_mask` is for
-  // tests: with few bits nearly all hashes collide, which costs time and nothing else.
+  // `window_blocks`: for each group, how many blocks before a position the next token there can
+  // see; kNoWindow: all. Empty: kNoWindow for every group. `hash_mask` is for tests: with few bits
+  // nearly all hashes collide, which costs time and nothing else.
+  //
+  // Throws std::invalid_argument unless block_size and num_groups are in 1..65535 and window_blocks
+  // is empty or has one entry per group.
   RadixTree(std::uint32_t block_size, std::uint32_t num_groups,
             std::vector<std::uint32_t> window_blocks = {}, std::uint32_t hash_mask = 0xffffffffu);
 
-  // Finds the longest cached run of whole blocks at the front of `tokens`, and touches it.
+  // Finds the longest cached run of whole blocks at the front of `tokens`, and makes its blocks the
+  // most recently touched ones.
   Match match(Tokens tokens, std::string_view salt);
 
-  // As match, for who goes on with a run: it counts neither as a look-up, nor its end as a place
-  // where prompts end.
+  // As match, for a caller that goes on with a run it has matched before: counts neither as a
+  // look-up in the statistics nor as a place where a prompt ended (see strip).
   Match peek(Tokens tokens, std::string_view salt);
 
   // Caches the first blocks of `tokens`, one for each row of `block_ids` [num_blocks, num_groups].
-  // Returns, in the same shape, the ids that were not taken because an id was there already; -1
-  // elsewhere. Throws std::invalid_argument if there are fewer tokens than the rows need.
+  // Returns, in the same shape, the ids that were not taken since the block had an id already (the
+  // caller keeps those), and -1 for those taken. Throws std::invalid_argument if there are fewer
+  // tokens than the rows need.
   std::vector<std::int32_t> insert(Tokens tokens, std::span<const std::int32_t> block_ids,
                                    std::string_view salt);
 
-  // A pinned run, and all before it, is not evicted until it was unpinned as often. Both throw
-  // std::invalid_argument for a stale handle, unpin also for a run that is not pinned.
+  // A pinned run, and all blocks before it, is not evicted until it has been unpinned as often.
+  // Both throw std::invalid_argument for a stale handle, unpin also for a run that is not pinned.
   void pin(Handle handle);
   void unpin(Handle handle);
 
-  // Removes up to `num_blocks` blocks; returns their ids [n, num_groups] in order of eviction.
+  // Removes up to `num_blocks` blocks, least recently touched first; returns their ids [n,
+  // num_groups] in order of eviction. Fewer where the rest are pinned.
   std::vector<std::int32_t> evict(std::size_t num_blocks);
 
-  // Gives up `num_blocks` ids of a group that has a window, and returns them; the other groups keep
-  // theirs. First go ids that no end of a run needs, then the windows of the ends that were used
-  // least recently, each whole, so that there may be a few more; those of pinned ends last. Throws
-  // std::invalid_argument if the group has no window.
+  // Gives up `num_blocks` ids of one group that has a window, and returns them; the other groups
+  // keep theirs. First go ids that no end of a run needs; then the windows of the ends that were
+  // used least recently, each as a whole, so that there may be a few ids more; the windows of
+  // pinned ends last. Throws std::invalid_argument if the group has no window.
   std::vector<std::int32_t> strip(std::uint32_t group, std::size_t num_blocks);
 
-  // Takes the block after the first `num_kept` of `tokens`, and all that is cached after it, out of
-  // reach: no match finds them and no insert meets them. Returns its ids [num_groups]; none if it
-  // is not cached.
+  // Takes the block after the first `num_kept` blocks of `tokens`, and all that is cached after it,
+  // out of reach: no match finds them and no insert adds to them. Returns the block's ids
+  // [num_groups]; nothing if it is not cached.
   std::vector<std::int32_t> detach(Tokens tokens, std::size_t num_kept, std::string_view salt);
 
-  std::vector<Handle> runs() const;                  // all nodes, parents before their children
-  std::optional<Run> describe(Handle handle) const;  // empty when it is stale
+  std::vector<Handle> runs() const;                  // all nodes but roots, parents first
+  std::optional<Run> describe(Handle handle) const;  // nothing for a stale handle
   Outline outline() const;
 
   std::uint32_t block_size() const { return block_size_; }
   std::uint32_t num_groups() const { return num_groups_; }
   std::size_t num_blocks() const { return num_blocks_; }
   Stats stats() const;
-  std::vector<std::string> check() const;  // one line for each thing that is wrong
+  std::vector<std::string> check() const;  // one line for each invariant that is broken
 
  private:
-  // The tokens of `capacity` blocks, then their block ids.
+  // One array: the tokens of `capacity` blocks, then the block ids of as many.
   using Words = std::unique_ptr<std::uint32_t[]>;
 
   struct Node {
     Words words;
     std::uint64_t tick = 0;
-    std::uint64_t matched_tick = 0;  // of the last match that ended where the node ends
+    std::uint64_t matched_tick = 0;  // tick of the last match that ended at this node's end
     NodeId parent = kNoNode;         // in a free node: the next free one
-    NodeId children_xor = 0;         // of an only child: its number
-    std::uint32_t holder = kNoNode;  // its place in holders_
+    NodeId children_xor = 0;  // exclusive or of the children's numbers: with one child, its number
+    std::uint32_t holder = kNoNode;  // index in holders_, see invariant 9
     std::uint32_t first_block = 0;
     std::uint32_t num_blocks = 0;
     std::uint32_t capacity = 0;
@@ -199,9 +204,9 @@ class RadixTree {
     std::size_t num_blocks;
   };
 
-  // An id that strip() may take.
+  // A block whose id of the group strip() may take.
   struct Strippable {
-    std::uint64_t worth;  // when an end that needs it was used last; 0: no end needs it
+    std::uint64_t worth;  // highest worth_of_end of the ends that need it; 0: no end needs it
     std::uint64_t tick;   // of its node
     std::uint32_t depth;  // blocks before it on its path
     NodeId node;
@@ -211,8 +216,8 @@ class RadixTree {
   };
 
   struct NeededBy {
-    std::uint32_t num_after;  // blocks from the end of a node to an end of runs
-    std::uint64_t worth;      // the highest of that end and those before it
+    std::uint32_t num_after;  // blocks between the end of a node and this end of a run
+    std::uint64_t worth;      // the highest of this end and those before it
   };
 
   std::uint32_t* tokens_of(const Node& node) const { return node.words.get(); }
@@ -288,10 +293,10 @@ class RadixTree {
   std::deque<Node> nodes_;  // by NodeId; never moves a node, never shrinks
   NodeId first_free_ = kNoNode;
   std::unordered_map<std::string, NodeId, SaltHash, std::equal_to<>> roots_;
-  std::unordered_map<NodeId, std::string> detached_;    // roots that no salt leads to, and theirs
-  std::unordered_map<NodeId, std::string_view> salts_;  // of all roots; views strings of the above
+  std::unordered_map<NodeId, std::string> detached_;    // detached roots, and their salts
+  std::unordered_map<NodeId, std::string_view> salts_;  // of all roots; views of the above
   ChildTable children_;
-  std::vector<Queued> queue_;    // a heap: the least recent leaf in front, see invariant 6
+  std::vector<Queued> queue_;  // a heap: the least recently touched leaf in front, see invariant 6
   std::vector<NodeId> holders_;  // see invariant 9
   std::size_t num_blocks_ = 0, num_nodes_ = 0, num_pinned_ = 0, capacity_blocks_ = 0;
   std::uint64_t num_matches_ = 0, lookup_blocks_ = 0, hit_blocks_ = 0;
