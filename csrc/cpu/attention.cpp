@@ -36,9 +36,10 @@ const AttentionKernel& find_kernel(AttentionPath path, DType dtype, HeadDims dim
   return kernel != nullptr ? *kernel : *portable_kernel(dtype);
 }
 
-// One call's work: claims items until none is left. Each item is one tile of rows against one chunk
-// of keys, or against all; the thread that finishes a tile's last chunk merges them, always in the
-// same order, so the result does not depend on which thread came when.
+// One call's work. Threads claim items until none is left. An item is one tile of query rows
+// against one chunk of keys, or against all keys; the thread that finishes a tile's last chunk
+// merges the chunks, always in the same order, so the result does not depend on which thread came
+// when.
 class Run {
  public:
   Run(const PagedAttentionArgs& args, const AttentionKernel& kernel)
@@ -50,9 +51,10 @@ class Run {
 
   int64_t num_items() const { return plan_.num_items; }
 
-  // Threads that get enough to do to be worth waking.
+  // How many threads get enough work to be worth waking.
   int64_t num_useful_threads() const {
-    constexpr int64_t kWorkPerThread = 256 << 10;  // some 20 microseconds
+    constexpr int64_t kWorkPerThread =
+        256 << 10;  // score elements times channels: some 20 microseconds
     return 1 + plan_.num_scores * args_.head_dim / kWorkPerThread;
   }
 
@@ -77,10 +79,10 @@ class Run {
     int64_t begin, end;
   };
 
-  // Takes the next items, all of the sequence that `sequence` is moved on to. Neighbouring items
-  // suit one thread: it can ask for the keys of the next one early, and finds in its own caches
-  // what it has to merge. So as many as make a part of a thread's share of what is left, one at
-  // the end.
+  // Takes the next items, all of one sequence, to which it moves `sequence` on. A thread does best
+  // with items that are neighbours: it can prefetch the keys of the next one early, and has in its
+  // own caches what it merges. So a claim takes 1 / kParts of a thread's share of the work that is
+  // left, down to single items at the end.
   Items claim(size_t& sequence, int num_threads) {
     constexpr int64_t kParts = 4;
     int64_t begin = next_.load(std::memory_order_relaxed);
@@ -111,7 +113,8 @@ class Run {
     finish(seq, tile, merged);
   }
 
-  // Of an item, which `has_next` if this thread turns to the one after it next.
+  // Attends one chunk. With `has_next` this thread goes on with the item after it, whose keys are
+  // prefetched towards the end of this one.
   void attend_chunk(const SequencePlan& seq, int64_t item, bool has_next) {
     const int64_t tile_index = item / seq.num_splits, chunk = item % seq.num_splits;
     const AttentionTile tile = seq.tile(args_, tile_index);
@@ -134,8 +137,8 @@ class Run {
     finish(seq, tile, merged);
   }
 
-  // Where the result of one of a tile's heads lies in `memory`, which holds them one after the
-  // other.
+  // Where the result of one of a tile's heads lies in `memory`, which holds the heads' results one
+  // after the other.
   TileResult result_in(const SequencePlan& seq, float* memory, int64_t head) const {
     float* out = memory + head * seq.result_size;
     float* max = out + seq.rows_per_tile * args_.value_dim;
@@ -156,7 +159,7 @@ class Run {
     }
   }
 
-  // Adds the results over one chunk to those over the chunks before it.
+  // Merges the results over one chunk into those over the chunks before it.
   void merge(const SequencePlan& seq, const AttentionTile& tile, float* memory,
              float* merged) const {
     for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
@@ -165,7 +168,7 @@ class Run {
     }
   }
 
-  // Scales and writes the rows.
+  // Divides the rows by their sums of weights, and writes them and their lse.
   void finish(const SequencePlan& seq, const AttentionTile& tile, float* merged) const {
     const int64_t group = args_.num_heads / args_.num_kv_heads;
     const int64_t row_bytes = args_.value_dim * (args_.dtype == DType::kFloat32 ? 4 : 2);
@@ -195,7 +198,8 @@ class Run {
   const AttentionKernel& kernel_;
   const Plan plan_;
   float* partials_ = nullptr;  // scratch of the calling thread, written by all
-  std::unique_ptr<std::atomic<int32_t>[]> num_done_;  // chunks, of each tile that has several
+  std::unique_ptr<std::atomic<int32_t>[]>
+      num_done_;  // chunks finished, for each tile that has several
   std::atomic<int64_t> next_{0};
 };
 
@@ -242,7 +246,7 @@ void merge_attention(const MergeAttentionArgs& args, AttentionPath path, int num
       const float lse_a = args.lse_a[row], lse_b = args.lse_b[row];
       constexpr float kNoKey = -std::numeric_limits<float>::infinity();
       const float max = std::max(lse_a, lse_b);
-      // Of both, not of `max`: beside a NaN it may be either.
+      // Tested on both, not on `max`: std::max with a NaN may return either.
       const bool is_empty = lse_a == kNoKey && lse_b == kNoKey;
       const float exp_a = is_empty ? 0.0f : std::exp(lse_a - max);
       const float exp_b = is_empty ? 0.0f : std::exp(lse_b - max);

@@ -1,9 +1,9 @@
-// Scores of keys of codes on matrix tiles of bytes, see attention_amx_code_numbers.h:
+// Scores of keys held as 4-bit codes, on matrix tiles of bytes (see attention_amx_code_numbers.h):
 //
 //   S^T [16 keys, 16] = codes [16 keys, 64 channels] * x^T
 //
-// Columns 0 to 3 have the low bytes of up to four rows of the query, a batch, 4 to 7 the high ones;
-// 8 to 15 those of a second batch.
+// Columns 0 to 3 hold the low bytes of x for a batch of up to four query rows, columns 4 to 7 their
+// high bytes; columns 8 to 15 hold those of a second batch.
 #pragma once
 
 #include "cpu/attention_amx_code_numbers.h"
@@ -11,20 +11,20 @@
 namespace kvkernels {
 namespace {
 
-// Rows of the query, folded with the scales of a group of keys and rounded:
+// Query rows, multiplied by the scales of a group of keys and rounded to integers, as tiles:
 // [pieces, 16 fours of channels, 16 columns, 4].
 struct alignas(64) QueryTiles {
   uint8_t bytes[kMaxPieces][kTile];
 };
 
-// score = sum of products * unit + base; of row r of a batch in quarter r.
+// score = sum of products * unit + base; quarter r is for row r of a batch.
 struct alignas(64) QueryUnits {
   float unit[kMaxBatches][16], base[kMaxBatches][16];
 };
 
-// Four rows' numbers for 16 channels, as bytes in the columns of a batch.
+// Stores four rows' integers for 16 channels as bytes, in the columns of a batch.
 void store_columns(const __m512i* numbers, uint8_t* tile_rows) {
-  // Of a quarter's four channels: their bytes of one kind side by side.
+  // Within a quarter (four channels): the bytes of one kind, low or high, side by side.
   const __m512i kinds =
       _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 13, 9, 5, 1, 14, 10, 6, 2, 12, 8, 4, 0));
   const __m512i first = _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0);
@@ -81,7 +81,7 @@ void fold_query(const float* query, const uint16_t* pairs, int64_t batch, QueryT
     __m512i numbers[kMaxBatch];
 #pragma GCC unroll 4
     for (int r = 0; r < kMaxBatch; ++r) {
-      // Columns past the last row repeat it: nobody reads what comes of them.
+      // Columns past the last row repeat it; what comes of them is not read.
       numbers[r] = r < kRows ? round_number(_mm512_load_ps(folded[part][r]), inverse[r])
                              : numbers[kRows - 1];
     }
@@ -89,7 +89,7 @@ void fold_query(const float* query, const uint16_t* pairs, int64_t batch, QueryT
   }
 }
 
-// The codes of keys that share their scales, as rows of bytes.
+// The codes of keys that share their scales, unpacked to a byte each.
 template <int kPieces>
 struct KeyRows {
   static constexpr int64_t kRowBytes = 64 * kPieces;
@@ -110,12 +110,12 @@ struct KeyRows {
   }
 };
 
-// Sums of products of 64 keys at most, by parts, keys and columns.
+// Sums of products of up to 64 keys: [part of 16 keys, key, column].
 struct alignas(64) KeySums {
   int32_t sums[kMaxKeys / 16][16][16];
 };
 
-// The products of a part into tile kC, by the query in tiles 4 and 5.
+// Multiplies one part of 16 keys by the query in tiles 4 and 5; sums in tile kC.
 template <int kPieces, int kC, typename Tiles>
 void multiply_part(const KeyRows<kPieces>& keys, int64_t part) {
   constexpr int64_t kStride = KeyRows<kPieces>::kRowBytes;
@@ -132,7 +132,7 @@ template <int kPieces, typename Tiles>
 void multiply_keys(const KeyRows<kPieces>& keys, const QueryTiles& query, KeySums& sums) {
   Tiles::template load<4>(query.bytes[0], kTileRow);
   if constexpr (kPieces > 1) Tiles::template load<5>(query.bytes[1], kTileRow);
-  if (keys.num_parts == 4) {  // all are under way before the first is stored
+  if (keys.num_parts == 4) {  // all products are started before the first result is stored
     multiply_part<kPieces, 0, Tiles>(keys, 0);
     multiply_part<kPieces, 1, Tiles>(keys, 1);
     multiply_part<kPieces, 2, Tiles>(keys, 2);
@@ -155,7 +155,7 @@ void multiply_keys(const KeyRows<kPieces>& keys, const QueryTiles& query, KeySum
   Tiles::template store<0>(sums.sums[part], kTileRow);
 }
 
-// Four columns of the keys t, 4 + t, 8 + t and 12 + t, in quarters.
+// Four columns of the keys t, 4 + t, 8 + t and 12 + t, one key per quarter.
 __m512i load_quarters(const int32_t (*sums)[16], int64_t t, int64_t column) {
   const auto quarter = [&](int64_t i) {
     return _mm_load_si128(reinterpret_cast<const __m128i*>(sums[4 * i + t] + column));
@@ -166,8 +166,8 @@ __m512i load_quarters(const int32_t (*sums)[16], int64_t t, int64_t column) {
   return _mm512_mask_broadcast_i32x4(all, 0xf000, quarter(3));
 }
 
-// Four rows of 16 fours of numbers, transposed: fours[i] has those at i, 4 + i, 8 + i and 12 + i of
-// all rows.
+// Transposes four rows of 16 integers: fours[i] holds those at i, 4 + i, 8 + i and 12 + i of all
+// four rows.
 void transpose_fours(const __m512i* rows, __m512i* fours) {
   const __m512i a = _mm512_unpacklo_epi32(rows[0], rows[1]);
   const __m512i b = _mm512_unpackhi_epi32(rows[0], rows[1]);
@@ -179,7 +179,7 @@ void transpose_fours(const __m512i* rows, __m512i* fours) {
   fours[3] = _mm512_unpackhi_epi64(b, d);
 }
 
-// From whole numbers to the scores of a batch's rows.
+// Turns sums of integers into the scores of a batch's rows.
 void write_scores(const KeySums& sums, const QueryUnits& query, int64_t batch, int64_t num_rows,
                   int64_t count, float* scores, const AheadInSteps& next) {
   const float *unit = query.unit[batch], *base = query.base[batch];
@@ -200,7 +200,7 @@ void write_scores(const KeySums& sums, const QueryUnits& query, int64_t batch, i
   }
 }
 
-// Keys that share their scales, whose products are on the way.
+// Keys that share their scales, whose products have been started and not been read.
 struct KeysUnderWay {
   const KeyJob* job;
   int64_t slot, count;  // 0: none
@@ -216,7 +216,8 @@ void write_scores(const KeysUnderWay& keys, const KeySums& sums, int64_t num_row
   });
 }
 
-// While the products of some keys are made, the query is folded for the next ones.
+// Scores all jobs. While the products of one set of keys are made, the query is folded for the
+// next.
 template <int kPieces, typename Tiles>
 void score_jobs(const KeyJob* jobs, int64_t num_jobs, int64_t num_rows, ReadAhead& ahead) {
   constexpr void (*kFoldQuery[])(const float*, const uint16_t*, int64_t, QueryTiles&, QueryUnits&,
@@ -235,7 +236,8 @@ void score_jobs(const KeyJob* jobs, int64_t num_jobs, int64_t num_rows, ReadAhea
       KeysUnderWay& keys = under_way[now];
       now = 1 - now;
       Tiles::keep_awake();
-      // Folding a batch takes 4 * kPieces steps, 16 keys one, and what was under way as many.
+      // next() is called 4 * kPieces times for folding a batch, once per 16 keys unpacked, and as
+      // often for the keys under way.
       const int64_t num_batches = (num_rows + kMaxBatch - 1) / kMaxBatch,
                     num_parts = count / 16 + 1;
       const AheadInSteps next(ahead, count * kKeyBytes,

@@ -1,10 +1,10 @@
-// Sums of values of codes on matrix tiles of bytes, see attention_amx_code_numbers.h:
+// Sums of values held as 4-bit codes, on matrix tiles of bytes (see attention_amx_code_numbers.h):
 //
 //   O [16, 16 channels] += x [16, 64 keys] * codes, four keys of a channel side by side
 //
-// Rows 0 to 3 have the low bytes of up to four rows of weights, a batch, and 4 to 7 the high ones,
-// for the first half of a piece's channels; 8 to 15 those for the second half, whose scales may be
-// others.
+// Rows 0 to 3 hold the low bytes of x for a batch of up to four rows of weights, rows 4 to 7 their
+// high bytes, for the first half of a piece's channels; rows 8 to 15 hold those for the second
+// half, whose scales may be others.
 #pragma once
 
 #include "cpu/attention_amx_code_numbers.h"
@@ -12,18 +12,19 @@
 namespace kvkernels {
 namespace {
 
-// Rows of weights, folded with the scales of a tile's values and rounded. Set r * groups + g is row
-// r's for group g of channels; four keys side by side are t, t + 32, t + 16 and t + 48.
+// Rows of weights, multiplied by the scales of a tile's values and rounded to integers. Set r *
+// groups + g is row r's for group g of channels. The four keys that lie side by side are t, t + 32,
+// t + 16 and t + 48.
 struct alignas(64) FoldedWeights {
   uint8_t low[kMaxSets][kMaxKeys], high[kMaxSets][kMaxKeys];
 };
 
-// What is added = sum of products * unit + base, of each set.
+// What is added to a row = sum of products * unit + base, per set.
 struct alignas(64) WeightUnits {
   float unit[kMaxSets], base[kMaxSets];
 };
 
-// A row of numbers for 64 keys, of which a run has `masks`. kIsWhole: all.
+// A row of numbers for 64 keys; those outside `masks` are 0. kIsWhole: all 64 are there.
 template <bool kIsWhole>
 struct KeyVectors {
   __m512 v[4];
@@ -99,12 +100,13 @@ void fold_weights(const float* weights, int64_t num_rows, const CodeRun& run,
   }
 }
 
-// A piece of the values: tile j has the channels 16 l + 4 j to 16 l + 4 j + 3 of each l below 4.
+// A piece of the values. Tile j holds the channels 16 l + 4 j to 16 l + 4 j + 3 for l = 0 to 3.
 struct alignas(64) ValueTiles {
   uint8_t bytes[4][kTile];
 };
 
-// Keys past the last weigh nothing, so any will do for them. kIsWhole: there are none.
+// Writes a piece of the values, four keys side by side. Keys past the last have weight 0, so they
+// may hold any codes. kIsWhole: there are none.
 template <bool kIsWhole>
 void interleave_values(const CodeRun& run, int64_t piece, ValueTiles& tiles,
                        const AheadInSteps& next) {
@@ -128,7 +130,7 @@ void interleave_values(const CodeRun& run, int64_t piece, ValueTiles& tiles,
   }
 }
 
-// The bytes of a batch's weights for both halves of a piece.
+// Writes the bytes of a batch's weights, for both halves of a piece.
 void pack_weights(const FoldedWeights& folded, const int64_t* groups, int64_t num_groups,
                   int64_t num_rows, uint8_t* tile) {
   for (int64_t half = 0; half < 2; ++half) {
@@ -141,7 +143,7 @@ void pack_weights(const FoldedWeights& folded, const int64_t* groups, int64_t nu
   }
 }
 
-// Sums of products by rows and channels, of each tile of values.
+// Sums of products: [tile of values, row, channel].
 struct alignas(64) ValueSums {
   int32_t sums[4][16][16];
 };
@@ -167,7 +169,7 @@ void multiply_values(const uint8_t* weights, const ValueTiles& values, ValueSums
   Tiles::template store<3>(sums.sums[3], kTileRow);
 }
 
-// From whole numbers to what is added to a batch's rows of sums.
+// Turns sums of integers into floats and adds them to a batch's rows of sums.
 void add_sums(const ValueSums& products, const WeightUnits& rounded, const int64_t* groups,
               int64_t num_groups, const Pieces<true>& pieces, int64_t piece, int64_t num_rows,
               const float* decay, float* sums, const AheadInSteps& next) {
@@ -200,7 +202,7 @@ void add_sums(const ValueSums& products, const WeightUnits& rounded, const int64
   }
 }
 
-// Of which groups of channels the halves of a row's pieces are.
+// The group of channels of each half of a row's pieces.
 struct PieceGroups {
   int64_t of[kMaxPieces][2];
 
@@ -213,7 +215,7 @@ struct PieceGroups {
   }
 };
 
-// While the products of some values are made, the next ones are made ready.
+// Adds the values of all jobs. While the products of one job are made, the next job is prepared.
 template <typename Tiles>
 void add_on_tiles(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, ReadAhead& ahead) {
   const CodeRun& any = jobs->values;
@@ -226,7 +228,8 @@ void add_on_tiles(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, Read
   alignas(64) uint8_t weights[kMaxBatches][kMaxPieces][kTile];
   ValueTiles values[kMaxPieces];
   ValueSums products[kMaxBatches][kMaxPieces];
-  // A row is folded and, for each piece, added in a step, and a piece interleaved in 8.
+  // next() is called once for each row folded, once for each row and piece added, and 8 times for
+  // each piece interleaved.
   const int64_t num_steps = num_rows * (1 + num_pieces) + 8 * num_pieces;
   const auto prepare = [&](const ValueJob& job, WeightUnits* units, const AheadInSteps& next) {
     const CodeRun& run = job.values;

@@ -1,6 +1,6 @@
-// Attention for few rows of bfloat16 where blocks may hold codes: those of 4 bits on matrix tiles,
-// the rest as without. In an anonymous namespace: each file that includes this gets its own copy,
-// compiled with that file's flags.
+// Attention for few rows of bfloat16 where blocks may hold codes: 4-bit codes on matrix tiles,
+// everything else by the AVX-512 kernels. In an anonymous namespace: each file that includes this
+// gets its own copy, compiled with that file's flags.
 #pragma once
 
 #include "cpu/attention_amx_code_keys.h"
@@ -12,8 +12,8 @@ namespace {
 
 inline bool suits_tiles(const CodeShape& shape) {
   const auto suits = [](int64_t dim) { return dim % 64 == 0 && dim / 64 <= kMaxPieces; };
-  // Smaller blocks would leave most of a tile of values empty.
-  // 8-bit codes were no faster than by integer dot products.
+  // Smaller blocks would leave most of a tile of values empty. 8-bit codes were no faster than by
+  // integer dot products.
   return shape.is_int4 && suits_vectors(shape) && suits(shape.head_dim) && suits(shape.value_dim) &&
          shape.block_size % kMaxKeys == 0;
 }

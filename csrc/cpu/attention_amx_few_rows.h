@@ -1,10 +1,10 @@
-// The matrix-tile attention for one group of rows, as decoding has them. In an anonymous namespace,
-// like all of it.
+// The matrix-tile attention for one group of up to 16 rows, as decoding has them. In an anonymous
+// namespace, as are all of its parts.
 //
-// A tile of keys is used once, so what counts is that memory never rests: each step asks for as
-// much of the next tile of keys as it reads of this one. A load of a tile register appears to wait
-// for the products that read it before (a load and a product in turns took twice the longer of the
-// two). So what many products share, the query and then the weights, stays in tiles 4 to 7.
+// Each tile of keys is used once, so what counts is that memory never rests: each step prefetches
+// as many bytes of the next tile of keys as it reads of this one. Loading a tile register appears
+// to wait for the products that read it before (a load and a product in turns took twice the longer
+// of the two). So what many products share, the query and then the weights, stays in tiles 4 to 7.
 #pragma once
 
 #include "cpu/attention_amx_keys.h"
@@ -13,7 +13,7 @@
 namespace kvkernels {
 namespace {
 
-// Into tiles 4 to 7.
+// Loads the first kCount of them into tiles 4 to 7.
 template <int kCount, typename Tiles>
 void load_shared(Tiles& tiles, const uint16_t* shared) {
   tiles.template load<4>(shared, kTileBytes);
@@ -22,7 +22,7 @@ void load_shared(Tiles& tiles, const uint16_t* shared) {
   if constexpr (kCount > 3) tiles.template load<7>(shared + 3 * kLanes * kStep, kTileBytes);
 }
 
-// The scores of 16 keys of kSteps * kStep channels, in tile kC.
+// Scores 16 keys of kSteps * kStep channels, in tile kC.
 template <int kSteps, int kC, typename Tiles>
 void score_part(Tiles& tiles, const KeyRows& keys, ReadAhead& next, float* scores) {
   tiles.template zero<kC>();
@@ -57,7 +57,7 @@ void score_narrow(Tiles& tiles, const Work& work, const KeyRows* keys, ReadAhead
   }
 }
 
-// Of a query that takes more tiles than those.
+// For a query that fills more than four tiles.
 template <typename Tiles>
 void score_wide(Tiles& tiles, const Work& work, const KeyRows* keys, ReadAhead& next) {
   for (int64_t part = 0; part < kParts; part += 2) {
@@ -93,10 +93,9 @@ void score(Tiles& tiles, const Work& work, const KeyRows* keys, ReadAhead& next)
   }
 }
 
-// Adds 32 channels of the values, which lie interleaved at `ready`, by the weights in tiles 4 to 7,
-// and calls between(j) for j = 0 to 7 among the products. Each product waits for the one before:
-// with nothing among them, all of their latency is waited for (reading memory at 13 GB/s, not at
-// 18).
+// Adds 32 channels of the values, which lie interleaved at `ready`, by the weights in tiles 4 to 7.
+// Calls between(j) for j = 0 to 7 among the products, since each product waits for the one before:
+// with nothing between them, all of their latency is lost (memory was read at 13 GB/s, not at 18).
 template <typename Tiles, typename Between>
 void add_channels(Tiles& tiles, const uint16_t* ready, float* out, const Between& between) {
   constexpr int64_t kTileSize = kLanes * kLanes, kPairs = kLanes * kStep;
@@ -131,8 +130,8 @@ void add_channels(Tiles& tiles, const uint16_t* ready, float* out, const Between
   tiles.template store<1>(out + kTileSize, kTileBytes);
 }
 
-// Adds the values by the weights, 32 channels at a time: these are interleaved while those before
-// are multiplied, in so few places that they stay in the L1 cache.
+// Adds the values by the weights, 32 channels at a time. The next channels are interleaved while
+// the ones before are multiplied, in two alternating buffers, small enough to stay in the L1 cache.
 template <typename Tiles>
 void add_values(Tiles& tiles, const Work& work, const ValueRows& values, ReadAhead& next) {
   constexpr int64_t kKeysBetween = kKeys / 8;
@@ -160,7 +159,7 @@ void add_values(Tiles& tiles, const Work& work, const ValueRows& values, ReadAhe
   add_channels(tiles, ready, out, [](int64_t) {});
 }
 
-// The rows against the tile of keys [begin, end).
+// Attends the rows to the tile of keys [begin, end).
 template <typename Tiles>
 void attend_few_rows(Tiles& tiles, Work& work, int64_t begin, int64_t end, const KeyRows* keys,
                      const ValueRows& values, ReadAhead& next) {

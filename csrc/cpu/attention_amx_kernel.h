@@ -1,7 +1,7 @@
-// Attention for bfloat16 on 16-row matrix tiles, beside AVX-512 for what is no product. Written
-// against a small interface so that one text serves the AMX instructions and their emulation. Only
-// for files compiled for AVX512-BF16. In an anonymous namespace: each file that includes this gets
-// its own copy, compiled with that file's flags.
+// Attention for bfloat16 on 16-row matrix tiles, with AVX-512 for all that is not a product.
+// Written against a small interface (Tiles) so that one text serves the AMX instructions and their
+// emulation. Only for files compiled for AVX512-BF16. In an anonymous namespace: each file that
+// includes this gets its own copy, compiled with that file's flags.
 //
 //   scores, transposed: S^T [128 keys, 16 rows] = K [keys, head_dim] * Q^T. A key is a row of the A
 //   operand as it lies in the cache, at any stride, so no cache layout needs repacking; Q^T is
@@ -23,7 +23,7 @@ namespace {
 
 // ---- scores --------------------------------------------------------------------------------
 
-// Of one group: each dot has the same 16 rows.
+// Scores one group of 16 rows: all dots share its tile of the query.
 template <typename Tiles>
 void score_group(Tiles& tiles, const Work& work, int64_t group, const KeyRows* keys) {
   const uint16_t* query = work.query + group * kLanes * work.head_dim;
@@ -51,7 +51,7 @@ void score_group(Tiles& tiles, const Work& work, int64_t group, const KeyRows* k
   }
 }
 
-// Of two neighbouring groups: each load serves two dots.
+// Scores two neighbouring groups: each load serves two dots.
 template <typename Tiles>
 void score_groups(Tiles& tiles, const Work& work, int64_t group, const KeyRows* keys) {
   const uint16_t* one = work.query + group * kLanes * work.head_dim;
@@ -81,13 +81,13 @@ void score_groups(Tiles& tiles, const Work& work, int64_t group, const KeyRows* 
 
 // ---- values --------------------------------------------------------------------------------
 
-// Adds the values, by the weights of kGroups neighbouring groups, to their rows.
+// Adds the values, by the weights of kGroups neighbouring groups, to those groups' rows.
 template <int kGroups, typename Tiles>
 void add_values(Tiles& tiles, const Work& work, int64_t group) {
   constexpr int64_t kTileSize = kLanes * kLanes;         // of floats
-  constexpr int64_t kHalfSize = kLanes * kStep;          // of weights, or values
-  constexpr int64_t kWeightsSize = kHalves * kHalfSize;  // of a group
-  const int64_t out_size = kLanes * work.value_dim;      // of a group
+  constexpr int64_t kHalfSize = kLanes * kStep;          // of weights, or of values
+  constexpr int64_t kWeightsSize = kHalves * kHalfSize;  // of one group
+  const int64_t out_size = kLanes * work.value_dim;      // of one group
   float* out = work.out + group * out_size;
   const uint16_t* values = work.values;
   for (int64_t i = 0; i < work.value_dim; i += 2 * kLanes) {
@@ -123,7 +123,7 @@ void add_values(Tiles& tiles, const Work& work, int64_t group) {
 
 // ---- the whole -----------------------------------------------------------------------------
 
-// kGroups neighbouring groups against a tile of keys.
+// Attends kGroups neighbouring groups to a tile of keys.
 template <int kGroups, typename Tiles>
 void attend_groups(Tiles& tiles, Work& work, int64_t group, int64_t begin, int64_t end,
                    const KeyRows* keys) {
@@ -168,7 +168,7 @@ void attend_head(Tiles& tiles, const AttentionTile& tile, Prefetch& next, int64_
   const int64_t first = tile.key_begin / kKeys * kKeys;
   for (int64_t begin = first, end; begin < tile.key_end; begin = end) {
     end = end_of_keys(tile, begin);
-    // Groups before the first end, and groups from the last on begin, outside these keys.
+    // Groups before `group` see only keys before these, groups from `last` on only keys after them.
     int64_t group = 0, last = work.num_groups;
     if (last > 1) {
       while (group < last && work.last[group * kLanes + kLanes - 1] <= begin) ++group;

@@ -1,5 +1,5 @@
-// A tile of keys and values for the matrix-tile attention: found where they lie, or copied, and
-// values packed.
+// A tile of keys and values for the matrix-tile attention: keys are used where they lie, or copied;
+// values are interleaved.
 #pragma once
 
 #include "cpu/attention_amx_work.h"
@@ -9,14 +9,14 @@
 namespace kvkernels {
 namespace {
 
-// Where 16 keys lie as rows of a tile.
+// 16 keys as the rows of a tile.
 struct KeyRows {
   const uint16_t* first;
   int64_t stride;  // in bytes
 };
 
-// Finds the keys that start at 16 * part of the tile; copies them where they do not lie evenly
-// spaced, or are not all in [first, num_keys): other slots are never read.
+// Finds the 16 keys of part `part` of the tile. Copies them unless they lie in one block, evenly
+// spaced, and all belong to [first, num_keys): other slots are never read.
 KeyRows find_keys(const AttentionTile& tile, const Work& work, int64_t part, int64_t first,
                   int64_t num_keys, const int64_t* offsets, int64_t first_slot) {
   const auto* cache = static_cast<const uint16_t*>(tile.args->key_cache);
@@ -39,7 +39,7 @@ KeyRows find_keys(const AttentionTile& tile, const Work& work, int64_t part, int
   return {copy, row_bytes};
 }
 
-// Where the values of a tile of keys lie; those of keys that there are not are zeros.
+// Where the values of a tile of keys lie; keys that are missing have zeros.
 struct ValueRows {
   const uint16_t* row[kKeys];
 };
@@ -50,7 +50,7 @@ void find_values(const uint16_t* cache, const int64_t* offsets, int64_t num_keys
   for (int64_t t = num_keys; t < kKeys; ++t) values.row[t] = work.zeros;
 }
 
-// 32 channels of two neighbouring values, in pairs.
+// Interleaves 32 channels of two neighbouring values, in pairs.
 void interleave(const ValueRows& values, int64_t t, int64_t channel, uint16_t* target) {
   const __m512i a = _mm512_loadu_si512(values.row[t] + channel);
   const __m512i b = _mm512_loadu_si512(values.row[t + 1] + channel);
@@ -58,7 +58,7 @@ void interleave(const ValueRows& values, int64_t t, int64_t channel, uint16_t* t
   _mm512_store_si512(target + (kKeys + t) * kLanes, _mm512_unpackhi_epi16(a, b));
 }
 
-// Puts pairs of values side by side, row after row.
+// Interleaves all values of the tile, row after row.
 void interleave_values(const ValueRows& values, Work& work) {
   for (int64_t t = 0; t < kKeys; t += 2) {
     for (int64_t i = 0; i < work.value_dim; i += kStep) {
@@ -67,7 +67,7 @@ void interleave_values(const ValueRows& values, Work& work) {
   }
 }
 
-// Finds or unpacks the keys and values of [begin, end), as far as they are the item's.
+// Finds or unpacks the keys and values of [begin, end), as far as they belong to the item.
 void find_tile(const AttentionTile& tile, int64_t begin, int64_t end, Work& work, KeyRows* keys,
                ValueRows& values) {
   const PagedAttentionArgs& args = *tile.args;

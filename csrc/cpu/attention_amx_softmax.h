@@ -1,4 +1,4 @@
-// From scores to weights, for the matrix-tile attention: a row of the query to a lane.
+// Turns scores into weights, for the matrix-tile attention: each lane is a row of the query.
 #pragma once
 
 #include "cpu/attention_amx_work.h"
@@ -7,7 +7,8 @@
 namespace kvkernels {
 namespace {
 
-// Scores lie keys by rows; the rules take one row at a time.
+// Soft cap, ALiBi and tree mask for a group. Scores lie as [key, row], but adjust_scores() takes
+// one row at a time: so they are transposed there and back.
 void adjust_group(const Work& work, int64_t group, int64_t begin, int64_t num_keys, float* scores) {
   alignas(64) float by_row[kLanes][kKeys];
   for (int64_t part = 0; part < kParts; ++part) {
@@ -36,14 +37,14 @@ void adjust_group(const Work& work, int64_t group, int64_t begin, int64_t num_ke
   }
 }
 
-// With up to 8 rows each has a lane in both of two sets of lanes, and set s goes through the keys
-// from s * kKeys / 2 on: half as many vectors of scores.
+// With up to 8 rows each row has a lane in both of two sets of lanes, and set s goes through the
+// keys from s * kKeys / 2 on: half as many vectors of scores.
 template <int kSets>
 constexpr int64_t kSetKeys = kKeys / kSets;
 template <int kSets>
 constexpr int64_t kSetLanes = kLanes / kSets;
 
-// The scores of one key of each set.
+// Loads the scores of one key of each set.
 template <int kSets>
 __m512 load_scores(const float* scores, int64_t key) {
   const __m512 first = _mm512_load_ps(scores + key * kLanes);
@@ -51,13 +52,14 @@ __m512 load_scores(const float* scores, int64_t key) {
   return _mm512_mask_load_ps(first, 0xff00, scores + (kSetKeys<kSets> + key) * kLanes);
 }
 
-// The larger of each row's lanes, in both of them.
+// The maximum over each row's lanes, in all of them.
 template <int kSets>
 __m512 max_of_sets(__m512 v) {
   return kSets == 1 ? v : _mm512_max_ps(v, _mm512_shuffle_f32x4(v, v, 0x4e));
 }
 
-// Which lanes' rows see a key. kIsMasked is false where all see all, to the same bits.
+// Which lanes' rows see a key. kIsMasked is false where all rows see all keys; the results then are
+// the same bits.
 template <bool kIsMasked>
 struct Seen {
   __m512i first, last;
@@ -69,8 +71,8 @@ struct Seen {
   }
 };
 
-// Turns the scores of a group's rows with the keys from `begin` on into weights, and the running
-// maxima and sums with them; scales what was summed up before.
+// Turns a group's scores of the keys from `begin` on into weights, updates the running maxima and
+// sums, and multiplies the rows' earlier output by their decay.
 template <bool kIsMasked, int kSets>
 void weigh_group(Work& work, int64_t group, int64_t begin, const float* scores, uint16_t* weights) {
   const int64_t row = group * kLanes;
@@ -91,7 +93,7 @@ void weigh_group(Work& work, int64_t group, int64_t begin, const float* scores, 
       _mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3]));
   const __m512 new_max = _mm512_max_ps(old_max, max_of_sets<kSets>(tile_max));
   _mm512_store_ps(work.max + row, new_max);
-  // Where every score is minus infinity so far, the weights must come out as 0, not as NaN.
+  // If every score so far is minus infinity, the weights must come out as 0, not as NaN.
   const __m512 base =
       _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(new_max, lowest, _CMP_NEQ_UQ), new_max);
   const __m512 decay = exp2_lanes(_mm512_sub_ps(old_max, base));
@@ -134,9 +136,9 @@ void weigh_group(Work& work, int64_t group, int64_t begin, const float* scores, 
   }
 }
 
-// weigh_group for what the group sees of the keys from `begin` on.
+// weigh_group, masked or not by what the group sees of the keys from `begin` on.
 void weigh(Work& work, int64_t group, int64_t begin, const float* scores, uint16_t* weights) {
-  // Ranges only move up from row to row, so the first and the last row bound them.
+  // Later rows see later ranges, so the first and the last row bound them.
   const int64_t row = group * kLanes, last_set = kKeys - kKeys / work.num_sets;
   const bool is_masked =
       work.first[row + kLanes - 1] + last_set > begin || work.last[row] < begin + kKeys;

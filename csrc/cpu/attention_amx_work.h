@@ -1,5 +1,5 @@
-// What the matrix-tile attention (attention_amx_kernel.h) works on. In an anonymous namespace, like
-// all of it.
+// The data that the matrix-tile attention (attention_amx_kernel.h) works on. In an anonymous
+// namespace, as are all of its parts.
 #pragma once
 
 #include <cstring>
@@ -11,38 +11,38 @@
 namespace kvkernels {
 namespace {
 
-// Worked on at a time: the output is read and written once for them, which takes longer than their
-// products if they are few. In halves of it, prompts of 2k and 8k tokens took a tenth longer.
+// Keys per step. The output is read and written once per step, which takes longer than the products
+// if the keys are few: with half as many, prompts of 2k and 8k tokens took a tenth longer.
 constexpr int64_t kKeys = 128;
-constexpr int64_t kLanes = 16;      // query rows side by side
-constexpr int64_t kTileRows = 128;  // query rows that share the packed values
-constexpr int64_t kStep = 32;       // what one dot sums over
-constexpr int64_t kTileBytes = 64;  // a row of a tile
+constexpr int64_t kLanes = 16;      // query rows of a tile, side by side
+constexpr int64_t kTileRows = 128;  // query rows that share the interleaved values
+constexpr int64_t kStep = 32;       // channels, or keys, that one dot sums over
+constexpr int64_t kTileBytes = 64;  // of a row of a tile register
 constexpr int64_t kParts = kKeys / kLanes, kHalves = kKeys / kStep;
 
-// Up to so many rows the kernel that reads each element once, with no tiles, is as fast as memory,
-// or faster than this: a tile always has 16 rows.
+// Up to this many rows the AVX-512 kernel, which reads each element once and uses no tiles, is as
+// fast as memory, or faster than this one: a tile always has 16 rows.
 constexpr int64_t kFewRowsBesideTiles = 4;
 
-// Codes of 4 bits are faster on tiles of bytes from so many rows on: four take as long as one
-// there.
+// From this many rows on 4-bit codes are faster on tiles of bytes, where four rows take as long as
+// one.
 constexpr int64_t kLeastCodeRows = 4;
 
-// One item's rows, in groups of kLanes, and the tile of keys that is being worked on. `out` lies in
-// tiles, and of 32 neighbouring channels the first tile holds those at 0 to 3 of every 8: the order
-// that unpacking pairs gives.
+// One item's query rows, in groups of kLanes, and the tile of keys that is being worked on. `out`
+// lies in tiles; of 32 neighbouring channels the first tile holds those at 0 to 3 of every 8, the
+// second the others: the order that the cheapest unpacking of pairs gives.
 struct Work {
   const AttentionTile* tile;
   int64_t count, num_groups, head_dim, value_dim;
-  int64_t num_sets;  // of lanes, see attention_amx_softmax.h
-  bool adjusts;      // whether scores need more than a scale
+  int64_t num_sets;  // of lanes: 1 or 2, see attention_amx_softmax.h
+  bool adjusts;      // whether scores need more than a factor
   float scale;
   uint16_t* query;     // [num_groups, head_dim / 32, 16, kLanes, 2]
   uint16_t* keys;      // [kKeys, head_dim]: copies of keys that do not lie in one block
   uint16_t* values;    // [value_dim / 16, kKeys / 2, 16, 2]
   uint16_t* unpacked;  // [kKeys, value_dim]
-  uint16_t* zeros;     // [value_dim]: the value of a key that there is not
-  uint16_t* weights;   // [2, kHalves, kLanes, kStep], of two groups
+  uint16_t* zeros;     // [value_dim]: the value of a missing key
+  uint16_t* weights;   // [2 groups, kHalves, kLanes, kStep]
   float* scores;       // [2, kKeys, kLanes]
   float* out;          // [num_groups, value_dim / 16, kLanes, 16]
   float* scales;       // two rows
@@ -56,11 +56,11 @@ void start_group(const AttentionTile& tile, int64_t group, Work& work) {
   const uint16_t* sources[kLanes];
   for (int64_t n = 0; n < kLanes; ++n) {
     const int64_t lane = first_row + n, row = first_row + n % set_lanes;
-    // Rows past the last are zeros that see what the last one sees.
+    // Rows past the last are zeros that see what the last row sees.
     const int64_t real = std::min(row, work.count - 1);
     sources[n] = row < work.count ? query + query_offset(tile, tile.row_begin + row) : nullptr;
     const KeyRange seen = visible_keys(tile, tile.row_begin + real);
-    const int64_t first_key = n / set_lanes * (kKeys / work.num_sets);  // of the lane's set
+    const int64_t first_key = n / set_lanes * (kKeys / work.num_sets);  // of the lane's set of keys
     work.first[lane] = static_cast<int32_t>(seen.begin - first_key);
     work.last[lane] = static_cast<int32_t>(seen.end - first_key);
     work.max[lane] = -infinity();
@@ -82,7 +82,7 @@ void start(const AttentionTile& tile, Work& work) {
   work.tile = &tile;
   work.count = tile.row_end - tile.row_begin;
   work.num_groups = (work.count + kLanes - 1) / kLanes;
-  // With two, the order in which a row's weights are summed up goes by how many rows there are.
+  // With two sets, the order in which a row's weights are summed depends on the number of rows.
   work.num_sets = work.count <= kLanes / 2 && !tile.args->batch_invariant ? 2 : 1;
   work.head_dim = tile.args->head_dim;
   work.value_dim = tile.args->value_dim;
@@ -107,7 +107,7 @@ void start(const AttentionTile& tile, Work& work) {
   for (int64_t group = 0; group < work.num_groups; ++group) start_group(tile, group, work);
 }
 
-// The end of the tile of keys that starts at `begin`, at a multiple of kKeys.
+// The end of the tile of keys that starts at `begin`: a multiple of kKeys, or the end of all keys.
 int64_t end_of_keys(const AttentionTile& tile, int64_t begin) {
   return std::min((begin / kKeys + 1) * kKeys, tile.key_end);
 }

@@ -38,8 +38,7 @@ void widen(const void* in, float* out, int64_t size) {
 }
 
 bool are_finite(const float* in, int64_t size) {
-  __m256 found =
-      _mm256_setzero_ps();  // a finite number less itself is 0, any other is not a number
+  __m256 found = _mm256_setzero_ps();  // x - x is 0 for a finite x, and NaN for any other
   for (int64_t i = 0; i < size; i += 8) {
     const __m256 v = _mm256_loadu_ps(in + i);
     found = _mm256_or_ps(found, _mm256_sub_ps(v, v));

@@ -10,23 +10,23 @@
 namespace kvkernels {
 namespace {
 
-constexpr int64_t kTileKeys = 64;  // keys worked on at a time
+constexpr int64_t kTileKeys = 64;  // keys per tile
 
-// A tile with at most this many rows is read straight from the cache by attend_few_rows; with more
-// it pays to convert and transpose keys first.
+// With at most this many query rows attend_few_rows reads keys and values straight from the cache;
+// with more it pays to convert and transpose the keys first.
 constexpr int64_t kFewRows = 8;
 
 inline float infinity() { return __builtin_inff(); }
 
-// The end of the tile of keys that starts at `begin`: at a multiple of kTileKeys, so that tiles and
-// blocks of the cache end together.
+// The end of the tile of keys that starts at `begin`. Tiles end at multiples of kTileKeys, so that
+// tiles and blocks of the cache end together.
 inline int64_t key_tile_end(const AttentionTile& tile, int64_t begin) {
   return std::min((begin / kTileKeys + 1) * kTileKeys, tile.key_end);
 }
 
-// Turns one row's raw scores of up to kTileKeys keys into weights, and the running maximum and sum
-// (8 lanes) with them. Columns outside [first, last), and those that fill the last vector, get the
-// weight 0, whatever their scores. Returns what earlier sums must be scaled by.
+// Turns one row's raw scores of up to kTileKeys keys into weights, and updates the running maximum
+// and sum (8 lanes). Columns outside [first, last), and those that fill up the last vector, get the
+// weight 0 whatever their scores. Returns the factor for what was summed up before.
 inline float softmax_step(float* scores, int64_t num_keys, int64_t first, int64_t last, float scale,
                           float* max, float* sum) {
   const int64_t end = (num_keys + 7) / 8 * 8;
@@ -39,7 +39,7 @@ inline float softmax_step(float* scores, int64_t num_keys, int64_t first, int64_
   __m256 top = _mm256_set1_ps(-infinity());
   for (int64_t t = 0; t < end; t += 8) top = _mm256_max_ps(top, _mm256_loadu_ps(scores + t));
   const float old_max = *max, new_max = std::max(old_max, max_lane(top));
-  // Where every score is minus infinity so far, the weights must come out as 0, not as NaN.
+  // If every score so far is minus infinity, the weights must come out as 0, not as NaN.
   const __m256 base = _mm256_set1_ps(new_max == -infinity() ? 0.0f : new_max);
   const __m256 decay = exp2_lanes(_mm256_sub_ps(_mm256_set1_ps(old_max), base));
   __m256 total = _mm256_mul_ps(_mm256_loadu_ps(sum), decay);

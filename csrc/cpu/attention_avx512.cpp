@@ -45,8 +45,7 @@ void widen(const void* in, float* out, int64_t size) {
 }
 
 bool are_finite(const float* in, int64_t size) {
-  __m512 found =
-      _mm512_setzero_ps();  // a finite number less itself is 0, any other is not a number
+  __m512 found = _mm512_setzero_ps();  // x - x is 0 for a finite x, and NaN for any other
   for (int64_t i = 0; i < size; i += 16) {
     const __m512 v = _mm512_loadu_ps(in + i);
     found = _mm512_or_ps(found, _mm512_sub_ps(v, v));

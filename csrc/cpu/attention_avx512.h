@@ -6,28 +6,28 @@
 
 namespace kvkernels {
 
-constexpr int64_t kTileKeys = 64;  // keys worked on at a time
+constexpr int64_t kTileKeys = 64;  // keys per tile
 
-// A tile with at most this many rows is read straight from the cache by attend_few_rows; with more
-// it pays to convert and transpose keys first. Up to here, decoding is faster than memory.
+// With at most this many query rows attend_few_rows reads keys and values straight from the cache;
+// with more it pays to convert and transpose the keys first. Up to here decoding waits for memory.
 constexpr int64_t kFewRows = 8;
 
 namespace {
 
 inline float infinity() { return __builtin_inff(); }
 
-// Adds vector `i` of a row's weights to `total`, which begins as the decayed sum of those before.
-// Written as it is to be rounded: left to the compiler, functions that must give the same bits
-// might fuse different operations.
+// Adds vector `i` of a row's weights to `total`; vector 0 starts it with the decayed sum of the
+// tiles before. Which operations are fused is written out: left to the compiler, functions that
+// must give the same bits might fuse different ones.
 inline __m512 add_weight(__m512 total, int i, __m512 weight, const float* sum, __m512 decay) {
   return i == 0 ? _mm512_fmadd_ps(_mm512_load_ps(sum), decay, weight)
                 : _mm512_add_ps(total, weight);
 }
 
-// Turns one row's raw scores of up to kTileKeys keys into weights, and the running maximum and sum
-// (16 lanes) with them. Of the columns below 16 * kVectors, those outside [first, last) get the
-// weight 0, whatever their scores; kIsMasked is false where there are none. Returns what earlier
-// sums must be scaled by.
+// Turns one row's raw scores of up to kTileKeys keys into weights, and updates the running maximum
+// and sum (16 lanes). Of the columns below 16 * kVectors, those outside [first, last) get the
+// weight 0 whatever their scores; kIsMasked is false where there are none. Returns the factor for
+// what was summed up before.
 template <int kVectors, bool kIsMasked>
 inline float softmax_vectors(float* scores, int64_t first, int64_t last, float scale, float* max,
                              float* sum) {
@@ -42,7 +42,7 @@ inline float softmax_vectors(float* scores, int64_t first, int64_t last, float s
   }
   const float old_max = *max, tile_max = _mm512_reduce_max_ps(top);
   const float new_max = old_max > tile_max ? old_max : tile_max;
-  // Where every score is minus infinity so far, the weights must come out as 0, not as NaN.
+  // If every score so far is minus infinity, the weights must come out as 0, not as NaN.
   const __m512 base = _mm512_set1_ps(new_max == -infinity() ? 0.0f : new_max);
   const __m512 decay = exp2_lanes(_mm512_sub_ps(_mm512_set1_ps(old_max), base));
   __m512 total;
@@ -58,7 +58,7 @@ inline float softmax_vectors(float* scores, int64_t first, int64_t last, float s
   return _mm512_cvtss_f32(decay);
 }
 
-// The same for the number of vectors that hold `num_keys` columns.
+// softmax_vectors with as many vectors as `num_keys` columns fill.
 inline float softmax_step(float* scores, int64_t num_keys, int64_t first, int64_t last, float scale,
                           float* max, float* sum) {
   if (num_keys == kTileKeys && first <= 0 && last >= kTileKeys) {
@@ -76,9 +76,9 @@ inline float softmax_step(float* scores, int64_t num_keys, int64_t first, int64_
   }
 }
 
-// softmax_step, to the same bits, for a whole tile that up to 4 rows see: their maxima are found
-// together, which is where one row at a time waits. `max` and `decay` of the rows are neighbours,
-// as are the rest.
+// softmax_step, to the same bits, for a whole tile of which up to 4 rows see every key. The rows'
+// maxima are found together: one row at a time waits for each step of its reduction. `max` and
+// `decay` have one float per row, `sum` 16.
 template <int kRows>
 inline void softmax_whole_rows(float* scores, float scale, float* max, float* sum, float* decay) {
   constexpr int kVectors = kTileKeys / 16;
@@ -103,7 +103,7 @@ inline void softmax_whole_rows(float* scores, float scale, float* max, float* su
   const __m512 old_max = _mm512_permutexvar_ps(spread, _mm512_maskz_loadu_ps(kIsRow, max));
   const __m512 new_max = _mm512_max_ps(old_max, largest);
   const __m512 lowest = _mm512_set1_ps(-infinity());
-  // Where every score is minus infinity so far, the weights must come out as 0, not as NaN.
+  // If every score so far is minus infinity, the weights must come out as 0, not as NaN.
   const __mmask16 is_seen = _mm512_cmp_ps_mask(new_max, lowest, _CMP_NEQ_UQ);
   const __m512 base = _mm512_maskz_mov_ps(is_seen, new_max);
   const __m512 factors = exp2_lanes(_mm512_sub_ps(old_max, base));
@@ -126,7 +126,7 @@ inline void softmax_whole_rows(float* scores, float scale, float* max, float* su
   }
 }
 
-// softmax_step for `count` rows, of which row r sees the columns [first, last) of seen[r].
+// softmax_step for `count` rows; row r sees the columns [begin, end) of seen[r].
 inline void softmax_rows(float* scores, int64_t num_keys, const KeyRange* seen, int64_t count,
                          float scale, float* max, float* sum, float* decay) {
   for (int64_t r = 0; r < count;) {
@@ -155,8 +155,8 @@ inline void softmax_rows(float* scores, int64_t num_keys, const KeyRange* seen, 
   }
 }
 
-// The end of the tile of keys that starts at `begin`: at a multiple of kTileKeys, so that tiles and
-// blocks of the cache end together.
+// The end of the tile of keys that starts at `begin`. Tiles end at multiples of kTileKeys, so that
+// tiles and blocks of the cache end together.
 inline int64_t key_tile_end(const AttentionTile& tile, int64_t begin) {
   const int64_t end = (begin / kTileKeys + 1) * kTileKeys;
   return end < tile.key_end ? end : tile.key_end;

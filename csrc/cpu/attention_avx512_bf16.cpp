@@ -1,6 +1,7 @@
-// Attention of bfloat16 with AVX512-BF16: an instruction multiplies 16 pairs and adds both products
-// to 16 float sums, twice the work of a multiplication of floats and nothing to widen. The weights
-// are rounded to bfloat16, their sum is not.
+// Attention of bfloat16 with AVX512-BF16. One instruction multiplies 16 pairs and adds both
+// products of each to a float: twice as many products as on floats, and nothing to widen. The
+// softmax weights are rounded to bfloat16 for the product with the values; the sum of the weights
+// is taken before rounding.
 #include "cpu/attention_few_rows_avx512.h"
 #include "cpu/attention_many_rows_avx512.h"
 #include "cpu/simd_avx512_bf16.h"
@@ -8,7 +9,7 @@
 namespace kvkernels {
 namespace {
 
-// Up to 32 elements of which `count` are there; the rest are 0.
+// 32 elements, of which the first `count` (even) are loaded and the rest are 0.
 __m512i load_some(const uint16_t* p, int64_t count) {
   return _mm512_maskz_loadu_epi32(first_lanes(count / 2), p);
 }
@@ -17,7 +18,7 @@ __m512i load_or_zero(const uint16_t* p, int64_t first, int64_t count) {
   return p == nullptr ? _mm512_setzero_si512() : load_some(p + first, count);
 }
 
-// a0 b0 a1 b1 ... of the elements 0 to 15, or 16 to 31.
+// a0 b0 a1 b1 ... of the elements 0 to 15 (kHalf 0), or 16 to 31 (kHalf 1).
 template <int kHalf>
 __m512i interleave(__m512i a, __m512i b) {
   const __m512i pairs = _mm512_set_epi32(0x2f000f, 0x2e000e, 0x2d000d, 0x2c000c, 0x2b000b, 0x2a000a,
@@ -27,7 +28,7 @@ __m512i interleave(__m512i a, __m512i b) {
   return _mm512_permutex2var_epi16(a, indices, b);
 }
 
-// Quarters kFirst and kFirst + 1 of a and b in turn: a b a b.
+// Quarters (128 bits) kFirst and kFirst + 1 of a and b in turn: a b a b.
 template <int kFirst>
 __m512 merge_quarters(__m512 a, __m512 b) {
   const __m512i indices =
@@ -51,8 +52,8 @@ void round_weights(float* weights, int64_t num_weights) {
 
 using Rows16 = CacheRows<uint16_t>;
 
-// Adds the products of 32 elements from `i` on, of which kIsWhole says whether all are there, and
-// asks for as many `ahead`.
+// Adds the products of the 32 elements from `i` on to the sums, and asks for as many bytes `ahead`.
+// kIsWhole: all 32 are there.
 template <int kRows, int kTokens, bool kIsWhole, typename Lines>
 inline void add_key_products(const float* query, int64_t head_dim, const uint16_t* const* keys,
                              int64_t i, Lines& ahead, __m512* sums) {
@@ -71,7 +72,7 @@ inline void add_key_products(const float* query, int64_t head_dim, const uint16_
   }
 }
 
-// Up to 4 rows: 16 products of pairs of channels, of one row and one key, an instruction.
+// Scores up to 4 rows: an instruction multiplies 16 pairs of channels of one row and one key.
 template <Asking kAsking, int kRows>
 void score_pairs(const float* query, int64_t head_dim, const Rows16& keys, ReadAhead& next,
                  int64_t num_keys, float* scores) {
@@ -101,18 +102,18 @@ void score_pairs(const float* query, int64_t head_dim, const Rows16& keys, ReadA
   }
 }
 
-// 5 to 8 rows share a vector: an instruction has 2 products of pairs for each of 8 rows, and little
-// must be added across lanes. Two pairs of a key are repeated by the load, at no cost on Zen 5 (4
-// pairs would be half as many loads, but run where products do, and took a tenth longer). One core
-// decoded 7 rows of head_dim 64 in 15 % less time than 4 rows and then 3.
+// Scores 5 to 8 rows: a vector holds 2 pairs of channels for each of 8 rows, so that little must be
+// added across lanes. The load repeats two pairs of a key for all rows, at no cost on Zen 5 (4
+// pairs would be half as many loads, but run on the ports of the products, and took a tenth
+// longer). One core decoded 7 rows of head_dim 64 in 15 % less time than 4 rows and then 3.
 //
-// Queries lie in that order: [head_dim / 4, 8, 4].
+// Queries lie in that order: [head_dim / 4, 8, 4]. Returns an offset in elements.
 inline int64_t place_in_eights(int64_t row, int64_t channel) { return 8 * channel + 4 * row; }
 
-// Adds up the sums of 4 keys, which are in lanes 2 r and 2 r + 1 for row r: those of quarter q's
-// two rows come to lie in that quarter of `even` and of `odd`.
+// Adds up the sums of 4 keys, which are in lanes 2 r and 2 r + 1 for row r. Quarter q of `even`
+// gets the 4 keys' sums for row 2 q, that of `odd` those for row 2 q + 1.
 inline void combine_eights(const __m512* keys, __m512& even, __m512& odd) {
-  __m512 both[2];  // of a quarter's two rows, in turn, for two keys
+  __m512 both[2];  // in each quarter: its two rows in turn, for two keys
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
     const __m512 a = keys[2 * i], b = keys[2 * i + 1];
@@ -132,7 +133,7 @@ void score_eights(const float* query, int64_t head_dim, const Rows16& keys, Read
 #pragma GCC unroll 1
     for (int part = 0; part < 16 / kTokens; ++part) {
       const uint16_t* rows[kTokens];
-      __m512 sums[2][kTokens];  // of channels in turn: enough for products to follow each other
+      __m512 sums[2][kTokens];  // channels in turn: hides a product's latency
 #pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t) {
         rows[t] = keys.row(first + part * kTokens + t);
@@ -177,8 +178,8 @@ void score_rows(const float* query, int64_t head_dim, const Rows16& keys, ReadAh
   });
 }
 
-// Adds two values' products, of which the second is missing where it is null, and asks for as many
-// bytes `ahead`.
+// Adds the products of two values with their weights, and asks for as many bytes `ahead`. `odd` may
+// be null: there is one value alone.
 template <int kRows, int kVectors, typename Lines>
 [[gnu::always_inline]] inline void add_two_values(const float* weights, const uint16_t* even,
                                                   const uint16_t* odd, Lines& ahead,
@@ -205,8 +206,9 @@ template <int kRows, int kVectors, typename Lines>
   }
 }
 
-// Of 32 neighbouring channels, `out` holds those at 0 to 3 of every 8 before those at 4 to 7: the
-// order that unpacking pairs gives, at two thirds of the cost of one that keeps them.
+// `out` holds 32 neighbouring channels in another order: those at 0 to 3 of every 8 first, then
+// those at 4 to 7. The cheapest unpacking of pairs gives that order; one that keeps the channels in
+// order costs half as much again.
 template <Asking kAsking, int kRows, int kVectors>
 void add_value_pairs(const float* weights, const float* decay, const Rows16& values,
                      ReadAhead& next, int64_t num_keys, int64_t head_dim, int64_t first,
@@ -246,7 +248,7 @@ template <int kRows>
 void add_pairs(float* weights, const float* decay, const Rows16& values, ReadAhead& next,
                int64_t num_keys, int64_t head_dim, float* out) {
   for (int r = 0; r < kRows; ++r) round_weights(weights + r * kTileKeys, num_keys);
-  // As many sums as registers hold.
+  // As many sums as fit in registers.
   constexpr int kVectors = kRows <= 4 ? 4 : 2;
   with_asking(next, [&](auto asking) {
     int64_t i = 0;
@@ -288,7 +290,7 @@ struct PairRows {
       }
       return;
     }
-    // Past the last row it is repeated: nobody reads what comes of that.
+    // The last row is repeated to fill up to 8; what comes of the copies is not read.
     const int64_t end = row + 1 == num_rows ? 8 : row + 1;
     for (int64_t i = 0; i < head_dim; i += 4) {
       const __m128i channels = _mm_loadu_si64(query + i);
@@ -311,7 +313,7 @@ struct PairRows {
 
 // ---- many rows -----------------------------------------------------------------------------
 
-// Two bfloat16 a lane.
+// Two bfloat16 per lane.
 struct PairLanes {
   using Item = uint16_t;
   using Unpacker = Avx512Unpacker<RoundedBFloat16>;
@@ -325,7 +327,7 @@ struct PairLanes {
     return _mm512_castsi512_ps(load_some(row + 2 * first, 2 * (num_lanes - first)));
   }
 
-  // The lanes of two values; where the second is missing it is 0.
+  // Writes the lanes of two values. `odd` may be null: it counts as 0.
   static void pack_values(const Item* even, const Item* odd, int64_t head_dim, float* target) {
     for (int64_t i = 0; i < head_dim; i += 32) {
       const __m512i a = load_some(even + i, head_dim - i);

@@ -1,4 +1,4 @@
-// Tiles of keys whose blocks hold codes, as the kernels of attention_codes.h take them.
+// Turns tiles of keys whose blocks hold codes into jobs for the kernels of attention_codes.h.
 #pragma once
 
 #include "cpu/attention_codes.h"
@@ -7,7 +7,8 @@
 namespace kvkernels {
 namespace {
 
-// The blocks of a tile; none where they are not all codes of one kind that suit the kernels.
+// The blocks of a tile; none (count 0) unless all hold codes of one kind, with a shape that suits
+// the kernels.
 struct CodeRuns {
   static constexpr int kMaxRuns = kCodeRowStride / 16;
 
@@ -23,7 +24,7 @@ inline void find_code_runs(const AttentionTile& tile, int64_t begin, int64_t end
   const PagedAttentionArgs& args = *tile.args;
   found.count = 0;
   const BlockKind kind = block_entry(tile.blocks[begin / args.block_size]).kind;
-  // The kernels keep at least as much as 16-bit floats do, but less than float32.
+  // The kernels' rounding is as fine as that of 16-bit floats, but coarser than float32.
   if (kind == BlockKind::kFloat || args.dtype == DType::kFloat32) return;
   const QuantizedCache& cache = quantized_cache(args, kind);
   const CodeShape shape = {args.block_size,  args.head_dim,      args.value_dim,
@@ -50,14 +51,14 @@ inline CodeRun code_run(const Part& part, const Run& run, const PagedAttentionAr
           args.block_size};
 }
 
-// Of as many heads as a tile may have.
+// Room for the jobs of as many heads as a tile may have.
 template <typename Job>
 struct CodeJobs {
   int64_t count = 0;
   Job jobs[kMaxTileHeads * CodeRuns::kMaxRuns];
 };
 
-// scores[r][t] = query row r * key t, for one of the tile's heads.
+// Adds the jobs of one of the tile's heads: scores[r][t] = query row r * key t.
 inline void add_key_jobs(const AttentionTile& tile, int64_t head, const CodeRuns& keys,
                          const float* query, float* scores, CodeJobs<KeyJob>& all) {
   const PagedAttentionArgs& args = *tile.args;
@@ -70,8 +71,8 @@ inline void add_key_jobs(const AttentionTile& tile, int64_t head, const CodeRuns
   }
 }
 
-// sums[r][i] = sums[r][i] * decay[r] + sum over t of weights[r][t] * value t, for one of the tile's
-// heads.
+// Adds the jobs of one of the tile's heads: sums[r][i] = sums[r][i] * decay[r] + sum over t of
+// weights[r][t] * value t.
 inline void add_value_jobs(const AttentionTile& tile, int64_t head, const CodeRuns& values,
                            const float* weights, const float* decay, float* sums,
                            CodeJobs<ValueJob>& all) {

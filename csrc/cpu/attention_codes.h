@@ -1,5 +1,5 @@
-// Products with quantised keys and values that never become floats: what the kernels for few rows
-// ask of a processor with integer dot products.
+// Products with quantised keys and values straight from their codes, which are never turned into
+// floats: the interface between the kernels for few rows and processors with integer dot products.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +8,15 @@
 
 namespace kvkernels {
 
-constexpr int64_t kMaxCodeDim = 256;    // head_dim and value_dim at most
-constexpr int64_t kCodeRowStride = 64;  // of scores and weights: keys of a tile at most
+constexpr int64_t kMaxCodeDim = 256;  // largest head_dim and value_dim
+constexpr int64_t kCodeRowStride =
+    64;  // of rows of scores and weights; also the most keys of a tile
 constexpr int64_t kMaxCodeRows = 8;
 
-// Neighbouring slots of one block and head. `codes` and `scales` are the block's, from slot 0 on.
+// Neighbouring slots of one block, for one head. `codes` and `scales` are those of the block's slot
+// 0.
 struct CodeRun {
-  const uint8_t* codes;    // [block_size, dim], or dim / 2 bytes wide for 4 bits
+  const uint8_t* codes;    // [block_size, dim], or [block_size, dim / 2] with 4 bits
   const uint16_t* scales;  // keys: [groups, dim, 2]; values: [block_size, groups, 2]
   bool is_int4;
   int64_t slot, count;
@@ -26,8 +28,9 @@ struct CodeShape {
   int64_t block_size, head_dim, value_dim, key_groups, value_groups;
   bool is_int4;
 
-  // Whether slots of 16 neighbours share a key's scale, and so many channels a value's: of 4-bit
-  // codes also those of the same bytes' halves.
+  // Whether every 16 neighbouring slots share a key's scales, and every `num_channels` neighbouring
+  // channels a value's; with 4-bit codes, also the channels in the low halves of `num_channels`
+  // bytes, and those in the high halves.
   bool has_groups_of(int64_t num_channels) const {
     const bool is_whole = value_dim / value_groups % num_channels == 0 &&
                           (!is_int4 || value_dim / 2 % num_channels == 0);
@@ -35,7 +38,8 @@ struct CodeShape {
   }
 };
 
-// scores[r * kCodeRowStride + t] = query row r * key t; may write up to the next 16 keys.
+// scores[r * kCodeRowStride + t] = query row r * key t. May write up to the next multiple of 16
+// keys.
 struct KeyJob {
   CodeRun keys;
   const float* query;
@@ -49,18 +53,20 @@ struct ValueJob {
   float* sums;
 };
 
-// Jobs of one shape, in order. Each asks for about as much of what is read next as it reads.
+// Kernels for jobs of one shape, done in order. Each prefetches about as many bytes from `next` as
+// it reads.
 struct CodeKernels {
   bool (*suits)(const CodeShape& shape);
-  int64_t num_heads;  // to give the jobs of at once: one prepares the next's
+  int64_t num_heads;  // of jobs per call: a kernel may prepare one job while another runs
   void (*score)(const KeyJob* jobs, int64_t num_jobs, int64_t num_rows, ReadAhead& next);
   void (*add)(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, ReadAhead& next);
 };
 
-// Says which kernels are tried for a shape; null: none.
+// Chooses the kernels for a shape; null: none, so codes are unpacked to floats. The caller still
+// asks `suits`.
 using FindCodeKernels = const CodeKernels* (*)(const CodeShape&);
 
-// CodeKernels of who does one job after another.
+// `score` and `add` of kernels that do one job after another.
 template <auto kScore>
 void score_each(const KeyJob* jobs, int64_t num_jobs, int64_t num_rows, ReadAhead& next) {
   for (const KeyJob* job = jobs; job < jobs + num_jobs; ++job) {
@@ -75,13 +81,13 @@ void add_each(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, ReadAhea
   }
 }
 
-// For processors with AVX2.
+// Needs AVX2.
 const CodeKernels* avx2_code_kernels();
 
-// Null where the processor has no such instructions.
+// Needs AVX-512; null where the processor has no AVX512-VNNI.
 const CodeKernels* avx512_vnni_code_kernels();
 
-// For processors with AVX512-BF16; of 4 bits only.
+// Needs AVX512-BF16; serves 4-bit codes only.
 const CodeKernels* avx512_bf16_code_kernels();
 
 }  // namespace kvkernels

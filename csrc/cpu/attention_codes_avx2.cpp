@@ -1,16 +1,16 @@
-// Products with codes as sums of products of 16-bit numbers, 16 an instruction: twice as many as of
-// floats, and a code becomes such a number by mere widening. The arithmetic is that of
-// attention_codes_avx512_vnni.cpp.
+// Products with codes as sums of products of 16-bit integers, 16 an instruction (vpmaddwd): twice
+// as many as of floats, and a code becomes a 16-bit integer by mere zero extension. The arithmetic
+// is that of attention_codes_avx512_vnni.cpp.
 #include "cpu/attention_codes_rounding_avx2.h"
 #include "cpu/row_batches.h"
 
 namespace kvkernels {
 namespace {
 
-// Which codes of some bytes are meant.
+// Which codes to take from bytes.
 enum class Codes { kBytes, kLowNibbles, kHighNibbles };
 
-// 16 bytes as 16-bit numbers.
+// 16 bytes as 16-bit integers.
 inline __m256i load_bytes(const uint8_t* p) {
   return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -22,14 +22,15 @@ __m256i codes_of(__m256i bytes) {
   return bytes;
 }
 
-// Written out because GCC 12 copies the sum to another register and back around the intrinsic.
+// sum += a * b, products of neighbours added in pairs. Written out because GCC 12 copies the sum to
+// another register and back around the intrinsic.
 [[gnu::always_inline]] inline void add_products(__m256i& sum, __m256i a, __m256i b) {
   asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(_mm256_madd_epi16(a, b)));
 }
 
 // ---- keys ----------------------------------------------------------------------------------
 
-// Products of one piece of some keys with that piece of each row.
+// Adds the products of one piece of some keys with the same piece of each row.
 template <Codes kCodes, int kRows>
 void add_piece_of_keys(const __m256i* bytes, const RoundedQuery& query, int64_t piece,
                        __m256i* sums) {
@@ -91,7 +92,7 @@ void score_group(const uint8_t* codes, const uint16_t* pairs, int64_t count, int
     for (int r = 0; r < kRows; ++r) {
       std::memcpy(scores + r * kCodeRowStride + first, results + r * kKeys, kKeys * sizeof(float));
     }
-    // Eight keys at a time: asking takes as long as adding up the sums of two.
+    // One request per eight keys: it takes as long as adding up the sums of two keys.
     if (first % 8 == 0) next.advance(8 * num_bytes);
   }
 }
@@ -139,7 +140,7 @@ void add_piece_of_values(const CodeRun& run, int64_t first_byte, int64_t first,
   }
   const int64_t num_pairs = (run.count + 1) / 2;
   for (int64_t pair = 0; pair < num_pairs; ++pair, codes += 2 * num_bytes) {
-    // A key past the last has no weight.
+    // A key past the last has weight 0, so any codes will do.
     const uint8_t* odd = codes + (2 * pair + 1 < run.count ? num_bytes : 0);
     const __m256i a = codes_of<kCodes>(load_bytes(codes));
     const __m256i b = codes_of<kCodes>(load_bytes(odd));

@@ -1,5 +1,5 @@
-// What the kernels for codes share: pieces of rows, groups of keys, scales. Only for files compiled
-// for AVX-512.
+// What the AVX-512 kernels for codes share: pieces of rows, groups of keys, scales. Only for files
+// compiled for AVX-512.
 #pragma once
 
 #include <algorithm>
@@ -11,10 +11,10 @@
 namespace kvkernels {
 namespace {
 
-constexpr int kMaxBatch = 4;  // rows that share a vector of codes
+constexpr int kMaxBatch = 4;  // rows multiplied with a vector of codes while it is in a register
 constexpr int64_t kMaxKeys = kCodeRowStride, kMaxGroups = kMaxCodeDim / 32;
 
-// All lanes of each row's vector, combined, in the row's quarter of the result.
+// Combines all lanes of each row's vector; the result is in every lane of the row's quarter.
 template <int kRows, typename Combine>
 [[gnu::always_inline]] inline __m512 combine_rows(const __m512* rows, const Combine& combine) {
   __m512 repeated[4];
@@ -23,11 +23,13 @@ template <int kRows, typename Combine>
   return combine_lanes_of_4(repeated, combine);
 }
 
-// Sums of products are taken with codes around 0: what is rounded is then small.
+// Products are taken with code - middle, which lies around 0, so that the rounding of the other
+// factor does little harm.
 constexpr float middle_code(bool is_int4) { return is_int4 ? 8.0f : 128.0f; }
 
-// A row of codes goes in pieces of 64 channels, two halves of 32: neighbours, or of 4-bit codes
-// those that share their bytes.
+// A row of codes is worked on in pieces of 64 channels, two halves of 32. The halves are
+// neighbours; with 4-bit codes they are the channels in the low and in the high halves of the same
+// 32 bytes.
 template <bool kIsInt4>
 struct Pieces {
   int64_t dim;
@@ -41,7 +43,7 @@ struct Pieces {
   int64_t end(int64_t half) const { return kIsInt4 && half == 0 ? dim / 2 : dim; }
 };
 
-// 32 bytes of a row from `first` on; what lies past the row is 0.
+// Loads 32 bytes of a row from `first` on; bytes past the row's end are 0. kIsWhole: none are.
 template <bool kIsWhole>
 inline __m256i load_bytes(const uint8_t* row, int64_t first, int64_t num_bytes) {
   const int64_t left = num_bytes - first;
@@ -52,12 +54,12 @@ inline __m256i load_bytes(const uint8_t* row, int64_t first, int64_t num_bytes) 
   return _mm256_maskz_loadu_epi8(mask, row + first);
 }
 
-// float16 pairs of scale and minimum.
+// Widened from pairs of float16, scale and minimum.
 struct Scales {
-  __m512 scale, middle;  // middle: minimum + c * scale
+  __m512 scale, middle;  // middle: minimum + c * scale, what code c stands for
 };
 
-// Of 16 scales and then as many minimums.
+// `numbers` holds 16 scales, then their minimums.
 inline Scales widen_scales(__m512i numbers, float c) {
   const __m512 scale = _mm512_cvtph_ps(_mm512_castsi512_si256(numbers));
   const __m512 minimum = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(numbers, 1));
@@ -71,7 +73,8 @@ inline Scales load_scales(const uint16_t* pairs, __mmask16 mask, float c) {
   return widen_scales(_mm512_permutexvar_epi16(order, both), c);
 }
 
-// Calls visit(slot, count, pairs) for neighbouring keys that share their scales.
+// Calls visit(slot, count, pairs) for each set of neighbouring keys that share their scales,
+// `pairs`.
 template <typename Visit>
 inline void for_each_key_group(const CodeRun& run, const Visit& visit) {
   const int64_t group_size = run.block_size / run.groups, end = run.slot + run.count;
@@ -81,15 +84,16 @@ inline void for_each_key_group(const CodeRun& run, const Visit& visit) {
   }
 }
 
-// Scale and middle of one group of channels, key by key.
+// Scale and middle of each group of channels, key by key.
 struct alignas(64) KeyScales {
   float scale[kMaxGroups][kMaxKeys], middle[kMaxGroups][kMaxKeys];
 };
 
-// Keys are rounded 32 together; what lies past the last gets 0.
+// Keys rounded up to 32, which are rounded together; entries past the last key are 0.
 inline int64_t whole_pairs(int64_t num_keys) { return (num_keys + 31) / 32 * 32; }
 
-// Vectors of elements of kGroups groups in turn become one vector for each group.
+// Separates groups: kGroups vectors hold elements of the groups in turn; afterwards vector g holds
+// those of group g.
 template <int kGroups>
 inline void split_groups(__m512* v) {
   if constexpr (kGroups > 1) {
@@ -165,7 +169,7 @@ inline void spread_scales(const CodeRun& run, float c, KeyScales& spread) {
   }
 }
 
-// row = row * decay + what is added, for up to 32 channels of a row of sums of which `count` are
+// row = row * decay + (low, high), for up to 32 channels of a row of sums, of which `count` are
 // left.
 inline void add_to_row(__m512 low, __m512 high, int64_t count, float decay, float* row) {
   const __m512 factor = _mm512_set1_ps(decay);

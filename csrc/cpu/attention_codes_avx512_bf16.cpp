@@ -1,10 +1,10 @@
-// Products with 4-bit codes by dot products of bfloat16 (AVX512-BF16): as many an instruction as of
-// 16-bit integers. A code less its middle is a small whole number, which bfloat16 holds exactly,
-// and one instruction finds 32 of them in a table that fits a register.
+// Products with 4-bit codes by dot products of bfloat16 (AVX512-BF16), which makes as many an
+// instruction as of 16-bit integers. A code minus its middle is a small integer, which bfloat16
+// holds exactly, and one instruction looks up 32 of them in a table that fits in a register.
 //
-// The float side, folded with the scales, is rounded to bfloat16, as a cache of bfloat16 rounds the
-// weights and holds the keys. No maximum must be known for that and no unit kept, which with whole
-// numbers is a third of the time: each 32 keys have scales of their own.
+// The float factor, multiplied by the scales, is rounded to bfloat16, as attention over a cache of
+// bfloat16 rounds its weights and holds its keys. Rounding to integers would need a maximum and a
+// unit first, for every 32 keys, as these have scales of their own: a third of the time.
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -14,7 +14,8 @@
 namespace kvkernels {
 namespace {
 
-// Code less middle, as bfloat16. Twice, so that the fifth bit of an index may be anything.
+// Code minus middle, as bfloat16. The table is there twice, so that the fifth bit of an index may
+// be anything.
 constexpr std::array<uint16_t, 32> make_table() {
   std::array<uint16_t, 32> table = {};
   for (int i = 0; i < 32; ++i) {
@@ -26,14 +27,15 @@ constexpr std::array<uint16_t, 32> make_table() {
 
 alignas(64) constexpr std::array<uint16_t, 32> kTable = make_table();
 
-// Of the four low bits of each 16.
+// Looks up the four low bits of each 16-bit lane.
 __m512i look_up(__m512i table, __m512i codes) { return _mm512_permutexvar_epi16(codes, table); }
 
 // ---- keys ----------------------------------------------------------------------------------
 
-// 32 bytes of each of 16 rows in columns of 4: lane t of columns[c] is that of row t.
-inline void turn_keys(const uint8_t* rows, int64_t stride, __m512i* columns) {
-  __m512i a[8], b[8];  // quarters 0 and 1 of rows 0 to 7, 2 and 3 of rows 8 to 15
+// Transposes 32 bytes of each of 16 rows in units of 4 bytes: lane t of columns[c] is unit c of row
+// t.
+inline void transpose_keys(const uint8_t* rows, int64_t stride, __m512i* columns) {
+  __m512i a[8], b[8];  // a[t]: row t in its lower half, row t + 8 in its upper half
 #pragma GCC unroll 8
   for (int t = 0; t < 8; ++t) {
     const auto* low = reinterpret_cast<const __m256i*>(rows + t * stride);
@@ -53,7 +55,7 @@ inline void turn_keys(const uint8_t* rows, int64_t stride, __m512i* columns) {
     a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
     a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
   }
-  // Columns c and c + 4 of rows 0 to 3 and 8 to 11 are in a[c], of the others in a[c + 4].
+  // a[c] holds columns c and c + 4 of rows 0 to 3 and 8 to 11, a[c + 4] those of the other rows.
   const __m512i first = _mm512_set_epi64(13, 12, 5, 4, 9, 8, 1, 0);
   const __m512i last = _mm512_add_epi64(first, _mm512_set1_epi64(2));
 #pragma GCC unroll 4
@@ -63,13 +65,13 @@ inline void turn_keys(const uint8_t* rows, int64_t stride, __m512i* columns) {
   }
 }
 
-// Where 16 rows of codes are, whole pieces of each.
+// 16 rows of codes, whole pieces of each. `stride` is in bytes.
 struct SixteenRows {
   const uint8_t* data;
   int64_t stride;
 };
 
-// Keys of which fewer are left, or whose rows end within a piece, are copied.
+// Gives 16 keys as SixteenRows. Copies them if fewer are left, or if their rows end within a piece.
 class KeyBuffer {
  public:
   SixteenRows find(const uint8_t* codes, int64_t count, const Piece& pieces) {
@@ -89,11 +91,11 @@ class KeyBuffer {
   alignas(64) uint8_t rows_[16][kMaxCodeDim / 2];
 };
 
-// Scores of 16 * kSets keys, whose codes lie in lanes for that: products need not be added across.
+// Scores 16 * kSets keys. A lane belongs to one key, so nothing is added across lanes.
 template <int kRows, int kSets>
 void score_keys(const SixteenRows* keys, int64_t num_pieces, const FoldedQuery& folded,
                 float* scores) {
-  // Independent sums, for products follow each other faster than one is done.
+  // Independent sums, because products can start faster than one is done.
   constexpr int kSums = kRows * kSets > 4 ? 2 : 4;
   const __m512i table = _mm512_load_si512(kTable.data());
   __m512 sums[kRows][kSets][kSums];
@@ -109,7 +111,7 @@ void score_keys(const SixteenRows* keys, int64_t num_pieces, const FoldedQuery& 
     __m512i columns[kSets][8];
 #pragma GCC unroll 2
     for (int set = 0; set < kSets; ++set) {
-      turn_keys(keys[set].data + 32 * piece, keys[set].stride, columns[set]);
+      transpose_keys(keys[set].data + 32 * piece, keys[set].stride, columns[set]);
     }
     for (int c = 0; c < 8; ++c) {
 #pragma GCC unroll 4
@@ -144,10 +146,10 @@ void score_keys(const SixteenRows* keys, int64_t num_pieces, const FoldedQuery& 
   }
 }
 
-constexpr int64_t kMaxKeyGroups = kMaxKeys / 16;  // of a tile
+constexpr int64_t kMaxKeyGroups = kMaxKeys / 16;  // groups of keys in a tile, at most
 
-// Scores of a run's keys with kRows rows. The query is folded with the scales of all groups first:
-// what one group waits for, the next can do meanwhile.
+// Scores a run's keys with kRows rows. The query is folded with the scales of all groups first, so
+// that the work for one group fills the waits of another.
 template <int kRows>
 void score_rows(const CodeRun& run, const float* query, float* scores, ReadAhead& next) {
   const Piece pieces = {run.dim};
@@ -190,15 +192,15 @@ void score(const CodeRun& keys, const float* query, int64_t num_rows, float* sco
 
 // ---- values --------------------------------------------------------------------------------
 
-// Two rows of codes, two bytes of each in turn.
+// Interleaves two rows of codes, two bytes at a time.
 __m512i interleave(__m256i a, __m256i b) {
   const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
                                          8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   return _mm512_permutex2var_epi16(_mm512_castsi256_si512(a), order, _mm512_castsi256_si512(b));
 }
 
-// One piece of each value of the run. Sums of channels at even places are kept apart from those at
-// odd ones: their codes lie in different bytes.
+// Adds one piece of each value of the run. Sums of even channels are kept apart from those of odd
+// ones, as their codes lie in different bytes.
 template <bool kIsWhole, int kRows>
 void add_piece(const CodeRun& run, int64_t piece, const FoldedWeights& weights, const float* decay,
                float* sums, ReadAhead& next) {
@@ -222,7 +224,7 @@ void add_piece(const CodeRun& run, int64_t piece, const FoldedWeights& weights, 
     }
   }
   for (int64_t t = 0; t < run.count; t += 2) {
-    // A key past the last has no weight.
+    // A key past the last has weight 0, so any codes will do.
     const int64_t odd = t + 1 < run.count ? t + 1 : t;
     const __m512i bytes = interleave(load_bytes<kIsWhole>(codes + t * num_bytes, 0, left),
                                      load_bytes<kIsWhole>(codes + odd * num_bytes, 0, left));

@@ -1,17 +1,18 @@
-// Products with codes by integer dot products (AVX512-VNNI): 32 products of 16-bit numbers an
-// instruction, as many as of bfloat16, and a code becomes such a number by mere widening.
+// Products with codes by integer dot products (AVX512-VNNI): 32 products of 16-bit integers an
+// instruction, as many as of bfloat16, and a code becomes a 16-bit integer by mere zero extension.
 //
-// The float side of a product is folded with the scales and rounded to whole numbers x of 16 bits;
-// sums of products are exact. That is closer than bfloat16, which keeps 8 bits. With
+// The float factor of a product is multiplied by the scales and rounded to 16-bit integers x; sums
+// of their products with codes are exact. That rounds less than bfloat16, which keeps 8 bits. With
 // element = minimum + scale * code and the codes' middle c:
 //
 //   query * key = sum (q * scale) * (code - c)  +  sum q * (minimum + c * scale)
 //
-// and likewise for weights and values. Codes around 0 keep the rounding of x small; what unsigned
-// codes add is c times the sum of x, taken off exactly.
+// and likewise for weights and values. Codes around 0 keep the effect of rounding x small. The
+// instruction takes unsigned codes: that adds c times the sum of x, which is subtracted exactly.
 //
-// (Bytes take half as many instructions, but x needs two of them: as many again, and shifts. A tile
-// of 64 int8 keys with 4 rows took 1.43 us that way on Zen 4, and takes 1.25 us this way.)
+// (Codes as bytes would take half as many instructions, but each x needs two bytes: twice as many
+// products again, and shifts. A tile of 64 int8 keys with 4 rows took 1.43 us that way on Zen 4,
+// and takes 1.25 us this way.)
 #include <algorithm>
 
 #include "cpu/attention_codes_rounding_avx512.h"
@@ -27,7 +28,7 @@ constexpr float kLargest = 32767;
 __m512i low_nibbles(__m512i bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi16(15)); }
 __m512i high_nibbles(__m512i bytes) { return _mm512_srli_epi16(bytes, 4); }
 
-// The codes of one row, 16 bits each, in the order of channels.
+// Loads one piece of a row's codes as 16-bit integers, in the order of channels.
 template <bool kIsInt4, bool kIsWhole>
 void load_row_codes(const uint8_t* row, int64_t piece, int64_t num_bytes, __m512i* halves) {
   if constexpr (kIsInt4) {
@@ -40,13 +41,15 @@ void load_row_codes(const uint8_t* row, int64_t piece, int64_t num_bytes, __m512
   }
 }
 
-// Bytes of two rows in turn, 16 bits each. Of 32 channels, those at 0 to 7 and 16 to 23 come first.
+// Interleaves the bytes of two rows, as 16-bit integers. Of 32 channels, pairs[0] holds those at 0
+// to 7 and 16 to 23, pairs[1] the others.
 void interleave(__m256i a, __m256i b, __m512i* pairs) {
   pairs[0] = _mm512_cvtepu8_epi16(_mm256_unpacklo_epi8(a, b));
   pairs[1] = _mm512_cvtepu8_epi16(_mm256_unpackhi_epi8(a, b));
 }
 
-// The codes of two rows in turn; pairs[2 h] and pairs[2 h + 1] are those of half h.
+// Loads one piece of two rows' codes, interleaved; pairs[2 h] and pairs[2 h + 1] are those of half
+// h.
 template <bool kIsInt4, bool kIsWhole>
 void load_pairs_of_codes(const uint8_t* a, const uint8_t* b, int64_t piece, int64_t num_bytes,
                          __m512i* pairs) {
@@ -66,12 +69,11 @@ void load_pairs_of_codes(const uint8_t* a, const uint8_t* b, int64_t piece, int6
 
 // ---- keys ----------------------------------------------------------------------------------
 
-// Scores of neighbouring keys that share their scales, `pairs`, with the number of rows that it is
-// made for.
+// Scores neighbouring keys that share their scales, `pairs`, with a fixed number of rows.
 using ScoreGroup = void (*)(const uint8_t* codes, const uint16_t* pairs, int64_t count, int64_t dim,
                             const float* query, float* scores, ReadAhead& next);
 
-// Scores of all keys of a run: `kernels[n]` serves n rows.
+// Scores all keys of a run; kernels[n] serves n rows.
 void score_groups(const CodeRun& run, const ScoreGroup* kernels, const float* query,
                   int64_t num_rows, float* scores, ReadAhead& next_read) {
   const int64_t num_bytes = run.is_int4 ? run.dim / 2 : run.dim;
@@ -84,7 +86,7 @@ void score_groups(const CodeRun& run, const ScoreGroup* kernels, const float* qu
   });
 }
 
-// Scores of `count` keys that share their scales, with up to 4 rows.
+// Scores `count` keys that share their scales, with up to 4 rows.
 template <bool kIsInt4, bool kIsWhole, Asking kAsking, int kRows>
 void score_group(const uint8_t* codes, const uint16_t* pairs, int64_t count, int64_t dim,
                  const float* query, float* scores, ReadAhead& next) {
@@ -145,8 +147,9 @@ constexpr ScoreGroup kScoreGroup[kMaxBatch + 1] = {
     nullptr, score_group<kIsInt4, kIsWhole, kAsking, 1>, score_group<kIsInt4, kIsWhole, kAsking, 2>,
     score_group<kIsInt4, kIsWhole, kAsking, 3>, score_group<kIsInt4, kIsWhole, kAsking, 4>};
 
-// With rows that end within a piece, which are rare, and with codes of 4 bits, for which processors
-// that ask otherwise have other kernels.
+// How the rarer kernels prefetch, so that they are not compiled for every way: those for rows that
+// end within a piece, and those for 4-bit codes, in place of which processors with another way (see
+// Asking) have the AVX512-BF16 kernels.
 constexpr Asking kUsually = Asking::kOnceL2;
 
 void score(const CodeRun& keys, const float* query, int64_t num_rows, float* scores,
@@ -166,7 +169,7 @@ void score(const CodeRun& keys, const float* query, int64_t num_rows, float* sco
 
 // ---- values --------------------------------------------------------------------------------
 
-// Sums of 32 channels in the order of `interleave`, added to a row of sums of which `count` are
+// Adds sums of 32 channels, in the order of `interleave`, to a row of sums of which `count` are
 // left.
 void add_half(__m512 a, __m512 b, int64_t count, float decay, float* target) {
   const __m512i low = _mm512_set_epi32(23, 22, 21, 20, 19, 18, 17, 16, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -175,7 +178,7 @@ void add_half(__m512 a, __m512 b, int64_t count, float decay, float* target) {
              target);
 }
 
-// One piece of each value of the run.
+// Adds one piece of each value of the run.
 template <bool kIsInt4, bool kIsWhole, Asking kAsking, int kRows>
 void add_piece(const CodeRun& run, int64_t piece, const RoundedWeights& weights, const float* decay,
                float* sums, ReadAhead& next) {
@@ -197,7 +200,7 @@ void add_piece(const CodeRun& run, int64_t piece, const RoundedWeights& weights,
     const int64_t end = std::min<int64_t>(begin + 16, run.count);
     auto ahead = next.take<kAsking>(16 * (kIsInt4 ? 32 : 64), codes + begin * num_bytes);
     for (int64_t t = begin; t < end; t += 2) {
-      // A key past the last has no weight.
+      // A key past the last has weight 0, so any codes will do.
       const int64_t odd = t + 1 < run.count ? t + 1 : t;
       __m512i pairs[4];
       load_pairs_of_codes<kIsInt4, kIsWhole>(codes + t * num_bytes, codes + odd * num_bytes, piece,

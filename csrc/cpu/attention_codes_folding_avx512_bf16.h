@@ -1,5 +1,5 @@
-// Rows of floats, folded with the scales of 4-bit codes and rounded to bfloat16 (see
-// attention_codes_avx512_bf16.cpp). Only for files compiled for AVX512-BF16.
+// Multiplies rows of floats by the scales of 4-bit codes ("folds" them) and rounds the products to
+// bfloat16 (see attention_codes_avx512_bf16.cpp). Only for files compiled for AVX512-BF16.
 #pragma once
 
 #include <algorithm>
@@ -22,22 +22,23 @@ inline __m512i round_to_pairs(__m512 low, __m512 high) {
 
 // ---- queries -------------------------------------------------------------------------------
 
-// In the order of pairs that `turn_keys` and nibbles give: 4 of each column.
+// Pairs of bfloat16 in the order that transpose_keys and the nibbles of its columns give: 4 pairs
+// for each column.
 struct alignas(64) FoldedQuery {
   int32_t pairs[kMaxBatch][kMaxCodeDim / 2];
-  float base[16];  // of row r in quarter r: what the middle of all codes gives
+  float base[16];  // quarter r is for row r: the part of its scores that codes do not change
 };
 
 template <int kRows>
 void fold_query(const float* query, int64_t dim, const uint16_t* scales, FoldedQuery& folded) {
   const Piece pieces = {dim};
-  // Of two halves of a piece, channels 0 and 2 of the first, of the second, 1 and 3 of both; then
-  // those 4 further on, and so forth.
+  // Pairs take from the halves of a piece: channels 0 and 2 of the first half, of the second half,
+  // channels 1 and 3 of both; then those 4 channels further on, and so on.
   const __m512i first_columns =
       _mm512_set_epi16(47, 45, 15, 13, 46, 44, 14, 12, 43, 41, 11, 9, 42, 40, 10, 8, 39, 37, 7, 5,
                        38, 36, 6, 4, 35, 33, 3, 1, 34, 32, 2, 0);
   const __m512i last_columns = _mm512_add_epi16(first_columns, _mm512_set1_epi16(16));
-  __m512 base[kRows], more[kRows];  // two sums: one would wait for itself
+  __m512 base[kRows], more[kRows];  // two sums, so that additions need not wait for each other
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) base[r] = more[r] = _mm512_setzero_ps();
   for (int64_t piece = 0; piece < pieces.count(); ++piece) {
@@ -72,12 +73,13 @@ void fold_query(const float* query, int64_t dim, const uint16_t* scales, FoldedQ
 
 // ---- weights -------------------------------------------------------------------------------
 
-// Numbers that belong to a key and a group of channels lie in lanes, key by key, `stride` lanes a
-// key: the groups rounded up to a power of two. Where two vectors of them go apart into keys at
-// even and at odd places.
+// The order of numbers that belong to a key and a group of channels: key by key, `stride` lanes a
+// key, which is the number of groups rounded up to a power of two. Index vectors take such numbers
+// from two vectors of them, for keys at even and at odd places apart.
 struct alignas(64) LaneOrder {
-  int16_t even[32], odd[32];  // scales, then minimums, in two vectors of pairs of them
-  int32_t even_weight[16], odd_weight[16];  // in two vectors of weights, one a key
+  int16_t even[32],
+      odd[32];  // indices of scales, then of minimums, in two vectors of pairs of them
+  int32_t even_weight[16], odd_weight[16];  // indices in two vectors of weights, one a key
   int64_t stride, keys_a_vector;
 };
 
@@ -107,14 +109,14 @@ constexpr std::array<LaneOrder, kMaxGroups + 1> kLaneOrders = make_lane_orders()
 
 constexpr int64_t kPairsOfRow = kMaxKeys / 2 * kMaxGroups;
 
-// Of each row, in lanes: pairs of neighbouring keys, as bfloat16; what the middle of all codes
-// gives.
+// For each row, in the order of LaneOrder: pairs of neighbouring keys, as bfloat16; and the part of
+// its sums that codes do not change.
 struct alignas(64) FoldedWeights {
   int32_t pairs[kMaxBatch][kPairsOfRow];
   float base[kMaxBatch][16];
 };
 
-// Sums of the lanes that are `stride` apart, in the first `stride` of them.
+// Adds lanes that are a multiple of `stride` apart; the sums are in the first `stride` lanes.
 inline __m512 sum_keys(__m512 lanes, int64_t stride) {
   lanes = _mm512_add_ps(lanes, _mm512_shuffle_f32x4(lanes, lanes, 0x4e));
   if (stride <= 4) lanes = _mm512_add_ps(lanes, _mm512_shuffle_f32x4(lanes, lanes, 0xb1));

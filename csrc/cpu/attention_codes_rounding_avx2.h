@@ -1,6 +1,6 @@
-// Rows of floats, folded with the scales of codes and rounded to whole numbers of 16 bits: what
-// sums of products with codes are exact with (see attention_codes_avx512_vnni.cpp). Only for files
-// compiled for AVX2.
+// Multiplies rows of floats by the scales of codes ("folds" them) and rounds the products to 16-bit
+// integers, so that sums of their products with codes are exact (see
+// attention_codes_avx512_vnni.cpp). Only for files compiled for AVX2.
 #pragma once
 
 #include <algorithm>
@@ -12,22 +12,24 @@
 namespace kvkernels {
 namespace {
 
-constexpr int kMaxBatch = 4;            // rows that share a vector of codes
-constexpr int kSums = 8;                // of products at a time: half of the registers
-constexpr int64_t kPieceChannels = 16;  // of a row of codes that are multiplied together
+constexpr int kMaxBatch = 4;  // rows multiplied with a vector of codes while it is in a register
+constexpr int kSums = 8;      // sums of products kept at a time: half of the registers
+constexpr int64_t kPieceChannels = 16;  // channels of a row of codes that are multiplied together
 constexpr int64_t kMaxKeys = kCodeRowStride, kMaxGroups = kMaxCodeDim / kPieceChannels;
 
 // |x| <= kLargest keeps 256 products with codes up to 255 within 31 bits.
 constexpr float kLargest = 32767;
 
-// Sums of products are taken with codes around 0: what is rounded is then small.
+// Products are taken with code - middle, which lies around 0, so that the rounding of the other
+// factor does little harm.
 constexpr float middle_code(bool is_int4) { return is_int4 ? 8.0f : 128.0f; }
 
-// Sums over channels are found 8 together: so many keys are scored at once with so many rows.
+// Sums over channels are added across lanes 8 together, so this many keys are scored at a time with
+// this many rows.
 constexpr int keys_at_once(int num_rows) { return num_rows == 1 ? 8 : num_rows == 2 ? 4 : 2; }
 
-// A row of codes goes in pieces of 16 channels: of 4-bit codes first those in the low halves of 16
-// bytes, then those in their high halves.
+// A row of codes is worked on in pieces of 16 channels; of 4-bit codes, first those in the low
+// halves of 16 bytes, then those in their high halves.
 template <bool kIsInt4>
 int64_t first_channel(int64_t piece, int64_t dim) {
   return kIsInt4 ? piece % 2 * (dim / 2) + piece / 2 * 16 : piece * 16;
@@ -53,9 +55,9 @@ inline int32_t sum_lanes(__m256i v) {
   return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
 
-// float16 pairs of scale and minimum.
+// Widened from pairs of float16, scale and minimum.
 struct Scales {
-  __m256 scale, middle;  // middle: minimum + c * scale
+  __m256 scale, middle;  // middle: minimum + c * scale, what code c stands for
 };
 
 inline Scales widen_scales(__m256i pairs, float c) {
@@ -70,7 +72,7 @@ inline __m256 inverse_of(__m256 v) {
   return _mm256_and_ps(is_some, _mm256_div_ps(_mm256_set1_ps(1.0f), v));
 }
 
-// Writes 16 numbers, and adds them to `total`.
+// Rounds a and b to 16 integers, stores them in order, and adds them to `total` in pairs.
 inline void round(__m256 a, __m256 b, int16_t* numbers, __m256i& total) {
   const __m256i both = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
   const __m256i x = _mm256_permute4x64_epi64(both, 0xd8);
@@ -78,7 +80,8 @@ inline void round(__m256 a, __m256 b, int16_t* numbers, __m256i& total) {
   total = _mm256_add_epi32(total, _mm256_madd_epi16(x, _mm256_set1_epi16(1)));
 }
 
-// Times the codes' middle: what unsigned codes add to the sum of products.
+// Sum of x times the codes' middle: by this much the sum of products with unsigned codes exceeds
+// that with codes around 0.
 template <bool kIsInt4>
 __m256i excess_of(__m256i total) {
   constexpr int kBits = kIsInt4 ? 3 : 7;
@@ -87,9 +90,9 @@ __m256i excess_of(__m256i total) {
 }
 
 struct alignas(32) RoundedQuery {
-  int16_t x[kMaxBatch][kMaxCodeDim];  // piece by piece
-  // score = (sum of products - excess) * unit + base; each row's as often as there are keys at a
-  // time.
+  int16_t x[kMaxBatch][kMaxCodeDim];  // in the order of pieces
+  // score = (sum of products - excess) * unit + base. Each row's value is repeated for the keys
+  // that are scored at a time.
   int32_t excess[kSums];
   float unit[kSums], base[kSums];
 };
@@ -131,16 +134,17 @@ void round_query(const float* query, int64_t dim, const uint16_t* pairs, Rounded
   }
 }
 
-// Scale, in units of its own, and middle of one group of channels, key by key; 0 past the last key.
+// Scale and middle of each group of channels, key by key; 0 past the last key. A group's scales are
+// multiples of its unit.
 struct alignas(32) KeyScales {
   float scale[kMaxGroups][kMaxKeys], middle[kMaxGroups][kMaxKeys];
-  float unit[kMaxGroups];  // of numbers up to kLargest
+  float unit[kMaxGroups];  // its largest scale / kLargest
 };
 
-// Keys are rounded 16 together.
+// Keys rounded up to 16, which are rounded together.
 inline int64_t whole_vectors(int64_t num_keys) { return (num_keys + 15) / 16 * 16; }
 
-// Transposes 8 keys' pairs of four groups, as heads of 128 have them.
+// Transposes the pairs of 8 keys with four groups each, as heads of 128 channels have.
 inline void transpose_four_groups(const uint32_t* pairs, __m256i* groups) {
   __m256i v[4], t[4];
 #pragma GCC unroll 4
@@ -202,14 +206,14 @@ inline void spread_scales(const CodeRun& run, float c, KeyScales& spread) {
 
 constexpr int64_t kMaxSets = kMaxBatch * kMaxGroups;
 
-// Set r * groups + g: row r's for group g of channels.
+// One set of integers per row and group: set r * groups + g is row r's for group g of channels.
 struct alignas(32) RoundedWeights {
   int16_t x[kMaxSets][kMaxKeys];
   int32_t excess[kMaxSets];
   float unit[kMaxSets], base[kMaxSets];
 };
 
-// Rows of weights over their largest, and 0 past the last key.
+// Rows of weights divided by their largest; 0 past the last key.
 struct alignas(32) ScaledWeights {
   float weights[kMaxBatch][kMaxKeys], largest[kMaxBatch];
 };
@@ -231,8 +235,8 @@ inline void scale_weights(const float* weights, int64_t num_rows, int64_t num_ke
   }
 }
 
-// What is rounded is a weight times a scale. Its unit goes by the largest weight times the largest
-// scale, a bound that costs a pass less than the largest product.
+// Rounds weight times scale. The unit comes from the largest weight times the largest scale: a
+// bound that takes one pass less than the largest product.
 template <bool kIsInt4>
 void round_weights(const float* weights, int64_t num_rows, const CodeRun& run,
                    const KeyScales& scales, RoundedWeights& rounded) {

@@ -1,6 +1,7 @@
-// Rows of floats, folded with the scales of codes and rounded to whole numbers of up to 16 bits:
-// what sums of products with codes are exact with (see attention_codes_avx512_vnni.cpp). Only for
-// files compiled for AVX-512, on processors with AVX512-VNNI.
+// Multiplies rows of floats by the scales of codes ("folds" them) and rounds the products to
+// integers of up to 16 bits, so that sums of their products with codes are exact (see
+// attention_codes_avx512_vnni.cpp). Only for files compiled for AVX-512, on processors with
+// AVX512-VNNI.
 #pragma once
 
 #include <array>
@@ -10,27 +11,28 @@
 namespace kvkernels {
 namespace {
 
-// sum + a * b, of pairs of 16-bit numbers. Written out because GCC 12 copies the sum to another
-// register and back around the intrinsic.
+// sum += a * b, products of neighbouring 16-bit integers added in pairs. Written out because GCC 12
+// copies the sum to another register and back around the intrinsic.
 [[gnu::always_inline]] inline void add_products(__m512i& sum, __m512i a, __m512i b) {
   asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
 
-// What whole numbers stand for, of up to 16 sets of them: x = number * unit.
+// What the integers of up to 16 sets stand for: x = integer * unit.
 struct Units {
   __m512 unit, inverse;
 };
 
-// From each set's largest magnitude, which becomes the number `limit`.
+// Units for which each set's largest magnitude becomes the integer `limit_number`.
 inline Units units_of(__m512 largest, float limit_number) {
   const __m512 limit = _mm512_set1_ps(limit_number);
   const __mmask16 is_some = _mm512_cmp_ps_mask(largest, _mm512_setzero_ps(), _CMP_NEQ_UQ);
   return {_mm512_div_ps(largest, limit), _mm512_maskz_div_ps(is_some, limit, largest)};
 }
 
-// Writes 32 numbers, and adds them to `total`.
+// Rounds a and b, divided by the unit, to 32 integers, stores them in order, and adds them to
+// `total` in pairs.
 inline void round(__m512 a, __m512 b, __m512 inverse, int16_t* numbers, __m512i& total) {
-  // A float of this size ends at the units: the last bits of the sum are the number.
+  // A float of this size has a last bit that counts units: the low half of the sum is the integer.
   const __m512 magic = _mm512_set1_ps(0x1.8p23f);
   const __m512i even = _mm512_set_epi32(0x3e003c, 0x3a0038, 0x360034, 0x320030, 0x2e002c, 0x2a0028,
                                         0x260024, 0x220020, 0x1e001c, 0x1a0018, 0x160014, 0x120010,
@@ -42,7 +44,8 @@ inline void round(__m512 a, __m512 b, __m512 inverse, int16_t* numbers, __m512i&
   add_products(total, x, _mm512_set1_epi16(1));
 }
 
-// Times the codes' middle: what unsigned codes add to the sum of products.
+// Sum of x times the codes' middle: by this much the sum of products with unsigned codes exceeds
+// that with codes around 0.
 template <bool kIsInt4>
 __m512i excess_of(__m512i total) {
   constexpr int kBits = kIsInt4 ? 3 : 7;
@@ -51,8 +54,8 @@ __m512i excess_of(__m512i total) {
 }
 
 struct alignas(64) RoundedQuery {
-  int16_t x[kMaxBatch][kMaxCodeDim];  // piece by piece
-  // score = (sum of products - excess) * unit + base; of row r in quarter r
+  int16_t x[kMaxBatch][kMaxCodeDim];  // in the order of pieces
+  // score = (sum of products - excess) * unit + base; quarter r is for row r.
   int32_t excess[16];
   float unit[16], base[16];
 };
@@ -99,14 +102,15 @@ void round_query(const float* query, int64_t dim, const uint16_t* pairs, float l
 
 constexpr int64_t kMaxSets = kMaxBatch * kMaxGroups;
 
-// Set r * groups + g: row r's for group g of channels.
+// One set of integers per row and group: set r * groups + g is row r's for group g of channels.
 struct alignas(64) RoundedWeights {
   int16_t x[kMaxSets][kMaxKeys];
   int32_t excess[kMaxSets];
   float unit[kMaxSets], base[kMaxSets];
 };
 
-// The row and the group of each set, where there are so many groups, as lanes of `find_tops`.
+// For one number of groups: the lanes of find_tops() that hold the largest weight of each set's
+// row, and the largest scale of its group.
 struct alignas(64) SetLanes {
   int32_t row[kMaxSets], group[kMaxSets];
 };
@@ -124,7 +128,7 @@ constexpr std::array<SetLanes, kMaxGroups + 1> make_set_lanes() {
 
 constexpr std::array<SetLanes, kMaxGroups + 1> kSetLanes = make_set_lanes();
 
-// Which of a tile's keys a run has.
+// Masks for the keys of a tile that a run has.
 struct KeyMasks {
   __mmask16 is_key[kMaxKeys / 16];
 
@@ -132,7 +136,7 @@ struct KeyMasks {
     for (int64_t i = 0; i < kMaxKeys / 16; ++i) is_key[i] = first_lanes(count - 16 * i);
   }
 
-  // Of 16 keys from t on.
+  // The numbers of 16 keys from t on, 0 past the last.
   __m512 load(const float* keys, int64_t t) const {
     return _mm512_maskz_loadu_ps(is_key[t / 16], keys + t);
   }
@@ -148,7 +152,8 @@ inline __m512 largest_of(const KeyMasks& masks, const float* keys) {
 }
 
 // The largest weight of each row in the first lanes, and from lane kMaxBatch on the largest scale
-// of each group. Products of the two bound the numbers, and cost a pass less than their maximum.
+// of each group. Their product bounds weight times scale, and takes one pass less than the largest
+// product.
 inline __m512 find_tops(const float* weights, int64_t num_rows, const KeyScales& scales,
                         int64_t groups, const KeyMasks& keys) {
   static_assert(kMaxBatch + kMaxGroups <= 16);

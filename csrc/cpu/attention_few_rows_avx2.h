@@ -1,4 +1,4 @@
-// Decode with AVX2: goes once through a long run of keys for few query rows.
+// Decode with AVX2: few query rows go once through a long run of keys.
 #pragma once
 
 #include "cpu/attention_code_runs.h"
@@ -8,23 +8,24 @@
 namespace kvkernels {
 namespace {
 
-// How a tile's rows are used: where they lie, if they hold what the query does or codes of one
-// kind; else unpacked to dense rows of floats.
+// How a tile's keys and values are used. kPlain: where they lie, being of the query's dtype.
+// kCodes: as codes, where all blocks hold codes of one kind that suit the kernels. kUnpacked: after
+// unpacking to dense rows of floats.
 enum class Form { kPlain, kCodes, kUnpacked };
 
-// One tile of keys: where its rows start, for the first head, and what of memory it takes.
+// One tile of keys: where its rows start, for the first head, and the memory it occupies.
 struct Tile {
-  int64_t begin, end;  // of the sequence; no keys where they are equal
+  int64_t begin, end;  // positions in the sequence; equal: no keys are left
   Form form;
   CodeRuns codes;
-  int64_t keys[kTileKeys], values[kTileKeys];  // offsets of rows, in elements; not of codes
+  int64_t keys[kTileKeys], values[kTileKeys];  // offsets of rows, in elements; unused for codes
   Spans key_spans, value_spans;
 
   int64_t num_keys() const { return end - begin; }
 };
 
-// Finds the keys and values from `begin` on. The rest of the offsets repeat the last row, so that
-// loops over a fixed number of rows read nothing that is not part of the sequence.
+// Finds the keys and values from `begin` on. Unused offsets repeat the last key, so that loops over
+// a fixed number of keys read nothing outside the sequence.
 inline void find_tile(const AttentionTile& tile, int64_t begin, Tile& found) {
   found.begin = begin;
   found.end = begin < tile.key_end ? key_tile_end(tile, begin) : begin;
@@ -46,11 +47,11 @@ inline void find_tile(const AttentionTile& tile, int64_t begin, Tile& found) {
   std::fill(found.keys + num_keys, found.keys + kTileKeys, found.keys[num_keys - 1]);
 }
 
-// One head's rows and what was summed up for them so far.
+// One head's query rows and their running sums.
 struct Rows {
   int64_t count, head_dim, value_dim;
-  float* query;   // [count, head_dim], in the order of the element type's pairs, like out
-  float* floats;  // [count, head_dim]: the query in order
+  float* query;   // [count, head_dim], in the order of E::arrange, as is out
+  float* floats;  // [count, head_dim]: the query in the order of channels
   float* out;     // [count, value_dim]
   float* sum;     // [count, 8]
   float* scores;  // [count, kTileKeys]; then weights
@@ -83,7 +84,7 @@ void start_rows(const AttentionTile& tile, int64_t head, float* scratch, Rows& r
   }
 }
 
-// Turns the scores of the keys that `now` holds into weights, for one head's rows.
+// Turns one head's scores of the keys in `now` into weights.
 inline void weigh_head(const AttentionTile& tile, int64_t head, const Tile& now, Rows& rows) {
   const bool adjusts = adjusts_scores(*tile.args);
   const float scale = adjusts ? 1.0f : tile.args->sm_scale * kLog2E;
@@ -98,8 +99,8 @@ inline void weigh_head(const AttentionTile& tile, int64_t head, const Tile& now,
   }
 }
 
-// Goes through the keys once. For each tile of them it reads the keys of all heads, which are
-// neighbours in the cache, then the values of all heads: memory is read in long pieces.
+// Goes through the keys once. For each tile of keys it reads the keys of all heads, which are
+// neighbours in the cache, then the values of all heads, so that memory is read in long pieces.
 template <typename E>
 class FewRows {
  public:
@@ -195,7 +196,7 @@ class FewRows {
   const PagedAttentionArgs& args_;
   Rows rows_[kMaxTileHeads];
   Prefetch prefetch_;
-  float* sums_;      // [kFewRows, the larger dim]: of values, in order
+  float* sums_;      // [kFewRows, the larger dim]: sums of values in the order of channels
   float* unpacked_;  // [kTileKeys, the larger dim]: keys or values of one head
   float* scales_;    // two rows
 };

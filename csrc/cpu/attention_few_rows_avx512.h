@@ -1,8 +1,8 @@
-// Decode: few query rows against a long run of keys, at the speed of memory.
+// Decode with AVX-512: few query rows against a long run of keys, at the speed of memory.
 //
 // Goes through the keys once, a tile of 64 at a time, for several neighbouring heads. The products
-// are a parameter (see attention_row_products_avx512.h); blocks of codes have products of their
-// own.
+// are a template parameter R (see attention_row_products_avx512.h); blocks of codes have products
+// of their own (attention_codes.h).
 #pragma once
 
 #include <iterator>
@@ -16,19 +16,19 @@ namespace kvkernels {
 namespace {
 
 // One tile of keys: where its rows start, for the first head, if they are used where they lie, and
-// what of memory it takes.
+// the memory it occupies.
 struct Tile {
-  int64_t begin, end;  // of the sequence; no keys where they are equal
+  int64_t begin, end;  // positions in the sequence; equal: no keys are left
   bool is_plain;
   CodeRuns codes;
-  int64_t keys[kTileKeys], values[kTileKeys];  // offsets; dense rows where it is not plain
+  int64_t keys[kTileKeys], values[kTileKeys];  // offsets in elements; into dense rows if not plain
   Spans key_spans, value_spans;
 
   int64_t num_keys() const { return end - begin; }
 };
 
-// Finds the keys and values from `begin` on. The rest of the offsets repeat the last row, so that
-// loops over a fixed number of rows read nothing that is not part of the sequence.
+// Finds the keys and values from `begin` on. Unused offsets repeat the last row, so that loops over
+// a fixed number of rows read nothing outside the sequence.
 void find_tile(const AttentionTile& tile, int64_t begin, FindCodeKernels kernels_of, Tile& found) {
   found.begin = begin;
   found.end = begin < tile.key_end ? key_tile_end(tile, begin) : begin;
@@ -54,17 +54,17 @@ void find_tile(const AttentionTile& tile, int64_t begin, FindCodeKernels kernels
   }
 }
 
-// One head's rows and what was summed up for them so far.
+// One head's query rows and their running sums.
 struct Rows {
   int64_t count, head_dim, value_dim;
-  float* query;     // [count, head_dim], in an order of the arithmetic's own, like out
-  float* floats;    // [count, head_dim]: the query in order, where blocks may hold codes
+  float* query;     // [count, head_dim], in R's own order, as is out
+  float* floats;    // [count, head_dim]: in the order of channels; only if blocks may hold codes
   float* out;       // [count, value_dim]
-  float* of_codes;  // [count, value_dim]: what values of codes gave, in the order of channels
+  float* of_codes;  // [count, value_dim]: sums of values of codes, in the order of channels
   float* sum;       // [count, 16]
-  float* scores;    // [count, kTileKeys]
+  float* scores;    // [count, kTileKeys]; then weights
   float max[kFewRows], decay[kFewRows];
-  bool has_floats, has_codes;  // whether there is something in out, or of_codes
+  bool has_floats, has_codes;  // whether out, or of_codes, holds any sums
 };
 
 inline bool may_hold_codes(const PagedAttentionArgs& args) {
@@ -103,14 +103,14 @@ void start_rows(const AttentionTile& tile, int64_t head, float* scratch, Rows& r
   }
 }
 
-// out = out + added
+// out = out + added.
 inline void add_floats(const float* added, int64_t size, float* out) {
   for (int64_t i = 0; i < size; i += 16) {
     _mm512_storeu_ps(out + i, _mm512_add_ps(_mm512_loadu_ps(out + i), _mm512_load_ps(added + i)));
   }
 }
 
-// Lets what was summed up so far count for less, in one of the two sums.
+// Multiplies one of the two running sums by the rows' decay.
 inline void decay_rows(const Rows& rows, float* sums) {
   for (int64_t r = 0; r < rows.count; ++r) {
     const __m512 decay = _mm512_set1_ps(rows.decay[r]);
@@ -141,7 +141,7 @@ void score_head(const Tile& now, const CacheRows<typename R::Item>& keys, ReadAh
   });
 }
 
-// Turns the scores of the keys that `now` holds into weights, for one head's rows.
+// Turns one head's scores of the keys in `now` into weights.
 inline void weigh_head(const AttentionTile& tile, int64_t head, const KeyRange* seen,
                        const Tile& now, Rows& rows) {
   const int64_t num_keys = now.num_keys();
@@ -159,7 +159,7 @@ inline void weigh_head(const AttentionTile& tile, int64_t head, const KeyRange* 
   softmax_rows(rows.scores, num_keys, columns, rows.count, scale, rows.max, rows.sum, rows.decay);
 }
 
-// Adds the values that `now` holds, by these weights, to one head's rows.
+// Adds the values of `now`, by these weights, to one head's rows.
 template <typename R>
 void add_head(const Tile& now, const CacheRows<typename R::Item>& values, ReadAhead& next,
               Rows& rows) {
@@ -177,13 +177,14 @@ void add_head(const Tile& now, const CacheRows<typename R::Item>& values, ReadAh
   }
 }
 
-// Whether a line is worth a second request. One of 4-bit codes serves for too long.
+// Whether to prefetch each line twice (see ReadAhead). Not with 4-bit codes: a line holds so many
+// of them that the work on it outlasts the wait for the next.
 inline bool asks_twice(const PagedAttentionArgs& args) {
   return kPrefetchesToL1 && args.int4.num_blocks == 0;
 }
 
-// Goes through the keys once. For each tile of them it reads the keys of all heads, which are
-// neighbours in the cache, then the values of all heads: memory is read in long pieces.
+// Goes through the keys once. For each tile of keys it reads the keys of all heads, which are
+// neighbours in the cache, then the values of all heads, so that memory is read in long pieces.
 template <typename R>
 class FewRows {
  public:

@@ -1,8 +1,8 @@
 // Prefill and extend with AVX2: a tile of query rows against a run of keys.
 //
-// 64 keys at a time are widened once for all rows, keys transposed. Then both products are plain
-// matrix products of register blocks, kBlockRows rows by 2 vectors: 12 sums, 2 vectors of the
-// packed tile and one broadcast lane fill 15 of the 16 registers.
+// 64 keys at a time are widened to floats once for all rows, keys also transposed. Both products
+// are then plain matrix products of register blocks, kBlockRows rows by 2 vectors: 12 sums, 2
+// vectors of the packed tile and one broadcast lane fill 15 of the 16 registers.
 #pragma once
 
 #include "cpu/attention_avx2.h"
@@ -14,11 +14,11 @@ namespace {
 constexpr int kBlockRows = 6, kBlockVectors = 2;
 constexpr int64_t kPanelKeys = 8 * kBlockVectors;
 
-// Sums over head_dim are begun anew after this many products and added up at the end: rounding
-// errors grow with the length of a sum.
+// A sum over head_dim is cut into parts of this many products, added up at the end: rounding errors
+// grow with the length of a sum.
 constexpr int64_t kSumLength = 64;
 
-// scores[m][n] = query row m * key n, for one panel of keys
+// scores[m][n] = query row m * key n, for one panel of keys.
 template <int kRows>
 void score_block(const float* query, int64_t head_dim, const float* keys, float* scores) {
   for (int64_t begin = 0; begin < head_dim; begin += kSumLength) {
@@ -49,7 +49,7 @@ void score_block(const float* query, int64_t head_dim, const float* keys, float*
 }
 
 // out[m] = out[m] * decay[m] + sum over keys [first, last) of weights[m][key] * values[key], for
-// kVectors vectors of value_dim
+// kVectors vectors of value_dim.
 template <int kRows, int kVectors>
 void value_block(const float* weights, int64_t first, int64_t last, const float* values,
                  int64_t value_dim, const float* decay, float* out) {
@@ -91,7 +91,7 @@ constexpr decltype(&value_block<1, 1>) kValueBlocks[kBlockRows][kBlockVectors] =
     {value_block<3, 1>, value_block<3, 2>}, {value_block<4, 1>, value_block<4, 2>},
     {value_block<5, 1>, value_block<5, 2>}, {value_block<6, 1>, value_block<6, 2>}};
 
-// One item's rows, and the tile of keys that is being worked on.
+// One item's query rows, and the tile of keys that is being worked on.
 struct Work {
   const AttentionTile* tile;
   int64_t count, head_dim, value_dim;
@@ -104,8 +104,9 @@ struct Work {
   float* scores;    // [count, kTileKeys]; then weights
   float* sum;       // [count, 8]
   float* scales;    // two rows
-  // Of what the item reads: asked for while keys are packed where rows are few, else a tile ahead
-  // between the products. Whichever does not ask has nothing to ask for.
+  // Prefetches what the item reads. With few rows `while_packing` is used: it asks while keys are
+  // packed. With more, `while_multiplying`: it asks a whole tile ahead, between the products. The
+  // other one has nothing to ask for.
   Prefetch while_packing, while_multiplying;
   KeyRange seen[kMaxRows];
   float decay[kMaxRows];
@@ -144,8 +145,7 @@ void start_rows(const AttentionTile& tile, const TileResult& result, Work& work)
 
 template <typename E>
 void pack_keys(const typename E::Item* keys, int64_t* offsets, int64_t num_keys, Work& work) {
-  // The last panel may have fewer keys: the rest of its columns repeat the last one, and no row
-  // sees them.
+  // In a last panel with fewer keys the remaining columns repeat the last key; no row sees them.
   for (int64_t t = num_keys; t % kPanelKeys != 0; ++t) offsets[t] = offsets[num_keys - 1];
   for (int64_t first = 0; first < num_keys; first += 8) {
     float* panel = work.keys + first / kPanelKeys * kPanelKeys * work.head_dim + first % kPanelKeys;
@@ -161,8 +161,8 @@ void pack_keys(const typename E::Item* keys, int64_t* offsets, int64_t num_keys,
   }
 }
 
-// Packs the keys, transposed, and the values of the tile of keys [begin, end), as far as they are
-// the item's.
+// Packs the keys (transposed) and the values of the tile of keys [begin, end), as far as they
+// belong to the item.
 template <typename E>
 void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, Work& work) {
   using Item = typename E::Item;
@@ -190,8 +190,8 @@ void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, Work& work
   }
 }
 
-// The columns of the tile of keys [begin, end) that some row of [row, row + count) sees. Ranges
-// only move up from row to row, so the first and the last row bound them.
+// The columns of the tile of keys [begin, end) that some row of [row, row + count) sees. Later rows
+// see later ranges, so the first and the last row bound them.
 inline KeyRange block_columns(const Work& work, int64_t row, int64_t count, int64_t begin,
                               int64_t end) {
   const int64_t first = work.seen[row].begin, last = work.seen[row + count - 1].end;
@@ -238,7 +238,7 @@ void attend_many_rows(const AttentionTile& tile, const TileResult& result) {
   const int64_t first = tile.key_begin / kTileKeys * kTileKeys;
   for (int64_t begin = first, end; begin < tile.key_end; begin = end) {
     end = key_tile_end(tile, begin);
-    // Rows before row_begin end, and rows from row_end on begin, outside these keys.
+    // Rows before row_begin see only keys before these, rows from row_end on only keys after them.
     int64_t row_begin = 0, row_end = work.count;
     while (row_begin < row_end && work.seen[row_begin].end <= begin) ++row_begin;
     while (row_end > row_begin && work.seen[row_end - 1].begin >= end) --row_end;

@@ -1,13 +1,14 @@
-// Prefill and extend: a tile of query rows against a run of keys, at the speed of multiplication.
+// Prefill and extend with AVX-512: a tile of query rows against a run of keys, at the speed of
+// multiplication.
 //
-// 64 keys at a time are packed into lanes once for all rows, keys transposed. Then both products
-// are plain matrix products of register blocks, kBlockRows rows by 4 vectors: 24 sums, 4 vectors of
-// the packed tile and one broadcast lane fill 29 of the 32 registers, and each load feeds several
-// multiplications.
+// 64 keys at a time are packed into lanes once for all rows, keys also transposed. Both products
+// are then plain matrix products of register blocks, kBlockRows rows by 4 vectors: 24 sums, 4
+// vectors of the packed tile and one broadcast lane fill 29 of the 32 registers, and each load
+// feeds several multiplications.
 //
-// What a lane of 32 bits holds is a parameter: one float (WidenedLanes below) or two neighbouring
-// bfloat16 (PairLanes of attention_avx512_bf16.cpp), neighbours along head_dim in the first product
-// and among the keys in the second.
+// What a lane of 32 bits holds is a template parameter L: one float (WidenedLanes below), or two
+// neighbouring bfloat16 (PairLanes of attention_avx512_bf16.cpp), neighbours along head_dim in the
+// first product and among the keys in the second.
 #pragma once
 
 #include "cpu/attention_avx512.h"
@@ -20,11 +21,11 @@ namespace {
 
 constexpr int kBlockRows = 6, kBlockVectors = 4;
 
-// Sums over head_dim are begun anew after this many lanes and added up at the end: rounding
-// errors grow with the length of a sum.
+// A sum over head_dim is cut into parts of this many lanes, added up at the end: rounding errors
+// grow with the length of a sum.
 constexpr int64_t kSumLength = 64;
 
-// One float a lane.
+// One float per lane.
 template <typename E>
 struct WidenedLanes {
   using Item = typename E::Item;
@@ -33,10 +34,10 @@ struct WidenedLanes {
 
   static __m512 multiply_add(__m512 a, __m512 b, __m512 sum) { return _mm512_fmadd_ps(a, b, sum); }
 
-  // 16 lanes of a row of `num_lanes`, a multiple of 16, from lane `first` on.
+  // Lanes [first, first + 16) of a row of `num_lanes`, a multiple of 16.
   static __m512 load(const Item* row, int64_t first, int64_t) { return E::load(row + first); }
 
-  // The lanes of one value.
+  // Writes the lanes of one value.
   static void pack_values(const Item* value, const Item*, int64_t head_dim, float* target) {
     for (int64_t i = 0; i < head_dim; i += 16) _mm512_store_ps(target + i, E::load(value + i));
   }
@@ -45,7 +46,7 @@ struct WidenedLanes {
   static void pack_weights(float*, int64_t) {}
 };
 
-// scores[m][n] = query row m * key n
+// scores[m][n] = query row m * key n.
 template <typename L, int kRows, int kVectors>
 void score_block(const float* query, int64_t num_lanes, const float* keys, float* scores) {
   for (int64_t begin = 0; begin < num_lanes; begin += kSumLength) {
@@ -80,7 +81,7 @@ void score_block(const float* query, int64_t num_lanes, const float* keys, float
 }
 
 // out[m] = out[m] * decay[m] + sum over keys of weights[m][key] * values[key], for kVectors vectors
-// of head_dim; `first` and `last` count lanes
+// of head_dim; `first` and `last` count lanes.
 template <typename L, int kRows, int kVectors>
 void value_block(const float* weights, int64_t first, int64_t last, const float* values,
                  int64_t head_dim, const float* decay, float* out) {
@@ -132,11 +133,11 @@ constexpr ValueBlock<L> kValueBlocks[kBlockRows][kBlockVectors] = KVKERNELS_TABL
 #undef KVKERNELS_TABLE
 #undef KVKERNELS_ROW
 
-// One item's rows, and the tile of keys that is being worked on.
+// One item's query rows, and the tile of keys that is being worked on.
 struct Work {
   const AttentionTile* tile;
   int64_t count, head_dim, value_dim;
-  int64_t num_lanes;  // of head_dim
+  int64_t num_lanes;  // of one query or key
   float scale;
   bool adjusts;     // whether scores need more than a scale
   float* query;     // [count, num_lanes]
@@ -146,8 +147,9 @@ struct Work {
   float* sum;       // [count, 16]
   float* unpacked;  // [kTileKeys, the larger dim]
   float* scales;    // two rows
-  // Of what the item reads: asked for while keys are packed where rows are few, else a tile ahead
-  // between the products. Whichever does not ask has nothing to ask for.
+  // Prefetches what the item reads. With few rows `while_packing` is used: it asks while keys are
+  // packed. With more, `while_multiplying`: it asks a whole tile ahead, between the products. The
+  // other one has nothing to ask for.
   Prefetch while_packing{Prefetch::kLead, kPrefetchesToL1}, while_multiplying;
   KeyRange seen[kMaxRows];
   float decay[kMaxRows];
@@ -190,7 +192,7 @@ void start_rows(const AttentionTile& tile, const TileResult& result, Work& work)
 
 template <typename L>
 void pack_keys(const typename L::Item* keys, int64_t* offsets, int64_t num_keys, Work& work) {
-  // The last 16 keys may be fewer: the rest of their columns repeat the last key, and no row sees
+  // In a last group of fewer than 16 keys the remaining columns repeat the last key; no row sees
   // them.
   for (int64_t t = num_keys; t % 16 != 0; ++t) offsets[t] = offsets[num_keys - 1];
   for (int64_t first = 0; first < num_keys; first += 16) {
@@ -220,8 +222,8 @@ void pack_values(const typename L::Item* values, const int64_t* offsets, int64_t
   }
 }
 
-// Packs the keys, transposed, and the values of the tile of keys [begin, end), as far as they are
-// the item's.
+// Packs the keys (transposed) and the values of the tile of keys [begin, end), as far as they
+// belong to the item.
 template <typename L>
 void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, Work& work) {
   using Item = typename L::Item;
@@ -252,8 +254,8 @@ void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, Work& work
   pack_values<L>(rows, value_offsets, count, work);
 }
 
-// The columns of the tile of keys [begin, end) that some row of [row, row + count) sees. Ranges
-// only move up from row to row, so the first and the last row bound them.
+// The columns of the tile of keys [begin, end) that some row of [row, row + count) sees. Later rows
+// see later ranges, so the first and the last row bound them.
 KeyRange block_columns(const Work& work, int64_t row, int64_t count, int64_t begin, int64_t end) {
   const int64_t first = work.seen[row].begin, last = work.seen[row + count - 1].end;
   return {first > begin ? first - begin : 0, (last < end ? last : end) - begin};
@@ -307,7 +309,7 @@ void attend_many_rows(const AttentionTile& tile, const TileResult& result) {
   const int64_t first = tile.key_begin / kTileKeys * kTileKeys;
   for (int64_t begin = first, end; begin < tile.key_end; begin = end) {
     end = key_tile_end(tile, begin);
-    // Rows before row_begin end, and rows from row_end on begin, outside these keys.
+    // Rows before row_begin see only keys before these, rows from row_end on only keys after them.
     int64_t row_begin = 0, row_end = work.count;
     while (row_begin < row_end && work.seen[row_begin].end <= begin) ++row_begin;
     while (row_end > row_begin && work.seen[row_end - 1].begin >= end) --row_end;

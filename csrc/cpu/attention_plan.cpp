@@ -1,4 +1,5 @@
-// Cuts the work of a paged attention call into items, after checking what lies in its indices.
+// Cuts the work of a paged attention call into items, after checking the values in its index
+// tensors.
 #include "cpu/attention_plan.h"
 
 #include <algorithm>
@@ -12,22 +13,25 @@ namespace {
 
 // Chunks end at multiples of this, and kernels' key tiles divide it.
 constexpr int64_t kChunkUnit = 64;
-// Fewer keys are not worth a second result that must be written and merged. A chunk is also this
-// many times as long as its tile has rows, so that results take little memory beside the keys.
+// Chunks with fewer keys are not worth a result of their own, which must be written and merged. A
+// chunk has also at least this many keys for each row of its tile, so that results take little
+// memory beside the keys.
 constexpr int64_t kMinChunk = 256, kMinChunkPerRow = 32;
 // A sequence is cut into about this many items: enough to fill the threads of a large machine, and
 // to balance them, when it comes alone. More would cost bandwidth for results that must be merged.
 constexpr int64_t kItemsPerSequence = 128;
-// Where a tile has few rows its time goes into reading keys, and processors read neighbouring bytes
+// A tile of few rows spends its time on reading keys, and processors read long contiguous pieces
 // faster: decode ran at 31, 35 and 37 GB/s in pieces of 16, 64 and 128 KiB (2 cores of Zen 5, which
-// read one long array at 47). The heads of a block are neighbours, so a tile takes as many as make
-// such a piece, and no more, to leave items for other threads.
+// read one long array at 47). The heads of a block are neighbours in memory, so a tile takes as
+// many heads as make such a piece, and no more, to leave items for other threads.
 constexpr int64_t kPieceBytes = 128 << 10;
-constexpr int64_t kMaxRowsOfHeads = 32;  // of all heads of a tile: they should stay in the L1 cache
-// Keys of a chunk where chunks are cut by position. Fewer would cost more merging, more would leave
+constexpr int64_t kMaxRowsOfHeads =
+    32;  // summed over a tile's heads: they should stay in the L1 cache
+// Keys per chunk where chunks are cut by position. Fewer would cost more merging; more would leave
 // threads idle when one sequence of a few thousand tokens comes alone.
 constexpr int64_t kPositionChunk = 512;
-// Their results may take this much memory for a call; past it a tile keeps its chunks together.
+// The most floats that partial results of chunks cut by position may take in one call; past it a
+// tile's chunks stay in one item.
 constexpr int64_t kMaxPartialFloats = 4 << 20;
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
@@ -79,7 +83,8 @@ void check_blocks(const PagedAttentionArgs& args, int64_t seq, int64_t begin, in
     const auto [kind, id] = block_entry(entries[i]);
     const auto index = static_cast<uint32_t>(kind);
     if (index < 3 && id < counts[index]) continue;
-    const bool is_named = index == 1 || index == 2;  // anything else is taken for a plain id
+    const bool is_named =
+        index == 1 || index == 2;  // any other kind is reported as a plain id out of range
     const char* const names[] = {"", "int8 ", "int4 "};
     const std::string name = names[is_named ? index : 0], of_seq = " for sequence " + number(seq);
     if (is_named && counts[index] == 0) {
@@ -140,7 +145,8 @@ void cut_by_length(SequencePlan& plan, int64_t first_visible) {
 }
 
 // Cuts the keys at the same positions whatever the length and the number of queries. A query's
-// chunks are merged in order by whoever computes them, so how they are shared out may go by length.
+// chunks are merged in order whoever computes them, so their distribution over items may depend on
+// the length.
 void cut_by_position(SequencePlan& plan, int64_t first_visible, int64_t& partials_left) {
   plan.first_key = first_visible / kPositionChunk * kPositionChunk;
   plan.chunk_size = kPositionChunk;
@@ -165,7 +171,8 @@ SequencePlan plan_sequence(const PagedAttentionArgs& args, int64_t seq,
   plan.num_rows = num_queries * (args.num_heads / args.num_kv_heads);
   plan.rows_per_tile = std::min(plan.num_rows, kernel.max_rows);
   plan.num_tiles = (plan.num_rows + plan.rows_per_tile - 1) / plan.rows_per_tile;
-  plan.result_size = plan.rows_per_tile * (args.value_dim + 2);  // of each row: out, max, sum
+  plan.result_size =
+      plan.rows_per_tile * (args.value_dim + 2);  // in floats, per row: out, max, sum
   plan.num_kv_heads = args.num_kv_heads;
   plan.heads_per_tile = heads_per_tile(args, kernel, plan.num_rows);
   plan.num_head_tiles = (plan.num_kv_heads + plan.heads_per_tile - 1) / plan.heads_per_tile;
@@ -226,7 +233,7 @@ Plan make_plan(const PagedAttentionArgs& args, const AttentionKernel& kernel) {
       plan.sequences.push_back(plan_sequence(args, seq, kernel, partials_left));
     }
   }
-  // The longest items first: the threads then end at about the same time.
+  // The costliest items first, so that the threads end at about the same time.
   std::stable_sort(
       plan.sequences.begin(), plan.sequences.end(),
       [](const SequencePlan& a, const SequencePlan& b) { return a.item_cost > b.item_cost; });
@@ -236,7 +243,7 @@ Plan make_plan(const PagedAttentionArgs& args, const AttentionKernel& kernel) {
     plan.num_items += num_tiles * seq.num_splits;
     seq.cost_before = plan.cost;
     plan.cost += num_tiles * seq.num_splits * seq.item_cost;
-    // Few rows take as long as four: that time goes into reading the keys.
+    // Up to four rows take equally long: reading the keys takes all of that time.
     plan.num_scores += std::max<int64_t>(seq.num_rows, 4) * seq.num_kv_heads * seq.seq_len;
     if (seq.num_splits == 1) continue;
     seq.first_partial = plan.num_partials;

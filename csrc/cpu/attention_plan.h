@@ -1,4 +1,5 @@
-// How a call's work is cut into items, from the shapes alone.
+// How a call's work is cut into items. Goes by the shapes alone, so that the result does not depend
+// on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -10,13 +11,14 @@ namespace kvkernels {
 
 constexpr int64_t kMaxChunks = 128;
 
-// One sequence's items. Its query rows (queries times heads of a group) are cut into tiles, for
-// each key-value head or few neighbouring ones, and the keys into chunks:
+// One sequence's items. Its query rows (queries times the query heads that share a key-value head)
+// are cut into tiles, for each key-value head or a few neighbouring ones, and its keys into chunks.
+// With T tiles:
 //
 //   items   tile T-1 heads 0.. chunk 0, chunk 1, ...; next heads ...; tile T-2 ...; tile 0 ...
 //
-// Where chunks are cut by position (batch_invariant), an item may also be a tile with all its
-// chunks, one after the other: num_splits is then 1, elsewhere num_chunks.
+// Where chunks are cut by position (batch_invariant), an item may also be a tile with all of its
+// chunks, one after the other: num_splits is then 1, otherwise it is num_chunks.
 //
 // Last tiles first: under a causal mask they see the most keys, and long items are better begun
 // early. Nothing depends on the number of threads or on other sequences, so neither does the
@@ -27,11 +29,12 @@ struct SequencePlan {
   int64_t num_rows, rows_per_tile, num_tiles;  // num_tiles: of one key-value head
   int64_t num_kv_heads, heads_per_tile, num_head_tiles;
   int64_t first_key, chunk_size, num_chunks;  // chunk c starts at first_key + c * chunk_size
-  int64_t num_splits;                         // items of a tile
+  int64_t num_splits;                         // items per tile
   int64_t first_item;
-  int64_t item_cost, cost_before;  // of one of its items, and of all items of those before it
-  // Where there are several: their results, [num_tiles * num_head_tiles, num_splits,
-  // heads_per_tile, result_size], start at this float among all, and its counters at that one.
+  int64_t item_cost, cost_before;  // of one of its items; of all items of the sequences before it
+  // If num_splits > 1: where the chunks' results, [num_tiles * num_head_tiles, num_splits,
+  // heads_per_tile, result_size], start among all partial results, in floats, and where the tiles'
+  // counters start.
   int64_t first_partial, result_size;
   int64_t first_split_tile;
 
@@ -45,7 +48,7 @@ struct SequencePlan {
 };
 
 struct Plan {
-  std::vector<SequencePlan> sequences;  // those with queries, costly items first
+  std::vector<SequencePlan> sequences;  // those with queries; the costliest items first
   int64_t num_items = 0;
   int64_t cost = 0;          // of all items
   int64_t num_partials = 0;  // floats

@@ -1,5 +1,5 @@
-// Attention in plain C++ for any processor and any head_dim. Loops are laid out so that a compiler
-// turns them into vectors of whatever width it may use.
+// Attention in plain C++ for any processor and any head_dim. Loops are written so that a compiler
+// turns them into vectors of whatever width the processor has.
 #include <bit>
 #include <cstring>
 #include <limits>
@@ -11,8 +11,8 @@ namespace kvkernels {
 namespace {
 
 constexpr int64_t kTileRows = 32, kTileKeys = 32;
-// Sums over head_dim are begun anew after this many products and added up at the end: rounding
-// errors grow with the length of a sum.
+// A sum over head_dim is cut into parts of this many products, added up at the end: rounding errors
+// grow with the length of a sum.
 constexpr int64_t kSumLength = 16;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -21,7 +21,7 @@ void merge(float* out, float weight, const float* added, float added_weight, int
 }
 
 bool are_finite(const float* in, int64_t size) {
-  uint32_t found = 0;  // a finite number less itself is 0, any other is not a number
+  uint32_t found = 0;  // x - x is 0 for a finite x, and NaN for any other
   for (int64_t i = 0; i < size; ++i) found |= std::bit_cast<uint32_t>(in[i] - in[i]);
   return found == 0;
 }
@@ -51,7 +51,7 @@ struct FloatWriter {
 };
 using Unpacker = PortableUnpacker<FloatWriter>;
 
-// Columns [first, count) of a tile of keys.
+// Fills columns [first, count) of a tile of keys: target[i][token].
 template <typename T>
 void transpose_keys(const T* keys, const int64_t* offsets, int64_t first, int64_t count,
                     int64_t head_dim, float* target) {
@@ -61,8 +61,8 @@ void transpose_keys(const T* keys, const int64_t* offsets, int64_t first, int64_
   }
 }
 
-// Loads the tile of keys [begin, end), as far as they are the item's: a key has the same column in
-// every call.
+// Loads the tile of keys [begin, end), as far as they belong to the item: a key has the same column
+// in every call.
 template <typename T>
 void load_keys(const AttentionTile& tile, int64_t begin, int64_t end, const Tiles& tiles) {
   const int64_t head_dim = tile.args->head_dim, value_dim = tile.args->value_dim;
@@ -99,8 +99,8 @@ void score_row(const float* query, const Tiles& tiles, int64_t head_dim, float* 
   }
 }
 
-// Adds the values of one tile to one row's result, by its scores. Columns [first, last) are those
-// the row sees; those outside may hold anything.
+// Adds the values of one tile of keys to one row's result, weighted by its scores. The row sees
+// columns [first, last); scores outside may be anything.
 void add_row(float* scores, const Tiles& tiles, int64_t value_dim, float scale, int64_t first,
              int64_t last, float* out, float& max, float& sum) {
   float new_max = max;
@@ -108,7 +108,7 @@ void add_row(float* scores, const Tiles& tiles, int64_t value_dim, float scale, 
     scores[t] *= scale;
     if (scores[t] > new_max) new_max = scores[t];
   }
-  // Where every score is minus infinity so far, the weights must come out as 0, not as NaN.
+  // If every score so far is minus infinity, the weights must come out as 0, not as NaN.
   const float base = new_max == -kInfinity ? 0.0f : new_max;
   const float decay = exp2_scalar(max - base);
   for (int64_t i = 0; i < value_dim; ++i) out[i] *= decay;
@@ -137,7 +137,7 @@ void attend(const AttentionTile& tile, const TileResult* results) {
   tiles.rows = tiles.key + kTileKeys * head_dim;
   tiles.value = tiles.rows + kTileKeys * head_dim;
   tiles.scales = tiles.value + kTileKeys * value_dim;
-  // Columns of no key of the tile take part in the dot products, and must not trap there.
+  // Columns without a key of the tile take part in the dot products, and must hold numbers.
   std::memset(tiles.key, 0, kTileKeys * head_dim * sizeof(float));
   for (int64_t row = 0; row < num_rows; ++row) {
     const int64_t offset = query_offset(tile, tile.row_begin + row);

@@ -1,9 +1,9 @@
-// The two products of decode with AVX2: few query rows with keys, and weights with values.
+// The two products of decode with AVX2: few query rows times keys, and weights times values.
 //
-// Every key and value is read once and used for up to four rows at a time. Dot products run along
-// head_dim, so a key is a plain row: up to 8 sums (rows x keys) hide the latency of a
-// multiplication and are then added across lanes together. E is an element type of simd_avx2.h;
-// rows of floats beside it (queries, sums of values) are in the order of its pairs.
+// Every key and value is read once and used for up to four rows. Dot products run along head_dim,
+// so a key is a plain row: up to 8 sums (rows x keys), enough to hide the latency of a
+// multiplication, are then added across lanes together. E is an element type of simd_avx2.h; rows
+// of floats (queries, sums of values) are in the order of its arrange().
 #pragma once
 
 #include <cstring>
@@ -15,10 +15,10 @@
 namespace kvkernels {
 namespace {
 
-constexpr int kBatch = 4;  // rows that share a key's registers
+constexpr int kBatch = 4;  // rows multiplied with a key while it is in registers
 constexpr int kSums = 8;   // half of the registers
 
-// Where some rows of one of the caches start, for one head.
+// Rows of one of the caches, for one head.
 template <typename Item>
 struct CacheRows {
   const Item* cache;
@@ -27,8 +27,8 @@ struct CacheRows {
   const Item* row(int64_t token) const { return cache + offsets[token]; }
 };
 
-// Calls change(a, b) on each two vectors of a row of floats on their way to another row. The last
-// vector may be a single one.
+// Copies a row of floats, and calls change(a, b) on every two vectors on the way. The last vector
+// may be a single one.
 template <typename Change>
 void copy_pairs(const float* from, int64_t dim, float* to, const Change& change) {
   int64_t i = 0;
@@ -41,7 +41,8 @@ void copy_pairs(const float* from, int64_t dim, float* to, const Change& change)
   if (i < dim) _mm256_storeu_ps(to + i, _mm256_loadu_ps(from + i));
 }
 
-// paired[i] = paired[i] * decay + row[i], each in its order.
+// paired[i] = paired[i] * decay + row[i], where `row` is in the order of channels and `paired` in
+// that of E::arrange.
 template <typename E>
 void add_row(const float* row, int64_t dim, float decay, float* paired) {
   const __m256 factor = _mm256_set1_ps(decay);
@@ -58,8 +59,8 @@ void add_row(const float* row, int64_t dim, float decay, float* paired) {
   if (i < dim) add(_mm256_loadu_ps(row + i), paired + i);
 }
 
-// scores[r][t] = query row r * key t, for t < num_keys rounded up to 8. Asks for as much of `next`
-// as it reads.
+// scores[r][t] = query row r * key t, for t < num_keys rounded up to 8. Prefetches as many bytes
+// from `next` as it reads.
 template <typename E, int kRows>
 void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E::Item>& keys,
                 ReadAhead& next, int64_t num_keys, float* scores) {
@@ -110,12 +111,13 @@ void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E
 }
 
 // out[r] = out[r] * decay[r] + sum over t of weights[r][t] * value t, for kVectors vectors of
-// value_dim from `first` on. Asks for as much of `next` as it reads.
+// value_dim from `first` on. Prefetches as many bytes from `next` as it reads.
 template <typename E, int kRows, int kVectors>
 void add_value_panel(const float* weights, const float* decay,
                      const CacheRows<typename E::Item>& values, ReadAhead& next, int64_t num_keys,
                      int64_t value_dim, int64_t first, float* out) {
-  constexpr int64_t kAhead = 8;  // keys at a time: asking takes longer than a step of this loop
+  constexpr int64_t kAhead =
+      8;  // keys per request: one request takes longer than one step of this loop
   __m256 sums[kRows][kVectors];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
@@ -156,7 +158,7 @@ void add_value_panel(const float* weights, const float* decay,
   }
 }
 
-// The same for all of value_dim, whose last vector may be a single one.
+// add_value_panel for all of value_dim, whose last vector may be a single one.
 template <typename E, int kRows>
 void add_values(const float* weights, const float* decay, const CacheRows<typename E::Item>& values,
                 ReadAhead& next, int64_t num_keys, int64_t value_dim, float* out) {

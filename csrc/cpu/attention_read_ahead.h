@@ -1,4 +1,4 @@
-// What a reader of keys and values asks for ahead of itself.
+// Prefetching by kernels that read keys and values: what has been asked for, and what comes next.
 #pragma once
 
 #include <algorithm>
@@ -10,13 +10,14 @@
 
 namespace kvkernels {
 
-// How a reader's lines are asked for: how often, and into which cache.
+// How often a line is asked for, and into which cache.
 enum class Asking { kOnceL1, kOnceL2, kTwiceL1 };
 
-// Lines that a reader asks for as it goes: a burst of requests fills the buffers for misses, and
-// what is read then waits for one (with bursts of 2 and 4 KiB, decode of int8 took 15 % longer on
-// two cores of Zen 5). How they are asked for is part of the type: branches for each line took 4 to
-// 8 % of decode's time there where memory was fast.
+// Lines that a kernel asks for as it goes, a few with each vector that it reads. A burst of
+// requests would fill the buffers for misses, and reads would then wait for one (with bursts of 2
+// and 4 KiB, decode of int8 took 15 % longer on two cores of Zen 5). How lines are asked for is
+// part of the type: branches for each line took 4 to 8 % of decode's time there where memory was
+// fast.
 template <Asking kAsking>
 struct LinesAhead {
   static constexpr CacheLevel kLevel =
@@ -39,13 +40,14 @@ struct LinesAhead {
   }
 };
 
-// Memory in the order of reading, and how far in it has been asked for. Files that are compiled for
-// different instruction sets hand it to each other, so its members are always inlined: no copy of
-// one is left that the linker could take for all.
+// Memory in the order of reading, and up to where it has been asked for. Files that are compiled
+// for different instruction sets pass this to each other, so its members are always inlined: no
+// copy of one is left that the linker could take for all.
 //
 // Zen 5 drops requests while its buffers are full: one core can ask for lines of memory at 80 GB/s
-// and gets 38. There a line may be asked for twice, and what was dropped is there in time: one core
-// took 15 to 28 % less time to decode bfloat16 so, two 6 to 15 %; int8 7 %; int4 4 % more.
+// and gets 38. There a line may be asked for twice, and what was dropped the first time still
+// arrives early enough: decode of bfloat16 took 15 to 28 % less time on one core, 6 to 15 % on two;
+// int8 took 7 % less, int4 4 % more.
 struct ReadAhead {
   struct Segment {
     const char* data;
@@ -53,10 +55,10 @@ struct ReadAhead {
   };
 
   struct Cursor {
-    int64_t room;     // how much more may be asked for: the lead, before the reader begins
-    size_t next = 0;  // among the segments
+    int64_t room;     // bytes that may still be asked for: the lead, before the reader begins
+    size_t next = 0;  // next of the segments
     const char* line = nullptr;
-    int64_t left = 0;  // of the segment that `line` lies in
+    int64_t left = 0;  // bytes left of the segment that `line` lies in
 
     [[gnu::always_inline]] void pass(int64_t num_bytes) {
       line += num_bytes;
@@ -70,13 +72,14 @@ struct ReadAhead {
   const Segment* segments = nullptr;
   size_t num_segments = 0;
 
-  // As advance(), for a reader that will ask itself for the next `num_bytes`. Where they are not in
-  // one piece they are asked for here, and the reader's are those from `instead` on, which it reads
-  // now.
+  // As advance(), for a kernel that asks for the next `num_bytes` itself, by LinesAhead. Where they
+  // are not contiguous they are asked for here, and the kernel is given the lines from `instead`
+  // on, which it is about to read anyway.
   template <Asking kAsking>
   [[gnu::always_inline]] LinesAhead<kAsking> take(int64_t num_bytes, const void* instead);
 
-  // Asks for the next `num_bytes`, but not for what lies further ahead of the reader than it may.
+  // Asks for the next `num_bytes`, but never for what lies further ahead of the reader than the
+  // lead.
   [[gnu::always_inline]] void advance(int64_t num_bytes);
 
   [[gnu::always_inline]] Asking asking() const {
@@ -105,7 +108,7 @@ static inline void advance_cursor(const ReadAhead& all, ReadAhead::Cursor& curso
   }
 }
 
-// Where a segment ends, or the reader may not ask for more.
+// The rare case of take_lines: a segment ends, or the reader may not ask for more.
 [[gnu::noinline, maybe_unused]] static const char* take_rarely(const ReadAhead& all,
                                                                ReadAhead::Cursor& cursor,
                                                                int64_t num_bytes) {
@@ -145,7 +148,7 @@ inline LinesAhead<kAsking> ReadAhead::take(int64_t num_bytes, const void* instea
 
 inline void ReadAhead::advance(int64_t num_bytes) { advance_all(*this, num_bytes); }
 
-// Calls `work` with the constant that says how `next` asks.
+// Calls `work` with `next.asking()` as a compile-time constant.
 template <typename Work>
 static inline void with_asking(const ReadAhead& next, const Work& work) {
   switch (next.asking()) {

@@ -1,8 +1,8 @@
-// Products of few query rows with keys and values, every element used for up to four rows at a
-// time.
+// Products of few query rows with keys and values; every key and value is used for up to four rows
+// while it is in registers.
 //
-// Dot products run along head_dim, so a key is a plain row: 16 sums (rows x keys) are kept apart in
-// 16 registers and then added across lanes together. The arithmetic is a parameter of
+// Dot products run along head_dim, so a key is a plain row: 16 sums (rows x keys) are kept in 16
+// registers and then added across lanes together. The arithmetic is the parameter R of
 // attention_few_rows_avx512.h: WidenedRows below, or PairRows of attention_avx512_bf16.cpp.
 #pragma once
 
@@ -14,9 +14,9 @@
 namespace kvkernels {
 namespace {
 
-constexpr int kBatch = 4;  // rows that share a key's registers
+constexpr int kBatch = 4;  // rows multiplied with a key while it is in registers
 
-// Where some rows of one of the caches start, for one head.
+// Rows of one of the caches, for one head.
 template <typename Item>
 struct CacheRows {
   const Item* cache;
@@ -34,8 +34,8 @@ inline void store_scores(const SixteenColumns<kRows>& columns, int64_t first, fl
   }
 }
 
-// scores[r][t] = query row r * key t, for t < num_keys rounded up to 16. Asks for as much of `next`
-// as it reads.
+// scores[r][t] = query row r * key t, for t < num_keys rounded up to 16. Prefetches as many bytes
+// from `next` as it reads.
 template <typename E, int kRows, Asking kAsking>
 void score_widened(const float* query, int64_t head_dim, const CacheRows<typename E::Item>& keys,
                    ReadAhead& next, int64_t num_keys, float* scores) {
@@ -97,8 +97,8 @@ void score_keys(const float* query, int64_t head_dim, const CacheRows<typename E
   });
 }
 
-// out[r] = out[r] * decay[r] + sum over t of weights[r][t] * value t, for 16 * kVectors items of
-// head_dim from `first`. Asks for as much of `next` as it reads.
+// out[r] = out[r] * decay[r] + sum over t of weights[r][t] * value t, for 16 * kVectors channels
+// from `first` on. Prefetches as many bytes from `next` as it reads.
 template <typename E, int kRows, int kVectors, Asking kAsking>
 void add_value_panel(const float* weights, const float* decay,
                      const CacheRows<typename E::Item>& values, ReadAhead& next, int64_t num_keys,
@@ -165,7 +165,7 @@ void add_values(float* weights, const float* decay, const CacheRows<typename E::
   });
 }
 
-// The two steps for a number of rows. The second may overwrite the weights.
+// The two products for a fixed number of rows. AddRows may overwrite the weights.
 template <typename Item>
 using ScoreRows = void (*)(const float* query, int64_t head_dim, const CacheRows<Item>& keys,
                            ReadAhead& next, int64_t num_keys, float* scores);
@@ -173,8 +173,8 @@ template <typename Item>
 using AddRows = void (*)(float* weights, const float* decay, const CacheRows<Item>& values,
                          ReadAhead& next, int64_t num_keys, int64_t head_dim, float* out);
 
-// Every element is widened to a float in a register. Query and output lie in the order of
-// load_pair.
+// Arithmetic on floats: every element is widened to a float in a register. Query and output lie in
+// the order of E::load_pair.
 template <typename E>
 struct WidenedRows {
   using Element = E;

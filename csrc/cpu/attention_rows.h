@@ -1,5 +1,5 @@
-// Where the keys and values of a tile lie, by the block table. All static, because files compiled
-// for different instruction sets include this.
+// Finds the keys and values of a tile by the block table. All static, because files compiled for
+// different instruction sets include this.
 #pragma once
 
 #include "cpu/attention_kernel.h"
@@ -15,8 +15,8 @@ static inline BlockEntry block_entry(int32_t entry) {
   return {static_cast<BlockKind>(entry >> kKindShift), entry & ((1 << kKindShift) - 1)};
 }
 
-// Whether the elements of every block of [begin, end) are those of the query, to be used where
-// they lie.
+// Whether every block of the keys [begin, end) holds elements of the query's dtype, to be used
+// where they lie.
 static inline bool lies_plain(const AttentionTile& tile, int64_t begin, int64_t end) {
   const PagedAttentionArgs& args = *tile.args;
   if (args.cache_dtype != args.dtype) return false;
@@ -27,8 +27,9 @@ static inline bool lies_plain(const AttentionTile& tile, int64_t begin, int64_t 
   return true;
 }
 
-// Writes where the keys and values of [begin, end) of the tile's first head start, in elements, of
-// float blocks. 64-bit: a block id times its stride passes 2^31 in a cache of a few gigabytes.
+// Writes the offsets, in elements, at which the keys and values of [begin, end) start for the
+// tile's first head. For blocks of floats only. 64-bit: a block id times its stride passes 2^31 in
+// a cache of a few gigabytes.
 static inline void find_rows(const AttentionTile& tile, int64_t begin, int64_t end,
                              int64_t* key_offsets, int64_t* value_offsets) {
   const PagedAttentionArgs& args = *tile.args;
@@ -50,9 +51,9 @@ static inline void find_rows(const AttentionTile& tile, int64_t begin, int64_t e
   }
 }
 
-// Kernels lay the keys of a tile into columns by position, so that a key has the same column in
-// every call. Columns [0, first), of keys that no row sees, repeat the first one that some row
-// sees: other slots are never read, and what no row sees must still be a number.
+// Kernels place the keys of a tile in columns by position, so that a key has the same column in
+// every call. Lets columns [0, first), whose keys no row sees, repeat the first key that some row
+// sees: slots that no row sees are never read, yet these columns must hold numbers.
 static inline void repeat_first_row(int64_t* offsets, int64_t first) {
   for (int64_t t = 0; t < first; ++t) offsets[t] = offsets[first];
 }
@@ -61,7 +62,7 @@ static inline void repeat_first_row(int64_t* offsets, int64_t first) {
 struct Run {
   BlockEntry block;
   int64_t slot, count;
-  int64_t first;  // token of the first slot, from the start of the range
+  int64_t first;  // position of the first slot, counted from the start of the range
 };
 
 // Calls visit(run) for each block of [begin, end), in order.

@@ -1,5 +1,5 @@
-// What may happen to a score between the product and the softmax: soft cap, ALiBi, tree mask. All
-// static, because files compiled for different instruction sets include this.
+// What happens to a score between the product and the softmax beside scaling: soft cap, ALiBi, tree
+// mask. All static, because files compiled for different instruction sets include this.
 #pragma once
 
 #include <cmath>
@@ -9,13 +9,14 @@
 
 namespace kvkernels {
 
-// Whether scores need more than a factor and a range of keys.
+// Whether scores need more than a factor and a range of visible keys.
 static inline bool adjusts_scores(const PagedAttentionArgs& args) {
   return args.soft_cap > 0 || args.alibi_slopes != nullptr || args.tree_mask != nullptr;
 }
 
-// Bounds scores by tanh: of e = exp(-2 |x|) it is (1 - e) / (1 + e). Scores may be small beside the
-// cap, so 1 - e is found as one number, which keeps its last places.
+// scores = cap * tanh(scores / cap). With x = score / cap and e = exp(-2 |x|), tanh |x| is (1 - e)
+// / (1 + e). Scores may be small beside the cap, so 1 - e is computed in one function that keeps
+// its last places.
 static inline void cap_scores(float cap, int64_t count, float* scores) {
   const float factor = -2.0f * kLog2E / cap;
   for (int64_t t = 0; t < count; ++t) {
@@ -26,7 +27,7 @@ static inline void cap_scores(float cap, int64_t count, float* scores) {
   }
 }
 
-// Where the tokens of a tree of new tokens stand, and which of them one query sees.
+// One query of a tree of new tokens: its position, and which new tokens it sees.
 struct TreeRow {
   int64_t position;
   uint32_t sees;  // bit j: the j-th new token
@@ -40,7 +41,8 @@ static inline TreeRow tree_row(const AttentionTile& tile, int64_t index) {
   return {tile.first_position + __builtin_popcount(others), sees};
 }
 
-// Masks what a row of a tree does not see, and applies ALiBi, which goes by positions.
+// Masks the keys that a row of a tree does not see, and applies ALiBi, which goes by positions in
+// the tree.
 static inline void adjust_tree_row(const AttentionTile& tile, const TreeRow& row, float slope,
                                    int64_t begin, int64_t count, float* scores) {
   const int64_t window = tile.args->window;
@@ -58,8 +60,8 @@ static inline void adjust_tree_row(const AttentionTile& tile, const TreeRow& row
   }
 }
 
-// Turns the products of one row with the `count` keys from `begin` on into scores in units of
-// log2, in place. `head` is the tile's. What lies outside the row's range of keys stays arbitrary.
+// Turns the products of one row with the `count` keys from `begin` on into scores in units of log2,
+// in place. `head` counts within the tile. Scores of keys outside the row's range stay arbitrary.
 static inline void adjust_scores(const AttentionTile& tile, int64_t row, int64_t head,
                                  int64_t begin, int64_t count, float* scores) {
   const PagedAttentionArgs& args = *tile.args;
@@ -72,7 +74,7 @@ static inline void adjust_scores(const AttentionTile& tile, int64_t row, int64_t
     slope = args.alibi_slopes[(tile.kv_head + head) * group + row % group];
   }
   if (args.tree_mask != nullptr) {
-    // A query or key before position 0, where a sequence is shorter than its queries are many.
+    // Positions may be negative here, in a sequence with more queries than tokens.
     adjust_tree_row(tile, tree_row(tile, index), slope, begin, count, scores);
   } else if (slope != 0) {
     const auto first = static_cast<int32_t>(begin - tile.first_position - index);

@@ -1,4 +1,4 @@
-// The memory that a tile of keys takes, to be asked for before it is read.
+// The memory that a tile of keys occupies, to be prefetched before it is read.
 #pragma once
 
 #include <algorithm>
@@ -10,9 +10,11 @@
 namespace kvkernels {
 namespace {
 
-// Stretches of memory of the first head; the same of head h lie h * head_stride further.
+// Contiguous stretches of memory for the first head; those of head h lie h * head_stride bytes
+// further.
 struct Spans {
-  static constexpr int kMaxSpans = 256;  // of 128 keys: rows or blocks of codes, and their scales
+  static constexpr int kMaxSpans =
+      256;  // enough for 128 keys: rows, or blocks of codes, and their scales
 
   struct Span {
     const char* data;
@@ -20,7 +22,7 @@ struct Spans {
   };
 
   int count = 0;
-  int64_t num_bytes = 0;  // of one head
+  int64_t num_bytes = 0;  // total, for one head
   Span spans[kMaxSpans];
 
   void clear() { count = 0, num_bytes = 0; }
@@ -43,7 +45,8 @@ inline int64_t item_bytes(DType dtype) {
   return dtype == DType::kFloat32 ? 4 : dtype == DType::kFloat8 ? 1 : 2;
 }
 
-// Rows of a cache of floats.
+// Adds `count` rows of a cache of floats. `item` is an element's size in bytes; strides are in
+// elements.
 inline void add_float_spans(const void* first, int64_t count, int64_t slot_stride, int64_t dim,
                             int64_t head_stride, int64_t item, Spans& spans) {
   const auto* bytes = static_cast<const char*>(first);
@@ -94,31 +97,34 @@ inline void find_spans(const AttentionTile& tile, int64_t begin, int64_t end, Sp
   });
 }
 
-// What an item reads, in the order of reading, asked for ahead of the reader, line after line:
-// hardware prefetch stops at the end of each 4 KiB page and cannot guess the next block, but it
-// follows where these requests lead. They go to the L2 cache where those to the L1 cache would
-// share its few buffers for misses (one core of Zen 4 decoded bfloat16 at 11 GB/s that way, at 19
-// so), and to the L1 cache where it has plenty (one core of Zen 5: 30 GB/s that way, 27 so).
+// Prefetches what an item reads, in the order of reading and ahead of the reader, line by line.
+// Hardware prefetch stops at the end of each 4 KiB page and cannot guess the next block, but it
+// follows where these requests lead. They go to the L2 cache where requests to the L1 cache would
+// compete for its few buffers for misses (one core of Zen 4 decoded bfloat16 at 11 GB/s with L1, at
+// 19 with L2), and to the L1 cache where it has plenty of those (one core of Zen 5: 30 GB/s with
+// L1, 27 with L2).
 class Prefetch : public ReadAhead {
  public:
-  // Enough to keep the buffers for misses full. With 32 KiB two cores of Zen 4 decoded a tenth
-  // slower, with 8 KiB as fast.
+  // Bytes ahead of the reader: enough to keep the buffers for misses full. With 32 KiB two cores of
+  // Zen 4 decoded a tenth slower, with 8 KiB as fast.
   static constexpr int64_t kLead = 12 << 10;
-  static constexpr int64_t kSecondLead = 6 << 10;  // on Zen 5 anything from 4 to 8 KiB
+  static constexpr int64_t kSecondLead =
+      6 << 10;  // of the second request; on Zen 5 anything from 4 to 8 KiB did as well
 
-  // Args: lead, how far ahead of the reader, in bytes, and no further.
+  // Args: lead, in bytes: how far ahead of the reader it may ask.
   explicit Prefetch(int64_t lead = kLead, bool asks_twice = false)
       : ReadAhead{asks_twice, {lead}, {kSecondLead}} {}
 
-  // Its segments are its own.
+  // Not copied, since `segments` points into its own vector.
   Prefetch(const Prefetch&) = delete;
   Prefetch& operator=(const Prefetch&) = delete;
 
-  // Of who asks once, before the reader begins.
+  // Sets the lead of a prefetcher that asks for each line once. To be called before the reader
+  // begins.
   void set_lead(int64_t lead) { first.room = lead; }
 
-  // The tile that will be read after all those added before: the keys of all heads, then the
-  // values.
+  // Appends the tile that will be read after all those added before: the keys of all heads, then
+  // their values.
   void add_tile(const Spans& keys, const Spans& values, int64_t num_heads) {
     if (!asks_twice) second.next = first.next;
     const size_t num_done = std::min(first.next, second.next);
@@ -137,8 +143,8 @@ class Prefetch : public ReadAhead {
     num_segments = own_segments_.size();
   }
 
-  // The reader begins with the next `num_bytes`. What it should have asked for by now and has not,
-  // is.
+  // Says that the reader begins with the next `num_bytes`. Asks for whatever it should have asked
+  // for by now and has not.
   void begin(int64_t num_bytes) {
     advance_cursor(*this, first, first.room);
     if (asks_twice) advance_cursor(*this, second, second.room);
@@ -150,25 +156,25 @@ class Prefetch : public ReadAhead {
   std::vector<Segment> own_segments_;
 };
 
-// Of a tile's bytes, in whole lines, those to ask for with each of `num_parts` pieces of work. Many
-// rows keep a processor busy long after their tile has been read, and reading the next one at once
-// is then slow: asked for bit by bit it has come. Two cores of Zen 5 took 15 to 30 % less time for
-// 64 to 1,024 rows a head so.
+// How many bytes of the next tile, in whole lines, to ask for with each of `num_parts` pieces of
+// work on this one. With many rows a tile is worked on long after it has been read; the next one,
+// read only then, would be slow, but asked for bit by bit it has arrived. Two cores of Zen 5 took
+// 15 to 30 % less time that way for 64 to 1,024 rows a head.
 inline int64_t share_of_bytes(int64_t tile_bytes, int64_t num_parts) {
   return (tile_bytes / 64 / num_parts + 1) * 64;
 }
 
-// How many of a tile's keys to add values of before the next: that goes a few channels at a time,
-// so all of a part is read long before its end, and should have been asked for (with whole tiles
-// decode at d 256 took a third longer).
+// How many of a tile's keys to add values of at a time. Values are added a few channels at a time,
+// over all keys of such a part, so all of its memory is touched long before the part is done, and
+// must have been asked for (with whole tiles as parts, decode at head_dim 256 took a third longer).
 inline int64_t keys_of_part(int64_t value_bytes, int64_t tile_keys) {
   constexpr int64_t kPartBytes = 8 << 10;
   static_assert(kPartBytes < Prefetch::kLead);
   return std::clamp<int64_t>(kPartBytes / value_bytes / 16 * 16, 16, tile_keys);
 }
 
-// The first keys of what the thread turns to after this tile: memory then has something to do while
-// one item ends and the next begins.
+// Appends the first keys of the tile that this thread works on next: memory stays busy while one
+// item ends and the next begins.
 inline void add_next(const AttentionTile& tile, int64_t tile_keys, Prefetch& all) {
   if (tile.next == nullptr) return;
   const AttentionTile& next = *tile.next;
@@ -179,9 +185,9 @@ inline void add_next(const AttentionTile& tile, int64_t tile_keys, Prefetch& all
   all.add_tile(keys, values, next.num_kv_heads);
 }
 
-// All that an item reads that goes through the keys of one head after the other, so many keys at a
-// time, up to multiples of that. Returns the most bytes that such a tile has: codes take fewer than
-// floats.
+// Appends all that an item reads if it goes through the keys of one head after the other,
+// `tile_keys` at a time, up to multiples of that. Returns the bytes of the largest such tile: codes
+// take fewer than floats.
 inline int64_t plan_reading(const AttentionTile& tile, int64_t tile_keys, Prefetch& all) {
   Spans keys, values;
   int64_t most = 0;

@@ -1,7 +1,8 @@
-// A kernel multiplies neighbouring rows by the same values, and gives those that a row does not see
-// the weight 0. That is exact but for values that are infinite or not a number: 0 times those is
-// not a number either. So a tile whose rows see different keys, and whose results hold such, is
-// gone through again, each query by itself with its own keys. That is slow, and rare.
+// Keeps keys that a row does not see out of its result. A kernel multiplies neighbouring rows by
+// the same values, and gives those that a row does not see the weight 0. That is exact unless such
+// a value is infinite or NaN, since 0 times either is NaN. So a tile whose rows see different keys,
+// and whose results are not all finite, is computed again, each query by itself with its own keys.
+// That is slow, and rare.
 #include "cpu/attention_tiles.h"
 
 #include <algorithm>
@@ -21,8 +22,8 @@ int64_t group_of(const AttentionTile& tile) {
 bool sees_in_part(const AttentionTile& tile) {
   if (tile.args->tree_mask != nullptr) {
     if (tile.key_end > tile.first_position) return true;
-    // Rows stand at different depths of the tree, so their windows begin at different keys: that of
-    // a chain's end last.
+    // Rows stand at different depths of the tree, so their windows begin at different keys; the
+    // window of a chain's last token begins last.
     const int64_t window = tile.args->window;
     return window > 0 && tile.key_begin < tile.seq_len - window;
   }
@@ -38,8 +39,8 @@ bool are_finite(const AttentionKernel& kernel, const TileResult* results,
                      [&](const TileResult& result) { return kernel.are_finite(result.out, size); });
 }
 
-// Calls visit(begin, end) for ranges of the tile's keys that hold all that its rows see, of one
-// query. No range has both keys that they see and others.
+// Calls visit(begin, end) for ranges that together hold all keys of the tile that its rows, of one
+// query, see. In a range they see all keys or none.
 template <typename Visit>
 void for_each_seen(const AttentionTile& tile, const Visit& visit) {
   const PagedAttentionArgs& args = *tile.args;
@@ -52,14 +53,14 @@ void for_each_seen(const AttentionTile& tile, const Visit& visit) {
     const TreeRow row = tree_row(tile, tile.row_begin / group_of(tile));
     range.begin = std::max(range.begin, row.position - args.window + 1);
   }
-  // A chunk may end before a deep row's window begins.
+  // A chunk may end before the window of a deep row begins.
   const int64_t first_new = std::max(range.begin, tile.first_position);
   const int64_t end_of_old = std::min(range.end, first_new);
   if (range.begin < end_of_old) visit(range.begin, end_of_old);
   for (int64_t key = first_new; key < range.end; ++key) visit(key, key + 1);
 }
 
-// The rows of one query.
+// Computes the rows of one query again, from ranges that hold no key beside those they see.
 void attend_query(const AttentionKernel& kernel, const AttentionTile& tile,
                   const TileResult* results) {
   const int64_t num_rows = tile.row_end - tile.row_begin, dim = tile.args->value_dim;
@@ -110,7 +111,7 @@ void clear_rows(const TileResult& result, int64_t num_rows, int64_t dim) {
 void merge_rows(const AttentionKernel& kernel, const TileResult& part, const TileResult& all,
                 int64_t num_rows, int64_t dim) {
   for (int64_t row = 0; row < num_rows; ++row) {
-    // Its maximum, minus infinity, less itself would be NaN.
+    // It saw no key: minus infinity minus itself would be NaN.
     if (part.sum[row] == 0) continue;
     const float max = std::max(all.max[row], part.max[row]);
     const float old_weight = std::exp2(all.max[row] - max);

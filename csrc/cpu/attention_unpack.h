@@ -1,12 +1,12 @@
 // Turns keys and values of any kind of block into dense rows of one element type.
 //
-// How that is done is a parameter, a class that has
-//   Item                                          what a row consists of
-//   widen_scales(pairs, count, scales, minimums)  float16 pairs to two arrays of floats
+// The instruction set's part is a template parameter U, a class with
+//   Item                                          the type of an element of a row
+//   widen_scales(pairs, count, scales, minimums)  `count` pairs of float16 to two arrays of floats
 //   scale_bytes(codes, dim, scales, row)          row[i] = minimum(i) + scale(i) * code i
-//   scale_nibbles(codes, dim, scales, row)        the same for two codes a byte
-//   convert(cache, dtype, offset, dim, row)       a row of a cache of floats
-// `scales` being ChannelScales or GroupScales.
+//   scale_nibbles(codes, dim, scales, row)        the same for 4-bit codes, two a byte
+//   convert(cache, dtype, offset, dim, row)       converts a row of a cache of floats
+// where `scales` is a ChannelScales or a GroupScales.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@
 namespace kvkernels {
 namespace {
 
-// Which of a quantised cache's arrays is read: keys or values.
+// The keys', or the values', arrays of a quantised cache.
 struct Part {
   const CachePart<uint8_t>& codes;
   const CachePart<uint16_t>& scales;
@@ -38,7 +38,7 @@ inline int64_t code_row_bytes(BlockKind kind, int64_t dim) {
   return kind == BlockKind::kInt4 ? dim / 2 : dim;
 }
 
-// Of each channel.
+// Scales with one entry per channel.
 struct ChannelScales {
   const float *scales, *minimums;
 
@@ -46,13 +46,13 @@ struct ChannelScales {
   float minimum(int64_t channel) const { return minimums[channel]; }
 };
 
-// Groups of neighbouring channels that have their scales in common, whole times kSize of them.
+// Maps channels to groups that share their scales, where groups are multiples of kSize channels.
 class ChannelGroups {
  public:
   static constexpr int64_t kSize = 16;
 
-  // False where the groups are cut otherwise, or a row of 4-bit codes, whose halves share their
-  // bytes, is not.
+  // False where a group is not a multiple of kSize channels, or where a row is not one, or with
+  // 4-bit codes, whose bytes hold channels of both halves of the row, half a row.
   bool find(int64_t dim, int64_t groups, BlockKind kind) {
     const int64_t group_size = dim / groups, unit = kind == BlockKind::kInt4 ? 2 * kSize : kSize;
     if (group_size % kSize != 0 || dim % unit != 0 || dim > kMaxDim) return false;
@@ -67,7 +67,7 @@ class ChannelGroups {
   std::array<int64_t, kMaxDim / kSize> group_of_;
 };
 
-// Of each group.
+// Scales with one entry per group.
 struct GroupScales {
   const float *scales, *minimums;
   const ChannelGroups& groups;
@@ -132,7 +132,7 @@ void unpack_value_run(const AttentionTile& tile, int64_t kv_head, const Run& run
     }
     return;
   }
-  // There is room for the scales of as many tokens at a time as a group has channels.
+  // `scratch` has room for the scales of group_size tokens at a time.
   for (int64_t first = run.slot; first < end; first += group_size) {
     const int64_t count = std::min(group_size, end - first);
     U::widen_scales(pairs + first * groups * 2, count * groups, scales, minimums);
@@ -143,8 +143,8 @@ void unpack_value_run(const AttentionTile& tile, int64_t kv_head, const Run& run
   }
 }
 
-// The keys of [begin, end) of one of the tile's heads, dense rows of head_dim. `scratch` has room
-// for two rows of floats.
+// Unpacks the keys [begin, end) of one of the tile's heads to dense rows of head_dim. `scratch` has
+// room for two rows of floats.
 template <typename U>
 void unpack_keys(const AttentionTile& tile, int64_t head, int64_t begin, int64_t end,
                  float* scratch, typename U::Item* rows) {
@@ -164,7 +164,7 @@ void unpack_keys(const AttentionTile& tile, int64_t head, int64_t begin, int64_t
   });
 }
 
-// The same of the values, rows of value_dim.
+// The same for values, rows of value_dim.
 template <typename U>
 void unpack_values(const AttentionTile& tile, int64_t head, int64_t begin, int64_t end,
                    float* scratch, typename U::Item* rows) {

@@ -1,5 +1,5 @@
-// Unpacking with AVX2, into rows of floats. E is the element type, of simd_avx2.h, of a cache of
-// floats that are not float8. Dims are multiples of 8.
+// Unpacking with AVX2, into rows of floats. E, of simd_avx2.h, is the element type of a cache of
+// floats wider than float8. Dims are multiples of 8.
 #pragma once
 
 #include "cpu/attention_unpack.h"
@@ -66,7 +66,7 @@ struct Avx2Unpacker {
     return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
   }
 
-  // Of 8 channels from i on.
+  // Scales, or minimums, of the 8 channels from i on.
   static __m256 load(const ChannelScales&, const float* numbers, int64_t i) {
     return _mm256_loadu_ps(numbers + i);
   }
@@ -81,7 +81,8 @@ struct Avx2Unpacker {
                                               load(scales, scales.minimums, i)));
   }
 
-  // e4m3fn. Sign and exponent move to their places in a float16 whose exponent is 8 too small.
+  // float8 e4m3fn: sign, exponent and mantissa are moved to their places in a float16. Its exponent
+  // then is 8 too small, which the factor 256 makes up for.
   static __m256 widen_float8(__m128i bytes) {
     const __m128i wide = _mm_cvtepu8_epi16(bytes);
     const __m128i magnitude = _mm_and_si128(wide, _mm_set1_epi16(0x7f));

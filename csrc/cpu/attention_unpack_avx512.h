@@ -59,7 +59,7 @@ struct Avx512Unpacker {
   }
 
   static void convert(const void* cache, DType dtype, int64_t offset, int64_t dim, Item* row) {
-    if (dtype != DType::kFloat8) {  // then it is that of the rows
+    if (dtype != DType::kFloat8) {  // the cache has the dtype of the rows
       std::memcpy(row, static_cast<const Item*>(cache) + offset, dim * sizeof(Item));
       return;
     }
@@ -71,7 +71,7 @@ struct Avx512Unpacker {
   }
 
  private:
-  // Of 16 channels from i on.
+  // Scales, or minimums, of the 16 channels from i on.
   static __m512 load(const ChannelScales&, const float* numbers, int64_t i, __mmask16 mask) {
     return _mm512_maskz_loadu_ps(mask, numbers + i);
   }
@@ -103,7 +103,8 @@ struct Avx512Unpacker {
     }
   }
 
-  // e4m3fn. Sign and exponent move to their places in a float16 whose exponent is 8 too small.
+  // float8 e4m3fn: sign, exponent and mantissa are moved to their places in a float16. Its exponent
+  // then is 8 too small, which the factor 256 makes up for.
   static __m512 widen_float8(__m128i bytes) {
     const __m256i wide = _mm256_cvtepu8_epi16(bytes);
     const __m256i magnitude = _mm256_and_si256(wide, _mm256_set1_epi16(0x7f));

@@ -1,4 +1,4 @@
-// Unpacking in plain C++ that a compiler turns into vectors of whatever width it may use.
+// Unpacking in plain C++ that a compiler can turn into vectors of any width.
 #pragma once
 
 #include "cpu/attention_unpack.h"
@@ -7,7 +7,7 @@
 namespace kvkernels {
 namespace {
 
-// Writer has Item and a static function narrow(float) that gives one.
+// Writer has a type Item and a static function narrow(float) that returns one.
 template <typename Writer>
 struct PortableUnpacker {
   using Item = typename Writer::Item;

@@ -1,5 +1,5 @@
-// Scalar conversions that a compiler can turn into vectors of any width. All static, because files
-// compiled for different instruction sets include this.
+// Scalar conversions and powers that a compiler can turn into vectors of any width. All static,
+// because files compiled for different instruction sets include this.
 #pragma once
 
 #include <cstdint>
@@ -28,13 +28,13 @@ static inline uint16_t bfloat16_from_float(float value) {
   return static_cast<uint16_t>((is_nan ? bits | 0x400000 : rounded) >> 16);
 }
 
-// 2^n and f, where x is n + f with n the nearest whole number; x lies between -126 and 0.
+// x = n + rest, where n is the nearest integer: power is 2^n. x must lie in [-126, 0].
 struct SplitExponent {
   float power, rest;
 };
 
 static inline SplitExponent split_exponent(float x) {
-  // Adding 1.5 * 2^23 leaves the nearest whole number in the low bits.
+  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
   const float shifted = x + 12582912.0f;
   const uint32_t exponent = bits_from_float(shifted) - bits_from_float(12582912.0f) + 127;
   return {float_from_bits(exponent << 23), x - (shifted - 12582912.0f)};
@@ -49,8 +49,8 @@ static inline float exp2_scalar(float x) {
   return x != x ? x : value;
 }
 
-// 1 - 2^x for x <= 0, minus infinity included, exact to the last places also where 2^x is almost
-// 1; NaN stays NaN.
+// 1 - 2^x for x <= 0, minus infinity included; NaN stays NaN. Exact to the last places also where
+// 2^x is almost 1.
 static inline float one_minus_exp2(float x) {
   const auto [power, rest] = split_exponent(x > -126.0f ? x : -126.0f);
   float poly = kExp2Poly[6];

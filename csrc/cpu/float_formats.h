@@ -13,7 +13,7 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
-// e4m3fn: no infinities; all ones are not a number.
+// e4m3fn: has no infinities; NaN has all bits of exponent and mantissa set.
 struct Float8 {
   uint8_t bits;
 };
@@ -32,7 +32,8 @@ inline float to_float(Float16 value) {
     return float_from_bits(sign |
                            (magnitude + (is_special ? (255u - 31) << 23 : (127u - 15) << 23)));
   }
-  // Subnormal: as the low bits of a number whose unit in the last place is 2^-24, less its base.
+  // Subnormal: put into the low bits of a float whose last bit counts 2^-24; that float's base is
+  // subtracted again.
   const float base = float_from_bits((127u - 14) << 23);
   return float_from_bits(sign |
                          bits_from_float(float_from_bits(((127u - 14) << 23) + magnitude) - base));

@@ -1,7 +1,7 @@
-// The intrinsics, without warnings of their own.
+// The intrinsics (immintrin.h), without the warnings that they cause.
 #pragma once
 
-// GCC 12 takes the undefined lanes of its own intrinsics for a mistake (GCC bug 105593).
+// GCC 12 warns about the lanes that its own intrinsics leave undefined on purpose (GCC bug 105593).
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"

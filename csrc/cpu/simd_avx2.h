@@ -8,9 +8,9 @@
 namespace kvkernels {
 namespace {
 
-// Element types: `load` widens 8 neighbours, `store` rounds them. `load_half` 0 and 1 together
-// widen 16 of them in whatever order takes least; `arrange` brings two vectors of neighbours into
-// that order, `restore` out of it.
+// Element types. `load` widens 8 neighbours to floats, `store` rounds them back. `load_half` 0 and
+// 1 together widen 16 neighbours in whatever order is cheapest; `arrange` brings two vectors of
+// neighbours into that order, `restore` out of it.
 struct Float32 {
   using Item = float;
   static __m256 load(const Item* p) { return _mm256_loadu_ps(p); }
@@ -45,7 +45,7 @@ struct BFloat16 {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
-  // Those at even places, then those at odd ones: half the instructions.
+  // Those at even indices, then those at odd ones: half the instructions of keeping their order.
   template <int kHalf>
   static __m256 load_half(const Item* p) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -79,7 +79,7 @@ struct BFloat16 {
   }
 };
 
-// The first and the second float16 of 8 pairs.
+// Widens the first, and the second, float16 of 8 pairs.
 inline void widen_float16_pairs(__m256i pairs, __m256& first, __m256& second) {
   const __m256i apart = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,  //
                                          0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
@@ -90,13 +90,13 @@ inline void widen_float16_pairs(__m256i pairs, __m256& first, __m256& second) {
 
 // 2^x for x <= 0, minus infinity included; NaN stays NaN. Results below 2^-127 are 0.
 inline __m256 exp2_lanes(__m256 x) {
-  // maxps gives its second operand where either is NaN.
+  // vmaxps returns its second operand if either is NaN.
   x = _mm256_max_ps(_mm256_set1_ps(-127.0f), x);
   const __m256 whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m256 rest = _mm256_sub_ps(x, whole);
   __m256 poly = _mm256_set1_ps(kExp2Poly[6]);
   for (int i = 5; i >= 0; --i) poly = _mm256_fmadd_ps(poly, rest, _mm256_set1_ps(kExp2Poly[i]));
-  // An exponent of -127 makes a power of 0.
+  // For -127 the exponent field is 0, which makes the power 0.
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
   return _mm256_mul_ps(poly, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
 }
@@ -115,7 +115,7 @@ inline float sum_lanes(__m256 v) {
 
 // Lane i of the result is the sum over the lanes of v[i].
 inline __m256 sum_lanes_of_8(const __m256* v) {
-  // Each half of low and high holds what that half of four vectors comes to.
+  // Each half of low, and of high, holds the sums of that half of four vectors.
   const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
   const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
   return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20),

@@ -10,9 +10,10 @@
 namespace kvkernels {
 namespace {
 
-// Element types: `load` gives 16 neighbours in order. `load_pair` gives 32 in the cheapest order,
-// the same one at every call: for bfloat16 even ones, then odd ones, which costs a shift and a mask
-// instead of two shuffles. `restore` puts such a pair in order, `arrange` does the opposite.
+// Element types. `load` widens 16 neighbours to floats, in order. `load_pair` widens 32 in the
+// cheapest order, the same at every call: for bfloat16 those at even indices, then those at odd
+// ones, which costs a shift and a mask instead of two shuffles. `arrange` brings two vectors of
+// neighbours into that order, `restore` out of it.
 struct Float32 {
   using Item = float;
   static __m512 load(const Item* p) { return _mm512_loadu_ps(p); }
@@ -77,7 +78,7 @@ struct BFloat16 {
     a = _mm512_permutex2var_ps(first, even, b);
     b = _mm512_permutex2var_ps(first, odd, b);
   }
-  // The nearest bfloat16 in the upper half of each word; the lower half means nothing.
+  // The nearest bfloat16 in the upper half of each lane; the lower half is arbitrary.
   static __m512i nearest(__m512 v) {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i tie = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -98,7 +99,8 @@ struct BFloat16 {
   }
 };
 
-// The instruction looks at 8 bits of a count.
+// A mask of the first `count` lanes: none below 0, all from 16 on. Clamped because the instruction
+// looks at 8 bits of a count only.
 inline __mmask16 first_lanes(int64_t count) {
   const auto num_lanes = static_cast<uint32_t>(std::clamp<int64_t>(count, 0, 16));
   return static_cast<__mmask16>(_bzhi_u32(0xffff, num_lanes));
@@ -106,7 +108,7 @@ inline __mmask16 first_lanes(int64_t count) {
 
 // 2^x for x <= 0, minus infinity included; NaN stays NaN.
 inline __m512 exp2_lanes(__m512 x) {
-  // maxps gives its second operand where either is NaN.
+  // vmaxps returns its second operand if either is NaN.
   x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 rest = _mm512_sub_ps(x, whole);
@@ -115,7 +117,7 @@ inline __m512 exp2_lanes(__m512 x) {
   return _mm512_scalef_ps(poly, whole);
 }
 
-// Lane i of each quarter of the result is that quarter of v[i], combined.
+// Lane i of each quarter (128 bits) of the result combines the lanes of that quarter of v[i].
 template <typename Combine>
 [[gnu::always_inline]] inline __m512 combine_within_quarters(const __m512* v,
                                                              const Combine& combine) {
@@ -127,7 +129,7 @@ template <typename Combine>
                  _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
 }
 
-// Quarter i of the result is the four quarters of v[i], combined.
+// Quarter i of the result combines the four quarters of v[i], lane by lane.
 template <typename Combine>
 [[gnu::always_inline]] inline __m512 combine_quarters(const __m512* v, const Combine& combine) {
   const __m512 low =
@@ -137,8 +139,8 @@ template <typename Combine>
   return combine(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
 }
 
-// Lane i of the result is all lanes of v[i], combined. Unpacks come first, while there are many
-// vectors: shuffles of quarters run on fewer ports (of Zen 4 on one, beside products).
+// Lane i of the result combines all lanes of v[i]. Unpacks come first, while there are many
+// vectors: shuffles of quarters run on fewer ports (on Zen 4 on one, beside products).
 template <typename Combine>
 [[gnu::always_inline]] inline __m512 combine_lanes_of_16(const __m512* v, const Combine& combine) {
   __m512 quarters[4];
@@ -147,7 +149,7 @@ template <typename Combine>
   return combine_quarters(quarters, combine);
 }
 
-// Each lane of quarter i of the result is all lanes of v[i], combined.
+// Each lane of quarter i of the result combines all lanes of v[i].
 template <typename Combine>
 [[gnu::always_inline]] inline __m512 combine_lanes_of_4(const __m512* v, const Combine& combine) {
   const __m512 quarters = combine_quarters(v, combine);
@@ -163,7 +165,7 @@ struct MaxOf {
   [[gnu::always_inline]] __m512 operator()(__m512 a, __m512 b) const { return _mm512_max_ps(a, b); }
 };
 
-// Of 32-bit integers in the bits of floats.
+// For 32-bit integers in the bits of floats.
 struct IntegerSumOf {
   [[gnu::always_inline]] __m512 operator()(__m512 a, __m512 b) const {
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
@@ -185,15 +187,15 @@ struct IntegerSumOf {
   return combine_lanes_of_16(v, MaxOf());
 }
 
-// Sums over lanes, for kRows rows of 16 columns, of vectors that come 16 / kRows columns at a time,
-// or 4 where there are 3 rows or 4: as many as are summed up at once in registers. The last steps
-// wait until all are there: one after the other they would hold up the products that follow.
+// Combines the lanes of one vector per row and column, for kRows rows and 16 columns. The vectors
+// come kColumns columns at a time: as many as can be summed up at once in registers. The last steps
+// wait until all vectors are there: done one by one they would hold up the products that follow.
 template <int kRows, typename Combine = SumOf>
 class SixteenColumns {
  public:
   static constexpr int kColumns = kRows == 1 ? 16 : kRows == 2 ? 8 : 4;
 
-  // v: [kRows, kColumns], of the columns from part * kColumns on.
+  // v: [kRows, kColumns], the columns from part * kColumns on.
   [[gnu::always_inline]] void take(int part, const __m512* v) {
     constexpr int kVectors = kColumns / 4;
 #pragma GCC unroll 16
@@ -218,7 +220,7 @@ class SixteenColumns {
   __m512 quarters_[kRows][4];
 };
 
-// Quarter q of v[i] becomes quarter i of v[q].
+// Swaps quarters: quarter q of v[i] becomes quarter i of v[q].
 inline void transpose_quarters(__m512* v) {
   const __m512 a = _mm512_shuffle_f32x4(v[0], v[1], 0x44);
   const __m512 b = _mm512_shuffle_f32x4(v[2], v[3], 0x44);

@@ -1,5 +1,5 @@
-// Matrix tiles on the AMX instructions of Intel processors since Sapphire Rapids, as kernels use
-// them: 8 registers of 16 rows of 64 bytes. Only for files compiled for AMX. In an anonymous
+// The AMX instructions of Intel processors since Sapphire Rapids, as the class Tiles that kernels
+// take: 8 registers of 16 rows of 64 bytes. Only for files compiled for AMX. In an anonymous
 // namespace: each file that includes this gets its own copy, compiled with that file's flags.
 //
 //   zero<T>(), load<T>(source, stride in bytes), store<T>(target, stride in bytes)
@@ -23,13 +23,14 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// In memory as a constant: GCC 12 takes the instruction to read the first 8 bytes alone, and might
-// not store the rest of one on the stack.
+// A constant in memory: GCC 12 believes that the instruction reads only the first 8 bytes, and
+// might not store the rest of a configuration on the stack.
 constexpr TileConfig kConfig;
 
-// Linux gives the permission for tiles to a process, once (best_isa() asks), but their shape is a
-// register of each thread: it is set for each piece of work and released after it, because threads
-// with tiles in use have more state to save at every switch.
+// Configures the calling thread's tile registers, and releases them at the end. Linux gives the
+// permission for tiles to a process, once (best_isa() asks), but their shape is a register of each
+// thread. It is set for each piece of work and released after it, because threads with tiles in use
+// have more state to save at every switch.
 class AmxTiles {
  public:
   AmxTiles() { _tile_loadconfig(&kConfig); }
@@ -37,9 +38,11 @@ class AmxTiles {
   AmxTiles(const AmxTiles&) = delete;
   AmxTiles& operator=(const AmxTiles&) = delete;
 
-  // GCC's own intrinsics paste the text of their argument into the instruction, so they take no
-  // template argument; these are the same instructions.
-  // Writes anything into tile 0.
+  // Starts a product whose result, in tile 0, means nothing: the unit for products goes to sleep
+  // without one.
+  //
+  // All by assembly, since GCC's own intrinsics paste the text of their argument into the
+  // instruction, and so take no template argument.
   static void keep_awake() { asm volatile("tdpbusd %%tmm2, %%tmm1, %%tmm0" : :); }
   template <int kTile>
   static void zero() {

@@ -1,6 +1,6 @@
-// What tiles_amx.h does, in plain C++: shows on processors without its instructions that what
-// kernels do with them is right. Slow. In an anonymous namespace: each file that includes this gets
-// its own copy, compiled with that file's flags.
+// The class of tiles_amx.h in plain C++: shows on processors without AMX that the kernels use its
+// instructions rightly. Slow. In an anonymous namespace: each file that includes this gets its own
+// copy, compiled with that file's flags.
 #pragma once
 
 #include <cstdint>
@@ -78,7 +78,8 @@ class EmulatedTiles {
     uint32_t tiles[8][16][16];
   };
 
-  // Each thread has its own: kernels of codes find them as they were left.
+  // One set per thread, which outlives the object as the processor's registers do: kernels of codes
+  // find them as they were left.
   static Registers& registers() {
     static thread_local Registers all;
     return all;
