@@ -1,4 +1,4 @@
-// Checksums in portable C++, and the choice of the fastest form for this processor.
+// Checksums in portable C++, and the choice of the fastest form that this processor has.
 #include "kvkernels/checksum.h"
 
 #include <array>
@@ -33,8 +33,9 @@ constexpr auto kCrcTables = [] {
   return tables;
 }();
 
-// Lane j adds up words j, j + kLanes, ...: `first` is the plain sum A, `second` the sum of A after
-// every step. With T steps, sum of t * w_t = T * A - second, so no multiply stands in the loop.
+// Lane j sums the words j, j + kLanes, ...: `first` is their plain sum A, `second` the sum of A
+// after every step. With T steps, the sum of t * w_t is T * A - second, so the loop needs no
+// multiplication.
 template <bool kCopy>
 WordSums lane_sums(const Byte* source, Byte* target, std::size_t size) {
   constexpr std::size_t kLanes = 8;

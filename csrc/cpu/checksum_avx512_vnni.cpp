@@ -1,4 +1,4 @@
-// Checksums by dot products of bytes.
+// Checksums by dot products of bytes, see checksum_sums_avx512_vnni.h.
 #include <algorithm>
 
 #include "cpu/checksum_kernels.h"
@@ -10,13 +10,15 @@ namespace {
 using Byte = unsigned char;
 
 constexpr std::size_t kGroupBytes = kMostVectors * kVectorBytes, kGroupWords = kGroupBytes / 4;
-constexpr std::size_t kChains = 4;  // hide the latency of dependent products
+constexpr std::size_t kChains =
+    4;  // independent sums, which hide the latency of dependent products
 
-// Of all four chains together a group adds at most 16 * 4 * 255 to `first`, so that `outer` stays
-// within 32 bits for 725 groups, and 128 times as much to `inner`, which has a sign, for 1,028.
+// So that sums stay within 32 bits. All four chains together, a group adds at most 16 * 4 * 255 to
+// a lane of `first`: `outer` then stays within 32 bits for 725 groups. To `inner`, which is signed,
+// it adds up to 128 times as much: 1,028 groups.
 constexpr std::size_t kMostBytes = 512 * kGroupBytes;
 
-// Of at most kMostBytes, not none. What the last group lacks counts as zeros.
+// Sums of 1 to kMostBytes bytes. What the last group lacks counts as zeros.
 WordSums sum_groups(const Byte* source, std::size_t size) {
   ByteSums chains[kChains];
   const std::size_t num_whole = size / kGroupBytes, rest = size % kGroupBytes;

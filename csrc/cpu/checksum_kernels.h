@@ -1,4 +1,4 @@
-// The forms of checksum.h, beside each other so that a test can run all on one machine.
+// All forms of the functions of checksum.h, so that a test can run each of them on one machine.
 #pragma once
 
 #include "kvkernels/checksum.h"
@@ -11,7 +11,7 @@ WordSums copy_with_checksum(const void* source, void* target, std::size_t size);
 
 }  // namespace kvkernels::portable
 
-// Only where best_isa() is kAvx512 or better.
+// Needs best_isa() >= kAvx512.
 namespace kvkernels::avx512 {
 
 std::uint32_t crc32c(const void* data, std::size_t size, std::uint32_t crc);
@@ -20,7 +20,7 @@ WordSums copy_with_checksum(const void* source, void* target, std::size_t size);
 
 }  // namespace kvkernels::avx512
 
-// Only where there is AVX512-VNNI besides. A copy waits for memory however it sums.
+// Needs AVX512-VNNI besides. There is no copy: that waits for memory however it sums.
 namespace kvkernels::avx512_vnni {
 
 WordSums checksum_words(const void* data, std::size_t size);

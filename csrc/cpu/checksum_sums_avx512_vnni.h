@@ -2,9 +2,9 @@
 // words take 5.
 //
 // Byte k of a word counts 256^k. A shuffle puts the bytes k of a quarter's four words side by side,
-// so that of a vector's 16 sums of 32 bits, sum 4 q + k is of the bytes k of words 4 q to 4 q + 3.
-// Vectors go in groups of a fixed number of words. With word w of vector v of group g, and G
-// groups,
+// so that of a vector's 16 sums of 32 bits, sum 4 q + k is over the bytes k of words 4 q to 4 q +
+// 3. Vectors are taken in groups of a fixed number of words. For word w of vector v of group g, and
+// G groups in all,
 //
 //   first = sum of the bytes
 //   outer = sum of (G - 1 - g) * bytes: `first` before each group, added up
@@ -25,7 +25,7 @@ namespace {
 
 constexpr std::size_t kVectorBytes = 64;
 constexpr std::size_t kMostVectors = 16;  // of a group
-constexpr int kLowestWeight = 128;        // less than zero
+constexpr int kLowestWeight = 128;        // the lowest weight is minus this
 
 struct alignas(kVectorBytes) Weights {
   std::array<std::int8_t, kMostVectors * kVectorBytes> of_bytes;
@@ -40,12 +40,12 @@ constexpr Weights kWeights = [] {
   return weights;
 }();
 
-// Half of a vector's numbers.
+// The lower or upper half of a vector.
 inline __m256i half(__m512i v, bool is_upper) {
   return is_upper ? _mm512_extracti64x4_epi64(v, 1) : _mm512_castsi512_si256(v);
 }
 
-// Modulo 2^64, where the intrinsic adds numbers with a sign.
+// The sum modulo 2^64; GCC's intrinsic for it adds signed numbers, where overflow is undefined.
 inline std::uint64_t add_lanes(__m512i v) {
   const __m256i four = _mm256_add_epi64(half(v, false), half(v, true));
   const __m128i two =
@@ -59,7 +59,7 @@ struct ByteSums {
 
   void begin_group() { outer = _mm512_add_epi32(outer, first); }
 
-  // Vector `index` of a group.
+  // Adds vector `index` of a group.
   void take(__m512i words, std::size_t index) {
     const __m512i by_place = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
     const __m512i bytes = _mm512_shuffle_epi8(words, by_place);
@@ -74,7 +74,7 @@ struct ByteSums {
     outer = _mm512_add_epi32(outer, other.outer);
   }
 
-  // Of all words; the first has place 1.
+  // The sums over all words; the first word has place 1.
   WordSums finish(std::size_t num_groups, std::size_t group_words) const {
     const __m512i later_groups = _mm512_set1_epi64(static_cast<long long>(num_groups - 1));
     const __m512i words = _mm512_set1_epi64(static_cast<long long>(group_words));

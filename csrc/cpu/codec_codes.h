@@ -1,5 +1,5 @@
-// Codes of 8, 4 and 2 bits of one side of a layer, written and read, in terms of lanes as
-// codec_scales.h is.
+// Writes and reads codes of 8, 4 and 2 bits for one side of a layer, in terms of the lanes of an
+// instruction set, like codec_scales.h.
 #pragma once
 
 #include "cpu/codec_keys.h"
@@ -11,8 +11,8 @@
 namespace kvkernels {
 namespace {
 
-// Whether all items are numbers that float16 holds: by their bits without the sign, which are
-// ordered like their magnitudes.
+// Whether all items' magnitudes are at most `limit`, given as bits. Bits without the sign are
+// ordered like magnitudes, NaN above all.
 template <typename Bits>
 bool lie_below(const std::byte* items, int64_t num_items, Bits limit) {
   constexpr Bits kMagnitude = static_cast<Bits>(~Bits{0}) >> 1;
@@ -25,7 +25,7 @@ bool lie_below(const std::byte* items, int64_t num_items, Bits limit) {
   return largest <= limit;
 }
 
-// Codes restore numbers up to 65408 as finite float16; its bits.
+// The bits of 65408 as float32: the codes of numbers up to that restore finite float16.
 constexpr uint32_t kLargest = 0x477f8000;
 
 template <DType kType>

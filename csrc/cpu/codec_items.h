@@ -1,5 +1,5 @@
-// Items of a row as codes of them are found, one or two vectors of lanes at a time. In terms of
-// lanes as codec_scales.h is.
+// Reads a row's items while scales and codes are found, one or two vectors of lanes at a time. In
+// terms of the lanes of an instruction set, like codec_scales.h.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@ namespace {
 template <typename E, int kVectors>
 struct Items;
 
-// Fewer than the lanes, too.
+// One vector; `count` may be less than kLanes.
 template <typename E>
 struct Items<E, 1> {
   using Range = typename E::Range;
@@ -30,7 +30,7 @@ struct Items<E, 1> {
   }
 };
 
-// Twice the lanes of 16-bit numbers, in the order in which `Elements16` reads pairs of vectors.
+// Two vectors of 16-bit numbers, in the order in which `Elements16` reads pairs of vectors.
 template <typename E>
 struct Items<E, 2> {
   using Range = typename E::PairRange;
@@ -42,7 +42,7 @@ struct Items<E, 2> {
   static void read(const std::byte* from, int64_t, Floats* out) {
     E::read_pair(from, out[0], out[1]);
   }
-  // Steps of neighbouring lanes, in that order.
+  // Brings steps of neighbouring channels into that order.
   static void arrange(Steps* steps) {
     E::arrange(steps[0].low, steps[1].low);
     E::arrange(steps[0].inverse, steps[1].inverse);
@@ -51,7 +51,7 @@ struct Items<E, 2> {
   static void store_codes(uint8_t* to, const Words* v, int64_t) { E::store_codes(to, v[0], v[1]); }
 };
 
-// Of vectors, where neighbouring items fill as many.
+// The most vectors read together, where neighbouring items fill as many.
 template <typename E>
 constexpr int kMostVectors = E::kHasPairs ? 2 : 1;
 

@@ -1,4 +1,4 @@
-// One side of a layer, encoded and decoded, in terms of the lanes of an instruction set: to be
+// Encodes and decodes one side of a layer, in terms of the lanes of an instruction set: to be
 // included after one of the codec_lanes_*.h.
 #pragma once
 
@@ -11,7 +11,7 @@
 namespace kvkernels {
 namespace {
 
-// Rows of `num_bytes` to where they lie in other distances.
+// Copies rows of `num_bytes`; strides are in bytes.
 inline void copy_rows(const std::byte* source, int64_t source_stride, std::byte* target,
                       int64_t target_stride, int64_t num_rows, int64_t num_bytes) {
   if (source_stride == num_bytes && target_stride == num_bytes) {

@@ -1,4 +1,5 @@
-// Codes of keys: tokens of a channel share a scale. In terms of lanes as codec_scales.h is.
+// Codes of keys: tokens of a channel share a scale. In terms of the lanes of an instruction set,
+// like codec_scales.h.
 #pragma once
 
 #include <algorithm>
@@ -14,13 +15,14 @@ namespace {
 
 constexpr int64_t kLineBytes = 64;
 
-// Byte j of a row of codes holds those of the channels j, j + width, j + 2 * width, ... where
-// `width` bytes make a row.
+// Codes per byte. Byte j of a row of codes holds those of the channels j, j + width, j + 2 * width,
+// ..., where a row has `width` bytes.
 template <int kBits>
 constexpr int kParts = 8 / kBits;
 
-// Fetches what comes next, a little at a time: columns are not read in the order of memory. (Into
-// the L1 cache, on Zen 5, blocks took 3 to 8 % less time than into the L2 cache.)
+// Prefetches the next head's items and codes, a little at a time: the order of reading, column by
+// column, is not that of memory. (Into the L1 cache, on Zen 5, blocks took 3 to 8 % less time than
+// into the L2 cache.)
 class Ahead {
  public:
   Ahead(const std::byte* items, int64_t item_step, const uint8_t* codes, int64_t code_step)
@@ -39,8 +41,8 @@ class Ahead {
   int64_t item_step_, code_step_;
 };
 
-// kVectors times kLanes channels at a time, which width is a multiple of where those are two. Adds
-// the ranges it finds to `magnitudes`.
+// Encodes one head, kVectors * kLanes channels at a time; with two vectors, the width is a multiple
+// of that. `magnitudes` keeps the largest magnitude in each lane.
 template <DType kType, int kBits, int kVectors>
 void encode_keys(const std::byte* items, const Tile& tile, int64_t num_groups, uint8_t* codes,
                  uint16_t* pairs, Words& magnitudes) {
@@ -117,8 +119,9 @@ void encode_keys(const std::byte* items, const Tile& tile, int64_t num_groups, u
   }
 }
 
-// Whether whole lines of items, which are not read soon, may be written past the cache: none is
-// read only to be overwritten then. `width` items adjoin.
+// Whether decoded items can be written in whole cache lines past the cache (streaming stores), so
+// that no line is read only to be overwritten; restored items are not read soon. `width` is how
+// many neighbouring items each part of a row has.
 template <typename E>
 bool can_stream(const std::byte* items, int64_t row_bytes, int64_t width) {
   if constexpr (E::kLineVectors == 0) return false;
@@ -126,7 +129,8 @@ bool can_stream(const std::byte* items, int64_t row_bytes, int64_t width) {
   return unaligned % kLineBytes == 0;
 }
 
-// kVectors times kLanes channels at a time; lines where those are some.
+// Decodes one head, kVectors * kLanes channels at a time, streamed line by line; with kVectors = 0,
+// one vector at a time by plain stores.
 template <DType kType, int kBits, int kVectors>
 void decode_keys(const uint8_t* codes, const uint16_t* pairs, const Tile& tile, int64_t num_groups,
                  std::byte* items) {

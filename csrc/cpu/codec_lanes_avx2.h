@@ -1,4 +1,5 @@
-// What the codecs' kernels ask of AVX2: eight numbers at a time. See codec_lanes_avx512.h.
+// The lanes of the codecs' kernels for AVX2: eight numbers at a time. Comments are in
+// codec_lanes_avx512.h, which has the same functions.
 #pragma once
 
 #include <algorithm>
@@ -39,7 +40,7 @@ inline bool any_small(Floats a, Floats b) {
   return _mm256_movemask_epi8(is_small) != 0;
 }
 
-// `count` of kLanes items, then zeros.
+// `count` items, up to kLanes, padded with zeros.
 template <typename Item>
 struct Padded {
   Padded(const void* from, int64_t count) { std::memcpy(items, from, count * sizeof(Item)); }
@@ -58,7 +59,7 @@ inline Words half_nearest(Floats v) {
 inline Words half_below(Floats v) {
   return _mm256_cvtepu16_epi32(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
 }
-// The low halves of words.
+// The low 16 bits of each word.
 inline __m128i low_halves(Words v) {
   const Words low = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
   return _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
@@ -81,7 +82,7 @@ inline void load_pairs(const uint16_t* from, int64_t count, Floats& first, Float
 template <int kBits>
 inline Words code_at(Floats code, int part) {
   const Floats bounded = _mm256_min_ps(code, _mm256_set1_ps((1 << kBits) - 1));
-  // The last bits of a float of this size count units.
+  // In a float of this size the last bit counts units.
   const Words bits = _mm256_castps_si256(_mm256_add_ps(bounded, _mm256_set1_ps(0x1.8p23f)));
   const Words low = _mm256_and_si256(bits, _mm256_set1_epi32((1 << kBits) - 1));
   return part == 0 ? low : _mm256_slli_epi32(low, kBits * part);

@@ -1,5 +1,5 @@
-// What the codecs' kernels ask of AVX-512: sixteen numbers at a time. The other lanes give the same
-// results under the same names.
+// The lanes of the codecs' kernels for AVX-512: sixteen numbers at a time. The other
+// codec_lanes_*.h have functions of the same names with the same results.
 #pragma once
 
 #include <cstddef>
@@ -24,15 +24,16 @@ inline Floats inverse_of(Floats v) {
   return _mm512_maskz_div_ps(is_positive, _mm512_set1_ps(1.0f), v);
 }
 
-// a where the test's magnitude is below float16's normal numbers, else b.
+// a where the magnitude of `test` is below float16's normal numbers, else b.
 inline Floats where_small(Floats test, Floats a, Floats b) {
   const __mmask16 is_small =
       _mm512_cmp_ps_mask(_mm512_abs_ps(test), _mm512_set1_ps(0x1p-14f), _CMP_LT_OQ);
   return _mm512_mask_mov_ps(b, is_small, a);
 }
-// Whether a lane of either is not zero, but no more than a little above such numbers.
+// Whether some lane of either is nonzero and small: below float16's normal numbers or a little
+// above.
 inline bool any_small(Floats a, Floats b) {
-  const auto less_one = [](Floats v) {  // zero wraps around
+  const auto less_one = [](Floats v) {  // zero wraps around to the largest
     return _mm512_sub_epi32(_mm512_castps_si512(_mm512_abs_ps(v)), _mm512_set1_epi32(1));
   };
   const Words least = _mm512_min_epu32(less_one(a), less_one(b));
@@ -44,7 +45,7 @@ inline Floats load_floats(const float* from, int64_t count) {
 }
 inline void store_floats(float* to, Floats v) { _mm512_storeu_ps(to, v); }
 
-// float16 in the low half of each word.
+// float16 in the low half of each word: to the nearest, or rounded down.
 inline Words half_nearest(Floats v) {
   return _mm512_cvtepu16_epi32(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
@@ -63,7 +64,8 @@ inline void load_pairs(const uint16_t* from, int64_t count, Floats& first, Float
   second = from_half(_mm512_srli_epi32(both, 16));
 }
 
-// The nearest code to one that is not negative, ties to even; of 8 bits, not yet bounded.
+// The nearest integer to a code that is not negative, ties to even, shifted to its part of a byte;
+// with 8 bits not yet bounded.
 template <int kBits>
 inline Words code_at(Floats code, int part) {
   if (kBits == 8) return _mm512_cvtps_epi32(code);  // `store_bytes` saturates
@@ -102,17 +104,17 @@ inline Words larger_magnitude(Words largest, Floats v) {
 }
 inline uint32_t largest_lane(Words v) { return _mm512_reduce_max_epu32(v); }
 
-// Lane i: the least, or the greatest, of the lanes of v[i].
+// Lane i of the result is the least, or the greatest, of the lanes of v[i].
 inline Floats least_of_each(const Floats* v) {
   return combine_lanes_of_16(v, [](Floats a, Floats b) { return _mm512_min_ps(a, b); });
 }
 inline Floats greatest_of_each(const Floats* v) { return max_lanes_of_16(v); }
 
-// Sixteen 16-bit floats as whole numbers of the same order: half the width, and a NaN lies beyond
-// all numbers.
+// Sixteen 16-bit floats as integers of the same order: half the width of floats, and a NaN lies
+// beyond all numbers.
 using Ordered = __m256i;
 
-// Its own inverse: of negative ones all bits but the sign are flipped.
+// To that order and back, being its own inverse: flips all bits but the sign of negative numbers.
 inline Ordered order(__m256i bits) {
   const __m256i magnitude = _mm256_set1_epi16(0x7fff);
   return _mm256_ternarylogic_epi64(bits, _mm256_srai_epi16(bits, 15), magnitude, 0x78);
@@ -151,15 +153,16 @@ inline void stream(std::byte* to, __m512i line) {
   _mm512_stream_si512(reinterpret_cast<__m512i*>(to), line);
 }
 
-// Elements of the pool.
+// The dtype of the pool's elements.
 template <DType kType>
 struct Elements;
 
 template <typename E, int64_t kSize>
 struct ElementsOf {
   static constexpr int64_t kBytes = kSize;
-  static constexpr bool kHasPairs = kSize == 2;               // of lanes, see Elements16
-  static constexpr int kLineVectors = 64 / (kLanes * kSize);  // that make a line
+  static constexpr bool kHasPairs =
+      kSize == 2;  // whether two vectors can be read together, see Elements16
+  static constexpr int kLineVectors = 64 / (kLanes * kSize);  // vectors that make a cache line
   static Floats read(const std::byte* from, int64_t count) {
     const auto* items = reinterpret_cast<const typename E::Item*>(from);
     return count >= kLanes ? E::load(items) : E::masked_load(items, first_lanes(count));
@@ -173,13 +176,13 @@ struct Elements<DType::kFloat32> : ElementsOf<Float32, 4> {
   static Floats round(Floats v) { return v; }
   static void stream_line(std::byte* to, const Floats* v) { stream(to, _mm512_castps_si512(v[0])); }
 
-  // What ranges are found of, and whether that shows what is no number.
+  // The type in which minima and maxima are found, and whether they show every NaN.
   using Range = Floats;
   static constexpr bool kRangesSeeAll = false;
   static Range read_range(const std::byte* from, int64_t count) { return read(from, count); }
   static Range least(Range a, Range b) { return min(a, b); }
   static Range greatest(Range a, Range b) { return max(a, b); }
-  // From lane `count` on, the first.
+  // Lanes from `count` on repeat the first.
   static Range repeat_first(Range v, int64_t count) {
     return _mm512_mask_mov_ps(_mm512_broadcastss_ps(_mm512_castps512_ps128(v)), first_lanes(count),
                               v);
@@ -189,8 +192,8 @@ struct Elements<DType::kFloat32> : ElementsOf<Float32, 4> {
 
 template <typename E>
 struct Elements16 : ElementsOf<E, 2> {
-  // Twice as many at a time. What ranges are found of lies in order, and numbers as `load_pair` has
-  // them.
+  // Two vectors at a time. Ranges of them are found in the order of memory, numbers come in the
+  // order of `load_pair`.
   using PairRange = __m512i;
   static PairRange read_pair_range(const std::byte* from) {
     return order(_mm512_loadu_si512(from));
@@ -237,15 +240,15 @@ struct Elements<DType::kFloat16> : Elements16<Float16> {
 };
 template <>
 struct Elements<DType::kBFloat16> : Elements16<BFloat16> {
-  // Even ones and odd ones.
+  // a holds the codes at even indices, b those at odd ones.
   static void store_codes(uint8_t* to, Words a, Words b) {
     const Words words = either(a, _mm512_slli_epi32(b, 16));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtusepi16_epi8(words));
   }
 
 #if defined(__AVX512BF16__)
-  // The instruction takes numbers below float32's normal ones for zero. Of codes come none: all are
-  // multiples of float16's least number.
+  // The instruction takes numbers below float32's normal ones for zero. Codes restore none of
+  // those: all restored numbers are multiples of float16's smallest.
   static void write(std::byte* to, Floats v, int64_t count) {
     const auto bits = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
     if (count >= kLanes) {

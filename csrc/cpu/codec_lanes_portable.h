@@ -1,5 +1,5 @@
-// What the codecs' kernels ask of any processor: eight numbers at a time, in plain C++. See
-// codec_lanes_avx512.h.
+// The lanes of the codecs' kernels for any processor: eight numbers at a time, in plain C++.
+// Comments are in codec_lanes_avx512.h, which has the same functions.
 #pragma once
 
 #include <algorithm>
@@ -83,7 +83,7 @@ inline Words half_below(Floats v) {
   return lanes_of<Words>([&](int64_t i) {
     const uint32_t half = half_of(v.v[i]);
     if (half_value(half) <= v.v[i]) return half;
-    // One step down: towards zero for numbers above it, away from it for others.
+    // The next lower float16: towards zero from positive numbers, away from it otherwise.
     return half == 0 ? 0x8001u : half & 0x8000u ? half + 1 : half - 1;
   });
 }

@@ -1,4 +1,6 @@
-// One side of a layer of bfloat16, written without loss and read.
+// Writes and reads one side of a layer of bfloat16 without loss ("l12"): per item, sign and
+// mantissa in a byte, and in 4 bits how far its exponent lies below its channel's largest ("top").
+// Exponents 15 or more below are listed apart as escapes; exponent 0 needs none.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +15,8 @@
 namespace kvkernels {
 namespace {
 
-// Signs, mantissas and distances of a row of exponents; whether one lies too far away.
+// Splits a row into signs and mantissas (`low`) and distances of the exponents from the tops
+// (`deltas`). Returns whether one lies too far away.
 inline bool split_row(const uint16_t* __restrict row, const uint16_t* __restrict tops, int64_t dim,
                       uint8_t* __restrict low, uint8_t* __restrict deltas) {
   uint16_t far = 0;
@@ -31,7 +34,7 @@ inline bool encode_any(const uint16_t* items, const Tile& tile, const Lossless& 
   uint16_t tops[kMaxCodecDim] = {};
   for (int64_t t = 0; t < tile.size; ++t) {
     const uint16_t* row = items + t * tile.dim;
-    // The next head, or the next side.
+    // Prefetches the next head, or the next side.
     const uint16_t* ahead = row + tile.size * tile.dim;
     for (int64_t c = 0; c < tile.dim; c += kLineItems) __builtin_prefetch(ahead + c, 0, 2);
     for (int64_t c = 0; c < tile.dim; ++c) {
@@ -62,7 +65,7 @@ inline bool encode_any(const uint16_t* items, const Tile& tile, const Lossless& 
   return true;
 }
 
-// Half a row: channels whose distances lie in the bits from kShift on.
+// Joins half a row: the channels whose distances lie in the 4 bits from kShift on.
 template <int kShift>
 inline void join_row(const uint8_t* __restrict low, const uint8_t* __restrict nibbles,
                      const uint16_t* __restrict tops, int64_t count, uint16_t* __restrict row) {
@@ -88,7 +91,7 @@ inline void decode_any(const Lossless& in, const Tile& tile, uint16_t* items) {
 inline void put_escapes(const Lossless& in, const Tile& tile, uint16_t* items) {
   for (int64_t i = 0; i < kNumEscapes; ++i) {
     const uint32_t place = in.escapes[i] & 0xffffff;
-    // Also where a record is not what an encoder wrote.
+    // Checked because a record may not be what an encoder wrote.
     if (in.escapes[i] == kUnusedEscape || place >= tile.size * tile.dim) continue;
     const uint32_t exponent = in.escapes[i] >> 24, low = in.low[place];
     items[place] = static_cast<uint16_t>((low & 0x80) << 8 | exponent << 7 | (low & 0x7f));
@@ -115,7 +118,7 @@ inline void decode_head(const Lossless& in, const Tile& tile, uint16_t* items) {
   decode_any(in, tile, items);
 }
 
-// Without loss all of a row is written: there are no channels beside it.
+// Lossless codes cover all channels of a row: no others lie between them.
 inline Lossless lossless_parts(const Side& side, std::byte* layer, int64_t head) {
   const int64_t num_items = side.block_size * side.head_dim;
   const int64_t* parts = side.format.parts;

@@ -1,7 +1,9 @@
-// Lossless codes of rows of whole vectors, 64 channels at a time as bytes, with AVX-512.
+// Lossless codes (see codec_lossless.h) with AVX-512, 64 channels at a time as bytes. For rows of
+// whole vectors.
 //
-// A vector of bytes is packed of two of bfloat16s lane by lane: of its quadwords, 0, 2, 4 and 6 are
-// of the first 32 channels, the others of the last 32. It is put in order where it is stored.
+// Two vectors of bfloat16 are packed to one of bytes lane by lane ("packed" below): its quadwords
+// 0, 2, 4 and 6 are of the first 32 channels, the others of the last 32. It is put in order when it
+// is stored.
 #pragma once
 
 #include <bit>
@@ -15,9 +17,9 @@ namespace {
 
 constexpr int64_t kVectorChannels = 64, kVectorBytes = 64;
 
-// Whether vectors may be written there past the cache. What is written is not read soon: payload
-// leaves the processor, and a restored pool is more than its caches hold. So no line is read only
-// to be overwritten.
+// Whether vectors can be written there past the cache (streaming stores), so that no line is read
+// only to be overwritten. What is written is not read soon: payloads leave the processor, and a
+// restored pool is larger than its caches.
 inline bool can_stream(const void* target) {
   return reinterpret_cast<std::uintptr_t>(target) % kVectorBytes == 0;
 }
@@ -39,7 +41,7 @@ void put(void* target, __m256i v) {
   }
 }
 
-// Quadwords of packed bytes in the order of channels, and the other way.
+// Puts packed quadwords in the order of channels, and back.
 inline __m512i in_order(__m512i packed) {
   return _mm512_permutexvar_epi64(_mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0), packed);
 }
@@ -52,7 +54,7 @@ inline __m512i select(__m512i mask, __m512i a, __m512i b) {
   return _mm512_ternarylogic_epi64(mask, a, b, 0xca);
 }
 
-// The low, or the high, bytes of 64 numbers.
+// The low, or the high, bytes of 64 numbers, packed.
 inline __m512i low_bytes(__m512i first, __m512i last) {
   const __m512i mask = _mm512_set1_epi16(0xff);
   return _mm512_packus_epi16(_mm512_and_si512(first, mask), _mm512_and_si512(last, mask));
@@ -61,11 +63,11 @@ inline __m512i high_bytes(__m512i first, __m512i last) {
   return _mm512_packus_epi16(_mm512_srli_epi16(first, 8), _mm512_srli_epi16(last, 8));
 }
 
-// Largest exponents of every channel, packed; asks for what comes behind the tile.
+// Finds the largest exponent of every channel, packed. Prefetches what comes after the tile.
 template <int kVectors>
 void find_tops(const uint16_t* items, const Tile& tile, __m512i* tops) {
   constexpr int kHalves = 2 * kVectors;
-  __m512i largest[kHalves];  // doubled, so that the exponent is the high byte
+  __m512i largest[kHalves];  // of doubled numbers, so that the exponent is the high byte
   for (int v = 0; v < kHalves; ++v) largest[v] = _mm512_setzero_si512();
   const int64_t num_items = tile.size * tile.dim;
   for (int64_t i = 0; i < num_items; i += tile.dim) {
@@ -79,7 +81,8 @@ void find_tops(const uint16_t* items, const Tile& tile, __m512i* tops) {
   for (int v = 0; v < kVectors; ++v) tops[v] = high_bytes(largest[2 * v], largest[2 * v + 1]);
 }
 
-// What is written of 64 channels, packed: signs and mantissas, distances, and which are too far.
+// What is written of 64 channels, packed: signs and mantissas, distances, and which of these are
+// too far.
 struct Split {
   __m512i low, deltas;
   __mmask64 is_far;
@@ -89,7 +92,8 @@ inline Split split(const uint16_t* items, __m512i tops) {
   const __m512i first = _mm512_loadu_si512(items), last = _mm512_loadu_si512(items + 32);
   const __m512i low = low_bytes(first, last), high = high_bytes(first, last);
   const __m512i furthest = _mm512_set1_epi8(15), sign = _mm512_set1_epi8(-128);
-  // Doubling the high byte drops the sign; the exponent's last bit is the low byte's first.
+  // Doubling the high byte drops the sign; the exponent's last bit is the first one of the low
+  // byte.
   const __m512i last_bit = _mm512_and_si512(_mm512_srli_epi16(low, 7), _mm512_set1_epi8(1));
   const __m512i exponents = _mm512_or_si512(_mm512_add_epi8(high, high), last_bit);
   const __m512i deltas = _mm512_sub_epi8(tops, exponents);
@@ -102,7 +106,8 @@ inline __m512i join_nibbles(__m512i first, __m512i second) {
   return _mm512_or_si512(first, _mm512_slli_epi16(second, 4));
 }
 
-// Those of a row that lie too far away, in the order of channels. False if there are too many.
+// Adds the exponents of a row that lie too far away, in the order of channels. False if there are
+// too many for the list.
 inline bool add_escapes(const uint16_t* row, int64_t first_item, __mmask64 is_far,
                         uint32_t* escapes, int64_t& num_escapes) {
   for (int quad = 0; quad < 8; ++quad) {
@@ -116,7 +121,7 @@ inline bool add_escapes(const uint16_t* row, int64_t first_item, __mmask64 is_fa
   return true;
 }
 
-// For who takes the sums of what is written later, out of the cache.
+// A Sums that takes none: for a caller that sums the bytes afterwards, out of the cache.
 struct NoSums {
   static constexpr bool kMayStream = false;
   void begin_row() {}
@@ -124,8 +129,8 @@ struct NoSums {
   void take_nibbles(__m512i, int) {}
 };
 
-// Rows of kVectors * 64 channels. False if the codec cannot hold them. `sums` takes every vector
-// that is written of a row, the last one of nibbles with zeros behind them where they fill half.
+// Encodes rows of kVectors * 64 channels. False if the codec cannot hold them. `sums` takes every
+// vector that is written of a row; where nibbles fill only half a vector, zeros follow.
 template <int kVectors, bool kStreams, typename Sums>
 bool encode_rows(const uint16_t* items, const Tile& tile, const Lossless& out, Sums& sums) {
   __m512i tops[kVectors];
@@ -148,7 +153,7 @@ bool encode_rows(const uint16_t* items, const Tile& tile, const Lossless& out, S
       put<kStreams>(out.low + i + kVectorChannels * v, low);
       sums.take_low(low, v);
     }
-    // A byte holds a channel and the one half a row behind it.
+    // A byte holds the distances of a channel and of the one half a row further.
     uint8_t* nibbles = out.exponents + i / 2;
     if constexpr (kVectors == 1) {
       const __m512i half_behind = _mm512_bsrli_epi128(parts[0].deltas, 8);
@@ -185,20 +190,21 @@ bool encode_vectors(const uint16_t* items, const Tile& tile, const Lossless& out
   return encode_rows<kVectors, false>(items, tile, out, sums);
 }
 
-// 64 numbers of signs and mantissas, and of distances; both packed.
+// Joins 64 numbers from their signs and mantissas and their distances, both packed.
 template <bool kStreams>
 void join(__m512i low, __m512i deltas, __m512i tops, uint16_t* items) {
   const __mmask64 is_near = _mm512_cmpneq_epi8_mask(deltas, _mm512_set1_epi8(15));
   const __m512i exponents = _mm512_maskz_sub_epi8(is_near, tops, deltas);
   const __m512i sign = _mm512_set1_epi8(-128);
-  // Shifts of words carry bits across bytes, but only to or from bits that the sign replaces.
+  // Shifts of 16-bit words carry bits across bytes, but only from or to bits that the sign
+  // replaces.
   const __m512i high = select(sign, low, _mm512_srli_epi16(exponents, 1));
   const __m512i rest = select(sign, _mm512_slli_epi16(exponents, 7), low);
   put<kStreams>(items, _mm512_unpacklo_epi8(rest, high));
   put<kStreams>(items + 32, _mm512_unpackhi_epi8(rest, high));
 }
 
-// Rows of kVectors * 64 channels, without those that lie too far away.
+// Decodes rows of kVectors * 64 channels, except for escapes.
 template <int kVectors, bool kStreams>
 void decode_rows(const Lossless& in, const Tile& tile, uint16_t* items) {
   const __m512i nibble = _mm512_set1_epi8(15);

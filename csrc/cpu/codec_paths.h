@@ -1,4 +1,4 @@
-// The codecs' kernels, one set for each instruction set.
+// What each instruction set implements for the codecs, and the data that they pass.
 #pragma once
 
 #include <cstddef>
@@ -9,12 +9,12 @@ namespace kvkernels {
 
 constexpr int64_t kMaxCodecDim = 1024;
 
-// Tokens and channels of one head, and items from one token to the next.
+// One head: `size` tokens, `dim` channels, `stride` items from one token to the next.
 struct Tile {
   int64_t size, dim, stride;
 };
 
-// One side of one layer: items [num_heads, block_size, num_channels], of rows of head_dim.
+// One side of one layer: items [num_heads, block_size, num_channels], in rows of head_dim.
 struct Side {
   SideFormat format;
   int64_t num_heads, block_size, head_dim;
@@ -22,11 +22,11 @@ struct Side {
   int64_t num_rows() const { return num_heads * block_size; }
   int64_t num_items() const { return num_rows() * format.num_channels; }
   Tile tile() const { return {block_size, format.num_channels, head_dim}; }
-  // Where its lossless codes end, which are of all channels.
+  // End of its lossless codes, which cover all channels; in bytes from the layer's start.
   int64_t lossless_end() const { return format.parts[3] + num_heads * head_dim; }
 };
 
-// Where the parts of one head's lossless codes lie.
+// The parts of one head's lossless codes.
 struct Lossless {
   uint8_t *low, *exponents;
   uint32_t* escapes;
@@ -39,8 +39,9 @@ struct CodecKernels {
   // False if the codec cannot hold the items.
   bool (*encode)(const Side& side, const std::byte* items, std::byte* layer);
   CodecDecode decode;
-  // Where sums can be taken on the way, else null: of which sides, and `encode` that also adds the
-  // sums of what it writes, of words counted from the layer's start.
+  // For instruction sets that can sum bytes while encoding, else null. can_sum: for which sides.
+  // encode_and_sum: encodes, and adds the sums of what it writes, with words counted from the
+  // layer's start.
   bool (*can_sum)(const Side& side) = nullptr;
   bool (*encode_and_sum)(const Side& side, const std::byte* items, std::byte* layer,
                          WordSums& sums) = nullptr;
@@ -50,10 +51,10 @@ CodecKernels portable_codec_kernels(DType dtype);
 CodecKernels avx2_codec_kernels(DType dtype);
 CodecKernels avx512_codec_kernels(DType dtype);
 
-// avx512_codec_kernels(); only where there is AVX512-VNNI too.
+// avx512_codec_kernels() with encode_and_sum; needs AVX512-VNNI.
 CodecKernels avx512_vnni_codec_kernels(DType dtype);
 
-// To bfloat16; only where there is AVX512-BF16.
+// Decodes to bfloat16; needs AVX512-BF16.
 CodecDecode avx512_bf16_codec_decode();
 
 }  // namespace kvkernels

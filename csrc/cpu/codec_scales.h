@@ -1,5 +1,5 @@
-// Scales of sets of elements, in terms of the lanes of an instruction set: to be included after one
-// of the codec_lanes_*.h.
+// Finds the scales of sets of elements. Written in terms of the lanes of an instruction set: to be
+// included after one of the codec_lanes_*.h. Every lane works on one set.
 #pragma once
 
 #include <cstdint>
@@ -9,15 +9,15 @@
 namespace kvkernels {
 namespace {
 
-// What turns numbers into codes, a set of codes a lane.
+// What turns numbers into codes; one set of codes per lane.
 struct Steps {
   Floats low, inverse;
   Floats top;    // the greatest code
-  bool has_top;  // whether that may be less than bits hold, in any lane
+  bool has_top;  // whether it may be less than the largest code of these bits, in any lane
 };
 
-// The code of a number, not yet rounded and bounded. Once it is rounded it is not below zero: a
-// minimum is rounded down, or up by at most half of the least scale.
+// The code of a number, before rounding and bounding. Rounded it is never below zero: a minimum is
+// rounded down, or up by at most half of the smallest scale.
 inline Floats find_code(Floats v, const Steps& steps) {
   return mul(sub(v, steps.low), steps.inverse);
 }
@@ -28,7 +28,7 @@ inline Words to_code(Floats v, const Steps& steps, int part) {
   return code_at<kBits>(kHasTop ? min(code, steps.top) : code, part);
 }
 
-// A scale, the code of the greatest element, and what that restores.
+// A scale, the code of the greatest element, and the number which that code restores.
 struct Fit {
   Floats scale, top, restored;
 };
@@ -37,7 +37,7 @@ template <DType kType>
 inline Fit fit_scale(Floats low, Floats highest, Floats levels, Floats step) {
   const auto code_of_highest = [&](Floats scale) {
     const Floats code = max(mul(sub(highest, low), inverse_of(scale)), all(0.0f));
-    const Floats to_whole = all(0x1.8p23f);  // from here on, floats are whole numbers
+    const Floats to_whole = all(0x1.8p23f);  // floats of this size are integers
     return sub(add(min(code, levels), to_whole), to_whole);
   };
   const auto restored = [&](Floats scale) {
@@ -49,7 +49,8 @@ inline Fit fit_scale(Floats low, Floats highest, Floats levels, Floats step) {
   return {scale, code_of_highest(scale), restored(scale)};
 }
 
-// All of what kvkernels/reference/quantize.py does to find scales: for sets that are rare.
+// All steps of kvkernels/reference/quantize.py. Needed only for sets with tiny scales or minimums,
+// which are rare.
 template <DType kType>
 [[gnu::noinline, gnu::cold]] Steps find_small_scales(Floats lowest, Floats highest, Floats levels,
                                                      Floats step, uint16_t* pairs, int64_t count) {
@@ -71,11 +72,12 @@ inline Steps find_scales(Floats lowest, Floats highest, int bits, uint16_t* pair
   const Words minimum = half_below(lowest);
   const Floats low = from_half(minimum);
   const Floats first = from_half(half_nearest(mul(sub(highest, low), step)));
-  // A scale may still come out a little smaller than the first.
+  // The threshold leaves room: the final scale may come out a little smaller than the first.
   if (any_small(lowest, first)) {
     return find_small_scales<kType>(lowest, highest, levels, step, pairs, count);
   }
-  // Once more for the range as the codes would restore it: they give the same scale again.
+  // Again for the range that the codes will restore: encoding restored numbers then gives the same
+  // scale.
   const Floats restored = Elements<kType>::round(add(low, mul(first, levels)));
   const Words scale = half_nearest(mul(sub(restored, low), step));
   store_pairs(pairs, scale, minimum, count);

@@ -1,4 +1,5 @@
-// Codes of values: channels of a token share a scale. In terms of lanes as codec_scales.h is.
+// Codes of values: channels of a token share a scale. In terms of the lanes of an instruction set,
+// like codec_scales.h.
 #pragma once
 
 #include <algorithm>
@@ -10,10 +11,12 @@
 namespace kvkernels {
 namespace {
 
-// Of sets whose scales are found at a time: while one vector waits for a quotient, so does another.
+// Vectors of sets whose scales are found at a time: while one waits for a division, another can go
+// on.
 constexpr int64_t kSetVectors = 2;
 
-// What codes of some tokens' values are found with, and values of codes: of each of their sets.
+// The scales of some tokens, one entry per set (a group of a token's channels): for encoding and
+// decoding.
 struct ValueSets {
   ValueSets(int64_t dim, int64_t width, int64_t count)
       : num_groups(count),
@@ -23,21 +26,21 @@ struct ValueSets {
         in_pairs(width % (2 * kLanes) == 0 && (count == 1 || group_size % (2 * kLanes) == 0)) {}
 
   int64_t num_groups, group_size;
-  int64_t batch;    // tokens at a time: as many whole ones as their sets fill such vectors
-  bool in_columns;  // whether kLanes channels lie in one group and in one part of a row of codes
-  bool in_pairs;    // whether twice as many do
+  int64_t batch;    // tokens at a time: as many as have kSetVectors vectors of sets
+  bool in_columns;  // whether any kLanes channels lie in one group and one part of a row of codes
+  bool in_pairs;    // whether any 2 * kLanes channels do
   float low[kMaxCodecDim + kLanes], inverse[kMaxCodecDim + kLanes], top[kMaxCodecDim + kLanes];
   float scale[kMaxCodecDim + kLanes];
 };
 
-// Numbers of each of a token's groups, to be looked up for kLanes channels at a time, where those
-// may lie in several.
+// Repeats a number per group for each of its channels, so that kLanes channels can be looked up at
+// a time where these may lie in several groups.
 class ByChannel {
  public:
   explicit ByChannel(const ValueSets& sets)
       : num_groups_(sets.num_groups), group_size_(sets.group_size) {}
 
-  // The groups of the token that follows.
+  // Sets the numbers of one token's groups.
   void begin(const float* groups) {
     for (int64_t group = 0; group < num_groups_; ++group) {
       std::fill_n(channels_ + group * group_size_, group_size_, groups[group]);
@@ -53,7 +56,7 @@ class ByChannel {
   float channels_[kMaxCodecDim + kLanes];
 };
 
-// Lowest and highest of up to kLanes sets of neighbouring items, `group_size` each.
+// Finds the lowest and highest element of up to kLanes sets of `group_size` neighbouring items.
 template <DType kType>
 inline void find_ranges(const std::byte* items, int64_t num_sets, int64_t group_size,
                         Floats& lowest, Floats& highest) {
@@ -79,7 +82,7 @@ inline void find_ranges(const std::byte* items, int64_t num_sets, int64_t group_
     if (group_size < kLanes) a = E::repeat_first(a, group_size);
     Range b = a;
     for (int64_t i = kLanes; i < group_size; i += kLanes) {
-      // The last ones may overlap those before.
+      // The last vector may overlap the one before.
       const Range v = E::read_range(first + std::min(i, group_size - kLanes) * E::kBytes, kLanes);
       a = E::least(a, v);
       b = E::greatest(b, v);
@@ -91,7 +94,7 @@ inline void find_ranges(const std::byte* items, int64_t num_sets, int64_t group_
   highest = E::floats(greatest_of_each(high));
 }
 
-// Columns of kVectors times kLanes channels: a column is in the same group of every token.
+// Encodes columns of kVectors * kLanes channels: a column lies in the same group of every token.
 template <DType kType, int kBits, int kVectors, bool kHasTop>
 void encode_columns(const std::byte* items, int64_t num_tokens, int64_t width,
                     const ValueSets& sets, uint8_t* codes) {
@@ -122,7 +125,7 @@ void encode_columns(const std::byte* items, int64_t num_tokens, int64_t width,
   }
 }
 
-// Rows of any width, in groups of any size.
+// Encodes rows of any width, in groups of any size.
 template <DType kType, int kBits, bool kHasTop>
 void encode_rows(const std::byte* items, int64_t num_tokens, int64_t width, const ValueSets& sets,
                  uint8_t* codes) {
@@ -157,7 +160,7 @@ auto choose_encoder(const ValueSets& sets) {
                          : encode_rows<kType, kBits, kHasTop>;
 }
 
-// Tokens of values are dense: there are no more channels than those that are written.
+// Encodes one head. Tokens are dense: values have no channels that are left out.
 template <DType kType, int kBits>
 void encode_values(const std::byte* items, const Tile& tile, int64_t num_groups, uint8_t* codes,
                    uint16_t* pairs, Words& magnitudes) {
@@ -188,7 +191,7 @@ void encode_values(const std::byte* items, const Tile& tile, int64_t num_groups,
   }
 }
 
-// As in `decode_keys`.
+// Decodes columns; kVectors as in `decode_keys`.
 template <DType kType, int kBits, int kVectors>
 void decode_columns(const uint8_t* codes, int64_t num_tokens, int64_t width, const ValueSets& sets,
                     std::byte* items) {

@@ -12,7 +12,8 @@
 namespace kvkernels {
 namespace {
 
-constexpr int64_t kGrainBytes = 128 << 10;  // of the pool: some 10 microseconds of work
+constexpr int64_t kGrainBytes = 128
+                                << 10;  // bytes of the pool per piece of work: some 10 microseconds
 
 #if defined(__x86_64__)
 CodecKernels find_avx512_kernels(AttentionPath path, DType dtype) {
@@ -66,8 +67,8 @@ void for_each_layer(const CodecArgs& args, int num_threads, const Visit& visit) 
                   });
 }
 
-// Whether a layer's bytes are those in the pool: its sides adjoin there as they do in the payload,
-// and leave no gap.
+// Whether a payload's layer is a plain copy of the pool's: all sides raw, in the same order and
+// without gaps.
 bool is_copy(const CodecArgs& args, const LayerFormat& format) {
   return format.num_bytes == layer_bytes(args) &&
          std::all_of(format.sides, format.sides + format.num_sides,
@@ -82,7 +83,8 @@ std::byte* find_items(const CodecArgs& args, const Layer& layer, const SideForma
   return layer.items + side.plane * plane_bytes(args) + side.first_channel * item_bytes(args);
 }
 
-// The end of the parts of a side, without what separates it from the next.
+// The end of a side's parts, before the padding that separates it from the next; in bytes from the
+// layer's start.
 int64_t end_of(const Side& side, int64_t item_bytes) {
   const SideFormat& format = side.format;
   if (format.bits == kRawBits) return format.parts[0] + side.num_items() * item_bytes;
@@ -91,8 +93,8 @@ int64_t end_of(const Side& side, int64_t item_bytes) {
   return format.parts[1] + side.num_heads * format.num_groups * sets * 4;
 }
 
-// Side `index`, and zeros behind it up to the next or to the layer's end. Adds the sums of both,
-// unless `sums` is null. False if the codec cannot hold the side.
+// Encodes side `index`, and writes zeros behind it up to the next or to the layer's end. Adds the
+// sums of both unless `sums` is null. False if the codec cannot hold the side.
 bool encode_side(const CodecArgs& args, const CodecKernels& kernels, const Layer& layer,
                  int64_t index, WordSums* sums) {
   const LayerFormat& format = layer.format;
@@ -139,7 +141,7 @@ void decode_blocks(const CodecArgs& args, AttentionPath path, int num_threads) {
     args.is_good[index] =
         found.sum == args.sums[index].sum && found.weighted == args.sums[index].weighted;
     if (!args.is_good[index]) return;
-    if (is_copy(args, format)) {  // This does not read the pool first.
+    if (is_copy(args, format)) {  // streaming does not read the pool's lines first
       copy_streaming(layer.payload, layer.items, format.num_bytes);
       return;
     }

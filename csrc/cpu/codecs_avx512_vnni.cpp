@@ -1,5 +1,5 @@
-// Lossless codes, and the sums of what is written, in one pass: of what lies in registers already,
-// while memory is waited for.
+// Encodes lossless codes and sums what is written in one pass: the sums are taken from registers,
+// while the encoder waits for memory.
 #include <algorithm>
 
 #include "cpu/checksum_sums_avx512_vnni.h"
@@ -10,7 +10,8 @@ namespace {
 
 using avx512_vnni::ByteSums;
 
-// The sums of heads whose rows adjoin: of signs and mantissas, and of distances. A row is a group.
+// A Sums (see encode_rows) over neighbouring heads: of signs and mantissas, and of distances. A row
+// is a group of ByteSums.
 struct RowSums {
   static constexpr bool kMayStream = true;
   ByteSums low, nibbles;
@@ -23,8 +24,8 @@ struct RowSums {
   void take_nibbles(__m512i bytes, int vector) { nibbles.take(bytes, vector); }
 };
 
-// A row of 256 channels adds at most 4 * 4 * 255 to each of `low.first`, and so many rows less than
-// 2^32 to `low.outer`.
+// So that sums stay within 32 bits: a row of 256 channels adds at most 4 * 4 * 255 to each lane of
+// `low.first`, and this many rows add less than 2^32 to `low.outer`.
 constexpr int64_t kMostRows = 1024;
 
 template <int kVectors>
