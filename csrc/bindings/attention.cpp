@@ -1,4 +1,4 @@
-// The attention and cache kernels' part of the Python extension.
+// Python bindings of the attention and cache kernels.
 #include <pybind11/stl.h>
 
 #include <array>
@@ -16,8 +16,8 @@ namespace {
 
 namespace py = pybind11;
 
-// Addresses, sizes and strides come in groups, in the order in which the structures hold them: one
-// Python argument each would double the time of a call.
+// Addresses, sizes and strides come in arrays, in the order of the structures' fields: a Python
+// argument for each would double the time of a call.
 void store_kv(const std::array<uintptr_t, 5>& pointers, const std::array<int64_t, 5>& sizes,
               const std::array<int64_t, 5>& key_strides,
               const std::array<int64_t, 5>& value_strides, int64_t slot_mapping_stride,
@@ -45,7 +45,7 @@ void store_kv(const std::array<uintptr_t, 5>& pointers, const std::array<int64_t
   kvkernels::store_kv(args, num_threads);
 }
 
-// What `_describe` of native.py gives; an absent cache has no entries.
+// `fields` is what `_describe` of native.py returns; empty: there is no such cache.
 kvkernels::QuantizedCache quantized_cache(const std::vector<int64_t>& fields) {
   kvkernels::QuantizedCache cache = {};
   if (fields.empty()) return cache;

@@ -1,4 +1,4 @@
-// What the files of the Python extension have in common.
+// Declarations that the files of the Python extension share.
 #pragma once
 
 #include <pybind11/pybind11.h>

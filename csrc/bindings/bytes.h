@@ -1,4 +1,4 @@
-// What the files of the Python extension read of Python's buffers.
+// Access to Python's buffers for the files of the Python extension.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,7 +9,7 @@
 
 namespace kvkernels::bindings {
 
-// Contiguous bytes of any Python buffer; it cannot be freed or resized while this lives.
+// The bytes of any contiguous Python buffer; it cannot be freed or resized while this lives.
 class Bytes {
  public:
   explicit Bytes(pybind11::handle data) {
@@ -30,8 +30,7 @@ class Bytes {
   Py_buffer view_;
 };
 
-// Buffers that cannot be freed or resized while this holds them. Only to be released with the
-// interpreter's lock held.
+// Buffers that cannot be freed or resized while this holds them. To be released with the GIL held.
 class HeldBuffers {
  public:
   HeldBuffers() = default;

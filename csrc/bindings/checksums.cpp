@@ -1,4 +1,4 @@
-// The part of the Python extension that sums bytes.
+// Python bindings of the checksums.
 #include <pybind11/numpy.h>
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// The codecs' part of the Python extension: addresses and sizes that Python has checked.
+// Python bindings of the codecs. Addresses and sizes have been checked in Python.
 #include <pybind11/stl.h>
 
 #include <array>

@@ -1,4 +1,4 @@
-// The decoder layer's part of the Python extension.
+// Python bindings of the decoder layer.
 #include "kvkernels/decoder_layer.h"
 
 #include <pybind11/stl.h>
@@ -13,11 +13,11 @@ namespace {
 
 namespace py = pybind11;
 
-// Addresses, sizes and strides come in groups, in the order in which the structures hold them.
+// Addresses, sizes and strides come in arrays, in the order of the structures' fields.
 using LayerSizes = std::array<int64_t, 5>;
 using CacheSizes = std::array<int64_t, 6>;
 using NormFields = std::tuple<uintptr_t, float, bool>;
-// The addresses of weight and bias, features that come out, the weight's stride.
+// Addresses of weight and bias, out_features, the weight's stride.
 using LinearFields = std::array<int64_t, 4>;
 using TokenPointers = std::array<uintptr_t, 9>;
 
@@ -109,7 +109,7 @@ void bind_decoder_layer(py::module_& module) {
              finish_layer(layer, layer_tokens(tokens, num_tokens), static_cast<AttentionPath>(path),
                           num_threads);
            })
-      // Both steps, since a call takes as long as many a kernel.
+      // Two steps in one call, since a call from Python takes as long as many a kernel.
       .def(
           "attend_and_finish",
           [](const DecoderLayer& layer, const TokenPointers& pointers, int64_t num_tokens,

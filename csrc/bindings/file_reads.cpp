@@ -1,4 +1,4 @@
-// The disk tier's reads, as Python sees them.
+// Python bindings of the disk tier's reads.
 #include <algorithm>
 #include <chrono>
 #include <cstddef>
@@ -18,8 +18,9 @@ namespace {
 namespace py = pybind11;
 using namespace std::chrono_literals;
 
-// Reads of (fd, offset, buffers, multiple); `files` is kept while they last, and has the
-// descriptors. `preadv` is the address of what is called in place of the system's, unless it is 0.
+// Reads, each given as (fd, offset, buffers, multiple). `files` is whatever owns the descriptors,
+// and is kept alive as long as this. `preadv` is the address of a function that stands in for the
+// system's, or 0.
 class Reads {
  public:
   Reads(const py::sequence& reads, int64_t piece_bytes, py::object files, uintptr_t preadv)
@@ -49,7 +50,8 @@ class Reads {
     reads_->work();
   }
 
-  // Returns once nothing is read any more, an interruption or not.
+  // Reads everything in this thread and waits for the others. An interruption (KeyboardInterrupt)
+  // is raised only after that.
   void run() {
     {
       const py::gil_scoped_release release;
@@ -59,7 +61,8 @@ class Reads {
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
   }
 
-  // Returns by then in any case. What was not begun never is, and its memory is let go of.
+  // Waits for other threads to read everything, until the timeout at the latest. After that no read
+  // is begun, and buffers of reads that are not under way are released.
   void run_elsewhere(double timeout_s) {
     const Stop stop(*this);
     const double longest_s = 1e-9 * static_cast<double>(std::numeric_limits<int64_t>::max() / 2);
@@ -76,7 +79,7 @@ class Reads {
     }
   }
 
-  // For each the bytes read, or the error number, negative; None of what was not read in time.
+  // For each read the bytes read, or a negative errno; None for one not finished in time.
   py::list outcomes() const {
     py::list outcomes;
     for (const int64_t outcome : reads_->outcomes()) {

@@ -1,4 +1,4 @@
-// The prefix index's part of the Python extension.
+// Python bindings of the prefix index.
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
@@ -25,9 +25,9 @@ namespace {
 
 namespace py = pybind11;
 
-// The tree behind a mutex. A call that takes microseconds keeps the GIL: giving it up can cost a
-// thread switch of milliseconds to get it back. Nobody waits for the mutex with the GIL in hand,
-// and no Python code runs under the mutex, so the two cannot deadlock.
+// The tree behind a mutex. A call that takes microseconds keeps the GIL: after giving it up,
+// getting it back can cost a thread switch of milliseconds. Nobody waits for the mutex while
+// holding the GIL, and no Python code runs under the mutex, so the two cannot deadlock.
 class LockedTree {
  public:
   LockedTree(std::uint32_t block_size, std::uint32_t num_groups,
@@ -79,7 +79,8 @@ py::array to_rows(const std::vector<std::int32_t>& ids, std::uint32_t num_groups
   return rows;
 }
 
-// A match as Python sees it. A bound class because a Python one costs half a microsecond to make.
+// A match as Python sees it. A class bound here, because an instance of a Python class costs half a
+// microsecond to make.
 struct RadixMatch {
   std::uint64_t tree_id;
   std::size_t num_tokens;
@@ -96,7 +97,7 @@ RadixTree::Handle unpack(std::uint64_t packed) {
   return {static_cast<std::uint32_t>(packed), static_cast<std::uint32_t>(packed >> 32)};
 }
 
-// By RadixTree::match or RadixTree::peek.
+// Calls RadixTree::match or RadixTree::peek.
 template <auto find>
 RadixMatch find_run(LockedTree& locked, py::handle tokens, py::handle salt) {
   const TokenView view(tokens);
@@ -147,7 +148,7 @@ py::array detach(LockedTree& locked, py::handle tokens, std::size_t num_kept, py
                  locked.num_groups());
 }
 
-// (salt, first_block, tokens, block_ids, tick, num_pins), or None for a stale handle
+// Returns (salt, first_block, tokens, block_ids, tick, num_pins), or None for a stale handle.
 py::object describe(LockedTree& locked, std::uint64_t handle) {
   const auto run = locked.with_gil([&](RadixTree& tree) { return tree.describe(unpack(handle)); });
   if (!run) return py::none();

@@ -1,4 +1,4 @@
-// What calls of the prefix index give it, checked: token ids and block ids, read where they lie.
+// Checks the arguments of the prefix index: token ids and block ids, read where they lie.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -26,7 +26,7 @@ namespace py = pybind11;
 
 inline std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
 
-// The token ids of a call as uint32, and whatever keeps them alive. Numpy arrays and buffers of
+// The token ids of a call as uint32, with whatever keeps them alive. Numpy arrays and buffers of
 // int32 or uint32 are read where they lie; all else is copied. Every token is checked.
 class TokenView {
  public:
@@ -57,8 +57,8 @@ class TokenView {
     }
   }
 
-  // Reads small ints directly, which is to say all tokens in practice: a list that lies in a near
-  // cache is matched 2.3 times as fast as with Python's own conversion.
+  // Reads a small int directly, and in practice all tokens are small: a list that lies in a near
+  // cache is matched 2.3 times as fast as with Python's own conversion. False for any other object.
   static bool read_small(PyObject* item, std::uint32_t& value) {
     if (!PyLong_CheckExact(item)) return false;
     const auto* number = reinterpret_cast<const PyLongObject*>(item);
@@ -108,7 +108,8 @@ class TokenView {
     if (data_ != copy_.get()) owner_ = std::move(array);
   }
 
-  // Numpy takes 0.5 us to wrap an array.array; this takes 0.05.
+  // For buffers such as array.array, which numpy takes 0.5 us to wrap, and this 0.05. False if the
+  // object has no buffer.
   bool read_buffer(py::handle object) {
     if (!PyObject_CheckBuffer(object.ptr())) return false;
     if (PyObject_GetBuffer(object.ptr(), &buffer_, PyBUF_FORMAT | PyBUF_STRIDES) != 0) {
@@ -171,8 +172,8 @@ class TokenView {
     if (bits >> 32 != 0) refuse_first_bad<T>(data, stride);
   }
 
-  // All items or-ed together. Several sums side by side are four times as fast as one: a range
-  // check of a prompt costs less than comparing it.
+  // The bitwise or of all items, for a range check. Several accumulators are four times as fast as
+  // one: checking a prompt then costs less than comparing it.
   template <class Item>
   auto or_all(Item item) const {
     constexpr std::size_t kLanes = 16;
@@ -201,7 +202,8 @@ class TokenView {
     refuse_value(std::to_string(value));
   }
 
-  struct Buffer : Py_buffer {  // a member, so that it is released when the constructor throws
+  struct Buffer
+      : Py_buffer {  // a member of its own, so that it is released if the constructor throws
     Buffer() : Py_buffer{} {}
     ~Buffer() { PyBuffer_Release(this); }  // does nothing unless it was filled
   };
@@ -228,7 +230,7 @@ class BlockIdView {
     if (dtype.kind() != 'i' && (dtype.kind() != 'u' || dtype.itemsize() == 8)) {
       refuse("block_ids", "dtype int32", "dtype " + std::string(py::str(dtype)));
     }
-    // Numpy converts where the array is of another type or not contiguous.
+    // Numpy converts arrays of other types, or not contiguous ones.
     const auto wide = dtype.itemsize() > 4 || dtype.kind() == 'u';
     if (wide) check_range(py::array_t<std::int64_t, kPlain>::ensure(array));
     array_ = py::array_t<std::int32_t, kPlain>::ensure(array);

@@ -1,4 +1,4 @@
-// The linear layer's part of the Python extension.
+// Python bindings of linear layers.
 #include "kvkernels/linear.h"
 
 #include <pybind11/stl.h>
@@ -12,8 +12,8 @@
 
 namespace kvkernels::bindings {
 
-// Of the input: its address, rows, features and stride. Of each layer: the addresses of its weight,
-// bias and result, its weight's shape and stride.
+// input: address, rows, features and stride. parts: for each layer the addresses of weight, bias
+// and result, the weight's shape and its stride.
 void bind_linear(pybind11::module_& module) {
   module.def("linear", [](const std::array<int64_t, 4>& input,
                           const std::vector<std::array<int64_t, 6>>& parts, int dtype, int path,
@@ -21,7 +21,8 @@ void bind_linear(pybind11::module_& module) {
     std::vector<LinearLayer> layers;
     layers.reserve(parts.size());
     for (const auto& [weight, bias, out, out_features, in_features, weight_stride] : parts) {
-      // A module may be given another weight between two calls of what checked the first one.
+      // Checked at every call: a module may be given another weight after Python has checked the
+      // first one.
       if (in_features != input[2]) {
         throw std::invalid_argument("weight: expected " + std::to_string(input[2]) +
                                     " features (those of input), got " +

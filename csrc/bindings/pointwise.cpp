@@ -1,4 +1,4 @@
-// The pointwise functions' part of the Python extension.
+// Python bindings of the pointwise functions.
 #include "kvkernels/pointwise.h"
 
 #include <pybind11/stl.h>
@@ -52,7 +52,8 @@ void bind_rotary_embedding(pybind11::module_& module) {
                 const std::array<Sizes<3>, 2>& angle_sizes, const Sizes<3>& input_strides,
                 const Sizes<3>& out_strides, const Sizes<2>& angle_strides, int dtype, int path,
                 int num_threads) {
-               // Some models have angles for a part of each head alone: the kernel would read on.
+               // Some models have angles for only a part of each head, past which the kernel would
+               // read.
                const auto& [cos, sin] = angle_sizes;
                check_shape("cos", cos, {cos[0] == 1 ? 1 : sizes[0], sizes[2], sizes[3]});
                check_shape("sin", sin, cos);
@@ -92,7 +93,7 @@ void bind_gated_activation(pybind11::module_& module) {
 
 }  // namespace
 
-// Addresses and sizes come in the order in which the structures hold them.
+// Addresses and sizes come in the order of the structures' fields.
 void bind_pointwise(pybind11::module_& module) {
   bind_rms_norm(module);
   bind_rotary_embedding(module);

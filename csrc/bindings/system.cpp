@@ -1,4 +1,4 @@
-// What the Python extension asks of the operating system: memory and threads.
+// Python bindings of what is asked of the operating system: memory and threads.
 #include "bindings/bindings.h"
 #include "bindings/bytes.h"
 #include "kvkernels/memory.h"
@@ -7,7 +7,7 @@
 namespace kvkernels::bindings {
 namespace {
 
-// Whether all buffers begin at a multiple of so many bytes.
+// Whether all buffers begin at a multiple of `num_bytes`.
 bool all_begin_at_multiples(const pybind11::list& buffers, uintptr_t num_bytes) {
   for (const pybind11::handle buffer : buffers) {
     if (reinterpret_cast<uintptr_t>(Bytes(buffer).data()) % num_bytes != 0) return false;

@@ -45,7 +45,8 @@ Isa find_best_isa() {
   return has_amx() ? Isa::kAmx : Isa::kAvx512Bf16;
 }
 
-// AMD's processors from Zen 5 on: an L1 cache of 48 KiB, and more misses under way than before.
+// True for AMD's processors from Zen 5 on: their L1 cache has 48 KiB, and more misses may be under
+// way than on older ones.
 bool prefetches_to_l1() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;
@@ -74,8 +75,8 @@ const bool kPrefetchesToL1 = prefetches_to_l1();
 bool has_fast_bf16_products() {
 #if defined(__x86_64__)
   // By maker, not by a timed probe: which path runs decides the last bits of a result, and must not
-  // change from run to run. AMD's processors do as many of these instructions a cycle as
-  // multiplications of floats, Intel's a quarter (half the products a second).
+  // change from run to run. AMD's processors start as many of these instructions a cycle as
+  // multiplications of floats, Intel's a quarter as many (half the products a second).
   return best_isa() >= Isa::kAvx512Bf16 && __builtin_cpu_is("amd");
 #else
   return false;

@@ -1,4 +1,4 @@
-// A layer of a decoder: hands each kernel what the one before has made.
+// One decoder layer: calls the kernels one after another, each on the results of the ones before.
 #include "kvkernels/decoder_layer.h"
 
 #include <algorithm>
@@ -10,7 +10,7 @@ namespace {
 
 int64_t item_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// The kernels, for what all of them in a layer have in common.
+// The kernels, with the arguments that all of a layer's calls share.
 struct Kernels {
   const DecoderLayer& layer;
   AttentionPath path;

@@ -11,7 +11,7 @@
 namespace kvkernels {
 namespace {
 
-// Bytes a thread should copy at least: waking it costs about as much time as copying this many.
+// Bytes per piece of work: waking a thread takes about as long as copying this many.
 constexpr int64_t kGrainBytes = 512 << 10;
 
 void check_slots(const StoreKVArgs& args) {

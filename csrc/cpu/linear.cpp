@@ -1,4 +1,5 @@
-// Linear layers: chooses the code, shares the result's rectangles among threads.
+// Linear layers: chooses the kernel, and shares the result among threads as rectangles of rows and
+// columns.
 #include "kvkernels/linear.h"
 
 #include <algorithm>
@@ -12,18 +13,18 @@
 namespace kvkernels {
 namespace {
 
-// A rectangle's rows and columns should stay in the L2 cache together, and a call should have
-// several rectangles for each thread.
+// A rectangle's rows and columns of weights should together stay in the L2 cache, and a call should
+// have several rectangles for each thread.
 constexpr int64_t kTileRows = 128, kTileCols = 64;
-// With few rows all time goes into reading the weight, which narrow rectangles share out evenly.
+// With few rows all time goes into reading the weights, which narrow rectangles share out evenly.
 constexpr int64_t kFewRows = 16, kFewRowsTileCols = 32;
-// Packed rows make use of a copy of their weights, so more of them share it.
+// With packed rows (AMX) weights may be copied for a rectangle, so more rows share each copy.
 constexpr int64_t kPackedTileRows = 256;
-// So many rows are packed at a time: that bounds the memory for it, and costs one more reading of
-// the weights for each.
+// Rows packed at a time: bounds the memory for them, at the cost of reading the weights once more
+// for each further lot.
 constexpr int64_t kPackedRows = 1024;
-// Multiplications that take some 20 microseconds; for fewer no thread is woken. A weight of so many
-// elements takes as long to read.
+// Multiplications that take some 20 microseconds; for fewer no thread is woken. Reading a weight of
+// this many elements takes as long.
 constexpr int64_t kWorkPerThread = 256 << 10;
 
 LinearKernel find_kernel(AttentionPath path, DType dtype) {
@@ -46,7 +47,7 @@ LinearKernel find_kernel(AttentionPath path, DType dtype) {
   return portable_linear(dtype);
 }
 
-// The rectangles of all layers of a call, of the rows [row_begin, row_end), in the order of the
+// The rectangles of all layers of a call for the rows [row_begin, row_end), in the order of the
 // weights in memory.
 class Tiles {
  public:
@@ -106,7 +107,7 @@ const uint16_t* pack_rows(const LinearArgs& args, const LinearKernel& kernel, in
                           int64_t row_end, int num_threads) {
   const int64_t num_groups = (row_end - row_begin + kGroupRows - 1) / kGroupRows;
   const int64_t group_size = packed_group_size(args);
-  // An element is half a float. Other slots belong to kernels and to attention.
+  // An element is half a float. Not slot 1: the kernels use that meanwhile, on this thread too.
   auto* packed = reinterpret_cast<uint16_t*>(thread_scratch(2, num_groups * group_size / 2));
   const int64_t grain = std::max<int64_t>(1, kWorkPerThread / 4 / group_size);
   parallel_ranges(num_groups, grain, num_threads, [&](int64_t begin, int64_t end) {
@@ -126,12 +127,13 @@ void multiply_rows(const LinearArgs& args, const LinearKernel& kernel, int64_t r
       std::min<int64_t>({num_threads, tiles.count(), 1 + work / kWorkPerThread / 4});
   std::atomic<int64_t> next{0};
   run_parallel(static_cast<int>(num_useful), [&] {
-    // A thread takes a tile while it works on the one before, whose end then asks for its weights.
+    // A thread takes its next tile before it works on this one, whose end then prefetches the next
+    // one's weights.
     int64_t index = next++;
     while (index < tiles.count()) {
       const int64_t following = next++;
       LinearTile tile = tiles.find(index);
-      // Where nothing follows, its own weights are asked for once more: that costs next to nothing.
+      // Where nothing follows, its own weights are prefetched again: that costs next to nothing.
       tile.next = tiles.weights_of(following < tiles.count() ? tiles.find(following) : tile);
       kernel.multiply(tile);
       index = following;

@@ -1,14 +1,15 @@
-// The products of a linear layer of bfloat16 on 16-row matrix tiles, beside AVX-512 for what is no
-// product. Written against a small interface so that one text serves the AMX instructions and their
-// emulation. Only for files compiled for AVX512-BF16. In an anonymous namespace: each file that
-// includes this gets its own copy, compiled with that file's flags.
+// The products of a linear layer of bfloat16 on 16-row matrix tiles, with AVX-512 for all that is
+// not a product. Written against a small interface (Tiles) so that one text serves the AMX
+// instructions and their emulation. Only for files compiled for AVX512-BF16. In an anonymous
+// namespace: each file that includes this gets its own copy, compiled with that file's flags.
 //
 //   out^T [16 columns, 16 rows] += W [16 columns, 32 features] * X^T [32 features, 16 rows]
 //
-// A column's weights are a row of the A operand as they lie in memory, at any stride. X^T is packed
-// once, pairs of features side by side, for all layers and all columns. Every element is summed in
-// the order of the features, 32 a step, however many rows and columns there are: a decode step
-// multiplies the same tiles as a prompt, most of their rows zeros. It waits for memory anyway.
+// A column's weights are a row of the A operand where they lie in memory, at any stride. X^T is
+// packed once, pairs of features side by side, for all layers and all columns. Every element is
+// summed in the order of the features, 32 a step, however many rows and columns there are. So a
+// decode step multiplies the same tiles as a prompt, with most of their rows zeros; it waits for
+// memory anyway.
 //
 // Tiles is a class as in tiles_amx.h.
 #pragma once
@@ -25,13 +26,13 @@ namespace kvkernels {
 namespace {
 
 constexpr int64_t kLanes = kGroupRows;           // rows, or columns, of a tile
-constexpr int64_t kStep = 32;                    // what one dot sums over
-constexpr int64_t kTileBytes = 64;               // a row of a tile
-constexpr int64_t kTileSize = kLanes * kLanes;   // of sums
-constexpr int64_t kPackedSize = kLanes * kStep;  // of packed elements of a step
-// Where so many blocks of rows multiply them, weights are copied first, so many steps at a time: in
-// memory rows of a power of two in length fall on each other in the first cache. It holds a copy
-// and the rows of a block.
+constexpr int64_t kStep = 32;                    // features that one dot sums over
+constexpr int64_t kTileBytes = 64;               // of a row of a tile register
+constexpr int64_t kTileSize = kLanes * kLanes;   // sums of a tile
+constexpr int64_t kPackedSize = kLanes * kStep;  // elements of a group of packed rows in one step
+// Weights are copied first, kCopiedSteps steps at a time, if at least kMinCopiedBlocks blocks of
+// rows multiply them: in memory, rows whose length is a power of two compete for the same sets of
+// the L1 cache. It has room for a copy and the rows of a block.
 constexpr int64_t kMinCopiedBlocks = 3, kCopiedSteps = 9;
 constexpr int64_t kBlockCols = 2 * kLanes, kBlockRows = 2 * kLanes;
 
@@ -39,8 +40,8 @@ constexpr uint32_t first_items(int64_t count) {
   return count >= kStep ? ~uint32_t{0} : (uint32_t{1} << count) - 1;
 }
 
-// [groups, in_features / 32, 16 pairs of features, 16 rows, 2]; zeros after the last feature and
-// the last row.
+// Writes [groups, in_features / 32, 16 pairs of features, 16 rows, 2]; zeros after the last feature
+// and the last row.
 void pack_rows(const LinearArgs& args, int64_t row_begin, int64_t row_end, uint16_t* packed) {
   const auto* input = static_cast<const uint16_t*>(args.input);
   for (int64_t first = row_begin; first < row_end; first += kLanes) {
@@ -60,22 +61,22 @@ void pack_rows(const LinearArgs& args, int64_t row_begin, int64_t row_end, uint1
   }
 }
 
-// Weights of 16 columns, from some step on.
+// The weights of 16 columns, from some step on.
 struct Columns {
   const uint16_t* first;
-  int64_t stride, step;  // from column to column in bytes, from step to step in elements
+  int64_t stride, step;  // from column to column in bytes; from step to step in elements
 };
 
-// What a thread works on: some columns against all rows of a rectangle.
+// What a thread works on: some columns of a rectangle, for all of its rows.
 struct Work {
   const LinearTile* tile;
   int64_t num_whole_steps, num_steps;
   int64_t group_size;  // of packed rows
   int64_t num_blocks;  // of rows
   uint16_t* copies;    // [2, kCopiedSteps, 16, kStep]
-  float* sums;         // [num_blocks, 2 groups, 2 columns, kTileSize]
+  float* sums;         // [num_blocks, 2 groups, 2 halves of columns, kTileSize]
   Ahead ahead;
-  int64_t lines_a_step;  // that each block of rows asks for
+  int64_t lines_a_step;  // cache lines that each block of rows prefetches per step
 };
 
 void start(const LinearTile& tile, Work& work) {
@@ -85,15 +86,15 @@ void start(const LinearTile& tile, Work& work) {
   work.num_steps = num_packed_steps(args);
   work.group_size = packed_group_size(args);
   work.num_blocks = (tile.row_end - tile.row_begin + kBlockRows - 1) / kBlockRows;
-  // A step of 32 columns is as many lines, of which each block has its share.
+  // A step of 32 columns is 32 lines, which the blocks share.
   work.lines_a_step = (kBlockCols + work.num_blocks - 1) / work.num_blocks;
   const int64_t sums_size = work.num_blocks * kBlockRows * kBlockCols;
   work.sums = thread_scratch(1, sums_size + kCopiedSteps * kPackedSize);
   work.copies = reinterpret_cast<uint16_t*>(work.sums + sums_size);
 }
 
-// Copies weights of the columns from `col` on, with zeros after the last feature and the last
-// column: what lies there is not read.
+// Copies the weights of 16 columns from `col` on for the steps [begin, end), with zeros after the
+// last feature and the last column: what lies there is not read.
 Columns copy_columns(const Work& work, int64_t col, int64_t begin, int64_t end, uint16_t* copy) {
   const LinearTile& tile = *work.tile;
   const int64_t count = std::min(kLanes, tile.col_end - col);
@@ -120,8 +121,7 @@ Columns find_columns(const Work& work, int64_t col, int64_t begin) {
           kStep};
 }
 
-// Adds to the sums of 16 or 32 columns and the rows of one or two groups the products of some
-// steps.
+// Adds the products of some steps to the sums of 16 or 32 columns and one or two groups of rows.
 template <int kCols, int kGroups, typename Tiles>
 void multiply_block(Tiles& tiles, const Columns* columns, const uint16_t* rows, int64_t num_steps,
                     bool is_first, Work& work, float* sums) {
@@ -178,7 +178,7 @@ void finish(const Work& work, const float* sums, int64_t row, int64_t col) {
       _mm512_store_ps(bias + i, BFloat16::masked_load(items + i, first_lanes(num_cols - i)));
     }
   }
-  __m512 pairs[kLanes];  // of columns, a row to a lane
+  __m512 pairs[kLanes];  // pairs of columns; a lane is a row
 #pragma GCC unroll 16
   for (int64_t i = 0; i < kLanes; ++i) {
     const int64_t c = 2 * i;
@@ -194,14 +194,15 @@ void finish(const Work& work, const float* sums, int64_t row, int64_t col) {
   }
 }
 
-// Makes ready the cache for a block's result: a store that has to wait holds up those of sums.
+// Prefetches the lines of a block's result for writing: a store that has to wait holds up the
+// stores of sums.
 void expect_result(const LinearTile& tile, int64_t row, int64_t col) {
   const int64_t row_end = std::min(tile.row_end, row + kBlockRows), size = tile.layer->out_features;
   const auto* out = static_cast<const uint16_t*>(tile.layer->out) + col;
   for (; row < row_end; ++row) __builtin_prefetch(out + row * size, 1);
 }
 
-// Some steps of 16 or 32 columns times all rows; after the last steps their results.
+// Multiplies some steps of 16 or 32 columns with all rows; after the last steps writes the results.
 template <int kCols, typename Tiles>
 void multiply_steps(Tiles& tiles, const Columns* columns, int64_t col, int64_t begin, int64_t end,
                     Work& work) {

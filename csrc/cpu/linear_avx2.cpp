@@ -5,8 +5,8 @@
 namespace kvkernels {
 namespace {
 
-// Rows of the input are widened once for all columns of a tile; weights on their way into the
-// registers, which hold 12 sums, 3 rows and a column.
+// Rows of the input are widened to floats once for all columns of a tile, weights as they are
+// loaded into registers. Those hold 12 sums, 3 rows and a column.
 template <typename E>
 struct Lanes8 {
   using Item = typename E::Item;
@@ -28,7 +28,7 @@ struct Lanes8 {
   }
   template <int kVector>
   static __m256 load(const Row* p, int64_t count) {
-    if constexpr (!std::is_same_v<Row, Item>) return load<kVector>(p);  // widened, so padded
+    if constexpr (!std::is_same_v<Row, Item>) return load<kVector>(p);  // widened rows are padded
     Row padded[kStep] = {};
     std::copy_n(p, count, padded);
     return load<kVector>(padded);
@@ -57,8 +57,8 @@ struct Lanes8 {
     }
   }
 
-  // Written out because of the intrinsic GCC 12 makes forms that take the sum to another register,
-  // or load a row anew for each column: of 16 registers none is left for that.
+  // Written out because GCC 12 makes of the intrinsic forms that copy the sum to another register,
+  // or that load a row again for each column: of the 16 registers none is left for that.
   static Sum add(Sum sum, __m256 a, __m256 b) {
     asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
     return sum;

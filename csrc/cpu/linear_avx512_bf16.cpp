@@ -1,4 +1,4 @@
-// Linear layers of bfloat16 with AVX512-BF16: an instruction multiplies 16 pairs.
+// Linear layers of bfloat16 with AVX512-BF16: one instruction multiplies 16 pairs.
 #include "cpu/linear_avx512.h"
 
 namespace kvkernels {

@@ -1,5 +1,5 @@
-// What the scheduler of linear layers asks of an instruction set. Included by files compiled for
-// different instruction sets, so every function here is static.
+// What each instruction set implements for the scheduler of linear layers (linear.cpp). Included by
+// files compiled for different instruction sets, so every function here is static.
 #pragma once
 
 #include <cstdint>
@@ -8,39 +8,40 @@
 
 namespace kvkernels {
 
-// Rows of the input against rows of a weight: a rectangle of a layer's result.
+// A rectangle of a layer's result: rows of the input times columns, which are rows of the weight.
 struct LinearTile {
   const LinearArgs* args;
   const LinearLayer* layer;
   int64_t row_begin, row_end;
   int64_t col_begin, col_end;
-  // The weights that this thread multiplies after these.
+  // The weights that this thread multiplies after these, to be prefetched.
   const void* next;
-  // The rows as the kernel has packed them; null if it reads them where they lie.
+  // The rows as the kernel's `pack` wrote them; null if it reads them where they lie.
   const uint16_t* packed;
 };
 
 struct LinearKernel {
   void (*multiply)(const LinearTile& tile);
-  // Packs groups of rows: those from row_begin, a multiple of kGroupRows, to before row_end. Null
-  // where `multiply` needs none.
+  // Packs the rows [row_begin, row_end) in groups; row_begin is a multiple of kGroupRows. Null
+  // where `multiply` needs no packed rows.
   void (*pack)(const LinearArgs& args, int64_t row_begin, int64_t row_end,
                uint16_t* packed) = nullptr;
 };
 
 constexpr int64_t kGroupRows = 16;
 
-// Steps of 32 features, the last one padded with zeros; one even where there are no features.
+// Steps of 32 features, the last one padded with zeros; one step even without features.
 static inline int64_t num_packed_steps(const LinearArgs& args) {
   return args.in_features <= 32 ? 1 : (args.in_features + 31) / 32;
 }
 
-// Elements of a group of packed rows.
+// Elements of one group of packed rows.
 static inline int64_t packed_group_size(const LinearArgs& args) {
   return kGroupRows * 32 * num_packed_steps(args);
 }
 
-// From the third on they have no `multiply` where they do not serve the dtype.
+// The kernel of each instruction set. The last three have no `multiply` for a dtype that they do
+// not serve.
 LinearKernel portable_linear(DType dtype);
 LinearKernel avx2_linear(DType dtype);
 LinearKernel avx512_linear(DType dtype);

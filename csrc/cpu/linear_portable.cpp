@@ -1,5 +1,5 @@
-// Linear layers in plain C++ for any processor. Loops over lanes are laid out so that a compiler
-// turns them into vectors of whatever width it may use.
+// Linear layers in plain C++ for any processor. Loops over lanes are written so that a compiler
+// turns them into vectors of whatever width the processor has.
 #include "cpu/float_formats.h"
 #include "cpu/linear_products.h"
 

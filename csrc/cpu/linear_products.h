@@ -1,11 +1,10 @@
 // The products of a linear layer, for any instruction set. In an anonymous namespace: each file
 // that includes this gets its own copy, compiled with that file's flags.
 //
-// Both operands lie with in_features dense, so a sum runs along vectors of it and is added up over
-// the lanes of the vector at the end. That order is the same for every element of the result: in a
-// block of 4 rows by 4 columns of a prompt, and in one of 1 by 16 of a decode step. The weight is
-// read where it lies; packing it would make prompts faster by a few percent, and take its memory
-// twice.
+// Both operands lie with in_features dense, so a sum runs along vectors of it and is added across
+// lanes at the end. That order is the same for every element of the result, in a block of 4 rows by
+// 4 columns of a prompt and in one of 1 by 16 of a decode step. The weight is read where it lies;
+// packing it would make prompts faster by a few percent, and double its memory.
 //
 // L is a class with
 //   Item, Row       an element of a weight; of a row of the input as it is multiplied
@@ -36,10 +35,10 @@
 namespace kvkernels {
 namespace {
 
-// Rows that were widened stay in the L2 cache while they meet the columns of a tile.
+// Bytes of widened rows, which should stay in the L2 cache while they meet the columns of a tile.
 constexpr int64_t kWidenedBytes = 256 << 10;
-// If so many meet a panel of columns, that is widened before, too, unless it is so large that the
-// L2 cache could not feed both.
+// With at least this many rows, a panel of columns is widened first as well, unless it is so large
+// that the L2 cache could not feed both.
 constexpr int64_t kRowsForWideCols = 12, kWideColsBytes = 64 << 10;
 
 // Rows of one of the two operands.
@@ -63,8 +62,8 @@ template <typename L, int kVector, typename T, typename... Count>
   }
 }
 
-// Adds the products of one vector of each, from `i` on, to the sums. `count` is empty, or how many
-// elements are left.
+// Adds the products of one vector of each row and column, from `i` on, to the sums. `count` is
+// empty, or the number of elements that are left.
 template <typename L, int kRows, int kVector, typename Col, typename... Count>
 [[gnu::always_inline]] inline void add_vector(const typename L::Row* const* rows,
                                               const Col* const* cols, int64_t i,
@@ -91,8 +90,8 @@ template <typename L, int kRows, typename Col, typename... Count>
   if constexpr (L::kVectors == 2) add_vector<L, kRows, 1>(rows, cols, i, sums, count...);
 }
 
-// totals[r * kCols + c] = row r * column c
-// Of the next weights it asks for one part in kParts; for none if that is 0.
+// totals[r * kCols + c] = row r * column c. Prefetches one part in kParts of the next weights; none
+// if kParts is 0.
 template <typename L, int kRows, int kParts, typename Col>
 void multiply_block(const typename L::Row* const* rows, const Col* const* cols, int64_t size,
                     Ahead& ahead, float* totals) {
@@ -109,8 +108,8 @@ void multiply_block(const typename L::Row* const* rows, const Col* const* cols, 
   L::template reduce<kRows * L::block_cols(kRows)>(sums, totals);
 }
 
-// kPanelCols columns, from the layer's `col` on, of a few rows, from its `row` on. `size` is
-// in_features, or more where both operands are padded.
+// Multiplies and stores kPanelCols columns, from the layer's `col` on, for a few rows, from its
+// `row` on. `size` is in_features, or more where both operands are padded.
 template <typename L, int kRows, int kParts, typename Col>
 void multiply_rows(const LinearTile& tile, const Rows<typename L::Row>& input, int64_t row,
                    const Rows<Col>& weight, int64_t col, int64_t size, Ahead& ahead) {
@@ -147,8 +146,8 @@ MultiplyRows<L, Col> of_rows(int64_t num_rows, std::integer_sequence<int, kRows.
   return kKernels[num_rows - 1];
 }
 
-// All rows from `row_begin` on with a panel of columns. The first kParts blocks of rows ask for
-// what comes next.
+// Multiplies all rows from `row_begin` on with a panel of columns. The first kParts blocks of rows
+// prefetch what comes next.
 template <typename L, int kParts, typename Col>
 void multiply_panel(const LinearTile& tile, const Rows<typename L::Row>& input, int64_t row_begin,
                     int64_t row_end, const Rows<Col>& weight, int64_t col, int64_t size,
@@ -163,7 +162,7 @@ void multiply_panel(const LinearTile& tile, const Rows<typename L::Row>& input, 
   }
 }
 
-// The next weights are asked for in so many parts at most, where there are many rows.
+// The next weights are prefetched in this many parts at most, where there are many rows.
 constexpr int kMostParts = 4;
 
 template <typename L, int kParts>
@@ -207,7 +206,7 @@ void multiply(const LinearTile& tile, const Rows<typename L::Row>& input, int64_
   }
 }
 
-// Widens the rows in memory that it keeps in the caches, and goes on with those.
+// Widens rows into memory, as many at a time as stay in the caches, and multiplies those.
 template <typename L>
 void multiply_widened(const LinearTile& tile) {
   const LinearArgs& args = *tile.args;

@@ -1,4 +1,4 @@
-// Advice about memory, by madvise.
+// Advice to the operating system about memory, by madvise.
 #include "kvkernels/memory.h"
 
 #if defined(__linux__)
@@ -13,7 +13,7 @@ void advise_huge_pages(void* data, int64_t num_bytes) {
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const auto begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
   const auto end = (reinterpret_cast<uintptr_t>(data) + num_bytes) / page * page;
-  // Not the end of anything if it fails: a kernel may be built without them.
+  // A failure does no harm: a kernel may be built without large pages.
   if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)data;

@@ -31,8 +31,8 @@ void pause_thread() {
 // ---- the host's OpenMP runtime -------------------------------------------------------------
 
 // PyTorch's workers spin for a while after each of its own parallel regions. A second pool would
-// have to share the cores with those spinning threads, at up to half the speed. So when a runtime
-// is already loaded its own team is used: every OpenMP runtime on Linux exports GOMP_parallel, the
+// have to share the cores with those spinning threads, at up to half the speed. So if a runtime is
+// already loaded, its own team is used: every OpenMP runtime on Linux exports GOMP_parallel, the
 // function GCC compiles `#pragma omp parallel` into.
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
@@ -52,7 +52,7 @@ int note_openmp_library(dl_phdr_info* info, size_t, void* result) {
 
 struct HostRuntime {
   GompParallel parallel = nullptr;
-  void (*set_num_threads)(int) = nullptr;  // of the calling thread's regions
+  void (*set_num_threads)(int) = nullptr;  // for the calling thread's regions
 };
 
 HostRuntime find_host_runtime() {
@@ -61,7 +61,7 @@ HostRuntime find_host_runtime() {
   for (const std::string& path : paths) {
     void* library = dlopen(path.c_str(), RTLD_NOLOAD | RTLD_LAZY);
     if (library == nullptr) continue;
-    // Open MPI has libraries whose names begin alike.
+    // Not OpenMP: Open MPI, for one, has libraries whose names begin alike.
     auto* const parallel = reinterpret_cast<GompParallel>(dlsym(library, "GOMP_parallel"));
     if (parallel == nullptr) continue;
     return {parallel, reinterpret_cast<void (*)(int)>(dlsym(library, "omp_set_num_threads"))};
@@ -69,8 +69,8 @@ HostRuntime find_host_runtime() {
   return {};
 }
 
-// PyTorch's MKL: once PyTorch was told a number of threads it has one of its own, and no longer
-// goes by OpenMP's.
+// PyTorch's MKL: once PyTorch has been told a number of threads, MKL keeps a number of its own and
+// no longer follows OpenMP's.
 using SetMklThreads = int (*)(int);
 
 int note_torch_library(dl_phdr_info* info, size_t, void* result) {
@@ -85,19 +85,19 @@ SetMklThreads find_mkl() {
   if (path.empty()) return nullptr;
   void* library = dlopen(path.c_str(), RTLD_NOLOAD | RTLD_LAZY);
   if (library == nullptr) return nullptr;
-  // In PyTorch's own library, or in one that it needs.
+  // Finds it in PyTorch's own library, or in one that this needs.
   return reinterpret_cast<SetMklThreads>(dlsym(library, "MKL_Set_Num_Threads_Local"));
 }
 
 // ---- our own threads -----------------------------------------------------------------------
 
-// For how long an idle worker looks for work before it sleeps: longer than the pause between two
-// layers' calls, since waking a sleeping thread takes as long as a small call.
+// For how long an idle worker spins before it sleeps: longer than the pause between two layers'
+// calls, since waking a sleeping thread takes as long as a small call.
 constexpr auto kAwake = std::chrono::microseconds(200);
-// For how long it does so without offering its processor to others.
+// For how long it spins without yielding its processor to others.
 constexpr auto kAlert = std::chrono::microseconds(20);
 
-// Waits until is_ready(); false if that took longer than kAwake.
+// Spins until is_ready(); false if that took longer than kAwake.
 template <typename IsReady>
 bool look_out(const IsReady& is_ready) {
   const auto begin = std::chrono::steady_clock::now();
@@ -112,9 +112,10 @@ bool look_out(const IsReady& is_ready) {
   }
 }
 
-// One caller's work at a time. Workers that come in time take a part in it; one that has not begun
-// when the caller has found nothing more to do is not waited for. So a caller is never held up by a
-// worker that the system has given no processor, as the end of an OpenMP region would be.
+// A pool that does one caller's work at a time. Workers that come in time take part in it; the
+// caller does not wait for a worker that has not begun when nothing is left to do. So a caller is
+// never held up by a worker to which the system has given no processor, as it would be at the end
+// of an OpenMP region.
 class ThreadPool {
  public:
   void run(int num_threads, const std::function<void()>& body) {
@@ -127,7 +128,8 @@ class ThreadPool {
   }
 
  private:
-  // The state: places that workers may still take, and those that are at work.
+  // state_ counts places that workers may still take (in units of kPlace), plus workers that are at
+  // work.
   static constexpr uint32_t kPlace = 1u << 16, kAtWork = kPlace - 1;
 
   int start_workers(int num_wanted) {
@@ -183,14 +185,14 @@ class ThreadPool {
 
   std::mutex run_mutex_;  // held by the one caller that the workers serve
   int num_workers_ = 0;   // guarded by run_mutex_
-  // Written before a place is offered, read only by who has taken one.
+  // Written before a place is offered; read only by workers that have taken one.
   const std::function<void()>* body_ = nullptr;
   std::atomic<uint32_t> state_{0};
   std::atomic<uint32_t> num_offers_{0};
 };
 
-// Both are replaced in a forked child: threads do not survive a fork, so the parent's pool would
-// never answer there, and neither would the team of the host's runtime.
+// Both are changed in a forked child: threads do not survive a fork, so the parent's pool would
+// never answer there, and neither would the host runtime's team.
 std::atomic<ThreadPool*> g_pool{nullptr};
 std::atomic<bool> g_is_forked{false};
 
@@ -209,7 +211,7 @@ ThreadPool& own_pool() {
   return *pool;
 }
 
-// From the time this is loaded, not from the first call on: the host may have used its runtime, and
+// Registered when this library is loaded, not at the first call: the host may use its runtime, and
 // fork, before it calls anything here.
 [[maybe_unused]] const int g_fork_handler = pthread_atfork(nullptr, nullptr, forget_threads);
 

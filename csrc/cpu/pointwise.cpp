@@ -1,4 +1,4 @@
-// Pointwise functions: chooses the code, shares rows among threads.
+// Pointwise functions: chooses the kernels, and shares rows among threads.
 #include "kvkernels/pointwise.h"
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 namespace kvkernels {
 namespace {
 
-// Takes a thread about as long as it takes to wake one.
+// Elements per piece of work: they take a thread about as long as it takes to wake one.
 constexpr int64_t kGrainElements = 32 << 10;
 
 PointwiseKernels find_kernels(AttentionPath path, DType dtype) {

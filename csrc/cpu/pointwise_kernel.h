@@ -1,12 +1,13 @@
-// What the scheduler of pointwise functions asks of an instruction set. Included by files compiled
-// for different instruction sets.
+// What each instruction set implements for the scheduler of pointwise functions (pointwise.cpp).
+// Included by files compiled for different instruction sets.
 #pragma once
 
 #include "kvkernels/pointwise.h"
 
 namespace kvkernels {
 
-// Each takes the rows, or the tokens of all batches, from `begin` to `end`.
+// Each works on the rows [begin, end); for rotary_embedding, on the tokens [begin, end) of all
+// sequences in the batch, one after the other.
 struct PointwiseKernels {
   void (*rms_norm)(const RmsNormArgs& args, int64_t begin, int64_t end);
   void (*rotary_embedding)(const RotaryArgs& args, int64_t begin, int64_t end);

@@ -1,6 +1,6 @@
 // The pointwise functions for any instruction set. In an anonymous namespace: each file that
-// includes this gets its own copy, compiled with that file's flags. Before it comes a file of codec
-// lanes, and these functions of them:
+// includes this gets its own copy, compiled with that file's flags. It first includes a
+// codec_lanes_*.h and defines these functions of lanes:
 //
 //   divide(a, b), magnitude(v), where_negative(test, a, b)
 //   exp2_up_to_0(v)  2^v of numbers that are not above 0
@@ -16,7 +16,8 @@ namespace {
 
 constexpr float kLog2E = 1.44269504f;
 
-// Calls body(i, count) for the vectors of a row; of the last, `count` lanes are there.
+// Calls body(i, count) for the vectors of a row; `count` is kLanes, or for the last vector the
+// lanes that are left.
 template <typename Body>
 [[gnu::always_inline]] inline void for_each_vector(int64_t size, const Body& body) {
   int64_t i = 0;
@@ -24,7 +25,7 @@ template <typename Body>
   if (i < size) body(i, size - i);
 }
 
-// A dense row of a tensor.
+// A row of a tensor, whose elements are dense.
 template <DType kType>
 struct Row {
   using E = Elements<kType>;
@@ -98,10 +99,10 @@ inline Floats sigmoid(Floats v) {
 template <Activation kActivation>
 inline Floats activate(Floats v) {
   if (kActivation == Activation::kSilu) return mul(v, sigmoid(v));
-  // (1 + tanh(u)) / 2 is the sigmoid of 2 u, and exact also where the tanh is almost -1.
+  // (1 + tanh(u)) / 2 is the sigmoid of 2 u, and is accurate also where the tanh is almost -1.
   const Floats cube = mul(mul(v, v), v);
   const Floats u = add(v, mul(cube, all(0.044715f)));
-  return mul(v, sigmoid(mul(u, all(1.59576912f))));  // twice the root of 2 / pi
+  return mul(v, sigmoid(mul(u, all(1.59576912f))));  // 2 * sqrt(2 / pi)
 }
 
 template <DType kType, Activation kActivation>

@@ -1,4 +1,4 @@
-// Asking for memory that will be read soon.
+// Prefetch instructions for memory that will be read soon.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,8 @@
 
 namespace kvkernels {
 
-// Into the L1 cache on processors that have room there for many requests, else into the L2 cache.
+// Where a line goes: kL1 on processors with room there for many requests, else kL2 (see
+// kPrefetchesToL1).
 enum class CacheLevel { kL1, kL2 };
 
 template <CacheLevel kLevel>
@@ -15,7 +16,7 @@ template <CacheLevel kLevel>
   __builtin_prefetch(line, 0, kLevel == CacheLevel::kL1 ? 3 : 2);
 }
 
-// All lines that begin in these bytes, from the first on.
+// Prefetches the lines at `lines`, `lines` + 64 and so on within num_bytes.
 template <CacheLevel kLevel>
 static inline void prefetch_lines_into(const char* lines, int64_t num_bytes) {
   for (int64_t i = 0; i < num_bytes; i += 64) prefetch_line<kLevel>(lines + i);

@@ -1,5 +1,5 @@
-// Few query rows in batches that share registers. In an anonymous namespace: each file that
-// includes this gets its own copy, compiled with that file's flags.
+// Splits a few query rows into batches that share registers. In an anonymous namespace: each file
+// that includes this gets its own copy, compiled with that file's flags.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,8 @@
 namespace kvkernels {
 namespace {
 
-// Calls visit(first, count) for all rows: at most `most` at a time, and about as many each time.
+// Calls visit(first, count) for batches that cover all rows, of at most `most` rows and about equal
+// size.
 template <typename Visit>
 void for_each_batch(int64_t num_rows, int64_t most, const Visit& visit) {
   const int64_t num_batches = (num_rows + most - 1) / most;

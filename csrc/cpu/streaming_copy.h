@@ -1,4 +1,4 @@
-// Stores past the cache, to where nothing is read soon.
+// Stores past the cache (streaming stores), for memory that is not read soon.
 #pragma once
 
 #include <cstddef>
@@ -11,14 +11,15 @@
 
 namespace kvkernels {
 
-// Before stores of other kinds to what was streamed, and before other threads look.
+// To be called after streaming stores, before ordinary stores to the same memory and before other
+// threads look at it.
 inline void finish_streaming() {
 #if defined(__x86_64__)
   _mm_sfence();
 #endif
 }
 
-// A copy of what lies in the cache. Streaming stores do not read the target's lines first. They
+// Copies memory that is in the cache. Streaming stores do not read the target's lines first. They
 // need whole lines; small copies are likely to be read again soon and stay in the cache.
 inline void copy_streaming(const std::byte* source, std::byte* target, int64_t num_bytes) {
 #if defined(__x86_64__)

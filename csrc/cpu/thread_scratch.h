@@ -5,8 +5,9 @@
 
 namespace kvkernels {
 
-// Of the calling thread, 64-byte aligned, uninitialised, valid until the next call with the same
-// slot. Slot 1 is the kernels', the others are their schedulers'.
+// Returns memory of the calling thread: 64-byte aligned, uninitialised, valid until its next call
+// with the same slot (0 to 3). Slot 1 is for kernels, the others for their schedulers. Throws
+// std::bad_alloc.
 float* thread_scratch(int slot, int64_t num_floats);
 
 }  // namespace kvkernels

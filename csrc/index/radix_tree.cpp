@@ -1,5 +1,5 @@
-// Match, insert, and the nodes they make. Each operation first allocates all that it needs and then
-// changes the tree, so that running out of memory leaves it whole.
+// Match, insert, and the nodes they make. Each operation first allocates all that it needs and only
+// then changes the tree, so that running out of memory leaves it whole.
 #include "kvkernels/radix_tree.h"
 
 #include <algorithm>
@@ -70,10 +70,11 @@ RadixTree::NodeId RadixTree::find_child(NodeId parent, const std::uint32_t* bloc
   });
 }
 
-// How many of the first `num_blocks` blocks of the node have these tokens.
+// How many of the node's first `num_blocks` blocks have these tokens.
 std::size_t RadixTree::count_equal_blocks(const Node& node, const std::uint32_t* tokens,
                                           std::size_t num_blocks) const {
-  // Stretches of 4 KB, where memcmp is fast; then block by block in the one that differs.
+  // Compares stretches of 4 KB, for which memcmp is fast; then block by block in the one that
+  // differs.
   const std::size_t stretch = std::max<std::size_t>(1, 1024 / block_size_);
   const std::uint32_t* stored = tokens_of(node);
   const auto is_equal = [&](std::size_t first, std::size_t count) {
@@ -90,7 +91,8 @@ std::size_t RadixTree::count_equal_blocks(const Node& node, const std::uint32_t*
   return equal;
 }
 
-// Goes down as far as the tokens agree, splits where that is inside a node, and touches the path.
+// Follows the tree from a root as far as the tokens agree, splits the node if that is inside one,
+// and touches the path.
 RadixTree::End RadixTree::follow(NodeId root, const std::uint32_t* tokens, std::size_t num_blocks) {
   ++clock_;
   End end{root, 0};
@@ -109,7 +111,7 @@ RadixTree::End RadixTree::follow(NodeId root, const std::uint32_t* tokens, std::
   return end;
 }
 
-// Cuts a node after `num_upper` blocks; returns the new upper part. The lower part keeps its
+// Splits a node after `num_upper` blocks; returns the new upper part. The lower part keeps its
 // number.
 RadixTree::NodeId RadixTree::split(NodeId id, std::uint32_t num_upper) {
   Node& lower = nodes_[id];
@@ -238,7 +240,8 @@ RadixTree::NodeId RadixTree::add_child(NodeId parent, const std::uint32_t* token
   return id;
 }
 
-// Fills the -1 of the path that ends in `end` with ids on offer; what is taken becomes -1 there.
+// Gives blocks on the path to `end` the offered ids where they have none (-1). What is taken
+// becomes -1 in `offered`.
 void RadixTree::take_holes(NodeId end, std::span<std::int32_t> offered) {
   for (NodeId id = end; nodes_[id].num_blocks > 0; id = nodes_[id].parent) {
     const Node& node = nodes_[id];

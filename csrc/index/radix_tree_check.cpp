@@ -1,4 +1,4 @@
-// What looks at a whole tree: counts, the list of its runs, and the recount of every invariant.
+// What looks at a whole tree: statistics, the list of its runs, and the recount of every invariant.
 #include <algorithm>
 #include <unordered_map>
 #include <unordered_set>
@@ -8,7 +8,8 @@
 namespace kvkernels {
 
 RadixTree::Stats RadixTree::stats() const {
-  constexpr std::size_t kMallocBytes = 16;  // what glibc adds to an array, rounding included
+  constexpr std::size_t kMallocBytes =
+      16;  // what glibc's malloc adds to an array, rounding included
   Stats stats;
   stats.num_blocks = num_blocks_;
   stats.num_runs = num_nodes_ - salts_.size();
@@ -29,7 +30,7 @@ RadixTree::Stats RadixTree::stats() const {
 }
 
 std::vector<RadixTree::Handle> RadixTree::runs() const {
-  // Sorted as pairs, for to compare the nodes themselves misses the cache at every step.
+  // Sorts pairs, because comparing the nodes themselves would miss the cache at every step.
   std::vector<std::pair<std::uint32_t, NodeId>> order;
   order.reserve(num_nodes_);
   for (NodeId id = 0; id < nodes_.size(); ++id) {
@@ -65,9 +66,9 @@ RadixTree::Outline RadixTree::outline() const {
   Outline outline;
   outline.handles = runs();
   outline.clock = clock_;
-  std::unordered_map<NodeId, std::uint32_t> numbers;  // of the salts, by their roots
+  std::unordered_map<NodeId, std::uint32_t> numbers;  // numbers of the salts, by root
   for (const auto& [root, salt] : salts_) {
-    // What was detached goes by the number of its salt, as long as that has something else.
+    // A detached run shares the number of its salt, if that still has a root.
     if (detached_.count(root) > 0 && root_of(salt) != kNoNode) continue;
     numbers.emplace(root, static_cast<std::uint32_t>(outline.salts.size()));
     outline.salts.emplace_back(salt);
@@ -163,7 +164,7 @@ std::vector<std::string> RadixTree::check() const {
     }
     if (node.first_block != parent->first_block + parent->num_blocks) report(name + "wrong depth");
     if (parent->num_blocks > 0 && parent->tick < node.tick) report(name + "newer than its parent");
-    // A second sibling with the same first block would be found in place of this one or of itself.
+    // Counts siblings with the same first block: a second one would be found in place of this one.
     std::size_t num_same = 0;
     const NodeId found = children_.find(hash_of(node.parent, tokens_of(node)), [&](NodeId other) {
       const std::uint32_t* tokens = tokens_of(node);

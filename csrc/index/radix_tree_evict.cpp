@@ -1,4 +1,4 @@
-// Pins, and which blocks go: the queue of leaves, how a leaf loses its tail, and what is detached.
+// Pins, eviction (the queue of leaves, how a leaf loses its tail), and detaching.
 #include <algorithm>
 #include <new>
 #include <stdexcept>
@@ -46,16 +46,18 @@ std::vector<std::int32_t> RadixTree::evict(std::size_t num_blocks) {
     queue_.pop_back();
     Node& node = nodes_[front.node];
     node.is_queued = false;
-    if (!is_evictable(node)) continue;  // freed, or queued again when its last child or pin goes
+    if (!is_evictable(node)) continue;  // freed, or to be queued when its last child or pin goes
     if (front.tick != node.tick) {      // touched since it was queued
       enqueue(front.node);
       continue;
     }
-    // All blocks of the node have its tick, which is the least: so its whole tail is next in line.
+    // All blocks of the node have its tick, the lowest of all leaves: so its tail is next, block by
+    // block.
     std::size_t num_cut = 0;
     for (; num_cut < node.num_blocks && wanted > 0; ++num_cut) {
       const auto row = static_cast<std::uint32_t>(node.num_blocks - 1 - num_cut);
-      if (has_windows() && !is_held(node, row)) continue;  // as settle() does at an end
+      if (has_windows() && !is_held(node, row))
+        continue;  // no id to return; settle() drops such tails too
       const std::int32_t* ids = ids_of(node) + std::size_t{row} * num_groups_;
       victims.insert(victims.end(), ids, ids + num_groups_);
       --wanted;
@@ -68,7 +70,7 @@ std::vector<std::int32_t> RadixTree::evict(std::size_t num_blocks) {
 
 void RadixTree::cut_tail(NodeId id, std::size_t num_blocks) {
   Node& node = nodes_[id];
-  if (num_blocks == node.num_blocks) {  // unlinked while its tokens are there to be hashed
+  if (num_blocks == node.num_blocks) {  // unlinked now, while its tokens can be hashed
     children_.erase(hash_of(node.parent, tokens_of(node)), id);
   }
   node.num_blocks -= static_cast<std::uint32_t>(num_blocks);
@@ -81,13 +83,13 @@ void RadixTree::cut_tail(NodeId id, std::size_t num_blocks) {
   try {
     set_words(node, copy_words(node, 0, node.num_blocks, node.num_blocks), node.num_blocks);
   } catch (const std::bad_alloc&) {
-    // The array stays larger than it need be; the victims must not be lost for that.
+    // Keeps the larger array: that must not cost the caller the victims.
   }
 }
 
-// Puts right what follows when a node may have become a leaf that can go: takes what no group holds
-// off its end, removes it if nothing is left, its parents likewise, and queues where that ends.
-// There is room for one more entry in the queue.
+// To be called when a node may have become an evictable leaf. Drops blocks at its end that no group
+// holds an id for, removes the node if none is left, then its parents likewise, and queues the node
+// where that ends. The queue must have room for one more entry.
 void RadixTree::settle(NodeId id) {
   while (nodes_[id].parent != kNoNode) {
     Node& node = nodes_[id];
@@ -107,7 +109,8 @@ void RadixTree::settle(NodeId id) {
   if (nodes_[id].num_children == 0) remove_root(id);
 }
 
-// Blocks at the end of a node that no group holds: with windowed groups they lead to nothing.
+// Blocks at the end of a node for which no group holds an id: only windowed groups leave those, and
+// nothing can be restored from them.
 std::uint32_t RadixTree::num_unheld_at_end(const Node& node) const {
   if (!has_windows()) return 0;
   std::uint32_t num_rest = node.num_blocks;
@@ -136,7 +139,8 @@ std::vector<std::int32_t> RadixTree::detach(Tokens tokens, std::size_t num_kept,
                                             std::string_view salt) {
   const NodeId root = root_of(salt);
   if (root == kNoNode || (num_kept + 1) * block_size_ > tokens.size()) return {};
-  const End end = follow(root, tokens.data(), num_kept);  // splits, so that a node begins there
+  const End end = follow(root, tokens.data(),
+                         num_kept);  // splits there, so that the block to detach begins a node
   if (end.num_blocks < num_kept) return {};
   const NodeId id = find_child(end.node, tokens.data() + num_kept * block_size_);
   if (id == kNoNode) return {};
@@ -159,7 +163,7 @@ void RadixTree::reserve_queue(std::size_t num_nodes) {
   if (needed > queue_.capacity()) queue_.reserve(16 + needed + needed / 4);
 }
 
-// Queues an evictable leaf, once; there is room for one more entry.
+// Queues an evictable leaf unless it is queued. The queue must have room for one more entry.
 void RadixTree::enqueue(NodeId id) {
   Node& node = nodes_[id];
   if (node.is_queued) return;

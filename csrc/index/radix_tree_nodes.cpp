@@ -43,7 +43,7 @@ RadixTree::NodeId RadixTree::new_node() {
   if (id == kNoNode) {
     if (nodes_.size() >= kNoNode) throw std::length_error("RadixTree: too many nodes");
     id = static_cast<NodeId>(nodes_.size());
-    // So that to list a node never fails later, when the tree has been changed.
+    // Reserved now, so that listing a node cannot fail later, when the tree has been changed.
     if (has_windows() && holders_.capacity() <= id) holders_.reserve(16 + 2 * id);
     nodes_.emplace_back();
   } else {
@@ -75,13 +75,15 @@ void RadixTree::free_node(NodeId id) noexcept {
   const bool is_queued = node.is_queued;
   node = Node{};
   node.generation = next_generation;
-  node.is_queued = is_queued;  // the entry stays, and is early enough for the next node here
+  node.is_queued =
+      is_queued;  // its entry stays in the queue; its tick is early enough for the next node here
   node.parent = first_free_;
   first_free_ = id;
   --num_nodes_;
 }
 
-// A new array for `capacity` blocks that begins with those from `first` on.
+// A new array with room for `capacity` blocks that begins with `num_blocks` blocks of the node from
+// `first` on.
 RadixTree::Words RadixTree::copy_words(const Node& node, std::size_t first, std::size_t num_blocks,
                                        std::size_t capacity) const {
   Words words = std::make_unique_for_overwrite<std::uint32_t[]>(capacity * words_per_block());

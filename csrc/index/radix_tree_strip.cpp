@@ -1,4 +1,4 @@
-// Giving up the ids of one windowed group: which no prompt needs, and which have gone unused
+// Giving up ids of one windowed group: first those that no prompt needs, then those unused for
 // longest.
 #include <algorithm>
 #include <stdexcept>
@@ -28,7 +28,8 @@ std::vector<std::int32_t> RadixTree::strip(std::uint32_t group, std::size_t num_
   std::uint64_t worth = 0;
   while (!heap.empty()) {
     const Strippable next = heap.front();
-    // A part of a window is of no use: it goes whole. No two ends have the same worth.
+    // A window is given up as a whole, since a part of it is of no use. No two ends have the same
+    // worth.
     if (victims.size() >= num_blocks && (next.worth == 0 || next.worth != worth)) break;
     std::pop_heap(heap.begin(), heap.end());
     heap.pop_back();
@@ -48,7 +49,7 @@ std::vector<std::int32_t> RadixTree::strip(std::uint32_t group, std::size_t num_
   return victims;
 }
 
-// All ids of a group.
+// All blocks for which the group has an id.
 std::vector<RadixTree::Strippable> RadixTree::strippable(std::uint32_t group) const {
   const std::uint32_t window = window_blocks_[group];
   std::vector<Strippable> found;
@@ -57,7 +58,7 @@ std::vector<RadixTree::Strippable> RadixTree::strippable(std::uint32_t group) co
     const Node& node = nodes_[id];
     find_ends(id, window, ends);
     std::size_t num_ends = ends.size();
-    // From the last block of the node on, further from its ends with each step.
+    // From the last block of the node backwards, further from every end with each step.
     for (std::uint32_t num_after = 0; num_after < node.num_blocks; ++num_after) {
       while (num_ends > 0 && ends[num_ends - 1].num_after + num_after >= window) --num_ends;
       const std::uint64_t worth = num_ends > 0 ? ends[num_ends - 1].worth : 0;
@@ -70,8 +71,8 @@ std::vector<RadixTree::Strippable> RadixTree::strippable(std::uint32_t group) co
   return found;
 }
 
-// The ends of runs where the node ends and fewer than `reach` blocks after that, as far as there is
-// one way to go on.
+// Finds the ends of runs at the node's end and fewer than `reach` blocks after it, nearest first,
+// as far as the path has no branch.
 void RadixTree::find_ends(NodeId id, std::uint32_t reach, std::vector<NeededBy>& ends) const {
   ends.clear();
   std::uint32_t num_after = 0;
@@ -86,10 +87,10 @@ void RadixTree::find_ends(NodeId id, std::uint32_t reach, std::vector<NeededBy>&
   }
 }
 
-// When somebody last went on from where a node ends: the next prompt may. Where one insert only
-// went on from another, as a sequence's do while it grows, nobody else is known to end. A pinned
-// end most likely is in use, so that to take its window frees nothing; but its sequence may have
-// passed it since.
+// How recently somebody went on from the node's end, as a tick: the next prompt may do so again. 0
+// where one insert only continued another, as a growing sequence's do: nobody else is known to end
+// there. A pinned end most likely is in use, so giving up its window frees nothing; but its
+// sequence may have passed it since.
 std::uint64_t RadixTree::worth_of_end(const Node& node) const {
   if (node.num_pins > 0) return kPinned | node.tick;
   if (node.num_children == 0) return node.tick;
