@@ -4,12 +4,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <limits>
 #include <memory>
 
 #include "cpu/attention_kernel.h"
 #include "cpu/attention_plan.h"
 #include "cpu/attention_tiles.h"
+#include "cpu/float_bits.h"
 #include "kvkernels/cpu_features.h"
 #include "kvkernels/parallel.h"
 
@@ -171,7 +171,7 @@ class Run {
   // Divides the rows by their sums of weights, and writes them and their lse.
   void finish(const SequencePlan& seq, const AttentionTile& tile, float* merged) const {
     const int64_t group = args_.num_heads / args_.num_kv_heads;
-    const int64_t row_bytes = args_.value_dim * (args_.dtype == DType::kFloat32 ? 4 : 2);
+    const int64_t row_bytes = args_.value_dim * item_bytes(args_.dtype);
     for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
       const TileResult result = result_in(seq, merged, head);
       for (int64_t row = 0; row < tile.row_end - tile.row_begin; ++row) {
@@ -180,9 +180,8 @@ class Run {
         const int64_t index = (tile.first_token + r / group) * args_.num_heads + query_head;
         float base = result.max[row], sum = result.sum[row], weight = 1;
         // A sink is a key without a value, seen by every query; one of minus infinity is none.
-        const float sink = args_.sinks == nullptr ? -std::numeric_limits<float>::infinity()
-                                                  : args_.sinks[query_head] * kLog2E;
-        if (sink != -std::numeric_limits<float>::infinity()) {
+        const float sink = args_.sinks == nullptr ? -kInfinity : args_.sinks[query_head] * kLog2E;
+        if (sink != -kInfinity) {
           base = std::max(base, sink);
           weight = std::exp2(result.max[row] - base);
           sum = weight * sum + std::exp2(sink - base);
@@ -236,7 +235,7 @@ void paged_attention(const PagedAttentionArgs& args, AttentionPath path, int num
 void merge_attention(const MergeAttentionArgs& args, AttentionPath path, int num_threads) {
   const AttentionKernel& kernel = find_kernel(path, args.dtype, {args.head_dim, args.head_dim});
   const int64_t head_dim = args.head_dim;
-  const int64_t row_bytes = head_dim * (args.dtype == DType::kFloat32 ? 4 : 2);
+  const int64_t row_bytes = head_dim * item_bytes(args.dtype);
   constexpr int64_t kGrainElements = 64 << 10;
   const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, head_dim));
   parallel_ranges(args.num_rows, grain, num_threads, [&](int64_t begin, int64_t end) {
@@ -244,7 +243,7 @@ void merge_attention(const MergeAttentionArgs& args, AttentionPath path, int num
     float* b = a + head_dim;
     for (int64_t row = begin; row < end; ++row) {
       const float lse_a = args.lse_a[row], lse_b = args.lse_b[row];
-      constexpr float kNoKey = -std::numeric_limits<float>::infinity();
+      constexpr float kNoKey = -kInfinity;
       const float max = std::max(lse_a, lse_b);
       // Tested on both, not on `max`: std::max with a NaN may return either.
       const bool is_empty = lse_a == kNoKey && lse_b == kNoKey;

@@ -78,7 +78,7 @@ void weigh_group(Work& work, int64_t group, int64_t begin, const float* scores, 
   const int64_t row = group * kLanes;
   const Seen<kIsMasked> seen = {_mm512_load_si512(work.first + row),
                                 _mm512_load_si512(work.last + row)};
-  const __m512 scales = _mm512_set1_ps(work.scale), lowest = _mm512_set1_ps(-infinity());
+  const __m512 scales = _mm512_set1_ps(work.scale), lowest = _mm512_set1_ps(-kInfinity);
   __m512 top[4] = {lowest, lowest, lowest, lowest};
   for (int64_t t = 0; t < kSetKeys<kSets>; t += 4) {
 #pragma GCC unroll 4

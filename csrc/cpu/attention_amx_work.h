@@ -63,7 +63,7 @@ void start_group(const AttentionTile& tile, int64_t group, Work& work) {
     const int64_t first_key = n / set_lanes * (kKeys / work.num_sets);  // of the lane's set of keys
     work.first[lane] = static_cast<int32_t>(seen.begin - first_key);
     work.last[lane] = static_cast<int32_t>(seen.end - first_key);
-    work.max[lane] = -infinity();
+    work.max[lane] = -kInfinity;
     work.sum[lane] = 0;
   }
   uint16_t* target = work.query + first_row * work.head_dim;

@@ -16,8 +16,6 @@ constexpr int64_t kTileKeys = 64;  // keys per tile
 // with more it pays to convert and transpose the keys first.
 constexpr int64_t kFewRows = 8;
 
-inline float infinity() { return __builtin_inff(); }
-
 // The end of the tile of keys that starts at `begin`. Tiles end at multiples of kTileKeys, so that
 // tiles and blocks of the cache end together.
 inline int64_t key_tile_end(const AttentionTile& tile, int64_t begin) {
@@ -34,13 +32,13 @@ inline float softmax_step(float* scores, int64_t num_keys, int64_t first, int64_
     const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(scores + t), _mm256_set1_ps(scale));
     _mm256_storeu_ps(scores + t, scaled);
   }
-  for (int64_t t = 0; t < std::min(first, end); ++t) scores[t] = -infinity();
-  for (int64_t t = std::max<int64_t>(last, 0); t < end; ++t) scores[t] = -infinity();
-  __m256 top = _mm256_set1_ps(-infinity());
+  for (int64_t t = 0; t < std::min(first, end); ++t) scores[t] = -kInfinity;
+  for (int64_t t = std::max<int64_t>(last, 0); t < end; ++t) scores[t] = -kInfinity;
+  __m256 top = _mm256_set1_ps(-kInfinity);
   for (int64_t t = 0; t < end; t += 8) top = _mm256_max_ps(top, _mm256_loadu_ps(scores + t));
   const float old_max = *max, new_max = std::max(old_max, max_lane(top));
   // If every score so far is minus infinity, the weights must come out as 0, not as NaN.
-  const __m256 base = _mm256_set1_ps(new_max == -infinity() ? 0.0f : new_max);
+  const __m256 base = _mm256_set1_ps(new_max == -kInfinity ? 0.0f : new_max);
   const __m256 decay = exp2_lanes(_mm256_sub_ps(_mm256_set1_ps(old_max), base));
   __m256 total = _mm256_mul_ps(_mm256_loadu_ps(sum), decay);
   for (int64_t t = 0; t < end; t += 8) {

@@ -14,8 +14,6 @@ constexpr int64_t kFewRows = 8;
 
 namespace {
 
-inline float infinity() { return __builtin_inff(); }
-
 // Adds vector `i` of a row's weights to `total`; vector 0 starts it with the decayed sum of the
 // tiles before. Which operations are fused is written out: left to the compiler, functions that
 // must give the same bits might fuse different ones.
@@ -31,7 +29,7 @@ inline __m512 add_weight(__m512 total, int i, __m512 weight, const float* sum, _
 template <int kVectors, bool kIsMasked>
 inline float softmax_vectors(float* scores, int64_t first, int64_t last, float scale, float* max,
                              float* sum) {
-  const __m512 scales = _mm512_set1_ps(scale), lowest = _mm512_set1_ps(-infinity());
+  const __m512 scales = _mm512_set1_ps(scale), lowest = _mm512_set1_ps(-kInfinity);
   __m512 s[kVectors], top = lowest;
   __mmask16 seen[kVectors];
 #pragma GCC unroll 4
@@ -43,7 +41,7 @@ inline float softmax_vectors(float* scores, int64_t first, int64_t last, float s
   const float old_max = *max, tile_max = _mm512_reduce_max_ps(top);
   const float new_max = old_max > tile_max ? old_max : tile_max;
   // If every score so far is minus infinity, the weights must come out as 0, not as NaN.
-  const __m512 base = _mm512_set1_ps(new_max == -infinity() ? 0.0f : new_max);
+  const __m512 base = _mm512_set1_ps(new_max == -kInfinity ? 0.0f : new_max);
   const __m512 decay = exp2_lanes(_mm512_sub_ps(_mm512_set1_ps(old_max), base));
   __m512 total;
 #pragma GCC unroll 4
@@ -102,7 +100,7 @@ inline void softmax_whole_rows(float* scores, float scale, float* max, float* su
   constexpr __mmask16 kIsRow = (1 << kRows) - 1;
   const __m512 old_max = _mm512_permutexvar_ps(spread, _mm512_maskz_loadu_ps(kIsRow, max));
   const __m512 new_max = _mm512_max_ps(old_max, largest);
-  const __m512 lowest = _mm512_set1_ps(-infinity());
+  const __m512 lowest = _mm512_set1_ps(-kInfinity);
   // If every score so far is minus infinity, the weights must come out as 0, not as NaN.
   const __mmask16 is_seen = _mm512_cmp_ps_mask(new_max, lowest, _CMP_NEQ_UQ);
   const __m512 base = _mm512_maskz_mov_ps(is_seen, new_max);

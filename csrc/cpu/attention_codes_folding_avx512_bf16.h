@@ -2,7 +2,6 @@
 // bfloat16 (see attention_codes_avx512_bf16.cpp). Only for files compiled for AVX512-BF16.
 #pragma once
 
-#include <algorithm>
 #include <array>
 #include <bit>
 

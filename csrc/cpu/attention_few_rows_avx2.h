@@ -74,7 +74,7 @@ void start_rows(const AttentionTile& tile, int64_t head, float* scratch, Rows& r
   rows.scores = rows.sum + rows.count * 8;
   std::fill_n(rows.out, rows.count * rows.value_dim, 0.0f);
   std::fill_n(rows.sum, rows.count * 8, 0.0f);
-  std::fill_n(rows.max, rows.count, -infinity());
+  std::fill_n(rows.max, rows.count, -kInfinity);
   for (int64_t r = 0; r < rows.count; ++r) {
     const auto* query = static_cast<const typename E::Item*>(tile.args->query) +
                         query_offset(tile, tile.row_begin + r, head);

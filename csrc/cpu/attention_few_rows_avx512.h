@@ -99,7 +99,7 @@ void start_rows(const AttentionTile& tile, int64_t head, float* scratch, Rows& r
       _mm512_store_ps(rows.out + r * rows.value_dim + i, _mm512_setzero_ps());
     }
     _mm512_store_ps(rows.sum + 16 * r, _mm512_setzero_ps());
-    rows.max[r] = -infinity();
+    rows.max[r] = -kInfinity;
   }
 }
 

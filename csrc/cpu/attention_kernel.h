@@ -82,8 +82,6 @@ void attend_few_rows_avx512(const AttentionTile& tile, const TileResult* results
 void attend_codes_amx(const AttentionTile& tile, const TileResult* results);
 void attend_codes_amx_emulated(const AttentionTile& tile, const TileResult* results);
 
-constexpr float kLog2E = 1.44269504088896340736f;
-
 // The tile's keys that a row sees, as [begin, end); empty where end <= begin. A tree mask is not
 // considered: it is applied to the scores.
 struct KeyRange {
@@ -112,14 +110,5 @@ static inline int64_t query_offset(const AttentionTile& tile, int64_t row, int64
   return (tile.first_token + row / group) * args.query_token_stride +
          ((tile.kv_head + head) * group + row % group) * args.query_head_stride;
 }
-
-// Coefficients of 2^f for f in [-0.5, 0.5]: relative error 2e-9, minimax of degree 6.
-static constexpr float kExp2Poly[] = {1.0f,
-                                      6.9314720574e-01f,
-                                      2.4022646890e-01f,
-                                      5.5503287772e-02f,
-                                      9.6184889937e-03f,
-                                      1.3399931140e-03f,
-                                      1.5345802159e-04f};
 
 }  // namespace kvkernels

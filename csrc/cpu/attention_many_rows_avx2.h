@@ -131,7 +131,7 @@ void start_rows(const AttentionTile& tile, const TileResult& result, Work& work)
   work.sum = work.scores + kMaxRows * kTileKeys;
   work.scales = work.sum + kMaxRows * 8;
   std::fill_n(result.out, work.count * work.value_dim, 0.0f);
-  std::fill_n(result.max, work.count, -infinity());
+  std::fill_n(result.max, work.count, -kInfinity);
   std::fill_n(work.sum, work.count * 8, 0.0f);
   for (int64_t r = 0; r < work.count; ++r) {
     const auto* query = static_cast<const typename E::Item*>(tile.args->query) +

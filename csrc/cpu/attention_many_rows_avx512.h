@@ -185,7 +185,7 @@ void start_rows(const AttentionTile& tile, const TileResult& result, Work& work)
       _mm512_storeu_ps(result.out + r * work.value_dim + i, _mm512_setzero_ps());
     }
     _mm512_store_ps(work.sum + 16 * r, _mm512_setzero_ps());
-    result.max[r] = -infinity();
+    result.max[r] = -kInfinity;
     work.seen[r] = visible_keys(tile, tile.row_begin + r);
   }
 }

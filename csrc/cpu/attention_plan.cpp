@@ -121,8 +121,7 @@ void check_sequence(const PagedAttentionArgs& args, int64_t seq) {
 int64_t heads_per_tile(const PagedAttentionArgs& args, const AttentionKernel& kernel,
                        int64_t num_rows) {
   if (num_rows > kernel.max_rows_many_heads || args.batch_invariant) return 1;
-  const int64_t item_size = args.dtype == DType::kFloat32 ? 4 : 2;
-  const int64_t head_bytes = args.block_size * args.head_dim * item_size;
+  const int64_t head_bytes = args.block_size * args.head_dim * item_bytes(args.dtype);
   const int64_t num_heads = (kPieceBytes + head_bytes - 1) / std::max<int64_t>(head_bytes, 1);
   return std::clamp<int64_t>(num_heads, 1,
                              std::min({args.num_kv_heads, kMaxTileHeads,

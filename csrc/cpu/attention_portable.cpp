@@ -2,7 +2,6 @@
 // turns them into vectors of whatever width the processor has.
 #include <bit>
 #include <cstring>
-#include <limits>
 
 #include "cpu/attention_scores.h"
 #include "cpu/attention_unpack_portable.h"
@@ -14,7 +13,6 @@ constexpr int64_t kTileRows = 32, kTileKeys = 32;
 // A sum over head_dim is cut into parts of this many products, added up at the end: rounding errors
 // grow with the length of a sum.
 constexpr int64_t kSumLength = 16;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 void merge(float* out, float weight, const float* added, float added_weight, int64_t size) {
   for (int64_t i = 0; i < size; ++i) out[i] = weight * out[i] + added_weight * added[i];

@@ -56,7 +56,7 @@ static inline void adjust_tree_row(const AttentionTile& tile, const TreeRow& row
     }
     is_seen = is_seen && (window == 0 || position > row.position - window);
     const float distance = static_cast<float>(std::abs(row.position - position));
-    scores[t] = is_seen ? scores[t] - slope * distance : -__builtin_inff();
+    scores[t] = is_seen ? scores[t] - slope * distance : -kInfinity;
   }
 }
 

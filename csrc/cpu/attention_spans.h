@@ -41,10 +41,6 @@ struct Spans {
   }
 };
 
-inline int64_t item_bytes(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : dtype == DType::kFloat8 ? 1 : 2;
-}
-
 // Adds `count` rows of a cache of floats. `item` is an element's size in bytes; strides are in
 // elements.
 inline void add_float_spans(const void* first, int64_t count, int64_t slot_stride, int64_t dim,

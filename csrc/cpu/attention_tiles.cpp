@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "cpu/attention_scores.h"
 
@@ -104,7 +103,7 @@ void attend_apart(const AttentionKernel& kernel, const AttentionTile& tile,
 
 void clear_rows(const TileResult& result, int64_t num_rows, int64_t dim) {
   std::fill_n(result.out, num_rows * dim, 0.0f);
-  std::fill_n(result.max, num_rows, -std::numeric_limits<float>::infinity());
+  std::fill_n(result.max, num_rows, -kInfinity);
   std::fill_n(result.sum, num_rows, 0.0f);
 }
 

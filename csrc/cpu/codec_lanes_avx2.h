@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "cpu/simd_avx2.h"
+#include "kvkernels/attention.h"
 
 namespace kvkernels {
 namespace {

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cstddef>
+
 #include "cpu/simd_avx512.h"
+#include "kvkernels/attention.h"
 
 namespace kvkernels {
 namespace {

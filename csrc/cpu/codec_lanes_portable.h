@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "cpu/float_formats.h"
+#include "kvkernels/attention.h"
 
 namespace kvkernels {
 namespace {

@@ -37,10 +37,8 @@ CodecKernels find_kernels(AttentionPath path, DType dtype) {
   return portable_codec_kernels(dtype);
 }
 
-int64_t item_bytes(const CodecArgs& args) { return args.dtype == DType::kFloat32 ? 4 : 2; }
-
 int64_t plane_bytes(const CodecArgs& args) {
-  return args.num_heads * args.block_size * args.head_dim * item_bytes(args);
+  return args.num_heads * args.block_size * args.head_dim * item_bytes(args.dtype);
 }
 
 int64_t layer_bytes(const CodecArgs& args) { return args.num_planes * plane_bytes(args); }
@@ -80,14 +78,14 @@ Side find_side(const CodecArgs& args, const SideFormat& format) {
 }
 
 std::byte* find_items(const CodecArgs& args, const Layer& layer, const SideFormat& side) {
-  return layer.items + side.plane * plane_bytes(args) + side.first_channel * item_bytes(args);
+  return layer.items + side.plane * plane_bytes(args) + side.first_channel * item_bytes(args.dtype);
 }
 
 // The end of a side's parts, before the padding that separates it from the next; in bytes from the
 // layer's start.
-int64_t end_of(const Side& side, int64_t item_bytes) {
+int64_t end_of(const Side& side, DType dtype) {
   const SideFormat& format = side.format;
-  if (format.bits == kRawBits) return format.parts[0] + side.num_items() * item_bytes;
+  if (format.bits == kRawBits) return format.parts[0] + side.num_items() * item_bytes(dtype);
   if (format.bits == kLosslessBits) return side.lossless_end();
   const int64_t sets = format.is_key ? format.num_channels : side.block_size;
   return format.parts[1] + side.num_heads * format.num_groups * sets * 4;
@@ -104,7 +102,7 @@ bool encode_side(const CodecArgs& args, const CodecKernels& kernels, const Layer
   const bool is_good = is_summing ? kernels.encode_and_sum(side, items, layer.payload, *sums)
                                   : kernels.encode(side, items, layer.payload);
   if (!is_good) return false;
-  const int64_t begin = side.format.parts[0], end = end_of(side, item_bytes(args));
+  const int64_t begin = side.format.parts[0], end = end_of(side, args.dtype);
   const bool is_last = index + 1 == format.num_sides;
   const int64_t next = is_last ? format.num_bytes : format.sides[index + 1].parts[0];
   std::memset(layer.payload + end, 0, next - end);

@@ -1,14 +1,10 @@
 // One decoder layer: calls the kernels one after another, each on the results of the ones before.
 #include "kvkernels/decoder_layer.h"
 
-#include <algorithm>
-
 #include "kvkernels/kv_cache.h"
 
 namespace kvkernels {
 namespace {
-
-int64_t item_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // The kernels, with the arguments that all of a layer's calls share.
 struct Kernels {
@@ -63,7 +59,7 @@ LinearLayer into(void* out, LinearLayer layer) {
 
 StoreSide store_side(const DecoderLayer& layer, const void* source, void* cache,
                      const int64_t (&strides)[3]) {
-  const int64_t item = item_size(layer.dtype), head = layer.head_dim * item;
+  const int64_t item = item_bytes(layer.dtype), head = layer.head_dim * item;
   return {static_cast<const std::byte*>(source),
           static_cast<std::byte*>(cache),
           layer.num_kv_heads * head,
@@ -78,7 +74,7 @@ void store(const DecoderLayer& layer, const LayerTokens& tokens, const LayerCach
   store_kv({store_side(layer, tokens.key, cache.key_cache, cache.key_strides),
             store_side(layer, tokens.value, cache.value_cache, cache.value_strides),
             cache.slot_mapping, cache.slot_mapping_stride, tokens.num_tokens, layer.num_kv_heads,
-            cache.num_blocks, cache.block_size, layer.head_dim * item_size(layer.dtype)},
+            cache.num_blocks, cache.block_size, layer.head_dim * item_bytes(layer.dtype)},
            num_threads);
 }
 
@@ -152,8 +148,8 @@ void finish_layer(const DecoderLayer& layer, const LayerTokens& tokens, Attentio
   const Kernels kernels = {layer, path, num_threads};
   const int64_t num_tokens = tokens.num_tokens, hidden_size = layer.hidden_size;
   auto* x = static_cast<std::byte*>(tokens.workspace);
-  std::byte* gate = x + num_tokens * hidden_size * item_size(layer.dtype);
-  std::byte* up = gate + num_tokens * layer.intermediate_size * item_size(layer.dtype);
+  std::byte* gate = x + num_tokens * hidden_size * item_bytes(layer.dtype);
+  std::byte* up = gate + num_tokens * layer.intermediate_size * item_bytes(layer.dtype);
 
   kernels.multiply(tokens.attended, layer.num_heads * layer.head_dim, num_tokens,
                    {into(x, layer.out)});

@@ -81,9 +81,8 @@ class Tiles {
   }
 
   const void* weights_of(const LinearTile& tile) const {
-    const int64_t item = args_.dtype == DType::kFloat32 ? 4 : 2;
     return static_cast<const char*>(tile.layer->weight) +
-           tile.col_begin * tile.layer->weight_stride * item;
+           tile.col_begin * tile.layer->weight_stride * item_bytes(args_.dtype);
   }
 
  private:

@@ -15,7 +15,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 
 #include "cpu/linear_ahead.h"
 #include "cpu/linear_kernel.h"

@@ -14,8 +14,6 @@
 namespace kvkernels {
 namespace {
 
-constexpr float kLog2E = 1.44269504f;
-
 // Calls body(i, count) for the vectors of a row; `count` is kLanes, or for the last vector the
 // lanes that are left.
 template <typename Body>

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "cpu/attention_kernel.h"
+#include "cpu/float_bits.h"
 
 namespace kvkernels {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "cpu/attention_kernel.h"
+#include "cpu/float_bits.h"
 #include "cpu/intrinsics_avx512.h"
 
 namespace kvkernels {

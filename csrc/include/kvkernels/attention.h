@@ -7,6 +7,11 @@ namespace kvkernels {
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat8 = 3 };  // e4m3fn
 
+// Bytes of one element. Static, as files compiled for different instruction sets include this.
+static constexpr int64_t item_bytes(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kFloat8 ? 1 : 2;
+}
+
 // The set of kernels that runs. kAmxEmulated computes what kAmx does without its instructions, so
 // that it can be tested on any processor with AVX512-BF16.
 enum class AttentionPath : int {
