@@ -167,7 +167,7 @@ void attend_head(Tiles& tiles, const AttentionTile& tile, Prefetch& next, int64_
   start(tile, work);
   const int64_t first = tile.key_begin / kKeys * kKeys;
   for (int64_t begin = first, end; begin < tile.key_end; begin = end) {
-    end = end_of_keys(tile, begin);
+    end = key_tile_end(tile, begin, kKeys);
     // Groups before `group` see only keys before these, groups from `last` on only keys after them.
     int64_t group = 0, last = work.num_groups;
     if (last > 1) {
@@ -194,17 +194,18 @@ void attend_head(Tiles& tiles, const AttentionTile& tile, Prefetch& next, int64_
   finish(work, result);
 }
 
-bool may_hold_codes(const PagedAttentionArgs& args) {
+// Whether keys and values may have to be unpacked: from codes, or from a cache of another dtype.
+bool may_be_packed(const PagedAttentionArgs& args) {
   return args.int8.num_blocks > 0 || args.int4.num_blocks > 0 || args.cache_dtype != args.dtype;
 }
 
 template <typename Tiles, auto kAttendCodes>
 void attend(const AttentionTile& tile, const TileResult* results) {
   const int64_t num_rows = tile.row_end - tile.row_begin;
-  const bool may_be_codes = may_hold_codes(*tile.args);
-  const int64_t few = may_be_codes ? kFewRows : kFewRowsBesideTiles;
+  const bool is_packed = may_be_packed(*tile.args);
+  const int64_t few = is_packed ? kFewRows : kFewRowsBesideTiles;
   if (num_rows <= few && !tile.args->batch_invariant) {
-    if (may_be_codes && num_rows >= kLeastCodeRows) return kAttendCodes(tile, results);
+    if (is_packed && num_rows >= kLeastCodeRows) return kAttendCodes(tile, results);
     avx512_kernel(DType::kBFloat16, {tile.args->head_dim, tile.args->value_dim})
         ->attend(tile, results);
     return;

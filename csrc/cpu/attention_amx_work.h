@@ -107,10 +107,5 @@ void start(const AttentionTile& tile, Work& work) {
   for (int64_t group = 0; group < work.num_groups; ++group) start_group(tile, group, work);
 }
 
-// The end of the tile of keys that starts at `begin`: a multiple of kKeys, or the end of all keys.
-int64_t end_of_keys(const AttentionTile& tile, int64_t begin) {
-  return std::min((begin / kKeys + 1) * kKeys, tile.key_end);
-}
-
 }  // namespace
 }  // namespace kvkernels

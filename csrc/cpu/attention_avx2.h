@@ -16,12 +16,6 @@ constexpr int64_t kTileKeys = 64;  // keys per tile
 // with more it pays to convert and transpose the keys first.
 constexpr int64_t kFewRows = 8;
 
-// The end of the tile of keys that starts at `begin`. Tiles end at multiples of kTileKeys, so that
-// tiles and blocks of the cache end together.
-inline int64_t key_tile_end(const AttentionTile& tile, int64_t begin) {
-  return std::min((begin / kTileKeys + 1) * kTileKeys, tile.key_end);
-}
-
 // Turns one row's raw scores of up to kTileKeys keys into weights, and updates the running maximum
 // and sum (8 lanes). Columns outside [first, last), and those that fill up the last vector, get the
 // weight 0 whatever their scores. Returns the factor for what was summed up before.

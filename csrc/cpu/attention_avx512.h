@@ -153,12 +153,5 @@ inline void softmax_rows(float* scores, int64_t num_keys, const KeyRange* seen, 
   }
 }
 
-// The end of the tile of keys that starts at `begin`. Tiles end at multiples of kTileKeys, so that
-// tiles and blocks of the cache end together.
-inline int64_t key_tile_end(const AttentionTile& tile, int64_t begin) {
-  const int64_t end = (begin / kTileKeys + 1) * kTileKeys;
-  return end < tile.key_end ? end : tile.key_end;
-}
-
 }  // namespace
 }  // namespace kvkernels

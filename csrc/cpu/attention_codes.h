@@ -13,6 +13,10 @@ constexpr int64_t kCodeRowStride =
     64;  // of rows of scores and weights; also the most keys of a tile
 constexpr int64_t kMaxCodeRows = 8;
 
+// Products are taken with code - middle, which lies around 0, so that the rounding of the other
+// factor does little harm.
+static constexpr float middle_code(bool is_int4) { return is_int4 ? 8.0f : 128.0f; }
+
 // Neighbouring slots of one block, for one head. `codes` and `scales` are those of the block's slot
 // 0.
 struct CodeRun {

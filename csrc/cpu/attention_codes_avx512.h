@@ -23,10 +23,6 @@ template <int kRows, typename Combine>
   return combine_lanes_of_4(repeated, combine);
 }
 
-// Products are taken with code - middle, which lies around 0, so that the rounding of the other
-// factor does little harm.
-constexpr float middle_code(bool is_int4) { return is_int4 ? 8.0f : 128.0f; }
-
 // A row of codes is worked on in pieces of 64 channels, two halves of 32. The halves are
 // neighbours; with 4-bit codes they are the channels in the low and in the high halves of the same
 // 32 bytes.

@@ -20,10 +20,6 @@ constexpr int64_t kMaxKeys = kCodeRowStride, kMaxGroups = kMaxCodeDim / kPieceCh
 // |x| <= kLargest keeps 256 products with codes up to 255 within 31 bits.
 constexpr float kLargest = 32767;
 
-// Products are taken with code - middle, which lies around 0, so that the rounding of the other
-// factor does little harm.
-constexpr float middle_code(bool is_int4) { return is_int4 ? 8.0f : 128.0f; }
-
 // Sums over channels are added across lanes 8 together, so this many keys are scored at a time with
 // this many rows.
 constexpr int keys_at_once(int num_rows) { return num_rows == 1 ? 8 : num_rows == 2 ? 4 : 2; }
@@ -36,8 +32,6 @@ int64_t first_channel(int64_t piece, int64_t dim) {
 }
 
 inline int64_t bytes_of_row(bool is_int4, int64_t dim) { return is_int4 ? dim / 2 : dim; }
-
-inline __m256 abs_lanes(__m256 v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
 
 // Lane i of the result is the sum over the lanes of v[i].
 inline __m256i sum_lanes_of_8(const __m256i* v) {

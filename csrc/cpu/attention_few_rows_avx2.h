@@ -1,51 +1,14 @@
 // Decode with AVX2: few query rows go once through a long run of keys.
 #pragma once
 
-#include "cpu/attention_code_runs.h"
+#include "cpu/attention_key_tiles.h"
 #include "cpu/attention_products_avx2.h"
 #include "cpu/attention_scores.h"
 
 namespace kvkernels {
 namespace {
 
-// How a tile's keys and values are used. kPlain: where they lie, being of the query's dtype.
-// kCodes: as codes, where all blocks hold codes of one kind that suit the kernels. kUnpacked: after
-// unpacking to dense rows of floats.
-enum class Form { kPlain, kCodes, kUnpacked };
-
-// One tile of keys: where its rows start, for the first head, and the memory it occupies.
-struct Tile {
-  int64_t begin, end;  // positions in the sequence; equal: no keys are left
-  Form form;
-  CodeRuns codes;
-  int64_t keys[kTileKeys], values[kTileKeys];  // offsets of rows, in elements; unused for codes
-  Spans key_spans, value_spans;
-
-  int64_t num_keys() const { return end - begin; }
-};
-
-// Finds the keys and values from `begin` on. Unused offsets repeat the last key, so that loops over
-// a fixed number of keys read nothing outside the sequence.
-inline void find_tile(const AttentionTile& tile, int64_t begin, Tile& found) {
-  found.begin = begin;
-  found.end = begin < tile.key_end ? key_tile_end(tile, begin) : begin;
-  const int64_t num_keys = found.num_keys();
-  find_spans(tile, found.begin, found.end, found.key_spans, found.value_spans);
-  if (num_keys == 0) return;
-  if (lies_plain(tile, begin, found.end)) {
-    found.form = Form::kPlain;
-    find_rows(tile, begin, found.end, found.keys, found.values);
-  } else {
-    find_code_runs(
-        tile, begin, found.end, [](const CodeShape&) { return avx2_code_kernels(); }, found.codes);
-    found.form = found.codes.count > 0 ? Form::kCodes : Form::kUnpacked;
-    for (int64_t token = 0; token < num_keys; ++token) {
-      found.keys[token] = token * tile.args->head_dim;
-      found.values[token] = token * tile.args->value_dim;
-    }
-  }
-  std::fill(found.keys + num_keys, found.keys + kTileKeys, found.keys[num_keys - 1]);
-}
+using Tile = KeyTile<kTileKeys>;
 
 // One head's query rows and their running sums.
 struct Rows {
@@ -141,7 +104,7 @@ class FewRows {
 
  private:
   void find(int64_t begin, Tile& found) {
-    find_tile(tile_, begin, found);
+    find_tile(tile_, begin, [](const CodeShape&) { return avx2_code_kernels(); }, found);
     prefetch_.add_tile(found.key_spans, found.value_spans, tile_.num_kv_heads);
     if (found.num_keys() == 0) add_next(tile_, kTileKeys, prefetch_);
   }

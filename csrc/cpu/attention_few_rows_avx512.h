@@ -7,7 +7,7 @@
 
 #include <iterator>
 
-#include "cpu/attention_code_runs.h"
+#include "cpu/attention_key_tiles.h"
 #include "cpu/attention_row_products_avx512.h"
 #include "cpu/attention_scores.h"
 #include "cpu/row_batches.h"
@@ -15,44 +15,7 @@
 namespace kvkernels {
 namespace {
 
-// One tile of keys: where its rows start, for the first head, if they are used where they lie, and
-// the memory it occupies.
-struct Tile {
-  int64_t begin, end;  // positions in the sequence; equal: no keys are left
-  bool is_plain;
-  CodeRuns codes;
-  int64_t keys[kTileKeys], values[kTileKeys];  // offsets in elements; into dense rows if not plain
-  Spans key_spans, value_spans;
-
-  int64_t num_keys() const { return end - begin; }
-};
-
-// Finds the keys and values from `begin` on. Unused offsets repeat the last row, so that loops over
-// a fixed number of rows read nothing outside the sequence.
-void find_tile(const AttentionTile& tile, int64_t begin, FindCodeKernels kernels_of, Tile& found) {
-  found.begin = begin;
-  found.end = begin < tile.key_end ? key_tile_end(tile, begin) : begin;
-  const int64_t num_keys = found.num_keys();
-  find_spans(tile, found.begin, found.end, found.key_spans, found.value_spans);
-  if (num_keys == 0) return;
-  found.is_plain = lies_plain(tile, begin, found.end);
-  found.codes.count = 0;
-  if (!found.is_plain) {
-    find_code_runs(tile, begin, found.end, kernels_of, found.codes);
-  }
-  if (found.is_plain) {
-    find_rows(tile, begin, found.end, found.keys, found.values);
-  } else {
-    for (int64_t token = 0; token < num_keys; ++token) {
-      found.keys[token] = token * tile.args->head_dim;
-      found.values[token] = token * tile.args->value_dim;
-    }
-  }
-  for (int64_t token = num_keys; token < kTileKeys; ++token) {
-    found.keys[token] = found.keys[num_keys - 1];
-    found.values[token] = found.values[num_keys - 1];
-  }
-}
+using Tile = KeyTile<kTileKeys>;
 
 // One head's query rows and their running sums.
 struct Rows {
@@ -210,7 +173,7 @@ class FewRows {
   void attend(const TileResult* results) {
     Tile tiles[2];
     find(tile_.key_begin, tiles[0]);
-    for (int i = 0; tiles[i].begin < tiles[i].end; i = 1 - i) {
+    for (int i = 0; tiles[i].num_keys() > 0; i = 1 - i) {
       find(tiles[i].end, tiles[1 - i]);
       add(tiles[i]);
     }
@@ -227,7 +190,7 @@ class FewRows {
   }
 
   void add(const Tile& now) {
-    if (now.codes.count > 0) return add_codes(now);
+    if (now.form == Form::kCodes) return add_codes(now);
     for (int64_t head = 0; head < tile_.num_kv_heads; ++head) {
       prefetch_.begin(now.key_spans.num_bytes);
       score_head<R>(now, keys(now, head), prefetch_, rows_[head]);
@@ -276,7 +239,7 @@ class FewRows {
   }
 
   CacheRows<Item> keys(const Tile& now, int64_t head) {
-    if (now.is_plain) {
+    if (now.form == Form::kPlain) {
       const auto* cache = static_cast<const Item*>(args_.key_cache);
       return {cache + head * args_.key_head_stride, now.keys};
     }
@@ -285,7 +248,7 @@ class FewRows {
   }
 
   CacheRows<Item> values(const Tile& now, int64_t head) {
-    if (now.is_plain) {
+    if (now.form == Form::kPlain) {
       const auto* cache = static_cast<const Item*>(args_.value_cache);
       return {cache + head * args_.value_head_stride, now.values};
     }

@@ -190,24 +190,16 @@ void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, Work& work
   }
 }
 
-// The columns of the tile of keys [begin, end) that some row of [row, row + count) sees. Later rows
-// see later ranges, so the first and the last row bound them.
-inline KeyRange block_columns(const Work& work, int64_t row, int64_t count, int64_t begin,
-                              int64_t end) {
-  const int64_t first = work.seen[row].begin, last = work.seen[row + count - 1].end;
-  return {std::max<int64_t>(first - begin, 0), std::min(last, end) - begin};
-}
-
 inline void score_rows(Work& work, int64_t row, int64_t count, int64_t begin, int64_t end,
                        const TileResult& result) {
-  const KeyRange columns = block_columns(work, row, count, begin, end);
+  const KeyRange columns = seen_columns(work.seen + row, count, begin, end);
   for (int64_t first = 0; first < columns.end; first += kPanelKeys) {
     kScoreBlocks[count - 1](work.query + row * work.head_dim, work.head_dim,
                             work.keys + first * work.head_dim,
                             work.scores + row * kTileKeys + first);
   }
   for (int64_t r = row; r < row + count; ++r) {
-    const KeyRange own = block_columns(work, r, 1, begin, end);
+    const KeyRange own = seen_columns(work.seen + r, 1, begin, end);
     float* scores = work.scores + r * kTileKeys;
     if (work.adjusts) {
       adjust_scores(*work.tile, work.tile->row_begin + r, 0, begin, columns.end, scores);
@@ -219,7 +211,7 @@ inline void score_rows(Work& work, int64_t row, int64_t count, int64_t begin, in
 
 inline void add_values(const Work& work, int64_t row, int64_t count, int64_t begin, int64_t end,
                        const TileResult& result) {
-  const KeyRange columns = block_columns(work, row, count, begin, end);
+  const KeyRange columns = seen_columns(work.seen + row, count, begin, end);
   for (int64_t i = 0; i < work.value_dim; i += 8 * kBlockVectors) {
     const int num_vectors = i + 8 * kBlockVectors <= work.value_dim ? kBlockVectors : 1;
     kValueBlocks[count - 1][num_vectors - 1](
@@ -237,11 +229,8 @@ void attend_many_rows(const AttentionTile& tile, const TileResult& result) {
   work.while_multiplying.set_lead(tile_bytes);
   const int64_t first = tile.key_begin / kTileKeys * kTileKeys;
   for (int64_t begin = first, end; begin < tile.key_end; begin = end) {
-    end = key_tile_end(tile, begin);
-    // Rows before row_begin see only keys before these, rows from row_end on only keys after them.
-    int64_t row_begin = 0, row_end = work.count;
-    while (row_begin < row_end && work.seen[row_begin].end <= begin) ++row_begin;
-    while (row_end > row_begin && work.seen[row_end - 1].begin >= end) --row_end;
+    end = key_tile_end(tile, begin, kTileKeys);
+    const auto [row_begin, row_end] = rows_that_see(work.seen, work.count, begin, end);
     if (row_begin == row_end) continue;
     next.begin(tile_bytes);
     load_tile<E>(tile, begin, end, work);

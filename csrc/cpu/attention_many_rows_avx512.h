@@ -254,23 +254,16 @@ void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, Work& work
   pack_values<L>(rows, value_offsets, count, work);
 }
 
-// The columns of the tile of keys [begin, end) that some row of [row, row + count) sees. Later rows
-// see later ranges, so the first and the last row bound them.
-KeyRange block_columns(const Work& work, int64_t row, int64_t count, int64_t begin, int64_t end) {
-  const int64_t first = work.seen[row].begin, last = work.seen[row + count - 1].end;
-  return {first > begin ? first - begin : 0, (last < end ? last : end) - begin};
-}
-
 template <typename L>
 void score_rows(Work& work, int64_t row, int64_t count, int64_t begin, int64_t end,
                 const TileResult& result) {
-  const KeyRange columns = block_columns(work, row, count, begin, end);
+  const KeyRange columns = seen_columns(work.seen + row, count, begin, end);
   float* scores = work.scores + row * kTileKeys;
   kScoreBlocks<L>[count - 1][(columns.end - 1) / 16](work.query + row* work.num_lanes,
                                                      work.num_lanes, work.keys, scores);
   KeyRange own[kBlockRows];
   for (int64_t r = 0; r < count; ++r) {
-    own[r] = block_columns(work, row + r, 1, begin, end);
+    own[r] = seen_columns(work.seen + row + r, 1, begin, end);
     if (work.adjusts) {
       adjust_scores(*work.tile, work.tile->row_begin + row + r, 0, begin, columns.end,
                     scores + r * kTileKeys);
@@ -284,7 +277,7 @@ void score_rows(Work& work, int64_t row, int64_t count, int64_t begin, int64_t e
 template <typename L>
 void add_values(const Work& work, int64_t row, int64_t count, int64_t begin, int64_t end,
                 const TileResult& result) {
-  const KeyRange columns = block_columns(work, row, count, begin, end);
+  const KeyRange columns = seen_columns(work.seen + row, count, begin, end);
   const int64_t num_vectors = work.value_dim / 16;
   const int64_t num_panels = (num_vectors + kBlockVectors - 1) / kBlockVectors;
   for (int64_t panel = 0, i = 0; panel < num_panels; ++panel) {
@@ -308,11 +301,8 @@ void attend_many_rows(const AttentionTile& tile, const TileResult& result) {
   work.while_multiplying.set_lead(tile_bytes);
   const int64_t first = tile.key_begin / kTileKeys * kTileKeys;
   for (int64_t begin = first, end; begin < tile.key_end; begin = end) {
-    end = key_tile_end(tile, begin);
-    // Rows before row_begin see only keys before these, rows from row_end on only keys after them.
-    int64_t row_begin = 0, row_end = work.count;
-    while (row_begin < row_end && work.seen[row_begin].end <= begin) ++row_begin;
-    while (row_end > row_begin && work.seen[row_end - 1].begin >= end) --row_end;
+    end = key_tile_end(tile, begin, kTileKeys);
+    const auto [row_begin, row_end] = rows_that_see(work.seen, work.count, begin, end);
     if (row_begin == row_end) continue;
     next.begin(tile_bytes);
     load_tile<L>(tile, begin, end, work);

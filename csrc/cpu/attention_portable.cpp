@@ -147,7 +147,7 @@ void attend(const AttentionTile& tile, const TileResult* results) {
   const bool adjusts = adjusts_scores(args);
   const int64_t first_begin = tile.key_begin / kTileKeys * kTileKeys;
   for (int64_t begin = first_begin; begin < tile.key_end; begin += kTileKeys) {
-    const int64_t end = begin + kTileKeys < tile.key_end ? begin + kTileKeys : tile.key_end;
+    const int64_t end = key_tile_end(tile, begin, kTileKeys);
     load_keys<T>(tile, begin, end, tiles);
     for (int64_t row = 0; row < num_rows; ++row) {
       const KeyRange range = visible_keys(tile, tile.row_begin + row);

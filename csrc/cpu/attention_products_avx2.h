@@ -18,15 +18,6 @@ namespace {
 constexpr int kBatch = 4;  // rows multiplied with a key while it is in registers
 constexpr int kSums = 8;   // half of the registers
 
-// Rows of one of the caches, for one head.
-template <typename Item>
-struct CacheRows {
-  const Item* cache;
-  const int64_t* offsets;
-
-  const Item* row(int64_t token) const { return cache + offsets[token]; }
-};
-
 // Copies a row of floats, and calls change(a, b) on every two vectors on the way. The last vector
 // may be a single one.
 template <typename Change>

@@ -16,15 +16,6 @@ namespace {
 
 constexpr int kBatch = 4;  // rows multiplied with a key while it is in registers
 
-// Rows of one of the caches, for one head.
-template <typename Item>
-struct CacheRows {
-  const Item* cache;
-  const int64_t* offsets;
-
-  const Item* row(int64_t token) const { return cache + offsets[token]; }
-};
-
 // Stores the scores of 16 keys from `first` on.
 template <int kRows>
 inline void store_scores(const SixteenColumns<kRows>& columns, int64_t first, float* scores) {

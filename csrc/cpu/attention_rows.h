@@ -6,6 +6,13 @@
 
 namespace kvkernels {
 
+// The end of the tile of keys that starts at `begin`: a multiple of `tile_keys`, so that tiles and
+// blocks of the cache end together, or the end of all keys.
+static inline int64_t key_tile_end(const AttentionTile& tile, int64_t begin, int64_t tile_keys) {
+  const int64_t end = (begin / tile_keys + 1) * tile_keys;
+  return end < tile.key_end ? end : tile.key_end;
+}
+
 struct BlockEntry {
   BlockKind kind;
   int64_t id;
@@ -58,6 +65,28 @@ static inline void repeat_first_row(int64_t* offsets, int64_t first) {
   for (int64_t t = 0; t < first; ++t) offsets[t] = offsets[first];
 }
 
+// Of the tile of keys [begin, end), the columns that some of `count` rows sees. Later rows see
+// later ranges, so the first and the last row bound them.
+static inline KeyRange seen_columns(const KeyRange* seen, int64_t count, int64_t begin,
+                                    int64_t end) {
+  const int64_t first = seen[0].begin, last = seen[count - 1].end;
+  return {first > begin ? first - begin : 0, (last < end ? last : end) - begin};
+}
+
+struct RowRange {
+  int64_t begin, end;
+};
+
+// Of `count` rows, those that may see keys of [begin, end): rows before them see only earlier keys,
+// rows after them only later ones.
+static inline RowRange rows_that_see(const KeyRange* seen, int64_t count, int64_t begin,
+                                     int64_t end) {
+  RowRange rows = {0, count};
+  while (rows.begin < rows.end && seen[rows.begin].end <= begin) ++rows.begin;
+  while (rows.end > rows.begin && seen[rows.end - 1].begin >= end) --rows.end;
+  return rows;
+}
+
 // A run of neighbouring slots of one block.
 struct Run {
   BlockEntry block;
@@ -78,4 +107,16 @@ static inline void for_each_run(const AttentionTile& tile, int64_t begin, int64_
   }
 }
 
+namespace {
+
+// Rows of one of the caches, for one head.
+template <typename Item>
+struct CacheRows {
+  const Item* cache;
+  const int64_t* offsets;
+
+  const Item* row(int64_t token) const { return cache + offsets[token]; }
+};
+
+}  // namespace
 }  // namespace kvkernels

@@ -174,9 +174,9 @@ inline int64_t keys_of_part(int64_t value_bytes, int64_t tile_keys) {
 inline void add_next(const AttentionTile& tile, int64_t tile_keys, Prefetch& all) {
   if (tile.next == nullptr) return;
   const AttentionTile& next = *tile.next;
-  const int64_t end = (next.key_begin / tile_keys + 1) * tile_keys;
+  const int64_t end = key_tile_end(next, next.key_begin, tile_keys);
   Spans keys, values;
-  find_spans(next, next.key_begin, std::min(end, next.key_end), keys, values);
+  find_spans(next, next.key_begin, end, keys, values);
   values.clear();
   all.add_tile(keys, values, next.num_kv_heads);
 }
@@ -191,7 +191,7 @@ inline int64_t plan_reading(const AttentionTile& tile, int64_t tile_keys, Prefet
     AttentionTile one = tile;
     one.kv_head += head;
     for (int64_t begin = tile.key_begin, end; begin < tile.key_end; begin = end) {
-      end = std::min((begin / tile_keys + 1) * tile_keys, tile.key_end);
+      end = key_tile_end(tile, begin, tile_keys);
       find_spans(one, begin, end, keys, values);
       all.add_tile(keys, values, 1);
       most = std::max(most, keys.num_bytes + values.num_bytes);

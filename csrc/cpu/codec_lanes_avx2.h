@@ -27,15 +27,14 @@ inline Floats inverse_of(Floats v) {
   return _mm256_and_ps(is_positive, _mm256_div_ps(_mm256_set1_ps(1.0f), v));
 }
 
-inline Floats magnitude_of(Floats v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
 inline Floats where_small(Floats test, Floats a, Floats b) {
   const Floats limit = _mm256_set1_ps(0x1p-14f);
-  return _mm256_blendv_ps(b, a, _mm256_cmp_ps(magnitude_of(test), limit, _CMP_LT_OQ));
+  return _mm256_blendv_ps(b, a, _mm256_cmp_ps(abs_lanes(test), limit, _CMP_LT_OQ));
 }
 inline bool any_small(Floats a, Floats b) {
   const Words one = _mm256_set1_epi32(1);
-  const Words least = _mm256_min_epu32(_mm256_sub_epi32(_mm256_castps_si256(magnitude_of(a)), one),
-                                       _mm256_sub_epi32(_mm256_castps_si256(magnitude_of(b)), one));
+  const Words least = _mm256_min_epu32(_mm256_sub_epi32(_mm256_castps_si256(abs_lanes(a)), one),
+                                       _mm256_sub_epi32(_mm256_castps_si256(abs_lanes(b)), one));
   const Words limit = _mm256_castps_si256(all(0x1.1p-14f));
   const Words is_small = _mm256_cmpeq_epi32(_mm256_min_epu32(least, limit), least);
   return _mm256_movemask_epi8(is_small) != 0;

@@ -5,7 +5,7 @@ namespace kvkernels {
 namespace {
 
 inline Floats divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }
-inline Floats magnitude(Floats v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
+inline Floats magnitude(Floats v) { return abs_lanes(v); }
 inline Floats where_negative(Floats test, Floats a, Floats b) {
   return _mm256_blendv_ps(b, a, _mm256_cmp_ps(test, _mm256_setzero_ps(), _CMP_LT_OQ));
 }
