@@ -92,112 +92,172 @@ RadixTree::Outline RadixTree::outline() const {
   return outline;
 }
 
-std::vector<std::string> RadixTree::check() const {
-  std::vector<std::string> problems;
-  const auto report = [&](const std::string& what) { problems.push_back(what); };
-  const auto expect = [&](const char* what, std::size_t counted, std::size_t kept) {
+// Counts everything again that the tree keeps count of, and reports what disagrees.
+class RadixTree::Recount {
+ public:
+  explicit Recount(const RadixTree& tree)
+      : tree_(tree),
+        children_(tree.nodes_.size(), 0),
+        children_xor_(tree.nodes_.size(), 0),
+        queued_ticks_(tree.nodes_.size(), 0) {}
+
+  std::vector<std::string> run() {
+    count_children();
+    check_queue();
+    for (NodeId id = 0; id < tree_.nodes_.size(); ++id) check_node(id);
+    check_free_nodes();
+    check_totals();
+    return std::move(problems_);
+  }
+
+ private:
+  void report(const std::string& what) { problems_.push_back(what); }
+  void report(NodeId id, const char* what) { report("node " + std::to_string(id) + ": " + what); }
+  void expect(const char* what, std::size_t counted, std::size_t kept) {
     if (counted == kept) return;
     report(std::string(what) + ": counted " + std::to_string(counted) + ", kept " +
            std::to_string(kept));
-  };
-
-  std::vector<std::uint32_t> children(nodes_.size(), 0), children_xor(nodes_.size(), 0);
-  for (NodeId id = 0; id < nodes_.size(); ++id) {
-    const Node& node = nodes_[id];
-    if (!node.is_live || node.parent >= nodes_.size()) continue;
-    ++children[node.parent];
-    children_xor[node.parent] ^= id;
   }
-  std::vector<std::uint64_t> queued_tick(nodes_.size(), 0);
-  for (const Queued& entry : queue_) {
-    const bool is_valid = entry.node < nodes_.size() && nodes_[entry.node].is_queued;
-    if (!is_valid) report("queue: node " + std::to_string(entry.node) + " is not marked queued");
-    if (is_valid && queued_tick[entry.node] != 0) report("queue: a node is queued twice");
-    if (is_valid) queued_tick[entry.node] = entry.tick;
-  }
-  if (!std::is_heap(queue_.begin(), queue_.end())) report("queue: not a heap");
 
-  std::size_t num_live = 0, num_roots = 0, num_blocks = 0, num_pinned = 0, num_queued = 0;
-  std::size_t capacity = 0, num_holders = 0;
-  std::unordered_set<std::uint64_t> leaf_ticks;
-  for (NodeId id = 0; id < nodes_.size(); ++id) {
-    const Node& node = nodes_[id];
-    const std::string name = "node " + std::to_string(id) + ": ";
-    num_queued += node.is_queued;
-    if (!node.is_live) {
-      if (node.capacity != 0 || node.holder != kNoNode) report(name + "is free but not empty");
-      continue;
+  void count_children() {
+    for (NodeId id = 0; id < tree_.nodes_.size(); ++id) {
+      const Node& node = tree_.nodes_[id];
+      if (!node.is_live || node.parent >= tree_.nodes_.size()) continue;
+      ++children_[node.parent];
+      children_xor_[node.parent] ^= id;
     }
-    const bool is_listed = node.holder < holders_.size() && holders_[node.holder] == id;
-    num_holders += is_listed;
-    if (holds_windowed(node) && !is_listed) report(name + "holds what strip() does not find");
-    ++num_live;
-    num_blocks += node.num_blocks;
-    num_pinned += node.num_pins > 0;
-    capacity += node.capacity;
-    if (children[id] != node.num_children || children_xor[id] != node.children_xor) {
-      report(name + "wrong number of children, or others");
+  }
+
+  void check_queue() {
+    for (const Queued& entry : tree_.queue_) {
+      if (entry.node >= tree_.nodes_.size() || !tree_.nodes_[entry.node].is_queued) {
+        report("queue: node " + std::to_string(entry.node) + " is not marked queued");
+        continue;
+      }
+      if (queued_ticks_[entry.node] != 0) report("queue: a node is queued twice");
+      queued_ticks_[entry.node] = entry.tick;
+    }
+    if (!std::is_heap(tree_.queue_.begin(), tree_.queue_.end())) report("queue: not a heap");
+  }
+
+  void check_node(NodeId id) {
+    const Node& node = tree_.nodes_[id];
+    num_queued_ += node.is_queued;
+    if (!node.is_live) {
+      if (node.capacity != 0 || node.holder != kNoNode) report(id, "is free but not empty");
+      return;
+    }
+    const auto& holders = tree_.holders_;
+    const bool is_listed = node.holder < holders.size() && holders[node.holder] == id;
+    if (tree_.holds_windowed(node) && !is_listed) report(id, "holds what strip() does not find");
+    num_holders_ += is_listed;
+    ++num_live_;
+    num_blocks_ += node.num_blocks;
+    num_pinned_ += node.num_pins > 0;
+    capacity_ += node.capacity;
+    if (children_[id] != node.num_children || children_xor_[id] != node.children_xor) {
+      report(id, "wrong number of children, or others");
     }
     if (node.parent == kNoNode) {
-      ++num_roots;
-      const auto salt = salts_.find(id);
-      const bool is_detached = detached_.count(id) > 0;
-      if (salt == salts_.end() || (root_of(salt->second) == id) == is_detached) {
-        report(name + "root of no salt, or of one that it is detached from");
-      }
-      if (node.num_blocks != 0 || (node.first_block != 0 && !is_detached)) {
-        report(name + "a root with blocks");
-      }
-      if (is_detached && node.num_children != 1) report(name + "detached without its run");
-      continue;
-    }
-    if (node.num_blocks == 0 || node.num_blocks > node.capacity) report(name + "wrong size");
-    if (node.num_pins > 0 && !node.is_handed_out) report(name + "pinned without a handle");
-    if (node.tick == 0 || node.tick > clock_ || node.matched_tick > node.tick) {
-      report(name + "touched in the future");
-    }
-    if (is_evictable(node) && num_unheld_at_end(node) > 0) report(name + "ends in nothing");
-    const Node* parent = node.parent < nodes_.size() ? &nodes_[node.parent] : nullptr;
-    if (parent == nullptr || !parent->is_live) {
-      report(name + "has no live parent");
-      continue;
-    }
-    if (node.first_block != parent->first_block + parent->num_blocks) report(name + "wrong depth");
-    if (parent->num_blocks > 0 && parent->tick < node.tick) report(name + "newer than its parent");
-    // Counts siblings with the same first block: a second one would be found in place of this one.
-    std::size_t num_same = 0;
-    const NodeId found = children_.find(hash_of(node.parent, tokens_of(node)), [&](NodeId other) {
-      const std::uint32_t* tokens = tokens_of(node);
-      num_same += nodes_[other].parent == node.parent &&
-                  std::equal(tokens, tokens + block_size_, tokens_of(nodes_[other]));
-      return other == id;
-    });
-    if (found != id || num_same != 1) report(name + "not found, or twice, below its parent");
-    if (node.num_children == 0 && !leaf_ticks.insert(node.tick).second) {
-      report(name + "another leaf has the same tick");
-    }
-    if (is_evictable(node) && (!node.is_queued || queued_tick[id] > node.tick)) {
-      report(name + "an unpinned leaf is not queued, or with too late a tick");
+      check_root(id);
+    } else {
+      check_run(id);
+      check_place(id);
     }
   }
 
-  std::size_t num_free = 0;
-  for (NodeId id = first_free_; id != kNoNode && num_free <= nodes_.size(); ++num_free) {
-    if (nodes_[id].is_live) report("node " + std::to_string(id) + ": is live but on the free list");
-    id = nodes_[id].parent;
+  void check_root(NodeId id) {
+    const Node& node = tree_.nodes_[id];
+    ++num_roots_;
+    const auto salt = tree_.salts_.find(id);
+    const bool is_detached = tree_.detached_.count(id) > 0;
+    if (salt == tree_.salts_.end() || (tree_.root_of(salt->second) == id) == is_detached) {
+      report(id, "root of no salt, or of one that it is detached from");
+    }
+    if (node.num_blocks != 0 || (node.first_block != 0 && !is_detached)) {
+      report(id, "a root with blocks");
+    }
+    if (is_detached && node.num_children != 1) report(id, "detached without its run");
   }
-  expect("nodes", num_live, num_nodes_);
-  expect("free nodes", num_free, nodes_.size() - num_live);
-  expect("salts", num_roots, roots_.size() + detached_.size());
-  expect("salts of roots", num_roots, salts_.size());
-  expect("blocks", num_blocks, num_blocks_);
-  expect("blocks inserted less evicted", num_blocks, inserted_blocks_ - evicted_blocks_);
-  expect("pinned runs", num_pinned, num_pinned_);
-  expect("queued nodes", num_queued, queue_.size());
-  expect("holders", num_holders, holders_.size());
-  expect("entries of the child table", num_live - num_roots, children_.size());
-  expect("capacity", capacity, capacity_blocks_);
-  return problems;
-}
+
+  void check_run(NodeId id) {
+    const Node& node = tree_.nodes_[id];
+    if (node.num_blocks == 0 || node.num_blocks > node.capacity) report(id, "wrong size");
+    if (node.num_pins > 0 && !node.is_handed_out) report(id, "pinned without a handle");
+    if (node.tick == 0 || node.tick > tree_.clock_ || node.matched_tick > node.tick) {
+      report(id, "touched in the future");
+    }
+    if (tree_.is_evictable(node) && tree_.num_unheld_at_end(node) > 0) {
+      report(id, "ends in nothing");
+    }
+  }
+
+  // What a node is to its parent, its siblings and the other leaves.
+  void check_place(NodeId id) {
+    const Node& node = tree_.nodes_[id];
+    if (node.parent >= tree_.nodes_.size() || !tree_.nodes_[node.parent].is_live) {
+      report(id, "has no live parent");
+      return;
+    }
+    const Node& parent = tree_.nodes_[node.parent];
+    if (node.first_block != parent.first_block + parent.num_blocks) report(id, "wrong depth");
+    if (parent.num_blocks > 0 && parent.tick < node.tick) report(id, "newer than its parent");
+    if (!is_only_one_found(id)) report(id, "not found, or twice, below its parent");
+    if (node.num_children == 0 && !leaf_ticks_.insert(node.tick).second) {
+      report(id, "another leaf has the same tick");
+    }
+    if (tree_.is_evictable(node) && (!node.is_queued || queued_ticks_[id] > node.tick)) {
+      report(id, "an unpinned leaf is not queued, or with too late a tick");
+    }
+  }
+
+  // A second sibling with the same first block would be found in place of this one, or of itself.
+  bool is_only_one_found(NodeId id) const {
+    const Node& node = tree_.nodes_[id];
+    const std::uint32_t* tokens = tree_.tokens_of(node);
+    std::size_t num_same = 0;
+    const NodeId found =
+        tree_.children_.find(tree_.hash_of(node.parent, tokens), [&](NodeId other) {
+          const Node& sibling = tree_.nodes_[other];
+          num_same += sibling.parent == node.parent &&
+                      std::equal(tokens, tokens + tree_.block_size_, tree_.tokens_of(sibling));
+          return other == id;
+        });
+    return found == id && num_same == 1;
+  }
+
+  void check_free_nodes() {
+    const std::size_t num_nodes = tree_.nodes_.size();
+    for (NodeId id = tree_.first_free_; id != kNoNode && num_free_ <= num_nodes; ++num_free_) {
+      if (tree_.nodes_[id].is_live) report(id, "is live but on the free list");
+      id = tree_.nodes_[id].parent;
+    }
+  }
+
+  void check_totals() {
+    expect("nodes", num_live_, tree_.num_nodes_);
+    expect("free nodes", num_free_, tree_.nodes_.size() - num_live_);
+    expect("salts", num_roots_, tree_.roots_.size() + tree_.detached_.size());
+    expect("salts of roots", num_roots_, tree_.salts_.size());
+    expect("blocks", num_blocks_, tree_.num_blocks_);
+    expect("blocks inserted less evicted", num_blocks_,
+           tree_.inserted_blocks_ - tree_.evicted_blocks_);
+    expect("pinned runs", num_pinned_, tree_.num_pinned_);
+    expect("queued nodes", num_queued_, tree_.queue_.size());
+    expect("holders", num_holders_, tree_.holders_.size());
+    expect("entries of the child table", num_live_ - num_roots_, tree_.children_.size());
+    expect("capacity", capacity_, tree_.capacity_blocks_);
+  }
+
+  const RadixTree& tree_;
+  std::vector<std::string> problems_;
+  std::vector<std::uint32_t> children_, children_xor_;  // by NodeId
+  std::vector<std::uint64_t> queued_ticks_;             // by NodeId; 0: not queued
+  std::unordered_set<std::uint64_t> leaf_ticks_;
+  std::size_t num_live_ = 0, num_free_ = 0, num_roots_ = 0, num_blocks_ = 0, num_pinned_ = 0;
+  std::size_t num_queued_ = 0, num_holders_ = 0, capacity_ = 0;
+};
+
+std::vector<std::string> RadixTree::check() const { return Recount(*this).run(); }
 
 }  // namespace kvkernels

@@ -220,6 +220,8 @@ class RadixTree {
     std::uint64_t worth;      // the highest of this end and those before it
   };
 
+  class Recount;  // what check() does
+
   std::uint32_t* tokens_of(const Node& node) const { return node.words.get(); }
   std::int32_t* ids_of(const Node& node) const {
     return reinterpret_cast<std::int32_t*>(node.words.get() + words_before_ids(node.capacity));
