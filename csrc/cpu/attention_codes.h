@@ -35,7 +35,7 @@ struct CodeShape {
   // Whether every 16 neighbouring slots share a key's scales, and every `num_channels` neighbouring
   // channels a value's; with 4-bit codes, also the channels in the low halves of `num_channels`
   // bytes, and those in the high halves.
-  bool has_groups_of(int64_t num_channels) const {
+  [[gnu::always_inline]] bool has_groups_of(int64_t num_channels) const {
     const bool is_whole = value_dim / value_groups % num_channels == 0 &&
                           (!is_int4 || value_dim / 2 % num_channels == 0);
     return block_size / key_groups % 16 == 0 && (value_groups == 1 || is_whole);

@@ -57,7 +57,7 @@ constexpr int64_t kMaxTileHeads = 16;  // no tile has more heads
 struct HeadDims {
   int64_t key, value;
 
-  bool are_multiples_of(int64_t unit) const {
+  [[gnu::always_inline]] bool are_multiples_of(int64_t unit) const {
     return key > 0 && value > 0 && key % unit == 0 && value % unit == 0;
   }
 };

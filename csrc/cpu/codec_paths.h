@@ -19,11 +19,13 @@ struct Side {
   SideFormat format;
   int64_t num_heads, block_size, head_dim;
 
-  int64_t num_rows() const { return num_heads * block_size; }
-  int64_t num_items() const { return num_rows() * format.num_channels; }
-  Tile tile() const { return {block_size, format.num_channels, head_dim}; }
+  [[gnu::always_inline]] int64_t num_rows() const { return num_heads * block_size; }
+  [[gnu::always_inline]] int64_t num_items() const { return num_rows() * format.num_channels; }
+  [[gnu::always_inline]] Tile tile() const { return {block_size, format.num_channels, head_dim}; }
   // End of its lossless codes, which cover all channels; in bytes from the layer's start.
-  int64_t lossless_end() const { return format.parts[3] + num_heads * head_dim; }
+  [[gnu::always_inline]] int64_t lossless_end() const {
+    return format.parts[3] + num_heads * head_dim;
+  }
 };
 
 // The parts of one head's lossless codes.

@@ -13,7 +13,7 @@ namespace kvkernels {
 
 // To be called after streaming stores, before ordinary stores to the same memory and before other
 // threads look at it.
-inline void finish_streaming() {
+static inline void finish_streaming() {
 #if defined(__x86_64__)
   _mm_sfence();
 #endif
@@ -21,7 +21,7 @@ inline void finish_streaming() {
 
 // Copies memory that is in the cache. Streaming stores do not read the target's lines first. They
 // need whole lines; small copies are likely to be read again soon and stay in the cache.
-inline void copy_streaming(const std::byte* source, std::byte* target, int64_t num_bytes) {
+static inline void copy_streaming(const std::byte* source, std::byte* target, int64_t num_bytes) {
 #if defined(__x86_64__)
   constexpr int64_t kLineBytes = 64, kStreamFrom = 16 * 1024;
   if (num_bytes >= kStreamFrom && reinterpret_cast<std::uintptr_t>(target) % kLineBytes == 0) {

@@ -17,7 +17,8 @@ struct WordSums {
 
 // Adds to a buffer's `sums` those of a part of it, `part`, summed by itself, whose first word is
 // word `first_word` of the buffer.
-inline void append_sums(const WordSums& part, std::size_t first_word, WordSums& sums) {
+[[gnu::always_inline]] inline void append_sums(const WordSums& part, std::size_t first_word,
+                                               WordSums& sums) {
   sums.sum += part.sum;
   sums.weighted += part.weighted + first_word * part.sum;
 }
