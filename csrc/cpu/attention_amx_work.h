@@ -45,7 +45,7 @@ struct Work {
   uint16_t* weights;   // [2 groups, kHalves, kLanes, kStep]
   float* scores;       // [2, kKeys, kLanes]
   float* out;          // [num_groups, value_dim / 16, kLanes, 16]
-  float* scales;       // two rows
+  float* scales;       // two rows: scales and minimums being unpacked
   alignas(64) float max[kTileRows], sum[kTileRows];
   alignas(64) int32_t first[kTileRows], last[kTileRows];  // the keys [first, last) that a row sees
 };

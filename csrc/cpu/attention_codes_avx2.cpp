@@ -63,7 +63,7 @@ void add_bytes_of_keys(const uint8_t* const* keys, int64_t first_byte, const Rou
   }
 }
 
-// Scores of `count` keys that share their scales, with up to 4 rows.
+// Scores `count` keys that share their scales, with up to 4 rows.
 template <bool kIsInt4, int kRows>
 void score_group(const uint8_t* codes, const uint16_t* pairs, int64_t count, int64_t dim,
                  const float* query, float* scores, ReadAhead& next) {

@@ -91,7 +91,7 @@ struct alignas(32) RoundedQuery {
   float unit[kSums], base[kSums];
 };
 
-// Rounds rows of the query, folded with the scales of a group of keys.
+// Multiplies rows of the query by the scales of a group of keys, and rounds them.
 template <bool kIsInt4, int kRows>
 void round_query(const float* query, int64_t dim, const uint16_t* pairs, RoundedQuery& rounded) {
   alignas(32) float folded[kMaxBatch][kMaxCodeDim];

@@ -60,7 +60,7 @@ struct alignas(64) RoundedQuery {
   float unit[16], base[16];
 };
 
-// Rounds rows of the query, folded with the scales of a group of keys.
+// Multiplies rows of the query by the scales of a group of keys, and rounds them.
 template <bool kIsInt4, int kRows>
 void round_query(const float* query, int64_t dim, const uint16_t* pairs, float limit,
                  RoundedQuery& rounded) {

@@ -161,7 +161,7 @@ class FewRows {
   Prefetch prefetch_;
   float* sums_;      // [kFewRows, the larger dim]: sums of values in the order of channels
   float* unpacked_;  // [kTileKeys, the larger dim]: keys or values of one head
-  float* scales_;    // two rows
+  float* scales_;    // two rows: scales and minimums being unpacked
 };
 
 template <typename E>

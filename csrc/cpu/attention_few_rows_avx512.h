@@ -263,7 +263,7 @@ class FewRows {
   KeyRange seen_[kFewRows];
   Prefetch prefetch_;
   Item* unpacked_;  // [kTileKeys, the larger dim]: keys or values of one head
-  float* scales_;   // two rows
+  float* scales_;   // two rows: scales and minimums being unpacked
 };
 
 template <typename R>

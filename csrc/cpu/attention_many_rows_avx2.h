@@ -103,7 +103,7 @@ struct Work {
   float* unpacked;  // [kTileKeys, head_dim]: keys
   float* scores;    // [count, kTileKeys]; then weights
   float* sum;       // [count, 8]
-  float* scales;    // two rows
+  float* scales;    // two rows: scales and minimums being unpacked
   // Prefetches what the item reads. With few rows `while_packing` is used: it asks while keys are
   // packed. With more, `while_multiplying`: it asks a whole tile ahead, between the products. The
   // other one has nothing to ask for.

@@ -146,7 +146,7 @@ struct Work {
   float* scores;    // [count, kTileKeys]; then weights, [count, kTileKeys / kNumbers]
   float* sum;       // [count, 16]
   float* unpacked;  // [kTileKeys, the larger dim]
-  float* scales;    // two rows
+  float* scales;    // two rows: scales and minimums being unpacked
   // Prefetches what the item reads. With few rows `while_packing` is used: it asks while keys are
   // packed. With more, `while_multiplying`: it asks a whole tile ahead, between the products. The
   // other one has nothing to ask for.

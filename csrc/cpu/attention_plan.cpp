@@ -11,7 +11,7 @@
 namespace kvkernels {
 namespace {
 
-// Chunks end at multiples of this, and kernels' key tiles divide it.
+// Chunks end at multiples of this many keys, as do the key tiles of all kernels but AMX (128 keys).
 constexpr int64_t kChunkUnit = 64;
 // Chunks with fewer keys are not worth a result of their own, which must be written and merged. A
 // chunk has also at least this many keys for each row of its tile, so that results take little

@@ -51,9 +51,9 @@ struct Plan {
   std::vector<SequencePlan> sequences;  // those with queries; the costliest items first
   int64_t num_items = 0;
   int64_t cost = 0;          // of all items
-  int64_t num_partials = 0;  // floats
+  int64_t num_partials = 0;  // of all partial results, in floats
   int64_t num_split_tiles = 0;
-  int64_t num_scores = 0;  // about, as a measure of the work
+  int64_t num_scores = 0;  // roughly: a measure of the work
 };
 
 // Throws std::invalid_argument if a length, a running sum or a block id in use is out of range.

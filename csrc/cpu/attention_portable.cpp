@@ -40,7 +40,7 @@ struct Tiles {
   float* key;     // [head_dim, kTileKeys]: transposed, so that the dot products run side by side
   float* value;   // [kTileKeys, value_dim]
   float* rows;    // [kTileKeys, head_dim]: unpacked keys
-  float* scales;  // two rows
+  float* scales;  // two rows: scales and minimums being unpacked
 };
 
 struct FloatWriter {

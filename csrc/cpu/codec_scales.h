@@ -68,7 +68,7 @@ template <DType kType>
 inline Steps find_scales(Floats lowest, Floats highest, int bits, uint16_t* pairs, int64_t count) {
   const Floats levels = all(static_cast<float>((1 << bits) - 1));
   const Floats step = all(1.0f / static_cast<float>((1 << bits) - 1));
-  lowest = add(lowest, all(0.0f));  // no minus zero
+  lowest = add(lowest, all(0.0f));  // turns minus zero into zero
   const Words minimum = half_below(lowest);
   const Floats low = from_half(minimum);
   const Floats first = from_half(half_nearest(mul(sub(highest, low), step)));

@@ -70,7 +70,7 @@ struct Columns {
 struct Work {
   const LinearTile* tile;
   int64_t num_whole_steps, num_steps;
-  int64_t group_size;  // of packed rows
+  int64_t group_size;  // elements of a group of packed rows
   int64_t num_blocks;  // of rows
   uint16_t* copies;    // [2, kCopiedSteps, 16, kStep]
   float* sums;         // [num_blocks, 2 groups, 2 halves of columns, kTileSize]

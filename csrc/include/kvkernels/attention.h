@@ -61,12 +61,12 @@ struct PagedAttentionArgs {
   const void* key_cache;        // [num_blocks, num_kv_heads, block_size, head_dim]
   const void* value_cache;      // [num_blocks, num_kv_heads, block_size, value_dim]
   const int32_t* block_table;   // [num_seqs, max_blocks_per_seq]
-  const int32_t* seq_lens;      // [num_seqs]
+  const int32_t* seq_lens;      // [num_seqs]: tokens in each, cached and new
   const int32_t* cu_seqlens_q;  // [num_seqs + 1], or null for one query a sequence
   void* out;                    // [num_tokens, num_heads, value_dim], contiguous
   float* lse;                   // [num_tokens, num_heads], contiguous, or null
   const float* sinks;           // [num_heads]: attention sinks, as logits; or null
-  const float* alibi_slopes;    // [num_heads], or null
+  const float* alibi_slopes;    // [num_heads]: times distance, taken off the score; or null
   const int32_t* tree_mask;     // [num_tokens]: bit j: sees the sequence's j-th new token; or null
   int64_t num_tokens, num_heads, num_kv_heads, head_dim, value_dim;
   int64_t num_seqs, max_blocks_per_seq, num_blocks, block_size;
@@ -74,10 +74,10 @@ struct PagedAttentionArgs {
   int64_t key_block_stride, key_head_stride, key_slot_stride;
   int64_t value_block_stride, value_head_stride, value_slot_stride;
   int64_t table_stride;
-  float sm_scale;
-  float soft_cap;  // 0: none
+  float sm_scale;  // multiplies scores before the softmax
+  float soft_cap;  // scores become soft_cap * tanh(score / soft_cap); 0: none
   bool causal;
-  int64_t window;  // 0: none
+  int64_t window;  // keys that a query sees up to its own position, its own included; 0: all
   bool batch_invariant = false;
   QuantizedCache int8, int4;
   DType dtype;        // of query and out

@@ -54,7 +54,14 @@ struct CodecArgs {
   uint8_t* is_good;
 };
 
+// Writes the payloads of blocks of the pool, with zeros between the sides of a layer and after the
+// last; also `is_good`, and `sums` unless that is null. Formats, ids and sizes are the caller's to
+// check. `path` as in paged_attention.
 void encode_blocks(const CodecArgs& args, AttentionPath path, int num_threads);
+
+// Checks every layer of the payloads against `sums`, writes it to its block of the pool if it
+// agrees, and says so in `is_good`. Payloads may hold any bytes: nothing outside of their blocks is
+// written.
 void decode_blocks(const CodecArgs& args, AttentionPath path, int num_threads);
 
 }  // namespace kvkernels

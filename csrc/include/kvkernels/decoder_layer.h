@@ -29,7 +29,7 @@ struct DecoderLayer {
   LinearLayer query, key, value, out, gate, up, down;  // `out` of each is ignored
   Activation activation;
   float sm_scale;
-  float soft_cap;  // 0: none
+  float soft_cap;  // of scores, as in PagedAttentionArgs; 0: none
 };
 
 // The tokens of one call. All tensors are contiguous and the caller's.
@@ -57,7 +57,7 @@ struct LayerCache {
   const int64_t* slot_mapping;
   int64_t num_blocks, block_size, num_seqs, max_blocks_per_seq, table_stride, slot_mapping_stride;
   int64_t key_strides[3], value_strides[3];  // of block, head and slot
-  int64_t window;                            // 0: none
+  int64_t window;                            // as in PagedAttentionArgs; 0: all
 };
 
 // Stores key and value in the cache, then attends causally: writes `attended`. Batch invariant.
