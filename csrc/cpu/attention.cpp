@@ -40,9 +40,9 @@ const AttentionKernel& find_kernel(AttentionPath path, DType dtype, HeadDims dim
 // against one chunk of keys, or against all keys; the thread that finishes a tile's last chunk
 // merges the chunks, always in the same order, so the result does not depend on which thread came
 // when.
-class Run {
+class AttentionCall {
  public:
-  Run(const PagedAttentionArgs& args, const AttentionKernel& kernel)
+  AttentionCall(const PagedAttentionArgs& args, const AttentionKernel& kernel)
       : args_(args), kernel_(kernel), plan_(make_plan(args, kernel)) {
     if (plan_.num_split_tiles == 0) return;
     partials_ = thread_scratch(3, plan_.num_partials);
@@ -223,12 +223,13 @@ bool has_attention_path(AttentionPath path) {
 
 void paged_attention(const PagedAttentionArgs& args, AttentionPath path, int num_threads) {
   check_indices(args);
-  Run run(args, find_kernel(path, args.dtype, {args.head_dim, args.value_dim}));
+  const AttentionKernel& kernel = find_kernel(path, args.dtype, {args.head_dim, args.value_dim});
+  AttentionCall call(args, kernel);
   const int64_t num_useful =
-      std::min({static_cast<int64_t>(num_threads), run.num_items(), run.num_useful_threads()});
+      std::min({static_cast<int64_t>(num_threads), call.num_items(), call.num_useful_threads()});
   if (num_useful > 0) {
     const auto num_working = static_cast<int>(num_useful);
-    run_parallel(num_working, [&] { run.work(num_working); });
+    run_parallel(num_working, [&] { call.work(num_working); });
   }
 }
 

@@ -195,17 +195,17 @@ void attend_head(Tiles& tiles, const AttentionTile& tile, Prefetch& next, int64_
 }
 
 // Whether keys and values may have to be unpacked: from codes, or from a cache of another dtype.
-bool may_be_packed(const PagedAttentionArgs& args) {
+bool may_need_unpacking(const PagedAttentionArgs& args) {
   return args.int8.num_blocks > 0 || args.int4.num_blocks > 0 || args.cache_dtype != args.dtype;
 }
 
 template <typename Tiles, auto kAttendCodes>
 void attend(const AttentionTile& tile, const TileResult* results) {
   const int64_t num_rows = tile.row_end - tile.row_begin;
-  const bool is_packed = may_be_packed(*tile.args);
-  const int64_t few = is_packed ? kFewRows : kFewRowsBesideTiles;
+  const bool needs_unpacking = may_need_unpacking(*tile.args);
+  const int64_t few = needs_unpacking ? kFewRows : kFewRowsBesideTiles;
   if (num_rows <= few && !tile.args->batch_invariant) {
-    if (is_packed && num_rows >= kLeastCodeRows) return kAttendCodes(tile, results);
+    if (needs_unpacking && num_rows >= kLeastCodeRows) return kAttendCodes(tile, results);
     avx512_kernel(DType::kBFloat16, {tile.args->head_dim, tile.args->value_dim})
         ->attend(tile, results);
     return;
