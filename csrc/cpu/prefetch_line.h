@@ -8,12 +8,15 @@
 namespace kvkernels {
 
 // Where a line goes: kL1 on processors with room there for many requests, else kL2 (see
-// kPrefetchesToL1).
+// kPrefetchesToL1). A line for the L1 cache is asked for as non-temporal: it leaves what lies in
+// the caches behind, such as the interpreter's code and data, where it is. (Two cores of Zen 5:
+// decode of 4 x 8k took 2 to 8 % less time, a decode step of SmolLM2 after 4k tokens 3 %; what the
+// caches hold was read as fast again.)
 enum class CacheLevel { kL1, kL2 };
 
 template <CacheLevel kLevel>
 [[gnu::always_inline]] static inline void prefetch_line(const void* line) {
-  __builtin_prefetch(line, 0, kLevel == CacheLevel::kL1 ? 3 : 2);
+  __builtin_prefetch(line, 0, kLevel == CacheLevel::kL1 ? 0 : 2);
 }
 
 // Prefetches the lines at `lines`, `lines` + 64 and so on within num_bytes.
