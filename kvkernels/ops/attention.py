@@ -5,7 +5,14 @@ from typing import Any
 import torch
 
 from kvkernels import native
-from kvkernels.checks import FLOAT_DTYPES, check_device, check_dtype, check_inference, check_shape
+from kvkernels.checks import (
+    FLOAT_DTYPES,
+    check_device,
+    check_dtype,
+    check_inference,
+    check_shape,
+    is_called_alone,
+)
 from kvkernels.ops.attention_checks import (
     check_attention_inputs,
     check_index_values,
@@ -113,25 +120,26 @@ def paged_attention(
             *(int8_cache, int4_cache),
         )
     check_scoring(query, sm_scale, causal, window, soft_cap, sinks, alibi_slopes, tree_mask)
-    out, lse = torch.ops.kvkernels.paged_attention.default(
-        query,
-        key_cache,
-        value_cache,
-        block_table,
-        seq_lens,
-        cu_seqlens_q,
-        query.shape[2] ** -0.5 if sm_scale is None else sm_scale,
-        causal,
-        min(window or 0, WIDEST_WINDOW),
-        soft_cap or 0.0,
-        sinks,
-        alibi_slopes,
-        tree_mask,
-        int8_cache or (),
-        int4_cache or (),
-        return_lse,
-        batch_invariant,
-    )
+    sm_scale = query.shape[2] ** -0.5 if sm_scale is None else sm_scale
+    window, soft_cap = min(window or 0, WIDEST_WINDOW), soft_cap or 0.0
+    if native.is_available and is_called_alone(
+        *(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q),
+        *(sinks, alibi_slopes, tree_mask, *(int8_cache or ()), *(int4_cache or ())),
+    ):
+        out, lse = native.paged_attention(
+            *(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q),
+            Scoring(sm_scale, causal, window, soft_cap, sinks, alibi_slopes, tree_mask),
+            return_lse,
+            int8_cache,
+            int4_cache,
+            batch_invariant,
+        )
+    else:
+        out, lse = torch.ops.kvkernels.paged_attention.default(
+            *(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q),
+            *(sm_scale, causal, window, soft_cap, sinks, alibi_slopes, tree_mask),
+            *(int8_cache or (), int4_cache or (), return_lse, batch_invariant),
+        )
     return (out, lse) if return_lse else out
 
 

@@ -6,9 +6,12 @@ import signal
 import pytest
 import torch
 from test_attention_checks import good_inputs, ints, merge_inputs
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvkernels
 from kvkernels import native
+from kvkernels.ops import attention
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
@@ -39,6 +42,53 @@ def test_compiles_into_one_graph() -> None:
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert torch.equal(inputs["key_cache"], copies["key_cache"])
+
+
+class SeenOps(TorchDispatchMode):
+    """Lists the ops that pass PyTorch's dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class SeenFunctions(TorchFunctionMode):
+    """Lists the functions of PyTorch's that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(getattr(func, "name", lambda: func)()))
+        return func(*args, **(kwargs or {}))
+
+
+def test_goes_past_the_dispatcher_only_where_nobody_looks(monkeypatch) -> None:
+    """The result is the same, and modes, transforms and the profiler still see the op."""
+    inputs, name = good_inputs(), "kvkernels::paged_attention"
+    expected = kvkernels.paged_attention(**inputs)
+    gather, called = attention._gather_arguments, []
+    monkeypatch.setattr(
+        attention, "_gather_arguments", lambda args: called.append(True) or gather(args)
+    )
+    with torch.no_grad():
+        assert torch.equal(kvkernels.paged_attention(**inputs), expected)
+        assert len(called) == (0 if native.is_available else 1)
+        called.clear()
+        with SeenOps() as ops:
+            kvkernels.paged_attention(**inputs)
+        with SeenFunctions() as functions:
+            kvkernels.paged_attention(**inputs)
+        with torch.profiler.profile() as profile:
+            kvkernels.paged_attention(**inputs)
+    assert name in ops.names and name in functions.names
+    assert name in {event.name for event in profile.events()}
+    assert len(called) == 3
 
 
 def run_layers(
