@@ -18,8 +18,6 @@ constexpr int kThreads = 3;
 constexpr int64_t kHidden = 50, kHeads = 4, kKVHeads = 2, kDim = 22, kIntermediate = 70;
 constexpr int64_t kBlockSize = 4, kNumBlocks = 5;
 
-int64_t item_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
 // All memory of a test, freed at its end.
 class Memory {
  public:

@@ -11,8 +11,6 @@ namespace {
 
 using namespace kvkernels;
 
-size_t item_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
 struct Filled : Guarded {
   Filled(DType dtype, int64_t count, int64_t step) : Guarded(count * item_bytes(dtype)) {
     // Multiples of 1/8 below 2: every dtype holds them.
