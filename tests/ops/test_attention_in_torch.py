@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvkernels
 from kvkernels import native
-from kvkernels.ops import attention
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
@@ -68,27 +67,53 @@ class SeenFunctions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_goes_past_the_dispatcher_only_where_nobody_looks(monkeypatch) -> None:
+def store(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    key, slots = torch.ones(2, 2, 32), torch.tensor([3, 40])
+    caches = (inputs["key_cache"].clone(), inputs["value_cache"].clone())
+    kvkernels.store_kv(key, key + 1, *caches, slots)
+    return torch.stack(caches)
+
+
+def attend(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return kvkernels.paged_attention(**inputs)
+
+
+def merge(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return kvkernels.merge_attention(**merge_inputs())[0]
+
+
+@pytest.mark.parametrize(
+    ("op", "call"),
+    [("store_kv", store), ("paged_attention", attend), ("merge_attention", merge)],
+)
+def test_goes_past_the_dispatcher_only_where_nobody_looks(op, call) -> None:
     """The result is the same, and modes, transforms and the profiler still see the op."""
-    inputs, name = good_inputs(), "kvkernels::paged_attention"
-    expected = kvkernels.paged_attention(**inputs)
-    gather, called = attention._gather_arguments, []
-    monkeypatch.setattr(
-        attention, "_gather_arguments", lambda args: called.append(True) or gather(args)
-    )
+    inputs, name = good_inputs(), f"kvkernels::{op}"
+    torch.manual_seed(0)
+    expected = call(inputs)  # with gradients enabled, through the dispatcher
     with torch.no_grad():
-        assert torch.equal(kvkernels.paged_attention(**inputs), expected)
-        assert len(called) == (0 if native.is_available else 1)
-        called.clear()
+        torch.manual_seed(0)
+        assert torch.equal(call(inputs), expected)
         with SeenOps() as ops:
-            kvkernels.paged_attention(**inputs)
+            call(inputs)
         with SeenFunctions() as functions:
-            kvkernels.paged_attention(**inputs)
+            call(inputs)
         with torch.profiler.profile() as profile:
-            kvkernels.paged_attention(**inputs)
+            call(inputs)
     assert name in ops.names and name in functions.names
     assert name in {event.name for event in profile.events()}
-    assert len(called) == 3
+
+
+@pytest.mark.skipif(not native.is_available, reason="needs the C++ extension")
+def test_goes_past_the_dispatcher_where_it_may(monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("went through the dispatcher")
+
+    monkeypatch.setattr("kvkernels.ops.attention._gather_arguments", refuse)
+    with pytest.raises(AssertionError):
+        attend(good_inputs())
+    with torch.inference_mode():
+        attend(good_inputs())
 
 
 def run_layers(
