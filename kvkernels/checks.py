@@ -30,12 +30,12 @@ def is_traced() -> bool:
     return is_compiling() or torch.jit.is_tracing() or _len_torch_dispatch_stack() > 0
 
 
-def is_called_alone(*tensors: torch.Tensor | None) -> bool:
-    """Whether an op on a CPU may be computed past PyTorch's dispatcher: nobody would notice.
+def may_skip_dispatcher(*tensors: torch.Tensor | None) -> bool:
+    """Whether an op may skip PyTorch's dispatcher and call its CPU implementation directly.
 
-    Its way costs a call some 5 us, and 50 us where weights and cache have just been read, for they
-    drive the code on that way out of the processor's caches. Autograd, graphs, modes, transforms,
-    subclasses and the profiler do notice.
+    The dispatcher takes some 5 us of a call, and 50 us after weights and cache were read, because
+    those push its code out of the processor's caches. It is needed where autograd, a graph that is
+    being recorded, a mode, a transform (`vmap`), the profiler or a tensor subclass sees the call.
     """
     return (
         not torch.is_grad_enabled()

@@ -1,4 +1,7 @@
-"""The public functions: check arguments, call `torch.ops.kvkernels.*`."""
+"""The public functions: check arguments, then call `torch.ops.kvkernels.*`.
+
+Where PyTorch need not see a call (`checks.may_skip_dispatcher`), its CPU implementation instead.
+"""
 
 from kvkernels.ops.attention import merge_attention, paged_attention
 from kvkernels.ops.codecs import EncodedBlocks, decode_blocks, encode_blocks

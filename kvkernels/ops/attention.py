@@ -11,7 +11,7 @@ from kvkernels.checks import (
     check_dtype,
     check_inference,
     check_shape,
-    is_called_alone,
+    may_skip_dispatcher,
 )
 from kvkernels.ops.attention_checks import (
     check_attention_inputs,
@@ -122,7 +122,7 @@ def paged_attention(
     check_scoring(query, sm_scale, causal, window, soft_cap, sinks, alibi_slopes, tree_mask)
     sm_scale = query.shape[2] ** -0.5 if sm_scale is None else sm_scale
     window, soft_cap = min(window or 0, WIDEST_WINDOW), soft_cap or 0.0
-    if native.is_available and is_called_alone(
+    if native.is_available and may_skip_dispatcher(
         *(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q),
         *(sinks, alibi_slopes, tree_mask, *(int8_cache or ()), *(int4_cache or ())),
     ):
@@ -166,7 +166,7 @@ def merge_attention(
     """
     if not is_checked_at_launch(out_a):
         _check_merge(out_a, lse_a, out_b, lse_b)
-    if native.is_available and is_called_alone(out_a, lse_a, out_b, lse_b):
+    if native.is_available and may_skip_dispatcher(out_a, lse_a, out_b, lse_b):
         return native.merge_attention(out_a, lse_a, out_b, lse_b)
     return torch.ops.kvkernels.merge_attention.default(out_a, lse_a, out_b, lse_b)
 

@@ -10,7 +10,7 @@ from kvkernels.checks import (
     check_inference,
     check_last_stride,
     check_shape,
-    is_called_alone,
+    may_skip_dispatcher,
 )
 from kvkernels.ops.library import LIBRARY
 from kvkernels.reference import kv_cache as reference
@@ -46,7 +46,7 @@ def store_kv(
     if not is_checked_at_launch(key):
         _check(key, value, key_cache, value_cache, slot_mapping)
     tensors = (key, value, key_cache, value_cache, slot_mapping)
-    if native.is_available and is_called_alone(*tensors):
+    if native.is_available and may_skip_dispatcher(*tensors):
         native.store_kv(*tensors)
     else:
         torch.ops.kvkernels.store_kv.default(*tensors)

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvkernels
 from kvkernels import native
+from kvkernels.checks import may_skip_dispatcher
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
@@ -82,12 +83,12 @@ def merge(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return kvkernels.merge_attention(**merge_inputs())[0]
 
 
-@pytest.mark.parametrize(
-    ("op", "call"),
-    [("store_kv", store), ("paged_attention", attend), ("merge_attention", merge)],
-)
-def test_goes_past_the_dispatcher_only_where_nobody_looks(op, call) -> None:
-    """The result is the same, and modes, transforms and the profiler still see the op."""
+CALLS = [("store_kv", store), ("paged_attention", attend), ("merge_attention", merge)]
+
+
+@pytest.mark.parametrize(("op", "call"), CALLS)
+def test_modes_and_the_profiler_see_the_op(op, call) -> None:
+    """Though it skips PyTorch's dispatcher otherwise, with the same result."""
     inputs, name = good_inputs(), f"kvkernels::{op}"
     torch.manual_seed(0)
     expected = call(inputs)  # with gradients enabled, through the dispatcher
@@ -105,15 +106,29 @@ def test_goes_past_the_dispatcher_only_where_nobody_looks(op, call) -> None:
 
 
 @pytest.mark.skipif(not native.is_available, reason="needs the C++ extension")
-def test_goes_past_the_dispatcher_where_it_may(monkeypatch) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("went through the dispatcher")
+@pytest.mark.parametrize(("op", "call"), CALLS)
+def test_skips_the_dispatcher_without_gradients(op, call, monkeypatch) -> None:
+    def refuse(op: object, *_: object, **__: object) -> None:
+        raise AssertionError(f"went through the dispatcher: {op}")
 
-    monkeypatch.setattr("kvkernels.ops.attention._gather_arguments", refuse)
-    with pytest.raises(AssertionError):
-        attend(good_inputs())
+    monkeypatch.setattr(torch._ops.OpOverload, "__call__", refuse)
+    with pytest.raises(AssertionError, match=op):
+        call(good_inputs())
     with torch.inference_mode():
-        attend(good_inputs())
+        call(good_inputs())
+
+
+@torch.no_grad()
+def test_a_transform_needs_the_dispatcher() -> None:
+    inputs, answers = torch.ones(2, 3), []
+
+    def look(row: torch.Tensor) -> torch.Tensor:
+        answers.append(may_skip_dispatcher(row))
+        return row
+
+    assert may_skip_dispatcher(inputs)
+    torch.func.vmap(look)(inputs)
+    assert answers == [False]
 
 
 def run_layers(

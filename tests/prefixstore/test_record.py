@@ -22,7 +22,6 @@ from prefixstore import checksum
 from prefixstore.checksum import crc32c
 from prefixstore.errors import BlockCorrupted
 from prefixstore.record import (
-    ROOT_HASH,
     BlockKey,
     RecordLayout,
     chain_keys,
@@ -31,7 +30,6 @@ from prefixstore.record import (
     check_headers,
     decode,
     encode,
-    hash_block,
     read_header,
     verify,
 )
@@ -269,59 +267,6 @@ def test_records_lie_anywhere_and_are_made_at_whole_words(offset):
 def test_refuses_layouts_that_no_record_can_hold(changes, message):
     with pytest.raises(ValueError, match=message):
         replace(LAYOUT, **changes)
-
-
-def test_hash_is_as_documented():
-    tokens = np.arange(16, dtype=np.uint32)
-    digest = hashlib.blake2b(digest_size=16, person=b"kvkernels block1")
-    digest.update(ROOT_HASH + IDENTITY + (5).to_bytes(4, "little"))
-    digest.update(b"".join(token.to_bytes(4, "little") for token in range(16)))
-    assert hash_block(ROOT_HASH, IDENTITY, 5, tokens) == digest.digest()
-
-
-def test_keys_chain_over_whole_blocks():
-    tokens = list(range(40))
-    first, second = chain_keys(LAYOUT, IDENTITY, tokens)
-    assert first.parent_hash == ROOT_HASH
-    assert second.parent_hash == first.block_hash
-    assert second.tokens.tolist() == tokens[16:32]
-    assert chain_keys(LAYOUT, IDENTITY, tokens[:15]) == []
-    assert chain_keys(LAYOUT, IDENTITY, []) == []
-    (again,) = chain_keys(LAYOUT, IDENTITY, tokens[16:32], first_parent=first.block_hash)
-    assert again.block_hash == second.block_hash
-
-
-def test_hashes_differ_by_everything_before_them():
-    tokens = np.arange(32)
-    other_group = replace(LAYOUT, layer_group=1)
-    changed = np.concatenate([[99], tokens[1:]])
-    runs = [
-        chain_keys(LAYOUT, IDENTITY, tokens),
-        chain_keys(LAYOUT, bytes(16), tokens),
-        chain_keys(other_group, IDENTITY, tokens),
-        chain_keys(LAYOUT, IDENTITY, changed),
-    ]
-    assert len({run[1].block_hash for run in runs}) == len(runs)
-
-
-def test_keys_do_not_change_with_the_callers_array():
-    tokens = np.arange(16, dtype=np.uint32)
-    (key,) = chain_keys(LAYOUT, IDENTITY, tokens)
-    tokens[:] = 0
-    assert key.tokens.tolist() == list(range(16))
-
-
-@pytest.mark.parametrize("tokens", [[-1] * 16, [1 << 32] * 16, [0.5] * 16, [[0] * 16]], ids=str)
-def test_refuses_tokens_that_are_no_ids(tokens):
-    with pytest.raises(ValueError, match="tokens: expected"):
-        chain_keys(LAYOUT, IDENTITY, tokens)
-
-
-def test_refuses_a_key_of_wrong_parts():
-    with pytest.raises(ValueError, match="identity: expected 16 bytes"):
-        replace(KEY, identity=b"short")
-    with pytest.raises(ValueError, match=r"tokens: expected uint32 \[16\], got int64 \[16\]"):
-        replace(KEY, tokens=np.arange(16))
 
 
 @pytest.fixture(scope="module")
