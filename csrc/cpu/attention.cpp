@@ -42,8 +42,8 @@ const AttentionKernel& find_kernel(AttentionPath path, DType dtype, HeadDims dim
 // when.
 class AttentionCall {
  public:
-  AttentionCall(const PagedAttentionArgs& args, const AttentionKernel& kernel)
-      : args_(args), kernel_(kernel), plan_(make_plan(args, kernel)) {
+  AttentionCall(const PagedAttentionArgs& args, const AttentionKernel& kernel, int num_threads)
+      : args_(args), kernel_(kernel), plan_(make_plan(args, kernel, num_threads)) {
     if (plan_.num_split_tiles == 0) return;
     partials_ = thread_scratch(3, plan_.num_partials);
     num_done_ = std::make_unique<std::atomic<int32_t>[]>(plan_.num_split_tiles);
@@ -224,7 +224,7 @@ bool has_attention_path(AttentionPath path) {
 void paged_attention(const PagedAttentionArgs& args, AttentionPath path, int num_threads) {
   check_indices(args);
   const AttentionKernel& kernel = find_kernel(path, args.dtype, {args.head_dim, args.value_dim});
-  AttentionCall call(args, kernel);
+  AttentionCall call(args, kernel, num_threads);
   const int64_t num_useful =
       std::min({static_cast<int64_t>(num_threads), call.num_items(), call.num_useful_threads()});
   if (num_useful > 0) {

@@ -165,10 +165,16 @@ inline void spread_scales(const CodeRun& run, float c, KeyScales& spread) {
   }
 }
 
-// row = row * decay + (low, high), for up to 32 channels of a row of sums, of which `count` are
-// left.
+// row = row * decay + (low, high), for 32 channels of a row of sums.
+inline void add_32_to_row(__m512 low, __m512 high, __m512 decay, float* row) {
+  _mm512_storeu_ps(row, _mm512_fmadd_ps(_mm512_loadu_ps(row), decay, low));
+  _mm512_storeu_ps(row + 16, _mm512_fmadd_ps(_mm512_loadu_ps(row + 16), decay, high));
+}
+
+// The same where `count` channels are left.
 inline void add_to_row(__m512 low, __m512 high, int64_t count, float decay, float* row) {
   const __m512 factor = _mm512_set1_ps(decay);
+  if (count >= 32) return add_32_to_row(low, high, factor, row);
   const __mmask16 is_low = first_lanes(count), is_high = first_lanes(count - 16);
   const __m512 old_low = _mm512_maskz_loadu_ps(is_low, row);
   const __m512 old_high = _mm512_maskz_loadu_ps(is_high, row + 16);

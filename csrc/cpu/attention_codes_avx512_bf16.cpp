@@ -74,9 +74,10 @@ struct SixteenRows {
 // Gives 16 keys as SixteenRows. Copies them if fewer are left, or if their rows end within a piece.
 class KeyBuffer {
  public:
+  template <bool kIsWhole>  // whether rows end with a piece
   SixteenRows find(const uint8_t* codes, int64_t count, const Piece& pieces) {
     const int64_t num_bytes = pieces.row_bytes();
-    if (count >= 16 && pieces.are_whole()) return {codes, num_bytes};
+    if (kIsWhole && count >= 16) return {codes, num_bytes};
     for (int64_t t = 0; t < 16; ++t) {
       for (int64_t i = 0; i < num_bytes; i += 32) {
         const __m256i bytes = t < count ? load_bytes<false>(codes + t * num_bytes, i, num_bytes)
@@ -148,17 +149,17 @@ void score_keys(const SixteenRows* keys, int64_t num_pieces, const FoldedQuery& 
 
 constexpr int64_t kMaxKeyGroups = kMaxKeys / 16;  // groups of keys in a tile, at most
 
-// Scores a run's keys with kRows rows. The query is folded with the scales of all groups first, so
-// that the work for one group fills the waits of another.
-template <int kRows>
+// Scores a run's keys with kRows rows. kIsWhole: rows end with a piece. The query is folded with
+// the scales of all groups first, so that the work for one group fills the waits of another.
+template <bool kIsWhole, int kRows>
 void score_rows(const CodeRun& run, const float* query, float* scores, ReadAhead& next) {
   const Piece pieces = {run.dim};
   const int64_t num_bytes = pieces.row_bytes(), group_size = run.block_size / run.groups;
   const int64_t first_group = run.slot / group_size, end = run.slot + run.count;
   FoldedQuery folded[kMaxKeyGroups];
   for (int64_t group = first_group; group * group_size < end; ++group) {
-    fold_query<kRows>(query, run.dim, run.scales + group * run.dim * 2,
-                      folded[group - first_group]);
+    fold_query<kIsWhole, kRows>(query, run.dim, run.scales + group * run.dim * 2,
+                                folded[group - first_group]);
   }
   KeyBuffer buffers[2];
   for (int64_t slot = run.slot, count; slot < end; slot += count) {
@@ -168,9 +169,9 @@ void score_rows(const CodeRun& run, const float* query, float* scores, ReadAhead
     next.advance(count * num_bytes);
     const FoldedQuery& query_of_group = folded[group - first_group];
     float* const target = scores + slot - run.slot;
-    SixteenRows keys[2] = {buffers[0].find(rows, count, pieces)};
+    SixteenRows keys[2] = {buffers[0].find<kIsWhole>(rows, count, pieces)};
     if (count > 16) {
-      keys[1] = buffers[1].find(rows + 16 * num_bytes, count - 16, pieces);
+      keys[1] = buffers[1].find<kIsWhole>(rows + 16 * num_bytes, count - 16, pieces);
       score_keys<kRows, 2>(keys, pieces.count(), query_of_group, target);
     } else {
       score_keys<kRows, 1>(keys, pieces.count(), query_of_group, target);
@@ -180,13 +181,17 @@ void score_rows(const CodeRun& run, const float* query, float* scores, ReadAhead
 
 using ScoreRows = void (*)(const CodeRun&, const float*, float*, ReadAhead&);
 
-constexpr ScoreRows kScoreRows[kMaxBatch + 1] = {nullptr, score_rows<1>, score_rows<2>,
-                                                 score_rows<3>, score_rows<4>};
+template <bool kIsWhole>
+constexpr ScoreRows kScoreRows[kMaxBatch + 1] = {nullptr, score_rows<kIsWhole, 1>,
+                                                 score_rows<kIsWhole, 2>, score_rows<kIsWhole, 3>,
+                                                 score_rows<kIsWhole, 4>};
 
 void score(const CodeRun& keys, const float* query, int64_t num_rows, float* scores,
            ReadAhead& next) {
+  const ScoreRows* const kernels =
+      Piece{keys.dim}.are_whole() ? kScoreRows<true> : kScoreRows<false>;
   for_each_batch(num_rows, kMaxBatch, [&](int64_t first, int64_t count) {
-    kScoreRows[count](keys, query + first * keys.dim, scores + first * kCodeRowStride, next);
+    kernels[count](keys, query + first * keys.dim, scores + first * kCodeRowStride, next);
   });
 }
 
@@ -253,7 +258,8 @@ void add_piece(const CodeRun& run, int64_t piece, const FoldedWeights& weights, 
       __m512 a = products[r][half][0], b = products[r][half][1];
       BFloat16::restore(a, b);
       const int64_t first = pieces.begin(piece, half);
-      add_to_row(a, b, pieces.end(half) - first, decay[r], sums + r * run.dim + first);
+      add_to_row(a, b, kIsWhole ? 32 : pieces.end(half) - first, decay[r],
+                 sums + r * run.dim + first);
     }
   }
 }

@@ -28,7 +28,8 @@ struct alignas(64) FoldedQuery {
   float base[16];  // quarter r is for row r: the part of its scores that codes do not change
 };
 
-template <int kRows>
+// kIsWhole: the channels fill all pieces.
+template <bool kIsWhole, int kRows>
 void fold_query(const float* query, int64_t dim, const uint16_t* scales, FoldedQuery& folded) {
   const Piece pieces = {dim};
   // Pairs take from the halves of a piece: channels 0 and 2 of the first half, of the second half,
@@ -44,7 +45,8 @@ void fold_query(const float* query, int64_t dim, const uint16_t* scales, FoldedQ
     __m512i halves[kRows][2];
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      const int64_t first = pieces.begin(piece, half), count = pieces.end(half) - first;
+      const int64_t first = pieces.begin(piece, half);
+      const int64_t count = kIsWhole ? 32 : pieces.end(half) - first;
       const Scales low = load_scales(scales + 2 * first, first_lanes(count), kMiddle);
       const Scales high = load_scales(scales + 2 * first + 32, first_lanes(count - 16), kMiddle);
 #pragma GCC unroll 4
@@ -79,7 +81,7 @@ struct alignas(64) LaneOrder {
   int16_t even[32],
       odd[32];  // indices of scales, then of minimums, in two vectors of pairs of them
   int32_t even_weight[16], odd_weight[16];  // indices in two vectors of weights, one a key
-  int64_t stride, keys_a_vector;
+  int64_t stride;
 };
 
 constexpr std::array<LaneOrder, kMaxGroups + 1> make_lane_orders() {
@@ -87,7 +89,6 @@ constexpr std::array<LaneOrder, kMaxGroups + 1> make_lane_orders() {
   for (int groups = 1; groups <= kMaxGroups; ++groups) {
     LaneOrder& order = orders[groups];
     order.stride = static_cast<int64_t>(std::bit_ceil(static_cast<unsigned>(groups)));
-    order.keys_a_vector = 16 / order.stride;
     const int stride = static_cast<int>(order.stride), keys_a_vector = 16 / stride;
     for (int lane = 0; lane < 16; ++lane) {
       const int group = lane % stride < groups ? lane % stride : 0;
@@ -124,44 +125,88 @@ inline __m512 sum_keys(__m512 lanes, int64_t stride) {
   return lanes;
 }
 
-template <int kRows>
-void fold_weights(const float* weights, const CodeRun& run, FoldedWeights& folded) {
-  const LaneOrder& order = kLaneOrders[run.groups];
-  const int64_t keys_a_vector = order.keys_a_vector, groups = run.groups;
-  const uint16_t* scales = run.scales + run.slot * groups * 2;
+// Keys go lot by lot: those that two vectors of scales belong to. kStride is LaneOrder's.
+template <int kStride>
+struct Lot {
+  static constexpr int64_t kKeysAVector = 16 / kStride, kKeys = 2 * kKeysAVector;
+
+  // Lanes of the keys of a lot that are there, in two vectors of weights and two of scales.
+  __mmask16 weights[2], scales[2];
+
+  Lot(int64_t num_keys, int64_t groups)
+      : weights{first_lanes(num_keys), first_lanes(num_keys - 16)},
+        scales{first_lanes(num_keys * groups), first_lanes((num_keys - kKeysAVector) * groups)} {}
+};
+
+template <int kRows, int kStride>
+[[gnu::always_inline]] inline void fold_lot(const Lot<kStride>& lot, int64_t groups,
+                                            const float* weights, const uint16_t* scales,
+                                            __m512* base, int32_t* target) {
+  const LaneOrder& order = kLaneOrders[groups];
+  const __m512i a = _mm512_maskz_loadu_epi32(lot.scales[0], scales);
+  const __m512i b =
+      _mm512_maskz_loadu_epi32(lot.scales[1], scales + 2 * Lot<kStride>::kKeysAVector * groups);
   const __m512i even_order = _mm512_load_si512(order.even);
   const __m512i odd_order = _mm512_load_si512(order.odd);
   const __m512i even_weights = _mm512_load_si512(order.even_weight);
   const __m512i odd_weights = _mm512_load_si512(order.odd_weight);
+  const Scales even = widen_scales(_mm512_permutex2var_epi16(a, even_order, b), kMiddle);
+  const Scales odd = widen_scales(_mm512_permutex2var_epi16(a, odd_order, b), kMiddle);
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    const float* row = weights + r * kCodeRowStride;
+    const __m512 low = _mm512_maskz_loadu_ps(lot.weights[0], row);
+    __m512 x, y;
+    if constexpr (Lot<kStride>::kKeys <= 16) {
+      x = _mm512_permutexvar_ps(even_weights, low);
+      y = _mm512_permutexvar_ps(odd_weights, low);
+    } else {
+      const __m512 high = _mm512_maskz_loadu_ps(lot.weights[1], row + 16);
+      x = _mm512_permutex2var_ps(low, even_weights, high);
+      y = _mm512_permutex2var_ps(low, odd_weights, high);
+    }
+    base[r] = _mm512_fmadd_ps(x, even.middle, base[r]);
+    base[r] = _mm512_fmadd_ps(y, odd.middle, base[r]);
+    _mm512_store_ps(target + r * kPairsOfRow,
+                    round_pairs(_mm512_mul_ps(x, even.scale), _mm512_mul_ps(y, odd.scale)));
+  }
+}
+
+template <int kRows, int kStride>
+void fold_lots(const float* weights, const CodeRun& run, FoldedWeights& folded) {
+  using Some = Lot<kStride>;
+  const int64_t groups = run.groups, count = run.count;
+  const uint16_t* const scales = run.scales + run.slot * groups * 2;
   __m512 base[kRows];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) base[r] = _mm512_setzero_ps();
+  // Masks for each lot would take a third of the time.
+  const Some whole(Some::kKeys, groups);
+  int64_t t = 0;
   int32_t* target = folded.pairs[0];
-  for (int64_t left = run.count; left > 0; left -= 2 * keys_a_vector) {
-    const __m512i a = _mm512_maskz_loadu_epi32(first_lanes(left * groups), scales);
-    const __m512i b = _mm512_maskz_loadu_epi32(first_lanes((left - keys_a_vector) * groups),
-                                               scales + 2 * keys_a_vector * groups);
-    const __mmask16 low_weights = first_lanes(left), high_weights = first_lanes(left - 16);
-    const Scales even = widen_scales(_mm512_permutex2var_epi16(a, even_order, b), kMiddle);
-    const Scales odd = widen_scales(_mm512_permutex2var_epi16(a, odd_order, b), kMiddle);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const float* row = weights + r * kCodeRowStride;
-      const __m512 low = _mm512_maskz_loadu_ps(low_weights, row);
-      const __m512 high = _mm512_maskz_loadu_ps(high_weights, row + 16);
-      const __m512 x = _mm512_permutex2var_ps(low, even_weights, high);
-      const __m512 y = _mm512_permutex2var_ps(low, odd_weights, high);
-      base[r] = _mm512_fmadd_ps(x, even.middle, base[r]);
-      base[r] = _mm512_fmadd_ps(y, odd.middle, base[r]);
-      _mm512_store_ps(target + r * kPairsOfRow,
-                      round_pairs(_mm512_mul_ps(x, even.scale), _mm512_mul_ps(y, odd.scale)));
-    }
-    weights += 2 * keys_a_vector;
-    scales += 4 * keys_a_vector * groups;
-    target += 16;
+  for (; t + Some::kKeys <= count; t += Some::kKeys, target += 16) {
+    fold_lot<kRows>(whole, groups, weights + t, scales + 2 * t * groups, base, target);
+  }
+  if (t < count) {
+    fold_lot<kRows>(Some(count - t, groups), groups, weights + t, scales + 2 * t * groups, base,
+                    target);
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) _mm512_store_ps(folded.base[r], sum_keys(base[r], order.stride));
+  for (int r = 0; r < kRows; ++r) _mm512_store_ps(folded.base[r], sum_keys(base[r], kStride));
+}
+
+template <int kRows>
+void fold_weights(const float* weights, const CodeRun& run, FoldedWeights& folded) {
+  switch (kLaneOrders[run.groups].stride) {
+    case 1:
+      return fold_lots<kRows, 1>(weights, run, folded);
+    case 2:
+      return fold_lots<kRows, 2>(weights, run, folded);
+    case 4:
+      return fold_lots<kRows, 4>(weights, run, folded);
+    default:
+      return fold_lots<kRows, 8>(weights, run, folded);
+  }
 }
 
 }  // namespace

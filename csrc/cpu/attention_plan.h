@@ -1,5 +1,5 @@
-// How a call's work is cut into items. Goes by the shapes alone, so that the result does not depend
-// on the number of threads.
+// How a call's work is cut into items. Where keys are cut goes by the shapes alone, so that the
+// result does not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,9 @@ constexpr int64_t kMaxChunks = 128;
 // chunks, one after the other: num_splits is then 1, otherwise it is num_chunks.
 //
 // Last tiles first: under a causal mask they see the most keys, and long items are better begun
-// early. Nothing depends on the number of threads or on other sequences, so neither does the
-// rounding of the result.
+// early. Rows and keys are cut by the sequence's own shape alone, so the rounding of its result
+// depends neither on the number of threads nor on other sequences; how many heads a tile takes may
+// depend on both, and changes no bit.
 struct SequencePlan {
   const int32_t* blocks;
   int64_t seq_len, first_token, first_position;
@@ -38,7 +39,8 @@ struct SequencePlan {
   int64_t first_partial, result_size;
   int64_t first_split_tile;
 
-  int64_t end_item() const { return first_item + num_tiles * num_head_tiles * num_splits; }
+  int64_t num_items() const { return num_tiles * num_head_tiles * num_splits; }
+  int64_t end_item() const { return first_item + num_items(); }
 
   // The rows of tile `index` of num_tiles * num_head_tiles, and all the keys they see.
   AttentionTile tile(const PagedAttentionArgs& args, int64_t index) const;
@@ -60,6 +62,6 @@ struct Plan {
 void check_indices(const PagedAttentionArgs& args);
 
 // Expects checked indices.
-Plan make_plan(const PagedAttentionArgs& args, const AttentionKernel& kernel);
+Plan make_plan(const PagedAttentionArgs& args, const AttentionKernel& kernel, int num_threads);
 
 }  // namespace kvkernels
