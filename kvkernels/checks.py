@@ -38,12 +38,12 @@ def may_skip_dispatcher(*tensors: torch.Tensor | None) -> bool:
     being recorded, a mode, a transform (`vmap`), the profiler or a tensor subclass sees the call.
     """
     return (
-        not torch.is_grad_enabled()
+        all(tensor is None or (is_plain(tensor) and tensor.is_cpu) for tensor in tensors)
+        and not torch.is_grad_enabled()
         and not is_traced()
         and _len_torch_function_stack() == 0
         and peek_interpreter_stack() is None
         and not _profiler_enabled()
-        and all(tensor is None or (is_plain(tensor) and tensor.is_cpu) for tensor in tensors)
     )
 
 

@@ -26,6 +26,18 @@ is_available = extension is not None and hasattr(extension, "paged_attention")
 _ISAS: dict[str, int] = dict(extension.attention_paths()) if is_available else {}
 _isa = next(iter(_ISAS.values()), 0)
 
+# Whether C++ reads tensors itself (`attend_tensors`): through a table of functions that PyTorch has
+# from 2.10 on.
+reads_tensors = (
+    is_available
+    and hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    and extension.use_tensor_exchange(
+        torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor, torch.nn.Parameter
+    )
+)
+if is_available:
+    extension.set_class_of_caches(QuantizedCache)
+
 # The number C++ knows each dtype by.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3}
 

@@ -24,6 +24,7 @@ from kvkernels.quantized_cache import QuantizedCache
 from kvkernels.reference import attention as reference
 from kvkernels.scoring import WIDEST_WINDOW, Scoring
 from kvkernels.signatures import CheckedCalls, is_checked_at_launch
+from kvkernels.threads import num_threads
 
 _checked_merges = CheckedCalls()
 
@@ -113,6 +114,15 @@ def paged_attention(
             the CPU; on a GPU looking would stop the stream) a length or a block id in use is out
             of range.
     """
+    if native.reads_tensors and may_skip_dispatcher(query):
+        result = native.extension.attend_tensors(
+            *(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q),
+            *(sm_scale, causal, window, soft_cap, sinks, alibi_slopes, tree_mask),
+            *(int8_cache, int4_cache, return_lse, batch_invariant),
+            *(native.isa(), num_threads()),
+        )
+        if result is not None:
+            return result
     check_kinds(int8_cache, int4_cache)
     if not is_checked_at_launch(query):
         check_attention_inputs(
@@ -122,24 +132,11 @@ def paged_attention(
     check_scoring(query, sm_scale, causal, window, soft_cap, sinks, alibi_slopes, tree_mask)
     sm_scale = query.shape[2] ** -0.5 if sm_scale is None else sm_scale
     window, soft_cap = min(window or 0, WIDEST_WINDOW), soft_cap or 0.0
-    if native.is_available and may_skip_dispatcher(
+    out, lse = torch.ops.kvkernels.paged_attention.default(
         *(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q),
-        *(sinks, alibi_slopes, tree_mask, *(int8_cache or ()), *(int4_cache or ())),
-    ):
-        out, lse = native.paged_attention(
-            *(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q),
-            Scoring(sm_scale, causal, window, soft_cap, sinks, alibi_slopes, tree_mask),
-            return_lse,
-            int8_cache,
-            int4_cache,
-            batch_invariant,
-        )
-    else:
-        out, lse = torch.ops.kvkernels.paged_attention.default(
-            *(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q),
-            *(sm_scale, causal, window, soft_cap, sinks, alibi_slopes, tree_mask),
-            *(int8_cache or (), int4_cache or (), return_lse, batch_invariant),
-        )
+        *(sm_scale, causal, window, soft_cap, sinks, alibi_slopes, tree_mask),
+        *(int8_cache or (), int4_cache or (), return_lse, batch_invariant),
+    )
     return (out, lse) if return_lse else out
 
 

@@ -15,6 +15,7 @@ from kvkernels.checks import (
 from kvkernels.ops.library import LIBRARY
 from kvkernels.reference import kv_cache as reference
 from kvkernels.signatures import CheckedCalls, is_checked_at_launch
+from kvkernels.threads import num_threads
 
 _checked = CheckedCalls()
 
@@ -43,13 +44,16 @@ def store_kv(
         ValueError: If shapes, dtypes, devices or strides disagree, a tensor requires grad, or (on
             the CPU) a slot is out of range.
     """
-    if not is_checked_at_launch(key):
-        _check(key, value, key_cache, value_cache, slot_mapping)
     tensors = (key, value, key_cache, value_cache, slot_mapping)
-    if native.is_available and may_skip_dispatcher(*tensors):
-        native.store_kv(*tensors)
-    else:
-        torch.ops.kvkernels.store_kv.default(*tensors)
+    if (
+        native.reads_tensors
+        and may_skip_dispatcher(key)
+        and native.extension.store_tensors(*tensors, num_threads())
+    ):
+        return
+    if not is_checked_at_launch(key):
+        _check(*tensors)
+    torch.ops.kvkernels.store_kv.default(*tensors)
 
 
 def _check(

@@ -1,0 +1,109 @@
+#include "bindings/tensors.h"
+
+#include <algorithm>
+#include <iterator>
+
+#include "bindings/bindings.h"
+
+namespace kvkernels::bindings {
+namespace {
+
+namespace py = pybind11;
+
+// The structures of DLPack 1.x that are used here, and of those that are not a pointer's room.
+
+struct DLVersion {
+  uint32_t major, minor;
+};
+
+struct DLDevice {
+  int32_t type;  // 1: CPU
+  int32_t id;
+};
+
+struct DLTensor {
+  void* data;
+  DLDevice device;
+  int32_t ndim;
+  ElementType dtype;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+
+struct DLPackExchangeAPI {
+  DLVersion version;
+  DLPackExchangeAPI* older;
+  void *allocate_managed, *managed_from_object, *managed_to_object;
+  int (*tensor_from_object)(void* object, DLTensor* out);  // borrows shape and strides
+  void* current_work_stream;
+};
+
+constexpr uint32_t kMajorVersion = 1;
+constexpr int32_t kCpu = 1;
+
+// Set once, when the package is imported.
+const DLPackExchangeAPI* exchange = nullptr;
+py::handle plain_classes[2];
+
+// Reads tensors through `capsule`, which is Tensor.__dlpack_c_exchange_api__, from now on. False:
+// its version is not known here.
+bool use_tensor_exchange(const py::capsule& capsule, const py::type& tensor,
+                         const py::type& parameter) {
+  const auto* api = static_cast<const DLPackExchangeAPI*>(
+      PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (api == nullptr) throw py::error_already_set();
+  while (api != nullptr && api->version.major != kMajorVersion) api = api->older;
+  if (api == nullptr) return false;
+  // Never freed: they live as long as PyTorch.
+  plain_classes[0] = tensor.inc_ref();
+  plain_classes[1] = parameter.inc_ref();
+  exchange = api;
+  return true;
+}
+
+}  // namespace
+
+bool TensorView::has(ElementType wanted, std::initializer_list<int64_t> wanted_shape) const {
+  return type == wanted && dim == static_cast<int>(wanted_shape.size()) &&
+         std::equal(wanted_shape.begin(), wanted_shape.end(), shape,
+                    [](int64_t want, int64_t got) { return want == kAnySize || want == got; });
+}
+
+bool TensorView::is_contiguous_from(int first) const {
+  int64_t stride = 1;
+  for (int i = dim - 1; i >= first; --i) {
+    if (shape[i] != 1 && strides[i] != stride) return false;
+    stride *= shape[i];
+  }
+  return true;
+}
+
+std::optional<DType> dtype_of(ElementType type) {
+  if (type == kFloat32Type) return DType::kFloat32;
+  if (type == kFloat16Type) return DType::kFloat16;
+  if (type == kBFloat16Type) return DType::kBFloat16;
+  if (type == kFloat8Type) return DType::kFloat8;
+  return std::nullopt;
+}
+
+std::optional<TensorView> view_tensor(py::handle tensor) {
+  const auto type = py::handle(reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())));
+  if (exchange == nullptr || !(type.is(plain_classes[0]) || type.is(plain_classes[1]))) {
+    return std::nullopt;
+  }
+  DLTensor found;
+  if (exchange->tensor_from_object(tensor.ptr(), &found) != 0) {
+    PyErr_Clear();  // such as a sparse tensor's: the caller goes the way that names what is wrong
+    return std::nullopt;
+  }
+  if (found.device.type != kCpu) return std::nullopt;
+  char* const data = static_cast<char*>(found.data) + found.byte_offset;
+  const bool is_empty =
+      std::find(found.shape, found.shape + found.ndim, 0) != found.shape + found.ndim;
+  if (found.data == nullptr && !is_empty) return std::nullopt;
+  return TensorView{data, found.ndim, found.dtype, found.shape, found.strides};
+}
+
+void bind_tensors(py::module_& module) { module.def("use_tensor_exchange", &use_tensor_exchange); }
+
+}  // namespace kvkernels::bindings

@@ -1,0 +1,60 @@
+// Reads PyTorch's tensors from C++ without its headers, through the table of C functions that
+// DLPack 1.x defines for the exchange of tensors and PyTorch offers from 2.10 on. Reading a tensor
+// takes some 20 ns; its attributes, asked for from Python, take as long each, and 20 times that
+// after weights and a cache were read, which drive the interpreter's and PyTorch's code out of the
+// processor's caches.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+
+#include "kvkernels/attention.h"
+
+namespace kvkernels::bindings {
+
+// As DLPack numbers them: https://dmlc.github.io/dlpack/latest/c_api.html
+struct ElementType {
+  uint8_t code, bits;
+  uint16_t lanes;
+
+  bool operator==(const ElementType&) const = default;
+};
+
+constexpr ElementType kInt32Type = {0, 32, 1}, kInt64Type = {0, 64, 1}, kUInt8Type = {1, 8, 1},
+                      kFloat16Type = {2, 16, 1}, kFloat32Type = {2, 32, 1},
+                      kBFloat16Type = {4, 16, 1}, kFloat8Type = {10, 8, 1};  // e4m3fn
+
+// A tensor in the memory of the CPU. Valid while nobody changes or frees the tensor.
+struct TensorView {
+  char* data;
+  int dim;
+  ElementType type;
+  const int64_t *shape, *strides;  // strides in elements
+
+  bool has(ElementType wanted, std::initializer_list<int64_t> wanted_shape) const;
+
+  // Whether neighbours along the last dimension are neighbours in memory.
+  bool has_dense_rows() const { return shape[dim - 1] <= 1 || strides[dim - 1] == 1; }
+
+  bool is_contiguous_from(int first) const;
+
+  template <typename T>
+  T* as() const {
+    return reinterpret_cast<T*>(data);
+  }
+};
+
+// Accepts any size, in a wanted shape.
+constexpr int64_t kAnySize = -1;
+
+// The dtype of a cache or a query; none: attention does not serve it.
+std::optional<DType> dtype_of(ElementType type);
+
+// The tensor's view; none unless it is of one of PyTorch's own two classes, lies in the CPU's
+// memory and has memory.
+std::optional<TensorView> view_tensor(pybind11::handle tensor);
+
+}  // namespace kvkernels::bindings

@@ -1,0 +1,164 @@
+"""Calls that C++ checks and does at once give what the long way through PyTorch gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from attention_inputs import DTYPES
+from hypothesis import given
+from hypothesis import strategies as st
+from test_attention_checks import good_inputs, quantized_cache
+from test_attention_properties import draw_some, features, make_call, seeds
+
+import kvkernels
+from kvkernels import native
+
+pytestmark = pytest.mark.skipif(
+    not native.reads_tensors, reason="needs the C++ extension, and PyTorch 2.10"
+)
+
+
+class WentTheLongWay(Exception):
+    pass
+
+
+@pytest.fixture
+def only_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes PyTorch's dispatcher refuse what gets there where no gradients are recorded."""
+    call = torch._ops.OpOverload.__call__
+
+    def refuse(op: object, *args: object, **options: object) -> object:
+        if not torch.is_grad_enabled() and str(op).startswith("kvkernels."):
+            raise WentTheLongWay(op)
+        return call(op, *args, **options)
+
+    monkeypatch.setattr(torch._ops.OpOverload, "__call__", refuse)
+
+
+def in_both_ways(call: Callable[[], object]) -> tuple[object, object]:
+    long = call()
+    with torch.no_grad():
+        return long, call()
+
+
+@pytest.mark.usefixtures("only_at_once")
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_attention_is_the_same(return_lse: bool, batch_invariant: bool) -> None:
+    @draw_some
+    @given(feature=features(), dtype=st.sampled_from(DTYPES), seed=seeds)
+    def check(feature, dtype, seed) -> None:
+        inputs, scoring, caches = make_call(feature, dtype, seed)
+
+        def attend() -> object:
+            return kvkernels.paged_attention(
+                *inputs.tensors(),
+                sm_scale=scoring.sm_scale if seed % 2 else None,
+                causal=scoring.causal,
+                window=scoring.window or None,
+                soft_cap=scoring.soft_cap or None,
+                sinks=scoring.sinks,
+                alibi_slopes=scoring.alibi_slopes,
+                tree_mask=scoring.tree_mask,
+                **caches,
+                return_lse=return_lse,
+                batch_invariant=batch_invariant,
+            )
+
+        long, at_once = in_both_ways(attend)
+        torch.testing.assert_close(at_once, long, rtol=0, atol=0, equal_nan=True)
+
+    check()
+
+
+@pytest.mark.usefixtures("only_at_once")
+def test_attention_over_float8_is_the_same() -> None:
+    inputs = good_inputs()
+    for name in ("key_cache", "value_cache"):
+        inputs[name] = inputs[name].to(torch.float8_e4m3fn)
+    long, at_once = in_both_ways(lambda: kvkernels.paged_attention(**inputs))
+    assert torch.equal(long, at_once)
+
+
+@pytest.mark.usefixtures("only_at_once")
+def test_attention_over_latents_is_the_same() -> None:
+    cache = torch.randn(3, 1, 16, 48)
+    inputs = good_inputs() | {"query": torch.randn(5, 4, 48)}
+    inputs |= {"key_cache": cache, "value_cache": cache[..., :32]}
+    long, at_once = in_both_ways(lambda: kvkernels.paged_attention(**inputs))
+    assert torch.equal(long, at_once)
+    assert at_once.shape == (5, 4, 32)
+
+
+@pytest.mark.usefixtures("only_at_once")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["dense", "heads_last", "every_other_slot"])
+def test_storing_is_the_same(dtype: torch.dtype, layout: str) -> None:
+    key, value = torch.randn(2, 7, 2, 32).to(dtype)
+    slots = torch.tensor([3, -1, 40, 0, 17, 31, 8])
+
+    def store() -> torch.Tensor:
+        caches = torch.zeros(2, 3, 2, 16, 32, dtype=dtype)
+        if layout == "heads_last":
+            caches = torch.zeros(2, 3, 16, 2, 32, dtype=dtype).transpose(2, 3)
+        if layout == "every_other_slot":
+            caches = torch.zeros(2, 3, 2, 32, 32, dtype=dtype)[:, :, :, ::2]
+        kvkernels.store_kv(key, value, *caches, slots)
+        return caches
+
+    long, at_once = in_both_ways(store)
+    assert torch.equal(long, at_once)
+    assert at_once.count_nonzero() == 2 * 6 * 2 * 32
+
+
+class Marked(torch.Tensor):
+    """A subclass may keep its numbers elsewhere, so PyTorch must see the call."""
+
+
+@pytest.mark.usefixtures("only_at_once")
+@pytest.mark.parametrize("name", list(good_inputs()))
+def test_subclasses_go_the_long_way(name: str) -> None:
+    inputs = good_inputs()
+    inputs[name] = inputs[name].as_subclass(Marked)
+    with torch.no_grad(), pytest.raises(WentTheLongWay):
+        kvkernels.paged_attention(**inputs)
+
+
+@pytest.mark.usefixtures("only_at_once")
+def test_parameters_are_plain() -> None:
+    inputs = good_inputs()
+    inputs["query"] = torch.nn.Parameter(inputs["query"])
+    with torch.no_grad():
+        kvkernels.paged_attention(**inputs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sm_scale": 1},
+        {"sm_scale": np.float64(0.25)},
+        {"soft_cap": 30},
+        {"window": True},
+        {"window": 1 << 40},
+        {"return_lse": 1},
+        {"batch_invariant": 1},
+        {"int4_cache": quantized_cache()},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_unusual_options_mean_the_same(options: dict) -> None:
+    inputs = good_inputs()
+    long, at_once = in_both_ways(lambda: kvkernels.paged_attention(**inputs, **options))
+    torch.testing.assert_close(at_once, long, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("only_at_once")
+def test_an_inference_tensor_comes_of_inference_mode() -> None:
+    inputs = good_inputs()
+    with torch.inference_mode():
+        assert kvkernels.paged_attention(**inputs).is_inference()
+    with torch.no_grad():
+        assert not kvkernels.paged_attention(**inputs).is_inference()
