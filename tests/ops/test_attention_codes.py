@@ -131,6 +131,19 @@ def test_scales_of_any_sign(
 
 @every_implementation()
 @pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_one_key_outweighs_the_others(
+    implementation: Implementation, kind: str, device: torch.device
+) -> None:
+    """Rounded to integers, the others' weights are 0: what each adds by mistake is not hidden."""
+    case = Case("", ((1, 192),), heads=(8, 2), head_dim=128, block_size=64)
+    inputs, arguments = make_inputs(case, torch.bfloat16, device), (Scoring(8.0), True)
+    options = quantize_some(inputs, (kind,), 128, 128)
+    out, lse = implementation.paged_attention(*inputs.tensors(), *arguments, **options)
+    assert_attends(out, lse, inputs, *arguments, **options)
+
+
+@every_implementation()
+@pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_many_scales_of_few_channels(
     implementation: Implementation, kind: str, device: torch.device
 ) -> None:
