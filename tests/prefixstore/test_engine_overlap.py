@@ -16,6 +16,7 @@ from prefixstore.engine.load_call import LoadCall
 from prefixstore.engine.overlap import Overlap
 from prefixstore.engine.restoring import Restoring
 from prefixstore.planner import Meeting
+from prefixstore.planner.outlook import Outlook
 from prefixstore.store import Store, StoreConfig
 
 NUM_BLOCKS = 30
@@ -105,7 +106,9 @@ def test_the_first_layer_is_computed_before_the_last_one_has_come(tier, engine, 
 @pytest.mark.parametrize("layer", range(NUM_LAYERS))
 def test_a_damaged_layer_spoils_nothing_but_its_block(tier, engine, voids, layer, monkeypatch):
     """Tokens computed from it are computed again; others in the pass are not affected."""
-    number, is_begun, passes = 17, threading.Event(), []
+    number, passes = 17, []
+    is_submitted, is_asked, is_begun = (threading.Event() for _ in range(3))
+    last = last_layer_of(tier)
     watch(
         *(monkeypatch, Overlap, "valid_steps"),
         lambda valid, args, _: passes.append((len(args[0].steps), len(valid))),
@@ -114,16 +117,32 @@ def test_a_damaged_layer_spoils_nothing_but_its_block(tier, engine, voids, layer
         *(monkeypatch, Restoring, "next_overlapped_chunk"),
         lambda chunk, *_: is_begun.set() if chunk is not None else None,
     )
-    tier.before_part = lambda offset: offset == last_layer_of(tier) and is_begun.wait(10)
+    # A chunk beside another's token is begun at once, however long the layers may take.
+    monkeypatch.setattr(Outlook, "early_s", lambda *_: 0.0)
+
+    def wait_for_the_pass(offset):
+        if offset == last:
+            is_asked.set()
+            assert is_begun.wait(10)
+
+    def hold_the_other():
+        """Keep it from ending before the layers are asked for; one more pass admits the prompt."""
+        assert not passes or is_submitted.wait(10)
+        assert len(passes) < 2 or is_asked.wait(10)
+
+    tier.before_part = wait_for_the_pass
     ((*_, key),) = engine.cache.blocks.keys(
         *engine.cache.checked_prompt(TOKENS[: (number + 1) * BLOCK_SIZE], None)
     )
     record = bytearray(tier.records[key.block_hash])
-    record[last_layer_of(tier) - (NUM_LAYERS - 1 - layer) * LAYER_BYTES + 100] ^= 1
+    record[last - (NUM_LAYERS - 1 - layer) * LAYER_BYTES + 100] ^= 1
     tier.records[key.block_hash] = bytes(record)
-    other = engine.submit(prompt(20, seed=3), SamplingParams(max_tokens=60, temperature=0))
-    first_piece = next(iter(other))
-    output = engine.submit(TOKENS, GREEDY).result(60)
+    with calling_first(engine.model.model.layers[0], hold_the_other):
+        other = engine.submit(prompt(20, seed=3), SamplingParams(max_tokens=60, temperature=0))
+        first_piece = next(iter(other))
+        prompted = engine.submit(TOKENS, GREEDY)
+        is_submitted.set()
+        output = prompted.result(60)
     assert first_piece.text and list(output.token_ids) == expected(engine.model, TOKENS)
     reuse = output.report.reuse
     assert reuse.misses == {"lost": BLOCK_SIZE}
