@@ -188,7 +188,10 @@ class AttentionCall {
         }
         kernel_.narrow(result.out + row * args_.value_dim, sum == 0 ? 0.0f : weight / sum,
                        static_cast<char*>(args_.out) + index * row_bytes, args_.value_dim);
-        if (args_.lse != nullptr) args_.lse[index] = (base + std::log2(sum)) * kLn2;
+        // A score of infinity leaves no number of the sum, but the maximum tells what it was.
+        if (args_.lse != nullptr) {
+          args_.lse[index] = base == kInfinity ? base : (base + std::log2(sum)) * kLn2;
+        }
       }
     }
   }

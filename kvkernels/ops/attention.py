@@ -107,7 +107,9 @@ def paged_attention(
     Returns:
         ``[num_tokens, num_heads, value_dim]`` in the dtype of ``query``; with ``return_lse`` a pair
         of it and ``[num_tokens, num_heads]``, float32: natural logarithm of the sum of the
-        exponentials of the scaled scores.
+        exponentials of the scaled scores. Where a score is infinity, the log-sum-exp is too, and
+        the output is not a number; where one is not a number, neither is the output or the
+        log-sum-exp, which may be infinity if a score is infinity beside it.
 
     Raises:
         ValueError: If shapes, dtypes, devices or strides disagree, a tensor requires grad, or (on

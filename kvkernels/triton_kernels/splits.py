@@ -188,7 +188,9 @@ def join_splits(
     inside = keep[:, None] & (channels < VALUE_DIM)[None, :]
     tl.store(out_ptr + rows[:, None] * VALUE_DIM + channels[None, :], out, mask=inside)
     if HAS_LSE:
-        tl.store(lse_ptr + rows, largest + tl.log(total), mask=keep)
+        # As in `finish`: infinity stays what it is.
+        lse = tl.where(largest == float("inf"), largest, largest + tl.log(total))
+        tl.store(lse_ptr + rows, lse, mask=keep)
 
 
 @triton.jit(

@@ -248,4 +248,6 @@ def finish(row_max, row_sum):
     # A row that saw nothing has a maximum of -inf and an accumulator of zero: any other sum than
     # zero gives output 0 and lse -inf.
     total = tl.where(row_sum == 0.0, 1.0, row_sum)
-    return 1.0 / total, (row_max + tl.log2(total)) * 0.6931471805599453
+    lse = (row_max + tl.log2(total)) * 0.6931471805599453
+    # A score of infinity leaves no number of the sum, but the maximum tells what it was.
+    return 1.0 / total, tl.where(row_max == float("inf"), row_max, lse)

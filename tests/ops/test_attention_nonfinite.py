@@ -64,6 +64,45 @@ def test_only_queries_that_see_it_notice(
             assert torch.equal(lse[others], clean[1][others])
 
 
+@every_implementation()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "sequences", [((1, 41), (1, 0)), ((1, 300),), ((20, 90), (3, 3))], ids=["one", "split", "many"]
+)
+def test_a_score_of_infinity_makes_the_log_sum_exp_infinity(
+    implementation: Implementation,
+    sequences: tuple[tuple[int, int], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    case = Case("", sequences)
+    inputs = make_inputs(case, dtype, device)
+    inputs.key_cache[inputs.block_table[0, 1], :, 20 - case.block_size, 0] = torch.inf
+    scoring = make_scoring(Feature("", case), device)
+    exact, exact_lse = reference.paged_attention(*inputs.tensors(torch.float64), scoring, True)
+    out, lse = implementation.paged_attention(*inputs.tensors(), scoring, True)
+    infinite = exact_lse.isposinf()
+    assert infinite.any() and not infinite.all() and exact[infinite].isnan().all()
+    assert torch.equal(lse.isposinf(), infinite) and not lse.isnan().any()
+    assert torch.equal(out.isnan(), exact.isnan())
+
+
+@every_implementation()
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_a_sink_of_infinity_makes_the_log_sum_exp_infinity(
+    implementation: Implementation, num_queries: int, device: torch.device
+) -> None:
+    case = Case("", ((num_queries, 30),))
+    inputs = make_inputs(case, torch.float32, device)
+    scoring = make_scoring(Feature("", case, sinks=True), device)
+    assert scoring.sinks is not None
+    scoring.sinks[1] = torch.inf
+    out, lse = implementation.paged_attention(*inputs.tensors(), scoring, True)
+    assert lse[:, 1].isposinf().all() and out[:, 1].isnan().all()
+    others = torch.tensor([0, 2, 3], device=device)
+    assert lse[:, others].isfinite().all() and out[:, others].isfinite().all()
+
+
 def test_the_reference_tells_no_number_from_no_key() -> None:
     case = Case("", ((1, 0), (2, 5)))
     inputs = make_inputs(case, torch.float32, CPU)

@@ -85,7 +85,8 @@ struct PagedAttentionArgs {
 };
 
 // Writes out, and lse (natural logarithm) unless it is null. A row that sees no key, nor a sink,
-// gives zeros and an lse of minus infinity.
+// gives zeros and an lse of minus infinity; one with a score of infinity gives no numbers, and an
+// lse of infinity.
 //
 // The result depends neither on num_threads nor on the other sequences of the call. With
 // batch_invariant a query's result does not depend on the other queries of its sequence either, so
