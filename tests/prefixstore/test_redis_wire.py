@@ -1,12 +1,16 @@
 """The reader and writer of the Redis protocol, on a socket pair."""
 
 import socket
+import ssl
 import threading
 import time
 
 import numpy as np
 import pytest
+from certificates import make_certificates
 
+from prefixstore.tiers.redis.config import Address
+from prefixstore.tiers.redis.pool import PooledChannel
 from prefixstore.tiers.redis.wire import (
     UNANSWERED,
     Channel,
@@ -28,6 +32,25 @@ def ends():
     ours, theirs = socket.socketpair()
     with ours, theirs:
         yield Channel(ours), theirs
+
+
+@pytest.fixture
+def tls_ends(tmp_path):
+    """The same over TLS."""
+    files = make_certificates(tmp_path)
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(files["right"])
+    client = ssl.create_default_context(cafile=files["ca"])
+    ours, theirs = socket.socketpair()
+    wrapped = []
+    accepting = threading.Thread(
+        target=lambda: wrapped.append(server.wrap_socket(theirs, server_side=True))
+    )
+    accepting.start()
+    with client.wrap_socket(ours, server_hostname="127.0.0.1") as own:
+        accepting.join()
+        with wrapped[0] as other:
+            yield PooledChannel(own, Address("127.0.0.1", 6379)), other
 
 
 def receive(channel: Channel) -> list:
@@ -94,6 +117,45 @@ def test_fills_buffers_and_drops_what_has_no_room(ends, num_bytes):
     filled = min(num_bytes, 9)
     assert (head + rest)[:filled] == value[:filled]
     assert (head + rest)[filled:] == bytes(9 - filled)
+
+
+def test_a_server_that_sends_without_end_has_its_turn_like_any_other(tls_ends):
+    """Whoever reads looks at the clock in between, and loses nothing of what it leaves."""
+    channel, other = tls_ends
+    num_bytes, into = 32 << 20, bytearray(9)
+    channel.push(Command(GET, [memoryview(into)]))
+    channel.push(Command(GET))
+    wire = b"$%d\r\n%b\r\n+next\r\n" % (num_bytes, bytes(num_bytes))
+    sender = threading.Thread(target=other.sendall, args=(wire,))
+    sender.start()
+    replies, most = [], 0
+    while len(replies) < 2:
+        before = channel.native.num_received
+        take_turn([channel], 10)
+        most = max(most, channel.native.num_received - before)
+        replies += [reply for _, reply in channel.take_answers()]
+    sender.join()
+    assert replies == [num_bytes, b"next"] and not channel.failure
+    assert most < 2 << 20
+
+
+def test_what_tls_has_left_is_seen_though_the_socket_has_nothing(tls_ends):
+    channel, other = tls_ends
+    channel.push(Command(GET))
+    other.sendall(b"+zero\r\n")
+    assert receive_all(channel, 1) == [b"zero"]  # and what TLS itself says at the beginning
+    channel.push(Command(GET))
+    assert channel.is_quiet()
+    other.sendall(b"+one\r\n+two\r\n")
+    channel._sock.setblocking(True)
+    part = channel._sock.recv(4)
+    channel._sock.setblocking(False)
+    assert not channel.is_quiet()
+    channel.native.next_input()[:4] = part
+    channel.native.received(4)
+    channel.push(Command(GET))
+    assert receive_all(channel, 2) == [b"one", b"two"]
+    assert channel.is_quiet()
 
 
 def test_sends_several_buffers_as_one_word_and_nothing_is_copied(ends):

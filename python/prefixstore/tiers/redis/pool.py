@@ -64,7 +64,7 @@ class PooledChannel(Channel):
         """Whether it is as it was left: a server that has gone shows as something to read."""
         poll = select.poll()
         poll.register(self, select.POLLIN)
-        return not poll.poll(0)
+        return not self.has_input and not poll.poll(0)
 
 
 class Pool:

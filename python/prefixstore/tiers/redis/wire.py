@@ -157,8 +157,13 @@ class Channel:
         except OSError as error:
             raise StreamError(f"while sending: {error}") from error
 
+    @property
+    def has_input(self) -> bool:
+        """Whether TLS has bytes that came and were not read: polling the socket does not tell."""
+        return isinstance(self._sock, ssl.SSLSocket) and self._sock.pending() > 0
+
     def receive(self) -> None:
-        """Read what is there now, for `take_answers`.
+        """Read what is there now, for `take_answers`; of much, a part.
 
         Raises:
             StreamError: If the connection ended or does not speak the protocol.
@@ -166,9 +171,12 @@ class Channel:
         if not self.is_tls:
             self.native.receive(_RECEIVE_BYTES)
             return
+        latest = self.native.num_received + _RECEIVE_BYTES
         try:
             while num_bytes := self._sock.recv_into(self.native.next_input()):
                 self.native.received(num_bytes)
+                if self.native.num_received >= latest:
+                    return
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return
         except OSError as error:
@@ -191,13 +199,14 @@ def take_turn(channels: Sequence[Channel], timeout_s: float) -> None:
         resp_take_turn([channel.native for channel in channels], timeout_s)
         return
     poll = select.poll()
-    by_fd = {channel.fileno(): channel for channel in channels}
     for channel in channels:
         channel.try_to(channel.flush)
         poll.register(channel, select.POLLIN | (select.POLLOUT if channel.has_output else 0))
-    is_over = any(channel.failure for channel in channels)
-    for fd, _ in poll.poll(0 if is_over else timeout_s * 1e3):
-        by_fd[fd].try_to(by_fd[fd].receive)
+    is_over = any(channel.failure or channel.has_input for channel in channels)
+    ready = {fd for fd, _ in poll.poll(0 if is_over else timeout_s * 1e3)}
+    for channel in channels:
+        if channel.fileno() in ready or channel.has_input:
+            channel.try_to(channel.receive)
 
 
 def open_batch(batch: RespBatch, lanes: Sequence[Sequence[Channel]]) -> None:
