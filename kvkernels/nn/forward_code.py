@@ -29,6 +29,9 @@ SCALED_SUM = "add(alpha)"
 # Stands for a number raised to a tensor's power, or to anything else that is in a variable.
 EXPONENTIAL = "pow(number, ...)"
 
+# Stands for anything raised to a tensor's power, or to what else is in a variable.
+POWER = "pow(..., ...)"
+
 # Stands for a product of matrices written with the operator.
 MATRIX_PRODUCT = "@"
 
@@ -87,9 +90,11 @@ def read_forward(module: torch.nn.Module) -> ForwardCode:
                 if any(value is torch.nn.functional.linear for value in named):
                     code.names.add(LINEAR)
         for form, exponent in exponents:
-            value = vars(module).get(exponent) if isinstance(exponent, str) else exponent
+            value = exponent
+            if isinstance(exponent, str):
+                value = inspect.getattr_static(module, exponent, None)
             if not isinstance(value, (int, float)):
-                code.names |= {form} & {EXPONENTIAL}
+                code.names.add(EXPONENTIAL if form == EXPONENTIAL else POWER)
             elif form != EXPONENTIAL:  # else of Python's numbers
                 code.exponents.add((form, value))
     return code
@@ -147,9 +152,9 @@ def _read(code: CodeType) -> tuple[frozenset[str], frozenset[tuple[str, float | 
         names.add(MATRIX_PRODUCT)
     exponents = set()
     for form, base, exponent in _find_powers(code, steps):
-        if base is None and exponent is not None:
-            exponents.add((form, exponent))
-        elif base is not None and not isinstance(exponent, (int, float)):
+        if base is None:
+            exponents.add((form, "" if exponent is None else exponent))
+        elif not isinstance(exponent, (int, float)):
             exponents.add((EXPONENTIAL, exponent or ""))
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

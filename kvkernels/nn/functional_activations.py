@@ -5,7 +5,7 @@ What is a module of its own can be replaced, a function that a forward calls can
 
 from __future__ import annotations
 
-from kvkernels.nn.forward_code import EXPONENTIAL, ForwardCode
+from kvkernels.nn.forward_code import EXPONENTIAL, POWER, ForwardCode
 
 # PyTorch computes these in vectors, and the elements left over behind the last whole vector by
 # other code that rounds differently. (`tanh`, `exp`, `sin` and `cos` round the same in both.) A
@@ -15,7 +15,8 @@ _FUNCTIONS = (
     *("arctan2", "arctanh", "atan2", "atanh", "cosh", "exp2", "expit", "sinh"),
     *("logaddexp", "logaddexp2"),
 )
-_ACTIVATIONS = {name + ending for name in _FUNCTIONS for ending in ("", "_")} | {EXPONENTIAL}
+_ACTIVATIONS = {name + ending for name in _FUNCTIONS for ending in ("", "_")}
+_ACTIVATIONS |= {EXPONENTIAL, POWER}
 # Powers that PyTorch computes as products, quotients and roots, which round the same in both; see
 # `inverse_roots` for -0.5.
 _STEADY_EXPONENTS = {-2, -1, -0.5, 0, 0.5, 1, 2, 3}

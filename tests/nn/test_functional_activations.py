@@ -79,6 +79,9 @@ HELD = {
     "power_by_name": (lambda rows: torch.pow(rows, exponent=0.3), r"pow\(0.3\)"),
     "power_into": (lambda rows: torch.pow(rows, 0.3, out=torch.empty(0)), r"pow\(0.3\)"),
     "power_of_a_number": (lambda rows: torch.pow(10, rows - 1), r"pow\(number, ...\)"),
+    "power_of_two": (lambda rows: torch.pow(rows, -rows), r"pow\(..., ...\)"),
+    "power_of_two_in_place": (lambda rows: rows.abs_().pow_(rows), r"pow\(..., ...\)"),
+    "operator_of_two": (lambda rows: (rows + 9) ** rows, r"pow\(..., ...\)"),
     "operator": (lambda rows: rows**2.5, r"pow\(2.5\)"),
     "operator_of_a_number": (lambda rows: 1 + 2 ** (rows + 1).neg(), r"pow\(number, ...\)"),
 }
@@ -91,6 +94,15 @@ class HeldExponent(nn.Module):
 
     def forward(self, rows):
         return rows.pow(self.exponent)
+
+
+class LearntExponent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.exponent = nn.Parameter(torch.full((37,), 1.5))
+
+    def forward(self, rows):
+        return rows**self.exponent
 
 
 class ForInheritedForward(Gemma2RMSNorm):
@@ -128,6 +140,7 @@ class Wrapped(nn.Module):
         (InAFunction, "sigmoid"),
         (InAFunctionWithin, "silu"),
         (HeldExponent, r"pow\(1.5\)"),
+        (LearntExponent, r"pow\(..., ...\)"),
         (ForInheritedForward, "sigmoid"),
         (Inherited, "sigmoid"),
         (Above, "softplus"),
@@ -207,11 +220,13 @@ class OfModules(nn.Module):
         self.sigmoid, self.gelu, self.linear = nn.Sigmoid(), nn.GELU(), nn.Linear(37, 37)
         self.matmul, self.num_bits = nn.Identity(), 5
 
+    exponent = 2
+
     def forward(self, rows):
         rows = torch.tanh(self.sigmoid(self.linear(rows))) * self.gelu(rows).softmax(dim=-1)
         rows = self.matmul(rows) * 2**self.num_bits
         cubes = torch.pow(nn.functional.leaky_relu(rows, 0.3), 3) * rows.shape[-1] ** -0.5
-        return (cubes * rows**2).abs().add(1e-6).pow(-0.5)
+        return (cubes * rows**self.exponent).abs().add(1e-6).pow(-0.5)
 
 
 def test_modules_of_the_same_name_are_not_refused():
