@@ -76,6 +76,11 @@ def parse_switch(name: str, value: bool | str) -> bool:
     raise ConfigError(f"{name}: expected true or false, got {value!r}")
 
 
+def parse_text(name: str, value: str) -> str:
+    """What needs no reading, where every option has a function that reads it."""
+    return value
+
+
 def check_seconds(name: str, value: float, most: float = MAX_SECONDS) -> None:
     """Refuse a time that is not above 0 or is longer than any has a use for.
 

@@ -24,6 +24,7 @@ from prefixstore.settings import (
     parse_bytes,
     parse_seconds,
     parse_switch,
+    parse_text,
     parse_whole,
     split_options,
     split_url,
@@ -204,10 +205,6 @@ def _fields_of(url: TierUrl, known: Mapping[str, tuple[str, Callable[..., Any]]]
     return fields
 
 
-def _text(name: str, text: str) -> str:
-    return text
-
-
 _DISK_BYTES = 4 << 30
 _MEMORY = {
     "ttl": ("ttl_s", parse_seconds),
@@ -221,7 +218,7 @@ _DISK = {
     "refresh_ttl": ("refresh_ttl", parse_switch),
     "quota_bytes": ("quota_bytes", parse_bytes),
     "timeout": ("timeout_s", parse_seconds),
-    "io": ("io", _text),
+    "io": ("io", parse_text),
     "threads": ("num_threads", parse_whole),
 }
 _REMOTE = _Kind("remote", _open_remote, write="write_second_touch")

@@ -25,6 +25,7 @@ from prefixstore.settings import (
     parse_bytes,
     parse_seconds,
     parse_switch,
+    parse_text,
     parse_whole,
     split_options,
     split_url,
@@ -118,10 +119,6 @@ def _file(name: str, text: str) -> Path:
     return Path(text)
 
 
-def _text(name: str, text: str) -> str:
-    return text
-
-
 _TLS_OPTIONS = ("tls_ca_file", "tls_cert_file", "tls_key_file", "tls_verify")
 _FIELDS = {
     "ttl": "ttl_s",
@@ -136,8 +133,8 @@ _OPTIONS: dict[str, Callable[[str, str], Any]] = {
     "connections": parse_whole,
     "connect_timeout": parse_seconds,
     "timeout": parse_seconds,
-    "prefix": _text,
-    "name": _text,
+    "prefix": parse_text,
+    "name": parse_text,
     "db": parse_whole,
     "tls_ca_file": _file,
     "tls_cert_file": _file,

@@ -18,6 +18,7 @@ from prefixstore.settings import (
     parse_bytes,
     parse_seconds,
     parse_switch,
+    parse_text,
     parse_whole,
     split_options,
     split_url,
@@ -150,12 +151,8 @@ class _Option:
     parse: Callable[[str, str], Any]
 
 
-def _text(name: str, text: str) -> str:
-    return text
-
-
 def _own(*names: str) -> dict[str, _Option]:
-    return {name: _Option(name, _text) for name in names}
+    return {name: _Option(name, parse_text) for name in names}
 
 
 _COMMON_OPTIONS = {
@@ -165,7 +162,7 @@ _COMMON_OPTIONS = {
     "max_requests": _Option("max_requests", parse_whole),
     "max_in_flight_bytes": _Option("max_in_flight_bytes", parse_bytes),
     "part_bytes": _Option("part_bytes", parse_bytes),
-    "name": _Option("name", _text),
+    "name": _Option("name", parse_text),
 }
 _ANONYMOUS = {"anonymous": _Option("anonymous", parse_switch)}
 _OWN_OPTIONS: dict[str, dict[str, _Option]] = {
