@@ -17,7 +17,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from prefixstore.tiers.redis.config import Address
+from prefixstore.tiers.redis.address import Address
 
 START_TIMEOUT_S = 20
 

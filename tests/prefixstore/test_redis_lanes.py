@@ -9,8 +9,9 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from prefixstore.errors import TierTimeout
+from prefixstore.tiers.redis.address import Address
 from prefixstore.tiers.redis.batch import CommandBatch
-from prefixstore.tiers.redis.config import Address, RedisTierConfig
+from prefixstore.tiers.redis.config import RedisTierConfig
 from prefixstore.tiers.redis.errors import ConnectionLost
 from prefixstore.tiers.redis.exchange import Exchange
 from prefixstore.tiers.redis.servers import Servers

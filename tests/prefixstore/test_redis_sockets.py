@@ -10,7 +10,8 @@ from redis_servers import FLAVOURS
 from redis_tiers import TIGHT, assert_gives_up, make_names, open_tier
 
 from prefixstore.errors import TierError, TierUnavailable
-from prefixstore.tiers.redis.config import Address, RedisTierConfig
+from prefixstore.tiers.redis.address import Address
+from prefixstore.tiers.redis.config import RedisTierConfig
 from prefixstore.tiers.redis.pool import Pool
 
 

@@ -12,7 +12,7 @@ from redis_tiers import PART, get, make_names, open_tier, put, random_bytes
 from prefixstore.errors import TierError, TierPartSilent, TierTimeout, TierUnavailable
 from prefixstore.store.breaker import BreakerConfig
 from prefixstore.store.guarded_tier import GuardedTier
-from prefixstore.tiers.redis.config import Address
+from prefixstore.tiers.redis.address import Address
 from prefixstore.tiers.redis.silent_servers import SilentServers
 
 FLAVOUR = next(iter(FLAVOURS))  # starting six servers of each would take too long

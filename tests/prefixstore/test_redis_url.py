@@ -4,7 +4,8 @@ import pytest
 
 from prefixstore.errors import ConfigError
 from prefixstore.tier_urls import open_tiers
-from prefixstore.tiers.redis.config import Address, RedisTierConfig, TlsConfig, Topology
+from prefixstore.tiers.redis.address import Address, TlsConfig, Topology
+from prefixstore.tiers.redis.config import RedisTierConfig
 
 LOCAL = Address("127.0.0.1", 6379)
 

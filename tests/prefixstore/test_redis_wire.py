@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from certificates import make_certificates
 
-from prefixstore.tiers.redis.config import Address
+from prefixstore.tiers.redis.address import Address
 from prefixstore.tiers.redis.pool import PooledChannel
 from prefixstore.tiers.redis.wire import (
     UNANSWERED,

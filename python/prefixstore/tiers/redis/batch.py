@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from prefixstore.errors import TierError
-from prefixstore.tiers.redis.config import Address
+from prefixstore.tiers.redis.address import Address
 from prefixstore.tiers.redis.errors import ConnectionLost, ServerSilent, no_answer, of_a_part
 from prefixstore.tiers.redis.pool import PooledChannel
 from prefixstore.tiers.redis.servers import Servers

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
-from enum import Enum
-from pathlib import Path
-from typing import NamedTuple
 
 from prefixstore.errors import ConfigError
 from prefixstore.settings import MAX_WAIT_S, check_seconds
 from prefixstore.tiers.base import check_bytes
+from prefixstore.tiers.redis.address import Address, TlsConfig, Topology
+from prefixstore.tiers.redis.url import read_url
 
 USERNAME_VARIABLE = "KVKERNELS_REDIS_USERNAME"
 PASSWORD_VARIABLE = "KVKERNELS_REDIS_PASSWORD"
@@ -21,52 +20,6 @@ MIN_PART_BYTES = 4096
 DEFAULT_PART_BYTES = (4 << 20) + (64 << 10)
 MAX_PART_BYTES = 256 << 20  # servers refuse strings of 512 MiB unless told otherwise
 _NAME = re.compile(r"[!-~]+")  # what CLIENT SETNAME takes
-
-
-class Address(NamedTuple):
-    """Host and port of a server; or the path of its unix socket, and port 0."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        if self.port == 0:
-            return self.host
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-class Topology(Enum):
-    """Who says which server is to be asked."""
-
-    STANDALONE = "standalone"
-    SENTINEL = "sentinel"
-    CLUSTER = "cluster"
-
-
-@dataclass(frozen=True)
-class TlsConfig:
-    """How servers are known.
-
-    Attributes:
-        ca_file: Certificates that servers' own must be signed by; None for the system's.
-        cert_file: This client's certificate, where the server asks for one.
-        key_file: Its key; None where the certificate's file has it.
-        verify: Whether a server must show a valid certificate of its own host name. Without,
-            whoever sits between can read and change everything.
-    """
-
-    ca_file: Path | None = None
-    cert_file: Path | None = None
-    key_file: Path | None = None
-    verify: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("ca_file", "cert_file", "key_file"):
-            path = getattr(self, name)
-            if path is not None and not path.is_file():
-                raise ConfigError(f"tls_{name}: expected a file, got {str(path)!r}")
-        if self.key_file is not None and self.cert_file is None:
-            raise ConfigError("tls_key_file: expected a tls_cert_file as well")
 
 
 @dataclass(frozen=True)
@@ -157,8 +110,6 @@ class RedisTierConfig:
             ConfigError: If the URL is none, or one of its options is unknown or out of range. The
                 message does not show the password.
         """
-        from prefixstore.tiers.redis.url import read_url
-
         return cls(**{**read_url(url), **settings})
 
     @property

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from prefixstore.errors import TierError
-from prefixstore.tiers.redis.config import Address
+from prefixstore.tiers.redis.address import Address
 from prefixstore.tiers.redis.errors import (
     ConnectionLost,
     ServerSilent,

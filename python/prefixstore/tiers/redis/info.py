@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from prefixstore.errors import TierUnavailable
-from prefixstore.tiers.redis.config import Address
+from prefixstore.tiers.redis.address import Address
 from prefixstore.tiers.redis.pool import Pool
 
 # Others begin like it: Redis 8 has `db0_distrib_strings_sizes:2=3,1K=20`.

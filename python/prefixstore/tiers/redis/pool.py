@@ -13,7 +13,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from prefixstore.errors import TierError, TierTimeout, TierUnavailable
-from prefixstore.tiers.redis.config import Address, RedisTierConfig
+from prefixstore.tiers.redis.address import Address
+from prefixstore.tiers.redis.config import RedisTierConfig
 from prefixstore.tiers.redis.errors import (
     ConnectionLost,
     PassingTrouble,

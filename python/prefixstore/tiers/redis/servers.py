@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from prefixstore.errors import TierError, TierPartSilent, TierTimeout, TierUnavailable
-from prefixstore.tiers.redis.config import Address, RedisTierConfig, Topology
+from prefixstore.tiers.redis.address import Address, Topology
+from prefixstore.tiers.redis.config import RedisTierConfig
 from prefixstore.tiers.redis.pool import Pool, PooledChannel, data_login, sentinel_login
 from prefixstore.tiers.redis.silent_servers import SilentServers
 from prefixstore.tiers.redis.wire import ErrorReply, Reply

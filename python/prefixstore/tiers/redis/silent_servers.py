@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from prefixstore.tiers.redis.config import Address
+from prefixstore.tiers.redis.address import Address
 
 _MIN_WAIT_S = 0.05  # a server may be too busy to answer sooner
 # The same pause as the store's breaker has by default.

@@ -14,7 +14,7 @@ import threading
 import time
 from typing import Any, TypeAlias
 
-from prefixstore.tiers.redis.config import Address, TlsConfig
+from prefixstore.tiers.redis.address import Address, TlsConfig
 
 _Place: TypeAlias = "tuple[int, Any]"  # address family and socket address
 

@@ -35,9 +35,10 @@ from prefixstore.tiers.outcomes import (
     raise_if_all,
 )
 from prefixstore.tiers.pages import flat_bytes
+from prefixstore.tiers.redis.address import Address
 from prefixstore.tiers.redis.bulk import Bulk, BulkLooks, BulkRanges, BulkReads, BulkWrites
 from prefixstore.tiers.redis.calls import Call, Caller
-from prefixstore.tiers.redis.config import Address, RedisTierConfig
+from prefixstore.tiers.redis.config import RedisTierConfig
 from prefixstore.tiers.redis.exchange import Operation
 from prefixstore.tiers.redis.info import ServerUse, fetch_use
 from prefixstore.tiers.redis.pins import end_generation, pin_record, unpin_record

@@ -30,7 +30,7 @@ from prefixstore.settings import (
     split_options,
     split_url,
 )
-from prefixstore.tiers.redis.config import Address, TlsConfig, Topology
+from prefixstore.tiers.redis.address import Address, TlsConfig, Topology
 
 SCHEMES = {
     "redis": (Topology.STANDALONE, False),

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, TypeAlias
 
-from prefixstore.tiers.redis.config import Address
+from prefixstore.tiers.redis.address import Address
 
 try:
     from _kvkernels import RespBatch, RespChannel, resp_take_turn
