@@ -256,6 +256,30 @@ def test_a_call_that_is_not_waited_for_is_learnt_while_it_hangs(model, tier, ope
     assert after.latency_s > before.latency_s or after.bytes_per_s < before.bytes_per_s
 
 
+@pytest.mark.usefixtures("waits_for_look_ups")
+def test_a_call_that_is_not_waited_for_and_then_fails_is_learnt_once(
+    tier, open_engine, monkeypatch
+):
+    """For two surprises are a change, and one may be an accident."""
+    engine, tokens = open_engine(restore_policy="planned"), prompt(LENGTH)
+    warm(engine, tokens)
+    gate, learnt, loop = Gate("get"), [], engine._loop
+    watch(monkeypatch, loop.planner, "observe_given_up", lambda _, args, __: learnt.append(args))
+
+    def hang_and_fail(call):
+        gate(call)
+        if call == "get":
+            raise TierTimeout("slow: expected an answer in time, got none")
+
+    tier.fail = hang_and_fail
+    engine.submit(tokens, GREEDY).result(60)
+    assert gate.entered.is_set() and len(learnt) == 1
+    gate.open()
+    with loop.changed:
+        assert loop.changed.wait_for(lambda: loop.restorer._num_loading == 0, 30)
+    assert len(learnt) == 1
+
+
 def test_what_the_store_gives_up_on_is_not_planned(tier, open_engine, monkeypatch):
     engine, tokens = open_engine(load_timeout_s=5), prompt(LENGTH)
     warm(engine, tokens)

@@ -47,6 +47,7 @@ class LoadCall:
     ) -> None:
         self.numbers = numbers
         self.began = began
+        self.is_given_up = False  # whether the planner was told that it took too long
         self._blocks = blocks
         self._sequence = sequence
         self._num_steps = num_layer_steps

@@ -97,7 +97,7 @@ class Restorer:
         """All of a prompt is there: a call that is still under way took too long."""
         load = restoring.load_under_way
         if load is not None:
-            self._observe_given_up(restoring, load.numbers, now - load.began, now)
+            self._observe_given_up(restoring, load, now)
 
     def note_computing(self, is_computing: bool) -> None:
         """Whether the model computes from now on."""
@@ -242,8 +242,8 @@ class Restorer:
                 done = time.monotonic()
                 self._loading_s, self._loading_since = self.loading_s(done), done
                 self._num_loading -= 1
-                if not found:
-                    self._observe_given_up(restoring, numbers, done - now, done)
+                if not found and not call.is_given_up:
+                    self._observe_given_up(restoring, call, done)
                 kept = restoring.call_done(numbers, found, done - now, done)
                 call.keep(set(kept))
                 self._changed.notify_all()
@@ -256,10 +256,12 @@ class Restorer:
                 is_computing=self._is_computing,
             )
 
-    def _observe_given_up(
-        self, restoring: Restoring, numbers: range, seconds: float, now: float
-    ) -> None:
-        """A call gave nothing in so many seconds; a quick answer says nothing of the tier."""
-        if seconds > 0:
-            tier, num_bytes = restoring.expected_of(numbers)
-            self._planner.observe_given_up(tier, num_bytes, seconds, now)
+    def _observe_given_up(self, restoring: Restoring, call: LoadCall, now: float) -> None:
+        """A call gave nothing until now; an answer at once says nothing of the tier.
+
+        Once for each call: the planner takes one surprise for an accident, and two for a change.
+        """
+        call.is_given_up = True
+        if now > call.began:
+            tier, num_bytes = restoring.expected_of(call.numbers)
+            self._planner.observe_given_up(tier, num_bytes, now - call.began, now)
