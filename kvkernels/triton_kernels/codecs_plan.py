@@ -120,7 +120,7 @@ def _plan_encode_lossless(
     pieces = constants["NUM_SIDES"] * layout.num_kv_heads
     # Wide heads have larger tiles, for which four warps lack registers.
     num_warps = 2 * NUM_WARPS if constants["TILE_N"] > _MAX_COLUMNS else NUM_WARPS
-    arguments = {"sums_ptr": sums, **work.rows}
+    arguments = {"sums_ptr": sums, **work.raw_flags, **work.rows}
     return work.launch(_encode_lossless_kernel, layers, pieces, num_warps, **arguments, **constants)
 
 
@@ -133,7 +133,7 @@ def _plan_encode_side(
         pieces, constants = _channel_tile(side, layout)
         arguments = work.bits(side) | more
         return work.launch(_copy_channels_out_kernel, layers, pieces, **arguments, **constants)
-    arguments = work.elements(side) | more | {"LIMIT": _LIMITS[layout.dtype]}
+    arguments = work.elements(side) | more | work.raw_flags | {"LIMIT": _LIMITS[layout.dtype]}
     if side.is_key:
         pieces, constants = _key_tile(side, layout)
         # With four codes a byte, the scales and minima of a byte take more registers than four
@@ -174,7 +174,7 @@ def plan_decode(work: Work, is_good: torch.Tensor) -> list[Launch]:
             constants = _lossless_tile(layer, layout)
             pieces = layout.num_kv_heads * layout.block_size // constants["TILE_M"]
             pieces *= constants["NUM_SIDES"]
-            arguments = {**flags, **work.rows}
+            arguments = {**flags, **work.raw_flags, **work.rows}
             launches.append(
                 work.launch(_decode_lossless_kernel, layers, pieces, **arguments, **constants)
             )
@@ -189,6 +189,7 @@ def _plan_decode_side(
     work: Work, side: SideFormat, layers: Layers, flags: dict[str, torch.Tensor]
 ) -> Launch:
     layout = work.block_format.layout
+    flags = flags | work.raw_flags
     if side.bits == 16:
         pieces, constants = _channel_tile(side, layout)
         arguments = flags | work.bits(side)

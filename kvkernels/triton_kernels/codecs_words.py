@@ -93,14 +93,13 @@ def _copy_in_kernel(
 
 @triton.jit(
     do_not_specialize=["num_items", "num_chosen", "num_layers"],
-    do_not_specialize_on_alignment=["block_ids_ptr", "sums_ptr", "is_raw_ptr"],
+    do_not_specialize_on_alignment=["block_ids_ptr", "sums_ptr"],
 )
 def _copy_channels_out_kernel(
     blocks_ptr,  # [num_blocks, num_layers, LAYER], rows of HEAD_DIM, int16 or int32
     block_ids_ptr,
     payloads_ptr,
     sums_ptr,
-    is_raw_ptr,
     layers_ptr,
     num_items,
     num_chosen,

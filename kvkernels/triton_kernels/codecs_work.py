@@ -67,7 +67,6 @@ class Work:
         entries = tuple((index, layer.offset // 64) for index, layer in layers)
         common = {
             "payloads_ptr": self.payloads,
-            "is_raw_ptr": self.is_raw.view(torch.uint8),
             "layers_ptr": _layer_table(entries, self.blocks.device),
             "num_items": num_items,
             "num_chosen": len(layers),
@@ -82,6 +81,11 @@ class Work:
             max_registers=_MAX_REGISTERS,
             fp_fusion=False,
         )
+
+    @property
+    def raw_flags(self) -> dict[str, Any]:
+        """The argument that says which blocks are raw, or gets it, for kernels that have it."""
+        return {"is_raw_ptr": self.is_raw.view(torch.uint8)}
 
     @property
     def rows(self) -> dict[str, Any]:
@@ -143,6 +147,7 @@ class Work:
             NUM_WORDS=num_words,
             RAW_BLOCKS=raw_blocks,
             TILE=_TILE_WORDS,
+            **self.raw_flags,
             **arguments,
         )
 
