@@ -32,7 +32,8 @@ from prefixstore.tiers.base import (
     is_past,
     too_late,
 )
-from prefixstore.tiers.memory.arena import Arena, Record, Tenant
+from prefixstore.tiers.memory.arena import Arena
+from prefixstore.tiers.memory.slots import Record, Tenant
 from prefixstore.tiers.pages import PAGE_BYTES
 
 _MAX_SLAB_BYTES = 256 << 20
