@@ -18,7 +18,8 @@ from prefixstore.tiers.base import is_past
 from prefixstore.tiers.redis.batch import BatchReply, CommandBatch
 from prefixstore.tiers.redis.bulk import UNSETTLED, Bulk, Unsettled
 from prefixstore.tiers.redis.errors import ConnectionLost, PassingTrouble, tier_error
-from prefixstore.tiers.redis.exchange import Exchange, Operation
+from prefixstore.tiers.redis.exchange import Exchange
+from prefixstore.tiers.redis.lanes import Operation
 from prefixstore.tiers.redis.records import Keys, fetch_generation, make_generation
 from prefixstore.tiers.redis.servers import Servers
 from prefixstore.tiers.redis.wire import ErrorReply

@@ -1,21 +1,15 @@
 """Runs operations beside each other: many commands under way, on many connections, in one thread.
 
-    operation  a generator that yields commands, gets their replies, and returns an outcome
-    lane       one server: operations that are to begin there, commands that wait, and the
-               connections that share them
-
-A connection takes the next command that waits when it has few under way, so a slow one does less.
-Each lane begins operations when it has few commands itself, so a server that hangs holds up no
-other.
+Operations are generators: they yield commands, get the replies, and return an outcome. What each
+server is to be told meanwhile is in its lane (lanes.py).
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeAlias, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Generic, TypeVar
 
 from prefixstore.errors import TierError
 from prefixstore.tiers.redis.address import Address
@@ -26,79 +20,14 @@ from prefixstore.tiers.redis.errors import (
     of_a_part,
     tier_error,
 )
+from prefixstore.tiers.redis.lanes import Job, Lane, Operation, Running, jobs_of
 from prefixstore.tiers.redis.pool import PooledChannel
 from prefixstore.tiers.redis.servers import Servers
 from prefixstore.tiers.redis.wire import Command, ErrorReply, Reply, take_turn
 
 T = TypeVar("T")
-Operation: TypeAlias = Generator[list[Command], list[Any], T]
 
-# Under way on one connection, and never fewer than _MIN_COMMANDS. More keeps no connection busier,
-# but makes a server hold more replies at once, and they fall out of its caches.
-_WINDOW_BYTES = 2 << 20
-_MIN_COMMANDS = 2
-_MAX_COMMANDS = 256
 _MAX_REDIRECTS = 5
-# Begun at once, for each server. An operation goes on before another begins, so that a server that
-# gets full while long records are written has whole ones, and not the first parts of all.
-_ACTIVE_BYTES = 8 << 20
-_MIN_ACTIVE_COMMANDS = 8
-_MAX_ACTIVE_COMMANDS = 1024
-
-
-@dataclass(eq=False, slots=True)
-class _Running(Generic[T]):
-    operation: Operation[T]
-    index: int
-    replies: list[Any] = field(default_factory=list)
-    num_missing: int = 0
-
-
-@dataclass(eq=False, slots=True)
-class _Job:
-    """A command under way, and where its reply belongs."""
-
-    command: Command
-    running: _Running[Any]
-    index: int
-    lane: _Lane | None = None  # that it is counted to
-    num_redirects: int = 0
-    is_asking: bool = False
-
-
-@dataclass(eq=False)
-class _Lane:
-    address: Address
-    unstarted: deque[tuple[_Running[Any], list[Command]]] = field(default_factory=deque)
-    waiting: deque[_Job] = field(default_factory=deque)
-    channels: list[PooledChannel] = field(default_factory=list)
-    asked_at: float = 0.0
-    error: TierError | None = None  # why there is no connection; it is tried only once
-    has_answered: bool = False
-    has_lost: bool = False  # lost a connection, so missing replies do not mean that it is silent
-    num_active: int = 0  # commands sent whose reply has not come
-    active_bytes: int = 0
-
-    @property
-    def has_room(self) -> bool:
-        """Whether another operation is to begin."""
-        return self.num_active < _MIN_ACTIVE_COMMANDS or (
-            self.num_active < _MAX_ACTIVE_COMMANDS and self.active_bytes < _ACTIVE_BYTES
-        )
-
-    def take(self, job: _Job) -> None:
-        """Count a command here, and no longer where it was before."""
-        if job.lane is not None:
-            job.lane.let_go(job)
-        job.lane = self
-        self.num_active += 1
-        self.active_bytes += job.command.num_bytes
-
-    def let_go(self, job: _Job) -> None:
-        """A command has its reply, or goes elsewhere."""
-        job.lane = None
-        self.num_active -= 1
-        self.active_bytes -= job.command.num_bytes
 
 
 class Exchange(Generic[T]):
@@ -113,15 +42,15 @@ class Exchange(Generic[T]):
         self._servers = servers
         self._name = servers.config.name
         self._deadline = deadline
-        self._new: deque[_Running[T]] = deque()  # of which no lane is known yet
-        self._lanes: dict[Address, _Lane] = {}
+        self._new: deque[Running[T]] = deque()  # of which no lane is known yet
+        self._lanes: dict[Address, Lane] = {}
         self._outcomes: list[T | TierError] = []
 
     def run(self, operations: Iterable[Operation[T]]) -> list[T | TierError]:
         """What each returned, or why it did not."""
-        running = [_Running(operation, i) for i, operation in enumerate(operations)]
+        running = [Running(operation, i) for i, operation in enumerate(operations)]
         self._outcomes = [no_answer(self._name)] * len(running)
-        unanswered: set[_Lane] = set()
+        unanswered: set[Lane] = set()
         try:
             self._new.extend(running)
             while self._start_more():
@@ -144,7 +73,7 @@ class Exchange(Generic[T]):
                 one.operation.close()
         return self._outcomes
 
-    def _end(self, awaiting: Sequence[tuple[_Lane, PooledChannel]]) -> set[_Lane]:
+    def _end(self, awaiting: Sequence[tuple[Lane, PooledChannel]]) -> set[Lane]:
         """The deadline has come; returns who has not answered all.
 
         What came meanwhile counts, and is read: this process may have stood still, not the server.
@@ -154,7 +83,7 @@ class Exchange(Generic[T]):
             self._collect(lane, channel)
         return {lane for lane, _ in awaiting if lane.num_active and not lane.has_lost}
 
-    def _note(self, unanswered: set[_Lane]) -> bool:
+    def _note(self, unanswered: set[Lane]) -> bool:
         """Tell who answered, and who did not though it had the time. See `Servers.note_call`."""
         lanes = self._lanes.values()
         unreached = [lane for lane in lanes if isinstance(lane.error, ServerSilent)]
@@ -182,7 +111,7 @@ class Exchange(Generic[T]):
             has_room = self._line_up(self._new.popleft())
         return any(lane.num_active for lane in self._lanes.values())
 
-    def _line_up(self, running: _Running[T]) -> bool:
+    def _line_up(self, running: Running[T]) -> bool:
         """Have an operation begin, now or when the server of its first command has room for it;
         False where that has none now.
         """
@@ -200,22 +129,22 @@ class Exchange(Generic[T]):
         lane.unstarted.append((running, commands))
         return False
 
-    def _start(self, lane: _Lane, running: _Running[T], commands: list[Command]) -> None:
+    def _start(self, lane: Lane, running: Running[T], commands: list[Command]) -> None:
         """Send an operation's first commands, the very first of them to that lane."""
-        first, *others = _jobs_of(running, commands)
+        first, *others = jobs_of(running, commands)
         lane.take(first)
         lane.waiting.append(first)
         for job in others:
             self._route(job, is_first=False)
 
-    def _resume(self, running: _Running[T], error: TierError | None) -> None:
+    def _resume(self, running: Running[T], error: TierError | None) -> None:
         """Let an operation go on with its replies, and send what it asks for next."""
         commands = self._go_on(running, error)
         if commands is not None:
-            for job in reversed(_jobs_of(running, commands)):
+            for job in reversed(jobs_of(running, commands)):
                 self._route(job, is_first=True)
 
-    def _go_on(self, running: _Running[T], error: TierError | None) -> list[Command] | None:
+    def _go_on(self, running: Running[T], error: TierError | None) -> list[Command] | None:
         """What an operation asks for next; None where it has its outcome."""
         try:
             if error is not None:
@@ -229,7 +158,7 @@ class Exchange(Generic[T]):
             self._outcomes[running.index] = failure
         return None
 
-    def _route(self, job: _Job, is_first: bool) -> None:
+    def _route(self, job: Job, is_first: bool) -> None:
         """Let a command wait for its server; before all others where it `is_first`."""
         try:
             lane = self._lane_of(job.command)
@@ -242,7 +171,7 @@ class Exchange(Generic[T]):
         else:
             lane.waiting.append(job)
 
-    def _lane_of(self, command: Command) -> _Lane:
+    def _lane_of(self, command: Command) -> Lane:
         """Where a command goes.
 
         Raises:
@@ -253,13 +182,13 @@ class Exchange(Generic[T]):
             address = self._servers.address_of(command.key, self._deadline)
         return self._lane(address)
 
-    def _lane(self, address: Address) -> _Lane:
+    def _lane(self, address: Address) -> Lane:
         lane = self._lanes.get(address)
         if lane is None:
-            lane = self._lanes[address] = _Lane(address)
+            lane = self._lanes[address] = Lane(address)
         return lane
 
-    def _answer(self, job: _Job, reply: Reply | TierError) -> None:
+    def _answer(self, job: Job, reply: Reply | TierError) -> None:
         if isinstance(reply, ErrorReply):
             if self._redirect(job, reply):
                 return
@@ -273,7 +202,7 @@ class Exchange(Generic[T]):
             errors = [reply for reply in running.replies if isinstance(reply, TierError)]
             self._resume(running, errors[0] if errors else None)
 
-    def _redirect(self, job: _Job, reply: ErrorReply) -> bool:
+    def _redirect(self, job: Job, reply: ErrorReply) -> bool:
         """Send a command on to the server that another one named."""
         address = self._servers.redirected(reply)
         if address is None or job.num_redirects == _MAX_REDIRECTS:
@@ -287,7 +216,7 @@ class Exchange(Generic[T]):
 
     # ---- connections ---------------------------------------------------------------------------
 
-    def _hand_out(self) -> list[tuple[_Lane, PooledChannel]]:
+    def _hand_out(self) -> list[tuple[Lane, PooledChannel]]:
         """Give the connections, which are opened where needed, commands that wait; those that
         replies are to come from.
         """
@@ -299,12 +228,12 @@ class Exchange(Generic[T]):
             self._open(self._lanes[address], latest)
         for lane in self._lanes.values():
             for channel in lane.channels:
-                self._fill(lane, channel)
+                lane.fill(channel)
                 if channel.num_awaited:
                     awaiting.append((lane, channel))
         return awaiting
 
-    def _open(self, lane: _Lane, latest: float) -> None:
+    def _open(self, lane: Lane, latest: float) -> None:
         if lane.error is None:
             num_bytes = sum(job.command.num_bytes for job in lane.waiting)
             lane.asked_at = time.monotonic()
@@ -317,21 +246,7 @@ class Exchange(Generic[T]):
                 lane.error = error
         self._fail_waiting(lane, lane.error)
 
-    def _fill(self, lane: _Lane, channel: PooledChannel) -> None:
-        """Give a connection commands that wait, as far as it has few under way."""
-        num_awaited, awaited_bytes = channel.num_awaited, channel.awaited_bytes
-        while lane.waiting and (
-            num_awaited < _MIN_COMMANDS
-            or (num_awaited < _MAX_COMMANDS and awaited_bytes < _WINDOW_BYTES)
-        ):
-            job = lane.waiting.popleft()
-            if job.is_asking:
-                channel.push(Command((b"ASKING",)))
-            channel.push(job.command, job)
-            num_awaited += 1
-            awaited_bytes += job.command.num_bytes
-
-    def _collect(self, lane: _Lane, channel: PooledChannel) -> None:
+    def _collect(self, lane: Lane, channel: PooledChannel) -> None:
         """Let the operations go on whose replies have come."""
         for job, reply in channel.take_answers():
             lane.has_answered = True
@@ -340,7 +255,7 @@ class Exchange(Generic[T]):
         if channel.failure:
             self._lose(lane, channel)
 
-    def _lose(self, lane: _Lane, channel: PooledChannel) -> None:
+    def _lose(self, lane: Lane, channel: PooledChannel) -> None:
         """What a connection that ended leaves unanswered has failed."""
         lane.channels.remove(channel)
         lane.has_lost = True
@@ -352,15 +267,8 @@ class Exchange(Generic[T]):
         if not lane.channels:
             self._fail_waiting(lane, lost)
 
-    def _fail_waiting(self, lane: _Lane, error: TierError) -> None:
+    def _fail_waiting(self, lane: Lane, error: TierError) -> None:
         jobs = list(lane.waiting)
         lane.waiting.clear()
         for job in jobs:
             self._answer(job, error)
-
-
-def _jobs_of(running: _Running[Any], commands: list[Command]) -> list[_Job]:
-    """The commands that an operation asked for, none of which has a reply yet."""
-    running.replies = [None] * len(commands)
-    running.num_missing = len(commands)
-    return [_Job(command, running, index) for index, command in enumerate(commands)]

@@ -9,7 +9,7 @@ deletes the identity next finishes what a deletion before it did not.
 from __future__ import annotations
 
 from prefixstore.tiers.redis.config import RedisTierConfig
-from prefixstore.tiers.redis.exchange import Operation
+from prefixstore.tiers.redis.lanes import Operation
 from prefixstore.tiers.redis.records import (
     Keys,
     fetch_generation,

@@ -28,7 +28,7 @@ from functools import lru_cache
 from prefixstore.block_key import RecordName
 from prefixstore.errors import BlockCorrupted, TierError
 from prefixstore.tiers.redis.config import RedisTierConfig
-from prefixstore.tiers.redis.exchange import Operation
+from prefixstore.tiers.redis.lanes import Operation
 from prefixstore.tiers.redis.wire import Command
 
 _SCHEMA = 1

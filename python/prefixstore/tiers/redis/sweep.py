@@ -16,7 +16,7 @@ from prefixstore.tiers.outcomes import raise_first
 from prefixstore.tiers.redis.address import Address
 from prefixstore.tiers.redis.calls import Caller
 from prefixstore.tiers.redis.config import RedisTierConfig
-from prefixstore.tiers.redis.exchange import Operation
+from prefixstore.tiers.redis.lanes import Operation
 from prefixstore.tiers.redis.pins import find_ended, find_pinned, forget_ended
 from prefixstore.tiers.redis.records import (
     Keys,

@@ -39,8 +39,8 @@ from prefixstore.tiers.redis.address import Address
 from prefixstore.tiers.redis.bulk import Bulk, BulkLooks, BulkRanges, BulkReads, BulkWrites
 from prefixstore.tiers.redis.calls import Call, Caller
 from prefixstore.tiers.redis.config import RedisTierConfig
-from prefixstore.tiers.redis.exchange import Operation
 from prefixstore.tiers.redis.info import ServerUse, fetch_use
+from prefixstore.tiers.redis.lanes import Operation
 from prefixstore.tiers.redis.pins import end_generation, pin_record, unpin_record
 from prefixstore.tiers.redis.records import (
     Keys,
