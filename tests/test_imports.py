@@ -42,6 +42,7 @@ CACHE += (
     "prefixstore.write_holds",
     "prefixstore.tokens",
     "prefixstore.codec_choice",
+    "prefixstore.cache_store",
     "prefixstore.tier_urls",
 )
 ENGINE = ("prefixstore.engine",)

@@ -16,6 +16,7 @@ import torch
 from kvkernels import BlockAllocator, KVPool
 from kvkernels.nn import PagedGroup, layer_groups
 from prefixstore.block_cache import BlockCache
+from prefixstore.cache_store import open_store
 from prefixstore.config import CacheConfig
 from prefixstore.identity import model_identity
 from prefixstore.index import Match, Outline
@@ -27,8 +28,7 @@ from prefixstore.reuse_report import ReuseReport
 from prefixstore.served_model import ServedModel
 from prefixstore.session import Session
 from prefixstore.settings import check_known
-from prefixstore.store import Store, StoreConfig, StoreStats
-from prefixstore.tier_urls import open_tiers
+from prefixstore.store import Store, StoreStats
 from prefixstore.tiers.base import TierStats
 from prefixstore.tokens import as_tokens, text_problem
 
@@ -137,7 +137,7 @@ class PrefixCache:
                 for spec, num_blocks in zip(specs, sizes, strict=True)
             ]
             if store is None:
-                store = _open_store(config, groups)
+                store = open_store(config, groups)
                 if store is not None:
                     opened.callback(store.close)
             cache = cls(groups, identity, config, store, served_model)
@@ -334,29 +334,3 @@ class PrefixCache:
             num_recomputed=len(tokens) - sum(by_tier.values()),
             restore_s=restore_s,
         )
-
-
-def _open_store(config: CacheConfig, groups: Sequence[PagedGroup]) -> Store | None:
-    tiers, policies = open_tiers(config.tier_urls)
-    if not tiers:
-        return None
-    store_config = _store_config(config.store or StoreConfig(), groups)
-    try:
-        return Store(tiers, replace(store_config, policies=policies))
-    except BaseException:
-        for tier in tiers:
-            tier.close()
-        raise
-
-
-def _store_config(config: StoreConfig, groups: Sequence[PagedGroup]) -> StoreConfig:
-    # Waiting blocks cost no memory, as the writer reads them where they lie in the pool. So the
-    # queue may hold a whole pool, and no block of a long prompt is dropped. A pool that runs out of
-    # blocks waits for the writer.
-    if config.queue_bytes is None:
-        pool_bytes = sum(group.pool.capacity_bytes for group in groups)
-        config = replace(config, queue_bytes=max(config.max_queue_bytes, pool_bytes))
-    if config.queue_entries is None:
-        num_blocks = sum(group.pool.num_blocks for group in groups)
-        config = replace(config, queue_entries=max(config.max_queue_entries, num_blocks))
-    return config
