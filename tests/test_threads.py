@@ -41,7 +41,7 @@ def mkl_threads() -> int:
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="PyTorch was built without MKL")
-def test_mkl_gets_one_too():
+def test_mkl_too_computes_with_one_thread():
     """MKL keeps its own number of threads once PyTorch's was set."""
     seen = []
     with own_threads():
@@ -63,7 +63,7 @@ def test_blocks_within_blocks_end_with_the_outermost():
     assert torch.get_num_threads() == 3
 
 
-def test_an_error_ends_it():
+def test_an_error_gives_the_threads_back():
     with pytest.raises(KeyError), own_threads():
         raise KeyError
     assert num_threads() == torch.get_num_threads() == 3

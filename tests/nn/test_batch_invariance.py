@@ -86,7 +86,7 @@ def test_cache_that_lets_tokens_go_gives_the_same_bits(name):
 
 
 @pytest.mark.usefixtures("_any_threads")
-def test_without_it_bits_differ():
+def test_without_batch_invariance_bits_differ():
     model = tiny_models.llama()
     with paged_attention(model), pytest.raises(AssertionError):
         check_any_steps(make_packed(model, (130, 75, 41, 1)), SIZES)

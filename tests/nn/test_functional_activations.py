@@ -147,7 +147,7 @@ class Wrapped(nn.Module):
         (Wrapped, "silu"),
     ],
 )
-def test_is_refused(kind, activation):
+def test_an_activation_called_as_a_function_is_refused(kind, activation):
     model = nn.Sequential(nn.Linear(3, 3), kind())
     message = rf"calls {activation} as a function: 1 of {kind.__name__}"
     with pytest.raises(UnsupportedError, match=message):
@@ -155,7 +155,7 @@ def test_is_refused(kind, activation):
 
 
 @pytest.mark.parametrize("name", HELD)
-def test_a_held_one_is_refused(name):
+def test_an_activation_that_a_module_holds_as_a_function_is_refused(name):
     act, called = HELD[name]
     with pytest.raises(UnsupportedError, match=rf"calls {called} as a function: the model of Held"):
         batch_invariance.install(Held(act))

@@ -104,7 +104,7 @@ def test_leaves_rotations_of_a_part_of_each_head(make):
     torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_leaves_other_activations():
+def test_an_mlp_with_another_activation_is_left_as_it_is():
     kinds = replaced_kinds(tiny_models.llama(hidden_act="relu"))
     assert kinds == {"LlamaRMSNorm", "LlamaAttention"}
 

@@ -93,7 +93,7 @@ def test_decode_batch_needs_no_query_bounds():
     assert batch.seq_lens.tolist() == [20, 5]
 
 
-def test_batch_of_unequal_lengths():
+def test_new_tokens_of_unequal_sequences_get_their_slots():
     batch = PagedBatch.build([[3], [0, 2]], [2, 18], [2, 3], BLOCK_SIZE)
     assert batch.cu_seqlens_q.tolist() == [0, 2, 5]
     assert batch.slot_mapping.tolist() == [48, 49, 15, 32, 33]
@@ -110,12 +110,12 @@ def test_batch_of_unequal_lengths():
         ([[0, -3]], [17], [1], "block_tables: expected block ids of 0 or more for new tokens"),
     ],
 )
-def test_batch_refuses(tables, seq_lens, query_lens, message):
+def test_refuses_a_batch_whose_lengths_and_blocks_disagree(tables, seq_lens, query_lens, message):
     with pytest.raises(ValueError, match=message):
         PagedBatch.build(tables, seq_lens, query_lens, BLOCK_SIZE)
 
 
-def test_batch_of_no_sequences():
+def test_a_batch_of_no_sequences_gives_no_rows():
     batch = PagedBatch.build([], [], [], BLOCK_SIZE)
     assert batch.block_table.shape == (0, 0)
     pool = KVPool(KVLayout(1, KV_HEADS, HEAD_DIM, BLOCK_SIZE, torch.float32), 1)
@@ -141,7 +141,7 @@ def test_batch_refuses_a_block_without_slots():
         ((4, 2, 16), {"window": 0}, "window: expected 1 or more"),
     ],
 )
-def test_module_refuses(arguments, options, message):
+def test_refuses_a_module_with_a_size_out_of_range(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         PagedAttention(*arguments, **options)
 

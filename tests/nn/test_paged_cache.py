@@ -189,7 +189,7 @@ def test_forward_that_fails_midway_starts_over():
 
 
 @pytest.mark.parametrize("keep", [0, 5, 16, 33])
-def test_crop_and_go_on(model, keep):
+def test_a_cropped_cache_gives_its_blocks_back_and_can_be_gone_on_from(model, keep):
     ids = torch.randint(1, 128, (1, 40))
     groups = make_groups(model)
     with PagedCache(groups) as cache, torch.no_grad():
@@ -293,7 +293,7 @@ def test_released_cache_is_refused():
         ({"block_tables": [[[0]]]}, "block_tables: expected 0 blocks for 0 tokens, got 1"),
     ],
 )
-def test_constructor_refuses(options, message):
+def test_refuses_a_cache_with_wrong_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         PagedCache(make_groups(llama()), **options)
 

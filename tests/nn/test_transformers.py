@@ -183,7 +183,7 @@ def test_install_leaves_the_vision_part_alone():
         ({"position_ids": torch.tensor([[0, 1, 0]] * 2)}, "packed sequences"),
     ],
 )
-def test_forward_refuses(options, message):
+def test_a_forward_pass_with_an_unserved_argument_is_refused(options, message):
     model = llama()
     with torch.no_grad(), paged_attention(model), pytest.raises(UnsupportedError, match=message):
         model(torch.ones(2, 3, dtype=torch.int64), use_cache=False, **options)
@@ -196,7 +196,7 @@ def test_forward_refuses(options, message):
         ({"cache_implementation": "static"}, "static cache"),
     ],
 )
-def test_generate_refuses(options, message):
+def test_generating_with_an_unserved_option_is_refused(options, message):
     model = llama()
     ids = torch.ones(1, 3, dtype=torch.int64)
     if "num_beams" in options:
@@ -225,7 +225,7 @@ def test_generate_refuses_a_static_cache_beside_windows():
         ({"is_causal": False}, "cross-attention"),
     ],
 )
-def test_attention_refuses(arguments, message):
+def test_attention_with_an_unserved_argument_is_refused(arguments, message):
     states = torch.zeros(1, 2, 3, 16)
     with pytest.raises(UnsupportedError, match=message):
         attend(torch.nn.Module(), states, states, states, None, **arguments)

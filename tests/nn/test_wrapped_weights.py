@@ -15,7 +15,7 @@ from wrapped_weights import wrap, wrap_linears
 TOKENS = torch.arange(20)[None]
 
 
-def test_batch_invariance_refuses_them():
+def test_batch_invariance_refuses_wrapped_weights():
     model = tiny_models.llama()
     wrap_linears(model)
     with pytest.raises(UnsupportedError, match=r"plain tensors.*got WrappedWeight in .*q_proj"):

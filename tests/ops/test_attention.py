@@ -71,7 +71,9 @@ def test_values_of_another_width_than_keys(
 
 @every_implementation()
 @pytest.mark.parametrize("sm_scale", [0.0, 1.0, -0.3, 1e-50])
-def test_sm_scale(implementation: Implementation, sm_scale: float, device: torch.device) -> None:
+def test_scores_are_multiplied_by_the_given_scale(
+    implementation: Implementation, sm_scale: float, device: torch.device
+) -> None:
     inputs = make_inputs(Case("scale", MIXED, head_dim=16), torch.float32, device)
     options = (Scoring(sm_scale, True, 0), True)
     out, lse = implementation.paged_attention(*inputs.tensors(), *options)

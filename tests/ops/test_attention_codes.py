@@ -74,7 +74,7 @@ CODES = [
 @every_implementation()
 @pytest.mark.parametrize("codes", CODES, ids=str)
 @pytest.mark.parametrize("num_queries", [1, 3])
-def test_codes_of_odd_layouts(
+def test_reads_codes_of_unusual_widths_and_groups(
     implementation: Implementation, num_queries: int, codes: Codes, device: torch.device
 ) -> None:
     keys, values = (
@@ -109,7 +109,7 @@ def test_codes_of_odd_layouts(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("num_queries", [1, 20])
-def test_scales_of_any_sign(
+def test_reads_scales_of_either_sign(
     implementation: Implementation,
     num_queries: int,
     kind: str,
@@ -166,7 +166,7 @@ def test_many_scales_of_few_channels(
 
 @every_implementation()
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_codes_at_odd_addresses(
+def test_reads_codes_at_odd_addresses(
     implementation: Implementation, kind: str, device: torch.device
 ) -> None:
     """Addresses that our pools do not have, and where a kernel cannot load two codes at once."""

@@ -227,7 +227,7 @@ def test_matches_reference(
 @every_implementation()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sequences", [DECODE, MIXED], ids=["decode", "mixed"])
-def test_float8_caches(
+def test_float8_caches_are_read_as_what_they_hold(
     implementation: Implementation, sequences: tuple, dtype: torch.dtype, device: torch.device
 ) -> None:
     inputs = make_inputs(Case("", sequences), dtype, device)
@@ -293,7 +293,9 @@ def test_a_sink_of_minus_infinity_is_none(
     assert torch.equal(again[0], out) and torch.equal(again[1], lse)
 
 
-def test_example_of_quantised_blocks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_documented_example_of_quantised_blocks_is_accurate(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     path = Path(__file__).parents[2] / "docs" / "quantized_blocks.py"
     runpy.run_path(str(path), run_name="__main__")
     line = capsys.readouterr().out

@@ -16,13 +16,13 @@ from kvkernels.checks import may_skip_dispatcher
 
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("window", [0, 7])
-def test_opcheck(return_lse: bool, window: int) -> None:
+def test_paged_attention_is_registered_as_pytorch_expects(return_lse: bool, window: int) -> None:
     args = (*good_inputs().values(), *(0.2, True, window, 0.0, None, None, None, [], []))
     args += (return_lse, False)
     torch.library.opcheck(torch.ops.kvkernels.paged_attention.default, args)
 
 
-def test_opcheck_merge() -> None:
+def test_merge_attention_is_registered_as_pytorch_expects() -> None:
     args = tuple(merge_inputs().values())
     torch.library.opcheck(torch.ops.kvkernels.merge_attention.default, args)
 

@@ -88,7 +88,9 @@ def make_small_pool(dtype: torch.dtype, num_blocks: int) -> KVPool:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("codec", LOSSY)
-def test_small_numbers(codec: str, dtype: torch.dtype, codec_implementation: str) -> None:
+def test_sets_with_subnormal_scales_encode_to_the_same_bytes_again(
+    codec: str, dtype: torch.dtype, codec_implementation: str
+) -> None:
     """With subnormal scales all write the same bytes; 16-bit floats encode to the same again."""
     pool = make_small_pool(dtype, 4 if is_interpreted(codec_implementation) else 64)
     encoded = encode(pool, codec)
@@ -325,7 +327,9 @@ def test_rows_too_narrow_for_raw_blocks_are_not_right() -> None:
 
 
 @pytest.mark.parametrize("layers", [range(1), range(1, 3), range(3, 4)], ids=str)
-def test_some_layers_alone(layers: range, codec_implementation: str) -> None:
+def test_some_layers_are_decoded_without_the_others(
+    layers: range, codec_implementation: str
+) -> None:
     """Also with a raw block among others, and with damage inside and outside of these layers."""
     pool = make_pool(KVLayout(4, 2, 32, 16), 3)
     pool.data[1, 0, 0, 0, 0, 0] = torch.inf

@@ -212,7 +212,7 @@ def test_any_number_of_threads_writes_the_same() -> None:
         torch.set_num_threads(num_threads)
 
 
-def test_opcheck() -> None:
+def test_store_kv_is_registered_as_pytorch_expects() -> None:
     inputs = good_inputs() | {"key": torch.randn(6, 2, 32), "value": torch.randn(6, 2, 32)}
     torch.library.opcheck(torch.ops.kvkernels.store_kv.default, tuple(inputs.values()))
 

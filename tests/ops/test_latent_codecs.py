@@ -219,7 +219,7 @@ def test_any_bytes_with_the_right_sums_decode_to_something(
     assert_any_bytes_decode(latents(*SMALL), codec)
 
 
-def test_sizes() -> None:
+def test_coded_latents_are_as_much_smaller_as_documented() -> None:
     """Ratios of bfloat16 bytes to stored bytes, for 512 latent and 64 rotary channels."""
     expected = {"raw": 1.0, "l12": 1.31, "q8": 1.71, "k8v4": 1.71, "q4": 2.57, "k4v2": 2.77}
     for codec, ratio in (expected | {"q2": 4.0}).items():

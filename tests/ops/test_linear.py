@@ -134,7 +134,7 @@ def test_refuses_another_device():
         kvkernels.linear(torch.zeros(7, 33, device="meta"), torch.zeros(5, 33, device="meta"))
 
 
-def test_passes_opcheck():
+def test_linear_is_registered_as_pytorch_expects():
     layer = make_layer("odd", torch.float32, num_rows=7)
     torch.library.opcheck(torch.ops.kvkernels.linear.default, layer)
     torch.library.opcheck(torch.ops.kvkernels.linear.default, (*layer[:2], None))

@@ -166,7 +166,7 @@ def test_refuses_another_device():
         kvkernels.gated_activation(rows, rows, "silu")
 
 
-def test_pass_opcheck():
+def test_pointwise_ops_are_registered_as_pytorch_expects():
     rows = torch.randn(7, 32)
     ops = torch.ops.kvkernels
     torch.library.opcheck(ops.rms_norm.default, (rows, rows[0].clone(), 1e-6, True))

@@ -158,7 +158,7 @@ def test_refuses_pools_that_do_not_fit() -> None:
         kvkernels.quantize_blocks(make_pool(layout), ids, other, ids)
 
 
-def test_tags() -> None:
+def test_a_tag_tells_the_kind_of_a_block_and_keeps_its_id() -> None:
     ids = torch.tensor([0, 5, (1 << 28) - 1], dtype=torch.int32)
     assert torch.equal(kvkernels.tag_blocks(ids, "float"), ids)
     for kind, number in (("int8", 1), ("int4", 2)):

@@ -47,7 +47,7 @@ def combine(operation: str, first: int, second: int, dtype: torch.dtype) -> int:
         ("add", 2**63 - 1, 1, torch.int64, -(2**63)),
     ],
 )
-def test_what_fits_is_computed(operation, first, second, dtype, result) -> None:
+def test_a_result_that_fits_its_type_is_computed(operation, first, second, dtype, result) -> None:
     assert combine(operation, first, second, dtype) == result
 
 
@@ -61,7 +61,7 @@ def test_what_fits_is_computed(operation, first, second, dtype, result) -> None:
         ("sub", 0, 1, torch.uint8),
     ],
 )
-def test_overflow_is_an_error(operation, first, second, dtype) -> None:
+def test_a_result_past_its_type_is_an_error(operation, first, second, dtype) -> None:
     with pytest.raises(Exception, match=f"overflow detected for operation {operation}"):
         combine(operation, first, second, dtype)
 

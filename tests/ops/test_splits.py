@@ -175,7 +175,7 @@ def _length_kernel(
     [[1], [0] * 5, [129] * 128, [1000] * 127 + [70000] * 3, [1 << 20] * 4400],
     ids=["one", "none", "one_load", "two_loads", "more_tiles_than_int32_holds"],
 )
-def test_length_of_a_split(
+def test_splits_are_as_many_and_as_long_as_planned(
     seq_lens: list[int], at_once: int, num_groups: int, device: torch.device
 ) -> None:
     num_tiles = [math.ceil(length / TILE_N) for length in seq_lens]

@@ -70,7 +70,9 @@ def copy_of(encoded: EncodedBlocks) -> EncodedBlocks:
 
 @pytest.mark.parametrize("layout", [LAYOUT, LATENTS], ids=["keys and values", "latents"])
 @pytest.mark.parametrize("codec", CODECS)
-def test_out_and_in_again(codec: str, layout: KVLayout, make_transfer: MakeTransfer) -> None:
+def test_evicted_blocks_are_restored(
+    codec: str, layout: KVLayout, make_transfer: MakeTransfer
+) -> None:
     pool = make_pool(5, layout)
     pool.data[3, 0, 0, 0, 0, 0] = float("inf")  # written raw
     transfer = make_transfer(pool, num_slots=3, headroom=256)

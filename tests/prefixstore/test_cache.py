@@ -51,7 +51,7 @@ def test_at_least_one_token_is_computed(model, open_cache):
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17])
-def test_short_prompts(model, open_cache, length):
+def test_a_prompt_of_at_most_about_a_block_is_answered_alike_twice(model, open_cache, length):
     tokens = random_tokens(length)
     cache = open_cache()
     plain = generate(model, tokens)
@@ -258,7 +258,7 @@ def test_no_block_is_dropped_while_the_writer_is_slow(model, open_cache, monkeyp
     assert cache.stats().store.num_dropped == 0
 
 
-def test_sessions_in_several_threads(model, open_cache, tmp_path):
+def test_sessions_in_several_threads_answer_as_without_a_cache(model, open_cache, tmp_path):
     cache = open_cache(pool_tokens=2048, memory_bytes=1 << 24, disk_path=tmp_path)
     shared = random_tokens(80, seed=0)
     prompts = [torch.cat([shared, random_tokens(30, seed=seed)], 1) for seed in range(1, 7)]

@@ -45,7 +45,7 @@ def test_crc32c_continues_where_it_stopped(checksums):
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (1, 1), (5, 0), (7, 130)], ids=str)
-def test_crc32c_of_rows(checksums, shape):
+def test_the_checksums_of_rows_are_those_of_each_row(checksums, shape):
     rows = random_bytes(shape[0] * shape[1]).reshape(shape)
     sums = checksums.crc32c_rows(rows)
     assert sums.dtype == np.uint32

@@ -89,7 +89,7 @@ def test_serves_no_other_files(client, path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", *(f"/dashboard/{question}" for question in QUESTIONS)])
-def test_only_reads(client, path) -> None:
+def test_refuses_requests_that_are_to_change_something(client, path) -> None:
     assert client.get(path).headers["cache-control"] == "no-store"
     assert client.post(path).status_code == 405
 

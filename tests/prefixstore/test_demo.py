@@ -233,7 +233,9 @@ def test_writes_the_summary_as_json(summary: dict[str, Any], tmp_path: Path) -> 
     ("values", "share", "expected"),
     [([3.0], 0.9, 3.0), ([2.0, 1.0], 0.9, 2.0), ([float(n) for n in range(1, 21)], 0.9, 18.0)],
 )
-def test_percentile(values: list[float], share: float, expected: float) -> None:
+def test_a_percentile_is_one_of_the_values(
+    values: list[float], share: float, expected: float
+) -> None:
     assert percentile(values, share) == expected
 
 

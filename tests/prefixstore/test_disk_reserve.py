@@ -241,7 +241,7 @@ def test_nothing_is_taken_ahead_with_a_quota_or_little_room(tmp_path, settings) 
     tier.close()
 
 
-def test_closing_gives_them_back(tmp_path) -> None:
+def test_closing_gives_reserved_slots_back(tmp_path) -> None:
     for _ in range(2):
         tier = open_tier(tmp_path, capacity_bytes=CAPACITY)
         for batch in range(3):

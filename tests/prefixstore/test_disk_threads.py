@@ -45,7 +45,7 @@ def test_none_are_started_for_who_needs_no_help(threads):
     assert not threads_alive()
 
 
-def test_several_batches_at_once(threads):
+def test_every_job_of_batches_at_the_same_time_is_done_once(threads):
     counts = [0] * 8
 
     def ask(caller):

@@ -66,7 +66,9 @@ def test_memory_on_pages_is_told_from_other_memory(monkeypatch, has_extension):
 @pytest.mark.parametrize("make_out", [aligned, crooked])
 @pytest.mark.parametrize("make_in", [aligned, crooked])
 @pytest.mark.parametrize("io", ["auto", "buffered"])
-def test_any_memory_will_do(tmp_path, io, make_in, make_out, deadline_s, method):
+def test_records_are_written_from_and_read_into_any_memory(
+    tmp_path, io, make_in, make_out, deadline_s, method
+):
     tier = open_tier(tmp_path, capacity_bytes=CAPACITY, io=io)
     names = make_names(2 * len(SIZES))
     records = [make_bytes(size, seed) for seed, size in enumerate(SIZES + SIZES[::-1])]

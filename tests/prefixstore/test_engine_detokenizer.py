@@ -86,7 +86,7 @@ def test_returns_whole_characters_as_soon_as_they_are_known(tokenizer, text):
         assert returned.startswith(without_end(decode(tokenizer, token_ids[:end])))
 
 
-def test_random_tokens(tokenizer):
+def test_pieces_of_random_tokens_make_the_text_where_it_is_stable(tokenizer):
     rng = random.Random(0)
     num_stable = 0
     for _ in range(100):
@@ -162,7 +162,7 @@ def test_keeps_the_spaces_that_only_the_first_token_loses(pieces):
 
 @settings(max_examples=300, deadline=None)
 @given(values=st.lists(st.sampled_from([0x41, 0xC3, 0xA9, 0xE4, 0xBD, 0xA0, 0xFF]), max_size=40))
-def test_bytes_between_words(values):
+def test_no_word_is_lost_beside_bytes(values):
     tokens = [f"<0x{one:02X}>" if one != 0x41 else "▁a" for one in values]
     token_ids = STRIPPING.convert_tokens_to_ids(tokens)
     made = push_all(STRIPPING, token_ids)

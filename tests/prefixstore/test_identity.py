@@ -145,7 +145,7 @@ def test_adapter_counts_as_weights(identity):
     assert len({identity, with_adapter, model_identity(model, LAYOUT)}) == 3
 
 
-def test_buffers_count():
+def test_changed_buffers_change_the_identity():
     model = torch.nn.Module()
     model.register_buffer("kept", torch.ones(2))
     model.register_buffer("derived", torch.ones(2), persistent=False)
@@ -281,7 +281,7 @@ def identity_with_extra(extra):
         (None, ()),
     ],
 )
-def test_extra_state_counts(one, other):
+def test_changed_extra_state_changes_the_identity(one, other):
     assert identity_with_extra(one) == identity_with_extra(one) != identity_with_extra(other)
 
 

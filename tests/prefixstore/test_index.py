@@ -193,7 +193,7 @@ def test_block_ids_are_a_snapshot(index: RadixIndex) -> None:
     assert flat(match.block_ids) == [11]
 
 
-def test_counts(index: RadixIndex) -> None:
+def test_counts_matches_evictions_and_what_it_holds(index: RadixIndex) -> None:
     index.insert(prompt(1, 2), rows(11, 12))
     index.match(prompt(1, 3, 4))
     index.match(prompt(5))
@@ -285,7 +285,7 @@ def test_says_what_is_missing_without_the_extension() -> None:
     assert "ImportError: prefixstore.index needs the compiled extension" in done.stderr
 
 
-def test_needs_no_torch() -> None:
+def test_importing_the_index_imports_no_torch() -> None:
     code = "import sys, prefixstore.index; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

@@ -83,7 +83,7 @@ def test_nothing_is_noticed_where_nothing_is_wrong(adapter, model, prompts):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_notices(fault, adapter, model, prompts):
+def test_notices_an_engine_with_a_planted_fault(fault, adapter, model, prompts):
     plant, state, complaint = FAULTS[fault]
     with plant():
         report = check_engines([adapter], ModelReference(model), prompts, PLAN)

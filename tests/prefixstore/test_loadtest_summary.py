@@ -116,7 +116,7 @@ def test_figures_of_nothing_but_failures_are_absent() -> None:
     assert row["requests_per_s"] == 0
 
 
-def test_rounds_are_pooled() -> None:
+def test_requests_of_all_rounds_count_together() -> None:
     replays = [replayed(request(ttft), round_number=n) for n, ttft in enumerate((1.0, 5.0, 2.0))]
     (row,) = summary_of(*replays)["rows"]
     assert (row["num_requests"], row["duration_s"]) == (3, 30.0)

@@ -93,7 +93,7 @@ def test_does_not_believe_one_stall() -> None:
     assert worst_error(rate, tier) < 2
 
 
-def test_what_is_known_ages() -> None:
+def test_after_a_pause_a_single_call_is_believed() -> None:
     """After a pause a single call is believed that would have counted as an outlier before."""
     soon, late = TierRate(), TierRate()
     faster = TierEstimate(1e-4, 1e10)

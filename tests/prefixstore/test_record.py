@@ -306,7 +306,7 @@ def test_documented_reader_agrees(reader, layout, tmp_path):
 
 
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["name"])
-def test_documented_vectors(reader, vector, tmp_path):
+def test_the_documented_vectors_are_what_is_written_and_read(reader, vector, tmp_path):
     record, block = bytes.fromhex(vector["record"]), bytes.fromhex(vector["block"])
     decoded = bytes.fromhex(vector.get("decoded", vector["block"]))
     layout = make_record_vectors.layouts()[vector["name"]]

@@ -241,7 +241,7 @@ def test_a_store_finds_and_mends_what_lies_beside_a_damaged_record(redis_server,
         assert store.stats().tiers[0].num_errors == 0
 
 
-def test_counts(redis_tier, redis_client):
+def test_counts_calls_bytes_and_records(redis_tier, redis_client):
     names = make_names(3)
     put(redis_tier, names[:2], [bytes(10), bytes(20)])
     put(redis_tier, names[:1], [bytes(10)])

@@ -214,7 +214,7 @@ def test_who_waits_for_a_fetch_that_fails_tries_for_itself(make_store):
     assert sorted(found, key=str) == [None, "slow"]
 
 
-def test_claims_end_whatever_happens(make_store):
+def test_a_load_that_raised_is_waited_for_by_nobody(make_store):
     """A wrong buffer makes the load raise; the next load must not wait for it."""
     fast, slow = DictTier("fast"), DictTier("slow")
     store = make_store(fast, slow)
