@@ -94,6 +94,8 @@ FAULTS = [
           "if (part.sum[row] == 0) continue;", ""),
     Fault("log-sum-exp in base 2", CSRC + "attention.cpp",
           "(base + std::log2(sum)) * kLn2", "base + std::log2(sum)"),
+    Fault("log-sum-exp of infinity left to its sum", CSRC + "attention.cpp",
+          "base == kInfinity ? base : (base", "(base", files=NONFINITE),
     Fault("guard of nothing seen removed", CSRC + "attention_portable.cpp",
           "const float base = new_max == -kInfinity ? 0.0f : new_max;",
           "const float base = new_max;"),
