@@ -156,11 +156,10 @@ void view_sequences(py::handle block_table, py::handle seq_lens, py::handle cu_s
   }
 }
 
-// query.new_empty(shape)
-py::object new_out(py::handle query, const PagedAttentionArgs& args) {
+// tensor.new_empty(shape)
+py::object new_empty(py::handle tensor, const py::tuple& shape) {
   static PyObject* const name = PyUnicode_InternFromString("new_empty");
-  const py::tuple shape = py::make_tuple(args.num_tokens, args.num_heads, args.value_dim);
-  PyObject* const out = PyObject_CallMethodOneArg(query.ptr(), name, shape.ptr());
+  PyObject* const out = PyObject_CallMethodOneArg(tensor.ptr(), name, shape.ptr());
   if (out == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(out);
 }
@@ -212,7 +211,7 @@ py::object attend_tensors(py::handle query, py::handle key_cache, py::handle val
         query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, sm_scale, causal,
         window, soft_cap, sinks, alibi_slopes, tree_mask, int8_cache, int4_cache, batch_invariant);
     const bool wants_lse = view_bool(return_lse);
-    out = new_out(query, args);
+    out = new_empty(query, py::make_tuple(args.num_tokens, args.num_heads, args.value_dim));
     args.out = view(out).data;
     if (wants_lse) {
       lse = new_lse(query, args);
@@ -224,6 +223,41 @@ py::object attend_tensors(py::handle query, py::handle key_cache, py::handle val
     return py::none();
   }
   if (!lse) return out;
+  return py::make_tuple(out, lse);
+}
+
+MergeAttentionArgs view_merge(py::handle out_a, py::handle lse_a, py::handle out_b,
+                              py::handle lse_b) {
+  const TensorView a = view(out_a), b = view(out_b), sums_a = view(lse_a), sums_b = view(lse_b);
+  const std::optional<DType> dtype = dtype_of(a.type);
+  require(dtype.has_value() && *dtype != DType::kFloat8 && a.dim == 3);
+  const int64_t num_tokens = a.shape[0], num_heads = a.shape[1], head_dim = a.shape[2];
+  require(b.has(a.type, {num_tokens, num_heads, head_dim}));
+  require(sums_a.has(kFloat32Type, {num_tokens, num_heads}));
+  require(sums_b.has(kFloat32Type, {num_tokens, num_heads}));
+  for (const TensorView* tensor : {&a, &b, &sums_a, &sums_b}) {
+    require(tensor->is_contiguous_from(0));
+  }
+  return {a.data,  b.data,  sums_a.as<const float>(), sums_b.as<const float>(),
+          nullptr, nullptr, num_tokens * num_heads,   head_dim,
+          *dtype};
+}
+
+// What kvkernels.merge_attention returns, or None: the long way.
+py::object merge_tensors(py::handle out_a, py::handle lse_a, py::handle out_b, py::handle lse_b,
+                         int path, int num_threads) {
+  py::object out, lse;
+  try {
+    MergeAttentionArgs args = view_merge(out_a, lse_a, out_b, lse_b);
+    out = new_empty(out_a, out_a.attr("shape"));
+    lse = new_empty(lse_a, lse_a.attr("shape"));
+    args.out = view(out).data;
+    args.lse = view(lse).as<float>();
+    const py::gil_scoped_release unlocked;
+    kvkernels::merge_attention(args, static_cast<AttentionPath>(path), num_threads);
+  } catch (const NotServed&) {
+    return py::none();
+  }
   return py::make_tuple(out, lse);
 }
 
@@ -279,6 +313,7 @@ bool store_tensors(py::handle key, py::handle value, py::handle key_cache, py::h
 void bind_calls_on_tensors(py::module_& module) {
   module.def("set_class_of_caches", &set_class_of_caches);
   module.def("attend_tensors", &attend_tensors);
+  module.def("merge_tensors", &merge_tensors);
   module.def("store_tensors", &store_tensors);
 }
 

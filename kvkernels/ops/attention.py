@@ -163,10 +163,14 @@ def merge_attention(
     Raises:
         ValueError: If shapes, dtypes, devices or strides disagree or a tensor requires grad.
     """
+    if native.reads_tensors and may_skip_dispatcher(out_a):
+        merged = native.extension.merge_tensors(
+            out_a, lse_a, out_b, lse_b, native.isa(), num_threads()
+        )
+        if merged is not None:
+            return merged
     if not is_checked_at_launch(out_a):
         _check_merge(out_a, lse_a, out_b, lse_b)
-    if native.is_available and may_skip_dispatcher(out_a, lse_a, out_b, lse_b):
-        return native.merge_attention(out_a, lse_a, out_b, lse_b)
     return torch.ops.kvkernels.merge_attention.default(out_a, lse_a, out_b, lse_b)
 
 

@@ -10,7 +10,7 @@ import torch
 from attention_inputs import DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
-from test_attention_checks import good_inputs, quantized_cache
+from test_attention_checks import good_inputs, merge_inputs, quantized_cache
 from test_attention_properties import draw_some, features, make_call, seeds
 
 import kvkernels
@@ -112,6 +112,14 @@ def test_storing_is_the_same(dtype: torch.dtype, layout: str) -> None:
     long, at_once = in_both_ways(store)
     assert torch.equal(long, at_once)
     assert at_once.count_nonzero() == 2 * 6 * 2 * 32
+
+
+@pytest.mark.usefixtures("only_at_once")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merging_is_the_same(dtype: torch.dtype) -> None:
+    inputs = [part.to(dtype) if part.dim() == 3 else part for part in merge_inputs().values()]
+    long, at_once = in_both_ways(lambda: kvkernels.merge_attention(*inputs))
+    torch.testing.assert_close(at_once, long, rtol=0, atol=0)
 
 
 class Marked(torch.Tensor):

@@ -11,6 +11,7 @@ OPS = (
     "tests/ops/test_attention_codes.py",
 )
 CHECKS = ("tests/ops/test_attention_checks.py",)
+ON_TENSORS = ("tests/ops/test_calls_on_tensors.py",)
 NONFINITE = ("tests/ops/test_attention_nonfinite.py",)
 INVARIANCE = ("tests/ops/test_attention_invariance.py",)
 LINEAR = ("tests/ops/test_linear.py",)
@@ -322,6 +323,20 @@ FAULTS = [
           "return layer_pass.attend_and_finish(place, window)",
           "return layer_pass.attend_and_finish(place, None)", files=DECODER_LAYERS),
     # ---- checks
+    Fault("values read with the strides of keys", "csrc/bindings/attention_tensors.cpp",
+          "args.value_slot_stride = values.strides[2];",
+          "args.value_slot_stride = keys.strides[2];", files=ON_TENSORS),
+    Fault("a window read as none", "csrc/bindings/attention_tensors.cpp",
+          "return std::min(value, kWidest);", "return 0;", files=ON_TENSORS),
+    Fault("every other slot not seen", "csrc/bindings/attention_tensors.cpp",
+          "cache.strides[2] * item}", "source.shape[2] * item}", files=ON_TENSORS),
+    Fault("subclasses taken for tensors", "csrc/bindings/tensors.cpp",
+          "!(type.is(plain_classes[0]) || type.is(plain_classes[1]))", "false", files=ON_TENSORS),
+    Fault("rows taken for dense by C++", "csrc/bindings/tensors.h",
+          "return shape[dim - 1] <= 1 || strides[dim - 1] == 1;", "return true;", files=CHECKS),
+    Fault("wide cache taken for its group", "csrc/bindings/attention_tensors.cpp",
+          "args.num_heads > 0 && args.num_heads % args.num_kv_heads == 0", "args.num_heads > 0",
+          files=CHECKS),
     Fault("block ids not checked", CSRC + "attention_plan.cpp",
           "is_good &= index < 3 && id < counts[index < 3 ? index : 0];", "", files=CHECKS),
     Fault("lengths not checked", CSRC + "attention_plan.cpp",
