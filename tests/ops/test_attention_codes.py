@@ -143,6 +143,22 @@ def test_one_key_outweighs_the_others(
 
 
 @every_implementation()
+@pytest.mark.parametrize("kind", ["float", "int8", "int4"])
+def test_what_an_earlier_call_left_does_no_harm(
+    implementation: Implementation, kind: str, device: torch.device
+) -> None:
+    """Nor past the last key of a block that is not full, in memory that calls share."""
+    case = Case("", ((1, 64),), heads=(8, 2), head_dim=128, block_size=64)
+    inputs, arguments = make_inputs(case, torch.bfloat16, device), (Scoring(0.125), True)
+    options = {} if kind == "float" else quantize_some(inputs, (kind,), 128, 128)
+    query, *rest = inputs.tensors()
+    implementation.paged_attention(query * torch.nan, *rest, *arguments, **options)
+    inputs.seq_lens.fill_(40)
+    out, lse = implementation.paged_attention(query, *rest, *arguments, **options)
+    assert_attends(out, lse, inputs, *arguments, **options)
+
+
+@every_implementation()
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_many_scales_of_few_channels(
     implementation: Implementation, kind: str, device: torch.device
