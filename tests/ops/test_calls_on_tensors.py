@@ -84,6 +84,19 @@ def test_attention_over_float8_is_the_same() -> None:
 
 
 @pytest.mark.usefixtures("only_at_once")
+@pytest.mark.parametrize("name", ["query", "key_cache", "value_cache", "block_table"])
+def test_every_tensor_has_strides_of_its_own(name: str) -> None:
+    inputs = good_inputs()
+    tensor = inputs[name]
+    room = tensor.new_zeros([size + i + 1 for i, size in enumerate(tensor.shape)])
+    inputs[name] = room[tuple(slice(size) for size in tensor.shape)].copy_(tensor)
+    expected = kvkernels.paged_attention(**inputs | {name: tensor})
+    long, at_once = in_both_ways(lambda: kvkernels.paged_attention(**inputs))
+    assert torch.equal(at_once, expected)
+    assert torch.equal(long, expected)
+
+
+@pytest.mark.usefixtures("only_at_once")
 def test_attention_over_latents_is_the_same() -> None:
     cache = torch.randn(3, 1, 16, 48)
     inputs = good_inputs() | {"query": torch.randn(5, 4, 48)}
