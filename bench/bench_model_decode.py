@@ -2,7 +2,8 @@
 
 Each provider has read the same prompt (transformers' with `sdpa`). A run is some greedy steps of
 one token each, which its cache then forgets. transformers' `sdpa` and `eager` use its DynamicCache.
-All share one copy of the weights.
+`kvkernels_layers` has, beside the attention, the linear layers of `kvkernels.nn.batch_invariance`
+and the fused ones of `kvkernels.nn.fused_layers`. All share one copy of the weights.
 """
 
 import statistics
@@ -97,10 +98,16 @@ def open_transformers(
 
 
 @contextmanager
-def open_paged(make: Callable[[], Any], prompt: torch.Tensor, num_steps: int) -> Iterator[Decoder]:
+def open_paged(
+    replaces_layers: bool, make: Callable[[], Any], prompt: torch.Tensor, num_steps: int
+) -> Iterator[Decoder]:
+    from kvkernels.nn import batch_invariance, fused_layers
     from kvkernels.nn.transformers import PagedCache, paged_attention
 
     model = make()
+    if replaces_layers:
+        batch_invariance.install(model)
+        fused_layers.install(model)
     num_blocks = -(-(prompt.shape[1] + num_steps) // BLOCK_SIZE)
     groups = [
         PagedGroup(
@@ -115,7 +122,8 @@ def open_paged(make: Callable[[], Any], prompt: torch.Tensor, num_steps: int) ->
 PROVIDERS: dict[str, Callable[[Callable[[], Any], torch.Tensor, int], Any]] = {
     "transformers_sdpa": partial(open_transformers, "sdpa"),
     "transformers_eager": partial(open_transformers, "eager"),
-    "kvkernels": open_paged,
+    "kvkernels": partial(open_paged, False),
+    "kvkernels_layers": partial(open_paged, True),
 }
 
 
