@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 import torch
-from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch import is_grad_enabled
+from torch._C import _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import _profiler_enabled
 from torch.compiler import is_compiling
@@ -30,17 +31,21 @@ def is_traced() -> bool:
     return is_compiling() or torch.jit.is_tracing() or _len_torch_dispatch_stack() > 0
 
 
-def may_skip_dispatcher(*tensors: torch.Tensor | None) -> bool:
+def may_skip_dispatcher(tensor: torch.Tensor) -> bool:
     """Whether an op may skip PyTorch's dispatcher and call its CPU implementation directly.
 
     The dispatcher takes some 5 us of a call, and 50 us after weights and cache were read, because
     those push its code out of the processor's caches. It is needed where autograd, a graph that is
     being recorded, a mode, a transform (`vmap`), the profiler or a tensor subclass sees the call.
+    Of the op's tensors this looks at one; the implementation has to look at the others.
     """
     return (
-        all(tensor is None or (is_plain(tensor) and tensor.is_cpu) for tensor in tensors)
-        and not torch.is_grad_enabled()
-        and not is_traced()
+        type(tensor) in _PLAIN_TYPES
+        and tensor.is_cpu
+        and not is_grad_enabled()
+        and not is_compiling()
+        and not _is_tracing()
+        and _len_torch_dispatch_stack() == 0
         and _len_torch_function_stack() == 0
         and peek_interpreter_stack() is None
         and not _profiler_enabled()
