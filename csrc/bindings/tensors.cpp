@@ -10,7 +10,7 @@ namespace {
 
 namespace py = pybind11;
 
-// The structures of DLPack 1.x that are used here, and of those that are not a pointer's room.
+// The structures of DLPack 1.x; where a member is not used here, there is only room for a pointer.
 
 struct DLVersion {
   uint32_t major, minor;
@@ -34,7 +34,8 @@ struct DLPackExchangeAPI {
   DLVersion version;
   DLPackExchangeAPI* older;
   void *allocate_managed, *managed_from_object, *managed_to_object;
-  int (*tensor_from_object)(void* object, DLTensor* out);  // borrows shape and strides
+  // Borrows shape and strides. Null where the library leaves it out, as DLPack allows.
+  int (*tensor_from_object)(void* object, DLTensor* out);
   void* current_work_stream;
 };
 
@@ -45,15 +46,15 @@ constexpr int32_t kCpu = 1;
 const DLPackExchangeAPI* exchange = nullptr;
 py::handle plain_classes[2];
 
-// Reads tensors through `capsule`, which is Tensor.__dlpack_c_exchange_api__, from now on. False:
-// its version is not known here.
+// Reads tensors through `capsule`, which is Tensor.__dlpack_c_exchange_api__, from now on. False,
+// and nothing changes: its version is not known here, or it does not read tensors.
 bool use_tensor_exchange(const py::capsule& capsule, const py::type& tensor,
                          const py::type& parameter) {
   const auto* api = static_cast<const DLPackExchangeAPI*>(
       PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (api == nullptr) throw py::error_already_set();
   while (api != nullptr && api->version.major != kMajorVersion) api = api->older;
-  if (api == nullptr) return false;
+  if (api == nullptr || api->tensor_from_object == nullptr) return false;
   // Never freed: they live as long as PyTorch.
   plain_classes[0] = tensor.inc_ref();
   plain_classes[1] = parameter.inc_ref();

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -183,3 +184,49 @@ def test_an_inference_tensor_comes_of_inference_mode() -> None:
         assert kvkernels.paged_attention(**inputs).is_inference()
     with torch.no_grad():
         assert not kvkernels.paged_attention(**inputs).is_inference()
+
+
+class ExchangeTable(ctypes.Structure):
+    """What `torch.Tensor.__dlpack_c_exchange_api__` points to."""
+
+    _fields_ = (
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("older", ctypes.c_void_p),
+        ("functions", ctypes.c_void_p * 5),
+    )
+
+
+def use_table(capsule: object) -> bool:
+    return native.extension.use_tensor_exchange(capsule, torch.Tensor, torch.nn.Parameter)
+
+
+@pytest.fixture
+def table_address() -> Iterator[int]:
+    """PyTorch's table, which is in use again at the end."""
+    capsule = torch.Tensor.__dlpack_c_exchange_api__
+    address_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
+    yield address_of(("PyCapsule_GetPointer", ctypes.pythonapi))(capsule, b"dlpack_exchange_api")
+    assert use_table(capsule)
+
+
+def offer(table: ExchangeTable) -> bool:
+    wrap = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    new_capsule = wrap(("PyCapsule_New", ctypes.pythonapi))
+    return use_table(new_capsule(ctypes.addressof(table), b"dlpack_exchange_api", None))
+
+
+def test_uses_the_older_table_of_a_newer_pytorch(table_address: int) -> None:
+    assert offer(ExchangeTable(major=3, older=table_address))
+    with torch.no_grad():
+        kvkernels.paged_attention(**good_inputs())
+
+
+@pytest.mark.usefixtures("table_address")
+def test_uses_no_table_of_an_unknown_version() -> None:
+    assert not offer(ExchangeTable(major=3))
+
+
+@pytest.mark.usefixtures("table_address")
+def test_uses_no_table_that_does_not_read_tensors() -> None:
+    assert not offer(ExchangeTable(major=1))
