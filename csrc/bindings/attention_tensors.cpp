@@ -77,7 +77,7 @@ QuantizedCache view_quantized(py::handle cache, const PagedAttentionArgs& args,
                               int64_t codes_per_byte) {
   QuantizedCache all = {};
   if (cache.is_none()) return all;
-  require(PyTuple_Check(cache.ptr()) && py::type::handle_of(cache).is(class_of_caches));
+  require(py::type::handle_of(cache).is(class_of_caches) && PyTuple_GET_SIZE(cache.ptr()) == 4);
   TensorView parts[4];
   for (int i = 0; i < 4; ++i) parts[i] = view(PyTuple_GET_ITEM(cache.ptr(), i));
   const auto& [key_codes, key_scales, value_codes, value_scales] = parts;

@@ -219,6 +219,13 @@ def test_refuses_parts_of_a_cache_without_their_class() -> None:
         kvkernels.paged_attention(**good_inputs(), int8_cache=tuple(quantized_cache("int8")))
 
 
+def test_refuses_a_cache_that_lacks_parts() -> None:
+    """Its class makes none such, but tuple does for it."""
+    cache = tuple.__new__(kvkernels.QuantizedCache, quantized_cache()[:3])
+    with pytest.raises(IndexError):
+        kvkernels.paged_attention(**good_inputs(), int4_cache=cache)
+
+
 @pytest.mark.parametrize("name", ["query", "key_cache", "block_table", "seq_lens"])
 def test_refuses_a_tensor_that_has_lost_its_memory(name: str) -> None:
     inputs = good_inputs()
