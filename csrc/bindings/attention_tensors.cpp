@@ -56,7 +56,7 @@ bool view_bool(py::handle value) {
 
 // 0 for None; what is wider than any sequence is cut.
 int64_t view_window(py::handle window) {
-  constexpr int64_t kWidest = int64_t{1} << 30;
+  constexpr int64_t kWidest = int64_t{1} << 30;  // as the package's WIDEST_WINDOW
   if (window.is_none()) return 0;
   require(PyLong_CheckExact(window.ptr()));
   int overflow = 0;
@@ -102,8 +102,9 @@ QuantizedCache view_quantized(py::handle cache, const PagedAttentionArgs& args,
 
 void view_caches(py::handle key_cache, py::handle value_cache, PagedAttentionArgs& args) {
   const TensorView keys = view(key_cache), values = view(value_cache);
-  require(keys.dim == 4 && keys.has_dense_rows() && values.has_dense_rows());
+  require(keys.dim == 4);
   require(values.has(keys.type, {keys.shape[0], keys.shape[1], keys.shape[2], kAnySize}));
+  require(keys.has_dense_rows() && values.has_dense_rows());
   args.key_cache = keys.data;
   args.value_cache = values.data;
   args.num_blocks = keys.shape[0];

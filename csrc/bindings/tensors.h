@@ -36,7 +36,7 @@ struct TensorView {
 
   bool has(ElementType wanted, std::initializer_list<int64_t> wanted_shape) const;
 
-  // Whether neighbours along the last dimension are neighbours in memory.
+  // Whether neighbours along the last dimension, of at least one, are neighbours in memory.
   bool has_dense_rows() const { return shape[dim - 1] <= 1 || strides[dim - 1] == 1; }
 
   bool is_contiguous_from(int first) const;
