@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from kvkernels.checks import address_of
-from kvkernels.native import DTYPES, extension, isa, optional_address
+from kvkernels.checks import address_of, may_skip_dispatcher
+from kvkernels.native import DTYPES, extension, isa, optional_address, reads_tensors
 from kvkernels.threads import num_threads
 
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
@@ -17,6 +17,46 @@ _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 def has_even_rows(tensor: torch.Tensor) -> bool:
     """Whether rows are dense and a constant stride apart, as the functions below want them."""
     return tensor.is_contiguous() or (tensor.dim() == 2 and tensor.stride(1) == 1)
+
+
+# ---- in one call that checks the tensors, too; None: PyTorch has to see the call, or it is wrong
+
+
+def linear_at_once(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor | None:
+    """See `kvkernels.linear`."""
+    if not reads_tensors or not may_skip_dispatcher(input):
+        return None
+    out: torch.Tensor | None = extension.linear_tensors(input, weight, bias, isa(), num_threads())
+    return out
+
+
+def rms_norm_at_once(
+    input: torch.Tensor, weight: torch.Tensor, eps: float, is_offset: bool
+) -> torch.Tensor | None:
+    """See `kvkernels.rms_norm`."""
+    if not reads_tensors or not may_skip_dispatcher(input):
+        return None
+    out: torch.Tensor | None = extension.rms_norm_tensors(
+        input, weight, eps, is_offset, isa(), num_threads()
+    )
+    return out
+
+
+def gated_activation_at_once(
+    gate: torch.Tensor, up: torch.Tensor, activation: str
+) -> torch.Tensor | None:
+    """See `kvkernels.gated_activation`."""
+    if not reads_tensors or not may_skip_dispatcher(gate):
+        return None
+    out: torch.Tensor | None = extension.gated_activation_tensors(
+        gate, up, _ACTIVATIONS[activation], isa(), num_threads()
+    )
+    return out
+
+
+# ---- on tensors that were checked ------------------------------------------------------------
 
 
 def _row_stride(tensor: torch.Tensor) -> int:

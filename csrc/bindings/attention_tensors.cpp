@@ -19,19 +19,6 @@ py::handle class_of_caches;
 
 void set_class_of_caches(const py::type& type) { class_of_caches = type.inc_ref(); }
 
-// Thrown where the long way must be gone.
-struct NotServed {};
-
-void require(bool is_met) {
-  if (!is_met) throw NotServed();
-}
-
-TensorView view(py::handle tensor) {
-  const std::optional<TensorView> found = view_tensor(tensor);
-  require(found.has_value());
-  return *found;
-}
-
 // A row of numbers, or null for None.
 template <typename T>
 const T* view_row(py::handle tensor, ElementType type, int64_t size) {
@@ -127,10 +114,8 @@ void view_caches(py::handle key_cache, py::handle value_cache, PagedAttentionArg
 void view_query(py::handle tensor, PagedAttentionArgs& args) {
   const TensorView query = view(tensor);
   require(query.has(query.type, {kAnySize, kAnySize, args.head_dim}) && query.has_dense_rows());
-  const std::optional<DType> dtype = dtype_of(query.type);
-  require(dtype.has_value() && *dtype != DType::kFloat8);
-  require(args.cache_dtype == *dtype || args.cache_dtype == DType::kFloat8);
-  args.dtype = *dtype;
+  args.dtype = float_dtype(query);
+  require(args.cache_dtype == args.dtype || args.cache_dtype == DType::kFloat8);
   args.query = query.data;
   args.num_tokens = query.shape[0];
   args.num_heads = query.shape[1];
@@ -155,14 +140,6 @@ void view_sequences(py::handle block_table, py::handle seq_lens, py::handle cu_s
   } else {
     require(args.num_seqs > 0 || args.num_tokens == 0);
   }
-}
-
-// tensor.new_empty(shape)
-py::object new_empty(py::handle tensor, const py::tuple& shape) {
-  static PyObject* const name = PyUnicode_InternFromString("new_empty");
-  PyObject* const out = PyObject_CallMethodOneArg(tensor.ptr(), name, shape.ptr());
-  if (out == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(out);
 }
 
 py::object new_lse(py::handle query, const PagedAttentionArgs& args) {
@@ -230,8 +207,8 @@ py::object attend_tensors(py::handle query, py::handle key_cache, py::handle val
 MergeAttentionArgs view_merge(py::handle out_a, py::handle lse_a, py::handle out_b,
                               py::handle lse_b) {
   const TensorView a = view(out_a), b = view(out_b), sums_a = view(lse_a), sums_b = view(lse_b);
-  const std::optional<DType> dtype = dtype_of(a.type);
-  require(dtype.has_value() && *dtype != DType::kFloat8 && a.dim == 3);
+  const DType dtype = float_dtype(a);
+  require(a.dim == 3);
   const int64_t num_tokens = a.shape[0], num_heads = a.shape[1], head_dim = a.shape[2];
   require(b.has(a.type, {num_tokens, num_heads, head_dim}));
   require(sums_a.has(kFloat32Type, {num_tokens, num_heads}));
@@ -241,7 +218,7 @@ MergeAttentionArgs view_merge(py::handle out_a, py::handle lse_a, py::handle out
   }
   return {a.data,  b.data,  sums_a.as<const float>(), sums_b.as<const float>(),
           nullptr, nullptr, num_tokens * num_heads,   head_dim,
-          *dtype};
+          dtype};
 }
 
 // What kvkernels.merge_attention returns, or None: the long way.
@@ -272,8 +249,7 @@ StoreKVArgs view_store(py::handle key, py::handle value, py::handle key_cache,
                        py::handle value_cache, py::handle slot_mapping) {
   const TensorView keys = view(key), values = view(value), slots = view(slot_mapping);
   const TensorView to_keys = view(key_cache), to_values = view(value_cache);
-  const std::optional<DType> dtype = dtype_of(keys.type);
-  require(dtype.has_value() && *dtype != DType::kFloat8);
+  const DType dtype = float_dtype(keys);
   require(to_keys.has(keys.type, {kAnySize, kAnySize, kAnySize, kAnySize}));
   const int64_t *shape = to_keys.shape, num_tokens = keys.dim == 3 ? keys.shape[0] : kAnySize;
   require(shape[2] > 0 && shape[3] > 0);
@@ -284,7 +260,7 @@ StoreKVArgs view_store(py::handle key, py::handle value, py::handle key_cache,
   for (const TensorView* rows : {&keys, &values, &to_keys, &to_values}) {
     require(rows->has_dense_rows());
   }
-  const int64_t item = item_bytes(*dtype);
+  const int64_t item = item_bytes(dtype);
   return {view_side(keys, to_keys, item),
           view_side(values, to_values, item),
           slots.as<const int64_t>(),

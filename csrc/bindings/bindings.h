@@ -15,6 +15,7 @@ T* pointer(uintptr_t address) {
 void bind_kernels(pybind11::module_& module);
 void bind_tensors(pybind11::module_& module);
 void bind_calls_on_tensors(pybind11::module_& module);
+void bind_layers_on_tensors(pybind11::module_& module);
 void bind_system(pybind11::module_& module);
 void bind_linear(pybind11::module_& module);
 void bind_decoder_layer(pybind11::module_& module);

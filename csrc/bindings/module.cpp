@@ -7,6 +7,7 @@ PYBIND11_MODULE(_kvkernels, module) {
   kvkernels::bindings::bind_kernels(module);
   kvkernels::bindings::bind_tensors(module);
   kvkernels::bindings::bind_calls_on_tensors(module);
+  kvkernels::bindings::bind_layers_on_tensors(module);
   kvkernels::bindings::bind_system(module);
   kvkernels::bindings::bind_linear(module);
   kvkernels::bindings::bind_decoder_layer(module);

@@ -105,6 +105,25 @@ std::optional<TensorView> view_tensor(py::handle tensor) {
   return TensorView{data, found.ndim, found.dtype, found.shape, found.strides};
 }
 
+TensorView view(py::handle tensor) {
+  const std::optional<TensorView> found = view_tensor(tensor);
+  require(found.has_value());
+  return *found;
+}
+
+DType float_dtype(const TensorView& tensor) {
+  const std::optional<DType> dtype = dtype_of(tensor.type);
+  require(dtype.has_value() && *dtype != DType::kFloat8);
+  return *dtype;
+}
+
+py::object new_empty(py::handle tensor, const py::tuple& shape) {
+  static PyObject* const name = PyUnicode_InternFromString("new_empty");
+  PyObject* const out = PyObject_CallMethodOneArg(tensor.ptr(), name, shape.ptr());
+  if (out == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(out);
+}
+
 void bind_tensors(py::module_& module) { module.def("use_tensor_exchange", &use_tensor_exchange); }
 
 }  // namespace kvkernels::bindings

@@ -57,4 +57,18 @@ std::optional<DType> dtype_of(ElementType type);
 // memory and has memory.
 std::optional<TensorView> view_tensor(pybind11::handle tensor);
 
+// Thrown where a call has to go the long way, which says what is wrong by name.
+struct NotServed {};
+
+inline void require(bool is_met) {
+  if (!is_met) throw NotServed();
+}
+
+// The same as view_tensor, and as dtype_of for what is computed with; require that there is one.
+TensorView view(pybind11::handle tensor);
+DType float_dtype(const TensorView& tensor);  // not float8
+
+// tensor.new_empty(shape)
+pybind11::object new_empty(pybind11::handle tensor, const pybind11::tuple& shape);
+
 }  // namespace kvkernels::bindings

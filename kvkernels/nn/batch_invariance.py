@@ -25,8 +25,7 @@ from weakref import WeakSet
 
 import torch
 
-from kvkernels import native, native_layers
-from kvkernels.checks import FLOAT_DTYPES, is_plain, is_traced
+from kvkernels.checks import is_plain
 from kvkernels.errors import UnsupportedError
 from kvkernels.nn.forward_code import (
     LINEAR,
@@ -264,40 +263,7 @@ def _keeps_bits(module: torch.nn.Module) -> bool:
 
 
 def _apply_linear(module: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
-    weight, bias = module.weight, module.bias
-    # A pass has hundreds of layers, and in a small model the checks of `linear` and the ways of
-    # PyTorch to an operator take longer than many of them. But a model may have been moved, and a
-    # layer been given other parameters.
-    if (
-        native.is_available
-        and not torch.is_grad_enabled()
-        and type(input) is torch.Tensor
-        and is_plain(weight)
-        and not is_traced()
-        and input.dtype == weight.dtype
-        and input.dtype in FLOAT_DTYPES
-        and input.is_cpu
-        and weight.is_cpu
-        and weight.dim() == 2
-        and input.shape[-1] == weight.shape[1]
-        and input.is_contiguous()
-        and weight.stride(1) == 1
-        and (bias is None or _is_row(bias, weight))
-    ):
-        return native_layers.linear(input, weight, bias)
-    return linear(input, weight, bias)
-
-
-def _is_row(bias: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether it is a bias for the features that come out."""
-    return (
-        is_plain(bias)
-        and bias.is_cpu
-        and bias.dtype == weight.dtype
-        and bias.dim() == 1
-        and len(bias) == len(weight)
-        and bias.is_contiguous()
-    )
+    return linear(input, module.weight, module.bias)
 
 
 def _activate(

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from kvkernels import native, native_layers
+from kvkernels import native_layers
 from kvkernels.checks import FLOAT_DTYPES, is_plain, is_traced
 from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward, hook_tables
 from kvkernels.ops.pointwise import rotary_embedding_cpu
@@ -123,14 +123,15 @@ class FusedNorm:
         (hidden_states,) = args
         weight = self.module.weight
         assert isinstance(weight, torch.Tensor)
+        out = native_layers.rms_norm_at_once(hidden_states, weight, self.eps, self.is_offset)
+        if out is not None:
+            return out
         if (
             not is_plain(weight)
             or not _are_served(hidden_states, weight)
             or hidden_states.shape[-1] != len(weight)
         ):
             return type(self.module).forward(self.module, hidden_states)
-        if _goes_straight(hidden_states) and weight.is_contiguous():
-            return native_layers.rms_norm(hidden_states, weight, self.eps, self.is_offset)
         return _rms_norm(hidden_states, weight, self.eps, self.is_offset)
 
 
@@ -169,12 +170,12 @@ class FusedMLP:
             return type(module).forward(module, *args, **options)
         (x,) = args
         gate, up = module.gate_proj(x), module.up_proj(x)
-        is_served = _are_served(gate, up) and gate.shape == up.shape
-        if not is_served or any(hook_tables(module.act_fn)):  # the fused kernel would skip them
+        if any(hook_tables(module.act_fn)):  # the fused kernel would skip them
             return module.down_proj(module.act_fn(gate) * up)
-        goes_straight = _goes_straight(gate) and _goes_straight(up)
-        gated = native_layers.gated_activation if goes_straight else _gated_activation
-        return module.down_proj(gated(gate, up, self.activation))
+        gated = native_layers.gated_activation_at_once(gate, up, self.activation)
+        if gated is None and _are_served(gate, up) and gate.shape == up.shape:
+            gated = _gated_activation(gate, up, self.activation)
+        return module.down_proj(module.act_fn(gate) * up if gated is None else gated)
 
 
 # ---- rotations -------------------------------------------------------------------------------
@@ -267,17 +268,6 @@ def _are_served(*tensors: torch.Tensor) -> bool:
         dtype in FLOAT_DTYPES
         and not torch.is_grad_enabled()
         and all(tensor.dtype == dtype and tensor.device.type == "cpu" for tensor in tensors)
-    )
-
-
-def _goes_straight(tensor: torch.Tensor) -> bool:
-    """Whether the C++ kernels take it as it is. In a small model, the ways of PyTorch to an
-    operator take longer than many kernels; but who traces knows operators alone."""
-    return (
-        native.is_available
-        and type(tensor) is torch.Tensor
-        and tensor.is_contiguous()
-        and not is_traced()
     )
 
 

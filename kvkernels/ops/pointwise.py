@@ -41,6 +41,9 @@ def rms_norm(
         ValueError: If shapes, dtypes, devices or strides disagree or a tensor requires grad.
         UnsupportedError: If the tensors are not on the CPU.
     """
+    out = native_layers.rms_norm_at_once(input, weight, eps, is_offset)
+    if out is not None:
+        return out
     _check("input", input, input)
     if input.dim() == 0:
         raise ValueError("input: expected at least one dimension, got a scalar")
@@ -100,13 +103,16 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str) -> t
             is another one.
         UnsupportedError: If the tensors are not on the CPU.
     """
-    _check("gate", gate, gate)
-    check_shape("up", up, gate.shape)
-    _check("up", up, gate)
     if activation not in reference.ACTIVATIONS:
         raise ValueError(
             f"activation: expected one of {tuple(reference.ACTIVATIONS)}, got {activation!r}"
         )
+    out = native_layers.gated_activation_at_once(gate, up, activation)
+    if out is not None:
+        return out
+    _check("gate", gate, gate)
+    check_shape("up", up, gate.shape)
+    _check("up", up, gate)
     return torch.ops.kvkernels.gated_activation.default(gate, up, activation)
 
 

@@ -136,6 +136,44 @@ def test_merging_is_the_same(dtype: torch.dtype) -> None:
     torch.testing.assert_close(at_once, long, rtol=0, atol=0)
 
 
+def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+LAYERS: dict[str, Callable[[torch.dtype], object]] = {
+    "linear": lambda dtype: kvkernels.linear(
+        numbers(2, 3, 64, dtype=dtype), numbers(40, 64, dtype=dtype), numbers(40, dtype=dtype)
+    ),
+    "linear_of_rows_apart": lambda dtype: kvkernels.linear(
+        numbers(5, 80, dtype=dtype)[:, :64], numbers(40, 70, dtype=dtype)[:, :64]
+    ),
+    "rms_norm": lambda dtype: kvkernels.rms_norm(
+        numbers(2, 3, 64, dtype=dtype), numbers(64, dtype=dtype), 1e-5
+    ),
+    "rms_norm_of_rows_apart": lambda dtype: kvkernels.rms_norm(
+        numbers(5, 80, dtype=dtype)[:, :64], numbers(64, dtype=dtype), 1e-5, is_offset=True
+    ),
+    "gated_activation": lambda dtype: kvkernels.gated_activation(
+        *numbers(2, 2, 3, 64, dtype=dtype), "silu"
+    ),
+    "gated_activation_of_rows_apart": lambda dtype: kvkernels.gated_activation(
+        numbers(5, 80, dtype=dtype)[:, :64], numbers(5, 70, dtype=dtype)[:, 6:], "gelu_tanh"
+    ),
+}
+
+
+@pytest.mark.usefixtures("only_at_once")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_layers_are_the_same(name: str, dtype: torch.dtype) -> None:
+    def run() -> object:
+        torch.manual_seed(0)
+        return LAYERS[name](dtype)
+
+    long, at_once = in_both_ways(run)
+    torch.testing.assert_close(at_once, long, rtol=0, atol=0)
+
+
 class Marked(torch.Tensor):
     """A subclass may keep its numbers elsewhere, so PyTorch must see the call."""
 

@@ -116,6 +116,7 @@ ROWS = torch.zeros(7, 32)
 HEADS, ANGLES = torch.zeros(2, 3, 5, 8), torch.zeros(2, 5, 8)
 
 
+@pytest.mark.parametrize("gradients", [True, False])  # calls take another way without
 @pytest.mark.parametrize(
     ("name", "call"),
     [
@@ -123,7 +124,6 @@ HEADS, ANGLES = torch.zeros(2, 3, 5, 8), torch.zeros(2, 5, 8)
         ("weight", lambda: kvkernels.rms_norm(ROWS, torch.zeros(32).half(), 0)),
         ("input", lambda: kvkernels.rms_norm(ROWS.double(), torch.zeros(32).double(), 0)),
         ("input", lambda: kvkernels.rms_norm(torch.zeros(()), torch.zeros(1), 0)),
-        ("input", lambda: kvkernels.rms_norm(ROWS.clone().requires_grad_(), torch.zeros(32), 0)),
         ("input", lambda: kvkernels.rotary_embedding(ROWS, ANGLES, ANGLES)),
         ("input", lambda: kvkernels.rotary_embedding(HEADS[..., :7], ANGLES, ANGLES)),
         ("input", lambda: kvkernels.rotary_embedding(HEADS.mT, ANGLES, ANGLES)),
@@ -132,12 +132,20 @@ HEADS, ANGLES = torch.zeros(2, 3, 5, 8), torch.zeros(2, 5, 8)
         ("sin", lambda: kvkernels.rotary_embedding(HEADS, ANGLES, ANGLES.half())),
         ("up", lambda: kvkernels.gated_activation(ROWS, ROWS[:6], "silu")),
         ("up", lambda: kvkernels.gated_activation(ROWS, ROWS.half(), "silu")),
+        ("up", lambda: kvkernels.gated_activation(ROWS, ROWS[None], "silu")),
+        ("gate", lambda: kvkernels.gated_activation(ROWS.double(), ROWS.double(), "silu")),
         ("activation", lambda: kvkernels.gated_activation(ROWS, ROWS, "relu")),
     ],
 )
-def test_refuses_what_does_not_fit(name, call):
-    with pytest.raises(ValueError, match=f"^{name}: expected"):
+def test_refuses_what_does_not_fit(name, call, gradients):
+    match = f"^{name}: expected"
+    with torch.set_grad_enabled(gradients), pytest.raises(ValueError, match=match):
         call()
+
+
+def test_refuses_to_be_differentiated():
+    with pytest.raises(ValueError, match="input: expected a tensor that needs no gradient"):
+        kvkernels.rms_norm(ROWS.clone().requires_grad_(), torch.zeros(32), 0)
 
 
 @pytest.mark.parametrize(
