@@ -208,19 +208,26 @@ def test_repeats_bit_for_bit(
 
 
 @every_implementation()
-@pytest.mark.parametrize("name", ["mixed", "many_chunks", "many_chunks_extend"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(case for case in CASES if case.name in ("mixed", "many_chunks", "many_chunks_extend")),
+        # One tile with all heads for few threads, but a tile for each head for 100.
+        Case("heads_spread_over_threads", ((1, 9000),), heads=(16, 16), head_dim=32),
+    ],
+    ids=str,
+)
 def test_any_number_of_threads_gives_the_same_bits(
-    implementation: Implementation, name: str
+    implementation: Implementation, case: Case
 ) -> None:
     if implementation.name == "triton":
         pytest.skip("has no threads of its own")
-    case = next(case for case in CASES if case.name == name)
     inputs = make_inputs(case, torch.bfloat16, torch.device("cpu"))
     options = (Scoring(case.head_dim**-0.5, case.causal, case.window), True)
     num_threads = torch.get_num_threads()
     try:
         results = []
-        for count in (1, 2, 3, 8):
+        for count in (1, 2, 3, 8, 100):
             torch.set_num_threads(count)
             results.append(implementation.paged_attention(*inputs.tensors(), *options))
     finally:

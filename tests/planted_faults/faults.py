@@ -107,6 +107,10 @@ FAULTS = [
     Fault("last part of the keys dropped", CSRC + "attention_plan.cpp",
           "std::clamp<int64_t>((num_keys + plan.chunk_size - 1) / plan.chunk_size, 1, num_wanted)",
           "std::clamp<int64_t>(num_keys / plan.chunk_size, 1, num_wanted)"),
+    Fault("keys cut once more where heads are spread", CSRC + "attention_plan.cpp",
+          "group_heads(seq, (seq.heads_per_tile + num_parts - 1) / num_parts);",
+          "group_heads(seq, (seq.heads_per_tile + num_parts - 1) / num_parts);"
+          " cut_by_length(seq, seq.first_key);", isa="avx512"),
     # ---- whose rows
     Fault("query head of another group", CSRC + "attention_kernel.h",
           "((tile.kv_head + head) * group + row % group) * args.query_head_stride",
