@@ -52,12 +52,16 @@ class CheckedCalls:
         Never while something is traced, where a layout may hold symbols, nor where autograd
         records, which the ops refuse tensor by tensor.
         """
-        return (
-            not torch.compiler.is_compiling()
-            and type(tensors[0]) is torch.Tensor
-            and not torch.is_grad_enabled()
-            and layouts(tensors) in self._signatures
-        )
+        if (
+            torch.compiler.is_compiling()
+            or type(tensors[0]) is not torch.Tensor
+            or torch.is_grad_enabled()
+        ):
+            return False
+        try:
+            return layouts(tensors) in self._signatures
+        except AttributeError:  # one is no tensor: the checks say which
+            return False
 
     def add(self, tensors: tuple[torch.Tensor | None, ...]) -> None:
         """Remember that calls with tensors like these are right."""

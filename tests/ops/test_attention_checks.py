@@ -226,6 +226,14 @@ def test_refuses_a_cache_that_lacks_parts() -> None:
         kvkernels.paged_attention(**good_inputs(), int4_cache=cache)
 
 
+@pytest.mark.parametrize("name", ["key_cache", "value_cache", "block_table", "seq_lens"])
+def test_refuses_what_is_no_tensor(name: str) -> None:
+    inputs = good_inputs()
+    inputs[name] = inputs[name].numpy()
+    with pytest.raises(ValueError, match=f"^{name}: expected dtype torch"):
+        kvkernels.paged_attention(**inputs)
+
+
 @pytest.mark.parametrize("name", ["query", "key_cache", "block_table", "seq_lens"])
 def test_refuses_a_tensor_that_has_lost_its_memory(name: str) -> None:
     inputs = good_inputs()
