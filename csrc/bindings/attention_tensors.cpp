@@ -183,25 +183,26 @@ py::object attend_tensors(py::handle query, py::handle key_cache, py::handle val
                           py::handle tree_mask, py::handle int8_cache, py::handle int4_cache,
                           py::handle return_lse, py::handle batch_invariant, int path,
                           int num_threads) {
-  py::object out, lse;
-  try {
+  return or_none([&]() -> py::object {
     PagedAttentionArgs args = view_call(
         query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, sm_scale, causal,
         window, soft_cap, sinks, alibi_slopes, tree_mask, int8_cache, int4_cache, batch_invariant);
     const bool wants_lse = view_bool(return_lse);
-    out = new_empty(query, py::make_tuple(args.num_tokens, args.num_heads, args.value_dim));
+    py::object out =
+        new_empty(query, py::make_tuple(args.num_tokens, args.num_heads, args.value_dim));
     args.out = view(out).data;
+    py::object lse;
     if (wants_lse) {
       lse = new_lse(query, args);
       args.lse = view(lse).as<float>();
     }
-    const py::gil_scoped_release unlocked;
-    kvkernels::paged_attention(args, static_cast<AttentionPath>(path), num_threads);
-  } catch (const NotServed&) {
-    return py::none();
-  }
-  if (!lse) return out;
-  return py::make_tuple(out, lse);
+    {
+      const py::gil_scoped_release unlocked;
+      kvkernels::paged_attention(args, static_cast<AttentionPath>(path), num_threads);
+    }
+    if (!wants_lse) return out;
+    return py::make_tuple(out, lse);
+  });
 }
 
 MergeAttentionArgs view_merge(py::handle out_a, py::handle lse_a, py::handle out_b,
@@ -224,19 +225,18 @@ MergeAttentionArgs view_merge(py::handle out_a, py::handle lse_a, py::handle out
 // What kvkernels.merge_attention returns, or None: the long way.
 py::object merge_tensors(py::handle out_a, py::handle lse_a, py::handle out_b, py::handle lse_b,
                          int path, int num_threads) {
-  py::object out, lse;
-  try {
+  return or_none([&]() -> py::object {
     MergeAttentionArgs args = view_merge(out_a, lse_a, out_b, lse_b);
-    out = new_empty(out_a, out_a.attr("shape"));
-    lse = new_empty(lse_a, lse_a.attr("shape"));
+    py::object out = new_empty(out_a, out_a.attr("shape"));
+    py::object lse = new_empty(lse_a, lse_a.attr("shape"));
     args.out = view(out).data;
     args.lse = view(lse).as<float>();
-    const py::gil_scoped_release unlocked;
-    kvkernels::merge_attention(args, static_cast<AttentionPath>(path), num_threads);
-  } catch (const NotServed&) {
-    return py::none();
-  }
-  return py::make_tuple(out, lse);
+    {
+      const py::gil_scoped_release unlocked;
+      kvkernels::merge_attention(args, static_cast<AttentionPath>(path), num_threads);
+    }
+    return py::make_tuple(out, lse);
+  });
 }
 
 StoreSide view_side(const TensorView& source, const TensorView& cache, int64_t item) {
@@ -272,17 +272,17 @@ StoreKVArgs view_store(py::handle key, py::handle value, py::handle key_cache,
           shape[3] * item};
 }
 
-// kvkernels.store_kv; False: nothing was done, the long way is to be gone.
-bool store_tensors(py::handle key, py::handle value, py::handle key_cache, py::handle value_cache,
-                   py::handle slot_mapping, int num_threads) {
-  try {
+// kvkernels.store_kv; returns True, or None: nothing was done, the long way.
+py::object store_tensors(py::handle key, py::handle value, py::handle key_cache,
+                         py::handle value_cache, py::handle slot_mapping, int num_threads) {
+  return or_none([&]() -> py::object {
     const StoreKVArgs args = view_store(key, value, key_cache, value_cache, slot_mapping);
-    const py::gil_scoped_release unlocked;
-    kvkernels::store_kv(args, num_threads);
-  } catch (const NotServed&) {
-    return false;
-  }
-  return true;
+    {
+      const py::gil_scoped_release unlocked;
+      kvkernels::store_kv(args, num_threads);
+    }
+    return py::bool_(true);
+  });
 }
 
 }  // namespace

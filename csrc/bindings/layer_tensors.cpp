@@ -44,75 +44,67 @@ py::tuple shape_of(const TensorView& tensor, int64_t last) {
   return shape;
 }
 
-py::object linear_of(py::handle input, py::handle weight, py::handle bias, int path,
-                     int num_threads) {
-  const TensorView in = view(input), weights = view(weight);
-  const Rows rows = view_rows(in);
-  require(weights.has(in.type, {kAnySize, rows.size}) && weights.has_dense_rows());
-  const int64_t out_features = weights.shape[0];
-  LinearLayer layer = {weights.data, nullptr, nullptr, out_features, weights.strides[0]};
-  if (!bias.is_none()) layer.bias = view_vector(bias, in.type, out_features);
-  const DType dtype = float_dtype(in);
-  py::object out = new_empty(input, shape_of(in, out_features));
-  layer.out = view(out).data;
-  const LinearArgs args = {rows.data, &layer, 1, rows.count, rows.size, rows.stride, dtype};
-  const py::gil_scoped_release unlocked;
-  kvkernels::linear(args, static_cast<AttentionPath>(path), num_threads);
-  return out;
+py::object linear_tensors(py::handle input, py::handle weight, py::handle bias, int path,
+                          int num_threads) {
+  return or_none([&] {
+    const TensorView in = view(input), weights = view(weight);
+    const Rows rows = view_rows(in);
+    require(weights.has(in.type, {kAnySize, rows.size}) && weights.has_dense_rows());
+    const int64_t out_features = weights.shape[0];
+    LinearLayer layer = {weights.data, nullptr, nullptr, out_features, weights.strides[0]};
+    if (!bias.is_none()) layer.bias = view_vector(bias, in.type, out_features);
+    const DType dtype = float_dtype(in);
+    py::object out = new_empty(input, shape_of(in, out_features));
+    layer.out = view(out).data;
+    const LinearArgs args = {rows.data, &layer, 1, rows.count, rows.size, rows.stride, dtype};
+    const py::gil_scoped_release unlocked;
+    kvkernels::linear(args, static_cast<AttentionPath>(path), num_threads);
+    return out;
+  });
 }
 
-py::object rms_norm_of(py::handle input, py::handle weight, float eps, bool is_offset, int path,
-                       int num_threads) {
-  const TensorView in = view(input);
-  const Rows rows = view_rows(in);
-  const void* const weights = view_vector(weight, in.type, rows.size);
-  const DType dtype = float_dtype(in);
-  py::object out = new_empty(input, shape_of(in, rows.size));
-  const RmsNormArgs args = {rows.data, weights, view(out).data, rows.count, rows.size, rows.stride,
-                            dtype,     eps,     is_offset};
-  const py::gil_scoped_release unlocked;
-  kvkernels::rms_norm(args, static_cast<AttentionPath>(path), num_threads);
-  return out;
+py::object rms_norm_tensors(py::handle input, py::handle weight, float eps, bool is_offset,
+                            int path, int num_threads) {
+  return or_none([&] {
+    const TensorView in = view(input);
+    const Rows rows = view_rows(in);
+    const void* const weights = view_vector(weight, in.type, rows.size);
+    const DType dtype = float_dtype(in);
+    py::object out = new_empty(input, shape_of(in, rows.size));
+    const RmsNormArgs args = {rows.data,  weights,   view(out).data,
+                              rows.count, rows.size, rows.stride,
+                              dtype,      eps,       is_offset};
+    const py::gil_scoped_release unlocked;
+    kvkernels::rms_norm(args, static_cast<AttentionPath>(path), num_threads);
+    return out;
+  });
 }
 
-py::object gated_activation_of(py::handle gate, py::handle up, int activation, int path,
-                               int num_threads) {
-  const TensorView gates = view(gate), ups = view(up);
-  const Rows rows = view_rows(gates), others = view_rows(ups);
-  require(ups.type == gates.type && ups.dim == gates.dim &&
-          std::equal(ups.shape, ups.shape + ups.dim, gates.shape));
-  const DType dtype = float_dtype(gates);
-  py::object out = new_empty(gate, shape_of(gates, rows.size));
-  const GatedActivationArgs args = {
-      rows.data,     others.data, view(out).data,
-      rows.count,    rows.size,   rows.stride,
-      others.stride, dtype,       static_cast<Activation>(activation)};
-  const py::gil_scoped_release unlocked;
-  kvkernels::gated_activation(args, static_cast<AttentionPath>(path), num_threads);
-  return out;
-}
-
-// The same function, None in the place of NotServed.
-template <auto kFunction, typename... Args>
-py::object or_none(Args... args) {
-  try {
-    return kFunction(args...);
-  } catch (const NotServed&) {
-    return py::none();
-  }
-}
-
-template <auto kFunction, typename... Args>
-void define(py::module_& module, const char* name, py::object (*)(Args...)) {
-  module.def(name, &or_none<kFunction, Args...>);
+py::object gated_activation_tensors(py::handle gate, py::handle up, int activation, int path,
+                                    int num_threads) {
+  return or_none([&] {
+    const TensorView gates = view(gate), ups = view(up);
+    const Rows rows = view_rows(gates), others = view_rows(ups);
+    require(ups.type == gates.type && ups.dim == gates.dim &&
+            std::equal(ups.shape, ups.shape + ups.dim, gates.shape));
+    const DType dtype = float_dtype(gates);
+    py::object out = new_empty(gate, shape_of(gates, rows.size));
+    const GatedActivationArgs args = {
+        rows.data,     others.data, view(out).data,
+        rows.count,    rows.size,   rows.stride,
+        others.stride, dtype,       static_cast<Activation>(activation)};
+    const py::gil_scoped_release unlocked;
+    kvkernels::gated_activation(args, static_cast<AttentionPath>(path), num_threads);
+    return out;
+  });
 }
 
 }  // namespace
 
 void bind_layers_on_tensors(py::module_& module) {
-  define<linear_of>(module, "linear_tensors", linear_of);
-  define<rms_norm_of>(module, "rms_norm_tensors", rms_norm_of);
-  define<gated_activation_of>(module, "gated_activation_tensors", gated_activation_of);
+  module.def("linear_tensors", &linear_tensors);
+  module.def("rms_norm_tensors", &rms_norm_tensors);
+  module.def("gated_activation_tensors", &gated_activation_tensors);
 }
 
 }  // namespace kvkernels::bindings
