@@ -56,10 +56,15 @@ inline float softmax_vectors(float* scores, int64_t first, int64_t last, float s
   return _mm512_cvtss_f32(decay);
 }
 
+// Whether a row sees every key of a whole tile.
+inline bool sees_all(const KeyRange& columns, int64_t num_keys) {
+  return num_keys == kTileKeys && columns.begin <= 0 && columns.end >= kTileKeys;
+}
+
 // softmax_vectors with as many vectors as `num_keys` columns fill.
 inline float softmax_step(float* scores, int64_t num_keys, int64_t first, int64_t last, float scale,
                           float* max, float* sum) {
-  if (num_keys == kTileKeys && first <= 0 && last >= kTileKeys) {
+  if (sees_all({first, last}, num_keys)) {
     return softmax_vectors<4, false>(scores, first, last, scale, max, sum);
   }
   switch ((num_keys - 1) / 16) {
@@ -124,32 +129,38 @@ inline void softmax_whole_rows(float* scores, float scale, float* max, float* su
   }
 }
 
-// softmax_step for `count` rows; row r sees the columns [begin, end) of seen[r].
-inline void softmax_rows(float* scores, int64_t num_keys, const KeyRange* seen, int64_t count,
-                         float scale, float* max, float* sum, float* decay) {
-  for (int64_t r = 0; r < count;) {
-    int64_t whole = 0;
-    while (whole < 4 && r + whole < count && num_keys == kTileKeys && seen[r + whole].begin <= 0 &&
-           seen[r + whole].end >= kTileKeys) {
-      ++whole;
-    }
+// softmax_whole_rows for `count` rows.
+inline void softmax_whole(float* scores, int64_t count, float scale, float* max, float* sum,
+                          float* decay) {
+  for (int64_t r = 0; r < count; r += 4) {
     float* const row = scores + r * kTileKeys;
-    switch (whole) {
-      case 4:
-        softmax_whole_rows<4>(row, scale, max + r, sum + 16 * r, decay + r);
-        break;
-      case 3:
-        softmax_whole_rows<3>(row, scale, max + r, sum + 16 * r, decay + r);
+    switch (count - r) {
+      case 1:
+        decay[r] = softmax_vectors<4, false>(row, 0, kTileKeys, scale, max + r, sum + 16 * r);
         break;
       case 2:
         softmax_whole_rows<2>(row, scale, max + r, sum + 16 * r, decay + r);
         break;
+      case 3:
+        softmax_whole_rows<3>(row, scale, max + r, sum + 16 * r, decay + r);
+        break;
       default:
-        decay[r] =
-            softmax_step(row, num_keys, seen[r].begin, seen[r].end, scale, max + r, sum + 16 * r);
-        whole = 1;
+        softmax_whole_rows<4>(row, scale, max + r, sum + 16 * r, decay + r);
     }
-    r += whole;
+  }
+}
+
+// softmax_step for `count` rows; row r sees the columns [begin, end) of seen[r].
+inline void softmax_rows(float* scores, int64_t num_keys, const KeyRange* seen, int64_t count,
+                         float scale, float* max, float* sum, float* decay) {
+  for (int64_t r = 0; r < count;) {
+    int64_t end = r;
+    while (end < count && sees_all(seen[end], num_keys)) ++end;
+    softmax_whole(scores + r * kTileKeys, end - r, scale, max + r, sum + 16 * r, decay + r);
+    for (r = end; r < count && !sees_all(seen[r], num_keys); ++r) {
+      decay[r] = softmax_step(scores + r * kTileKeys, num_keys, seen[r].begin, seen[r].end, scale,
+                              max + r, sum + 16 * r);
+    }
   }
 }
 

@@ -118,7 +118,7 @@ class FewRows {
                    now.num_keys(), rows.scores);
     } else if (now.form == Form::kCodes) {
       CodeJobs<KeyJob> all;
-      add_key_jobs(tile_, head, now.codes, rows.floats, rows.scores, all);
+      add_key_jobs(head, now.codes, rows.floats, rows.scores, all);
       now.codes.kernels->score(all.jobs, all.count, rows.count, prefetch_);
     } else {
       unpack_keys<Avx2Unpacker<E>>(tile_, head, now.begin, now.end, scales_, unpacked_);
@@ -142,7 +142,7 @@ class FewRows {
     std::fill_n(sums_, rows.count * rows.value_dim, 0.0f);
     if (now.form == Form::kCodes) {
       CodeJobs<ValueJob> all;
-      add_value_jobs(tile_, head, now.codes, rows.scores, kNoDecay, sums_, all);
+      add_value_jobs(head, now.codes, rows.scores, kNoDecay, sums_, all);
       now.codes.kernels->add(all.jobs, all.count, rows.count, prefetch_);
     } else {
       unpack_values<Avx2Unpacker<E>>(tile_, head, now.begin, now.end, scales_, unpacked_);

@@ -104,22 +104,39 @@ void score_head(const Tile& now, const CacheRows<typename R::Item>& keys, ReadAh
   });
 }
 
+// Which columns of a tile each row sees.
+struct Columns {
+  KeyRange of_row[kFewRows];
+  bool are_all = true;  // whether each row sees every key of a whole tile
+
+  Columns(const KeyRange* seen, int64_t num_rows, const Tile& now) {
+    const int64_t num_keys = now.num_keys();
+    for (int64_t r = 0; r < num_rows; ++r) {
+      of_row[r] = {seen[r].begin > now.begin ? seen[r].begin - now.begin : 0,
+                   seen[r].end < now.end ? seen[r].end - now.begin : num_keys};
+      are_all = are_all && sees_all(of_row[r], num_keys);
+    }
+  }
+};
+
 // Turns one head's scores of the keys in `now` into weights.
-inline void weigh_head(const AttentionTile& tile, int64_t head, const KeyRange* seen,
+inline void weigh_head(const AttentionTile& tile, int64_t head, const Columns& columns,
                        const Tile& now, Rows& rows) {
   const int64_t num_keys = now.num_keys();
-  const bool adjusts = adjusts_scores(*tile.args);
-  const float scale = adjusts ? 1.0f : tile.args->sm_scale * kLog2E;
-  KeyRange columns[kFewRows];
-  for (int64_t r = 0; r < rows.count; ++r) {
-    if (adjusts) {
+  float scale = tile.args->sm_scale * kLog2E;
+  if (adjusts_scores(*tile.args)) {
+    scale = 1.0f;
+    for (int64_t r = 0; r < rows.count; ++r) {
       adjust_scores(tile, tile.row_begin + r, head, now.begin, num_keys,
                     rows.scores + r * kTileKeys);
     }
-    columns[r] = {seen[r].begin > now.begin ? seen[r].begin - now.begin : 0,
-                  seen[r].end < now.end ? seen[r].end - now.begin : num_keys};
   }
-  softmax_rows(rows.scores, num_keys, columns, rows.count, scale, rows.max, rows.sum, rows.decay);
+  if (columns.are_all) {
+    softmax_whole(rows.scores, rows.count, scale, rows.max, rows.sum, rows.decay);
+  } else {
+    softmax_rows(rows.scores, num_keys, columns.of_row, rows.count, scale, rows.max, rows.sum,
+                 rows.decay);
+  }
 }
 
 // Adds the values of `now`, by these weights, to one head's rows.
@@ -190,11 +207,12 @@ class FewRows {
   }
 
   void add(const Tile& now) {
-    if (now.form == Form::kCodes) return add_codes(now);
+    const Columns columns(seen_, tile_.row_end - tile_.row_begin, now);
+    if (now.form == Form::kCodes) return add_codes(now, columns);
     for (int64_t head = 0; head < tile_.num_kv_heads; ++head) {
       prefetch_.begin(now.key_spans.num_bytes);
       score_head<R>(now, keys(now, head), prefetch_, rows_[head]);
-      weigh_head(tile_, head, seen_, now, rows_[head]);
+      weigh_head(tile_, head, columns, now, rows_[head]);
     }
     for (int64_t head = 0; head < tile_.num_kv_heads; ++head) {
       prefetch_.begin(now.value_spans.num_bytes);
@@ -202,26 +220,26 @@ class FewRows {
     }
   }
 
-  void add_codes(const Tile& now) {
+  void add_codes(const Tile& now, const Columns& columns) {
     const int64_t num_heads = tile_.num_kv_heads;
     const int64_t step = std::min(now.codes.kernels->num_heads, num_heads);
     for (int64_t head = 0; head < num_heads; head += step) {
-      score_codes(now, head, std::min(head + step, num_heads));
+      score_codes(now, columns, head, std::min(head + step, num_heads));
     }
     for (int64_t head = 0; head < num_heads; head += step) {
       add_values_of_codes(now, head, std::min(head + step, num_heads));
     }
   }
 
-  void score_codes(const Tile& now, int64_t first, int64_t end) {
+  void score_codes(const Tile& now, const Columns& columns, int64_t first, int64_t end) {
     prefetch_.begin((end - first) * now.key_spans.num_bytes);
     CodeJobs<KeyJob> keys;
     for (int64_t head = first; head < end; ++head) {
-      add_key_jobs(tile_, head, now.codes, rows_[head].floats, rows_[head].scores, keys);
+      add_key_jobs(head, now.codes, rows_[head].floats, rows_[head].scores, keys);
     }
     now.codes.kernels->score(keys.jobs, keys.count, rows_[0].count, prefetch_);
     for (int64_t head = first; head < end; ++head) {
-      weigh_head(tile_, head, seen_, now, rows_[head]);
+      weigh_head(tile_, head, columns, now, rows_[head]);
     }
   }
 
@@ -233,7 +251,7 @@ class FewRows {
       if (rows.has_floats) decay_rows(rows, rows.out);
       if (!rows.has_codes) std::fill_n(rows.of_codes, rows.count * rows.value_dim, 0.0f);
       rows.has_codes = true;
-      add_value_jobs(tile_, head, now.codes, rows.scores, rows.decay, rows.of_codes, values);
+      add_value_jobs(head, now.codes, rows.scores, rows.decay, rows.of_codes, values);
     }
     now.codes.kernels->add(values.jobs, values.count, rows_[0].count, prefetch_);
   }

@@ -42,6 +42,7 @@ void find_tile(const AttentionTile& tile, int64_t begin, FindCodeKernels kernels
   } else {
     find_code_runs(tile, begin, found.end, kernels_of, found.codes);
     found.form = found.codes.count > 0 ? Form::kCodes : Form::kUnpacked;
+    if (found.form == Form::kCodes) return;
     for (int64_t token = 0; token < num_keys; ++token) {
       found.keys[token] = token * tile.args->head_dim;
       found.values[token] = token * tile.args->value_dim;

@@ -127,11 +127,14 @@ class Prefetch : public ReadAhead {
     own_segments_.erase(own_segments_.begin(), own_segments_.begin() + num_done);
     first.next -= num_done;
     second.next -= num_done;
+    const size_t num_left = own_segments_.size();
+    own_segments_.resize(num_left + num_heads * (keys.count + values.count));
+    Segment* segment = own_segments_.data() + num_left;
     for (const Spans* spans : {&keys, &values}) {
       for (int64_t head = 0; head < num_heads; ++head) {
         for (int i = 0; i < spans->count; ++i) {
           const Spans::Span& span = spans->spans[i];
-          own_segments_.push_back({span.data + head * span.head_stride, span.num_bytes});
+          *segment++ = {span.data + head * span.head_stride, span.num_bytes};
         }
       }
     }
