@@ -74,13 +74,13 @@ void fold_query(const float* query, int64_t dim, const uint16_t* scales, FoldedQ
 
 // ---- weights -------------------------------------------------------------------------------
 
-// The order of numbers that belong to a key and a group of channels: key by key, `stride` lanes a
-// key, which is the number of groups rounded up to a power of two. Index vectors take such numbers
-// from two vectors of them, for keys at even and at odd places apart.
+// Weights are multiplied by the scales of two keys and a group of channels per pair: pair by pair
+// of keys, `stride` pairs of weights each, which is the number of groups rounded up to a power of
+// two. 16 floats belong to 16 / stride keys, whose scales fill one vector. Index vectors take the
+// numbers of these 16 from those vectors.
 struct alignas(64) LaneOrder {
-  int16_t even[32],
-      odd[32];  // indices of scales, then of minimums, in two vectors of pairs of them
-  int32_t even_weight[16], odd_weight[16];  // indices in two vectors of weights, one a key
+  int16_t scales[32];   // indices of 16 scales, then of their minimums
+  int32_t weights[16];  // indices of weights, one a key
   int64_t stride;
 };
 
@@ -89,17 +89,13 @@ constexpr std::array<LaneOrder, kMaxGroups + 1> make_lane_orders() {
   for (int groups = 1; groups <= kMaxGroups; ++groups) {
     LaneOrder& order = orders[groups];
     order.stride = static_cast<int64_t>(std::bit_ceil(static_cast<unsigned>(groups)));
-    const int stride = static_cast<int>(order.stride), keys_a_vector = 16 / stride;
+    const int stride = static_cast<int>(order.stride);
     for (int lane = 0; lane < 16; ++lane) {
-      const int group = lane % stride < groups ? lane % stride : 0;
-      for (int is_odd = 0; is_odd < 2; ++is_odd) {
-        const int key = lane / stride * 2 + is_odd;
-        const int pair = key / keys_a_vector * 16 + key % keys_a_vector * groups + group;
-        int16_t* const numbers = is_odd ? order.odd : order.even;
-        numbers[lane] = static_cast<int16_t>(2 * pair);
-        numbers[lane + 16] = static_cast<int16_t>(2 * pair + 1);
-        (is_odd ? order.odd_weight : order.even_weight)[lane] = key;
-      }
+      const int pair = lane / 2, key = pair / stride * 2 + lane % 2;
+      const int group = pair % stride < groups ? pair % stride : 0;
+      order.scales[lane] = static_cast<int16_t>(2 * (key * groups + group));
+      order.scales[lane + 16] = static_cast<int16_t>(order.scales[lane] + 1);
+      order.weights[lane] = key;
     }
   }
   return orders;
@@ -109,66 +105,70 @@ constexpr std::array<LaneOrder, kMaxGroups + 1> kLaneOrders = make_lane_orders()
 
 constexpr int64_t kPairsOfRow = kMaxKeys / 2 * kMaxGroups;
 
-// For each row, in the order of LaneOrder: pairs of neighbouring keys, as bfloat16; and the part of
-// its sums that codes do not change.
+// For each row: pairs of neighbouring keys, as bfloat16, in the order of LaneOrder; and in lane
+// 2 * group of `base` the part of the group's sums that codes do not change.
 struct alignas(64) FoldedWeights {
   int32_t pairs[kMaxBatch][kPairsOfRow];
   float base[kMaxBatch][16];
 };
 
-// Adds lanes that are a multiple of `stride` apart; the sums are in the first `stride` lanes.
+// Adds the lanes of each group, of which every 2 * stride lanes hold two.
 inline __m512 sum_keys(__m512 lanes, int64_t stride) {
-  lanes = _mm512_add_ps(lanes, _mm512_shuffle_f32x4(lanes, lanes, 0x4e));
-  if (stride <= 4) lanes = _mm512_add_ps(lanes, _mm512_shuffle_f32x4(lanes, lanes, 0xb1));
-  if (stride <= 2) lanes = _mm512_add_ps(lanes, _mm512_permute_ps(lanes, 0x4e));
-  if (stride == 1) lanes = _mm512_add_ps(lanes, _mm512_permute_ps(lanes, 0xb1));
-  return lanes;
+  if (stride <= 4) lanes = _mm512_add_ps(lanes, _mm512_shuffle_f32x4(lanes, lanes, 0x4e));
+  if (stride <= 2) lanes = _mm512_add_ps(lanes, _mm512_shuffle_f32x4(lanes, lanes, 0xb1));
+  if (stride == 1) lanes = _mm512_add_ps(lanes, _mm512_permute_ps(lanes, 0x4e));
+  return _mm512_add_ps(lanes, _mm512_permute_ps(lanes, 0xb1));
 }
 
-// Keys go lot by lot: those that two vectors of scales belong to. kStride is LaneOrder's.
+// Keys go lot by lot: those that 16 pairs belong to, in two parts of 16 floats. kStride is
+// LaneOrder's.
 template <int kStride>
 struct Lot {
-  static constexpr int64_t kKeysAVector = 16 / kStride, kKeys = 2 * kKeysAVector;
+  static constexpr int64_t kKeysAPart = 16 / kStride, kKeys = 2 * kKeysAPart;
 
-  // Lanes of the keys of a lot that are there, in two vectors of weights and two of scales.
-  __mmask16 weights[2], scales[2];
+  __mmask16 keys[2], scales[2];  // lanes of the keys that are there, and of their scales
 
   Lot(int64_t num_keys, int64_t groups)
-      : weights{first_lanes(num_keys), first_lanes(num_keys - 16)},
-        scales{first_lanes(num_keys * groups), first_lanes((num_keys - kKeysAVector) * groups)} {}
+      : keys{first_lanes(num_keys), first_lanes(num_keys - kKeysAPart)},
+        scales{first_lanes(num_keys * groups), first_lanes((num_keys - kKeysAPart) * groups)} {}
 };
 
-template <int kRows, int kStride>
+// Loads `kCount` floats into the lowest lanes; the others hold anything.
+template <int64_t kCount>
+[[gnu::always_inline]] inline __m512 load_lowest(const float* p) {
+  if constexpr (kCount == 16) return _mm512_loadu_ps(p);
+  if constexpr (kCount == 8) return _mm512_castps256_ps512(_mm256_loadu_ps(p));
+  if constexpr (kCount == 4) return _mm512_castps128_ps512(_mm_loadu_ps(p));
+  return _mm512_castps128_ps512(_mm_castsi128_ps(_mm_loadu_si64(p)));
+}
+
+template <int kRows, int kStride, bool kIsWhole>
 [[gnu::always_inline]] inline void fold_lot(const Lot<kStride>& lot, int64_t groups,
                                             const float* weights, const uint16_t* scales,
-                                            __m512* base, int32_t* target) {
-  const LaneOrder& order = kLaneOrders[groups];
-  const __m512i a = _mm512_maskz_loadu_epi32(lot.scales[0], scales);
-  const __m512i b =
-      _mm512_maskz_loadu_epi32(lot.scales[1], scales + 2 * Lot<kStride>::kKeysAVector * groups);
-  const __m512i even_order = _mm512_load_si512(order.even);
-  const __m512i odd_order = _mm512_load_si512(order.odd);
-  const __m512i even_weights = _mm512_load_si512(order.even_weight);
-  const __m512i odd_weights = _mm512_load_si512(order.odd_weight);
-  const Scales even = widen_scales(_mm512_permutex2var_epi16(a, even_order, b), kMiddle);
-  const Scales odd = widen_scales(_mm512_permutex2var_epi16(a, odd_order, b), kMiddle);
+                                            __m512 (*base)[2], int32_t* target) {
+  constexpr int64_t kKeysAPart = Lot<kStride>::kKeysAPart;
+  const __m512i scale_order = _mm512_load_si512(kLaneOrders[groups].scales);
+  const __m512i weight_order = _mm512_load_si512(kLaneOrders[groups].weights);
+  Scales of_part[2];
+#pragma GCC unroll 2
+  for (int part = 0; part < 2; ++part) {
+    const __m512i pairs =
+        _mm512_maskz_loadu_epi32(lot.scales[part], scales + 2 * part * kKeysAPart * groups);
+    of_part[part] = widen_scales(_mm512_permutexvar_epi16(scale_order, pairs), kMiddle);
+  }
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-    const float* row = weights + r * kCodeRowStride;
-    const __m512 low = _mm512_maskz_loadu_ps(lot.weights[0], row);
-    __m512 x, y;
-    if constexpr (Lot<kStride>::kKeys <= 16) {
-      x = _mm512_permutexvar_ps(even_weights, low);
-      y = _mm512_permutexvar_ps(odd_weights, low);
-    } else {
-      const __m512 high = _mm512_maskz_loadu_ps(lot.weights[1], row + 16);
-      x = _mm512_permutex2var_ps(low, even_weights, high);
-      y = _mm512_permutex2var_ps(low, odd_weights, high);
+    __m512 x[2];
+#pragma GCC unroll 2
+    for (int part = 0; part < 2; ++part) {
+      const float* const row = weights + r * kCodeRowStride + part * kKeysAPart;
+      const __m512 weight = _mm512_permutexvar_ps(
+          weight_order,
+          kIsWhole ? load_lowest<kKeysAPart>(row) : _mm512_maskz_loadu_ps(lot.keys[part], row));
+      base[r][part] = _mm512_fmadd_ps(weight, of_part[part].middle, base[r][part]);
+      x[part] = _mm512_mul_ps(weight, of_part[part].scale);
     }
-    base[r] = _mm512_fmadd_ps(x, even.middle, base[r]);
-    base[r] = _mm512_fmadd_ps(y, odd.middle, base[r]);
-    _mm512_store_ps(target + r * kPairsOfRow,
-                    round_pairs(_mm512_mul_ps(x, even.scale), _mm512_mul_ps(y, odd.scale)));
+    _mm512_store_si512(target + r * kPairsOfRow, round_to_pairs(x[0], x[1]));
   }
 }
 
@@ -177,22 +177,26 @@ void fold_lots(const float* weights, const CodeRun& run, FoldedWeights& folded) 
   using Some = Lot<kStride>;
   const int64_t groups = run.groups, count = run.count;
   const uint16_t* const scales = run.scales + run.slot * groups * 2;
-  __m512 base[kRows];
+  __m512 base[kRows][2];  // of the two parts, so that additions need not wait for each other
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) base[r] = _mm512_setzero_ps();
+  for (int r = 0; r < kRows; ++r) base[r][0] = base[r][1] = _mm512_setzero_ps();
   // Masks for each lot would take a third of the time.
   const Some whole(Some::kKeys, groups);
   int64_t t = 0;
   int32_t* target = folded.pairs[0];
   for (; t + Some::kKeys <= count; t += Some::kKeys, target += 16) {
-    fold_lot<kRows>(whole, groups, weights + t, scales + 2 * t * groups, base, target);
+    fold_lot<kRows, kStride, true>(whole, groups, weights + t, scales + 2 * t * groups, base,
+                                   target);
   }
   if (t < count) {
-    fold_lot<kRows>(Some(count - t, groups), groups, weights + t, scales + 2 * t * groups, base,
-                    target);
+    fold_lot<kRows, kStride, false>(Some(count - t, groups), groups, weights + t,
+                                    scales + 2 * t * groups, base, target);
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) _mm512_store_ps(folded.base[r], sum_keys(base[r], kStride));
+  for (int r = 0; r < kRows; ++r) {
+    const __m512 sum = _mm512_add_ps(base[r][0], base[r][1]);
+    _mm512_store_ps(folded.base[r], sum_keys(sum, kStride));
+  }
 }
 
 template <int kRows>

@@ -161,4 +161,11 @@ static inline void with_asking(const ReadAhead& next, const Work& work) {
   }
 }
 
+// The same for kernels that never ask for a line twice.
+template <typename Work>
+static inline void with_asking_once(const Work& work) {
+  if (kPrefetchesToL1) return work(std::integral_constant<Asking, Asking::kOnceL1>());
+  work(std::integral_constant<Asking, Asking::kOnceL2>());
+}
+
 }  // namespace kvkernels
