@@ -123,8 +123,8 @@ void score_group(const uint8_t* codes, const uint16_t* pairs, int64_t count, int
           if (!kIsInt4 || t % 2 == 0) ahead.template ask<64>();
 #pragma GCC unroll 4
           for (int r = 0; r < kRows; ++r) {
-            add_products(sums[r * kTokens + t], halves[0], x[r][0]);
-            add_products(sums[r * kTokens + t], halves[1], x[r][1]);
+            sums[r * kTokens + t] = add_products(sums[r * kTokens + t], halves[0], x[r][0]);
+            sums[r * kTokens + t] = add_products(sums[r * kTokens + t], halves[1], x[r][1]);
           }
         }
       }
@@ -182,54 +182,67 @@ void add_half(__m512 a, __m512 b, int64_t count, float decay, float* target) {
 template <bool kIsInt4, bool kIsWhole, Asking kAsking, int kRows>
 void add_piece(const CodeRun& run, int64_t piece, const RoundedWeights& weights, const float* decay,
                float* sums, ReadAhead& next) {
-  const Pieces<kIsInt4> pieces = {run.dim};
-  const int64_t num_bytes = pieces.row_bytes(), group_size = run.dim / run.groups;
-  const uint8_t* codes = run.codes + run.slot * num_bytes;
-  int64_t sets[kRows][2];
+  const int64_t dim = run.dim, groups = run.groups;
+  const Pieces<kIsInt4> pieces = {dim};
+  const int64_t num_bytes = pieces.row_bytes(), group_size = dim / groups;
+  int64_t group[2];
+  for (int half = 0; half < 2; ++half) {
+    group[half] = std::min(pieces.begin(piece, half) / group_size, groups - 1);
+  }
   __m512i products[kRows][4];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-    for (int half = 0; half < 2; ++half) {
-      const int64_t group = std::min(pieces.begin(piece, half) / group_size, run.groups - 1);
-      sets[r][half] = r * run.groups + group;
-    }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) products[r][i] = _mm512_setzero_si512();
   }
-  for (int64_t begin = 0; begin < run.count; begin += 16) {
-    const int64_t end = std::min<int64_t>(begin + 16, run.count);
-    auto ahead = next.take<kAsking>(16 * (kIsInt4 ? 32 : 64), codes + begin * num_bytes);
-    for (int64_t t = begin; t < end; t += 2) {
-      // A key past the last has weight 0, so any codes will do.
-      const int64_t odd = t + 1 < run.count ? t + 1 : t;
-      __m512i pairs[4];
-      load_pairs_of_codes<kIsInt4, kIsWhole>(codes + t * num_bytes, codes + odd * num_bytes, piece,
-                                             num_bytes, pairs);
-      ahead.template ask<kIsInt4 ? 64 : 128>();
+  // Where the next pair of keys, and its weights for each half, begin.
+  const uint8_t* key = run.codes + run.slot * num_bytes;
+  const auto* low_weights = reinterpret_cast<const int32_t*>(weights.x[0][group[0]]);
+  const auto* high_weights = reinterpret_cast<const int32_t*>(weights.x[0][group[1]]);
+  const auto add_pair = [&](const uint8_t* odd) {
+    __m512i pairs[4];
+    load_pairs_of_codes<kIsInt4, kIsWhole>(key, odd, piece, num_bytes, pairs);
+    key += 2 * num_bytes;
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          const auto* x = reinterpret_cast<const int32_t*>(weights.x[sets[r][i / 2]]);
-          add_products(products[r][i], pairs[i], _mm512_set1_epi32(x[t / 2]));
-        }
-      }
+    for (int r = 0; r < kRows; ++r) {
+      constexpr int64_t kRowStride = kMaxGroups * kMaxKeys / 2;
+      const __m512i low = _mm512_set1_epi32(low_weights[r * kRowStride]);
+      const __m512i high = _mm512_set1_epi32(high_weights[r * kRowStride]);
+      products[r][0] = add_products(products[r][0], pairs[0], low);
+      products[r][1] = add_products(products[r][1], pairs[1], low);
+      products[r][2] = add_products(products[r][2], pairs[2], high);
+      products[r][3] = add_products(products[r][3], pairs[3], high);
     }
+    ++low_weights;
+    ++high_weights;
+  };
+  for (int64_t begin = 0; begin < run.count; begin += 16) {
+    const int64_t count = std::min<int64_t>(run.count - begin, 16);
+    auto ahead = next.take<kAsking>(16 * (kIsInt4 ? 32 : 64), key);
+    for (int64_t t = 0; t + 1 < count; t += 2) {
+      ahead.template ask<kIsInt4 ? 64 : 128>();
+      add_pair(key + num_bytes);
+    }
+    // A key past the last has weight 0, so any codes will do.
+    if (count % 2 == 1) add_pair(key);
   }
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      const int64_t set = sets[r][half];
+      const int64_t set = r * groups + group[half];
       const __m512i excess = _mm512_set1_epi32(weights.excess[set]);
       const __m512 unit = _mm512_set1_ps(weights.unit[set]);
       const __m512 base = _mm512_set1_ps(weights.base[set]);
       __m512 parts[2];
+#pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
         const __m512i exact = _mm512_sub_epi32(products[r][2 * half + i], excess);
         parts[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), unit, base);
       }
       const int64_t first = pieces.begin(piece, half);
-      add_half(parts[0], parts[1], pieces.end(half) - first, decay[r], sums + r * run.dim + first);
+      add_half(parts[0], parts[1], kIsWhole ? 32 : pieces.end(half) - first, decay[r],
+               sums + r * dim + first);
     }
   }
 }

@@ -11,10 +11,11 @@
 namespace kvkernels {
 namespace {
 
-// sum += a * b, products of neighbouring 16-bit integers added in pairs. Written out because GCC 12
+// sum + a * b, products of neighbouring 16-bit integers added in pairs. Written out because GCC 12
 // copies the sum to another register and back around the intrinsic.
-[[gnu::always_inline]] inline void add_products(__m512i& sum, __m512i a, __m512i b) {
+[[gnu::always_inline]] inline __m512i add_products(__m512i sum, __m512i a, __m512i b) {
   asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
 }
 
 // What the integers of up to 16 sets stand for: x = integer * unit.
@@ -41,7 +42,7 @@ inline void round(__m512 a, __m512 b, __m512 inverse, int16_t* numbers, __m512i&
       _mm512_permutex2var_epi16(_mm512_castps_si512(_mm512_fmadd_ps(a, inverse, magic)), even,
                                 _mm512_castps_si512(_mm512_fmadd_ps(b, inverse, magic)));
   _mm512_store_si512(numbers, x);
-  add_products(total, x, _mm512_set1_epi16(1));
+  total = add_products(total, x, _mm512_set1_epi16(1));
 }
 
 // Sum of x times the codes' middle: by this much the sum of products with unsigned codes exceeds
@@ -102,9 +103,9 @@ void round_query(const float* query, int64_t dim, const uint16_t* pairs, float l
 
 constexpr int64_t kMaxSets = kMaxBatch * kMaxGroups;
 
-// One set of integers per row and group: set r * groups + g is row r's for group g of channels.
+// One set of integers per row and group of channels; the set's other numbers are at r * groups + g.
 struct alignas(64) RoundedWeights {
-  int16_t x[kMaxSets][kMaxKeys];
+  int16_t x[kMaxBatch][kMaxGroups][kMaxKeys];
   int32_t excess[kMaxSets];
   float unit[kMaxSets], base[kMaxSets];
 };
@@ -151,60 +152,84 @@ inline __m512 largest_of(const KeyMasks& masks, const float* keys) {
   return found;
 }
 
+// Combines the lanes of each of kCount vectors, 4 or 16: lane i of the result is vector i's.
+template <int kCount, typename Combine>
+inline __m512 combine_lanes(const __m512* v, const Combine& combine) {
+  static_assert(kCount == 4 || kCount == 16);
+  if constexpr (kCount == 16) return combine_lanes_of_16(v, combine);
+  const __m512i quarters = _mm512_set_epi32(12, 8, 4, 0, 12, 8, 4, 0, 12, 8, 4, 0, 12, 8, 4, 0);
+  return _mm512_permutexvar_ps(quarters, combine_lanes_of_4(v, combine));
+}
+
 // The largest weight of each row in the first lanes, and from lane kMaxBatch on the largest scale
 // of each group. Their product bounds weight times scale, and takes one pass less than the largest
 // product.
 inline __m512 find_tops(const float* weights, int64_t num_rows, const KeyScales& scales,
                         int64_t groups, const KeyMasks& keys) {
-  static_assert(kMaxBatch + kMaxGroups <= 16);
-  __m512 largest[16];
-  for (__m512& one : largest) one = _mm512_setzero_ps();
-  for (int64_t r = 0; r < num_rows; ++r)
-    largest[r] = largest_of(keys, weights + r * kCodeRowStride);
-  for (int64_t group = 0; group < groups; ++group) {
-    largest[kMaxBatch + group] = largest_of(keys, scales.scale[group]);
+  static_assert(kMaxBatch == 4 && kMaxGroups <= 12);
+  __m512 of_row[kMaxBatch], of_group[16];
+  for (int64_t r = 0; r < kMaxBatch; ++r) {
+    of_row[r] = r < num_rows ? largest_of(keys, weights + r * kCodeRowStride) : _mm512_setzero_ps();
   }
-  return max_lanes_of_16(largest);
+  for (int64_t group = 0; group < groups; ++group) {
+    of_group[group] = largest_of(keys, scales.scale[group]);
+  }
+  for (int64_t group = groups; group < 16; ++group) of_group[group] = _mm512_setzero_ps();
+  const __m512i rows_then_groups =
+      _mm512_set_epi32(27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 3, 2, 1, 0);
+  const __m512 rows = combine_lanes<4>(of_row, MaxOf());
+  const __m512 tops =
+      groups <= 4 ? combine_lanes<4>(of_group, MaxOf()) : combine_lanes<16>(of_group, MaxOf());
+  return _mm512_permutex2var_ps(rows, rows_then_groups, tops);
+}
+
+// Rounds the sets [first, end), at most kCount.
+template <bool kIsInt4, int kCount>
+void round_sets(int64_t first, int64_t end, const float* weights, const CodeRun& run,
+                const KeyScales& scales, const KeyMasks& keys, __m512 tops, float limit,
+                RoundedWeights& rounded) {
+  const SetLanes& lanes = kSetLanes[run.groups];
+  const __m512 top_weight = _mm512_permutexvar_ps(_mm512_load_si512(lanes.row + first), tops);
+  const __m512 top_scale = _mm512_permutexvar_ps(_mm512_load_si512(lanes.group + first), tops);
+  const Units units = units_of(_mm512_mul_ps(top_weight, top_scale), limit);
+  __m512 base[kCount], total[kCount];
+  for (int64_t i = 0; i < kCount; ++i) base[i] = total[i] = _mm512_setzero_ps();
+  for (int64_t set = first; set < end; ++set) {
+    const int64_t r = set / run.groups, group = set % run.groups;
+    const float* row = weights + r * kCodeRowStride;
+    const __m512i lane = _mm512_set1_epi32(static_cast<int32_t>(set - first));
+    const __m512 inverse = _mm512_permutexvar_ps(lane, units.inverse);
+    __m512 sum = _mm512_setzero_ps();
+    __m512i numbers = _mm512_setzero_si512();
+    for (int64_t t = 0; t < run.count; t += 32) {
+      const __m512 a = keys.load(row, t), b = keys.load(row, t + 16);
+      const float *scale = scales.scale[group] + t, *middle = scales.middle[group] + t;
+      sum = _mm512_fmadd_ps(a, _mm512_load_ps(middle), sum);
+      sum = _mm512_fmadd_ps(b, _mm512_load_ps(middle + 16), sum);
+      round(_mm512_mul_ps(a, _mm512_load_ps(scale)), _mm512_mul_ps(b, _mm512_load_ps(scale + 16)),
+            inverse, rounded.x[r][group] + t, numbers);
+    }
+    base[set - first] = sum;
+    total[set - first] = _mm512_castsi512_ps(numbers);
+  }
+  const __m512i totals = _mm512_castps_si512(combine_lanes<kCount>(total, IntegerSumOf()));
+  _mm512_store_ps(rounded.unit + first, units.unit);
+  _mm512_store_ps(rounded.base + first, combine_lanes<kCount>(base, SumOf()));
+  _mm512_store_si512(rounded.excess + first, excess_of<kIsInt4>(totals));
 }
 
 template <bool kIsInt4>
 void round_weights(const float* weights, int64_t num_rows, const CodeRun& run,
                    const KeyScales& scales, float limit, RoundedWeights& rounded) {
   const int64_t num_sets = num_rows * run.groups;
-  const SetLanes& lanes = kSetLanes[run.groups];
   const KeyMasks keys(run.count);
   const __m512 tops = find_tops(weights, num_rows, scales, run.groups, keys);
+  if (num_sets <= 4) {
+    return round_sets<kIsInt4, 4>(0, num_sets, weights, run, scales, keys, tops, limit, rounded);
+  }
   for (int64_t first = 0; first < num_sets; first += 16) {
-    const __m512 top_weight = _mm512_permutexvar_ps(_mm512_load_si512(lanes.row + first), tops);
-    const __m512 top_scale = _mm512_permutexvar_ps(_mm512_load_si512(lanes.group + first), tops);
-    const Units units = units_of(_mm512_mul_ps(top_weight, top_scale), limit);
-    __m512 base[16];
-    __m512i total[16];
-    for (int64_t i = 0; i < 16; ++i) {
-      base[i] = _mm512_setzero_ps();
-      total[i] = _mm512_setzero_si512();
-    }
-    for (int64_t set = first; set < std::min(first + 16, num_sets); ++set) {
-      const float* row = weights + set / run.groups * kCodeRowStride;
-      const int64_t group = set % run.groups;
-      const __m512i lane = _mm512_set1_epi32(static_cast<int32_t>(set - first));
-      const __m512 inverse = _mm512_permutexvar_ps(lane, units.inverse);
-      __m512 sum = _mm512_setzero_ps();
-      __m512i numbers = _mm512_setzero_si512();
-      for (int64_t t = 0; t < run.count; t += 32) {
-        const __m512 a = keys.load(row, t), b = keys.load(row, t + 16);
-        const float *scale = scales.scale[group] + t, *middle = scales.middle[group] + t;
-        sum = _mm512_fmadd_ps(a, _mm512_load_ps(middle), sum);
-        sum = _mm512_fmadd_ps(b, _mm512_load_ps(middle + 16), sum);
-        round(_mm512_mul_ps(a, _mm512_load_ps(scale)), _mm512_mul_ps(b, _mm512_load_ps(scale + 16)),
-              inverse, rounded.x[set] + t, numbers);
-      }
-      base[set - first] = sum;
-      total[set - first] = numbers;
-    }
-    _mm512_store_ps(rounded.unit + first, units.unit);
-    _mm512_store_ps(rounded.base + first, sum_lanes_of_16(base));
-    _mm512_store_si512(rounded.excess + first, excess_of<kIsInt4>(sum_lanes_of_16(total)));
+    round_sets<kIsInt4, 16>(first, std::min(first + 16, num_sets), weights, run, scales, keys, tops,
+                            limit, rounded);
   }
 }
 
