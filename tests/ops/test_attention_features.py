@@ -78,8 +78,9 @@ def _features() -> list[Feature]:
         Feature("d128_mixed", replace(mixed, head_dim=128, heads=(8, 2)), kinds=("int4", "int8")),
         Feature("d256", replace(decode, head_dim=256, heads=(4, 1)), kinds=("int4", "int8")),
         Feature("d256_long", replace(long, head_dim=256, heads=(4, 1)), kinds=("int4", "int8")),
-        Feature("int8_window", replace(long, window=150), kinds=("int8",)),
-        Feature("int4_window", replace(long, window=150), kinds=("int4",)),
+        # A single query sees an odd number of keys of the first block.
+        Feature("int8_window", replace(long, window=149), kinds=("int8",)),
+        Feature("int4_window", replace(long, window=149), kinds=("int4",)),
         Feature("int8_b128", replace(long, block_size=128), kinds=("int8",)),
         Feature("int4_b128", replace(long, block_size=128), kinds=("int4",)),
         Feature("group_9_b64", replace(long, heads=(9, 1), head_dim=128), kinds=("int4", "int8")),
