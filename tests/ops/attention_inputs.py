@@ -48,6 +48,7 @@ CASES = [
     Case("window_extend", ((5, 70), (20, 65), (8, 8)), window=17),
     Case("window_not_causal", ((5, 70), (8, 8)), window=9, causal=False),
     Case("window_from_the_last_key_of_64", ((1, 90), (2, 91)), window=27),
+    Case("queries_across_the_end_of_64_keys", ((4, 130), (3, 65), (2, 64))),
     Case("window_past_length", ((3, 30),), window=1000),
     Case("group_1", MIXED, heads=(3, 3)),
     Case("group_3", MIXED, heads=(9, 3)),
