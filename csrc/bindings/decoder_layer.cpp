@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "bindings/bindings.h"
+#include "bindings/tensors.h"
 
 namespace kvkernels::bindings {
 namespace {
@@ -89,6 +90,82 @@ LayerCache layer_cache(const std::array<uintptr_t, 6>& pointers, const CacheSize
           window};
 }
 
+// A tensor of the layer's dtype, [1, num_tokens, size], contiguous.
+TensorView view_states(py::handle tensor, const DecoderLayer& layer, int64_t num_tokens,
+                       int64_t size) {
+  const TensorView states = view(tensor);
+  require(states.has(states.type, {1, num_tokens, size}) && states.is_contiguous_from(0));
+  require(float_dtype(states) == layer.dtype);
+  return states;
+}
+
+void view_cache(py::handle tensor, const DecoderLayer& layer, LayerCache& cache, void*& data,
+                int64_t (&strides)[3]) {
+  const TensorView view_of_cache = view(tensor);
+  require(float_dtype(view_of_cache) == layer.dtype && view_of_cache.has_dense_rows());
+  require(view_of_cache.has(view_of_cache.type, {cache.num_blocks, layer.num_kv_heads,
+                                                 cache.block_size, layer.head_dim}));
+  data = view_of_cache.data;
+  for (int i = 0; i < 3; ++i) strides[i] = view_of_cache.strides[i];
+}
+
+LayerCache view_layer_cache(const DecoderLayer& layer, int64_t num_tokens, py::handle key_cache,
+                            py::handle value_cache, py::handle block_table, py::handle seq_lens,
+                            py::handle cu_seqlens_q, py::handle slot_mapping, int64_t window) {
+  LayerCache cache = {};
+  const TensorView keys = view(key_cache), table = view(block_table), lengths = view(seq_lens);
+  const TensorView slots = view(slot_mapping);
+  require(keys.dim == 4);
+  cache.num_blocks = keys.shape[0];
+  cache.block_size = keys.shape[2];
+  view_cache(key_cache, layer, cache, cache.key_cache, cache.key_strides);
+  view_cache(value_cache, layer, cache, cache.value_cache, cache.value_strides);
+  require(lengths.has(kInt32Type, {kAnySize}) && lengths.has_dense_rows());
+  cache.num_seqs = lengths.shape[0];
+  require(table.has(kInt32Type, {cache.num_seqs, kAnySize}) && table.has_dense_rows());
+  require(slots.has(kInt64Type, {num_tokens}));
+  if (cu_seqlens_q.is_none()) {
+    require(cache.num_seqs == num_tokens);
+  } else {
+    const TensorView bounds = view(cu_seqlens_q);
+    require(bounds.has(kInt32Type, {cache.num_seqs + 1}) && bounds.has_dense_rows());
+    cache.cu_seqlens_q = bounds.as<const int32_t>();
+  }
+  cache.block_table = table.as<const int32_t>();
+  cache.seq_lens = lengths.as<const int32_t>();
+  cache.slot_mapping = slots.as<const int64_t>();
+  cache.max_blocks_per_seq = table.shape[1];
+  cache.table_stride = table.strides[0];
+  cache.slot_mapping_stride = slots.strides[0];
+  cache.window = window;
+  return cache;
+}
+
+// What the layer gives, or None: the tensors are not as they are to be.
+py::object run_tensors(const DecoderLayer& layer, py::handle hidden_states, py::handle cos,
+                       py::handle sin, py::handle key_cache, py::handle value_cache,
+                       py::handle block_table, py::handle seq_lens, py::handle cu_seqlens_q,
+                       py::handle slot_mapping, int64_t window, int path, int num_threads) {
+  return or_none([&] {
+    const TensorView hidden = view(hidden_states);
+    require(hidden.dim == 3);
+    const int64_t num_tokens = hidden.shape[1];
+    LayerTokens tokens = {};
+    tokens.num_tokens = num_tokens;
+    tokens.hidden = view_states(hidden_states, layer, num_tokens, layer.hidden_size).data;
+    tokens.cos = view_states(cos, layer, num_tokens, layer.head_dim).data;
+    tokens.sin = view_states(sin, layer, num_tokens, layer.head_dim).data;
+    const LayerCache cache =
+        view_layer_cache(layer, num_tokens, key_cache, value_cache, block_table, seq_lens,
+                         cu_seqlens_q, slot_mapping, window);
+    py::object out = new_empty(hidden_states, py::make_tuple(1, num_tokens, layer.hidden_size));
+    tokens.out = view(out).data;
+    const py::gil_scoped_release unlocked;
+    run_layer(layer, tokens, cache, static_cast<AttentionPath>(path), num_threads);
+    return out;
+  });
+}
+
 }  // namespace
 
 void bind_decoder_layer(py::module_& module) {
@@ -109,6 +186,7 @@ void bind_decoder_layer(py::module_& module) {
              finish_layer(layer, layer_tokens(tokens, num_tokens), static_cast<AttentionPath>(path),
                           num_threads);
            })
+      .def("run_tensors", &run_tensors)
       // Two steps in one call, since a call from Python takes as long as many a kernel.
       .def(
           "attend_and_finish",

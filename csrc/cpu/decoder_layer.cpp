@@ -1,6 +1,7 @@
 // One decoder layer: calls the kernels one after another, each on the results of the ones before.
 #include "kvkernels/decoder_layer.h"
 
+#include "cpu/thread_scratch.h"
 #include "kvkernels/kv_cache.h"
 
 namespace kvkernels {
@@ -164,6 +165,28 @@ void finish_layer(const DecoderLayer& layer, const LayerTokens& tokens, Attentio
   kernels.multiply(gate, layer.intermediate_size, num_tokens, {into(x, layer.down)});
   kernels.normalize_in_place(layer.mlp_norm, x, num_tokens, hidden_size);
   kernels.add_rows(tokens.out, x, tokens.out, num_tokens);
+}
+
+void run_layer(const DecoderLayer& layer, const LayerTokens& tokens, const LayerCache& cache,
+               AttentionPath path, int num_threads) {
+  const int64_t query_size = layer.num_heads * layer.head_dim;
+  const int64_t key_size = layer.num_kv_heads * layer.head_dim;
+  const int64_t row_size = 2 * (query_size + key_size) + workspace_size(layer);
+  const int64_t num_bytes = tokens.num_tokens * row_size * item_bytes(layer.dtype);
+  auto* memory = reinterpret_cast<std::byte*>(thread_scratch(4, (num_bytes + 3) / 4));
+  LayerTokens all = tokens;
+  const auto place = [&](void*& field, int64_t size) {
+    field = memory;
+    memory += tokens.num_tokens * size * item_bytes(layer.dtype);
+  };
+  place(all.query, query_size);
+  place(all.key, key_size);
+  place(all.value, key_size);
+  place(all.attended, query_size);
+  place(all.workspace, workspace_size(layer));
+  project_heads(layer, all, path, num_threads);
+  attend_cache(layer, all, cache, path, num_threads);
+  finish_layer(layer, all, path, num_threads);
 }
 
 }  // namespace kvkernels

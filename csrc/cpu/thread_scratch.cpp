@@ -15,7 +15,7 @@ struct AlignedBuffer {
 }  // namespace
 
 float* thread_scratch(int slot, int64_t num_floats) {
-  thread_local AlignedBuffer buffers[4];
+  thread_local AlignedBuffer buffers[5];
   AlignedBuffer& buffer = buffers[slot];
   if (buffer.size < num_floats) {
     std::free(buffer.data);

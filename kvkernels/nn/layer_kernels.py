@@ -1,4 +1,4 @@
-"""A decoder layer's kernels in two calls of C++: up to its attention, and from there on.
+"""A decoder layer's kernels in two calls of C++, up to its attention and from there on, or in one.
 
 A call from Python takes as long as many a kernel of a small model, and a layer has a dozen of them.
 The weights stay where the layer's modules keep them, and are looked up for every pass: a model may
@@ -24,6 +24,10 @@ from kvkernels.checks import (
 from kvkernels.nn.fused_layers import FusedNorm
 from kvkernels.nn.paged_kv import PagedKV
 from kvkernels.threads import num_threads
+
+# Up to so many tokens a call of its own for each part of a layer would be noticed, and what lies
+# between the parts is small enough for a thread to keep the memory.
+_FEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -96,10 +100,33 @@ class LayerKernels:
         Raises:
             ValueError: If the layer's modules have been given weights that do not fit.
         """
+        return LayerPass(self, self._current_layer(), hidden_states, cos, sin)
+
+    def run(
+        self,
+        hidden_states: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        place: PagedKV,
+        window: int | None,
+    ) -> torch.Tensor:
+        """`begin`, and the pass's `attend_and_finish`."""
+        if native.reads_tensors and hidden_states.shape[1] <= _FEW_TOKENS:
+            batch = place.batch
+            out: torch.Tensor | None = self._current_layer().run_tensors(
+                *(hidden_states, cos, sin, place.key_cache, place.value_cache),
+                *(batch.block_table, batch.seq_lens, batch.cu_seqlens_q, batch.slot_mapping),
+                *(window or 0, native.isa(), num_threads()),
+            )
+            if out is not None:
+                return out
+        return self.begin(hidden_states, cos, sin).attend_and_finish(place, window)
+
+    def _current_layer(self) -> Any:
         parameters = self._parameters()
         if _identify(parameters) != self._identities:
             self._bind(parameters)
-        return LayerPass(self, self._layer, hidden_states, cos, sin)
+        return self._layer
 
     def _parameters(self) -> list[torch.Tensor | None]:
         return [own[name] for own, name in self._places]

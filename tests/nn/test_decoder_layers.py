@@ -9,7 +9,8 @@ import torch
 from packed_forward import PackedModel
 from torch.nn.modules import module as torch_module
 
-from kvkernels.nn import batch_invariance, decoder_layers, fused_layers
+from kvkernels import native
+from kvkernels.nn import batch_invariance, decoder_layers, fused_layers, layer_kernels
 from kvkernels.nn.decoder_layers import FusedDecoderLayer
 from kvkernels.nn.transformers import PagedCache, paged_attention
 
@@ -55,9 +56,11 @@ def count_runs(monkeypatch):
     return runs
 
 
+@pytest.mark.parametrize("num_in_one_call", [0, 2, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_any_steps_give_the_bits_of_the_layers_own(name, dtype, monkeypatch):
+def test_any_steps_give_the_bits_of_the_layers_own(name, dtype, num_in_one_call, monkeypatch):
+    monkeypatch.setattr(layer_kernels, "_FEW_TOKENS", num_in_one_call)
     model = tiny_models.MODELS[name]().to(dtype)
     lengths = (70, 41, 1, 25)
     with with_kernels(model):
@@ -72,6 +75,28 @@ def test_any_steps_give_the_bits_of_the_layers_own(name, dtype, monkeypatch):
     assert len(got) == len(expected) > 10
     assert all(map(torch.equal, got, expected))
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.skipif(not native.reads_tensors, reason="PyTorch has no table for C++")
+def test_few_tokens_take_one_call_of_cpp_after_the_first_layer(monkeypatch):
+    model = tiny_models.llama()
+    in_parts = []
+    finish = layer_kernels.LayerPass.finish
+    monkeypatch.setattr(
+        layer_kernels.LayerPass,
+        "finish",
+        lambda self, attended: (in_parts.append(self), finish(self, attended))[1],
+    )
+    monkeypatch.setattr(layer_kernels.LayerPass, "attend_and_finish", None)
+    with with_kernels(model):
+        decoder_layers.install(model)
+        in_parts.clear()
+        packed = make_packed(model, (40, 3))
+        num_steps = len(
+            [packed.run(step) for step in packed.random_steps(random.Random(0), (1, 3))]
+        )
+        decoder_layers.uninstall(model)
+    assert num_steps == len(in_parts) > 10
 
 
 def test_is_installed_until_the_last_user_is_done():

@@ -70,4 +70,9 @@ void attend_cache(const DecoderLayer& layer, const LayerTokens& tokens, const La
 void finish_layer(const DecoderLayer& layer, const LayerTokens& tokens, AttentionPath path,
                   int num_threads);
 
+// All three, one after another, for few tokens: what lies between `hidden` and `out` is kept in
+// memory of the calling thread, so `tokens` need not name any.
+void run_layer(const DecoderLayer& layer, const LayerTokens& tokens, const LayerCache& cache,
+               AttentionPath path, int num_threads);
+
 }  // namespace kvkernels
