@@ -19,15 +19,6 @@ py::handle class_of_caches;
 
 void set_class_of_caches(const py::type& type) { class_of_caches = type.inc_ref(); }
 
-// A row of numbers, or null for None.
-template <typename T>
-const T* view_row(py::handle tensor, ElementType type, int64_t size) {
-  if (tensor.is_none()) return nullptr;
-  const TensorView row = view(tensor);
-  require(row.has(type, {size}) && row.has_dense_rows());
-  return row.as<const T>();
-}
-
 // A Python number that float32 holds, at least `least`.
 float view_float(py::handle number, float least) {
   require(PyFloat_CheckExact(number.ptr()));

@@ -99,14 +99,14 @@ TensorView view_states(py::handle tensor, const DecoderLayer& layer, int64_t num
   return states;
 }
 
-void view_cache(py::handle tensor, const DecoderLayer& layer, LayerCache& cache, void*& data,
-                int64_t (&strides)[3]) {
-  const TensorView view_of_cache = view(tensor);
-  require(float_dtype(view_of_cache) == layer.dtype && view_of_cache.has_dense_rows());
-  require(view_of_cache.has(view_of_cache.type, {cache.num_blocks, layer.num_kv_heads,
-                                                 cache.block_size, layer.head_dim}));
-  data = view_of_cache.data;
-  for (int i = 0; i < 3; ++i) strides[i] = view_of_cache.strides[i];
+// Keys or values in the cache, whose sizes `cache` has already.
+void view_cache(const TensorView& rows, const DecoderLayer& layer, const LayerCache& cache,
+                void*& data, int64_t (&strides)[3]) {
+  require(rows.has(rows.type,
+                   {cache.num_blocks, layer.num_kv_heads, cache.block_size, layer.head_dim}));
+  require(float_dtype(rows) == layer.dtype && rows.has_dense_rows());
+  data = rows.data;
+  for (int i = 0; i < 3; ++i) strides[i] = rows.strides[i];
 }
 
 LayerCache view_layer_cache(const DecoderLayer& layer, int64_t num_tokens, py::handle key_cache,
@@ -118,19 +118,14 @@ LayerCache view_layer_cache(const DecoderLayer& layer, int64_t num_tokens, py::h
   require(keys.dim == 4);
   cache.num_blocks = keys.shape[0];
   cache.block_size = keys.shape[2];
-  view_cache(key_cache, layer, cache, cache.key_cache, cache.key_strides);
-  view_cache(value_cache, layer, cache, cache.value_cache, cache.value_strides);
+  view_cache(keys, layer, cache, cache.key_cache, cache.key_strides);
+  view_cache(view(value_cache), layer, cache, cache.value_cache, cache.value_strides);
   require(lengths.has(kInt32Type, {kAnySize}) && lengths.has_dense_rows());
   cache.num_seqs = lengths.shape[0];
   require(table.has(kInt32Type, {cache.num_seqs, kAnySize}) && table.has_dense_rows());
   require(slots.has(kInt64Type, {num_tokens}));
-  if (cu_seqlens_q.is_none()) {
-    require(cache.num_seqs == num_tokens);
-  } else {
-    const TensorView bounds = view(cu_seqlens_q);
-    require(bounds.has(kInt32Type, {cache.num_seqs + 1}) && bounds.has_dense_rows());
-    cache.cu_seqlens_q = bounds.as<const int32_t>();
-  }
+  cache.cu_seqlens_q = view_row<int32_t>(cu_seqlens_q, kInt32Type, cache.num_seqs + 1);
+  require(cache.cu_seqlens_q != nullptr || cache.num_seqs == num_tokens);
   cache.block_table = table.as<const int32_t>();
   cache.seq_lens = lengths.as<const int32_t>();
   cache.slot_mapping = slots.as<const int64_t>();

@@ -29,13 +29,6 @@ Rows view_rows(const TensorView& tensor) {
   return {tensor.data, count, size, tensor.strides[0]};
 }
 
-// A vector of the tensor's dtype, dense.
-const void* view_vector(py::handle tensor, ElementType type, int64_t size) {
-  const TensorView vector = view(tensor);
-  require(vector.has(type, {size}) && vector.has_dense_rows());
-  return vector.data;
-}
-
 py::tuple shape_of(const TensorView& tensor, int64_t last) {
   py::tuple shape(tensor.dim);
   for (int i = 0; i < tensor.dim; ++i) {
@@ -51,8 +44,8 @@ py::object linear_tensors(py::handle input, py::handle weight, py::handle bias, 
     const Rows rows = view_rows(in);
     require(weights.has(in.type, {kAnySize, rows.size}) && weights.has_dense_rows());
     const int64_t out_features = weights.shape[0];
-    LinearLayer layer = {weights.data, nullptr, nullptr, out_features, weights.strides[0]};
-    if (!bias.is_none()) layer.bias = view_vector(bias, in.type, out_features);
+    LinearLayer layer = {weights.data, view_row<void>(bias, in.type, out_features), nullptr,
+                         out_features, weights.strides[0]};
     const DType dtype = float_dtype(in);
     py::object out = new_empty(input, shape_of(in, out_features));
     layer.out = view(out).data;
@@ -68,7 +61,8 @@ py::object rms_norm_tensors(py::handle input, py::handle weight, float eps, bool
   return or_none([&] {
     const TensorView in = view(input);
     const Rows rows = view_rows(in);
-    const void* const weights = view_vector(weight, in.type, rows.size);
+    const void* const weights = view_row<void>(weight, in.type, rows.size);
+    require(weights != nullptr);
     const DType dtype = float_dtype(in);
     py::object out = new_empty(input, shape_of(in, rows.size));
     const RmsNormArgs args = {rows.data,  weights,   view(out).data,

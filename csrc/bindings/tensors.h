@@ -77,6 +77,15 @@ pybind11::object or_none(const Work& work) {
 TensorView view(pybind11::handle tensor);
 DType float_dtype(const TensorView& tensor);  // not float8
 
+// A dense row of numbers, or null for None.
+template <typename T>
+const T* view_row(pybind11::handle tensor, ElementType type, int64_t size) {
+  if (tensor.is_none()) return nullptr;
+  const TensorView row = view(tensor);
+  require(row.has(type, {size}) && row.has_dense_rows());
+  return row.as<const T>();
+}
+
 // tensor.new_empty(shape)
 pybind11::object new_empty(pybind11::handle tensor, const pybind11::tuple& shape);
 

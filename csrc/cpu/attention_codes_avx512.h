@@ -14,6 +14,11 @@ namespace {
 constexpr int kMaxBatch = 4;  // rows multiplied with a vector of codes while it is in a register
 constexpr int64_t kMaxKeys = kCodeRowStride, kMaxGroups = kMaxCodeDim / 32;
 
+// How the rarer kernels prefetch, so that they are not compiled for every way: those for rows that
+// end within a piece, and the integer ones for 4-bit codes, in place of which processors with
+// another way (see Asking) have the AVX512-BF16 kernels.
+constexpr Asking kUsually = Asking::kOnceL2;
+
 // Combines all lanes of each row's vector; the result is in every lane of the row's quarter.
 template <int kRows, typename Combine>
 [[gnu::always_inline]] inline __m512 combine_rows(const __m512* rows, const Combine& combine) {

@@ -147,11 +147,6 @@ constexpr ScoreGroup kScoreGroup[kMaxBatch + 1] = {
     nullptr, score_group<kIsInt4, kIsWhole, kAsking, 1>, score_group<kIsInt4, kIsWhole, kAsking, 2>,
     score_group<kIsInt4, kIsWhole, kAsking, 3>, score_group<kIsInt4, kIsWhole, kAsking, 4>};
 
-// How the rarer kernels prefetch, so that they are not compiled for every way: those for rows that
-// end within a piece, and those for 4-bit codes, in place of which processors with another way (see
-// Asking) have the AVX512-BF16 kernels.
-constexpr Asking kUsually = Asking::kOnceL2;
-
 void score(const CodeRun& keys, const float* query, int64_t num_rows, float* scores,
            ReadAhead& next) {
   const auto score_with = [&](const ScoreGroup* kernels) {

@@ -176,13 +176,6 @@ struct IntegerSumOf {
   return combine_lanes_of_16(v, SumOf());
 }
 
-[[gnu::always_inline]] inline __m512i sum_lanes_of_16(const __m512i* v) {
-  __m512 bits[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) bits[i] = _mm512_castsi512_ps(v[i]);
-  return _mm512_castps_si512(combine_lanes_of_16(bits, IntegerSumOf()));
-}
-
 [[gnu::always_inline]] inline __m512 max_lanes_of_16(const __m512* v) {
   return combine_lanes_of_16(v, MaxOf());
 }

@@ -147,18 +147,17 @@ class FusedDecoderLayer:
         kernels = self._kernels
         cos, sin = options["position_embeddings"]
         num_rows, num_tokens, hidden_size = hidden_states.shape
-        for tensor in (hidden_states, cos, sin):  # a generator would take half as long again
-            if (
-                type(tensor) is not torch.Tensor
-                or tensor.dtype != self._dtype
-                or tensor.device.type != "cpu"
-                or not tensor.is_contiguous()
-            ):
-                return False
         return (
             not torch.is_grad_enabled()
             and (num_rows, hidden_size) == (1, kernels.hidden_size)
             and cos.shape == sin.shape == (1, num_tokens, kernels.head_dim)
+            and all(
+                type(tensor) is torch.Tensor
+                and tensor.dtype == self._dtype
+                and tensor.device.type == "cpu"
+                and tensor.is_contiguous()
+                for tensor in (hidden_states, cos, sin)
+            )
             and kernels.dtype == self._dtype
         )
 

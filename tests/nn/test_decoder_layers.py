@@ -81,12 +81,13 @@ def test_any_steps_give_the_bits_of_the_layers_own(name, dtype, num_in_one_call,
 def test_few_tokens_take_one_call_of_cpp_after_the_first_layer(monkeypatch):
     model = tiny_models.llama()
     in_parts = []
-    finish = layer_kernels.LayerPass.finish
-    monkeypatch.setattr(
-        layer_kernels.LayerPass,
-        "finish",
-        lambda self, attended: (in_parts.append(self), finish(self, attended))[1],
-    )
+    own_finish = layer_kernels.LayerPass.finish
+
+    def finish(self, attended):
+        in_parts.append(self)
+        return own_finish(self, attended)
+
+    monkeypatch.setattr(layer_kernels.LayerPass, "finish", finish)
     monkeypatch.setattr(layer_kernels.LayerPass, "attend_and_finish", None)
     with with_kernels(model):
         decoder_layers.install(model)
