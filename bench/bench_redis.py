@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -31,6 +32,9 @@ from prefixstore.block_key import BlockHash, RecordName
 from prefixstore.record_layout import RecordLayout
 from prefixstore.tiers.redis import RedisTier
 from prefixstore.tiers.redis.config import RedisTierConfig
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "prefixstore"))
+from ports import free_ports
 
 BATCH_BYTES = 32 << 20
 PIPELINE = 8  # requests that the bare socket and redis-py send ahead of replies
@@ -82,9 +86,7 @@ class Server:
     """
 
     def __init__(self, directory: Path, options: Sequence[str] = ()) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        (self.port,) = free_ports(1)
         self.path = directory / "sock"
         words = [str(find_server()), "--port", str(self.port), "--bind", "127.0.0.1"]
         words += ["--unixsocket", str(self.path), "--save", "", "--appendonly", "no"]

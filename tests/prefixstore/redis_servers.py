@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import redis
+from ports import free_ports
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -36,13 +36,6 @@ def find_flavours() -> dict[str, Path]:
 
 
 FLAVOURS = find_flavours()
-
-
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float = START_TIMEOUT_S) -> None:
@@ -84,7 +77,7 @@ class Server:
         options: dict[str, str] | None = None,
         tls: dict[str, object] | None = None,
     ) -> None:
-        self.port = free_port()
+        (self.port,) = free_ports(1)
         self.socket_path = directory / f"{self.port}.sock"
         settings = {
             "port" if tls is None else "tls-port": str(self.port),
@@ -159,10 +152,10 @@ class Cluster:
             raise
 
     def _start(self, program: Path, directory: Path, num_primaries: int) -> None:
-        for number in range(2 * num_primaries):
+        for number, bus_port in enumerate(free_ports(2 * num_primaries)):
             options = {
                 "cluster-enabled": "yes",
-                "cluster-port": str(free_port()),  # by default 10,000 above the other
+                "cluster-port": str(bus_port),  # by default 10,000 above the other
                 "cluster-config-file": f"nodes-{number}.conf",
                 "cluster-node-timeout": "1000",
                 # By default a replica's first synchronisation waits five seconds, and a primary
@@ -229,7 +222,7 @@ class Sentinels:
     def _start_sentinel(
         self, program: Path, directory: Path
     ) -> tuple[subprocess.Popen[bytes], int]:
-        port = free_port()
+        (port,) = free_ports(1)
         path = directory / f"sentinel-{port}.conf"
         path.write_text(
             f"port {port}\nbind 127.0.0.1\ndir {directory}\n"

