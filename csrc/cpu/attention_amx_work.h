@@ -52,13 +52,12 @@ struct Work {
 
 void start_group(const AttentionTile& tile, int64_t group, Work& work) {
   const int64_t first_row = group * kLanes, set_lanes = kLanes / work.num_sets;
-  const auto* query = static_cast<const uint16_t*>(tile.args->query);
   const uint16_t* sources[kLanes];
   for (int64_t n = 0; n < kLanes; ++n) {
     const int64_t lane = first_row + n, row = first_row + n % set_lanes;
     // Rows past the last are zeros that see what the last row sees.
     const int64_t real = std::min(row, work.count - 1);
-    sources[n] = row < work.count ? query + query_offset(tile, tile.row_begin + row) : nullptr;
+    sources[n] = row < work.count ? read_query<uint16_t>(tile, tile.row_begin + row) : nullptr;
     const KeyRange seen = visible_keys(tile, tile.row_begin + real);
     const int64_t first_key = n / set_lanes * (kKeys / work.num_sets);  // of the lane's set of keys
     work.first[lane] = static_cast<int32_t>(seen.begin - first_key);

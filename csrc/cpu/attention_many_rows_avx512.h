@@ -175,8 +175,7 @@ void start_rows(const AttentionTile& tile, const TileResult& result, Work& work)
   work.sum = work.scores + kMaxRows * kTileKeys;
   work.scales = work.sum + kMaxRows * 16;
   for (int64_t r = 0; r < work.count; ++r) {
-    const auto* query = static_cast<const typename L::Item*>(tile.args->query) +
-                        query_offset(tile, tile.row_begin + r);
+    const auto* query = read_query<typename L::Item>(tile, tile.row_begin + r);
     for (int64_t i = 0; i < work.num_lanes; i += 16) {
       _mm512_mask_storeu_ps(work.query + r * work.num_lanes + i, first_lanes(work.num_lanes - i),
                             L::load(query, i, work.num_lanes));

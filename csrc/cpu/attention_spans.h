@@ -172,6 +172,19 @@ inline int64_t keys_of_part(int64_t value_bytes, int64_t tile_keys) {
   return std::clamp<int64_t>(kPartBytes / value_bytes / 16 * 16, 16, tile_keys);
 }
 
+// The elements of a row of a tile's query. Prefetches those of the row 16 rows on: rows of
+// neighbouring tokens lie pages apart, and without requests each would be waited for (prefill of
+// 512 tokens took 15 % longer on Zen 5).
+template <typename Item>
+[[gnu::always_inline]] inline const Item* read_query(const AttentionTile& tile, int64_t row) {
+  constexpr int64_t kLead = 16;
+  const auto* query = static_cast<const Item*>(tile.args->query);
+  if (row + kLead < tile.row_end) {
+    prefetch_lines(query + query_offset(tile, row + kLead), tile.args->head_dim * sizeof(Item));
+  }
+  return query + query_offset(tile, row);
+}
+
 // Appends the first keys of the tile that this thread works on next: memory stays busy while one
 // item ends and the next begins.
 inline void add_next(const AttentionTile& tile, int64_t tile_keys, Prefetch& all) {
