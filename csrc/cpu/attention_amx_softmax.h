@@ -96,7 +96,7 @@ void weigh_group(Work& work, int64_t group, int64_t begin, const float* scores, 
   // If every score so far is minus infinity, the weights must come out as 0, not as NaN.
   const __m512 base =
       _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(new_max, lowest, _CMP_NEQ_UQ), new_max);
-  const __m512 decay = exp2_lanes(_mm512_sub_ps(old_max, base));
+  const __m512 decay = exp2_of<BFloat16>(_mm512_sub_ps(old_max, base));
   __m512 sums[4] = {_mm512_mul_ps(_mm512_load_ps(work.sum + row), decay)};
   sums[1] = sums[2] = sums[3] = _mm512_setzero_ps();
   constexpr int64_t kSetHalves = kHalves / kSets;
@@ -108,9 +108,9 @@ void weigh_group(Work& work, int64_t group, int64_t begin, const float* scores, 
       const __m512 even = load_scores<kSets>(scores, key);
       const __m512 odd = load_scores<kSets>(scores, key + 1);
       const __m512 a = _mm512_maskz_mov_ps(seen.at(begin + key),
-                                           exp2_lanes(_mm512_fmsub_ps(even, scales, base)));
+                                           exp2_of<BFloat16>(_mm512_fmsub_ps(even, scales, base)));
       const __m512 b = _mm512_maskz_mov_ps(seen.at(begin + key + 1),
-                                           exp2_lanes(_mm512_fmsub_ps(odd, scales, base)));
+                                           exp2_of<BFloat16>(_mm512_fmsub_ps(odd, scales, base)));
       sums[j % 2 * 2] = _mm512_add_ps(sums[j % 2 * 2], a);
       sums[j % 2 * 2 + 1] = _mm512_add_ps(sums[j % 2 * 2 + 1], b);
       pairs[j] = round_pairs(a, b);

@@ -315,6 +315,7 @@ struct PairRows {
 
 // Two bfloat16 per lane.
 struct PairLanes {
+  using Element = BFloat16;
   using Item = uint16_t;
   using Unpacker = Avx512Unpacker<RoundedBFloat16>;
   static constexpr int64_t kNumbers = 2;

@@ -48,6 +48,7 @@ void start_rows(const AttentionTile& tile, int64_t head, float* scratch, Rows& r
 }
 
 // Turns one head's scores of the keys in `now` into weights.
+template <typename E>
 inline void weigh_head(const AttentionTile& tile, int64_t head, const Tile& now, Rows& rows) {
   const bool adjusts = adjusts_scores(*tile.args);
   const float scale = adjusts ? 1.0f : tile.args->sm_scale * kLog2E;
@@ -57,8 +58,8 @@ inline void weigh_head(const AttentionTile& tile, int64_t head, const Tile& now,
     const KeyRange seen = visible_keys(tile, row);
     if (adjusts) adjust_scores(tile, row, head, now.begin, now.num_keys(), scores);
     const int64_t last = std::min(seen.end, now.end) - now.begin;
-    rows.decay[r] = softmax_step(scores, now.num_keys(), seen.begin - now.begin, last, scale,
-                                 &rows.max[r], rows.sum + 8 * r);
+    rows.decay[r] = softmax_step<E>(scores, now.num_keys(), seen.begin - now.begin, last, scale,
+                                    &rows.max[r], rows.sum + 8 * r);
   }
 }
 
@@ -125,7 +126,7 @@ class FewRows {
       score_all<Float32>(rows.floats, rows.count, rows.head_dim, {unpacked_, now.keys}, prefetch_,
                          now.num_keys(), rows.scores);
     }
-    weigh_head(tile_, head, now, rows);
+    weigh_head<E>(tile_, head, now, rows);
   }
 
   void add_values(const Tile& now, int64_t head) {

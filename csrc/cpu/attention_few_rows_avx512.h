@@ -120,6 +120,7 @@ struct Columns {
 };
 
 // Turns one head's scores of the keys in `now` into weights.
+template <typename R>
 inline void weigh_head(const AttentionTile& tile, int64_t head, const Columns& columns,
                        const Tile& now, Rows& rows) {
   const int64_t num_keys = now.num_keys();
@@ -132,10 +133,11 @@ inline void weigh_head(const AttentionTile& tile, int64_t head, const Columns& c
     }
   }
   if (columns.are_all) {
-    softmax_whole(rows.scores, rows.count, scale, rows.max, rows.sum, rows.decay);
+    softmax_whole<typename R::Element>(rows.scores, rows.count, scale, rows.max, rows.sum,
+                                       rows.decay);
   } else {
-    softmax_rows(rows.scores, num_keys, columns.of_row, rows.count, scale, rows.max, rows.sum,
-                 rows.decay);
+    softmax_rows<typename R::Element>(rows.scores, num_keys, columns.of_row, rows.count, scale,
+                                      rows.max, rows.sum, rows.decay);
   }
 }
 
@@ -212,7 +214,7 @@ class FewRows {
     for (int64_t head = 0; head < tile_.num_kv_heads; ++head) {
       prefetch_.begin(now.key_spans.num_bytes);
       score_head<R>(now, keys(now, head), prefetch_, rows_[head]);
-      weigh_head(tile_, head, columns, now, rows_[head]);
+      weigh_head<R>(tile_, head, columns, now, rows_[head]);
     }
     for (int64_t head = 0; head < tile_.num_kv_heads; ++head) {
       prefetch_.begin(now.value_spans.num_bytes);
@@ -239,7 +241,7 @@ class FewRows {
     }
     now.codes.kernels->score(keys.jobs, keys.count, rows_[0].count, prefetch_);
     for (int64_t head = first; head < end; ++head) {
-      weigh_head(tile_, head, columns, now, rows_[head]);
+      weigh_head<R>(tile_, head, columns, now, rows_[head]);
     }
   }
 

@@ -134,8 +134,7 @@ void start_rows(const AttentionTile& tile, const TileResult& result, Work& work)
   std::fill_n(result.max, work.count, -kInfinity);
   std::fill_n(work.sum, work.count * 8, 0.0f);
   for (int64_t r = 0; r < work.count; ++r) {
-    const auto* query = static_cast<const typename E::Item*>(tile.args->query) +
-                        query_offset(tile, tile.row_begin + r);
+    const auto* query = read_query<typename E::Item>(tile, tile.row_begin + r);
     for (int64_t i = 0; i < work.head_dim; i += 8) {
       _mm256_storeu_ps(work.query + r * work.head_dim + i, E::load(query + i));
     }
@@ -190,6 +189,7 @@ void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, Work& work
   }
 }
 
+template <typename E>
 inline void score_rows(Work& work, int64_t row, int64_t count, int64_t begin, int64_t end,
                        const TileResult& result) {
   const KeyRange columns = seen_columns(work.seen + row, count, begin, end);
@@ -204,8 +204,8 @@ inline void score_rows(Work& work, int64_t row, int64_t count, int64_t begin, in
     if (work.adjusts) {
       adjust_scores(*work.tile, work.tile->row_begin + r, 0, begin, columns.end, scores);
     }
-    work.decay[r] = softmax_step(scores, columns.end, own.begin, own.end, work.scale,
-                                 result.max + r, work.sum + 8 * r);
+    work.decay[r] = softmax_step<E>(scores, columns.end, own.begin, own.end, work.scale,
+                                    result.max + r, work.sum + 8 * r);
   }
 }
 
@@ -237,7 +237,7 @@ void attend_many_rows(const AttentionTile& tile, const TileResult& result) {
     const int64_t num_blocks = (row_end - row_begin + kBlockRows - 1) / kBlockRows;
     for (int64_t row = row_begin; row < row_end; row += kBlockRows) {
       const int64_t count = std::min<int64_t>(row_end - row, kBlockRows);
-      score_rows(work, row, count, begin, end, result);
+      score_rows<E>(work, row, count, begin, end, result);
       add_values(work, row, count, begin, end, result);
       work.while_multiplying.advance(share_of_bytes(tile_bytes, num_blocks));
     }

@@ -28,6 +28,7 @@ constexpr int64_t kSumLength = 64;
 // One float per lane.
 template <typename E>
 struct WidenedLanes {
+  using Element = E;
   using Item = typename E::Item;
   using Unpacker = Avx512Unpacker<E>;
   static constexpr int64_t kNumbers = 1;
@@ -268,8 +269,8 @@ void score_rows(Work& work, int64_t row, int64_t count, int64_t begin, int64_t e
                     scores + r * kTileKeys);
     }
   }
-  softmax_rows(scores, columns.end, own, count, work.scale, result.max + row, work.sum + 16 * row,
-               work.decay + row);
+  softmax_rows<typename L::Element>(scores, columns.end, own, count, work.scale, result.max + row,
+                                    work.sum + 16 * row, work.decay + row);
   for (int64_t r = 0; r < count; ++r) L::pack_weights(scores + r * kTileKeys, columns.end);
 }
 

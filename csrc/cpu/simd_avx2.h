@@ -10,9 +10,11 @@ namespace {
 
 // Element types. `load` widens 8 neighbours to floats, `store` rounds them back. `load_half` 0 and
 // 1 together widen 16 neighbours in whatever order is cheapest; `arrange` brings two vectors of
-// neighbours into that order, `restore` out of it.
+// neighbours into that order, `restore` out of it. kExp2Degree: of exp2_lanes, as exact as results
+// of the type can show.
 struct Float32 {
   using Item = float;
+  static constexpr int kExp2Degree = 6;
   static __m256 load(const Item* p) { return _mm256_loadu_ps(p); }
   template <int kHalf>
   static __m256 load_half(const Item* p) {
@@ -25,6 +27,7 @@ struct Float32 {
 
 struct Float16 {
   using Item = uint16_t;
+  static constexpr int kExp2Degree = 4;
   static __m256 load(const Item* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
@@ -41,6 +44,7 @@ struct Float16 {
 
 struct BFloat16 {
   using Item = uint16_t;
+  static constexpr int kExp2Degree = 4;
   static __m256 load(const Item* p) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
@@ -88,17 +92,28 @@ inline void widen_float16_pairs(__m256i pairs, __m256& first, __m256& second) {
   second = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
 }
 
-// 2^x for x <= 0, minus infinity included; NaN stays NaN. Results below 2^-127 are 0.
+// 2^x for x <= 0, minus infinity included; NaN stays NaN. Results below 2^-127 are 0. As exact as
+// kExp2Poly<kDegree>.
+template <int kDegree = 6>
 inline __m256 exp2_lanes(__m256 x) {
   // vmaxps returns its second operand if either is NaN.
   x = _mm256_max_ps(_mm256_set1_ps(-127.0f), x);
   const __m256 whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m256 rest = _mm256_sub_ps(x, whole);
-  __m256 poly = _mm256_set1_ps(kExp2Poly[6]);
-  for (int i = 5; i >= 0; --i) poly = _mm256_fmadd_ps(poly, rest, _mm256_set1_ps(kExp2Poly[i]));
+  constexpr auto& kPoly = kExp2Poly<kDegree>;
+  __m256 poly = _mm256_set1_ps(kPoly[kDegree]);
+  for (int i = kDegree - 1; i >= 0; --i) {
+    poly = _mm256_fmadd_ps(poly, rest, _mm256_set1_ps(kPoly[i]));
+  }
   // For -127 the exponent field is 0, which makes the power 0.
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
   return _mm256_mul_ps(poly, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+}
+
+// exp2_lanes for results of the element type E.
+template <typename E>
+inline __m256 exp2_of(__m256 x) {
+  return exp2_lanes<E::kExp2Degree>(x);
 }
 
 inline __m256 abs_lanes(__m256 v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }

@@ -13,9 +13,11 @@ namespace {
 // Element types. `load` widens 16 neighbours to floats, in order. `load_pair` widens 32 in the
 // cheapest order, the same at every call: for bfloat16 those at even indices, then those at odd
 // ones, which costs a shift and a mask instead of two shuffles. `arrange` brings two vectors of
-// neighbours into that order, `restore` out of it.
+// neighbours into that order, `restore` out of it. kExp2Degree: of exp2_lanes, as exact as results
+// of the type can show.
 struct Float32 {
   using Item = float;
+  static constexpr int kExp2Degree = 6;
   static __m512 load(const Item* p) { return _mm512_loadu_ps(p); }
   static void load_pair(const Item* p, __m512& a, __m512& b) {
     a = load(p);
@@ -31,6 +33,7 @@ struct Float32 {
 
 struct Float16 {
   using Item = uint16_t;
+  static constexpr int kExp2Degree = 4;
   static __m512 widen(__m256i bits) { return _mm512_cvtph_ps(bits); }
   static __m512 load(const Item* p) {
     return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -52,6 +55,7 @@ struct Float16 {
 
 struct BFloat16 {
   using Item = uint16_t;
+  static constexpr int kExp2Degree = 4;
   static __m512 widen(__m256i bits) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
@@ -106,15 +110,25 @@ inline __mmask16 first_lanes(int64_t count) {
   return static_cast<__mmask16>(_bzhi_u32(0xffff, num_lanes));
 }
 
-// 2^x for x <= 0, minus infinity included; NaN stays NaN.
+// 2^x for x <= 0, minus infinity included; NaN stays NaN. As exact as kExp2Poly<kDegree>.
+template <int kDegree = 6>
 inline __m512 exp2_lanes(__m512 x) {
   // vmaxps returns its second operand if either is NaN.
   x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 rest = _mm512_sub_ps(x, whole);
-  __m512 poly = _mm512_set1_ps(kExp2Poly[6]);
-  for (int i = 5; i >= 0; --i) poly = _mm512_fmadd_ps(poly, rest, _mm512_set1_ps(kExp2Poly[i]));
+  constexpr auto& kPoly = kExp2Poly<kDegree>;
+  __m512 poly = _mm512_set1_ps(kPoly[kDegree]);
+  for (int i = kDegree - 1; i >= 0; --i) {
+    poly = _mm512_fmadd_ps(poly, rest, _mm512_set1_ps(kPoly[i]));
+  }
   return _mm512_scalef_ps(poly, whole);
+}
+
+// exp2_lanes for results of the element type E.
+template <typename E>
+inline __m512 exp2_of(__m512 x) {
+  return exp2_lanes<E::kExp2Degree>(x);
 }
 
 // Lane i of each quarter (128 bits) of the result combines the lanes of that quarter of v[i].
