@@ -103,13 +103,19 @@ class AttentionCall {
     const int64_t tile_floats = seq.heads_per_tile * seq.result_size;
     float* merged = thread_scratch(0, 2 * tile_floats);
     float* memory = merged + tile_floats;
-    start(seq, tile, merged);
+    bool has_any = false;
     for (int64_t chunk = 0; chunk < seq.num_chunks; ++chunk) {
       AttentionTile part = tile;
       if (!seq.clip_to_chunk(part, chunk)) continue;
-      attend(seq, part, memory);
-      merge(seq, tile, memory, merged);
+      attend(seq, part, has_any ? memory : merged);
+      if (has_any) {
+        merge(seq, tile, memory, merged);
+      } else {
+        clear_empty(seq, tile, merged);
+      }
+      has_any = true;
     }
+    if (!has_any) start(seq, tile, merged);
     finish(seq, tile, merged);
   }
 
@@ -156,6 +162,13 @@ class AttentionCall {
   void start(const SequencePlan& seq, const AttentionTile& tile, float* merged) const {
     for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
       clear_rows(result_in(seq, merged, head), tile.row_end - tile.row_begin, args_.value_dim);
+    }
+  }
+
+  void clear_empty(const SequencePlan& seq, const AttentionTile& tile, float* memory) const {
+    for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
+      clear_empty_rows(result_in(seq, memory, head), tile.row_end - tile.row_begin,
+                       args_.value_dim);
     }
   }
 

@@ -59,6 +59,10 @@ void for_each_seen(const AttentionTile& tile, const Visit& visit) {
   for (int64_t key = first_new; key < range.end; ++key) visit(key, key + 1);
 }
 
+TileResult rows_from(const TileResult& all, int64_t row, int64_t dim) {
+  return {all.out + row * dim, all.max + row, all.sum + row};
+}
+
 // Computes the rows of one query again, from ranges that hold no key beside those they see.
 void attend_query(const AttentionKernel& kernel, const AttentionTile& tile,
                   const TileResult* results) {
@@ -92,8 +96,7 @@ void attend_apart(const AttentionKernel& kernel, const AttentionTile& tile,
     const int64_t row = one.row_begin - tile.row_begin;
     TileResult own[kMaxTileHeads];
     for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
-      const TileResult& all = results[head];
-      own[head] = {all.out + row * dim, all.max + row, all.sum + row};
+      own[head] = rows_from(results[head], row, dim);
     }
     if (!are_finite(kernel, own, one)) attend_query(kernel, one, own);
   }
@@ -105,6 +108,12 @@ void clear_rows(const TileResult& result, int64_t num_rows, int64_t dim) {
   std::fill_n(result.out, num_rows * dim, 0.0f);
   std::fill_n(result.max, num_rows, -kInfinity);
   std::fill_n(result.sum, num_rows, 0.0f);
+}
+
+void clear_empty_rows(const TileResult& result, int64_t num_rows, int64_t dim) {
+  for (int64_t row = 0; row < num_rows; ++row) {
+    if (result.sum[row] == 0) clear_rows(rows_from(result, row, dim), 1, dim);
+  }
 }
 
 void merge_rows(const AttentionKernel& kernel, const TileResult& part, const TileResult& all,

@@ -8,6 +8,10 @@ namespace kvkernels {
 // Writes the result over no keys.
 void clear_rows(const TileResult& result, int64_t num_rows, int64_t dim);
 
+// Does to a result what merging it into the result over no keys does: a weight of 0 times an
+// infinite value has left NaN in a row that saw no key, or none with a finite score.
+void clear_empty_rows(const TileResult& result, int64_t num_rows, int64_t dim);
+
 // Merges the results over more keys, `part`, into `all`. A row that sees none of those keys keeps
 // its bits, so its result depends only on keys that it sees.
 void merge_rows(const AttentionKernel& kernel, const TileResult& part, const TileResult& all,

@@ -87,6 +87,23 @@ def test_a_score_of_infinity_makes_the_log_sum_exp_infinity(
     assert torch.equal(out.isnan(), exact.isnan())
 
 
+@on_every_cpu_path
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sequences", [((1, 41),), ((3, 40),), ((20, 90),), ((1, 700),)], ids=str)
+def test_a_query_whose_scores_are_minus_infinity_gets_nothing(
+    implementation: Implementation, sequences: tuple[tuple[int, int], ...], dtype: torch.dtype
+) -> None:
+    """Not even an infinite value, which a weight of 0 would make a NaN."""
+    case = Case("", sequences)
+    inputs = make_inputs(case, dtype, CPU)
+    inputs.query[..., 0] = 1
+    inputs.key_cache[..., 0] = -torch.inf
+    inputs.value_cache[..., 1] = torch.inf
+    scoring = make_scoring(Feature("", case), CPU)
+    out, lse = implementation.paged_attention(*inputs.tensors(), scoring, True)
+    assert out.eq(0).all() and lse.isneginf().all()
+
+
 @every_implementation()
 @pytest.mark.parametrize("num_queries", [1, 3])
 def test_a_sink_of_infinity_makes_the_log_sum_exp_infinity(
