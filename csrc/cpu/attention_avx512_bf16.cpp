@@ -313,9 +313,25 @@ struct PairRows {
 
 // ---- many rows -----------------------------------------------------------------------------
 
+// Rounded to bfloat16 as they are written: two weights of neighbouring keys per lane, in the front
+// half of the row.
+struct PairWeights {
+  using Element = BFloat16;
+
+  template <int kVectors>
+  static void store(const __m512* weights, float* row) {
+#pragma GCC unroll 2
+    for (int i = 0; i < kVectors; i += 2) {
+      const __m512 more = i + 1 < kVectors ? weights[i + 1] : _mm512_setzero_ps();
+      const __m512bh rounded = _mm512_cvtne2ps_pbh(more, weights[i]);
+      _mm512_store_si512(row + 8 * i, reinterpret_cast<__m512i>(rounded));
+    }
+  }
+};
+
 // Two bfloat16 per lane.
 struct PairLanes {
-  using Element = BFloat16;
+  using Weights = PairWeights;
   using Item = uint16_t;
   using Unpacker = Avx512Unpacker<RoundedBFloat16>;
   static constexpr int64_t kNumbers = 2;
@@ -336,10 +352,6 @@ struct PairLanes {
       _mm512_store_si512(target + i, interleave<0>(a, b));
       if (i + 16 < head_dim) _mm512_store_si512(target + i + 16, interleave<1>(a, b));
     }
-  }
-
-  static void pack_weights(float* weights, int64_t num_weights) {
-    round_weights(weights, num_weights);
   }
 };
 

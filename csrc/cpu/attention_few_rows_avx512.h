@@ -123,6 +123,7 @@ struct Columns {
 template <typename R>
 inline void weigh_head(const AttentionTile& tile, int64_t head, const Columns& columns,
                        const Tile& now, Rows& rows) {
+  using Weights = FloatWeights<typename R::Element>;
   const int64_t num_keys = now.num_keys();
   float scale = tile.args->sm_scale * kLog2E;
   if (adjusts_scores(*tile.args)) {
@@ -133,11 +134,10 @@ inline void weigh_head(const AttentionTile& tile, int64_t head, const Columns& c
     }
   }
   if (columns.are_all) {
-    softmax_whole<typename R::Element>(rows.scores, rows.count, scale, rows.max, rows.sum,
-                                       rows.decay);
+    softmax_whole<Weights>(rows.scores, rows.count, scale, rows.max, rows.sum, rows.decay);
   } else {
-    softmax_rows<typename R::Element>(rows.scores, num_keys, columns.of_row, rows.count, scale,
-                                      rows.max, rows.sum, rows.decay);
+    softmax_rows<Weights>(rows.scores, num_keys, columns.of_row, rows.count, scale, rows.max,
+                          rows.sum, rows.decay);
   }
 }
 

@@ -71,10 +71,16 @@ def test_values_of_another_width_than_keys(
 
 @every_implementation()
 @pytest.mark.parametrize("sm_scale", [0.0, 1.0, -0.3, 1e-50])
+@pytest.mark.parametrize("sequences", [MIXED, ((3, 65), (20, 90))], ids=["mixed", "tile_ends"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scores_are_multiplied_by_the_given_scale(
-    implementation: Implementation, sm_scale: float, device: torch.device
+    implementation: Implementation,
+    dtype: torch.dtype,
+    sequences: tuple[tuple[int, int], ...],
+    sm_scale: float,
+    device: torch.device,
 ) -> None:
-    inputs = make_inputs(Case("scale", MIXED, head_dim=16), torch.float32, device)
+    inputs = make_inputs(Case("scale", sequences, head_dim=16), dtype, device)
     options = (Scoring(sm_scale, True, 0), True)
     out, lse = implementation.paged_attention(*inputs.tensors(), *options)
     assert_attends(out, lse, inputs, *options)
@@ -82,12 +88,13 @@ def test_scores_are_multiplied_by_the_given_scale(
 
 @every_implementation()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sm_scale", [1.0, -1.0])
 def test_large_scores_do_not_overflow(
-    implementation: Implementation, dtype: torch.dtype, device: torch.device
+    implementation: Implementation, sm_scale: float, dtype: torch.dtype, device: torch.device
 ) -> None:
     inputs = make_inputs(Case("large", ((1, 40), (20, 40))), dtype, device)
     inputs.query *= 100
-    options = (Scoring(1.0, True, 0), True)
+    options = (Scoring(sm_scale, True, 0), True)
     out, lse = implementation.paged_attention(*inputs.tensors(), *options)
     assert_attends(out, lse, inputs, *options)
 
