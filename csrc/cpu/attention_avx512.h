@@ -87,11 +87,10 @@ inline void softmax_some_rows(float* scores, const KeyRange* columns, float scal
 #pragma GCC unroll 4
   for (int r = kRows; r < 4; ++r) top[r] = top[0];
   // Quarter r of `largest` and of what follows from it belongs to row r. The largest score is also
-  // the largest once multiplied, as rounding keeps the order. 0 times infinity must not hide that a
-  // row sees nothing.
-  const __m512 unscaled = combine_lanes_of_4(top, MaxOf());
-  const __mmask16 is_any = _mm512_cmp_ps_mask(unscaled, lowest, _CMP_NEQ_UQ);
-  const __m512 largest = _mm512_mask_mul_ps(lowest, is_any, _mm512_xor_ps(unscaled, sign), scales);
+  // the largest once multiplied, as rounding keeps the order. (With a scale of 0, a row that sees
+  // none of the columns others see becomes NaN here, and is computed again: attention_tiles.cpp.)
+  const __m512 unscaled = _mm512_xor_ps(combine_lanes_of_4(top, MaxOf()), sign);
+  const __m512 largest = _mm512_mul_ps(unscaled, scales);
   const __m512i spread = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
   const __m512i gather = _mm512_set_epi32(12, 8, 4, 0, 12, 8, 4, 0, 12, 8, 4, 0, 12, 8, 4, 0);
   constexpr __mmask16 kIsRow = (1 << kRows) - 1;
