@@ -15,8 +15,8 @@ all thirty times over. A function that knows its layer calls the same kernels in
 
 `install` tries each layer within its model, next to what it would put there, and replaces only what
 gave the same bits. So it goes on top of `batch_invariance` and `fused_layers`, whose kernels these
-are, and serves what an engine does: passes of a `BatchCache`. All others, and a pass whose tensors
-or arguments are others than in the trial, go through the layer's own forward.
+are, and serves passes of a `PagedCache`, and of an engine's `BatchCache`. All others, and a pass
+whose tensors or arguments are others than in the trial, go through the layer's own forward.
 """
 
 from __future__ import annotations
@@ -38,12 +38,14 @@ from kvkernels.nn.layer_kernels import LayerKernels, LayerParts
 from kvkernels.nn.paged_kv import PagedKV
 from kvkernels.nn.transformers import attend, observe_attention
 from kvkernels.nn.transformers_batch import BatchCache
+from kvkernels.nn.transformers_cache import PagedCache
 from kvkernels.nn.transformers_compat import is_idle_capture
 from kvkernels.nn.transformers_mask import find_window
 
 logger = logging.getLogger(__name__)
 
 _NUM_TRIAL_TOKENS = 16
+_CACHES = (BatchCache, PagedCache)  # and no class made of them, which may store in another way
 # What a model raises that has other parts than expected, or passes other arguments to them.
 _TRIAL_ERRORS = (AttributeError, TypeError, LookupError, ValueError, RuntimeError)
 # Options that an attention layer may pass to its attention function; replaced layers do the same.
@@ -128,7 +130,7 @@ class FusedDecoderLayer:
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> Any:
         cache = options.get("past_key_values")
-        if args or type(cache) is not BatchCache or not self.serves(hidden_states, options):
+        if args or type(cache) not in _CACHES or not self.serves(hidden_states, options):
             return type(self._module).forward(self._module, hidden_states, *args, **options)
         return self.run(hidden_states, cache, options)
 
@@ -145,12 +147,14 @@ class FusedDecoderLayer:
         if self._parts != self._expected_parts:  # an adapter may have replaced one since
             return False
         kernels = self._kernels
+        head_dim = kernels.head_dim
         cos, sin = options["position_embeddings"]
         num_rows, num_tokens, hidden_size = hidden_states.shape
         return (
             not torch.is_grad_enabled()
-            and (num_rows, hidden_size) == (1, kernels.hidden_size)
-            and cos.shape == sin.shape == (1, num_tokens, kernels.head_dim)
+            and hidden_size == kernels.hidden_size
+            and cos.shape == sin.shape
+            and cos.shape in ((num_rows, num_tokens, head_dim), (1, num_tokens, head_dim))
             and all(
                 type(tensor) is torch.Tensor
                 and tensor.dtype == self._dtype
@@ -162,33 +166,43 @@ class FusedDecoderLayer:
         )
 
     def run(
-        self, hidden_states: torch.Tensor, cache: BatchCache | None, options: dict[str, Any]
+        self,
+        hidden_states: torch.Tensor,
+        cache: BatchCache | PagedCache | None,
+        options: dict[str, Any],
     ) -> torch.Tensor:
         """What the layer gives, with keys and values of the pass alone if there is no cache.
 
         Args:
-            hidden_states: ``[1, num_tokens, hidden_size]``.
+            hidden_states: ``[num_rows, num_tokens, hidden_size]``.
             cache: Where the new tokens are stored.
             options: The layer's keyword arguments.
         """
+        shape = num_rows, *_ = hidden_states.shape
         cos, sin = options["position_embeddings"]
+        if num_rows > 1:
+            hidden_states, cos, sin = (
+                tensor.expand(num_rows, -1, -1).reshape(1, -1, tensor.shape[2]).contiguous()
+                for tensor in (hidden_states, cos, sin)
+            )
         mask = options["attention_mask"]
         if cache is not None:
             window = find_window(mask, self._window)
             # Where all of this is as in the group's first layer, that one's checks need not be
             # repeated.
-            call = (hidden_states.shape[1], *self._kernels.sizes, self._dtype, window)
+            call = (*shape, *self._kernels.sizes, self._dtype, window)
             place = cache.next_place(self._layer_idx, call)
             if place is not None:
-                return self._kernels.run(hidden_states, cos, sin, place, window)
+                out = self._kernels.run(hidden_states, cos, sin, place, window)
+                return out if num_rows == 1 else out.view(shape)
         layer_pass = self._kernels.begin(hidden_states, cos, sin)
         key: torch.Tensor | PagedKV
         value: torch.Tensor | PagedKV
-        query, key, value = layer_pass.heads
+        query, key, value = layer_pass.heads(num_rows)
         if cache is not None:
             key, value = cache.update(key, value, self._layer_idx)
         attended, _ = attend(self._attention, query, key, value, mask, **self._attention_options)
-        return layer_pass.finish(attended)
+        return layer_pass.finish(attended).view(shape)
 
 
 def _hooks_within(module: torch.nn.Module) -> list[dict[int, Any]]:

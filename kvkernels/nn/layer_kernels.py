@@ -248,16 +248,15 @@ class LayerPass:
         )
         layer.project_heads(self._pointers, num_tokens, native.isa(), num_threads())
 
-    @property
-    def num_tokens(self) -> int:
-        return self._num_tokens
+    def heads(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value, with the tokens in so many rows.
 
-    @property
-    def heads(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query, key and value: ``[1, num_heads or num_kv_heads, num_tokens, head_dim]``."""
+        Returns:
+            ``[num_rows, num_heads or num_kv_heads, num_tokens, head_dim]`` each.
+        """
         query_end, key_end, value_end, _ = self._bounds
         bounds = ((0, query_end), (query_end, key_end), (key_end, value_end))
-        shape = (1, self._num_tokens, -1, self._kernels.head_dim)
+        shape = (num_rows, self._num_tokens // num_rows, -1, self._kernels.head_dim)
         query, key, value = (
             self._memory[begin:end].view(shape).transpose(1, 2) for begin, end in bounds
         )
@@ -303,7 +302,7 @@ class LayerPass:
         """The rest of the layer, after an attention of the caller's.
 
         Args:
-            attended: ``[1, num_tokens, num_heads, head_dim]``, contiguous.
+            attended: ``[num_rows, num_tokens, num_heads, head_dim]``, contiguous.
 
         Returns:
             ``[1, num_tokens, hidden_size]``: what the layer gives.

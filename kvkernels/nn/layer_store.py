@@ -31,7 +31,8 @@ class LayerStore:
         self._groups = tuple(groups)
         self._places = _layer_places(self._groups)
         self._next_layer = 0
-        self._first_calls: dict[int, Hashable] = {}  # by group
+        self._call: Hashable = None  # that `next_place` was last told of
+        self._first_calls: dict[int, Hashable] = {}  # by group: of a layer that was stored
 
     @property
     def num_layers(self) -> int:
@@ -79,6 +80,9 @@ class LayerStore:
         store_kv(key, value, place.key_cache, place.value_cache, place.batch.slot_mapping)
         self._next_layer = layer_idx + 1
         group_index, layer = self._places[layer_idx]
+        if layer == 0:
+            self._first_calls[group_index] = self._call
+        self._call = None
         if group_index in long_passes:
             return long_passes[group_index].store(layer, key, value)
         return place
@@ -104,11 +108,10 @@ class LayerStore:
         """
         self._check_turn(layer_idx)
         group_index, layer = self._places[layer_idx]
-        if layer == 0:
-            self._first_calls[group_index] = call
-        elif self._first_calls.get(group_index) == call:
+        if layer > 0 and self._first_calls.get(group_index) == call:
             self._next_layer = layer_idx + 1
             return self._place(batches, layer_idx)
+        self._call = call
         return None
 
     def _check_turn(self, layer_idx: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -155,6 +155,16 @@ class PagedCache(PoolCache):
             if self._on_step is not None:
                 self._on_step(self)
         return handle, handle
+
+    def next_place(self, layer_idx: int, call: Hashable) -> PagedKV | None:
+        """See `LayerStore.next_place`; None if the layer is to go through `update`, as the first
+        does, which reserves blocks, and the last, which counts the tokens.
+        """
+        if layer_idx == len(self) - 1 or self._long_passes:
+            return None
+        if layer_idx == 0:
+            self._layers.begin()
+        return self._layers.next_place(self._batches, layer_idx, call)
 
     def get_seq_length(self, layer_idx: int = 0, *args: Any) -> int:
         return self._num_tokens
