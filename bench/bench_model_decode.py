@@ -2,8 +2,8 @@
 
 Each provider has read the same prompt (transformers' with `sdpa`). A run is some greedy steps of
 one token each, which its cache then forgets. transformers' `sdpa` and `eager` use its DynamicCache.
-`kvkernels_layers` has, beside the attention, the linear layers of `kvkernels.nn.batch_invariance`
-and the fused ones of `kvkernels.nn.fused_layers`. All share one copy of the weights.
+`kvkernels` has the attention alone, `kvkernels_layers` also the other layers of
+`kvkernels.nn.fused_model`. All share one copy of the weights.
 """
 
 import statistics
@@ -101,13 +101,10 @@ def open_transformers(
 def open_paged(
     replaces_layers: bool, make: Callable[[], Any], prompt: torch.Tensor, num_steps: int
 ) -> Iterator[Decoder]:
-    from kvkernels.nn import batch_invariance, fused_layers
+    from kvkernels.nn.fused_model import fused_model
     from kvkernels.nn.transformers import PagedCache, paged_attention
 
     model = make()
-    if replaces_layers:
-        batch_invariance.install(model)
-        fused_layers.install(model)
     num_blocks = -(-(prompt.shape[1] + num_steps) // BLOCK_SIZE)
     groups = [
         PagedGroup(
@@ -115,7 +112,8 @@ def open_paged(
         )
         for spec in layer_groups(model.config, BLOCK_SIZE, torch.bfloat16)
     ]
-    with paged_attention(model), PagedCache(groups) as cache:
+    replaced = fused_model if replaces_layers else paged_attention
+    with replaced(model), PagedCache(groups) as cache:
         yield Decoder.of_prompt(model, cache, prompt)
 
 
