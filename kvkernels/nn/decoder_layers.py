@@ -45,7 +45,9 @@ from kvkernels.nn.transformers_mask import find_window
 logger = logging.getLogger(__name__)
 
 _NUM_TRIAL_TOKENS = 16
-_CACHES = (BatchCache, PagedCache)  # and no class made of them, which may store in another way
+# Of caches that say where a layer may store its keys and values itself. A class made of them that
+# stores in another way has an `update` of its own.
+_UPDATES = (BatchCache.update, PagedCache.update)
 # What a model raises that has other parts than expected, or passes other arguments to them.
 _TRIAL_ERRORS = (AttributeError, TypeError, LookupError, ValueError, RuntimeError)
 # Options that an attention layer may pass to its attention function; replaced layers do the same.
@@ -130,7 +132,8 @@ class FusedDecoderLayer:
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> Any:
         cache = options.get("past_key_values")
-        if args or type(cache) not in _CACHES or not self.serves(hidden_states, options):
+        is_served = not args and getattr(type(cache), "update", None) in _UPDATES
+        if not is_served or not self.serves(hidden_states, options):
             return type(self._module).forward(self._module, hidden_states, *args, **options)
         return self.run(hidden_states, cache, options)
 

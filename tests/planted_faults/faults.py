@@ -94,7 +94,7 @@ FAULTS = [
     Fault("values stay where all scores are minus infinity", CSRC + "attention_tiles.cpp",
           "if (result.sum[row] == 0) clear_rows", "if (false) clear_rows", files=NONFINITE),
     Fault("an empty part is not left out", CSRC + "attention_tiles.cpp",
-          "if (part.sum[row] == 0) continue;", ""),
+          "if (part.sum[row] == 0) continue;", "", files=NONFINITE),
     Fault("log-sum-exp in base 2", CSRC + "attention.cpp",
           "(base + std::log2(sum)) * kLn2", "base + std::log2(sum)"),
     Fault("log-sum-exp of infinity left to its sum", CSRC + "attention.cpp",

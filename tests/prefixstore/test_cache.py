@@ -10,6 +10,8 @@ import torch
 from cached_models import BLOCK_SIZE, as_row, generate, random_tokens, run
 
 from kvkernels import PoolFullError
+from kvkernels.nn.decoder_layers import FusedDecoderLayer
+from kvkernels.nn.fused_model import fused_model
 from prefixstore.cache import PrefixCache
 from prefixstore.config import CacheConfig
 from prefixstore.index import RadixIndex
@@ -101,6 +103,25 @@ def test_blocks_survive_a_restart_on_disk(model, open_cache, tmp_path):
     assert out == plain
     assert report.tokens_by_tier == {"disk": 288}
     assert run(cache, model, tokens)[1].tokens_by_tier == {"device": 288}
+
+
+def test_a_fused_model_gives_the_same_tokens_and_decodes_in_replaced_layers(
+    model, open_cache, monkeypatch
+):
+    tokens, runs, own_run = random_tokens(200), [], FusedDecoderLayer.run
+    plain = generate(model, tokens)
+    monkeypatch.setattr(
+        FusedDecoderLayer, "run", lambda self, *args: runs.append(self) or own_run(self, *args)
+    )
+    with fused_model(model):
+        cache = open_cache()
+        runs.clear()  # of the trial
+        cold, _ = run(cache, model, tokens)
+        num_cold = len(runs)
+        warm, report = run(cache, model, tokens)
+    assert cold == warm == plain
+    assert report.num_reused == 192
+    assert num_cold == len(runs) - num_cold == len(plain) * model.config.num_hidden_layers
 
 
 def test_a_damaged_record_is_a_counted_miss(model, open_cache, tmp_path):
