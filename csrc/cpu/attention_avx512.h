@@ -73,7 +73,7 @@ inline void softmax_some_rows(float* scores, const KeyRange* columns, float scal
   __m512 top[4];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-    const Seen seen(columns + r);
+    const Seen seen(kIsMasked ? columns + r : nullptr);
     __m512 s[kVectors];
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) {
@@ -104,7 +104,7 @@ inline void softmax_some_rows(float* scores, const KeyRange* columns, float scal
   _mm512_mask_storeu_ps(decay, kIsRow, _mm512_permutexvar_ps(gather, factors));
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-    const Seen seen(columns + r);
+    const Seen seen(kIsMasked ? columns + r : nullptr);
     const __m512i quarter = _mm512_set1_epi32(4 * r);
     const __m512 row_base = _mm512_permutexvar_ps(quarter, base);
     const __m512 factor = _mm512_permutexvar_ps(quarter, factors);

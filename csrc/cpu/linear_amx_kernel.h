@@ -193,12 +193,12 @@ void finish(const Work& work, const float* sums, int64_t row, int64_t col) {
   }
 }
 
-// Prefetches the lines of a block's result for writing: a store that has to wait holds up the
-// stores of sums.
-void expect_result(const LinearTile& tile, int64_t row, int64_t col) {
+// Prefetches the lines of a block's result: a store that has to wait holds up the stores of sums.
+// Inlined by force, see prefetch_line.h.
+[[gnu::always_inline]] inline void expect_result(const LinearTile& tile, int64_t row, int64_t col) {
   const int64_t row_end = std::min(tile.row_end, row + kBlockRows), size = tile.layer->out_features;
   const auto* out = static_cast<const uint16_t*>(tile.layer->out) + col;
-  for (; row < row_end; ++row) __builtin_prefetch(out + row * size, 1);
+  for (; row < row_end; ++row) __builtin_prefetch(out + row * size);
 }
 
 // Multiplies some steps of 16 or 32 columns with all rows; after the last steps writes the results.

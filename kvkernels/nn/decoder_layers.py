@@ -156,6 +156,7 @@ class FusedDecoderLayer:
         return (
             not torch.is_grad_enabled()
             and hidden_size == kernels.hidden_size
+            and num_rows * num_tokens > 0
             and cos.shape == sin.shape
             and cos.shape in ((num_rows, num_tokens, head_dim), (1, num_tokens, head_dim))
             and all(
@@ -203,7 +204,7 @@ class FusedDecoderLayer:
         value: torch.Tensor | PagedKV
         query, key, value = layer_pass.heads(num_rows)
         if cache is not None:
-            key, value = cache.update(key, value, self._layer_idx)
+            key, value = cache.update(key, value, self._layer_idx, call=call)
         attended, _ = attend(self._attention, query, key, value, mask, **self._attention_options)
         return layer_pass.finish(attended).view(shape)
 

@@ -31,7 +31,6 @@ class LayerStore:
         self._groups = tuple(groups)
         self._places = _layer_places(self._groups)
         self._next_layer = 0
-        self._call: Hashable = None  # that `next_place` was last told of
         self._first_calls: dict[int, Hashable] = {}  # by group: of a layer that was stored
 
     @property
@@ -60,6 +59,7 @@ class LayerStore:
         key_states: torch.Tensor,
         value_states: torch.Tensor,
         long_passes: Mapping[int, LongPass] = _NONE,
+        call: Hashable = None,
     ) -> PagedKV:
         """Store a layer's new keys and values, ``[batch, num_kv_heads, num_new, head_dim]`` each.
 
@@ -69,6 +69,7 @@ class LayerStore:
             key_states: New keys.
             value_states: New values.
             long_passes: By group, where the pool keeps a part of the pass only.
+            call: Of a caller that asks `next_place` about further layers: see there.
 
         Raises:
             UnsupportedError: If it is not the layer's turn.
@@ -81,8 +82,7 @@ class LayerStore:
         self._next_layer = layer_idx + 1
         group_index, layer = self._places[layer_idx]
         if layer == 0:
-            self._first_calls[group_index] = self._call
-        self._call = None
+            self._first_calls[group_index] = call
         if group_index in long_passes:
             return long_passes[group_index].store(layer, key, value)
         return place
@@ -98,7 +98,8 @@ class LayerStore:
         Args:
             batches: Of each group: where the new tokens go.
             layer_idx: The model's layer.
-            call: What layers may differ in: shapes, dtypes, a window.
+            call: What layers may differ in: shapes, dtypes, a window. That of the group's first
+                layer was given to `store`.
 
         Returns:
             None if `store` is to store the layer.
@@ -111,7 +112,6 @@ class LayerStore:
         if layer > 0 and self._first_calls.get(group_index) == call:
             self._next_layer = layer_idx + 1
             return self._place(batches, layer_idx)
-        self._call = call
         return None
 
     def _check_turn(self, layer_idx: int) -> None:

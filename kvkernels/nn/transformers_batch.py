@@ -57,9 +57,13 @@ class BatchCache(PoolCache):
         value_states: torch.Tensor,
         layer_idx: int,
         *args: Any,
+        call: Hashable = None,
         **kwargs: Any,
     ) -> tuple[PagedKV, PagedKV]:
         """Store a layer's new keys and values, ``[1, num_kv_heads, num_tokens, head_dim]`` each.
+
+        Models' own layers pass other arguments, too; `call` comes from replaced ones, see
+        `LayerStore.store`.
 
         Returns:
             A handle, twice, that the "kvkernels" attention function takes for key and value.
@@ -70,7 +74,7 @@ class BatchCache(PoolCache):
         """
         if self._before_layer is not None:
             self._before_layer(layer_idx)
-        handle = self._layers.store(self._batches, layer_idx, key_states, value_states)
+        handle = self._layers.store(self._batches, layer_idx, key_states, value_states, call=call)
         return handle, handle
 
     def next_place(self, layer_idx: int, call: Hashable) -> PagedKV | None:

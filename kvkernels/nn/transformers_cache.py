@@ -131,9 +131,13 @@ class PagedCache(PoolCache):
         value_states: torch.Tensor,
         layer_idx: int,
         *args: Any,
+        call: Hashable = None,
         **kwargs: Any,
     ) -> tuple[PagedKV, PagedKV]:
         """Store a layer's new keys and values, `[batch, num_kv_heads, num_new, head_dim]` each.
+
+        Models' own layers pass other arguments, too; `call` comes from replaced ones, see
+        `LayerStore.store`.
 
         Returns:
             A handle, twice, that the "kvkernels" attention function takes for key and value.
@@ -147,7 +151,7 @@ class PagedCache(PoolCache):
             self._begin_step(key_states)
             self._layers.begin()
         handle = self._layers.store(
-            self._batches, layer_idx, key_states, value_states, self._long_passes
+            self._batches, layer_idx, key_states, value_states, self._long_passes, call
         )
         if self._layers.is_done:
             self._long_passes = {}
@@ -160,10 +164,8 @@ class PagedCache(PoolCache):
         """See `LayerStore.next_place`; None if the layer is to go through `update`, as the first
         does, which reserves blocks, and the last, which counts the tokens.
         """
-        if layer_idx == len(self) - 1 or self._long_passes:
+        if layer_idx in (0, len(self) - 1) or self._long_passes:
             return None
-        if layer_idx == 0:
-            self._layers.begin()
         return self._layers.next_place(self._batches, layer_idx, call)
 
     def get_seq_length(self, layer_idx: int = 0, *args: Any) -> int:

@@ -171,6 +171,24 @@ def test_a_paged_cache_gets_the_bits_of_the_layers_own(
     assert all(map(torch.equal, got, expected))
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (1, 0), (0, 0)])
+def test_a_pass_without_tokens_is_left_to_the_layers_own(shape):
+    model = tiny_models.llama()
+    tokens = torch.empty(shape, dtype=torch.long)
+    with (
+        with_kernels(model),
+        torch.inference_mode(),
+        PagedCache(tiny_models.make_groups(model)) as cache,
+    ):
+        with pytest.raises(Exception) as expected:
+            model(tokens, past_key_values=cache)
+        decoder_layers.install(model)
+        with pytest.raises(type(expected.value)) as got:
+            model(tokens, past_key_values=cache)
+        decoder_layers.uninstall(model)
+    assert str(got.value) == str(expected.value)
+
+
 def test_generate_with_a_paged_cache_runs_replaced_layers(monkeypatch):
     model = tiny_models.llama()
     ids = torch.randint(1, 128, (2, 40))

@@ -12,8 +12,8 @@ def free_ports(num_ports: int) -> list[int]:
     """Ports of 127.0.0.1 that nobody has, none of them given before by this process.
 
     A server binds its port some time after it was chosen, or binds it again after a restart. So
-    these are ports that the kernel gives to nobody by itself: any client's connection may have one
-    of those meanwhile.
+    these are ports that the kernel gives to nobody by itself (unless it keeps none back): any
+    client's connection may have one of those meanwhile.
     """
     ports: list[int] = []
     while len(ports) < num_ports:
@@ -31,7 +31,8 @@ def _list_candidates() -> list[int]:
     """Ports outside the kernel's own range, from a random one on: no two processes begin alike."""
     own = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text()
     first, last = map(int, own.split())
-    ports = [port for port in range(10_000, 1 << 16) if not first <= port <= last]
+    every = range(10_000, 1 << 16)
+    ports = [port for port in every if not first <= port <= last] or list(every)
     begin = SystemRandom().randrange(len(ports))
     return ports[begin:] + ports[:begin]
 
