@@ -2,7 +2,7 @@
 // that includes this gets its own copy, compiled with that file's flags.
 //
 // Both operands lie with in_features dense, so a sum runs along vectors of it and is added across
-// lanes at the end. That order is the same for every element of the result, in a block of 4 rows by
+// lanes at the end. That order is the same for every element of the result, in a block of 6 rows by
 // 4 columns of a prompt and in one of 1 by 16 of a decode step. The weight is read where it lies;
 // packing it would make prompts faster by a few percent, and double its memory.
 //
@@ -74,12 +74,12 @@ template <typename L, int kRows, int kCols, int kVector, typename Col, typename.
                                               const Col* const* cols, int64_t i,
                                               typename L::Sum* sums, Count... count) {
   decltype(load<L, kVector>(rows[0])) row[kRows];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) row[r] = load<L, kVector>(rows[r] + i, count...);
-#pragma GCC unroll 16
+#pragma GCC unroll 24
   for (int c = 0; c < kCols; ++c) {
     const auto col = load<L, kVector>(cols[c] + i, count...);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       sums[r * kCols + c] = L::add(sums[r * kCols + c], row[r], col);
     }
@@ -100,7 +100,7 @@ template <typename L, int kRows, int kCols, int kParts, typename Col>
 [[gnu::always_inline]] inline void add_columns(const typename L::Row* const* rows,
                                                const Col* const* cols, int64_t size, Ahead& ahead,
                                                typename L::Sum* sums) {
-#pragma GCC unroll 16
+#pragma GCC unroll 24
   for (int i = 0; i < kRows * kCols; ++i) sums[i] = L::zero();
   int64_t i = 0;
   for (; i + L::kStep <= size; i += L::kStep) {
@@ -117,7 +117,7 @@ void multiply_block(const typename L::Row* const* rows, const Col* const* cols, 
                     Ahead& ahead, float* totals) {
   constexpr int kCols = L::block_cols(kRows);
   typename L::Sum sums[L::kMaxSums];
-#pragma GCC unroll 16
+#pragma GCC unroll 24
   for (int i = kRows * kCols; i < L::kMaxSums; ++i) sums[i] = L::zero();
   if constexpr (kRows == 1 && kCols > kStreams) {
 #pragma GCC unroll 1
