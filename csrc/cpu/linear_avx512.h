@@ -16,7 +16,7 @@ struct Lanes16 {
   using Sum = __m512;
   static constexpr int kVectors = 1, kPanelCols = 16, kBlockRows = 6, kMaxSums = 24;
 
-  // Two blocks of 4 rows rather than one of 6 and one of 2.
+  // 7 and 8 rows are two blocks of about equal size, not one of 6 and a small rest.
   static int64_t rows_of_block(int64_t left) {
     return left == 7 || left == 8 ? 4 : std::min<int64_t>(left, kBlockRows);
   }

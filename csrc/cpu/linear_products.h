@@ -43,7 +43,7 @@ constexpr int64_t kRowsForWideCols = 12, kWideColsBytes = 64 << 10;
 
 // Columns that are read at a time with one row, however many make a block. All time then goes into
 // reading them, and memory is read faster in fewer streams than 16: that took 10 % less time on two
-// cores of a Zen 5. Fewer sums than these could not keep up with memory.
+// cores of a Zen 5 (2 streams did as well).
 constexpr int kStreams = 4;
 
 // Rows of one of the two operands.
@@ -76,7 +76,7 @@ template <typename L, int kRows, int kCols, int kVector, typename Col, typename.
   decltype(load<L, kVector>(rows[0])) row[kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) row[r] = load<L, kVector>(rows[r] + i, count...);
-#pragma GCC unroll 24
+#pragma GCC unroll 16
   for (int c = 0; c < kCols; ++c) {
     const auto col = load<L, kVector>(cols[c] + i, count...);
 #pragma GCC unroll 8

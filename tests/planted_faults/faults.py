@@ -15,7 +15,7 @@ ON_TENSORS = ("tests/ops/test_calls_on_tensors.py",)
 NONFINITE = ("tests/ops/test_attention_nonfinite.py",)
 INVARIANCE = ("tests/ops/test_attention_invariance.py",)
 LINEAR = ("tests/ops/test_linear.py",)
-DECODER_LAYERS = ("tests/nn/test_decoder_layers.py",)
+DECODER_LAYERS = ("tests/nn/test_decoder_layers.py", "tests/nn/test_decoder_layers_paged.py")
 
 
 @dataclass(frozen=True)
