@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t kTileRows = 128, kTileCols = 64;
 // With few rows all time goes into reading the weights, which narrow rectangles share out evenly.
 constexpr int64_t kFewRows = 16, kFewRowsTileCols = 32;
-// With packed rows (AMX) weights may be copied for a rectangle, so more rows share each copy.
+// With packed rows weights may be copied for a rectangle, so more rows share each copy.
 constexpr int64_t kPackedTileRows = 256;
 // Rows packed at a time: bounds the memory for them, at the cost of reading the weights once more
 // for each further lot.
@@ -26,6 +26,7 @@ constexpr int64_t kPackedRows = 1024;
 // Multiplications that take some 20 microseconds; for fewer no thread is woken. Reading a weight of
 // this many elements takes as long.
 constexpr int64_t kWorkPerThread = 256 << 10;
+constexpr int64_t kBytesPerThread = 128 << 10;  // of packed rows, for which the same holds
 
 LinearKernel find_kernel(AttentionPath path, DType dtype) {
 #if defined(__x86_64__)
@@ -51,7 +52,7 @@ LinearKernel find_kernel(AttentionPath path, DType dtype) {
 // weights in memory.
 class Tiles {
  public:
-  Tiles(const LinearArgs& args, int64_t row_begin, int64_t row_end, const uint16_t* packed)
+  Tiles(const LinearArgs& args, int64_t row_begin, int64_t row_end, const char* packed)
       : args_(args),
         packed_(packed),
         row_begin_(row_begin),
@@ -72,8 +73,8 @@ class Tiles {
     }
     const int64_t offset = index % num_row_tiles_ * num_rows_, row = row_begin_ + offset;
     const int64_t col = index / num_row_tiles_ * num_cols_;
-    const uint16_t* packed =
-        packed_ == nullptr ? nullptr : packed_ + offset / kGroupRows * packed_group_size(args_);
+    const char* packed =
+        packed_ == nullptr ? nullptr : packed_ + offset / kGroupRows * packed_group_bytes(args_);
     return {&args_,  layer,
             row,     std::min(row_end_, row + num_rows_),
             col,     std::min(layer->out_features, col + num_cols_),
@@ -91,7 +92,7 @@ class Tiles {
   }
 
   const LinearArgs& args_;
-  const uint16_t* packed_;
+  const char* packed_;
   const int64_t row_begin_, row_end_, num_rows_, num_cols_, num_row_tiles_;
   int64_t count_ = 0;
 };
@@ -102,24 +103,29 @@ int64_t count_work(const LinearArgs& args, int64_t num_rows) {
   return std::max<int64_t>(num_rows, 4) * args.in_features * num_cols;
 }
 
-const uint16_t* pack_rows(const LinearArgs& args, const LinearKernel& kernel, int64_t row_begin,
-                          int64_t row_end, int num_threads) {
+const char* pack_rows(const LinearArgs& args, const LinearKernel& kernel, int64_t row_begin,
+                      int64_t row_end, int num_threads) {
   const int64_t num_groups = (row_end - row_begin + kGroupRows - 1) / kGroupRows;
-  const int64_t group_size = packed_group_size(args);
-  // An element is half a float. Not slot 1: the kernels use that meanwhile, on this thread too.
-  auto* packed = reinterpret_cast<uint16_t*>(thread_scratch(2, num_groups * group_size / 2));
-  const int64_t grain = std::max<int64_t>(1, kWorkPerThread / 4 / group_size);
+  const int64_t group_bytes = packed_group_bytes(args);
+  const int64_t num_floats = num_groups * group_bytes / static_cast<int64_t>(sizeof(float));
+  // Not slot 1: the kernels use that meanwhile, on this thread too.
+  auto* packed = reinterpret_cast<char*>(thread_scratch(2, num_floats));
+  const int64_t grain = std::max<int64_t>(1, kBytesPerThread / group_bytes);
   parallel_ranges(num_groups, grain, num_threads, [&](int64_t begin, int64_t end) {
     kernel.pack(args, row_begin + begin * kGroupRows,
-                std::min(row_end, row_begin + end * kGroupRows), packed + begin * group_size);
+                std::min(row_end, row_begin + end * kGroupRows), packed + begin * group_bytes);
   });
   return packed;
 }
 
+bool packs(const LinearKernel& kernel, const LinearArgs& args) {
+  return kernel.pack != nullptr && (kernel.packs == nullptr || kernel.packs(args));
+}
+
 void multiply_rows(const LinearArgs& args, const LinearKernel& kernel, int64_t row_begin,
                    int64_t row_end, int num_threads) {
-  const uint16_t* packed =
-      kernel.pack == nullptr ? nullptr : pack_rows(args, kernel, row_begin, row_end, num_threads);
+  const char* packed =
+      packs(kernel, args) ? pack_rows(args, kernel, row_begin, row_end, num_threads) : nullptr;
   const Tiles tiles(args, row_begin, row_end, packed);
   const int64_t work = count_work(args, row_end - row_begin);
   const int64_t num_useful =
@@ -144,7 +150,7 @@ void multiply_rows(const LinearArgs& args, const LinearKernel& kernel, int64_t r
 
 void linear(const LinearArgs& args, AttentionPath path, int num_threads) {
   const LinearKernel kernel = find_kernel(path, args.dtype);
-  const int64_t most = kernel.pack == nullptr ? args.num_rows : kPackedRows;
+  const int64_t most = packs(kernel, args) ? kPackedRows : args.num_rows;
   for (int64_t row = 0; row < args.num_rows; row += most) {
     multiply_rows(args, kernel, row, std::min(args.num_rows, row + most), num_threads);
   }

@@ -25,7 +25,7 @@ namespace kvkernels {
 namespace {
 
 constexpr int64_t kLanes = kGroupRows;           // rows, or columns, of a tile
-constexpr int64_t kStep = 32;                    // features that one dot sums over
+constexpr int64_t kStep = kPackedStep;           // features that one dot sums over
 constexpr int64_t kTileBytes = 64;               // of a row of a tile register
 constexpr int64_t kTileSize = kLanes * kLanes;   // sums of a tile
 constexpr int64_t kPackedSize = kLanes * kStep;  // elements of a group of packed rows in one step
@@ -41,8 +41,9 @@ constexpr uint32_t first_items(int64_t count) {
 
 // Writes [groups, in_features / 32, 16 pairs of features, 16 rows, 2]; zeros after the last feature
 // and the last row.
-void pack_rows(const LinearArgs& args, int64_t row_begin, int64_t row_end, uint16_t* packed) {
+void pack_rows(const LinearArgs& args, int64_t row_begin, int64_t row_end, void* groups) {
   const auto* input = static_cast<const uint16_t*>(args.input);
+  auto* packed = static_cast<uint16_t*>(groups);
   for (int64_t first = row_begin; first < row_end; first += kLanes) {
     const int64_t count = std::min(kLanes, row_end - first);
     for (int64_t step = 0; step < num_packed_steps(args); ++step, packed += kPackedSize) {
@@ -83,7 +84,7 @@ void start(const LinearTile& tile, Work& work) {
   work.tile = &tile;
   work.num_whole_steps = args.in_features / kStep;
   work.num_steps = num_packed_steps(args);
-  work.group_size = packed_group_size(args);
+  work.group_size = packed_group_bytes(args) / sizeof(uint16_t);
   work.num_blocks = (tile.row_end - tile.row_begin + kBlockRows - 1) / kBlockRows;
   // A step of 32 columns is 32 lines, which the blocks share.
   work.lines_a_step = (kBlockCols + work.num_blocks - 1) / work.num_blocks;
@@ -207,7 +208,7 @@ void multiply_steps(Tiles& tiles, const Columns* columns, int64_t col, int64_t b
                     Work& work) {
   const LinearTile& tile = *work.tile;
   const bool is_last = end == work.num_steps;
-  const uint16_t* rows = tile.packed + begin * kPackedSize;
+  const uint16_t* rows = static_cast<const uint16_t*>(tile.packed) + begin * kPackedSize;
   float* sums = work.sums;
   for (int64_t row = tile.row_begin; row < tile.row_end; row += kBlockRows) {
     const bool has_two = row + kLanes < tile.row_end;

@@ -36,11 +36,11 @@ struct WidenedLanes : Lanes16<E> {
 LinearKernel avx512_linear(DType dtype) {
   switch (dtype) {
     case DType::kFloat32:
-      return {multiply_tile<WidenedLanes<Float32>>};
+      return kernel_with_chunks<WidenedLanes<Float32>>();
     case DType::kFloat16:
-      return {multiply_tile<WidenedLanes<Float16>>};
+      return kernel_with_chunks<WidenedLanes<Float16>>();
     default:
-      return {multiply_tile<WidenedLanes<BFloat16>>};
+      return kernel_with_chunks<WidenedLanes<BFloat16>>();
   }
 }
 

@@ -1,7 +1,7 @@
 // What the AVX-512 products of linear layers share. Only for files compiled for AVX-512.
 #pragma once
 
-#include "cpu/linear_products.h"
+#include "cpu/linear_chunks.h"
 #include "cpu/simd_avx512.h"
 
 namespace kvkernels {
@@ -15,6 +15,8 @@ struct Lanes16 {
   using Row = Item;
   using Sum = __m512;
   static constexpr int kVectors = 1, kPanelCols = 16, kBlockRows = 6, kMaxSums = 24;
+
+  static constexpr int64_t kChunk = (2 << 10) / sizeof(Item);
 
   // 7 and 8 rows are two blocks of about equal size, not one of 6 and a small rest.
   static int64_t rows_of_block(int64_t left) {

@@ -26,7 +26,8 @@ struct PairLanes : Lanes16<BFloat16> {
 }  // namespace
 
 LinearKernel avx512_bf16_linear(DType dtype) {
-  return {dtype == DType::kBFloat16 ? multiply_tile<PairLanes> : nullptr};
+  if (dtype != DType::kBFloat16) return {nullptr};
+  return kernel_with_chunks<PairLanes>();
 }
 
 }  // namespace kvkernels

@@ -17,27 +17,28 @@ struct LinearTile {
   // The weights that this thread multiplies after these, to be prefetched.
   const void* next;
   // The rows as the kernel's `pack` wrote them; null if it reads them where they lie.
-  const uint16_t* packed;
+  const void* packed;
 };
 
 struct LinearKernel {
   void (*multiply)(const LinearTile& tile);
   // Packs the rows [row_begin, row_end) in groups; row_begin is a multiple of kGroupRows. Null
   // where `multiply` needs no packed rows.
-  void (*pack)(const LinearArgs& args, int64_t row_begin, int64_t row_end,
-               uint16_t* packed) = nullptr;
+  void (*pack)(const LinearArgs& args, int64_t row_begin, int64_t row_end, void* packed) = nullptr;
+  // Whether a call's rows are to be packed; null: always, if there is a `pack`.
+  bool (*packs)(const LinearArgs& args) = nullptr;
 };
 
-constexpr int64_t kGroupRows = 16;
+constexpr int64_t kGroupRows = 16, kPackedStep = 32;
 
-// Steps of 32 features, the last one padded with zeros; one step even without features.
+// Steps of kPackedStep features, the last one padded with zeros; one step even without features.
 static inline int64_t num_packed_steps(const LinearArgs& args) {
-  return args.in_features <= 32 ? 1 : (args.in_features + 31) / 32;
+  return args.in_features <= kPackedStep ? 1 : (args.in_features + kPackedStep - 1) / kPackedStep;
 }
 
-// Elements of one group of packed rows.
-static inline int64_t packed_group_size(const LinearArgs& args) {
-  return kGroupRows * 32 * num_packed_steps(args);
+// Bytes of one group of packed rows.
+static inline int64_t packed_group_bytes(const LinearArgs& args) {
+  return kGroupRows * kPackedStep * num_packed_steps(args) * item_bytes(args.dtype);
 }
 
 // The kernel of each instruction set. The last three have no `multiply` for a dtype that they do

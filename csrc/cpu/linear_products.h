@@ -2,9 +2,10 @@
 // that includes this gets its own copy, compiled with that file's flags.
 //
 // Both operands lie with in_features dense, so a sum runs along vectors of it and is added across
-// lanes at the end. That order is the same for every element of the result, in a block of 6 rows by
-// 4 columns of a prompt and in one of 1 by 16 of a decode step. The weight is read where it lies;
-// packing it would make prompts faster by a few percent, and double its memory.
+// lanes at the end, or at the end of each chunk. That order is the same for every element of the
+// result, in a block of 6 rows by 4 columns of a prompt and in one of 1 by 16 of a decode step. The
+// weight is read where it lies; packing it would make prompts faster by a few percent, and double
+// its memory.
 //
 // L is a class with
 //   Item, Row       an element of a weight; of a row of the input as it is multiplied
@@ -14,6 +15,7 @@
 //   kBlockRows, rows_of_block(n)  rows of a block at most, and if n are left
 //   block_cols(n)   columns of a block of n rows: as many as the registers take
 //   kMaxSums        of a block
+//   kChunk          if there: elements that are summed up lane by lane before the lanes are added
 //   zero()          a Sum
 //   load<V>(p)      vector V of kStep elements of a row
 //   load<V>(p, n)   the same where only the first n are there
@@ -94,21 +96,57 @@ template <typename L, int kRows, int kCols, typename Col, typename... Count>
   if constexpr (L::kVectors == 2) add_vector<L, kRows, kCols, 1>(rows, cols, i, sums, count...);
 }
 
-// sums[r * kCols + c]: of the products of row r and column c. Prefetches one part in kParts of the
-// next weights; none if kParts is 0.
+// sums[r * kCols + c]: of the products of row r and column c, for elements [begin, end). Prefetches
+// one part in kParts of the next weights; none if kParts is 0.
 template <typename L, int kRows, int kCols, int kParts, typename Col>
 [[gnu::always_inline]] inline void add_columns(const typename L::Row* const* rows,
-                                               const Col* const* cols, int64_t size, Ahead& ahead,
-                                               typename L::Sum* sums) {
+                                               const Col* const* cols, int64_t begin, int64_t end,
+                                               Ahead& ahead, typename L::Sum* sums) {
 #pragma GCC unroll 24
   for (int i = 0; i < kRows * kCols; ++i) sums[i] = L::zero();
-  int64_t i = 0;
-  for (; i + L::kStep <= size; i += L::kStep) {
+  int64_t i = begin;
+  for (; i + L::kStep <= end; i += L::kStep) {
     add_step<L, kRows, kCols>(rows, cols, i, sums);
     constexpr int64_t kBytes = kCols * L::kStep * sizeof(typename L::Item);
     if constexpr (kParts > 0) ahead.advance(std::max<int64_t>(1, kBytes / 64 / kParts));
   }
-  if (i < size) add_step<L, kRows, kCols>(rows, cols, i, sums, size - i);
+  if (i < end) add_step<L, kRows, kCols>(rows, cols, i, sums, end - i);
+}
+
+// Elements whose products are summed up lane by lane; the totals of such chunks are then added. All
+// where L does not say.
+template <typename L>
+constexpr int64_t chunk_size(int64_t size) {
+  if constexpr (requires { L::kChunk; }) return L::kChunk;
+  return std::max<int64_t>(size, 1);
+}
+
+// totals[i] = the total of sum i, or, of a later chunk, adds that. All kMaxSums sums must be set.
+template <typename L, int kCount>
+[[gnu::always_inline]] inline void add_totals(const typename L::Sum* sums, bool is_first,
+                                              float* totals) {
+  alignas(64) float more[L::kMaxSums];
+  L::template reduce<kCount>(sums, more);
+  for (int i = 0; i < kCount; ++i) totals[i] = is_first ? more[i] : totals[i] + more[i];
+}
+
+// The same as multiply_block for one row and more features than a chunk, in kStreams streams.
+template <typename L, int kParts, typename Col>
+void multiply_streams(const typename L::Row* const* row, const Col* const* cols, int64_t size,
+                      Ahead& ahead, float* totals) {
+  constexpr int kCols = L::block_cols(1);
+  static_assert(kCols % kStreams == 0);
+  typename L::Sum sums[L::kMaxSums];
+#pragma GCC unroll 24
+  for (int i = kStreams; i < L::kMaxSums; ++i) sums[i] = L::zero();
+#pragma GCC unroll 1
+  for (int first = 0; first < kCols; first += kStreams) {
+    for (int64_t begin = 0, end; begin < size; begin = end) {
+      end = std::min(begin + chunk_size<L>(size), size);
+      add_columns<L, 1, kStreams, kParts>(row, cols + first, begin, end, ahead, sums);
+      add_totals<L, kStreams>(sums, begin == 0, totals + first);
+    }
+  }
 }
 
 // totals[r * kCols + c] = row r * column c. Prefetches as add_columns.
@@ -116,20 +154,42 @@ template <typename L, int kRows, int kParts, typename Col>
 void multiply_block(const typename L::Row* const* rows, const Col* const* cols, int64_t size,
                     Ahead& ahead, float* totals) {
   constexpr int kCols = L::block_cols(kRows);
+  constexpr bool kIsOneRow = kRows == 1 && kCols > kStreams;
+  const int64_t step = chunk_size<L>(size);
+  if constexpr (kIsOneRow) {
+    if (size > step) return multiply_streams<L, kParts>(rows, cols, size, ahead, totals);
+  }
   typename L::Sum sums[L::kMaxSums];
 #pragma GCC unroll 24
   for (int i = kRows * kCols; i < L::kMaxSums; ++i) sums[i] = L::zero();
-  if constexpr (kRows == 1 && kCols > kStreams) {
+  if constexpr (kIsOneRow) {
 #pragma GCC unroll 1
     for (int first = 0; first < kCols; first += kStreams) {
       typename L::Sum some[kStreams];
-      add_columns<L, 1, kStreams, kParts>(rows, cols + first, size, ahead, some);
+      add_columns<L, 1, kStreams, kParts>(rows, cols + first, 0, size, ahead, some);
       std::copy_n(some, kStreams, sums + first);
     }
-  } else {
-    add_columns<L, kRows, kCols, kParts>(rows, cols, size, ahead, sums);
+    return L::template reduce<kCols>(sums, totals);
   }
+  add_columns<L, kRows, kCols, kParts>(rows, cols, 0, std::min(step, size), ahead, sums);
   L::template reduce<kRows * kCols>(sums, totals);
+  for (int64_t begin = step; begin < size; begin += step) {
+    add_columns<L, kRows, kCols, kParts>(rows, cols, begin, std::min(begin + step, size), ahead,
+                                         sums);
+    add_totals<L, kRows * kCols>(sums, false, totals);
+  }
+}
+
+// Stores `count` totals, at most kPanelCols, of one row and the layer's columns from `col` on. Adds
+// the bias to them first.
+template <typename L>
+void store_totals(const LinearLayer& layer, float* totals, int64_t col, int64_t count,
+                  typename L::Item* out) {
+  if (layer.bias != nullptr) {
+    const auto* bias = static_cast<const typename L::Item*>(layer.bias) + col;
+    for (int64_t c = 0; c < count; ++c) totals[c] += L::widen(bias[c]);
+  }
+  L::store(totals, count, out);
 }
 
 // Multiplies and stores kPanelCols columns, from the layer's `col` on, for a few rows, from its
@@ -153,12 +213,8 @@ void multiply_rows(const LinearTile& tile, const Rows<typename L::Row>& input, i
     for (int r = 0; r < kRows; ++r) std::copy_n(block + r * kCols, kCols, totals[r] + first);
   }
   for (int r = 0; r < kRows; ++r) {
-    if (layer.bias != nullptr) {
-      const auto* bias = static_cast<const Item*>(layer.bias) + col;
-      for (int64_t c = 0; c < count; ++c) totals[r][c] += L::widen(bias[c]);
-    }
-    L::store(totals[r], count,
-             static_cast<Item*>(layer.out) + (row + r) * layer.out_features + col);
+    store_totals<L>(layer, totals[r], col, count,
+                    static_cast<Item*>(layer.out) + (row + r) * layer.out_features + col);
   }
 }
 

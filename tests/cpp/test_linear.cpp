@@ -63,9 +63,9 @@ int main() {
   const AttentionPath paths[] = {AttentionPath::kPortable, AttentionPath::kAvx2,
                                  AttentionPath::kAvx512,   AttentionPath::kAvx512Bf16,
                                  AttentionPath::kAmx,      AttentionPath::kAmxEmulated};
-  const Shape shapes[] = {{1, 1, 1},     {1, 31, 17},   {2, 33, 16},  {3, 32, 5}, {5, 64, 100},
-                          {131, 40, 9},  {7, 48, 65},   {0, 8, 8},    {2, 0, 3},  {17, 33, 49},
-                          {90, 330, 34}, {300, 36, 33}, {1030, 33, 3}};
+  const Shape shapes[] = {{1, 1, 1},     {1, 31, 17},   {2, 33, 16},   {3, 32, 5},     {5, 64, 100},
+                          {131, 40, 9},  {7, 48, 65},   {0, 8, 8},     {2, 0, 3},      {17, 33, 49},
+                          {90, 330, 34}, {300, 36, 33}, {1030, 33, 3}, {270, 2100, 20}};
   for (const AttentionPath path : paths) {
     if (!has_attention_path(path)) continue;
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {

@@ -19,6 +19,7 @@ SHAPES = {
     "a vector and a rest": (33, 49),
     "less than half a vector": (5, 9),
     "more than rows are widened of at once": (4107, 9),
+    "chunks of features, and a rest": (2100, 70),
     "several rectangles": (96, 97),
     "SmolLM2 up": (576, 1536),
     "SmolLM2 down": (1536, 576),
