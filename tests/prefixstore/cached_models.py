@@ -47,6 +47,22 @@ def tiny_gemma3():
     return transformers.Gemma3ForCausalLM(config).eval().to(DEVICE)
 
 
+def tiny_mistral():
+    """One layer group, with a window of 40 tokens."""
+    config = transformers.MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=40,
+        max_position_embeddings=2048,
+    )
+    return transformers.MistralForCausalLM(config).eval().to(DEVICE)
+
+
 @contextlib.contextmanager
 def calling_first(layer, function):
     """Calls a function before each pass of a layer, by patching the layer's class.

@@ -30,6 +30,9 @@ def answers(text):
         (["aa.a", "aaaa"], [None, 32], "aa", [5]),
         ([".aa", "aaa"], [None, 32], "", [3, 4]),
         (["aa.a"], [32], "aa", [5]),
+        # Blocks that no group needs count with those after them, whoever holds them.
+        (["..ba"], [32], "bbba", []),
+        (["aabb", "..bb"], [32, 16], "bbbb", []),
     ],
 )
 def test_finds_what_can_be_used(groups, windows, tiers, cut_off):

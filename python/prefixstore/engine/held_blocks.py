@@ -58,16 +58,19 @@ def held_blocks(
     end = len(is_usable)
     ranks = {name: rank for rank, name in enumerate(tier_names)}
     tiers: list[str | None] = []
-    for number in range(first, end):
+    for number in reversed(range(first, end)):
         held = [
             tier
             for own, window in zip(answers, windows, strict=True)
             if number >= first_block_needed(end, block_size, window)
             and (tier := own.tiers[number - first]) is not None
         ]
-        # A block that no group needs counts as held by the fastest tier.
-        slowest = max(held, key=ranks.__getitem__, default=tier_names[0])
+        # A block that no group needs counts with the one after it: by itself there is nothing of it
+        # to load, or to measure a tier by.
+        following = (tiers[-1] if tiers else None) or tier_names[0]
+        slowest = max(held, key=ranks.__getitem__, default=following)
         tiers.append(slowest if is_usable[number] else None)
+    tiers.reverse()
     unanswered = frozenset(np.flatnonzero(might_be_usable).tolist()).difference(
         np.flatnonzero(is_usable).tolist()
     )

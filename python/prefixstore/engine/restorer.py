@@ -242,10 +242,10 @@ class Restorer:
                 done = time.monotonic()
                 self._loading_s, self._loading_since = self.loading_s(done), done
                 self._num_loading -= 1
-                if not found and not call.is_given_up:
-                    self._observe_given_up(restoring, call, done)
                 kept = restoring.call_done(numbers, found, done - now, done)
                 call.keep(set(kept))
+                if not found and not call.is_given_up:
+                    self._observe_given_up(restoring, call, done)
                 self._changed.notify_all()
         return True
 
@@ -257,11 +257,12 @@ class Restorer:
             )
 
     def _observe_given_up(self, restoring: Restoring, call: LoadCall, now: float) -> None:
-        """A call gave nothing until now; an answer at once says nothing of the tier.
+        """A call gave nothing until now; an answer at once says nothing of the tier, nor does a
+        call for blocks that all windows have left behind.
 
         Once for each call: the planner takes one surprise for an accident, and two for a change.
         """
         call.is_given_up = True
-        if now > call.began:
-            tier, num_bytes = restoring.expected_of(call.numbers)
+        tier, num_bytes = restoring.expected_of(call.numbers)
+        if now > call.began and num_bytes > 0:
             self._planner.observe_given_up(tier, num_bytes, now - call.began, now)
