@@ -41,6 +41,10 @@ class BlockCorrupted(TierError):
     """A record failed verification; it is a miss and is never used."""
 
 
+class ModelChanged(StoreError, ValueError):
+    """The model is not the one any more that the cache was opened with."""
+
+
 class EngineError(StoreError):
     """An engine could not take a request on; nothing was computed for it."""
 

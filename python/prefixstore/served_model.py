@@ -11,6 +11,7 @@ import torch
 
 from kvkernels.errors import UnsupportedError
 from kvkernels.nn.transformers import install, uninstall
+from prefixstore.errors import ModelChanged
 from prefixstore.module_watch import ModuleWatch
 
 # Arguments of a forward pass that change keys and values without changing token ids.
@@ -89,7 +90,7 @@ class ServedModel:
         """The part of `check_weights` that does not wait for what is queued on a GPU."""
         change = self._watch.change()
         if change is not None:
-            raise ValueError(f"model: {change}; open another cache")
+            raise ModelChanged(f"model: {change}; open another cache")
         weights = _named_weights(self._model)
         _refuse_change(
             weights.keys() == self._weights.keys()
@@ -217,7 +218,7 @@ def _named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def _refuse_change(is_same: bool) -> None:
     if not is_same:
-        raise ValueError(
+        raise ModelChanged(
             "model: expected the weights the cache was opened with, got changed ones; open"
             " another cache"
         )

@@ -120,6 +120,7 @@ class ScriptedEngine:
         self.asked = []  # all handles, in order
         self.running, self.queued = [], []
         self.is_draining = self.is_closed = self.was_flushed = self.has_failed = False
+        self.has_changed_model = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()

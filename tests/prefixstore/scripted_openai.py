@@ -197,7 +197,8 @@ async def _read_request(reader: asyncio.StreamReader) -> Seen:
 
 
 def _chunk(choice: dict[str, Any]) -> str:
-    return json.dumps({"choices": [{"index": 0, "finish_reason": None, **choice}]})
+    chunk = {"choices": [{"index": 0, "finish_reason": None, **choice}]}
+    return json.dumps(chunk, ensure_ascii=False)
 
 
 def _write_event(writer: asyncio.StreamWriter, data: str) -> None:

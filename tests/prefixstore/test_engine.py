@@ -228,6 +228,26 @@ def test_overload_is_answered_at_once(model):
             handle.cancel()
 
 
+def test_generates_more_answers_than_may_wait(model):
+    prompts = [prompt(40, seed) for seed in range(12)]
+    with open_engine(model, max_running=2, max_queued=1) as engine:
+        outputs = engine.generate(prompts, GREEDY)
+        assert engine.stats().num_refused == 0
+    answers = [list(output.token_ids) for output in outputs]
+    assert answers == [expected(model, tokens) for tokens in prompts]
+
+
+def test_generates_nothing_if_a_prompt_is_refused(model):
+    long = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
+    with open_engine(model) as engine:
+        with pytest.raises(ValueError, match="expected at least one token"):
+            engine.generate([prompt(40, 1), prompt(40, 2), []], long)
+        assert engine.drain(60)
+        assert engine.stats().num_finished == {"cancelled": 2}
+        with pytest.raises(EngineClosed):
+            engine.submit([])
+
+
 def test_who_has_a_free_place_does_not_count_as_waiting(model):
     """However late the engine's thread wakes up: here it waits for the lock throughout."""
     with open_engine(model, max_running=2, max_queued=1) as engine:

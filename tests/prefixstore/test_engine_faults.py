@@ -11,7 +11,7 @@ from cached_models import BLOCK_SIZE, calling_first
 from engines import GREEDY, Numbers, answer, expected, open_engine, prompt
 
 from prefixstore.engine import Engine, FinishReason
-from prefixstore.errors import EngineClosed
+from prefixstore.errors import EngineClosed, ModelChanged
 
 
 def test_a_failing_pass_ends_its_requests_and_no_others(model):
@@ -81,6 +81,25 @@ def test_a_fault_of_the_engine_leaves_nobody_waiting(model, monkeypatch):
             engine.submit(prompt(40))
 
 
+class Panic(BaseException):
+    """As a tokenizer in Rust raises."""
+
+
+def panic(*_):
+    raise Panic("index out of bounds")
+
+
+def test_a_panic_leaves_nobody_waiting(model, monkeypatch):
+    with Engine.open(model, Numbers(), block_size=BLOCK_SIZE, pool_tokens=4096) as engine:
+        with engine._loop.changed:
+            handles = [engine.submit(prompt(40, seed), GREEDY) for seed in range(2)]
+            monkeypatch.setattr(handles[0], "put", panic)
+        output = handles[1].result(60)
+        assert output.error == "Panic: index out of bounds"
+        assert engine.has_failed
+        assert engine.drain(60)
+
+
 def test_a_fault_in_ending_one_answer_leaves_no_other_waiting(model, monkeypatch):
     with Engine.open(model, Numbers(), block_size=BLOCK_SIZE, pool_tokens=4096) as engine:
         with engine._loop.changed:
@@ -98,7 +117,8 @@ def test_changed_weights_end_the_requests(model):
         with torch.no_grad():
             next(model.parameters()).add_(1.0)
         time.sleep(1.1)
-        with pytest.raises(ValueError, match="expected the weights"):
+        assert engine.has_changed_model
+        with pytest.raises(ModelChanged, match="expected the weights"):
             engine.submit(prompt(40))
 
 

@@ -56,6 +56,12 @@ def test_times_each_piece_as_the_server_wrote_it(endpoint: str) -> None:
     assert (answer.finish_reason, answer.error) == ("length", None)
 
 
+def test_line_separators_are_text() -> None:
+    pieces = ("one\u2028", "two\x85", "three")
+    answer, _ = ask_scripted(Reply(pieces))
+    assert (answer.text, answer.error) == ("".join(pieces), None)
+
+
 def test_counts_tokens_as_the_server_does_not_by_pieces() -> None:
     usage = {
         "prompt_tokens": 120,

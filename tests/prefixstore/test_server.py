@@ -204,6 +204,9 @@ def test_names_its_model(client):
     with pytest.raises(openai.NotFoundError) as caught:
         client.completions.create(model="other", prompt="A")
     assert (caught.value.param, caught.value.code) == ("model", "model_not_found")
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.completions.create(model="x" * 50_000, prompt="A")
+    assert len(caught.value.response.text) < 500
 
 
 def test_serves_the_async_client_many_at_once(server):

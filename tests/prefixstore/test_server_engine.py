@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+import torch
 from chat_model import chat_model, chat_tokenizer
 from prometheus_client.parser import text_string_to_metric_families
 from serving import MODEL, request_bytes, serving, wait_until
@@ -164,6 +165,20 @@ def test_refuses_prompts_that_the_model_cannot_have(start, prompt):
     error = answer.json()["error"]
     assert error["param"] == "prompt"
     assert error["message"].startswith("prompt: expected")
+
+
+def test_a_changed_model_is_no_fault_of_the_client(start, caplog):
+    server = start()
+    weight = next(server.engine.cache.served_model._model.parameters())
+    body = {"model": MODEL, "prompt": TEXT, "max_tokens": 2, **GREEDY}
+    assert server.get("/health/ready").status_code == 200
+    with torch.no_grad():
+        weight.add_(1.0)
+    answer = server.post("/v1/completions", body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    assert "weights" not in answer.text and "expected the weights" in caplog.text
+    assert server.get("/health/ready").status_code == 503
+    assert server.get("/health/live").status_code == 200
 
 
 def metrics_of(server):

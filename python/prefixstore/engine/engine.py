@@ -25,7 +25,7 @@ from prefixstore.engine.pass_layout import DecodeShape
 from prefixstore.engine.request import Request
 from prefixstore.engine.sampling import SamplingParams
 from prefixstore.engine.stats import EngineStats
-from prefixstore.errors import ConfigError
+from prefixstore.errors import ConfigError, ModelChanged
 from prefixstore.settings import check_known
 from prefixstore.tokens import text_problem
 
@@ -125,9 +125,11 @@ class Engine:
             ValueError: If the prompt is empty, longer than `max_model_len` leaves room for a token,
                 has ids that the model does not know, or is text with half a surrogate pair; or
                 another argument is wrong.
+            ModelChanged: If the model is not the one any more that the engine was opened with.
             EngineOverloaded: If `max_queued` requests wait.
             EngineClosed: If the engine drains, is closed or has failed.
         """
+        self._loop.roster.check_open()
         ids = self._encode(prompt) if isinstance(prompt, str) else prompt
         tokens, salt = self.cache.checked_prompt(ids, salt)
         if len(tokens) >= self.max_model_len:
@@ -169,9 +171,33 @@ class Engine:
         sampling: SamplingParams | None = None,
         **options: Any,
     ) -> list[RequestOutput]:
-        """The whole answers to some prompts, in their order; other arguments as for `submit`."""
-        handles = [self.submit(prompt, sampling, **options) for prompt in prompts]
-        return [handle.result() for handle in handles]
+        """The whole answers to some prompts, in their order; other arguments as for `submit`.
+
+        There may be any number of prompts: one that finds `max_queued` requests waiting is
+        submitted once an earlier one has its answer. If one is refused, those before it are
+        cancelled.
+        """
+        handles: list[RequestHandle] = []
+        try:
+            for prompt in prompts:
+                self._wait_for_room(handles)
+                handles.append(self.submit(prompt, sampling, **options))
+            return [handle.result() for handle in handles]
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            raise
+
+    def _wait_for_room(self, handles: Sequence[RequestHandle]) -> None:
+        """Until another request may wait, or none of these is left to end."""
+        roster = self._loop.roster
+
+        def may_submit() -> bool:
+            has_own = any(not handle.is_finished for handle in handles)
+            return roster.has_room or roster.is_draining or not has_own
+
+        with self._loop.changed:
+            self._loop.changed.wait_for(may_submit)
 
     # ---- the engine as a whole ---------------------------------------------------------------
 
@@ -219,6 +245,18 @@ class Engine:
     def has_failed(self) -> bool:
         """Whether a fault of its own has ended it: all requests were told, none is taken on."""
         return self._loop.has_failed
+
+    @property
+    def has_changed_model(self) -> bool:
+        """Whether requests are refused because the model is not the one any more that the engine
+        was opened with. Of weights on a GPU changed values alone are not seen here."""
+        served_model = self.cache.served_model
+        try:
+            if served_model is not None:
+                served_model.check_weights_at_hand()
+        except ModelChanged:
+            return True
+        return False
 
     @property
     def is_batch_invariant(self) -> bool:

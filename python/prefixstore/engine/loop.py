@@ -115,8 +115,8 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             self._run_steps()
-        except Exception as error:
-            # A bug of ours: which blocks belong to whom is no longer known, so nothing can go on.
+        except BaseException as error:
+            # A bug of ours, or a panic of a tokenizer in Rust, which is no Exception: which blocks belong to whom is no longer known, so nothing can go on.
             logger.exception("the engine stopped")
             with self.changed:
                 self.has_failed = True

@@ -49,6 +49,18 @@ class Roster:
     def __len__(self) -> int:
         return len(self._requests)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether one more may wait. Requests that enter the batch at the next step do not count as
+        waiting."""
+        num_places = self._config.max_running - len(self._scheduler.running)
+        return self._scheduler.num_waiting < self._config.max_queued + num_places
+
+    def check_open(self) -> None:
+        """Raises EngineClosed if no more requests are taken on."""
+        if self.is_draining:
+            raise EngineClosed("engine: expected an open engine, got one that drains or is closed")
+
     def accept(self, request: Request) -> None:
         """Let a request wait for its turn.
 
@@ -57,15 +69,12 @@ class Roster:
             EngineOverloaded: If as many wait as may.
             ValueError: If there is one of its id.
         """
-        if self.is_draining:
-            raise EngineClosed("engine: expected an open engine, got one that drains or is closed")
+        self.check_open()
         if request.request_id in self._requests:
             raise ValueError(
                 f"request_id: expected one that does not run, got {request.request_id!r}"
             )
-        # Requests that enter the batch at the next step do not count as waiting.
-        num_places = self._config.max_running - len(self._scheduler.running)
-        if self._scheduler.num_waiting >= self._config.max_queued + num_places:
+        if not self.has_room:
             self.counts.num_refused += 1
             raise EngineOverloaded(
                 f"engine: expected at most {self._config.max_queued} waiting requests, got one more"
@@ -134,5 +143,5 @@ def _try_end(request: Request, error: str) -> None:
     """End an answer; what fails in it may be what stopped the engine, and must not reach others."""
     try:
         request.answer.end(FinishReason.ERROR, request.report(time.monotonic()), error)
-    except Exception:
+    except BaseException:
         logger.exception("request %s was not told its end", request.request_id)

@@ -172,10 +172,16 @@ async def _read_rest(events: AsyncIterator[str]) -> None:
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[str]:
-    """The data of each server-sent event; in this protocol an event has one line of it."""
-    async for line in response.aiter_lines():
-        if line.startswith("data:"):
-            yield line[len("data:") :].strip()
+    """The data of each server-sent event; in this protocol an event has one line of it.
+
+    Lines end with a line feed alone: `aiter_lines` also splits at U+2028, which may stand in JSON.
+    """
+    rest = b""
+    async for piece in response.aiter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line[len(b"data:") :].decode(errors="replace").strip()
 
 
 def _parse(data: str) -> dict[str, Any]:

@@ -168,6 +168,8 @@ def _operations_routes(
     async def is_ready() -> JSONResponse:
         if lifecycle.is_draining:
             return JSONResponse({"status": "draining"}, 503)
+        if engine.has_changed_model:
+            return JSONResponse({"status": "model changed"}, 503)
         return await is_live()
 
     @router.get("/metrics")

@@ -330,11 +330,15 @@ def _check_text(value: Any) -> None:
             raise ValueError(problem)
 
 
+def shown_name(name: str) -> str:
+    """The beginning of a name that the client made up, as an answer may repeat it."""
+    return name[:MAX_SHOWN_CHARACTERS].encode("utf-8", "replace").decode()
+
+
 def _error_at(
     name: str, kind: Literal["extra_forbidden", "string_type"], title: str
 ) -> ValidationError:
     """What pydantic says of the entry `name`, alone."""
-    shown = name[:MAX_SHOWN_CHARACTERS].encode("utf-8", "replace").decode()
     return ValidationError.from_exception_data(
-        title, [{"type": kind, "loc": (shown,), "input": None}]
+        title, [{"type": kind, "loc": (shown_name(name),), "input": None}]
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from prefixstore.engine import Engine, FinishReason
-from prefixstore.errors import EngineClosed, EngineOverloaded
+from prefixstore.errors import EngineClosed, EngineOverloaded, ModelChanged
 from prefixstore.server.config import ServerConfig
 from prefixstore.server.errors import (
     ApiError,
@@ -32,8 +33,10 @@ from prefixstore.server.logprobs import TokenTexts
 from prefixstore.server.metrics import Latencies
 from prefixstore.server.prompts import Prompt, PromptReader
 from prefixstore.server.responses import DONE, AnswerForm, describe, event, usage
-from prefixstore.server.schema import ChatRequest, CompletionRequest
+from prefixstore.server.schema import ChatRequest, CompletionRequest, shown_name
 from prefixstore.server.worker import Worker
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Service:
     def check_model(self, name: str) -> None:
         """Raises ApiError, 404, unless it is the one that is served."""
         if name != self.model_name:
-            message = f"model: expected {self.model_name!r}, got {name!r}"
+            shown = shown_name(name)
+            message = f"model: expected {self.model_name!r}, got {shown!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def plan(self, body: ChatRequest | CompletionRequest, prompts: Sequence[Prompt]) -> list[Job]:
@@ -116,6 +120,9 @@ class Service:
             return overloaded(str(error), self.config.retry_after_s)
         if isinstance(error, EngineClosed):
             return internal_error() if self.engine.has_failed else shutting_down()
+        if isinstance(error, ModelChanged):
+            logger.error("a request was refused: %s", error)
+            return internal_error()
         # The engine names its own argument, the client knows its field.
         message = f"{body.PROMPT}: {str(error).partition(': ')[2] or error}"
         return ApiError(400, message, param=body.PROMPT, code="invalid_value")
