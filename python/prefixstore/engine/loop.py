@@ -116,7 +116,8 @@ class EngineLoop:
         try:
             self._run_steps()
         except BaseException as error:
-            # A bug of ours, or a panic of a tokenizer in Rust, which is no Exception: which blocks belong to whom is no longer known, so nothing can go on.
+            # A bug of ours, or a panic of a tokenizer in Rust, which is no Exception: which blocks
+            # belong to whom is no longer known, so nothing can go on.
             logger.exception("the engine stopped")
             with self.changed:
                 self.has_failed = True
