@@ -29,9 +29,15 @@ def _layer_table(entries: tuple[tuple[int, int], ...], device: torch.device) -> 
     """`[layers, 2]`, int64, kept for good: layers, and where they begin in units of 64 bytes."""
     with torch.inference_mode(False):
         table = torch.tensor(entries, dtype=torch.int64)
-        if device.type == "cuda":  # pinned, so that nobody waits
-            return table.pin_memory().to(device, non_blocking=True)
-        return table.to(device)
+        if device.type != "cuda":
+            return table.to(device)
+        # It is there before anyone can have it, as kernels on any stream will read it; on a stream
+        # of its own, so that it waits for nobody's work.
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream):
+            table = table.pin_memory().to(device, non_blocking=True)
+        stream.synchronize()
+        return table
 
 
 @dataclass(frozen=True)
