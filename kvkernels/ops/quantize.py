@@ -6,7 +6,7 @@ import torch
 
 from kvkernels.pool import KVPool
 from kvkernels.quantized_pool import QuantizedPool
-from kvkernels.reference.quantize import quantize_keys, quantize_values
+from kvkernels.reference.quantize import LARGEST, quantize_keys, quantize_values
 
 
 def quantize_blocks(
@@ -17,13 +17,13 @@ def quantize_blocks(
     Args:
         pool: Holds the blocks; its layout is that of `target`, up to the dtype.
         block_ids: ``[num_blocks]``, int64, which blocks of `pool`. Every slot must hold numbers,
-            not NaN or infinity, and lie within float16's range.
+            not NaN or infinity, of magnitudes up to 65408: float16 then holds what is restored.
         target: Gets the copies, in all layers.
         target_ids: ``[num_blocks]``, int64, distinct: where in `target` they go.
 
     Raises:
-        ValueError: If the layouts or the ids disagree, or an element is not finite or past
-            float16's range; nothing is written then.
+        ValueError: If the layouts or the ids disagree, or an element is not finite or too large;
+            nothing is written then.
     """
     shapes = (pool.layout.block_shape, target.layout.block_shape)
     if shapes[0] != shapes[1]:
@@ -45,9 +45,10 @@ def quantize_blocks(
         raise ValueError("target_ids: expected distinct ids, got one twice")
     blocks = pool.data[block_ids]
     largest = blocks.abs().amax().item() if blocks.numel() else 0.0
-    if not largest <= torch.finfo(torch.float16).max:
+    if not largest <= LARGEST:
         raise ValueError(
-            f"block_ids: expected elements that float16 holds, got a magnitude of {largest}"
+            f"block_ids: expected elements that float16 holds, of magnitudes up to {LARGEST:.0f},"
+            f" got {largest}"
         )
     for layer in range(pool.layout.num_layers):
         cache = target.cache(layer)

@@ -9,15 +9,12 @@ import torch
 
 from kvkernels.codecs import NUM_ESCAPES, UNUSED_ESCAPE, BlockFormat, LayerFormat, Part, SideFormat
 from kvkernels.reference.quantize import (
+    LARGEST,
     dequantize_keys,
     dequantize_values,
     quantize_keys,
     quantize_values,
 )
-
-# Rounding of the scale lets codes restore numbers slightly beyond the range. Above this bound one
-# of them could exceed float16's largest number, 65504.
-_LARGEST = 65408.0
 
 
 def encode_block(block: torch.Tensor, block_format: BlockFormat) -> torch.Tensor | None:
@@ -88,7 +85,7 @@ def _encode_side(elements: torch.Tensor, side: SideFormat, data: torch.Tensor) -
         if items is None:
             return False
     else:
-        if not elements.float().abs().amax() <= _LARGEST:  # also where it is not a number
+        if not elements.float().abs().amax() <= LARGEST:  # also where it is not a number
             return False
         quantize = quantize_keys if side.is_key else quantize_values
         items = quantize(elements, side.bits, side.num_groups)

@@ -2,6 +2,10 @@
 
 import torch
 
+# The largest magnitude that quantisers take. Rounding of the scale lets codes restore numbers
+# slightly beyond the range: above this bound one could exceed float16's largest number, 65504.
+LARGEST = 65408.0
+
 
 def unpack_codes(codes: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Codes one an element, `[..., head_dim]`, uint8, from one, two or four a byte."""

@@ -26,7 +26,7 @@ from kvkernels.triton_kernels.launch import Launch
 _TILE_BYTES = 1024  # of codes at a time: 8 a thread
 _MAX_COLUMNS = 256
 _VALUE_ELEMENTS = 4096
-# The bits of 65408, the largest number quantisers take (see `kvkernels.reference.codecs`); for
+# The bits of 65408, the largest number quantisers take (see `kvkernels.reference.quantize`); for
 # bfloat16 those of the next number below it.
 _LIMITS = {torch.float32: 0x477F8000, torch.float16: 0x7BFC, torch.bfloat16: 0x477F}
 

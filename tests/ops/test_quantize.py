@@ -130,7 +130,7 @@ def test_refuses_bad_ids(ids: torch.Tensor, targets: torch.Tensor, message: str)
     assert (target.data == 7).all()
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e6])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e6, 65504.0, -65440.0])
 def test_refuses_what_float16_does_not_hold(value: float) -> None:
     pool = make_pool(KVLayout(2, 1, 16, 16))
     pool.data[1, 1, 1, 0, 3, 5] = value
@@ -140,6 +140,17 @@ def test_refuses_what_float16_does_not_hold(value: float) -> None:
         kvkernels.quantize_blocks(pool, torch.tensor([0, 1]), target, torch.tensor([0, 1]))
     assert (target.data == 7).all()
     kvkernels.quantize_blocks(pool, torch.tensor([0]), target, torch.tensor([0]))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_the_largest_elements_are_restored_as_numbers(kind: str) -> None:
+    pool = make_pool(KVLayout(1, 1, 32, 64, dtype=torch.float16))
+    pool.data[0, 0, :, 0, 3, 5] = 65408.0
+    pool.data[0, 0, :, 0, 4, 6] = -65408.0
+    target = QuantizedPool(pool.layout, kind, 1)
+    kvkernels.quantize_blocks(pool, torch.tensor([0]), target, torch.tensor([0]))
+    for scales in (target.cache(0).key_scales, target.cache(0).value_scales):
+        assert scales.isfinite().all()
 
 
 def test_refuses_pools_that_do_not_fit() -> None:
