@@ -194,6 +194,9 @@ class BlockTransfer:
     ) -> Eviction:
         """Encode blocks into slots, waiting for those while others hold too many.
 
+        Who holds evictions gives them back first: slots of one eviction are neighbours, so between
+        one's own there may never be room for as many as are left.
+
         Args:
             block_ids: ``[num_blocks]``, int64, on the CPU; at most `num_slots`. The blocks must not
                 be written until `Eviction.wait` has returned.

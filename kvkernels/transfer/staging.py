@@ -42,9 +42,10 @@ def cut_layers(encoded: Sequence[EncodedBlocks], layers: range) -> Cut:
     """Where layers lie in the rows of parts that are written alike."""
     block_format = encoded[0].block_format
     has_raw = any(bool(part.is_raw.any()) for part in encoded)
-    row_bytes = min(part.payloads.shape[1] for part in encoded)
-    if not has_raw:  # only rows wide enough for raw payloads can hold one
-        row_bytes = min(row_bytes, block_format.payload_bytes)
+    # Only rows wide enough for raw payloads can hold one; parts without may have others.
+    row_bytes = max(part.payloads.shape[1] for part in encoded)
+    if not has_raw:
+        row_bytes = block_format.payload_bytes
     own = block_format.cut(layers), block_format.raw.cut(layers)
     used = own if row_bytes >= block_format.raw.payload_bytes else own[:1]
     start = min(cut.start for cut in used)
@@ -84,10 +85,13 @@ def copy_rows(
 def _copy_part(target: torch.Tensor, part: EncodedBlocks, rows: slice, cut: Cut) -> None:
     source, is_raw = part.payloads[rows], part.is_raw[rows].tolist()
     if any(is_raw):
-        pairs = [
+        # Rows too narrow for the raw payload they are said to hold give what they have: its sums
+        # will not be right.
+        pieces = [
             (target_row[cut.own[is_one_raw]], source_row[cut.own[is_one_raw]])
             for target_row, source_row, is_one_raw in zip(target, source, is_raw, strict=True)
         ]
+        pairs = [(to[: from_.numel()], from_) for to, from_ in pieces]
     else:
         target, source = target[:, cut.own[0]], source[:, cut.own[0]]
         if source.stride(0) == cut.stride:  # one copy of all rows, gaps included

@@ -106,6 +106,27 @@ def test_staged_layers_are_those_of_the_rows(
     assert torch.equal(target.data, expected.data)
 
 
+@pytest.mark.parametrize("is_told_raw", [False, True])
+def test_parts_without_raw_blocks_may_have_narrow_rows(
+    is_told_raw: bool, num_copies: Callable[[], int]
+) -> None:
+    encoded, _ = encode("q4", True, 0)
+    expected, target = (KVPool(LAYOUT, NUM_BLOCKS) for _ in range(2))
+    ids = torch.arange(NUM_BLOCKS)
+    kvkernels.decode_blocks(encoded, expected, ids)
+    wide, narrow = cut(encoded, (5, 2))
+    rows = narrow.payloads[:, : encoded.block_format.payload_bytes].clone()
+    narrow = EncodedBlocks(narrow.block_format, rows, narrow.sums, narrow.is_raw.clone())
+    narrow.is_raw[1] = is_told_raw
+    target.data.fill_(7.0)
+    route = DeviceRoute(target, False, None)
+    is_good = route.new_flags(NUM_BLOCKS)
+    route.decode([wide, narrow], ids, is_good)(range(4))
+    num_good = NUM_BLOCKS - is_told_raw
+    assert is_good.all(1).tolist() == [True] * num_good + [False] * is_told_raw
+    assert torch.equal(target.data[:num_good], expected.data[:num_good])
+
+
 @pytest.mark.parametrize("distance, gap_copies", [(0, 1), (4096, 1), (128 << 10, NUM_BLOCKS)])
 def test_rows_close_together_are_one_copy(
     distance: int, gap_copies: int, num_copies: Callable[[], int]
