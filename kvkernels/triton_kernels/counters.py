@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -29,18 +31,34 @@ def zeroed_counters(count: int, tensor: torch.Tensor) -> torch.Tensor:
     stream = triton.runtime.driver.active.get_current_stream(index) if tensor.is_cuda else 0
     buffer = _buffers.get((index, stream))
     if buffer is None or buffer.numel() < count:
-        with torch.inference_mode(False):
-            buffer = tensor.new_zeros(max(1024, 2 * count), dtype=torch.int32)
-            _buffers[index, stream] = buffer
-            if tensor.is_cuda:
-                _provide_for_graphs(index, tensor)
+        buffer = _buffers[index, stream] = _new_zeros(max(1024, 2 * count), tensor)
+        if tensor.is_cuda:
+            _provide_for_graphs(index, tensor)
     return buffer
+
+
+def _new_zeros(count: int, tensor: torch.Tensor) -> torch.Tensor:
+    """Zeros that are kept, filled on the current stream.
+
+    `torch.compile` may have this thread's allocations go to the pool of the graph that it is about
+    to capture, which owns all that is in there. So another thread allocates them.
+    """
+
+    stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+    on_stream = contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
+
+    def allocate() -> torch.Tensor:
+        with on_stream:
+            return tensor.new_zeros(count, dtype=torch.int32)
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(allocate).result()
 
 
 def _provide_for_graphs(index: int, tensor: torch.Tensor) -> None:
     with _dealing:
         if index not in _graph_buffers:
-            _graph_buffers[index] = (tensor.new_zeros(_GRAPH_COUNTERS, dtype=torch.int32), 0)
+            _graph_buffers[index] = (_new_zeros(_GRAPH_COUNTERS, tensor), 0)
 
 
 def _deal_to_graph(count: int, index: int, tensor: torch.Tensor) -> torch.Tensor:

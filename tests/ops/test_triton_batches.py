@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -102,6 +103,23 @@ def test_counters_of_a_stream_are_zero_and_shared(device: torch.device) -> None:
     many = counters.zeroed_counters(5000, tensor)
     assert few.numel() >= 10 and many.numel() >= 5000 and not many.any()
     assert counters.zeroed_counters(20, tensor).data_ptr() == many.data_ptr()
+
+
+def test_counters_are_allocated_by_another_thread(monkeypatch) -> None:
+    """As this one's allocations may go to a pool that is not ours to keep memory in."""
+    monkeypatch.setattr(counters, "_buffers", {})
+    threads = []
+    new_zeros = torch.Tensor.new_zeros
+
+    def noted(*args, **kwargs):
+        threads.append(threading.current_thread())
+        return new_zeros(*args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", noted)
+    with torch.inference_mode():
+        counter = counters.zeroed_counters(10, torch.empty(1))
+    assert not counter.is_inference()
+    assert threads and threading.current_thread() not in threads
 
 
 def test_graphs_that_are_captured_at_once_share_no_counters(monkeypatch) -> None:
