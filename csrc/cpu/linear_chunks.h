@@ -16,15 +16,14 @@
 namespace kvkernels {
 namespace {
 
-// Rows, and chunks of features, from which the copies pay: with 2 chunks they took as long as they
-// saved, with 1.5 longer.
-constexpr int64_t kRowsForChunks = 24, kChunksForCopies = 3;
+// Rows from which the copies pay. (With two chunks of features they take as long as they save.)
+constexpr int64_t kRowsForChunks = 24;
 // Columns that are copied at a time. With a block of rows they take 28 KiB of the L1 cache.
 constexpr int kPanelCopies = 8, kBlockCols = 4;
 
 template <typename L>
 bool has_chunks(const LinearArgs& args) {
-  return args.num_rows >= kRowsForChunks && args.in_features > (kChunksForCopies - 1) * L::kChunk;
+  return args.num_rows >= kRowsForChunks && args.in_features > chunk_size<L>(args.in_features);
 }
 
 // Features [begin, begin + size); copies are padded with zeros to whole steps.

@@ -15,7 +15,7 @@
 //   kBlockRows, rows_of_block(n)  rows of a block at most, and if n are left
 //   block_cols(n)   columns of a block of n rows: as many as the registers take
 //   kMaxSums        of a block
-//   kChunk          if there: elements that are summed up lane by lane before the lanes are added
+//   kChunk          if there: elements of a chunk, see chunk_size
 //   zero()          a Sum
 //   load<V>(p)      vector V of kStep elements of a row
 //   load<V>(p, n)   the same where only the first n are there
@@ -114,10 +114,12 @@ template <typename L, int kRows, int kCols, int kParts, typename Col>
 }
 
 // Elements whose products are summed up lane by lane; the totals of such chunks are then added. All
-// where L does not say.
+// of them are one chunk where there are no more than two, or L does not say.
 template <typename L>
 constexpr int64_t chunk_size(int64_t size) {
-  if constexpr (requires { L::kChunk; }) return L::kChunk;
+  if constexpr (requires { L::kChunk; }) {
+    if (size > 2 * L::kChunk) return L::kChunk;
+  }
   return std::max<int64_t>(size, 1);
 }
 
