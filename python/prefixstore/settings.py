@@ -20,6 +20,7 @@ _BYTES |= {f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}
 _BYTES |= {f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}
 _SECONDS = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+_MAX_DIGITS = 4000  # Python turns fewer than 4301 into a number; whoever asks bounds it
 _SWITCHES = {"true": True, "1": True, "yes": True, "on": True}
 _SWITCHES |= {"false": False, "0": False, "no": False, "off": False}
 
@@ -56,7 +57,7 @@ def parse_whole(name: str, value: int | str) -> int:
     Raises:
         ConfigError: If it is none.
     """
-    if isinstance(value, str) and value.isdecimal():
+    if isinstance(value, str) and value.isdecimal() and len(value) <= _MAX_DIGITS:
         return int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return value
@@ -135,8 +136,9 @@ def split_url(name: str, url: str) -> SplitResult:
     """A URL taken apart; none of ours has a fragment.
 
     Raises:
-        ConfigError: If its host is broken, or a # begins a fragment that nobody would read; without
-            showing it, for it may hold a password.
+        ConfigError: If its host is broken, a # begins a fragment that nobody would read, or it has
+            a zero character, which no path or host can; without showing it, for it may hold a
+            password.
     """
     try:
         parts = urlsplit(url)
@@ -144,6 +146,8 @@ def split_url(name: str, url: str) -> SplitResult:
         raise ConfigError(f"{name}: expected a URL, got one with a broken host") from None
     if "#" in url:
         raise ConfigError(f"{name}: expected no #, got one (in a name or a password it is %23)")
+    if "%00" in url or "\0" in url:
+        raise ConfigError(f"{name}: expected no zero character (%00), got one")
     return parts
 
 

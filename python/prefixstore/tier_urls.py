@@ -177,6 +177,8 @@ def parse_tier_url(url: str) -> TierUrl:
 
 
 def _open_memory(url: TierUrl) -> Tier:
+    if url.parts.path:
+        raise ConfigError(f"tiers: memory: expected memory://SIZE, got {url.shown!r}")
     num_bytes = parse_bytes("memory", url.parts.netloc)
     return MemoryTier(MemoryTierConfig(num_bytes, **_fields_of(url, _MEMORY)))
 

@@ -11,7 +11,7 @@ from stores import load, save
 from tier_kinds import get, put
 
 from prefixstore.config import CacheConfig
-from prefixstore.errors import ConfigError, StoreError
+from prefixstore.errors import ConfigError, StoreError, TierUnavailable
 from prefixstore.settings import MAX_BYTES, MAX_COUNT, MAX_SECONDS, MAX_WAIT_S
 from prefixstore.store import BreakerConfig, StoreConfig, TierPolicy
 from prefixstore.tier_urls import open_tiers
@@ -106,6 +106,24 @@ def test_refuses_urls_that_say_more(tmp_path, url):
     with pytest.raises(ConfigError, match=r": expected at most \d+, got "):
         open_tiers([url.format(tmp_path)])
     assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("disk://{}/a%00b", "tiers: expected no zero character"),
+        ("disk://{}/second?threads=" + "9" * 5000, "threads: expected a whole number"),
+        ("memory://4GiB/second", "tiers: memory: expected memory://SIZE, got 'memory://4GiB/"),
+    ],
+)
+def test_refuses_urls_that_make_no_sense(tmp_path, url, message):
+    with pytest.raises(ConfigError, match=message):
+        open_tiers([url.format(tmp_path)])
+
+
+def test_says_which_tier_there_is_no_memory_for():
+    with pytest.raises(TierUnavailable, match=r"^big: expected room for \d+ bytes of memory"):
+        open_tiers(["memory://1000000TiB?name=big"])
 
 
 @pytest.mark.parametrize("value", ["inf", "nan", "1e300", "'999999999d'"])

@@ -14,7 +14,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 
 from prefixstore.block_key import BlockHash, RecordName
-from prefixstore.errors import TierFull
+from prefixstore.errors import TierFull, TierUnavailable
 from prefixstore.tiers.base import EvictionListener
 from prefixstore.tiers.memory.slots import Record, Slab, Tenant
 from prefixstore.tiers.pages import PAGE_BYTES, page_aligned, round_up
@@ -31,6 +31,9 @@ class Arena:
 
     Attributes:
         memory: All of it, uint8.
+
+    Raises:
+        TierUnavailable: If the system does not give so much memory.
     """
 
     def __init__(
@@ -44,7 +47,13 @@ class Arena:
         self._tier_name = tier_name
         self._slab_bytes = slab_bytes
         self._quota_bytes = quota_bytes
-        self.memory = page_aligned(num_slabs * slab_bytes)
+        num_bytes = num_slabs * slab_bytes
+        try:
+            self.memory = page_aligned(num_bytes)
+        except (OSError, ValueError, OverflowError) as error:
+            raise TierUnavailable(
+                f"{tier_name}: expected room for {num_bytes} bytes of memory, got: {error}"
+            ) from error
         self._slabs = [Slab(i * slab_bytes) for i in range(num_slabs)]
         # by slot size and priority; least recently used first, without what the user pinned
         self._lru: dict[int, dict[int, OrderedDict[BlockHash, Record]]] = {}
