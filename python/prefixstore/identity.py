@@ -40,7 +40,7 @@ _EXTRA_STATE = "_extra_state"
 # Fields of a configuration that do not change the arithmetic: names, token ids, output options, and
 # the dtype (only a wish; the weights have the real one). All others count, so that a field this
 # list does not know makes a miss and never a wrong hit.
-_IRRELEVANT_KEYS = frozenset(
+IRRELEVANT_KEYS = frozenset(
     {
         "_attn_implementation",
         "_attn_implementation_internal",
@@ -151,7 +151,7 @@ def _relevant(fields: Any) -> Any:
         return {
             str(key): _relevant(value)
             for key, value in fields.items()
-            if key not in _IRRELEVANT_KEYS
+            if key not in IRRELEVANT_KEYS
         }
     if isinstance(fields, list | tuple):
         return [_relevant(value) for value in fields]

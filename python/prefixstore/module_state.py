@@ -47,6 +47,11 @@ _IRRELEVANT_OPTIONS = frozenset(
     }
 )
 
+# Whose objects and functions a whole model may hold without computing anything else.
+_LIBRARIES = frozenset(
+    {"accelerate", "huggingface_hub", "kvkernels", "peft", "prefixstore", "torch", "transformers"}
+)
+
 # Relative, since two processors may compute frequencies that differ in the last bits.
 _BUFFER_TOLERANCE = 1e-6
 
@@ -168,9 +173,15 @@ def _state(module: torch.nn.Module, names: Mapping[int, str]) -> dict[str, Any]:
             known = names.get(id(value))
             state[name] = describe(value) if known is None else known
             # A library's object on the whole model refers to all of it: its class alone counts.
-            if isinstance(state[name], Unknown) and is_whole_model(module):
+            if isinstance(state[name], Unknown) and is_whole_model(module) and _is_librarys(value):
                 state[name] = state[name].class_name
     return state
+
+
+def _is_librarys(value: Any) -> bool:
+    """Whether an object, or a function, was written by those who wrote the models."""
+    module_name = getattr(value, "__module__", None) or type(value).__module__
+    return module_name.partition(".")[0] in _LIBRARIES
 
 
 def _names_within(model: torch.nn.Module) -> dict[int, str]:

@@ -6,6 +6,7 @@ what takes longer comes only where that has found something: 0.05 ms for a model
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from operator import is_
@@ -15,6 +16,7 @@ import torch
 from torch.nn.modules import module as torch_module
 
 from prefixstore.foreign_code import foreign_forward, foreign_global_hooks, foreign_hooks
+from prefixstore.identity import IRRELEVANT_KEYS
 from prefixstore.module_fields import SCALARS, holds_others, leaves, own_fields
 from prefixstore.module_state import has_adapter
 
@@ -35,6 +37,7 @@ class ModuleWatch:
             (module, _switches(module)) for module in self._modules if has_adapter(module)
         ]
         self._attributes = _Attributes(self._modules)
+        self._configs = _Configs(self._modules)
         self._hook_tables = [
             *(torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks),
             *(fields["_forward_hooks"] for fields in self._fields),
@@ -53,6 +56,8 @@ class ModuleWatch:
             return "expected the modules the cache was opened with, got others"
         if self._attributes.have_changed():
             return "expected the modules' attributes as the cache was opened with, got others"
+        if self._configs.have_changed():
+            return "expected the configuration the cache was opened with, got another"
         if self._hooks.have_changed():
             return "expected the forward hooks the cache was opened with, got others"
         if self._forwards.have_changed():
@@ -109,6 +114,38 @@ class _Attributes:
         return [*map(_version, self._tensors)] != self._versions or any(
             _held_by(holder) != held for holder, held in zip(self._holders, self._held, strict=True)
         )
+
+
+class _Configs:
+    """What the configurations of modules say that counts in a model's identity: some layers read it
+    in every pass.
+
+    Args:
+        modules: Of the model.
+    """
+
+    def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
+        found: dict[int, Any] = {}
+        left = [vars(module).get("config") for module in modules]
+        while left:
+            config = left.pop()
+            if hasattr(config, "to_dict") and id(config) not in found:
+                found[id(config)] = config
+                left += vars(config).values()  # those of a model's parts
+        self._fields = [vars(config) for config in found.values()]
+        self._expected = [copy.deepcopy(_counting(fields)) for fields in self._fields]
+
+    def have_changed(self) -> bool:
+        return [*map(_counting, self._fields)] != self._expected
+
+
+def _counting(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a configuration's fields that count, but for configurations of parts."""
+    return {
+        name: value
+        for name, value in fields.items()
+        if name[0] != "_" and name not in IRRELEVANT_KEYS and not hasattr(value, "to_dict")
+    }
 
 
 def _held_by(value: Any) -> list[tuple[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,15 +14,24 @@ from kvkernels.nn.transformers import install, uninstall
 from prefixstore.errors import ModelChanged
 from prefixstore.module_watch import ModuleWatch
 
-# Arguments of a forward pass that change keys and values without changing token ids.
-_BEYOND_TOKENS = (
-    "adapter_names",
-    "alora_offsets",
-    "inputs_embeds",
-    "input_features",
-    "input_values",
-    "pixel_values",
-    "pixel_values_videos",
+# Arguments of a forward pass beside which the tokens tell the keys and values. All others might
+# change them, so that one this list does not know is refused and never makes a wrong hit.
+_TOLD_BY_TOKENS = frozenset(
+    {
+        "attention_mask",  # which may hide no token of a session
+        "cache_position",
+        "input_ids",
+        "labels",
+        "logits_to_keep",
+        "num_logits_to_keep",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_values",
+        "position_ids",  # which are compared
+        "return_dict",
+        "use_cache",
+    }
 )
 
 _SAMPLE_SIZE = 16  # values compared of each weight
@@ -59,10 +68,12 @@ class ServedModel:
             pools until `close`.
 
     Raises:
-        UnsupportedError: If its attention cannot be replaced.
+        UnsupportedError: If its attention cannot be replaced, or its positions do not count all
+            tokens.
     """
 
     def __init__(self, model: Any) -> None:
+        _refuse_skipped_tokens(model)
         install(model)
         self._model = model
         self._arguments = tuple(inspect.signature(model.forward).parameters)
@@ -171,8 +182,8 @@ class ServedModel:
         session = self._session_of(given)
         if session is None:
             return
-        for name in _BEYOND_TOKENS:
-            if given.get(name) is not None:
+        for name, value in given.items():
+            if name not in _TOLD_BY_TOKENS and not _is_nothing(value):
                 raise UnsupportedError(
                     f"{name}: expected input_ids alone with a session, got what tokens do not tell"
                 )
@@ -196,6 +207,27 @@ class _CheckedPrepare:
     def __call__(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self.served_model.check_prompt(input_ids, kwargs)
         return self.prepare(input_ids, *args, **kwargs)
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether an argument says nothing: a switch that is off, or a collection of none."""
+    return (
+        value is None or value is False or (isinstance(value, Mapping | list | tuple) and not value)
+    )
+
+
+def _refuse_skipped_tokens(model: torch.nn.Module) -> None:
+    """RoBERTa and its like give no position to tokens that are the padding token: where a token
+    stands depends on which token that is, and on how many of those before are in the pass."""
+    for module in model.modules():
+        forward = inspect.unwrap(type(module).forward)
+        code = getattr(forward, "__code__", None)
+        is_embedding = isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag)
+        if code is not None and not is_embedding and "padding_idx" in code.co_names:
+            raise UnsupportedError(
+                "model: expected positions that count every token, got"
+                f" {type(module).__name__}, which skips padding tokens"
+            )
 
 
 def _unwrap_prepare(model: Any) -> None:
@@ -228,9 +260,21 @@ def _weight_samples(weights: Iterable[torch.Tensor]) -> dict[torch.device, list[
     """Views of some bytes in the middle of each weight, by device."""
     samples: dict[torch.device, list[torch.Tensor]] = {}
     for weight in weights:
-        if weight.is_contiguous() and weight.numel():
-            flat = weight.detach().view(-1)
-            middle = flat.numel() // 2
-            view = flat[middle : middle + _SAMPLE_SIZE].view(torch.uint8)
+        if weight.numel():
+            view = _middle_of(weight.detach()).view(torch.uint8)
             samples.setdefault(weight.device, []).append(view)
     return samples
+
+
+def _middle_of(weight: torch.Tensor) -> torch.Tensor:
+    """A view of some neighbouring values, one if none are neighbours in memory."""
+    if weight.is_contiguous():
+        weight = weight.view(-1)
+    elif 1 in weight.stride():  # as of a transposed one
+        weight = weight.movedim(weight.stride().index(1), -1)
+    while weight.dim() > 1:
+        weight = weight[len(weight) // 2]
+    middle = len(weight) // 2
+    if weight.stride(0) != 1:
+        return weight[middle:].as_strided((1,), (1,))
+    return weight[middle : middle + _SAMPLE_SIZE]

@@ -130,6 +130,14 @@ def test_options_of_an_activation_count():
     assert len(identities) == 2
 
 
+@pytest.mark.parametrize("value", [lambda x: x, object()])
+def test_code_of_anybodys_on_a_whole_model_counts(value, caplog):
+    model = tiny_llama()
+    model.model.steer = value
+    assert model_identity(model, LAYOUT) != model_identity(model, LAYOUT)
+    assert "an object whose effect is not known, model.steer" in caplog.text
+
+
 @pytest.mark.parametrize("value", [lambda x: x, object(), [torch.ones(1).add]])
 def test_a_model_that_holds_what_nobody_knows_is_like_no_other(value, caplog):
     model, layer = steered_llama()

@@ -52,6 +52,15 @@ def flip_a_payload_bit(store: Path, key: BlockKey) -> None:
     raise AssertionError("the record is in no file")
 
 
+def test_inspect_lists_what_looks_like_markup(store: tuple[Path, list[BlockKey]]) -> None:
+    path, keys = store
+    for slab in path.glob("slab-v*.kvb"):
+        slab.write_bytes(slab.read_bytes().replace(b"KVB1", b"[/a]"))
+    result = run("inspect", path)
+    assert result.exit_code == 0
+    assert f"{len(keys)} records" in result.output
+
+
 def test_inspect_tells_of_latents(tmp_path: Path) -> None:
     (key,) = make_keys(1, LATENT)
     path = tmp_path / "record"

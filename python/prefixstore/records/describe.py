@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from prefixstore.errors import BlockCorrupted
@@ -89,7 +90,7 @@ def print_record(console: Console, described: dict[str, Any]) -> None:
         ("protection", described["protection"]),
         ("checks", described["problem"] or "every byte is as it was written"),
     ):
-        table.add_row(name, value)
+        table.add_row(name, escape(value))  # which may hold bytes of anyone's
     console.print(table)
 
 

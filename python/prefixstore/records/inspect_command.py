@@ -10,6 +10,7 @@ from typing import Any
 import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from prefixstore.errors import BlockCorrupted, ConfigError, TierError
@@ -97,7 +98,9 @@ def _list_records(tier: DiskTier, as_json: bool, keys: Sequence[RecordKey]) -> N
     for title in ("block hash", "bytes", "codecs", "dtype", "tokens", "group"):
         table.add_column(title, no_wrap=True)
     for row in rows:
-        table.add_row(row.pop("block_hash"), f"{row.pop('bytes'):,}", *map(str, row.values()))
+        block_hash, num_bytes = row.pop("block_hash"), row.pop("bytes")
+        cells = (escape(str(value)) for value in row.values())  # which may be bytes of anyone's
+        table.add_row(block_hash, f"{num_bytes:,}", *cells)
     Console().print(table)
     click.echo(f"{len(rows)} records")
 
