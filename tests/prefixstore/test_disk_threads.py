@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from prefixstore.errors import TierUnavailable
 from prefixstore.tiers.disk.files import Slab
 from prefixstore.tiers.disk.job_threads import JobBatch, JobThreads
 from prefixstore.tiers.disk.jobs import Job
@@ -108,8 +109,49 @@ def test_closed_threads_refuse_and_may_be_closed_again(threads):
     threads.help(JobBatch(make_jobs(1), lambda job: None, None), 1)
     for _ in range(2):
         threads.close(wait=True)
-        with pytest.raises(RuntimeError, match="expected open threads"):
+        with pytest.raises(TierUnavailable, match="expected open threads"):
             threads.help(JobBatch(make_jobs(1), lambda job: None, None), 1)
+
+
+@pytest.fixture
+def allow_threads(monkeypatch):
+    """Call it with the number of threads that can yet be started."""
+    num_left, start = 0, threading.Thread.start
+
+    def start_or_fail(thread):
+        nonlocal num_left
+        if num_left == 0:
+            raise RuntimeError("can't start new thread")
+        num_left -= 1
+        start(thread)
+
+    def allow(number):
+        nonlocal num_left
+        num_left = number
+
+    monkeypatch.setattr(threading.Thread, "start", start_or_fail)
+    return allow
+
+
+def test_it_goes_on_with_the_threads_that_there_are(threads, allow_threads):
+    for num_new, num_in_all in ((2, 2), (0, 2), (5, 3), (5, 3)):
+        allow_threads(num_new)
+        done = []
+        batch = JobBatch(make_jobs(10), done.append, None)
+        threads.help(batch, 10)
+        batch.wait()
+        assert len(done) == 10
+        assert len(threads_alive()) == num_in_all
+
+
+def test_it_is_unavailable_without_any_thread(threads, allow_threads):
+    batch = JobBatch(make_jobs(1), lambda job: None, None)
+    with pytest.raises(TierUnavailable, match="expected a thread, got none: can't start"):
+        threads.help(batch, 1)
+    threads.help(batch, 0)
+    allow_threads(1)
+    threads.help(batch, 1)
+    batch.wait()
 
 
 def test_they_end_when_nobody_holds_them():

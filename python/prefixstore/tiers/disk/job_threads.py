@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Protocol
 
+from prefixstore.errors import TierUnavailable
 from prefixstore.tiers.base import is_past
 from prefixstore.tiers.disk.jobs import Job
 
@@ -91,7 +92,7 @@ class JobThreads:
     """A few threads that work on batches, in the order in which those come. Thread-safe.
 
     They are started when first needed, and end with the process: one that hangs in the kernel must
-    not keep it.
+    not keep it. Those that the system refuses to start are tried again when help is needed next.
     """
 
     def __init__(self, num_threads: int, name: str) -> None:
@@ -109,14 +110,14 @@ class JobThreads:
         """Let so many threads work on it, as far as there are.
 
         Raises:
-            RuntimeError: After `close`.
+            TierUnavailable: After `close`, or if help is needed and there is no thread.
         """
         with self._lock:
             if self._is_closed:
-                raise RuntimeError(f"{self._name}: expected open threads, got closed ones")
-            if num_helpers > 0 and not self._threads:
-                self._threads = [self._start(number) for number in range(self._num_threads)]
-            for _ in range(min(num_helpers, self._num_threads)):
+                raise TierUnavailable(f"{self._name}: expected open threads, got closed ones")
+            if num_helpers > 0:
+                self._start_missing()
+            for _ in range(min(num_helpers, len(self._threads))):
                 self._batches.put(batch)
 
     def close(self, wait: bool = False) -> None:
@@ -134,11 +135,20 @@ class JobThreads:
             for thread in self._threads:
                 thread.join()
 
-    def _start(self, number: int) -> threading.Thread:
-        name = f"{self._name}_{number}"
-        thread = threading.Thread(target=_work, args=(self._batches,), name=name, daemon=True)
-        thread.start()
-        return thread
+    def _start_missing(self) -> None:
+        """Start threads until there are all, or as many as can be had."""
+        while len(self._threads) < self._num_threads:
+            name = f"{self._name}_{len(self._threads)}"
+            thread = threading.Thread(target=_work, args=(self._batches,), name=name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                if not self._threads:
+                    raise TierUnavailable(
+                        f"{self._name}: expected a thread, got none: {error}"
+                    ) from error
+                return
+            self._threads.append(thread)
 
 
 def _work(batches: SimpleQueue[Batch | None]) -> None:
