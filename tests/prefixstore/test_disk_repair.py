@@ -3,11 +3,12 @@
 import errno
 import os
 import sqlite3
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from disk_tiers import Clock, break_page, count_right, open_tier, put
+from disk_tiers import Clock, break_page, count_right, open_tier, put, put_with
 from sample_blocks import LARGE_LAYOUT, LAYOUT, make_keys
 
 from prefixstore.errors import TierTimeout, TierUnavailable
@@ -207,4 +208,20 @@ def test_a_slot_whose_write_failed_is_used_again(tmp_path, monkeypatch):
     assert dict(states) == {FREE: 8, WRITING: 1, READY: 1}
     assert count_right(tier, [first, second]) == 1
     assert LAYOUT.record_bytes == tier.stats().used_bytes
+    tier.close()
+
+
+def test_slots_that_no_thread_could_write_to_are_used_again(tmp_path, monkeypatch):
+    tier = open_tier(tmp_path, capacity_bytes=SLAB, slab_bytes=SLAB)
+    keys = make_keys(20)
+
+    def failing(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", failing)
+    with pytest.raises(TierUnavailable, match="expected a thread"):
+        put_with(tier, keys[:10], 0)
+    monkeypatch.undo()
+    assert put_with(tier, keys[10:], 0) == [None] * 10
+    assert count_right(tier, keys) == 10
     tier.close()

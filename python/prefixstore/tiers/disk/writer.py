@@ -141,16 +141,16 @@ class RecordWriter:
         if allocation is None:
             allocation = self._index.allocate_many(sizes, priority, deadline)
         refs = allocation.refs.values()
-        try:
-            self._enter(allocation)
-        except TierError:
-            self._index.abandon([*refs, *allocation.dead])
-            raise
         spans = [
             Span(slab, slot * slab.slot_bytes, records[name]) for slab, slot, _, name, *_ in refs
         ]
         latest = began + self._config.write_lease_s * _LEASE_PART
-        writing = self._transfers.begin_writing(spans, deadline, latest)
+        try:
+            self._enter(allocation)
+            writing = self._transfers.begin_writing(spans, deadline, latest)
+        except TierError:
+            self._index.abandon([*refs, *allocation.dead])
+            raise
         return _Put(records, allocation, began, writing)
 
     def _take_ahead(self, puts: Sequence[_Put], priority: int) -> None:
