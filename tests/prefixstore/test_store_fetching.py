@@ -119,6 +119,31 @@ def test_what_a_long_load_has_yet_to_fetch_is_fetched_once(make_store, monkeypat
     assert slow.calls.count("get") == 5
 
 
+@pytest.mark.parametrize("num_failures", [1, 100])
+def test_a_load_is_fetched_in_its_own_thread_where_no_other_can_be_begun(
+    make_store, monkeypatch, num_failures
+):
+    """And nothing twice, if one can be begun later."""
+    monkeypatch.setattr(loader, "BATCH_BYTES", 1)  # one record at a time
+    slow = DictTier("slow")
+    keys = make_keys(5)
+    store = make_store(slow)
+    fill(slow, keys)
+    failures = [RuntimeError("can't start new thread")] * num_failures
+    start = threading.Thread.start
+
+    def start_or_fail(thread: threading.Thread) -> None:
+        if failures:
+            raise failures.pop()
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_or_fail)
+    outs = [bytearray(LAYOUT.block_bytes) for _ in keys]
+    assert store.load_many(keys, HostBlocks(outs)) == ["slow"] * 5
+    assert [bytes(out) for out in outs] == [make_payload(key).tobytes() for key in keys]
+    assert slow.calls.count("get") == 5
+
+
 @pytest.fixture
 def held_up():
     """A fast tier whose writer waits at a gate, which opens after the test."""

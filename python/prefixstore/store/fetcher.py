@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,12 +100,23 @@ class Fetcher:
         # A thread for this load alone. A shared pool would have to survive forks, and loads would
         # wait for each other in it. Starting a thread takes 0.1 ms, a batch some milliseconds.
         with ThreadPoolExecutor(1, thread_name_prefix="prefixstore-fetch") as thread:
-            ahead = thread.submit(self._fetch, batches[0])
+            ahead = self._begin(batches[0], thread)
             for following in batches[1:]:
                 fetched = ahead.result()
-                ahead = thread.submit(self._fetch, following)
+                ahead = self._begin(following, thread)
                 yield fetched
             yield ahead.result()
+
+    def _begin(self, batch: Sequence[int], thread: ThreadPoolExecutor) -> Future[Fetched]:
+        """Fetch a batch in that thread; at once in this one where that cannot be had."""
+        try:
+            return thread.submit(self._fetch, batch)
+        except RuntimeError:  # no thread can be begun, as when the interpreter ends
+            # it has kept the batch, and would fetch it again if it had a thread later
+            thread.shutdown(cancel_futures=True)
+        fetched: Future[Fetched] = Future()
+        fetched.set_result(self._fetch(batch))
+        return fetched
 
     def _fetch(self, batch: Sequence[int]) -> Fetched:
         keys = [self._keys[i] for i in batch]
