@@ -18,7 +18,7 @@ from test_record_codecs import make_block, make_record, restore, with_infinity
 
 from kvkernels import KVPool
 from kvkernels.transfer.lanes import Done
-from prefixstore.errors import TierTimeout
+from prefixstore.errors import BlockCorrupted, TierTimeout
 from prefixstore.keys import ProtectionConfig
 from prefixstore.pool_blocks import PoolBlocks, PoolTarget
 from prefixstore.record import check_header
@@ -148,9 +148,32 @@ def test_a_record_that_is_not_whole_is_a_miss(
     progress = Progress()
     with Store([tier]) as store:
         assert load(store, pool, progress) == [None] + ["slow"] * (NUM_BLOCKS - 1)
-        assert use_of(store, "slow").num_misses == 1
+        use = use_of(store, "slow")
+        assert (use.num_misses, use.num_corrupted) == (1, num_bytes is not None)
+    assert name not in tier.records  # so that it is written again
     assert progress.seen[-1] is None
     assert all(pool.is_right(number) for number in range(1, NUM_BLOCKS))
+
+
+# before the first record's header, its second layers, and its last ones
+@pytest.mark.parametrize("num_before", [0, NUM_BLOCKS + len(RAW), 2 * NUM_BLOCKS + len(RAW)])
+def test_a_record_that_its_tier_calls_corrupted_is_deleted(
+    pool: Pool, tier: DictTier, num_before: int
+) -> None:
+    num_reads = 0
+
+    def fail(call: str) -> None:
+        nonlocal num_reads
+        num_reads += call == "get"
+        if call == "get" and num_reads == num_before + 1:
+            raise BlockCorrupted("slow: expected a manifest, got none")
+
+    tier.fail = fail
+    with Store([tier]) as store:
+        assert load(store, pool, Progress()) == [None] + ["slow"] * (NUM_BLOCKS - 1)
+        use = use_of(store, "slow")
+        assert (use.num_misses, use.num_corrupted) == (1, 1)
+    assert [*tier.records] == [key.block_hash for key in KEYS[1:]]
 
 
 def test_a_tier_that_fails_between_two_layers_loses_no_record(pool: Pool, tier: DictTier) -> None:

@@ -75,9 +75,11 @@ class LayerReader:
         for (record, start, end), outcome in zip(wanted, outcomes, strict=True):
             if outcome == end - start:
                 self._num_read[record.index] = end
-            else:
-                del self._num_read[record.index]
-                self._tier.count_misses(1)
+                continue
+            del self._num_read[record.index]
+            if isinstance(outcome, int):
+                outcome = corrupted("record", f"{end} bytes and more", start + outcome)
+            self._lose(record.key, outcome)
 
     @property
     def num_whole(self) -> int:
@@ -93,7 +95,7 @@ class LayerReader:
     ) -> RecordHeader | None:
         """What the first bytes of a record say; None for a miss, which is counted."""
         if outcome is None or isinstance(outcome, TierError):
-            self._tier.count_misses(1)
+            self._lose(key, outcome)
             return None
         try:
             header = check_head(out[:outcome], key)
@@ -101,9 +103,16 @@ class LayerReader:
             if outcome != num_bytes:
                 raise corrupted("record", f"{num_bytes} bytes and more", outcome)
         except BlockCorrupted as error:
-            self._tier.reject(key, str(error))
+            self._lose(key, error)
             return None
         return header
+
+    def _lose(self, key: BlockKey, error: TierError | None) -> None:
+        """Count a record that does not come, and reject one that is wrong."""
+        if isinstance(error, BlockCorrupted):
+            self._tier.reject(key, str(error))
+        else:
+            self._tier.count_misses(1)
 
 
 def _end(layout: RecordLayout, num_layers: int) -> int:
