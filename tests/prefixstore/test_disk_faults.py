@@ -63,6 +63,22 @@ def test_a_directory_removed_while_open_takes_no_more_records(tmp_path):
     tier.close()
 
 
+def test_a_directory_replaced_while_open_belongs_to_who_opened_the_new_one(tmp_path):
+    first, *keys = make_keys(11)
+    old = open_tier(tmp_path / "tier")
+    shutil.rmtree(tmp_path / "tier")
+    new = open_tier(tmp_path / "tier")
+    put(new, keys)
+    with pytest.raises(TierUnavailable, match=r"slab-v1-.*No such file or directory"):
+        put(old, [first])
+    with pytest.raises(TierUnavailable, match="No such file or directory"):
+        old.sweep()
+    old.close()
+    assert count_right(new, keys) == 10
+    assert new.check() == []
+    new.close()
+
+
 def test_a_store_whose_directory_was_removed_counts_and_goes_on(tmp_path):
     keys = make_keys(12)
     out = np.empty(LAYOUT.payload_bytes, np.uint8)

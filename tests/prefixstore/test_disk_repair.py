@@ -128,10 +128,10 @@ def test_a_bound_that_was_passed_is_mended(tmp_path):
 def fail_to_remove(tier: DiskTier, keys: list[BlockKey], monkeypatch) -> None:
     """Leave a file behind: a put drops a slab but cannot delete its file."""
 
-    def failing(path, missing_ok=False):
+    def failing(path, *, dir_fd=None):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(Path, "unlink", failing)
+    monkeypatch.setattr(os, "unlink", failing)
     with pytest.raises(TierUnavailable, match="Input/output error"):
         put(tier, keys)
     monkeypatch.undo()

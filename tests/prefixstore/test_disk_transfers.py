@@ -139,10 +139,10 @@ def test_direct_and_buffered_tiers_on_one_directory_agree(tmp_path):
 def refuse_to_open(monkeypatch) -> None:
     open_file = os.open
 
-    def refusing(path, flags, *arguments):
+    def refusing(path, flags, *arguments, **keywords):
         if flags & os.O_DIRECT:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return open_file(path, flags, *arguments)
+        return open_file(path, flags, *arguments, **keywords)
 
     monkeypatch.setattr(os, "open", refusing)
 

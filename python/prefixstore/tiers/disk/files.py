@@ -11,6 +11,9 @@ Files are opened with O_DIRECT, past the page cache, where the file system takes
 would cost a copy and, while it writes back, most of the disk's speed; and the kernel keeps both
 ways coherent, so that processes may mix them: a direct read first writes back what the cache has
 of these pages, a direct write drops them from it.
+
+They are looked up in the directory as it was opened, not by its path: who has the tier open while
+somebody replaces the directory must not write into the files of those who open the new one.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +39,7 @@ VERSION = 1
 _NAME = re.compile(r"slab-v(\d+)-(.*)")
 _NAME_V1 = re.compile(r"(\d+)-(\d+)x(\d+)\.kvb")
 _MAX_OPEN_FILES = 128
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -60,9 +65,9 @@ class Slab:
 class OpenFile:
     """A descriptor closed when its last user lets go, never under a reader or writer."""
 
-    def __init__(self, path: Path, flags: int) -> None:
+    def __init__(self, path: Path | str, flags: int, directory: OpenFile | None = None) -> None:
         self.fd = -1
-        self.fd = os.open(path, flags, 0o644)
+        self.fd = os.open(path, flags, 0o644, dir_fd=directory.fd if directory else None)
         self.is_direct = bool(flags & os.O_DIRECT)
 
     def __del__(self) -> None:
@@ -78,11 +83,18 @@ class SlabFiles:
         tier_name: For messages.
         io: "direct" for O_DIRECT, "buffered" for the page cache, "auto" for the former until the
             file system refuses it.
+
+    Raises:
+        TierUnavailable: If the directory cannot be opened; and by any call after `close`.
     """
 
     def __init__(self, directory: Path, tier_name: str, io: str) -> None:
-        self._directory = directory
+        self._path = directory
         self._tier_name = tier_name
+        try:
+            self._directory: OpenFile | None = OpenFile(directory, _DIRECTORY)
+        except OSError as error:
+            raise TierUnavailable(f"{tier_name}: {directory}: {error.strerror}") from error
         self._is_direct = io != "buffered"
         self._may_fall_back = io == "auto"
         self._open_files: OrderedDict[int, OpenFile] = OrderedDict()
@@ -151,7 +163,7 @@ class SlabFiles:
             status = os.fstat(file.fd)
             if status.st_nlink == 0:
                 raise TierUnavailable(
-                    f"{self._tier_name}: {self._directory / slab.file_name}: expected the file to"
+                    f"{self._tier_name}: {self._path / slab.file_name}: expected the file to"
                     " stay while the tier is open, got one that was removed"
                 )
             end = offset + sum(buffer.nbytes for buffer in buffers)
@@ -162,7 +174,7 @@ class SlabFiles:
             with self._growing:
                 if (room := room_bytes(file.fd)) < end - offset:
                     raise TierFull(
-                        f"{self._tier_name}: {self._directory / slab.file_name}: expected room for"
+                        f"{self._tier_name}: {self._path / slab.file_name}: expected room for"
                         f" {end - offset} bytes on the file system, got {max(room, 0)} beside what"
                         " is kept for the index"
                     )
@@ -185,7 +197,8 @@ class SlabFiles:
         """Delete the file, if it is there."""
         self.let_go_of(slab)
         try:
-            (self._directory / slab.file_name).unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                os.unlink(slab.file_name, dir_fd=self._opened().fd)
         except OSError as error:
             raise self._translated(error, slab) from error
 
@@ -205,13 +218,14 @@ class SlabFiles:
         return status.st_mtime_ns if status else 0
 
     def close(self) -> None:
-        """Forget the open files; those that are being used close when that ends."""
+        """Forget what is open; what is being used closes when that ends."""
         with self._lock:
             self._open_files.clear()
+            self._directory = None
 
     def _status(self, slab: Slab) -> os.stat_result | None:
         try:
-            return (self._directory / slab.file_name).stat()
+            return os.stat(slab.file_name, dir_fd=self._opened().fd)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -219,9 +233,19 @@ class SlabFiles:
 
     def _names(self) -> list[str]:
         try:
-            return [entry.name for entry in os.scandir(self._directory)]
+            # one of its own: a descriptor keeps the place that a listing has come to
+            listed = OpenFile(".", _DIRECTORY, self._opened())
+            if os.fstat(listed.fd).st_nlink == 0:  # it was removed, and would seem to be empty
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            return [entry.name for entry in os.scandir(listed.fd)]
         except OSError as error:
-            raise TierUnavailable(f"{self._tier_name}: {self._directory}: {error}") from error
+            raise TierUnavailable(f"{self._tier_name}: {self._path}: {error.strerror}") from error
+
+    def _opened(self) -> OpenFile:
+        directory = self._directory
+        if directory is None:
+            raise TierUnavailable(f"{self._tier_name}: expected an open tier, got a closed one")
+        return directory
 
     def _with_file(self, slab: Slab, flags: int, transfer: Callable[[OpenFile], int]) -> int:
         """Transfer directly, or through the page cache where the file system refuses."""
@@ -242,7 +266,7 @@ class SlabFiles:
                 logger.warning(
                     "%s: %s: no direct transfers here, going through the page cache: %s",
                     self._tier_name,
-                    self._directory,
+                    self._path,
                     error.strerror,
                 )
 
@@ -252,7 +276,7 @@ class SlabFiles:
             if file is None:
                 self._let_go_of_removed()
                 flags |= os.O_DIRECT if self._is_direct else 0
-                file = OpenFile(self._directory / slab.file_name, flags)
+                file = OpenFile(slab.file_name, flags, self._opened())
                 self._open_files[slab.slab_id] = file
             self._open_files.move_to_end(slab.slab_id)
             if len(self._open_files) > _MAX_OPEN_FILES:
@@ -267,7 +291,7 @@ class SlabFiles:
 
     def _translated(self, error: OSError, slab: Slab) -> TierError:
         kind = TierFull if error.errno in _NO_ROOM else TierUnavailable
-        return kind(f"{self._tier_name}: {self._directory / slab.file_name}: {error.strerror}")
+        return kind(f"{self._tier_name}: {self._path / slab.file_name}: {error.strerror}")
 
 
 def _after(buffers: Sequence[memoryview], num_bytes: int) -> Sequence[memoryview]:

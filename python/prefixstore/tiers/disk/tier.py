@@ -67,11 +67,11 @@ class DiskTier(Tier):
         self._config = config
         self._ttl_ns = None if config.ttl_s is None else int(config.ttl_s * 1e9)
         self._counters = SharedCounters()
-        self._files = SlabFiles(config.path, config.name, config.io)
-        self._transfers = Transfers(self._files, config.name, config.num_threads)
         self._directory = Directory(config)
         clock_ns = None if clock is None else lambda: int(clock() * 1e9)
         try:
+            self._files = SlabFiles(config.path, config.name, config.io)
+            self._transfers = Transfers(self._files, config.name, config.num_threads)
             self._index = self._directory.open_index(self._files, self._transfers, clock_ns)
         except BaseException:
             self._directory.close()
