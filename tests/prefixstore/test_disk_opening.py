@@ -278,6 +278,22 @@ def test_an_index_of_version_1_in_use_is_left_alone(tmp_path):
     tier.close()
 
 
+def test_an_index_removed_while_it_is_open_is_not_made_anew(tmp_path):
+    """Two indexes would give the same slots away."""
+    keys = make_keys(10)
+    tier = open_tier(tmp_path)
+    put(tier, keys[:5])
+    for path in tmp_path.glob("index.sqlite*"):
+        path.unlink()
+    with pytest.raises(TierUnavailable, match=r"expected the index that other .*, got none"):
+        open_tier(tmp_path)
+    put(tier, keys[5:])
+    tier.close()
+    tier = open_tier(tmp_path)
+    assert count_right(tier, keys) == 10
+    tier.close()
+
+
 def test_strange_files_are_none_of_its_business(tmp_path):
     for name in ("notes.txt", "slab-of-marble", "slab-v1-hello.kvb", "slab-v1-000001-0x0.kvb"):
         (tmp_path / name).write_text("mine")

@@ -50,7 +50,7 @@ class Directory:
 
         Raises:
             TierUnavailable: If the directory cannot be written, holds files of a newer version, or
-                has a damaged or older index that other processes have open.
+                has a damaged, older or removed index that other processes have open.
             TierTimeout: If another process is mending it for too long.
         """
         with self._errors(), self._locked() as is_alone:
@@ -76,6 +76,11 @@ class Directory:
         self, files: SlabFiles, transfers: Transfers, clock: Clock | None, is_alone: bool
     ) -> SlotIndex:
         path, config = self._config.path / "index.sqlite", self._config
+        if not is_alone and not path.exists():  # a new one would give their slots away
+            raise TierUnavailable(
+                f"{config.name}: {path}: expected the index that other processes have open, got"
+                " none; it can be rebuilt once they have closed the tier"
+            )
         writer = Connection(path, config.name, config.timeout_s)
         try:
             if is_alone:

@@ -60,7 +60,7 @@ class DiskTier(Tier):
 
     Raises:
         TierUnavailable: On opening, if the directory cannot be written, holds the files of a newer
-            version, or has a damaged or older index that other processes have open.
+            version, or has a damaged, older or removed index that other processes have open.
     """
 
     def __init__(self, config: DiskTierConfig, clock: Callable[[], float] | None = None) -> None:
