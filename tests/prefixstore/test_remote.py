@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from obstore.store import LocalStore
 from sample_blocks import IDENTITY, LARGE_LAYOUT, LAYOUT, load_block, make_keys, make_record
 from tier_kinds import REMOTE, get, held, put, put_many
 
-from prefixstore.record import BlockKey
+from prefixstore.record import BlockKey, chain_keys
 from prefixstore.store import Store
 from prefixstore.tiers.base import Swept
 from prefixstore.tiers.remote import RemoteTier
@@ -182,6 +183,64 @@ def test_check_tells_what_is_no_record_and_deletes_only_what_is_its_own(make_loc
     assert held(tier, keys) == [False, True]
     assert len(tier.check()) == 1
     foreign.unlink()
+
+
+def stage(directory: Path, key: BlockKey, number: int, age_s: float) -> Path:
+    """Leave what a write leaves that is cut off."""
+    path = path_of(directory, key)
+    path = path.with_name(f"{path.name}#{number}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(100))
+    make_older(path, age_s)
+    return path
+
+
+def test_the_client_writes_files_under_the_name_that_is_searched_for(tmp_path):
+    (key,) = make_keys(1)
+    record, seen = path_of(tmp_path, key), set()
+
+    def pieces():
+        for _ in range(2):
+            yield bytes(6 << 20)
+            seen.update(path for path in tmp_path.rglob("*") if path.is_file())
+
+    name = str(record.relative_to(tmp_path))
+    LocalStore(tmp_path).put(name, pieces(), use_multipart=True)
+    assert seen == {record.with_name(f"{record.name}#1")}
+
+
+@pytest.mark.parametrize("fix", ["sweep", "check"])
+def test_what_is_left_of_writes_that_were_cut_off_is_given_back(make_local, directory, fix):
+    tier = make_local()
+    keys = make_keys(3)
+    put_many(tier, keys[:2])
+    old = [stage(directory, keys[1], 1, 3700), stage(directory, keys[2], 23, 3700)]
+    young = stage(directory, keys[2], 1, 3500)
+    foreign = directory / "1" / "notes.kvb#1"
+    foreign.write_text("not ours")
+    make_older(foreign, 3700)
+    (problem,) = tier.check()
+    assert "expected no writes that were cut off, got 2" in problem
+    if fix == "sweep":
+        assert tier.sweep() == Swept(num_orphans=2, num_bytes=200)
+    else:
+        assert tier.check(fix=True) == [problem]
+    assert not any(path.exists() for path in old)
+    assert young.exists() and foreign.exists()
+    assert held(tier, keys) == [True, True, False]
+    assert tier.check() == [] and tier.sweep() == Swept()
+
+
+def test_forgetting_an_identity_removes_what_is_left_of_its_writes(make_local, directory):
+    tier = make_local()
+    (key,) = make_keys(1)
+    (other,) = chain_keys(LAYOUT, bytes(16), key.tokens)
+    put_many(tier, [key, other])
+    own = [stage(directory, key, 1, 0), stage(directory, key, 2, -60)]
+    kept = stage(directory, other, 1, 0)
+    tier.delete_identity(key.identity)
+    assert kept.exists() and not any(path.exists() for path in own)
+    assert held(tier, [key, other]) == [False, True]
 
 
 def test_check_tells_no_more_than_anyone_reads(make_local, directory):

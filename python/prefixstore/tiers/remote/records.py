@@ -18,7 +18,7 @@ from prefixstore.tiers.base import Held, ReadOutcome
 from prefixstore.tiers.remote.objects import DELETE_BATCH, ObjectInfo, Objects
 from prefixstore.tiers.remote.requests import HandOver, Request
 
-_NAME = re.compile(r"[0-9a-f]{32}/([0-9a-f]{2})/\1[0-9a-f]{30}\.kvb")
+NAME = re.compile(r"[0-9a-f]{32}/([0-9a-f]{2})/\1[0-9a-f]{30}\.kvb")
 _MAX_PROBLEMS = 100  # reported one by one; more are only counted
 
 
@@ -179,7 +179,7 @@ class Survey(Request[int]):
     def _look_at(self, info: ObjectInfo) -> bool:
         """Whether to delete this one."""
         name = info.path.removeprefix(f"{self._records.root}/")
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             self._tell(f"{info.path}: expected the name of a record")
             return False  # not ours to delete
         if is_too_short(info):

@@ -39,6 +39,7 @@ from prefixstore.tiers.remote.records import (
     is_too_short,
 )
 from prefixstore.tiers.remote.requests import Request, Requests, T
+from prefixstore.tiers.remote.staged import ANY_AGE_S, GRACE_S, StagedFiles
 
 
 class RemoteTier(Tier):
@@ -55,6 +56,7 @@ class RemoteTier(Tier):
     def __init__(self, config: RemoteTierConfig) -> None:
         self._config = config
         self._records = Records(config.name, Objects(config), config.root, config.ttl_s)
+        self._staged = StagedFiles(config)
         self._requests = Requests(config.name, config.max_requests, config.max_in_flight_bytes)
         self._counters = SharedCounters()
         self._listed: dict[bytes, Held] = {}  # what the last `sweep` counted, by identity
@@ -127,9 +129,12 @@ class RemoteTier(Tier):
 
     def delete_identity(self, identity: bytes) -> None:
         """List the records of an identity and delete them, a thousand a request where the store
-        can. What others write meanwhile may stay.
+        can. What others write meanwhile may stay, or be cut off in a directory.
         """
-        survey = Survey(self._records, self._records.folder(identity), lambda info: True)
+        folder = self._records.folder(identity)
+        self._requests.check_usable()
+        self._staged.remove(folder, ANY_AGE_S, self._until())
+        survey = Survey(self._records, folder, lambda info: True)
         num_deleted = self._run_survey(survey)
         self._counters.add(num_deletes=num_deleted)
 
@@ -158,25 +163,39 @@ class RemoteTier(Tier):
         return self._counters.copy().stats(0, used_bytes, num_records)
 
     def check(self, fix: bool = False) -> list[str]:
-        """List all and tell names that are none of ours and records that are too short to be any.
+        """List all and tell names that are none of ours, records that are too short to be any, and
+        what is left in a directory of writes that were cut off.
 
         Args:
-            fix: Delete the latter. Objects of other names are not this tier's to delete.
+            fix: Delete the latter two. Objects of other names are not this tier's to delete.
         """
         survey = Survey(
             self._records, self._records.root, is_too_short if fix else lambda info: False
         )
         self._run_survey(survey)
-        return survey.problems
+        search = self._staged.remove if fix else self._staged.find
+        staged = search(self._records.root, GRACE_S, self._until())
+        if not staged:
+            return survey.problems
+        return [
+            *survey.problems,
+            f"{self.name}: expected no writes that were cut off, got {len(staged)}, the first of"
+            f" them {staged[0].path}",
+        ]
 
     def sweep(self) -> Swept:
-        """List all and delete what is past its time. A rule of the store does it for less."""
+        """List all and delete what is past its time. A rule of the store does it for less.
+
+        Orphans are what is left in a directory of writes that were cut off.
+        """
         survey = Survey(self._records, self._records.root, self._records.is_expired)
         num_expired = self._run_survey(survey)
         self._counters.add(num_expired=num_expired)
         with self._lock:
             self._listed = survey.held
-        return Swept(num_expired, num_bytes=survey.deleted_bytes)
+        staged = self._staged.remove(self._records.root, GRACE_S, self._until())
+        num_bytes = survey.deleted_bytes + sum(file.num_bytes for file in staged)
+        return Swept(num_expired, len(staged), num_bytes)
 
     def close(self) -> None:
         self._requests.close()
@@ -186,6 +205,9 @@ class RemoteTier(Tier):
         return self._requests.run(requests, until)
 
     def _run_survey(self, survey: Survey) -> int:
-        until = time.monotonic() + self._config.sweep_timeout_s
-        outcomes: list[int | TierError] = self._requests.run([survey], until)
+        outcomes: list[int | TierError] = self._requests.run([survey], self._until())
         return raise_first(outcomes)[0]
+
+    def _until(self) -> float:
+        """The deadline of what lists the store and begins now."""
+        return time.monotonic() + self._config.sweep_timeout_s
