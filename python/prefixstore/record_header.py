@@ -15,6 +15,7 @@ VERSION = 1
 MAGIC = b"KVB1"
 FIXED_BYTES = 96
 MAX_HEADER_BYTES = 65472  # the largest multiple of 64 that a u16 holds
+MAX_RECORD_BYTES = 1 << 31  # without a trailer
 CRC_OFFSET = 80
 FIXED = struct.Struct("<4sHHBBHHHHHHHQ16s16s16sIH10s")
 assert FIXED.size == FIXED_BYTES

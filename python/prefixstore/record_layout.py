@@ -9,11 +9,10 @@ import numpy as np
 import torch
 
 from kvkernels import BlockFormat, KVLayout
-from prefixstore.record_header import FIXED_BYTES, MAX_HEADER_BYTES
+from prefixstore.record_header import FIXED_BYTES, MAX_HEADER_BYTES, MAX_RECORD_BYTES
 
 TABLE_ENTRY_BYTES = 24
 ALIGNMENT = 64
-MAX_RECORD_BYTES = 1 << 31
 
 LOSSLESS = frozenset({"raw", "l12"})  # codecs that give back every bit
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -9,10 +9,12 @@ from redis_tiers import PART, get, make_names, open_tier, part_keys, put, random
 from sample_blocks import make_keys, make_payload
 
 from prefixstore.errors import BlockCorrupted
+from prefixstore.record_header import MAX_RECORD_BYTES, TRAILER_BYTES
 from prefixstore.store import Store
 from prefixstore.store.block_sources import HostBlock
+from prefixstore.tiers.redis.config import MAX_PART_BYTES, MIN_PART_BYTES
 from prefixstore.tiers.redis.pool import Pool
-from prefixstore.tiers.redis.records import MANIFEST_BYTES
+from prefixstore.tiers.redis.records import MANIFEST_BYTES, Manifest, read_manifest
 
 SIZES = [0, 1, PART - 1, PART, PART + 1, 2 * PART, 5 * PART + 77]
 
@@ -199,6 +201,39 @@ def test_what_is_not_ours_is_corrupted_and_not_a_hit(redis_tier, redis_client):
     assert redis_tier.delete_many(names[:2]) == [True, True]
     assert len(redis_tier.check(fix=True)) == 1  # the list
     assert redis_tier.check() == []
+
+
+@pytest.mark.parametrize("max_part_bytes", [MIN_PART_BYTES, 5000, MAX_PART_BYTES])
+def test_manifests_of_all_writers_are_read(max_part_bytes):
+    longest = MAX_RECORD_BYTES + TRAILER_BYTES
+    for num_bytes in (0, 1, max_part_bytes, max_part_bytes + 1, 3 * max_part_bytes, longest):
+        manifest = Manifest.of_new(num_bytes, max_part_bytes)
+        assert read_manifest(manifest.encode(), MANIFEST_BYTES) == manifest
+
+
+IMPOSSIBLE = {
+    "tiny parts": Manifest(1 << 20, 1, bytes(8)),
+    "short parts": Manifest(1 << 20, MIN_PART_BYTES // 2, bytes(8)),
+    "too long": Manifest(1 << 50, 1 << 40, bytes(8)),
+    "too long at once": Manifest(1 << 50, 1 << 50, bytes(8)),
+}
+
+
+@pytest.mark.parametrize("manifest", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_a_manifest_that_no_writer_makes_is_corrupted(manifest):
+    with pytest.raises(BlockCorrupted, match="expected a manifest"):
+        read_manifest(manifest.encode(), MANIFEST_BYTES)
+
+
+def test_a_manifest_of_too_many_parts_is_mended(redis_tier, redis_client):
+    (name,), record = make_names(1), random_bytes(3 * PART)
+    put(redis_tier, [name], [record])
+    redis_client.set(record_key(redis_client, name), IMPOSSIBLE["tiny parts"].encode())
+    (outcome,) = get(redis_tier, [name], 2 * PART, offsets=[0])
+    assert isinstance(outcome, BlockCorrupted)
+    assert redis_tier.contains_many([name]) == [False]
+    put(redis_tier, [name], [record])
+    assert get(redis_tier, [name], len(record)) == [record]
 
 
 def spoil(client, names) -> None:

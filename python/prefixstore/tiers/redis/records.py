@@ -27,7 +27,8 @@ from functools import lru_cache
 
 from prefixstore.block_key import RecordName
 from prefixstore.errors import BlockCorrupted, TierError
-from prefixstore.tiers.redis.config import RedisTierConfig
+from prefixstore.record_header import MAX_RECORD_BYTES, TRAILER_BYTES
+from prefixstore.tiers.redis.config import MIN_PART_BYTES, RedisTierConfig
 from prefixstore.tiers.redis.lanes import Operation
 from prefixstore.tiers.redis.wire import Command
 
@@ -111,6 +112,14 @@ class Manifest:
         return max(1, -(-self.record_bytes // self.part_bytes))
 
     @property
+    def is_possible(self) -> bool:
+        """Whether a writer may have made it. `of_new` makes parts longer than half of what they
+        may have; else one value could name billions of them.
+        """
+        is_split_so = self.num_parts == 1 or 2 * self.part_bytes > MIN_PART_BYTES
+        return is_split_so and self.record_bytes <= MAX_RECORD_BYTES + TRAILER_BYTES
+
+    @property
     def first_bytes(self) -> int:
         """Length of the first part, which follows the manifest."""
         return min(self.record_bytes, self.part_bytes)
@@ -148,7 +157,7 @@ def read_manifest(head: bytes | bytearray, num_bytes: int) -> Manifest | None:
         magic, num_parts, record_bytes, part_bytes, write_id = MANIFEST.unpack(head)
         if magic == MAGIC and part_bytes > 0:
             manifest = Manifest(record_bytes, part_bytes, write_id)
-            if manifest.num_parts == num_parts:
+            if manifest.num_parts == num_parts and manifest.is_possible:
                 return manifest
     raise BlockCorrupted(f"expected a manifest, got {bytes(head[:num_bytes])!r}")
 
