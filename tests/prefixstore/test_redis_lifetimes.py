@@ -4,6 +4,7 @@ import threading
 from contextlib import closing, suppress
 from functools import partial
 
+import pytest
 from redis_proxy import Proxy
 from redis_servers import wait_until
 from redis_tiers import PART, get, make_names, open_tier, part_keys, put, random_bytes, record_key
@@ -168,6 +169,50 @@ def test_a_lost_generation_brings_back_nothing(redis_tier, redis_client):
     assert get(redis_tier, names, 100) == [None, None]
     put(redis_tier, names[:1], [record])
     assert get(redis_tier, names, 100) == [record, None]
+
+
+def spoil_generation(client) -> None:
+    """Put something else under the key of the only identity's generation."""
+    (key,) = client.keys("*:generation")
+    client.delete(key)
+    client.rpush(key, b"a list")
+
+
+@pytest.mark.parametrize("size", [100, 3 * PART])
+@pytest.mark.parametrize("is_remembered", [True, False])
+def test_what_is_no_generation_is_none_and_the_next_writer_mends_it(
+    redis_tier, redis_client, size, is_remembered
+):
+    names, record = make_names(3), random_bytes(size)
+    for reads_first in (True, False):
+        put(redis_tier, names, [record] * 3)
+        spoil_generation(redis_client)
+        if not is_remembered:
+            redis_tier._caller.forget(names[0].identity)
+        if reads_first:
+            assert get(redis_tier, names, size) == [None] * 3
+            assert redis_tier.contains_many(names) == [False] * 3
+            assert redis_tier.delete_many(names) == [False] * 3
+            assert redis_tier.pin_many(names) == [False] * 3
+        assert put(redis_tier, names, [record] * 3) == [None] * 3
+        assert get(redis_tier, names, size) == [record] * 3
+
+
+USES = {
+    "delete_identity": lambda tier, name: tier.delete_identity(name.identity),
+    "sweep": lambda tier, name: tier.sweep(),
+    "check": lambda tier, name: tier.check(fix=True),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_what_is_no_generation_is_in_nobodys_way(redis_tier, redis_client, use):
+    (name,) = make_names(1)
+    put(redis_tier, [name], [bytes(100)])
+    spoil_generation(redis_client)
+    use(redis_tier, name)
+    put(redis_tier, [name], [bytes(10)])
+    assert get(redis_tier, [name], 100) == [bytes(10)]
 
 
 def test_nothing_is_waited_for_where_a_server_lost_all(redis_tier, redis_client, monkeypatch):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 from prefixstore.block_key import RecordName
-from prefixstore.errors import TierError
+from prefixstore.errors import BlockCorrupted, TierError
 from prefixstore.tiers.base import is_past
 from prefixstore.tiers.redis.batch import BatchReply, CommandBatch
 from prefixstore.tiers.redis.bulk import UNSETTLED, Bulk, Unsettled
@@ -218,6 +218,8 @@ class Caller:
             replies = batch.run()
         for identity, reply in zip(found.identities, replies, strict=False):
             generation = self._meaning(reply)
+            if isinstance(generation, BlockCorrupted):  # as `fetch_generation` takes it
+                generation = None
             if generation is not UNSETTLED:
                 found.generations[identity] = generation
         for first, num_keys in places:

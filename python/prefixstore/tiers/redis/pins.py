@@ -15,7 +15,7 @@ from prefixstore.tiers.redis.records import (
     fetch_generation,
     fetch_manifest,
     hash_of,
-    new_generation,
+    replace_generation,
     unlinks,
 )
 from prefixstore.tiers.redis.wire import Command
@@ -37,7 +37,7 @@ def pin_record(
     yield [Command((b"SADD", pinned_key, hash_of(key)))]
     keys = [key, *manifest.part_keys(key)]
     replies = yield [Command((word, each)) for word in (b"PERSIST", b"EXISTS") for each in keys]
-    (now,) = yield [Command((b"GET", generation_key))]
+    now = yield from fetch_generation(generation_key)
     if now == generation and all(replies[len(keys) :]):
         return True
     yield [*unlinks(keys), Command((b"SREM", pinned_key, hash_of(key)))]
@@ -61,7 +61,7 @@ def end_generation(keys: Keys, identity: bytes) -> Operation[None]:
     known = yield from fetch_generation(generation_key)
     if known is not None:
         yield [Command((b"SADD", ended_key, known))]
-    (last,) = yield [Command((b"SET", generation_key, new_generation(), b"GET"))]
+    last = yield from replace_generation(generation_key)
     # Somebody else has started another generation meanwhile: that one ends too.
     if last not in (None, known):
         yield [Command((b"SADD", ended_key, last))]

@@ -322,15 +322,35 @@ def hash_of(key: bytes) -> bytes:
 
 
 def fetch_generation(generation_key: bytes) -> Operation[bytes | None]:
-    """An identity's generation; None for one of which nothing was ever kept."""
-    (generation,) = yield [Command((b"GET", generation_key))]
+    """An identity's generation; None for one of which nothing was ever kept, and where the key
+    holds something else: then whatever was kept is lost.
+    """
+    try:
+        (generation,) = yield [Command((b"GET", generation_key))]
+    except BlockCorrupted:
+        return None
     return generation
 
 
 def make_generation(generation_key: bytes) -> Operation[bytes | None]:
     """An identity's generation, which begins now if it has none."""
-    _, generation = yield [
-        Command((b"SET", generation_key, new_generation(), b"NX")),
-        Command((b"GET", generation_key)),
-    ]
+    try:
+        _, generation = yield [
+            Command((b"SET", generation_key, new_generation(), b"NX")),
+            Command((b"GET", generation_key)),
+        ]
+    except BlockCorrupted:  # something else is there
+        yield from replace_generation(generation_key)
+        return (yield from fetch_generation(generation_key))
     return generation
+
+
+def replace_generation(generation_key: bytes) -> Operation[bytes | None]:
+    """Begin another generation; returns the one that ends with that, if there was any."""
+    generation = new_generation()
+    try:
+        (last,) = yield [Command((b"SET", generation_key, generation, b"GET"))]
+    except BlockCorrupted:  # with GET the server replaces nothing but a value
+        yield [Command((b"SET", generation_key, generation))]
+        return None
+    return last
