@@ -2,10 +2,12 @@
 
 PyTorch runs each of them as a row of small operations, every one of which reads and writes all its
 rows: in a small model they take as long as the matrix products. What replaces them is only what
-gives the same numbers: `install` tries each layer on numbers drawn at random, next to what it would
-put there, and leaves a layer alone that differs. Where gradients are wanted, or tensors of other
-dtypes or devices come, or angles for a part of each head alone, or more arguments than a trial
-has, the layer's own forward runs; so does an activation's that has hooks.
+gives the same numbers: `install` tries each layer on numbers drawn at random, small and large, next
+to what it would put there, and leaves a layer alone that differs. So it does with a norm or gate
+whose code names anything else than theirs do: what clamps or drops out may not show in a trial.
+Where gradients are wanted, or tensors of other dtypes or devices come, or angles for a part of each
+head alone, or more arguments than a trial has, the layer's own forward runs; so does an
+activation's that has hooks.
 
 ::
 
@@ -28,10 +30,13 @@ import torch
 
 from kvkernels import native_layers
 from kvkernels.checks import FLOAT_DTYPES, is_plain, is_traced
+from kvkernels.nn.forward_code import read_forward
 from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward, hook_tables
 from kvkernels.ops.pointwise import rotary_embedding_cpu
 
 _NUM_TRIAL_ROWS = 16
+# Rows are tried as they are drawn and so many times as large, as where a few channels stand out.
+_LARGE = 1000.0
 # The largest relative difference (norm of the difference over the norm), in units of the dtype's
 # precision, that another order of summation or another place of rounding may make. A layer that
 # computes another function is at least ten times as far off.
@@ -40,6 +45,15 @@ _MOST_DISTANT = 4.0
 _rms_norm: Callable[..., torch.Tensor] = torch.ops.kvkernels.rms_norm.default
 _gated_activation: Callable[..., torch.Tensor] = torch.ops.kvkernels.gated_activation.default
 _rotary_embedding: Callable[..., torch.Tensor] = torch.ops.kvkernels.rotary_embedding.default
+
+# Every name that the forwards of norms and gates use.
+_NORM_NAMES = {
+    *("weight", "variance_epsilon", "eps", "_norm", "with_scale"),
+    *("torch", "pow", "square", "mean", "rsqrt", "sqrt"),
+    *("to", "float", "type_as", "dtype", "float32", "float16", "bfloat16"),
+    *("F", "torch.nn.functional", "rms_norm", "normalized_shape"),  # PyTorch's own
+}
+_MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 _ROTATE = "apply_rotary_pos_emb"
 _FUSED_ROTATE = f"_kvkernels_{_ROTATE}"
@@ -97,14 +111,11 @@ def _find_norm(module: torch.nn.Module) -> Callable[..., Any] | None:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not isinstance(eps, float):
         return None
-    if not is_plain(weight):
+    if not is_plain(weight) or not _names_only(_NORM_NAMES, module):
         return None
     rows = _draw(_NUM_TRIAL_ROWS, len(weight), dtype=weight.dtype)
-    expected = _try(module.forward, rows)
-    distances = {}
-    for is_offset in (False, True):
-        forward = FusedNorm(module, eps, is_offset)
-        distances[forward] = _distance(expected, forward(rows))
+    forwards = [FusedNorm(module, eps, is_offset) for is_offset in (False, True)]
+    distances = {forward: _trial_distance(module, forward, rows) for forward in forwards}
     nearest = min(distances, key=distances.__getitem__)
     return nearest if distances[nearest] < _MOST_DISTANT else None
 
@@ -144,10 +155,11 @@ def _find_mlp(module: torch.nn.Module) -> Callable[..., Any] | None:
     in_features = getattr(module.gate_proj, "in_features", None)
     if activation is None or not isinstance(in_features, int) or any(hook_tables(act_fn)):
         return None
+    if not _names_only(_MLP_PARTS, module):
+        return None
     rows = _draw(1, _NUM_TRIAL_ROWS, in_features, dtype=next(module.parameters()).dtype)
     forward = FusedMLP(module, module.act_fn, activation)
-    distance = _distance(_try(module.forward, rows), _try(forward, rows))
-    return forward if distance < _MOST_DISTANT else None
+    return forward if _trial_distance(module, forward, rows) < _MOST_DISTANT else None
 
 
 def _activation_name(act_fn: Any) -> str | None:
@@ -277,6 +289,28 @@ def _are_served(*tensors: torch.Tensor) -> bool:
 def _draw(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     """Numbers that are the same in every process, and leave PyTorch's own generator alone."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def _names_only(known: set[str], module: torch.nn.Module) -> bool:
+    """Whether its forward, and what that calls, names nothing else, parts of the module included.
+
+    Another name may stand for what shows in no trial.
+    """
+    return read_forward(module).names | module._modules.keys() <= known
+
+
+def _trial_distance(
+    module: torch.nn.Module, forward: Callable[..., Any], rows: torch.Tensor
+) -> float:
+    """How far a module's forward is from what may replace it, for rows as drawn and large ones."""
+    distance = _distance(_try(module.forward, rows), _try(forward, rows))
+    if not distance < _MOST_DISTANT:
+        return distance
+    scale = _LARGE
+    while not module.forward(scale * rows).isfinite().all():  # beyond float16's range
+        scale /= 2
+    expected = module.forward(scale * rows)
+    return max(distance, _distance(expected, forward(scale * rows)))
 
 
 def _try(function: Callable[..., Any], *args: torch.Tensor) -> Any:

@@ -189,11 +189,6 @@ class SwappedMLP(torch.nn.Module):
         return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
 
 
-def test_leaves_what_only_looks_alike():
-    model = torch.nn.ModuleList([CenteredRMSNorm(), GatedRMSNorm(), SwappedMLP()])
-    assert fused_layers.install(model) == 0
-
-
 class OptionallyGatedRMSNorm(torch.nn.Module):
     """Takes an optional second argument, as Mamba's norms do."""
 
@@ -223,6 +218,66 @@ def test_calls_with_more_arguments_go_through_the_layers_own_forward(make):
     torch.testing.assert_close(module(rows), expected[0])
     assert torch.equal(module(rows, other), expected[1])
     assert torch.equal(module(rows, **{name: other}), expected[1])
+
+
+class LargeMLP(OptionallyScaledMLP):
+    """Beyond the range of float16 for rows 1,000 times as large as those drawn."""
+
+    def __init__(self):
+        super().__init__()
+        torch.nn.init.normal_(self.gate_proj.weight, std=3)
+
+
+class ClampedRMSNorm(OptionallyGatedRMSNorm):
+    def forward(self, rows):
+        return super().forward(rows.clamp(-1e4, 1e4))
+
+
+class ClampedMLP(OptionallyScaledMLP):
+    """As of Step 3.7 and DeepSeek-V4."""
+
+    def forward(self, x):
+        gate, up = self.gate_proj(x).clamp(max=10), self.up_proj(x).clamp(-10, 10)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+class MaskedMLP(OptionallyScaledMLP):
+    """Clamps without a name for it."""
+
+    def forward(self, x):
+        gate = self.gate_proj(x)
+        return self.down_proj(self.act_fn((gate < 10) * gate) * self.up_proj(x))
+
+
+class DroppingMLP(OptionallyScaledMLP):
+    """As of T5Gemma."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = torch.nn.Dropout()
+
+    def forward(self, x):
+        return self.down_proj(self.dropout(self.act_fn(self.gate_proj(x)) * self.up_proj(x)))
+
+
+LOOK_ALIKE = [
+    *(CenteredRMSNorm, GatedRMSNorm, SwappedMLP),
+    *(ClampedRMSNorm, ClampedMLP, MaskedMLP, DroppingMLP),
+]
+
+
+@pytest.mark.parametrize("make", LOOK_ALIKE)
+def test_leaves_what_only_looks_alike(make):
+    assert fused_layers.install(make().eval()) == 0
+
+
+@pytest.mark.parametrize(("make", "num_replaced"), [(LargeMLP, 1), (tiny_models.llama, 13)])
+def test_half_numbers_are_tried_within_their_range(make, num_replaced):
+    assert fused_layers.install(make().half()) == num_replaced
+
+
+def test_replaces_norms_of_pytorch():
+    assert fused_layers.install(torch.nn.RMSNorm(32, eps=1e-6)) == 1
 
 
 def test_leaves_other_devices_and_dtypes():
