@@ -3,3 +3,7 @@
 
 class UnsupportedError(RuntimeError):
     """No kernel serves the case; the message names the feature."""
+
+
+class UnsupportedAttributeError(UnsupportedError, AttributeError):
+    """Something that stands for a tensor has no such attribute; `hasattr` answers False."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kvkernels.errors import UnsupportedError
+from kvkernels.errors import UnsupportedAttributeError, UnsupportedError
 from kvkernels.nn.transformers_compat import check_mask_span, mask_window, without_idle_packing
 
 
@@ -32,12 +32,16 @@ class MaskStandIn:
         """Itself: `generate` asks this of the masks it makes for a static cache."""
         return self
 
+    def to(self, *args: Any, **kwargs: Any) -> MaskStandIn:
+        """Itself: accelerate asks this of what goes into a layer whose weights lie elsewhere."""
+        return self
+
     # All methods below are reached when a layer computes with the mask itself.
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise UnsupportedError(self.refusal or _NOT_A_TENSOR)
+        raise UnsupportedAttributeError(self.refusal or _NOT_A_TENSOR)
 
     def __getitem__(self, index: Any) -> Any:
         raise UnsupportedError(self.refusal or _NOT_A_TENSOR)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from accelerate import dispatch_model
 from tiny_models import gemma3, llama, make_groups, needs_transformers_5, qwen2_moe
 
 from kvkernels import UnsupportedError
@@ -69,6 +70,22 @@ def test_layer_that_computes_with_the_mask_is_refused(refusal):
         mask[:, :, :, :5]
     with pytest.raises(UnsupportedError, match=message):
         _ = mask.shape
+    assert not hasattr(mask, "shape")
+
+
+def test_model_of_which_accelerate_keeps_a_layer_on_disk(tmp_path):
+    model = llama(num_hidden_layers=2)
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    ids = torch.randint(1, 128, (1, 30))
+    with torch.no_grad():
+        want = model(ids).logits
+        dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
+        with paged_attention(model), PagedCache(make_groups(model)) as cache:
+            without_cache = model(ids, use_cache=False).logits
+            paged = model(ids, past_key_values=cache).logits
+    for got in (without_cache, paged):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("make_model", [llama, gemma3])
