@@ -15,8 +15,9 @@ all thirty times over. A function that knows its layer calls the same kernels in
 
 `install` tries each layer within its model, next to what it would put there, and replaces only what
 gave the same bits. So it goes on top of `batch_invariance` and `fused_layers`, whose kernels these
-are, and serves passes of a `PagedCache`, and of an engine's `BatchCache`. All others, and a pass
-whose tensors or arguments are others than in the trial, go through the layer's own forward.
+are, and serves passes of a `PagedCache`, and of an engine's `BatchCache`. All others, a pass whose
+tensors or arguments are others than in the trial, and a layer whose settings have changed since or
+whose attention drops out, go through the layer's own forward.
 """
 
 from __future__ import annotations
@@ -66,6 +67,9 @@ _ATTENTION_NAMES = {
     *("_attn_implementation", "attention_dropout", "training", "scaling", "sliding_window"),
     *("attn_logit_softcapping", "getattr"),
 }
+
+# Those of them that are numbers of the attention layer's own, which may be changed at any time.
+_SETTINGS = ("head_dim", "layer_idx", "scaling", "sliding_window", "attn_logit_softcapping")
 
 _LINEARS = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
@@ -124,7 +128,12 @@ class FusedDecoderLayer:
             name: call.attention[name] for name in _ATTENTION_OPTIONS if name in call.attention
         }
         self._window: int | None = self._attention_options.get("sliding_window")
-        self._kernels = LayerKernels(_find_parts(module, self._attention_options))
+        parts = _find_parts(module, self._attention_options)
+        self._kernels = LayerKernels(parts)
+        self._settings = [(vars(attention), name) for name in _SETTINGS]
+        norms = [norm for _, norm in filter(None, parts.norms)]
+        self._settings += [(vars(norm.module), norm.eps_name) for norm in norms]
+        self._expected_settings = self._read_settings()
         self._dtype = call.hidden_states.dtype
         self._hooks = _hooks_within(module)
         self._parts = [part._modules for part in module.modules()]
@@ -149,6 +158,11 @@ class FusedDecoderLayer:
             return False
         if self._parts != self._expected_parts:  # an adapter may have replaced one since
             return False
+        attention = self._attention
+        if attention.training and getattr(attention, "attention_dropout", 0.0):
+            return False
+        if self._read_settings() != self._expected_settings:
+            return False
         kernels = self._kernels
         head_dim = kernels.head_dim
         cos, sin = options["position_embeddings"]
@@ -168,6 +182,9 @@ class FusedDecoderLayer:
             )
             and kernels.dtype == self._dtype
         )
+
+    def _read_settings(self) -> list[Any]:
+        return [own.get(name) for own, name in self._settings]
 
     def run(
         self,

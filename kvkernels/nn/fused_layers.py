@@ -108,13 +108,15 @@ def _find_forward(module: torch.nn.Module) -> Callable[..., Any] | None:
 
 def _find_norm(module: torch.nn.Module) -> Callable[..., Any] | None:
     weight = getattr(module, "weight", None)
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not isinstance(eps, float):
+    eps_name = "variance_epsilon" if hasattr(module, "variance_epsilon") else "eps"
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 1:
+        return None
+    if not isinstance(vars(module).get(eps_name), float):
         return None
     if not is_plain(weight) or not _names_only(_NORM_NAMES, module):
         return None
     rows = _draw(_NUM_TRIAL_ROWS, len(weight), dtype=weight.dtype)
-    forwards = [FusedNorm(module, eps, is_offset) for is_offset in (False, True)]
+    forwards = [FusedNorm(module, eps_name, is_offset) for is_offset in (False, True)]
     distances = {forward: _trial_distance(module, forward, rows) for forward in forwards}
     nearest = min(distances, key=distances.__getitem__)
     return nearest if distances[nearest] < _MOST_DISTANT else None
@@ -125,16 +127,22 @@ class FusedNorm:
     """In place of the forward of a norm; see `kvkernels.rms_norm`."""
 
     module: torch.nn.Module
-    eps: float
+    eps_name: str
     is_offset: bool
 
+    @property
+    def eps(self) -> Any:
+        """That of the module now."""
+        return vars(self.module)[self.eps_name]
+
     def __call__(self, *args: Any, **options: Any) -> Any:
-        if len(args) != 1 or options:
+        eps = self.eps
+        if len(args) != 1 or options or not isinstance(eps, float):
             return type(self.module).forward(self.module, *args, **options)
         (hidden_states,) = args
         weight = self.module.weight
         assert isinstance(weight, torch.Tensor)
-        out = native_layers.rms_norm_at_once(hidden_states, weight, self.eps, self.is_offset)
+        out = native_layers.rms_norm_at_once(hidden_states, weight, eps, self.is_offset)
         if out is not None:
             return out
         if (
@@ -143,7 +151,7 @@ class FusedNorm:
             or hidden_states.shape[-1] != len(weight)
         ):
             return type(self.module).forward(self.module, hidden_states)
-        return _rms_norm(hidden_states, weight, self.eps, self.is_offset)
+        return _rms_norm(hidden_states, weight, eps, self.is_offset)
 
 
 # ---- gates -----------------------------------------------------------------------------------

@@ -199,10 +199,11 @@ class LayerKernels:
         return addresses
 
 
-def _identify(parameters: list[torch.Tensor | None]) -> list[int]:
-    """Numbers that are others once a parameter is another one, or lies elsewhere."""
-    places = [tensor.data_ptr() for tensor in parameters if tensor is not None]
-    return [*map(id, parameters), *places]
+def _identify(parameters: list[torch.Tensor | None]) -> list[Any]:
+    """What is other once a parameter is another one, lies elsewhere, or has other strides."""
+    tensors = [tensor for tensor in parameters if tensor is not None]
+    places = map(torch.Tensor.data_ptr, tensors)
+    return [*map(id, parameters), *places, *map(torch.Tensor.stride, tensors)]
 
 
 class LayerPass:

@@ -10,7 +10,7 @@ from packed_forward import PackedModel
 from torch.nn.modules import module as torch_module
 from transformers import DynamicCache
 
-from kvkernels import native
+from kvkernels import UnsupportedError, native
 from kvkernels.nn import batch_invariance, decoder_layers, layer_kernels
 from kvkernels.nn.decoder_layers import FusedDecoderLayer
 from kvkernels.nn.transformers import paged_attention
@@ -206,6 +206,60 @@ def test_modules_may_be_replaced(replace, monkeypatch):
         expected = run_steps(packed)
     assert all(map(torch.equal, got, expected))
     assert not any(map(torch.equal, got, before))
+
+
+def change_scale(layer):
+    layer.self_attn.scaling *= 3
+
+
+def change_epsilon(layer):
+    layer.post_attention_layernorm.variance_epsilon = 1.0
+
+
+@pytest.mark.parametrize("change", [change_scale, change_epsilon])
+def test_settings_may_change(change, monkeypatch):
+    model = tiny_models.llama()
+    with with_kernels(model):
+        decoder_layers.install(model)
+        packed = make_packed(model, (40,))
+        before = run_steps(packed)
+        change(model.model.layers[1])
+        runs = count_runs(monkeypatch)
+        got = run_steps(packed)
+        assert len(set(runs)) == 2  # the other two layers are still replaced
+        decoder_layers.uninstall(model)
+        expected = run_steps(packed)
+    assert all(map(torch.equal, got, expected))
+    assert not any(map(torch.equal, got, before))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_layer_that_drops_out_is_left_to_its_own(dropout, monkeypatch):
+    model = tiny_models.llama(attention_dropout=dropout)
+    with with_kernels(model):
+        decoder_layers.install(model)
+        runs = count_runs(monkeypatch)
+        model.train()
+        if dropout:
+            with pytest.raises(UnsupportedError, match="dropout: expected 0"):
+                run_steps(make_packed(model, (5,)))
+        else:
+            run_steps(make_packed(model, (5,)))
+        assert bool(runs) == (dropout == 0)
+        decoder_layers.uninstall(model)
+
+
+def test_a_weight_with_other_strides_in_the_same_place_is_refused():
+    model = tiny_models.llama()
+    with with_kernels(model):
+        decoder_layers.install(model)
+        packed = make_packed(model, (5,))
+        run_steps(packed)
+        weight = model.model.layers[1].self_attn.o_proj.weight
+        weight.data = weight.data.t()
+        with pytest.raises(ValueError, match=r"self_attn\.o_proj\.weight: expected stride 1"):
+            run_steps(packed)
+        decoder_layers.uninstall(model)
 
 
 def test_a_weight_of_another_shape_is_refused():

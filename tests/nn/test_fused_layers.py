@@ -73,6 +73,17 @@ def test_weights_may_change_in_place():
     torch.testing.assert_close(fused, logits_of(model), rtol=1e-4, atol=1e-4)
 
 
+def test_an_epsilon_may_change():
+    model = tiny_models.llama()
+    fused_layers.install(model)
+    before = logits_of(model)
+    model.model.norm.variance_epsilon = 1.0
+    fused = logits_of(model)
+    fused_layers.uninstall(model)
+    torch.testing.assert_close(fused, logits_of(model), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(fused, before, rtol=1e-2)
+
+
 def test_gradients_and_other_dtypes_go_through_the_layers_own_forward():
     model = tiny_models.llama()
     expected = logits_of(copy.deepcopy(model).double())
