@@ -63,6 +63,8 @@ class LayerStore:
     ) -> PagedKV:
         """Store a layer's new keys and values, ``[batch, num_kv_heads, num_new, head_dim]`` each.
 
+        Under `torch.autocast` they may be of any dtype, and are stored in the pool's.
+
         Args:
             batches: Of each group: where the new tokens go.
             layer_idx: The model's layer.
@@ -78,6 +80,8 @@ class LayerStore:
         self._check_turn(layer_idx)
         place = self._place(batches, layer_idx)
         key, value = merge_tokens(key_states), merge_tokens(value_states)
+        if torch.is_autocast_enabled(key.device.type):
+            key, value = key.to(place.key_cache.dtype), value.to(place.value_cache.dtype)
         store_kv(key, value, place.key_cache, place.value_cache, place.batch.slot_mapping)
         self._next_layer = layer_idx + 1
         group_index, layer = self._places[layer_idx]

@@ -133,7 +133,9 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer, as transformers calls it.
 
-    Invariant of the batch where its model is (`kvkernels.nn.batch_invariance`).
+    Invariant of the batch where its model is (`kvkernels.nn.batch_invariance`). Under
+    `torch.autocast` it computes in the dtype of that, as PyTorch's own attention, or, with keys in
+    a pool, in the pool's.
 
     Args:
         module: The layer.
@@ -156,6 +158,8 @@ def attend(
         ValueError: If shapes, dtypes or windows disagree, or a tensor requires grad.
     """
     _refuse_unserved(module, dropout, kwargs)
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = _cast(query, key, value)
     num_keys = None if isinstance(key, PagedKV) else key.shape[2]
     window = find_window(attention_mask, sliding_window, num_keys)
     if s_aux is not None:
@@ -176,6 +180,16 @@ def attend(
     )
     assert isinstance(out, torch.Tensor)  # a pair only where the log-sum-exp was asked for
     return out.view(batch_size, num_new, num_heads, head_dim), None
+
+
+def _cast(
+    query: torch.Tensor, key: torch.Tensor | PagedKV, value: Any
+) -> tuple[torch.Tensor, torch.Tensor | PagedKV, Any]:
+    """In one dtype, where linear layers and what lies between them give different ones."""
+    if isinstance(key, PagedKV):
+        return query.to(key.key_cache.dtype), key, value
+    dtype = torch.get_autocast_dtype(query.device.type)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def _find_keys(

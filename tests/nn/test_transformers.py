@@ -82,6 +82,22 @@ def test_works_in_inference_mode_and_out_of_it():
     torch.testing.assert_close(torch.cat([first, rest], 1), want, rtol=1e-4, atol=1e-4)
 
 
+def test_autocast_gives_keys_and_values_one_dtype(model):
+    ids = torch.randint(1, 128, (1, 40))
+    with torch.no_grad():
+        exact = model(ids, use_cache=False).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            want = model(ids, use_cache=False).logits
+            with paged_attention(model), PagedCache(make_groups(model)) as cache:
+                without_cache = model(ids, use_cache=False).logits
+                with_dynamic_cache = model(ids).logits
+                paged = torch.cat(
+                    [model(part, past_key_values=cache).logits for part in ids.split(39, 1)], 1
+                )
+    for got in (without_cache, with_dynamic_cache, paged):
+        assert (got - exact).norm() <= 1.25 * (want - exact).norm()
+
+
 def test_assisted_generation_rolls_the_cache_back():
     model, assistant = llama(), llama()
     ids = torch.randint(1, 128, (1, 21))
