@@ -37,6 +37,9 @@ class PagedCache(PoolCache):
 
     A forward pass that fails midway counts nothing; the next one starts over at the same place.
 
+    `copy.deepcopy` gives a cache that goes on from the same tokens and holds the same blocks; who
+    writes into a partly used one first takes a copy of it.
+
     Args:
         groups: All layers of the model, each in one group.
         batch_size: Sequences.
@@ -73,7 +76,7 @@ class PagedCache(PoolCache):
         if batch_size < 1:
             raise ValueError(f"batch_size: expected a positive integer, got {batch_size}")
         self._batch_size = batch_size
-        self._on_step = on_step
+        self._reserve, self._on_step = reserve, on_step
         self._ends = tuple(ends)
         self._max_pass_blocks = dict(max_pass_blocks or {})
         self._num_tokens = num_cached_tokens
@@ -120,6 +123,26 @@ class PagedCache(PoolCache):
         traceback: TracebackType | None,
     ) -> None:
         self.release()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
+        tables = [
+            [self.block_ids(group, sequence) for sequence in range(self._batch_size)]
+            for group in range(len(self.groups))
+        ]
+        for group, rows in zip(self.groups, tables, strict=True):
+            group.allocator.share(block_id for ids in rows for block_id in ids if block_id >= 0)
+        copied = PagedCache(
+            self.groups,
+            batch_size=self._batch_size,
+            num_cached_tokens=self._num_tokens,
+            block_tables=tables,
+            reserve=self._reserve,
+            on_step=self._on_step,
+            ends=self._ends,
+            max_pass_blocks=self._max_pass_blocks,
+        )
+        copied._is_released = self._is_released
+        return copied
 
     # ---- what models and `generate` call --------------------------------------------------------
 

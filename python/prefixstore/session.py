@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
+from kvkernels.errors import UnsupportedError
 from kvkernels.nn.transformers import PagedCache
 from prefixstore.device import DeviceBlocks
 from prefixstore.index import Match
@@ -201,6 +203,12 @@ class Session(PagedCache):
         match, self._match = self._match, None
         if match is not None:
             self._device.unpin(match)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise UnsupportedError(
+            "session: expected another session of the same tokens from PrefixCache.session, which"
+            " shares the blocks of this one, got a request to copy it"
+        )
 
     def __del__(self) -> None:
         # Reached without release() when the session was passed straight to generate().

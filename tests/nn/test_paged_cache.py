@@ -1,4 +1,6 @@
-"""The paged cache: preloaded blocks, block counts, cropping, failures."""
+"""The paged cache: preloaded blocks, block counts, cropping, copies, failures."""
+
+import copy
 
 import pytest
 import torch
@@ -215,6 +217,28 @@ def test_crop_into_a_shared_block_leaves_it_as_it_was():
         model(torch.randint(1, 128, (2, 20)), past_key_values=cache)
         assert torch.equal(pool.data[shared], before)
         assert [allocator.ref_count(block) for block in shared] == [1, 1]
+
+
+def test_a_copy_goes_on_by_itself_from_shared_blocks(model):
+    ids = torch.randint(1, 128, (2, 70))
+    groups = make_groups(model)
+
+    def go_on(cache, num_tokens):
+        return generate(model, ids[:, :num_tokens], past_key_values=cache, num_new=10)
+
+    with paged_attention(model), torch.no_grad(), PagedCache(groups, batch_size=2) as cache:
+        want = [go_on(PagedCache(make_groups(model), batch_size=2), length) for length in (60, 70)]
+        model(ids[:, :40], past_key_values=cache)
+        num_free = [group.allocator.num_free for group in groups]
+        with copy.deepcopy(cache) as copied:
+            assert copied.num_tokens == 40
+            assert [group.allocator.num_free for group in groups] == num_free
+            assert torch.equal(go_on(copied, 60), want[0])
+            assert cache.num_tokens == 40
+            assert torch.equal(go_on(cache, 70), want[1])
+        with pytest.raises(ValueError, match="got a released one"):
+            go_on(copy.deepcopy(copied), 60)
+    assert all(group.allocator.num_free == 32 for group in groups)
 
 
 def test_full_pool_while_copying_a_shared_block_changes_nothing():

@@ -1,5 +1,6 @@
 """A session accepts its own tokens and positions, however `generate` passes them."""
 
+import copy
 from functools import partial
 
 import numpy as np
@@ -27,6 +28,14 @@ def test_commit_refuses_other_tokens(model, open_cache):
             session.commit(other)
     with pytest.raises(ValueError, match="expected an open session, got a released one"):
         session.commit(torch.cat([tokens, tokens], dim=1))
+
+
+def test_a_session_is_not_copied(model, open_cache):
+    with (
+        open_cache().session(random_tokens(40)) as session,
+        pytest.raises(UnsupportedError, match=r"another session .* from PrefixCache\.session"),
+    ):
+        copy.deepcopy(session)
 
 
 def refusal(cache, model, tokens, **inputs):
