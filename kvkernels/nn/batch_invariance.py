@@ -39,8 +39,8 @@ from kvkernels.nn.forward_patch import (
     Forwards,
     has_own_forward,
     install_lock,
-    is_installed,
     is_of_class,
+    without_ours,
 )
 from kvkernels.nn.functional_activations import find_functional_activation
 from kvkernels.nn.inverse_roots import HALF_DTYPES, find_unsteady_root
@@ -152,8 +152,8 @@ def _refuse_unserved(model: torch.nn.Module) -> None:
                 "model: expected modules that are not compiled (code of another batch size may"
                 f" round otherwise), got {name or 'a model'} that is"
             )
-        own = vars(module).get("forward")
-        if not (own is None or is_installed(own) or is_of_class(module, own)):
+        own = without_ours(vars(module).get("forward"))
+        if not (own is None or is_of_class(module, own)):
             raise UnsupportedError(
                 "model: expected modules with the forward of their class, got"
                 f" {name or 'a model'} with a {type(own).__name__} of {_origin(own)}"

@@ -5,11 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from types import MethodType
 from typing import Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 import torch
 from torch.nn.modules import module as torch_module
@@ -28,11 +27,45 @@ _REPLACED = ("forward", "__getstate__")
 _installed: WeakValueDictionary[int, Callable[..., Any]] = WeakValueDictionary()
 
 
+class _Replacement:
+    """What a layer is given, and what it had before.
+
+    Only the layer itself refers to it, so that a model goes with its last user even if it was never
+    uninstalled.
+    """
+
+    def __init__(self, module: torch.nn.Module, forward: Callable[..., Any]) -> None:
+        self._module = module
+        # `copy` and `pickle` ask an object, not its class, for the state that they take with them.
+        self._fields = dict(zip(_REPLACED, (forward, self._own_state), strict=True))
+        self._before = {name: vars(module)[name] for name in _REPLACED if name in vars(module)}
+
+    def put(self) -> None:
+        # Before the module changes: other threads may look at it at any moment.
+        _installed[id(self._fields["forward"])] = self._fields["forward"]
+        vars(self._module).update(self._fields)
+
+    def take_back(self) -> None:
+        """Leave what somebody else has put in its place since."""
+        for name, value in self._fields.items():
+            if vars(self._module).get(name) is not value:
+                continue
+            if name in self._before:
+                vars(self._module)[name] = self._before[name]
+            else:
+                vars(self._module).pop(name, None)
+
+    def _own_state(self) -> dict[str, Any]:
+        """What the layer is without what was replaced in it."""
+        # Every class has it since Python 3.11.
+        get_state = getattr(type(self._module), "__getstate__", vars)
+        state: dict[str, Any] = get_state(self._module)
+        return {name: value for name, value in state.items() if name not in _REPLACED}
+
+
 @dataclass
 class _Patched:
-    fields: dict[torch.nn.Module, dict[str, Any]]
-    # Attributes of the same names that the modules had before.
-    before: dict[torch.nn.Module, dict[str, Any]]
+    replacements: list[ref[_Replacement]]
     num_users: int = 0
 
 
@@ -56,21 +89,13 @@ class ForwardPatch:
         with install_lock:
             patched = self._patched.get(model)
             if patched is None:
-                forwards = self._find(model)
-                patched = _Patched(
-                    {one: _fields(one, own) for one, own in forwards.items()},
-                    {
-                        one: {n: vars(one)[n] for n in _REPLACED if n in vars(one)}
-                        for one in forwards
-                    },
-                )
-                for module, fields in patched.fields.items():
-                    # Before the module changes: other threads may look at it at any moment.
-                    _installed[id(fields["forward"])] = fields["forward"]
-                    vars(module).update(fields)
+                replacements = [_Replacement(*pair) for pair in self._find(model).items()]
+                for replacement in replacements:
+                    replacement.put()
+                patched = _Patched([*map(ref, replacements)])
                 self._patched[model] = patched
             patched.num_users += 1
-            return len(patched.fields)
+            return len(patched.replacements)
 
     def uninstall(self, model: torch.nn.Module) -> bool:
         """Give the layers of the last user's model back; whether this was it.
@@ -84,15 +109,10 @@ class ForwardPatch:
             patched.num_users -= 1
             if patched.num_users:
                 return False
-            for module, fields in patched.fields.items():
-                before = patched.before[module]
-                for name, value in fields.items():
-                    if vars(module).get(name) is not value:
-                        continue
-                    if name in before:
-                        vars(module)[name] = before[name]
-                    else:
-                        vars(module).pop(name, None)
+            for reference in patched.replacements:
+                replacement = reference()
+                if replacement is not None:
+                    replacement.take_back()
             del self._patched[model]
             return True
 
@@ -105,6 +125,16 @@ def has_own_forward(module: torch.nn.Module) -> bool:
 def is_installed(forward: object) -> bool:
     """Whether the forward of a layer is one that a `ForwardPatch` put there."""
     return forward is not None and _installed.get(id(forward)) is forward
+
+
+def without_ours(forward: Any) -> Any:
+    """A layer's own forward beneath those of a `ForwardPatch`; None if there is none.
+
+    Those of ours that call what they were put around name it as their `__wrapped__`.
+    """
+    while is_installed(forward):
+        forward = getattr(forward, "__wrapped__", None)
+    return forward
 
 
 def is_of_class(module: torch.nn.Module, forward: object) -> bool:
@@ -121,16 +151,3 @@ def hook_tables(*modules: torch.nn.Module) -> list[dict[int, Callable[..., Any]]
     of_all = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
     own = ((module._forward_hooks, module._forward_pre_hooks) for module in modules)
     return [*of_all, *chain.from_iterable(own)]
-
-
-def _fields(module: torch.nn.Module, forward: Callable[..., Any]) -> dict[str, Any]:
-    """What a layer is given: `copy` and `pickle` ask an object, not its class, for the state that
-    they take with them."""
-    return dict(zip(_REPLACED, (forward, partial(_own_state, module)), strict=True))
-
-
-def _own_state(module: torch.nn.Module) -> dict[str, Any]:
-    """What a layer is without what was replaced in it."""
-    get_state = getattr(type(module), "__getstate__", vars)  # every class has it since Python 3.11
-    state: dict[str, Any] = get_state(module)
-    return {name: value for name, value in state.items() if name not in _REPLACED}

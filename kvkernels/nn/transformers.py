@@ -16,6 +16,7 @@ import torch
 from kvkernels import ops
 from kvkernels.checks import check_inference
 from kvkernels.errors import UnsupportedError
+from kvkernels.nn import failed_passes
 from kvkernels.nn.batch_invariance import is_batch_invariant
 from kvkernels.nn.dense import as_pool
 from kvkernels.nn.forward_patch import install_lock
@@ -87,6 +88,7 @@ def install(model: Any) -> None:
         if model not in _installed:
             shared = _shared_before(model.config)
             _installed[model] = _Installed(_replace_attention(model) | shared)
+            failed_passes.install(model)
         _installed[model].num_users += 1
 
 
@@ -99,6 +101,7 @@ def uninstall(model: Any) -> None:
         installed.num_users -= 1
         if installed.num_users == 0:
             del _installed[model]
+            failed_passes.uninstall(model)
             parts, shared = _parts(model.config), _shared_before(model.config)
             model.set_attn_implementation(
                 {

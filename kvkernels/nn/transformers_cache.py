@@ -35,7 +35,10 @@ class PagedCache(PoolCache):
     Of a forward pass that would take more blocks of a sliding group than it may or there are, only
     the last window stays in the pool, and the one before each of `ends`; see `LongPass`.
 
-    A forward pass that fails midway counts nothing; the next one starts over at the same place.
+    A forward pass that fails counts nothing; the next one starts over at the same place. Where the
+    last layer has stored its tokens already, that takes a model for which
+    `kvkernels.nn.transformers.install` was called: if a part of it was called by itself, or a hook
+    on the model failed, take the tokens back with `crop`.
 
     `copy.deepcopy` gives a cache that goes on from the same tokens and holds the same blocks; who
     writes into a partly used one first takes a copy of it.
@@ -211,11 +214,16 @@ class PagedCache(PoolCache):
                 f"tokens_to_remove: expected at most {self._num_tokens} (stored), got"
                 f" {tokens_to_remove}"
             )
-        for tables in self._tables:
-            tables.check_reach(keep)
-        for tables in self._tables:
-            tables.shrink(keep)
-        self._num_tokens = keep
+        self._keep(keep)
+
+    def undo_pass(self, num_tokens: int) -> None:
+        """Forget what a failed forward pass has counted, if it came to that.
+
+        Args:
+            num_tokens: Of each sequence before the pass.
+        """
+        if num_tokens < self._num_tokens:
+            self._keep(num_tokens)
 
     def reset(self) -> None:
         """Forget all tokens; the cache can be used again."""
@@ -242,6 +250,13 @@ class PagedCache(PoolCache):
     @property
     def is_croppable(self) -> bool:
         return True
+
+    def _keep(self, num_tokens: int) -> None:
+        for tables in self._tables:
+            tables.check_reach(num_tokens)
+        for tables in self._tables:
+            tables.shrink(num_tokens)
+        self._num_tokens = num_tokens
 
     def _begin_step(self, key_states: torch.Tensor) -> None:
         """Reserve room for the new tokens and lay out the step's index tensors, once a group."""

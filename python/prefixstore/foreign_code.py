@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.nn.modules import module as torch_module
 
-from kvkernels.nn.forward_patch import is_installed, is_of_class
+from kvkernels.nn.forward_patch import is_of_class, without_ours
 
 # All of these are prefixes of full module names.
 _OF_KNOWN_HOOKS = ("accelerate.", "kvkernels.", "prefixstore.", "torch.", "transformers.")
@@ -57,9 +57,8 @@ def foreign_global_hooks() -> list[Callable[..., Any]]:
 
 def foreign_forward(module: torch.nn.Module) -> Callable[..., Any] | None:
     """What a module computes with in place of its class's forward, unless that is known."""
-    forward = vars(module).get("forward")  # once: other threads install theirs meanwhile
-    if is_installed(forward):
-        return None
+    # Read once: other threads install theirs meanwhile.
+    forward = without_ours(vars(module).get("forward"))
     for part in _with_wrapped(forward):
         if isinstance(part, MethodType):
             if is_of_class(module, part):

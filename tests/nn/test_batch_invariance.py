@@ -1,5 +1,6 @@
 """A token gets the same bits in any batch: whole models, and models that are refused."""
 
+import functools
 import itertools
 import random
 
@@ -248,6 +249,16 @@ def test_refuses_what_it_cannot_promise(make, what):
     with pytest.raises(UnsupportedError, match=what):
         batch_invariance.install(model)
     assert [vars(module).get("forward") for module in model.modules()] == before
+
+
+def test_refuses_another_forward_beneath_ours():
+    model = tiny_models.llama()
+    model.forward = functools.wraps(model.forward)(lambda *args: None)
+    with (
+        paged_attention(model),
+        pytest.raises(UnsupportedError, match="forward of their class, got a model with a func"),
+    ):
+        batch_invariance.install(model)
 
 
 @pytest.mark.model

@@ -1,18 +1,20 @@
 """Several threads install into one model at once: it is patched once, and restored once."""
 
 import copy
+import gc
 import operator
 import pickle
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 import tiny_models
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
-from kvkernels.nn import batch_invariance, decoder_layers, fused_layers
+from kvkernels.nn import batch_invariance, decoder_layers, fused_layers, fused_model
 from kvkernels.nn.batch_invariance import batch_invariant
 from kvkernels.nn.forward_patch import ForwardPatch
 from kvkernels.nn.transformers import paged_attention
@@ -130,6 +132,15 @@ def test_a_shallow_copy_of_a_layer_is_one_of_its_class():
         copied = copy.copy(layer)
     assert "forward" not in vars(copied)
     assert copied.weight is layer.weight
+
+
+def test_a_model_that_is_never_uninstalled_is_freed():
+    model = tiny_models.llama(num_hidden_layers=1)
+    fused_model.install(model)
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
 
 
 @pytest.mark.parametrize("serve", [paged_attention, batch_invariant])

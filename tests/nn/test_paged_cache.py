@@ -7,6 +7,7 @@ import torch
 from tiny_models import BLOCK_SIZE, WINDOW, gemma3, generate, llama, make_groups
 
 from kvkernels import PoolFullError, UnsupportedError
+from kvkernels.nn.fused_model import fused_model
 from kvkernels.nn.transformers import PagedCache, paged_attention
 
 
@@ -187,6 +188,28 @@ def test_forward_that_fails_midway_starts_over():
         assert cache.num_tokens == 0
         got = model(ids, past_key_values=cache).logits[:, -1]
         assert cache.num_tokens == 40
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["model.layers.3.mlp", "lm_head"])
+@pytest.mark.parametrize("serve", [paged_attention, fused_model])
+def test_forward_that_fails_after_the_last_layer_was_stored_starts_over(serve, part):
+    model = gemma3()
+    ids = torch.randint(1, 128, (1, 41))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad(), serve(model), PagedCache(make_groups(model)) as cache:
+        want = model(ids, use_cache=False).logits[:, -1]
+        for begin, end in ((0, 40), (40, 41)):
+            hook = model.get_submodule(part).register_forward_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                model(ids[:, begin:end], past_key_values=cache)
+            hook.remove()
+            assert cache.num_tokens == begin
+            got = model(ids[:, begin:end], past_key_values=cache).logits[:, -1]
+        assert cache.num_tokens == 41
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 

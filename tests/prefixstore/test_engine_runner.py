@@ -36,6 +36,7 @@ def model():
 def test_replaces_later_what_could_not_be_replaced_before(model):
     """The first runner finds a hook in each layer, or another dtype; the second does not."""
     with paged_attention(model):
+        of_attention = replaced(model)
         with open_runner(model):
             every_name = replaced(model)
         layers = model.model.layers
@@ -46,10 +47,11 @@ def test_replaces_later_what_could_not_be_replaced_before(model):
             hook.remove()
         with open_runner(model.double()):
             assert not any("norm" in name for name in replaced(model))
-        assert not replaced(model)
+        assert replaced(model) == of_attention
         with open_runner(model.float()):
             assert replaced(model) == every_name
-        assert not replaced(model)
+        assert replaced(model) == of_attention
+    assert not replaced(model)
 
 
 def test_gives_a_model_back_when_it_cannot_be_opened(model, monkeypatch):
@@ -58,6 +60,8 @@ def test_gives_a_model_back_when_it_cannot_be_opened(model, monkeypatch):
 
     monkeypatch.setattr(sys.modules[ModelRunner.__module__], "find_recorder", fail)
     with paged_attention(model):
+        of_attention = replaced(model)
         with pytest.raises(RuntimeError, match="no recorder"):
             open_runner(model)
-        assert not replaced(model)
+        assert replaced(model) == of_attention
+    assert not replaced(model)

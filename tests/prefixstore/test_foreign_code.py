@@ -104,6 +104,15 @@ def test_finds_forwards_that_may_do_anything(change):
     assert find_foreign_code(model) == "a forward of its own in model.layers.0.mlp"
 
 
+def test_finds_a_forward_beneath_ours():
+    model = plain_llama()
+    with paged_attention(model):
+        assert find_foreign_code(model) is None
+    model.forward = functools.wraps(model.forward)(lambda *args: None)
+    with paged_attention(model):
+        assert find_foreign_code(model) == "a forward of its own in the whole model"
+
+
 class Doubling(torch.nn.Module):
     def forward(self, module, args, output):
         return 2 * output

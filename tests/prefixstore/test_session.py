@@ -138,6 +138,23 @@ def test_a_generation_that_failed_midway_is_not_tried_again_in_its_session(model
     assert run(cache, model, tokens)[0] == generate(model, tokens)
 
 
+def test_a_pass_that_failed_in_the_head_is_run_again(model, open_cache):
+    cache, tokens = open_cache(), random_tokens(40)
+
+    def fail():
+        raise RuntimeError("cancelled")
+
+    with cache.session(tokens) as session, torch.no_grad():
+        with calling_first(model.lm_head, fail), pytest.raises(RuntimeError, match="cancelled"):
+            model(tokens, past_key_values=session)
+        assert session.num_tokens == 0
+        model(tokens, past_key_values=session)
+        assert session.commit(tokens) == 32
+    out, report = run(cache, model, tokens)
+    assert out == generate(model, tokens)
+    assert report.num_reused == 32
+
+
 def test_a_session_that_generates_without_use_of_it_is_refused(model, open_cache):
     tokens = random_tokens(40)
     with (
