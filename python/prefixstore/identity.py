@@ -16,7 +16,7 @@ from kvkernels import KVLayout
 from kvkernels.checks import has_memory
 from prefixstore.errors import ConfigError
 from prefixstore.foreign_code import find_foreign_code
-from prefixstore.module_fields import class_name, describe, leaves
+from prefixstore.module_fields import IRRELEVANT_SETTINGS, class_name, describe, leaves
 from prefixstore.module_state import state_beside_weights
 
 logger = logging.getLogger(__name__)
@@ -36,41 +36,6 @@ _NUM_THREADS = 2
 
 # PyTorch's name for what a module saves besides its weights (`get_extra_state`).
 _EXTRA_STATE = "_extra_state"
-
-# Fields of a configuration that do not change the arithmetic: names, token ids, output options, and
-# the dtype (only a wish; the weights have the real one). All others count, so that a field this
-# list does not know makes a miss and never a wrong hit.
-IRRELEVANT_KEYS = frozenset(
-    {
-        "_attn_implementation",
-        "_attn_implementation_internal",
-        "_experts_implementation",
-        "_experts_implementation_internal",
-        "_model_name_or_path",
-        "_name_or_path",
-        "architectures",
-        "attn_implementation",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "dtype",
-        "eos_token_id",
-        "id2label",
-        "label2id",
-        "model_name",
-        "name_or_path",
-        "num_labels",
-        "output_attentions",
-        "output_hidden_states",
-        "pad_token_id",
-        "problem_type",
-        "return_dict",
-        "sep_token_id",
-        "torch_dtype",
-        "transformers_version",
-        "unk_token_id",
-        "use_cache",
-    }
-)
 
 
 def model_identity(
@@ -151,7 +116,7 @@ def _relevant(fields: Any) -> Any:
         return {
             str(key): _relevant(value)
             for key, value in fields.items()
-            if key not in IRRELEVANT_KEYS
+            if key not in IRRELEVANT_SETTINGS
         }
     if isinstance(fields, list | tuple):
         return [_relevant(value) for value in fields]

@@ -56,6 +56,41 @@ _QUANTIZER = "bitsandbytes."
 
 SCALARS = (bool, int, float, complex, str, bytes, type(None))
 
+# Fields of a configuration that do not change the arithmetic: names, token ids, output options, and
+# the dtype (only a wish; the weights have the real one). All others count, so that a field this
+# list does not know makes a miss and never a wrong hit.
+IRRELEVANT_SETTINGS = frozenset(
+    {
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "_experts_implementation",
+        "_experts_implementation_internal",
+        "_model_name_or_path",
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "label2id",
+        "model_name",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "sep_token_id",
+        "torch_dtype",
+        "transformers_version",
+        "unk_token_id",
+        "use_cache",
+    }
+)
+
 
 @dataclass(frozen=True)
 class Unknown:

@@ -16,8 +16,7 @@ import torch
 from torch.nn.modules import module as torch_module
 
 from prefixstore.foreign_code import foreign_forward, foreign_global_hooks, foreign_hooks
-from prefixstore.identity import IRRELEVANT_KEYS
-from prefixstore.module_fields import SCALARS, holds_others, leaves, own_fields
+from prefixstore.module_fields import IRRELEVANT_SETTINGS, SCALARS, holds_others, leaves, own_fields
 from prefixstore.module_state import has_adapter
 
 
@@ -144,7 +143,7 @@ def _counting(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in fields.items()
-        if name[0] != "_" and name not in IRRELEVANT_KEYS and not hasattr(value, "to_dict")
+        if name[0] != "_" and name not in IRRELEVANT_SETTINGS and not hasattr(value, "to_dict")
     }
 
 
