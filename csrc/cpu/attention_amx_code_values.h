@@ -36,9 +36,13 @@ struct KeyVectors {
     }
   }
 
-  __m512 largest() const {
-    return _mm512_max_ps(_mm512_max_ps(_mm512_abs_ps(v[0]), _mm512_abs_ps(v[1])),
-                         _mm512_max_ps(_mm512_abs_ps(v[2]), _mm512_abs_ps(v[3])));
+  // 16 candidates for the largest magnitude of a product with another row's number.
+  __m512 largest_product(const KeyVectors& other) const {
+    __m512 products[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) products[i] = _mm512_mul_ps(v[i], other.v[i]);
+    return larger_magnitude(larger_magnitude(products[0], products[1]),
+                            larger_magnitude(products[2], products[3]));
   }
 };
 
@@ -48,26 +52,25 @@ void fold_weights(const float* weights, int64_t num_rows, const CodeRun& run,
                   const AheadInSteps& next) {
   using Keys = KeyVectors<kIsWhole>;
   const int64_t groups = run.groups, num_sets = num_rows * groups;
-  const SetLanes& lanes = kSetLanes[groups];
   const KeyMasks masks(run.count);
-  __m512 largest[16];
-  for (__m512& one : largest) one = _mm512_setzero_ps();
+  alignas(64) float largest[kMaxSets][16], inverse[kMaxSets], base[kMaxSets][16];
+  int64_t set = 0;
   for (int64_t r = 0; r < num_rows; ++r) {
-    largest[r] = Keys(masks, weights + r * kCodeRowStride).largest();
+    const Keys row(masks, weights + r * kCodeRowStride);
+    for (int64_t group = 0; group < groups; ++group, ++set) {
+      _mm512_store_ps(largest[set], row.largest_product(Keys(masks, scales.scale[group])));
+    }
   }
-  for (int64_t group = 0; group < groups; ++group) {
-    largest[kMaxBatch + group] = Keys(masks, scales.scale[group]).largest();
-  }
-  const __m512 tops = max_lanes_of_16(largest);
-  alignas(64) float inverse[kMaxSets], base[kMaxSets][16];
+  for (; set % 16 != 0; ++set) _mm512_store_ps(largest[set], _mm512_setzero_ps());
   for (int64_t first = 0; first < num_sets; first += 16) {
-    const __m512 top_weight = _mm512_permutexvar_ps(_mm512_load_si512(lanes.row + first), tops);
-    const __m512 top_scale = _mm512_permutexvar_ps(_mm512_load_si512(lanes.group + first), tops);
-    const Units units = units_of(_mm512_mul_ps(top_weight, top_scale), kLargestNumber);
+    __m512 lanes[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) lanes[i] = _mm512_load_ps(largest[first + i]);
+    const Units units = units_of(max_lanes_of_16(lanes), kLargestNumber);
     _mm512_store_ps(inverse + first, units.inverse);
     _mm512_store_ps(rounded.unit + first, units.unit);
   }
-  int64_t set = 0;
+  set = 0;
   for (int64_t r = 0; r < num_rows; ++r) {
     next();
     const Keys row(masks, weights + r * kCodeRowStride);

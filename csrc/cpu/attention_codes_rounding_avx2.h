@@ -74,6 +74,18 @@ inline void round(__m256 a, __m256 b, int16_t* numbers, __m256i& total) {
   total = _mm256_add_epi32(total, _mm256_madd_epi16(x, _mm256_set1_epi16(1)));
 }
 
+// Rounds a row of numbers, a multiple of 16, to integers; the largest magnitude, `top`, becomes
+// kLargest. Returns their total, in parts.
+inline __m256i round_row(const float* row, int64_t count, float top, int16_t* numbers) {
+  const __m256 factor = _mm256_mul_ps(inverse_of(_mm256_set1_ps(top)), _mm256_set1_ps(kLargest));
+  __m256i total = _mm256_setzero_si256();
+  for (int64_t i = 0; i < count; i += 16) {
+    round(_mm256_mul_ps(_mm256_load_ps(row + i), factor),
+          _mm256_mul_ps(_mm256_load_ps(row + i + 8), factor), numbers + i, total);
+  }
+  return total;
+}
+
 // Sum of x times the codes' middle: by this much the sum of products with unsigned codes exceeds
 // that with codes around 0.
 template <bool kIsInt4>
@@ -114,13 +126,7 @@ void round_query(const float* query, int64_t dim, const uint16_t* pairs, Rounded
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     const float top = max_lane(largest[r]);
-    const __m256 factor = _mm256_mul_ps(inverse_of(_mm256_set1_ps(top)), _mm256_set1_ps(kLargest));
-    __m256i total = _mm256_setzero_si256();
-    for (int64_t i = 0; i < dim; i += 16) {
-      const float* x = folded[r] + i;
-      round(_mm256_mul_ps(_mm256_load_ps(x), factor), _mm256_mul_ps(_mm256_load_ps(x + 8), factor),
-            rounded.x[r] + i, total);
-    }
+    const __m256i total = round_row(folded[r], dim, top, rounded.x[r]);
     constexpr int kKeys = keys_at_once(kRows);
     std::fill_n(rounded.excess + r * kKeys, kKeys, sum_lanes(excess_of<kIsInt4>(total)));
     std::fill_n(rounded.unit + r * kKeys, kKeys, top / kLargest);
@@ -128,11 +134,9 @@ void round_query(const float* query, int64_t dim, const uint16_t* pairs, Rounded
   }
 }
 
-// Scale and middle of each group of channels, key by key; 0 past the last key. A group's scales are
-// multiples of its unit.
+// Scale and middle of each group of channels, key by key; 0 past the last key.
 struct alignas(32) KeyScales {
   float scale[kMaxGroups][kMaxKeys], middle[kMaxGroups][kMaxKeys];
-  float unit[kMaxGroups];  // its largest scale / kLargest
 };
 
 // Keys rounded up to 16, which are rounded together.
@@ -162,8 +166,6 @@ inline void transpose_four_groups(const uint32_t* pairs, __m256i* groups) {
 
 inline void spread_scales(const CodeRun& run, float c, KeyScales& spread) {
   alignas(32) uint32_t words[8 * kMaxGroups];
-  __m256 largest[kMaxGroups];
-  for (__m256& one : largest) one = _mm256_setzero_ps();
   for (int64_t t = 0; t < whole_vectors(run.count); t += 8) {
     const int64_t num_words = std::clamp<int64_t>(run.count - t, 0, 8) * run.groups;
     if (num_words < 8 * run.groups) std::fill_n(words, 8 * run.groups, 0);
@@ -184,16 +186,6 @@ inline void spread_scales(const CodeRun& run, float c, KeyScales& spread) {
       const Scales scales = widen_scales(groups[group], c);
       _mm256_store_ps(spread.scale[group] + t, scales.scale);
       _mm256_store_ps(spread.middle[group] + t, scales.middle);
-      largest[group] = _mm256_max_ps(largest[group], abs_lanes(scales.scale));
-    }
-  }
-  for (int64_t group = 0; group < run.groups; ++group) {
-    const float top = max_lane(largest[group]);
-    spread.unit[group] = top / kLargest;
-    const __m256 factor = _mm256_mul_ps(inverse_of(_mm256_set1_ps(top)), _mm256_set1_ps(kLargest));
-    for (int64_t t = 0; t < whole_vectors(run.count); t += 8) {
-      float* lanes = spread.scale[group] + t;
-      _mm256_store_ps(lanes, _mm256_mul_ps(_mm256_load_ps(lanes), factor));
     }
   }
 }
@@ -207,54 +199,31 @@ struct alignas(32) RoundedWeights {
   float unit[kMaxSets], base[kMaxSets];
 };
 
-// Rows of weights divided by their largest; 0 past the last key.
-struct alignas(32) ScaledWeights {
-  float weights[kMaxBatch][kMaxKeys], largest[kMaxBatch];
-};
-
-inline void scale_weights(const float* weights, int64_t num_rows, int64_t num_keys,
-                          ScaledWeights& scaled) {
-  for (int64_t r = 0; r < num_rows; ++r) {
-    const float* row = weights + r * kCodeRowStride;
-    float* target = scaled.weights[r];
-    std::copy_n(row, num_keys, target);
-    std::fill(target + num_keys, target + whole_vectors(num_keys), 0.0f);
-    __m256 top = _mm256_setzero_ps();
-    for (int64_t t = 0; t < num_keys; t += 8) top = _mm256_max_ps(top, _mm256_load_ps(target + t));
-    scaled.largest[r] = max_lane(top);
-    const __m256 factor = inverse_of(_mm256_set1_ps(scaled.largest[r]));
-    for (int64_t t = 0; t < num_keys; t += 8) {
-      _mm256_store_ps(target + t, _mm256_mul_ps(_mm256_load_ps(target + t), factor));
-    }
-  }
-}
-
-// Rounds weight times scale. The unit comes from the largest weight times the largest scale: a
-// bound that takes one pass less than the largest product.
+// Rounds weight times scale. (The largest weight times the largest scale bounds the products, but
+// where these are of different keys, a unit from it may round all products to 0.)
 template <bool kIsInt4>
 void round_weights(const float* weights, int64_t num_rows, const CodeRun& run,
                    const KeyScales& scales, RoundedWeights& rounded) {
-  ScaledWeights scaled;
-  scale_weights(weights, num_rows, run.count, scaled);
+  const int64_t num_keys = whole_vectors(run.count);
   __m256 base[kMaxSets];
   __m256i total[kMaxSets];
   for (int64_t r = 0; r < num_rows; ++r) {
+    alignas(32) float row[kMaxKeys], products[kMaxKeys];
+    std::copy_n(weights + r * kCodeRowStride, run.count, row);
+    std::fill(row + run.count, row + num_keys, 0.0f);
     for (int64_t group = 0; group < run.groups; ++group) {
       const int64_t set = r * run.groups + group;
-      __m256 sum = _mm256_setzero_ps();
-      __m256i numbers = _mm256_setzero_si256();
-      for (int64_t t = 0; t < run.count; t += 16) {
-        const float *scale = scales.scale[group] + t, *middle = scales.middle[group] + t;
-        const __m256 a = _mm256_load_ps(scaled.weights[r] + t);
-        const __m256 b = _mm256_load_ps(scaled.weights[r] + t + 8);
-        sum = _mm256_fmadd_ps(a, _mm256_load_ps(middle), sum);
-        sum = _mm256_fmadd_ps(b, _mm256_load_ps(middle + 8), sum);
-        round(_mm256_mul_ps(a, _mm256_load_ps(scale)), _mm256_mul_ps(b, _mm256_load_ps(scale + 8)),
-              rounded.x[set] + t, numbers);
+      __m256 sum = _mm256_setzero_ps(), largest = _mm256_setzero_ps();
+      for (int64_t t = 0; t < num_keys; t += 8) {
+        const __m256 w = _mm256_load_ps(row + t);
+        const __m256 x = _mm256_mul_ps(w, _mm256_load_ps(scales.scale[group] + t));
+        _mm256_store_ps(products + t, x);
+        largest = _mm256_max_ps(largest, abs_lanes(x));
+        sum = _mm256_fmadd_ps(w, _mm256_load_ps(scales.middle[group] + t), sum);
       }
       base[set] = sum;
-      total[set] = numbers;
-      rounded.unit[set] = scaled.largest[r] * scales.unit[group];
+      rounded.unit[set] = max_lane(largest) / kLargest;
+      total[set] = round_row(products, num_keys, max_lane(largest), rounded.x[set]);
     }
   }
   const int64_t num_sets = num_rows * run.groups;
@@ -266,11 +235,6 @@ void round_weights(const float* weights, int64_t num_rows, const CodeRun& run,
     _mm256_store_ps(rounded.base + set, sum_lanes_of_8(base + set));
     _mm256_store_si256(reinterpret_cast<__m256i*>(rounded.excess + set),
                        excess_of<kIsInt4>(sum_lanes_of_8(total + set)));
-  }
-  for (int64_t r = 0; r < num_rows; ++r) {
-    for (int64_t group = 0; group < run.groups; ++group) {
-      rounded.base[r * run.groups + group] *= scaled.largest[r];
-    }
   }
 }
 

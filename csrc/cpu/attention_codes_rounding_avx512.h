@@ -4,8 +4,6 @@
 // AVX512-VNNI.
 #pragma once
 
-#include <array>
-
 #include "cpu/attention_codes_avx512.h"
 
 namespace kvkernels {
@@ -110,25 +108,6 @@ struct alignas(64) RoundedWeights {
   float unit[kMaxSets], base[kMaxSets];
 };
 
-// For one number of groups: the lanes of find_tops() that hold the largest weight of each set's
-// row, and the largest scale of its group.
-struct alignas(64) SetLanes {
-  int32_t row[kMaxSets], group[kMaxSets];
-};
-
-constexpr std::array<SetLanes, kMaxGroups + 1> make_set_lanes() {
-  std::array<SetLanes, kMaxGroups + 1> lanes = {};
-  for (int64_t groups = 1; groups <= kMaxGroups; ++groups) {
-    for (int64_t set = 0; set < kMaxSets; ++set) {
-      lanes[groups].row[set] = static_cast<int32_t>(set / groups % kMaxBatch);
-      lanes[groups].group[set] = static_cast<int32_t>(kMaxBatch + set % groups);
-    }
-  }
-  return lanes;
-}
-
-constexpr std::array<SetLanes, kMaxGroups + 1> kSetLanes = make_set_lanes();
-
 // Masks for the keys of a tile that a run has.
 struct KeyMasks {
   __mmask16 is_key[kMaxKeys / 16];
@@ -143,14 +122,8 @@ struct KeyMasks {
   }
 };
 
-inline __m512 largest_of(const KeyMasks& masks, const float* keys) {
-  __m512 found = _mm512_setzero_ps();
-#pragma GCC unroll 4
-  for (int64_t t = 0; t < kMaxKeys; t += 16) {
-    found = _mm512_max_ps(found, _mm512_abs_ps(masks.load(keys, t)));
-  }
-  return found;
-}
+// The larger magnitude, lane by lane; a number where the other is NaN.
+inline __m512 larger_magnitude(__m512 a, __m512 b) { return _mm512_range_ps(a, b, 0b1011); }
 
 // Combines the lanes of each of kCount vectors, 4 or 16: lane i of the result is vector i's.
 template <int kCount, typename Combine>
@@ -161,56 +134,40 @@ inline __m512 combine_lanes(const __m512* v, const Combine& combine) {
   return _mm512_permutexvar_ps(quarters, combine_lanes_of_4(v, combine));
 }
 
-// The largest weight of each row in the first lanes, and from lane kMaxBatch on the largest scale
-// of each group. Their product bounds weight times scale, and takes one pass less than the largest
-// product.
-inline __m512 find_tops(const float* weights, int64_t num_rows, const KeyScales& scales,
-                        int64_t groups, const KeyMasks& keys) {
-  static_assert(kMaxBatch == 4 && kMaxGroups <= 12);
-  __m512 of_row[kMaxBatch], of_group[16];
-  for (int64_t r = 0; r < kMaxBatch; ++r) {
-    of_row[r] = r < num_rows ? largest_of(keys, weights + r * kCodeRowStride) : _mm512_setzero_ps();
-  }
-  for (int64_t group = 0; group < groups; ++group) {
-    of_group[group] = largest_of(keys, scales.scale[group]);
-  }
-  for (int64_t group = groups; group < 16; ++group) of_group[group] = _mm512_setzero_ps();
-  const __m512i rows_then_groups =
-      _mm512_set_epi32(27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 3, 2, 1, 0);
-  const __m512 rows = combine_lanes<4>(of_row, MaxOf());
-  const __m512 tops =
-      groups <= 4 ? combine_lanes<4>(of_group, MaxOf()) : combine_lanes<16>(of_group, MaxOf());
-  return _mm512_permutex2var_ps(rows, rows_then_groups, tops);
-}
-
-// Rounds the sets [first, end), at most kCount.
+// Rounds the sets [first, end), at most kCount. (The largest weight times the largest scale bounds
+// the products, but where these are of different keys, a unit from it may round all products to 0.)
 template <bool kIsInt4, int kCount>
 void round_sets(int64_t first, int64_t end, const float* weights, const CodeRun& run,
-                const KeyScales& scales, const KeyMasks& keys, __m512 tops, float limit,
+                const KeyScales& scales, const KeyMasks& keys, float limit,
                 RoundedWeights& rounded) {
-  const SetLanes& lanes = kSetLanes[run.groups];
-  const __m512 top_weight = _mm512_permutexvar_ps(_mm512_load_si512(lanes.row + first), tops);
-  const __m512 top_scale = _mm512_permutexvar_ps(_mm512_load_si512(lanes.group + first), tops);
-  const Units units = units_of(_mm512_mul_ps(top_weight, top_scale), limit);
-  __m512 base[kCount], total[kCount];
-  for (int64_t i = 0; i < kCount; ++i) base[i] = total[i] = _mm512_setzero_ps();
+  const int64_t num_keys = whole_pairs(run.count);
+  alignas(64) float products[kCount][kMaxKeys];
+  __m512 largest[kCount], base[kCount], total[kCount];
+  for (int64_t i = 0; i < kCount; ++i) largest[i] = base[i] = total[i] = _mm512_setzero_ps();
   for (int64_t set = first; set < end; ++set) {
     const int64_t r = set / run.groups, group = set % run.groups;
-    const float* row = weights + r * kCodeRowStride;
+    __m512 found = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
+    for (int64_t t = 0; t < num_keys; t += 16) {
+      const __m512 weight = keys.load(weights + r * kCodeRowStride, t);
+      const __m512 x = _mm512_mul_ps(weight, _mm512_load_ps(scales.scale[group] + t));
+      _mm512_store_ps(products[set - first] + t, x);
+      found = larger_magnitude(found, x);
+      sum = _mm512_fmadd_ps(weight, _mm512_load_ps(scales.middle[group] + t), sum);
+    }
+    largest[set - first] = found;
+    base[set - first] = sum;
+  }
+  const Units units = units_of(combine_lanes<kCount>(largest, MaxOf()), limit);
+  for (int64_t set = first; set < end; ++set) {
+    const float* row = products[set - first];
+    int16_t* numbers = rounded.x[set / run.groups][set % run.groups];
     const __m512i lane = _mm512_set1_epi32(static_cast<int32_t>(set - first));
     const __m512 inverse = _mm512_permutexvar_ps(lane, units.inverse);
-    __m512 sum = _mm512_setzero_ps();
-    __m512i numbers = _mm512_setzero_si512();
-    for (int64_t t = 0; t < run.count; t += 32) {
-      const __m512 a = keys.load(row, t), b = keys.load(row, t + 16);
-      const float *scale = scales.scale[group] + t, *middle = scales.middle[group] + t;
-      sum = _mm512_fmadd_ps(a, _mm512_load_ps(middle), sum);
-      sum = _mm512_fmadd_ps(b, _mm512_load_ps(middle + 16), sum);
-      round(_mm512_mul_ps(a, _mm512_load_ps(scale)), _mm512_mul_ps(b, _mm512_load_ps(scale + 16)),
-            inverse, rounded.x[r][group] + t, numbers);
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t t = 0; t < num_keys; t += 32) {
+      round(_mm512_load_ps(row + t), _mm512_load_ps(row + t + 16), inverse, numbers + t, sum);
     }
-    base[set - first] = sum;
-    total[set - first] = _mm512_castsi512_ps(numbers);
+    total[set - first] = _mm512_castsi512_ps(sum);
   }
   const __m512i totals = _mm512_castps_si512(combine_lanes<kCount>(total, IntegerSumOf()));
   _mm512_store_ps(rounded.unit + first, units.unit);
@@ -223,12 +180,11 @@ void round_weights(const float* weights, int64_t num_rows, const CodeRun& run,
                    const KeyScales& scales, float limit, RoundedWeights& rounded) {
   const int64_t num_sets = num_rows * run.groups;
   const KeyMasks keys(run.count);
-  const __m512 tops = find_tops(weights, num_rows, scales, run.groups, keys);
   if (num_sets <= 4) {
-    return round_sets<kIsInt4, 4>(0, num_sets, weights, run, scales, keys, tops, limit, rounded);
+    return round_sets<kIsInt4, 4>(0, num_sets, weights, run, scales, keys, limit, rounded);
   }
   for (int64_t first = 0; first < num_sets; first += 16) {
-    round_sets<kIsInt4, 16>(first, std::min(first + 16, num_sets), weights, run, scales, keys, tops,
+    round_sets<kIsInt4, 16>(first, std::min(first + 16, num_sets), weights, run, scales, keys,
                             limit, rounded);
   }
 }

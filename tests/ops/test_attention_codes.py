@@ -143,6 +143,32 @@ def test_one_key_outweighs_the_others(
 
 
 @every_implementation()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("score", "size"), [(-22.5, 1e3), (11.25, 1e-4)], ids=["large_values", "small_values"]
+)
+def test_one_key_has_values_of_another_size(
+    implementation: Implementation,
+    score: float,
+    size: float,
+    kind: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Large ones and next to no weight, or small ones and most of the weight."""
+    case = Case("", ((1, 64),), heads=(8, 2), head_dim=128, block_size=64)
+    inputs, arguments = make_inputs(case, dtype, device), (Scoring(0.125), True)
+    inputs.query[..., 0] = 4
+    inputs.key_cache[..., 0] = 0
+    inputs.key_cache[:, :, 5, 0] = 2 * score  # the other channels change little of it
+    inputs.value_cache[:, :, 5] *= size
+    options = quantize_some(inputs, (kind,), 128, 128)
+    out, lse = implementation.paged_attention(*inputs.tensors(), *arguments, **options)
+    assert_attends(out, lse, inputs, *arguments, **options)
+
+
+@every_implementation()
 @pytest.mark.parametrize("kind", ["float", "int8", "int4"])
 def test_what_an_earlier_call_left_does_no_harm(
     implementation: Implementation, kind: str, device: torch.device
