@@ -43,19 +43,21 @@ bool are_finite(const AttentionKernel& kernel, const TileResult* results,
 template <typename Visit>
 void for_each_seen(const AttentionTile& tile, const Visit& visit) {
   const PagedAttentionArgs& args = *tile.args;
-  KeyRange range = visible_keys(tile, tile.row_begin);
+  const KeyRange range = visible_keys(tile, tile.row_begin);
   if (args.tree_mask == nullptr) {
     if (range.begin < range.end) visit(range.begin, range.end);
     return;
   }
+  int64_t begin = range.begin;
   if (args.window > 0) {
     const TreeRow row = tree_row(tile, tile.row_begin / group_of(tile));
-    range.begin = std::max(range.begin, row.position - args.window + 1);
+    begin = std::max(begin, row.position - args.window + 1);
   }
   // A chunk may end before the window of a deep row begins.
+  const int64_t end_of_old = std::min(range.end, tile.first_position);
+  if (begin < end_of_old) visit(begin, end_of_old);
+  // New tokens do not lie in the order of their positions, so the window does not bound them.
   const int64_t first_new = std::max(range.begin, tile.first_position);
-  const int64_t end_of_old = std::min(range.end, first_new);
-  if (range.begin < end_of_old) visit(range.begin, end_of_old);
   for (int64_t key = first_new; key < range.end; ++key) visit(key, key + 1);
 }
 

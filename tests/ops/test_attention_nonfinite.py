@@ -11,6 +11,7 @@ from test_attention_properties import on_every_cpu_path
 
 from accuracy import assert_as_accurate
 from kvkernels.reference import attention as reference
+from kvkernels.scoring import Scoring
 
 CPU = torch.device("cpu")
 FEATURES = [
@@ -62,6 +63,27 @@ def test_only_queries_that_see_it_notice(
         if batch_invariant and not feature.tree:  # then a tree's keys are summed in parts
             assert torch.equal(out[others], clean[0][others])
             assert torch.equal(lse[others], clean[1][others])
+
+
+@on_every_cpu_path
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_new_token_may_lie_before_one_that_it_sees(
+    implementation: Implementation, window: int
+) -> None:
+    """A chain that lies leaf first, and whose root has an infinite value."""
+    inputs = make_inputs(Case("", ((4, 30),)), torch.float32, CPU)
+    chain = torch.tensor([0b1111, 0b1110, 0b1100, 0b1000], dtype=torch.int32)
+    scoring = Scoring(0.125, True, window, tree_mask=chain)
+    sees, _ = reference._relate(30, 0, 0, 4, scoring, CPU)
+    exact = reference.paged_attention(*inputs.tensors(torch.float64), scoring, True)
+    rounded = reference.paged_attention(*inputs.tensors(), scoring, True)
+    inputs.value_cache[inputs.block_table[0, 29 // 16], :, 29 % 16, 1] = torch.inf
+    out, lse = implementation.paged_attention(*inputs.tensors(), scoring, True)
+    others = ~sees[:, 29]
+    assert others.sum() == 4 - window
+    assert out[~others, :, 1].isposinf().all()
+    assert_as_accurate(out[others], rounded[0][others], exact[0][others], "out")
+    assert_as_accurate(lse, rounded[1], exact[1], "lse")
 
 
 @every_implementation()
