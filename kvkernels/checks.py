@@ -54,18 +54,24 @@ def may_skip_dispatcher(tensor: torch.Tensor) -> bool:
 
 def has_memory(tensor: torch.Tensor) -> bool:
     """Whether a tensor's elements lie where it says they do; see `is_plain`."""
-    return tensor.data_ptr() != 0 or tensor.numel() == 0
+    return _address(tensor) != 0 or tensor.numel() == 0
 
 
 def address_of(name: str, tensor: torch.Tensor) -> int:
     """Where a tensor's elements lie, for C++; raises ValueError if it has no memory."""
-    address: int = tensor.data_ptr()
+    address = _address(tensor)
     if address == 0 and tensor.numel():
         raise ValueError(
             f"{name}: expected a tensor with memory of its own, got a {type(tensor).__name__}"
             " without"
         )
     return address
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """0 without memory: then PyTorch counts from there to where the tensor began in its storage."""
+    address: int = tensor.data_ptr()
+    return 0 if address == tensor.storage_offset() * tensor.element_size() else address
 
 
 def _shape_text(shape: Sequence[int | None]) -> str:

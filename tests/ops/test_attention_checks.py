@@ -235,9 +235,13 @@ def test_refuses_what_is_no_tensor(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["query", "key_cache", "block_table", "seq_lens"])
-def test_refuses_a_tensor_that_has_lost_its_memory(name: str) -> None:
+@pytest.mark.parametrize("offset", [0, 64])
+def test_refuses_a_tensor_that_has_lost_its_memory(name: str, offset: int) -> None:
     inputs = good_inputs()
-    inputs[name].untyped_storage().resize_(0)
+    shape = inputs[name].shape
+    storage = inputs[name].new_zeros(offset + shape.numel())
+    inputs[name] = storage[offset:].view(shape)
+    storage.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match=f"^{name}: expected a tensor with memory of its own"):
         kvkernels.paged_attention(**inputs)
 
