@@ -187,6 +187,41 @@ def test_subclasses_go_the_long_way(name: str) -> None:
         kvkernels.paged_attention(**inputs)
 
 
+def negated(*shape: int, is_dense: bool = False) -> torch.Tensor:
+    """Numbers that PyTorch negates when it reads them, as the imaginary part of a conjugate."""
+    tensor = torch.randn(shape, dtype=torch.complex64).conj().imag
+    if is_dense:  # real parts, too, from the first imaginary one on
+        tensor = tensor.as_strided(shape, torch.empty(shape).stride())
+    assert tensor.is_neg()
+    return tensor
+
+
+@pytest.mark.parametrize("num_heads", [1, 4])
+def test_sinks_may_be_negated(num_heads: int) -> None:
+    query, cache, ids = torch.randn(1, num_heads, 32), torch.randn(2, 2, 1, 16, 32), torch.ones(1)
+    inputs = (query, *cache, ids[None].int(), 9 * ids.int())
+    sinks = negated(num_heads, is_dense=num_heads > 1)
+    expected = kvkernels.paged_attention(*inputs, sinks=sinks.clone())
+    long, at_once = in_both_ways(lambda: kvkernels.paged_attention(*inputs, sinks=sinks))
+    assert torch.equal(long, expected)
+    assert torch.equal(at_once, expected)
+
+
+@pytest.mark.parametrize("head_dim", [1, 32])
+def test_stored_numbers_may_be_negated(head_dim: int) -> None:
+    key = negated(3, 1, head_dim, is_dense=head_dim > 1)
+
+    def store() -> torch.Tensor:
+        caches = torch.zeros(2, 1, 1, 16, head_dim)
+        kvkernels.store_kv(key, key, *caches, torch.arange(3))
+        return caches[:, 0, 0, :3]
+
+    long, at_once = in_both_ways(store)
+    expected = key.clone().view(3, head_dim).expand(2, 3, head_dim)
+    assert torch.equal(long, expected)
+    assert torch.equal(at_once, expected)
+
+
 @pytest.mark.usefixtures("only_at_once")
 def test_parameters_are_plain() -> None:
     inputs = good_inputs()
