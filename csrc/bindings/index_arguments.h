@@ -51,8 +51,21 @@ class TokenView {
   void read_sequence(py::handle object) {
     PyObject** items = PySequence_Fast_ITEMS(object.ptr());
     allocate(static_cast<std::size_t>(PySequence_Fast_GET_SIZE(object.ptr())));
+    std::size_t i = 0;
+    while (i < size_ && read_small(items[i], copy_[i])) ++i;
+    if (i < size_) read_items(object);
+  }
+
+  // Reading an item that is no small int may run Python's code, and that or another thread may
+  // change a list meanwhile: its items are read from a tuple.
+  void read_items(py::handle object) {
+    const auto items = py::reinterpret_steal<py::tuple>(
+        PyList_Check(object.ptr()) ? PyList_AsTuple(object.ptr()) : object.inc_ref().ptr());
+    if (!items) throw py::error_already_set();
+    allocate(items.size());
     for (std::size_t i = 0; i < size_; ++i) {
-      if (!read_small(items[i], copy_[i])) copy_[i] = read_item(items[i]);
+      PyObject* const item = PyTuple_GET_ITEM(items.ptr(), static_cast<Py_ssize_t>(i));
+      if (!read_small(item, copy_[i])) copy_[i] = read_item(item);
     }
   }
 

@@ -59,6 +59,26 @@ def test_reads_tokens_in_any_form(form: Any, tokens: list[int]) -> None:
     assert index.match(form(tokens[4:])).num_tokens < 20
 
 
+class Emptying:
+    """A token 1 that empties a list when it is read, as another thread might."""
+
+    def __init__(self, tokens: list[Any]) -> None:
+        self._tokens = tokens
+
+    def __index__(self) -> int:
+        self._tokens.clear()
+        return 1
+
+
+def test_a_list_may_change_while_it_is_read() -> None:
+    index = RadixIndex(4)
+    index.insert([7, 1, 2, 3], rows(1))
+    tokens: list[Any] = [7]
+    tokens += [Emptying(tokens), *range(2, 300_000)]  # too many to stay mapped once they are freed
+    assert index.match(tokens).num_tokens == 4
+    assert tokens == []
+
+
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
