@@ -6,7 +6,7 @@ import torch
 from torch import is_grad_enabled
 from torch._C import _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import _profiler_enabled
+from torch.autograd import _profiler_enabled, forward_ad
 from torch.compiler import is_compiling
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -31,12 +31,21 @@ def is_traced() -> bool:
     return is_compiling() or torch.jit.is_tracing() or _len_torch_dispatch_stack() > 0
 
 
+def is_transformed() -> bool:
+    """Whether tensors may stand for others: for many at once (`vmap`), or for one and its tangent.
+
+    Tangents are carried without gradients, too, and nothing of a tensor tells of them cheaply.
+    """
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
+
+
 def may_skip_dispatcher(tensor: torch.Tensor) -> bool:
     """Whether an op may skip PyTorch's dispatcher and call its CPU implementation directly.
 
     The dispatcher takes some 5 us of a call, and 50 us after weights and cache were read, because
     those push its code out of the processor's caches. It is needed where autograd, a graph that is
-    being recorded, a mode, a transform (`vmap`), the profiler or a tensor subclass sees the call.
+    being recorded, a mode, a transform (`vmap`, tangents), the profiler or a tensor subclass sees
+    the call.
     Of the op's tensors this looks at one; the implementation has to look at the others.
     """
     return (
@@ -48,6 +57,7 @@ def may_skip_dispatcher(tensor: torch.Tensor) -> bool:
         and _len_torch_dispatch_stack() == 0
         and _len_torch_function_stack() == 0
         and peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
         and not _profiler_enabled()
     )
 
@@ -114,6 +124,14 @@ def check_inference(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(
             f"{name}: expected a tensor that needs no gradient (inference only),"
             " got requires_grad=True; call under torch.no_grad()"
+        )
+
+
+def check_tangent(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError if a tensor carries a tangent, which these ops would lose."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise ValueError(
+            f"{name}: expected a tensor without a tangent (inference only), got one with"
         )
 
 

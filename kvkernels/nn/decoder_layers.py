@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from kvkernels import native
-from kvkernels.checks import is_traced
+from kvkernels.checks import is_traced, is_transformed
 from kvkernels.nn.batch_invariance import is_batch_invariant
 from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward, hook_tables
 from kvkernels.nn.fused_layers import FusedMLP, FusedNorm
@@ -148,7 +148,7 @@ class FusedDecoderLayer:
 
     def serves(self, hidden_states: torch.Tensor, options: dict[str, Any]) -> bool:
         """Whether `run` takes such a call."""
-        if is_traced():  # a traced graph cannot hold addresses of memory
+        if is_traced() or is_transformed():  # then no addresses of memory may be held, or are there
             return False
         if (
             options.keys() != self._option_names

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from kvkernels import native_layers
-from kvkernels.checks import FLOAT_DTYPES, is_plain, is_traced
+from kvkernels.checks import FLOAT_DTYPES, is_plain, is_traced, is_transformed
 from kvkernels.nn.forward_code import read_forward
 from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward, hook_tables
 from kvkernels.ops.pointwise import rotary_embedding_cpu
@@ -287,6 +287,7 @@ def _are_served(*tensors: torch.Tensor) -> bool:
     return (
         dtype in FLOAT_DTYPES
         and not torch.is_grad_enabled()
+        and not is_transformed()
         and all(tensor.dtype == dtype and tensor.device.type == "cpu" for tensor in tensors)
     )
 

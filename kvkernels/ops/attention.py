@@ -11,6 +11,7 @@ from kvkernels.checks import (
     check_dtype,
     check_inference,
     check_shape,
+    check_tangent,
     may_skip_dispatcher,
 )
 from kvkernels.ops.attention_checks import (
@@ -112,9 +113,9 @@ def paged_attention(
         log-sum-exp, which may be infinity if a score is infinity beside it.
 
     Raises:
-        ValueError: If shapes, dtypes, devices or strides disagree, a tensor requires grad, or (on
-            the CPU; on a GPU looking would stop the stream) a length or a block id in use is out
-            of range.
+        ValueError: If shapes, dtypes, devices or strides disagree, a tensor requires grad, the
+            query has a tangent, or (on the CPU; on a GPU looking would stop the stream) a length or
+            a block id in use is out of range.
     """
     if native.reads_tensors and may_skip_dispatcher(query):
         result = native.extension.attend_tensors(
@@ -125,6 +126,7 @@ def paged_attention(
         )
         if result is not None:
             return result
+    check_tangent("query", query)
     check_kinds(int8_cache, int4_cache)
     if not is_checked_at_launch(query):
         check_attention_inputs(

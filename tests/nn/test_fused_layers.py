@@ -6,6 +6,7 @@ import inspect
 import pytest
 import tiny_models
 import torch
+from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_hook
 
 from kvkernels.nn import fused_layers
@@ -97,6 +98,28 @@ def test_gradients_and_other_dtypes_go_through_the_layers_own_forward():
     with torch.inference_mode():
         assert torch.equal(norm(rows), type(norm).forward(norm, rows))
         torch.testing.assert_close(logits_of(model.double()), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_tangents_and_batches_go_through_the_layers_own_forward(name):
+    model = tiny_models.MODELS[name]().requires_grad_(False)
+    model.set_attn_implementation("eager")
+    shape = (3, 1, 8, model.config.hidden_size)
+    rows, tangent = (torch.randn(shape) for _ in range(2))
+
+    def run(inputs):
+        return model(inputs_embeds=inputs, use_cache=False).logits
+
+    def transformed():
+        with torch.no_grad(), forward_ad.dual_level():
+            dual = run(forward_ad.make_dual(rows[0], tangent[0]))
+            found = forward_ad.unpack_dual(dual).tangent.clone()
+        with torch.no_grad():
+            return found, torch.func.vmap(run)(rows)
+
+    expected = transformed()
+    fused_layers.install(model)
+    torch.testing.assert_close(transformed(), expected)
 
 
 def test_leaves_rotations_of_another_kind():

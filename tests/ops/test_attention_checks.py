@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import kvkernels
 from kvkernels import native
@@ -315,6 +316,15 @@ def test_refuses_an_empty_window(window: int) -> None:
         ValueError, match="window: expected an integer of 1 or more, or None for no window, got"
     ):
         kvkernels.paged_attention(**good_inputs(), window=window)
+
+
+def test_refuses_queries_with_tangents() -> None:
+    inputs = good_inputs()
+    query = torch.randn_like(inputs["query"])
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(query, torch.randn_like(query))
+        with pytest.raises(ValueError, match="query: expected a tensor without a tangent"):
+            kvkernels.paged_attention(**inputs | {"query": dual})
 
 
 def test_accepts_queries_that_need_gradients_where_none_are_recorded() -> None:

@@ -77,7 +77,7 @@ def test_reads_urls(url, fields):
         ("redis://h?name=", "name: expected printable ASCII"),
         ("redis://cache..example", r"addresses: expected hosts .* got 'cache\.\.example'"),
         (f"redis://{'a' * 64}.example", "addresses: expected hosts"),
-        ("redis://a\x00b", "addresses: expected hosts"),
+        ("redis://a\x00b", "url: expected no zero character"),
         ("redis+cluster://a,.b:1", r"addresses: expected hosts .* got '\.b'"),
         ("redis://h?refresh_ttl=maybe", "refresh_ttl: expected true or false"),
         ("redis://h?part_bytes=1KiB", "part_bytes: expected an integer of at least 4096"),
