@@ -70,7 +70,7 @@ fuzz: $(VENV)/.test $(VENV)/.native  ## mutated records, led by coverage, then u
 	$(WITH_ASAN) $(BIN)/python $(FUZZ) -max_total_time=60 build/fuzz/corpus
 
 planted-faults: $(VENV)/.test  ## show that the attention tests notice faults; some 60 minutes
-	$(BIN)/python tests/planted_faults/run.py
+	cd tests && ../$(BIN)/python -m planted_faults.run
 
 aot: $(VENV)/.base  ## every Triton kernel compiled ahead of time, some minutes; no GPU is needed
 	TRITON_INTERPRET=0 $(BIN)/python -m kvkernels.triton_kernels.aot $(AOT_ARGS)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from planted_faults.faults import FAULTS, Fault
+from planted_faults.fault import Fault
+from planted_faults.faults import FAULTS
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,7 +1,7 @@
 """Notices what changes in a model's modules while a cache is open.
 
 That is on the way of every prompt, so each kind of change has one expression over all modules, and
-what takes longer comes only where that has found something: 0.05 ms for a model of 30 layers.
+what takes longer comes only where that has found something: 0.06 ms for a model of 30 layers.
 """
 
 from __future__ import annotations

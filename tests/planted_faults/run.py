@@ -1,6 +1,6 @@
 """Plants one fault after another in a copy of the tree, and requires that some test fails.
 
-Run it: python tests/planted_faults/run.py [--only TEXT]
+Run it in tests: python -m planted_faults.run [--only TEXT]
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from faults import FAULTS, Fault
+from planted_faults.fault import Fault
+from planted_faults.faults import FAULTS
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS_FAILED = 1  # pytest's exit status; others mean that it could not run them
