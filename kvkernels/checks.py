@@ -39,26 +39,21 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
 
 
-def may_skip_dispatcher(tensor: torch.Tensor) -> bool:
-    """Whether an op may skip PyTorch's dispatcher and call its CPU implementation directly.
+def needs_dispatcher() -> bool:
+    """Whether PyTorch's dispatcher has to see what this thread calls now.
 
-    The dispatcher takes some 5 us of a call, and 50 us after weights and cache were read, because
-    those push its code out of the processor's caches. It is needed where autograd, a graph that is
-    being recorded, a mode, a transform (`vmap`, tangents), the profiler or a tensor subclass sees
-    the call.
-    Of the op's tensors this looks at one; the implementation has to look at the others.
+    So it has where autograd, a graph that is being recorded, a mode, a transform (`vmap`, tangents)
+    or the profiler is to see the call. Else an op may call its CPU implementation directly: the
+    dispatcher takes some 5 us of a call, and 50 us after weights and cache were read, because those
+    push its code out of the processor's caches.
     """
     return (
-        type(tensor) in _PLAIN_TYPES
-        and tensor.is_cpu
-        and not is_grad_enabled()
-        and not is_compiling()
-        and not _is_tracing()
-        and _len_torch_dispatch_stack() == 0
-        and _len_torch_function_stack() == 0
-        and peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-        and not _profiler_enabled()
+        is_grad_enabled()
+        or _is_tracing()
+        or _len_torch_dispatch_stack() > 0
+        or _len_torch_function_stack() > 0
+        or is_transformed()
+        or _profiler_enabled()
     )
 
 

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch._C import _parse_dispatch_key
+from torch.autograd import forward_ad
 
-from kvkernels.checks import address_of
+from kvkernels.checks import address_of, needs_dispatcher
 from kvkernels.quantized_cache import QuantizedCache
 from kvkernels.scoring import Scoring
 from kvkernels.threads import num_threads
@@ -26,8 +28,8 @@ is_available = extension is not None and hasattr(extension, "paged_attention")
 _ISAS: dict[str, int] = dict(extension.attention_paths()) if is_available else {}
 _isa = next(iter(_ISAS.values()), 0)
 
-# Whether C++ reads tensors itself (`attend_tensors`): through a table of functions that PyTorch has
-# from 2.10 on.
+# Whether C++ reads tensors itself: through a table of functions that PyTorch has from 2.10 on. Then
+# it also finds out whether PyTorch's dispatcher has to see a call; not so whether TorchDynamo does.
 reads_tensors = (
     is_available
     and hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
@@ -37,6 +39,12 @@ reads_tensors = (
 )
 if is_available:
     extension.set_class_of_caches(QuantizedCache)
+    extension.watch_dispatcher(
+        needs_dispatcher,
+        vars(forward_ad),
+        _parse_dispatch_key("FuncTorchDynamicLayerFrontMode"),
+        _parse_dispatch_key("Tracer"),
+    )
 
 # The number C++ knows each dtype by.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3}

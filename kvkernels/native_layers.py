@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
-from kvkernels.checks import address_of, may_skip_dispatcher
+from kvkernels.checks import address_of
 from kvkernels.native import DTYPES, extension, isa, optional_address, reads_tensors
 from kvkernels.threads import num_threads
 
@@ -26,7 +27,7 @@ def linear_at_once(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor | None:
     """See `kvkernels.linear`."""
-    if not reads_tensors or not may_skip_dispatcher(input):
+    if not reads_tensors or is_dynamo_compiling():
         return None
     out: torch.Tensor | None = extension.linear_tensors(input, weight, bias, isa(), num_threads())
     return out
@@ -36,7 +37,7 @@ def rms_norm_at_once(
     input: torch.Tensor, weight: torch.Tensor, eps: float, is_offset: bool
 ) -> torch.Tensor | None:
     """See `kvkernels.rms_norm`."""
-    if not reads_tensors or not may_skip_dispatcher(input):
+    if not reads_tensors or is_dynamo_compiling():
         return None
     out: torch.Tensor | None = extension.rms_norm_tensors(
         input, weight, eps, is_offset, isa(), num_threads()
@@ -48,7 +49,7 @@ def gated_activation_at_once(
     gate: torch.Tensor, up: torch.Tensor, activation: str
 ) -> torch.Tensor | None:
     """See `kvkernels.gated_activation`."""
-    if not reads_tensors or not may_skip_dispatcher(gate):
+    if not reads_tensors or is_dynamo_compiling():
         return None
     out: torch.Tensor | None = extension.gated_activation_tensors(
         gate, up, _ACTIVATIONS[activation], isa(), num_threads()

@@ -102,8 +102,7 @@ void view_caches(py::handle key_cache, py::handle value_cache, PagedAttentionArg
   args.cache_dtype = *dtype;
 }
 
-void view_query(py::handle tensor, PagedAttentionArgs& args) {
-  const TensorView query = view(tensor);
+void view_query(const TensorView& query, PagedAttentionArgs& args) {
   require(query.has(query.type, {kAnySize, kAnySize, args.head_dim}) && query.has_dense_rows());
   args.dtype = float_dtype(query);
   require(args.cache_dtype == args.dtype || args.cache_dtype == DType::kFloat8);
@@ -139,7 +138,7 @@ py::object new_lse(py::handle query, const PagedAttentionArgs& args) {
 }
 
 // Everything but `out` and `lse`.
-PagedAttentionArgs view_call(py::handle query, py::handle key_cache, py::handle value_cache,
+PagedAttentionArgs view_call(const TensorView& query, py::handle key_cache, py::handle value_cache,
                              py::handle block_table, py::handle seq_lens, py::handle cu_seqlens_q,
                              py::handle sm_scale, py::handle causal, py::handle window,
                              py::handle soft_cap, py::handle sinks, py::handle alibi_slopes,
@@ -174,9 +173,9 @@ py::object attend_tensors(py::handle query, py::handle key_cache, py::handle val
                           py::handle tree_mask, py::handle int8_cache, py::handle int4_cache,
                           py::handle return_lse, py::handle batch_invariant, int path,
                           int num_threads) {
-  return or_none([&]() -> py::object {
+  return past_dispatcher(query, [&](const TensorView& queries) -> py::object {
     PagedAttentionArgs args = view_call(
-        query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, sm_scale, causal,
+        queries, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, sm_scale, causal,
         window, soft_cap, sinks, alibi_slopes, tree_mask, int8_cache, int4_cache, batch_invariant);
     const bool wants_lse = view_bool(return_lse);
     py::object out =
@@ -196,9 +195,9 @@ py::object attend_tensors(py::handle query, py::handle key_cache, py::handle val
   });
 }
 
-MergeAttentionArgs view_merge(py::handle out_a, py::handle lse_a, py::handle out_b,
+MergeAttentionArgs view_merge(const TensorView& a, py::handle lse_a, py::handle out_b,
                               py::handle lse_b) {
-  const TensorView a = view(out_a), b = view(out_b), sums_a = view(lse_a), sums_b = view(lse_b);
+  const TensorView b = view(out_b), sums_a = view(lse_a), sums_b = view(lse_b);
   const DType dtype = float_dtype(a);
   require(a.dim == 3);
   const int64_t num_tokens = a.shape[0], num_heads = a.shape[1], head_dim = a.shape[2];
@@ -216,8 +215,8 @@ MergeAttentionArgs view_merge(py::handle out_a, py::handle lse_a, py::handle out
 // What kvkernels.merge_attention returns, or None: the long way.
 py::object merge_tensors(py::handle out_a, py::handle lse_a, py::handle out_b, py::handle lse_b,
                          int path, int num_threads) {
-  return or_none([&]() -> py::object {
-    MergeAttentionArgs args = view_merge(out_a, lse_a, out_b, lse_b);
+  return past_dispatcher(out_a, [&](const TensorView& a) -> py::object {
+    MergeAttentionArgs args = view_merge(a, lse_a, out_b, lse_b);
     py::object out = new_empty(out_a, out_a.attr("shape"));
     py::object lse = new_empty(lse_a, lse_a.attr("shape"));
     args.out = view(out).data;
@@ -236,9 +235,9 @@ StoreSide view_side(const TensorView& source, const TensorView& cache, int64_t i
           cache.strides[2] * item};
 }
 
-StoreKVArgs view_store(py::handle key, py::handle value, py::handle key_cache,
+StoreKVArgs view_store(const TensorView& keys, py::handle value, py::handle key_cache,
                        py::handle value_cache, py::handle slot_mapping) {
-  const TensorView keys = view(key), values = view(value), slots = view(slot_mapping);
+  const TensorView values = view(value), slots = view(slot_mapping);
   const TensorView to_keys = view(key_cache), to_values = view(value_cache);
   const DType dtype = float_dtype(keys);
   require(to_keys.has(keys.type, {kAnySize, kAnySize, kAnySize, kAnySize}));
@@ -266,8 +265,8 @@ StoreKVArgs view_store(py::handle key, py::handle value, py::handle key_cache,
 // kvkernels.store_kv; returns True, or None: nothing was done, the long way.
 py::object store_tensors(py::handle key, py::handle value, py::handle key_cache,
                          py::handle value_cache, py::handle slot_mapping, int num_threads) {
-  return or_none([&]() -> py::object {
-    const StoreKVArgs args = view_store(key, value, key_cache, value_cache, slot_mapping);
+  return past_dispatcher(key, [&](const TensorView& keys) -> py::object {
+    const StoreKVArgs args = view_store(keys, value, key_cache, value_cache, slot_mapping);
     {
       const py::gil_scoped_release unlocked;
       kvkernels::store_kv(args, num_threads);

@@ -13,6 +13,7 @@ T* pointer(uintptr_t address) {
 }
 
 void bind_kernels(pybind11::module_& module);
+void bind_dispatcher(pybind11::module_& module);
 void bind_tensors(pybind11::module_& module);
 void bind_calls_on_tensors(pybind11::module_& module);
 void bind_layers_on_tensors(pybind11::module_& module);

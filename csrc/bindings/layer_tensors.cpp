@@ -39,8 +39,8 @@ py::tuple shape_of(const TensorView& tensor, int64_t last) {
 
 py::object linear_tensors(py::handle input, py::handle weight, py::handle bias, int path,
                           int num_threads) {
-  return or_none([&] {
-    const TensorView in = view(input), weights = view(weight);
+  return past_dispatcher(input, [&](const TensorView& in) {
+    const TensorView weights = view(weight);
     const Rows rows = view_rows(in);
     require(weights.has(in.type, {kAnySize, rows.size}) && weights.has_dense_rows());
     const int64_t out_features = weights.shape[0];
@@ -58,8 +58,7 @@ py::object linear_tensors(py::handle input, py::handle weight, py::handle bias, 
 
 py::object rms_norm_tensors(py::handle input, py::handle weight, float eps, bool is_offset,
                             int path, int num_threads) {
-  return or_none([&] {
-    const TensorView in = view(input);
+  return past_dispatcher(input, [&](const TensorView& in) {
     const Rows rows = view_rows(in);
     const void* const weights = view_row<void>(weight, in.type, rows.size);
     require(weights != nullptr);
@@ -76,8 +75,8 @@ py::object rms_norm_tensors(py::handle input, py::handle weight, float eps, bool
 
 py::object gated_activation_tensors(py::handle gate, py::handle up, int activation, int path,
                                     int num_threads) {
-  return or_none([&] {
-    const TensorView gates = view(gate), ups = view(up);
+  return past_dispatcher(gate, [&](const TensorView& gates) {
+    const TensorView ups = view(up);
     const Rows rows = view_rows(gates), others = view_rows(ups);
     require(ups.type == gates.type && ups.dim == gates.dim &&
             std::equal(ups.shape, ups.shape + ups.dim, gates.shape));

@@ -5,6 +5,7 @@
 PYBIND11_MODULE(_kvkernels, module) {
   module.doc() = "C++ core of kvkernels and prefixstore; use it through those packages.";
   kvkernels::bindings::bind_kernels(module);
+  kvkernels::bindings::bind_dispatcher(module);
   kvkernels::bindings::bind_tensors(module);
   kvkernels::bindings::bind_calls_on_tensors(module);
   kvkernels::bindings::bind_layers_on_tensors(module);

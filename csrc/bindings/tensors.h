@@ -10,6 +10,7 @@
 #include <initializer_list>
 #include <optional>
 
+#include "bindings/dispatcher.h"
 #include "kvkernels/attention.h"
 
 namespace kvkernels::bindings {
@@ -71,6 +72,16 @@ pybind11::object or_none(const Work& work) {
   } catch (const NotServed&) {
     return pybind11::none();
   }
+}
+
+// The same for an op's call, which also goes the long way where PyTorch's dispatcher has to see it,
+// or its first tensor is none of view_tensor's; `work` gets that one's view.
+template <typename Work>
+pybind11::object past_dispatcher(pybind11::handle first, const Work& work) {
+  if (needs_dispatcher()) return pybind11::none();
+  const std::optional<TensorView> found = view_tensor(first);
+  if (!found.has_value()) return pybind11::none();
+  return or_none([&]() -> pybind11::object { return work(*found); });
 }
 
 // The same as view_tensor, and as dtype_of for what is computed with; require that there is one.

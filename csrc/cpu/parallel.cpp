@@ -17,6 +17,8 @@
 #include <utility>
 #include <vector>
 
+#include "kvkernels/torch_symbols.h"
+
 namespace kvkernels {
 namespace {
 
@@ -73,20 +75,8 @@ HostRuntime find_host_runtime() {
 // no longer follows OpenMP's.
 using SetMklThreads = int (*)(int);
 
-int note_torch_library(dl_phdr_info* info, size_t, void* result) {
-  if (info->dlpi_name == nullptr || !std::strstr(info->dlpi_name, "libtorch_cpu.")) return 0;
-  *static_cast<std::string*>(result) = info->dlpi_name;
-  return 1;
-}
-
 SetMklThreads find_mkl() {
-  std::string path;
-  dl_iterate_phdr(note_torch_library, &path);
-  if (path.empty()) return nullptr;
-  void* library = dlopen(path.c_str(), RTLD_NOLOAD | RTLD_LAZY);
-  if (library == nullptr) return nullptr;
-  // Finds it in PyTorch's own library, or in one that this needs.
-  return reinterpret_cast<SetMklThreads>(dlsym(library, "MKL_Set_Num_Threads_Local"));
+  return reinterpret_cast<SetMklThreads>(find_torch_symbol("MKL_Set_Num_Threads_Local"));
 }
 
 // ---- our own threads -----------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The public functions: check arguments, then call `torch.ops.kvkernels.*`.
 
-Where PyTorch need not see a call (`checks.may_skip_dispatcher`), one call of C++ checks and does it
+Where PyTorch need not see a call (`checks.needs_dispatcher`), one call of C++ checks and does it
 all instead, or leaves what it does not accept to the checks, which say what is wrong by name.
 """
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from kvkernels import native
 from kvkernels.checks import (
@@ -12,7 +13,6 @@ from kvkernels.checks import (
     check_inference,
     check_shape,
     check_tangent,
-    may_skip_dispatcher,
 )
 from kvkernels.ops.attention_checks import (
     check_attention_inputs,
@@ -117,7 +117,7 @@ def paged_attention(
             query has a tangent, or (on the CPU; on a GPU looking would stop the stream) a length or
             a block id in use is out of range.
     """
-    if native.reads_tensors and may_skip_dispatcher(query):
+    if native.reads_tensors and not is_dynamo_compiling():
         result = native.extension.attend_tensors(
             *(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q),
             *(sm_scale, causal, window, soft_cap, sinks, alibi_slopes, tree_mask),
@@ -165,7 +165,7 @@ def merge_attention(
     Raises:
         ValueError: If shapes, dtypes, devices or strides disagree or a tensor requires grad.
     """
-    if native.reads_tensors and may_skip_dispatcher(out_a):
+    if native.reads_tensors and not is_dynamo_compiling():
         merged = native.extension.merge_tensors(
             out_a, lse_a, out_b, lse_b, native.isa(), num_threads()
         )

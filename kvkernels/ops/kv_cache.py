@@ -1,6 +1,7 @@
 """Write new keys and values into the block-table cache."""
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from kvkernels import native
 from kvkernels.checks import (
@@ -10,7 +11,6 @@ from kvkernels.checks import (
     check_inference,
     check_last_stride,
     check_shape,
-    may_skip_dispatcher,
 )
 from kvkernels.ops.library import LIBRARY
 from kvkernels.reference import kv_cache as reference
@@ -47,7 +47,7 @@ def store_kv(
     tensors = (key, value, key_cache, value_cache, slot_mapping)
     if (
         native.reads_tensors
-        and may_skip_dispatcher(key)
+        and not is_dynamo_compiling()
         and native.extension.store_tensors(*tensors, num_threads())
     ):
         return

@@ -2,6 +2,8 @@
 
 import os
 import signal
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvkernels
 from kvkernels import native
-from kvkernels.checks import may_skip_dispatcher
+from kvkernels.checks import needs_dispatcher
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
@@ -118,17 +120,58 @@ def test_skips_the_dispatcher_without_gradients(op, call, monkeypatch) -> None:
         call(good_inputs())
 
 
-@torch.no_grad()
-def test_a_transform_needs_the_dispatcher() -> None:
-    inputs, answers = torch.ones(2, 3), []
+def seen_by_vmap(ask: Callable[[], bool]) -> bool:
+    answers = []
 
     def look(row: torch.Tensor) -> torch.Tensor:
-        answers.append(may_skip_dispatcher(row))
+        answers.append(ask())
         return row
 
-    assert may_skip_dispatcher(inputs)
-    torch.func.vmap(look)(inputs)
-    assert answers == [False]
+    torch.func.vmap(look)(torch.ones(2, 3))
+    return answers == [True]
+
+
+def seen_by_a_trace(ask: Callable[[], bool]) -> bool:
+    answers = []
+
+    def look(row: torch.Tensor) -> torch.Tensor:
+        answers.append(ask())
+        return row
+
+    torch.jit.trace(look, torch.ones(3), check_trace=False)
+    return answers == [True]
+
+
+def seen_inside(context: Callable[[], AbstractContextManager]) -> Callable:
+    def see(ask: Callable[[], bool]) -> bool:
+        with context():
+            return ask()
+
+    return see
+
+
+WATCHERS = {
+    "gradients": seen_inside(torch.enable_grad),
+    "tangents": seen_inside(torch.autograd.forward_ad.dual_level),
+    "dispatch mode": seen_inside(SeenOps),
+    "function mode": seen_inside(SeenFunctions),
+    "profiler": seen_inside(torch.profiler.profile),
+    "vmap": seen_by_vmap,
+    "trace": seen_by_a_trace,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.parametrize("see", WATCHERS.values(), ids=WATCHERS)
+@torch.no_grad()
+def test_python_and_cpp_know_who_needs_the_dispatcher(see: Callable) -> None:
+    ways = [needs_dispatcher]
+    if native.is_available:
+        ways.append(native.extension.needs_dispatcher)
+    for ask in ways:
+        assert not ask()
+        assert see(ask)
+        assert not ask()
 
 
 def run_layers(
