@@ -237,6 +237,30 @@ def test_generates_more_answers_than_may_wait(model):
     assert answers == [expected(model, tokens) for tokens in prompts]
 
 
+def test_generates_beside_others_that_take_the_room(model, monkeypatch):
+    """Another request comes between any two steps of those that `generate` submits."""
+    prompts, others = [prompt(40, seed) for seed in range(6)], []
+    with open_engine(model, max_running=1, max_queued=1) as engine:
+        make_request = engine._request
+
+        def after_another(*arguments, **options):
+            made = make_request(*arguments, **options)
+            if len(others) < len(prompts):
+                request = make_request(prompt(40, 20 + len(others)), GREEDY)
+                with engine._loop.changed:
+                    if engine._loop.roster.has_room:
+                        engine._loop.roster.accept(request)
+                        others.append(request.answer.handle)
+            return made
+
+        monkeypatch.setattr(engine, "_request", after_another)
+        outputs = engine.generate(prompts, GREEDY)
+        for handle in others:
+            handle.result(60)
+    answers = [list(output.token_ids) for output in outputs]
+    assert others and answers == [expected(model, tokens) for tokens in prompts]
+
+
 def test_generates_nothing_if_a_prompt_is_refused(model):
     long = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
     with open_engine(model) as engine:

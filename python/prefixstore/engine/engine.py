@@ -129,6 +129,20 @@ class Engine:
             EngineOverloaded: If `max_queued` requests wait.
             EngineClosed: If the engine drains, is closed or has failed.
         """
+        request = self._request(prompt, sampling, tenant, salt, request_id)
+        with self._loop.changed:
+            self._loop.roster.accept(request)
+        return request.answer.handle
+
+    def _request(
+        self,
+        prompt: Sequence[int] | np.ndarray | str,
+        sampling: SamplingParams | None = None,
+        tenant: str = "",
+        salt: str | None = None,
+        request_id: str | None = None,
+    ) -> Request:
+        """What `submit` takes on."""
         self._loop.roster.check_open()
         ids = self._encode(prompt) if isinstance(prompt, str) else prompt
         tokens, salt = self.cache.checked_prompt(ids, salt)
@@ -149,7 +163,7 @@ class Engine:
         if not self.config.reuses_prefixes:
             salt = f"{salt}\0{secrets.token_hex(16)}"
         max_tokens = min(self.max_model_len, len(tokens) + sampling.max_tokens)
-        request = Request(
+        return Request(
             prompt=tokens,
             max_tokens=max_tokens,
             sampling=sampling,
@@ -161,9 +175,6 @@ class Engine:
             ),
             num_groups=len(self.cache.blocks.device.groups),
         )
-        with self._loop.changed:
-            self._loop.roster.accept(request)
-        return handle
 
     def generate(
         self,
@@ -174,30 +185,25 @@ class Engine:
         """The whole answers to some prompts, in their order; other arguments as for `submit`.
 
         There may be any number of prompts: one that finds `max_queued` requests waiting is
-        submitted once an earlier one has its answer. If one is refused, those before it are
-        cancelled.
+        submitted once there is room. If one is refused, those before it are cancelled.
         """
         handles: list[RequestHandle] = []
         try:
             for prompt in prompts:
-                self._wait_for_room(handles)
-                handles.append(self.submit(prompt, sampling, **options))
+                request = self._request(prompt, sampling, **options)
+                self._accept_when_there_is_room(request)
+                handles.append(request.answer.handle)
             return [handle.result() for handle in handles]
         except BaseException:
             for handle in handles:
                 handle.cancel()
             raise
 
-    def _wait_for_room(self, handles: Sequence[RequestHandle]) -> None:
-        """Until another request may wait, or none of these is left to end."""
+    def _accept_when_there_is_room(self, request: Request) -> None:
         roster = self._loop.roster
-
-        def may_submit() -> bool:
-            has_own = any(not handle.is_finished for handle in handles)
-            return roster.has_room or roster.is_draining or not has_own
-
         with self._loop.changed:
-            self._loop.changed.wait_for(may_submit)
+            self._loop.changed.wait_for(lambda: roster.has_room or roster.is_draining)
+            roster.accept(request)
 
     # ---- the engine as a whole ---------------------------------------------------------------
 
