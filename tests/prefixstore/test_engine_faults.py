@@ -49,6 +49,25 @@ def test_logits_that_are_no_numbers_end_their_own_request_alone(model):
         assert list(output.token_ids) == expected(model, prompt(20, seed))
 
 
+class Wordless(Numbers):
+    """Has no text for what the model says, as one of fewer tokens than the model has."""
+
+    def decode(self, token_ids, **_):
+        raise KeyError(token_ids[-1])
+
+
+def test_a_token_without_text_ends_its_own_request_alone(model, monkeypatch):
+    with open_engine(model) as engine:
+        with engine._loop.changed:  # so that they are admitted together
+            sound = engine.submit(prompt(40), GREEDY)
+            monkeypatch.setattr(engine, "tokenizer", Wordless())
+            broken = engine.submit(prompt(40, seed=3), GREEDY)
+        outputs = [handle.result(60) for handle in (sound, broken)]
+    assert list(outputs[0].token_ids) == expected(model, prompt(40))
+    assert outputs[1].finish_reason == FinishReason.ERROR
+    assert outputs[1].error.startswith("tokenizer: KeyError: ")
+
+
 def test_a_reader_whose_event_loop_is_closed_stops_nobody(model, monkeypatch):
     """Not even its own request: its answer can still be read elsewhere, whole."""
     with open_engine(model, memory_bytes=0) as engine:  # no look-up delays a request
@@ -77,7 +96,7 @@ def test_a_fault_of_the_engine_leaves_nobody_waiting(model, monkeypatch):
         output = handle.result(60)
         assert output.finish_reason == FinishReason.ERROR
         assert output.error == "ZeroDivisionError: division by zero"
-        with pytest.raises(EngineClosed):
+        with pytest.raises(EngineClosed, match="has failed: ZeroDivisionError"):
             engine.submit(prompt(40))
 
 

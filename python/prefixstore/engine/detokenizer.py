@@ -13,6 +13,10 @@ _MAX_TOKENS_PER_CHARACTER = 4
 _MAX_TAIL = 16  # tokens of context, and of pending ones, decoded again with each new one
 
 
+class UndecodableTokens(Exception):
+    """The tokenizer has no text for an answer's tokens."""
+
+
 class Detokenizer:
     """The text of one answer, piece by piece; the pieces together are the decoded answer.
 
@@ -39,7 +43,11 @@ class Detokenizer:
         self._num_returned = 0  # characters of the text of both that were returned
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """New text after these tokens, whole characters only; may be empty."""
+        """New text after these tokens, whole characters only; may be empty.
+
+        Raises:
+            UndecodableTokens: If the tokenizer raises; so does `finish`.
+        """
         return "".join(map(self._push_one, token_ids))
 
     def finish(self) -> str:
@@ -80,9 +88,14 @@ class Detokenizer:
         self._pending = []
 
     def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(
-            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        try:
+            return self._tokenizer.decode(
+                token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        except Exception as error:
+            # Anybody's code, which may raise anything: most often of ids beyond its vocabulary,
+            # which models have that are padded to a round number of tokens.
+            raise UndecodableTokens(f"tokenizer: {type(error).__name__}: {error}") from error
 
 
 class StopStrings:

@@ -15,6 +15,7 @@ from prefixstore.block_cache import BlockCache
 from prefixstore.cache import PrefixCache
 from prefixstore.engine.audit import Auditor
 from prefixstore.engine.config import EngineConfig
+from prefixstore.engine.detokenizer import UndecodableTokens
 from prefixstore.engine.outputs import FinishReason
 from prefixstore.engine.overlap import Overlap, PassIsVoid
 from prefixstore.engine.pass_layout import Chunk
@@ -230,7 +231,12 @@ class EngineLoop:
                 request.restoring.chunk_done(now)
                 if request.restoring.is_done:
                     self._end_prefill(request, now)
-            reason = request.push(token, now) if token is not None else None
+            try:
+                reason = request.push(token, now) if token is not None else None
+            except UndecodableTokens as error:
+                logger.exception("request %s has no text", request.request_id)
+                self.roster.end(request, FinishReason.ERROR, str(error))
+                continue
             # Done after the answer is pushed, so that no token waits for it. A resumed request is
             # left out: what it reuses are its own blocks.
             if not request.num_preemptions:

@@ -40,6 +40,7 @@ class Roster:
         self.counts = EngineCounts()
         self.recent: deque[RequestReport] = deque(maxlen=NUM_RECENT)
         self.is_draining = False
+        self._failure: str | None = None  # what it was abandoned for
         self._scheduler = scheduler
         self._config = config
         self._changed = changed
@@ -58,6 +59,10 @@ class Roster:
 
     def check_open(self) -> None:
         """Raises EngineClosed if no more requests are taken on."""
+        if self._failure is not None:
+            raise EngineClosed(
+                f"engine: expected an open engine, got one that has failed: {self._failure}"
+            )
         if self.is_draining:
             raise EngineClosed("engine: expected an open engine, got one that drains or is closed")
 
@@ -123,7 +128,7 @@ class Roster:
 
         So they are left as they are; but nobody is left to wait.
         """
-        self.is_draining = True
+        self.is_draining, self._failure = True, error
         for request in self._requests.values():
             _try_end(request, error)
         self._requests.clear()
