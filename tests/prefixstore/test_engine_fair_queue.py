@@ -90,6 +90,7 @@ OPERATIONS = st.lists(
     st.one_of(
         st.tuples(st.just("push"), st.sampled_from("abcde"), COSTS),
         st.tuples(st.just("pop"), st.none(), st.none()),
+        st.tuples(st.just("pop ready"), st.none(), st.integers(1, 3)),
         st.tuples(st.just("put back"), st.none(), st.integers(0, 99)),
         st.tuples(st.just("remove"), st.none(), st.integers(0, 99)),
     ),
@@ -124,6 +125,15 @@ def test_loses_nothing_and_keeps_each_tenants_order(operations):
             assert queue.peek() is None
             with pytest.raises(IndexError):
                 queue.pop()
+        elif kind == "pop ready":
+            ready = [item for item in present if item[1] % number == 0]
+            item = queue.pop_ready(lambda one, number=number: one[1] % number == 0)
+            assert (item is None) == (not ready)
+            if item is not None:
+                of_source = put_back if item in put_back else waiting[item[0]]
+                assert item == next(one for one in of_source if one in ready)
+                of_source.remove(item)
+                running.append(item)
         elif kind == "put back" and running:
             item = running.pop(number % len(running))
             queue.push_front(item)
@@ -137,6 +147,22 @@ def test_loses_nothing_and_keeps_each_tenants_order(operations):
         assert queue.check() == []
     left = [*put_back, *(item for items in waiting.values() for item in items)]
     assert sorted(take_all(queue)) == sorted(left)
+
+
+def test_who_is_passed_over_keeps_the_turn():
+    queue = FairQueue(20)
+    for name in ("a1", "a2", "a3"):
+        queue.push("a", 10, name)
+    for name in ("b1", "b2"):
+        queue.push("b", 10, name)
+    assert queue.pop() == "a1"
+    taken = [queue.pop_ready(lambda item: item[0] != "a") for _ in range(3)]
+    assert taken == ["b1", "b2", None]
+    queue.push("c", 10, "c1")  # no later than who waits already
+    assert take_all(queue) == ["a2", "c1", "a3"]
+    queue.push("a", 10, "a4")
+    queue.push("a", 10, "a5")
+    assert queue.pop_ready(lambda item: item == "a5") == "a5"
 
 
 def test_an_item_put_back_is_next_and_free_of_charge():

@@ -124,3 +124,35 @@ def test_every_pass_is_full_while_prompts_are_left(model, monkeypatch):
         for handle in handles:
             handle.result(60)
     assert [num_tokens for num_tokens, most in sums if num_tokens < most - BLOCK_SIZE] == []
+
+
+def test_who_waited_for_a_common_prefix_does_not_go_before_other_tenants(model):
+    prefix = prompt(200)
+    with open_engine(model, max_running=2, memory_bytes=0) as engine:
+        with engine._loop.changed:
+            handles = [
+                engine.submit(prefix + prompt(20, 1 + number), GREEDY, tenant="busy")
+                for number in range(12)
+            ]
+        handles[0].result(60)
+        num_before = len(engine.recent())
+        engine.submit(prompt(30, 99), GREEDY, tenant="calm", request_id="calm").result(60)
+        done = [report.request_id for report in engine.recent()]
+        for handle in handles:
+            handle.result(60)
+    # Two that run by then, and one whose turn was before.
+    assert done.index("calm") <= num_before + 3
+
+
+def test_nobody_waits_for_a_prompt_that_gets_no_turn(model):
+    """A tenant's prompt that is neither its oldest nor its shortest is computed last."""
+    prefix = prompt(32, 1)
+    long = [prompt(1500, 2), prefix + prompt(1500, 3), prompt(1400, 4)]
+    short = prefix + prompt(20, 5)
+    with open_engine(model, pool_tokens=8192, memory_bytes=0) as engine:
+        with engine._loop.changed:
+            handles = [engine.submit(tokens, GREEDY, tenant="busy") for tokens in long]
+            engine._loop.scheduler.admit(time.monotonic())
+            calm = engine.submit(short, GREEDY, tenant="calm")
+        assert list(calm.result(60).token_ids) == expected(model, short)
+        assert not any(handle.is_finished for handle in handles)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -45,6 +45,9 @@ class FairQueue(Generic[T]):
     So of two tenants that both have items waiting, neither is served more than the other by more
     than the cost of one item of each, and one that comes with a single item waits for at most one
     item of each other tenant. A tenant that was idle has saved nothing up.
+
+    Items may be passed over while they are not ready (`pop_ready`). Then the turn is that of the
+    tenant's next ready one, and the virtual time stays with the least tag that waits.
 
     A tag is only worked out when its item becomes its tenant's first: a removed item costs nothing.
 
@@ -136,22 +139,45 @@ class FairQueue(Generic[T]):
         Raises:
             IndexError: If none waits.
         """
-        if self._returned:
-            return self._returned.popitem(last=False)[0]
-        tenant = self._next_tenant()
-        if tenant is None:
+        item = self.pop_ready(lambda _: True)
+        if item is None:
             raise IndexError("pop from an empty queue")
+        return item
+
+    def pop_ready(self, is_ready: Callable[[T], bool]) -> T | None:
+        """Take the first item in turn for which `is_ready`, and charge its tenant; None without.
+
+        Those passed over keep their turns.
+        """
+        returned = next(filter(is_ready, self._returned), None)
+        if returned is not None:
+            del self._returned[returned]
+            return returned
+        passed: list[tuple[float, int, str]] = []
+        try:
+            while (tenant := self._next_tenant()) is not None:
+                item = next(filter(is_ready, tenant.costs), None)
+                if item is not None:
+                    # Not past the turns that are kept.
+                    self._virtual_time = passed[0][0] if passed else tenant.start
+                    self._take(tenant, item)
+                    return item
+                passed.append(heapq.heappop(self._heap))
+            return None
+        finally:
+            for turn in passed:
+                heapq.heappush(self._heap, turn)
+
+    def _take(self, tenant: _Tenant[T], item: T) -> None:
+        """Take an item of the tenant at the top of the heap out, and charge for it."""
         name = self._heap[0][2]
-        item, cost = tenant.costs.popitem(last=False)
+        tenant.start += tenant.costs.pop(item) / self._weights.get(name, 1.0)
         del self._tenant_of[item]
-        self._virtual_time = tenant.start
-        tenant.start += cost / self._weights.get(name, 1.0)
         if tenant.costs:
             heapq.heapreplace(self._heap, self._turn(tenant.start, name))
         else:
             heapq.heappop(self._heap)
             self._rest(name)
-        return item
 
     def remove(self, item: T) -> bool:
         """Take `item` out without charging for it; whether it waited."""

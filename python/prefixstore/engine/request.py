@@ -82,6 +82,7 @@ class Request:
         # Whether the index counted its look-up; a resumed request is not counted again.
         self.is_counted = False
         self.num_preemptions = 0
+        self.num_passed_over = 0  # passes in a row that had no turn for it, while in prefill
         self.clock = Clock(time.monotonic())
         self._arrived_at = time.time()
         self._restored: Restored | None = None  # what became of its prompt, the first time

@@ -114,7 +114,7 @@ class Roster:
         if request.sequence is not None:
             self._scheduler.stop(request)
         else:
-            self._scheduler.remove_waiting(request)
+            self._scheduler.queue.remove(request)
         del self._requests[request.request_id]
         self._cancelled.discard(request.request_id)
         report = request.report(time.monotonic())

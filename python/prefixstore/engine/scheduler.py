@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -21,6 +20,8 @@ from prefixstore.engine.sequence import SequenceBlocks
 from prefixstore.engine.window_budget import WindowBudget
 
 _RETRY_S = 0.02  # after which a full pool is tried again
+# Passes in a row without a turn after which nobody waits for what a prompt is to compute.
+_PATIENCE = 8
 
 
 @dataclass(frozen=True)
@@ -82,21 +83,12 @@ class Scheduler:
         self._budget = budget
         self._give_way = give_way
         self._turns = PrefillTurns()
-        # Wait for running requests to compute their common prefix.
-        self._held_back: deque[Request] = deque()
         self._retry_at = 0.0
 
     @property
     def num_waiting(self) -> int:
         """Requests that are not in the batch yet, or any more."""
-        return len(self.queue) + len(self._held_back)
-
-    def remove_waiting(self, request: Request) -> bool:
-        """Take a request that waits out; False if it does not wait."""
-        if request in self._held_back:
-            self._held_back.remove(request)
-            return True
-        return self.queue.remove(request)
+        return len(self.queue)
 
     # ---- admission ---------------------------------------------------------------------------
 
@@ -108,20 +100,16 @@ class Scheduler:
         if len(self.running) >= self._config.max_running:
             return
         producing = self._producing()
-        for request in list(self._held_back):
-            if len(self.running) >= self._config.max_running:
-                return
-            if not self._is_produced(request, producing):
-                self._held_back.remove(request)
-                if not self._try_admit(request, producing, now):
-                    self._held_back.appendleft(request)
-                    return
-        while len(self.running) < self._config.max_running and len(self.queue):
-            request = self.queue.pop()
+
+        def is_ready(request: Request) -> bool:
             self._blocks.extend_keys(request.keys, request.tokens, request.salt)
-            if self._is_produced(request, producing):
-                self._held_back.append(request)
-            elif not self._try_admit(request, producing, now):
+            return not self._is_produced(request, producing)
+
+        while len(self.running) < self._config.max_running:
+            request = self.queue.pop_ready(is_ready)
+            if request is None:
+                return
+            if not self._try_admit(request, producing, now):
                 self.queue.push_front(request)
                 return
 
@@ -152,7 +140,7 @@ class Scheduler:
             sequence.count_look_up()
         request.sequence = sequence
         request.restoring = Restoring(request.num_tokens, self._blocks.block_size, sequence, now)
-        request.num_computed = 0
+        request.num_computed = request.num_passed_over = 0
         clock = request.clock
         clock.admitted = clock.admitted or now
         if clock.preempted:
@@ -168,7 +156,7 @@ class Scheduler:
         return {
             one
             for request in self.running
-            if not request.is_decoding
+            if not request.is_decoding and _is_getting_on(request)
             for one in self._hashes_to_come(request)
         }
 
@@ -201,10 +189,13 @@ class Scheduler:
         ]
         budget = self._config.max_batch_tokens - len(steps)
         prompts = [one for one in self.running if one.restoring is not None]
+        for request in prompts:
+            request.num_passed_over += 1
         for turn in self._turns.of_pass([self._prefill(one) for one in prompts], budget):
             request = prompts[turn.index]
             if request not in self.running:  # preempted for the sake of one before it
                 continue
+            request.num_passed_over = 0
             step = self._next_chunk(request, turn.max_tokens, now)
             if step is not None and self._make_room(request, step.stop, step.start):
                 steps.append(step)
@@ -281,3 +272,10 @@ class Scheduler:
             request.restoring = None
         request.sequence.release()
         request.sequence = None
+
+
+def _is_getting_on(request: Request) -> bool:
+    """Whether a prompt is computed or loaded now, and not just waiting for turns."""
+    assert request.restoring is not None
+    is_loaded = request.restoring.load_under_way is not None
+    return is_loaded or request.num_passed_over < _PATIENCE
