@@ -1,8 +1,8 @@
 // Keeps keys that a row does not see out of its result. A kernel multiplies neighbouring rows by
 // the same values, and gives those that a row does not see the weight 0. That is exact unless such
 // a value is infinite or NaN, since 0 times either is NaN. So a tile whose rows see different keys,
-// and whose results are not all finite, is computed again, each query by itself with its own keys.
-// That is slow, and rare.
+// and where a head's results are not all finite, is computed again for that head, each query by
+// itself with its own keys. That is slow, and rare.
 #include "cpu/attention_tiles.h"
 
 #include <algorithm>
@@ -31,11 +31,9 @@ bool sees_in_part(const AttentionTile& tile) {
   return first.begin != last.begin || first.end != last.end;
 }
 
-bool are_finite(const AttentionKernel& kernel, const TileResult* results,
+bool are_finite(const AttentionKernel& kernel, const TileResult& result,
                 const AttentionTile& tile) {
-  const int64_t size = (tile.row_end - tile.row_begin) * tile.args->value_dim;
-  return std::all_of(results, results + tile.num_kv_heads,
-                     [&](const TileResult& result) { return kernel.are_finite(result.out, size); });
+  return kernel.are_finite(result.out, (tile.row_end - tile.row_begin) * tile.args->value_dim);
 }
 
 // Calls visit(begin, end) for ranges that together hold all keys of the tile that its rows, of one
@@ -65,41 +63,32 @@ TileResult rows_from(const TileResult& all, int64_t row, int64_t dim) {
   return {all.out + row * dim, all.max + row, all.sum + row};
 }
 
-// Computes the rows of one query again, from ranges that hold no key beside those they see.
+// Computes the rows of one query and head again, from ranges that hold no key beside those they
+// see.
 void attend_query(const AttentionKernel& kernel, const AttentionTile& tile,
-                  const TileResult* results) {
+                  const TileResult& result) {
   const int64_t num_rows = tile.row_end - tile.row_begin, dim = tile.args->value_dim;
-  const int64_t size = num_rows * (dim + 2);
-  TileResult parts[kMaxTileHeads];
-  float* memory = thread_scratch(2, tile.num_kv_heads * size);
-  for (int64_t head = 0; head < tile.num_kv_heads; ++head, memory += size) {
-    float* max = memory + num_rows * dim;
-    parts[head] = {memory, max, max + num_rows};
-    clear_rows(results[head], num_rows, dim);
-  }
+  float* memory = thread_scratch(2, num_rows * (dim + 2));
+  float* max = memory + num_rows * dim;
+  const TileResult of_part = {memory, max, max + num_rows};
+  clear_rows(result, num_rows, dim);
   for_each_seen(tile, [&](int64_t begin, int64_t end) {
     AttentionTile part = tile;
     part.key_begin = begin;
     part.key_end = end;
-    kernel.attend(part, parts);
-    for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
-      merge_rows(kernel, parts[head], results[head], num_rows, dim);
-    }
+    kernel.attend(part, &of_part);
+    merge_rows(kernel, of_part, result, num_rows, dim);
   });
 }
 
 void attend_apart(const AttentionKernel& kernel, const AttentionTile& tile,
-                  const TileResult* results) {
+                  const TileResult& result) {
   const int64_t group = group_of(tile), dim = tile.args->value_dim;
   AttentionTile one = tile;
   one.next = nullptr;
   for (; one.row_begin < tile.row_end; one.row_begin = one.row_end) {
     one.row_end = std::min((one.row_begin / group + 1) * group, tile.row_end);
-    const int64_t row = one.row_begin - tile.row_begin;
-    TileResult own[kMaxTileHeads];
-    for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
-      own[head] = rows_from(results[head], row, dim);
-    }
+    const TileResult own = rows_from(result, one.row_begin - tile.row_begin, dim);
     if (!are_finite(kernel, own, one)) attend_query(kernel, one, own);
   }
 }
@@ -135,7 +124,14 @@ void merge_rows(const AttentionKernel& kernel, const TileResult& part, const Til
 void attend_tile(const AttentionKernel& kernel, const AttentionTile& tile,
                  const TileResult* results) {
   kernel.attend(tile, results);
-  if (sees_in_part(tile) && !are_finite(kernel, results, tile)) attend_apart(kernel, tile, results);
+  if (!sees_in_part(tile)) return;
+  // Head by head: no head's bits depend on those beside it.
+  AttentionTile one = tile;
+  one.num_kv_heads = 1;
+  for (int64_t head = 0; head < tile.num_kv_heads; ++head) {
+    one.kv_head = tile.kv_head + head;
+    if (!are_finite(kernel, results[head], one)) attend_apart(kernel, one, results[head]);
+  }
 }
 
 }  // namespace kvkernels

@@ -66,6 +66,23 @@ def test_only_queries_that_see_it_notice(
 
 
 @on_every_cpu_path
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_tree", [False, True], ids=["chain", "tree"])
+def test_other_heads_keep_their_bits(
+    implementation: Implementation, is_tree: bool, dtype: torch.dtype
+) -> None:
+    """Though several heads, how many depends on the threads, are computed together."""
+    # So many sequences that no thread lacks work and heads stay together.
+    feature = Feature("", Case("", ((3, 60),) * 8, heads=(4, 2)), tree=is_tree)
+    inputs, scoring = make_inputs(feature.case, dtype, CPU), make_scoring(feature, CPU)
+    clean, _ = implementation.paged_attention(*inputs.tensors(), scoring, False)
+    block, slot = inputs.block_table[0, 58 // 16], 58 % 16
+    inputs.value_cache[block, 0, slot, 3] = torch.nan
+    out, _ = implementation.paged_attention(*inputs.tensors(), scoring, False)
+    assert out[:, :2].isnan().any() and torch.equal(out[:, 2:], clean[:, 2:])
+
+
+@on_every_cpu_path
 @pytest.mark.parametrize("window", [1, 3])
 def test_a_new_token_may_lie_before_one_that_it_sees(
     implementation: Implementation, window: int
