@@ -84,6 +84,48 @@ def test_a_lost_index_is_rebuilt_from_the_slabs(tmp_path, damage):
         assert (tmp_path / "damaged-index.sqlite").exists()  # set aside, not destroyed
 
 
+def damage_order_of_use(index):
+    """Flip a bit that the quick check passes over: an entry has no row."""
+    with sqlite3.connect(index) as sql:
+        sql.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (page_bytes,) = sql.execute("PRAGMA page_size").fetchone()
+        name = "SELECT rootpage FROM sqlite_master WHERE name = 'slots_in_use_order'"
+        (root,) = sql.execute(name).fetchone()
+    sql.close()
+    good = index.read_bytes()
+    for at in range(root * page_bytes - 1, (root - 1) * page_bytes, -1):
+        index.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        with sqlite3.connect(index) as sql:
+            answers = [sql.execute(f"PRAGMA {kind}_check").fetchone() for kind in CHECKS]
+        sql.close()
+        if answers[0] == ("ok",) != answers[1]:
+            return
+    raise AssertionError("expected a bit that only the full check misses")
+
+
+CHECKS = ("quick", "integrity")
+
+
+def test_damage_that_only_a_call_finds_is_mended_by_the_next_to_open(tmp_path):
+    keys = make_keys(12)
+    tier = open_tier(tmp_path)
+    put(tier, keys)
+    tier.close()
+    damage_order_of_use(tmp_path / "index.sqlite")
+    tier = open_tier(tmp_path)
+    with pytest.raises(TierUnavailable, match="malformed"):
+        tier.delete_many([key.name for key in keys[1:]])
+    tier.close()
+    tier = open_tier(tmp_path)
+    assert tier.check() == []
+    assert count_right(tier, keys) == 12
+    tier.delete_many([key.name for key in keys[1:]])
+    assert count_right(tier, keys) == 1
+    tier.close()
+    # Mended in place, with its order of use: nothing is set aside, and the mark is gone.
+    assert not list(tmp_path.glob("*damaged*"))
+
+
 def test_a_free_slot_of_no_slab_is_damage(tmp_path):
     tier = open_tier(tmp_path)
     put(tier, make_keys(1))

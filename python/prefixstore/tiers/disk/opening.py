@@ -18,12 +18,13 @@ from prefixstore.tiers.disk.files import Slab, SlabFiles
 from prefixstore.tiers.disk.headers import find_records
 from prefixstore.tiers.disk.index import SlotIndex
 from prefixstore.tiers.disk.slot_table import NOBODY, SlotRef
-from prefixstore.tiers.disk.sql import Connection, IndexDamaged
+from prefixstore.tiers.disk.sql import MARK_OF_DAMAGE, Connection, IndexDamaged
 from prefixstore.tiers.disk.transfers import Transfers
 
 logger = logging.getLogger(__name__)
 
 QUICK_CHECK = "SELECT quick_check FROM pragma_quick_check WHERE quick_check != 'ok'"
+FULL_CHECK = "SELECT integrity_check FROM pragma_integrity_check WHERE integrity_check != 'ok'"
 
 
 class Directory:
@@ -85,6 +86,8 @@ class Directory:
         try:
             if is_alone:
                 _check_pages(writer)
+                if writer.mark.exists():
+                    _rebuild_trees(writer)
             schema.prepare(writer, is_alone)
             with writer.writing() as sql:
                 clock = clock or open_clock(sql)
@@ -108,6 +111,7 @@ class Directory:
             path = self._config.path / f"index.sqlite{suffix}"
             if path.exists():
                 path.rename(path.with_name(f"damaged-index.sqlite{suffix}"))
+        (self._config.path / MARK_OF_DAMAGE).unlink(missing_ok=True)
 
     @contextmanager
     def _locked(self) -> Iterator[bool]:
@@ -181,7 +185,25 @@ def read_anew(
 
 
 def _check_pages(connection: Connection) -> None:
+    """Raises IndexDamaged for pages that cannot be read.
+
+    It compares no tree of an index with its table: that takes 15 times as long, 3 s for a million
+    slots.
+    """
+    _refuse_problem(connection, QUICK_CHECK)
+
+
+def _rebuild_trees(connection: Connection) -> None:
+    """Make SQLite's trees anew from the rows, which the quick check has found readable."""
+    with connection.writing() as sql:
+        sql.execute("REINDEX")
+    _refuse_problem(connection, FULL_CHECK)
+    connection.mark.unlink()
+    logger.warning("%s: a call found the index damaged; mended it", connection.tier_name)
+
+
+def _refuse_problem(connection: Connection, check: str) -> None:
     with connection.reading() as sql:
-        problem = sql.execute(QUICK_CHECK).fetchone()
+        problem = sql.execute(check).fetchone()
     if problem is not None:
         raise IndexDamaged(f"{connection.tier_name}: {connection.path}: {problem[0]}")

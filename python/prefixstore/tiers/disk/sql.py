@@ -7,16 +7,21 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from prefixstore.errors import TierError, TierFull, TierTimeout, TierUnavailable
 
+MARK_OF_DAMAGE = "index.damaged"
 NOW = 0.0  # a deadline that has passed: do not wait for a turn
 
 
 class IndexDamaged(TierUnavailable):
-    """The index cannot be read; the slabs can, and it can be rebuilt from them."""
+    """The index cannot be read; the slabs can, and it can be rebuilt from them.
+
+    A call that finds this out leaves a mark beside the index (`Connection.mark`), for whoever opens
+    the tier alone: not all damage shows in the check that is fast enough for each opening.
+    """
 
 
 def data_version(sql: sqlite3.Connection) -> int:
@@ -29,6 +34,7 @@ class Connection:
 
     def __init__(self, path: Path, tier_name: str, timeout_s: float) -> None:
         self.path = path
+        self.mark = path.with_name(MARK_OF_DAMAGE)
         self.tier_name = tier_name
         self._timeout_s = timeout_s
         self._busy_timeout_s = timeout_s
@@ -109,7 +115,7 @@ class Connection:
         if isinstance(error, sqlite3.Error):
             raise self._translated(error) from error
         if isinstance(error, UnicodeDecodeError):  # SQLite's own message quotes the damaged bytes
-            raise IndexDamaged(f"{self.tier_name}: {self.path}: {error}") from error
+            raise self._damaged(f"{self.tier_name}: {self.path}: {error}") from error
 
     def _translated(self, error: sqlite3.Error) -> TierError:
         text = str(error)  # the numeric code came only with Python 3.11
@@ -121,6 +127,11 @@ class Connection:
         is_other = isinstance(error, sqlite3.OperationalError) and "no such" not in text
         if is_other or not isinstance(error, sqlite3.DatabaseError):
             return TierUnavailable(message)
+        return self._damaged(message)
+
+    def _damaged(self, message: str) -> IndexDamaged:
+        with suppress(OSError):
+            self.mark.touch()
         return IndexDamaged(message)
 
 
