@@ -70,6 +70,15 @@ class BlockCache:
         """All that blocks may be written with."""
         return {name for own in self._record_layouts for one in own for name in one.codecs}
 
+    def record_bytes(self, first: int, num_blocks: int) -> list[np.ndarray]:
+        """Per group, what the records of a prompt's blocks from `first` on take: `[num_blocks]`,
+        int64."""
+        numbers = np.arange(first, first + num_blocks)
+        return [
+            np.array([one.record_bytes for one in own])[np.minimum(numbers, len(own) - 1)]
+            for own in self._record_layouts
+        ]
+
     def keys(self, tokens: np.ndarray, salt: str) -> list[list[BlockKey]]:
         """Per group, the keys of the whole blocks of `tokens`."""
         keys: list[list[BlockKey]] = [[] for _ in self._record_layouts]

@@ -1,5 +1,6 @@
 """Restoring prompts from tiers: late answers, slow and hanging tiers, what is learnt."""
 
+import contextlib
 import threading
 import time
 from types import SimpleNamespace
@@ -81,6 +82,25 @@ def watch(monkeypatch, owner, name, then):
 def wait_little(monkeypatch):
     """Make the engine wait only 20 ms for look-ups."""
     monkeypatch.setattr(Restorer, "look_up_until", lambda self, restoring: restoring.began + 0.02)
+
+
+@pytest.mark.parametrize("codec", ["raw", "q4"])
+def test_plans_with_the_bytes_that_are_read(tier, codec, monkeypatch):
+    plans, loads = [], []
+    model = tiny_llama()
+    cache = PrefixCache.open(
+        model,
+        CacheConfig(block_size=BLOCK_SIZE, pool_tokens=2048, codec=codec, exact_blocks=2),
+        store=Store([tier]),
+    )
+    config = EngineConfig(restore_policy="load")
+    with contextlib.closing(cache), Engine(model, Numbers(), cache, config) as engine:
+        warm(engine, prompt(LENGTH))
+        planner = engine._loop.planner
+        watch(monkeypatch, planner, "plan", lambda _, args, __: plans.append(sum(args[3])))
+        watch(monkeypatch, planner, "observe_load", lambda _, args, __: loads.append(args[1]))
+        engine.submit(prompt(LENGTH), GREEDY).result(60)
+    assert plans == [sum(loads)]
 
 
 def test_an_answer_that_comes_late_saves_what_is_left(model, tier, open_engine, monkeypatch):

@@ -57,8 +57,6 @@ class Restorer:
         self._num_loading = 0
         self._loading_since = self._loading_s = 0.0
         self._is_computing = False
-        layouts = [pool_blocks.transfer.pool.layout for pool_blocks in blocks.pool_blocks]
-        self._block_bytes = [layout.block_bytes for layout in layouts]
         if blocks.store is not None:
             blocks.store.observe_loads(self._observe)
 
@@ -201,9 +199,10 @@ class Restorer:
     def _record_bytes(self, first: int, num_blocks: int) -> np.ndarray:
         """Bytes of each block in all groups that need it when the prefix ends after the last."""
         size, sums = self._blocks.block_size, np.zeros(num_blocks, dtype=np.int64)
-        for window, num_bytes in zip(self._blocks.device.windows, self._block_bytes, strict=True):
-            needed = first_block_needed(first + num_blocks, size, window) - first
-            sums[max(0, needed) :] += num_bytes
+        records = self._blocks.record_bytes(first, num_blocks)
+        for window, num_bytes in zip(self._blocks.device.windows, records, strict=True):
+            needed = max(0, first_block_needed(first + num_blocks, size, window) - first)
+            sums[needed:] += num_bytes[needed:]
         return sums
 
     def _load_next(
