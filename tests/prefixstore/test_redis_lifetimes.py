@@ -171,17 +171,34 @@ def test_a_lost_generation_brings_back_nothing(redis_tier, redis_client):
     assert get(redis_tier, names, 100) == [record, None]
 
 
-def spoil_generation(client) -> None:
-    """Put something else under the key of the only identity's generation."""
-    (key,) = client.keys("*:generation")
+def put_list(client, key: bytes) -> None:
     client.delete(key)
     client.rpush(key, b"a list")
+
+
+SPOILERS = {
+    "list": put_list,
+    "number": lambda client, key: client.set(key, b"1"),
+    "no text": lambda client, key: client.set(key, b"\xff\xfe"),
+    "long": lambda client, key: client.set(key, b"0" * 70_000),
+}
+
+
+@pytest.fixture(params=SPOILERS.values(), ids=SPOILERS)
+def spoil_generation(request):
+    """Puts something else under the key of the only identity's generation."""
+
+    def spoil(client) -> None:
+        (key,) = client.keys("*:generation")
+        request.param(client, key)
+
+    return spoil
 
 
 @pytest.mark.parametrize("size", [100, 3 * PART])
 @pytest.mark.parametrize("is_remembered", [True, False])
 def test_what_is_no_generation_is_none_and_the_next_writer_mends_it(
-    redis_tier, redis_client, size, is_remembered
+    redis_tier, redis_client, size, is_remembered, spoil_generation
 ):
     names, record = make_names(3), random_bytes(size)
     for reads_first in (True, False):
@@ -206,7 +223,7 @@ USES = {
 
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
-def test_what_is_no_generation_is_in_nobodys_way(redis_tier, redis_client, use):
+def test_what_is_no_generation_is_in_nobodys_way(redis_tier, redis_client, use, spoil_generation):
     (name,) = make_names(1)
     put(redis_tier, [name], [bytes(100)])
     spoil_generation(redis_client)

@@ -20,7 +20,7 @@ from prefixstore.tiers.redis.bulk import UNSETTLED, Bulk, Unsettled
 from prefixstore.tiers.redis.errors import ConnectionLost, PassingTrouble, tier_error
 from prefixstore.tiers.redis.exchange import Exchange
 from prefixstore.tiers.redis.lanes import Operation
-from prefixstore.tiers.redis.records import Keys, fetch_generation, make_generation
+from prefixstore.tiers.redis.records import Keys, as_generation, fetch_generation, make_generation
 from prefixstore.tiers.redis.servers import Servers
 from prefixstore.tiers.redis.wire import ErrorReply
 
@@ -218,8 +218,8 @@ class Caller:
             replies = batch.run()
         for identity, reply in zip(found.identities, replies, strict=False):
             generation = self._meaning(reply)
-            if isinstance(generation, BlockCorrupted):  # as `fetch_generation` takes it
-                generation = None
+            if isinstance(generation, bytes | BlockCorrupted):  # as `fetch_generation` takes it
+                generation = as_generation(generation)
             if generation is not UNSETTLED:
                 found.generations[identity] = generation
         for first, num_keys in places:

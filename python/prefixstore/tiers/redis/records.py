@@ -18,12 +18,14 @@ ended generations: see pins.py.
 
 from __future__ import annotations
 
+import re
 import secrets
 import struct
 from binascii import hexlify
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 from prefixstore.block_key import RecordName
 from prefixstore.errors import BlockCorrupted, TierError
@@ -37,6 +39,7 @@ MAGIC = b"KVR1"
 MANIFEST = struct.Struct("<4sIQQ8s")
 MANIFEST_BYTES = MANIFEST.size
 WRITE_ID_BYTES = 8
+_GENERATION = re.compile(rb"[0-9a-f]{16}")
 MANIFEST_RANGE = (b"0", b"%d" % (MANIFEST_BYTES - 1))  # of GETRANGE
 
 
@@ -45,6 +48,12 @@ def new_generation() -> bytes:
     anew, and bring back what was deleted.
     """
     return secrets.token_hex(8).encode()
+
+
+def as_generation(value: object) -> bytes | None:
+    """What the server has as a generation's name; None if that is nothing, or no such name."""
+    is_one = isinstance(value, bytes) and _GENERATION.fullmatch(value) is not None
+    return cast(bytes, value) if is_one else None
 
 
 @dataclass(frozen=True)
@@ -329,7 +338,7 @@ def fetch_generation(generation_key: bytes) -> Operation[bytes | None]:
         (generation,) = yield [Command((b"GET", generation_key))]
     except BlockCorrupted:
         return None
-    return generation
+    return as_generation(generation)
 
 
 def make_generation(generation_key: bytes) -> Operation[bytes | None]:
@@ -339,10 +348,13 @@ def make_generation(generation_key: bytes) -> Operation[bytes | None]:
             Command((b"SET", generation_key, new_generation(), b"NX")),
             Command((b"GET", generation_key)),
         ]
-    except BlockCorrupted:  # something else is there
-        yield from replace_generation(generation_key)
-        return (yield from fetch_generation(generation_key))
-    return generation
+        if generation is None or as_generation(generation) is not None:
+            return generation
+    except BlockCorrupted:
+        pass
+    # Something else is there.
+    yield from replace_generation(generation_key)
+    return (yield from fetch_generation(generation_key))
 
 
 def replace_generation(generation_key: bytes) -> Operation[bytes | None]:
@@ -353,4 +365,4 @@ def replace_generation(generation_key: bytes) -> Operation[bytes | None]:
     except BlockCorrupted:  # with GET the server replaces nothing but a value
         yield [Command((b"SET", generation_key, generation))]
         return None
-    return last
+    return as_generation(last)

@@ -204,4 +204,5 @@ def _reclaim(key: bytes, at_most_ttl_s: int | None) -> Operation[int | None]:
 def list_problems(name: str, keys: list[bytes]) -> Iterator[str]:
     """In words what `find_broken` found."""
     for key in keys:
-        yield f"{name}: record {key.decode()} is not whole: expected all its parts"
+        record = key.decode(errors="backslashreplace")
+        yield f"{name}: record {record} is not whole: expected all its parts"
