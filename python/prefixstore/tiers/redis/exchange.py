@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Generic, TypeVar
 
-from prefixstore.errors import TierError
+from prefixstore.errors import TierError, TierUnavailable
 from prefixstore.tiers.redis.address import Address
 from prefixstore.tiers.redis.errors import (
     ConnectionLost,
@@ -156,6 +156,13 @@ class Exchange(Generic[T]):
             self._outcomes[running.index] = stop.value
         except TierError as failure:
             self._outcomes[running.index] = failure
+        except (TypeError, ValueError, AttributeError) as failure:
+            # A reply is of another type than its command's.
+            odd = TierUnavailable(
+                f"{self._name}: expected replies as Redis gives them, got {running.replies!r:.100}"
+            )
+            odd.__cause__ = failure
+            self._outcomes[running.index] = odd
         return None
 
     def _route(self, job: Job, is_first: bool) -> None:

@@ -20,6 +20,8 @@ _BYTES_PER_CONNECTION = 1 << 20  # less is not worth another connection
 # Least age of the map of servers before silence makes us ask for a new one. A failover takes
 # seconds, and calls whose deadlines no server can meet must not each ask again.
 _MIN_AGE_S = 0.5
+# What reading a map of servers raises that is none.
+_ODD_REPLIES = (TypeError, ValueError, AttributeError, IndexError)
 # A call's time is shared by at most this many addresses: a distant server needs a quarter.
 _MAX_SHARES = 4
 
@@ -250,9 +252,10 @@ class _SentinelServers(Servers):
         args = (b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", master.encode())
         problems: list[str] = []
         for sentinel, reply in self._sentinels.ask(args, deadline, problems):
-            if isinstance(reply, list) and len(reply) == 2:
-                return Address(reply[0].decode(), int(reply[1]))
-            problems.append(f"{sentinel} knows no {master!r}")
+            primary = _read_primary(reply)
+            if primary is not None:
+                return primary
+            problems.append(f"{sentinel} knows no {master!r}, and answers {reply!r:.100}")
         raise TierUnavailable(f"{self.config.name}: no sentinel helps: {'; '.join(problems)}")
 
 
@@ -303,8 +306,12 @@ class _ClusterServers(Servers):
         problems: list[str] = []
         for node, reply in self._nodes.ask((b"CLUSTER", b"SLOTS"), deadline, problems):
             slots: list[Address | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
-            for first, last, primary in _read_ranges(reply, node):
-                slots[first : last + 1] = [primary] * (last + 1 - first)
+            try:
+                for first, last, primary in _read_ranges(reply, node):
+                    slots[first : last + 1] = [primary] * (last + 1 - first)
+            except _ODD_REPLIES:
+                problems.append(f"{node} answers {reply!r:.100}")
+                continue
             if any(slots):
                 primaries = sorted({address for address in slots if address is not None})
                 self._nodes.learn([node, *primaries])
@@ -315,12 +322,24 @@ class _ClusterServers(Servers):
         raise TierUnavailable(f"{self.config.name}: no node helps: {'; '.join(problems)}")
 
 
+def _read_primary(reply: Reply) -> Address | None:
+    """The address that a sentinel gives; None if that is none."""
+    if not isinstance(reply, list) or len(reply) != 2:
+        return None
+    host, port = reply
+    is_address = isinstance(host, bytes) and isinstance(port, bytes) and port.isdigit()
+    return Address(host.decode(errors="replace"), int(port)) if is_address else None
+
+
 def _read_ranges(reply: Reply, node: Address) -> Iterator[tuple[int, int, Address]]:
-    """First slot, last slot and primary of each range of CLUSTER SLOTS."""
+    """First slot, last slot and primary of each range of CLUSTER SLOTS.
+
+    Raises one of `_ODD_REPLIES` for anything else.
+    """
     for first, last, primary, *_replicas in reply if isinstance(reply, list) else ():
         host = (primary[0] or b"").decode()
         # "" and "?": the node does not know its name, or hides it; then it is where it was asked
-        yield first, last, Address(host if host not in ("", "?") else node.host, primary[1])
+        yield first, last, Address(host if host not in ("", "?") else node.host, int(primary[1]))
 
 
 _KINDS: dict[Topology, type[Servers]] = {
