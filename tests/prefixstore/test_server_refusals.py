@@ -6,9 +6,9 @@ import httpx
 import pytest
 from chat_model import chat_model, chat_tokenizer
 from scripted_engine import ScriptedEngine
-from serving import CHAT, PATHS, serving, wait_until
+from serving import CHAT, PATHS, TEXT, serving, wait_until
 
-from prefixstore.engine import Engine
+from prefixstore.engine import Engine, SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -94,15 +94,37 @@ def test_refuses_a_chat_without_a_template():
 
 
 def test_an_overloaded_engine_is_429_and_takes_nothing_of_the_request():
-    engine = ScriptedEngine(chat_tokenizer(), max_running=1, max_queued=2, step_s=0.01)
+    engine = ScriptedEngine(
+        chat_tokenizer(), max_running=1, max_queued=2, step_s=0.01, is_endless=True
+    )
+    running = engine.submit([5], SamplingParams(max_tokens=10_000))
     with serving(engine, retry_after_s=6.5) as server:
-        answer = server.post(PATHS[0], {**CHAT, "n": 8})
+        answer = server.post(PATHS[0], {**CHAT, "n": 3})
         assert answer.status_code == 429
         assert answer.headers["retry-after"] == "7"
         assert answer.json()["error"]["code"] == "engine_overloaded"
+        running.cancel()
         wait_until(lambda: not engine.queued and not engine.running)
-        assert engine.asked and all(handle.is_cancelled for handle in engine.asked)
+        assert len(engine.asked) > 1 and all(handle.is_cancelled for handle in engine.asked)
         server.assert_answers()
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (PATHS[0], {**CHAT, "n": 4}, "n"),
+        (PATHS[1], {**TEXT, "prompt": ["one"] * 4}, "prompt"),
+    ],
+)
+def test_refuses_more_answers_than_an_idle_engine_takes_for_good(path, body, param):
+    engine = ScriptedEngine(chat_tokenizer(), max_running=1, max_queued=2)
+    with serving(engine) as server:
+        answer = server.post(path, body)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == param
+        assert "expected at most 3 answers, got 4" in answer.json()["error"]["message"]
+        assert not engine.asked
     engine.close()
 
 

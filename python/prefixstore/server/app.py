@@ -63,6 +63,7 @@ def create_app(
         engine=engine,
         config=config,
         model_name=config.model_name or DEFAULT_MODEL_NAME,
+        max_choices=min(config.max_choices, num_places),
         reading=reading,
         prompts=PromptReader(engine.tokenizer, engine.vocab_size, engine.max_model_len, reading),
         texts=TokenTexts(engine.tokenizer),
@@ -105,7 +106,7 @@ def _answer_routes(service: Service) -> APIRouter:
     async def create_completion(request: Request) -> Response:
         tenant: str = request.state.caller.tenant
         content = await request.body()
-        reader, most = service.prompts, service.config.max_choices + 1
+        reader, most = service.prompts, service.max_choices + 1
 
         async def read() -> tuple[CompletionRequest, list[Job], list[str]]:
             body = await read_body(CompletionRequest, content, service.reading, tenant)

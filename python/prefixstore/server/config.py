@@ -41,7 +41,8 @@ class ServerConfig:
             under whatever host name.
         max_body_bytes: Of one request; checked while it is read.
         max_tokens: The most a request may ask for; None for as many as fit the model's context.
-        max_choices: Answers of one request: its prompts times `n`.
+        max_choices: Answers of one request: its prompts times `n`; never more than an idle engine
+            takes.
         max_connections: Open at once; one more is told 503.
         header_timeout_s: For a request's line and headers, from the first byte on.
         body_timeout_s: For a request's body.

@@ -41,11 +41,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Service:
-    """What answering takes, the same for all requests."""
+    """What answering takes, the same for all requests.
+
+    Attributes:
+        max_choices: Answers of one request: those that `config` allows, and an idle engine takes.
+    """
 
     engine: Engine
     config: ServerConfig
     model_name: str
+    max_choices: int
     reading: Worker
     prompts: PromptReader
     texts: TokenTexts
@@ -66,9 +71,9 @@ class Service:
             ApiError: 400 if there are too many, or a prompt leaves no room for a token.
         """
         num_choices = len(prompts) * body.num_answers
-        if num_choices > self.config.max_choices:
-            param = "prompt" if len(prompts) > self.config.max_choices else "n"
-            message = f"{param}: expected at most {self.config.max_choices} answers, got"
+        if num_choices > self.max_choices:
+            param = "prompt" if len(prompts) > self.max_choices else "n"
+            message = f"{param}: expected at most {self.max_choices} answers, got"
             raise ApiError(400, f"{message} {num_choices}", param=param, code="invalid_value")
         jobs: list[Job] = []
         for prompt in prompts:
