@@ -16,7 +16,7 @@ from serving import wait_until
 from watched_engine import WatchedEngine, make_report
 
 from prefixstore.cache import PrefixCache
-from prefixstore.dashboard import dashboard_router, sampler, views
+from prefixstore.dashboard import dashboard_router, router, sampler, views
 from prefixstore.planner.stats import ModeStats
 
 QUESTIONS = ("overview", "history", "requests", "tree")
@@ -183,6 +183,32 @@ def test_sampler_runs_while_the_application_does(engine) -> None:
     with TestClient(app):
         assert any(thread.name == "dashboard-sampler" for thread in threading.enumerate())
     assert not any(thread.name == "dashboard-sampler" for thread in threading.enumerate())
+
+
+def test_a_mounted_application_is_sampled_from_its_first_page_on(engine, monkeypatch) -> None:
+    watcher = sampler.Sampler(engine)
+    monkeypatch.setattr(router, "Sampler", lambda engine: watcher)
+    monkeypatch.setattr(sampler, "SAMPLE_INTERVAL_S", 0.05)
+    outer, app = FastAPI(), FastAPI()
+    app.include_router(dashboard_router(engine))
+    outer.mount("/llm", app)
+    with TestClient(outer) as client:
+        assert client.get("/llm/dashboard/overview").json()["num_running"] == 0
+        engine.given.update(num_running=2)
+        wait_until(lambda: client.get("/llm/dashboard/overview").json()["num_running"] == 2)
+        assert [one.name for one in threading.enumerate()].count("dashboard-sampler") == 1
+    watcher.stop()
+
+
+def test_sampler_ends_when_nobody_has_it_any_more(engine, monkeypatch) -> None:
+    monkeypatch.setattr(sampler, "SAMPLE_INTERVAL_S", 0.01)
+    watcher = sampler.Sampler(engine)
+    watcher.start()
+    thread = watcher._thread
+    wait_until(watcher.history)
+    del watcher
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_sampler_goes_on_after_a_failure(engine, monkeypatch, caplog) -> None:

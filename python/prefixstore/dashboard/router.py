@@ -8,7 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 import anyio.to_thread
-from fastapi import APIRouter, HTTPException, Response
+from fastapi import APIRouter, Depends, HTTPException, Response
 from fastapi.responses import JSONResponse
 
 from prefixstore.dashboard import views
@@ -41,7 +41,8 @@ def dashboard_router(engine: Engine, *, show_text: bool = False) -> APIRouter:
     """Routes of a page that shows what an engine and its cache are doing.
 
     The page is at `/`, what it needs below `/dashboard/`. Everything is read-only. Once the
-    application starts, a thread samples the engine's counters once a second until it stops.
+    application starts, a thread samples the engine's counters once a second until it stops; in an
+    application that is mounted into another, from the first page on.
 
     Args:
         engine: Whom to watch; it stays the caller's to close.
@@ -65,7 +66,9 @@ def dashboard_router(engine: Engine, *, show_text: bool = False) -> APIRouter:
             # It may be waiting for a tier that does not answer.
             await anyio.to_thread.run_sync(sampler.stop)
 
-    router = APIRouter(lifespan=lifespan, include_in_schema=False)
+    # Of a mounted application no lifespan is run.
+    starting = Depends(sampler.start)
+    router = APIRouter(lifespan=lifespan, dependencies=[starting], include_in_schema=False)
 
     @router.get("/")
     def index() -> Response:

@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 import time
+import weakref
 from collections import deque
 from dataclasses import dataclass
 
@@ -49,8 +50,8 @@ class HistoryPoint:
 class Sampler:
     """Asks an engine for its counters once a second, however many pages are open.
 
-    It always runs: what happened before somebody looked is what they want to see, and a sample
-    costs some 50 microseconds. Tiers are asked only every `HISTORY_INTERVAL_S`, for some are
+    It runs all the while: what happened before somebody looked is what they want to see, and a
+    sample costs some 50 microseconds. Tiers are asked only every `HISTORY_INTERVAL_S`, for some are
     servers elsewhere, and from this thread alone: no page waits for one. The history is bounded,
     `HISTORY_S / HISTORY_INTERVAL_S` points and one.
     """
@@ -58,18 +59,28 @@ class Sampler:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.started_at = time.time()
-        self._lock = threading.Lock()  # over the latest sample and the history
+        self._lock = threading.Lock()  # over the latest sample, the history and the thread
         self._latest: Sample | None = None
         self._newest_s = -math.inf  # of the history, on `time.monotonic`
         self._history: deque[HistoryPoint] = deque(maxlen=int(HISTORY_S / HISTORY_INTERVAL_S) + 1)
+        self._has_failed = False  # the last time
         self._is_stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Sample in the background until `stop`; may be started again then."""
-        self._is_stopped.clear()
-        self._thread = threading.Thread(target=self._run, name="dashboard-sampler", daemon=True)
-        self._thread.start()
+        """Sample in the background, if that is not done yet, until `stop` or until nobody but the
+        thread has the sampler. May be started again after `stop`."""
+        with self._lock:
+            if self._thread is not None and self._thread.is_alive():
+                return
+            self._is_stopped.clear()
+            self._thread = threading.Thread(
+                target=_run,
+                args=(weakref.ref(self), self._is_stopped),
+                name="dashboard-sampler",
+                daemon=True,
+            )
+            self._thread.start()
 
     def stop(self) -> None:
         """End the background thread and wait for it."""
@@ -108,20 +119,28 @@ class Sampler:
         with self._lock:
             return list(self._history)
 
-    def _run(self) -> None:
-        has_failed = False
-        while True:
-            try:
-                self.sample()
-            except Exception:
-                # The page says how old the last sample is; the log says why, once.
-                if not has_failed:
-                    logger.exception("the dashboard's sampler failed, and goes on trying")
-                has_failed = True
-            else:
-                has_failed = False
-            if self._is_stopped.wait(SAMPLE_INTERVAL_S):
-                return
+    def try_sample(self) -> None:
+        """`sample`, whose failure is logged."""
+        try:
+            self.sample()
+        except Exception:
+            # The page says how old the last sample is; the log says why, once.
+            if not self._has_failed:
+                logger.exception("the dashboard's sampler failed, and goes on trying")
+            self._has_failed = True
+        else:
+            self._has_failed = False
+
+
+def _run(found: weakref.ref[Sampler], is_stopped: threading.Event) -> None:
+    while True:
+        sampler = found()
+        if sampler is None:
+            return
+        sampler.try_sample()
+        del sampler  # the thread alone keeps no sampler, and so no engine
+        if is_stopped.wait(SAMPLE_INTERVAL_S):
+            return
 
 
 def _history_point(sample: Sample) -> HistoryPoint:
