@@ -72,7 +72,8 @@ WRONG_OF_BOTH = [
     ({"stream": True, "stream_options": []}, "stream_options"),
     ({"stream": True, "stream_options": {"include": 1}}, "stream_options.include"),
     ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
-    ({"user": 5}, "user"),
+    *(({name: 5}, name) for name in ("user", "prompt_cache_key", "safety_identifier")),
+    ({"metadata": {"a": 5}}, "metadata.a"),
     ({"logit_bias": {"5": 1}}, "logit_bias"),
     ({"frequency_penalty": 0.5}, "frequency_penalty"),
     ({"presence_penalty": 1}, "presence_penalty"),
@@ -121,7 +122,6 @@ WRONG_OF_CHAT = [
     ({"modalities": ["audio"]}, "modalities"),
     ({"audio": {}}, "audio"),
     ({"store": True}, "store"),
-    ({"metadata": {"a": 5}}, "metadata.a"),
     ({"prompt": "Hello"}, "prompt"),
     (message(content="Hello " * 1000), "messages"),  # longer than the context
 ]
@@ -174,3 +174,10 @@ def test_names_the_wrong_field(server, engine, path, body, wrong, param):
     assert error["message"].startswith(f"{param}: ")
     assert error["type"] == "invalid_request_error"
     assert len(engine.asked) == num_asked
+
+
+@pytest.mark.parametrize(("path", "body"), [(PATHS[0], CHAT), (PATHS[1], TEXT)])
+def test_takes_fields_that_it_has_no_use_for(server, path, body):
+    names = ("user", "prompt_cache_key", "safety_identifier")
+    unused = {"metadata": {"a": "b"}, **dict.fromkeys(names, "somebody")}
+    assert server.post(path, {**body, **unused}).status_code == 200

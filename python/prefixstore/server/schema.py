@@ -74,6 +74,9 @@ class _Generation(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(default=None, description="Taken, and not used.")
+    metadata: dict[str, str] | None = Field(default=None, description="Taken, and not used.")
+    prompt_cache_key: str | None = Field(default=None, description="Taken, and not used.")
+    safety_identifier: str | None = Field(default=None, description="Taken, and not used.")
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -87,6 +90,15 @@ class _Generation(_Strict):
             raise ValueError(f"expected strings of 1 to {MAX_STOP_CHARACTERS} characters")
         _check_text(stops)
         return stops
+
+    @field_validator("metadata", mode="before")
+    @classmethod
+    def _check_metadata(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            for name, one in value.items():
+                if not isinstance(one, str):
+                    raise _error_at(name, "string_type", cls.__name__)
+        return value
 
     @field_validator("stream_options")
     @classmethod
@@ -184,9 +196,6 @@ class ChatRequest(_Generation):
 
     messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    metadata: dict[str, str] | None = Field(default=None, description="Taken, and not used.")
-    prompt_cache_key: str | None = Field(default=None, description="Taken, and not used.")
-    safety_identifier: str | None = Field(default=None, description="Taken, and not used.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
@@ -213,15 +222,6 @@ class ChatRequest(_Generation):
     def _check_number(cls, value: Any) -> Any:
         if isinstance(value, list) and len(value) > MAX_MESSAGES:
             raise ValueError(f"expected at most {MAX_MESSAGES} messages, got {len(value)}")
-        return value
-
-    @field_validator("metadata", mode="before")
-    @classmethod
-    def _check_metadata(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            for name, one in value.items():
-                if not isinstance(one, str):
-                    raise _error_at(name, "string_type", cls.__name__)
         return value
 
     @field_validator(*UNSERVED_OF_CHAT)
