@@ -83,7 +83,8 @@ class TierUrl:
 @dataclass(frozen=True)
 class _Kind:
     name: str
-    open: Callable[[TierUrl], Tier]
+    configure: Callable[[TierUrl], Any]
+    open: Callable[[Any], Tier]  # gets what `configure` gives
     write: str = "write_through"
     is_shared: bool = True  # whether others can reach what it holds
 
@@ -104,6 +105,20 @@ def open_tiers(urls: Sequence[str]) -> tuple[list[Tier], dict[str, TierPolicy]]:
     return tiers, {url.name: url.policy for url in parsed}
 
 
+def check_tiers(urls: Sequence[str]) -> None:
+    """Look for what `open_tiers` and a store would refuse in these URLs, and open nothing.
+
+    Raises:
+        ConfigError: If a URL is wrong, or two tiers have one name.
+    """
+    parsed = [parse_tier_url(url) for url in urls]
+    for url in parsed:
+        _KINDS[url.parts.scheme].configure(url)
+    names = [url.name for url in parsed]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"tiers: expected distinct names, got {names}")
+
+
 def open_tier(url: TierUrl) -> Tier:
     """Open one tier, under its keys.
 
@@ -111,7 +126,8 @@ def open_tier(url: TierUrl) -> Tier:
         ConfigError: As `open_tiers`.
         TierUnavailable: As `open_tiers`.
     """
-    return under_keys(_KINDS[url.parts.scheme].open(url), url)
+    kind = _KINDS[url.parts.scheme]
+    return under_keys(kind.open(kind.configure(url)), url)
 
 
 def under_keys(tier: Tier, url: TierUrl) -> Tier:
@@ -176,25 +192,25 @@ def parse_tier_url(url: str) -> TierUrl:
     return TierUrl(parts, common.get("name", kind.name), options, policy, protection)
 
 
-def _open_memory(url: TierUrl) -> Tier:
+def _memory_config(url: TierUrl) -> MemoryTierConfig:
     if url.parts.path:
         raise ConfigError(f"tiers: memory: expected memory://SIZE, got {url.shown!r}")
     num_bytes = parse_bytes("memory", url.parts.netloc)
-    return MemoryTier(MemoryTierConfig(num_bytes, **_fields_of(url, _MEMORY)))
+    return MemoryTierConfig(num_bytes, **_fields_of(url, _MEMORY))
 
 
-def _open_disk(url: TierUrl) -> Tier:
-    return DiskTier(disk_config(url))
+def _redis_config(url: TierUrl) -> RedisTierConfig:
+    return RedisTierConfig.from_url(url.plain, name=url.name)
 
 
-def _open_redis(url: TierUrl) -> Tier:
+def _open_redis(config: RedisTierConfig) -> Tier:
     from prefixstore.tiers.redis import RedisTier  # with the client library
 
-    return RedisTier(RedisTierConfig.from_url(url.plain, name=url.name))
+    return RedisTier(config)
 
 
-def _open_remote(url: TierUrl) -> Tier:
-    return RemoteTier(RemoteTierConfig.from_url(url.plain, name=url.name))
+def _remote_config(url: TierUrl) -> RemoteTierConfig:
+    return RemoteTierConfig.from_url(url.plain, name=url.name)
 
 
 def _fields_of(url: TierUrl, known: Mapping[str, tuple[str, Callable[..., Any]]]) -> dict[str, Any]:
@@ -223,11 +239,12 @@ _DISK = {
     "io": ("io", parse_text),
     "threads": ("num_threads", parse_whole),
 }
-_REMOTE = _Kind("remote", _open_remote, write="write_second_touch")
+_REDIS = _Kind("redis", _redis_config, _open_redis, write="write_second_touch")
+_REMOTE = _Kind("remote", _remote_config, RemoteTier, write="write_second_touch")
 _WITHOUT_USERS = ("memory", "disk", "file")  # in their paths an @ is one like any letter
 _KINDS = {
-    "memory": _Kind("memory", _open_memory, is_shared=False),
-    "disk": _Kind("disk", _open_disk),
-    **dict.fromkeys(REDIS_SCHEMES, _Kind("redis", _open_redis, "write_second_touch")),
+    "memory": _Kind("memory", _memory_config, MemoryTier, is_shared=False),
+    "disk": _Kind("disk", disk_config, DiskTier),
+    **dict.fromkeys(REDIS_SCHEMES, _REDIS),
     **dict.fromkeys(("s3", "gs", "az", "file"), _REMOTE),
 }

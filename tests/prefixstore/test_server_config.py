@@ -178,6 +178,19 @@ def test_refuses_its_key_file_before_it_looks_for_the_model(tmp_path):
         command.run_server("no such model", "auto", "cpu", ServeConfig(server))
 
 
+@pytest.mark.parametrize(
+    ("tiers", "message"),
+    [
+        (("disk://kv",), "tiers: disk: expected an absolute path"),
+        (("memory://1GiB", "memory://2GiB"), "tiers: expected distinct names"),
+    ],
+)
+def test_refuses_its_tiers_before_it_looks_for_the_model(tiers, message):
+    config = ServeConfig(ServerConfig(port=0), cache=CacheConfig(tiers=tiers))
+    with pytest.raises(ConfigError, match=message):
+        command.run_server("no such model", "auto", "cpu", config)
+
+
 def test_answers_wait_for_no_acknowledgement():
     """asyncio sets TCP_NODELAY only on sockets created with an explicit protocol."""
     with bind_address(ServerConfig(port=0)) as listener:

@@ -3,6 +3,7 @@
 import fcntl
 import math
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from sample_blocks import make_keys
 from stores import load, save
 from tier_kinds import get, put
 
+from prefixstore import tier_urls
 from prefixstore.config import CacheConfig
 from prefixstore.errors import ConfigError, StoreError, TierUnavailable
 from prefixstore.settings import MAX_BYTES, MAX_COUNT, MAX_SECONDS, MAX_WAIT_S
@@ -179,7 +181,8 @@ def test_closes_what_it_opened_whatever_a_later_tier_raises(tmp_path, monkeypatc
     with pytest.raises(StoreError):
         open_tiers([good, "disk:///dev/null/nothing"])
     assert not is_open(tmp_path / "good")
-    monkeypatch.setattr("prefixstore.tier_urls.MemoryTier", fail)
+    failing = replace(tier_urls._KINDS["memory"], open=fail)
+    monkeypatch.setitem(tier_urls._KINDS, "memory", failing)
     with pytest.raises(OverflowError):
         open_tiers([good, "memory://1MiB"])
     assert not is_open(tmp_path / "good")

@@ -16,7 +16,7 @@ from prefixstore.settings import (
     parse_whole,
 )
 from prefixstore.store import TierPolicy
-from prefixstore.tier_urls import open_tiers, parse_tier_url
+from prefixstore.tier_urls import check_tiers, open_tiers, parse_tier_url
 from prefixstore.tiers.disk import DiskTier
 from prefixstore.tiers.memory import MemoryTier
 
@@ -153,6 +153,20 @@ def test_the_plain_url_is_without_what_is_not_the_tiers_own():
 def test_refuses_urls_that_are_wrong(url, message):
     with pytest.raises(ConfigError, match=message):
         open_tiers([url])
+
+
+def test_finds_what_is_wrong_in_tiers_without_opening_them(tmp_path):
+    good = [f"disk://{tmp_path}/kv", "redis://host.invalid/0", "s3://bucket/kv"]
+    check_tiers(["memory://4GiB", *good])
+    assert list(tmp_path.iterdir()) == []
+    for urls, message in (
+        (["disk://kv"], "tiers: disk: expected an absolute path"),
+        (["memory://1KiB"], "capacity_bytes: expected an integer of at least 4096"),
+        (["redis://host/0?tll=1h"], "did you mean ttl"),
+        (["memory://1GiB", *good, "memory://2GiB"], "tiers: expected distinct names, got"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_tiers(urls)
 
 
 def test_closes_what_it_opened_when_a_later_tier_fails(tmp_path):

@@ -133,10 +133,12 @@ def run_server(model: str, dtype: str, device: str, config: ServeConfig) -> None
     from prefixstore.server.keys import ApiKeys
     from prefixstore.server.request_log import log_json_lines
     from prefixstore.server.run import bind_address, serve_until_signal
+    from prefixstore.tier_urls import check_tiers
 
     # Check these before the model is loaded, which takes long.
     if config.server.api_keys_file is not None:
         ApiKeys.from_file(config.server.api_keys_file)
+    check_tiers(config.cache.tier_urls)
     listener = bind_address(config.server)
     path = find_model(model)
     log_json_lines()

@@ -13,7 +13,7 @@ from prefixstore.settings import check_known
 from prefixstore.testing.adapter import Adapter, Setup, Tokens
 from prefixstore.testing.cells import Limits, LossLimits
 from prefixstore.testing.states import STATES, Opening, State
-from prefixstore.tier_urls import parse_tier_url
+from prefixstore.tier_urls import check_tiers, parse_tier_url
 
 MEMORY, DISK = "memory", "disk"
 _MEMORY_URL = "memory://1GiB"
@@ -73,7 +73,7 @@ class Plan:
                 raise ConfigError(f"{name}: expected 2 or more, got {getattr(self, name)}")
         for tier in self.tiers:
             if tier not in (MEMORY, DISK):
-                parse_tier_url(tier)
+                check_tiers([tier])
 
 
 @dataclass(frozen=True)
