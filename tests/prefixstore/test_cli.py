@@ -73,6 +73,21 @@ def test_refuses_a_directory_it_cannot_write(
     assert no_model == []
 
 
+@pytest.mark.parametrize(
+    ("tier", "message"),
+    [
+        ("disk://kv", "tiers: disk: expected an absolute path, disk:///path, got 'disk://kv'"),
+        ("memory://1GiB", "tiers: expected distinct names, got ['memory', 'memory']"),
+    ],
+)
+def test_the_demo_refuses_its_tiers_before_it_prepares_the_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tier: str, message: str
+) -> None:
+    monkeypatch.setattr("prefixstore.models.prepare_smollm2", lambda _: 1 / 0)
+    result = run("demo", "--tier", tier, "--out", str(tmp_path), "--cache-dir", str(tmp_path))
+    assert (result.exit_code, result.output) == (1, f"Error: {message}\n")
+
+
 def test_passes_its_options_on(no_model: list[command.Arguments], tmp_path: Path) -> None:
     out, cache_dir = tmp_path / "out", tmp_path / "cache"
     result = run(

@@ -12,7 +12,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from prefixstore.demo.machine import choose_dtype, describe_machine, describe_versions
 from prefixstore.demo.prompts import AgentLoop, build_agent_loop
-from prefixstore.demo.run import Outcome, Plan, check_context, disk_url, forget, run_phases
+from prefixstore.demo.run import (
+    MEMORY_TIER,
+    Outcome,
+    Plan,
+    check_context,
+    disk_url,
+    forget,
+    run_phases,
+)
 from prefixstore.demo.summary import summarise, write_summary
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -94,11 +102,10 @@ def run_demo(arguments: Arguments, out: Path, cache_dir: Path, console: Console)
     from prefixstore.demo.plot import plot_requests
     from prefixstore.demo.report import print_report
     from prefixstore.models import load_model, load_tokenizer, prepare_smollm2
-    from prefixstore.tier_urls import parse_tier_url
+    from prefixstore.tier_urls import check_tiers
 
     tiers = arguments.tiers or (disk_url(cache_dir / "demo-blocks"),)
-    for url in tiers:
-        parse_tier_url(url)  # a wrong one is told of before the model is loaded
+    check_tiers([MEMORY_TIER, *tiers])  # a wrong one is told of before the model is loaded
     with console.status("Preparing SmolLM2-135M-Instruct (the first time takes a minute)"):
         path = prepare_smollm2(cache_dir)
         model = load_model(path, choose_dtype(arguments.dtype))
