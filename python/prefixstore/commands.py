@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from typing import Any
 
@@ -21,13 +22,19 @@ from prefixstore.testing.command import check
 
 
 class _Group(click.Group):
-    """A group whose commands show the project's own errors as one line."""
+    """A group whose commands show the project's own errors, and the system's, as one line."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except (StoreError, UnsupportedError) as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            # A pipe that nobody reads any more is ended quietly by click.
+            if error.errno == errno.EPIPE or error.strerror is None:
+                raise
+            where = "" if error.filename is None else f"{error.filename}: "
+            raise click.ClickException(f"{where}{error.strerror}") from error
 
 
 @click.group(cls=_Group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,28 @@ def test_shows_errors_of_its_own_in_one_line(
     result = run("demo", "--out", str(tmp_path), "--cache-dir", str(tmp_path))
     assert result.exit_code == 1
     assert result.output == f"Error: {error}\n"
+
+
+def test_tells_in_one_line_what_the_system_refuses(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    key = tmp_path / "no" / "key"
+    monkeypatch.setattr(command, "run_demo", lambda *_: key.write_text("x"))
+    result = run("demo", "--out", str(tmp_path), "--cache-dir", str(tmp_path))
+    assert (result.exit_code, result.output) == (1, f"Error: {key}: No such file or directory\n")
+
+
+def test_a_full_disk_behind_its_output_is_told_in_one_line(tmp_path: Path) -> None:
+    program = "from prefixstore.commands import run; run()"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program, "key", str(tmp_path / "key")],
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},  # otherwise Python adds lines at its end
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (done.returncode, done.stderr) == (1, "Error: No space left on device\n")
 
 
 def test_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

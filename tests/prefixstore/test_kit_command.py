@@ -65,6 +65,15 @@ def test_ends_with_1_where_an_answer_is_wrong() -> None:
     assert "WRONG session, raw, memory, evicted: prompt 0: expected" in result.output
 
 
+def test_refuses_a_report_it_cannot_write_before_it_loads_the_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(command, "load", lambda *_: 1 / 0)
+    result = run("--json", str(tmp_path / "no" / "report.json"))
+    assert result.exit_code == 2
+    assert "--json: expected a writable file" in result.output
+
+
 def test_refuses_too_little_text(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(WORDS)
     result = run(*FEW, "--text", str(tmp_path / "text.txt"))

@@ -191,6 +191,12 @@ def test_refuses_its_tiers_before_it_looks_for_the_model(tiers, message):
         command.run_server("no such model", "auto", "cpu", config)
 
 
+@pytest.mark.parametrize("device", ["foo", "cuda:99", ""])
+def test_refuses_a_device_that_is_not_there_before_it_looks_for_the_model(device):
+    with pytest.raises(ConfigError, match=f"device: expected one of this machine, got '{device}'"):
+        command.run_server("no such model", "auto", device, ServeConfig(ServerConfig(port=0)))
+
+
 def test_answers_wait_for_no_acknowledgement():
     """asyncio sets TCP_NODELAY only on sockets created with an explicit protocol."""
     with bind_address(ServerConfig(port=0)) as listener:

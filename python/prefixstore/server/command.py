@@ -139,10 +139,11 @@ def run_server(model: str, dtype: str, device: str, config: ServeConfig) -> None
     if config.server.api_keys_file is not None:
         ApiKeys.from_file(config.server.api_keys_file)
     check_tiers(config.cache.tier_urls)
+    device = choose_device(device)
     listener = bind_address(config.server)
     path = find_model(model)
     log_json_lines()
-    loaded = load_model(path, choose_dtype(dtype)).to(choose_device(device))
+    loaded = load_model(path, choose_dtype(dtype)).to(device)
     server = replace(config.server, model_name=config.server.model_name or path.resolve().name)
     engine = Engine.open(loaded, load_tokenizer(path), config.engine, config.cache)
     app = create_app(engine, server, dashboard=dashboard_router(engine))
@@ -157,12 +158,23 @@ def run_server(model: str, dtype: str, device: str, config: ServeConfig) -> None
 
 
 def choose_device(name: str) -> str:
-    """The device called `name`; "auto" is a CUDA device where there is one."""
+    """The device called `name`; "auto" is a CUDA device where there is one.
+
+    Raises:
+        ConfigError: If this machine or this PyTorch has no such device.
+    """
     import torch
 
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, ImportError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"device: expected one of this machine, got {name!r}: {reason}"
+        ) from error
+    return name
 
 
 def _given(names: dict[str, str], options: dict[str, Any]) -> dict[str, Any]:

@@ -117,6 +117,8 @@ def check(
         num_new=num_new,
         limits=LIMITS[DTYPES[dtype]],
     )
+    if json_path is not None:
+        _check_writable("--json", json_path)
     console = Console()
     with console.status("Loading the model"):
         loaded, tokenizer = load(locate(model), DTYPES[dtype])
@@ -146,6 +148,16 @@ def print_report(console: Console, report: Report) -> None:
     for note in report.notes():
         console.print(Text(note, "red" if note.startswith("WRONG") else ""), soft_wrap=True)
     console.print(Text(report.summary(), "green" if report.is_good else "red"), soft_wrap=True)
+
+
+def _check_writable(option: str, path: Path) -> None:
+    """Make a file, empty if it is new, and refuse one that cannot be written."""
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise click.BadParameter(
+            f"expected a writable file, got {path} ({error.strerror})", param_hint=option
+        ) from error
 
 
 def _make_prompts(
