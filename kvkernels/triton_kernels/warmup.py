@@ -90,9 +90,16 @@ def main() -> None:
         "--codecs", nargs="*", default=[], choices=list(CODECS), help="of blocks in tiles"
     )
     options = parser.parse_args()
-    num_heads, num_kv_heads = map(int, options.heads.split("/"))
+    try:
+        num_heads, num_kv_heads = map(int, options.heads.split("/"))
+    except ValueError:
+        parser.error(f"--heads: expected two numbers, such as 32/8, got {options.heads}")
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         parser.error(f"--heads: expected a multiple of the second number, got {options.heads}")
+    if not torch.cuda.is_available():
+        parser.error(
+            "expected a CUDA device to compile for; without one: kvkernels.triton_kernels.aot"
+        )
     model = Shape(
         "decode",
         options.dtype,

@@ -77,6 +77,27 @@ def test_reaches_every_variant_of_a_call(name: str, device: tuple[int, int]) -> 
     assert variants(planned(served, target)) <= variants(planned(warmed, target))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "expected a CUDA device to compile for; without one: kvkernels.triton_kernels.aot"),
+        (["--heads", "32"], "--heads: expected two numbers, such as 32/8, got 32"),
+        (["--heads", "9/4"], "--heads: expected a multiple of the second number, got 9/4"),
+    ],
+)
+def test_refuses_what_it_cannot_compile_for(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["warmup", "--heads", "32/8", "--head-dim", "128", *options])
+    with pytest.raises(SystemExit):
+        warmup.main()
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("num_layers", [1, 32, 33])
 def test_reaches_what_codecs_launch(codec: str, num_layers: int) -> None:
