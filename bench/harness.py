@@ -23,6 +23,8 @@ MIN_ROUNDS = 3
 SPIN_S = 0.01
 SHORT_ROUND_S = 1
 
+printed_cases: set[str] = set()  # in the lines so far
+
 
 def rounded(fields: Mapping[str, Any]) -> dict[str, Any]:
     """`fields` with four digits of each float."""
@@ -34,6 +36,7 @@ def rounded(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def print_line(**fields: Any) -> None:
     """Print one JSON line."""
+    printed_cases.update(name for key, name in fields.items() if key == "case")
     print(json.dumps(rounded(fields)), flush=True)
 
 

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
+import bench.__main__
 from bench import (
     bench_attention,
     bench_batch_invariance,
@@ -45,6 +46,23 @@ def small_probes(monkeypatch):
 
 def lines(captured):
     return [json.loads(line) for line in captured.out.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rounds", "0"], "argument --rounds: expected at least 1, got 0"),
+        (["--threads", "0"], "argument --threads: expected at least 1, got 0"),
+        (["--threads", "two"], "argument --threads: invalid"),
+        (["--case", "nothing"], "--case: expected a part of a case's name, got 'nothing'"),
+    ],
+)
+def test_refuses_wrong_options(monkeypatch, capsys, options, message):
+    monkeypatch.setattr("sys.argv", ["bench", "kv_cache", *options])
+    with pytest.raises(SystemExit) as caught:
+        bench.__main__.main()
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_bench_of_the_index_runs_its_cases(monkeypatch, capsys):
