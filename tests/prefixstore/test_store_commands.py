@@ -101,6 +101,9 @@ def test_reads_targets_from_a_file(path: Path, tmp_path: Path) -> None:
     file = tmp_path / "kv.toml"
     file.write_text(f'tiers = ["memory://1GiB", "disk://{path}?max_bytes=1MiB"]\n')
     assert [found["num_records"] for found in results("stats", file)] == [5]
+    served = tmp_path / "serve.toml"  # as `kvkernels serve` takes it
+    served.write_text(f"[server]\nport = 0\n[cache]\n{file.read_text()}")
+    assert [found["num_records"] for found in results("stats", served)] == [5]
 
 
 def test_forgets_one_identity_or_all(path: Path) -> None:

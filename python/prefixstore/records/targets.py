@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
 
-from prefixstore.config import CacheConfig
+from prefixstore.config import CacheConfig, as_table, read_toml
 from prefixstore.errors import ConfigError
 from prefixstore.records.places import open_disk
 from prefixstore.tier_urls import TierUrl, disk_config, open_tier, parse_tier_url, under_keys
@@ -64,7 +64,7 @@ def list_targets(given: tuple[str, ...]) -> list[Target]:
     found: list[Target] = []
     for text in given:
         if text.endswith(".toml"):
-            urls = [parse_tier_url(url) for url in CacheConfig.from_toml(text).tier_urls]
+            urls = [parse_tier_url(url) for url in _read_config(text).tier_urls]
             found += [Target(url.shown, url) for url in urls if url.parts.scheme != "memory"]
         elif "://" in text:
             url = parse_tier_url(text)
@@ -75,6 +75,13 @@ def list_targets(given: tuple[str, ...]) -> list[Target]:
             path = quote(str(Path(text).absolute()))
             found.append(Target(text, parse_tier_url(f"disk://{path}"), is_directory=True))
     return _told_apart(found)
+
+
+def _read_config(path: str) -> CacheConfig:
+    values = read_toml(path)
+    if "cache" in values:  # a server's file, in which this is one table of several
+        return CacheConfig.from_table("cache", as_table("cache", values["cache"]))
+    return CacheConfig.from_table("config", values)
 
 
 def _told_apart(targets: list[Target]) -> list[Target]:
