@@ -20,6 +20,8 @@ def layouts() -> dict[str, RecordLayout]:
     return of_codecs | {
         "q8 of float16": RecordLayout(1, 2, 4, 16, "float16", 1, ("q8",)),
         "q4 of float32": RecordLayout(1, 1, 4, 16, "float32", 0, ("q4",)),
+        "q8 of minus zeros": RecordLayout(1, 1, 8, 16, "bfloat16", 0, ("q8",)),
+        "q8 of very small scales": RecordLayout(1, 1, 8, 16, "bfloat16", 0, ("q8",)),
         "a codec for each layer": RecordLayout(3, 1, 4, 16, "bfloat16", 0, ("l12", "q8", "q2")),
         "raw where q8 does not hold it": RecordLayout(1, 1, 4, 16, "bfloat16", 0, ("q8",)),
         "raw latents": RecordLayout(2, 1, 6, 16, "bfloat16", 0, ("raw",), latent_dim=4),
@@ -36,6 +38,10 @@ def make_block(layout: RecordLayout, name: str) -> np.ndarray:
     numbers[0, 0, 0, 3, 1] = 2.0**-30 if "l12" in name else 600.0
     if "does not hold" in name:
         numbers[0, 1, 0, 5, 2] = float("inf")
+    if "minus zeros" in name:
+        numbers[0, 0, 0, :, 2] = numbers[0, 1, 0, 5, :] = -0.0
+    if "small scales" in name:
+        numbers = torch.randn(shape, generator=generator) * 4e-5
     if layout.latent_dim:
         numbers[0, 0, 0, 7, layout.latent_dim] = 3e38  # rotary parts are not quantised
     return numbers.to(DTYPES[layout.dtype]).view(torch.uint8).numpy().reshape(-1)
