@@ -9,7 +9,7 @@ import copy
 import torch
 import transformers
 
-from prefixstore.testing import Answer, ModelReference, Plan, check_engines
+from prefixstore.testing import Ability, Answer, ModelReference, Plan, check_engines
 
 
 class ToyEngine:
@@ -83,7 +83,7 @@ class ToySubject:
 
 class ToyAdapter:
     name = "toy"
-    abilities = frozenset()
+    abilities: frozenset[Ability] = frozenset()
 
     def __init__(self, model):
         self.model = model

@@ -62,6 +62,7 @@ class Model(torch.nn.Module):
     def forward_dense(self, tokens: torch.Tensor) -> torch.Tensor:
         hidden = self.embed(tokens, 0)
         for layer in self.layers:
+            assert isinstance(layer, Layer)
             hidden = layer.forward_dense(hidden)
         return hidden @ self.embedding.weight.T
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,9 @@ from kvkernels.nn.module import PagedBatch
 from kvkernels.nn.paged_kv import PagedKV, equal_bounds
 from kvkernels.nn.pool_cache import PoolCache
 from kvkernels.nn.transformers_compat import num_queries
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 class PagedCache(PoolCache):
@@ -116,7 +119,7 @@ class PagedCache(PoolCache):
             tables.release()
         self._num_tokens = 0
 
-    def __enter__(self) -> PagedCache:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

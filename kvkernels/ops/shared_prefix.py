@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -23,6 +23,11 @@ from kvkernels.ops.attention import merge_attention, paged_attention
 from kvkernels.ops.attention_checks import check_attention_inputs, check_kinds
 from kvkernels.ops.prefix_groups import find_groups
 from kvkernels.quantized_cache import QuantizedCache
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from kvkernels.ops.attention_options import SharedOptions
 
 # The cost of a second pass and a merge, as the bytes of prefix that flat attention re-reads in the
 # same time. On a GPU they are three more launches, and flat attention reads a prefix that fits in
@@ -149,6 +154,54 @@ def _num_equal(a: Sequence[int], b: Sequence[int], limit: int) -> int:
     while num_equal < limit and a[num_equal] == b[num_equal]:
         num_equal += 1
     return num_equal
+
+
+@overload
+def shared_prefix_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None = None,
+    *,
+    prefixes: SharedPrefixes,
+    only_if_it_pays: bool = True,
+    return_lse: Literal[False] = False,
+    **options: Unpack[SharedOptions],
+) -> torch.Tensor: ...
+
+
+@overload
+def shared_prefix_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None = None,
+    *,
+    prefixes: SharedPrefixes,
+    only_if_it_pays: bool = True,
+    return_lse: Literal[True],
+    **options: Unpack[SharedOptions],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@overload
+def shared_prefix_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None = None,
+    *,
+    prefixes: SharedPrefixes,
+    only_if_it_pays: bool = True,
+    return_lse: bool,
+    **options: Unpack[SharedOptions],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def shared_prefix_attention(
