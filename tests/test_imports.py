@@ -97,10 +97,12 @@ RULES: dict[tuple[str, ...], tuple[str, ...]] = {
         *("torch", "prefixstore.foreign_code"),
         *("prefixstore.module_fields", "prefixstore.module_state"),
     ),
+    ("prefixstore.weight_watch",): ("torch",),
     ("prefixstore.models",): ("torch", "transformers", "prefixstore.errors"),
     CACHE: (
         *("torch", "numpy", "kvkernels", "prefixstore.tiers", "tomli"),
         *("prefixstore.identity", "prefixstore.module_state", "prefixstore.module_watch"),
+        "prefixstore.weight_watch",
         *NAMES,
         *RECORD,
         *STORE,

@@ -1,7 +1,8 @@
 """Notices what changes in a model's modules while a cache is open.
 
-That is on the way of every prompt, so each kind of change has one expression over all modules, and
-what takes longer comes only where that has found something: 0.06 ms for a model of 30 layers.
+That is on the way of every forward pass, so each kind of change has one expression over all
+modules, and what takes longer comes only where that has found something: 0.06 ms for a model of 30
+layers; 0.3 where a forward pass has emptied the processor's caches.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -13,6 +12,7 @@ from kvkernels.errors import UnsupportedError
 from kvkernels.nn.transformers import install, uninstall
 from prefixstore.errors import ModelChanged
 from prefixstore.module_watch import ModuleWatch
+from prefixstore.weight_watch import WeightWatch
 
 # Arguments of a forward pass beside which the tokens tell the keys and values. All others might
 # change them, so that one this list does not know is refused and never makes a wrong hit.
@@ -34,14 +34,16 @@ _TOLD_BY_TOKENS = frozenset(
     }
 )
 
-_SAMPLE_SIZE = 16  # values compared of each weight
-
 
 @runtime_checkable
 class WatchedSession(Protocol):
     """What a forward pass tells the session it stores into."""
 
     served_model: ServedModel | None
+
+    @property
+    def has_run(self) -> bool:
+        """Whether a forward pass has stored tokens into it."""
 
     def begin_prompt(self) -> None:
         """The next prompt to be checked is that of a new call of `generate`."""
@@ -78,10 +80,7 @@ class ServedModel:
         self._model = model
         self._arguments = tuple(inspect.signature(model.forward).parameters)
         self._watch = ModuleWatch(model)
-        self._weights = _named_weights(model)
-        self._samples = _weight_samples(self._weights.values())
-        self._places = self._weight_places()
-        self._values = {device: torch.cat(own) for device, own in self._samples.items()}
+        self._weights = WeightWatch(model)
         self._hooks = (
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
@@ -99,20 +98,12 @@ class ServedModel:
 
     def check_weights_at_hand(self) -> None:
         """The part of `check_weights` that does not wait for what is queued on a GPU."""
-        change = self._watch.change()
-        if change is not None:
-            raise ModelChanged(f"model: {change}; open another cache")
-        weights = _named_weights(self._model)
-        _refuse_change(
-            weights.keys() == self._weights.keys()
-            and all(weights[name] is weight for name, weight in self._weights.items())
-            and self._places == self._weight_places()
-        )
-        self._check_values(device for device in self._samples if device.type == "cpu")
+        self._check_modules()
+        _refuse_change(self._weights.has_changed_at_hand())
 
     def check_weights_beyond(self) -> None:
         """The other part of `check_weights`: the values that lie on a GPU."""
-        self._check_values(device for device in self._samples if device.type != "cpu")
+        _refuse_change(self._weights.has_changed_beyond())
 
     def close(self) -> None:
         """Give the model back the attention it had. May be called again."""
@@ -146,23 +137,10 @@ class ServedModel:
             num_new = len(inputs["cache_position"])
         session.check_prompt(token_ids, token_ids.shape[-1] if num_new is None else num_new)
 
-    def _check_values(self, devices: Iterable[torch.device]) -> None:
-        """Compare a few bytes of each weight on these devices.
-
-        Reading all values would take as long as the digest did. Writing through `.data`, as
-        merging an adapter does, leaves no other trace than the values.
-        """
-        _refuse_change(
-            all(torch.equal(self._values[one], torch.cat(self._samples[one])) for one in devices)
-        )
-
-    def _weight_places(self) -> list[tuple[int, int]]:
-        """Where each weight lies, and how often it was written."""
-        return [
-            # Tensors made in inference mode keep no version.
-            (weight.data_ptr(), -1 if weight.is_inference() else weight._version)
-            for weight in self._weights.values()
-        ]
+    def _check_modules(self) -> None:
+        change = self._watch.change()
+        if change is not None:
+            raise ModelChanged(f"model: {change}; open another cache")
 
     def _session_of(self, given: dict[str, Any]) -> WatchedSession | None:
         session = given.get("past_key_values")
@@ -177,6 +155,7 @@ class ServedModel:
         if session is not None:
             session.end_step()
 
+    @torch.compiler.disable  # which would have to compile a look at every module
     def _before_forward(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(self._arguments, args, strict=False)) | kwargs
         session = self._session_of(given)
@@ -189,6 +168,11 @@ class ServedModel:
                 )
         if given.get("input_ids") is None:
             raise ValueError("input_ids: expected the session's tokens, got None")
+        # In each pass, since what is changed for one call of `generate` is undone before `commit`.
+        if session.has_run and given["input_ids"].shape[-1] == 1:
+            self._check_modules()  # to compare weights would make small models 3 % slower
+        else:
+            self.check_weights_at_hand()
         session.check_step(given["input_ids"], given.get("position_ids"))
 
 
@@ -242,39 +226,9 @@ def _unwrap_prepare(model: Any) -> None:
             setattr(model, name, found.prepare)
 
 
-def _named_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All that a forward pass reads besides its inputs: what is not saved too, as the frequencies
-    of position embeddings."""
-    return dict(chain(model.named_parameters(), model.named_buffers()))
-
-
-def _refuse_change(is_same: bool) -> None:
-    if not is_same:
+def _refuse_change(has_changed: bool) -> None:
+    if has_changed:
         raise ModelChanged(
             "model: expected the weights the cache was opened with, got changed ones; open"
             " another cache"
         )
-
-
-def _weight_samples(weights: Iterable[torch.Tensor]) -> dict[torch.device, list[torch.Tensor]]:
-    """Views of some bytes in the middle of each weight, by device."""
-    samples: dict[torch.device, list[torch.Tensor]] = {}
-    for weight in weights:
-        if weight.numel():
-            view = _middle_of(weight.detach()).view(torch.uint8)
-            samples.setdefault(weight.device, []).append(view)
-    return samples
-
-
-def _middle_of(weight: torch.Tensor) -> torch.Tensor:
-    """A view of some neighbouring values, one if none are neighbours in memory."""
-    if weight.is_contiguous():
-        weight = weight.view(-1)
-    elif 1 in weight.stride():  # as of a transposed one
-        weight = weight.movedim(weight.stride().index(1), -1)
-    while weight.dim() > 1:
-        weight = weight[len(weight) // 2]
-    middle = len(weight) // 2
-    if weight.stride(0) != 1:
-        return weight[middle:].as_strided((1,), (1,))
-    return weight[middle : middle + _SAMPLE_SIZE]

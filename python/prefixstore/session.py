@@ -67,6 +67,11 @@ class Session(PagedCache):
         # Last: a session that could not be made must not give the match back.
         self._match = restored.match
 
+    @property
+    def has_run(self) -> bool:
+        """Whether a forward pass has stored tokens into it, which it still holds."""
+        return self.num_tokens > self._last_step
+
     def commit(self, token_ids: torch.Tensor | Sequence[int]) -> int:
         """Offer the whole blocks of `token_ids` stored so far to later sessions.
 

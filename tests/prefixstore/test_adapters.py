@@ -141,6 +141,20 @@ def test_an_adapter_switched_in_an_open_cache_is_refused(model, adapt, open_cach
     assert run(open_cache(), model, tokens)[1].num_reused == 0
 
 
+def test_an_adapter_switched_for_one_answer_is_refused(model, adapt, open_cache):
+    adapted = adapt(model)
+    tokens = random_tokens(40)
+    plain = generate(model, tokens, num_new=2)
+    cache = open_cache()
+    run(cache, model, tokens)
+    with cache.session(tokens) as session:
+        adapted.activate("B")
+        with pytest.raises(ValueError, match="model: expected the adapters as they were when"):
+            generate(model, tokens, session, num_new=2)
+        adapted.activate("A")
+        assert generate(model, tokens, session, num_new=2) == plain
+
+
 def layers_of(model):
     return [module for module in model.modules() if hasattr(module, "merged_adapters")]
 

@@ -18,7 +18,7 @@ from torch.utils.module_tracker import ModuleTracker
 from kvkernels.errors import UnsupportedError
 from kvkernels.nn import fused_layers
 from prefixstore.cache import PrefixCache
-from prefixstore.errors import ConfigError, TierUnavailable
+from prefixstore.errors import ConfigError, ModelChanged, TierUnavailable
 
 
 def test_a_served_model_can_be_copied(model, open_cache):
@@ -224,6 +224,46 @@ def test_weights_changed_during_a_session_cache_nothing(model, open_cache):
         with pytest.raises(ValueError, match="model: expected the weights the cache was opened"):
             generate(model, tokens, session)
     assert cache.stats().index.num_blocks == 0
+
+
+def steer(model):
+    return model.model.layers[0].register_forward_hook(lambda _, __, output: output + 1).remove
+
+
+def scale_data_and_back(model):
+    key_weight(model).data.mul_(2)
+    return lambda: key_weight(model).data.div_(2)
+
+
+def replace_data_and_back(model):
+    before = key_weight(model).data
+    replace_data(model)
+    return lambda: setattr(key_weight(model), "data", before)
+
+
+@pytest.mark.parametrize("change", [steer, scale_data_and_back, replace_data_and_back])
+def test_a_model_that_is_changed_for_one_answer_is_refused(model, open_cache, change):
+    cache = open_cache()
+    tokens = random_tokens(33)  # leaves one token to compute
+    plain = generate(model, tokens, num_new=2)
+    run(cache, model, tokens)
+    with cache.session(tokens) as session:
+        undo = change(model)
+        with pytest.raises(ModelChanged, match=r"model: expected the .* opened with"):
+            generate(model, tokens, session, num_new=2)
+        undo()
+        assert session.num_tokens == 32
+        assert generate(model, tokens, session, num_new=2) == plain
+
+
+def test_a_hook_between_two_steps_is_refused(model, open_cache):
+    tokens = random_tokens(9)
+    with torch.no_grad(), open_cache().session(tokens) as session:
+        model(tokens[:, :8], past_key_values=session)
+        steer(model)
+        with pytest.raises(ModelChanged, match="model: expected the forward hooks"):
+            model(tokens[:, 8:], past_key_values=session)
+        assert session.num_tokens == 8
 
 
 def test_a_closed_cache_gives_the_model_back(model, open_cache):

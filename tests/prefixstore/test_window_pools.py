@@ -6,7 +6,16 @@ import threading
 import pytest
 import torch
 import transformers
-from cached_models import BLOCK_SIZE, DEVICE, generate, random_tokens, run, tiny_gemma3, tiny_llama
+from cached_models import (
+    BLOCK_SIZE,
+    DEVICE,
+    calling_first,
+    generate,
+    random_tokens,
+    run,
+    tiny_gemma3,
+    tiny_llama,
+)
 from engines import GREEDY, Numbers, answer, expected, open_engine, prompt
 
 from kvkernels.nn import layer_groups
@@ -184,14 +193,13 @@ def test_a_long_pass_that_failed_is_made_again(model):
     tokens = random_tokens(400)
     plain = generate(model, tokens)
 
-    def fail(*_):
+    def fail():
         raise KeyboardInterrupt
 
     with open_cache(model, 8) as cache, cache.session(tokens) as session, torch.no_grad():
-        hook = model.model.layers[1].register_forward_hook(fail)
-        with pytest.raises(KeyboardInterrupt):
+        behind_attention = model.model.layers[1].mlp
+        with calling_first(behind_attention, fail), pytest.raises(KeyboardInterrupt):
             model(tokens, past_key_values=session)
-        hook.remove()
         model(tokens[:, :30], past_key_values=session)  # a shorter pass, for which there is room
         assert generate(model, tokens, session) == plain
 
