@@ -245,7 +245,7 @@ def _find_forward(name: str, module: torch.nn.Module) -> Callable[..., Any] | No
                 "model: expected activations of elements or of rows (the last dimension), got"
                 f" {name} of {kind.__name__}"
             )
-        forward = partial(_activate, module.forward, getattr(module, "inplace", False))
+        forward = partial(_activate, module, kind)
     else:
         return None
     if has_own_forward(module) and not is_of_class(module, vars(module)["forward"]):
@@ -263,21 +263,25 @@ def _keeps_bits(module: torch.nn.Module) -> bool:
 
 
 def _apply_linear(module: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
+    if type(module).forward is not torch.nn.Linear.forward:  # it was given another class since
+        return type(module).forward(module, input)
     return linear(input, module.weight, module.bias)
 
 
 def _activate(
-    forward: Callable[..., torch.Tensor], is_in_place: bool, input: torch.Tensor
+    module: torch.nn.Module, kind: type[torch.nn.Module], input: torch.Tensor
 ) -> torch.Tensor:
     """An element-wise function of a tensor that is padded to whole vectors for every thread."""
+    forward = type(module).forward
     size = input.numel()
     padded = _whole_vectors(size)
-    if padded == size and input.is_contiguous():
-        return forward(input)
+    # A class that it was given since may work on more than elements.
+    if type(module) is not kind or (padded == size and input.is_contiguous()):
+        return forward(module, input)
     flat = input.new_zeros(padded)
     flat[:size] = input.reshape(-1)
-    result = forward(flat)[:size].view(input.shape)
-    return input.copy_(result) if is_in_place else result
+    result = forward(module, flat)[:size].view(input.shape)
+    return input.copy_(result) if getattr(module, "inplace", False) else result
 
 
 def _whole_vectors(size: int) -> int:

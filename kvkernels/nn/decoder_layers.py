@@ -16,8 +16,8 @@ all thirty times over. A function that knows its layer calls the same kernels in
 `install` tries each layer within its model, next to what it would put there, and replaces only what
 gave the same bits. So it goes on top of `batch_invariance` and `fused_layers`, whose kernels these
 are, and serves passes of a `PagedCache`, and of an engine's `BatchCache`. All others, a pass whose
-tensors or arguments are others than in the trial, and a layer whose settings have changed since or
-whose attention drops out, go through the layer's own forward.
+tensors or arguments are others than in the trial, and a layer whose settings or parts have changed
+since or whose attention drops out, go through the layer's own forward.
 """
 
 from __future__ import annotations
@@ -136,8 +136,7 @@ class FusedDecoderLayer:
         self._expected_settings = self._read_settings()
         self._dtype = call.hidden_states.dtype
         self._hooks = _hooks_within(module)
-        self._parts = [part._modules for part in module.modules()]
-        self._expected_parts = [dict(own) for own in self._parts]
+        self._parts = _PartsWatch(module)
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> Any:
         cache = options.get("past_key_values")
@@ -156,7 +155,7 @@ class FusedDecoderLayer:
             or _has_listener(self._hooks)
         ):
             return False
-        if self._parts != self._expected_parts:  # an adapter may have replaced one since
+        if self._parts.have_changed():
             return False
         attention = self._attention
         if attention.training and getattr(attention, "attention_dropout", 0.0):
@@ -224,6 +223,37 @@ class FusedDecoderLayer:
             key, value = cache.update(key, value, self._layer_idx, call=call)
         attended, _ = attend(self._attention, query, key, value, mask, **self._attention_options)
         return layer_pass.finish(attended).view(shape)
+
+
+class _PartsWatch:
+    """Notices parts of a layer that compute something else than they did.
+
+    Adapters put other modules in their place, and whoever steers a model, or places its weights,
+    gives them other forwards.
+
+    Args:
+        module: The layer, whose own forward may change.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._modules = [*module.modules()]
+        self._children = [part._modules for part in self._modules]
+        self._fields = [vars(part) for part in self._modules if part is not module]
+        self._expected_children = [dict(own) for own in self._children]
+        self._expected_forwards, self._expected_classes = self._forwards(), self._classes()
+
+    def have_changed(self) -> bool:
+        return (
+            self._children != self._expected_children
+            or self._forwards() != self._expected_forwards
+            or self._classes() != self._expected_classes
+        )
+
+    def _forwards(self) -> list[Any]:
+        return [fields.get("forward") for fields in self._fields]
+
+    def _classes(self) -> list[type]:
+        return [*map(type, self._modules)]
 
 
 def _hooks_within(module: torch.nn.Module) -> list[dict[int, Any]]:

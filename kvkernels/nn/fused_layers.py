@@ -6,8 +6,8 @@ gives the same numbers: `install` tries each layer on numbers drawn at random, s
 to what it would put there, and leaves a layer alone that differs. So it does with a norm or gate
 whose code names anything else than theirs do: what clamps or drops out may not show in a trial.
 Where gradients are wanted, or tensors of other dtypes or devices come, or angles for a part of each
-head alone, or more arguments than a trial has, the layer's own forward runs; so does an
-activation's that has hooks.
+head alone, or more arguments than a trial has, the layer's own forward runs; so does a gate's whose
+activation has hooks, or was replaced or given another forward since.
 
 ::
 
@@ -31,7 +31,13 @@ import torch
 from kvkernels import native_layers
 from kvkernels.checks import FLOAT_DTYPES, is_plain, is_traced, is_transformed
 from kvkernels.nn.forward_code import read_forward
-from kvkernels.nn.forward_patch import ForwardPatch, Forwards, has_own_forward, hook_tables
+from kvkernels.nn.forward_patch import (
+    ForwardPatch,
+    Forwards,
+    has_own_forward,
+    hook_tables,
+    without_ours,
+)
 from kvkernels.ops.pointwise import rotary_embedding_cpu
 
 _NUM_TRIAL_ROWS = 16
@@ -116,7 +122,7 @@ def _find_norm(module: torch.nn.Module) -> Callable[..., Any] | None:
     if not is_plain(weight) or not _names_only(_NORM_NAMES, module):
         return None
     rows = _draw(_NUM_TRIAL_ROWS, len(weight), dtype=weight.dtype)
-    forwards = [FusedNorm(module, eps_name, is_offset) for is_offset in (False, True)]
+    forwards = [FusedNorm(module, type(module), eps_name, offset) for offset in (False, True)]
     distances = {forward: _trial_distance(module, forward, rows) for forward in forwards}
     nearest = min(distances, key=distances.__getitem__)
     return nearest if distances[nearest] < _MOST_DISTANT else None
@@ -127,6 +133,7 @@ class FusedNorm:
     """In place of the forward of a norm; see `kvkernels.rms_norm`."""
 
     module: torch.nn.Module
+    kind: type[torch.nn.Module]
     eps_name: str
     is_offset: bool
 
@@ -137,7 +144,8 @@ class FusedNorm:
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         eps = self.eps
-        if len(args) != 1 or options or not isinstance(eps, float):
+        is_as_tried = type(self.module) is self.kind and isinstance(eps, float)
+        if len(args) != 1 or options or not is_as_tried:
             return type(self.module).forward(self.module, *args, **options)
         (hidden_states,) = args
         weight = self.module.weight
@@ -161,12 +169,12 @@ def _find_mlp(module: torch.nn.Module) -> Callable[..., Any] | None:
     act_fn: Any = module.act_fn
     activation = _activation_name(act_fn)
     in_features = getattr(module.gate_proj, "in_features", None)
-    if activation is None or not isinstance(in_features, int) or any(hook_tables(act_fn)):
+    if activation is None or not isinstance(in_features, int):
         return None
-    if not _names_only(_MLP_PARTS, module):
+    forward = FusedMLP(module, activation)
+    if not forward.serves() or not _names_only(_MLP_PARTS, module):
         return None
     rows = _draw(1, _NUM_TRIAL_ROWS, in_features, dtype=next(module.parameters()).dtype)
-    forward = FusedMLP(module, module.act_fn, activation)
     return forward if _trial_distance(module, forward, rows) < _MOST_DISTANT else None
 
 
@@ -176,26 +184,34 @@ def _activation_name(act_fn: Any) -> str | None:
     return _ACTIVATIONS.get(type(act_fn).__name__)
 
 
-@dataclass(frozen=True, eq=False)
 class FusedMLP:
     """In place of the forward of three linear layers; see `kvkernels.gated_activation`."""
 
-    module: Any
-    act_fn: Any
-    activation: str
+    def __init__(self, module: Any, activation: str) -> None:
+        self.activation = activation
+        self._module, self._act_fn = module, module.act_fn
+        self._kinds = type(module), type(module.act_fn)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        module = self.module
-        if len(args) != 1 or options or module.act_fn is not self.act_fn:
+        module = self._module
+        if len(args) != 1 or options or not self.serves():
             return type(module).forward(module, *args, **options)
         (x,) = args
         gate, up = module.gate_proj(x), module.up_proj(x)
-        if any(hook_tables(module.act_fn)):  # the fused kernel would skip them
-            return module.down_proj(module.act_fn(gate) * up)
         gated = native_layers.gated_activation_at_once(gate, up, self.activation)
         if gated is None and _are_served(gate, up) and gate.shape == up.shape:
             gated = _gated_activation(gate, up, self.activation)
         return module.down_proj(module.act_fn(gate) * up if gated is None else gated)
+
+    def serves(self) -> bool:
+        """Whether the module and its activation have been given nothing that the kernel skips."""
+        act_fn = self._module.act_fn
+        return (
+            act_fn is self._act_fn
+            and (type(self._module), type(act_fn)) == self._kinds
+            and without_ours(vars(act_fn).get("forward")) is None
+            and not any(hook_tables(act_fn))
+        )
 
 
 # ---- rotations -------------------------------------------------------------------------------

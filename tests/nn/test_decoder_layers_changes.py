@@ -91,6 +91,33 @@ def replace_norm(layer):
     layer.input_layernorm = torch.nn.Identity()
 
 
+def give_forward(name):
+    """As a patch by hand does it, or a library that places or steers modules."""
+
+    def change(layer):
+        module = layer.get_submodule(name)
+        own = module.forward
+        module.forward = lambda *args, **options: _halve(own(*args, **options))
+
+    change.__name__ = f"give_forward_to_{name}"
+    return change
+
+
+def _halve(output):
+    return (output[0] / 2, *output[1:]) if isinstance(output, tuple) else output / 2
+
+
+def give_class(name):
+    def change(layer):
+        module = layer.get_submodule(name)
+        kind = type(module)
+        forward = {"forward": lambda self, x: kind.forward(self, x) / 2}
+        module.__class__ = type("Other", (kind,), forward)
+
+    change.__name__ = f"give_class_to_{name}"
+    return change
+
+
 def change_scale(layer):
     layer.self_attn.scaling *= 3
 
@@ -104,6 +131,8 @@ def change_epsilon(layer):
     [
         *(add_adapters, replace_gate, replace_attention, replace_activation, replace_norm),
         *(change_scale, change_epsilon),
+        *map(give_forward, ("self_attn", "mlp", "mlp.up_proj", "mlp.act_fn", "input_layernorm")),
+        *map(give_class, ("mlp", "mlp.up_proj", "mlp.act_fn", "input_layernorm")),
     ],
 )
 def test_a_changed_layer_is_left_to_its_own_forward(change, monkeypatch):

@@ -153,6 +153,18 @@ def test_an_activation_may_be_replaced():
     torch.testing.assert_close(fused, logits_of(model), rtol=1e-4, atol=1e-4)
 
 
+def test_an_activation_may_be_given_another_forward():
+    model = tiny_models.llama()
+    fused_layers.install(model)
+    for layer in model.model.layers:
+        layer.mlp.act_fn.forward = torch.relu
+    fused = logits_of(model)
+    fused_layers.uninstall(model)
+    torch.testing.assert_close(fused, logits_of(model), rtol=1e-4, atol=1e-4)
+    assert replaced_kinds(model) >= {"LlamaRMSNorm"}
+    assert "forward" not in vars(model.model.layers[0].mlp)
+
+
 def test_leaves_layers_with_a_forward_of_their_own():
     model = tiny_models.llama()
     mlp = model.model.layers[0].mlp
