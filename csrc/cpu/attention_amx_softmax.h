@@ -105,12 +105,12 @@ void weigh_group(Work& work, int64_t group, int64_t begin, const float* scores, 
 #pragma GCC unroll 16
     for (int64_t j = 0; j < kLanes; ++j) {
       const int64_t key = half * kStep + 2 * j;
-      const __m512 even = load_scores<kSets>(scores, key);
-      const __m512 odd = load_scores<kSets>(scores, key + 1);
-      const __m512 a = _mm512_maskz_mov_ps(seen.at(begin + key),
-                                           exp2_of<BFloat16>(_mm512_fmsub_ps(even, scales, base)));
+      const __m512 even = rounded_product(load_scores<kSets>(scores, key), scales);
+      const __m512 odd = rounded_product(load_scores<kSets>(scores, key + 1), scales);
+      const __m512 a =
+          _mm512_maskz_mov_ps(seen.at(begin + key), exp2_of<BFloat16>(_mm512_sub_ps(even, base)));
       const __m512 b = _mm512_maskz_mov_ps(seen.at(begin + key + 1),
-                                           exp2_of<BFloat16>(_mm512_fmsub_ps(odd, scales, base)));
+                                           exp2_of<BFloat16>(_mm512_sub_ps(odd, base)));
       sums[j % 2 * 2] = _mm512_add_ps(sums[j % 2 * 2], a);
       sums[j % 2 * 2 + 1] = _mm512_add_ps(sums[j % 2 * 2 + 1], b);
       pairs[j] = round_pairs(a, b);

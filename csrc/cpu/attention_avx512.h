@@ -112,7 +112,8 @@ inline void softmax_some_rows(float* scores, const KeyRange* columns, float scal
     __m512 weights[kVectors], total;
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) {
-      const __m512 score = _mm512_fmsub_ps(_mm512_load_ps(row + 16 * i), scales, row_base);
+      const __m512 scaled = rounded_product(_mm512_load_ps(row + 16 * i), scales);
+      const __m512 score = _mm512_sub_ps(scaled, row_base);
       weights[i] = _mm512_maskz_mov_ps(seen.masks[i], exp2_of<typename W::Element>(score));
       total = add_weight(total, i, weights[i], sum + 16 * r, factor);
     }

@@ -110,6 +110,15 @@ inline __mmask16 first_lanes(int64_t count) {
   return static_cast<__mmask16>(_bzhi_u32(0xffff, num_lanes));
 }
 
+// a * b, rounded. Compilers fuse a product with what is subtracted from it, and keep digits that
+// the other side, the largest of such products, has lost: of numbers beyond 2^31 that is more than
+// 2^x can take.
+inline __m512 rounded_product(__m512 a, __m512 b) {
+  __m512 product = _mm512_mul_ps(a, b);
+  asm("" : "+v"(product));
+  return product;
+}
+
 // 2^x for x <= 0, minus infinity included; NaN stays NaN. As exact as kExp2Poly<kDegree>.
 template <int kDegree = 6>
 inline __m512 exp2_lanes(__m512 x) {

@@ -149,7 +149,8 @@ def test_a_changed_layer_is_left_to_its_own_forward(change, monkeypatch):
         decoder_layers.uninstall(model)
         expected = run_steps(packed)
     assert all(map(torch.equal, got, expected))
-    assert not any(map(torch.equal, got, before))
+    # Of the last tokens: the first one sees itself alone, whatever the scale.
+    assert not torch.equal(got[-1], before[-1])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -201,3 +201,23 @@ def test_a_merge_of_what_is_no_finite_number_is_that_of_the_reference(
     torch.testing.assert_close(lse, exact_lse.float(), equal_nan=True)
     assert lse[lse_a == torch.inf].tolist()[:3] == [torch.inf] * 3
     assert merged[lse_a == torch.inf].isnan().all()
+
+
+@on_every_cpu_path
+@pytest.mark.parametrize("num_queries", [1, 20])
+@pytest.mark.parametrize("score", [1e10, -1e10])
+def test_scores_with_more_digits_than_a_float_has(
+    implementation: Implementation, score: float, num_queries: int
+) -> None:
+    """Equal keys have equal weights, however much of their score is lost to rounding."""
+    inputs = make_inputs(Case("", ((num_queries, 40),)), torch.float32, CPU)
+    for scale in torch.linspace(0.7, 0.8, 20).tolist():
+        inputs.query.zero_()[..., 0] = 1.0
+        inputs.key_cache.zero_()[..., 0] = score
+        out, lse = implementation.paged_attention(*inputs.tensors(), Scoring(scale, False, 0), True)
+        mean = inputs.value_cache[inputs.block_table[0, :3].long()]
+        expected = mean.transpose(1, 2).flatten(0, 1)[:40].mean(0)
+        group = out.shape[1] // expected.shape[0]
+        expected = expected.repeat_interleave(group, 0).expand_as(out)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(lse, torch.full_like(lse, scale * score))
