@@ -3,6 +3,7 @@
 import threading
 from collections import Counter
 from collections.abc import Iterable
+from operator import index
 
 
 class PoolFullError(RuntimeError):
@@ -70,7 +71,7 @@ class BlockAllocator:
         Raises:
             ValueError: If an id is out of range or free; nothing changes then.
         """
-        block_ids = list(block_ids)
+        block_ids = _integers(block_ids)
         with self._lock:
             for block_id in block_ids:
                 self._check_used(block_id, 1)
@@ -84,7 +85,7 @@ class BlockAllocator:
             ValueError: If an id is out of range or has fewer references than are dropped;
                 nothing changes then.
         """
-        drops = Counter(block_ids)
+        drops = Counter(_integers(block_ids))
         with self._lock:
             for block_id, num_drops in drops.items():
                 self._check_used(block_id, num_drops)
@@ -118,3 +119,8 @@ class BlockAllocator:
                 f"block_id: expected a block with {num_references} references or more,"
                 f" got {block_id} with {self._ref_counts[block_id]}"
             )
+
+
+def _integers(block_ids: Iterable[int]) -> list[int]:
+    """The ids as Python's integers: elements of a tensor are views, and each is another key."""
+    return [*map(index, block_ids)]

@@ -4,6 +4,7 @@ import random
 import threading
 
 import pytest
+import torch
 
 from kvkernels import BlockAllocator, PoolFullError
 
@@ -108,3 +109,16 @@ def test_threads_never_share_a_block_by_accident():
     assert problems == []
     assert allocator.num_free == 64
     assert allocator.check() == []
+
+
+def test_takes_the_numbers_out_of_a_tensor():
+    """Not its elements, which are views, and change with it."""
+    allocator = BlockAllocator(4)
+    row = torch.tensor(allocator.allocate(3))
+    allocator.share(row)
+    with pytest.raises(ValueError, match="with 3 references or more"):
+        allocator.release(torch.cat([row, row, row]))
+    allocator.release(torch.cat([row, row]))
+    row.fill_(7)
+    assert allocator.check() == []
+    assert sorted(allocator.allocate(4)) == [0, 1, 2, 3]
