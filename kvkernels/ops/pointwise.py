@@ -133,6 +133,8 @@ LIBRARY.define("gated_activation(Tensor gate, Tensor up, str activation) -> Tens
 def _rms_norm_cpu(
     input: torch.Tensor, weight: torch.Tensor, eps: float, is_offset: bool
 ) -> torch.Tensor:
+    if not input.numel():
+        return torch.empty_like(input)
     rows = _rows(input)
     return _implementation.rms_norm(rows, weight.contiguous(), eps, is_offset).view(input.shape)
 
@@ -152,6 +154,8 @@ def rotary_embedding_cpu(input: torch.Tensor, cos: torch.Tensor, sin: torch.Tens
 
 @torch.library.impl(LIBRARY, "gated_activation", "CPU")
 def _gated_activation_cpu(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    if not gate.numel():
+        return torch.empty_like(gate)
     out = _implementation.gated_activation(_rows(gate), _rows(up), activation)
     return out.view(gate.shape)
 

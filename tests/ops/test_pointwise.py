@@ -143,6 +143,13 @@ def test_refuses_what_does_not_fit(name, call, gradients):
         call()
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0, 0)])
+def test_nothing_gives_nothing(shape):
+    rows = torch.ones(shape)
+    assert kvkernels.rms_norm(rows, torch.ones(shape[1]), 1e-6).shape == shape
+    assert kvkernels.gated_activation(rows, rows, "silu").shape == shape
+
+
 def test_refuses_to_be_differentiated():
     with pytest.raises(ValueError, match="input: expected a tensor that needs no gradient"):
         kvkernels.rms_norm(ROWS.clone().requires_grad_(), torch.zeros(32), 0)
