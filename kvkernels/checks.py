@@ -114,12 +114,13 @@ def check_last_stride(name: str, tensor: torch.Tensor) -> None:
 
 
 def check_inference(name: str, tensor: torch.Tensor) -> None:
-    """Raise ValueError where autograd would want a gradient these ops do not compute."""
+    """Raise ValueError where autograd would want a gradient or a tangent: the ops compute none."""
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{name}: expected a tensor that needs no gradient (inference only),"
             " got requires_grad=True; call under torch.no_grad()"
         )
+    check_tangent(name, tensor)
 
 
 def check_tangent(name: str, tensor: torch.Tensor) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Hashable, Iterable
 
 import torch
 
+from kvkernels.checks import is_transformed
+
 Signature = tuple[Hashable, ...]
 
 # Most entries a cache keyed by signatures keeps. A server meets thousands of batch sizes over time,
@@ -50,12 +52,13 @@ class CheckedCalls:
         """Whether tensors laid out like these were found right.
 
         Never while something is traced, where a layout may hold symbols, nor where autograd
-        records, which the ops refuse tensor by tensor.
+        records or tangents are carried, which the ops refuse tensor by tensor.
         """
         if (
             torch.compiler.is_compiling()
             or type(tensors[0]) is not torch.Tensor
             or torch.is_grad_enabled()
+            or is_transformed()
         ):
             return False
         try:

@@ -36,7 +36,7 @@ def store_kv(
             strides with the last one 1.
         value_cache: Like ``key_cache``.
         slot_mapping: ``[num_tokens]``, int64. ``block_id * block_size + offset``;
-            negative skips the token. Slots must be distinct and below
+            negative skips the token. Slots must be distinct, which is not checked, and below
             ``num_blocks * block_size``: checked on the CPU, not on a GPU, where looking would
             stop the stream.
 

@@ -318,13 +318,15 @@ def test_refuses_an_empty_window(window: int) -> None:
         kvkernels.paged_attention(**good_inputs(), window=window)
 
 
-def test_refuses_queries_with_tangents() -> None:
+@pytest.mark.parametrize("name", ["query", "key_cache", "value_cache"])
+def test_refuses_tangents(name: str) -> None:
     inputs = good_inputs()
-    query = torch.randn_like(inputs["query"])
+    tensor = torch.randn_like(inputs[name])
     with torch.no_grad(), forward_ad.dual_level():
-        dual = forward_ad.make_dual(query, torch.randn_like(query))
-        with pytest.raises(ValueError, match="query: expected a tensor without a tangent"):
-            kvkernels.paged_attention(**inputs | {"query": dual})
+        kvkernels.paged_attention(**inputs)  # found right, so the next call might not be looked at
+        dual = forward_ad.make_dual(tensor, torch.randn_like(tensor))
+        with pytest.raises(ValueError, match=f"{name}: expected a tensor without a tangent"):
+            kvkernels.paged_attention(**inputs | {name: dual})
 
 
 def test_accepts_queries_that_need_gradients_where_none_are_recorded() -> None:
