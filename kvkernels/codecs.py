@@ -173,7 +173,7 @@ class BlockFormat:
             + [number for side in layer.sides for number in _numbers(side)]
             for layer in self.layers
         ]
-        return torch.tensor([row + [0] * (_TABLE_WIDTH - len(row)) for row in rows])
+        return torch.tensor([row + [0] * (_TABLE_WIDTH - len(row)) for row in rows], device="cpu")
 
     @cached_property
     def raw(self) -> BlockFormat:

@@ -92,7 +92,7 @@ def encode_blocks(
             pool.data, ids, block_format, payloads, sums, is_raw, num_programs
         )
         return EncodedBlocks(block_format, payloads, sums, is_raw)
-    is_good = torch.empty(num_blocks, num_layers, dtype=torch.bool)
+    is_good = torch.empty(num_blocks, num_layers, dtype=torch.bool, device="cpu")
     _encode(pool, block_ids.contiguous(), block_format, payloads, sums, is_good)
     encoded = EncodedBlocks(block_format, payloads, sums, ~is_good.all(1))
     if payloads.shape[1] < block_format.raw.payload_bytes:
@@ -156,7 +156,7 @@ def decode_blocks(
     if num_raw in (0, num_blocks):
         alike = block_format.raw if num_raw else block_format
         return _decode_alike(encoded, pool, block_ids, alike, layers)
-    is_good = torch.empty(num_blocks, len(layers), dtype=torch.bool)
+    is_good = torch.empty(num_blocks, len(layers), dtype=torch.bool, device="cpu")
     for is_chosen, alike in (
         (~encoded.is_raw, block_format),
         (encoded.is_raw, block_format.raw),
@@ -212,7 +212,7 @@ def _decode_alike(
     span = _span([block_format], layers)
     device = pool.data.device
     _check_payloads(encoded.payloads, len(block_ids), block_format.payload_bytes, device, span)
-    is_good = torch.empty(len(block_ids), len(layers), dtype=torch.bool)
+    is_good = torch.empty(len(block_ids), len(layers), dtype=torch.bool, device="cpu")
     cut = slice(layers.start, layers.stop)
     _decode(
         pool.data[:, cut],

@@ -69,9 +69,9 @@ class SharedPrefixes:
             if any(not isinstance(value, int) or value < least for value in values):
                 raise ValueError(f"{name}: expected integers of {least} or more, got {values}")
         self.num_seqs = sum(self.group_sizes)
-        sizes = torch.tensor(self.group_sizes, dtype=torch.int64)
-        lens = torch.tensor(self.prefix_lens, dtype=torch.int32)
-        bounds = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+        sizes = torch.tensor(self.group_sizes, dtype=torch.int64, device="cpu")
+        lens = torch.tensor(self.prefix_lens, dtype=torch.int32, device="cpu")
+        bounds = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), sizes.cumsum(0)])
         # Moved to the device once, here: the passes copy nothing and can be captured in a graph.
         self._first_seqs = bounds[:-1].to(device)
         self._bounds = bounds.to(device)

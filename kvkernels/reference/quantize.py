@@ -75,7 +75,7 @@ def _fit(
     low: torch.Tensor, highest: torch.Tensor, levels: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The scale of a range, twice rounded, the code of its end, and what that restores."""
-    step = torch.tensor(1 / levels, dtype=torch.float32)
+    step = torch.tensor(1 / levels, dtype=torch.float32, device=low.device)
     scale = ((highest - low).clamp(min=0) * step).half()
     restored = low + scale.float() * _find_codes(highest, low, scale, levels)
     scale = ((restored.to(dtype).float() - low) * step).half()

@@ -54,7 +54,7 @@ class HostRoute:
         return native.empty_pool(shape, dtype=torch.uint8, device="cpu")
 
     def new_flags(self, num_blocks: int) -> torch.Tensor:
-        return torch.zeros(num_blocks, self._pool.layout.num_layers, dtype=torch.bool)
+        return torch.zeros(num_blocks, self._pool.layout.num_layers, dtype=torch.bool, device="cpu")
 
     def encode(
         self, block_ids: torch.Tensor, block_format: BlockFormat, payloads: torch.Tensor
@@ -191,4 +191,4 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _pinned(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, pin_memory=True)
+    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)

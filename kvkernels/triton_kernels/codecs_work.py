@@ -28,7 +28,7 @@ Layers = list[tuple[int, LayerFormat]]
 def _layer_table(entries: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
     """`[layers, 2]`, int64, kept for good: layers, and where they begin in units of 64 bytes."""
     with torch.inference_mode(False):
-        table = torch.tensor(entries, dtype=torch.int64)
+        table = torch.tensor(entries, dtype=torch.int64, device="cpu")
         if device.type != "cuda":
             return table.to(device)
         # It is there before anyone can have it, as kernels on any stream will read it; on a stream

@@ -66,3 +66,15 @@ def test_bad_arguments_are_named() -> None:
         kvkernels.encode_blocks(pool, ids, block_format, num_programs=0)
     with refuses("num_programs: expected a positive integer, got 1.0"):
         kvkernels.decode_blocks(encoded, pool, ids, num_programs=1.0)
+
+
+@pytest.mark.parametrize("codec", ["raw", "l12", "q8", "q4"])
+def test_a_default_device_is_not_that_of_tensors_on_the_cpu(codec: str) -> None:
+    layout = KVLayout(2, 1, 64, 16)
+    pool, ids = make_pool(layout, 2), torch.arange(2)
+    expected = kvkernels.encode_blocks(pool, ids, BlockFormat(layout, codec))
+    with torch.device("meta"):
+        encoded = kvkernels.encode_blocks(pool, ids, BlockFormat(layout, codec))
+        is_good = kvkernels.decode_blocks(encoded, pool, ids)
+    assert torch.equal(encoded.sums, expected.sums)
+    assert is_good.all()
