@@ -7,11 +7,17 @@ import sys
 
 from prefixstore.extras import missing_extra
 
+# What commands need beside the command line's own libraries; those for stores and keys nothing.
+_EXTRAS: dict[str | None, str] = {
+    **dict.fromkeys(("bench", "check", "demo", "quality"), "demo"),
+    "serve": "serve",
+}
+
 
 def main() -> None:
     """Entry point of the console script; ends the process with its exit status."""
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
-    message = missing_extra("serve" if command == "serve" else "demo")  # not `bench serve`
+    message = missing_extra(_EXTRAS.get(command, "cli"))
     if message:
         sys.exit(message)
     # The command line's own libraries are an extra: import them only after checking for them.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+_CLI = ("click", "rich")
 EXTRA_PACKAGES = {
-    "demo": ("click", "rich", "transformers", "accelerate", "gguf", "matplotlib"),
-    "serve": ("click", "rich", "transformers", "jinja2", "fastapi", "uvicorn", "prometheus_client"),
+    "cli": _CLI,
+    "demo": (*_CLI, "transformers", "accelerate", "gguf", "matplotlib"),
+    "serve": (*_CLI, "transformers", "jinja2", "fastapi", "uvicorn", "prometheus_client"),
     "bench": ("httpx",),  # beside those of the demo
 }
 

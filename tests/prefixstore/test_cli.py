@@ -16,6 +16,8 @@ from kvkernels import UnsupportedError, __version__
 from prefixstore.commands import kvkernels
 from prefixstore.demo import command
 from prefixstore.errors import ConfigError
+from prefixstore.extras import EXTRA_PACKAGES
+from prefixstore.tiers.disk import DiskTier, DiskTierConfig
 
 
 def run(*arguments: str) -> Result:
@@ -142,6 +144,7 @@ def test_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> Non
         return None if name in ("rich", "matplotlib") else object()
 
     monkeypatch.setattr(prefixstore.extras, "find_spec", find_spec)
+    monkeypatch.setattr(prefixstore.cli.sys, "argv", ["kvkernels", "demo"])
     with pytest.raises(SystemExit) as caught:
         prefixstore.cli.main()
     assert str(caught.value) == (
@@ -171,6 +174,21 @@ def test_only_the_server_needs_its_extra(
     with pytest.raises(SystemExit) as caught:
         prefixstore.cli.main()
     assert str(caught.value).startswith(status)
+
+
+def test_commands_for_stores_and_keys_need_no_models(tmp_path: Path) -> None:
+    DiskTier(DiskTierConfig(tmp_path / "kv", 1 << 20)).close()
+    others = {name for names in EXTRA_PACKAGES.values() for name in names}
+    others -= {*EXTRA_PACKAGES["cli"]}
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({others}));"
+        " import prefixstore.cli; prefixstore.cli.main()"
+    )
+    for words in (["--help"], ["key", tmp_path / "key"], ["store", "check", tmp_path / "kv"]):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *words], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
 
 
 def test_a_process_without_click_ends_with_one_line() -> None:
