@@ -42,13 +42,14 @@ _OF_LIBRARIES = frozenset(
         *("_is_hf_initialized", "_old_forward", "_output_capturing_hooks_installed", "forward"),
     }
 )
-# Attributes of whole models that repeat the configuration or note how the model was loaded.
+# Attributes of whole models that repeat the configuration or note how the model was loaded; and
+# the shift of positions behind a picture, which each call of `generate` sets for itself.
 _OF_WHOLE_MODELS = frozenset(
     {
         *("all_tied_weights_keys", "generation_config", "gradient_checkpointing", "hf_device_map"),
         *("hf_quantizer", "is_quantized", "kernel_config", "loss_type", "name_or_path"),
         *("peft_config", "prepare_inputs_for_generation", "quantization_method"),
-        *("warnings_issued",),
+        *("rope_deltas", "warnings_issued"),
     }
 )
 # Objects of this library hold a second copy of the weights from the first pass on.

@@ -81,6 +81,9 @@ class ServedModel:
         self._arguments = tuple(inspect.signature(model.forward).parameters)
         self._watch = ModuleWatch(model)
         self._weights = WeightWatch(model)
+        self._with_shift = [
+            vars(module) for module in model.modules() if "rope_deltas" in vars(module)
+        ]
         self._hooks = (
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
@@ -142,6 +145,16 @@ class ServedModel:
         if change is not None:
             raise ModelChanged(f"model: {change}; open another cache")
 
+    def _check_shifts(self) -> None:
+        """Models for pictures count on from the last one, in a pass that gives no positions."""
+        for fields in self._with_shift:
+            shift = fields["rope_deltas"]
+            if shift is not None and bool(shift.any()):
+                raise ValueError(
+                    "position_ids: expected positions of a model whose rope_deltas are those of a"
+                    " picture, got none; pass them, or set its rope_deltas to None"
+                )
+
     def _session_of(self, given: dict[str, Any]) -> WatchedSession | None:
         session = given.get("past_key_values")
         if isinstance(session, WatchedSession) and session.served_model is self:
@@ -173,6 +186,8 @@ class ServedModel:
             self._check_modules()  # to compare weights would make small models 3 % slower
         else:
             self.check_weights_at_hand()
+        if given.get("position_ids") is None:
+            self._check_shifts()
         session.check_step(given["input_ids"], given.get("position_ids"))
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from cached_models import VOCABULARY, random_tokens
+from cached_models import VOCABULARY, generate, random_tokens, run
 
 from kvkernels.errors import UnsupportedError
 from prefixstore.cache import PrefixCache
@@ -63,6 +63,54 @@ def test_a_picture_is_not_told_by_tokens():
             with cache.session(tokens) as session:
                 assert session.report.num_reused == num_reused
                 model.generate(tokens, past_key_values=session, **options)
+
+
+def tiny_qwen2_vl():
+    """Shifts positions behind a picture, which it keeps in an attribute between passes."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": rope,
+        "rope_scaling": rope,
+    }
+    vision = {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 64, "mlp_ratio": 2}
+    names = ("image", "video", "vision_start", "vision_end", "bos", "eos")
+    special = {f"{name}_token_id": 1 for name in names}
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **special)
+    return transformers.Qwen2VLForConditionalGeneration(config).eval()
+
+
+def test_a_model_for_pictures_answers_prompts_of_text():
+    model, tokens = tiny_qwen2_vl(), random_tokens(40).cpu()
+    plain = generate(model, tokens)
+    with PrefixCache.open(model, block_size=16, pool_tokens=256) as cache:
+        for num_reused in (0, 32):
+            answer, report = run(cache, model, tokens)
+            assert (answer, report.num_reused) == (plain, num_reused)
+        identity = cache.blocks.identity("")
+    model.model.rope_deltas = None
+    with PrefixCache.open(model, block_size=16, pool_tokens=256) as cache:
+        assert cache.blocks.identity("") == identity
+
+
+@torch.no_grad()
+def test_positions_behind_a_picture_are_not_told_by_tokens():
+    model, tokens = tiny_qwen2_vl(), random_tokens(40).cpu()
+    with (
+        PrefixCache.open(model, block_size=16, pool_tokens=256) as cache,
+        cache.session(tokens) as session,
+    ):
+        model.model.rope_deltas = torch.tensor([[-5]])
+        positions = torch.arange(40).expand(3, 1, -1)
+        for position_ids in (None, positions - 5):
+            with pytest.raises(ValueError, match="position_ids: expected"):
+                model(tokens, position_ids=position_ids, past_key_values=session)
+        model(tokens, position_ids=positions, past_key_values=session)
 
 
 def test_types_of_tokens_are_not_told_by_tokens():
