@@ -67,17 +67,10 @@ _ROW_WISE = {"LogSoftmax", "Softmax", "Softmin"}
 
 # Products of matrices, for which PyTorch takes kernels by their shapes.
 _PRODUCTS = {
-    *(
-        MATRIX_PRODUCT,
-        "matmul",
-        "__matmul__",
-        "mm",
-        "bmm",
-        "mv",
-        "einsum",
-        "tensordot",
-        "multi_dot",
-    ),
+    *(MATRIX_PRODUCT, "matmul", "__matmul__", "mm", "bmm", "mv", "inner", "einsum", "tensordot"),
+    *("multi_dot", "chain_matmul", "bilinear", "cdist", "convolution", "_convolution"),
+    *("_scaled_mm", "_weight_int8pack_mm", "_weight_int4pack_mm"),
+    *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)),
     *(name + ending for name in ("addmm", "addmv", "addbmm", "baddbmm") for ending in ("", "_")),
 }
 
@@ -151,6 +144,11 @@ def _refuse_unserved(model: torch.nn.Module) -> None:
             raise UnsupportedError(
                 "model: expected modules that are not compiled (code of another batch size may"
                 f" round otherwise), got {name or 'a model'} that is"
+            )
+        if any(isinstance(value, torch._C.ScriptObject) for value in vars(module).values()):
+            raise UnsupportedError(
+                "model: expected weights that are tensors, got packed ones in"
+                f" {name or 'the model'} of {type(module).__name__}"
             )
         own = without_ours(vars(module).get("forward"))
         if not (own is None or is_of_class(module, own)):

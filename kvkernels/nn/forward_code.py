@@ -23,6 +23,9 @@ import torch
 # modules have attributes of that name, too.
 LINEAR = "functional.linear"
 
+# What such a function is called by: `torch.ops.aten` and `torch._C._nn` have the same one.
+_HAVE_LINEAR = ("F", "functional", "aten", "_nn")
+
 # Stands for a sum with a factor in one operation, such as `torch.add(x, y, alpha=0.5)`.
 SCALED_SUM = "add(alpha)"
 
@@ -141,7 +144,7 @@ def _read(code: CodeType) -> tuple[frozenset[str], frozenset[tuple[str, float | 
     names = {*code.co_names, *code.co_freevars}
     steps = list(dis.get_instructions(code))
     for module, function in pairwise(steps):
-        if module.argval in ("F", "functional") and function.argval == "linear":
+        if module.argval in _HAVE_LINEAR and function.argval == "linear":
             names.add(LINEAR)
     if any(
         step.argval in _SUMS and "alpha" in _keywords(code, steps, at)

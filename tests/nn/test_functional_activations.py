@@ -5,7 +5,8 @@ import functools
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear as imported_linear
+from torch.nn.functional import silu
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 from kvkernels import UnsupportedError
@@ -164,20 +165,28 @@ def test_an_activation_that_a_module_holds_as_a_function_is_refused(name):
 class Tied(nn.Module):
     """Its last layer is a function call with the first layer's weights."""
 
-    def __init__(self, apply=None):
+    def __init__(self, apply):
         super().__init__()
         self.embed, self.apply_linear = nn.Embedding(9, 3), apply
 
     def forward(self, rows):
-        if self.apply_linear is not None:
-            return self.apply_linear(rows, self.embed.weight)
-        return nn.functional.linear(rows, self.embed.weight)
+        return self.apply_linear(rows, self.embed.weight)
 
 
-@pytest.mark.parametrize("apply", [None, nn.functional.linear, lambda *args: linear(*args)])
-def test_linear_layers_as_functions_are_refused(apply):
+LINEARS = {
+    "named": lambda *args: nn.functional.linear(*args),
+    "held": nn.functional.linear,
+    "imported": lambda *args: imported_linear(*args),
+    "operator": lambda *args: torch.ops.aten.linear(*args),
+    "overload": lambda *args: torch.ops.aten.linear.default(*args),
+    "binding": lambda *args: torch._C._nn.linear(*args),
+}
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_linear_layers_as_functions_are_refused(name):
     with pytest.raises(UnsupportedError, match=r"calls linear as a function: 1 of Tied"):
-        batch_invariance.install(nn.Sequential(nn.Identity(), Tied(apply)))
+        batch_invariance.install(nn.Sequential(nn.Identity(), Tied(LINEARS[name])))
 
 
 PRODUCTS = {
@@ -186,6 +195,10 @@ PRODUCTS = {
     "bmm": lambda rows: rows.bmm(rows.mT),
     "baddbmm_": lambda rows: torch.zeros(1, 3, 3).baddbmm_(rows, rows.mT),
     "einsum": lambda rows: torch.einsum("bij,bkj->bik", rows, rows),
+    "inner": lambda rows: torch.inner(rows, rows),
+    "chain_matmul": lambda rows: torch.chain_matmul(rows[0], rows[0].T),
+    "conv1d": lambda rows: nn.functional.conv1d(rows, rows),
+    "cdist": lambda rows: torch.cdist(rows, rows),
 }
 
 
