@@ -64,6 +64,7 @@ class ServedModel:
     A forward pass with one of the cache's sessions must run on the session's own tokens, at their
     own positions, and on the weights whose digest is part of every block's identity. `generate`
     runs the model on those tokens alone that the session lacks: the ones before are compared too.
+    A copy of the model, or what is pickled of it, is served no more.
 
     Args:
         model: A Hugging Face causal language model. Its attention is set to read the cache's
@@ -93,6 +94,9 @@ class ServedModel:
             model.prepare_inputs_for_generation = _CheckedPrepare(
                 self, model.prepare_inputs_for_generation
             )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _make_closed, ()  # the model's hooks and methods refer to it
 
     def check_weights(self) -> None:
         """Raise ValueError if the model computes something else than when the cache was opened."""
@@ -161,16 +165,20 @@ class ServedModel:
             return session
         return None
 
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What a forward pass was given, by name."""
+        return dict(zip(self._arguments, args, strict=False)) | kwargs
+
     def _after_forward(
         self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        session = self._session_of(dict(zip(self._arguments, args, strict=False)) | kwargs)
+        session = self._session_of(self._named(args, kwargs))
         if session is not None:
             session.end_step()
 
     @torch.compiler.disable  # which would have to compile a look at every module
     def _before_forward(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = dict(zip(self._arguments, args, strict=False)) | kwargs
+        given = self._named(args, kwargs)
         session = self._session_of(given)
         if session is None:
             return
@@ -203,9 +211,19 @@ class _CheckedPrepare:
         self.prepare = prepare
         self.__signature__ = inspect.signature(prepare)  # which `generate` reads
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _CheckedPrepare, (self.served_model, self.prepare)
+
     def __call__(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self.served_model.check_prompt(input_ids, kwargs)
         return self.prepare(input_ids, *args, **kwargs)
+
+
+def _make_closed() -> ServedModel:
+    """One that no session knows."""
+    served_model = ServedModel.__new__(ServedModel)
+    served_model._is_closed, served_model._arguments = True, ()
+    return served_model
 
 
 def _is_nothing(value: Any) -> bool:

@@ -1,6 +1,5 @@
 """A cache watches its model's weights, restores the model, and refuses invalid arguments."""
 
-import copy
 import threading
 from pathlib import Path
 
@@ -19,14 +18,6 @@ from kvkernels.errors import UnsupportedError
 from kvkernels.nn import fused_layers
 from prefixstore.cache import PrefixCache
 from prefixstore.errors import ConfigError, ModelChanged, TierUnavailable
-
-
-def test_a_served_model_can_be_copied(model, open_cache):
-    open_cache()
-    tokens = random_tokens(40)
-    copied = copy.deepcopy(model)
-    assert copied.prepare_inputs_for_generation.prepare.__self__ is copied
-    assert generate(copied, tokens) == generate(model, tokens)
 
 
 def key_weight(model):
