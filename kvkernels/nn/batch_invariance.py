@@ -236,6 +236,11 @@ def _find_forward(name: str, module: torch.nn.Module) -> Callable[..., Any] | No
                     "model: expected linear layers with plain tensors for weights, got"
                     f" {type(tensor).__name__} in {name}"
                 )
+            if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+                raise UnsupportedError(
+                    "model: expected linear layers with weights of stride 1 in the last dimension,"
+                    f" got {tensor.stride()} in {name}"
+                )
         forward = partial(_apply_linear, module)
     elif kind.__module__ in _ACTIVATION_MODULES and not _keeps_bits(module):
         if kind.__name__ not in _ELEMENT_WISE:

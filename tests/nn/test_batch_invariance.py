@@ -215,6 +215,12 @@ def with_a_matrix_of_its_own():
     return model
 
 
+def with_a_transposed_weight():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4))
+    model[0].weight.data = torch.zeros(3, 4).t()
+    return model
+
+
 def with_packed_weights():
     model = torch.nn.Sequential(torch.nn.Linear(3, 3))
     return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
@@ -234,6 +240,7 @@ def with_another_forward():
     ("make", "what"),
     [
         (with_own_linear, "OwnLinear"),
+        (with_a_transposed_weight, r"stride 1 .*, got \(1, 4\) in 0"),
         (with_packed_weights, r"packed ones in 0\._packed_params of LinearPackedParams"),
         (with_a_matrix_of_its_own, r"0\.experts in Identity"),
         (with_another_forward, "forward of their class, got 0 with a function of test_batch_inv"),
