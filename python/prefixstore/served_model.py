@@ -34,6 +34,8 @@ _TOLD_BY_TOKENS = frozenset(
     }
 )
 
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
 
 @runtime_checkable
 class WatchedSession(Protocol):
@@ -71,15 +73,16 @@ class ServedModel:
             pools until `close`.
 
     Raises:
-        UnsupportedError: If its attention cannot be replaced, or its positions do not count all
-            tokens.
+        UnsupportedError: If its attention cannot be replaced, its positions do not count all
+            tokens, or it is one of PEFT's around the model.
     """
 
     def __init__(self, model: Any) -> None:
+        _refuse_wrappers(model)
         _refuse_skipped_tokens(model)
         install(model)
         self._model = model
-        self._arguments = tuple(inspect.signature(model.forward).parameters)
+        self._arguments = _positional_names(model.forward)
         self._watch = ModuleWatch(model)
         self._weights = WeightWatch(model)
         self._with_shift = [
@@ -182,6 +185,10 @@ class ServedModel:
         session = self._session_of(given)
         if session is None:
             return
+        if len(args) > len(self._arguments):
+            raise UnsupportedError(
+                f"forward: expected arguments by name with a session, got {len(args)} without"
+            )
         for name, value in given.items():
             if name not in _TOLD_BY_TOKENS and not _is_nothing(value):
                 raise UnsupportedError(
@@ -231,6 +238,22 @@ def _is_nothing(value: Any) -> bool:
     return (
         value is None or value is False or (isinstance(value, Mapping | list | tuple) and not value)
     )
+
+
+def _positional_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Of the parameters that arguments without a name are for."""
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(one.name for one in parameters if one.kind in _POSITIONAL)
+
+
+def _refuse_wrappers(model: Any) -> None:
+    """PEFT's own models run the `generate`, or the forward, of the one they hold: past the hooks of
+    theirs."""
+    if any(hasattr(model, name) for name in ("get_base_model", "merge_and_unload")):
+        raise UnsupportedError(
+            "model: expected the model within PEFT's, which computes with the adapters, as given by"
+            f" get_base_model(), got {type(model).__name__}"
+        )
 
 
 def _refuse_skipped_tokens(model: torch.nn.Module) -> None:

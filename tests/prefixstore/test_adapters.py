@@ -155,6 +155,15 @@ def test_an_adapter_switched_for_one_answer_is_refused(model, adapt, open_cache)
         assert generate(model, tokens, session, num_new=2) == plain
 
 
+@pytest.mark.parametrize("depth", ["outer", "tuner"])
+def test_a_model_that_holds_the_model_is_refused(model, depth):
+    adapted = Peft(model)._adapted
+    before = model.config._attn_implementation
+    with pytest.raises(UnsupportedError, match=r"get_base_model\(\), got (Peft|Lora)Model"):
+        PrefixCache.open(adapted if depth == "outer" else adapted.base_model, pool_tokens=64)
+    assert model.config._attn_implementation == before
+
+
 def layers_of(model):
     return [module for module in model.modules() if hasattr(module, "merged_adapters")]
 

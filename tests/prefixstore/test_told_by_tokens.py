@@ -125,3 +125,20 @@ def test_types_of_tokens_are_not_told_by_tokens():
         pytest.raises(UnsupportedError, match="token_type_ids: expected input_ids alone"),
     ):
         model(tokens, token_type_ids=torch.zeros_like(tokens), past_key_values=session)
+
+
+def test_arguments_without_a_name_are_refused():
+    class Passing(transformers.GPT2LMHeadModel):
+        def forward(self, *args, **options):
+            return super().forward(*args, **options)
+
+    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2)
+    model, tokens = Passing(config).eval(), random_tokens(40).cpu()
+    with (
+        torch.no_grad(),
+        PrefixCache.open(model, block_size=16, pool_tokens=256) as cache,
+        cache.session(tokens) as session,
+    ):
+        with pytest.raises(UnsupportedError, match="arguments by name with a session, got 1 with"):
+            model(tokens, past_key_values=session)
+        model(input_ids=tokens, past_key_values=session)
