@@ -12,6 +12,7 @@ from obstore.store import LocalStore
 from sample_blocks import IDENTITY, LARGE_LAYOUT, LAYOUT, load_block, make_keys, make_record
 from tier_kinds import REMOTE, get, held, put, put_many
 
+from prefixstore.errors import TierUnavailable
 from prefixstore.record import BlockKey, chain_keys
 from prefixstore.store import Store
 from prefixstore.tiers.base import Swept
@@ -241,6 +242,34 @@ def test_forgetting_an_identity_removes_what_is_left_of_its_writes(make_local, d
     tier.delete_identity(key.identity)
     assert kept.exists() and not any(path.exists() for path in own)
     assert held(tier, [key, other]) == [False, True]
+
+
+@pytest.mark.parametrize("target", ["itself", "nothing"])
+def test_a_link_to_no_object_is_none_and_is_replaced(make_local, directory, target):
+    tier = make_local()
+    keys = make_keys(3)
+    put_many(tier, keys)
+    place = path_of(directory, keys[0])
+    place.unlink()
+    place.symlink_to(place if target == "itself" else directory / target)
+    assert held(tier, keys) == [False, True, True] and get(tier, keys[0]) is None
+    assert tier.list_identities()[IDENTITY].num_records == 2
+    put_many(tier, keys)
+    assert held(tier, keys) == [True, True, True]
+    place.with_name("strange").symlink_to("strange")
+    assert tier.sweep() == Swept() and tier.check() == []
+    tier.delete_identity(IDENTITY)
+    assert held(tier, keys) == [False, False, False]
+
+
+def test_a_record_whose_place_is_taken_is_not_kept(make_local, directory):
+    tier = make_local()
+    keys = make_keys(2)
+    path_of(directory, keys[0]).mkdir(parents=True)
+    records = [memoryview(make_record(key)) for key in keys]
+    taken, kept = tier.put_many([key.name for key in keys], records)
+    assert isinstance(taken, TierUnavailable) and kept is None
+    assert held(tier, keys) == [False, True]
 
 
 def test_check_tells_no_more_than_anyone_reads(make_local, directory):

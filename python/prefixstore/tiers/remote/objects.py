@@ -31,6 +31,7 @@ _CODE = re.compile(r"<Code>(\w{1,64})</Code>")
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")
 _BAD_RANGE = ("Requested range was invalid", "status code: 416")
+_LOOPS = ("Too many levels of symbolic links", "File system loop found")
 _METADATA = ("//169.254.169.254", "//metadata.google.internal")
 _BAD_ADDRESS = ("builder error",)  # the client's only words for an address that it cannot ask
 _DENIED = (401, 403)
@@ -47,6 +48,8 @@ class ObjectInfo(NamedTuple):
 
 class Objects:
     """The objects of one bucket. Opening asks no server; all else is to run on an event loop.
+
+    In a directory, a link to nothing or to itself is no object, and written over.
 
     Raises:
         ConfigError: On opening, if obstore is not installed or refuses the configuration.
@@ -66,6 +69,7 @@ class Objects:
         self._bucket = config.bucket
         self._part_bytes = config.part_bytes
         self._errors = obstore.exceptions
+        self._is_directory = config.kind == "file"
         self._can_create = True  # until the store refuses
         try:
             self._store = _open_store(config)
@@ -90,6 +94,10 @@ class Objects:
             except FileNotFoundError as error:
                 self._check_bucket(error)
                 return None
+            except self._errors.GenericError as error:
+                if not _is_any_of(_LOOPS, error):
+                    raise
+                return None
 
     async def get(
         self,
@@ -113,9 +121,10 @@ class Objects:
                 self._check_bucket(error)
                 return None
             except self._errors.GenericError as error:
-                if part is None or not _is_any_of(_BAD_RANGE, error):
+                is_short = part is not None and _is_any_of(_BAD_RANGE, error)
+                if not is_short and not _is_any_of(_LOOPS, error):
                     raise
-                return await self.head(path)  # the object is there, but ends before the range
+                return await self.head(path)  # an object that ends before the range, or a loop
             info = _info(result.meta)
             start, end = result.range
             if not wants(info):
@@ -138,12 +147,14 @@ class Objects:
                     await self._store.put_async(path, data, mode="create", use_multipart=False)
                     return True
                 except self._errors.AlreadyExistsError:
-                    return False
+                    if not self._is_directory or await self.head(path) is not None:
+                        return False
+                    # else it is no file, and is written over if it can be
                 except self._errors.BaseError as error:
                     is_unsupported = isinstance(error, self._errors.NotSupportedError)
                     if _status(error) != 501 and not is_unsupported:
                         raise
-            self._can_create = False
+                    self._can_create = False
         await self.overwrite(path, data)
         return True
 
@@ -178,14 +189,23 @@ class Objects:
                     self._check_bucket(error)
 
     async def list(self, prefix: str) -> AsyncIterator[Sequence[ObjectInfo]]:
-        """All objects below a name, in batches."""
-        batches = self._store.list(prefix, chunk_size=DELETE_BATCH)
+        """All objects below a name, in batches.
+
+        Those of a directory are of one object: with an entry that cannot be looked at the client
+        drops the batch it is in. That takes 90 us an object instead of 13, on a local disk.
+        """
+        batch_size = 1 if self._is_directory else DELETE_BATCH
+        batches = self._store.list(prefix, chunk_size=batch_size)
         while True:
             with self._translated():
                 try:
                     batch = await anext(batches)
                 except StopAsyncIteration:
                     return
+                except self._errors.GenericError as error:
+                    if not _is_any_of(_LOOPS, error):
+                        raise
+                    continue
             yield [_info(meta) for meta in batch]
 
     @contextmanager
