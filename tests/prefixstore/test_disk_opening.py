@@ -6,6 +6,7 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,37 @@ def test_a_free_slot_of_no_slab_is_damage(tmp_path):
     tier = open_tier(tmp_path)
     assert tier.check() == []
     assert count_right(tier, make_keys(1)) == 1
+    tier.close()
+
+
+@pytest.mark.parametrize("value", [b"\x00\x00", 1.5, 1e300])
+@pytest.mark.parametrize("column", ["slot_bytes", "record_bytes", "ticket", "expires_at"])
+def test_a_cell_of_another_type_is_damage(tmp_path, column, value):
+    keys = make_keys(12)
+    tier = open_tier(tmp_path)
+    put(tier, keys[:10])
+    tier.close()
+    with sqlite3.connect(tmp_path / "index.sqlite") as sql:
+        sql.execute(f"UPDATE slots SET {column} = ? WHERE slot IN (0, 10)", (value,))
+    sql.close()
+    tier = open_tier(tmp_path)
+    calls = [
+        lambda: count_right(tier, keys),
+        lambda: count_right(tier, keys),
+        lambda: put(tier, keys[10:]),
+        lambda: tier.delete_many([keys[11].name]),
+        tier.sweep,
+        tier.check,
+    ]
+    for call in calls:
+        with suppress(TierUnavailable):
+            call()
+    tier.close()
+    tier = open_tier(tmp_path)
+    tier.check(fix=True)
+    assert tier.check() == []
+    put(tier, keys)
+    assert count_right(tier, keys) == 12
     tier.close()
 
 

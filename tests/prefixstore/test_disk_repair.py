@@ -59,6 +59,10 @@ def change_sizes(path: Path) -> None:
     change_index(path, "UPDATE slots SET record_bytes = 5000 WHERE slab_id = 1 AND slot < 4")
 
 
+def lose_names(path: Path) -> None:
+    change_index(path, "UPDATE slots SET block_hash = NULL WHERE slab_id = 1 AND slot IN (3, 9)")
+
+
 @pytest.mark.parametrize(
     ("damage", "num_problems", "num_left"),
     [
@@ -68,6 +72,7 @@ def change_sizes(path: Path) -> None:
         (remove, 10, 20),
         (lose_rows, 1, 30),  # the records are there: the slab is scanned again
         (change_sizes, 8, 30),
+        (lose_names, 2, 28),
     ],
 )
 def test_what_check_finds_it_mends(

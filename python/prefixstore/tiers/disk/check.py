@@ -27,7 +27,7 @@ _MISSHAPEN = (
 )
 _COUNT = "SELECT count(*), min(slot), max(slot) FROM slots WHERE slab_id = ?"
 _READY = (
-    "SELECT slot, ticket, identity, block_hash, record_bytes FROM slots"
+    "SELECT slot, ticket, ifnull(identity, x''), ifnull(block_hash, x''), record_bytes FROM slots"
     f" WHERE slab_id = ? AND state = {READY} ORDER BY slot"
 )
 

@@ -25,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 QUICK_CHECK = "SELECT quick_check FROM pragma_quick_check WHERE quick_check != 'ok'"
 FULL_CHECK = "SELECT integrity_check FROM pragma_integrity_check WHERE integrity_check != 'ok'"
+COLUMNS = (
+    "SELECT tables.name, columns.name, lower(columns.type) FROM sqlite_master AS tables"
+    " JOIN pragma_table_info(tables.name) AS columns WHERE tables.name IN ('slabs', 'slots')"
+)
 
 
 class Directory:
@@ -86,9 +90,9 @@ class Directory:
         try:
             if is_alone:
                 _check_pages(writer)
-                if writer.mark.exists():
-                    _rebuild_trees(writer)
             schema.prepare(writer, is_alone)
+            if is_alone and writer.mark.exists():
+                _rebuild_trees(writer)
             with writer.writing() as sql:
                 clock = clock or open_clock(sql)
                 if config.quota_bytes is not None:
@@ -194,12 +198,26 @@ def _check_pages(connection: Connection) -> None:
 
 
 def _rebuild_trees(connection: Connection) -> None:
-    """Make SQLite's trees anew from the rows, which the quick check has found readable."""
+    """Make SQLite's trees anew from the rows, which the quick check has found readable.
+
+    Raises IndexDamaged if that was not all.
+    """
     with connection.writing() as sql:
         sql.execute("REINDEX")
     _refuse_problem(connection, FULL_CHECK)
+    _check_cells(connection)
     connection.mark.unlink()
     logger.warning("%s: a call found the index damaged; mended it", connection.tier_name)
+
+
+def _check_cells(connection: Connection) -> None:
+    """Raises IndexDamaged for a cell of another type than its column's: SQLite takes any."""
+    with connection.reading() as sql:
+        for table, column, kind in sql.execute(COLUMNS).fetchall():
+            is_odd = f"typeof({column}) NOT IN ('{kind}', 'null')"
+            if sql.execute(f"SELECT 1 FROM {table} WHERE {is_odd} LIMIT 1").fetchone():
+                where = f"{connection.tier_name}: {connection.path}"
+                raise IndexDamaged(f"{where}: expected {column} of {table} to be {kind}")
 
 
 def _refuse_problem(connection: Connection, check: str) -> None:

@@ -64,6 +64,8 @@ def refs_of(rows: Iterable[tuple[int, int, int, int, int]]) -> list[SlotRef]:
     """Slots out of rows of slab_id, slot_bytes, num_slots, slot and ticket; of nobody yet."""
     refs, slab = [], None  # neighbouring rows are mostly of one slab
     for slab_id, slot_bytes, num_slots, slot, ticket in rows:
+        if not (type(slot) is type(slot_bytes) is type(ticket) is int):
+            raise TypeError(f"expected a slot's numbers, got {(slot, slot_bytes, ticket)!r:.100}")
         if slab is None or slab.slab_id != slab_id:
             slab = Slab(slab_id, slot_bytes, num_slots)
         refs.append(SlotRef(slab, slot, ticket, NOBODY, 0))
@@ -96,6 +98,8 @@ def find(sql: sqlite3.Connection, hashes: Sequence[BlockHash], now: int) -> Iter
     slab_of = cache(Slab)
     for row in sql.execute(query, (*hashes, now)):
         slab_id, slot_bytes, num_slots, slot, ticket, *name, size, expires_at = row
+        if not (type(slot) is type(slot_bytes) is type(size) is int):
+            raise TypeError(f"expected a record's numbers, got {(slot, slot_bytes, size)!r:.100}")
         slab = slab_of(slab_id, slot_bytes, num_slots)
         yield SlotRef(slab, slot, ticket, RecordName(*name), size, expires_at)
 

@@ -114,7 +114,9 @@ class Connection:
         """Raise in our own words what SQLite raised."""
         if isinstance(error, sqlite3.Error):
             raise self._translated(error) from error
-        if isinstance(error, UnicodeDecodeError):  # SQLite's own message quotes the damaged bytes
+        # Text that is none (SQLite's own message quotes the damaged bytes), and numbers that are
+        # none: its tables take any value in any column.
+        if isinstance(error, (UnicodeDecodeError, TypeError, OverflowError)):
             raise self._damaged(f"{self.tier_name}: {self.path}: {error}") from error
 
     def _translated(self, error: sqlite3.Error) -> TierError:
