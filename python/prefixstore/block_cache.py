@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -52,7 +52,7 @@ class BlockCache:
             for group, layouts in zip(groups, self._record_layouts, strict=True)
         ]
         self._pinned = _pin_lent_memory(groups, store)
-        self._published = RecentNames()
+        self._were_here = RecentNames()  # group 0's blocks that were computed or loaded
         self._lock = threading.Lock()  # over the counters below
         self._num_prompts = 0
         self._prompt_tokens = 0
@@ -116,14 +116,11 @@ class BlockCache:
         """
         num_indexed = self.device.insert(tokens, salt, block_ids)
         computed = [number for number in computed if number < num_indexed]
-        if keys is not None and len(computed):
-            self._published.add([keys[0][number].name for number in computed])
-        if self.store is not None and len(computed):
+        if computed:
             keys = self.keys(tokens, salt) if keys is None else keys
-            for group, group_keys in enumerate(keys):
-                for number in computed:
-                    if block_ids[number, group] >= 0:
-                        self._save(group, group_keys[number], int(block_ids[number, group]))
+            self._were_here.add([keys[0][number].name for number in computed])
+            if self.store is not None:
+                self._save_all(keys, block_ids, computed)
         return self.device.pin(tokens, salt, block_ids)
 
     def quarantine(
@@ -150,9 +147,14 @@ class BlockCache:
             self.store.quarantine(wrong)
         return wrong
 
-    def were_published(self, keys: Sequence[BlockKey]) -> list[bool]:
-        """Whether this process has published blocks that it may have lost since; group 0's keys."""
-        return self._published.contains_many([key.name for key in keys])
+    def note_loaded(self, keys: Iterable[BlockKey]) -> None:
+        """Blocks came from the tiers; group 0's keys."""
+        self._were_here.add([key.name for key in keys])
+
+    def were_here(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Whether this process has computed or loaded blocks that it may have lost since; group
+        0's keys."""
+        return self._were_here.contains_many([key.name for key in keys])
 
     def touch(
         self, keys: Sequence[Sequence[BlockKey]], block_ids: np.ndarray, numbers: Sequence[int]
@@ -201,6 +203,17 @@ class BlockCache:
             pool_blocks.close()
         if self._pinned is not None:
             self._pinned.close()
+
+    def _save_all(
+        self,
+        keys: Sequence[Sequence[BlockKey]],
+        block_ids: np.ndarray,
+        numbers: Sequence[int],
+    ) -> None:
+        for group, group_keys in enumerate(keys):
+            for number in numbers:
+                if block_ids[number, group] >= 0:
+                    self._save(group, group_keys[number], int(block_ids[number, group]))
 
     def _save(self, group: int, key: BlockKey, block_id: int, is_reuse: bool = False) -> None:
         assert self.store is not None

@@ -75,6 +75,7 @@ def restore_prefix(
     is_loaded = any(tier != DEVICE for tier in tiers)
     prefix = tokens[: usable * device.block_size]
     if is_loaded:
+        blocks.note_loaded(keys[0][at] for at, tier in enumerate(tiers) if tier != DEVICE)
         device.insert(prefix, salt, block_ids)
     if is_loaded or usable < len(found):
         device.unpin(match)

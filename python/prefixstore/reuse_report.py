@@ -10,7 +10,7 @@ class MissReason(str, Enum):
     """Why a whole block of a prompt was computed."""
 
     NEW = "new"  # nobody computed it before, as far as this process and its tiers know
-    EVICTED = "evicted"  # this process had it once; no place holds it any more
+    EVICTED = "evicted"  # this process computed or loaded it once; no place holds it any more
     LOST = "lost"  # a tier said it holds it, and then did not give it, or gave it wrong
     LATE = "late"  # it was asked for, and computing was faster
     CHEAPER = "cheaper"  # a tier holds it; computing it was expected to be faster

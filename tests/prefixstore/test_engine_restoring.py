@@ -10,7 +10,7 @@ import pytest
 import torch
 from cached_models import BLOCK_SIZE, tiny_gemma3, tiny_llama
 from dict_tier import DictTier, raises
-from engines import GREEDY, Numbers, expected, prompt
+from engines import GREEDY, Numbers, expected, open_over, prompt
 from failing_tiers import Gate
 
 from prefixstore.cache import PrefixCache
@@ -199,6 +199,18 @@ def test_what_a_tier_that_is_down_may_hold_is_neither_new_nor_evicted(model, tie
         assert output.report.reuse.misses == {"unreachable": 30 * BLOCK_SIZE}
         engine.cache.evict_pool()
     assert engine.cache.stats().store.tiers[0].is_down
+
+
+def test_what_was_loaded_and_then_went_everywhere_is_evicted(model, tier, open_engine):
+    tokens, before = prompt(LENGTH), DictTier("slow")
+    with open_over(model, before) as first:
+        warm(first, tokens)
+        tier.records = dict(before.records)
+    engine = open_engine()
+    warm(engine, tokens)
+    tier.records.clear()
+    output = engine.submit(tokens, GREEDY).result(60)
+    assert output.report.reuse.misses == {"evicted": 30 * BLOCK_SIZE}
 
 
 @pytest.mark.parametrize("missing", [[0], [20], [3, 4, 17, 29]], ids=str)

@@ -169,7 +169,7 @@ class Restorer:
     ) -> None:
         plan = self._plan(restoring, restoring.num_device, held.tiers if held else (), now)
         missing = keys[0][restoring.num_device : restoring.num_whole]
-        restoring.start(plan, held, self._blocks.were_published(missing), now)
+        restoring.start(plan, held, self._blocks.were_here(missing), now)
 
     def _restart(
         self, restoring: Restoring, keys: Sequence[Sequence[BlockKey]], held: HeldBlocks, now: float
@@ -243,6 +243,7 @@ class Restorer:
                 self._num_loading -= 1
                 kept = restoring.call_done(numbers, found, done - now, done)
                 call.keep(set(kept))
+                self._blocks.note_loaded(keys[0][number] for number in kept)
                 if not found and not call.is_given_up:
                     self._observe_given_up(restoring, call, done)
                 self._changed.notify_all()

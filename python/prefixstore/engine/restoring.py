@@ -78,7 +78,7 @@ class Restoring:
         self._lost: set[int] = set()
         self._late: set[int] = set()
         self._has_no_room = False
-        self._was_published: Sequence[bool] = ()
+        self._was_here: Sequence[bool] = ()
 
     @property
     def num_whole(self) -> int:
@@ -91,7 +91,7 @@ class Restoring:
         self,
         plan: RestorePlan,
         held: HeldBlocks | None,
-        was_published: Sequence[bool],
+        was_here: Sequence[bool],
         now: float,
     ) -> None:
         """The look-up is over.
@@ -99,14 +99,14 @@ class Restoring:
         Args:
             plan: What is to be loaded.
             held: What tiers hold; None if there was no answer in time.
-            was_published: Of each of them whether this process had it once.
+            was_here: Of each of them whether this process had it once.
             now: When.
         """
         self.lookup_s = now - self._began
         self._planned = now
         self._plan, self._held = plan, held
         self._meeting = Meeting(plan)
-        self._was_published = was_published
+        self._was_here = was_here
 
     @property
     def is_planned(self) -> bool:
@@ -300,7 +300,7 @@ class Restoring:
         if number in self._held.cut_off or number in self._meeting.cut_off:
             return MissReason.WINDOW
         if at >= len(self._held.tiers) or self._held.tiers[at] is None:
-            return MissReason.EVICTED if self._was_published[at] else MissReason.NEW
+            return MissReason.EVICTED if self._was_here[at] else MissReason.NEW
         if number < self._num_before_answer:
             return MissReason.LATE
         return MissReason.NO_ROOM if self._has_no_room else MissReason.CHEAPER
