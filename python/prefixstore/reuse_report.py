@@ -15,6 +15,7 @@ class MissReason(str, Enum):
     LATE = "late"  # it was asked for, and computing was faster
     CHEAPER = "cheaper"  # a tier holds it; computing it was expected to be faster
     UNREACHABLE = "unreachable"  # a tier that might hold it gave no answer
+    QUARANTINED = "quarantined"  # it was found wrong, or one before it: no tier's is used any more
     NO_ROOM = "no_room"  # a tier holds it; the pool had no blocks left
     WINDOW = "window"  # a tier holds it; a sliding window needs another block that is gone or lost
 

@@ -213,6 +213,18 @@ def test_what_was_loaded_and_then_went_everywhere_is_evicted(model, tier, open_e
     assert output.report.reuse.misses == {"evicted": 30 * BLOCK_SIZE}
 
 
+def test_what_was_found_wrong_is_quarantined_whoever_holds_it(model, tier, open_engine):
+    engine, tokens = open_engine(), prompt(LENGTH)
+    warm(engine, tokens)
+    num_records, blocks = len(tier.records), engine.cache.blocks
+    whole = np.array(tokens, dtype=np.uint32)
+    blocks.quarantine(whole, "", blocks.keys(whole, ""), num_kept=10)
+    output = engine.submit(tokens, GREEDY).result(60)
+    assert list(output.token_ids) == expected(model, tokens)
+    assert len(tier.records) == num_records
+    assert output.report.reuse.misses == {"quarantined": 20 * BLOCK_SIZE}
+
+
 @pytest.mark.parametrize("missing", [[0], [20], [3, 4, 17, 29]], ids=str)
 def test_what_lies_behind_a_missing_block_is_loaded_unless_windows_need_it(
     model, tier, open_engine, missing

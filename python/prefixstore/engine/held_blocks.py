@@ -23,11 +23,13 @@ class HeldBlocks:
             them that are gone.
         unanswered: Numbers of the blocks that might be used if a tier that gave no answer has what
             it was asked for.
+        quarantined: Numbers of the blocks of which some part is not to be loaded, whoever holds it.
     """
 
     tiers: Sequence[str | None] = ()
     cut_off: Collection[int] = ()
     unanswered: Collection[int] = ()
+    quarantined: Collection[int] = ()
 
 
 def held_blocks(
@@ -75,7 +77,9 @@ def held_blocks(
         np.flatnonzero(is_usable).tolist()
     )
     there = np.flatnonzero(_are_held(is_held, windows))
-    return HeldBlocks(tiers, frozenset(there[there >= end].tolist()) - unanswered, unanswered)
+    cut_off = frozenset(there[there >= end].tolist()) - unanswered
+    quarantined = frozenset(first + at for own in answers for at in own.barred)
+    return HeldBlocks(tiers, cut_off, unanswered, quarantined)
 
 
 def _are_held(is_held: Sequence[np.ndarray], windows: Sequence[int | None]) -> np.ndarray:

@@ -297,6 +297,8 @@ class Restoring:
             return MissReason.LATE
         if self._held is None or number in self._held.unanswered:
             return MissReason.UNREACHABLE
+        if number in self._held.quarantined:
+            return MissReason.QUARANTINED
         if number in self._held.cut_off or number in self._meeting.cut_off:
             return MissReason.WINDOW
         if at >= len(self._held.tiers) or self._held.tiers[at] is None:

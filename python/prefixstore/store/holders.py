@@ -18,17 +18,20 @@ class Holders:
         tiers: For each the name of the fastest tier that says it holds it, or None.
         unanswered: Indices of those that no tier says it holds, and of which some tier said
             nothing.
+        barred: Indices of those that no tier was asked for.
     """
 
     tiers: Sequence[str | None]
     unanswered: Collection[int] = ()
+    barred: Collection[int] = ()
 
     def split(self, sizes: Sequence[int]) -> list[Holders]:
         """The same, of one part after another of so many records."""
         parts, start = [], 0
         for size in sizes:
             unanswered = {i for i in range(size) if start + i in self.unanswered}
-            parts.append(Holders(self.tiers[start : start + size], unanswered))
+            barred = {i for i in range(size) if start + i in self.barred}
+            parts.append(Holders(self.tiers[start : start + size], unanswered, barred))
             start += size
         return parts
 
@@ -62,4 +65,5 @@ def find_holders(
                 found[i] = tier.name
             elif is_there is None:
                 unanswered.add(i)
-    return Holders(found, {i for i in unanswered if found[i] is None})
+    barred = {i for i, one in enumerate(is_barred) if one}
+    return Holders(found, {i for i in unanswered if found[i] is None}, barred)

@@ -19,6 +19,7 @@ const REASONS = {
   late: ["late", "It was being loaded; computing it was done first."],
   cheaper: ["cheaper to compute", "A tier holds it; loading it would have taken longer."],
   unreachable: ["tier unreachable", "A tier that may hold it gave no answer."],
+  quarantined: ["quarantined", "It was found wrong, or one before it. What tiers hold of it is not used."],
   no_room: ["no room", "A tier holds it; the pool had no blocks left. A larger pool helps."],
   window: ["window gone", "A sliding window's blocks before the prefix's end were evicted."],
 };
