@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
@@ -333,4 +334,8 @@ class PrefixCache:
             tokens_by_tier=by_tier,
             num_recomputed=len(tokens) - sum(by_tier.values()),
             restore_s=restore_s,
+            misses={
+                reason.value: count * self.config.block_size
+                for reason, count in Counter(restored.misses).items()
+            },
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from prefixstore.block_cache import BlockCache
 from prefixstore.index import Match
 from prefixstore.record import BlockKey
 from prefixstore.residency import first_block_needed, longest_prefix
+from prefixstore.reuse_report import MissReason
 
 DEVICE = "device"  # the name of the pool among the tiers, in reports
 
@@ -25,6 +26,7 @@ class RestoredPrefix:
         match: The pinned run of the index.
         block_ids: `[num_blocks, num_groups]` int32; -1 where no later token can see the block.
         tiers: `[num_blocks]`, where each block lay.
+        misses: Why each further whole block of the prompt is not part of it.
         num_found: Blocks of the prompt that were indexed, usable or not: other prompts went on
             differently from there.
     """
@@ -32,6 +34,7 @@ class RestoredPrefix:
     match: Match
     block_ids: np.ndarray
     tiers: list[str]
+    misses: list[MissReason]
     num_found: int
 
     @property
@@ -61,7 +64,7 @@ def restore_prefix(
     block_ids[: len(found)] = found
     tiers = [DEVICE] * num_blocks
     try:
-        usable = _load_missing(blocks, keys, block_ids, tiers)
+        usable, misses = _load_missing(blocks, keys, block_ids, tiers)
     except BaseException:
         device.release(block_ids)
         device.unpin(match)
@@ -80,7 +83,7 @@ def restore_prefix(
     if is_loaded or usable < len(found):
         device.unpin(match)
         match = device.hold(prefix, salt)
-    return RestoredPrefix(match, block_ids, tiers, len(found))
+    return RestoredPrefix(match, block_ids, tiers, misses, len(found))
 
 
 def _load_missing(
@@ -88,9 +91,12 @@ def _load_missing(
     keys: Sequence[Sequence[BlockKey]],
     block_ids: np.ndarray,
     tiers: list[str],
-) -> int:
-    """Fill holes in `block_ids` from the tiers; returns the blocks of the longest whole prefix."""
+) -> tuple[int, list[MissReason]]:
+    """Fill holes in `block_ids` from the tiers; returns the blocks of the longest whole prefix, and
+    why each further one is not part of it.
+    """
     device, store = blocks.device, blocks.store
+    reasons: dict[int, MissReason] = {}
     available = [ids >= 0 for ids in block_ids.T.copy()]
     deadline = math.inf if store is None else store.deadline()
     if store is not None:
@@ -102,6 +108,8 @@ def _load_missing(
         answers = store.look_up(asked, deadline)
         for held, numbers, own in zip(available, missing, answers, strict=True):
             held[numbers] = [tier is not None for tier in own.tiers]
+            reasons |= dict.fromkeys(numbers[[*own.unanswered]].tolist(), MissReason.UNREACHABLE)
+            reasons |= dict.fromkeys(numbers[[*own.barred]].tolist(), MissReason.QUARANTINED)
     while True:
         num_blocks = longest_prefix(available, device.block_size, device.windows)
         is_complete = True
@@ -111,11 +119,34 @@ def _load_missing(
             if len(numbers) == 0:
                 continue
             failed = _load(blocks, group, keys[group], numbers, block_ids, tiers, deadline)
+            reasons |= failed
             # Counted misses: settle for the longest prefix without these blocks.
-            available[group][failed] = False
+            available[group][[*failed]] = False
             is_complete = is_complete and not failed
         if is_complete:
-            return num_blocks
+            return num_blocks, _misses(blocks, keys[0], available, num_blocks, reasons)
+
+
+def _misses(
+    blocks: BlockCache,
+    keys: Sequence[BlockKey],
+    available: Sequence[np.ndarray],
+    num_reused: int,
+    reasons: Mapping[int, MissReason],
+) -> list[MissReason]:
+    """Of each block behind the reused ones, why it is computed; `reasons` of those that failed."""
+    windows = blocks.device.windows
+    full = [own for own, window in zip(available, windows, strict=True) if window is None]
+    is_there = np.logical_and.reduce(full or available)
+    behind = MissReason.GAP if all(window is None for window in windows) else MissReason.WINDOW
+    absent = [
+        MissReason.EVICTED if was_here else MissReason.NEW
+        for was_here in blocks.were_here(keys[num_reused:])
+    ]
+    return [
+        reasons.get(number, behind if is_there[number] else gone)
+        for number, gone in enumerate(absent, num_reused)
+    ]
 
 
 def _load(
@@ -126,23 +157,23 @@ def _load(
     block_ids: np.ndarray,
     tiers: list[str],
     deadline: float,
-) -> list[int]:
-    """Load these blocks of one group into the pool; returns the numbers of those that failed."""
+) -> dict[int, MissReason]:
+    """Load these blocks of one group into the pool; returns which failed, and why."""
     assert blocks.store is not None
     try:
         taken = blocks.device.reserve(group, len(numbers), deadline)
     except PoolFullError:
         # Try again with the first half; what the pool cannot hold cannot be restored.
-        return numbers[len(numbers) // 2 :].tolist()
+        return dict.fromkeys(numbers[len(numbers) // 2 :].tolist(), MissReason.NO_ROOM)
     block_ids[numbers, group] = taken  # theirs at once: whatever is raised below, they go back
     target = blocks.pool_blocks[group].target(taken)
     wanted = [keys[number] for number in numbers.tolist()]
     answers = blocks.store.load_many(wanted, target, deadline)
-    failed = []
+    failed: dict[int, MissReason] = {}
     for number, answer in zip(numbers.tolist(), answers, strict=True):
         if answer is None:
             blocks.device.drop(group, block_ids[number : number + 1, group])
-            failed.append(number)
+            failed[number] = MissReason.LOST
         else:
             tiers[number] = answer
     return failed

@@ -17,6 +17,7 @@ class MissReason(str, Enum):
     UNREACHABLE = "unreachable"  # a tier that might hold it gave no answer
     QUARANTINED = "quarantined"  # it was found wrong, or one before it: no tier's is used any more
     NO_ROOM = "no_room"  # a tier holds it; the pool had no blocks left
+    GAP = "gap"  # it is there; a session goes on from a whole prefix, and one before it is missing
     WINDOW = "window"  # a tier holds it; a sliding window needs another block that is gone or lost
 
 

@@ -7,10 +7,23 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from cached_models import VOCABULARY, as_row, calling_first, generate, random_tokens, run
+from cached_models import (
+    BLOCK_SIZE,
+    VOCABULARY,
+    as_row,
+    calling_first,
+    generate,
+    random_tokens,
+    run,
+)
+from dict_tier import DictTier, raises
 
 from kvkernels.errors import UnsupportedError
 from kvkernels.nn.transformers import paged_attention
+from prefixstore.cache import PrefixCache
+from prefixstore.config import CacheConfig
+from prefixstore.errors import TierUnavailable
+from prefixstore.store import Store
 
 needs_transformers_5 = pytest.mark.skipif(
     int(transformers.__version__.split(".")[0]) < 5, reason="for transformers 5"
@@ -340,3 +353,40 @@ def test_commit_leaves_the_last_token_open(model, open_cache):
         session.commit(whole)
         other = torch.cat([whole[:, :-1], (whole[:, -1:] + 1) % 8], dim=1)
         generate(model, other, session, num_new=3)
+
+
+@pytest.mark.parametrize("reason", ["new", "evicted", "lost", "unreachable", "quarantined"])
+def test_a_session_says_why_blocks_are_computed(model, reason):
+    tier, tokens = DictTier("slow"), random_tokens(100)
+    config = CacheConfig(block_size=BLOCK_SIZE, pool_tokens=512)
+    with PrefixCache.open(model, config, store=Store([tier])) as cache:
+        if reason != "new":
+            run(cache, model, tokens)
+            assert cache.flush(10)
+            cache.evict_pool()
+        if reason == "unreachable":
+            tier.fail = raises(TierUnavailable, "contains")
+        if reason == "evicted":
+            tier.records.clear()
+        if reason == "lost":
+            tier.fail = raises(TierUnavailable, "get")
+        if reason == "quarantined":
+            for keys in cache.blocks.keys(tokens[0].numpy().astype(np.uint32), ""):
+                cache.blocks.store.quarantine(keys)
+        with cache.session(tokens) as session:
+            assert session.report.misses == {reason: 96}
+
+
+def test_a_session_says_which_blocks_lie_behind_a_gap(model):
+    tier, tokens = DictTier("slow"), random_tokens(100)
+    config = CacheConfig(block_size=BLOCK_SIZE, pool_tokens=512)
+    with PrefixCache.open(model, config, store=Store([tier])) as cache:
+        run(cache, model, tokens)
+        assert cache.flush(10)
+        cache.evict_pool()
+        for keys in cache.blocks.keys(tokens[0].numpy().astype(np.uint32), ""):
+            del tier.records[keys[2].block_hash]
+        behind = "window" if len(cache.blocks.device.windows) > 1 else "gap"
+        with cache.session(tokens) as session:
+            assert session.report.tokens_by_tier == {"slow": 32}
+            assert session.report.misses == {"evicted": 16, behind: 48}
