@@ -39,12 +39,15 @@ reads_tensors = (
 )
 if is_available:
     extension.set_class_of_caches(QuantizedCache)
-    extension.watch_dispatcher(
-        needs_dispatcher,
-        vars(forward_ad),
-        _parse_dispatch_key("FuncTorchDynamicLayerFrontMode"),
-        _parse_dispatch_key("Tracer"),
-    )
+
+# Whether C++ finds the functions of PyTorch that tell whether its dispatcher has to see a call. It
+# asks Python if not.
+knows_dispatcher = is_available and extension.watch_dispatcher(
+    needs_dispatcher,
+    vars(forward_ad),
+    _parse_dispatch_key("FuncTorchDynamicLayerFrontMode"),
+    _parse_dispatch_key("Tracer"),
+)
 
 # The number C++ knows each dtype by.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3}

@@ -13,8 +13,8 @@ namespace py = pybind11;
 // PyTorch numbers its dispatch keys anew in each version; Python tells the numbers.
 using DispatchKey = uint16_t;
 
-// What PyTorch keeps of each thread. Functions without arguments that return a number, so that
-// their names are all that could change.
+// Tell what PyTorch keeps of each thread. They take and return numbers, if anything, so that their
+// names are all that could change.
 struct ThreadState {
   bool (*is_grad_enabled)();
   int64_t (*num_dispatch_modes)();

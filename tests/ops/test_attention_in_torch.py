@@ -174,6 +174,11 @@ def test_python_and_cpp_know_who_needs_the_dispatcher(see: Callable) -> None:
         assert not ask()
 
 
+@pytest.mark.skipif(not native.is_available, reason="needs the C++ extension")
+def test_cpp_finds_the_functions_of_this_pytorch() -> None:
+    assert native.knows_dispatcher
+
+
 def run_layers(
     query: torch.Tensor,
     caches: list[tuple[torch.Tensor, torch.Tensor]],
