@@ -120,11 +120,6 @@ def check_inference(name: str, tensor: torch.Tensor) -> None:
             f"{name}: expected a tensor that needs no gradient (inference only),"
             " got requires_grad=True; call under torch.no_grad()"
         )
-    check_tangent(name, tensor)
-
-
-def check_tangent(name: str, tensor: torch.Tensor) -> None:
-    """Raise ValueError if a tensor carries a tangent, which these ops would lose."""
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
         raise ValueError(
             f"{name}: expected a tensor without a tangent (inference only), got one with"

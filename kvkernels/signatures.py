@@ -29,13 +29,14 @@ def is_checked_at_launch(tensor: torch.Tensor) -> bool:
     """Whether an op that is given this tensor first checks its inputs itself.
 
     So it does on a GPU, where it must look up a call's signature anyway. The public functions check
-    what never gets there: all that is traced, and what autograd would record.
+    what never gets there: all that is traced, and what autograd would record or carry tangents of.
     """
     return (
         tensor.is_cuda
         and type(tensor) is torch.Tensor
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and not is_transformed()
     )
 
 

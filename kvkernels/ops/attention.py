@@ -14,7 +14,6 @@ from kvkernels.checks import (
     check_dtype,
     check_inference,
     check_shape,
-    check_tangent,
 )
 from kvkernels.ops.attention_checks import (
     check_attention_inputs,
@@ -162,8 +161,8 @@ def paged_attention(
         log-sum-exp, which may be infinity if a score is infinity beside it.
 
     Raises:
-        ValueError: If shapes, dtypes, devices or strides disagree, a tensor requires grad, the
-            query has a tangent, or (on the CPU; on a GPU looking would stop the stream) a length or
+        ValueError: If shapes, dtypes, devices or strides disagree, a tensor requires grad
+            or has a tangent, or (on the CPU; on a GPU looking would stop the stream) a length or
             a block id in use is out of range.
     """
     if native.reads_tensors and not is_dynamo_compiling():
@@ -175,7 +174,6 @@ def paged_attention(
         )
         if result is not None:
             return result
-    check_tangent("query", query)
     check_kinds(int8_cache, int4_cache)
     if not is_checked_at_launch(query):
         check_attention_inputs(
