@@ -36,7 +36,8 @@ def rounded(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def print_line(**fields: Any) -> None:
     """Print one JSON line."""
-    printed_cases.update(name for key, name in fields.items() if key == "case")
+    if "case" in fields:
+        printed_cases.add(fields["case"])
     print(json.dumps(rounded(fields)), flush=True)
 
 

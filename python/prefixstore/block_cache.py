@@ -87,6 +87,8 @@ class BlockCache:
 
     def extend_keys(self, keys: Sequence[list[BlockKey]], tokens: np.ndarray, salt: str) -> None:
         """Add the keys of those whole blocks of `tokens` that `keys` lacks."""
+        if all(len(own) == len(tokens) // self.block_size for own in keys):
+            return
         identity = self.identity(salt)
         for layouts, own in zip(self._record_layouts, keys, strict=True):
             done = len(own)
