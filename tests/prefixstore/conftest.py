@@ -12,6 +12,7 @@ from cached_models import BLOCK_SIZE, tiny_gemma3, tiny_llama
 from faulty_network import ScriptedServer
 from redis_servers import FLAVOURS, Server
 from redis_tiers import open_tier
+from restoring_engines import open_engine, tier
 from s3_server import S3Server, find_weed
 from tier_kinds import make_any_tier, make_kind, make_tier, open_tiers
 
@@ -20,7 +21,7 @@ from prefixstore.store import Store, StoreConfig
 from prefixstore.tiers.disk import DiskTierConfig
 from prefixstore.tiers.redis.config import RedisTierConfig
 
-__all__ = ["make_any_tier", "make_kind", "make_tier", "open_tiers"]
+__all__ = ["make_any_tier", "make_kind", "make_tier", "open_engine", "open_tiers", "tier"]
 
 PATIENCE_S = 60.0
 WAITS = {
