@@ -49,22 +49,20 @@ template <int kPieces, int kRows>
 void fold_query(const float* query, const uint16_t* pairs, int64_t batch, QueryTiles& tiles,
                 QueryUnits& rounded, const AheadInSteps& next) {
   constexpr int64_t kDim = 64 * kPieces;
-  const Pieces<true> pieces = {kDim};
   __m512 largest[kRows], base[kRows];
   alignas(64) float folded[4 * kPieces][kRows][16];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) largest[r] = base[r] = _mm512_setzero_ps();
 #pragma GCC unroll 2
   for (int64_t part = 0; part < 4 * kPieces; ++part) {
-    const int64_t first = pieces.begin(part / 4, part / 2 % 2) + part % 2 * 16;
     if (part % 2 == 0) next();
-    const Scales scales = load_scales(pairs + 2 * first, 0xffff, 0);
+    const Scales scales = load_scales(pairs + 32 * part, 0xffff, 0);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const __m512 q = _mm512_loadu_ps(query + r * kDim + first);
+      const __m512 q = _mm512_loadu_ps(query + r * kDim + 16 * part);
       const __m512 x = _mm512_mul_ps(q, scales.scale);
       _mm512_store_ps(folded[part][r], x);
-      largest[r] = _mm512_max_ps(largest[r], _mm512_abs_ps(x));
+      largest[r] = larger_magnitude(largest[r], x);
       base[r] = _mm512_fmadd_ps(q, scales.middle, base[r]);
     }
   }
@@ -99,12 +97,18 @@ struct KeyRows {
 
   void unpack(const uint8_t* codes, int64_t count, const AheadInSteps& next) {
     num_parts = (count + 15) / 16;
-    for (int64_t t = 0; t < 16 * num_parts; ++t) {
-      if (t % 16 == 0) next();
-      const uint8_t* row = codes + std::min(t, count - 1) * kPieces * kPieceBytes;
-#pragma GCC unroll 2
-      for (int64_t piece = 0; piece < kPieces; ++piece) {
-        _mm512_store_si512(parts[t / 16] + t % 16 * kRowBytes + 64 * piece, load_codes(row, piece));
+    for (int64_t part = 0; part < num_parts; ++part) {
+      next();
+      uint8_t* rows = parts[part];
+      for (int64_t t = 16 * part; t < 16 * part + 16; ++t, rows += kRowBytes) {
+        const uint8_t* row = codes + std::min(t, count - 1) * kPieces * kPieceBytes;
+        if constexpr (kPieces == 1) {
+          _mm512_store_si512(rows, load_piece(row));
+        } else {
+          const __m512i both = _mm512_loadu_si512(row);
+          _mm512_store_si512(rows, low_codes(both));
+          _mm512_store_si512(rows + 64, low_codes(_mm512_srli_epi16(both, 4)));
+        }
       }
     }
   }
@@ -231,11 +235,11 @@ void score_jobs(const KeyJob* jobs, int64_t num_jobs, int64_t num_rows, ReadAhea
   KeysUnderWay under_way[2];
   int now = 0;
   under_way[1].count = 0;
+  Tiles::keep_awake();  // once: from then on products follow each other soon enough
   for (const KeyJob* job = jobs; job < jobs + num_jobs; ++job) {
     for_each_key_group(job->keys, [&](int64_t slot, int64_t count, const uint16_t* pairs) {
       KeysUnderWay& keys = under_way[now];
       now = 1 - now;
-      Tiles::keep_awake();
       // next() is called 4 * kPieces times for folding a batch, once per 16 keys unpacked, and as
       // often for the keys under way.
       const int64_t num_batches = (num_rows + kMaxBatch - 1) / kMaxBatch,
@@ -247,7 +251,6 @@ void score_jobs(const KeyJob* jobs, int64_t num_jobs, int64_t num_rows, ReadAhea
         kFoldQuery[num_some](job->query + first * 64 * kPieces, pairs, batch++, tiles, keys.query,
                              next);
       });
-      Tiles::keep_awake();
       rows.unpack(job->keys.codes + slot * kKeyBytes, count, next);
       if (under_way[now].count > 0) write_scores(under_way[now], sums, num_rows, next);
       multiply_keys<kPieces, Tiles>(rows, tiles, sums);

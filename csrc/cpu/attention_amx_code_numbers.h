@@ -75,15 +75,23 @@ __m512i join_sums(__m512i low, __m512i high) {
 
 // ---- codes ---------------------------------------------------------------------------------
 
-constexpr int64_t kPieceBytes = 32;  // of a row of codes, which hold 64 channels
+// A row of codes becomes pieces of 64 neighbouring channels, one code a byte. The channels of its
+// first half lie in the low halves of its bytes, the others in the high halves.
+constexpr int64_t kPieceBytes = 32;  // of a row of codes
 
-// Loads one piece of a row, one code a byte, in the order of Pieces.
-__m512i load_codes(const uint8_t* row, int64_t piece) {
+// The codes in the low halves of bytes.
+__m512i low_codes(__m512i bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
+
+// 16 times the codes in the high halves of bytes.
+__m512i high_codes(__m512i bytes) { return _mm512_andnot_si512(_mm512_set1_epi8(15), bytes); }
+
+// Loads a row that is a single piece.
+__m512i load_piece(const uint8_t* row) {
   const __m512i shifts = _mm512_set_epi64(0x4000400040004, 0x4000400040004, 0x4000400040004,
                                           0x4000400040004, 0, 0, 0, 0);
-  const __m512i twice = _mm512_broadcast_i64x4(
-      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + kPieceBytes * piece)));
-  return _mm512_and_si512(_mm512_srlv_epi16(twice, shifts), _mm512_set1_epi8(15));
+  const __m512i twice =
+      _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+  return low_codes(_mm512_srlv_epi16(twice, shifts));
 }
 
 }  // namespace

@@ -108,28 +108,46 @@ struct alignas(64) ValueTiles {
   uint8_t bytes[4][kTile];
 };
 
-// Writes a piece of the values, four keys side by side. Keys past the last have weight 0, so they
-// may hold any codes. kIsWhole: there are none.
-template <bool kIsWhole>
-void interleave_values(const CodeRun& run, int64_t piece, ValueTiles& tiles,
-                       const AheadInSteps& next) {
-  const int64_t row_bytes = run.dim / 2;
-  const uint8_t* codes = run.codes + run.slot * row_bytes;
+// What one code is in the bytes of a piece: those of the second are 16 times the codes.
+constexpr float kCodeUnits[kMaxPieces] = {1, 0.0625f};
+
+// Interleaves the rows of four keys: each 4 bytes of the vectors are of one channel.
+void interleave_rows(const __m512i* rows, __m512i* fours) {
+  const __m512i a = _mm512_unpacklo_epi8(rows[0], rows[1]);
+  const __m512i b = _mm512_unpackhi_epi8(rows[0], rows[1]);
+  const __m512i c = _mm512_unpacklo_epi8(rows[2], rows[3]);
+  const __m512i d = _mm512_unpackhi_epi8(rows[2], rows[3]);
+  fours[0] = _mm512_unpacklo_epi16(a, c);
+  fours[1] = _mm512_unpackhi_epi16(a, c);
+  fours[2] = _mm512_unpacklo_epi16(b, d);
+  fours[3] = _mm512_unpackhi_epi16(b, d);
+}
+
+// Writes values, four keys side by side. Keys past the last have weight 0, so they may hold any
+// codes. kIsWhole: there are none.
+template <int kPieces, bool kIsWhole>
+void interleave_values(const CodeRun& run, ValueTiles* pieces, const AheadInSteps& next) {
+  constexpr int64_t kRowBytes = kPieces * kPieceBytes;
+  const uint8_t* codes = run.codes + run.slot * kRowBytes;
   for (int64_t t = 0; t < 16; ++t) {
     if (t % 2 == 0) next();
     const auto row_of = [&](int64_t key) {
       if (!kIsWhole) key = std::min(key, run.count - 1);
-      return load_codes(codes + key * row_bytes, piece);
+      const uint8_t* row = codes + key * kRowBytes;
+      return kPieces == 1 ? load_piece(row) : _mm512_loadu_si512(row);
     };
     const __m512i rows[4] = {row_of(t), row_of(t + 32), row_of(t + 16), row_of(t + 48)};
-    const __m512i a = _mm512_unpacklo_epi8(rows[0], rows[1]);
-    const __m512i b = _mm512_unpackhi_epi8(rows[0], rows[1]);
-    const __m512i c = _mm512_unpacklo_epi8(rows[2], rows[3]);
-    const __m512i d = _mm512_unpackhi_epi8(rows[2], rows[3]);
-    _mm512_store_si512(tiles.bytes[0] + t * kTileRow, _mm512_unpacklo_epi16(a, c));
-    _mm512_store_si512(tiles.bytes[1] + t * kTileRow, _mm512_unpackhi_epi16(a, c));
-    _mm512_store_si512(tiles.bytes[2] + t * kTileRow, _mm512_unpacklo_epi16(b, d));
-    _mm512_store_si512(tiles.bytes[3] + t * kTileRow, _mm512_unpackhi_epi16(b, d));
+    __m512i fours[4];
+    interleave_rows(rows, fours);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      if constexpr (kPieces == 1) {
+        _mm512_store_si512(pieces[0].bytes[j] + t * kTileRow, fours[j]);
+      } else {
+        _mm512_store_si512(pieces[0].bytes[j] + t * kTileRow, low_codes(fours[j]));
+        _mm512_store_si512(pieces[1].bytes[j] + t * kTileRow, high_codes(fours[j]));
+      }
+    }
   }
 }
 
@@ -174,8 +192,8 @@ void multiply_values(const uint8_t* weights, const ValueTiles& values, ValueSums
 
 // Turns sums of integers into floats and adds them to a batch's rows of sums.
 void add_sums(const ValueSums& products, const WeightUnits& rounded, const int64_t* groups,
-              int64_t num_groups, const Pieces<true>& pieces, int64_t piece, int64_t num_rows,
-              const float* decay, float* sums, const AheadInSteps& next) {
+              int64_t num_groups, int64_t dim, int64_t piece, int64_t num_rows, const float* decay,
+              float* sums, const AheadInSteps& next) {
   for (int64_t r = 0; r < num_rows; ++r) {
     next();
     __m512 channels[4];
@@ -191,10 +209,10 @@ void add_sums(const ValueSums& products, const WeightUnits& rounded, const int64
 #pragma GCC unroll 2
     for (int64_t half = 0; half < 2; ++half) {
       const int64_t set = r * num_groups + groups[half];
-      const __m512 unit = _mm512_set1_ps(rounded.unit[set]);
+      const __m512 unit = _mm512_set1_ps(rounded.unit[set] * kCodeUnits[piece]);
       const __m512 base = _mm512_set1_ps(rounded.base[set]);
       const __m512 before = _mm512_set1_ps(decay[r]);
-      float* const row = sums + r * pieces.dim + pieces.begin(piece, half);
+      float* const row = sums + r * dim + 64 * piece + 32 * half;
 #pragma GCC unroll 2
       for (int64_t i = 0; i < 2; ++i) {
         const __m512 added = _mm512_fmadd_ps(channels[2 * half + i], unit, base);
@@ -209,55 +227,51 @@ void add_sums(const ValueSums& products, const WeightUnits& rounded, const int64
 struct PieceGroups {
   int64_t of[kMaxPieces][2];
 
-  PieceGroups(const Pieces<true>& pieces, int64_t group_size) {
-    for (int64_t piece = 0; piece < pieces.count(); ++piece) {
+  PieceGroups(int64_t num_pieces, int64_t group_size) {
+    for (int64_t piece = 0; piece < num_pieces; ++piece) {
       for (int64_t half = 0; half < 2; ++half) {
-        of[piece][half] = pieces.begin(piece, half) / group_size;
+        of[piece][half] = (64 * piece + 32 * half) / group_size;
       }
     }
   }
 };
 
 // Adds the values of all jobs. While the products of one job are made, the next job is prepared.
-template <typename Tiles>
-void add_on_tiles(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, ReadAhead& ahead) {
+template <int kPieces, typename Tiles>
+void add_jobs(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, ReadAhead& ahead) {
+  constexpr int64_t kDim = 64 * kPieces;
   const CodeRun& any = jobs->values;
-  const Pieces<true> pieces = {any.dim};
-  const PieceGroups groups(pieces, any.dim / any.groups);
-  const int64_t num_pieces = pieces.count();
+  const PieceGroups groups(kPieces, kDim / any.groups);
   KeyScales scales;
   FoldedWeights folded;
   WeightUnits rounded[2][kMaxBatches];
-  alignas(64) uint8_t weights[kMaxBatches][kMaxPieces][kTile];
-  ValueTiles values[kMaxPieces];
-  ValueSums products[kMaxBatches][kMaxPieces];
-  // next() is called once for each row folded, once for each row and piece added, and 8 times for
-  // each piece interleaved.
-  const int64_t num_steps = num_rows * (1 + num_pieces) + 8 * num_pieces;
+  alignas(64) uint8_t weights[kMaxBatches][kPieces][kTile];
+  ValueTiles values[kPieces];
+  ValueSums products[kMaxBatches][kPieces];
+  // next() is called once for each row folded, once for each row and piece added, and 8 times while
+  // values are interleaved.
+  const int64_t num_steps = num_rows * (1 + kPieces) + 8;
   const auto prepare = [&](const ValueJob& job, WeightUnits* units, const AheadInSteps& next) {
     const CodeRun& run = job.values;
     Tiles::keep_awake();
     spread_scales(run, 0, scales);
     int64_t batch = 0;
     for_each_batch(num_rows, kMaxBatch, [&](int64_t first, int64_t count) {
-      Tiles::keep_awake();
       (run.count == kMaxKeys ? fold_weights<true>
                              : fold_weights<false>)(job.weights + first * kCodeRowStride, count,
                                                     run, scales, folded, units[batch], next);
-      for (int64_t piece = 0; piece < num_pieces; ++piece) {
+      for (int64_t piece = 0; piece < kPieces; ++piece) {
         pack_weights(folded, groups.of[piece], run.groups, count, weights[batch][piece]);
       }
       ++batch;
     });
-    for (int64_t piece = 0; piece < num_pieces; ++piece) {
-      Tiles::keep_awake();
-      (run.count == kMaxKeys ? interleave_values<true>
-                             : interleave_values<false>)(run, piece, values[piece], next);
-    }
+    Tiles::keep_awake();
+    (run.count == kMaxKeys ? interleave_values<kPieces, true>
+                           : interleave_values<kPieces, false>)(run, values, next);
   };
   const auto multiply = [&] {
     for (int64_t batch = 0; batch * kMaxBatch < num_rows; ++batch) {
-      for (int64_t piece = 0; piece < num_pieces; ++piece) {
+      for (int64_t piece = 0; piece < kPieces; ++piece) {
         multiply_values<Tiles>(weights[batch][piece], values[piece], products[batch][piece]);
       }
     }
@@ -265,21 +279,27 @@ void add_on_tiles(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, Read
   const auto finish = [&](const ValueJob& job, const WeightUnits* units, const AheadInSteps& next) {
     int64_t batch = 0;
     for_each_batch(num_rows, kMaxBatch, [&](int64_t first, int64_t count) {
-      for (int64_t piece = 0; piece < num_pieces; ++piece) {
-        add_sums(products[batch][piece], units[batch], groups.of[piece], any.groups, pieces, piece,
-                 count, job.decay + first, job.sums + first * any.dim, next);
+      for (int64_t piece = 0; piece < kPieces; ++piece) {
+        add_sums(products[batch][piece], units[batch], groups.of[piece], any.groups, kDim, piece,
+                 count, job.decay + first, job.sums + first * kDim, next);
       }
       ++batch;
     });
   };
   for (int64_t i = 0; i < num_jobs; ++i) {
-    const int64_t num_bytes = jobs[i].values.count * pieces.row_bytes();
+    const int64_t num_bytes = jobs[i].values.count * kPieces * kPieceBytes;
     const AheadInSteps next(ahead, num_bytes, num_steps);
     prepare(jobs[i], rounded[i % 2], next);
     if (i > 0) finish(jobs[i - 1], rounded[(i - 1) % 2], next);
     multiply();
   }
   finish(jobs[num_jobs - 1], rounded[(num_jobs - 1) % 2], AheadInSteps(ahead, 0, 1));
+}
+
+template <typename Tiles>
+void add_on_tiles(const ValueJob* jobs, int64_t num_jobs, int64_t num_rows, ReadAhead& next) {
+  (jobs->values.dim == 64 ? add_jobs<1, Tiles> : add_jobs<2, Tiles>)(jobs, num_jobs, num_rows,
+                                                                     next);
 }
 
 }  // namespace
