@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
@@ -165,3 +166,43 @@ def break_page(monkeypatch, page: int) -> None:
 
     replace_preadv(monkeypatch, True, read_or_fail)
     monkeypatch.setattr(os, "pwritev", pwritev)
+
+
+def damage_order_of_use(index: Path) -> None:
+    """Flip a bit that the quick check passes over: an entry has no row."""
+    good, page = _page_of(index, "slots_in_use_order")
+    for at in reversed(page):
+        index.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        if _answers(index)[0] == ("ok",) != _answers(index)[1]:
+            return
+    raise AssertionError("expected a bit that only the full check misses")
+
+
+def lose_hash(index: Path, block_hash: bytes) -> None:
+    """Change a hash among the sorted ones, so that a look-up no longer finds it."""
+    good, page = _page_of(index, "slots_by_hash")
+    end = good.index(block_hash, page.start, page.stop) + len(block_hash)
+    index.write_bytes(good[: end - 1] + bytes([good[end - 1] ^ 1]) + good[end:])
+    quick, full = _answers(index)
+    assert quick == ("ok",) != full
+
+
+def _page_of(index: Path, tree: str) -> tuple[bytes, range]:
+    """The file of a closed index, and where the root of a tree lies there."""
+    with sqlite3.connect(index) as sql:
+        sql.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (page_bytes,) = sql.execute("PRAGMA page_size").fetchone()
+        query = "SELECT rootpage FROM sqlite_master WHERE name = ?"
+        (root,) = sql.execute(query, (tree,)).fetchone()
+    sql.close()
+    return index.read_bytes(), range((root - 1) * page_bytes, root * page_bytes)
+
+
+def _answers(index: Path) -> list[tuple[str]]:
+    """Of SQLite's quick check and of its full one."""
+    with sqlite3.connect(index) as sql:
+        answers = [
+            sql.execute(f"PRAGMA {kind}_check").fetchone() for kind in ("quick", "integrity")
+        ]
+    sql.close()
+    return answers

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from disk_tiers import count_right, open_tier, put
+from disk_tiers import count_right, damage_order_of_use, open_tier, put
 from sample_blocks import make_keys
 
 from prefixstore.errors import TierUnavailable
@@ -51,28 +51,6 @@ def test_a_lost_index_is_rebuilt_from_the_slabs(tmp_path, damage):
     tier.close()
     if damage in ("garbage", "damaged page", "other tables", "no text"):
         assert (tmp_path / "damaged-index.sqlite").exists()  # set aside, not destroyed
-
-
-def damage_order_of_use(index):
-    """Flip a bit that the quick check passes over: an entry has no row."""
-    with sqlite3.connect(index) as sql:
-        sql.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        (page_bytes,) = sql.execute("PRAGMA page_size").fetchone()
-        name = "SELECT rootpage FROM sqlite_master WHERE name = 'slots_in_use_order'"
-        (root,) = sql.execute(name).fetchone()
-    sql.close()
-    good = index.read_bytes()
-    for at in range(root * page_bytes - 1, (root - 1) * page_bytes, -1):
-        index.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
-        with sqlite3.connect(index) as sql:
-            answers = [sql.execute(f"PRAGMA {kind}_check").fetchone() for kind in CHECKS]
-        sql.close()
-        if answers[0] == ("ok",) != answers[1]:
-            return
-    raise AssertionError("expected a bit that only the full check misses")
-
-
-CHECKS = ("quick", "integrity")
 
 
 def test_damage_that_only_a_call_finds_is_mended_by_the_next_to_open(tmp_path):

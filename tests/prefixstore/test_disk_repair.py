@@ -8,7 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from disk_tiers import Clock, break_page, count_right, open_tier, put, put_with
+from disk_tiers import (
+    Clock,
+    break_page,
+    count_right,
+    damage_order_of_use,
+    lose_hash,
+    open_tier,
+    put,
+    put_with,
+)
 from sample_blocks import LARGE_LAYOUT, LAYOUT, make_keys
 
 from prefixstore.errors import TierTimeout, TierUnavailable
@@ -93,6 +102,75 @@ def test_what_check_finds_it_mends(
     put(tier, keys)
     assert count_right(tier, keys) == 30
     assert sum(path.stat().st_size for path in tmp_path.glob("slab-*")) <= 3 * SLAB
+    tier.close()
+
+
+def test_an_index_that_disagrees_with_its_table_is_made_anew(tmp_path):
+    keys = make_keys(12)
+    tier = open_tier(tmp_path)
+    put(tier, keys)
+    tier.pin_many([keys[0].name])
+    tier.close()
+    damage_order_of_use(tmp_path / "index.sqlite")
+    tier, other = open_tier(tmp_path), open_tier(tmp_path)
+    assert count_right(tier, keys) == 12  # their use is still to be entered, which would fail
+    problems = tier.check()
+    assert problems and all("index.sqlite" in problem for problem in problems)
+    assert tier.check(fix=True) == problems
+    assert tier.check() == other.check() == []
+    other.delete_many([key.name for key in keys[2:]])
+    assert count_right(tier, keys) == 2
+    assert tier.pin_many([keys[0].name], False) == [True]
+    put(tier, keys)
+    tier.close()
+    other.close()
+    assert not list(tmp_path.glob("*damaged*"))  # nor does a mark tell the next to mend it
+
+
+def test_a_record_put_twice_because_an_index_lost_it_is_there_once(tmp_path):
+    keys = make_keys(12)
+    tier = open_tier(tmp_path)
+    put(tier, keys)
+    tier.pin_many([keys[5].name])
+    tier.close()
+    lose_hash(tmp_path / "index.sqlite", keys[5].block_hash)
+    tier = open_tier(tmp_path)
+    assert not tier.contains(keys[5].name)
+    put(tier, [keys[5]])
+    assert tier.stats().num_records == 13
+    problems = tier.check(fix=True)
+    assert problems and all("index.sqlite" in problem for problem in problems)
+    assert tier.check() == []
+    assert tier.stats().num_records == count_right(tier, keys) == 12
+    assert tier.delete_many([key.name for key in keys]) == [True] * 12
+    assert tier.stats().num_records == 0 and not tier.contains(keys[5].name)
+    tier.close()
+
+
+def test_damage_that_is_left_is_told_and_mended_by_the_next_to_open(tmp_path):
+    keys = make_keys(12)
+    tier = open_tier(tmp_path)
+    put(tier, keys)
+    change_index(tmp_path, "UPDATE slots SET expires_at = x'00' WHERE slot = 3")
+    found, left = tier.check(fix=True)
+    assert found.endswith("expected expires_at of slots to be integer")
+    assert left == f"{found}; whoever opens the tier alone mends it"
+    tier.close()
+    tier = open_tier(tmp_path)
+    assert tier.check() == []
+    assert count_right(tier, keys) == 12
+    tier.close()
+
+
+def test_an_index_removed_while_open_is_told(tmp_path):
+    keys = make_keys(3)
+    tier = open_tier(tmp_path)
+    put(tier, keys)
+    (tmp_path / "index.sqlite").unlink()
+    (problem,) = tier.check()
+    assert problem.endswith("index.sqlite: expected the index, got none")
+    assert count_right(tier, keys) == 3
+    assert not (tmp_path / "index.sqlite").exists()
     tier.close()
 
 

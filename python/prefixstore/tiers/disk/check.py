@@ -16,7 +16,7 @@ from prefixstore.tiers.disk import slab_table, slot_table
 from prefixstore.tiers.disk.files import Slab, SlabFiles
 from prefixstore.tiers.disk.headers import find_records
 from prefixstore.tiers.disk.index import SlotIndex
-from prefixstore.tiers.disk.opening import QUICK_CHECK, read_anew
+from prefixstore.tiers.disk.opening import read_anew
 from prefixstore.tiers.disk.schema import READY
 from prefixstore.tiers.disk.slab_table import Limits
 from prefixstore.tiers.disk.slot_table import SlotRef
@@ -38,6 +38,7 @@ class Checker:
     Attributes:
         problems: What was found, in words.
         dropped: Where it mends, slabs that were forgotten; their files are to be removed.
+        is_index_sound: Whether the index's file is, after mending; otherwise no slab was looked at.
         errors: Why slots that should hold a record, and do not, could not be wiped.
 
     Args:
@@ -59,13 +60,16 @@ class Checker:
         self._limits = limits
         self._wipe = wipe
         self.problems: list[str] = []
+        self.is_index_sound = True
         self.dropped: list[Slab] = []
         self.errors: list[TierError] = []
 
     def run(self) -> None:
+        self.is_index_sound = self._check_index_file()
+        if not self.is_index_sound:  # what it says of slabs may be wrong, and transactions fail
+            return
         name, bound = self._limits.tier_name, self._limits.capacity_bytes
         with self._index.frozen() as sql:
-            self.problems += [f"{name}: index: {row[0]}" for row in sql.execute(QUICK_CHECK)]
             if (num_bytes := slab_table.total_bytes(sql)) > bound:
                 self.problems.append(f"{name}: expected at most {bound} bytes, got {num_bytes}")
                 if self._wipe is not None:
@@ -81,6 +85,16 @@ class Checker:
                     self._wipe(taken, now)
                 except TierError as error:
                     self.errors.append(error)
+
+    def _check_index_file(self) -> bool:
+        """Whether all is well with it, in the end."""
+        file = self._index.file
+        problems = file.find_damage()
+        self.problems += problems
+        if problems and self._wipe is not None:
+            problems = file.mend()
+            self.problems += [f"{one}; whoever opens the tier alone mends it" for one in problems]
+        return not problems
 
     def _check_slab(self, sql: sqlite3.Connection, slab: Slab) -> list[SlotRef]:
         """Returns slots that nobody else has now, and that are to be wiped and released."""

@@ -25,6 +25,7 @@ from prefixstore.block_key import RecordName
 from prefixstore.errors import TierError, TierTimeout
 from prefixstore.tiers.disk import deletion, slab_table, slot_table
 from prefixstore.tiers.disk.clock import Clock
+from prefixstore.tiers.disk.damage import IndexFile
 from prefixstore.tiers.disk.files import Slab
 from prefixstore.tiers.disk.look_ups import LookUps
 from prefixstore.tiers.disk.pending import PendingChanges
@@ -71,6 +72,7 @@ class SlotIndex:
 
     Attributes:
         look_ups: What the table says, outside of transactions.
+        file: What SQLite says of the file.
         now: The tier's time, in nanoseconds.
     """
 
@@ -78,6 +80,7 @@ class SlotIndex:
         self, reader: Connection, writer: Connection, limits: Limits, clock: Clock
     ) -> None:
         self.look_ups = LookUps(reader, clock)
+        self.file = IndexFile(writer)
         self._writer = writer
         self._limits = limits
         self.now = clock

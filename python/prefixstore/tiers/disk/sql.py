@@ -36,7 +36,7 @@ class Connection:
         self.path = path
         self.mark = path.with_name(MARK_OF_DAMAGE)
         self.tier_name = tier_name
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._busy_timeout_s = timeout_s
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -82,8 +82,8 @@ class Connection:
 
     def _patience_s(self, deadline: float | None) -> float:
         if deadline is None:
-            return self._timeout_s
-        return max(min(self._timeout_s, deadline - time.monotonic()), 0.0)
+            return self.timeout_s
+        return max(min(self.timeout_s, deadline - time.monotonic()), 0.0)
 
     def _set_busy_timeout(self, sql: sqlite3.Connection, seconds: float) -> None:
         if seconds != self._busy_timeout_s:

@@ -185,11 +185,14 @@ class DiskTier(Tier):
     def check(self, fix: bool = False) -> list[str]:
         """Recount everything; what does not add up, in words. Empty when all is well.
 
+        Slabs are looked at only by an index that is sound itself.
+
         Args:
-            fix: Free the slots that do not hold their record, read slabs anew that do not fit
-                the index, forget those whose file is gone, and remove files that nobody knows.
-                Damage to SQLite's own pages stays: it is mended when the tier is next opened while
-                no other process has it.
+            fix: Make SQLite's indexes anew where one disagrees with its table, free the slots that
+                do not hold their record, read slabs anew that do not fit the index, forget those
+                whose file is gone, and remove files that nobody knows. Damage to SQLite's own pages
+                or to single cells stays, and is told once more: it is mended when the tier is next
+                opened while no other process has it.
         """
         checker = Checker(
             self._index, self._files, self._config.limits, self._writer.wipe if fix else None
@@ -200,7 +203,7 @@ class DiskTier(Tier):
             self._files.remove(slab)
         if checker.errors:
             raise checker.errors[0]
-        if fix:
+        if fix and checker.is_index_sound:
             self._remove_orphans()
         return checker.problems
 
