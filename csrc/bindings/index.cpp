@@ -237,6 +237,10 @@ void bind_index(py::module_& module) {
            [](LockedTree& locked) {
              return locked.with_gil([](RadixTree& tree) { return tree.num_blocks(); });
            })
+      .def("num_evictable",
+           [](LockedTree& locked) {
+             return locked.with_gil([](RadixTree& tree) { return tree.num_evictable(); });
+           })
       .def("stats", &count)
       .def("runs", &list_runs)
       .def("describe", &describe)

@@ -131,6 +131,7 @@ RadixTree::NodeId RadixTree::split(NodeId id, std::uint32_t num_upper) {
   set_words(upper, std::move(upper_words), num_upper);
   lower.parent = upper_id;
   add_to_parent(id);
+  upper.num_kept_children = is_kept(lower);
   lower.first_block += num_upper;
   lower.num_blocks = num_lower;
   set_words(lower, std::move(lower_words), num_lower);

@@ -99,6 +99,7 @@ class RadixTree::Recount {
       : tree_(tree),
         children_(tree.nodes_.size(), 0),
         children_xor_(tree.nodes_.size(), 0),
+        kept_children_(tree.nodes_.size(), 0),
         queued_ticks_(tree.nodes_.size(), 0) {}
 
   std::vector<std::string> run() {
@@ -125,6 +126,23 @@ class RadixTree::Recount {
       if (!node.is_live || node.parent >= tree_.nodes_.size()) continue;
       ++children_[node.parent];
       children_xor_[node.parent] ^= id;
+    }
+    count_kept();
+  }
+
+  // From every pinned node up, as long as nobody came that way before.
+  void count_kept() {
+    std::vector<bool> is_kept(tree_.nodes_.size(), false);
+    for (NodeId id = 0; id < tree_.nodes_.size(); ++id) {
+      if (!tree_.nodes_[id].is_live || tree_.nodes_[id].num_pins == 0) continue;
+      for (NodeId one = id; !is_kept[one];) {
+        is_kept[one] = true;
+        num_kept_blocks_ += tree_.nodes_[one].num_blocks;
+        const NodeId parent = tree_.nodes_[one].parent;
+        if (parent >= tree_.nodes_.size()) break;
+        ++kept_children_[parent];
+        one = parent;
+      }
     }
   }
 
@@ -158,6 +176,7 @@ class RadixTree::Recount {
     if (children_[id] != node.num_children || children_xor_[id] != node.children_xor) {
       report(id, "wrong number of children, or others");
     }
+    if (kept_children_[id] != node.num_kept_children) report(id, "wrong number of kept children");
     if (node.parent == kNoNode) {
       check_root(id);
     } else {
@@ -240,6 +259,7 @@ class RadixTree::Recount {
     expect("salts", num_roots_, tree_.roots_.size() + tree_.detached_.size());
     expect("salts of roots", num_roots_, tree_.salts_.size());
     expect("blocks", num_blocks_, tree_.num_blocks_);
+    expect("kept blocks", num_kept_blocks_, tree_.num_kept_blocks_);
     expect("blocks inserted less evicted", num_blocks_,
            tree_.inserted_blocks_ - tree_.evicted_blocks_);
     expect("pinned runs", num_pinned_, tree_.num_pinned_);
@@ -251,11 +271,11 @@ class RadixTree::Recount {
 
   const RadixTree& tree_;
   std::vector<std::string> problems_;
-  std::vector<std::uint32_t> children_, children_xor_;  // by NodeId
-  std::vector<std::uint64_t> queued_ticks_;             // by NodeId; 0: not queued
+  std::vector<std::uint32_t> children_, children_xor_, kept_children_;  // by NodeId
+  std::vector<std::uint64_t> queued_ticks_;                             // by NodeId; 0: not queued
   std::unordered_set<std::uint64_t> leaf_ticks_;
   std::size_t num_live_ = 0, num_free_ = 0, num_roots_ = 0, num_blocks_ = 0, num_pinned_ = 0;
-  std::size_t num_queued_ = 0, num_holders_ = 0, capacity_ = 0;
+  std::size_t num_kept_blocks_ = 0, num_queued_ = 0, num_holders_ = 0, capacity_ = 0;
 };
 
 std::vector<std::string> RadixTree::check() const { return Recount(*this).run(); }

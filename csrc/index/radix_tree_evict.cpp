@@ -19,7 +19,14 @@ const RadixTree::Node& RadixTree::resolve(Handle handle) const {
 void RadixTree::pin(Handle handle) {
   if (handle.node == kNoNode) return;
   Node& node = resolve(handle);
-  if (node.num_pins++ == 0) ++num_pinned_;
+  if (node.num_pins > 0) {
+    ++node.num_pins;
+    return;
+  }
+  const bool was_kept = is_kept(node);
+  node.num_pins = 1;
+  ++num_pinned_;
+  if (!was_kept) keep_path(handle.node);
 }
 
 void RadixTree::unpin(Handle handle) {
@@ -33,7 +40,33 @@ void RadixTree::unpin(Handle handle) {
     --num_pinned_;
   }
   --node.num_pins;
+  if (!is_kept(node)) let_path_go(handle.node);
   settle(handle.node);
+}
+
+// A node that was not kept is kept from now on, and so are those before it on its path.
+void RadixTree::keep_path(NodeId id) {
+  while (true) {
+    num_kept_blocks_ += nodes_[id].num_blocks;
+    const NodeId parent = nodes_[id].parent;
+    if (parent == kNoNode) return;
+    const bool was_kept = is_kept(nodes_[parent]);
+    ++nodes_[parent].num_kept_children;
+    if (was_kept) return;
+    id = parent;
+  }
+}
+
+// A node that was kept is not kept any more, nor are those before it that were for its sake alone.
+void RadixTree::let_path_go(NodeId id) {
+  while (true) {
+    num_kept_blocks_ -= nodes_[id].num_blocks;
+    const NodeId parent = nodes_[id].parent;
+    if (parent == kNoNode) return;
+    --nodes_[parent].num_kept_children;
+    if (is_kept(nodes_[parent])) return;
+    id = parent;
+  }
 }
 
 std::vector<std::int32_t> RadixTree::evict(std::size_t num_blocks) {
@@ -150,9 +183,12 @@ std::vector<std::int32_t> RadixTree::detach(Tokens tokens, std::size_t num_kept,
   const NodeId detached = add_detached_root(salt, nodes_[id].first_block);
 
   children_.erase(hash_of(end.node, tokens_of(nodes_[id])), id);
+  const bool is_pinned_below = is_kept(nodes_[id]);
+  if (is_pinned_below) let_path_go(id);
   take_from_parent(id);
   nodes_[id].parent = detached;
   add_to_parent(id);
+  if (is_pinned_below) keep_path(id);
   children_.insert(hash_of(detached, tokens_of(nodes_[id])), id);
   settle(end.node);
   return ids;

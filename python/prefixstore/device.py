@@ -252,9 +252,7 @@ class DeviceBlocks:
         self.release_abandoned()
         before = self._evicted_blocks
         with self._lock:
-            num_blocks = self._index.num_blocks
-        if num_blocks:
-            self._evict(num_blocks)
+            self._evict(self._index.num_blocks)
         return self._evicted_blocks - before
 
     def holds_windows(self, group: int) -> bool:
@@ -330,22 +328,28 @@ class DeviceBlocks:
         return ids
 
     def _give_up(self, group: int, num_blocks: int) -> bool:
-        """Let the index give up blocks for the sake of a group; False if it has no more.
+        """Let the index give up blocks for the sake of a group.
+
+        Of a group without a window all of them or, if it has too few that no session holds, none:
+        for what cannot be had, nobody's prefix is to go. False if nothing was given up.
 
         What a strip leaves of a group is pinned, so no eviction would free it. A run that lost its
         window keeps its other blocks: it is evicted before the runs that are of use, which were
         used later, and until then a tier or the next prompt may bring the window back.
         """
         if self.groups[group].window is None:
-            return self._evict(num_blocks)
+            with self._lock:
+                if self._index.num_evictable < num_blocks:
+                    return False
+                return self._evict(num_blocks)
         with self._lock:
             ids = self._index.strip(group, num_blocks).tolist()
             self.groups[group].allocator.release(ids)
         return len(ids) > 0
 
     def _evict(self, num_blocks: int) -> bool:
-        with self._lock:
-            victims = self._index.evict(max(1, num_blocks))
-            self._evicted_blocks += len(victims)
-            self.release(victims)
+        """Under the lock."""
+        victims = self._index.evict(num_blocks)
+        self._evicted_blocks += len(victims)
+        self.release(victims)
         return len(victims) > 0

@@ -263,6 +263,15 @@ void test_agrees_with_a_map(std::uint32_t hash_mask, std::uint32_t seed) {
       }
     }
     assert(tree.num_blocks() == blocks.size());
+    const auto is_kept = [&](const auto& entry) {
+      const TokenIds& path = entry.first;
+      return std::any_of(pinned.begin(), pinned.end(), [&](const auto& one) {
+        return one.first.size() >= path.size() &&
+               std::equal(path.begin(), path.end(), one.first.begin());
+      });
+    };
+    const auto num_kept = std::count_if(blocks.begin(), blocks.end(), is_kept);
+    assert(tree.num_evictable() == blocks.size() - static_cast<std::size_t>(num_kept));
     for (const std::string& problem : tree.check()) {
       std::printf("step %d: %s\n", step, problem.c_str());
       std::abort();

@@ -93,6 +93,15 @@ class IndexModel:
             self._forget_unheld()
         return victims
 
+    def num_evictable(self) -> int:
+        kept = {
+            key
+            for (salt, tokens), block in self.blocks.items()
+            if block.num_pins > 0
+            for key in self._path(list(tokens), salt)
+        }
+        return len(self.blocks.keys() - kept)
+
     def unpin(self, block: Block) -> None:
         block.num_pins -= 1
         self._forget_unheld()

@@ -83,6 +83,27 @@ def test_what_a_session_gives_back_ends_a_wait_for_a_writer(becomes):
     assert time.monotonic() - started < 5.0
 
 
+@pytest.mark.parametrize("waits", [True, False])
+def test_nothing_is_evicted_for_what_cannot_be_had(waits):
+    blocks = make_blocks(BlockAllocator(8))
+    held = blocks.reserve(0, 6)
+    prompts = [np.full(3 * BLOCK_SIZE, seed, dtype=np.uint32) for seed in range(2)]
+    for prompt, ids in zip(prompts, (held[:3], held[3:]), strict=True):
+        blocks.insert(prompt, "", np.array(ids, dtype=np.int32)[:, None])
+    blocks.groups[0].allocator.release(held)
+    match = blocks.hold(prompts[0], "")
+    reserve = blocks.reserve if waits else blocks.reserve_now
+    with pytest.raises(PoolFullError):
+        reserve(0, 6)  # two are free, and three that no session holds
+    assert blocks.num_cached(prompts[1], "") == 3
+    assert blocks.evicted_blocks == 0
+    assert len(reserve(0, 4)) == 4
+    assert blocks.evicted_blocks == 2
+    assert blocks.num_cached(prompts[0], "") == 3
+    blocks.unpin(match)
+    assert blocks.check() == []
+
+
 def test_a_writer_that_hangs_is_waited_for_until_the_deadline():
     blocks = make_blocks(BlockAllocator(4))
     held = blocks.reserve(0, 4)

@@ -115,6 +115,7 @@ class Pair:
             operations = [self.match]
         self.rng.choice(operations)()
         assert self.index.check() == []
+        assert self.index.num_evictable == self.model.num_evictable()
 
     def compare_blocks(self) -> None:
         size = self.model.block_size
@@ -144,5 +145,7 @@ def test_agrees_with_the_model(case: str, seed: int) -> None:
     assert stats.num_blocks == len(pair.model.blocks) == pair.index.num_blocks
     assert stats.evicted_blocks > 0
     assert (stats.stripped_blocks > 0) == bool(pair.windowed)
+    num_kept = pair.index.num_blocks - pair.index.num_evictable
     assert pair.index.evict(10**9).tolist() == pair.model.evict(10**9)  # all unpinned blocks
+    assert (pair.index.num_blocks, pair.index.num_evictable) == (num_kept, 0)
     assert pair.index.check() == []

@@ -39,7 +39,9 @@
 //     each block, and ticks never rise from a parent to its child.
 //  3. Two leaves never have the same tick, since one tick touches one path. So "the least recently
 //     touched block with no cached block after it" is one block: ties cannot arise.
-//  4. Pins stand on the last node of the pinned run. All before it is kept by invariant 5.
+//  4. Pins stand on the last node of the pinned run. All before it is kept by invariant 5. Kept is
+//     a node that is pinned or has a child that is kept; each counts such children, so that pin()
+//     and unpin() go up only as far as that changes, and num_evictable() is a subtraction.
 //  5. Only the tail of an unpinned leaf is ever evicted.
 //  6. Every unpinned leaf has one entry in the eviction heap, keyed by a tick no later than its
 //     own. Touching a node leaves the entry alone; evict() puts stale entries right when they
@@ -150,6 +152,9 @@ class RadixTree {
   // num_groups] in order of eviction. Fewer where the rest are pinned.
   std::vector<std::int32_t> evict(std::size_t num_blocks);
 
+  // Blocks that evict() would remove if it was asked for all: those of the nodes that no pin keeps.
+  std::size_t num_evictable() const { return num_blocks_ - num_kept_blocks_; }
+
   // Gives up `num_blocks` ids of one group that has a window, and returns them; the other groups
   // keep theirs. First go ids that no end of a run needs; then the windows of the ends that were
   // used least recently, each as a whole, so that there may be a few ids more; the windows of
@@ -175,6 +180,7 @@ class RadixTree {
   // One array: the tokens of `capacity` blocks, then the block ids of as many.
   using Words = std::unique_ptr<std::uint32_t[]>;
 
+  // 64 bytes, which is why flags share a word with a count: a path touches every node on it.
   struct Node {
     Words words;
     std::uint64_t tick = 0;
@@ -188,10 +194,12 @@ class RadixTree {
     std::uint32_t num_children = 0;
     std::uint32_t num_pins = 0;
     std::uint32_t generation = 0;
-    bool is_live = false;
-    bool is_queued = false;      // has an entry in queue_, maybe since before the node was freed
-    bool is_handed_out = false;  // a handle of this generation exists
+    std::uint32_t num_kept_children : 29 = 0;  // see invariant 4
+    bool is_live : 1 = false;
+    bool is_queued : 1 = false;      // has an entry in queue_, maybe of a node freed since
+    bool is_handed_out : 1 = false;  // a handle of this generation exists
   };
+  static_assert(sizeof(Node) <= 64);
 
   struct Queued {
     std::uint64_t tick;
@@ -228,6 +236,7 @@ class RadixTree {
   }
   std::size_t words_before_ids(std::size_t capacity) const { return capacity * block_size_; }
   std::size_t words_per_block() const { return std::size_t{block_size_} + num_groups_; }
+  bool is_kept(const Node& node) const { return node.num_pins > 0 || node.num_kept_children > 0; }
   bool is_evictable(const Node& node) const {
     return node.num_children == 0 && node.num_pins == 0 && node.num_blocks > 0;
   }
@@ -256,6 +265,8 @@ class RadixTree {
   Match describe_end(End end, NodeId root);
   void add_to_parent(NodeId id);
   void take_from_parent(NodeId id);
+  void keep_path(NodeId id);
+  void let_path_go(NodeId id);
 
   void reserve_queue(std::size_t num_nodes = 1);
   void enqueue(NodeId id);
@@ -300,7 +311,8 @@ class RadixTree {
   ChildTable children_;
   std::vector<Queued> queue_;  // a heap: the least recently touched leaf in front, see invariant 6
   std::vector<NodeId> holders_;  // see invariant 9
-  std::size_t num_blocks_ = 0, num_nodes_ = 0, num_pinned_ = 0, capacity_blocks_ = 0;
+  std::size_t num_blocks_ = 0, num_kept_blocks_ = 0, num_nodes_ = 0, num_pinned_ = 0;
+  std::size_t capacity_blocks_ = 0;
   std::uint64_t num_matches_ = 0, lookup_blocks_ = 0, hit_blocks_ = 0;
   std::uint64_t inserted_blocks_ = 0, evicted_blocks_ = 0, stripped_blocks_ = 0;
 };

@@ -127,6 +127,14 @@ class RadixIndex:
         """Blocks cached now."""
         return self._tree.num_blocks()
 
+    @property
+    def num_evictable(self) -> int:
+        """Blocks that no pin keeps: as many `evict` removes if it is asked for all.
+
+        A group may hold no id of some of them; so many are the most that it can get back.
+        """
+        return self._tree.num_evictable()
+
     def match(self, tokens: Any, salt: bytes = b"") -> Match:
         """Find the longest cached run of whole blocks at the front of `tokens`, and touch it.
 
