@@ -168,3 +168,17 @@ def test_a_tier_that_is_slow_to_tell_what_it_holds_is_loaded_from_all_the_same(m
         warm, report = run(cache, model, tokens)
         assert warm == cold
         assert report.tokens_by_tier == {"slow": 5 * BLOCK_SIZE}
+
+
+def test_what_faster_tiers_hold_is_known_while_a_slower_one_is_asked(make_store):
+    keys, heard = make_keys(3), []
+    fast, slow = DictTier("fast"), DictTier("slow")
+    store = make_store(fast, slow)
+    fill(fast, keys[:1])
+    fill(slow, keys[1:2])
+    found = store.look_up([keys[:2], keys[2:]], time.monotonic() + 60, heard.append)
+    assert [own.tiers for own in found] == [["fast", "slow"], [None]]
+    assert [(one.tiers, sorted(one.unanswered)) for one in heard] == [
+        ([None] * 3, [0, 1, 2]),
+        (["fast", None, None], [1, 2]),
+    ]

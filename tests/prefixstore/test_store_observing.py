@@ -82,13 +82,14 @@ def test_what_was_no_hit_counts_for_nothing_and_took_its_time(what: str) -> None
     assert told.loads[0][3] >= (0 if what == "down" else 2 * SLOW_S)
 
 
-def test_the_last_observer_is_told() -> None:
+def test_each_observer_is_told_until_it_is_taken_off() -> None:
     tier, first, last = DictTier("tier"), Told(), Told()
     keys = make_keys(1)
     put(tier, keys)
     with Store([tier], StoreConfig(), first) as store:
-        store.observe_loads(last)
+        stop = store.observe_loads(last)
         load(store, keys)
-        store.observe_loads(None)
+        stop()
         load(store, keys)
-    assert (first.loads, last.counts()) == ([], [("tier", 1, LAYOUT.record_bytes)])
+    told = ("tier", 1, LAYOUT.record_bytes)
+    assert (first.counts(), last.counts()) == ([told, told], [told])

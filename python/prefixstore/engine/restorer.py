@@ -57,8 +57,9 @@ class Restorer:
         self._num_loading = 0
         self._loading_since = self._loading_s = 0.0
         self._is_computing = False
+        self._stop_observing: Callable[[], None] | None = None
         if blocks.store is not None:
-            blocks.store.observe_loads(self._observe)
+            self._stop_observing = blocks.store.observe_loads(self._observe)
 
     def begin(self, restoring: Restoring, keys: Sequence[Sequence[BlockKey]], now: float) -> None:
         """Bring a prompt in, whose cached prefix its sequence holds already."""
@@ -103,8 +104,8 @@ class Restorer:
 
     def close(self) -> None:
         """Wait for what is under way; every `Restoring` is to be finished before."""
-        if self._blocks.store is not None:
-            self._blocks.store.observe_loads(None)
+        if self._stop_observing is not None:
+            self._stop_observing()
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     # ---- in a thread of the pool -------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from prefixstore.block_key import RecordName
@@ -41,6 +41,7 @@ def find_holders(
     names: Sequence[RecordName],
     is_barred: Sequence[bool],
     deadline: float,
+    progress: Callable[[Holders], None] | None = None,
 ) -> Holders:
     """Ask one tier after another, each for what those before it do not hold.
 
@@ -49,13 +50,18 @@ def find_holders(
         names: Of the records.
         is_barred: For each whether it is not to be found anywhere.
         deadline: Of `time.monotonic()`.
+        progress: Told before each tier is asked of the answers so far, as if this one and those
+            behind it said nothing.
     """
     found: list[str | None] = [None] * len(names)
+    barred = {i for i, one in enumerate(is_barred) if one}
     unanswered: set[int] = set()
     for tier in tiers:
         missing = [i for i, name in enumerate(found) if name is None and not is_barred[i]]
         if not missing:
             break
+        if progress is not None:
+            progress(Holders([*found], set(missing), barred))
         if not tier.lends and is_past(deadline):
             unanswered.update(missing)
             continue  # it is out of time through no fault of its own
@@ -65,5 +71,4 @@ def find_holders(
                 found[i] = tier.name
             elif is_there is None:
                 unanswered.add(i)
-    barred = {i for i, one in enumerate(is_barred) if one}
     return Holders(found, {i for i in unanswered if found[i] is None}, barred)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
@@ -62,10 +63,22 @@ class Loader:
         self._counts = counts
         self._reused = reused
         self._quarantined = quarantined
-        self.observer: LoadObserver | None = None  # see `Store.observe_loads`
+        self._observers: tuple[LoadObserver, ...] = ()
+        self._observers_lock = threading.Lock()
         self._in_flight = InFlight()
         self._slabs = Slabs()
         self._promoter = Promoter(policies, writer, counts, self._in_flight, self._slabs)
+
+    def observe(self, observer: LoadObserver) -> Callable[[], None]:
+        """See `Store.observe_loads`."""
+        with self._observers_lock:
+            self._observers = (*self._observers, observer)
+
+        def stop() -> None:
+            with self._observers_lock:
+                self._observers = tuple(one for one in self._observers if one is not observer)
+
+        return stop
 
     def load_many(
         self,
@@ -148,8 +161,7 @@ class Loader:
         self._promoter.add(load, number, own, slab)
 
     def _tell(self, load: Load) -> None:
-        observer = self.observer
-        if observer is not None:
+        for observer in self._observers:
             for number, work in sorted(load.work.items()):
                 observer(self._tiers[number].name, work.num_records, work.num_bytes, work.seconds)
 

@@ -84,10 +84,11 @@ class Store:
             *(self._found_again, self._quarantined),
         )
         self._deleter = Deleter(self._tiers, self._writer, self._loader, self._counts, self._config)
-        self.observe_loads(observer)
+        if observer is not None:
+            self.observe_loads(observer)
 
-    def observe_loads(self, observer: LoadObserver | None) -> None:
-        """Have `observer` told what each load took; it takes the place of the one before.
+    def observe_loads(self, observer: LoadObserver) -> Callable[[], None]:
+        """Have `observer` told what each load took, until what is returned is called.
 
         It is called at the end of `load_many`, in that thread, once for each tier that was asked:
         `observer(tier_name, num_records, num_bytes, seconds)`. The records are those that were
@@ -95,7 +96,7 @@ class Store:
         the load spent on reading and decoding them, and on hearing what is not there. It must not
         raise: the load would.
         """
-        self._loader.observer = observer
+        return self._loader.observe(observer)
 
     @property
     def tier_names(self) -> list[str]:
@@ -106,10 +107,22 @@ class Store:
         """When the tiers' time is over for a request that begins now, on `time.monotonic`."""
         return time.monotonic() + _TIERS_SHARE * self._config.load_timeout_s
 
-    def look_up(self, groups: Sequence[Sequence[BlockKey]], deadline: float) -> list[Holders]:
-        """Who holds the blocks of a request that is to load them; all its groups at once."""
+    def look_up(
+        self,
+        groups: Sequence[Sequence[BlockKey]],
+        deadline: float,
+        progress: Callable[[Holders], None] | None = None,
+    ) -> list[Holders]:
+        """Who holds the blocks of a request that is to load them; all its groups at once.
+
+        Args:
+            groups: Per group, the keys of its blocks.
+            deadline: Of the request; a part of the time until then is for this.
+            progress: Told in this thread, before each tier is asked, what the faster ones said of
+                all keys; of what they do not hold nothing is known by then.
+        """
         now, keys = time.monotonic(), list(chain.from_iterable(groups))
-        found = self._find(keys, now + LOOK_UP_SHARE * (deadline - now))
+        found = self._find(keys, now + LOOK_UP_SHARE * (deadline - now), progress)
         return found.split([len(own) for own in groups])
 
     def contains_many(
@@ -118,10 +131,15 @@ class Store:
         """For each key the name of the fastest tier that says it holds it, or None."""
         return list(self._find(keys, self.deadline() if deadline is None else deadline).tiers)
 
-    def _find(self, keys: Sequence[BlockKey], deadline: float) -> Holders:
+    def _find(
+        self,
+        keys: Sequence[BlockKey],
+        deadline: float,
+        progress: Callable[[Holders], None] | None = None,
+    ) -> Holders:
         names = [key.name for key in keys]
         is_barred = self._quarantined.contains_many(names)
-        return find_holders(self._tiers, names, is_barred, deadline)
+        return find_holders(self._tiers, names, is_barred, deadline, progress)
 
     def load_many(
         self,
