@@ -53,6 +53,12 @@ class LogFit:
         """The total for `features`, `[num_features]` float64."""
         return float(self.coefficients @ features)
 
+    def doubt(self, features: np.ndarray) -> float:
+        """Standard deviation of the logarithm of the total for `features`, as far as is known."""
+        parts = self.coefficients * features
+        shares = parts / parts.sum()
+        return math.sqrt(float(shares @ self._covariance @ shares))
+
     def age(self, variance: float) -> None:
         """Be less sure: time went by."""
         self._grow(variance)

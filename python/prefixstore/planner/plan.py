@@ -74,7 +74,7 @@ def plan_restore(inputs: PlanInputs) -> RestorePlan:
     costs = Costs(inputs)
     recompute_s = costs.recompute_s()
     if not len(costs.run_ends):
-        return _load_nothing(costs, PlanMode.NONE, recompute_s, float("inf"))
+        return load_nothing(costs, PlanMode.NONE, recompute_s, float("inf"))
     best_s, split, best_end = float("inf"), 0, 0
     for end in _ends(costs):
         seconds = costs.split_s(0, end, pass_s=costs.tail_pass_s(end))
@@ -86,7 +86,7 @@ def plan_restore(inputs: PlanInputs) -> RestorePlan:
     last = int(costs.run_ends[-1])
     load_s = float(costs.split_s(0, last, pass_s=costs.tail_pass_s(last))[0]) + costs.tail_s(last)
     if recompute_s - best_s <= max(inputs.margin_s, inputs.margin_ratio * recompute_s):
-        return _load_nothing(costs, PlanMode.RECOMPUTE, recompute_s, load_s)
+        return load_nothing(costs, PlanMode.RECOMPUTE, recompute_s, load_s)
     patience_s = (inputs.slowdown if split else 1.0) * load_patience_s(costs, split, best_end)
     return RestorePlan(
         mode=PlanMode.BOTH if split else PlanMode.LOAD,
@@ -148,7 +148,8 @@ def load_patience_s(
     return max(min(patience_s, longest_s), _LEAST_PATIENCE_S)
 
 
-def _load_nothing(costs: Costs, mode: PlanMode, recompute_s: float, load_s: float) -> RestorePlan:
+def load_nothing(costs: Costs, mode: PlanMode, recompute_s: float, load_s: float) -> RestorePlan:
+    """All is computed."""
     return RestorePlan(
         mode=mode,
         num_compute_blocks=costs.num_blocks,

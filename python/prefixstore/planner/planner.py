@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from prefixstore.planner.costs import PlanInputs
 from prefixstore.planner.plan import RestorePlan, plan_probe, plan_restore, unmeasured_tiers
+from prefixstore.planner.prefix import plan_prefix
 from prefixstore.planner.rates import PrefillEstimate, PrefillRate, Slowdown, TierRate
 from prefixstore.planner.stats import MeetingCounts, PlanCounts, PlannerStats
 
@@ -169,6 +170,12 @@ class Planner:
         with self._lock:
             return self._prefill_estimate().seconds(num_new, context, self._chunk_tokens)
 
+    def slowest_prefill_s(self, num_new: int, context: int) -> float:
+        """The same, or as long as is plausible where too little was measured to expect anything."""
+        with self._lock:
+            estimate = self._slowest_prefill(num_new, context)
+            return estimate.seconds(num_new, context, self._chunk_tokens)
+
     # ---- plans -------------------------------------------------------------------------------
 
     def plan(
@@ -194,6 +201,48 @@ class Planner:
         Raises:
             ValueError: If these disagree or a tier is unknown.
         """
+        with self._lock:
+            self._slowdown.age(now)
+            inputs = self._inputs(num_tokens, num_device_blocks, tiers, record_bytes, deadline_s)
+            return self._with_probe(plan_restore(inputs), now)
+
+    def plan_prefix(
+        self,
+        num_tokens: int,
+        num_device_blocks: int,
+        tiers: Sequence[str | None],
+        record_bytes: Sequence[int] | np.ndarray,
+        now: float,
+        *,
+        deadline_s: float = float("inf"),
+    ) -> RestorePlan:
+        """As `plan`, for who loads a whole prefix before anything is computed, see prefix.py.
+
+        A guess of the model's speed keeps nothing from being loaded: whoever asks once, after a
+        restart, would lose all that was stored to it.
+        """
+        context = num_device_blocks * self._block_size
+        if self._config.policy == "load":  # whatever is believed of the tiers
+            deadline_s = float("inf")
+        with self._lock:
+            inputs = self._inputs(num_tokens, num_device_blocks, tiers, record_bytes, deadline_s)
+            inputs = replace(
+                inputs,
+                prefill=self._slowest_prefill(num_tokens - context, context),
+                slowdown=1.0,
+                has_windows=True,  # as little can be computed between loaded blocks
+                is_layered=(),
+            )
+            return self._with_probe(plan_prefix(inputs), now)
+
+    def _inputs(
+        self,
+        num_tokens: int,
+        num_device_blocks: int,
+        tiers: Sequence[str | None],
+        record_bytes: Sequence[int] | np.ndarray,
+        deadline_s: float,
+    ) -> PlanInputs:
         try:
             numbers = [self._numbers[name] for name in tiers]
         except KeyError as error:
@@ -203,32 +252,32 @@ class Planner:
         if self._config.policy == "recompute":
             numbers = [-1] * len(numbers)
         waits_for_loads = self._config.policy == "load"
-        with self._lock:
-            self._slowdown.age(now)
-            inputs = PlanInputs(
-                num_tokens=num_tokens,
-                block_size=self._block_size,
-                num_device_blocks=num_device_blocks,
-                tiers=np.array(numbers, dtype=np.int64),
-                record_bytes=np.asarray(record_bytes, dtype=np.int64),
-                estimates=[self._tiers[name].snapshot() for name in self._names],
-                prefill=self._prefill_estimate(),
-                chunk_tokens=self._chunk_tokens,
-                slowdown=self._slowdown.factor,
-                has_windows=self._has_windows,
-                margin_s=0.0 if waits_for_loads else self._config.margin_s,
-                margin_ratio=0.0 if waits_for_loads else self._config.margin_ratio,
-                deadline_s=deadline_s,
-                is_layered=self._is_layered,
-                restore_bytes_per_s=self._restore_bytes_per_s,
-            )
-            plan = plan_restore(inputs)
-            due = next((one for one in unmeasured_tiers(plan) if self._is_due(one, now)), None)
-            if due is not None:
-                self._probed_at[due] = now
-                plan = plan_probe(plan, due, self._config.probe_blocks)
-            self._counts.add_plan(plan)
-            return plan
+        return PlanInputs(
+            num_tokens=num_tokens,
+            block_size=self._block_size,
+            num_device_blocks=num_device_blocks,
+            tiers=np.array(numbers, dtype=np.int64),
+            record_bytes=np.asarray(record_bytes, dtype=np.int64),
+            estimates=[self._tiers[name].snapshot() for name in self._names],
+            prefill=self._prefill_estimate(),
+            chunk_tokens=self._chunk_tokens,
+            slowdown=self._slowdown.factor,
+            has_windows=self._has_windows,
+            margin_s=0.0 if waits_for_loads else self._config.margin_s,
+            margin_ratio=0.0 if waits_for_loads else self._config.margin_ratio,
+            deadline_s=deadline_s,
+            is_layered=self._is_layered,
+            restore_bytes_per_s=self._restore_bytes_per_s,
+        )
+
+    def _with_probe(self, plan: RestorePlan, now: float) -> RestorePlan:
+        """The plan, with a probe if one is due; counted."""
+        due = next((one for one in unmeasured_tiers(plan) if self._is_due(one, now)), None)
+        if due is not None:
+            self._probed_at[due] = now
+            plan = plan_probe(plan, due, self._config.probe_blocks)
+        self._counts.add_plan(plan)
+        return plan
 
     def _is_due(self, tier: int, now: float) -> bool:
         """Whether a tier is to be measured again."""
@@ -246,6 +295,11 @@ class Planner:
 
     def _prefill_estimate(self) -> PrefillEstimate:
         return _ENDLESS_PREFILL if self._config.policy == "load" else self._prefill.snapshot()
+
+    def _slowest_prefill(self, num_new: int, context: int) -> PrefillEstimate:
+        if self._config.policy == "load":
+            return _ENDLESS_PREFILL
+        return self._prefill.slowest(num_new, context)
 
     def _rate(self, tier: str) -> TierRate:
         rate = self._tiers.get(tier)

@@ -6,7 +6,7 @@ Nothing here is thread-safe (`Planner` holds one lock around all of it), and not
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,6 +24,11 @@ PRIOR_SPREAD = 0.5
 PRIOR_PASS_S = 2e-3
 PRIOR_TOKEN_S = 2e-4
 PRIOR_PAIR_S = PRIOR_TOKEN_S / 16384
+
+# A prediction of the model's time is a guess where its logarithm has more than this standard
+# deviation: after a cold prompt it is about 0.1, before one 1.5.
+_GUESS_DOUBT = 0.5
+_PLAUSIBLE_DOUBTS = 2.0  # standard deviations within which a guess is right
 
 # Growth of a tier's variance (of logarithms): after a minute little is remembered.
 _AGING_PER_S = 0.01
@@ -87,6 +92,15 @@ class PrefillEstimate:
         num_passes = -(-num_new // chunk_tokens)
         pairs = num_new * (context + num_new / 2)
         return self.pass_s * num_passes + self.token_s * num_new + self.pair_s * pairs
+
+    def slowed(self, factor: float) -> PrefillEstimate:
+        """The same of a model that takes so many times as long."""
+        return replace(
+            self,
+            pass_s=self.pass_s * factor,
+            token_s=self.token_s * factor,
+            pair_s=self.pair_s * factor,
+        )
 
 
 class TierRate:
@@ -181,6 +195,15 @@ class PrefillRate:
         """What is believed of the model now."""
         pass_s, token_s, pair_s = self._fit.coefficients.tolist()
         return PrefillEstimate(pass_s, token_s, pair_s, self._spread, self._num_passes)
+
+    def slowest(self, num_new: int, context: int) -> PrefillEstimate:
+        """As slow a model as is plausible, where too little was measured to predict such a pass.
+
+        A few passes over short prompts say next to nothing of a long one.
+        """
+        doubt = self._fit.doubt(_prefill_features(num_new, context))
+        factor = math.exp(_PLAUSIBLE_DOUBTS * doubt) if doubt > _GUESS_DOUBT else 1.0
+        return self.snapshot().slowed(factor)
 
 
 class Slowdown:
