@@ -38,6 +38,8 @@ PLANNER = ("prefixstore.residency", "prefixstore.planner")
 CACHE = ("prefixstore.cache", "prefixstore.config", "prefixstore.device", "prefixstore.restore")
 CACHE += ("prefixstore.session", "prefixstore.served_model", "prefixstore.pool_blocks")
 CACHE += ("prefixstore.block_cache", "prefixstore.reuse_report", "prefixstore.pool_sizes")
+CACHE += ("prefixstore.group_load", "prefixstore.missing_blocks", "prefixstore.pass_timer")
+CACHE += ("prefixstore.patient_calls", "prefixstore.prefix_loads")
 CACHE += (
     "prefixstore.write_holds",
     "prefixstore.tokens",

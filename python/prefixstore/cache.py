@@ -23,9 +23,10 @@ from prefixstore.identity import model_identity
 from prefixstore.index import Match, Outline
 from prefixstore.index import Stats as IndexStats
 from prefixstore.module_state import check_evaluates
+from prefixstore.planner import PlannerStats
 from prefixstore.pool_sizes import pool_sizes
-from prefixstore.restore import DEVICE, RestoredPrefix, restore_prefix
-from prefixstore.reuse_report import ReuseReport
+from prefixstore.restore import PrefixRestorer, RestoredPrefix
+from prefixstore.reuse_report import DEVICE, ReuseReport
 from prefixstore.served_model import ServedModel
 from prefixstore.session import Session
 from prefixstore.settings import check_known
@@ -91,6 +92,7 @@ class PrefixCache:
         """
         self.config = config
         self.blocks = BlockCache(groups, identity, config, store)
+        self._restorer = PrefixRestorer(self.blocks, config.restore_policy)
         self.served_model = served_model
         self._is_closed = False
 
@@ -150,7 +152,9 @@ class PrefixCache:
     ) -> Session:
         """The KV of one sequence, beginning with the longest prefix that is cached anywhere.
 
-        At least the last token is left to compute: the model needs it to give logits.
+        What tiers hold is loaded as far as that is expected to be faster than computing it, see
+        `CacheConfig.restore_policy`. At least the last token is left to compute: the model needs it
+        to give logits.
 
         Args:
             token_ids: The prompt, `[num_tokens]` or `[1, num_tokens]`.
@@ -169,14 +173,17 @@ class PrefixCache:
         keys = self.blocks.keys(whole, salt)
         device = self.blocks.device
         with ExitStack() as held:
-            restored = restore_prefix(self.blocks, whole, salt, keys)
+            restored = self._restorer.restore(whole, len(tokens), salt, keys)
             held.callback(device.unpin, restored.match)
             held.callback(device.release, restored.block_ids)
             reused = [number for number, tier in enumerate(restored.tiers) if tier == DEVICE]
             self.blocks.touch(keys, restored.block_ids, reused)
             report = self._report(tokens, restored, time.perf_counter() - started)
             publish = partial(self._publish, salt)
-            session = Session(device, tokens, restored, report, publish, self.served_model)
+            session = Session(
+                *(device, tokens, restored, report, publish),
+                *(self._restorer.timer, self.served_model),
+            )
             held.pop_all()  # the session releases them from now on
             return session
 
@@ -236,6 +243,10 @@ class PrefixCache:
             store=store.stats() if store else None,
         )
 
+    def planner_stats(self) -> PlannerStats:
+        """What was chosen for the prompts of sessions, and which speeds are believed."""
+        return self._restorer.planner.stats()
+
     def tier_stats(self) -> dict[str, TierStats | None]:
         """What each tier holds, by name; None where it gave no answer."""
         return self.blocks.store.tier_stats() if self.blocks.store else {}
@@ -284,6 +295,7 @@ class PrefixCache:
         """
         self._is_closed = True
         try:
+            self._restorer.close()
             self.blocks.close()
         finally:
             if self.served_model is not None:

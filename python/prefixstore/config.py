@@ -25,6 +25,7 @@ from urllib.parse import quote
 
 from kvkernels import CODECS
 from prefixstore.errors import ConfigError
+from prefixstore.planner import POLICIES
 from prefixstore.settings import check_known, parse_bytes, parse_seconds
 from prefixstore.store import BreakerConfig, StoreConfig
 from prefixstore.tiers.base import check_bytes
@@ -62,6 +63,9 @@ class CacheConfig:
             smaller and cost some precision.
         exact_blocks: So many blocks at the start of a sequence are written without loss, whatever
             the codec: attention leans on the first tokens more than on others.
+        restore_policy: Of sessions. "planned": what tiers hold is loaded as far as that is expected
+            to be faster than computing it; "load" and "recompute": always. An engine goes by its
+            own, see `EngineConfig`.
         store: Queues, deadlines, and when a failing tier is left alone. By default as many blocks
             may wait to be written as the pool holds.
     """
@@ -76,6 +80,7 @@ class CacheConfig:
     salt: str = ""
     codec: str | Sequence[str] = "raw"
     exact_blocks: int = 0
+    restore_policy: str = "planned"
     store: StoreConfig | None = None
 
     def __post_init__(self) -> None:
@@ -98,6 +103,10 @@ class CacheConfig:
                 raise ConfigError(f"codec: expected one of {tuple(CODECS)}, got {name!r}")
         if type(self.exact_blocks) is not int or self.exact_blocks < 0:
             raise ConfigError(f"exact_blocks: expected 0 or more, got {self.exact_blocks!r}")
+        if self.restore_policy not in POLICIES:
+            raise ConfigError(
+                f"restore_policy: expected one of {POLICIES}, got {self.restore_policy!r}"
+            )
         for name in ("pool_tokens", "window_pool_tokens"):
             value = getattr(self, name)
             if value is not None and value < self.block_size:

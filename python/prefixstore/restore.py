@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from kvkernels import PoolFullError
 from prefixstore.block_cache import BlockCache
+from prefixstore.block_key import BlockKey
 from prefixstore.index import Match
-from prefixstore.record import BlockKey
-from prefixstore.residency import first_block_needed, longest_prefix
-from prefixstore.reuse_report import MissReason
+from prefixstore.missing_blocks import MissingBlocks
+from prefixstore.pass_timer import PassTimer
+from prefixstore.patient_calls import PatientCalls
+from prefixstore.planner import Planner, PlannerConfig
+from prefixstore.prefix_loads import PrefixLoads
+from prefixstore.residency import first_block_needed
+from prefixstore.reuse_report import DEVICE, MissReason
 
-DEVICE = "device"  # the name of the pool among the tiers, in reports
+_ONE_PASS = 1 << 30  # tokens: `generate` runs the model once over a prompt
 
 
 @dataclass
@@ -43,137 +47,91 @@ class RestoredPrefix:
         return len(self.tiers)
 
 
-def restore_prefix(
-    blocks: BlockCache,
-    tokens: np.ndarray,
-    salt: str,
-    keys: Sequence[Sequence[BlockKey]],
-) -> RestoredPrefix:
-    """Find, load and verify the longest cached prefix of `tokens`, and index what was loaded.
+class PrefixRestorer:
+    """Brings prefixes into the pool, as far as that is faster than computing them.
+
+    Its caller computes nothing meanwhile, so look-ups and loads run in threads that are waited for
+    no longer than computing would take: a tier that hangs keeps a thread, and costs little more
+    than its hits.
 
     Args:
-        blocks: Where they are looked for.
-        tokens: Whole blocks only, `[num_blocks * block_size]` uint32.
-        salt: The namespace.
-        keys: Per group, the keys of the blocks.
+        blocks: The model's.
+        policy: See `PlannerConfig`.
+
+    Attributes:
+        planner: Learns speeds and plans.
+        timer: To be told of forward passes over prompts.
     """
-    device = blocks.device
-    num_blocks = len(tokens) // device.block_size
-    match, found = device.find(tokens, salt)
-    block_ids = np.full((num_blocks, len(device.groups)), -1, dtype=np.int32)
-    block_ids[: len(found)] = found
-    tiers = [DEVICE] * num_blocks
-    try:
-        usable, misses = _load_missing(blocks, keys, block_ids, tiers)
-    except BaseException:
-        device.release(block_ids)
-        device.unpin(match)
-        raise
-    device.release(block_ids[usable:])
-    block_ids, tiers = block_ids[:usable], tiers[:usable]
-    for group, window in enumerate(device.windows):
-        device.drop(
-            group, block_ids[: first_block_needed(usable, device.block_size, window), group]
+
+    def __init__(self, blocks: BlockCache, policy: str) -> None:
+        store = blocks.store
+        self._blocks = blocks
+        self._calls = PatientCalls()
+        self.planner = Planner(
+            store.tier_names if store is not None else (),
+            blocks.block_size,
+            _ONE_PASS,
+            config=PlannerConfig(policy=policy),
         )
-    is_loaded = any(tier != DEVICE for tier in tiers)
-    prefix = tokens[: usable * device.block_size]
-    if is_loaded:
-        blocks.note_loaded(keys[0][at] for at, tier in enumerate(tiers) if tier != DEVICE)
-        device.insert(prefix, salt, block_ids)
-    if is_loaded or usable < len(found):
-        device.unpin(match)
-        match = device.hold(prefix, salt)
-    return RestoredPrefix(match, block_ids, tiers, misses, len(found))
+        device = blocks.device.groups[0].pool.device
+        self.timer = PassTimer(device, self._observe_pass, lambda: self._calls.num_under_way > 0)
+        if store is not None:
+            store.observe_loads(self._observe_load)
 
+    def restore(
+        self,
+        tokens: np.ndarray,
+        num_tokens: int,
+        salt: str,
+        keys: Sequence[Sequence[BlockKey]],
+    ) -> RestoredPrefix:
+        """Find, load and verify the longest cached prefix of `tokens` that is worth it, and index
+        what was loaded.
 
-def _load_missing(
-    blocks: BlockCache,
-    keys: Sequence[Sequence[BlockKey]],
-    block_ids: np.ndarray,
-    tiers: list[str],
-) -> tuple[int, list[MissReason]]:
-    """Fill holes in `block_ids` from the tiers; returns the blocks of the longest whole prefix, and
-    why each further one is not part of it.
-    """
-    device, store = blocks.device, blocks.store
-    reasons: dict[int, MissReason] = {}
-    available = [ids >= 0 for ids in block_ids.T.copy()]
-    deadline = math.inf if store is None else store.deadline()
-    if store is not None:
-        missing = [np.flatnonzero(~held) for held in available]
-        asked = [
-            [own[number] for number in numbers.tolist()]
-            for own, numbers in zip(keys, missing, strict=True)
-        ]
-        answers = store.look_up(asked, deadline)
-        for held, numbers, own in zip(available, missing, answers, strict=True):
-            held[numbers] = [tier is not None for tier in own.tiers]
-            reasons |= dict.fromkeys(numbers[[*own.unanswered]].tolist(), MissReason.UNREACHABLE)
-            reasons |= dict.fromkeys(numbers[[*own.barred]].tolist(), MissReason.QUARANTINED)
-    while True:
-        num_blocks = longest_prefix(available, device.block_size, device.windows)
-        is_complete = True
+        Args:
+            tokens: Whole blocks only, `[num_blocks * block_size]` uint32.
+            num_tokens: Of the prompt.
+            salt: The namespace.
+            keys: Per group, the keys of the blocks.
+        """
+        blocks, device = self._blocks, self._blocks.device
+        match, found = device.find(tokens, salt)
+        missing = MissingBlocks(blocks, keys, found)
+        try:
+            if blocks.store is not None and (missing.block_ids < 0).any():
+                self.timer.collect()
+                PrefixLoads(blocks, self._calls, self.planner, missing, num_tokens).run()
+            usable = missing.num_usable
+            misses = missing.misses(usable)
+        except BaseException:
+            device.release(missing.block_ids)
+            device.unpin(match)
+            raise
+        device.release(missing.block_ids[usable:])
+        block_ids, tiers = missing.block_ids[:usable], missing.tiers[:usable]
         for group, window in enumerate(device.windows):
-            first = first_block_needed(num_blocks, device.block_size, window)
-            numbers = first + np.flatnonzero(block_ids[first:num_blocks, group] < 0)
-            if len(numbers) == 0:
-                continue
-            failed = _load(blocks, group, keys[group], numbers, block_ids, tiers, deadline)
-            reasons |= failed
-            # Counted misses: settle for the longest prefix without these blocks.
-            available[group][[*failed]] = False
-            is_complete = is_complete and not failed
-        if is_complete:
-            return num_blocks, _misses(blocks, keys[0], available, num_blocks, reasons)
+            device.drop(
+                group, block_ids[: first_block_needed(usable, device.block_size, window), group]
+            )
+        is_loaded = any(tier != DEVICE for tier in tiers)
+        prefix = tokens[: usable * device.block_size]
+        if is_loaded:
+            blocks.note_loaded(keys[0][at] for at, tier in enumerate(tiers) if tier != DEVICE)
+            device.insert(prefix, salt, block_ids)
+        if is_loaded or usable < len(found):
+            device.unpin(match)
+            match = device.hold(prefix, salt)
+        return RestoredPrefix(match, block_ids, tiers, misses, len(found))
 
+    def close(self) -> None:
+        """Wait for calls that nobody waits for."""
+        self._calls.close()
 
-def _misses(
-    blocks: BlockCache,
-    keys: Sequence[BlockKey],
-    available: Sequence[np.ndarray],
-    num_reused: int,
-    reasons: Mapping[int, MissReason],
-) -> list[MissReason]:
-    """Of each block behind the reused ones, why it is computed; `reasons` of those that failed."""
-    windows = blocks.device.windows
-    full = [own for own, window in zip(available, windows, strict=True) if window is None]
-    is_there = np.logical_and.reduce(full or available)
-    behind = MissReason.GAP if all(window is None for window in windows) else MissReason.WINDOW
-    absent = [
-        MissReason.EVICTED if was_here else MissReason.NEW
-        for was_here in blocks.were_here(keys[num_reused:])
-    ]
-    return [
-        reasons.get(number, behind if is_there[number] else gone)
-        for number, gone in enumerate(absent, num_reused)
-    ]
+    # ---- measurements ------------------------------------------------------------------------
 
+    def _observe_pass(self, num_new: int, context: int, seconds: float, is_loading: bool) -> None:
+        self.planner.observe_prefill(num_new, context, seconds, is_loading=is_loading)
 
-def _load(
-    blocks: BlockCache,
-    group: int,
-    keys: Sequence[BlockKey],
-    numbers: np.ndarray,
-    block_ids: np.ndarray,
-    tiers: list[str],
-    deadline: float,
-) -> dict[int, MissReason]:
-    """Load these blocks of one group into the pool; returns which failed, and why."""
-    assert blocks.store is not None
-    try:
-        taken = blocks.device.reserve(group, len(numbers), deadline)
-    except PoolFullError:
-        # Try again with the first half; what the pool cannot hold cannot be restored.
-        return dict.fromkeys(numbers[len(numbers) // 2 :].tolist(), MissReason.NO_ROOM)
-    block_ids[numbers, group] = taken  # theirs at once: whatever is raised below, they go back
-    target = blocks.pool_blocks[group].target(taken)
-    wanted = [keys[number] for number in numbers.tolist()]
-    answers = blocks.store.load_many(wanted, target, deadline)
-    failed: dict[int, MissReason] = {}
-    for number, answer in zip(numbers.tolist(), answers, strict=True):
-        if answer is None:
-            blocks.device.drop(group, block_ids[number : number + 1, group])
-            failed[number] = MissReason.LOST
-        else:
-            tiers[number] = answer
-    return failed
+    def _observe_load(self, tier: str, num_records: int, num_bytes: int, seconds: float) -> None:
+        if num_records and seconds > 0:
+            self.planner.observe_load(tier, num_bytes, num_records, seconds, time.monotonic())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+DEVICE = "device"  # the name of the pool among the tiers, in reports
+
 
 class MissReason(str, Enum):
     """Why a whole block of a prompt was computed."""

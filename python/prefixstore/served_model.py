@@ -172,6 +172,7 @@ class ServedModel:
         """What a forward pass was given, by name."""
         return dict(zip(self._arguments, args, strict=False)) | kwargs
 
+    @torch.compiler.disable  # which would have to compile what learns of the pass's time
     def _after_forward(
         self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:

@@ -12,6 +12,7 @@ from kvkernels.errors import UnsupportedError
 from kvkernels.nn.transformers import PagedCache
 from prefixstore.device import DeviceBlocks
 from prefixstore.index import Match
+from prefixstore.pass_timer import PassTimer, TimedPass
 from prefixstore.restore import RestoredPrefix
 from prefixstore.reuse_report import ReuseReport
 from prefixstore.served_model import ServedModel
@@ -38,6 +39,7 @@ class Session(PagedCache):
         restored: RestoredPrefix,
         report: ReuseReport,
         publish: Callable[[np.ndarray, np.ndarray, int], Match | None],
+        timer: PassTimer,
         served_model: ServedModel | None = None,
     ) -> None:
         self.report = report
@@ -54,6 +56,8 @@ class Session(PagedCache):
         # The tokens that `check_prompt` saw last (a copy), and how many tokens will then be stored.
         self._checked_prompt = (torch.empty(0, dtype=torch.int64), -1)
         self._publish = publish
+        self._timer = timer
+        self._timed_pass: TimedPass | None = None
         super().__init__(
             device.groups,
             num_cached_tokens=restored.num_blocks * device.block_size,
@@ -181,9 +185,14 @@ class Session(PagedCache):
             positions = None if position_ids is None else position_ids.detach().clone()
             self._steps[start] = (token_ids.clone(), positions)
         self._checked_step = (start, token_ids.numel())
+        if start < self.report.num_prompt_tokens:
+            self._timed_pass = self._timer.begin(token_ids.numel(), start)
 
     def end_step(self) -> None:
         """The forward pass that `check_step` announced is over, finished or not."""
+        timed, self._timed_pass = self._timed_pass, None
+        if timed is not None and self.num_tokens == timed.context + timed.num_new:
+            self._timer.end(timed)
         self._checked_step = None
         self._drop_passed()
 

@@ -17,6 +17,7 @@ from s3_server import S3Server, find_weed
 from tier_kinds import make_any_tier, make_kind, make_tier, open_tiers
 
 from prefixstore.cache import PrefixCache
+from prefixstore.config import CacheConfig
 from prefixstore.store import Store, StoreConfig
 from prefixstore.tiers.disk import DiskTierConfig
 from prefixstore.tiers.redis.config import RedisTierConfig
@@ -24,36 +25,38 @@ from prefixstore.tiers.redis.config import RedisTierConfig
 __all__ = ["make_any_tier", "make_kind", "make_tier", "open_engine", "open_tiers", "tier"]
 
 PATIENCE_S = 60.0
-WAITS = {
-    StoreConfig: {"load_timeout_s"},
-    DiskTierConfig: {"timeout_s"},
-    RedisTierConfig: {"timeout_s", "connect_timeout_s"},
+DEFAULTS = {
+    StoreConfig: {"load_timeout_s": PATIENCE_S},
+    DiskTierConfig: {"timeout_s": PATIENCE_S},
+    RedisTierConfig: {"timeout_s": PATIENCE_S, "connect_timeout_s": PATIENCE_S},
+    CacheConfig: {"restore_policy": "load"},
 }
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _patience() -> Iterator[None]:
-    """Long default deadlines, so that tests without their own do not fail on a stalled machine.
+    """Long default deadlines, so that tests without their own do not fail on a stalled machine; and
+    sessions load though a tiny model computes as fast.
 
-    Tests of deadlines set theirs.
+    Tests of deadlines and plans set theirs.
     """
     with pytest.MonkeyPatch.context() as patch:
-        for config, waits in WAITS.items():
+        for config, own in DEFAULTS.items():
             parameters = inspect.signature(config.__init__).parameters.values()
             defaults = {one.name: one.default for one in parameters if one.default is not one.empty}
-            assert waits <= defaults.keys()
-            patched = {**defaults, **dict.fromkeys(waits, PATIENCE_S)}
-            patch.setattr(config.__init__, "__defaults__", tuple(patched.values()))
+            assert own.keys() <= defaults.keys()
+            patch.setattr(config.__init__, "__defaults__", tuple({**defaults, **own}.values()))
         yield
 
 
 @pytest.fixture
 def waits_for_look_ups(monkeypatch):
-    """An engine computes no prompt because the machine stood still while its tiers were asked.
+    """No prompt is computed because the machine stood still while its tiers were asked.
 
     For tests that are not about tiers that answer late: of a short prompt the look-up has 20 ms.
     """
-    monkeypatch.setattr("prefixstore.engine.restorer._LEAST_LOOKUP_S", PATIENCE_S)
+    for module in ("engine.restorer", "prefix_loads"):
+        monkeypatch.setattr(f"prefixstore.{module}._LEAST_LOOKUP_S", PATIENCE_S)
 
 
 @pytest.fixture(scope="session")

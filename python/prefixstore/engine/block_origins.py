@@ -6,8 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 from prefixstore.engine.restoring import Restoring
-from prefixstore.restore import DEVICE
-from prefixstore.reuse_report import MissReason, ReuseReport
+from prefixstore.reuse_report import DEVICE, MissReason, ReuseReport
 
 
 class BlockOrigins:

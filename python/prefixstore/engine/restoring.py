@@ -11,8 +11,7 @@ from prefixstore.engine.held_blocks import HeldBlocks
 from prefixstore.engine.load_call import LoadCall
 from prefixstore.engine.sequence import SequenceBlocks
 from prefixstore.planner import Meeting, RestorePlan
-from prefixstore.restore import DEVICE
-from prefixstore.reuse_report import MissReason, ReuseReport
+from prefixstore.reuse_report import DEVICE, MissReason, ReuseReport
 
 
 @dataclass(frozen=True)

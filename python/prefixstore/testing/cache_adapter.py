@@ -97,6 +97,7 @@ def cache_config(setup: Setup) -> CacheConfig:
         pool_tokens=setup.pool_tokens,
         tiers=setup.tiers,
         codec=setup.codec,
+        restore_policy="load",  # small models compute sooner than slow tiers give
         store=StoreConfig(
             queue_bytes=1 << 40, held_bytes=1 << 40, queue_entries=1 << 20, load_timeout_s=30.0
         ),
