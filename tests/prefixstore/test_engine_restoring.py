@@ -54,7 +54,7 @@ def test_what_was_computed_before_its_answer_came_is_late_though_nothing_is_left
             assert has_answer.wait(30)
 
     restorer = engine._loop.restorer
-    watch(monkeypatch, restorer, "_look_up_and_load", lambda *_: has_answer.set())
+    watch(monkeypatch, restorer, "_look_up_and_plan", lambda *_: has_answer.set())
     watch(monkeypatch, engine._loop.runner, "run", let_answer)
     tier.fail = gate
     output = engine.submit(tokens, GREEDY).result(60)
@@ -69,29 +69,43 @@ def test_a_late_answer_delays_nobody_whose_loads_find_no_thread(
     wait_little(monkeypatch)
     engine, tokens = open_engine(num_loaders=1, restore_policy="planned"), prompt(LENGTH)
     warm(engine, tokens)
-    late, hanging, has_answer = Gate("contains"), Gate("contains"), threading.Event()
-
-    def hold(call):
-        if threading.current_thread().name.startswith("kv-loader"):
-            (hanging if has_answer.is_set() else late)(call)
+    late, has_answer, is_over = Gate("contains"), threading.Event(), threading.Event()
+    restorer = engine._loop.restorer
+    restorer._threads.submit(is_over.wait, 60)  # another's load has the only thread
 
     def let_answer(_, args, __):
         if args[0][0].stop >= 2 * BLOCK_SIZE:
             late.open()
             assert has_answer.wait(30)
 
-    watch(monkeypatch, engine._loop.restorer, "_look_up", lambda *_: has_answer.set())
+    watch(monkeypatch, restorer, "_look_up", lambda *_: has_answer.set())
     watch(monkeypatch, engine._loop.runner, "run", let_answer)
-    tier.fail = hold
-    with engine._loop.changed:  # the second look-up is queued before the first ends
-        handles = [engine.submit(tokens, GREEDY), engine.submit(prompt(LENGTH, 1), GREEDY)]
-    output = handles[0].result(20)
-    assert hanging.entered.is_set(), "the thread was free"
-    hanging.open()
+    tier.fail = late
+    output = engine.submit(tokens, GREEDY).result(20)
+    assert not is_over.is_set()
+    is_over.set()
     assert list(output.token_ids) == expected(model, tokens)
     assert output.report.reuse.tokens_by_tier == {}
     assert output.report.reuse.misses["late"] >= 20 * BLOCK_SIZE
-    handles[1].result(60)
+
+
+def test_a_look_up_does_not_wait_for_the_loads_of_others(model, tier, open_engine, monkeypatch):
+    engine, prompts = open_engine(num_loaders=1), [prompt(LENGTH), prompt(LENGTH, 1)]
+    for tokens in prompts:
+        warm(engine, tokens)
+    gate, num_answers = Gate("get"), threading.Semaphore(0)
+    watch(monkeypatch, engine._loop.restorer, "_look_up", lambda *_: num_answers.release())
+    tier.fail = gate
+    handles = [engine.submit(prompts[0], GREEDY)]
+    assert gate.entered.wait(30) and num_answers.acquire(timeout=30)
+    handles.append(engine.submit(prompts[1], GREEDY))
+    has_answer = num_answers.acquire(timeout=30)  # while the first load has the only thread
+    gate.open()
+    assert has_answer
+    for handle, tokens in zip(handles, prompts, strict=True):
+        output = handle.result(60)
+        assert list(output.token_ids) == expected(model, tokens)
+        assert output.report.reuse.tokens_by_tier == {"slow": 30 * BLOCK_SIZE}
 
 
 def test_a_hanging_look_up_delays_no_answer(model, tier, open_engine, monkeypatch):

@@ -29,7 +29,8 @@ _LOOKUP_SHARE = 0.05  # a look-up may take this share of the prompt's computing 
 class Restorer:
     """Brings prompts into the pool, as far as that is faster than computing them.
 
-    A look-up, and then one load after another, run in a thread of a small pool; the engine's thread
+    A look-up runs in a thread of a small pool, and then one load after another in a thread of a
+    second one, so that a look-up is not late because others' loads take long. The engine's thread
     meanwhile computes other requests, and this one from its front. A tier that hangs keeps a thread
     and delays nobody: who waits too long, be it for a thread, computes. On a busy machine it may be
     the thread that had to wait: so a look-up goes on, and an answer that comes late still saves
@@ -38,7 +39,7 @@ class Restorer:
     Args:
         blocks: The model's.
         planner: Learns speeds and plans.
-        num_loaders: Threads, and so requests at the same time.
+        num_loaders: Threads of each pool, and so requests at the same time.
         changed: The engine's condition, whose lock guards every `Restoring`; notified when there is
             something to do.
     """
@@ -54,6 +55,7 @@ class Restorer:
         self._planner = planner
         self._changed = changed
         self._threads = ThreadPoolExecutor(num_loaders, thread_name_prefix="kv-loader")
+        self._look_up_threads = ThreadPoolExecutor(num_loaders, thread_name_prefix="kv-look-up")
         self._num_loading = 0
         self._loading_since = self._loading_s = 0.0
         self._is_computing = False
@@ -68,7 +70,7 @@ class Restorer:
             self._start(restoring, keys, HeldBlocks(), now)
             return
         restoring.deadline = store.deadline()
-        self._threads.submit(self._run, store, restoring, keys, self._look_up_and_load)
+        self._look_up_threads.submit(self._run, store, restoring, keys, self._look_up_and_plan)
 
     def prepare(self, restoring: Restoring, keys: Sequence[Sequence[BlockKey]], now: float) -> bool:
         """See that there is a plan for the next chunk; False while its look-up is waited for."""
@@ -106,9 +108,11 @@ class Restorer:
         """Wait for what is under way; every `Restoring` is to be finished before."""
         if self._stop_observing is not None:
             self._stop_observing()
+        # The second pool last: a look-up that ends meanwhile may still give it a load.
+        self._look_up_threads.shutdown(wait=True, cancel_futures=True)
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    # ---- in a thread of the pool -------------------------------------------------------------
+    # ---- in a thread of a pool ---------------------------------------------------------------
 
     def _run(
         self,
@@ -130,7 +134,7 @@ class Restorer:
                 restoring.stop_loading(now)
                 self._changed.notify_all()
 
-    def _look_up_and_load(
+    def _look_up_and_plan(
         self, store: Store, restoring: Restoring, keys: Sequence[Sequence[BlockKey]]
     ) -> None:
         if restoring.is_over:
@@ -144,8 +148,10 @@ class Restorer:
                 restoring.answer_late(held)
                 return
             self._start(restoring, keys, held, time.monotonic())
+            assert restoring.plan is not None
+            if _has_loads(restoring.plan):
+                self._threads.submit(self._run, store, restoring, keys, self._load_all)
             self._changed.notify_all()
-        self._load_all(store, restoring, keys)
 
     def _load_all(
         self, store: Store, restoring: Restoring, keys: Sequence[Sequence[BlockKey]]
@@ -181,7 +187,7 @@ class Restorer:
         first = restoring.num_present
         left = held.tiers[first - restoring.num_device :]
         plan = self._plan(restoring, first, left, now) if any(left) else None
-        has_loads = plan is not None and (plan.num_load_blocks > 0 or plan.is_probe)
+        has_loads = plan is not None and _has_loads(plan)
         restoring.restart(plan if has_loads else None, held, now)
         if has_loads:
             # Drop a block that is half computed: it is loaded or begun anew.
@@ -267,3 +273,7 @@ class Restorer:
         tier, num_bytes = restoring.expected_of(call.numbers)
         if now > call.began and num_bytes > 0:
             self._planner.observe_given_up(tier, num_bytes, now - call.began, now)
+
+
+def _has_loads(plan: RestorePlan) -> bool:
+    return plan.num_load_blocks > 0 or plan.is_probe
