@@ -22,6 +22,29 @@ class Address(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+def address_told(host: object, port: object) -> Address | None:
+    """The address that one server tells of another; None for what can be none.
+
+    Never a unix socket's: nobody is to say which files of this machine are opened.
+    """
+    if not isinstance(host, bytes) or not host:
+        return None
+    if not isinstance(port, int) or not 0 < port < 65536:
+        return None
+    # A name that is no ASCII would only be looked up in vain, for as long as the call has.
+    is_name = host.isascii() and can_be_looked_up(host.decode())
+    return Address(host.decode(), port) if is_name else None
+
+
+def can_be_looked_up(host: str) -> bool:
+    """Whether Python asks a resolver at all; what it refuses is no error of a connection."""
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        return False
+    return host.isprintable()
+
+
 class Topology(Enum):
     """Who says which server is to be asked."""
 

@@ -19,6 +19,7 @@ from prefixstore.tiers.redis.records import (
     MANIFEST,
     MANIFEST_BYTES,
     MANIFEST_RANGE,
+    MAX_STORED_BYTES,
     WRITE_ID_BYTES,
     renewals,
 )
@@ -75,6 +76,7 @@ class _Manifests:
             self._bytes, index * MANIFEST_BYTES
         )
         is_single = magic == MAGIC and num_parts == 1 and 0 < part_bytes >= record_bytes
+        is_single = is_single and record_bytes <= MAX_STORED_BYTES
         return record_bytes if is_single else -1
 
     def is_missing(self, index: int) -> bool:

@@ -218,10 +218,11 @@ class Caller:
             replies = batch.run()
         for identity, reply in zip(found.identities, replies, strict=False):
             generation = self._meaning(reply)
-            if isinstance(generation, bytes | BlockCorrupted):  # as `fetch_generation` takes it
-                generation = as_generation(generation)
-            if generation is not UNSETTLED:
-                found.generations[identity] = generation
+            if generation is UNSETTLED:
+                continue
+            if isinstance(generation, BlockCorrupted) or not isinstance(generation, TierError):
+                generation = as_generation(generation)  # as `fetch_generation` takes it
+            found.generations[identity] = generation
         for first, num_keys in places:
             own += replies[first : first + num_keys]
         settled = bulk.settle(found.keys, own)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from prefixstore.errors import ConfigError
 from prefixstore.settings import MAX_WAIT_S, check_seconds
 from prefixstore.tiers.base import check_bytes
-from prefixstore.tiers.redis.address import Address, TlsConfig, Topology
+from prefixstore.tiers.redis.address import Address, TlsConfig, Topology, can_be_looked_up
 from prefixstore.tiers.redis.url import read_url
 
 USERNAME_VARIABLE = "KVKERNELS_REDIS_USERNAME"
@@ -67,7 +67,7 @@ class RedisTierConfig:
         if self.topology is Topology.STANDALONE and len(self.addresses) != 1:
             raise ConfigError(f"addresses: expected one server, got {len(self.addresses)}")
         for address in self.addresses:
-            if address.port != 0 and not _can_be_looked_up(address.host):
+            if address.port != 0 and not can_be_looked_up(address.host):
                 raise ConfigError(
                     "addresses: expected hosts whose labels have 1 to 63 characters,"
                     f" got {address.host!r}"
@@ -118,12 +118,3 @@ class RedisTierConfig:
         username = self.username or os.environ.get(USERNAME_VARIABLE)
         password = self.password or os.environ.get(PASSWORD_VARIABLE)
         return username or None, password or None
-
-
-def _can_be_looked_up(host: str) -> bool:
-    """Whether Python asks a resolver at all; what it refuses is no error of a connection."""
-    try:
-        host.encode("idna")
-    except UnicodeError:
-        return False
-    return host.isprintable()

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Generic, TypeVar
 
-from prefixstore.errors import TierError, TierUnavailable
+from prefixstore.errors import TierError
 from prefixstore.tiers.redis.address import Address
 from prefixstore.tiers.redis.errors import (
     ConnectionLost,
@@ -22,6 +22,7 @@ from prefixstore.tiers.redis.errors import (
 )
 from prefixstore.tiers.redis.lanes import Job, Lane, Operation, Running, jobs_of
 from prefixstore.tiers.redis.pool import PooledChannel
+from prefixstore.tiers.redis.replies import refuse_odd
 from prefixstore.tiers.redis.servers import Servers
 from prefixstore.tiers.redis.wire import Command, ErrorReply, Reply, take_turn
 
@@ -156,13 +157,6 @@ class Exchange(Generic[T]):
             self._outcomes[running.index] = stop.value
         except TierError as failure:
             self._outcomes[running.index] = failure
-        except (TypeError, ValueError, AttributeError) as failure:
-            # A reply is of another type than its command's.
-            odd = TierUnavailable(
-                f"{self._name}: expected replies as Redis gives them, got {running.replies!r:.100}"
-            )
-            odd.__cause__ = failure
-            self._outcomes[running.index] = odd
         return None
 
     def _route(self, job: Job, is_first: bool) -> None:
@@ -200,6 +194,8 @@ class Exchange(Generic[T]):
             if self._redirect(job, reply):
                 return
             reply = None if job.command.is_optional else tier_error(self._name, reply)
+        elif not isinstance(reply, TierError):
+            reply = refuse_odd(self._name, job.command, reply) or reply
         if job.lane is not None:
             job.lane.let_go(job)
         running = job.running

@@ -58,7 +58,7 @@ def fetch_use(pool: Pool, address: Address, deadline: float) -> ServerUse:
             num_expired=int(lines["expired_keys"]),
         )
     except (KeyError, ValueError) as error:
-        raise TierUnavailable(f"{address}: expected INFO with {error}") from error
+        raise TierUnavailable(f"{address}: expected INFO with {error!s:.100}") from error
 
 
 def _pairs(text: str) -> Iterable[tuple[str, str]]:

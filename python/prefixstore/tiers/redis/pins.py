@@ -8,19 +8,26 @@ deletes the identity next finishes what a deletion before it did not.
 
 from __future__ import annotations
 
+import re
+from typing import cast
+
+from prefixstore.errors import BlockCorrupted
 from prefixstore.tiers.redis.config import RedisTierConfig
 from prefixstore.tiers.redis.lanes import Operation
 from prefixstore.tiers.redis.records import (
     Keys,
+    as_generation,
     fetch_generation,
     fetch_manifest,
     hash_of,
     replace_generation,
     unlinks,
+    unpin,
 )
 from prefixstore.tiers.redis.wire import Command
 
 _PINNED = b"pinned"
+_HASH = re.compile(rb"[0-9a-f]{32}")
 
 
 def pin_record(
@@ -34,13 +41,13 @@ def pin_record(
     manifest = yield from fetch_manifest(key)
     if manifest is None:
         return False
-    yield [Command((b"SADD", pinned_key, hash_of(key)))]
+    yield from _add(pinned_key, hash_of(key))
     keys = [key, *manifest.part_keys(key)]
     replies = yield [Command((word, each)) for word in (b"PERSIST", b"EXISTS") for each in keys]
     now = yield from fetch_generation(generation_key)
     if now == generation and all(replies[len(keys) :]):
         return True
-    yield [*unlinks(keys), Command((b"SREM", pinned_key, hash_of(key)))]
+    yield [*unlinks(keys), unpin(pinned_key, key)]
     return False
 
 
@@ -51,7 +58,7 @@ def unpin_record(key: bytes, pinned_key: bytes, config: RedisTierConfig) -> Oper
         return False
     keys, ttl = [key, *manifest.part_keys(key)], b"%d" % config.ttl_s
     replies = yield [Command((b"EXPIRE", each, ttl)) for each in keys]
-    yield [Command((b"SREM", pinned_key, hash_of(key)))]
+    yield [unpin(pinned_key, key)]
     return all(replies)
 
 
@@ -60,11 +67,11 @@ def end_generation(keys: Keys, identity: bytes) -> Operation[None]:
     generation_key, ended_key = keys.generation(identity), keys.ended(identity)
     known = yield from fetch_generation(generation_key)
     if known is not None:
-        yield [Command((b"SADD", ended_key, known))]
+        yield from _add(ended_key, known)
     last = yield from replace_generation(generation_key)
     # Somebody else has started another generation meanwhile: that one ends too.
     if last not in (None, known):
-        yield [Command((b"SADD", ended_key, last))]
+        yield from _add(ended_key, last)
 
 
 def find_ended(keys: Keys, identity: bytes) -> Operation[list[bytes]]:
@@ -73,18 +80,37 @@ def find_ended(keys: Keys, identity: bytes) -> Operation[list[bytes]]:
     The set names one that is only about to end as well: the generation is asked for last, and what
     is another one by then has ended for good.
     """
-    (ended,) = yield [Command((b"SMEMBERS", keys.ended(identity)))]
+    members = yield from _members(keys.ended(identity))
+    ended = {member for member in members if as_generation(member) is not None}
     current = yield from fetch_generation(keys.generation(identity))
-    return sorted(set(ended) - {current})
+    return sorted(ended - {current})
 
 
 def find_pinned(pinned_key: bytes) -> Operation[list[bytes]]:
     """Keys of the records that a set of the pinned names."""
-    (hashes,) = yield [Command((b"SMEMBERS", pinned_key))]
+    members = yield from _members(pinned_key)
     stem = pinned_key.removesuffix(_PINNED)
-    return [b"%b{%b}" % (stem, each) for each in sorted(hashes)]
+    return [b"%b{%b}" % (stem, each) for each in sorted(members) if _HASH.fullmatch(each)]
 
 
 def forget_ended(keys: Keys, identity: bytes, generation: bytes) -> Operation[None]:
     """Nothing is left of an ended generation that does not expire."""
-    yield [Command((b"SREM", keys.ended(identity), generation))]
+    yield [Command((b"SREM", keys.ended(identity), generation), is_optional=True)]
+
+
+def _add(key: bytes, member: bytes) -> Operation[None]:
+    """Enter something into a set, which begins anew where something else has its place."""
+    try:
+        yield [Command((b"SADD", key, member))]
+    except BlockCorrupted:
+        yield unlinks([key])
+        yield [Command((b"SADD", key, member))]
+
+
+def _members(key: bytes) -> Operation[list[bytes]]:
+    """What is in a set: nothing where something else has its place."""
+    try:
+        (members,) = yield [Command((b"SMEMBERS", key))]
+    except BlockCorrupted:
+        return []
+    return cast("list[bytes]", members)

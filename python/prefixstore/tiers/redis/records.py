@@ -35,11 +35,14 @@ from prefixstore.tiers.redis.lanes import Operation
 from prefixstore.tiers.redis.wire import Command
 
 _SCHEMA = 1
+MAX_STORED_BYTES = MAX_RECORD_BYTES + TRAILER_BYTES
 MAGIC = b"KVR1"
 MANIFEST = struct.Struct("<4sIQQ8s")
 MANIFEST_BYTES = MANIFEST.size
 WRITE_ID_BYTES = 8
 _GENERATION = re.compile(rb"[0-9a-f]{16}")
+# More would be as many commands, whoever asks for the record: parts of long records get longer.
+MAX_PARTS = 1024
 MANIFEST_RANGE = (b"0", b"%d" % (MANIFEST_BYTES - 1))  # of GETRANGE
 
 
@@ -110,7 +113,7 @@ class Manifest:
     @classmethod
     def of_new(cls, record_bytes: int, max_part_bytes: int) -> Manifest:
         """Of a record to be written: of as few parts as may be, all of about one length."""
-        num_parts = max(1, -(-record_bytes // max_part_bytes))
+        num_parts = min(max(1, -(-record_bytes // max_part_bytes)), MAX_PARTS)
         return cls(
             record_bytes, max(1, -(-record_bytes // num_parts)), secrets.token_bytes(WRITE_ID_BYTES)
         )
@@ -122,11 +125,12 @@ class Manifest:
 
     @property
     def is_possible(self) -> bool:
-        """Whether a writer may have made it. `of_new` makes parts longer than half of what they
-        may have; else one value could name billions of them.
+        """Whether a writer may have made it. `of_new` makes few parts, each longer than half of
+        what it may have; else one value could name billions of them.
         """
-        is_split_so = self.num_parts == 1 or 2 * self.part_bytes > MIN_PART_BYTES
-        return is_split_so and self.record_bytes <= MAX_RECORD_BYTES + TRAILER_BYTES
+        is_single = self.num_parts == 1
+        is_split_so = 2 * self.part_bytes > MIN_PART_BYTES and self.num_parts <= MAX_PARTS
+        return (is_single or is_split_so) and self.record_bytes <= MAX_STORED_BYTES
 
     @property
     def first_bytes(self) -> int:
@@ -321,8 +325,13 @@ def delete_record(key: bytes, pinned_key: bytes) -> Operation[bool]:
         keys = [key] if manifest is None else [key, *manifest.part_keys(key)]
     except BlockCorrupted:
         keys = [key]
-    num_deleted, *_ = yield [*unlinks(keys), Command((b"SREM", pinned_key, hash_of(key)))]
+    num_deleted, *_ = yield [*unlinks(keys), unpin(pinned_key, key)]
     return bool(num_deleted)
+
+
+def unpin(pinned_key: bytes, key: bytes) -> Command:
+    """Take a record out of the set of the pinned; if there is something else, it is not in it."""
+    return Command((b"SREM", pinned_key, hash_of(key)), is_optional=True)
 
 
 def hash_of(key: bytes) -> bytes:

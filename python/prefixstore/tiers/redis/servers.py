@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from prefixstore.errors import TierError, TierPartSilent, TierTimeout, TierUnavailable
-from prefixstore.tiers.redis.address import Address, Topology
+from prefixstore.tiers.redis.address import Address, Topology, address_told
 from prefixstore.tiers.redis.config import RedisTierConfig
 from prefixstore.tiers.redis.pool import Pool, PooledChannel, data_login, sentinel_login
 from prefixstore.tiers.redis.silent_servers import SilentServers
@@ -20,12 +20,13 @@ _BYTES_PER_CONNECTION = 1 << 20  # less is not worth another connection
 # Least age of the map of servers before silence makes us ask for a new one. A failover takes
 # seconds, and calls whose deadlines no server can meet must not each ask again.
 _MIN_AGE_S = 0.5
-# What reading a map of servers raises that is none.
-_ODD_REPLIES = (TypeError, ValueError, AttributeError, IndexError)
 # A call's time is shared by at most this many addresses: a distant server needs a quarter.
 _MAX_SHARES = 4
 
-_REDIRECT = re.compile(r"(?P<code>MOVED|ASK) (?P<slot>\d+) (?P<host>.*):(?P<port>\d+)")
+_REDIRECT = re.compile(
+    r"(?P<code>MOVED|ASK) (?P<slot>\d{1,5}) (?P<host>.*):(?P<port>\d{1,5})", re.ASCII
+)
+_PORT = re.compile(rb"\d{1,5}")
 
 
 def in_turn(
@@ -292,28 +293,25 @@ class _ClusterServers(Servers):
 
     def redirected(self, reply: ErrorReply) -> Address | None:
         match = _REDIRECT.fullmatch(str(reply))
-        # Without a host: the next map of servers will name it.
-        if match is None or not match["host"]:
+        if match is None:
             return None
-        address = Address(match["host"], int(match["port"]))
-        slots = self._slots
-        if match["code"] == "MOVED" and slots:
-            slots[int(match["slot"]) % REDIS_CLUSTER_HASH_SLOTS] = address
+        # Without a host: the next map of servers will name it.
+        address = address_told(match["host"].encode(), int(match["port"]))
+        slots, slot = self._slots, int(match["slot"])
+        if address is not None and match["code"] == "MOVED" and slot < len(slots):
+            slots[slot] = address
         return address
 
     def _load(self, deadline: float) -> list[Address | None]:
         """The map of slots, by whoever tells it first; the nodes known last are asked first."""
         problems: list[str] = []
         for node, reply in self._nodes.ask((b"CLUSTER", b"SLOTS"), deadline, problems):
-            slots: list[Address | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
-            try:
-                for first, last, primary in _read_ranges(reply, node):
-                    slots[first : last + 1] = [primary] * (last + 1 - first)
-            except _ODD_REPLIES:
+            slots = _read_slots(reply, node)
+            if slots is None:
                 problems.append(f"{node} answers {reply!r:.100}")
                 continue
-            if any(slots):
-                primaries = sorted({address for address in slots if address is not None})
+            primaries = sorted({address for address in slots if address is not None})
+            if primaries:
                 self._nodes.learn([node, *primaries])
                 self._slots = slots
                 self._loaded_at = time.monotonic()
@@ -327,19 +325,34 @@ def _read_primary(reply: Reply) -> Address | None:
     if not isinstance(reply, list) or len(reply) != 2:
         return None
     host, port = reply
-    is_address = isinstance(host, bytes) and isinstance(port, bytes) and port.isdigit()
-    return Address(host.decode(errors="replace"), int(port)) if is_address else None
+    is_number = isinstance(port, bytes) and _PORT.fullmatch(port)
+    return address_told(host, int(port)) if is_number else None
 
 
-def _read_ranges(reply: Reply, node: Address) -> Iterator[tuple[int, int, Address]]:
-    """First slot, last slot and primary of each range of CLUSTER SLOTS.
-
-    Raises one of `_ODD_REPLIES` for anything else.
-    """
-    for first, last, primary, *_replicas in reply if isinstance(reply, list) else ():
-        host = (primary[0] or b"").decode()
-        # "" and "?": the node does not know its name, or hides it; then it is where it was asked
-        yield first, last, Address(host if host not in ("", "?") else node.host, int(primary[1]))
+def _read_slots(reply: Reply, node: Address) -> list[Address | None] | None:
+    """Each slot's primary, as `node` tells with CLUSTER SLOTS; None if that is no such map."""
+    slots: list[Address | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
+    if not isinstance(reply, list):
+        return None
+    ranges = [one for one in reply if isinstance(one, list) and len(one) >= 3]
+    if len(ranges) < len(reply) or not all(type(n) is int for one in ranges for n in one[:2]):
+        return None
+    next_slot = 0
+    for first, last, primary, *_replicas in sorted(ranges, key=lambda one: one[:2]):
+        # In order, of which none meets another.
+        is_range = next_slot <= first <= last < REDIS_CLUSTER_HASH_SLOTS
+        if not is_range or not isinstance(primary, list) or len(primary) < 2:
+            return None
+        next_slot = last + 1
+        host, port, *_ = primary
+        # The node does not know its name, or hides it; then it is where it was asked.
+        is_nameless = host in (None, b"", b"?")
+        address = address_told(node.host.encode() if is_nameless else host, port)
+        # Port 0 is of one that takes no connections of this kind: nobody serves what it has.
+        if address is None and port != 0:
+            return None
+        slots[first : last + 1] = [address] * (last + 1 - first)
+    return slots
 
 
 _KINDS: dict[Topology, type[Servers]] = {

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from prefixstore.errors import BlockCorrupted, TierError
+from prefixstore.errors import BlockCorrupted, TierError, TierUnavailable
 from prefixstore.tiers.base import Held, Swept
 from prefixstore.tiers.outcomes import raise_first
 from prefixstore.tiers.redis.address import Address
@@ -48,12 +48,19 @@ class Survey:
 def scan(address: Address, pattern: bytes) -> Operation[list[bytes]]:
     """Every key of one server that fits a pattern."""
     cursor, keys = b"0", set()
+    mark, num_steps = b"", 0  # one of the cursors before
     while True:
         args = (b"SCAN", cursor, b"MATCH", pattern, b"COUNT", _SCAN_COUNT)
         ((cursor, found),) = yield [Command(args, address=address)]
         keys.update(found)
         if cursor == b"0":
             return sorted(keys)
+        # No walk comes by a place again: that of a faulty server would never end.
+        if cursor == mark:
+            raise TierUnavailable(f"{address}: expected another cursor of SCAN, got {cursor!r:.50}")
+        num_steps += 1
+        if num_steps & (num_steps - 1) == 0:  # after 1, 2, 4, ... steps, so any circle is found
+            mark = cursor
 
 
 class Sweeper:
