@@ -47,10 +47,17 @@ class Subject:
     `gives_layers` says whether the last load may bring layer after layer.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, policy: str, gives_layers: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        policy: str,
+        gives_layers: bool = True,
+        pool_tokens: int = 8192,
+    ) -> None:
         self.tier = ThrottledTier(MemoryTierConfig(1 << 30), gives_layers)
         store = Store([self.tier], StoreConfig(load_timeout_s=120.0))
-        self.cache = PrefixCache.open(model, pool_tokens=8192, store=store)
+        self.cache = PrefixCache.open(model, pool_tokens=pool_tokens, store=store)
         config = EngineConfig(restore_policy=policy)
         self.engine = Engine(model, tokenizer, self.cache, config)
 

@@ -9,9 +9,11 @@ from prefixstore.errors import TierTimeout
 from prefixstore.tiers.base import ReadOutcome
 from prefixstore.tiers.memory import MemoryTier, MemoryTierConfig
 
+_STEP_S = 2e-3  # how often reads look how many they are
+
 
 class ThrottledTier(MemoryTier):
-    """Reads take one after another as long as their bytes need on the link, or as memory if longer.
+    """Reads take as long as their bytes need on the link, which those under way divide evenly.
 
     Args:
         config: Of the memory.
@@ -26,7 +28,8 @@ class ThrottledTier(MemoryTier):
     def __init__(self, config: MemoryTierConfig, gives_parts: bool = True) -> None:
         super().__init__(config)
         self._gives_parts = gives_parts
-        self._link = threading.Lock()
+        self._lock = threading.Lock()
+        self._num_reads = 0
 
     @property
     def gives_parts(self) -> bool:
@@ -44,13 +47,30 @@ class ThrottledTier(MemoryTier):
         offsets: Sequence[int] | None = None,
         deadline: float | None = None,
     ) -> list[ReadOutcome]:
-        with self._link:
+        with self._lock:
+            self._num_reads += 1
+        try:
             started = time.monotonic()
             outcomes = super().get_many(names, outs, offsets=offsets, deadline=deadline)
             num_bytes = sum(one for one in outcomes if isinstance(one, int))
-            arrives = started + num_bytes / self.bytes_per_s
-            until = arrives if deadline is None else min(arrives, deadline)
-            time.sleep(max(0.0, until - time.monotonic()))
-            if until < arrives:
+            if not self._arrive(num_bytes, started, deadline):
                 raise TierTimeout(f"{self.name}: expected {num_bytes} bytes before the deadline")
             return outcomes
+        finally:
+            with self._lock:
+                self._num_reads -= 1
+
+    def _arrive(self, num_bytes: float, started: float, deadline: float | None) -> bool:
+        """Wait for bytes that were asked for at `started`; False if the deadline came first."""
+        while num_bytes > 0:
+            share = self.bytes_per_s / self._num_reads
+            wait_s = min(started + num_bytes / share - time.monotonic(), _STEP_S)
+            if deadline is not None:
+                wait_s = min(wait_s, deadline - time.monotonic())
+            time.sleep(max(0.0, wait_s))
+            now = time.monotonic()
+            num_bytes -= (now - started) * share
+            if num_bytes > 0 and deadline is not None and now >= deadline:
+                return False
+            started = now
+        return True

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from bench import bench_overlap, bench_planner
+from bench import bench_crowd, bench_overlap, bench_planner
 from bench.gpu.engine_setup import Numbers
 
 
@@ -86,3 +86,16 @@ def test_refuses_a_tail_that_the_tier_holds(subjects):
     subjects["layers"].ttft_s(prompt)
     with pytest.raises(RuntimeError, match="expected 256 tokens in the tier, got 384"):
         bench_overlap.ttft_s(subjects["layers"], prompt, CELLS[0])
+
+
+def test_a_crowd_has_prompts_of_its_own(model, capsys):
+    prompts = [[number, *PROMPT] for number in (3, 4)]
+    with bench_crowd.open_subjects(model, Numbers()) as subjects:
+        bench_crowd.measure(subjects, prompts, [bench_crowd.Cell(2, 50.0)], 1)
+        assert len(bench_crowd.ttfts_s(subjects["load"], prompts)) == 2
+        subjects["load"].engine.submit(prompts[1], bench_planner.ONE_TOKEN).result()
+        with pytest.raises(RuntimeError, match="pool: expected none of the prompts in it, got 192"):
+            bench_crowd.ttfts_s(subjects["load"], prompts)
+    (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert row["case"] == "crowd_2_at_50"
+    assert row["load_s"] > 0 and row["share_low"] <= row["share"] <= row["share_high"]

@@ -1,6 +1,7 @@
 """What an engine's planner is told of tiers and passes, and what it plans with."""
 
 import contextlib
+import threading
 import time
 from types import SimpleNamespace
 
@@ -94,8 +95,38 @@ def test_a_call_that_is_not_waited_for_and_then_fails_is_learnt_once(
     assert gate.entered.is_set() and len(learnt) == 1
     gate.open()
     with loop.changed:
-        assert loop.changed.wait_for(lambda: loop.restorer._num_loading == 0, 30)
+        assert loop.changed.wait_for(lambda: loop.restorer._calls.num_calls == 0, 30)
     assert len(learnt) == 1
+
+
+def test_calls_beside_each_other_are_learnt_as_such(tier, open_engine, monkeypatch):
+    engine, prompts = open_engine(), [prompt(LENGTH, seed) for seed in (1, 2)]
+    for tokens in prompts:
+        warm(engine, tokens)
+    found, barrier = [], threading.Barrier(2)
+    watch(
+        monkeypatch,
+        engine._loop.planner,
+        "observe_load",
+        lambda _, __, named: found.append(named["num_beside"]),
+    )
+
+    def meet(call):
+        if call == "get":
+            barrier.wait(30)  # both calls are under way
+            time.sleep(0.05)
+
+    tier.fail = meet
+    handles = [engine.submit(tokens, GREEDY) for tokens in prompts]
+    for handle in handles:
+        handle.result(60)
+    num_groups = len(engine.cache.blocks.device.groups)
+    assert len(found) == 2 * num_groups
+    assert all(0 < one <= 1 for one in found) and max(found) > 0.5
+    tier.fail = lambda call: None
+    engine.cache.evict_pool()
+    engine.submit(prompts[0], GREEDY).result(60)
+    assert found[2 * num_groups :] == [0.0] * num_groups
 
 
 def test_what_the_store_gives_up_on_is_not_planned(tier, open_engine, monkeypatch):

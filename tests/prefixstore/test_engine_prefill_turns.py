@@ -5,6 +5,7 @@ import random
 import pytest
 
 from prefixstore.engine.prefill_turns import LEAST_TOKENS, Prefill, PrefillTurns
+from prefixstore.planner import LoadAhead
 
 
 def run_pass(turns, prompts, budget, computes=lambda prompt: True):
@@ -34,6 +35,31 @@ def run_pass(turns, prompts, budget, computes=lambda prompt: True):
 def test_tenants_and_lengths_share_a_pass(prompts, chunks):
     found = run_pass(PrefillTurns(), [Prefill(*one) for one in prompts], 512)
     assert list(found.items()) == chunks
+
+
+def loading(front_tokens=900):
+    """A prompt of 900 tokens, loaded in 1 s and computed in 9; a pass takes 10 ms and more."""
+    load = LoadAhead(1.0, 64, front_tokens, front_tokens / 900, front_tokens / 100, 0.01, True)
+    return Prefill("a", 900, load)
+
+
+def test_fronts_of_prompts_that_load_make_room_for_the_others():
+    turns, tail = PrefillTurns(), Prefill("a", 32)
+    assert run_pass(turns, [loading()], 512) == {0: 512}, "nobody else is there"
+    assert run_pass(turns, [loading()] * 20, 512) == {0: 64}, "1.17 s are no more than 116 tokens"
+    assert run_pass(turns, [*[loading()] * 40, tail], 512) == {0: 64, 40: 32}
+    assert run_pass(turns, [*[loading()] * 20, tail], 512) == {20: 32}, "it would wait for a front"
+    assert run_pass(turns, [loading()] * 19 + [loading(front_tokens=0), tail], 512) == {
+        20: 32,
+        19: 480,
+    }
+
+
+def test_who_has_to_wait_for_its_load_is_owed_nothing_for_that():
+    turns, tail = PrefillTurns(), Prefill("b", 512)
+    for _ in range(50):
+        assert run_pass(turns, [loading(), loading(), tail], 512) == {2: 512}
+    assert run_pass(turns, [Prefill("a", 900), tail], 512) == {1: 256, 0: 256}
 
 
 @pytest.mark.parametrize("budget", [-3, 0])

@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planner_simulation import Run, World, one_tier, recompute_s, simulate
 
-from prefixstore.planner import Meeting, PlanInputs, PrefillEstimate, TierEstimate, plan_restore
+from prefixstore.planner import (
+    Contention,
+    Meeting,
+    PlanInputs,
+    PrefillEstimate,
+    TierEstimate,
+    plan_restore,
+)
 from prefixstore.planner.overlap import layer_step_s
 from prefixstore.planner.plan import PlanMode, plan_probe, unmeasured_tiers
 
@@ -367,3 +374,73 @@ def test_a_call_brings_blocks_of_one_tier() -> None:
     run = simulate(plan_restore(inputs), World(MODEL, FAST))
     assert [call.what for call in run.calls] == [range(10, 16), range(6, 10), range(6)]
     assert math.isclose(run.ttft_s, plan_restore(inputs).predicted_s)
+
+
+@settings(deadline=None)
+@given(restores())
+def test_tokens_left_are_those_that_are_not_there(case: tuple[PlanInputs, World]) -> None:
+    inputs, world = case
+    meeting = Meeting(plan_restore(inputs))
+    start = inputs.num_device_blocks * inputs.block_size
+    there = np.arange(inputs.num_tokens) < start
+    now = 0.0
+    while not meeting.is_done:
+        assert meeting.num_left == (~there).sum()
+        call = meeting.next_call(now)
+        if (chunk := meeting.next_chunk(now)) is not None:
+            meeting.chunk_done(now := now + 0.1)
+            there[chunk.start : chunk.stop] = True
+        elif meeting.wake_at is not None:
+            now = max(now, meeting.wake_at)
+        if call is not None:
+            size = inputs.block_size
+            for block in meeting.call_done(now := now + 0.01, world.missing & set(call)):
+                there[block * size : (block + 1) * size] = True
+    assert meeting.num_left == 0 and there.all()
+
+
+def test_says_what_it_still_loads_until_that_is_overdue() -> None:
+    inputs = one_tier(1024, BESIDE, MODEL)
+    meeting = Meeting(plan_restore(inputs))
+    ahead = meeting.load_ahead(0.0)
+    assert (
+        ahead is not None
+        and ahead.is_on_time
+        and ahead.front_tokens
+        == 64 * (meeting._plan.num_compute_blocks + meeting._plan.num_load_blocks)
+    )
+    assert ahead.front_load_s == pytest.approx(ahead.load_s)
+    call = meeting.next_call(0.0)
+    assert call is not None
+    begun = meeting.load_ahead(0.0)
+    assert begun is not None and begun.load_s == pytest.approx(ahead.load_s, rel=0.1)
+    assert begun.front_tokens == ahead.front_tokens - 64 * len(call)
+    overdue_at = meeting.wake_at
+    assert overdue_at is not None and overdue_at == pytest.approx(meeting.overdue_at(0.0))
+    later = meeting.load_ahead(overdue_at / 2)
+    assert later is not None and later.load_s < begun.load_s
+    assert meeting.load_ahead(overdue_at) is None
+    meeting.stop_loading(overdue_at)
+    assert meeting.load_ahead(overdue_at) is None
+
+
+def test_a_call_among_others_is_waited_for_longer() -> None:
+    inputs = one_tier(1024, BESIDE, MODEL)
+    meeting, contention = Meeting(plan_restore(inputs)), Contention("tier")
+    assert meeting.next_call(0.0) is not None
+    meeting.contend(contention.begin(0.0))
+    alone_s = meeting.overdue_at(0.0)
+    others = [contention.begin(0.0) for _ in range(2)]
+    among_s = meeting.overdue_at(0.0)
+    assert alone_s < among_s <= 3 * alone_s
+    for other in others:
+        contention.end(other, 0.0)
+    assert meeting.overdue_at(0.0) == among_s, "it may have been the last in line"
+
+
+def test_a_load_that_nobody_begins_is_not_on_time_for_ever() -> None:
+    meeting = Meeting(plan_restore(one_tier(1024, BESIDE, MODEL)))
+    first = meeting.load_ahead(0.0)
+    assert first is not None and first.is_on_time and meeting.wake_at is not None
+    late = meeting.load_ahead(meeting.wake_at + 1e-3)
+    assert late is not None and not late.is_on_time and meeting.wake_at is None

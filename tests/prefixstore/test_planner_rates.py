@@ -246,3 +246,40 @@ def test_refuses_calls_that_measure_nothing(arguments: tuple, message: str) -> N
 def test_refuses_passes_that_measure_nothing(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PrefillRate().observe(*arguments)
+
+
+@pytest.mark.parametrize("sharing", [0.0, 0.4, 1.0])
+def test_tells_how_much_calls_disturb_each_other(sharing: float) -> None:
+    rate, tier = TierRate(), TierEstimate(1e-3, 1e9)
+    for i in range(120):
+        num_beside = (0, 3, 1)[i % 3]
+        seconds = tier.seconds(16 * MB) * (1 + sharing * num_beside)
+        rate.observe(16 * MB, seconds, 16, float(i), num_beside)
+    known = rate.snapshot()
+    assert known.sharing == pytest.approx(sharing, abs=0.15)
+    assert known.seconds(16 * MB) == pytest.approx(tier.seconds(16 * MB), rel=0.15)
+
+
+def test_calls_of_an_unknown_tier_are_taken_to_share_it() -> None:
+    rate = TierRate()
+    assert rate.snapshot().sharing == 1.0
+    for i in range(20):
+        rate.observe(16 * MB, 0.4, 16, float(i), 3.0)
+    assert rate.snapshot().seconds(16 * MB) == pytest.approx(0.1, rel=0.2)
+
+
+def test_a_call_among_others_is_given_up_later() -> None:
+    rate = TierRate()
+    feed(rate, TierEstimate(1e-3, 1e9), (16 * MB,), 10)
+    before = rate.snapshot().seconds(16 * MB)
+    rate.observe_given_up(16 * MB, 0.03, 10.0, 3.0)
+    assert rate.snapshot().seconds(16 * MB) == before
+    rate.observe_given_up(16 * MB, 0.03, 10.0)
+    assert rate.snapshot().seconds(16 * MB) > before
+
+
+def test_refuses_fewer_than_no_calls_beside() -> None:
+    with pytest.raises(ValueError, match="num_beside: expected 0 or more, got -1"):
+        TierRate().observe(MB, 1.0, 1, 0.0, -1)
+    with pytest.raises(ValueError, match="num_beside: expected 0 or more, got -1"):
+        TierRate().observe_given_up(MB, 1.0, 0.0, -1)

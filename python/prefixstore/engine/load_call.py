@@ -11,6 +11,7 @@ from prefixstore.block_cache import BlockCache
 from prefixstore.block_key import BlockKey
 from prefixstore.engine.layer_gate import LayerGate
 from prefixstore.engine.sequence import SequenceBlocks
+from prefixstore.planner import ContendedCall
 from prefixstore.pool_blocks import PoolTarget
 from prefixstore.residency import first_block_needed
 from prefixstore.store import Store
@@ -30,7 +31,7 @@ class LoadCall:
         prefix_end: Block behind the last one of the prefix that is being restored. It says which
             of the blocks a sliding window needs.
         num_layer_steps: See `Meeting.num_layer_steps`.
-        began: When, by `time.monotonic`.
+        tier_call: Counts it among those of its tier.
 
     Raises:
         PoolFullError: If the pool has too few; nothing is taken then.
@@ -43,10 +44,10 @@ class LoadCall:
         numbers: range,
         prefix_end: int,
         num_layer_steps: int,
-        began: float,
+        tier_call: ContendedCall,
     ) -> None:
         self.numbers = numbers
-        self.began = began
+        self.tier_call = tier_call
         self.is_given_up = False  # whether the planner was told that it took too long
         self._blocks = blocks
         self._sequence = sequence
@@ -64,24 +65,28 @@ class LoadCall:
             self.keep(())
             raise
 
+    @property
+    def began(self) -> float:
+        """When, by `time.monotonic`."""
+        return self.tier_call.began
+
     # ---- in the thread that loads ------------------------------------------------------------
 
     def run(
-        self, store: Store, keys: Sequence[Sequence[BlockKey]], tier: str, deadline: float
+        self, store: Store, keys: Sequence[Sequence[BlockKey]], deadline: float
     ) -> dict[int, str]:
         """Load the blocks.
 
         Args:
-            store: Loads them.
+            store: Loads them; where layers come one after another, from the tier of `tier_call`.
             keys: Per group, those of all blocks of the prompt.
-            tier: The one that is asked where layers come one after another.
             deadline: By `time.monotonic`; the tiers are not waited for any longer.
 
         Returns:
             The slowest tier that each block came from; only for blocks of which no part is missing.
         """
         if self._num_steps > 1:
-            return self._run_layers(store, keys, tier, deadline)
+            return self._run_layers(store, keys, deadline)
         ranks = {name: rank for rank, name in enumerate(store.tier_names)}
         found = dict.fromkeys(self.numbers, store.tier_names[0])
         for group, (own, ids) in enumerate(zip(keys, self._taken, strict=True)):
@@ -98,7 +103,7 @@ class LoadCall:
         return found
 
     def _run_layers(
-        self, store: Store, keys: Sequence[Sequence[BlockKey]], tier: str, deadline: float
+        self, store: Store, keys: Sequence[Sequence[BlockKey]], deadline: float
     ) -> dict[int, str]:
         (own,), (ids,), (pool_blocks,) = keys, self._taken, self._blocks.pool_blocks
         num_layers = pool_blocks.transfer.pool.layout.num_layers
@@ -109,7 +114,7 @@ class LoadCall:
         self._target = pool_blocks.target(list(ids.values()))
         try:
             answers = store.load_layers(
-                *(tier, [own[number] for number in ids], self._target),
+                *(self.tier_call.tier, [own[number] for number in ids], self._target),
                 *(steps, self._gate, deadline),
             )
         finally:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from prefixstore.planner import LoadAhead, front_budget
+
 LEAST_TOKENS = 32  # of a share: even the shortest chunk costs a pass its fixed part
 
 # Most tokens that a role may be owed, or owe, from pass to pass: enough to take turns.
@@ -20,10 +22,17 @@ class Prefill:
     Attributes:
         tenant: Whose it is.
         num_left: Tokens that are not there yet.
+        load: What of these is still to be loaded.
     """
 
     tenant: str
     num_left: int
+    load: LoadAhead | None = None
+
+    @property
+    def has_front(self) -> bool:
+        """Whether its chunk would save loading what it computes."""
+        return self.load is not None and self.load.front_tokens > 0
 
 
 @dataclass
@@ -50,6 +59,9 @@ class PrefillTurns:
     is done sooner, and the last no later, than if all went on side by side. Others take what those
     leave, the shorter first.
 
+    Prompts that still load have no more than `front_budget`; where that is less than the pass, they
+    have it apart from the others' shares.
+
     Where shares of `LEAST_TOKENS` for all are more than the pass has, those have one that are owed
     most, as in deficit round robin (Shreedhar and Varghese, "Efficient fair queueing using deficit
     round robin", SIGCOMM 1995)::
@@ -74,6 +86,23 @@ class PrefillTurns:
         if budget <= 0:
             return
         by_length = sorted(range(len(prompts)), key=lambda i: prompts[i].num_left)
+        left, fronts = budget, []
+        fronts_left = _front_budget(prompts, budget)
+        if fronts_left < budget:
+            fronts = [i for i in by_length if prompts[i].has_front]
+        for i in fronts:
+            if not (most := min(left, fronts_left)):
+                break
+            turn = Turn(i, most)
+            yield turn
+            left -= turn.num_taken
+            fronts_left -= turn.num_taken
+        yield from self._share(prompts, [i for i in by_length if i not in fronts], left)
+
+    def _share(
+        self, prompts: Sequence[Prefill], by_length: Sequence[int], budget: int
+    ) -> Iterator[Turn]:
+        """Turns of some of the prompts, by tenant and length."""
         roles = _roles(prompts, by_length)
         taken: dict[int, int] = {}
         left = budget
@@ -126,14 +155,21 @@ class PrefillTurns:
                 self._owed[role] = max(-_MOST_OWED, min(owed, most))
 
 
+def _front_budget(prompts: Sequence[Prefill], budget: int) -> int:
+    """Tokens that prompts which still load may have in a pass, for the sake of the others."""
+    loads = [one.load for one in prompts if one.load is not None]
+    others = [one.num_left for one in prompts if one.load is None]
+    return int(min(front_budget(loads, len(others), min(sum(others), budget)), budget))
+
+
 def _roles(prompts: Sequence[Prefill], by_length: Sequence[int]) -> dict[int, list[_Role]]:
     """What each prompt is among those of its tenant, the shorter first; without the others."""
     shortest: dict[str, int] = {}
     oldest: dict[str, int] = {}
     for i in by_length:
         shortest.setdefault(prompts[i].tenant, i)
-    for i, prompt in enumerate(prompts):
-        oldest.setdefault(prompt.tenant, i)
+    for i in sorted(by_length):
+        oldest.setdefault(prompts[i].tenant, i)
     roles: dict[int, list[_Role]] = {}
     for i in by_length:
         for name, chosen in (("shortest", shortest), ("oldest", oldest)):

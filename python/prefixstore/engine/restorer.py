@@ -16,7 +16,8 @@ from prefixstore.block_key import BlockKey
 from prefixstore.engine.held_blocks import HeldBlocks, held_blocks
 from prefixstore.engine.load_call import LoadCall
 from prefixstore.engine.restoring import Restoring
-from prefixstore.planner import Planner, RestorePlan
+from prefixstore.engine.tier_calls import TierCalls
+from prefixstore.planner import ContendedCall, Planner, RestorePlan
 from prefixstore.residency import first_block_needed
 from prefixstore.store import Store
 
@@ -56,8 +57,9 @@ class Restorer:
         self._changed = changed
         self._threads = ThreadPoolExecutor(num_loaders, thread_name_prefix="kv-loader")
         self._look_up_threads = ThreadPoolExecutor(num_loaders, thread_name_prefix="kv-look-up")
-        self._num_loading = 0
-        self._loading_since = self._loading_s = 0.0
+        names = blocks.store.tier_names if blocks.store is not None else ()
+        self._calls = TierCalls(names, planner)
+        self._own = threading.local()  # `call`: the one that this thread has under way
         self._is_computing = False
         self._stop_observing: Callable[[], None] | None = None
         if blocks.store is not None:
@@ -92,7 +94,7 @@ class Restorer:
 
     def loading_s(self, now: float) -> float:
         """Seconds until now in which some load was under way."""
-        return self._loading_s + (now - self._loading_since if self._num_loading else 0.0)
+        return self._calls.busy_s(now)
 
     def note_done(self, restoring: Restoring, now: float) -> None:
         """All of a prompt is there: a call that is still under way took too long."""
@@ -226,28 +228,29 @@ class Restorer:
             assert restoring.meeting is not None
             num_steps = restoring.meeting.num_layer_steps
             tier, _ = restoring.expected_of(numbers)
+            tier_call = self._calls.begin(tier, now)
             try:
                 call = LoadCall(
                     *(self._blocks, restoring.sequence, numbers),
-                    *(restoring.prefix_end(numbers), num_steps, now),
+                    *(restoring.prefix_end(numbers), num_steps, tier_call),
                 )
             except PoolFullError:
                 restoring.stop_loading(now, has_no_room=not restoring.meeting.is_probing)
+                self._calls.end(tier_call, now)
                 self._changed.notify_all()
                 return False
             restoring.begin_call(call)
-            self._loading_s, self._loading_since = self.loading_s(now), now
-            self._num_loading += 1
+            self._own.call = tier_call
             # The engine now waits until it is overdue, or computes beside it.
             self._changed.notify_all()
         found: dict[int, str] = {}
         try:
-            found = call.run(store, keys, tier, restoring.deadline)
+            found = call.run(store, keys, restoring.deadline)
         finally:
             with self._changed:
                 done = time.monotonic()
-                self._loading_s, self._loading_since = self.loading_s(done), done
-                self._num_loading -= 1
+                self._calls.end(tier_call, done)
+                self._own.call = None
                 kept = restoring.call_done(numbers, found, done - now, done)
                 call.keep(set(kept))
                 self._blocks.note_loaded(keys[0][number] for number in kept)
@@ -257,11 +260,19 @@ class Restorer:
         return True
 
     def _observe(self, tier: str, num_records: int, num_bytes: int, seconds: float) -> None:
-        if num_records and seconds > 0:
-            self._planner.observe_load(
-                *(tier, num_bytes, num_records, seconds, time.monotonic()),
-                is_computing=self._is_computing,
-            )
+        if not num_records or not seconds > 0:
+            return
+        now = time.monotonic()
+        own: ContendedCall | None = getattr(self._own, "call", None)  # None in a session's thread
+        num_beside = 0.0
+        if own is not None and own.tier == tier:
+            with self._changed:
+                num_beside = own.num_beside(now)
+        self._planner.observe_load(
+            *(tier, num_bytes, num_records, seconds, now),
+            is_computing=self._is_computing,
+            num_beside=num_beside,
+        )
 
     def _observe_given_up(self, restoring: Restoring, call: LoadCall, now: float) -> None:
         """A call gave nothing until now; an answer at once says nothing of the tier, nor does a
@@ -272,7 +283,10 @@ class Restorer:
         call.is_given_up = True
         tier, num_bytes = restoring.expected_of(call.numbers)
         if now > call.began and num_bytes > 0:
-            self._planner.observe_given_up(tier, num_bytes, now - call.began, now)
+            self._planner.observe_given_up(
+                *(tier, num_bytes, now - call.began, now),
+                num_beside=call.tier_call.num_beside(now),
+            )
 
 
 def _has_loads(plan: RestorePlan) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from prefixstore.engine.held_blocks import HeldBlocks
 from prefixstore.engine.load_call import LoadCall
 from prefixstore.engine.sequence import SequenceBlocks
-from prefixstore.planner import Meeting, RestorePlan
+from prefixstore.planner import LoadAhead, Meeting, RestorePlan
 from prefixstore.reuse_report import DEVICE, MissReason, ReuseReport
 
 
@@ -132,6 +132,17 @@ class Restoring:
         """Whole blocks at the front that are there; between two chunks."""
         return max(self.num_device, self._chunk.stop // self._block_size)
 
+    @property
+    def num_left(self) -> int:
+        """Tokens that are not there yet; between two chunks."""
+        if self._meeting is None:
+            return self.num_tokens - self.num_device * self._block_size
+        return self._meeting.num_left
+
+    def load_ahead(self, now: float) -> LoadAhead | None:
+        """What is still to be loaded; see `Meeting.load_ahead`."""
+        return None if self._meeting is None else self._meeting.load_ahead(now)
+
     def restart(self, plan: RestorePlan | None, held: HeldBlocks, now: float) -> None:
         """Go on from what is computed so far, now that it is known who holds what.
 
@@ -185,6 +196,8 @@ class Restoring:
 
     def begin_call(self, load: LoadCall) -> None:
         """What `next_call` gave is being loaded."""
+        assert self._meeting is not None
+        self._meeting.contend(load.tier_call)
         self._load = load
 
     @property

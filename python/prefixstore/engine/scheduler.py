@@ -191,7 +191,7 @@ class Scheduler:
         prompts = [one for one in self.running if one.restoring is not None]
         for request in prompts:
             request.num_passed_over += 1
-        for turn in self._turns.of_pass([self._prefill(one) for one in prompts], budget):
+        for turn in self._turns.of_pass([_prefill(one, now) for one in prompts], budget):
             request = prompts[turn.index]
             if request not in self.running:  # preempted for the sake of one before it
                 continue
@@ -214,11 +214,6 @@ class Scheduler:
                 )
         known = [one for one in times if one is not None]
         return min(known) if known else None
-
-    def _prefill(self, request: Request) -> Prefill:
-        assert request.restoring is not None
-        num_present = request.restoring.num_present * self._blocks.block_size
-        return Prefill(request.tenant, request.num_tokens - num_present)
 
     def _next_chunk(self, request: Request, budget: int, now: float) -> Step | None:
         restoring = request.restoring
@@ -272,6 +267,12 @@ class Scheduler:
             request.restoring = None
         request.sequence.release()
         request.sequence = None
+
+
+def _prefill(request: Request, now: float) -> Prefill:
+    restoring = request.restoring
+    assert restoring is not None
+    return Prefill(request.tenant, restoring.num_left, restoring.load_ahead(now))
 
 
 def _is_getting_on(request: Request) -> bool:

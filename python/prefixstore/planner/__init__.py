@@ -1,6 +1,8 @@
 """Load or recompute, or both at once: decided for each request from measured speeds."""
 
+from prefixstore.planner.contention import ContendedCall, Contention
 from prefixstore.planner.costs import PlanInputs
+from prefixstore.planner.fronts import LoadAhead, front_budget
 from prefixstore.planner.plan import PlanMode, RestorePlan, plan_restore
 from prefixstore.planner.planner import POLICIES, Planner, PlannerConfig
 from prefixstore.planner.progress import Meeting
@@ -9,6 +11,9 @@ from prefixstore.planner.stats import MeetingCounts, ModeStats, PlannerStats
 
 __all__ = [
     "POLICIES",
+    "ContendedCall",
+    "Contention",
+    "LoadAhead",
     "Meeting",
     "MeetingCounts",
     "ModeStats",
@@ -22,5 +27,6 @@ __all__ = [
     "RestorePlan",
     "TierEstimate",
     "TierRate",
+    "front_budget",
     "plan_restore",
 ]

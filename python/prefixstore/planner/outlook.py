@@ -6,6 +6,8 @@ Blocks and tokens are counted from the prompt's start.
 from __future__ import annotations
 
 from prefixstore.planner.calls import call_start, layer_steps
+from prefixstore.planner.contention import ContendedCall
+from prefixstore.planner.fronts import LoadAhead
 from prefixstore.planner.pace import Pace
 from prefixstore.planner.plan import RestorePlan, load_patience_s
 
@@ -27,6 +29,7 @@ class Outlook:
         self._call = range(0)  # the last one
         self._idle_since: float | None = None  # while no call is under way
         self._num_layer_steps = 1
+        self._contended: ContendedCall | None = None  # the same call, among those of others
 
     # ---- what happens ------------------------------------------------------------------------
 
@@ -41,12 +44,19 @@ class Outlook:
     def begin_call(self, blocks: range, num_layer_steps: int, now: float) -> None:
         """A call for these blocks begins, in so many steps of layers; 1 for whole blocks."""
         self._call, self._num_layer_steps, self._idle_since = blocks, num_layer_steps, None
+        self._contended = None
         first, end = blocks.start - self._offset, blocks.stop - self._offset
         self._pace.begin(self._pace.load, self._costs.load_s(first, end, num_layer_steps), now)
 
+    def contend(self, call: ContendedCall) -> None:
+        """The call is one of several of its tier."""
+        self._contended = call
+
     def end_call(self, now: float, *, learns: bool = True) -> None:
         """The call is over; without `learns` its time says nothing of the tier."""
-        self._pace.end(self._pace.load, now, learns=learns)
+        crowding = self._contended.mean_factor(now) if self._contended is not None else 1.0
+        self._pace.end(self._pace.load, now, learns=learns, crowding=crowding)
+        self._contended = None
         self._idle_since = now
 
     # ---- what is expected --------------------------------------------------------------------
@@ -61,7 +71,7 @@ class Outlook:
             compute_scale=self._pace.compute.scale,
             load_scale=self._pace.load.scale,
             compute_ready_s=self._pace.compute.left_s(now),
-            load_ready_s=self._pace.load.left_s(now),
+            load_ready_s=self._pace.load.left_s(now, self._crowding),
             pass_s=self._pace.compute.scale * self._tail_pass_s,
             layered_tier=int(self._costs.tiers[back - self._offset]) if is_layered else -1,
         )
@@ -111,18 +121,47 @@ class Outlook:
     def patience_left_s(self, now: float) -> float:
         """Until the call under way will have disappointed, by itself."""
         self._pace.advance(now)
-        patience_s = self._patience_s(self._call, self._num_layer_steps)
+        patience_s = self._patience_s(self._call, self._num_layer_steps, self._crowding)
         return patience_s - self._pace.load.done_s(now)
+
+    def load_ahead(self, low: int, back: int, now: float, *, is_on_time: bool) -> LoadAhead:
+        """Of the call under way, and of blocks `low` to `back`."""
+        self._pace.advance(now)
+        back = max(low, back)
+        front_s = self._costs.load_s(low - self._offset, back - self._offset)
+        # What is left of the call is counted as if it were alone: the others' is their own.
+        call_s = self._pace.load.left_s(now, self._crowding) / self._crowding
+        load_s = call_s + self._pace.load.scale * front_s
+        tier_s = self._contended.tier_s if self._contended is not None else 1.0
+        return LoadAhead(
+            load_s=tier_s * load_s,
+            block_size=self._inputs.block_size,
+            front_tokens=(back - low) * self._inputs.block_size,
+            front_load_s=tier_s * self._pace.load.scale * front_s,
+            front_compute_s=self.compute_s(low, back),
+            pass_s=self._inputs.prefill.pass_s,
+            is_on_time=is_on_time,
+        )
 
     def early_s(self, tokens: range, now: float) -> float:
         """How much too early a pass over these would be that never waits for the call's layers."""
         self._pace.advance(now)
         until_last_s = self._pass_s(tokens) * (1 - 1 / self._num_layer_steps)
-        return self._pace.load.left_s(now) - self._pace.compute.scale * until_last_s
+        left_s = self._pace.load.left_s(now, self._crowding)
+        return left_s - self._pace.compute.scale * until_last_s
 
-    def _patience_s(self, call: range, num_layer_steps: int = 1) -> float:
-        first, end = call.start - self._offset, call.stop - self._offset
-        return load_patience_s(self._costs, first, end, self._pace.load.scale, num_layer_steps)
+    @property
+    def _crowding(self) -> float:
+        """How many times as long as alone the call under way takes at most."""
+        return self._contended.longest if self._contended is not None else 1.0
+
+    def _patience_s(self, call: range, num_layer_steps: int = 1, crowding: float = 1.0) -> float:
+        return load_patience_s(
+            *(self._costs, call.start - self._offset, call.stop - self._offset),
+            load_scale=self._pace.load.scale,
+            crowding=crowding,
+            num_layer_steps=num_layer_steps,
+        )
 
     def _pass_s(self, tokens: range) -> float:
         return self._inputs.prefill.seconds(len(tokens), tokens.start, len(tokens))

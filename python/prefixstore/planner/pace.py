@@ -31,16 +31,19 @@ class Side:
         beside_s = self.work.beside_s
         return now - self.work.started_at - beside_s + beside_s / self._slowdown
 
-    def left_s(self, now: float) -> float:
-        """Seconds, by itself, that the work still takes; once overdue, as long as it is late."""
+    def left_s(self, now: float, crowding: float = 1.0) -> float:
+        """Seconds, by itself, that the work still takes; once overdue, as long as it is late.
+
+        Others of its kind make it take `crowding` times as long.
+        """
         if self.work is None:
             return 0.0
-        return abs(self.scale * self.work.expected_s - self.done_s(now))
+        return abs(crowding * self.scale * self.work.expected_s - self.done_s(now))
 
-    def learn(self, now: float) -> None:
+    def learn(self, now: float, crowding: float = 1.0) -> None:
         """The work is over and was all that was expected."""
         assert self.work is not None
-        measured = max(self.done_s(now) / self.work.expected_s, _LEAST_SCALE)
+        measured = max(self.done_s(now) / (crowding * self.work.expected_s), _LEAST_SCALE)
         self.scale = (1 - _NEWEST_WEIGHT) * self.scale + _NEWEST_WEIGHT * measured
 
 
@@ -61,11 +64,11 @@ class Pace:
         self.advance(now)
         side.work = _Work(now, expected_s)
 
-    def end(self, side: Side, now: float, *, learns: bool = True) -> None:
+    def end(self, side: Side, now: float, *, learns: bool = True, crowding: float = 1.0) -> None:
         """What `side` was at is over; without `learns` its time says nothing."""
         self.advance(now)
         if learns:
-            side.learn(now)
+            side.learn(now, crowding)
         side.work = None
 
     def advance(self, now: float) -> None:

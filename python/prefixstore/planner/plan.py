@@ -133,18 +133,33 @@ def _is_computed(plan: RestorePlan) -> np.ndarray:
 
 
 def load_patience_s(
-    costs: Costs, first: int, end: int, load_scale: float = 1.0, num_layer_steps: int = 1
+    costs: Costs,
+    first: int,
+    end: int,
+    *,
+    load_scale: float = 1.0,
+    crowding: float = 1.0,
+    num_layer_steps: int = 1,
 ) -> float:
-    """Seconds of a load of blocks `first` to `end`, by itself, after which it has disappointed.
+    """Seconds of a load of blocks `first` to `end` after which it has disappointed.
 
-    More than usual errors explain; yet no more than computing the blocks would take, or a quarter
-    above what was expected, so that a load that never comes costs about as much as computing again.
+    More than usual errors and others' loads explain; yet no more than computing the blocks would
+    take, or a quarter above what the load would take by itself, so that one that never comes costs
+    about as much as computing again.
+
+    Args:
+        costs: Of the prompt.
+        first: Block where the load begins.
+        end: Block behind it.
+        load_scale: How many times longer loading takes than estimated.
+        crowding: And because others load.
+        num_layer_steps: Of the load.
     """
     inputs = costs.inputs
     expected_s = load_scale * costs.load_s(first, end, num_layer_steps)
     spread = inputs.estimates[int(costs.tiers[end - 1])].spread
     longest_s = max(_LEAST_PATIENCE * expected_s, costs.compute_s(first, end))
-    patience_s = max(_LEAST_PATIENCE, 1 + _PATIENCE_SPREADS * spread) * expected_s
+    patience_s = crowding * max(_LEAST_PATIENCE, 1 + _PATIENCE_SPREADS * spread) * expected_s
     return max(min(patience_s, longest_s), _LEAST_PATIENCE_S)
 
 

@@ -129,6 +129,7 @@ class Planner:
         now: float,
         *,
         is_computing: bool = False,
+        num_beside: float = 0.0,
     ) -> None:
         """A call of `tier` gave so many records of so many bytes in all.
 
@@ -139,15 +140,23 @@ class Planner:
             seconds: That it took, verified and in their blocks.
             now: When it was over.
             is_computing: The model computed during all of it.
+            num_beside: Other calls of `tier` that were under way, on average over it.
         """
         with self._lock:
-            alone_s = seconds / self._slowdown.factor if is_computing else seconds
-            self._rate(tier).observe(num_bytes, alone_s, num_records, now)
+            undisturbed_s = seconds / self._slowdown.factor if is_computing else seconds
+            self._rate(tier).observe(num_bytes, undisturbed_s, num_records, now, num_beside)
 
-    def observe_given_up(self, tier: str, num_bytes: int, seconds: float, now: float) -> None:
+    def observe_given_up(
+        self, tier: str, num_bytes: int, seconds: float, now: float, *, num_beside: float = 0.0
+    ) -> None:
         """A call of `tier` was given up after so many seconds; it would have taken longer."""
         with self._lock:
-            self._rate(tier).observe_given_up(num_bytes, seconds, now)
+            self._rate(tier).observe_given_up(num_bytes, seconds, now, num_beside)
+
+    def sharing(self, tier: str) -> float:
+        """How much calls of `tier` disturb each other, see `Contention`."""
+        with self._lock:
+            return self._rate(tier).snapshot().sharing
 
     def finished(self, plan: RestorePlan, measured_s: float, counts: MeetingCounts) -> None:
         """A plan was carried out: all tokens of the prompt are computed.

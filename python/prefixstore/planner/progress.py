@@ -26,6 +26,8 @@ from collections.abc import Collection
 
 import numpy as np
 
+from prefixstore.planner.contention import ContendedCall
+from prefixstore.planner.fronts import LoadAhead
 from prefixstore.planner.outlook import Outlook
 from prefixstore.planner.plan import RestorePlan
 from prefixstore.planner.stats import MeetingCounts
@@ -86,18 +88,20 @@ class Meeting:
         assert self._chunk is None, "one chunk at a time"
         self._wake_at = None
         self._skip_present()
-        if self.is_done:
+        inputs, size = self._inputs, self._inputs.block_size
+        max_tokens = inputs.chunk_tokens if max_tokens is None else max_tokens
+        if self.is_done or max_tokens <= 0:
             return None
         end = self._computable_until(now)
-        inputs, size = self._inputs, self._inputs.block_size
         start = self._next_token
-        max_tokens = inputs.chunk_tokens if max_tokens is None else max_tokens
         limit = min(end * size, inputs.num_tokens)
-        if limit <= start or max_tokens <= 0:
+        if limit <= start:
             return None
         num_chunks = -(-(limit - start) // max_tokens)
         share = -(-(limit - start) // num_chunks)
         stop = min(-(-(start + share) // size) * size, start + max_tokens, limit)
+        if stop < limit and stop // size * size > start and not self._is_loading_over:
+            stop = stop // size * size  # what is begun of a block cannot be loaded any more
         self._states[start // size : -(-stop // size)] = _COMPUTING
         self._chunk = range(start, stop)
         self._outlook.begin_chunk(self._chunk, now)
@@ -200,6 +204,11 @@ class Meeting:
         self._outlook.begin_call(self._call, self._num_steps, now)
         return self._call
 
+    def contend(self, call: ContendedCall) -> None:
+        """The call under way has others of its tier beside it."""
+        assert self._call is not None, "no call was begun"
+        self._outlook.contend(call)
+
     @property
     def is_probing(self) -> bool:
         """The call under way is to measure a tier: nobody waits for its blocks."""
@@ -252,7 +261,36 @@ class Meeting:
         self._is_given_up = self._is_given_up or not self._is_probing
         self._call, self._is_probing = None, False
 
+    def load_ahead(self, now: float) -> LoadAhead | None:
+        """What is still to be loaded while others wait for the model; between two chunks.
+
+        The front may be made to wait for it, until `wake_at` at most.
+
+        Returns:
+            None if nothing is, or if the call under way is overdue.
+        """
+        self._wake_at = None
+        low = self._claimed_until()
+        is_loading = self._call is not None or not (self._is_loading_over or self._back <= low)
+        if not is_loading or self._is_probing:
+            return None
+        until_s = self._outlook.wait_s(low, self._back, now)[1]
+        if until_s > _CLOCK_S:
+            self._wake_at = now + until_s
+        elif self._call is not None:
+            return None
+        return self._outlook.load_ahead(low, self._back, now, is_on_time=until_s > _CLOCK_S)
+
     # ---- both --------------------------------------------------------------------------------
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that are not there yet; between two chunks."""
+        if self.is_done:
+            return 0
+        size, is_left = self._inputs.block_size, self._states != _PRESENT
+        past_end = self._num_blocks * size - self._inputs.num_tokens if is_left[-1] else 0
+        return int(is_left.sum()) * size - past_end - self._next_token % size
 
     @property
     def is_done(self) -> bool:

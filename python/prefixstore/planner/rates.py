@@ -33,6 +33,9 @@ _PLAUSIBLE_DOUBTS = 2.0  # standard deviations within which a guess is right
 # Growth of a tier's variance (of logarithms): after a minute little is remembered.
 _AGING_PER_S = 0.01
 _SPREAD_WEIGHT = 0.2
+# Calls of a tier nobody has asked yet share one link.
+PRIOR_SHARING = 1.0
+_SHARING_WEIGHT = 0.2  # of a call that had another one beside it all the time
 _SLOWDOWN_WEIGHT = 0.2
 _MAX_SLOWDOWN = 4.0
 _SLOWDOWN_ACCIDENT = 1.5  # a single pass this many times slower than predicted may be an accident
@@ -47,6 +50,7 @@ class TierEstimate:
         latency_s: Of a call, however small.
         bytes_per_s: Beyond it.
         spread: Usual relative error of a prediction: 0.1 for 10 %.
+        sharing: Beside `n` other calls one takes `1 + sharing * n` times as long.
         num_calls: Measured so far; 0 for a guess.
         num_records: In them.
         num_bytes: In them.
@@ -56,6 +60,7 @@ class TierEstimate:
     latency_s: float = PRIOR_LATENCY_S
     bytes_per_s: float = PRIOR_BYTES_PER_S
     spread: float = PRIOR_SPREAD
+    sharing: float = PRIOR_SHARING
     num_calls: int = 0
     num_records: int = 0
     num_bytes: int = 0
@@ -113,22 +118,35 @@ class TierRate:
         self._fit = LogFit(
             (PRIOR_LATENCY_S, 1 / PRIOR_BYTES_PER_S), prior_spread=2.0, noise=0.25, drift=0.1
         )
-        self._spread = PRIOR_SPREAD
+        self._spread, self._sharing = PRIOR_SPREAD, PRIOR_SHARING
         self._num_calls = self._num_records = self._num_bytes = 0
         self._observed_at: float | None = None
 
-    def observe(self, num_bytes: int, seconds: float, num_records: int, now: float) -> None:
-        """A call gave so many bytes in so many seconds.
+    def observe(
+        self,
+        num_bytes: int,
+        seconds: float,
+        num_records: int,
+        now: float,
+        num_beside: float = 0.0,
+    ) -> None:
+        """A call gave so many bytes in so many seconds, beside so many others on average.
 
         Raises:
-            ValueError: If one of them is not above 0.
+            ValueError: If one of the first three is not above 0, or `num_beside` is negative.
         """
         _check_positive("num_bytes", num_bytes)
         _check_positive("seconds", seconds)
         _check_positive("num_records", num_records)
+        _check_not_negative("num_beside", num_beside)
         if self._observed_at is not None:
             self._fit.age(_AGING_PER_S * max(0.0, now - self._observed_at))
-        surprise = self._fit.observe(_tier_features(num_bytes), seconds)
+        features = _tier_features(num_bytes)
+        if num_beside:
+            sharing = (seconds / self._fit.predict(features) - 1) / num_beside
+            weight = _SHARING_WEIGHT * min(1.0, num_beside)
+            self._sharing += weight * (min(max(sharing, 0.0), 1.0) - self._sharing)
+        surprise = self._fit.observe(features, self._alone_s(seconds, num_beside))
         if self._num_calls:  # the first call only says how wrong the prior was
             self._spread = _blend_spread(self._spread, surprise)
         self._observed_at = now
@@ -136,20 +154,23 @@ class TierRate:
         self._num_records += num_records
         self._num_bytes += num_bytes
 
-    def observe_given_up(self, num_bytes: int, seconds: float, now: float) -> None:
+    def observe_given_up(
+        self, num_bytes: int, seconds: float, now: float, num_beside: float = 0.0
+    ) -> None:
         """A call had not given so many bytes after so many seconds, when nobody wanted them more.
 
         It says nothing where as much was expected. Else, of what has lasted so long for no known
         reason, it is a fair guess that it lasts as long again.
 
         Raises:
-            ValueError: If one of them is not above 0.
+            ValueError: If one of the first two is not above 0, or `num_beside` is negative.
         """
         _check_positive("num_bytes", num_bytes)
         _check_positive("seconds", seconds)
-        features = _tier_features(num_bytes)
-        if seconds > self._fit.predict(features):
-            self._spread = _blend_spread(self._spread, self._fit.observe(features, 2 * seconds))
+        _check_not_negative("num_beside", num_beside)
+        features, alone_s = _tier_features(num_bytes), self._alone_s(seconds, num_beside)
+        if alone_s > self._fit.predict(features):
+            self._spread = _blend_spread(self._spread, self._fit.observe(features, 2 * alone_s))
         self._observed_at = now
 
     def snapshot(self) -> TierEstimate:
@@ -159,11 +180,16 @@ class TierRate:
             latency_s=latency_s,
             bytes_per_s=1 / byte_s,
             spread=self._spread,
+            sharing=self._sharing,
             num_calls=self._num_calls,
             num_records=self._num_records,
             num_bytes=self._num_bytes,
             observed_at=self._observed_at,
         )
+
+    def _alone_s(self, seconds: float, num_beside: float) -> float:
+        """What a call would have taken by itself that had so many others beside it."""
+        return seconds / (1 + self._sharing * num_beside)
 
 
 class PrefillRate:
@@ -184,8 +210,7 @@ class PrefillRate:
         """
         _check_positive("num_new", num_new)
         _check_positive("seconds", seconds)
-        if context < 0:
-            raise ValueError(f"context: expected 0 or more, got {context}")
+        _check_not_negative("context", context)
         surprise = self._fit.observe(_prefill_features(num_new, context), seconds)
         if self._num_passes:
             self._spread = _blend_spread(self._spread, surprise)
@@ -258,3 +283,8 @@ def _blend_spread(spread: float, surprise: float) -> float:
 def _check_positive(name: str, value: float) -> None:
     if not value > 0:
         raise ValueError(f"{name}: expected more than 0, got {value}")
+
+
+def _check_not_negative(name: str, value: float) -> None:
+    if not value >= 0:
+        raise ValueError(f"{name}: expected 0 or more, got {value}")
