@@ -250,7 +250,12 @@ void RespChannel::begin_reply(std::string_view line) {
   } else if (!parse_integer(rest, &number)) {
     throw RespStreamError("expected a reply, got " + quoted(line));
   } else if (kind == ':') {
-    complete({RespReply::Kind::kInteger, number, {}, {}});
+    // A number in the place of a string must not pass for the count of what was filled.
+    if (frames_.empty() && awaited_.front().fills_into) {
+      complete({RespReply::Kind::kText, 0, std::string(line), {}});
+    } else {
+      complete({RespReply::Kind::kInteger, number, {}, {}});
+    }
   } else if (kind == '$' && number >= -1 && number <= kMaxStringBytes) {
     if (number < 0) {
       complete({});

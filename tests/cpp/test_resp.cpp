@@ -192,6 +192,19 @@ void test_whatever_comes() {
   CHECK(num_whole > 500);
 }
 
+// An integer that answers a command that fills memory is told from the count of what was filled.
+void test_numbers_fill_nothing() {
+  const Ends ends;
+  RespChannel channel(ends.fds[0]);
+  Get get(10);
+  RespBatch batch;
+  for (int i = 0; i < 2; ++i) batch.add(get.request(0));
+  ends.write(":10\r\n" + wire_of("0123456789"));
+  CHECK(batch.run({{&channel}}, 60));
+  CHECK(batch.reply(0).kind == RespReply::Kind::kText && batch.reply(0).text == ":10");
+  CHECK(batch.reply(1).kind == RespReply::Kind::kFilled && batch.reply(1).number == 10);
+}
+
 void test_channels_that_fail() {
   Ends ends[2];
   RespChannel closed(ends[0].fds[0]), silent(ends[1].fds[0]);
@@ -267,6 +280,7 @@ int main() {
   test_batches_fill_memory();
   test_batches_grow_while_they_run();
   test_whatever_comes();
+  test_numbers_fill_nothing();
   test_channels_that_fail();
   test_reads_what_came_before_the_time_was_over();
   test_sends_more_than_a_socket_takes();

@@ -12,7 +12,7 @@ from odd_redis import OddRedis, encode
 from redis_tiers import make_names, open_tier, random_bytes
 
 from prefixstore.block_key import RecordName
-from prefixstore.errors import TierError
+from prefixstore.errors import TierError, TierUnavailable
 from prefixstore.record_header import MAX_RECORD_BYTES
 from prefixstore.tiers.redis import RedisTier
 from prefixstore.tiers.redis.records import Manifest
@@ -212,6 +212,26 @@ def run_odd(server: OddRedis, scheme: str, name: str, odd: list[bytes], only: by
 @pytest.mark.parametrize("name", CALLS)
 def test_an_odd_reply_to_any_command_is_the_tiers_error_or_a_miss(server, name):
     run_odd(server, "redis", name, ODD, None)
+
+
+@pytest.mark.parametrize("begin", [None, 50], ids=["whole", "ranges"])
+def test_a_number_in_the_place_of_bytes_is_no_count_of_them(server, begin):
+    """The very number of bytes that were asked for, of which not one came."""
+    trial = Trial(server)
+
+    def oddity(name: bytes, number: int, right: bytes) -> bytes | None:
+        num_bytes = int(right[1 : right.index(b"\r\n")]) if right[:1] == b"$" else -1
+        # Generations are 16 bytes long, manifests 32; there the right reply is given.
+        return encode(num_bytes) if num_bytes > 32 else None
+
+    server.oddity = oddity
+    outs = [memoryview(bytearray(num_bytes - (begin or 0))) for num_bytes in LENGTHS]
+    offsets = None if begin is None else [begin] * 3
+    refusal = r"expected a reply to GET(RANGE)? as Redis gives it, got b':"
+    with pytest.raises(TierUnavailable, match=refusal):  # of all three records: the tier's
+        trial.tier.get_many(trial.names, outs, offsets=offsets)
+    assert not any(map(any, outs))
+    trial.end()
 
 
 @pytest.mark.parametrize("name", ["get", "put", "list", "stats"])

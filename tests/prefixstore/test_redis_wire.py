@@ -119,6 +119,17 @@ def test_fills_buffers_and_drops_what_has_no_room(ends, num_bytes):
     assert (head + rest)[filled:] == bytes(9 - filled)
 
 
+def test_a_number_in_the_place_of_a_string_is_no_count_of_what_was_filled(ends):
+    channel, other = ends
+    into = bytearray(9)
+    channel.push(Command(GET, [memoryview(into)]))
+    channel.push(Command(GET, [memoryview(into)]))
+    channel.push(Command(GET))
+    other.sendall(b":9\r\n*1\r\n:9\r\n:9\r\n")
+    assert receive_all(channel, 3) == [b":9", [9], 9]
+    assert into == bytes(9)
+
+
 def test_a_server_that_sends_without_end_has_its_turn_like_any_other(tls_ends):
     """Whoever reads looks at the clock in between, and loses nothing of what it leaves."""
     channel, other = tls_ends

@@ -22,6 +22,7 @@
 
 namespace kvkernels {
 
+// Of a command that fills memory, only a string is kFilled: an integer is the text of its line.
 struct RespReply {
   enum class Kind { kNil, kText, kError, kInteger, kString, kFilled, kArray };
 

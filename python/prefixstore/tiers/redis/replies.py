@@ -57,7 +57,7 @@ def refuse_odd(tier_name: str, command: Command, reply: Reply) -> TierUnavailabl
         tier_name: For the message.
         command: What was asked.
         reply: No error of the server's, which any command may meet. Of a string that was read into
-            the caller's memory it is the length.
+            the caller's memory it is the length, and nothing else is an integer then.
     """
     name = command.args[0]
     assert isinstance(name, bytes)

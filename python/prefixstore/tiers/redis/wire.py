@@ -57,7 +57,8 @@ class Command:
             flat; those that are no `bytes` are not copied and must stay as they are until the reply
             is there.
         into: Buffers to be filled, in order, with a reply that is a string, which is then only
-            counted. What they have no room for is read and dropped.
+            counted. What they have no room for is read and dropped. A reply that is an integer,
+            such as `:5`, is those bytes, so that it is no such count.
         address: The server; None for the one that holds the key.
         is_optional: Whether all is well when the server refuses it: its reply is then None.
     """
