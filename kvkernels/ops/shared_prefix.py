@@ -21,6 +21,7 @@ import torch
 from kvkernels.checks import check_device, check_shape
 from kvkernels.ops.attention import merge_attention, paged_attention
 from kvkernels.ops.attention_checks import check_attention_inputs, check_kinds
+from kvkernels.ops.library import LIBRARY
 from kvkernels.ops.prefix_groups import find_groups
 from kvkernels.quantized_cache import QuantizedCache
 
@@ -251,7 +252,11 @@ def shared_prefix_attention(
         *(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q),
         *(int8_cache, int4_cache),
     )
-    _check_prefixes(prefixes, key_cache, block_table, seq_lens, cu_seqlens_q)
+    _check_prefixes(prefixes, key_cache, block_table, seq_lens)
+    # Also before one pass, which needs no lengths of its own: what it is told must be right.
+    own_lens = torch.ops.kvkernels.lens_behind_prefixes.default(
+        seq_lens, cu_seqlens_q, prefixes._lens_of_seqs
+    )
     num_tokens, num_heads, _ = query.shape
     if batch_invariant or (
         only_if_it_pays and not prefixes.pays(num_tokens, num_heads, key_cache, value_cache)
@@ -269,7 +274,7 @@ def shared_prefix_attention(
             batch_invariant=batch_invariant,
         )
     out, lse = _attend_in_two_passes(
-        *(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q),
+        *(query, key_cache, value_cache, block_table, own_lens, cu_seqlens_q),
         *(prefixes, rules, own),
     )
     return (out, lse) if return_lse else out
@@ -280,7 +285,7 @@ def _attend_in_two_passes(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
+    own_lens: torch.Tensor,
     cu_seqlens_q: torch.Tensor | None,
     prefixes: SharedPrefixes,
     rules: dict[str, Any],
@@ -288,7 +293,8 @@ def _attend_in_two_passes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention to the prefixes, a group at a time, merged with that to each sequence's rest.
 
-    `rules` count for both passes, `own` only for the second.
+    `own_lens` are the sequences' tokens behind their prefixes. `rules` count for both passes, `own`
+    only for the second.
     """
     bounds = prefixes._bounds
     shared = paged_attention(
@@ -307,7 +313,7 @@ def _attend_in_two_passes(
         key_cache,
         value_cache,
         _suffix_table(block_table, prefixes, key_cache.shape[2]),
-        seq_lens - prefixes._lens_of_seqs,
+        own_lens,
         cu_seqlens_q,
         **rules,
         **own,
@@ -321,7 +327,6 @@ def _check_prefixes(
     key_cache: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
 ) -> None:
     if prefixes.num_seqs != seq_lens.shape[0]:
         raise ValueError(
@@ -337,18 +342,6 @@ def _check_prefixes(
                 f"prefixes: expected multiples of the block size {block_size} up to {longest}, got"
                 f" {length}"
             )
-    if seq_lens.device.type == "cpu" and seq_lens.numel():
-        counts = cu_seqlens_q.diff() if cu_seqlens_q is not None else 1
-        left = seq_lens - counts - prefixes._lens_of_seqs
-        # Sequences without a prefix are exempt: they may be empty, or have more queries than
-        # tokens.
-        left = left.where(prefixes._lens_of_seqs > 0, 0)
-        if int(left.min()) < 0:
-            seq = int(left.argmin())
-            raise ValueError(
-                f"prefixes: expected no more tokens than stand before the queries, got"
-                f" {int(prefixes._lens_of_seqs[seq])} for sequence {seq}"
-            )
 
 
 def _suffix_table(
@@ -362,3 +355,46 @@ def _suffix_table(
     skipped = prefixes._lens_of_seqs[:, None] // block_size
     # Clamped: entries past a row's end may be anything, as they are never read.
     return block_table.gather(1, (columns + skipped).clamp(max=block_table.shape[1] - 1))
+
+
+# An op, as a graph cannot hold a check of values. It returns what the second pass needs, so that no
+# compiler takes it for useless; before one pass alone it may, where nothing could go wrong.
+LIBRARY.define(
+    "lens_behind_prefixes(Tensor seq_lens, Tensor? cu_seqlens_q, Tensor prefix_lens) -> Tensor"
+)
+
+
+@torch.library.impl(LIBRARY, "lens_behind_prefixes", "CPU")
+def _lens_behind_prefixes_cpu(
+    seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None, prefix_lens: torch.Tensor
+) -> torch.Tensor:
+    """Each sequence's tokens behind its prefix.
+
+    Raises:
+        ValueError: If a prefix reaches past its sequence's first query.
+    """
+    lens = seq_lens - prefix_lens
+    left = lens - (cu_seqlens_q.diff() if cu_seqlens_q is not None else 1)
+    # Sequences without a prefix are exempt: they may be empty, or have more queries than tokens.
+    left = left.where(prefix_lens > 0, 0)
+    if left.numel() and int(left.min()) < 0:
+        seq = int(left.argmin())
+        raise ValueError(
+            f"prefixes: expected no more tokens than stand before the queries, got"
+            f" {int(prefix_lens[seq])} for sequence {seq}"
+        )
+    return lens
+
+
+@torch.library.impl(LIBRARY, "lens_behind_prefixes", "CUDA")
+def _lens_behind_prefixes_cuda(
+    seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None, prefix_lens: torch.Tensor
+) -> torch.Tensor:
+    return seq_lens - prefix_lens
+
+
+@torch.library.register_fake("kvkernels::lens_behind_prefixes", lib=LIBRARY)
+def _lens_behind_prefixes_fake(
+    seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None, prefix_lens: torch.Tensor
+) -> torch.Tensor:
+    return torch.empty_like(seq_lens)

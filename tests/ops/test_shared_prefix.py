@@ -225,6 +225,49 @@ def test_is_the_same_bits_in_any_batch_where_that_is_asked_for() -> None:
     assert torch.equal(run(3)[0], run(1)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("only_if_it_pays", [False, True])
+def test_compiles_into_one_graph(dtype: torch.dtype, dynamic: bool, only_if_it_pays: bool) -> None:
+    def step(*inputs: torch.Tensor | None, prefixes: SharedPrefixes) -> tuple[torch.Tensor, ...]:
+        return kvkernels.shared_prefix_attention(
+            *inputs, prefixes=prefixes, return_lse=True, only_if_it_pays=only_if_it_pays
+        )
+
+    torch.compiler.reset()  # what was compiled for other parameters counts towards the limit
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for groups in GROUPS.values():
+        inputs = make_batch(groups, dtype, (6, 2))
+        prefixes = SharedPrefixes(
+            [len(group) for _, group in groups], [shared * BLOCK_SIZE for shared, _ in groups]
+        )
+        expected = step(*inputs, prefixes=prefixes)
+        got = compiled(*inputs, prefixes=prefixes)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_compiled_call_refuses_prefixes_that_reach_past_a_query() -> None:
+    inputs = make_batch([(2, [(1, 3), (1, 20)])], torch.float32, (2, 1))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(prefixes: SharedPrefixes) -> torch.Tensor:
+        return kvkernels.shared_prefix_attention(*inputs, prefixes=prefixes, only_if_it_pays=False)
+
+    with pytest.raises(ValueError, match="stand before the queries, got 48 for sequence 0"):
+        step(SharedPrefixes([2], [48]))
+
+
+@pytest.mark.parametrize("has_counts", [False, True])
+def test_the_lengths_behind_prefixes_are_an_op_as_pytorch_expects(has_counts: bool) -> None:
+    lens = torch.tensor([20, 33], dtype=torch.int32)
+    counts = torch.tensor([0, 4, 5], dtype=torch.int32) if has_counts else None
+    prefix_lens = torch.tensor([16, 32], dtype=torch.int32)
+    op = torch.ops.kvkernels.lens_behind_prefixes.default
+    torch.library.opcheck(op, (lens, counts, prefix_lens))
+    assert op(lens, counts, prefix_lens).tolist() == [4, 1]
+
+
 def test_takes_one_pass_where_two_would_not_pay() -> None:
     inputs = make_batch(GROUPS["decode"], torch.bfloat16, (6, 2))
     prefixes = SharedPrefixes([3], [5 * BLOCK_SIZE])
