@@ -5,7 +5,8 @@ of it came from a cache, what else is in the forward pass or how many threads wo
 
 ::
 
-    linear layers  kvkernels.linear: one order of summation for any number of rows
+    linear layers  kvkernels.linear: one order of summation for any number of rows; under
+                   `torch.autocast` in the dtype of that
     attention      paged_attention(batch_invariant=True): one order of keys for any cut
     activations    of elements: PyTorch's own, on whole vectors: what is left over at the end of a
                    tensor, or of a thread's share, goes through other code there, with other
@@ -268,7 +269,14 @@ def _keeps_bits(module: torch.nn.Module) -> bool:
 def _apply_linear(module: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
     if type(module).forward is not torch.nn.Linear.forward:  # it was given another class since
         return type(module).forward(module, input)
-    return linear(input, module.weight, module.bias)
+    weight: torch.Tensor = module.weight
+    bias: torch.Tensor | None = module.bias
+    if torch.is_autocast_enabled("cpu") and torch.float64 not in (input.dtype, weight.dtype):
+        # As PyTorch's own layers do. What casts is the dispatcher, which knows only PyTorch's ops.
+        dtype = torch.get_autocast_dtype("cpu")
+        input, weight = input.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return linear(input, weight, bias)
 
 
 def _activate(

@@ -15,9 +15,10 @@ all thirty times over. A function that knows its layer calls the same kernels in
 
 `install` tries each layer within its model, next to what it would put there, and replaces only what
 gave the same bits. So it goes on top of `batch_invariance` and `fused_layers`, whose kernels these
-are, and serves passes of a `PagedCache`, and of an engine's `BatchCache`. All others, a pass whose
-tensors or arguments are others than in the trial, and a layer whose settings or parts have changed
-since or whose attention drops out, go through the layer's own forward.
+are, and serves passes of a `PagedCache`, and of an engine's `BatchCache`. All others, a pass under
+`torch.autocast` or whose tensors or arguments are others than in the trial, and a layer whose
+settings or parts have changed since or whose attention drops out, go through the layer's own
+forward.
 """
 
 from __future__ import annotations
@@ -148,6 +149,8 @@ class FusedDecoderLayer:
     def serves(self, hidden_states: torch.Tensor, options: dict[str, Any]) -> bool:
         """Whether `run` takes such a call."""
         if is_traced() or is_transformed():  # then no addresses of memory may be held, or are there
+            return False
+        if torch.is_autocast_enabled("cpu"):  # then linear layers compute in another dtype
             return False
         if (
             options.keys() != self._option_names
