@@ -39,14 +39,16 @@ KeyRows find_keys(const AttentionTile& tile, const Work& work, int64_t part, int
   return {copy, row_bytes};
 }
 
-// Where the values of a tile of keys lie; keys that are missing have zeros.
+// Where the values of a tile of keys lie. Keys that are missing, or lie before [first, num_keys),
+// have zeros: all are multiplied, and a weight of 0 times an infinite value would be NaN.
 struct ValueRows {
   const uint16_t* row[kKeys];
 };
 
-void find_values(const uint16_t* cache, const int64_t* offsets, int64_t num_keys, const Work& work,
-                 ValueRows& values) {
-  for (int64_t t = 0; t < num_keys; ++t) values.row[t] = cache + offsets[t];
+void find_values(const uint16_t* cache, const int64_t* offsets, int64_t first, int64_t num_keys,
+                 const Work& work, ValueRows& values) {
+  for (int64_t t = 0; t < first; ++t) values.row[t] = work.zeros;
+  for (int64_t t = first; t < num_keys; ++t) values.row[t] = cache + offsets[t];
   for (int64_t t = num_keys; t < kKeys; ++t) values.row[t] = work.zeros;
 }
 
@@ -77,11 +79,11 @@ void find_tile(const AttentionTile& tile, int64_t begin, int64_t end, Work& work
   if (lies_plain(tile, begin + first, end)) {
     find_rows(tile, begin + first, end, key_offsets + first, value_offsets + first);
     repeat_first_row(key_offsets, first);
-    repeat_first_row(value_offsets, first);
     for (int64_t part = 0; part < kParts; ++part) {
       keys[part] = find_keys(tile, work, part, first, count, key_offsets, begin % args.block_size);
     }
-    find_values(static_cast<const uint16_t*>(args.value_cache), value_offsets, count, work, values);
+    find_values(static_cast<const uint16_t*>(args.value_cache), value_offsets, first, count, work,
+                values);
     return;
   }
   using Unpacker = Avx512Unpacker<RoundedBFloat16>;
@@ -94,8 +96,7 @@ void find_tile(const AttentionTile& tile, int64_t begin, int64_t end, Work& work
   unpack_values<Unpacker>(tile, 0, begin + first, end, work.scales,
                           work.unpacked + first * work.value_dim);
   for (int64_t t = first; t < count; ++t) value_offsets[t] = t * work.value_dim;
-  repeat_first_row(value_offsets, first);
-  find_values(work.unpacked, value_offsets, count, work, values);
+  find_values(work.unpacked, value_offsets, first, count, work, values);
 }
 
 }  // namespace

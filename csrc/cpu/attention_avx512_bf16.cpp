@@ -344,10 +344,10 @@ struct PairLanes {
     return _mm512_castsi512_ps(load_some(row + 2 * first, 2 * (num_lanes - first)));
   }
 
-  // Writes the lanes of two values. `odd` may be null: it counts as 0.
+  // Writes the lanes of two values. One that is null counts as 0.
   static void pack_values(const Item* even, const Item* odd, int64_t head_dim, float* target) {
     for (int64_t i = 0; i < head_dim; i += 32) {
-      const __m512i a = load_some(even + i, head_dim - i);
+      const __m512i a = load_or_zero(even, i, head_dim - i);
       const __m512i b = load_or_zero(odd, i, head_dim - i);
       _mm512_store_si512(target + i, interleave<0>(a, b));
       if (i + 16 < head_dim) _mm512_store_si512(target + i + 16, interleave<1>(a, b));

@@ -211,13 +211,15 @@ void pack_keys(const typename L::Item* keys, int64_t* offsets, int64_t num_keys,
   }
 }
 
+// Packs the values of the keys [first, num_keys). One that shares its lanes with a key outside is
+// alone in them, for a weight of 0 times an infinite value would be NaN.
 template <typename L>
-void pack_values(const typename L::Item* values, const int64_t* offsets, int64_t num_keys,
-                 Work& work) {
-  for (int64_t t = 0; t < num_keys; t += L::kNumbers) {
+void pack_values(const typename L::Item* values, const int64_t* offsets, int64_t first,
+                 int64_t num_keys, Work& work) {
+  for (int64_t t = first / L::kNumbers * L::kNumbers; t < num_keys; t += L::kNumbers) {
+    const auto* one = t >= first ? values + offsets[t] : nullptr;
     const auto* second = t + 1 < num_keys ? values + offsets[t + 1] : nullptr;
-    L::pack_values(values + offsets[t], second, work.value_dim,
-                   work.values + t / L::kNumbers * work.value_dim);
+    L::pack_values(one, second, work.value_dim, work.values + t / L::kNumbers * work.value_dim);
     work.while_packing.advance(L::kNumbers * work.value_dim * sizeof(typename L::Item));
   }
 }
@@ -239,10 +241,10 @@ void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, Work& work
     }
   }
   repeat_first_row(key_offsets, first);
-  repeat_first_row(value_offsets, first);
   if (is_plain) {
     pack_keys<L>(static_cast<const Item*>(tile.args->key_cache), key_offsets, count, work);
-    pack_values<L>(static_cast<const Item*>(tile.args->value_cache), value_offsets, count, work);
+    pack_values<L>(static_cast<const Item*>(tile.args->value_cache), value_offsets, first, count,
+                   work);
     return;
   }
   auto* rows = reinterpret_cast<Item*>(work.unpacked);
@@ -251,7 +253,7 @@ void load_tile(const AttentionTile& tile, int64_t begin, int64_t end, Work& work
   pack_keys<L>(rows, key_offsets, count, work);
   unpack_values<typename L::Unpacker>(tile, 0, begin + first, end, work.scales,
                                       rows + first * work.value_dim);
-  pack_values<L>(rows, value_offsets, count, work);
+  pack_values<L>(rows, value_offsets, first, count, work);
 }
 
 // Turns the scores of up to kWeighedRows rows into weights.

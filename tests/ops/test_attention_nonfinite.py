@@ -67,6 +67,32 @@ def test_only_queries_that_see_it_notice(
 
 @on_every_cpu_path
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_queries", [1, 9])
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("window", [12, 13])  # begins at an odd key, or an even one
+def test_an_infinite_value_makes_infinity_of_what_sees_it(
+    implementation: Implementation,
+    window: int,
+    batch_invariant: bool,
+    num_queries: int,
+    dtype: torch.dtype,
+) -> None:
+    """Also the first one that is seen, with others of its block or tile before it."""
+    case = Case("", ((num_queries, 40),), window=window)
+    inputs, scoring = make_inputs(case, dtype, CPU), make_scoring(Feature("", case), CPU)
+    first = 40 - num_queries - window + 1
+    for at in (first, first + 1, 39):
+        inputs.value_cache[inputs.block_table[0, at // 16], :, at % 16, 1] = torch.inf
+        sees, _ = reference._relate(40, 0, 0, num_queries, scoring, CPU)
+        options = {"batch_invariant": batch_invariant}
+        out, lse = implementation.paged_attention(*inputs.tensors(), scoring, True, **options)
+        assert out[sees[:, at], :, 1].isposinf().all()
+        assert not out.isnan().any() and lse.isfinite().all()
+        inputs.value_cache[inputs.block_table[0, at // 16], :, at % 16, 1] = 0
+
+
+@on_every_cpu_path
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_tree", [False, True], ids=["chain", "tree"])
 def test_other_heads_keep_their_bits(
     implementation: Implementation, is_tree: bool, dtype: torch.dtype
