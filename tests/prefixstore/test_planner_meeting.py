@@ -378,7 +378,7 @@ def test_a_call_brings_blocks_of_one_tier() -> None:
 
 @settings(deadline=None)
 @given(restores())
-def test_tokens_left_are_those_that_are_not_there(case: tuple[PlanInputs, World]) -> None:
+def test_says_what_is_left_and_what_of_that_is_loaded(case: tuple[PlanInputs, World]) -> None:
     inputs, world = case
     meeting = Meeting(plan_restore(inputs))
     start = inputs.num_device_blocks * inputs.block_size
@@ -387,6 +387,13 @@ def test_tokens_left_are_those_that_are_not_there(case: tuple[PlanInputs, World]
     while not meeting.is_done:
         assert meeting.num_left == (~there).sum()
         call = meeting.next_call(now)
+        ahead = meeting.load_ahead(now)
+        assert (meeting.wake_at is not None) == (ahead is not None and ahead.is_on_time)
+        if ahead is not None:
+            first = -(-meeting._next_token // inputs.block_size) - inputs.num_device_blocks
+            assert not ahead.front_tokens or inputs.tiers[first] >= 0
+            assert ahead.front_tokens <= meeting.num_left
+            assert 0 <= ahead.front_load_s <= ahead.load_s
         if (chunk := meeting.next_chunk(now)) is not None:
             meeting.chunk_done(now := now + 0.1)
             there[chunk.start : chunk.stop] = True
@@ -444,3 +451,15 @@ def test_a_load_that_nobody_begins_is_not_on_time_for_ever() -> None:
     assert first is not None and first.is_on_time and meeting.wake_at is not None
     late = meeting.load_ahead(meeting.wake_at + 1e-3)
     assert late is not None and not late.is_on_time and meeting.wake_at is None
+
+
+def test_what_no_tier_holds_does_not_wait_for_loads() -> None:
+    inputs = dataclasses.replace(one_tier(1024, BESIDE, MODEL), tiers=np.array([-1] * 4 + [0] * 12))
+    meeting = Meeting(plan_restore(inputs))
+    assert meeting.next_call(0.0) is not None
+    ahead = meeting.load_ahead(0.0)
+    assert ahead is not None and ahead.front_tokens == 0 and ahead.load_s > 0
+    assert meeting.next_chunk(0.0, 256) == range(256)
+    meeting.chunk_done(0.01)
+    ahead = meeting.load_ahead(0.01)
+    assert ahead is not None and ahead.front_tokens > 0

@@ -18,7 +18,8 @@ class LoadAhead:
     Attributes:
         load_s: Until all of it is there.
         block_size: Tokens in a block.
-        front_tokens: Of the blocks that the front may still take from the loader.
+        front_tokens: Of the blocks that the front may take from the loader next; 0 where it has to
+            compute others first.
         front_load_s: To load these.
         front_compute_s: To compute them.
         pass_s: Of a forward pass, however short.
@@ -48,7 +49,7 @@ def front_budget(loads: Collection[LoadAhead], num_others: int, other_tokens: in
     Args:
         loads: Of all prompts that load.
         num_others: Prompts in prefill that do not.
-        other_tokens: Of theirs, and of answers, in the pass.
+        other_tokens: Of theirs in the pass.
 
     Returns:
         Of whole blocks: one that was begun must be finished, in a pass of its own. Infinity where

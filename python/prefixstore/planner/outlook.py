@@ -127,7 +127,9 @@ class Outlook:
     def load_ahead(self, low: int, back: int, now: float, *, is_on_time: bool) -> LoadAhead:
         """Of the call under way, and of blocks `low` to `back`."""
         self._pace.advance(now)
-        back = max(low, back)
+        # What no tier holds is to be computed anyway.
+        is_held = low < back and self._costs.tiers[low - self._offset] >= 0
+        back = back if is_held else low
         front_s = self._costs.load_s(low - self._offset, back - self._offset)
         # What is left of the call is counted as if it were alone: the others' is their own.
         call_s = self._pace.load.left_s(now, self._crowding) / self._crowding

@@ -271,6 +271,8 @@ class Meeting:
         """
         self._wake_at = None
         low = self._claimed_until()
+        if self._call is None:
+            self._skip_unheld(low)
         is_loading = self._call is not None or not (self._is_loading_over or self._back <= low)
         if not is_loading or self._is_probing:
             return None
