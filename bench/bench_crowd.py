@@ -5,14 +5,13 @@ rate. `share` is the planned mean time over the shorter of the two others, in th
 """
 
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from bench.bench_planner import ONE_TOKEN, Subject
+from bench.bench_planner import ONE_TOKEN, Subject, open_subjects
 from bench.gpu.engine_setup import empty_pool
 from bench.harness import print_line
 from prefixstore.demo.prompts import load_documents
@@ -34,16 +33,6 @@ class Cell:
     @property
     def name(self) -> str:
         return f"crowd_{self.size}_at_{self.rate_gb:g}"
-
-
-@contextmanager
-def open_subjects(model: Any, tokenizer: Any) -> Iterator[dict[str, Subject]]:
-    with ExitStack() as stack:
-        subjects = {}
-        for policy in POLICIES:
-            subjects[policy] = Subject(model, tokenizer, policy, pool_tokens=POOL_TOKENS)
-            stack.callback(subjects[policy].close)
-        yield subjects
 
 
 def ttfts_s(subject: Subject, prompts: Sequence[Sequence[int]]) -> list[float]:
@@ -105,5 +94,5 @@ def main(case_filter: str = "", num_rounds: int = 3) -> None:
     tokens = tokenizer("\n\n".join(one.text for one in load_documents())).input_ids
     length = LENGTH + TAIL
     prompts = [tokens[i * length : (i + 1) * length] for i in range(max(SIZES))]
-    with open_subjects(model, tokenizer) as subjects:
+    with open_subjects(model, tokenizer, POOL_TOKENS) as subjects:
         measure(subjects, prompts, cells, num_rounds)

@@ -78,11 +78,13 @@ class Subject:
 
 
 @contextmanager
-def open_subjects(model: Any, tokenizer: Any) -> Iterator[dict[str, Subject]]:
+def open_subjects(
+    model: Any, tokenizer: Any, pool_tokens: int = 8192
+) -> Iterator[dict[str, Subject]]:
     with ExitStack() as stack:
         subjects = {}
         for policy in POLICIES:
-            subjects[policy] = Subject(model, tokenizer, policy)
+            subjects[policy] = Subject(model, tokenizer, policy, pool_tokens=pool_tokens)
             stack.callback(subjects[policy].close)
         yield subjects
 

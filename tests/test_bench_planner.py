@@ -90,7 +90,7 @@ def test_refuses_a_tail_that_the_tier_holds(subjects):
 
 def test_a_crowd_has_prompts_of_its_own(model, capsys):
     prompts = [[number, *PROMPT] for number in (3, 4)]
-    with bench_crowd.open_subjects(model, Numbers()) as subjects:
+    with bench_planner.open_subjects(model, Numbers()) as subjects:
         bench_crowd.measure(subjects, prompts, [bench_crowd.Cell(2, 50.0)], 1)
         assert len(bench_crowd.ttfts_s(subjects["load"], prompts)) == 2
         subjects["load"].engine.submit(prompts[1], bench_planner.ONE_TOKEN).result()

@@ -13,28 +13,27 @@ class TierCalls:
     Args:
         tier_names: Of the store.
         planner: Knows how much calls disturb each other.
-
-    Attributes:
-        num_calls: Under way.
     """
 
     def __init__(self, tier_names: Sequence[str], planner: Planner) -> None:
-        self.num_calls = 0
         self._contentions = {name: Contention(name) for name in tier_names}
         self._planner = planner
         self._busy_s = self._busy_since = 0.0
 
+    @property
+    def num_calls(self) -> int:
+        """Under way."""
+        return sum(one.num_calls for one in self._contentions.values())
+
     def begin(self, tier: str, now: float) -> ContendedCall:
         """A call begins."""
         self._busy_s, self._busy_since = self.busy_s(now), now
-        self.num_calls += 1
         self._contentions[tier].sharing = self._planner.sharing(tier)
         return self._contentions[tier].begin(now)
 
     def end(self, call: ContendedCall, now: float) -> None:
         """It is over."""
         self._busy_s, self._busy_since = self.busy_s(now), now
-        self.num_calls -= 1
         self._contentions[call.tier].end(call, now)
 
     def busy_s(self, now: float) -> float:
