@@ -260,6 +260,17 @@ def test_tells_how_much_calls_disturb_each_other(sharing: float) -> None:
     assert known.seconds(16 * MB) == pytest.approx(tier.seconds(16 * MB), rel=0.15)
 
 
+@pytest.mark.parametrize("sharing", [0.0, 0.5, 1.0])
+def test_one_call_among_others_tells_a_known_tier_from_a_shared_one(sharing: float) -> None:
+    rate, tier = TierRate(), TierEstimate(1e-3, 1e9)
+    feed(rate, tier, (MB, 16 * MB), 30)
+    before = rate.snapshot()
+    rate.observe(16 * MB, tier.seconds(16 * MB) * (1 + 3 * sharing), 16, 30.0, 3.0)
+    after = rate.snapshot()
+    assert after.sharing == pytest.approx(sharing, abs=0.25)
+    assert after.seconds(16 * MB) == pytest.approx(before.seconds(16 * MB), rel=0.2)
+
+
 def test_calls_of_an_unknown_tier_are_taken_to_share_it() -> None:
     rate = TierRate()
     assert rate.snapshot().sharing == 1.0

@@ -35,7 +35,6 @@ _AGING_PER_S = 0.01
 _SPREAD_WEIGHT = 0.2
 # Calls of a tier nobody has asked yet share one link.
 PRIOR_SHARING = 1.0
-_SHARING_WEIGHT = 0.2  # of a call that had another one beside it all the time
 _SLOWDOWN_WEIGHT = 0.2
 _MAX_SLOWDOWN = 4.0
 _SLOWDOWN_ACCIDENT = 1.5  # a single pass this many times slower than predicted may be an accident
@@ -116,9 +115,14 @@ class TierRate:
 
     def __init__(self) -> None:
         self._fit = LogFit(
-            (PRIOR_LATENCY_S, 1 / PRIOR_BYTES_PER_S), prior_spread=2.0, noise=0.25, drift=0.1
+            (PRIOR_LATENCY_S, 1 / PRIOR_BYTES_PER_S, PRIOR_SHARING),
+            prior_spread=(2.0, 2.0, 1.0),
+            noise=0.25,
+            drift=0.1,
+            terms=((0,), (1,), (0, 2), (1, 2)),
+            most=(math.inf, math.inf, 1.0),
         )
-        self._spread, self._sharing = PRIOR_SPREAD, PRIOR_SHARING
+        self._spread = PRIOR_SPREAD
         self._num_calls = self._num_records = self._num_bytes = 0
         self._observed_at: float | None = None
 
@@ -141,12 +145,7 @@ class TierRate:
         _check_not_negative("num_beside", num_beside)
         if self._observed_at is not None:
             self._fit.age(_AGING_PER_S * max(0.0, now - self._observed_at))
-        features = _tier_features(num_bytes)
-        if num_beside:
-            sharing = (seconds / self._fit.predict(features) - 1) / num_beside
-            weight = _SHARING_WEIGHT * min(1.0, num_beside)
-            self._sharing += weight * (min(max(sharing, 0.0), 1.0) - self._sharing)
-        surprise = self._fit.observe(features, self._alone_s(seconds, num_beside))
+        surprise = self._fit.observe(_tier_features(num_bytes, num_beside), seconds)
         if self._num_calls:  # the first call only says how wrong the prior was
             self._spread = _blend_spread(self._spread, surprise)
         self._observed_at = now
@@ -168,28 +167,24 @@ class TierRate:
         _check_positive("num_bytes", num_bytes)
         _check_positive("seconds", seconds)
         _check_not_negative("num_beside", num_beside)
-        features, alone_s = _tier_features(num_bytes), self._alone_s(seconds, num_beside)
-        if alone_s > self._fit.predict(features):
-            self._spread = _blend_spread(self._spread, self._fit.observe(features, 2 * alone_s))
+        features = _tier_features(num_bytes, num_beside)
+        if seconds > self._fit.predict(features):
+            self._spread = _blend_spread(self._spread, self._fit.observe(features, 2 * seconds))
         self._observed_at = now
 
     def snapshot(self) -> TierEstimate:
         """What is believed of the tier now."""
-        latency_s, byte_s = self._fit.coefficients.tolist()
+        latency_s, byte_s, sharing = self._fit.coefficients.tolist()
         return TierEstimate(
             latency_s=latency_s,
             bytes_per_s=1 / byte_s,
             spread=self._spread,
-            sharing=self._sharing,
+            sharing=sharing,
             num_calls=self._num_calls,
             num_records=self._num_records,
             num_bytes=self._num_bytes,
             observed_at=self._observed_at,
         )
-
-    def _alone_s(self, seconds: float, num_beside: float) -> float:
-        """What a call would have taken by itself that had so many others beside it."""
-        return seconds / (1 + self._sharing * num_beside)
 
 
 class PrefillRate:
@@ -197,7 +192,10 @@ class PrefillRate:
 
     def __init__(self) -> None:
         self._fit = LogFit(
-            (PRIOR_PASS_S, PRIOR_TOKEN_S, PRIOR_PAIR_S), prior_spread=1.5, noise=0.1, drift=0.02
+            (PRIOR_PASS_S, PRIOR_TOKEN_S, PRIOR_PAIR_S),
+            prior_spread=(1.5, 1.5, 1.5),
+            noise=0.1,
+            drift=0.02,
         )
         self._spread = PRIOR_SPREAD
         self._num_passes = 0
@@ -267,8 +265,8 @@ class Slowdown:
         self._aged_at = now
 
 
-def _tier_features(num_bytes: int) -> np.ndarray:
-    return np.array([1.0, num_bytes])
+def _tier_features(num_bytes: int, num_beside: float) -> np.ndarray:
+    return np.array([1.0, num_bytes, num_beside, num_beside * num_bytes])
 
 
 def _prefill_features(num_new: int, context: int) -> np.ndarray:
