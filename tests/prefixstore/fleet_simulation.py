@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from prefixstore.engine.load_turns import Load, LoadTurns
 from prefixstore.engine.prefill_turns import Prefill, PrefillTurns
 from prefixstore.planner import (
     ContendedCall,
@@ -81,14 +82,15 @@ class Fleet:
     Args:
         world: The true speeds, which the planner knows at first.
         policy: As in `PlannerConfig`.
+        takes_turns: With calls; else each begins as soon as there is a loader.
     """
 
     world: FleetWorld
     policy: str = "planned"
+    takes_turns: bool = True
     _now: float = 0.0
     _running: list[_Request] = field(default_factory=list)
-    _queue: list[_Request] = field(default_factory=list)  # for a loader
-    _loading: list[_Request] = field(default_factory=list)  # with a loader
+    _loading: list[_Request] = field(default_factory=list)
     _steps: list[tuple[_Request, range]] = field(default_factory=list)
     _pass_began: float = 0.0
 
@@ -97,7 +99,7 @@ class Fleet:
         config = PlannerConfig(policy=self.policy, probe_interval_s=1e9)
         self._planner = Planner([_TIER], SIZE, CHUNK_TOKENS, config=config)
         self._contention = Contention(_TIER)
-        self._turns = PrefillTurns()
+        self._turns, self._load_turns = PrefillTurns(), LoadTurns()
         prefill, tier = self.world.prefill, self.world.tier
         for number in range(30):
             num_new, context = (64, 512, 256, 32)[number % 4], (0, 1024, 8192)[number % 3]
@@ -136,30 +138,42 @@ class Fleet:
         request = _Request(prompt, Meeting(plan))
         self._running.append(request)
         if plan.num_load_blocks:
-            self._queue.append(request)
+            self._loading.append(request)
         return request
 
     # ---- the tier ----------------------------------------------------------------------------
 
     def _begin_calls(self) -> None:
-        is_changed = True
-        while is_changed:
-            free = NUM_LOADERS - len(self._loading)
-            self._loading += self._queue[:free]
-            del self._queue[:free]
-            is_changed = False
-            for request in [one for one in self._loading if one.call is None]:
-                is_over = not math.isnan(request.done_at)
-                blocks = None if is_over else request.meeting.next_call(self._now)
-                if blocks is None:
-                    self._loading.remove(request)
-                    is_changed = True
-                    continue
-                contended = self._contention.begin(self._now)
-                request.meeting.contend(contended)
-                latency_s = math.inf if self.world.hangs else self.world.tier.latency_s
-                num_bytes = len(blocks) * BLOCK_BYTES
-                request.call = _Call(request, contended, len(blocks), latency_s, num_bytes)
+        while sum(1 for _ in self._calls()) < NUM_LOADERS:
+            request = self._next_turn()
+            if request is None:
+                return
+            blocks = request.meeting.next_call(self._now)
+            if blocks is None:
+                self._loading.remove(request)
+                continue
+            contended = self._contention.begin(self._now)
+            request.meeting.contend(contended)
+            latency_s = math.inf if self.world.hangs else self.world.tier.latency_s
+            num_bytes = len(blocks) * BLOCK_BYTES
+            request.call = _Call(request, contended, len(blocks), latency_s, num_bytes)
+
+    def _next_turn(self) -> _Request | None:
+        waiting = []
+        for request in [one for one in self._loading if one.call is None]:
+            is_over = not math.isnan(request.done_at)
+            found = None if is_over else request.meeting.next_load()
+            if found is None:
+                self._loading.remove(request)
+            else:
+                waiting.append((request, Load(_TIER, found.call_s, found.left_s)))
+        if not self.takes_turns:
+            return waiting[0][0] if waiting else None
+        left = [one.request.meeting.call_left_s(self._now) for one in self._calls()]
+        under_way = [Load(_TIER, seconds, seconds) for seconds in left if seconds is not None]
+        loads = [load for _, load in waiting]
+        index = self._load_turns.next(loads, under_way, self._planner.tiers())
+        return None if index is None else waiting[index][0]
 
     def _calls(self) -> Iterator[_Call]:
         return (one.call for one in self._loading if one.call is not None)
@@ -171,7 +185,7 @@ class Fleet:
             *(now - call.contended.began, now),
             num_beside=call.contended.num_beside(now),
         )
-        self._contention.sharing = self._planner.sharing(_TIER)
+        self._contention.sharing = self._planner.tiers()[_TIER].sharing
         if math.isnan(request.done_at):
             request.meeting.call_done(now)
         self._contention.end(call.contended, now)
@@ -227,6 +241,12 @@ class Fleet:
         if not self._steps:
             wakes = [one.meeting.wake_at for one in self._running]
             times += [max(wake, self._now + 1e-6) for wake in wakes if wake is not None]
+        overdue = [
+            one.request.meeting.overdue_at(self._now)
+            for one in self._calls()
+            if math.isnan(one.request.done_at)
+        ]
+        times += [time + 1e-6 for time in overdue if time > self._now]
         now = max(self._now, min(times))
         assert now < math.inf, "nothing will ever happen"
         for call in self._calls():
@@ -243,5 +263,10 @@ class Fleet:
             self._end_pass()
 
 
-def mean_ttft_s(world: FleetWorld, prompts: Sequence[Prompt], policy: str = "planned") -> float:
-    return statistics.mean(Fleet(world, policy).run(prompts))
+def mean_ttft_s(
+    world: FleetWorld,
+    prompts: Sequence[Prompt],
+    policy: str = "planned",
+    takes_turns: bool = True,
+) -> float:
+    return statistics.mean(Fleet(world, policy, takes_turns).run(prompts))

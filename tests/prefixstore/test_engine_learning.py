@@ -95,7 +95,7 @@ def test_a_call_that_is_not_waited_for_and_then_fails_is_learnt_once(
     assert gate.entered.is_set() and len(learnt) == 1
     gate.open()
     with loop.changed:
-        assert loop.changed.wait_for(lambda: loop.restorer._calls.num_calls == 0, 30)
+        assert loop.changed.wait_for(lambda: loop.loader._calls.num_calls == 0, 30)
     assert len(learnt) == 1
 
 

@@ -71,7 +71,7 @@ def test_a_late_answer_delays_nobody_whose_loads_find_no_thread(
     warm(engine, tokens)
     late, has_answer, is_over = Gate("contains"), threading.Event(), threading.Event()
     restorer = engine._loop.restorer
-    restorer._threads.submit(is_over.wait, 60)  # another's load has the only thread
+    engine._loop.loader._threads.submit(is_over.wait, 60)  # another's load has the only thread
 
     def let_answer(_, args, __):
         if args[0][0].stop >= 2 * BLOCK_SIZE:

@@ -16,6 +16,7 @@ from prefixstore.cache import PrefixCache
 from prefixstore.engine.audit import Auditor
 from prefixstore.engine.config import EngineConfig
 from prefixstore.engine.detokenizer import UndecodableTokens
+from prefixstore.engine.loader import Loader
 from prefixstore.engine.outputs import FinishReason
 from prefixstore.engine.overlap import Overlap, PassIsVoid
 from prefixstore.engine.pass_layout import Chunk
@@ -44,8 +45,8 @@ class EngineLoop:
     ::
 
         roster      who was accepted        scheduler  whose tokens come next
-        restorer    loads beside the model  runner     the model
-        auditor     when nothing else is to be done
+        restorer    who is brought in       loader     beside the model
+        runner      the model               auditor    when nothing else is to be done
         quarantine  what was found wrong
 
     Args:
@@ -84,13 +85,18 @@ class EngineLoop:
             restore_bytes_per_s=_restore_bytes_per_s(blocks),
             config=PlannerConfig(policy=config.restore_policy),
         )
-        self.restorer = Restorer(blocks, self.planner, config.num_loaders, self.changed)
+        self.loader = Loader(blocks, self.planner, config.num_loaders, self.changed)
+        self.restorer = Restorer(
+            blocks, self.planner, self.loader, config.num_loaders, self.changed
+        )
         self.quarantine = Quarantine(blocks)
         self.auditor = Auditor(
             *(blocks, self.runner, self.quarantine, self._check_weights),
             *(config.audit_share, config.audit_seed),
         )
-        self.scheduler = Scheduler(blocks, self.restorer, config, budget, self.auditor.give_way)
+        self.scheduler = Scheduler(
+            *(blocks, self.restorer, self.loader, config, budget), self.auditor.give_way
+        )
         self.roster = Roster(self.scheduler, config, self.changed)
         self.has_failed = False
         self._is_closed = False
@@ -109,6 +115,7 @@ class EngineLoop:
         self.auditor.close()
         self.quarantine.close()
         self.restorer.close()
+        self.loader.close()
         self.runner.close()
 
     # ---- the engine's thread -----------------------------------------------------------------
@@ -135,8 +142,8 @@ class EngineLoop:
                 continue
             with self.changed:
                 started = time.monotonic()
-                loading_s = self.restorer.loading_s(started)
-                self.restorer.note_computing(True)
+                loading_s = self.loader.busy_s(started)
+                self.loader.note_computing(True)
                 chunks = [_chunk(step) for step in steps]
                 overlap = Overlap(steps, self.changed)
             try:
@@ -145,16 +152,16 @@ class EngineLoop:
                 # Logged here, as nobody else sees it. The requests of this batch end, others go on.
                 logger.exception("a forward pass failed")
                 with self.changed:
-                    self.restorer.note_computing(False)
+                    self.loader.note_computing(False)
                     for step in steps:
                         self.roster.end(
                             step.request, FinishReason.ERROR, f"{type(error).__name__}: {error}"
                         )
                 continue
             with self.changed:
-                self.restorer.note_computing(False)
+                self.loader.note_computing(False)
                 now = time.monotonic()
-                loading_s = self.restorer.loading_s(now) - loading_s
+                loading_s = self.loader.busy_s(now) - loading_s
                 self._observe(steps, now - started, loading_s)
                 self._advance(valid, tokens, now - started, now)
                 self.roster.counts.num_steps += 1
@@ -266,7 +273,7 @@ class EngineLoop:
         assert plan is not None and meeting is not None
         if is_first:
             self.auditor.offer(request, restoring.reused(), now)
-        self.restorer.note_done(restoring, now)
+        self.loader.note_done(restoring, now)
         reuse = request.end_prefill(now).reuse
         self.planner.finished(plan, restoring.measured_s, meeting.counts())
         if is_first:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from prefixstore.engine.held_blocks import HeldBlocks
 from prefixstore.engine.load_call import LoadCall
+from prefixstore.engine.load_turns import Load
 from prefixstore.engine.sequence import SequenceBlocks
 from prefixstore.planner import LoadAhead, Meeting, RestorePlan
 from prefixstore.reuse_report import DEVICE, MissReason, ReuseReport
@@ -52,12 +53,19 @@ class Restoring:
         block_size: Tokens in a block.
         sequence: Of the request.
         now: Of `time.monotonic`, as everywhere here.
+        tenant: Whose it is.
     """
 
     def __init__(
-        self, num_tokens: int, block_size: int, sequence: SequenceBlocks, now: float
+        self,
+        num_tokens: int,
+        block_size: int,
+        sequence: SequenceBlocks,
+        now: float,
+        tenant: str = "",
     ) -> None:
         self.num_tokens = num_tokens
+        self.tenant = tenant
         self.sequence = sequence
         self.num_device = sequence.num_reused
         self.lookup_s = self.load_s = 0.0
@@ -188,6 +196,24 @@ class Restoring:
         """When `next_chunk` may have an answer though nothing happened."""
         return None if self._meeting is None else self._meeting.wake_at
 
+    def next_load(self) -> Load | None:
+        """What its next call would begin to load, between two calls; None if nothing is left."""
+        if self.is_over or self._meeting is None:
+            return None
+        found = self._meeting.next_load()
+        if found is None:
+            return None
+        return Load(self._tier_of(found.last_block), found.call_s, found.left_s, self.tenant)
+
+    def load_left(self, now: float) -> Load | None:
+        """What is left of the call under way; None if nobody waits for it any more."""
+        if self.is_over or self._meeting is None or self._load is None:
+            return None
+        call_s = self._meeting.call_left_s(now)
+        if call_s is None:
+            return None
+        return Load(self._load.tier_call.tier, call_s, call_s, self.tenant)
+
     def next_call(self, now: float) -> range | None:
         """Blocks to load now; see `Meeting.next_call`."""
         if self.is_over or self._meeting is None:
@@ -207,12 +233,18 @@ class Restoring:
 
     def expected_of(self, numbers: range) -> tuple[str, int]:
         """The tier that a call asks for these blocks, and their bytes there."""
-        assert self._plan is not None and self._held is not None
+        assert self._plan is not None
         inputs = self._plan.costs.inputs
-        tier = self._held.tiers[numbers.stop - 1 - self.num_device]
-        assert tier is not None, "a block is loaded that no tier holds"
         first = numbers.start - inputs.num_device_blocks
-        return tier, int(inputs.record_bytes[first : first + len(numbers)].sum())
+        return self._tier_of(numbers.stop - 1), int(
+            inputs.record_bytes[first : first + len(numbers)].sum()
+        )
+
+    def _tier_of(self, number: int) -> str:
+        assert self._held is not None
+        tier = self._held.tiers[number - self.num_device]
+        assert tier is not None, "a block is loaded that no tier holds"
+        return tier
 
     def call_done(
         self, numbers: range, found: dict[int, str], seconds: float, now: float

@@ -12,6 +12,7 @@ from prefixstore.block_cache import BlockCache
 from prefixstore.engine.config import EngineConfig
 from prefixstore.engine.fair_queue import FairQueue
 from prefixstore.engine.load_call import LoadCall
+from prefixstore.engine.loader import Loader
 from prefixstore.engine.prefill_turns import Prefill, PrefillTurns
 from prefixstore.engine.request import Request
 from prefixstore.engine.restorer import Restorer
@@ -60,6 +61,7 @@ class Scheduler:
     Args:
         blocks: The model's.
         restorer: Brings prompts in.
+        loader: Of the restorer.
         config: Bounds.
         budget: Of the sliding groups.
         give_way: Gives blocks back that no request needs; False if there are none.
@@ -69,6 +71,7 @@ class Scheduler:
         self,
         blocks: BlockCache,
         restorer: Restorer,
+        loader: Loader,
         config: EngineConfig,
         budget: WindowBudget,
         give_way: Callable[[], bool],
@@ -79,6 +82,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._blocks = blocks
         self._restorer = restorer
+        self._loader = loader
         self._config = config
         self._budget = budget
         self._give_way = give_way
@@ -139,7 +143,9 @@ class Scheduler:
             request.is_counted = True
             sequence.count_look_up()
         request.sequence = sequence
-        request.restoring = Restoring(request.num_tokens, self._blocks.block_size, sequence, now)
+        request.restoring = Restoring(
+            request.num_tokens, self._blocks.block_size, sequence, now, request.tenant
+        )
         request.num_computed = request.num_passed_over = 0
         clock = request.clock
         clock.admitted = clock.admitted or now
@@ -179,6 +185,7 @@ class Scheduler:
 
     def next_steps(self, now: float) -> list[Step]:
         """What the next forward pass computes; empty if all that runs waits for loads."""
+        self._loader.begin_calls(now)
         decoding = [one for one in self.running if one.is_decoding]
         with_room = [
             one for one in decoding if one in self.running and self._make_room(one, one.num_tokens)
@@ -204,7 +211,7 @@ class Scheduler:
 
     def wake_at(self) -> float | None:
         """When there may be something to do though nothing happened."""
-        times = [self.retry_at]
+        times = [self.retry_at, self._loader.next_turn_at(time.monotonic())]
         for request in self.running:
             restoring = request.restoring
             if restoring is not None:

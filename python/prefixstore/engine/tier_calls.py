@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prefixstore.planner import ContendedCall, Contention, Planner
+from prefixstore.planner import ContendedCall, Contention
 
 
 class TierCalls:
@@ -12,12 +12,10 @@ class TierCalls:
 
     Args:
         tier_names: Of the store.
-        planner: Knows how much calls disturb each other.
     """
 
-    def __init__(self, tier_names: Sequence[str], planner: Planner) -> None:
+    def __init__(self, tier_names: Sequence[str]) -> None:
         self._contentions = {name: Contention(name) for name in tier_names}
-        self._planner = planner
         self._busy_s = self._busy_since = 0.0
 
     @property
@@ -25,10 +23,10 @@ class TierCalls:
         """Under way."""
         return sum(one.num_calls for one in self._contentions.values())
 
-    def begin(self, tier: str, now: float) -> ContendedCall:
-        """A call begins."""
+    def begin(self, tier: str, sharing: float, now: float) -> ContendedCall:
+        """A call begins of a tier whose calls are believed to disturb each other so much."""
         self._busy_s, self._busy_since = self.busy_s(now), now
-        self._contentions[tier].sharing = self._planner.sharing(tier)
+        self._contentions[tier].sharing = sharing
         return self._contentions[tier].begin(now)
 
     def end(self, call: ContendedCall, now: float) -> None:

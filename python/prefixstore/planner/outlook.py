@@ -5,11 +5,28 @@ Blocks and tokens are counted from the prompt's start.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from prefixstore.planner.calls import call_start, layer_steps
 from prefixstore.planner.contention import ContendedCall
 from prefixstore.planner.fronts import LoadAhead
 from prefixstore.planner.pace import Pace
 from prefixstore.planner.plan import RestorePlan, load_patience_s
+
+
+@dataclass(frozen=True)
+class NextLoad:
+    """A call that may begin. Seconds are by itself.
+
+    Attributes:
+        last_block: Of the call.
+        call_s: That it takes.
+        left_s: Until all is loaded.
+    """
+
+    last_block: int
+    call_s: float
+    left_s: float
 
 
 class Outlook:
@@ -124,22 +141,30 @@ class Outlook:
         patience_s = self._patience_s(self._call, self._num_layer_steps, self._crowding)
         return patience_s - self._pace.load.done_s(now)
 
+    def call_left_s(self, now: float) -> float:
+        """Until the call under way is over, by itself; 0 if there is none."""
+        self._pace.advance(now)
+        return self._pace.load.left_s(now, self._crowding) / self._crowding
+
+    def next_load(self, blocks: range) -> NextLoad:
+        """Of the call that comes next where these are all that is left to load."""
+        call = self.whole_call(blocks.start, blocks.stop)
+        return NextLoad(blocks.stop - 1, self._load_s(call), self._load_s(blocks))
+
     def load_ahead(self, low: int, back: int, now: float, *, is_on_time: bool) -> LoadAhead:
         """Of the call under way, and of blocks `low` to `back`."""
-        self._pace.advance(now)
         # What no tier holds is to be computed anyway.
         is_held = low < back and self._costs.tiers[low - self._offset] >= 0
         back = back if is_held else low
-        front_s = self._costs.load_s(low - self._offset, back - self._offset)
+        front_s = self._load_s(range(low, back))
         # What is left of the call is counted as if it were alone: the others' is their own.
-        call_s = self._pace.load.left_s(now, self._crowding) / self._crowding
-        load_s = call_s + self._pace.load.scale * front_s
+        load_s = self.call_left_s(now) + front_s
         tier_s = self._contended.tier_s if self._contended is not None else 1.0
         return LoadAhead(
             load_s=tier_s * load_s,
             block_size=self._inputs.block_size,
             front_tokens=(back - low) * self._inputs.block_size,
-            front_load_s=tier_s * self._pace.load.scale * front_s,
+            front_load_s=tier_s * front_s,
             front_compute_s=self.compute_s(low, back),
             pass_s=self._inputs.prefill.pass_s,
             is_on_time=is_on_time,
@@ -151,6 +176,10 @@ class Outlook:
         until_last_s = self._pass_s(tokens) * (1 - 1 / self._num_layer_steps)
         left_s = self._pace.load.left_s(now, self._crowding)
         return left_s - self._pace.compute.scale * until_last_s
+
+    def _load_s(self, blocks: range) -> float:
+        seconds = self._costs.load_s(blocks.start - self._offset, blocks.stop - self._offset)
+        return self._pace.load.scale * seconds
 
     @property
     def _crowding(self) -> float:

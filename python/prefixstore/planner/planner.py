@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from prefixstore.planner.costs import PlanInputs
 from prefixstore.planner.plan import RestorePlan, plan_probe, plan_restore, unmeasured_tiers
 from prefixstore.planner.prefix import plan_prefix
-from prefixstore.planner.rates import PrefillEstimate, PrefillRate, Slowdown, TierRate
+from prefixstore.planner.rates import PrefillEstimate, PrefillRate, Slowdown, TierEstimate, TierRate
 from prefixstore.planner.stats import MeetingCounts, PlanCounts, PlannerStats
 
 # Passes beside a load measure its slowdown once this many passes without a load are known. Before
@@ -153,10 +153,10 @@ class Planner:
         with self._lock:
             self._rate(tier).observe_given_up(num_bytes, seconds, now, num_beside)
 
-    def sharing(self, tier: str) -> float:
-        """How much calls of `tier` disturb each other, see `Contention`."""
+    def tiers(self) -> Mapping[str, TierEstimate]:
+        """What is believed of each tier now."""
         with self._lock:
-            return self._rate(tier).snapshot().sharing
+            return {name: rate.snapshot() for name, rate in self._tiers.items()}
 
     def finished(self, plan: RestorePlan, measured_s: float, counts: MeetingCounts) -> None:
         """A plan was carried out: all tokens of the prompt are computed.

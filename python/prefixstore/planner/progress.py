@@ -28,7 +28,7 @@ import numpy as np
 
 from prefixstore.planner.contention import ContendedCall
 from prefixstore.planner.fronts import LoadAhead
-from prefixstore.planner.outlook import Outlook
+from prefixstore.planner.outlook import NextLoad, Outlook
 from prefixstore.planner.plan import RestorePlan
 from prefixstore.planner.stats import MeetingCounts
 
@@ -203,6 +203,27 @@ class Meeting:
         self._states_of_call()[:] = _LOADING
         self._outlook.begin_call(self._call, self._num_steps, now)
         return self._call
+
+    def next_load(self) -> NextLoad | None:
+        """What `next_call` would give, between two calls, without beginning it.
+
+        Not exactly: where the front will be by then is not looked at.
+
+        Returns:
+            None if nothing is left to load.
+        """
+        assert self._call is None, "one call at a time"
+        low = self._claimed_until()
+        self._skip_unheld(low)
+        if not self._is_loading_over and self._back > low:
+            return self._outlook.next_load(range(low, self._back))
+        return self._outlook.next_load(self._probe) if self._probe else None
+
+    def call_left_s(self, now: float) -> float | None:
+        """Until the call under way is over, by itself; None if there is none, or it is overdue."""
+        if self._call is None or self.overdue_at(now) <= now:
+            return None
+        return self._outlook.call_left_s(now)
 
     def contend(self, call: ContendedCall) -> None:
         """The call under way has others of its tier beside it."""

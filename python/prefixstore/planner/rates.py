@@ -35,6 +35,7 @@ _AGING_PER_S = 0.01
 _SPREAD_WEIGHT = 0.2
 # Calls of a tier nobody has asked yet share one link.
 PRIOR_SHARING = 1.0
+PRIOR_SHARING_DOUBT = 1.0
 _SLOWDOWN_WEIGHT = 0.2
 _MAX_SLOWDOWN = 4.0
 _SLOWDOWN_ACCIDENT = 1.5  # a single pass this many times slower than predicted may be an accident
@@ -50,6 +51,7 @@ class TierEstimate:
         bytes_per_s: Beyond it.
         spread: Usual relative error of a prediction: 0.1 for 10 %.
         sharing: Beside `n` other calls one takes `1 + sharing * n` times as long.
+        sharing_doubt: Standard deviation of its logarithm.
         num_calls: Measured so far; 0 for a guess.
         num_records: In them.
         num_bytes: In them.
@@ -60,6 +62,7 @@ class TierEstimate:
     bytes_per_s: float = PRIOR_BYTES_PER_S
     spread: float = PRIOR_SPREAD
     sharing: float = PRIOR_SHARING
+    sharing_doubt: float = PRIOR_SHARING_DOUBT
     num_calls: int = 0
     num_records: int = 0
     num_bytes: int = 0
@@ -116,7 +119,7 @@ class TierRate:
     def __init__(self) -> None:
         self._fit = LogFit(
             (PRIOR_LATENCY_S, 1 / PRIOR_BYTES_PER_S, PRIOR_SHARING),
-            prior_spread=(2.0, 2.0, 1.0),
+            prior_spread=(2.0, 2.0, PRIOR_SHARING_DOUBT),
             noise=0.25,
             drift=0.1,
             terms=((0,), (1,), (0, 2), (1, 2)),
@@ -180,6 +183,7 @@ class TierRate:
             bytes_per_s=1 / byte_s,
             spread=self._spread,
             sharing=sharing,
+            sharing_doubt=float(self._fit.doubts[2]),
             num_calls=self._num_calls,
             num_records=self._num_records,
             num_bytes=self._num_bytes,
