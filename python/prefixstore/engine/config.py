@@ -31,8 +31,8 @@ class EngineConfig:
             comparison.
         restore_policy: "planned": what tiers hold is loaded as far as that is faster than computing
             it; "load" and "recompute": always.
-        num_loaders: Requests whose blocks are looked up at the same time, and as many whose blocks
-            are loaded.
+        num_loaders: Requests whose blocks are looked up at the same time, and at most as many whose
+            blocks are loaded: fewer where calls of their tier share a link.
         audit_share: Of the requests whose prompts reused blocks, the share whose blocks are
             computed once more and compared while the engine has nothing else to do; 0 for none.
         audit_seed: Of the choice; None for another one each time.
