@@ -254,8 +254,9 @@ def shared_prefix_attention(
     )
     _check_prefixes(prefixes, key_cache, block_table, seq_lens)
     # Also before one pass, which needs no lengths of its own: what it is told must be right.
+    max_tokens = block_table.shape[1] * key_cache.shape[2]
     own_lens = torch.ops.kvkernels.lens_behind_prefixes.default(
-        seq_lens, cu_seqlens_q, prefixes._lens_of_seqs
+        seq_lens, cu_seqlens_q, prefixes._lens_of_seqs, max_tokens
     )
     num_tokens, num_heads, _ = query.shape
     if batch_invariant or (
@@ -360,19 +361,31 @@ def _suffix_table(
 # An op, as a graph cannot hold a check of values. It returns what the second pass needs, so that no
 # compiler takes it for useless; before one pass alone it may, where nothing could go wrong.
 LIBRARY.define(
-    "lens_behind_prefixes(Tensor seq_lens, Tensor? cu_seqlens_q, Tensor prefix_lens) -> Tensor"
+    "lens_behind_prefixes(Tensor seq_lens, Tensor? cu_seqlens_q, Tensor prefix_lens,"
+    " SymInt max_tokens) -> Tensor"
 )
 
 
 @torch.library.impl(LIBRARY, "lens_behind_prefixes", "CPU")
 def _lens_behind_prefixes_cpu(
-    seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None, prefix_lens: torch.Tensor
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    prefix_lens: torch.Tensor,
+    max_tokens: int,
 ) -> torch.Tensor:
     """Each sequence's tokens behind its prefix.
 
     Raises:
-        ValueError: If a prefix reaches past its sequence's first query.
+        ValueError: If a sequence is longer than its row of the table, or a prefix reaches past its
+            sequence's first query.
     """
+    # The second pass cannot tell: behind its prefix, a sequence may fit into its row again.
+    if seq_lens.numel() and int(seq_lens.max()) > max_tokens:
+        seq = int(seq_lens.argmax())
+        raise ValueError(
+            f"seq_lens: expected 0 to {max_tokens} (the table's width), got {int(seq_lens[seq])}"
+            f" for sequence {seq}"
+        )
     lens = seq_lens - prefix_lens
     left = lens - (cu_seqlens_q.diff() if cu_seqlens_q is not None else 1)
     # Sequences without a prefix are exempt: they may be empty, or have more queries than tokens.
@@ -388,13 +401,19 @@ def _lens_behind_prefixes_cpu(
 
 @torch.library.impl(LIBRARY, "lens_behind_prefixes", "CUDA")
 def _lens_behind_prefixes_cuda(
-    seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None, prefix_lens: torch.Tensor
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    prefix_lens: torch.Tensor,
+    max_tokens: int,
 ) -> torch.Tensor:
     return seq_lens - prefix_lens
 
 
 @torch.library.register_fake("kvkernels::lens_behind_prefixes", lib=LIBRARY)
 def _lens_behind_prefixes_fake(
-    seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None, prefix_lens: torch.Tensor
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    prefix_lens: torch.Tensor,
+    max_tokens: int,
 ) -> torch.Tensor:
     return torch.empty_like(seq_lens)

@@ -264,8 +264,8 @@ def test_the_lengths_behind_prefixes_are_an_op_as_pytorch_expects(has_counts: bo
     counts = torch.tensor([0, 4, 5], dtype=torch.int32) if has_counts else None
     prefix_lens = torch.tensor([16, 32], dtype=torch.int32)
     op = torch.ops.kvkernels.lens_behind_prefixes.default
-    torch.library.opcheck(op, (lens, counts, prefix_lens))
-    assert op(lens, counts, prefix_lens).tolist() == [4, 1]
+    torch.library.opcheck(op, (lens, counts, prefix_lens, 48))
+    assert op(lens, counts, prefix_lens, 48).tolist() == [4, 1]
 
 
 def test_takes_one_pass_where_two_would_not_pay() -> None:
@@ -297,6 +297,22 @@ def test_refuses_prefixes_that_do_not_fit(sizes: list, lens: list, message: str)
     inputs = make_batch(GROUPS["decode"], torch.float32, (6, 2))
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         kvkernels.shared_prefix_attention(*inputs, prefixes=SharedPrefixes(sizes, lens))
+
+
+@pytest.mark.parametrize("lens", [[80], [80, 0]], ids=["one_prefix", "two_prefixes"])
+@pytest.mark.parametrize("only_if_it_pays", [False, True])
+def test_refuses_a_sequence_longer_than_the_table(lens: list[int], only_if_it_pays: bool) -> None:
+    """Even where its tokens behind the prefix would fit into the table."""
+    query, *caches, table, seq_lens, _ = make_batch(GROUPS["decode"], torch.float32, (6, 2))
+    seq_lens[1] = table.shape[1] * BLOCK_SIZE + 1
+    sizes = [3] if len(lens) == 1 else [2, 1]
+    message = "seq_lens: expected 0 to 144 (the table's width), got 145 for sequence 1"
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        kvkernels.shared_prefix_attention(
+            *(query, *caches, table, seq_lens),
+            prefixes=SharedPrefixes(sizes, lens),
+            only_if_it_pays=only_if_it_pays,
+        )
 
 
 @pytest.mark.parametrize(
