@@ -77,7 +77,7 @@ def rotary_embedding(input: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) 
         raise ValueError(f"input: expected an even head_dim, got {head_dim}")
     _check("input", input, input)
     check_last_stride("input", input)
-    check_shape("cos", cos, (batch_size if len(cos) != 1 else 1, num_tokens, head_dim))
+    check_shape("cos", cos, (1 if cos.shape[:1] == (1,) else batch_size, num_tokens, head_dim))
     check_shape("sin", sin, cos.shape)
     for name, tensor in (("cos", cos), ("sin", sin)):
         _check(name, tensor, input)

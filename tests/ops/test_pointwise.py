@@ -128,6 +128,7 @@ HEADS, ANGLES = torch.zeros(2, 3, 5, 8), torch.zeros(2, 5, 8)
         ("input", lambda: kvkernels.rotary_embedding(HEADS[..., :7], ANGLES, ANGLES)),
         ("input", lambda: kvkernels.rotary_embedding(HEADS.mT, ANGLES, ANGLES)),
         ("cos", lambda: kvkernels.rotary_embedding(HEADS, ANGLES[:, :4], ANGLES)),
+        ("cos", lambda: kvkernels.rotary_embedding(HEADS, torch.ones(()), torch.zeros(()))),
         ("sin", lambda: kvkernels.rotary_embedding(HEADS, ANGLES, ANGLES[:1])),
         ("sin", lambda: kvkernels.rotary_embedding(HEADS, ANGLES, ANGLES.half())),
         ("up", lambda: kvkernels.gated_activation(ROWS, ROWS[:6], "silu")),
