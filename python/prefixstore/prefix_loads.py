@@ -6,6 +6,8 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
+
 from kvkernels import PoolFullError
 from prefixstore.block_cache import BlockCache
 from prefixstore.group_load import GroupLoad
@@ -27,7 +29,8 @@ class PrefixLoads:
 
     ::
 
-        look-up     5 % of computing, 20 ms at least      then: tiers that answered by then
+        look-up     5 % of computing, 20 ms at least,     then: tiers that answered by then
+                or as long as it is worth
         load        as long as computing what it brings   then: what arrived by then
         probe       nobody waits
 
@@ -63,8 +66,10 @@ class PrefixLoads:
         """Fill holes in `missing`, as far as that is sooner done than computing them."""
         missing = self._missing
         num_present = missing.num_usable
-        missing.note_holders(self._look_up())
+        lookup_s = self._look_up()
         if missing.num_usable == num_present:
+            if lookup_s is not None:
+                self._planner.observe_look_up(lookup_s, 0.0)
             return
         held = missing.held()
         now = time.monotonic()
@@ -72,6 +77,8 @@ class PrefixLoads:
         plan = self._planner.plan_prefix(
             *(self._num_tokens, held.first, held.tiers, held.record_bytes, now), deadline_s=left_s
         )
+        if lookup_s is not None:
+            self._planner.observe_look_up(lookup_s, plan.saved_share)
         missing.leave_out(held.first + plan.num_load_blocks)
         if plan.num_load_blocks:
             # The tiers keep the deadline by themselves, and what came by then is restored.
@@ -81,23 +88,61 @@ class PrefixLoads:
         if plan.is_probe:
             self._probe(held, plan)
 
-    def _look_up(self) -> Sequence[Holders]:
-        """Who holds what is missing; of tiers that take too long nothing is known."""
-        wanted = self._missing.wanted()
+    def _look_up(self) -> float | None:
+        """Note who holds what is missing, as far as tiers say so in time.
+
+        Returns:
+            Seconds until all had; None if they were not waited for, or not asked.
+        """
+        missing = self._missing
+        wanted = missing.wanted()
         sizes = [len(own) for own in wanted]
         heard = [Holders([None] * sum(sizes), range(sum(sizes)))]
         if self._calls.num_left >= _MAX_LEFT:
-            return heard[-1].split(sizes)
+            missing.note_holders(heard[-1].split(sizes))
+            return None
+        began = time.monotonic()
+        until = began + self._look_up_patience_s()
+        # Read here: whoever answers late finds all changed. One group's blocks stand for the rest.
+        windows = self._blocks.device.windows
+        group = windows.index(None) if None in windows else 0
+        numbers = np.flatnonzero(missing.block_ids[:, group] < 0)
+
+        def ask() -> Sequence[Holders]:
+            answers = self._store.look_up(wanted, self._deadline, heard.append)
+            if until < time.monotonic() <= self._deadline:
+                self._observe_late(numbers, answers[group], began)
+            return answers
+
+        try:
+            answers = self._calls.run(ask, until if until < self._deadline else None)
+        except CallLeftError:
+            self._planner.observe_look_up_left()
+            missing.note_holders(heard[-1].split(sizes))
+            return None
+        seconds = time.monotonic() - began
+        missing.note_holders(answers)
+        return seconds
+
+    def _observe_late(self, numbers: np.ndarray, holders: Holders, began: float) -> None:
+        """Tell the planner what an answer would have saved that was not waited for."""
+        tiers: list[str] = []
+        for number, tier in zip(numbers.tolist(), holders.tiers, strict=True):
+            if tier is None or number != numbers[0] + len(tiers):
+                break
+            tiers.append(tier)
+        share = 0.0
+        if tiers:
+            first = int(numbers[0])
+            record_bytes = np.sum(self._blocks.record_bytes(first, len(tiers)), axis=0)
+            share = self._planner.saved_share(self._num_tokens, first, tiers, record_bytes)
+        self._planner.observe_look_up(time.monotonic() - began, share)
+
+    def _look_up_patience_s(self) -> float:
         context = self._missing.num_usable * self._blocks.block_size
         prefill_s = self._planner.slowest_prefill_s(self._num_tokens - context, context)
-        until = time.monotonic() + max(_LEAST_LOOKUP_S, _LOOKUP_SHARE * prefill_s)
-        try:
-            return self._calls.run(
-                lambda: self._store.look_up(wanted, self._deadline, heard.append),
-                until if until < self._deadline else None,
-            )
-        except CallLeftError:
-            return heard[-1].split(sizes)
+        worth_s = self._planner.look_up_patience_s(prefill_s)
+        return max(_LEAST_LOOKUP_S, _LOOKUP_SHARE * prefill_s, worth_s)
 
     def _load_all(self) -> None:
         """Load what the longest prefix needs; if some of that does not come, settle for a shorter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import wait
 
 import numpy as np
@@ -179,6 +180,40 @@ def test_a_look_up_that_hangs_costs_only_the_hits_of_its_tier(model, opened) -> 
         assert generate(model, tokens, session) == expected
     gate.open()
     assert (report.tokens_by_tier, report.misses) == ({"fast": 32}, {"unreachable": 64})
+
+
+def test_look_ups_of_a_far_tier_are_waited_for_once_they_are_known(
+    model, opened, monkeypatch
+) -> None:
+    monkeypatch.setattr("prefixstore.prefix_loads._LEAST_LOOKUP_S", 0.0)
+    monkeypatch.setattr("prefixstore.prefix_loads._LOOKUP_SHARE", 0.0)
+    tier, tokens = DictTier("far"), random_tokens(NUM_TOKENS)
+    cache = opened(tier)
+    expected = stored(cache, model, tokens)
+    believe(cache, far=IN_TIME_S)
+
+    def take_long(call: str) -> None:
+        if call == "contains":
+            time.sleep(0.05)
+
+    tier.fail = take_long
+    answer, report = run(cache, model, tokens)
+    assert (answer, report.misses) == (expected, {"unreachable": NUM_WHOLE})
+    # It is worth a good part of the two seconds that the model is said to take.
+    for _ in range(5):
+        cache._restorer.close()  # the look-up is over
+        cache.evict_pool()
+        answer, report = run(cache, model, tokens)
+        assert answer == expected
+        if not report.misses:
+            break
+    assert report.tokens_by_tier == {"far": NUM_WHOLE}
+    look_ups = cache.planner_stats().look_ups
+    assert look_ups.seconds > 0.02 and look_ups.saved_share > 0.2
+    # Of prompts that no tier holds any less is expected.
+    for seed in range(9):
+        run(cache, model, random_tokens(NUM_TOKENS, 100 + seed))
+    assert cache.planner_stats().look_ups.saved_share < 0.1
 
 
 @pytest.mark.usefixtures("wait_little_for_look_ups")

@@ -3,6 +3,7 @@
 from prefixstore.planner.contention import ContendedCall, Contention
 from prefixstore.planner.costs import PlanInputs
 from prefixstore.planner.fronts import LoadAhead, front_budget
+from prefixstore.planner.look_ups import LookUpEstimate
 from prefixstore.planner.plan import PlanMode, RestorePlan, plan_restore
 from prefixstore.planner.planner import POLICIES, Planner, PlannerConfig
 from prefixstore.planner.progress import Meeting
@@ -14,6 +15,7 @@ __all__ = [
     "ContendedCall",
     "Contention",
     "LoadAhead",
+    "LookUpEstimate",
     "Meeting",
     "MeetingCounts",
     "ModeStats",

@@ -64,6 +64,11 @@ class RestorePlan:
         """Seconds that loading saves, as predicted."""
         return self.recompute_s - self.predicted_s
 
+    @property
+    def saved_share(self) -> float:
+        """The same as a share of `recompute_s`, from 0 to 1."""
+        return max(0.0, self.saved_s) / self.recompute_s if self.recompute_s else 0.0
+
 
 def plan_restore(inputs: PlanInputs) -> RestorePlan:
     """The fastest plan: the exact minimum over all splits.

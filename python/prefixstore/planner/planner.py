@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from prefixstore.planner.costs import PlanInputs
+from prefixstore.planner.look_ups import LookUpRate
 from prefixstore.planner.plan import RestorePlan, plan_probe, plan_restore, unmeasured_tiers
 from prefixstore.planner.prefix import plan_prefix
 from prefixstore.planner.rates import PrefillEstimate, PrefillRate, Slowdown, TierEstimate, TierRate
@@ -95,6 +96,7 @@ class Planner:
         self._probed_at: dict[int, float] = {}
         self._prefill = PrefillRate()
         self._slowdown = Slowdown()
+        self._look_ups = LookUpRate()
         self._counts = PlanCounts()
 
     # ---- measurements ------------------------------------------------------------------------
@@ -152,6 +154,29 @@ class Planner:
         """A call of `tier` was given up after so many seconds; it would have taken longer."""
         with self._lock:
             self._rate(tier).observe_given_up(num_bytes, seconds, now, num_beside)
+
+    def observe_look_up(self, seconds: float, saved_share: float) -> None:
+        """Tiers said what they hold of a prompt.
+
+        Args:
+            seconds: Until all had answered.
+            saved_share: Of the time of computing the prompt, what loading that saves, or would have
+                saved: of an answer that came too late, see `saved_share`.
+        """
+        with self._lock:
+            self._look_ups.observe(seconds, saved_share)
+
+    def observe_look_up_left(self) -> None:
+        """A look-up was not waited for any longer."""
+        with self._lock:
+            self._look_ups.observe_left()
+
+    def look_up_patience_s(self, prefill_s: float) -> float:
+        """How long a look-up is worth being waited for before a prompt is computed that takes
+        `prefill_s`; 0 if nothing is known of look-ups, or they bring less than they take.
+        """
+        with self._lock:
+            return self._look_ups.snapshot().patience_s(prefill_s)
 
     def tiers(self) -> Mapping[str, TierEstimate]:
         """What is believed of each tier now."""
@@ -230,19 +255,46 @@ class Planner:
         A guess of the model's speed keeps nothing from being loaded: whoever asks once, after a
         restart, would lose all that was stored to it.
         """
+        with self._lock:
+            plan = self._plan_prefix(num_tokens, num_device_blocks, tiers, record_bytes, deadline_s)
+            return self._with_probe(plan, now)
+
+    def saved_share(
+        self,
+        num_tokens: int,
+        num_device_blocks: int,
+        tiers: Sequence[str | None],
+        record_bytes: Sequence[int] | np.ndarray,
+        *,
+        deadline_s: float = float("inf"),
+    ) -> float:
+        """What `plan_prefix` would save, as a share of computing all; nothing is planned."""
+        with self._lock:
+            return self._plan_prefix(
+                num_tokens, num_device_blocks, tiers, record_bytes, deadline_s
+            ).saved_share
+
+    def _plan_prefix(
+        self,
+        num_tokens: int,
+        num_device_blocks: int,
+        tiers: Sequence[str | None],
+        record_bytes: Sequence[int] | np.ndarray,
+        deadline_s: float,
+    ) -> RestorePlan:
         context = num_device_blocks * self._block_size
         if self._config.policy == "load":  # whatever is believed of the tiers
             deadline_s = float("inf")
-        with self._lock:
-            inputs = self._inputs(num_tokens, num_device_blocks, tiers, record_bytes, deadline_s)
-            inputs = replace(
+        inputs = self._inputs(num_tokens, num_device_blocks, tiers, record_bytes, deadline_s)
+        return plan_prefix(
+            replace(
                 inputs,
                 prefill=self._slowest_prefill(num_tokens - context, context),
                 slowdown=1.0,
                 has_windows=True,  # as little can be computed between loaded blocks
                 is_layered=(),
             )
-            return self._with_probe(plan_prefix(inputs), now)
+        )
 
     def _inputs(
         self,
@@ -300,7 +352,10 @@ class Planner:
         """What it chose, how right it was, and what it believes."""
         with self._lock:
             tiers = {name: rate.snapshot() for name, rate in self._tiers.items()}
-            return self._counts.stats(tiers, self._prefill.snapshot(), self._slowdown.factor)
+            return self._counts.stats(
+                *(tiers, self._prefill.snapshot(), self._slowdown.factor),
+                self._look_ups.snapshot(),
+            )
 
     def _prefill_estimate(self) -> PrefillEstimate:
         return _ENDLESS_PREFILL if self._config.policy == "load" else self._prefill.snapshot()

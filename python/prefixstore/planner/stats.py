@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from prefixstore.planner.look_ups import LookUpEstimate
 from prefixstore.planner.plan import PlanMode, RestorePlan
 from prefixstore.planner.rates import PrefillEstimate, TierEstimate
 
@@ -70,6 +71,7 @@ class PlannerStats:
         tiers: How fast each is, by name.
         prefill: How fast the model computes.
         slowdown: How many times longer computing takes while records are loaded.
+        look_ups: Of sessions: what asking the tiers takes, and brings.
     """
 
     modes: Mapping[str, ModeStats]
@@ -81,6 +83,7 @@ class PlannerStats:
     tiers: Mapping[str, TierEstimate]
     prefill: PrefillEstimate
     slowdown: float
+    look_ups: LookUpEstimate
 
 
 class PlanCounts:
@@ -106,12 +109,22 @@ class PlanCounts:
         )
 
     def stats(
-        self, tiers: Mapping[str, TierEstimate], prefill: PrefillEstimate, slowdown: float
+        self,
+        tiers: Mapping[str, TierEstimate],
+        prefill: PrefillEstimate,
+        slowdown: float,
+        look_ups: LookUpEstimate,
     ) -> PlannerStats:
         modes = {mode.value: counts.stats() for mode, counts in self._modes.items()}
         names = ("num_probes", "num_given_up", "computed_blocks", "loaded_blocks", "dropped_blocks")
-        numbers = {name: self._counts[name] for name in names}
-        return PlannerStats(modes=modes, tiers=tiers, prefill=prefill, slowdown=slowdown, **numbers)
+        return PlannerStats(
+            modes=modes,
+            tiers=tiers,
+            prefill=prefill,
+            slowdown=slowdown,
+            look_ups=look_ups,
+            **{name: self._counts[name] for name in names},
+        )
 
 
 class _ModeCounts:
