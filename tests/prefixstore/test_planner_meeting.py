@@ -386,11 +386,15 @@ def test_says_what_is_left_and_what_of_that_is_loaded(case: tuple[PlanInputs, Wo
     now = 0.0
     while not meeting.is_done:
         assert meeting.num_left == (~there).sum()
-        call = meeting.next_call(now)
+        following, call = meeting.next_load(), meeting.next_call(now)
+        assert (meeting.call_left_s(now) is not None) == (call is not None)
+        if call is not None:
+            assert following is not None and following.last_block == call.stop - 1
+            assert 0 < following.call_s <= following.left_s * (1 + 1e-9)
         ahead = meeting.load_ahead(now)
         assert (meeting.wake_at is not None) == (ahead is not None and ahead.is_on_time)
         if ahead is not None:
-            first = -(-meeting._next_token // inputs.block_size) - inputs.num_device_blocks
+            first = -(-meeting._blocks.next_token // inputs.block_size) - inputs.num_device_blocks
             assert not ahead.front_tokens or inputs.tiers[first] >= 0
             assert ahead.front_tokens <= meeting.num_left
             assert 0 <= ahead.front_load_s <= ahead.load_s

@@ -24,15 +24,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
-import numpy as np
-
 from prefixstore.planner.contention import ContendedCall
 from prefixstore.planner.fronts import LoadAhead
 from prefixstore.planner.outlook import NextLoad, Outlook
 from prefixstore.planner.plan import RestorePlan
+from prefixstore.planner.prompt_blocks import ABSENT, LOADING, PRESENT, PromptBlocks
 from prefixstore.planner.stats import MeetingCounts
-
-_ABSENT, _COMPUTING, _LOADING, _PRESENT = range(4)
 
 _CLOCK_S = 1e-6  # nobody wakes more precisely
 
@@ -48,18 +45,14 @@ class Meeting:
         self._plan = plan
         self._inputs = inputs = plan.costs.inputs
         self._offset = inputs.num_device_blocks
-        self._num_blocks = -(-inputs.num_tokens // inputs.block_size)
-        self._states = np.full(self._num_blocks, _ABSENT, dtype=np.uint8)
-        self._states[: self._offset] = _PRESENT
-        self._next_token = self._offset * inputs.block_size
+        self._blocks = PromptBlocks(inputs.num_tokens, inputs.block_size, self._offset)
         # Everything from here on was offered to the loader.
         self._back = self._offset + plan.num_compute_blocks + plan.num_load_blocks
         self._probe = range(self._offset + plan.probe.start, self._offset + plan.probe.stop)
         self._is_probing = False  # the call under way is for these
         self._is_loading_over = plan.num_load_blocks == 0
         self._load_end = self._back
-        self._chunk: range | None = None  # tokens
-        self._call: range | None = None  # blocks
+        self._call: range | None = None
         self._num_steps = 1  # of the call
         self._is_overlap_tried = False
         self._outlook = Outlook(plan)
@@ -85,15 +78,14 @@ class Meeting:
             The tokens' positions; None if there is nothing to compute now: `is_done`, or the load
             is waited for. Then ask again after the next event, or at `wake_at`.
         """
-        assert self._chunk is None, "one chunk at a time"
         self._wake_at = None
-        self._skip_present()
+        self._blocks.skip_present()
         inputs, size = self._inputs, self._inputs.block_size
         max_tokens = inputs.chunk_tokens if max_tokens is None else max_tokens
         if self.is_done or max_tokens <= 0:
             return None
         end = self._computable_until(now)
-        start = self._next_token
+        start = self._blocks.next_token
         limit = min(end * size, inputs.num_tokens)
         if limit <= start:
             return None
@@ -102,10 +94,7 @@ class Meeting:
         stop = min(-(-(start + share) // size) * size, start + max_tokens, limit)
         if stop < limit and stop // size * size > start and not self._is_loading_over:
             stop = stop // size * size  # what is begun of a block cannot be loaded any more
-        self._states[start // size : -(-stop // size)] = _COMPUTING
-        self._chunk = range(start, stop)
-        self._outlook.begin_chunk(self._chunk, now)
-        return self._chunk
+        return self._begin_chunk(range(start, stop), now)
 
     def next_overlapped_chunk(
         self, now: float, max_tokens: int | None = None, *, is_alone: bool = True
@@ -129,9 +118,9 @@ class Meeting:
             return None
         if self.overdue_at(now) <= now:
             return None
-        behind = call.stop + _num_leading(self._states[call.stop :] == _PRESENT)
-        if self._next_token != call.start * size or not (self._states_of_call() == _LOADING).all():
+        if self._blocks.next_token != call.start * size or not self._blocks.are(call, LOADING):
             return None
+        behind = self._blocks.present_until(call.stop)
         max_tokens = self._inputs.chunk_tokens if max_tokens is None else max_tokens
         chunk = range(behind * size, min(self._inputs.num_tokens, behind * size + max_tokens))
         early_s = self._outlook.early_s(chunk, now)
@@ -139,10 +128,7 @@ class Meeting:
             self._wake_at = min(self._wake_at or math.inf, now + early_s)
             return None
         self._is_overlap_tried = True
-        self._states[chunk.start // size : -(-chunk.stop // size)] = _COMPUTING
-        self._chunk = chunk
-        self._outlook.begin_chunk(chunk, now)
-        return chunk
+        return self._begin_chunk(chunk, now)
 
     def overdue_at(self, now: float) -> float:
         """When the call under way will have disappointed, the model computing beside it."""
@@ -151,32 +137,28 @@ class Meeting:
     @property
     def is_chunk_valid(self) -> bool:
         """Whether all blocks before the chunk under way are there."""
-        assert self._chunk is not None, "no chunk was begun"
-        return bool(
-            (self._states[: self._chunk.start // self._inputs.block_size] == _PRESENT).all()
-        )
+        chunk = self._blocks.chunk
+        assert chunk is not None, "no chunk was begun"
+        return self._blocks.are(range(chunk.start // self._inputs.block_size), PRESENT)
 
     def chunk_void(self, now: float) -> None:
         """Not all came that the chunk of `next_overlapped_chunk` reads: it is computed again."""
-        assert self._chunk is not None, "no chunk was begun"
+        self._blocks.void_chunk()
         self._outlook.end_chunk(now, learns=False)
-        self._states[self._states == _COMPUTING] = _ABSENT
-        self._chunk = None
 
     def chunk_done(self, now: float) -> None:
         """The chunk that `next_chunk` or `next_overlapped_chunk` gave is computed."""
-        assert self._chunk is not None, "no chunk was begun"
+        chunk = self._blocks.chunk
+        assert chunk is not None, "no chunk was begun"
         # One that waited for layers says nothing of the model's speed.
-        is_overlapped = self._chunk.start > self._next_token
+        is_overlapped = chunk.start > self._blocks.next_token
         self._outlook.end_chunk(now, learns=not is_overlapped)
-        size, stop = self._inputs.block_size, self._chunk.stop
-        first, end = self._chunk.start // size, -(-stop // size)
-        whole = self._num_blocks if stop == self._inputs.num_tokens else stop // size
-        self._states[first:whole] = _PRESENT
-        self._states[whole:end] = _ABSENT  # begun: `_claimed_until` keeps the loader off
-        self._num_computed += whole - first
-        self._next_token = stop
-        self._chunk = None
+        self._num_computed += self._blocks.end_chunk()
+
+    def _begin_chunk(self, tokens: range, now: float) -> range:
+        self._blocks.begin_chunk(tokens)
+        self._outlook.begin_chunk(tokens, now)
+        return tokens
 
     # ---- the back ----------------------------------------------------------------------------
 
@@ -190,7 +172,7 @@ class Meeting:
             they are to be loaded see `num_layer_steps`.
         """
         assert self._call is None, "one call at a time"
-        low = self._claimed_until()
+        low = self._blocks.claimed_until
         self._skip_unheld(low)
         first = self._back
         if not self._is_loading_over and self._back > low:
@@ -200,7 +182,7 @@ class Meeting:
             return self._next_probe(now)
         self._call, self._num_steps = self._size_call(low, first, now)
         self._back = self._call.start
-        self._states_of_call()[:] = _LOADING
+        self._blocks.set(self._call, LOADING)
         self._outlook.begin_call(self._call, self._num_steps, now)
         return self._call
 
@@ -213,7 +195,7 @@ class Meeting:
             None if nothing is left to load.
         """
         assert self._call is None, "one call at a time"
-        low = self._claimed_until()
+        low = self._blocks.claimed_until
         self._skip_unheld(low)
         if not self._is_loading_over and self._back > low:
             return self._outlook.next_load(range(low, self._back))
@@ -253,7 +235,6 @@ class Meeting:
         assert self._call is not None, "no call was begun"
         # A miss is answered sooner than a hit, so it says nothing of the tier's speed.
         self._outlook.end_call(now, learns=not missing)
-        states = self._states_of_call()
         wanted = [block for block in self._call if self._is_wanted(block)]
         kept = [block for block in wanted if block not in missing]
         if self._inputs.has_windows and missing:
@@ -264,8 +245,8 @@ class Meeting:
             self._cut_off.update(not_asked)
             kept = [block for block in kept if block > max(missing)]
             self._is_loading_over = True
-        states[states == _LOADING] = _ABSENT
-        self._states[kept] = _PRESENT
+        self._drop_call()
+        self._blocks.set(kept, PRESENT)
         self._num_loaded += len(kept)
         self._num_dropped += len(self._call) - len(missing) - len(kept)
         self._call, self._is_probing = None, False
@@ -277,8 +258,7 @@ class Meeting:
         if self._call is None:
             return
         self._outlook.end_call(now, learns=False)
-        states = self._states_of_call()
-        states[states == _LOADING] = _ABSENT
+        self._drop_call()
         self._is_given_up = self._is_given_up or not self._is_probing
         self._call, self._is_probing = None, False
 
@@ -291,7 +271,7 @@ class Meeting:
             None if nothing is, or if the call under way is overdue.
         """
         self._wake_at = None
-        low = self._claimed_until()
+        low = self._blocks.claimed_until
         if self._call is None:
             self._skip_unheld(low)
         is_loading = self._call is not None or not (self._is_loading_over or self._back <= low)
@@ -309,16 +289,12 @@ class Meeting:
     @property
     def num_left(self) -> int:
         """Tokens that are not there yet; between two chunks."""
-        if self.is_done:
-            return 0
-        size, is_left = self._inputs.block_size, self._states != _PRESENT
-        past_end = self._num_blocks * size - self._inputs.num_tokens if is_left[-1] else 0
-        return int(is_left.sum()) * size - past_end - self._next_token % size
+        return self._blocks.num_left
 
     @property
     def is_done(self) -> bool:
         """Every token is there."""
-        return self._next_token >= self._inputs.num_tokens
+        return self._blocks.is_done
 
     @property
     def wake_at(self) -> float | None:
@@ -330,7 +306,7 @@ class Meeting:
         """A call is under way of which nobody wants anything any more."""
         if self._call is None or self._is_probing:
             return False
-        return not (self._states_of_call() == _LOADING).any()
+        return not self._blocks.within(self._call, LOADING)
 
     @property
     def overtaken(self) -> Collection[int]:
@@ -354,17 +330,15 @@ class Meeting:
 
     def _computable_until(self, now: float) -> int:
         """Block before which the front may go on now; the block it stands at for waiting."""
-        front = self._next_token // self._inputs.block_size
-        ahead = self._states[front:]
-        limit = front + _num_leading(ahead == ahead[0])
-        end = front
-        if ahead[0] == _ABSENT:
+        front = end = self._blocks.front
+        limit = self._blocks.run_until(front)
+        if self._blocks.state(front) == ABSENT:
             if self._call is None:
                 self._skip_unheld(front)
             if self._is_loading_over or front >= self._back:
                 return limit
             limit = min(limit, self._back)
-            is_begun = self._next_token % self._inputs.block_size > 0
+            is_begun = self._blocks.next_token % self._inputs.block_size > 0
             split = self._outlook.best_split(front, self._back, now)
             end = min(limit, max(split, front + is_begun))
         return end if end > front else self._patient_until(front, limit, now)
@@ -396,8 +370,7 @@ class Meeting:
 
         The front computes those from `low` on.
         """
-        behind = self._states[self._back : self._load_end]
-        if (behind == _PRESENT).all():
+        if self._blocks.are(range(self._back, self._load_end), PRESENT):
             num_steps = self._outlook.layer_steps(low, first, self._back, now)
             if num_steps > 1:
                 return range(first, self._back), num_steps
@@ -415,38 +388,21 @@ class Meeting:
     def _is_wanted(self, block: int) -> bool:
         """Whether a block of the call is still of use."""
         if self._is_probing:
-            return block >= self._claimed_until() and bool(self._states[block] == _ABSENT)
-        return bool(self._states[block] == _LOADING)
+            is_claimed = block < self._blocks.claimed_until
+            return not is_claimed and self._blocks.state(block) == ABSENT
+        return self._blocks.state(block) == LOADING
 
     def _planned_before(self, back: int) -> list[int]:
         """Blocks before `back` that the plan has loaded, as far as computing has not come."""
-        first = max(self._offset + self._plan.num_compute_blocks, self._claimed_until())
-        return [block for block in range(first, back) if self._states[block] == _ABSENT]
+        first = max(self._offset + self._plan.num_compute_blocks, self._blocks.claimed_until)
+        return self._blocks.within(range(first, max(first, back)), ABSENT)
 
-    def _states_of_call(self) -> np.ndarray:
-        """A view of them."""
+    def _drop_call(self) -> None:
+        """What is still being loaded counts as absent."""
         assert self._call is not None
-        return self._states[self._call.start : self._call.stop]
-
-    def _claimed_until(self) -> int:
-        """First block that the front has not begun."""
-        token = self._next_token if self._chunk is None else self._chunk.stop
-        return -(-token // self._inputs.block_size)
+        self._blocks.set(self._blocks.within(self._call, LOADING), ABSENT)
 
     def _skip_unheld(self, low: int) -> None:
         """Offer the loader nothing, from `low` on, that no tier holds: the front computes it."""
         while self._back > low and self._plan.costs.tiers[self._back - 1 - self._offset] < 0:
             self._back -= 1
-
-    def _skip_present(self) -> None:
-        front = self._next_token // self._inputs.block_size
-        num_present = _num_leading(self._states[front:] == _PRESENT)
-        if num_present:
-            self._next_token = (front + num_present) * self._inputs.block_size
-
-
-def _num_leading(flags: np.ndarray) -> int:
-    """How many of them are set before the first that is not."""
-    if flags.all():
-        return len(flags)
-    return int(flags.argmin())
