@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
@@ -126,3 +127,33 @@ def test_a_request_that_is_cancelled_while_it_waits_for_its_turn_loads_nothing(
     with loop.changed:
         assert loop.changed.wait_for(lambda: not loop.loader._loads, 30)
     assert len(calls) == 1
+
+
+def test_a_prompt_waits_for_one_with_its_prefix_whose_load_waits_for_its_turn(
+    model, tier, open_engine, monkeypatch
+):
+    engine, others, tokens = open_engine(), prompt(LENGTH, 1), prompt(LENGTH)
+    for one in (tokens, others):
+        warm(engine, one)
+    teach(engine, 1.0)
+    monkeypatch.setattr(Meeting, "call_left_s", lambda self, now: 0.0)  # never late
+    # Nor does anything of a pass pay off for them.
+    monkeypatch.setattr("prefixstore.engine.prefill_turns.front_budget", lambda *_: 0)
+    gate, loop = Gate("get"), engine._loop
+    tier.fail = gate
+    handles = [engine.submit(others, GREEDY)]
+    assert gate.entered.wait(30)
+    handles.append(engine.submit(tokens, GREEDY))
+    with loop.changed:
+        assert loop.changed.wait_for(lambda: len(loop.loader._loads) == 2, 30)
+    handles.append(engine.submit(tokens, GREEDY))
+    # Many passes in which neither has a turn.
+    engine.submit(prompt(20, 2), dataclasses.replace(GREEDY, max_tokens=30)).result(60)
+    with loop.changed:
+        assert loop.scheduler.num_waiting == 1
+    gate.open()
+    first, second, third = (handle.result(60) for handle in handles)
+    assert list(first.token_ids) == expected(model, others)
+    assert list(second.token_ids) == list(third.token_ids) == expected(model, tokens)
+    assert second.report.reuse.tokens_by_tier == {"slow": 30 * BLOCK_SIZE}
+    assert third.report.reuse.tokens_by_tier == {"device": 30 * BLOCK_SIZE}

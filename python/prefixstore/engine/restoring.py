@@ -205,6 +205,11 @@ class Restoring:
             return None
         return Load(self._tier_of(found.last_block), found.call_s, found.left_s, self.tenant)
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether blocks are being loaded, or will be when its turn comes."""
+        return self._load is not None or self.next_load() is not None
+
     def load_left(self, now: float) -> Load | None:
         """What is left of the call under way; None if nobody waits for it any more."""
         if self.is_over or self._meeting is None or self._load is None:

@@ -283,7 +283,9 @@ def _prefill(request: Request, now: float) -> Prefill:
 
 
 def _is_getting_on(request: Request) -> bool:
-    """Whether a prompt is computed or loaded now, and not just waiting for turns."""
+    """Whether a prompt is computed or loaded, and not just waiting for turns in passes.
+
+    A load that waits for its turn counts: another's for the same blocks would wait behind it.
+    """
     assert request.restoring is not None
-    is_loaded = request.restoring.load_under_way is not None
-    return is_loaded or request.num_passed_over < _PATIENCE
+    return request.restoring.is_loading or request.num_passed_over < _PATIENCE
