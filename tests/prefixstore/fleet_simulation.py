@@ -172,8 +172,11 @@ class Fleet:
         left = [one.request.meeting.call_left_s(self._now) for one in self._calls()]
         under_way = [Load(_TIER, seconds, seconds) for seconds in left if seconds is not None]
         loads = [load for _, load in waiting]
-        index = self._load_turns.next(loads, under_way, self._planner.tiers())
-        return None if index is None else waiting[index][0]
+        turn = self._load_turns.next(loads, under_way, self._planner.tiers())
+        if turn is None:
+            return None
+        self._load_turns.take(turn)
+        return waiting[turn.index][0]
 
     def _calls(self) -> Iterator[_Call]:
         return (one.call for one in self._loading if one.call is not None)

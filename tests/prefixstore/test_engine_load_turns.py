@@ -17,24 +17,33 @@ def load(left_s: float, call_s: float = 0.01, tier: str = "a", tenant: str = "")
 
 def order(turns: LoadTurns, waiting: list[Load], num: int) -> list[int]:
     """Whose calls are made, one after another, all always having more to load."""
-    indices = [turns.next(waiting, (), {"a": SHARED}) for _ in range(num)]
-    assert None not in indices
-    return [index for index in indices if index is not None]
+    indices = []
+    for _ in range(num):
+        turn = turns.next(waiting, (), {"a": SHARED})
+        assert turn is not None
+        turns.take(turn)
+        indices.append(turn.index)
+    return indices
+
+
+def following(waiting: list[Load], under_way: list[Load], **tiers: TierEstimate) -> int | None:
+    """Whose turn it is first."""
+    turn = LoadTurns().next(waiting, under_way, tiers)
+    return None if turn is None else turn.index
 
 
 def test_calls_that_share_a_link_are_made_one_by_one():
-    turns = LoadTurns()
-    assert turns.next([load(1.0)], (), {"a": SHARED}) == 0
-    assert turns.next([load(1.0)], [load(0.01)], {"a": SHARED}) is None
-    assert turns.next([load(1.0)], [load(0.01)] * 3, {"a": FREE}) == 0
-    assert turns.next([], (), {"a": SHARED}) is None
+    assert following([load(1.0)], [], a=SHARED) == 0
+    assert following([load(1.0)], [load(0.01)], a=SHARED) is None
+    assert following([load(1.0)], [load(0.01)] * 3, a=FREE) == 0
+    assert following([], [], a=SHARED) is None
 
 
 def test_each_tier_has_calls_of_its_own():
-    turns, tiers = LoadTurns(), {"a": SHARED, "b": SHARED}
+    tiers = {"a": SHARED, "b": SHARED}
     waiting = [load(1.0), load(2.0), load(3.0, tier="b")]
-    assert turns.next(waiting, [load(0.01)], tiers) == 2
-    assert turns.next(waiting[:2], [load(0.01, tier="b")], tiers) == 0
+    assert following(waiting, [load(0.01)], **tiers) == 2
+    assert following(waiting[:2], [load(0.01, tier="b")], **tiers) == 0
 
 
 @pytest.mark.parametrize(
@@ -58,18 +67,17 @@ def test_two_calls_at_once_are_tried_while_it_is_not_known_how_much_they_share()
     guess = TierEstimate()
     assert guess.sharing == 1.0
     assert best_num_calls(8, guess) == 2
-    turns = LoadTurns()
-    assert turns.next([load(1.0)], [load(0.01)], {"a": guess}) == 0
-    assert turns.next([load(1.0)], [load(0.01)] * 2, {"a": guess}) is None
+    assert following([load(1.0)], [load(0.01)], a=guess) == 0
+    assert following([load(1.0)], [load(0.01)] * 2, a=guess) is None
 
 
 def test_a_short_load_does_not_wait_for_a_long_call():
-    turns, call = LoadTurns(), load(0.1, call_s=0.1)
-    assert turns.next([load(0.06)], [call], {"a": SHARED}) is None, "over at 0.12, or 0.16"
-    assert turns.next([load(0.04)], [call], {"a": SHARED}) == 0
-    assert turns.next([load(0.04)], [load(0.07, call_s=0.07)], {"a": SHARED}) is None
-    assert turns.next([load(0.9), load(0.04)], [call], {"a": SHARED}) == 1
-    assert turns.next([load(0.07)], [call] * 3, {"a": SHARED}) == 0, "0.28, or 0.37"
+    call = load(0.1, call_s=0.1)
+    assert following([load(0.06)], [call], a=SHARED) is None, "over at 0.12, or 0.16"
+    assert following([load(0.04)], [call], a=SHARED) == 0
+    assert following([load(0.04)], [load(0.07, call_s=0.07)], a=SHARED) is None
+    assert following([load(0.9), load(0.04)], [call], a=SHARED) == 1
+    assert following([load(0.07)], [call] * 3, a=SHARED) == 0, "0.28, or 0.37"
 
 
 def test_the_shortest_has_three_quarters_of_the_time_and_the_oldest_one():
@@ -99,6 +107,6 @@ def test_forgets_those_that_were_served_longest_ago(monkeypatch):
     monkeypatch.setattr("prefixstore.engine.load_turns._MAX_ROLES", 8)
     turns = LoadTurns()
     for number in range(100):
-        assert turns.next([load(1.0, tenant=str(number))], (), {"a": SHARED}) == 0
+        assert order(turns, [load(1.0, tenant=str(number))], 1) == [0]
     assert len(turns._finished) == 8
     assert ("a", "99", "shortest") in turns._finished

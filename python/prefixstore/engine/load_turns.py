@@ -40,6 +40,21 @@ class Load:
     tenant: str = ""
 
 
+@dataclass(frozen=True)
+class LoadTurn:
+    """Whose turn it is.
+
+    Attributes:
+        index: Of the load, among those that wait.
+        role: In which its time counts.
+        call_s: Of its next call.
+    """
+
+    index: int
+    role: _Role
+    call_s: float
+
+
 class LoadTurns:
     """Whose call begins next.
 
@@ -62,8 +77,8 @@ class LoadTurns:
         waiting: Sequence[Load],
         under_way: Sequence[Load],
         tiers: Mapping[str, TierEstimate],
-    ) -> int | None:
-        """The index in `waiting` of the load whose next call is to begin now; None for none.
+    ) -> LoadTurn | None:
+        """The load whose next call is to begin now, and then `take`s its turn; None for none.
 
         Args:
             waiting: The oldest first.
@@ -76,20 +91,20 @@ class LoadTurns:
             calls = [one.call_s for one in under_way if one.tier == load.tier]
             num_loads = len(calls) + sum(one.tier == load.tier for one in waiting)
             if _has_room(load, calls, best_num_calls(num_loads, tiers[load.tier])):
-                self._serve(role, load.call_s)
-                return roles[role]
+                return LoadTurn(roles[role], role, load.call_s)
         return None
+
+    def take(self, turn: LoadTurn) -> None:
+        """The call begins."""
+        start = self._start_tag(turn.role)
+        self._now[turn.role[0]] = start
+        self._finished.pop(turn.role, None)
+        self._finished[turn.role] = start + turn.call_s / _WEIGHTS[turn.role[2]]
+        if len(self._finished) > _MAX_ROLES:
+            del self._finished[next(iter(self._finished))]
 
     def _start_tag(self, role: _Role) -> float:
         return max(self._finished.get(role, 0.0), self._now.get(role[0], 0.0))
-
-    def _serve(self, role: _Role, seconds: float) -> None:
-        start = self._start_tag(role)
-        self._now[role[0]] = start
-        self._finished.pop(role, None)
-        self._finished[role] = start + seconds / _WEIGHTS[role[2]]
-        if len(self._finished) > _MAX_ROLES:
-            del self._finished[next(iter(self._finished))]
 
 
 def best_num_calls(num_loads: int, tier: TierEstimate) -> float:

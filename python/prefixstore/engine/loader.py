@@ -13,7 +13,7 @@ from kvkernels import PoolFullError
 from prefixstore.block_cache import BlockCache
 from prefixstore.block_key import BlockKey
 from prefixstore.engine.load_call import LoadCall
-from prefixstore.engine.load_turns import LoadTurns
+from prefixstore.engine.load_turns import LoadTurn, LoadTurns
 from prefixstore.engine.restoring import Restoring
 from prefixstore.engine.tier_calls import TierCalls
 from prefixstore.planner import ContendedCall, Planner
@@ -73,9 +73,10 @@ class Loader:
         self.begin_calls(now)
 
     def begin_calls(self, now: float) -> None:
-        """Begin the calls whose turn has come; to be asked whenever something has changed."""
-        for load in self._take_turns(now):
-            self._threads.submit(self._run_calls, load)
+        """Have threads make the calls whose turn has come; to be asked whenever all may differ."""
+        if self._find_turn(now) is not None:
+            # The thread begins the call, so that nobody waits for one that has not begun.
+            self._threads.submit(self._run_calls)
 
     def next_turn_at(self, now: float) -> float | None:
         """When a call under way will not be waited for any more, and another's turn may come."""
@@ -105,35 +106,32 @@ class Loader:
 
     # ---- turns -------------------------------------------------------------------------------
 
-    def _take_turns(self, now: float) -> list[_PromptLoad]:
-        """Those whose calls begin now; each is to be run by a thread."""
-        begun: list[_PromptLoad] = []
-        while sum(load.call is not None for load in self._loads) < self._num_threads:
-            load = self._next_turn(now)
-            if load is None:
-                break
-            begun.append(load)
-        return begun
+    def _find_turn(self, now: float) -> tuple[_PromptLoad, LoadTurn] | None:
+        """Whose turn it is to begin a call; None if it is nobody's, or no thread is free."""
+        if sum(load.call is not None for load in self._loads) >= self._num_threads:
+            return None
+        found = [(load, load.restoring.next_load()) for load in self._loads if not load.call]
+        self._drop([load for load, following in found if following is None])
+        waiting = [(load, following) for load, following in found if following is not None]
+        if not waiting:
+            return None
+        under_way = [load.restoring.load_left(now) for load in self._loads if load.call]
+        turn = self._turns.next(
+            [following for _, following in waiting],
+            [one for one in under_way if one is not None],
+            self._planner.tiers(),
+        )
+        return None if turn is None else (waiting[turn.index][0], turn)
 
-    def _next_turn(self, now: float) -> _PromptLoad | None:
-        """Begin the call whose turn it is; None if it is nobody's."""
-        while True:
-            turns = [(load, load.restoring.next_load()) for load in self._loads if not load.call]
-            self._drop([load for load, turn in turns if turn is None])
-            waiting = [(load, turn) for load, turn in turns if turn is not None]
-            if not waiting:
-                return None
-            under_way = [load.restoring.load_left(now) for load in self._loads if load.call]
-            tiers = self._planner.tiers()
-            index = self._turns.next(
-                [turn for _, turn in waiting], [one for one in under_way if one is not None], tiers
-            )
-            if index is None:
-                return None
-            load, turn = waiting[index]
-            if self._begin_call(load, tiers[turn.tier].sharing, now):
+    def _begin_next(self, now: float) -> _PromptLoad | None:
+        """Begin the call whose turn it is; None if there is none."""
+        while (found := self._find_turn(now)) is not None:
+            load, turn = found
+            if self._begin_call(load, now):
+                self._turns.take(turn)
                 return load
             self._drop([load])
+        return None
 
     def _drop(self, loads: Sequence[_PromptLoad]) -> None:
         """Nothing more is loaded of these prompts."""
@@ -143,7 +141,7 @@ class Loader:
             # Chunks that waited for the next call may be computed now.
             self._changed.notify_all()
 
-    def _begin_call(self, load: _PromptLoad, sharing: float, now: float) -> bool:
+    def _begin_call(self, load: _PromptLoad, now: float) -> bool:
         """Take what a prompt loads next; False if that is nothing."""
         restoring = load.restoring
         numbers = restoring.next_call(now)
@@ -152,7 +150,7 @@ class Loader:
         assert restoring.meeting is not None
         num_steps = restoring.meeting.num_layer_steps
         tier, _ = restoring.expected_of(numbers)
-        tier_call = self._calls.begin(tier, sharing, now)
+        tier_call = self._calls.begin(tier, self._planner.tiers()[tier].sharing, now)
         try:
             load.call = LoadCall(
                 *(self._blocks, restoring.sequence, numbers),
@@ -169,48 +167,52 @@ class Loader:
 
     # ---- in a thread of the pool -------------------------------------------------------------
 
-    def _run_calls(self, load: _PromptLoad) -> None:
-        """Run a call that was begun, and then others."""
-        mine: _PromptLoad | None = load
+    def _run_calls(self) -> None:
+        """Make one call after another while it is somebody's turn."""
+        load: _PromptLoad | None = None
+        found: dict[int, str] | None = None
         try:
-            while mine is not None:
-                self._run_call(mine)
+            while True:
                 with self._changed:
-                    begun = self._take_turns(time.monotonic())
-                    # One of them here: handing it to another thread takes time.
-                    mine = begun[0] if begun else None
-                    for other in begun[1:]:
-                        self._threads.submit(self._run_calls, other)
+                    now = time.monotonic()
+                    if load is not None:
+                        self._end_call(load, found, now)
+                    load = self._begin_next(now)
+                    if load is None:
+                        return
+                    self.begin_calls(now)  # in another thread, if it is another's turn too
+                found = self._run_call(load)
         except Exception:
             logger.exception("loading blocks failed")  # nobody asks for the thread's result
 
-    def _run_call(self, load: _PromptLoad) -> None:
-        store, call, restoring = self._blocks.store, load.call, load.restoring
+    def _run_call(self, load: _PromptLoad) -> dict[int, str] | None:
+        """The blocks that came, and from where; None if it failed."""
+        store, call = self._blocks.store, load.call
         assert store is not None and call is not None
-        found: dict[int, str] = {}
-        has_failed = True
         self._own.call = call.tier_call
         try:
-            found = call.run(store, load.keys, restoring.deadline)
-            has_failed = False
+            return call.run(store, load.keys, load.restoring.deadline)
         except Exception:
             # Errors of tiers are handled in the store: this is a bug of ours. What has not come is
             # computed.
             logger.exception("loading blocks failed")
+            return None
         finally:
             self._own.call = None
-            with self._changed:
-                load.call = None
-                done = time.monotonic()
-                self._calls.end(call.tier_call, done)
-                kept = restoring.call_done(call.numbers, found, done - call.began, done)
-                call.keep(set(kept))
-                self._blocks.note_loaded(load.keys[0][number] for number in kept)
-                if not found and not call.is_given_up:
-                    self._observe_given_up(restoring, call, done)
-                if has_failed:
-                    restoring.stop_loading(done)
-                self._changed.notify_all()
+
+    def _end_call(self, load: _PromptLoad, found: dict[int, str] | None, now: float) -> None:
+        call, restoring = load.call, load.restoring
+        assert call is not None
+        load.call = None
+        self._calls.end(call.tier_call, now)
+        kept = restoring.call_done(call.numbers, found or {}, now - call.began, now)
+        call.keep(set(kept))
+        self._blocks.note_loaded(load.keys[0][number] for number in kept)
+        if not found and not call.is_given_up:
+            self._observe_given_up(restoring, call, now)
+        if found is None:
+            restoring.stop_loading(now)
+        self._changed.notify_all()
 
     def _observe(self, tier: str, num_records: int, num_bytes: int, seconds: float) -> None:
         if not num_records or not seconds > 0:

@@ -197,7 +197,7 @@ class Scheduler:
         budget = self._config.max_batch_tokens - len(steps)
         prompts = [one for one in self.running if one.restoring is not None]
         for request in prompts:
-            request.num_passed_over += 1
+            request.num_passed_over += not _is_loading(request)
         for turn in self._turns.of_pass([_prefill(one, now) for one in prompts], budget):
             request = prompts[turn.index]
             if request not in self.running:  # preempted for the sake of one before it
@@ -287,5 +287,8 @@ def _is_getting_on(request: Request) -> bool:
 
     A load that waits for its turn counts: another's for the same blocks would wait behind it.
     """
-    assert request.restoring is not None
-    return request.restoring.is_loading or request.num_passed_over < _PATIENCE
+    return _is_loading(request) or request.num_passed_over < _PATIENCE
+
+
+def _is_loading(request: Request) -> bool:
+    return request.restoring is not None and request.restoring.is_loading
