@@ -63,6 +63,22 @@ def test_a_directory_removed_while_open_takes_no_more_records(tmp_path):
     tier.close()
 
 
+def test_a_slab_removed_while_open_is_made_anew(tmp_path):
+    lost, *keys = make_keys(4)
+    tier = open_tier(tmp_path)
+    put(tier, [lost])
+    (slab,) = tmp_path.glob("slab-*")
+    slab.unlink()
+    with pytest.raises(TierUnavailable, match=r"slab-v1-.*expected the file to stay"):
+        put(tier, keys[:1])
+    put(tier, keys)
+    assert count_right(tier, [lost]) == 0
+    assert count_right(tier, keys) == 3
+    tier.delete(lost.name)
+    assert tier.check() == []
+    tier.close()
+
+
 def test_a_directory_replaced_while_open_belongs_to_who_opened_the_new_one(tmp_path):
     first, *keys = make_keys(11)
     old = open_tier(tmp_path / "tier")

@@ -162,6 +162,7 @@ class SlabFiles:
         def write_all(file: OpenFile) -> int:
             status = os.fstat(file.fd)
             if status.st_nlink == 0:
+                self.let_go_of(slab)  # the next write makes it anew, if the directory is there
                 raise TierUnavailable(
                     f"{self._tier_name}: {self._path / slab.file_name}: expected the file to"
                     " stay while the tier is open, got one that was removed"
