@@ -377,6 +377,11 @@ def test_holds_no_more_of_a_sliding_window_than_it_needs():
         ({"max_running": 0}, "max_running: expected a positive integer, got 0"),
         ({"max_batch_tokens": 4}, "max_batch_tokens: expected one for each running"),
         ({"max_queued": -1}, "max_queued: expected 0 or more"),
+        ({"max_queued": True}, "max_queued: expected 0 or more"),
+        ({"reuses_prefixes": "false"}, "reuses_prefixes: expected a boolean, got 'false'"),
+        ({"fuses_layers": 0}, "fuses_layers: expected a boolean, got 0"),
+        ({"cuda_graphs": None}, "cuda_graphs: expected a boolean, got None"),
+        ({"batch_invariant": "no"}, "batch_invariant: expected a boolean, got 'no'"),
     ],
 )
 def test_refuses_bounds_that_make_no_sense(settings, message):

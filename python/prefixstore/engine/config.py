@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from prefixstore.errors import ConfigError
 from prefixstore.planner import POLICIES
 
+_SWITCHES = ("fuses_layers", "cuda_graphs", "reuses_prefixes")
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -62,8 +64,11 @@ class EngineConfig:
             raise ConfigError(f"audit_share: expected 0 to 1, got {self.audit_share!r}")
         if self.max_model_len is not None:
             self._check_positive("max_model_len", self.max_model_len)
-        if not isinstance(self.max_queued, int) or self.max_queued < 0:
+        if type(self.max_queued) is not int or self.max_queued < 0:
             raise ConfigError(f"max_queued: expected 0 or more, got {self.max_queued!r}")
+        for name in _SWITCHES if self.batch_invariant is None else (*_SWITCHES, "batch_invariant"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: expected a boolean, got {getattr(self, name)!r}")
         if self.max_batch_tokens < self.max_running:
             raise ConfigError(
                 f"max_batch_tokens: expected one for each running request ({self.max_running}) or"
