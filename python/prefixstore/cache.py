@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from kvkernels import BlockAllocator, KVPool
-from kvkernels.nn import PagedGroup, layer_groups
+from kvkernels.nn import LayerGroupSpec, PagedGroup, layer_groups
 from prefixstore.block_cache import BlockCache
 from prefixstore.cache_store import open_store
 from prefixstore.config import CacheConfig
+from prefixstore.errors import ConfigError
 from prefixstore.identity import model_identity
 from prefixstore.index import Match, Outline
 from prefixstore.index import Stats as IndexStats
@@ -132,7 +133,7 @@ class PrefixCache:
             opened.callback(served_model.close)
             groups = [
                 PagedGroup(
-                    pool=KVPool(spec.layout, num_blocks, model.device),
+                    pool=_make_pool(spec, num_blocks, model.device),
                     allocator=BlockAllocator(num_blocks),
                     layers=spec.layers,
                     window=spec.window,
@@ -351,3 +352,18 @@ class PrefixCache:
                 for reason, count in Counter(restored.misses).items()
             },
         )
+
+
+def _make_pool(spec: LayerGroupSpec, num_blocks: int, device: torch.device) -> KVPool:
+    """A group's pool.
+
+    Raises:
+        ConfigError: If the device does not give so much memory.
+    """
+    try:
+        return KVPool(spec.layout, num_blocks, device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"pool_tokens: expected room for {num_blocks * spec.layout.block_bytes} bytes on"
+            f" {device}, got: {str(error).partition(chr(10))[0]}"
+        ) from error

@@ -14,6 +14,7 @@ from kvkernels.nn.decoder_layers import FusedDecoderLayer
 from kvkernels.nn.fused_model import fused_model
 from prefixstore.cache import PrefixCache
 from prefixstore.config import CacheConfig
+from prefixstore.errors import ConfigError
 from prefixstore.index import RadixIndex
 from prefixstore.store.config import StoreConfig
 from prefixstore.tiers.memory import MemoryTier
@@ -218,6 +219,13 @@ def test_a_full_pool_raises_and_recovers(model, open_cache):
     with cache.session(large) as session, pytest.raises(PoolFullError):
         generate(model, large, session)
     assert run(cache, model, small)[0] == expected
+
+
+@pytest.mark.parametrize("pool_tokens", [1 << 50, 1 << 60])  # memory, and numbers, end before
+def test_refuses_a_pool_that_there_is_no_memory_for(model, open_cache, pool_tokens):
+    with pytest.raises(ConfigError, match=r"pool_tokens: expected room for \d+ bytes on "):
+        open_cache(pool_tokens=pool_tokens)
+    assert run(open_cache(), model, random_tokens(40))[0] == generate(model, random_tokens(40))
 
 
 def test_open_sessions_keep_their_blocks_under_pressure(model, open_cache):
