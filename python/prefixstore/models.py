@@ -105,19 +105,38 @@ def find_model(name: str) -> Path:
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A prepared causal language model, ready for inference: `transformers.PreTrainedModel`."""
+    """A prepared causal language model, ready for inference: `transformers.PreTrainedModel`.
+
+    Raises:
+        ConfigError: If transformers cannot load it.
+    """
     from transformers import AutoModelForCausalLM
 
-    with _quiet_progress():
+    with _quiet_progress(), _loading("a causal language model", path):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
     return model.eval().requires_grad_(False)
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a prepared model: `transformers.PreTrainedTokenizerBase`."""
+    """The tokenizer of a prepared model: `transformers.PreTrainedTokenizerBase`.
+
+    Raises:
+        ConfigError: If transformers cannot load it.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    with _loading("a tokenizer", path):
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+@contextmanager
+def _loading(what: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # A file is missing, cut off or of something else: each reader of them raises its own.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"MODEL: expected {what} in {path}: {reason}") from error
 
 
 def _prepare(source: _GgufSource, directory: Path | None) -> Path:

@@ -97,6 +97,25 @@ def test_default_directory_follows_the_cache_home(monkeypatch, tmp_path):
     assert models.default_directory() == tmp_path / "home" / ".cache" / "kvkernels"
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config.json": "{"},
+        {"config.json": "[]"},
+        {"config.json": '{"model_type": "llama"}'},
+        {"config.json": '{"model_type": "llama"}', "model.safetensors": "version https://git-lfs"},
+    ],
+    ids=["cut", "no_model", "no_weights", "not_downloaded"],
+)
+def test_says_why_a_folder_cannot_be_loaded(files, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match="MODEL: expected a causal language model in "):
+        models.load_model(tmp_path)
+    with pytest.raises(ConfigError, match="MODEL: expected a tokenizer in "):
+        models.load_tokenizer(tmp_path)
+
+
 @pytest.mark.model
 @pytest.mark.parametrize("name", PREPARE)
 def test_real_model_loads_and_speaks(name):
