@@ -42,7 +42,7 @@ def bind_address(config: ServerConfig) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the second if no host can have that name
         raise ConfigError(f"host: expected an address, got {config.host!r}: {error}") from error
     is_local = ipaddress.ip_address(address[0]).is_loopback
     if not is_local and config.api_keys_file is None and not config.allow_anonymous:
