@@ -21,7 +21,10 @@ def main() -> None:
     if message:
         sys.exit(message)
     # The command line's own libraries are an extra: import them only after checking for them.
-    from prefixstore.commands import run
+    try:
+        from prefixstore.commands import run
+    except KeyboardInterrupt:  # it takes seconds; afterwards click says the same
+        sys.exit("Aborted!")
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     run()

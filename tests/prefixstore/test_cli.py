@@ -152,6 +152,23 @@ def test_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> Non
     )
 
 
+def test_an_interrupt_while_it_is_imported_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Interrupted:
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            if name == "prefixstore.commands":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "prefixstore.commands")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted, *sys.meta_path])
+    monkeypatch.setattr(prefixstore.cli.sys, "argv", ["kvkernels", "store"])
+    with pytest.raises(SystemExit) as caught:
+        prefixstore.cli.main()
+    assert str(caught.value) == "Aborted!"
+
+
 @pytest.mark.parametrize(
     ("words", "status"),
     [
