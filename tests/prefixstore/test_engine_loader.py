@@ -98,6 +98,26 @@ def test_what_a_fault_of_the_loader_keeps_from_coming_is_computed(
     assert loaded[0] < loaded[1] == loaded[2]
 
 
+def test_prompts_are_computed_where_no_thread_can_be_started(
+    model, open_engine, monkeypatch, caplog
+):
+    engine, tokens = open_engine(restore_policy="planned"), prompt(LENGTH)
+    warm(engine, tokens)
+    teach(engine, 1.0)
+
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(engine._loop.loader._threads, "submit", refuse)
+    output = engine.submit(tokens, GREEDY).result(60)
+    assert list(output.token_ids) == expected(model, tokens)
+    assert output.report.reuse.tokens_by_tier == {}
+    assert caplog.text.count("no thread to load blocks: can't start new thread") == 1
+    monkeypatch.undo()
+    engine.cache.evict_pool()
+    assert list(engine.submit(tokens, GREEDY).result(60).token_ids) == expected(model, tokens)
+
+
 def test_a_request_that_is_cancelled_while_it_waits_for_its_turn_loads_nothing(
     model, tier, open_engine, monkeypatch
 ):

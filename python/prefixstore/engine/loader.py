@@ -62,7 +62,7 @@ class Loader:
         self._turns = LoadTurns()
         self._calls = TierCalls(blocks.store.tier_names if blocks.store is not None else ())
         self._own = threading.local()  # `call`: the one that this thread has under way
-        self._is_computing = False
+        self._is_computing = self._lacks_threads = False
         self._stop_observing: Callable[[], None] | None = None
         if blocks.store is not None:
             self._stop_observing = blocks.store.observe_loads(self._observe)
@@ -74,9 +74,17 @@ class Loader:
 
     def begin_calls(self, now: float) -> None:
         """Have threads make the calls whose turn has come; to be asked whenever all may differ."""
-        if self._find_turn(now) is not None:
+        if self._find_turn(now) is None:
+            return
+        try:
             # The thread begins the call, so that nobody waits for one that has not begun.
             self._threads.submit(self._run_calls)
+        except RuntimeError as error:
+            # The system starts no thread: those there are will see to it, or what a prompt waits
+            # for too long is computed.
+            if not self._lacks_threads:
+                logger.warning("no thread to load blocks: %s", error)
+            self._lacks_threads = True
 
     def next_turn_at(self, now: float) -> float | None:
         """When a call under way will not be waited for any more, and another's turn may come."""
