@@ -99,8 +99,14 @@ def write_key(path: str | Path) -> bytes:
     key = secrets.token_bytes(KEY_BYTES)
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(fd, "w", encoding="ascii") as file:
-            file.write(key.hex() + "\n")
+        try:
+            with os.fdopen(fd, "w", encoding="ascii") as file:
+                file.write(key.hex() + "\n")
+                file.flush()
+                os.fsync(fd)  # what is sealed with it is lost without it
+        except BaseException:
+            Path(path).unlink()  # a part of a key is none, and would be in the way of the next one
+            raise
     except OSError as error:
         raise ConfigError(f"key file {path}: {error.strerror}") from error
     return key

@@ -378,6 +378,7 @@ def test_holds_no_more_of_a_sliding_window_than_it_needs():
         ({"max_batch_tokens": 4}, "max_batch_tokens: expected one for each running"),
         ({"max_queued": -1}, "max_queued: expected 0 or more"),
         ({"max_queued": True}, "max_queued: expected 0 or more"),
+        ({"audit_seed": "1"}, "audit_seed: expected an integer or None, got '1'"),
         ({"reuses_prefixes": "false"}, "reuses_prefixes: expected a boolean, got 'false'"),
         ({"fuses_layers": 0}, "fuses_layers: expected a boolean, got 0"),
         ({"cuda_graphs": None}, "cuda_graphs: expected a boolean, got None"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import stat
 from pathlib import Path
 
@@ -94,6 +95,19 @@ def test_makes_a_key_that_only_its_owner_may_read(tmp_path):
     result = run("key", path)
     assert result.exit_code == 1 and "File exists" in result.output
     assert read_key(path) == key != write_key(tmp_path / "other")
+
+
+def test_leaves_no_part_of_a_key_where_there_is_no_room(tmp_path):
+    path = tmp_path / "key"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(ConfigError, match=r"key file .*: File too large"):
+            write_key(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not path.exists()
+    assert write_key(path) == read_key(path)
 
 
 def test_takes_keys_from_the_environment(tmp_path):

@@ -62,6 +62,8 @@ class EngineConfig:
             )
         if not isinstance(self.audit_share, (int, float)) or not 0 <= self.audit_share <= 1:
             raise ConfigError(f"audit_share: expected 0 to 1, got {self.audit_share!r}")
+        if self.audit_seed is not None and type(self.audit_seed) is not int:
+            raise ConfigError(f"audit_seed: expected an integer or None, got {self.audit_seed!r}")
         if self.max_model_len is not None:
             self._check_positive("max_model_len", self.max_model_len)
         if type(self.max_queued) is not int or self.max_queued < 0:
