@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ def test_a_directory_removed_while_open_takes_no_more_records(tmp_path):
     tier = open_tier(tmp_path / "tier")
     put(tier, [first])
     shutil.rmtree(tmp_path / "tier")
-    with pytest.raises(TierUnavailable, match=r"slab-v1-.*expected the file to stay"):
+    with pytest.raises(TierUnavailable, match=r"slab-v1-.*No such file or directory"):
         put(tier, [second])
     assert not tier.contains(second.name)
     assert tier.stats().num_puts == 1
@@ -65,18 +66,17 @@ def test_a_directory_removed_while_open_takes_no_more_records(tmp_path):
 
 def test_a_slab_removed_while_open_is_made_anew(tmp_path):
     lost, *keys = make_keys(4)
-    tier = open_tier(tmp_path)
-    put(tier, [lost])
-    (slab,) = tmp_path.glob("slab-*")
-    slab.unlink()
-    with pytest.raises(TierUnavailable, match=r"slab-v1-.*expected the file to stay"):
-        put(tier, keys[:1])
-    put(tier, keys)
-    assert count_right(tier, [lost]) == 0
-    assert count_right(tier, keys) == 3
-    tier.delete(lost.name)
-    assert tier.check() == []
-    tier.close()
+    with closing(open_tier(tmp_path)) as tier, closing(open_tier(tmp_path)) as other:
+        put(tier, [lost])
+        assert count_right(other, [lost]) == 1
+        (slab,) = tmp_path.glob("slab-*")
+        slab.unlink()
+        put(tier, keys)
+        # The other one has the removed file open, whose slots are those of the new records.
+        assert count_right(other, keys) == 3
+        assert count_right(other, [lost]) == count_right(tier, [lost]) == 0
+        tier.delete(lost.name)
+        assert tier.check() == []
 
 
 def test_a_directory_replaced_while_open_belongs_to_who_opened_the_new_one(tmp_path):

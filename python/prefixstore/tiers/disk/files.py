@@ -70,6 +70,11 @@ class OpenFile:
         self.fd = os.open(path, flags, 0o644, dir_fd=directory.fd if directory else None)
         self.is_direct = bool(flags & os.O_DIRECT)
 
+    @property
+    def is_removed(self) -> bool:
+        """Whether no directory names it any more."""
+        return os.fstat(self.fd).st_nlink == 0
+
     def __del__(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
@@ -236,7 +241,7 @@ class SlabFiles:
         try:
             # one of its own: a descriptor keeps the place that a listing has come to
             listed = OpenFile(".", _DIRECTORY, self._opened())
-            if os.fstat(listed.fd).st_nlink == 0:  # it was removed, and would seem to be empty
+            if listed.is_removed:  # it was removed, and would seem to be empty
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             return [entry.name for entry in os.scandir(listed.fd)]
         except OSError as error:
@@ -274,7 +279,8 @@ class SlabFiles:
     def _open(self, slab: Slab, flags: int) -> OpenFile:
         with self._lock:
             file = self._open_files.get(slab.slab_id)
-            if file is None:
+            # Another process may have made a removed file anew: the old one tells nothing of it.
+            if file is None or file.is_removed:
                 self._let_go_of_removed()
                 flags |= os.O_DIRECT if self._is_direct else 0
                 file = OpenFile(slab.file_name, flags, self._opened())
@@ -285,9 +291,9 @@ class SlabFiles:
             return file
 
     def _let_go_of_removed(self) -> None:
-        """Close files that another process removed: they hold disk space until then."""
+        """Close files that were removed: they hold disk space until then."""
         for slab_id, file in list(self._open_files.items()):
-            if os.fstat(file.fd).st_nlink == 0:
+            if file.is_removed:
                 del self._open_files[slab_id]
 
     def _translated(self, error: OSError, slab: Slab) -> TierError:
